@@ -1,0 +1,86 @@
+"""The executor seam: something that runs a span of blocks on batches of sequences at their own positions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NewType
+
+import attrs
+
+from swarmcore.errors import SwarmError
+from swarmcore.types import ModelInfo, Span
+from swarmcore.wire.tensors import Tensor
+
+SequenceId = NewType("SequenceId", int)
+"""One sequence's attention cache in an executor, counted up from 0 and never used twice."""
+
+
+@attrs.frozen
+class Segment:
+    """Consecutive new tokens of one sequence: positions ``start`` to ``start + count``."""
+
+    sequence: SequenceId
+    start: int
+    count: int
+
+
+@attrs.define(eq=False)
+class Slice:
+    """Some rows of one step's hidden states, to be run in one batch.
+
+    A step that is larger than a batch is run as several slices, in order, over several batches.
+    """
+
+    hidden: Tensor
+    """All rows of the step, ``[tokens, hidden size]``, encoded as it came."""
+    first_row: int
+    segments: tuple[Segment, ...]
+    """What the rows ``first_row:first_row + tokens`` are, in order."""
+    reply: Literal["all", "last"] = "all"
+    """Whether the result holds every row, or the last row of each segment."""
+    codec: str = "raw"
+    """How the result is to be encoded."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(segment.count for segment in self.segments)
+
+
+class BlockExecutor(ABC):
+    """Runs blocks ``span`` of ``model``. Backends: torch, and a cost model for simulations.
+
+    The caller has already checked positions and cache room (`swarmcore.executor.engine`); the executor only
+    computes. Calls to `step` never overlap.
+    """
+
+    model: ModelInfo
+    span: Span
+    dtype: str
+    """Name of the dtype that hidden states have here: ``"float32"``, ``"bfloat16"``, ``"float16"``."""
+    cache_bytes_per_token: int
+    """Bytes of attention cache that one token takes, over all blocks of the span."""
+    page: int
+    """Cache is allocated in multiples of this many tokens for each sequence."""
+
+    @abstractmethod
+    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+        """Run all slices in one pass; append their keys and values to the caches of their sequences.
+
+        A segment whose ``start`` is below its sequence's cached length first rolls that cache back to
+        ``start``. Return for each slice a tensor ``"hidden"`` of ``[rows, hidden size]``, or the error that
+        is this slice's own (non-finite values: `InvalidStepError`); then its sequences' caches may hold
+        anything from ``start`` on. Never blocks the event loop.
+        """
+
+    @abstractmethod
+    def reserve(self, sequence: SequenceId, tokens: int) -> None:
+        """Make the sequence's cache ready for ``tokens`` tokens in all; memory is taken at its next step."""
+
+    @abstractmethod
+    def release(self, sequence: SequenceId) -> None:
+        """Free the sequence's cache. Unknown sequences are ignored."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop the compute thread and free the weights. Harmless when repeated."""

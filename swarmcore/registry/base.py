@@ -1,0 +1,79 @@
+"""The registry seam: who serves what."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Literal
+
+import attrs
+
+from swarmcore.types import ModelInfo, PeerId, ServerInfo
+
+
+@attrs.frozen
+class Change:
+    """One difference between two views: a peer that appeared, changed what it announces, or is gone."""
+
+    kind: Literal["joined", "updated", "left"]
+    info: ServerInfo
+    """What is announced now; for ``"left"`` what was announced last."""
+
+
+@attrs.frozen
+class SwarmView:
+    """Everything known of a swarm at one moment. Immutable; ``revision`` grows with every change."""
+
+    servers: Mapping[PeerId, ServerInfo]
+    revision: int = 0
+
+    def __iter__(self) -> Iterator[ServerInfo]:
+        return iter(self.servers.values())
+
+    def __len__(self) -> int:
+        return len(self.servers)
+
+    def serving(self, fingerprint: str) -> list[ServerInfo]:
+        """Peers that announce blocks of the model with this fingerprint, in any state, by span."""
+        found = [s for s in self if s.model is not None and s.span and s.model.fingerprint == fingerprint]
+        return sorted(found, key=lambda s: (s.span, s.peer))
+
+    def models(self) -> dict[str, ModelInfo]:
+        """The models of which someone announces blocks, by fingerprint."""
+        return {s.model.fingerprint: s.model for s in self if s.model is not None}
+
+
+class Registry(ABC):
+    """Soft state with expiry: what each peer announces of itself, signed by that peer."""
+
+    @abstractmethod
+    async def announce(self, info: ServerInfo, ttl: float) -> None:
+        """Publish ``info``, replacing what this peer announced before; it expires after ``ttl`` seconds.
+
+        Announce again well before that (a third of ``ttl`` is usual). Raise `InputError` when ``info.peer``
+        is not this peer.
+        """
+
+    @abstractmethod
+    async def withdraw(self) -> None:
+        """Take back this peer's announcement: others see it leave at once, not at its expiry."""
+
+    @abstractmethod
+    def view(self) -> SwarmView:
+        """What is known now. Never waits; may lag behind the swarm by a propagation delay."""
+
+    @abstractmethod
+    def changes(self) -> AsyncIterator[Change]:
+        """Every change from now on, until the registry is closed.
+
+        A reader too slow for its bounded queue is not dropped: it skips intermediate changes of a peer and
+        gets the latest one.
+        """
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Join the swarm. Raise `PeerUnreachableError` when no bootstrap peer answers."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop; does not withdraw. Harmless when repeated."""

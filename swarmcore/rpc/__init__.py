@@ -1,0 +1,1 @@
+"""Calls and two-way channels of typed records between peers, over any transport."""

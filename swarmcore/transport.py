@@ -1,0 +1,152 @@
+"""The transport seam: ordered, reliable, authenticated streams of whole messages between two peers.
+
+A backend subclasses `Transport` and `Stream` and registers itself under the entry-point group
+``swarmcore.transports``; nothing else in swarmcore knows which backends exist. `swarmcore.testing` ships the
+contract suite that a backend has to pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import ClassVar
+
+from swarmcore.errors import MissingExtraError, UnknownTransportError
+from swarmcore.identity import Identity
+from swarmcore.types import Address, PeerId
+from swarmcore.wire.limits import Limits
+
+Buffer = bytes | bytearray | memoryview
+"""What `Stream.send` takes. A memoryview must be C-contiguous and of format ``"B"``."""
+
+ENTRY_POINT_GROUP = "swarmcore.transports"
+
+_EXTRAS = {"libp2p": "libp2p", "webrtc": "webrtc"}
+
+
+class Stream(ABC):
+    """A two-way sequence of messages with one authenticated peer.
+
+    Messages arrive whole, in order, once. `send` and `receive` may each be used by one task at a time. Every
+    method may be cancelled; a cancelled `send` aborts the stream when part of the message is already under
+    way, a cancelled `receive` loses nothing.
+    """
+
+    remote: PeerId
+    """The peer at the other end, proven by the transport before the stream opened."""
+    path: str
+    """How the bytes travel: ``"direct"``, ``"hole-punched"`` or ``"relayed"``."""
+
+    @abstractmethod
+    async def send(self, *buffers: Buffer) -> None:
+        """Send one message, the concatenation of ``buffers``; wait while the peer is slow to read.
+
+        The buffers may be reused once this returns. Raise `MessageTooLargeError` above ``limits.max_message``
+        (the stream stays usable), `StreamClosedError` after `end` or `close`, `StreamAbortedError` or
+        `ConnectionLostError` when the other side is gone.
+        """
+
+    @abstractmethod
+    async def receive(self) -> memoryview:
+        """Wait for the next whole message; the caller owns its memory, which is writable.
+
+        Raise `StreamClosedError` after the remote's last message, `StreamAbortedError` when it aborted,
+        `ConnectionLostError` when the connection broke.
+        """
+
+    @abstractmethod
+    async def end(self) -> None:
+        """Half-close: no more messages from this side. The remote still receives all that was sent."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release the stream in good order: what was sent is still delivered, what comes in is dropped.
+
+        Returns within seconds even when the remote does not answer. Closing twice is harmless.
+        """
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """Drop the stream at once; the remote's calls raise `StreamAbortedError` with ``reason``.
+
+        ``reason`` is cut to 200 characters. Safe to call at any time, from a `finally` too.
+        """
+
+
+OnStream = Callable[[Stream], Awaitable[None]]
+"""Called in a task of its own for each incoming stream; the stream is closed when it returns."""
+
+
+class Transport(ABC):
+    """Opens streams to peers and accepts theirs. Connections, pools and relays are its own business.
+
+    ``listen_on`` are the places to listen, in the backend's own notation (for TCP ``"host:port"``);
+    ``announce`` replaces the addresses that `listen` returns, for hosts behind a forwarded port.
+    """
+
+    scheme: ClassVar[str]
+    """The scheme of its addresses: ``"tcp"``, ``"libp2p"``, …"""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        limits: Limits | None = None,
+        listen_on: Sequence[str] = (),
+        announce: Sequence[str] = (),
+    ) -> None:
+        self.identity = identity
+        self.limits = limits or Limits()
+        self.listen_on = tuple(listen_on)
+        self.announce = tuple(announce)
+
+    @abstractmethod
+    async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
+        """Start to accept streams and return the addresses to announce, each ending in this peer's id.
+
+        Raise `AddressInUseError` or `AddressError` when a place cannot be listened on.
+        """
+
+    @abstractmethod
+    async def open_stream(self, address: Address) -> Stream:
+        """Open a stream to ``address.peer`` and no other.
+
+        Raise `PeerUnreachableError` when nobody answers within ``limits.connect_timeout`` seconds and
+        `PeerIdentityError` when somebody else does.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop listening, abort every open stream, release every socket and task. Harmless when repeated."""
+
+
+def installed_transports() -> dict[str, EntryPoint]:
+    """The installed transport backends by scheme."""
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def transport_class(scheme: str) -> type[Transport]:
+    """Load the backend for ``scheme``.
+
+    Raise `UnknownTransportError` when none is installed, listing those that are, and `MissingExtraError`
+    when the backend is there but a library it needs is not.
+    """
+    installed = installed_transports()
+    if scheme not in installed:
+        names = ", ".join(sorted(installed)) or "none"
+        hint = (
+            f"; install it with: pip install 'swarmcore[{_EXTRAS[scheme]}]'"
+            if scheme in _EXTRAS
+            else "; a plugin that provides it may need to be installed"
+        )
+        raise UnknownTransportError(f"no transport for {scheme!r} (installed: {names}){hint}")
+    try:
+        loaded = installed[scheme].load()
+    except ImportError as exc:
+        extra = _EXTRAS.get(scheme)
+        cure = f"; install it with: pip install 'swarmcore[{extra}]'" if extra else ""
+        raise MissingExtraError(f"transport {scheme!r} needs {exc.name or exc}{cure}") from exc
+    if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
+        raise UnknownTransportError(f"entry point {installed[scheme].value!r} is not a Transport subclass")
+    return loaded

@@ -1,0 +1,120 @@
+"""Records that every floor shares: peer ids, addresses, spans, what a server announces."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, NewType
+
+import attrs
+
+from swarmcore.errors import AddressError, SpanError
+
+PeerId = NewType("PeerId", str)
+"""An Ed25519 public key in libp2p's text form (``12D3Koo…``), the same on every transport."""
+
+ServerState = Literal["joining", "online", "draining"]
+
+_PEER_ID = re.compile(r"12D3Koo[1-9A-HJ-NP-Za-km-z]{45}")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+
+
+def short(peer: str) -> str:
+    """A peer id as people read it in logs and tables: ``12D3…a1b2c3``."""
+    return f"{peer[:4]}…{peer[-6:]}" if len(peer) > 12 else peer
+
+
+@attrs.frozen
+class Address:
+    """Where a peer can be dialled: ``scheme:location/<peer id>``.
+
+    ``scheme`` names the transport, ``location`` is that transport's own business.
+    """
+
+    scheme: str
+    location: str
+    peer: PeerId
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Raise `AddressError` when the scheme or the peer id at the end is missing."""
+        scheme, colon, rest = url.partition(":")
+        if not colon or not _SCHEME.fullmatch(scheme):
+            raise AddressError(f"address {url!r} has no transport scheme; expected tcp://host:port/<peer id>")
+        location, _, peer = rest.rpartition("/")
+        if not _PEER_ID.fullmatch(peer):
+            raise AddressError(
+                f"address {url!r} does not end in a peer id; copy the whole address the server printed, "
+                f"such as tcp://host:port/12D3Koo…"
+            )
+        return cls(scheme, location, PeerId(peer))
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.location}/{self.peer}"
+
+
+@attrs.frozen(order=True)
+class Span:
+    """Consecutive blocks ``start`` to ``end``, the end excluded."""
+
+    start: int
+    end: int
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """Read ``"0:10"``. Raise `SpanError` unless 0 <= start < end."""
+        match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
+        if not match or int(match[1]) >= int(match[2]):
+            raise SpanError(f"block range {text!r} is not of the form START:END with START < END, such as 0:10")
+        return cls(int(match[1]), int(match[2]))
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, block: int) -> bool:
+        return self.start <= block < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+
+@attrs.frozen
+class ModelInfo:
+    """Which model a server holds blocks of."""
+
+    name: str
+    """What people call it; not trusted to identify the weights."""
+    fingerprint: str
+    """Hash of config and weights: equal fingerprints mean equal tensors."""
+    blocks: int
+    """Number of transformer blocks in the whole model."""
+    hidden_size: int
+    """Width of the hidden states that pass between blocks."""
+
+
+@attrs.frozen
+class ServerInfo:
+    """What a peer announces of itself. A peer without blocks (a bootstrap peer) has no model and no span."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+    state: ServerState = "online"
+    model: ModelInfo | None = None
+    span: Span | None = None
+    dtype: str = ""
+    cache_tokens: int = 0
+    """Attention cache budget, in tokens of this server's whole span."""
+    cache_tokens_free: int = 0
+    sessions: int = 0
+    decode_rps: float = 0.0
+    """Measured decode steps per second through the whole span; 0 when not measured."""
+    forward_rps: float = 0.0
+    """Measured prefill tokens per second through the whole span; 0 when not measured."""
+    public_name: str = ""
+    version: str = ""
+
+    def __str__(self) -> str:
+        held = f"blocks {self.span}" if self.span else "no blocks"
+        return f"{short(self.peer)} {self.state} {held}"
+
+
+JsonDict = dict[str, Any]

@@ -1,0 +1,31 @@
+"""What a peer accepts from the network. Checked before anything is allocated."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen
+class Limits:
+    """Bounds on messages, calls and waits. The defaults suit a server on the open Internet."""
+
+    max_message: int = 64 * 2**20
+    """Largest message, in bytes, header and tensors together."""
+    max_header: int = 2**20
+    """Largest message header, in bytes."""
+    max_tensors: int = 64
+    """Most tensors beside one header."""
+    max_dimensions: int = 8
+    """Most dimensions of one tensor."""
+    max_decoded: int = 256 * 2**20
+    """Largest tensor after decoding, in bytes."""
+    max_calls_per_peer: int = 256
+    """Most calls and streams one remote peer may have open here."""
+    max_calls: int = 4096
+    """Most calls and streams all remote peers together may have open here."""
+    connect_timeout: float = 10.0
+    """Seconds to dial and prove identities."""
+    keepalive: float = 3.0
+    """Seconds of silence after which a connection is probed; it is lost after three times that."""
+    send_buffer: int = 4 * 2**20
+    """Bytes that wait for a slow reader before `send` waits too."""

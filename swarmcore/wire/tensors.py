@@ -1,0 +1,152 @@
+"""Tensors as they travel: a small description in the header, the bytes beside it.
+
+No array library is imported here: a tensor is a dtype name, a shape, and a buffer of little-endian values in
+C order. Codecs turn that buffer into a smaller one and back; codecs that need arithmetic register themselves
+from the executor that has it (see `register_codec`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import attrs
+import zstandard
+
+from swarmcore.errors import InputError, ProtocolError, UnknownCodecError
+from swarmcore.wire.limits import Limits
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+"""Size of one value of each dtype that may travel."""
+
+ZSTD_LEVEL = 1
+
+
+@attrs.frozen
+class TensorHeader:
+    """One tensor's entry in a message header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    """``"raw"`` or the name of a registered codec, with ``"+zstd"`` when compressed on top."""
+    nbytes: int
+    """Encoded size: how many of the message's bytes are this tensor's."""
+
+
+@attrs.frozen
+class Tensor:
+    """A tensor on the wire, still encoded: ``data`` is in the form that ``codec`` gives it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview = attrs.field(repr=False, eq=False)
+    codec: str = "raw"
+
+    @property
+    def decoded_nbytes(self) -> int:
+        """Size in bytes of the values once decoded."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def encode(self, codec: str) -> Tensor:
+        """This raw tensor in another codec. Raise `UnknownCodecError`; `InputError` unless it is raw now."""
+        if self.codec != "raw":
+            raise InputError(f"tensor {self.name!r} is already encoded as {self.codec!r}")
+        base, zstd = _split(codec)
+        data = self.data
+        if base != "raw":
+            data = _codec(base).encode(data, self.dtype, self.shape)
+        if zstd:
+            data = memoryview(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data))
+        return attrs.evolve(self, data=data, codec=codec)
+
+    def decode(self) -> Tensor:
+        """This tensor as raw values; itself when it is raw already.
+
+        Never allocates more than the shape and dtype announce. Raise `ProtocolError` when the bytes do not
+        decode to exactly that size, `UnknownCodecError` for a codec this peer does not have.
+        """
+        if self.codec == "raw":
+            return self
+        base, zstd = _split(self.codec)
+        size = self.decoded_nbytes if base == "raw" else _codec(base).encoded_nbytes(self.dtype, self.shape)
+        data = _unzstd(self.data, size) if zstd else self.data
+        if data.nbytes != size:
+            raise ProtocolError(f"tensor {self.name!r} holds {data.nbytes} bytes where its shape needs {size}")
+        if base != "raw":
+            data = _codec(base).decode(data, self.dtype, self.shape)
+        return attrs.evolve(self, data=data, codec="raw")
+
+    def header(self) -> TensorHeader:
+        return TensorHeader(self.name, self.dtype, self.shape, self.codec, self.data.nbytes)
+
+
+class Codec(Protocol):
+    """A lossy or lossless form of a tensor's bytes."""
+
+    def encode(self, data: memoryview, dtype: str, shape: tuple[int, ...]) -> memoryview:
+        """Raw values to encoded bytes."""
+
+    def decode(self, data: memoryview, dtype: str, shape: tuple[int, ...]) -> memoryview:
+        """Encoded bytes, of exactly `encoded_nbytes`, to raw values of ``dtype`` and ``shape``."""
+
+    def encoded_nbytes(self, dtype: str, shape: tuple[int, ...]) -> int:
+        """How many bytes `encode` gives. Raise `ProtocolError` for a dtype that the codec does not take."""
+
+
+_codecs: dict[str, Codec] = {}
+
+
+def register_codec(name: str, codec: Codec) -> None:
+    """Make ``codec`` known under ``name`` in this process."""
+    _codecs[name] = codec
+
+
+def codec_names() -> list[str]:
+    """Codecs this process can decode, without the ``+zstd`` forms."""
+    return ["raw", *sorted(_codecs)]
+
+
+def check_header(header: TensorHeader, limits: Limits) -> None:
+    """Raise `ProtocolError` unless the tensor that ``header`` describes is sane and within the limits."""
+    if header.dtype not in ITEM_BYTES:
+        raise ProtocolError(f"tensor {header.name!r} has unknown dtype {header.dtype!r}")
+    if len(header.shape) > limits.max_dimensions or any(n < 0 for n in header.shape):
+        raise ProtocolError(f"tensor {header.name!r} has a bad shape {header.shape}")
+    size = math.prod(header.shape) * ITEM_BYTES[header.dtype]
+    if size > limits.max_decoded:
+        raise ProtocolError(
+            f"tensor {header.name!r} would take {size} bytes, above the limit of {limits.max_decoded}"
+        )
+    if header.nbytes < 0 or (header.codec == "raw" and header.nbytes != size):
+        raise ProtocolError(f"tensor {header.name!r} has {header.nbytes} bytes where its shape needs {size}")
+
+
+def _split(codec: str) -> tuple[str, bool]:
+    base, plus, compression = codec.partition("+")
+    if plus and compression != "zstd":
+        raise UnknownCodecError(f"codec {codec!r} is not known: only zstd can be put on top of a codec")
+    return base, bool(plus)
+
+
+def _codec(name: str) -> Codec:
+    try:
+        return _codecs[name]
+    except KeyError:
+        known = ", ".join(codec_names())
+        raise UnknownCodecError(f"tensor codec {name!r} is not known here (known: {known})") from None
+
+
+def _unzstd(data: memoryview, size: int) -> memoryview:
+    try:
+        frame = zstandard.get_frame_parameters(data)
+        if frame.content_size != size:
+            raise ProtocolError(f"compressed tensor announces {frame.content_size} bytes, expected {size}")
+        # A frame may ask for a window far above its content; that memory is the attacker's to choose.
+        if frame.window_size > max(size, 2**20):
+            raise ProtocolError(f"compressed tensor asks for a window of {frame.window_size} bytes")
+        return memoryview(zstandard.ZstdDecompressor().decompress(data, max_output_size=size))
+    except zstandard.ZstdError as exc:
+        raise ProtocolError(f"compressed tensor does not decompress: {exc}") from exc
