@@ -35,6 +35,9 @@ class Slice:
     hidden: Tensor
     """All rows of the step, ``[tokens, hidden size]``, encoded as it came."""
     first_row: int
+    span: Span
+    """Which blocks to run: all of the executor's, or some of them, as the session's chain needs. Sessions of
+    chains whose servers overlap pass through a part of a server's span; a sequence keeps one span for life."""
     segments: tuple[Segment, ...]
     """What the rows ``first_row:first_row + tokens`` are, in order."""
     reply: Literal["all", "last"] = "all"
@@ -65,7 +68,7 @@ class BlockExecutor(ABC):
 
     @abstractmethod
     async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
-        """Run all slices in one pass; append their keys and values to the caches of their sequences.
+        """Run all slices, which are all of one ``span``, in one pass; append their keys and values to the caches of their sequences.
 
         A segment whose ``start`` is below its sequence's cached length first rolls that cache back to
         ``start``. Return for each slice a tensor ``"hidden"`` of ``[rows, hidden size]``, or the error that
