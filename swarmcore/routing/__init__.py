@@ -1,0 +1,1 @@
+"""Plain objects that choose the servers a session passes through."""
