@@ -6,7 +6,7 @@ that follow each other through the chain so that stages overlap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import attrs
@@ -48,24 +48,28 @@ class Lap:
 class SessionLaps:
     """Numbers the steps of a session and routes them along its chain.
 
-    ``hops`` are the stages in order. Where a server could not reach the next one, `received` says so once,
-    and from then on the client carries that hop itself.
+    ``hops`` are the stages in order. ``carried`` are stages that cannot reach the next one: the client takes
+    their output back and sends it on itself. `received` adds to them what it hears of.
     """
 
-    def __init__(self, hops: Sequence[Hop], *, sequences: int) -> None:
+    def __init__(self, hops: Sequence[Hop], *, sequences: int, carried: Collection[int] = ()) -> None:
         self.hops = tuple(hops)
         self.positions: tuple[int, ...] = (0,) * sequences
         self._next_step = 0
-        self._carried: set[int] = set()
+        self._carried = set(carried)
 
     @property
     def carried(self) -> frozenset[int]:
         """Stages whose output the client carries to the next stage."""
         return frozenset(self._carried)
 
-    def carry(self, stage: int) -> None:
-        """From now on take the output of ``stage`` back and send it on from here."""
-        self._carried.add(stage)
+    def rollback(self, positions: Sequence[int]) -> None:
+        """Forget what is cached beyond ``positions``. Raise `InvalidStepError` for one that is not cached."""
+        if len(positions) != len(self.positions) or any(
+            not 0 <= new <= old for new, old in zip(positions, self.positions, strict=True)
+        ):
+            raise InvalidStepError(f"cannot roll back to {tuple(positions)} from {self.positions}")
+        self.positions = tuple(positions)
 
     def begin(
         self, lengths: Sequence[int], starts: Sequence[int] | None, reply: Reply, *, chunk_rows: int
@@ -125,7 +129,7 @@ class SessionLaps:
         if stage == len(self.hops) - 1:
             return None
         if output.undelivered:
-            self.carry(stage)
+            self._carried.add(stage)
         return stage + 1
 
     def _chunks(self, starts: tuple[int, ...], lengths: tuple[int, ...], chunk_rows: int) -> list[Chunk]:

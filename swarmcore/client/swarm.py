@@ -1,0 +1,176 @@
+"""A client's connection to a swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from swarmcore.client.session import InferenceSession, SessionOptions, open_session
+from swarmcore.errors import AddressError, MissingBlocksError, PeerUnreachableError
+from swarmcore.identity import Identity
+from swarmcore.registry.base import Registry, SwarmView
+from swarmcore.registry.watch import WatchingRegistry
+from swarmcore.routing.chain import Chain, FewestServers, Router
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import INFO_METHOD
+from swarmcore.transport import transport_class
+from swarmcore.types import Address, ModelInfo, PeerId, Span, short
+from swarmcore.wire.limits import Limits
+from swarmcore.wire.messages import InfoReply, InfoRequest
+
+if TYPE_CHECKING:
+    from swarmcore.client.model import RemoteModel
+    from swarmcore.executor.torch.checkpoint import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Swarm:
+    """What a client sees and does in a swarm. Made by `connect`; an async context manager.
+
+    ``node`` and ``registry`` are owned: entering starts them, leaving closes them.
+    """
+
+    def __init__(self, node: Node, registry: Registry, *, router: Router | None = None) -> None:
+        self.node = node
+        self.registry = registry
+        self.router = router or FewestServers(random.Random())
+        self._models: list[RemoteModel] = []
+
+    def __repr__(self) -> str:
+        return f"<Swarm {len(self.registry.view())} peers seen by {short(self.node.peer)}>"
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.node.start()
+            await self.registry.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every session's connections, and the models loaded here. Harmless when repeated."""
+        while self._models:
+            await self._models.pop().close()
+        await self.registry.close()
+        await self.node.close()
+
+    def view(self) -> SwarmView:
+        """Who serves what, as known now."""
+        return self.registry.view()
+
+    def chain(
+        self, model: ModelInfo, *, tokens: int = 0, blocked: Collection[PeerId] = (), span: Span | None = None
+    ) -> Chain:
+        """The chain that a session opened now would take. Raises as `Router.plan` does."""
+        return self.router.plan(
+            self.view(), model, span or Span(0, model.blocks), tokens=tokens, blocked=blocked
+        )
+
+    async def wait_for_blocks(self, model: ModelInfo, *, timeout: float) -> Chain:
+        """Wait until servers cover every block of ``model``; return the chain.
+
+        Raise `MissingBlocksError` when some are still missing after ``timeout`` seconds.
+        """
+        changes = self.registry.changes()
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    try:
+                        return self.chain(model)
+                    except MissingBlocksError:
+                        await anext(changes)
+        except TimeoutError:
+            return self.chain(model)
+
+    async def open_session(
+        self,
+        model: ModelInfo,
+        *,
+        sequences: int = 1,
+        max_tokens: int = 0,
+        options: SessionOptions | None = None,
+    ) -> InferenceSession:
+        """Open a session through all blocks of ``model``, without torch: hidden states in, hidden states out.
+
+        ``max_tokens`` is what each sequence is expected to grow to; servers without that much free cache are
+        avoided, and grow the cache as it is needed.
+        """
+
+        def plan(avoided: Collection[str]) -> Chain:
+            return self.chain(model, tokens=sequences * max_tokens, blocked=[PeerId(p) for p in avoided])
+
+        return await open_session(self.node, plan, model, sequences=sequences, options=options)
+
+    async def load_model(
+        self,
+        name_or_path: str,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        threads: int | None = None,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> RemoteModel:
+        """Load embeddings, head and tokenizer of a model, for its blocks to be run by the swarm.
+
+        ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id. Raise
+        `ModelNotFoundError`, `CheckpointError`, and `MissingExtraError` without the extra ``torch``. Servers
+        are looked for when a session opens, not here.
+        """
+        from swarmcore.client.model import RemoteModel
+
+        model = await RemoteModel.load(
+            self,
+            name_or_path,
+            dtype=dtype,
+            revision=revision,
+            threads=threads,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        self._models.append(model)
+        return model
+
+    async def info(self, peer: PeerId, *, timeout: float = 5.0) -> InfoReply:
+        """Ask a server of the view about itself. Raise `PeerUnreachableError` when it is not in the view."""
+        server = self.view().servers.get(peer)
+        if server is None:
+            raise PeerUnreachableError(f"{peer} is not in this swarm")
+        addresses = [Address.parse(url) for url in server.addresses]
+        return await self.node.call(addresses, INFO_METHOD, InfoRequest(), timeout=timeout)
+
+
+def connect(
+    *bootstrap: str,
+    identity: Identity | None = None,
+    transports: Sequence[str] = (),
+    allowed_servers: Collection[PeerId] | None = None,
+    limits: Limits | None = None,
+) -> Swarm:
+    """A swarm that any of the ``bootstrap`` addresses is a member of. Use it as ``async with connect(…)``.
+
+    ``transports`` are schemes to have besides those of the bootstrap addresses. ``allowed_servers``, when
+    given, are the only peers whose blocks are used. Raise `AddressError` for a bad address,
+    `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
+    `PeerUnreachableError` when no bootstrap peer answers.
+    """
+    if not bootstrap:
+        raise AddressError("connect needs the address of at least one member of the swarm")
+    addresses = [Address.parse(url) for url in bootstrap]
+    identity = identity or Identity.generate()
+    schemes = dict.fromkeys([*(address.scheme for address in addresses), *transports])
+    node = Node(identity, [transport_class(scheme)(identity, limits=limits) for scheme in schemes], limits=limits)
+    router = FewestServers(random.Random(), allowed=allowed_servers)
+    return Swarm(node, WatchingRegistry(node, addresses), router=router)

@@ -1,0 +1,198 @@
+"""One session on a server: runs its steps in order and sends each output straight to the next stage."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from typing import Literal
+
+import attrs
+
+from swarmcore.errors import InternalError, SwarmError, UnavailableError
+from swarmcore.executor.engine import Engine
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.session.ledger import StepLedger
+from swarmcore.types import Address, Span, short
+from swarmcore.wire.framing import Message
+from swarmcore.wire.messages import Hop, JoinSession, Step, StepFailed, StepOutput
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS_IN_FLIGHT = 4
+"""Steps of one session that a server takes in before it stops reading; enough to overlap prefill chunks."""
+
+DIAL_TIMEOUT = 5.0
+"""Seconds to reach the next server of a chain before the client is asked to carry the hop."""
+
+
+@attrs.frozen
+class _Answer:
+    reply: Literal["all", "last"]
+    codec: str
+    output: asyncio.Future[Tensor]
+
+
+class HostedSession:
+    """A client's session on this server; lives as long as the client's channel."""
+
+    def __init__(
+        self, session: str, span: Span, *, engine: Engine, node: Node, client: Channel, counters: Counter[str]
+    ) -> None:
+        self.session = session
+        self.span = span
+        self._engine = engine
+        self._node = node
+        self._client = client
+        self._counters = counters
+        self._ledger: StepLedger[_Answer] = StepLedger(depth=MAX_STEPS_IN_FLIGHT + 1)
+        self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
+        self._tasks: set[asyncio.Task[None]] = set()
+        # asyncio.Lock is first come, first served: outputs leave in the order of their steps.
+        self._client_turn = asyncio.Lock()
+        self._next_turn = asyncio.Lock()
+        self._next: Channel | None = None
+        self._next_session = ""
+        self._next_watch: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<HostedSession {self.session[:8]} [{self.span}] of {short(self._client.remote)} · "
+            f"{len(self._tasks)} steps in flight>"
+        )
+
+    async def accept(self, message: Message) -> None:
+        """Take in a step; wait while too many are in flight. Its output or failure is sent when it is done."""
+        await self._room.acquire()
+        task = asyncio.create_task(self._run(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def dial(self, hop: Hop) -> bool:
+        """Connect to the stage that will follow, ahead of the first step; False when it cannot be reached."""
+        try:
+            async with self._next_turn:
+                await self._channel_to(hop)
+        except UnavailableError as exc:
+            logger.info("session %s: cannot reach %s: %s", self.session[:8], short(hop.peer), exc)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Cancel what is in flight and free the session's cache."""
+        self._engine.close_session(self.session)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._drop_next()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("session %s: a step failed unexpectedly", self.session[:8], exc_info=exc)
+
+    async def _run(self, message: Message) -> None:
+        step: Step = message.record
+        try:
+            output = await self._output(step, message.tensor("hidden"))
+        except SwarmError as exc:
+            await self._report(step, exc)
+        except Exception:
+            logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
+            await self._report(step, InternalError("the server failed on this step; its log says why"))
+        else:
+            await self._deliver(step, output)
+
+    async def _output(self, step: Step, hidden: Tensor) -> Tensor:
+        """Compute the step, or answer from memory when it came before."""
+        reply: Literal["all", "last"] = "last" if step.reply == "last" and not step.chain else "all"
+        earlier = self._ledger.repeated(step)
+        if earlier is not None and (earlier.reply, earlier.codec) == (reply, step.codec):
+            self._counters["steps_repeated"] += 1
+            return await asyncio.shield(earlier.output)
+        answer = _Answer(reply, step.codec, asyncio.get_running_loop().create_future())
+        self._ledger.remember(step, answer)
+        try:
+            output = await self._engine.step(
+                self.session,
+                step.starts,
+                step.lengths,
+                hidden,
+                reply=reply,
+                codec=step.codec,
+                timeout=step.deadline,
+            )
+        except BaseException:
+            self._ledger.forget(step)
+            answer.output.cancel()
+            raise
+        self._counters["steps_computed"] += 1
+        answer.output.set_result(output)
+        return output
+
+    async def _deliver(self, step: Step, output: Tensor) -> None:
+        undelivered = ""
+        if step.chain:
+            try:
+                await self._push(step, output)
+            except UnavailableError as exc:
+                undelivered = exc.message
+            else:
+                return
+        self._counters["steps_answered"] += 1
+        await self._to_client(StepOutput(step.step, self.span.end, undelivered), output)
+
+    async def _push(self, step: Step, output: Tensor) -> None:
+        async with self._next_turn:
+            channel = await self._channel_to(step.chain[0])
+            await channel.send(attrs.evolve(step, chain=step.chain[1:]), output)
+        self._counters["steps_pushed"] += 1
+
+    async def _report(self, step: Step, error: SwarmError) -> None:
+        self._counters["steps_refused"] += 1
+        logger.info("session %s: step %d refused: %s", self.session[:8], step.step, error)
+        failed = StepFailed(step.step, type(error).__name__, error.message, error.details)
+        await self._to_client(failed)
+
+    async def _to_client(self, record: StepOutput | StepFailed, *tensors: Tensor) -> None:
+        try:
+            async with self._client_turn:
+                await self._client.send(record, *tensors)
+        except UnavailableError as exc:
+            # The reader of the client's channel sees the same and closes the session.
+            logger.debug("session %s: client is gone: %s", self.session[:8], exc)
+
+    async def _channel_to(self, hop: Hop) -> Channel:
+        """The channel to the next stage, dialled anew when the chain or the connection has changed."""
+        if self._next is not None and self._next_session == hop.session:
+            if self._next_watch is not None and not self._next_watch.done():
+                return self._next
+            self._counters["pushes_redialled"] += 1
+        await self._drop_next()
+        addresses = [Address.parse(url) for url in hop.addresses]
+        channel = await self._node.open(
+            addresses, INFERENCE_PROTOCOL, JoinSession(hop.session), timeout=DIAL_TIMEOUT
+        )
+        self._next, self._next_session = channel, hop.session
+        self._next_watch = asyncio.create_task(self._watch(channel))
+        return channel
+
+    async def _watch(self, channel: Channel) -> None:
+        """The next stage never answers on this channel: whatever ends the wait means that it is gone."""
+        try:
+            await channel.receive()
+        except SwarmError as exc:
+            logger.debug("session %s: next stage is gone: %s", self.session[:8], exc)
+
+    async def _drop_next(self) -> None:
+        channel, self._next = self._next, None
+        if self._next_watch is not None:
+            self._next_watch.cancel()
+            await asyncio.gather(self._next_watch, return_exceptions=True)
+            self._next_watch = None
+        if channel is not None:
+            await channel.close()

@@ -1,0 +1,130 @@
+"""The inference protocol on a server: opens sessions for clients, lets earlier stages push into them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter
+
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InvalidStepError,
+    ModelMismatchError,
+    ServerDrainingError,
+    SessionLostError,
+    SpanError,
+    StreamClosedError,
+    UnavailableError,
+)
+from swarmcore.executor.engine import Engine
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.server.hosted_session import HostedSession
+from swarmcore.types import ModelInfo, Span
+from swarmcore.wire.messages import JoinSession, OpenSession, SessionOpened
+
+logger = logging.getLogger(__name__)
+
+JOIN_TIMEOUT = 10.0
+"""Seconds an earlier stage may be ahead of the client that opens the session here."""
+
+_SESSION = re.compile(r"[0-9a-f]{32}")
+
+
+class InferenceService:
+    """Serves `INFERENCE_PROTOCOL` with one engine. ``admission_timeout`` is in seconds."""
+
+    def __init__(
+        self, engine: Engine, model: ModelInfo, span: Span, node: Node, *, admission_timeout: float
+    ) -> None:
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self._engine = engine
+        self._model = model
+        self._span = span
+        self._node = node
+        self._admission_timeout = admission_timeout
+        self._sessions: dict[str, HostedSession] = {}
+        self._awaited: dict[str, asyncio.Future[HostedSession]] = {}
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
+    async def serve(self, channel: Channel) -> None:
+        """Handle one channel until it ends."""
+        opening = channel.opening.record
+        if isinstance(opening, OpenSession):
+            await self._host(channel, opening)
+        else:
+            await self._join(channel, opening)
+
+    async def _host(self, channel: Channel, opening: OpenSession) -> None:
+        span = self._check(opening)
+        await self._engine.open(
+            opening.session, opening.sequences, opening.tokens, timeout=self._admission_timeout, span=span
+        )
+        session = HostedSession(
+            opening.session,
+            span,
+            engine=self._engine,
+            node=self._node,
+            client=channel,
+            counters=self.counters,
+        )
+        try:
+            self._sessions[opening.session] = session
+            self.counters["sessions_opened"] += 1
+            if (waiting := self._awaited.pop(opening.session, None)) is not None and not waiting.done():
+                waiting.set_result(session)
+            reachable = opening.next_hop is None or await session.dial(opening.next_hop)
+            await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
+            await _take_steps(channel, session)
+        finally:
+            del self._sessions[opening.session]
+            await session.close()
+
+    async def _join(self, channel: Channel, opening: JoinSession) -> None:
+        session = self._sessions.get(opening.session) or await self._arrival(opening.session)
+        await _take_steps(channel, session)
+
+    async def _arrival(self, session: str) -> HostedSession:
+        """Wait for the client to open ``session``: a stage may dial its successor before the client does."""
+        future = self._awaited.setdefault(session, asyncio.get_running_loop().create_future())
+        try:
+            async with asyncio.timeout(JOIN_TIMEOUT):
+                return await asyncio.shield(future)
+        except TimeoutError as exc:
+            raise SessionLostError(f"no session {session[:8]}… here: it was closed, or never opened") from exc
+        finally:
+            if self._awaited.get(session) is future:
+                del self._awaited[session]
+
+    def _check(self, opening: OpenSession) -> Span:
+        if self.draining:
+            raise ServerDrainingError("this server is shutting down and takes no new sessions")
+        if opening.fingerprint != self._model.fingerprint:
+            raise ModelMismatchError(
+                f"this server holds other weights: it has {self._model.name} "
+                f"({self._model.fingerprint[:12]}), the client asked for {opening.fingerprint[:12]}",
+                fingerprint=self._model.fingerprint,
+            )
+        if not self._span.start <= opening.start < opening.end <= self._span.end:
+            raise SpanError(
+                f"blocks {opening.start}:{opening.end} are not all here: this server holds {self._span}"
+            )
+        if not _SESSION.fullmatch(opening.session) or opening.session in self._sessions:
+            raise InvalidStepError("a session id is 32 hex digits, random, and used once")
+        return Span(opening.start, opening.end)
+
+
+async def _take_steps(channel: Channel, session: HostedSession) -> None:
+    try:
+        while True:
+            await session.accept(await channel.receive())
+    except StreamClosedError:
+        pass
+    except (UnavailableError, DeadlineExceededError) as exc:
+        logger.info("%r: channel from %s broke: %s", session, channel.remote, exc)
