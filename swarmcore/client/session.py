@@ -20,7 +20,6 @@ from swarmcore.errors import (
     RemoteFaultError,
     SessionLostError,
     SwarmError,
-    UnavailableError,
     error_classes,
 )
 from swarmcore.routing.chain import Chain
@@ -304,9 +303,7 @@ async def _open_all(
     node: Node, model: ModelInfo, hops: Sequence[Hop], *, sequences: int, tokens: int, options: SessionOptions
 ) -> list[tuple[Channel, SessionOpened] | SwarmError]:
     async def open_one(hop: Hop, next_hop: Hop | None) -> tuple[Channel, SessionOpened]:
-        opening = OpenSession(
-            hop.session, model.fingerprint, hop.start, hop.end, sequences, tokens, next_hop
-        )
+        opening = OpenSession(hop.session, model.fingerprint, hop.start, hop.end, sequences, tokens, next_hop)
         addresses = [Address.parse(url) for url in hop.addresses]
         channel = await node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=options.open_timeout)
         try:

@@ -171,6 +171,8 @@ def connect(
     addresses = [Address.parse(url) for url in bootstrap]
     identity = identity or Identity.generate()
     schemes = dict.fromkeys([*(address.scheme for address in addresses), *transports])
-    node = Node(identity, [transport_class(scheme)(identity, limits=limits) for scheme in schemes], limits=limits)
+    node = Node(
+        identity, [transport_class(scheme)(identity, limits=limits) for scheme in schemes], limits=limits
+    )
     router = FewestServers(random.Random(), allowed=allowed_servers)
     return Swarm(node, WatchingRegistry(node, addresses), router=router)

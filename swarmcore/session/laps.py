@@ -1,4 +1,4 @@
-"""The client's side of a session, without I/O: positions, step numbers, and the way of each step along the chain.
+"""The client's side of a session, without I/O: positions, step numbers, and each step's way along the chain.
 
 A *lap* is one trip of new tokens through all stages. A long lap is cut into chunks, each a step of its own,
 that follow each other through the chain so that stages overlap.
