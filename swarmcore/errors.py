@@ -21,6 +21,9 @@ class SwarmError(Exception):
     ``details`` are plain, msgpack-able values that a program can act on; each is also an attribute.
     """
 
+    origin: str | None = None
+    """Id of the peer that raised the error when it came over the wire; None when it arose here."""
+
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
         self.details = details
@@ -107,6 +110,10 @@ class DeadlineExceededError(BusyError):
 
 class InputError(SwarmError):
     """What was passed in cannot work, on this peer or any other."""
+
+
+class PeerNotAllowedError(InputError):
+    """The swarm is closed: the peer deals only with a list of peers, and this one is not on it."""
 
 
 class AddressError(InputError):

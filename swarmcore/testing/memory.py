@@ -43,7 +43,7 @@ class MemoryNetwork:
     def transport(
         self, identity: Identity, limits: Limits | None = None, *, listen: bool = True
     ) -> MemoryTransport:
-        """A new transport for ``identity``, with a place to listen on of its own unless ``listen`` is false."""
+        """A new transport for ``identity``, listening on a place of its own unless ``listen`` is false."""
         self._places += 1
         listen_on = (str(self._places),) if listen else ()
         return MemoryTransport(identity, network=self, limits=limits, listen_on=listen_on)

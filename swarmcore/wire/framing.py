@@ -23,11 +23,18 @@ _LENGTH = struct.Struct("<I")
 _TENSOR_ALIGNMENT = 64
 
 
-@attrs.frozen
-class Header:
+class Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a message says of itself. An array on the wire; older peers ignore entries added at its end."""
+
     kind: str
+    """Class name of the record."""
     body: msgspec.Raw
+    """The record's fields."""
     tensors: tuple[TensorHeader, ...] = ()
+    method: str = ""
+    """In the first message of a stream: the method or protocol that the stream is for."""
+    timeout: float | None = None
+    """In the first message of a call: seconds the caller still waits for the reply."""
 
 
 @attrs.frozen
@@ -67,13 +74,17 @@ def decode_record(data: Buffer | msgspec.Raw, record_type: type) -> Any:
         raise ProtocolError(f"malformed {record_type.__name__}: {exc}") from exc
 
 
-def encode_message(record: Any, tensors: Sequence[Tensor], limits: Limits) -> list[Buffer]:
+def encode_message(
+    record: Any, tensors: Sequence[Tensor], limits: Limits, *, method: str = "", timeout: float | None = None
+) -> list[Buffer]:
     """The buffers of one message, its kind the record's class name; tensor data is passed on, not copied.
 
-    Raise `MessageTooLargeError` when the message is above ``limits.max_message``.
+    ``method`` and ``timeout`` belong to the first message of a stream, see `Header`. Raise
+    `MessageTooLargeError` when the message is above ``limits.max_message``.
     """
     kind = type(record).__name__
-    header = Header(kind, msgspec.Raw(_encoder.encode(record)), tuple(t.header() for t in tensors))
+    body = msgspec.Raw(_encoder.encode(record))
+    header = Header(kind, body, tuple(t.header() for t in tensors), method, timeout)
     encoded = _encoder.encode(header)
     # Padding puts the first tensor on an aligned offset, so that it can be used where it was received.
     padding = -(_LENGTH.size + len(encoded)) % _TENSOR_ALIGNMENT if tensors else 0
@@ -92,12 +103,27 @@ def kinds_of(*record_types: type) -> dict[str, type]:
     return {record_type.__name__: record_type for record_type in record_types}
 
 
+def decode_header(data: memoryview, limits: Limits) -> Header:
+    """The header of a message alone: what an acceptor needs to know before it can read the rest."""
+    return _read_header(data, limits)[0]
+
+
 def decode_message(data: memoryview, kinds: Mapping[str, type], limits: Limits) -> Message:
     """Read one message whose record is of one of ``kinds``.
 
     Tensors are views into ``data``. Raise `ProtocolError` for anything that is not exactly such a message
     within ``limits``; nothing is allocated in proportion to a size that was only claimed.
     """
+    header, end = _read_header(data, limits)
+    record_type = kinds.get(header.kind)
+    if record_type is None:
+        raise ProtocolError(f"unexpected message {header.kind!r}; expected one of {', '.join(kinds)}")
+    record = decode_record(header.body, record_type)
+    tensors = _slice_tensors(data, end, header.tensors, limits)
+    return Message(header.kind, record, tensors)
+
+
+def _read_header(data: memoryview, limits: Limits) -> tuple[Header, int]:
     if data.nbytes < _LENGTH.size:
         raise ProtocolError(f"a message of {data.nbytes} bytes is too short")
     (length,) = _LENGTH.unpack_from(data)
@@ -107,12 +133,7 @@ def decode_message(data: memoryview, kinds: Mapping[str, type], limits: Limits) 
         header = _header_decoder.decode(data[_LENGTH.size : _LENGTH.size + length])
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as exc:
         raise ProtocolError(f"malformed message header: {exc}") from exc
-    record_type = kinds.get(header.kind)
-    if record_type is None:
-        raise ProtocolError(f"unexpected message {header.kind!r}; expected one of {', '.join(kinds)}")
-    record = decode_record(header.body, record_type)
-    tensors = _slice_tensors(data, _LENGTH.size + length, header.tensors, limits)
-    return Message(header.kind, record, tensors)
+    return header, _LENGTH.size + length
 
 
 def _slice_tensors(

@@ -1,0 +1,271 @@
+"""A peer on the network: calls and channels out of it, and handlers for those that come in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+from swarmcore.errors import (
+    ConnectionLostError,
+    DeadlineExceededError,
+    InputError,
+    PeerNotAllowedError,
+    StreamClosedError,
+    SwarmError,
+    TooManyCallsError,
+)
+from swarmcore.identity import Identity
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.dialing import dial, one_peer
+from swarmcore.rpc.failure import Failure, to_error
+from swarmcore.rpc.method import Caller, Method, Protocol, Rep, Req
+from swarmcore.rpc.serving import Server
+from swarmcore.transport import Stream, Transport
+from swarmcore.types import Address, PeerId, short
+from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
+from swarmcore.wire.limits import Limits
+from swarmcore.wire.tensors import Tensor
+
+
+class Node:
+    """Identity, transports and handlers of one peer; both ends of every call in swarmcore are a node.
+
+    ``allowed_peers`` closes the swarm: the node neither answers nor calls anybody else.
+    ``limits.max_calls`` and ``max_calls_per_peer`` bound what remote peers have open here; above them they
+    get `TooManyCallsError`.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        transports: Sequence[Transport],
+        *,
+        limits: Limits | None = None,
+        allowed_peers: Collection[PeerId] | None = None,
+    ) -> None:
+        self.identity = identity
+        self.limits = limits or Limits()
+        self.allowed_peers = None if allowed_peers is None else frozenset(allowed_peers)
+        self.addresses: tuple[Address, ...] = ()
+        """Where others can dial this peer; empty before `start`, and for a pure client."""
+        self.counters: Counter[str] = Counter()
+        """What happened since the start, by name: calls_in, calls_out, refused."""
+        self._transports = {transport.scheme: transport for transport in transports}
+        self._server = Server(self.limits)
+        self._calls_in = 0
+        self._calls_by_peer: Counter[PeerId] = Counter()
+        self._calls_out = 0
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    @property
+    def peer(self) -> PeerId:
+        return self.identity.peer
+
+    async def start(self) -> None:
+        """Listen on every transport that has a place to listen on.
+
+        Raise `AddressInUseError` or `AddressError` when one cannot; the node is then closed.
+        """
+        addresses: list[Address] = []
+        try:
+            for transport in self._transports.values():
+                if transport.listen_on:
+                    addresses.extend(await transport.listen(self._accept))
+        except BaseException:
+            await self.close()
+            raise
+        self.addresses = tuple(addresses)
+
+    async def close(self) -> None:
+        """Cancel the handlers, abort all streams, close the transports. Harmless when repeated."""
+        self._closed = True
+        serving = self._serving - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        if serving:
+            await asyncio.wait(serving)
+        await asyncio.gather(*(transport.close() for transport in self._transports.values()))
+
+    async def __aenter__(self) -> Node:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def serve(self, method: Method[Req, Rep], handler: Callable[[Req, Caller], Awaitable[Rep]]) -> None:
+        """Answer ``method`` with what ``handler`` returns.
+
+        A `SwarmError` it raises reaches the caller as the same class; anything else is logged here, and the
+        caller gets `RemoteFaultError`. It is cancelled at the deadline and when the caller is gone.
+        """
+        self._server.add_call(method, handler)
+
+    def serve_protocol(self, protocol: Protocol, handler: Callable[[Channel], Awaitable[None]]) -> None:
+        """Give each channel of ``protocol`` to ``handler``; the channel is closed when it returns.
+
+        Errors reach the other side as in `serve`. It is cancelled when the channel breaks or is aborted.
+        """
+        self._server.add_channel(protocol, handler)
+
+    async def call(
+        self,
+        to: Address | Sequence[Address],
+        method: Method[Req, Rep],
+        request: Req,
+        *,
+        timeout: float = 10.0,
+    ) -> Rep:
+        """Call ``method`` on the peer at ``to`` and return its reply.
+
+        ``to`` may be several addresses of one peer: they are tried in the order of this node's transports.
+        Raise `PeerUnreachableError` when none answers, `UnknownTransportError` when this node has no
+        transport for any of them, `DeadlineExceededError` after ``timeout`` seconds, the remote's own error
+        when it failed (its ``origin`` is then the peer's id). Cancelling the call cancels the remote's
+        handler.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        stream = await self._dial(to, deadline)
+        self._calls_out += 1
+        try:
+            async with asyncio.timeout_at(deadline) as clock:
+                await _send_opening(stream, request, (), self.limits, method.name, deadline)
+                data = await stream.receive()
+            message = decode_message(data, kinds_of(method.reply, Failure), self.limits)
+            await stream.close()
+        except TimeoutError as exc:
+            stream.abort("the caller's deadline passed")
+            if not clock.expired():
+                raise
+            raise _deadline_exceeded(method.name, stream.remote, timeout) from exc
+        except StreamClosedError as exc:
+            stream.abort("no reply")
+            raise ConnectionLostError(f"{short(stream.remote)} ended {method.name} without a reply") from exc
+        except BaseException as exc:
+            stream.abort(f"the caller gave up: {type(exc).__name__}")
+            raise
+        finally:
+            self._calls_out -= 1
+        if isinstance(message.record, Failure):
+            raise to_error(message.record, stream.remote)
+        return cast(Rep, message.record)
+
+    async def open(
+        self,
+        to: Address | Sequence[Address],
+        protocol: Protocol,
+        opening: Any,
+        *tensors: Tensor,
+        timeout: float = 10.0,
+    ) -> Channel:
+        """Open a channel to the peer at ``to`` and send ``opening``; raises as `call` does.
+
+        The remote's consent is not awaited: a refusal is raised by the first `Channel.receive`. ``timeout``
+        bounds the dialling and the opening message, not the life of the channel.
+        """
+        if type(opening) not in protocol.openings:
+            raise InputError(f"a {type(opening).__name__} record does not open {protocol.name}")
+        deadline = asyncio.get_running_loop().time() + timeout
+        stream = await self._dial(to, deadline)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await _send_opening(stream, opening, tensors, self.limits, protocol.name)
+        except TimeoutError as exc:
+            stream.abort("the caller's deadline passed")
+            raise _deadline_exceeded(protocol.name, stream.remote, timeout) from exc
+        except BaseException as exc:
+            stream.abort(f"the caller gave up: {type(exc).__name__}")
+            raise
+        self._calls_out += 1
+        return Channel(
+            stream,
+            Message(type(opening).__name__, opening, tensors),
+            self.limits,
+            sends=protocol.to_acceptor,
+            receives=protocol.to_opener,
+            on_close=self._channel_closed,
+        )
+
+    def _channel_closed(self) -> None:
+        self._calls_out -= 1
+
+    async def _dial(self, to: Address | Sequence[Address], deadline: float) -> Stream:
+        if self._closed:
+            raise StreamClosedError("this node is closed")
+        peer, addresses = one_peer(to)
+        if not self._allows(peer):
+            raise PeerNotAllowedError(f"{short(peer)} is not among the allowed peers of this closed swarm")
+        self.counters["calls_out"] += 1
+        return await dial(self._transports, addresses, deadline)
+
+    def _allows(self, peer: PeerId) -> bool:
+        return self.allowed_peers is None or peer in self.allowed_peers
+
+    async def _accept(self, stream: Stream) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        peer = stream.remote
+        self._serving.add(task)
+        refusal = self._refusal(peer)
+        try:
+            if refusal is not None:
+                self.counters["refused"] += 1
+                await self._server.refuse(stream, refusal)
+                return
+            self.counters["calls_in"] += 1
+            self._calls_in += 1
+            self._calls_by_peer[peer] += 1
+            try:
+                await self._server.serve(stream)
+            finally:
+                self._calls_in -= 1
+                self._calls_by_peer[peer] -= 1
+                if not self._calls_by_peer[peer]:
+                    del self._calls_by_peer[peer]
+        finally:
+            self._serving.discard(task)
+
+    def _refusal(self, peer: PeerId) -> SwarmError | None:
+        if not self._allows(peer):
+            return PeerNotAllowedError(f"this swarm is closed; ask its owner to allow {peer}")
+        if self._calls_in >= self.limits.max_calls:
+            return TooManyCallsError(
+                f"the peer serves {self._calls_in} calls, its limit; retry later or elsewhere"
+            )
+        if self._calls_by_peer[peer] >= self.limits.max_calls_per_peer:
+            return TooManyCallsError(
+                f"you have {self._calls_by_peer[peer]} calls open on this peer, its limit; end some first"
+            )
+        return None
+
+    def __repr__(self) -> str:
+        schemes = "+".join(self._transports) or "no transport"
+        return f"<Node {short(self.peer)} {schemes} {self._calls_in} calls in {self._calls_out} out>"
+
+
+async def _send_opening(
+    stream: Stream,
+    record: Any,
+    tensors: Sequence[Tensor],
+    limits: Limits,
+    method: str,
+    deadline: float | None = None,
+) -> None:
+    timeout = None
+    if deadline is not None:
+        timeout = max(deadline - asyncio.get_running_loop().time(), 0.001)
+    buffers = encode_message(record, tensors, limits, method=method, timeout=timeout)
+    # A peer that refuses has closed the stream by now; its reason waits to be received.
+    with contextlib.suppress(StreamClosedError):
+        await stream.send(*buffers)
+
+
+def _deadline_exceeded(name: str, peer: PeerId, timeout: float) -> DeadlineExceededError:
+    return DeadlineExceededError(f"{short(peer)} did not answer {name} within {timeout:.3g} s")

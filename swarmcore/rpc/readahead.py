@@ -1,0 +1,72 @@
+"""Reading a stream ahead of its user, so that a peer that vanishes is noticed while a handler computes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from swarmcore.errors import StreamClosedError, SwarmError
+from swarmcore.transport import Stream
+
+MAX_AHEAD = 8
+"""Messages that wait for the handler before the stream is left to push back on the sender."""
+
+
+class ReadAhead:
+    """Receives a stream's messages into a bounded queue, in one task for the whole life of the stream.
+
+    ``on_lost`` is called once when the stream breaks or is aborted; an orderly end is no loss, the remote may
+    still wait for answers. A loss is seen at once unless `MAX_AHEAD` messages wait for the handler.
+    """
+
+    def __init__(self, stream: Stream, on_lost: Callable[[SwarmError], None]) -> None:
+        self._stream = stream
+        self._on_lost = on_lost
+        self._messages: deque[memoryview] = deque()
+        self._end: SwarmError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._room.set()
+        self._task = asyncio.create_task(self._run(), name="read ahead")
+
+    async def receive(self) -> memoryview:
+        """As `Stream.receive`."""
+        while not self._messages:
+            if self._end is not None:
+                raise self._end
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._room.set()
+        return self._messages.popleft()
+
+    def disarm(self) -> None:
+        """From now on this side is ending the stream itself: its end is no loss."""
+        self._on_lost = _ignore
+
+    async def stop(self) -> None:
+        """Stop reading; what was read and not received is dropped."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                self._messages.append(await self._stream.receive())
+                self._wake()
+                if len(self._messages) >= MAX_AHEAD:
+                    self._room.clear()
+                    await self._room.wait()
+        except SwarmError as error:
+            self._end = error
+            self._wake()
+            if not isinstance(error, StreamClosedError):
+                self._on_lost(error)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _ignore(_error: SwarmError) -> None:
+    pass

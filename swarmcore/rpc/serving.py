@@ -1,0 +1,188 @@
+"""The accepting side: from the first message of a stream to a handler, and from its outcome to the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InputError,
+    ProtocolError,
+    RemoteFaultError,
+    SwarmError,
+)
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.failure import to_failure
+from swarmcore.rpc.method import Caller, Method, Protocol
+from swarmcore.rpc.readahead import ReadAhead
+from swarmcore.transport import Stream
+from swarmcore.types import short
+from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
+from swarmcore.wire.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+MAX_TIMEOUT = 86_400.0
+"""Longest deadline, in seconds, that a caller can set."""
+_FAREWELL = 5.0
+"""Seconds in which a failure has to get through to a peer that may not be reading."""
+
+CallHandler = Callable[[Any, Caller], Awaitable[Any]]
+ChannelHandler = Callable[[Channel], Awaitable[None]]
+
+
+class Server:
+    """The methods and protocols that a node serves, and how one incoming stream is served."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._calls: dict[str, tuple[Method[Any, Any], CallHandler]] = {}
+        self._channels: dict[str, tuple[Protocol, ChannelHandler]] = {}
+
+    def add_call(self, method: Method[Any, Any], handler: CallHandler) -> None:
+        self._check_new(method.name)
+        self._calls[method.name] = (method, handler)
+
+    def add_channel(self, protocol: Protocol, handler: ChannelHandler) -> None:
+        self._check_new(protocol.name)
+        self._channels[protocol.name] = (protocol, handler)
+
+    def _check_new(self, name: str) -> None:
+        if name in self.names():
+            raise InputError(f"{name} has a handler already")
+
+    def names(self) -> list[str]:
+        """What is served, sorted."""
+        return sorted([*self._calls, *self._channels])
+
+    async def serve(self, stream: Stream) -> None:
+        """Read the opening message and run its handler to the end, whatever the peer does meanwhile."""
+        error: SwarmError | None = None
+        try:
+            data = await self._opening(stream)
+            name = decode_header(data, self._limits).method
+            if name in self._calls:
+                await self._serve_call(stream, data, *self._calls[name])
+            elif name in self._channels:
+                await self._serve_channel(stream, data, *self._channels[name])
+            else:
+                error = self._unknown(name)
+        except _PeerGone as gone:
+            logger.debug("%s left: %s", short(stream.remote), gone)
+        except SwarmError as exc:
+            error = exc
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                stream.abort("the peer is shutting down")
+                raise
+            error = self._fault(stream, "was cancelled from inside")
+        except Exception:
+            error = self._fault(stream, "failed")
+        if error is not None:
+            await self.refuse(stream, error)
+
+    async def refuse(self, stream: Stream, error: SwarmError) -> None:
+        """Send ``error`` in place of an answer and release the stream."""
+        with contextlib.suppress(SwarmError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL):
+                await stream.send(*encode_message(to_failure(error), (), self._limits))
+                await stream.close()
+
+    async def _opening(self, stream: Stream) -> memoryview:
+        try:
+            async with asyncio.timeout(self._limits.connect_timeout):
+                return await stream.receive()
+        except TimeoutError as exc:
+            raise ProtocolError(
+                f"no message came within {self._limits.connect_timeout:g} s of opening the stream"
+            ) from exc
+        except SwarmError as exc:
+            raise _PeerGone(exc.message) from exc
+
+    async def _serve_call(
+        self, stream: Stream, data: memoryview, method: Method[Any, Any], handler: CallHandler
+    ) -> None:
+        timeout = decode_header(data, self._limits).timeout
+        if timeout is None or not timeout > 0:
+            raise ProtocolError(f"a call of {method.name} needs a timeout above zero, got {timeout}")
+        message = decode_message(data, kinds_of(method.request), self._limits)
+        deadline = asyncio.get_running_loop().time() + min(timeout, MAX_TIMEOUT)
+        caller = Caller(stream.remote, stream.path, deadline)
+
+        async def answer(_ahead: ReadAhead) -> None:
+            reply = await handler(message.record, caller)
+            if type(reply) is not method.reply:
+                raise TypeError(f"the handler of {method.name} returned {type(reply).__name__}")
+            await stream.send(*encode_message(reply, (), self._limits))
+
+        await _watched(stream, deadline, method.name, answer)
+
+    async def _serve_channel(
+        self, stream: Stream, data: memoryview, protocol: Protocol, handler: ChannelHandler
+    ) -> None:
+        opening = decode_message(data, kinds_of(*protocol.openings), self._limits)
+
+        async def converse(ahead: ReadAhead) -> None:
+            channel = Channel(
+                stream,
+                opening,
+                self._limits,
+                sends=protocol.to_opener,
+                receives=protocol.to_acceptor,
+                receive=ahead.receive,
+                on_close=ahead.disarm,
+            )
+            try:
+                await handler(channel)
+            except SwarmError as exc:
+                if exc is channel.remote_end:
+                    raise _PeerGone(exc.message) from exc
+                raise
+
+        await _watched(stream, None, protocol.name, converse)
+
+    def _unknown(self, name: str) -> ProtocolError:
+        stem = name.rpartition("/")[0] + "/"
+        versions = [known for known in self.names() if known.rpartition("/")[0] + "/" == stem]
+        spoken = ", ".join(versions or self.names()) or "nothing"
+        return ProtocolError(f"this peer does not serve {name[:128]!r}; it serves {spoken}")
+
+    def _fault(self, stream: Stream, what: str) -> RemoteFaultError:
+        logger.exception("a handler %s while serving %s", what, short(stream.remote))
+        return RemoteFaultError("the peer failed while it served the call; its log has the traceback")
+
+
+class _PeerGone(Exception):
+    """The other side ended, aborted or vanished: there is nobody left to answer."""
+
+
+async def _watched(
+    stream: Stream, deadline: float | None, name: str, run: Callable[[ReadAhead], Awaitable[None]]
+) -> None:
+    """Run a handler; cancel it at ``deadline`` and when the peer is gone."""
+    lost: SwarmError | None = None
+
+    def on_lost(error: SwarmError) -> None:
+        nonlocal lost
+        lost = error
+        with contextlib.suppress(RuntimeError):  # the handler is through, or is being cancelled already
+            clock.reschedule(asyncio.get_running_loop().time())
+
+    clock = asyncio.timeout_at(deadline)
+    ahead = ReadAhead(stream, on_lost)
+    try:
+        async with clock:
+            await run(ahead)
+    except TimeoutError as exc:
+        if not clock.expired():
+            raise
+        if lost is not None:
+            raise _PeerGone(lost.message) from exc
+        raise DeadlineExceededError(f"the caller's deadline passed while {name} ran") from exc
+    finally:
+        await ahead.stop()
