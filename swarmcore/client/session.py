@@ -124,10 +124,9 @@ class InferenceSession:
             raise self._broken
         if self._stepping:
             raise InvalidStepError("a step of this session is still under way; await it first")
-        if hidden.shape != (sum(lengths), self.model.hidden_size):
-            raise InvalidStepError(
-                f"hidden states have shape {hidden.shape}, expected ({sum(lengths)}, {self.model.hidden_size})"
-            )
+        expected = (sum(lengths), self.model.hidden_size)
+        if hidden.shape != expected:
+            raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
         lap = self._laps.begin(lengths, starts, reply, chunk_rows=self._options.chunk_rows)
         self._stepping = True
         try:

@@ -65,7 +65,7 @@ class HostedSession:
         )
 
     async def accept(self, message: Message) -> None:
-        """Take in a step; wait while too many are in flight. Its output or failure is sent when it is done."""
+        """Take in a step; wait while too many are in flight. Its output or failure is sent once done."""
         await self._room.acquire()
         task = asyncio.create_task(self._run(message))
         self._tasks.add(task)

@@ -1,0 +1,156 @@
+"""Real server processes, for end-to-end tests, benchmarks and demos."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from swarmcore.errors import DeadlineExceededError, RemoteFaultError
+
+LOG_LINES = 200
+"""How much of a process's stderr is kept."""
+
+STOP_TIMEOUT = 15.0
+"""Seconds a process has to leave after SIGTERM before it is killed."""
+
+
+class ServerProcess:
+    """A ``swarmcore serve`` or ``swarmcore bootstrap`` process of its own, online when `start` returns.
+
+    As a context manager it stops the process at the end, and kills it if it does not leave.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, arguments: tuple[str, ...]) -> None:
+        self.arguments = arguments
+        self.online: dict[str, Any] = {}
+        """The event that the process printed when it came online."""
+        self._process = process
+        self._log: deque[str] = deque(maxlen=LOG_LINES)
+        self._readers = [
+            asyncio.create_task(self._keep_log(process.stderr)),
+        ]
+
+    @classmethod
+    async def start(
+        cls, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120.0
+    ) -> ServerProcess:
+        """Start ``swarmcore ARGUMENTS --json`` and wait until it is online.
+
+        Raise `RemoteFaultError` with the process's last words when it ends instead, `DeadlineExceededError`
+        when it is not online within ``timeout`` seconds.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "swarmcore",
+            *arguments,
+            "--json",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **(env or {})},
+            # Ctrl-C in a terminal is for the program that started this process, which then stops it.
+            start_new_session=True,
+        )
+        server = cls(process, arguments)
+        try:
+            async with asyncio.timeout(timeout):
+                await server._wait_online()
+        except BaseException as exc:
+            await server.kill()
+            if isinstance(exc, TimeoutError):
+                raise DeadlineExceededError(
+                    f"swarmcore {' '.join(arguments)} was not online within {timeout:.0f} s:\n{server.log}"
+                ) from exc
+            raise
+        return server
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def peer(self) -> str:
+        return str(self.online["peer"])
+
+    @property
+    def address(self) -> str:
+        """The first of its addresses, for ``--bootstrap`` and `swarmcore.connect`."""
+        return str(self.online["addresses"][0])
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    @property
+    def log(self) -> str:
+        """The latest lines of its stderr."""
+        return "\n".join(self._log)
+
+    def __repr__(self) -> str:
+        state = "running" if self.returncode is None else f"exited {self.returncode}"
+        return f"<ServerProcess {self.pid} {self.arguments[0]} {state}>"
+
+    def signal(self, number: int) -> None:
+        """Send a signal; nothing when the process is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def stop(self) -> int:
+        """SIGTERM, then wait; SIGKILL after `STOP_TIMEOUT` seconds. Return the exit status."""
+        self.signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT):
+                return await self._finished()
+        except TimeoutError:
+            return await self.kill()
+
+    async def kill(self) -> int:
+        """SIGKILL, as a crash or a power cut would; return the exit status."""
+        self.signal(signal.SIGKILL)
+        return await self._finished()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _wait_online(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            event = json.loads(line)
+            if event.get("event") == "online":
+                self.online = event
+                self._readers.append(asyncio.create_task(self._discard(self._process.stdout)))
+                return
+        status = await self._finished()
+        raise RemoteFaultError(
+            f"swarmcore {' '.join(self.arguments)} ended with status {status} before it was online:\n{self.log}"
+        )
+
+    async def _finished(self) -> int:
+        status = await self._process.wait()
+        await asyncio.gather(*self._readers)
+        # Closes the pipes: without it they are found open when the event loop is gone.
+        self._process._transport.close()  # type: ignore[attr-defined]
+        return status
+
+    async def _keep_log(self, stream: asyncio.StreamReader | None) -> None:
+        assert stream is not None
+        async for line in stream:
+            self._log.append(line.decode(errors="replace").rstrip())
+
+    async def _discard(self, stream: asyncio.StreamReader) -> None:
+        while await stream.read(65536):
+            pass
