@@ -135,15 +135,12 @@ class ServerProcess:
                 self._readers.append(asyncio.create_task(self._discard(self._process.stdout)))
                 return
         status = await self._finished()
-        raise RemoteFaultError(
-            f"swarmcore {' '.join(self.arguments)} ended with status {status} before it was online:\n{self.log}"
-        )
+        command = " ".join(self.arguments)
+        raise RemoteFaultError(f"swarmcore {command} ended with status {status}, never online:\n{self.log}")
 
     async def _finished(self) -> int:
         status = await self._process.wait()
         await asyncio.gather(*self._readers)
-        # Closes the pipes: without it they are found open when the event loop is gone.
-        self._process._transport.close()  # type: ignore[attr-defined]
         return status
 
     async def _keep_log(self, stream: asyncio.StreamReader | None) -> None:
