@@ -1,0 +1,42 @@
+"""How often each block of a model is served, and that as a bar of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from swarmcore.types import Span
+
+_LEVELS = "·▂▄▆█"
+
+
+def coverage(spans: Iterable[Span], blocks: int) -> list[int]:
+    """For each of ``blocks`` blocks the number of spans that hold it. What lies outside is ignored."""
+    counts = [0] * blocks
+    for span in spans:
+        for block in range(span.start, min(span.end, blocks)):
+            counts[block] += 1
+    return counts
+
+
+def uncovered(counts: Sequence[int]) -> list[Span]:
+    """The ranges of blocks that nobody holds."""
+    ranges: list[Span] = []
+    for block, count in enumerate(counts):
+        if count == 0:
+            if ranges and ranges[-1].end == block:
+                ranges[-1] = Span(ranges[-1].start, block + 1)
+            else:
+                ranges.append(Span(block, block + 1))
+    return ranges
+
+
+def coverage_bar(counts: Sequence[int], width: int) -> str:
+    """``counts`` in at most ``width`` characters: · for 0, ▂ 1, ▄ 2, ▆ 3, █ for 4 and more.
+
+    A character that stands for several blocks shows the one that is covered least.
+    """
+    cells = min(width, len(counts))
+    bounds = [cell * len(counts) // cells for cell in range(cells + 1)] if cells else [0]
+    lowest = (min(counts[start:end]) for start, end in pairwise(bounds))
+    return "".join(_LEVELS[min(count, len(_LEVELS) - 1)] for count in lowest)

@@ -1,0 +1,73 @@
+"""``swarmcore generate``: one prompt, one continuation."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import click
+
+from swarmcore.cli import interrupt
+from swarmcore.cli.options import remote_model_options, sampling_options, standard
+from swarmcore.cli.output import Output
+from swarmcore.cli.remote import RemoteModelOptions, given, remote_model
+from swarmcore.errors import InputError
+
+
+@click.command()
+@click.argument("prompt", nargs=-1)
+@click.option("--chat", "as_chat", is_flag=True, help="Put PROMPT to the model as a chat message.")
+@click.option("--system", metavar="TEXT", help="System message; implies --chat.")
+@remote_model_options
+@sampling_options
+@standard
+def generate(
+    output: Output,
+    prompt: tuple[str, ...],
+    as_chat: bool,
+    system: str | None,
+    bootstrap: tuple[str, ...],
+    identity_file: str | None,
+    model: str | None,
+    revision: str | None,
+    dtype: str,
+    threads: int | None,
+    wait: float,
+    **sampling: Any,
+) -> None:
+    """Continue PROMPT, or what stdin holds, and stream the text to stdout."""
+    text = " ".join(prompt) if prompt else sys.stdin.read()
+    if not text.strip():
+        raise InputError("the prompt is empty; pass it as arguments or on stdin")
+    options = RemoteModelOptions(
+        bootstrap=bootstrap,
+        identity_file=identity_file,
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        threads=threads,
+        wait=wait,
+    )
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    chat = as_chat or system is not None
+    interrupt.run(_generate(output, options, messages if chat else text, given(sampling)))
+
+
+async def _generate(
+    output: Output, options: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
+) -> None:
+    clock = asyncio.get_running_loop().time
+    async with remote_model(output, options) as (swarm, model):
+        pieces = []
+        started = clock()
+        async for piece in model.generate(prompt, **sampling):
+            pieces.append(piece)
+            output.piece(piece)
+        seconds = clock() - started
+        output.result("")
+        output.event(
+            "generated", text="".join(pieces), seconds=round(seconds, 3), chain=str(swarm.chain(model.info))
+        )

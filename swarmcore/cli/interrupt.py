@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM: the first asks, the second does not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Coroutine
+from types import FrameType
+from typing import Any, TypeVar
+
+from click.exceptions import Exit
+
+T = TypeVar("T")
+
+GRACE = 3.0
+"""Seconds that an interrupted command has to close what it opened."""
+
+
+def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None) -> T:
+    """Run ``main`` on a new event loop and return its result.
+
+    The first SIGINT or SIGTERM cancels it; the second, or `GRACE` seconds without an end (a thread may be
+    deep in a library), ends the process on the spot. An interrupted command exits with 128 + the signal's
+    number, as shells expect, or with ``interrupted_status``: 0 for a server, which has no other way to end.
+    """
+    received: list[int] = []
+
+    async def supervised() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            # A plain signal handler: unlike the loop's own it also runs while a callback hogs the loop.
+            if received:
+                os._exit(128 + number)
+            received.append(number)
+            watchdog = threading.Timer(GRACE, os._exit, (128 + number,))
+            watchdog.daemon = True
+            watchdog.start()
+            loop.call_soon_threadsafe(task.cancel)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        return await main
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with asyncio.Runner() as runner:
+            return runner.run(supervised())
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        if not received:
+            raise
+        raise Exit(128 + received[0] if interrupted_status is None else interrupted_status) from None
+    finally:
+        if not received:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+async def finished(main: Coroutine[Any, Any, None]) -> bool:
+    """Run ``main`` to its end or to a Ctrl-C, which ends it and nothing else. Return whether it got to its end."""
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(main)
+    previous = signal.signal(signal.SIGINT, lambda number, frame: loop.call_soon_threadsafe(task.cancel))
+    try:
+        await asyncio.wait([task])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        task.cancel()
+        await asyncio.wait([task])
+    if task.cancelled():
+        return False
+    task.result()
+    return True

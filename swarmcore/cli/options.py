@@ -1,0 +1,220 @@
+"""Options that several commands share, and what they have in common: output, logging, how errors end them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from swarmcore.cli.output import Output
+from swarmcore.errors import InputError, SwarmError
+from swarmcore.identity import Identity
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """A `SwarmError` on its way out: one line on stderr; exit status 2 when the input was wrong, else 1."""
+
+    def __init__(self, error: SwarmError) -> None:
+        super().__init__(" ".join(str(error).split()))
+        self.exit_code = 2 if isinstance(error, InputError) else 1
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+def standard(command: Callable[..., Any]) -> Callable[..., None]:
+    """Give a command ``--json``, ``--log-level`` and ``--debug``; it is called with an `Output` first.
+
+    A `SwarmError` becomes one line on stderr (and an ``error`` event); with ``--debug`` it is a traceback.
+    """
+
+    @click.option("--json", "json_lines", is_flag=True, help="Print one JSON object a line, for programs.")
+    @click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="warning",
+        show_default=True,
+        help="What is logged to stderr.",
+    )
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def wrapped(json_lines: bool, log_level: str, debug: bool, **options: Any) -> None:
+        output = Output(json_lines=json_lines)
+        _configure_logging(log_level)
+        try:
+            command(output, **options)
+        except SwarmError as exc:
+            output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
+            if debug:
+                raise
+            raise Failure(exc) from exc
+
+    return wrapped
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        force=True,
+    )
+    # The model libraries' own bars would fight with ours over the terminal.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+_identity = click.option(
+    "--identity",
+    "identity_file",
+    metavar="FILE",
+    help="Private key of this peer, created on first use. Without it: a new identity each time.",
+)
+
+_LISTENING = (
+    click.option(
+        "--transport",
+        "transports",
+        multiple=True,
+        default=("tcp",),
+        show_default=True,
+        help="Transport to listen on; repeat for several.",
+    ),
+    click.option(
+        "--listen",
+        multiple=True,
+        metavar="HOST:PORT",
+        help="Where to listen; port 0 is any free one. With several transports: SCHEME://HOST:PORT. "
+        "[default: 0.0.0.0:0]",
+    ),
+    click.option(
+        "--announce",
+        multiple=True,
+        metavar="HOST:PORT",
+        help="Where others reach this peer, when that is elsewhere (a forwarded port).",
+    ),
+    click.option(
+        "--bootstrap",
+        multiple=True,
+        metavar="ADDRESS",
+        help="Address of any peer of the swarm to join; repeat for several. Without it a swarm begins.",
+    ),
+    click.option(
+        "--allow-peer",
+        "allowed_peers",
+        multiple=True,
+        metavar="PEER_ID",
+        help="Speak to these peers only (a closed swarm); repeat for several.",
+    ),
+    _identity,
+)
+
+_CLIENT = (
+    click.option(
+        "--bootstrap",
+        multiple=True,
+        required=True,
+        metavar="ADDRESS",
+        help="Address of any peer of the swarm; repeat for several.",
+    ),
+    _identity,
+)
+
+_REMOTE_MODEL = (
+    click.option(
+        "--model",
+        metavar="MODEL",
+        help="What the servers were started with: hub id, folder or GGUF file. "
+        "[default: the one model that the swarm serves]",
+    ),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Type of embeddings and head here; auto is the checkpoint's own.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads here."),
+    click.option(
+        "--wait",
+        type=click.FloatRange(min=0),
+        default=10.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to wait for servers of missing blocks.",
+    ),
+)
+
+_SAMPLING = (
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"),
+    click.option(
+        "--temperature", type=click.FloatRange(min=0), metavar="T", help="0 always takes the likeliest token."
+    ),
+    click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Only the K likeliest tokens."),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        metavar="P",
+        help="Only the likeliest tokens that sum up to P.",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        metavar="P",
+        help="Only tokens P times as likely as the likeliest.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="F",
+        help="Above 1 discourages repetition.",
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeat for several."),
+    click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable."),
+)
+
+
+def _adding(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+network_options = _adding(_LISTENING)
+"""What every listening peer takes: its transports, where they listen, whom they join, as whom."""
+
+client_options = _adding(_CLIENT)
+"""What every client takes: whom to ask for the swarm, and as whom."""
+
+remote_model_options = _adding((*_CLIENT, *_REMOTE_MODEL))
+"""What every client of a model takes."""
+
+sampling_options = _adding(_SAMPLING)
+"""How tokens are chosen; what is not given is left to the model's own generation settings."""
+
+
+def load_identity(file: str | None) -> Identity:
+    """The identity in ``file``, created there on first use; a new one in memory when there is no file."""
+    return Identity.load_or_create(file) if file is not None else Identity.generate()
+
+
+def set_thread_environment(threads: int | None) -> None:
+    """Tell OpenMP, which reads this when torch is imported and never again, how many threads to use.
+
+    Idle threads sleep instead of spinning: else they take the cores from the event loop and from other
+    processes on the machine.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if threads is not None and threads > 0:
+        os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,0 +1,50 @@
+"""What a command prints: for people on a terminal, or one JSON object a line for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+import click
+
+from swarmcore.cli.progress import JsonProgress, PlainProgress, ProgressReport, TerminalProgress
+
+
+class Output:
+    """Results go to stdout, remarks and progress to stderr; with ``json_lines`` only events, to stdout."""
+
+    def __init__(self, *, json_lines: bool = False) -> None:
+        self.json_lines = json_lines
+
+    def result(self, text: str) -> None:
+        """What the command was run for, as a person reads it; nothing in JSON mode."""
+        if not self.json_lines:
+            click.echo(text)
+
+    def piece(self, text: str) -> None:
+        """A part of a streamed text, shown at once; a ``piece`` event in JSON mode."""
+        if self.json_lines:
+            self.event("piece", text=text)
+        else:
+            click.echo(text, nl=False)
+
+    def remark(self, text: str) -> None:
+        """By the way, for a person; nothing in JSON mode."""
+        if not self.json_lines:
+            click.echo(text, err=True)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One JSON line with ``"event": name``, flushed; nothing for people."""
+        if self.json_lines:
+            click.echo(json.dumps({"event": name, **fields}, ensure_ascii=False, default=str))
+
+    def progress(self) -> AbstractContextManager[ProgressReport]:
+        """A progress report, shown while the context lasts."""
+        if self.json_lines:
+            return JsonProgress(self.event)
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            return TerminalProgress()
+        return PlainProgress(self.remark)

@@ -1,0 +1,71 @@
+"""From the options of a client to a model that the swarm runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from swarmcore.cli.options import load_identity, set_thread_environment
+from swarmcore.cli.output import Output
+from swarmcore.errors import InputError, MissingBlocksError
+
+if TYPE_CHECKING:
+    from swarmcore.client.model import RemoteModel
+    from swarmcore.client.swarm import Swarm
+
+
+@attrs.frozen(kw_only=True)
+class RemoteModelOptions:
+    """The values of `remote_model_options`."""
+
+    bootstrap: tuple[str, ...]
+    identity_file: str | None
+    model: str | None
+    revision: str | None
+    dtype: str
+    threads: int | None
+    wait: float
+
+
+@asynccontextmanager
+async def remote_model(
+    output: Output, options: RemoteModelOptions
+) -> AsyncIterator[tuple[Swarm, RemoteModel]]:
+    """Join the swarm, load the client's part of the model, and wait until servers cover all its blocks."""
+    set_thread_environment(options.threads)
+
+    from swarmcore.client.swarm import connect
+
+    async with connect(*options.bootstrap, identity=load_identity(options.identity_file)) as swarm:
+        name = options.model or _the_only_model(swarm)
+        with output.progress() as progress:
+            model = await swarm.load_model(
+                name,
+                dtype=options.dtype,
+                revision=options.revision,
+                threads=options.threads,
+                progress=progress,
+            )
+        await swarm.wait_for_blocks(model.info, timeout=options.wait)
+        yield swarm, model
+
+
+def _the_only_model(swarm: Swarm) -> str:
+    names = sorted({model.name for model in swarm.view().models().values()})
+    if not names:
+        raise MissingBlocksError(
+            "nobody in this swarm serves a model yet; start: swarmcore serve --model MODEL", ranges=[]
+        )
+    if len(names) > 1:
+        raise InputError(
+            f"the swarm serves several models; choose one: {', '.join(f'--model {n}' for n in names)}"
+        )
+    return names[0]
+
+
+def given(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The values of `sampling_options` that the user gave."""
+    return {name: value for name, value in sampling.items() if value is not None and value != ()}

@@ -1,0 +1,53 @@
+"""What a person says in a chat: typed at a prompt, or read from a pipe or file line by line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator
+
+_PROMPT = "> "
+_LONGEST_LINE = 2**20
+
+
+def turns() -> AsyncIterator[str]:
+    """Each line that is not blank, until Ctrl-D, Ctrl-C at an empty prompt, or the end of the file."""
+    return _typed() if sys.stdin.isatty() else _piped()
+
+
+async def _typed() -> AsyncIterator[str]:
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession(_PROMPT)
+    while True:
+        try:
+            # The prompt would take the signal handler away for good; at the prompt Ctrl-C is a key anyway.
+            line = await session.prompt_async(handle_sigint=False)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if session.default_buffer.text:
+                continue
+            return
+        if line.strip():
+            yield line
+
+
+async def _piped() -> AsyncIterator[str]:
+    if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+        return
+    reader = asyncio.StreamReader(limit=_LONGEST_LINE)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
+    try:
+        while line := (await reader.readline()).decode(errors="replace"):
+            if line.strip():
+                yield line.strip()
+    finally:
+        transport.close()
