@@ -8,14 +8,12 @@ import re
 from collections import Counter
 
 from swarmcore.errors import (
-    DeadlineExceededError,
     InvalidStepError,
     ModelMismatchError,
     ServerDrainingError,
     SessionLostError,
     SpanError,
     StreamClosedError,
-    UnavailableError,
 )
 from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
@@ -125,6 +123,4 @@ async def _take_steps(channel: Channel, session: HostedSession) -> None:
         while True:
             await session.accept(await channel.receive())
     except StreamClosedError:
-        pass
-    except (UnavailableError, DeadlineExceededError) as exc:
-        logger.info("%r: channel from %s broke: %s", session, channel.remote, exc)
+        logger.debug("%r: %s has ended its stream", session, channel.remote)

@@ -1,0 +1,87 @@
+"""kill -9 in the middle: what is left goes on, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import swarmcore
+from swarmcore.errors import UnavailableError
+from swarmcore.types import PeerId
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+
+CLIENT = """
+import asyncio, sys, swarmcore
+
+async def main(bootstrap, folder):
+    async with swarmcore.connect(bootstrap) as swarm:
+        model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
+        async for piece in model.generate("Tell me everything:", max_new_tokens=2000):
+            print(repr(piece), flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def free_cache(swarm: swarmcore.Swarm, peers: list[str]) -> list[int]:
+    replies = [await swarm.info(PeerId(peer)) for peer in peers]
+    return [reply.server.cache_tokens_free for reply in replies]
+
+
+async def until_cache_is(swarm: swarmcore.Swarm, peers: list[str], expected: list[int]) -> None:
+    async with asyncio.timeout(30):
+        while await free_cache(swarm, peers) != expected:  # noqa: ASYNC110 (the event is in other processes)
+            await asyncio.sleep(0.1)
+
+
+async def test_a_killed_client_frees_its_cache_and_hurts_no_other(three_servers, model, smollm2_folder: Path):
+    swarm, peers = model.swarm, [server.peer for server in three_servers]
+    await until_cache_is(swarm, peers, [4096] * 3)
+    client = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        CLIENT,
+        three_servers[0].address,
+        str(smollm2_folder),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+    )
+    assert client.stdout is not None
+    for _ in range(3):
+        assert await client.stdout.readline()
+    assert all(free < 4096 for free in await free_cache(swarm, peers))
+    pieces = []
+    async for piece in model.generate("The sea is", max_new_tokens=12):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            client.send_signal(signal.SIGKILL)
+    assert len(pieces) > 3
+    await client.stdout.read()
+    await client.wait()
+    await until_cache_is(swarm, peers, [4096] * 3)
+
+
+async def test_a_killed_server_fails_its_sessions_soon_and_no_others(serve, model, smollm2_folder: Path):
+    swarm = model.swarm
+    async with (
+        await serve(smollm2_folder, "0:15") as left,
+        await serve(smollm2_folder, "15:30", "--bootstrap", left.address) as right,
+        swarmcore.connect(left.address) as pair,
+    ):
+        other = await pair.load_model(str(smollm2_folder), dtype="float32", threads=1)
+        await pair.wait_for_blocks(other.info, timeout=30)
+        with pytest.raises(UnavailableError):
+            async with asyncio.timeout(20):
+                async for _ in other.generate("Count:", max_new_tokens=2000):
+                    right.signal(signal.SIGKILL)
+        # The survivor has its cache back, and the other swarm never noticed.
+        await until_cache_is(pair, [left.peer], [4096])
+    text = "".join([piece async for piece in model.generate("The sea is", max_new_tokens=5)])
+    assert text
+    assert len(swarm.view()) == 3
