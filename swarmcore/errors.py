@@ -86,6 +86,10 @@ class MissingBlocksError(UnavailableError):
     """No server holds some of the model's blocks. ``ranges`` lists them as ``"start:end"``."""
 
 
+class ModelHubError(UnavailableError):
+    """The model hub, or a mirror of it, does not answer as it should. What was downloaded is kept."""
+
+
 # --- wait, then retry --------------------------------------------------------------------------------
 
 
