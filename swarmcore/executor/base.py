@@ -37,7 +37,8 @@ class Slice:
     first_row: int
     span: Span
     """Which blocks to run: all of the executor's, or some of them, as the session's chain needs. Sessions of
-    chains whose servers overlap pass through a part of a server's span; a sequence keeps one span for life."""
+    chains whose servers overlap pass through a part of a server's span; a sequence keeps one span
+    for life."""
     segments: tuple[Segment, ...]
     """What the rows ``first_row:first_row + tokens`` are, in order."""
     reply: Literal["all", "last"] = "all"
@@ -54,7 +55,8 @@ class BlockExecutor(ABC):
     """Runs blocks ``span`` of ``model``. Backends: torch, and a cost model for simulations.
 
     The caller has already checked positions and cache room (`swarmcore.executor.engine`); the executor only
-    computes. Calls to `step` never overlap.
+    computes. Calls to `step` never overlap. `reserve` and `release` may come while one computes, for
+    sequences that are not in its batch.
     """
 
     model: ModelInfo
@@ -68,13 +70,21 @@ class BlockExecutor(ABC):
 
     @abstractmethod
     async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
-        """Run all slices, which are all of one ``span``, in one pass; append their keys and values to the caches of their sequences.
+        """Run all slices, which are all of one ``span``, in one pass.
 
+        Their keys and values are appended to the caches of their sequences.
         A segment whose ``start`` is below its sequence's cached length first rolls that cache back to
         ``start``. Return for each slice a tensor ``"hidden"`` of ``[rows, hidden size]``, or the error that
         is this slice's own (non-finite values: `InvalidStepError`); then its sequences' caches may hold
         anything from ``start`` on. Never blocks the event loop.
         """
+
+    async def encode(self, tensor: Tensor, codec: str) -> Tensor:
+        """A raw result, put together from several slices, in another codec.
+
+        Override it when encoding takes long enough to matter to the event loop.
+        """
+        return tensor.encode(codec)
 
     @abstractmethod
     def reserve(self, sequence: SequenceId, tokens: int) -> None:

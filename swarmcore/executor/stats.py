@@ -1,0 +1,52 @@
+"""What an engine has done since it started, and how fast."""
+
+from __future__ import annotations
+
+import attrs
+
+SMOOTHING = 0.1
+"""Weight of the newest batch in the running averages."""
+
+
+@attrs.define
+class EngineStats:
+    """Counts since start; rates are running averages over the last batches."""
+
+    steps: int = 0
+    tokens: int = 0
+    batches: int = 0
+    steps_failed: int = 0
+    """Steps that were accepted and then failed, expired or were cancelled."""
+    refusals: int = 0
+    """Sessions and steps that were not accepted, or found no room in the cache."""
+    sessions_opened: int = 0
+    sessions_evicted: int = 0
+    """Sessions ended for being idle, or to make room."""
+    decode_rps: float = 0.0
+    """Decode steps per second that one session would see: one over the time of a batch of decode steps."""
+    forward_rps: float = 0.0
+    """Tokens per second of batches that hold prefill."""
+
+    @property
+    def mean_batch(self) -> float:
+        """Tokens in a batch, on average."""
+        return self.tokens / self.batches if self.batches else 0.0
+
+    def note_batch(self, tokens: int, seconds: float, decode_only: bool) -> None:
+        self.batches += 1
+        self.tokens += tokens
+        if seconds <= 0:
+            return
+        if decode_only:
+            self.decode_rps = _average(self.decode_rps, 1 / seconds)
+        else:
+            self.forward_rps = _average(self.forward_rps, tokens / seconds)
+
+    def counters(self) -> dict[str, float]:
+        """Everything by name, for `InfoReply` and metrics."""
+        return {**attrs.asdict(self), "mean_batch": self.mean_batch}
+
+
+def _average(old: float, new: float) -> float:
+    # Harmonic, since what is averaged is really the time that each batch took.
+    return 1 / ((1 - SMOOTHING) / old + SMOOTHING / new) if old else new
