@@ -61,7 +61,7 @@ def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None) 
 
 
 async def finished(main: Coroutine[Any, Any, None]) -> bool:
-    """Run ``main`` to its end or to a Ctrl-C, which ends it and nothing else. Return whether it got to its end."""
+    """Run ``main`` to its end, or to a Ctrl-C, which ends only that. Return whether it got to its end."""
     loop = asyncio.get_running_loop()
     task = loop.create_task(main)
     previous = signal.signal(signal.SIGINT, lambda number, frame: loop.call_soon_threadsafe(task.cancel))

@@ -6,18 +6,18 @@ import asyncio
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 _PROMPT = "> "
 _LONGEST_LINE = 2**20
 
 
-def turns() -> AsyncIterator[str]:
+def turns() -> AsyncGenerator[str, None]:
     """Each line that is not blank, until Ctrl-D, Ctrl-C at an empty prompt, or the end of the file."""
     return _typed() if sys.stdin.isatty() else _piped()
 
 
-async def _typed() -> AsyncIterator[str]:
+async def _typed() -> AsyncGenerator[str, None]:
     from prompt_toolkit import PromptSession
 
     session: PromptSession[str] = PromptSession(_PROMPT)
@@ -35,7 +35,7 @@ async def _typed() -> AsyncIterator[str]:
             yield line
 
 
-async def _piped() -> AsyncIterator[str]:
+async def _piped() -> AsyncGenerator[str, None]:
     if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
         for line in sys.stdin:
             if line.strip():
