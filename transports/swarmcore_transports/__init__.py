@@ -1,1 +1,1 @@
-"""Transport backends shipped with swarmcore; each is found through the entry-point group ``swarmcore.transports``."""
+"""Transport backends shipped with swarmcore, found through the entry-point group ``swarmcore.transports``."""

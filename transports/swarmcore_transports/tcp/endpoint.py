@@ -1,0 +1,112 @@
+"""Where to listen, where to dial, and which addresses to tell others."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+import attrs
+import ifaddr
+
+from swarmcore.errors import AddressError
+from swarmcore.types import Address, PeerId
+
+SCHEME = "tcp"
+
+_ENDPOINT = re.compile(r"(?:\[(?P<v6>[^\[\]/]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})")
+
+
+@attrs.frozen
+class Endpoint:
+    """A host and a port; the host is a name or a literal IPv4 or IPv6 address."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read ``host:port`` or ``[v6]:port``. Raise `AddressError` on anything else."""
+        match = _ENDPOINT.fullmatch(text)
+        if not match or int(match["port"]) > 65535:
+            raise AddressError(f"{text!r} is not HOST:PORT or [IPV6]:PORT with a port up to 65535")
+        if match["v6"]:
+            try:
+                ipaddress.IPv6Address(match["v6"])
+            except ValueError as exc:
+                raise AddressError(f"{match['v6']!r} in {text!r} is not an IPv6 address") from exc
+        return cls(match["v6"] or match["host"], int(match["port"]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def address(self, peer: PeerId) -> Address:
+        return Address(SCHEME, f"//{self}", peer)
+
+
+def endpoint_of(address: Address) -> Endpoint:
+    """Where to dial. Raise `AddressError` unless the address is ``tcp://host:port/<peer id>``."""
+    if address.scheme != SCHEME or not address.location.startswith("//"):
+        raise AddressError(f"{address} is not of the form tcp://host:port/<peer id>")
+    endpoint = Endpoint.parse(address.location[2:])
+    if not endpoint.port:
+        raise AddressError(f"{address} has port 0, which cannot be dialled")
+    return endpoint
+
+
+def announced(bound: Sequence[Endpoint], announce: Sequence[str], peer: PeerId) -> tuple[Address, ...]:
+    """The addresses to tell others: ``announce`` if given, else those bound, wildcards spelt out.
+
+    ``announce`` holds ``host:port`` or whole addresses. Raise `AddressError` on a malformed one.
+    """
+    if announce:
+        return tuple(_announced(text, peer) for text in announce)
+    endpoints: dict[Endpoint, None] = {}
+    for endpoint in bound:
+        for host in reachable_hosts(endpoint.host):
+            endpoints[Endpoint(host, endpoint.port)] = None
+    return tuple(endpoint.address(peer) for endpoint in endpoints)
+
+
+def _announced(text: str, peer: PeerId) -> Address:
+    if "://" in text:
+        address = Address.parse(text)
+        if address.peer != peer:
+            raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
+    else:
+        address = Endpoint.parse(text).address(peer)
+    endpoint_of(address)
+    return address
+
+
+def reachable_hosts(host: str) -> list[str]:
+    """The addresses by which others reach a socket bound to ``host``.
+
+    For a wildcard: this machine's own addresses of that family, the one of the default route first; without
+    link-local ones, and loopback only when there is nothing else.
+    """
+    if host not in ("0.0.0.0", "::"):
+        return [host]
+    version = 6 if ":" in host else 4
+    own = []
+    for adapter in ifaddr.get_adapters():
+        for ip in adapter.ips:
+            text = ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
+            address = ipaddress.ip_address(text)
+            if address.version == version and not (address.is_loopback or address.is_link_local):
+                own.append(str(address))
+    first = _default_route(version)
+    own.sort(key=lambda address: address != first)
+    return own or ["::1" if version == 6 else "127.0.0.1"]
+
+
+def _default_route(version: int) -> str | None:
+    """The address this machine sends from; connecting a UDP socket asks the kernel and sends nothing."""
+    family, target = (socket.AF_INET6, "2001:db8::1") if version == 6 else (socket.AF_INET, "198.51.100.1")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

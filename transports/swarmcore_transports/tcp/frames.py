@@ -1,0 +1,214 @@
+"""Frames inside one TLS connection, and the reader that receives messages straight into their own memory.
+
+A frame is ``u8 kind | u32 length | u32 value``, little-endian, and ``length`` bytes. A message travels as one
+``MESSAGE`` frame whose value is the length of the whole message, and as many ``MORE`` frames as it takes:
+between two parts there is room for a credit, a heartbeat or an abort.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Protocol
+
+from swarmcore.errors import ProtocolError
+from swarmcore.transport import Buffer
+
+MAX_PART = 256 * 1024
+"""Most message bytes in one frame."""
+
+_HEADER = struct.Struct("<BII")
+_SCRATCH = 16 * 1024
+_MAX_BODY = 1024
+_FIRST_ALLOCATION = 2**20
+
+
+class Kind(IntEnum):
+    HELLO = 1  # listener: a challenge and its settings
+    PROOF = 2  # dialler: its peer id, the signed challenge and its settings
+    OPEN = 3  # dialler: a stream begins on this connection
+    MESSAGE = 4
+    MORE = 5
+    CREDIT = 6  # value: bytes of messages the other side may send on top of what it was granted before
+    END = 7  # no more messages from this side of the stream
+    CLOSE = 8  # END, and whatever still comes in is dropped; after both sides' the connection is free again
+    ABORT = 9  # body: the reason; the other side drops the connection
+    HEARTBEAT = 10
+
+
+_WITH_BODY = (Kind.HELLO, Kind.PROOF, Kind.ABORT)
+
+
+def encode_frame(kind: Kind, body: bytes = b"", value: int = 0) -> bytes:
+    """A whole frame."""
+    return _HEADER.pack(kind, len(body), value) + body
+
+
+def message_header(length: int) -> bytes:
+    """What goes before a message that travels in one part."""
+    return _HEADER.pack(Kind.MESSAGE, length, length)
+
+
+def split_message(buffers: tuple[Buffer, ...], total: int, part: int) -> Iterator[tuple[int, list[Buffer]]]:
+    """The frames of a message of ``total`` bytes: for each its length in message bytes and its buffers.
+
+    Nothing is copied; each frame carries ``part`` bytes, the last one the rest.
+    """
+    views = [memoryview(buffer) for buffer in buffers]
+    sent = at = offset = 0
+    while sent < total:
+        length = min(part, total - sent)
+        frame: list[Buffer] = [
+            _HEADER.pack(Kind.MORE if sent else Kind.MESSAGE, length, 0 if sent else total)
+        ]
+        missing = length
+        while missing:
+            piece = views[at][offset : offset + missing]
+            if piece:
+                frame.append(piece)
+            missing -= len(piece)
+            offset += len(piece)
+            if offset == len(views[at]):
+                at, offset = at + 1, 0
+        sent += length
+        yield length, frame
+
+
+class FrameSink(Protocol):
+    """Who is told what a `FrameReader` finds. Each method may raise `ProtocolError`."""
+
+    def frame_received(self, kind: Kind, value: int, body: bytes) -> None: ...
+
+    def part_announced(self, length: int, *, first: bool) -> None:
+        """The header of ``length`` message bytes has come, nothing has been allocated for them yet."""
+
+    def message_received(self, message: memoryview) -> None: ...
+
+
+class FrameReader:
+    """Cuts a byte stream into frames; the caller reads from its socket into `get_buffer`.
+
+    Short frames are taken from a scratch buffer. The bytes of a message past the first few go straight into
+    the message. The header of its next part lands right behind them, where it is read and then overwritten by
+    that part: a big message takes one read per part. Memory for a message grows with what has arrived; a
+    claimed length alone brings at most 1 MiB.
+    """
+
+    def __init__(self, sink: FrameSink, max_message: int) -> None:
+        self._sink = sink
+        self._max_message = max_message
+        self._scratch = bytearray(_SCRATCH)
+        self._filled = 0
+        self._message: bytearray | None = None
+        self._total = 0
+        self._got = 0
+        self._part_left = 0
+        self._header_got = 0
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go. Never empty; not to be kept past the next `received`."""
+        if self._message is None or not (self._part_left or self._header_got):
+            return memoryview(self._scratch)[self._filled :]
+        end = self._got + self._part_left
+        if end < self._total:
+            end += _HEADER.size
+        self._reserve(self._message, end)
+        return memoryview(self._message)[self._got + self._header_got : end]
+
+    def received(self, count: int) -> None:
+        """``count`` bytes were written into the last buffer. Raise `ProtocolError` if they are no frames."""
+        if self._message is not None and (self._part_left or self._header_got):
+            self._received_in_message(self._message, count)
+        else:
+            self._filled += count
+        if self._filled:
+            self._read_scratch()
+
+    def _received_in_message(self, message: bytearray, count: int) -> None:
+        taken = min(count, self._part_left)
+        self._got += taken
+        self._part_left -= taken
+        self._header_got += count - taken
+        if self._part_left:
+            return
+        if self._got == self._total:
+            self._finish(message)
+        elif self._header_got == _HEADER.size:
+            self._header_got = 0
+            kind, length, _ = header = _HEADER.unpack_from(message, self._got)
+            if kind in _WITH_BODY:
+                self._scratch[: _HEADER.size] = _HEADER.pack(*header)
+                self._filled = _HEADER.size
+            else:
+                self._begin(kind, length, header[2], b"")
+
+    def _read_scratch(self) -> None:
+        position = 0
+        scratch = memoryview(self._scratch)
+        while True:
+            if self._message is not None and self._part_left:
+                taken = min(self._part_left, self._filled - position)
+                self._reserve(self._message, self._got + taken)
+                self._message[self._got : self._got + taken] = scratch[position : position + taken]
+                position += taken
+                self._got += taken
+                self._part_left -= taken
+                if self._part_left:
+                    break
+                if self._got == self._total:
+                    self._finish(self._message)
+            if self._filled - position < _HEADER.size:
+                break
+            kind, length, value = _HEADER.unpack_from(scratch, position)
+            body = length if kind in _WITH_BODY else 0
+            if body > _MAX_BODY:
+                raise ProtocolError(f"a frame of kind {kind} claims {length} bytes")
+            if self._filled - position < _HEADER.size + body:
+                break
+            position += _HEADER.size
+            self._begin(kind, length, value, bytes(scratch[position : position + body]))
+            position += body
+        if rest := self._filled - position:
+            scratch[:rest] = bytes(scratch[position : self._filled])
+        self._filled = rest
+
+    def _begin(self, kind: int, length: int, value: int, body: bytes) -> None:
+        if kind == Kind.MESSAGE:
+            if self._message is not None:
+                raise ProtocolError("a message begins inside another")
+            if value > self._max_message:
+                raise ProtocolError(f"a message of {value} bytes is above the limit of {self._max_message}")
+            self._check_part(length, value)
+            self._sink.part_announced(length, first=True)
+            self._message = bytearray(min(value, _FIRST_ALLOCATION))
+            self._total, self._got, self._part_left = value, 0, length
+            if not value:
+                self._finish(self._message)
+        elif kind == Kind.MORE:
+            if self._message is None:
+                raise ProtocolError("a part without a message")
+            self._check_part(length, self._total - self._got)
+            self._sink.part_announced(length, first=False)
+            self._part_left = length
+        else:
+            if kind not in Kind.__members__.values():
+                raise ProtocolError(f"a frame of unknown kind {kind}")
+            if length != len(body):
+                raise ProtocolError(f"a frame of kind {kind} with {length} bytes")
+            if self._message is not None and kind in (Kind.OPEN, Kind.END, Kind.CLOSE):
+                raise ProtocolError(f"{Kind(kind).name} in the middle of a message")
+            self._sink.frame_received(Kind(kind), value, body)
+
+    def _check_part(self, length: int, missing: int) -> None:
+        if length > min(missing, MAX_PART) or (not length and missing):
+            raise ProtocolError(f"a part of {length} bytes where {missing} are missing")
+
+    def _finish(self, message: bytearray) -> None:
+        self._message = None
+        self._sink.message_received(memoryview(message)[: self._total])
+
+    def _reserve(self, message: bytearray, size: int) -> None:
+        # By doubling: never more than twice what has arrived, once that is past the first allocation.
+        if size > len(message):
+            message.extend(bytes(max(size, min(2 * len(message), self._total)) - len(message)))

@@ -1,0 +1,127 @@
+"""Who is at the other end: both peer ids are proven inside TLS 1.3, before the first stream.
+
+The listener's certificate carries its identity key, and TLS proves that it holds that key: the dialler
+compares the key with the id it dialled. Then the listener sends a challenge (``HELLO``) and the dialler signs
+it together with the listener's certificate, the TLS channel binding and both ids (``PROOF``), so that the
+signature is worth nothing on any other connection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+import struct
+
+import attrs
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from swarmcore.errors import AddressError, PeerIdentityError, ProtocolError
+from swarmcore.identity import Identity, peer_id, verify
+from swarmcore.types import PeerId, short
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.tcp.flow import MIN_WINDOW, window_for
+from swarmcore_transports.tcp.security import ALPN
+
+CHALLENGE_BYTES = 32
+
+_DOMAIN = b"swarmcore tcp dialler proof 1\0"
+_SETTINGS = struct.Struct("<III")
+_SIGNATURE_BYTES = 64
+_KEY_BYTES = 32
+
+
+@attrs.frozen
+class Settings:
+    """What a side asks of the other."""
+
+    max_message: int
+    """Largest message it takes, in bytes."""
+    window: int
+    """Credit it grants when a stream opens, in bytes."""
+    heartbeat: float
+    """Seconds it may be left without any byte; whole milliseconds on the wire."""
+
+    @classmethod
+    def of(cls, limits: Limits) -> Settings:
+        return cls(min(limits.max_message, 2**32 - 1), window_for(limits.send_buffer), limits.keepalive)
+
+    def encode(self) -> bytes:
+        return _SETTINGS.pack(self.max_message, self.window, min(int(self.heartbeat * 1000), 2**32 - 1))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Settings:
+        max_message, window, heartbeat = _SETTINGS.unpack(data)
+        if window < MIN_WINDOW:
+            raise ProtocolError(f"the peer grants {window} bytes, fewer than {MIN_WINDOW}")
+        return cls(max_message, window, heartbeat / 1000)
+
+
+@attrs.frozen
+class SecureChannel:
+    """What both ends of one TLS connection know and no other connection shares."""
+
+    certificate: bytes
+    """SHA-256 of the listener's certificate."""
+    binding: bytes
+    """The client's TLS Finished message: a MAC over the whole TLS handshake."""
+
+    @classmethod
+    def of(cls, tls: ssl.SSLObject, certificate: bytes) -> SecureChannel:
+        """Raise `ProtocolError` when the other end speaks TLS but not this protocol."""
+        if tls.selected_alpn_protocol() != ALPN:
+            raise ProtocolError(f"the peer does not speak {ALPN}")
+        return cls(hashlib.sha256(certificate).digest(), tls.get_channel_binding("tls-unique") or b"")
+
+    def statement(self, challenge: bytes, dialler: PeerId, listener: PeerId) -> bytes:
+        """What the dialler signs."""
+        binding = len(self.binding).to_bytes(2, "little") + self.binding
+        ids = dialler.encode() + b"\0" + listener.encode()
+        return _DOMAIN + challenge + self.certificate + binding + ids
+
+
+def check_certificate(certificate: bytes, expected: PeerId) -> None:
+    """Raise `PeerIdentityError` unless the certificate's key is that of the peer id ``expected``."""
+    try:
+        key = x509.load_der_x509_certificate(certificate).public_key()
+    except ValueError as exc:
+        raise PeerIdentityError("the peer's TLS certificate cannot be read") from exc
+    found = peer_id(key) if isinstance(key, Ed25519PublicKey) else None
+    if found != expected:
+        reached = short(found) if found else "a peer without an Ed25519 key"
+        raise PeerIdentityError(
+            f"dialled {short(expected)} and reached {reached}; the address is out of date or somebody intercepts it"
+        )
+
+
+def make_hello(challenge: bytes, settings: Settings) -> bytes:
+    """The listener's first words."""
+    return challenge + settings.encode()
+
+
+def answer_hello(
+    hello: bytes, identity: Identity, listener: PeerId, channel: SecureChannel, settings: Settings
+) -> tuple[bytes, Settings]:
+    """The dialler's proof, and the listener's settings. Raise `ProtocolError` on a malformed hello."""
+    if len(hello) != CHALLENGE_BYTES + _SETTINGS.size:
+        raise ProtocolError(f"a hello of {len(hello)} bytes")
+    theirs = Settings.decode(hello[CHALLENGE_BYTES:])
+    signature = identity.sign(channel.statement(hello[:CHALLENGE_BYTES], identity.peer, listener))
+    key = identity.private_key.public_key().public_bytes_raw()
+    return key + signature + settings.encode(), theirs
+
+
+def check_proof(
+    proof: bytes, challenge: bytes, listener: PeerId, channel: SecureChannel
+) -> tuple[PeerId, Settings]:
+    """The dialler's id and settings. Raise `PeerIdentityError` when it does not prove its id."""
+    if len(proof) != _KEY_BYTES + _SIGNATURE_BYTES + _SETTINGS.size:
+        raise ProtocolError(f"a proof of {len(proof)} bytes")
+    key, signature = proof[:_KEY_BYTES], proof[_KEY_BYTES : -_SETTINGS.size]
+    try:
+        dialler = peer_id(Ed25519PublicKey.from_public_bytes(key))
+    except (ValueError, AddressError) as exc:
+        raise PeerIdentityError("the dialler's key is not an Ed25519 key") from exc
+    if not verify(dialler, channel.statement(challenge, dialler, listener), signature):
+        raise PeerIdentityError(f"the dialler did not prove that it is {short(dialler)}")
+    return dialler, Settings.decode(proof[-_SETTINGS.size :])

@@ -1,0 +1,224 @@
+"""One stream on one connection: whole messages both ways, each direction ended on its own."""
+
+from __future__ import annotations
+
+import asyncio
+
+from swarmcore.errors import (
+    MessageTooLargeError,
+    ProtocolError,
+    StreamAbortedError,
+    StreamClosedError,
+    SwarmError,
+)
+from swarmcore.transport import Buffer, Stream
+from swarmcore.types import PeerId, short
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.tcp.connection import Connection
+from swarmcore_transports.tcp.flow import MESSAGE_COST, Inbox, window_for
+from swarmcore_transports.tcp.frames import MAX_PART, Kind, encode_frame, message_header, split_message
+
+LINGER_SECONDS = 30.0
+"""How long a closed stream waits for the other side to close it too, before the connection is given up."""
+
+_JOIN = 64 * 1024
+"""Messages up to this size are joined with their header: one copy is cheaper than another TLS record."""
+
+
+class TcpStream(Stream):
+    def __init__(self, connection: Connection, remote: PeerId, limits: Limits) -> None:
+        self.remote = remote
+        self.path = "direct"
+        self._connection = connection
+        self._max_message = min(limits.max_message, connection.settings.max_message)
+        self._part = min(MAX_PART, connection.settings.window // 2)
+        self._credit = connection.settings.window
+        self._inbox = Inbox(window_for(limits.send_buffer))
+        self._send_lock = asyncio.Lock()
+        self._sender: asyncio.Future[None] | None = None
+        self._receiver: asyncio.Future[None] | None = None
+        self._linger: asyncio.TimerHandle | None = None
+        self._torn = False  # a message was begun and is not finished
+        self._ended = False
+        self._closed = False
+        self._remote_ended = False
+        self._remote_closed = False
+        self._error: SwarmError | None = None
+        connection.carry(self)
+
+    def __repr__(self) -> str:
+        state = (
+            "closed"
+            if self._closed
+            else "broken"
+            if self._error
+            else "half-closed"
+            if self._ended
+            else "open"
+        )
+        return f"<TcpStream {short(self.remote)} {state} · {len(self._inbox)} unread · credit {self._credit}>"
+
+    # --- the application's side -----------------------------------------------------------------------
+
+    async def send(self, *buffers: Buffer) -> None:
+        total = sum(map(len, buffers))
+        if total > self._max_message:
+            raise MessageTooLargeError(
+                f"a message of {total} bytes is above the limit of {self._max_message}; send smaller pieces"
+            )
+        async with self._send_lock:
+            self._check_sendable()
+            if total <= min(_JOIN, self._part):
+                await self._room(total + MESSAGE_COST)
+                self._connection.write(b"".join((message_header(total), *buffers)))
+                return
+            try:
+                for length, frame in split_message(buffers, total, self._part):
+                    await self._room(length if self._torn else length + MESSAGE_COST)
+                    self._connection.write(*frame)
+                    self._torn = True
+                self._torn = False
+            finally:
+                if self._torn and not (self._closed or self._error or self._remote_closed):
+                    self.abort("the sender was cancelled in the middle of a message")
+
+    async def _room(self, cost: int) -> None:
+        """Wait until ``cost`` may be sent and the socket keeps up, then spend it."""
+        while self._credit < cost or not self._connection.writable:
+            self._sender = asyncio.get_running_loop().create_future()
+            try:
+                await self._sender
+            finally:
+                self._sender = None
+            self._check_sendable()
+        self._credit -= cost
+
+    def _check_sendable(self) -> None:
+        if self._closed or self._ended:
+            raise StreamClosedError("this side has closed the stream for sending")
+        if self._error:
+            raise _again(self._error)
+        if self._remote_closed:
+            raise StreamClosedError(f"peer {short(self.remote)} has closed the stream")
+
+    async def receive(self) -> memoryview:
+        while True:
+            if self._closed:
+                raise StreamClosedError("this side has closed the stream")
+            if self._inbox:
+                message = self._inbox.take()
+                self._grant()
+                return message
+            if self._remote_ended:
+                raise StreamClosedError(f"peer {short(self.remote)} has ended the stream")
+            if self._error:
+                raise _again(self._error)
+            self._receiver = asyncio.get_running_loop().create_future()
+            try:
+                await self._receiver
+            finally:
+                self._receiver = None
+
+    async def end(self) -> None:
+        async with self._send_lock:
+            if not (self._ended or self._closed or self._error or self._remote_closed):
+                self._connection.write(encode_frame(Kind.END))
+            self._ended = True
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._inbox.discard()
+        self._wake_both()
+        if self._error:
+            return
+        if self._torn:
+            self._connection.retire("the stream was closed in the middle of a message")
+            return
+        self._connection.write(encode_frame(Kind.CLOSE))
+        if self._remote_closed:
+            self._connection.stream_closed()
+        else:
+            loop = asyncio.get_running_loop()
+            self._linger = loop.call_later(LINGER_SECONDS, self._connection.retire, "the stream was closed")
+
+    def abort(self, reason: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._inbox.discard()
+        self._wake_both()
+        if not self._error:
+            self._connection.retire(reason)
+
+    # --- the connection's side ------------------------------------------------------------------------
+
+    def frame_received(self, kind: Kind, value: int) -> None:
+        if kind is Kind.CREDIT:
+            self._credit += value
+            self.wake()
+        elif kind in (Kind.END, Kind.CLOSE):
+            if self._remote_closed or (self._remote_ended and kind is Kind.END):
+                raise ProtocolError(f"{kind.name} after the end")
+            self._remote_ended = True
+            self._remote_closed = kind is Kind.CLOSE
+            self._wake_both()
+            if self._remote_closed and self._closed:
+                self._stop_lingering()
+                self._connection.stream_closed()
+        else:
+            raise ProtocolError(f"{kind.name} inside a stream")
+
+    def part_announced(self, length: int, *, first: bool) -> None:
+        if self._remote_ended:
+            raise ProtocolError("a message after the end")
+        self._inbox.announce(length, first=first)
+        self._grant()
+
+    def message_received(self, message: memoryview) -> None:
+        self._inbox.put(message)
+        self._wake(self._receiver)
+
+    def aborted(self, reason: str) -> None:
+        """The other side dropped the stream; after its orderly close that is only the connection going."""
+        if not self._remote_closed:
+            self._inbox.discard()
+            self._fail(StreamAbortedError(reason))
+
+    def connection_lost(self, error: SwarmError) -> None:
+        self._stop_lingering()
+        self._fail(error)
+
+    def wake(self) -> None:
+        """The sender may go on."""
+        self._wake(self._sender)
+
+    def _fail(self, error: SwarmError) -> None:
+        self._error = self._error or error
+        self._wake_both()
+
+    def _grant(self) -> None:
+        if not (self._closed or self._error or self._remote_ended) and (credit := self._inbox.grant()):
+            self._connection.write(encode_frame(Kind.CREDIT, value=credit))
+
+    def _stop_lingering(self) -> None:
+        if self._linger:
+            self._linger.cancel()
+            self._linger = None
+
+    def _wake_both(self) -> None:
+        self._wake(self._sender)
+        self._wake(self._receiver)
+
+    @staticmethod
+    def _wake(waiter: asyncio.Future[None] | None) -> None:
+        if waiter and not waiter.done():
+            waiter.set_result(None)
+
+
+def _again(error: SwarmError) -> SwarmError:
+    """A fresh copy to raise: one instance raised twice would collect both tracebacks."""
+    copy = type(error)(error.message, **error.details)
+    copy.__cause__ = error.__cause__
+    return copy

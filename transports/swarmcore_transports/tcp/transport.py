@@ -1,0 +1,377 @@
+"""The TCP transport: one TLS connection per stream, kept for the next one when the stream ends well."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import secrets
+import select
+import socket
+import ssl
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+
+from swarmcore.errors import (
+    AddressError,
+    AddressInUseError,
+    InputError,
+    PeerIdentityError,
+    PeerUnreachableError,
+    ProtocolError,
+    StreamClosedError,
+    SwarmError,
+    UnavailableError,
+)
+from swarmcore.identity import Identity
+from swarmcore.transport import OnStream, Stream, Transport
+from swarmcore.types import Address, PeerId, short
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.tcp.connection import RETIRE_SECONDS, Connection
+from swarmcore_transports.tcp.endpoint import SCHEME, Endpoint, announced, endpoint_of
+from swarmcore_transports.tcp.frames import Kind, encode_frame
+from swarmcore_transports.tcp.handshake import (
+    CHALLENGE_BYTES,
+    SecureChannel,
+    Settings,
+    answer_hello,
+    check_certificate,
+    check_proof,
+    make_hello,
+)
+from swarmcore_transports.tcp.pool import IdlePool
+from swarmcore_transports.tcp.security import dialler_context, listener_context
+from swarmcore_transports.tcp.stream import TcpStream
+
+logger = logging.getLogger(__name__)
+
+MAX_HALF_OPEN = 512
+"""Most incoming handshakes at a time; a further one pushes out the oldest."""
+
+_IDLE_SECONDS = 60.0
+_BACKLOG = 512
+
+
+class TcpTransport(Transport):
+    """Streams over TLS 1.3 on TCP; addresses are ``tcp://host:port/<peer id>``.
+
+    ``listen_on`` and ``announce`` hold ``host:port`` or ``[v6]:port``; port 0 takes a free one. A wildcard
+    host is announced as this machine's own addresses.
+    """
+
+    scheme = SCHEME
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        limits: Limits | None = None,
+        listen_on: Sequence[str] = (),
+        announce: Sequence[str] = (),
+    ) -> None:
+        super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
+        self._settings = Settings.of(self.limits)
+        self._dialler_context = dialler_context()
+        self._listener_context: ssl.SSLContext | None = None
+        self._certificate = b""
+        self._on_stream: OnStream | None = None
+        self._servers: list[asyncio.Server] = []
+        self._connections: set[Connection] = set()
+        self._dialled: IdlePool[Connection] = IdlePool(per_peer=32, total=256, keep=_IDLE_SECONDS)
+        # The dialler decides how long a connection is kept; the listener only bounds their number.
+        self._accepted: IdlePool[Connection] = IdlePool(
+            per_peer=self.limits.max_calls_per_peer, total=self.limits.max_calls, keep=4 * _IDLE_SECONDS
+        )
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._half_open: OrderedDict[asyncio.Task[None], None] = OrderedDict()
+        self._handlers: set[asyncio.Task[None]] = set()
+        self._incoming: Counter[PeerId] = Counter()
+        self._dials: set[asyncio.Timeout] = set()
+        self._all_lost: asyncio.Future[None] | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "listening" if self._servers else "open"
+        connections = f"{len(self._connections)} connections, {len(self._dialled) + len(self._accepted)} idle"
+        return f"<TcpTransport {short(self.identity.peer)} {state} · {connections}>"
+
+    # --- listening ----------------------------------------------------------------------------------
+
+    async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
+        self._check_open()
+        if self._on_stream:
+            raise InputError("this transport listens already")
+        if not self.listen_on:
+            raise AddressError("no place to listen on; pass listen_on=['host:port']")
+        endpoints = [Endpoint.parse(place) for place in self.listen_on]
+        announced((), self.announce, self.identity.peer)  # a mistake there shows before anything is bound
+        self._on_stream = on_stream
+        bound: list[Endpoint] = []
+        try:
+            self._listener_context, self._certificate = await asyncio.to_thread(
+                listener_context, self.identity
+            )
+            for endpoint in endpoints:
+                server = await self._bind(endpoint)
+                self._servers.append(server)
+                bound += [Endpoint(*sock.getsockname()[:2]) for sock in server.sockets]
+        except BaseException:
+            self._stop_listening()
+            self._on_stream = None
+            raise
+        return announced(bound, self.announce, self.identity.peer)
+
+    async def _bind(self, endpoint: Endpoint) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.create_server(
+                lambda: _Arrival(self), endpoint.host, endpoint.port, backlog=_BACKLOG
+            )
+        except socket.gaierror as exc:
+            raise AddressError(f"cannot listen on {endpoint}: {endpoint.host!r} is not a host here") from exc
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE:
+                raise AddressInUseError(
+                    f"cannot listen on {endpoint}: the port is in use; choose another, or 0 for any free one"
+                ) from exc
+            reason = os.strerror(exc.errno) if exc.errno else str(exc)
+            raise AddressError(f"cannot listen on {endpoint}: {reason}") from exc
+
+    def _stop_listening(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    def arrived(self, socket_transport: asyncio.Transport) -> None:
+        """A connection was accepted: prove both ends in a task of its own."""
+        if self._closed:
+            socket_transport.abort()
+            return
+        if len(self._half_open) >= MAX_HALF_OPEN:
+            # An honest peer needs two round trips; whoever has taken longest is the likeliest to be idle.
+            oldest, _ = self._half_open.popitem(last=False)
+            oldest.cancel()
+        task = asyncio.get_running_loop().create_task(self._accept(socket_transport))
+        self._half_open[task] = None
+        task.add_done_callback(self._accept_done)
+
+    def _accept_done(self, task: asyncio.Task[None]) -> None:
+        self._half_open.pop(task, None)
+        if not task.cancelled() and (exc := task.exception()):
+            logger.error("accepting a connection failed", exc_info=exc)
+
+    async def _accept(self, socket_transport: asyncio.Transport) -> None:
+        assert self._listener_context
+        challenge = secrets.token_bytes(CHALLENGE_BYTES)
+
+        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
+            if kind is not Kind.PROOF or connection.transport is None:
+                raise ProtocolError(f"{kind.name} before the proof")
+            channel = SecureChannel.of(connection.transport.get_extra_info("ssl_object"), self._certificate)
+            connection.establish(*check_proof(body, challenge, self.identity.peer, channel))
+            self._connections.add(connection)
+            self.connection_idle(connection)
+
+        connection = Connection(self, self.limits, greet, self._opened)
+        seconds = self.limits.connect_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                transport = await asyncio.get_running_loop().start_tls(
+                    socket_transport,
+                    connection,
+                    self._listener_context,
+                    server_side=True,
+                    ssl_handshake_timeout=seconds,
+                    ssl_shutdown_timeout=RETIRE_SECONDS,
+                )
+                if transport is None:  # lost in the very moment the handshake was done
+                    raise ConnectionResetError
+                connection.connection_made(transport)
+                connection.write(encode_frame(Kind.HELLO, make_hello(challenge, self._settings)))
+                await connection.established
+        except (OSError, SwarmError) as exc:  # TimeoutError and ssl.SSLError are OSErrors
+            logger.debug("refused an incoming connection: %r", exc)
+        finally:
+            if connection.remote is None and not connection.error:
+                socket_transport.abort()
+
+    def _opened(self, connection: Connection) -> None:
+        remote = connection.remote
+        assert remote and self._on_stream
+        self._accepted.remove(connection)
+        # What runs on top refuses the first ones above its limit with a proper answer; here is the wall.
+        if self._incoming[remote] >= 2 * self.limits.max_calls_per_peer or (
+            len(self._handlers) >= 2 * self.limits.max_calls
+        ):
+            connection.retire("too many streams; close some first")
+            return
+        stream = TcpStream(connection, remote, self.limits)
+        task = asyncio.get_running_loop().create_task(self._handle(stream, self._on_stream))
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+
+    async def _handle(self, stream: TcpStream, on_stream: OnStream) -> None:
+        self._incoming[stream.remote] += 1
+        try:
+            await on_stream(stream)
+        except StreamClosedError:
+            pass  # the peer's last message was the end of the conversation
+        except UnavailableError as exc:
+            logger.debug("%r: %r", stream, exc)
+            stream.abort(exc.message)
+        except Exception:
+            logger.exception("the handler of %r failed", stream)
+            stream.abort("the peer failed to handle the stream")
+        finally:
+            self._incoming[stream.remote] -= 1
+            if not self._incoming[stream.remote]:
+                del self._incoming[stream.remote]
+            await stream.close()
+
+    # --- dialling -----------------------------------------------------------------------------------
+
+    async def open_stream(self, address: Address) -> Stream:
+        self._check_open()
+        endpoint = endpoint_of(address)
+        while connection := self._dialled.take(address.peer):
+            if connection.error is None and not _readable(connection):
+                break
+            # An idle connection with something to read is being closed by the other side.
+            connection.retire("the connection was idle")
+        else:
+            connection = await self._dial(endpoint, address.peer)
+        connection.write(encode_frame(Kind.OPEN))
+        return TcpStream(connection, address.peer, self.limits)
+
+    async def _dial(self, endpoint: Endpoint, peer: PeerId) -> Connection:
+        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
+            if kind is not Kind.HELLO or connection.transport is None:
+                raise ProtocolError(f"{kind.name} before the hello")
+            tls: ssl.SSLObject = connection.transport.get_extra_info("ssl_object")
+            certificate = tls.getpeercert(binary_form=True) or b""
+            check_certificate(certificate, peer)
+            channel = SecureChannel.of(tls, certificate)
+            proof, theirs = answer_hello(body, self.identity, peer, channel, self._settings)
+            connection.write(encode_frame(Kind.PROOF, proof))
+            connection.establish(peer, theirs)
+
+        connection = Connection(self, self.limits, greet)
+        seconds = self.limits.connect_timeout
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                self._dials.add(deadline)
+                try:
+                    await asyncio.get_running_loop().create_connection(
+                        lambda: connection,
+                        endpoint.host,
+                        endpoint.port,
+                        ssl=self._dialler_context,
+                        server_hostname="",
+                        ssl_handshake_timeout=seconds,
+                        ssl_shutdown_timeout=RETIRE_SECONDS,
+                        happy_eyeballs_delay=0.25,
+                    )
+                    await connection.established
+                finally:
+                    self._dials.discard(deadline)
+            self._check_open()
+        except TimeoutError as exc:
+            self._check_open()
+            raise PeerUnreachableError(
+                f"{short(peer)} at {endpoint} did not answer within {seconds:g} s"
+            ) from exc
+        except ssl.SSLError as exc:
+            raise PeerIdentityError(
+                f"what answers at {endpoint} is not {short(peer)}: it does not speak TLS 1.3 ({exc.reason})"
+            ) from exc
+        except OSError as exc:
+            raise PeerUnreachableError(f"cannot reach {short(peer)} at {endpoint}: {exc}") from exc
+        finally:
+            if connection.remote is None or self._closed:
+                connection.fail(PeerUnreachableError("the dial was given up"))
+        self._connections.add(connection)
+        return connection
+
+    # --- connections --------------------------------------------------------------------------------
+
+    def connection_idle(self, connection: Connection) -> None:
+        """Keep it for the next stream."""
+        if self._closed or connection.error or connection.remote is None:
+            return
+        pool = self._accepted if connection.accepts else self._dialled
+        loop = asyncio.get_running_loop()
+        for evicted in pool.put(connection.remote, connection, loop.time()):
+            evicted.retire("too many idle connections")
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(_IDLE_SECONDS, self._sweep)
+
+    def connection_lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._dialled.remove(connection)
+        self._accepted.remove(connection)
+        if not self._connections and self._all_lost and not self._all_lost.done():
+            self._all_lost.set_result(None)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        for pool in (self._dialled, self._accepted):
+            for connection in pool.expire(loop.time()):
+                connection.retire("the connection was idle")
+        idle = len(self._dialled) + len(self._accepted)
+        self._sweeper = loop.call_later(_IDLE_SECONDS / 2, self._sweep) if idle else None
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PeerUnreachableError("this transport is closed")
+
+    async def close(self) -> None:
+        self._closed = True
+        self._stop_listening()
+        if self._sweeper:
+            self._sweeper.cancel()
+            self._sweeper = None
+        loop = asyncio.get_running_loop()
+        for deadline in self._dials:
+            deadline.reschedule(loop.time())
+        for connection in self._connections:
+            connection.retire("the transport was closed")
+        tasks = {*self._half_open, *self._handlers} - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=RETIRE_SECONDS)
+            if self._connections:
+                # Each one cuts itself off when the other side does not let go in time.
+                self._all_lost = loop.create_future()
+                async with asyncio.timeout(2 * RETIRE_SECONDS):
+                    await self._all_lost
+        except TimeoutError:
+            logger.warning("%r: connections are still open", self)
+        finally:
+            for connection in tuple(self._connections):
+                connection.fail(PeerUnreachableError("the transport was closed"))
+
+
+class _Arrival(asyncio.Protocol):
+    """Holds an accepted socket until TLS takes it over."""
+
+    def __init__(self, owner: TcpTransport) -> None:
+        self._owner = owner
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
+        self._owner.arrived(transport)
+
+
+def _readable(connection: Connection) -> bool:
+    """Whether an idle connection's socket has something to read, most likely its end."""
+    if connection.transport is None or connection.transport.is_closing():
+        return True
+    poll = select.poll()
+    poll.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(poll.poll(0))
