@@ -267,7 +267,7 @@ class Engine:
         found.holding.idle_since = None
         self._pending_tokens += step.rows
         self._arm(deadline)
-        self._advance(found, now)
+        self._settle(found, now)
         self._poll(now)
         return answer
 
@@ -300,7 +300,7 @@ class Engine:
 
     def _advance(self, session: EngineSession, now: float) -> None:
         """Give the first step in line to the scheduler once nothing before it is under way."""
-        while session.line and session.active is None and not session.computing:
+        while session.line and session.active is None:
             step = session.active = session.line[0]
             try:
                 grown = self._budget.grow(session.holding, session.target(step), step.deadline, now)
@@ -329,8 +329,7 @@ class Engine:
 
     def _fail(self, step: SessionStep, error: SwarmError, now: float) -> None:
         self._discard(step, error)
-        if not step.session.computing:
-            self._settle(step.session, now)
+        self._settle(step.session, now)
 
     def _discard(self, step: SessionStep, error: SwarmError) -> None:
         if step.done:
@@ -357,7 +356,9 @@ class Engine:
         self._poll(now)
 
     def _settle(self, session: EngineSession, now: float) -> None:
-        """Nothing of the session computes: return what cache it does not use, and go on with its line."""
+        """Go on with the line of a session, and return what cache it no longer uses."""
+        if session.computing:
+            return
         if session.active is None:
             self._budget.settle(session.holding, session.lengths, now)
             self._reserve(session)

@@ -1,0 +1,169 @@
+"""An executor without a model: exact arithmetic in which every misrouted, reordered or stale token shows.
+
+Where a transformer block would attend to its cache, a block here folds each row into a running state that
+depends on the block's index, the position and every row before it. The same rows give bitwise the same
+result, however they are cut into chunks, packed into batches or spread over servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import struct
+from array import array
+from collections import deque
+from collections.abc import Sequence
+
+from swarmcore.errors import InvalidStepError, SwarmError
+from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
+from swarmcore.types import ModelInfo, Span
+from swarmcore.wire.tensors import Tensor
+
+Rows = list[list[float]]
+
+COUNTING_MODEL = ModelInfo("counting", "counting-1", blocks=12, hidden_size=4)
+
+
+class CountingExecutor(BlockExecutor):
+    """Computes at once, on the event loop, with plain floats: keep the sizes tiny.
+
+    It checks what its caller owes every executor, and raises `AssertionError` when that is broken: calls of
+    `step` do not overlap, positions follow on, cache is reserved before it is used, a batch is of one span.
+    """
+
+    def __init__(
+        self, span: Span | None = None, *, model: ModelInfo = COUNTING_MODEL, page: int = 4, tokens: int = 0
+    ) -> None:
+        self.model = model
+        self.span = span or Span(0, model.blocks)
+        self.dtype = "float32"
+        self.cache_bytes_per_token = 8 * model.hidden_size * len(self.span)
+        self.page = page
+        self.gate: asyncio.Event | None = None
+        """When set, each batch waits for this event before it computes."""
+        self.failures: deque[Exception] = deque()
+        """Raised by the next calls of `step`, one each."""
+        self.batches: deque[tuple[int, ...]] = deque(maxlen=1000)
+        """Tokens of each slice of the last batches."""
+        self.computing = False
+        self.closed = False
+        self._tokens = tokens
+        self._reserved: dict[SequenceId, int] = {}
+        self._spans: dict[SequenceId, Span] = {}
+        self._caches: dict[SequenceId, list[Rows]] = {}
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens reserved for all sequences; never above ``tokens``, when that was given."""
+        return sum(self._reserved.values())
+
+    def cached(self, sequence: SequenceId) -> int:
+        """How many tokens of the sequence are cached."""
+        return len(self._caches.get(sequence, ()))
+
+    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+        assert not self.computing, "step was called while another step computes"
+        assert not self.closed, "step was called after close"
+        self.computing = True
+        try:
+            _check_batch(batch, self.span)
+            self.batches.append(tuple(part.tokens for part in batch))
+            if self.gate is not None:
+                await self.gate.wait()
+            if self.failures:
+                raise self.failures.popleft()
+            return [self._run(part) for part in batch]
+        finally:
+            self.computing = False
+
+    def reserve(self, sequence: SequenceId, tokens: int) -> None:
+        assert tokens % self.page == 0, f"{tokens} tokens were reserved, not whole pages of {self.page}"
+        self._reserved[sequence] = tokens
+        assert not self._tokens or self.reserved_tokens <= self._tokens, (
+            f"{self.reserved_tokens} tokens are reserved; there is room for {self._tokens}"
+        )
+
+    def release(self, sequence: SequenceId) -> None:
+        self._reserved.pop(sequence, None)
+        self._caches.pop(sequence, None)
+        self._spans.pop(sequence, None)
+
+    async def close(self) -> None:
+        self.closed = True
+        self._caches.clear()
+        self._reserved.clear()
+
+    def _run(self, part: Slice) -> Tensor | SwarmError:
+        try:
+            rows = read_rows(part.hidden)[part.first_row : part.first_row + part.tokens]
+        except SwarmError as exc:
+            return exc
+        assert len(rows) == part.tokens, "the slice reaches past its hidden states"
+        answer: Rows = []
+        for segment in part.segments:
+            cache = self._cache(segment, part.span)
+            taken, rows = rows[: segment.count], rows[segment.count :]
+            if not all(math.isfinite(value) for row in taken for value in row):
+                return InvalidStepError(f"hidden states from position {segment.start} on are not finite")
+            outputs = [self._token(cache, row, part.span) for row in taken]
+            answer += outputs if part.reply == "all" else outputs[-1:]
+        return hidden_states(answer).encode(part.codec)
+
+    def _cache(self, segment: Segment, span: Span) -> list[Rows]:
+        """For each cached token, the states of the span's blocks; rolled back to the segment's start."""
+        sequence = segment.sequence
+        assert self._spans.setdefault(sequence, span) == span, "a sequence changed its span"
+        cache = self._caches.setdefault(sequence, [])
+        assert segment.start <= len(cache), f"position {segment.start} is ahead of {len(cache)} cached tokens"
+        end = segment.start + segment.count
+        assert end <= self._reserved.get(sequence, 0), f"cache for {end} tokens was not reserved"
+        del cache[segment.start :]
+        return cache
+
+    def _token(self, cache: list[Rows], row: list[float], span: Span) -> list[float]:
+        before = cache[-1] if cache else [[0.0] * len(row) for _ in range(len(span))]
+        position, states = len(cache), []
+        for block, state in enumerate(before, span.start):
+            # Tripling, modulo 1, keeps every earlier token in the low digits instead of fading it out.
+            offset = 0.37 * (block + 1) + 0.11 * position
+            state = [math.fmod(3 * s + x + offset, 1.0) for s, x in zip(state, row, strict=True)]
+            states.append(state)
+            row = list(array("f", state))
+        cache.append(states)
+        return row
+
+
+def hidden_states(rows: Sequence[Sequence[float]], dtype: str = "float32") -> Tensor:
+    """A tensor ``"hidden"`` of ``[len(rows), width]``, for tests without an array library."""
+    values = [value for row in rows for value in row]
+    if dtype == "float16":
+        data = struct.pack(f"<{len(values)}e", *values)
+    elif dtype == "bfloat16":
+        data = b"".join(struct.pack("<f", value)[2:] for value in values)
+    else:
+        data = struct.pack(f"<{len(values)}f", *values)
+    return Tensor("hidden", dtype, (len(rows), len(rows[0]) if rows else 0), memoryview(data))
+
+
+def read_rows(tensor: Tensor) -> Rows:
+    """The values of a tensor of ``[rows, width]``, decoded."""
+    raw, (count, width) = tensor.decode(), tensor.shape
+    if raw.dtype == "bfloat16":
+        halves = struct.unpack(f"<{count * width}H", raw.data)
+        values = struct.unpack(
+            f"<{count * width}f", struct.pack(f"<{count * width}I", *(h << 16 for h in halves))
+        )
+    else:
+        values = struct.unpack(f"<{count * width}{'e' if raw.dtype == 'float16' else 'f'}", raw.data)
+    return [list(values[i * width : (i + 1) * width]) for i in range(count)]
+
+
+def _check_batch(batch: Sequence[Slice], held: Span) -> None:
+    assert batch, "step was called without a slice"
+    spans = {part.span for part in batch}
+    assert len(spans) == 1, f"one batch has slices of several spans: {spans}"
+    span = spans.pop()
+    assert held.start <= span.start < span.end <= held.end, f"blocks {span} are not all of {held}"
+    sequences = [segment.sequence for part in batch for segment in part.segments]
+    assert len(sequences) == len(set(sequences)), "a sequence is twice in one batch"
+    assert all(segment.count > 0 for part in batch for segment in part.segments), "a segment is empty"

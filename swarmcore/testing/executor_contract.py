@@ -1,0 +1,284 @@
+"""What every `BlockExecutor` must satisfy, as tests that a backend runs on itself.
+
+Subclass `ExecutorContract`, say how an executor is made, and let pytest (with pytest-asyncio) collect it::
+
+    class TestMyExecutor(ExecutorContract):
+        async def make(self) -> BlockExecutor:
+            return MyExecutor(...)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal
+
+import attrs
+import pytest
+
+from swarmcore.errors import InvalidStepError, SwarmError
+from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
+from swarmcore.testing.executor import Rows, hidden_states, read_rows
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+LONGEST_BLOCK = 0.05
+"""Seconds for which a step may keep the event loop from running anything else."""
+
+
+@attrs.define
+class _Driver:
+    """Feeds an executor as an engine would: reserves, and keeps count of the positions."""
+
+    executor: BlockExecutor
+    lengths: dict[int, int] = attrs.field(factory=dict)
+
+    def part(
+        self,
+        sequence: int,
+        rows: Sequence[Sequence[float]],
+        *,
+        start: int | None = None,
+        reply: Literal["all", "last"] = "all",
+        span: Span | None = None,
+    ) -> Slice:
+        start = self.lengths.get(sequence, 0) if start is None else start
+        self.lengths[sequence] = start + len(rows)
+        page = self.executor.page
+        self.executor.reserve(SequenceId(sequence), -(-self.lengths[sequence] // page) * page)
+        segment = Segment(SequenceId(sequence), start, len(rows))
+        return Slice(hidden_states(rows), 0, span or self.executor.span, (segment,), reply)
+
+    async def run(self, *parts: Slice) -> list[Rows]:
+        answers = []
+        for result in await self.executor.step(parts):
+            if isinstance(result, SwarmError):
+                raise result
+            answers.append(read_rows(result))
+        return answers
+
+    async def one(self, sequence: int, rows: Rows, *, start: int | None = None) -> Rows:
+        return (await self.run(self.part(sequence, rows, start=start)))[0]
+
+
+class ExecutorContract(ABC):
+    """Every test gets an executor of its own, from `make`, and closes it."""
+
+    pytestmark = pytest.mark.asyncio
+
+    tolerance = 1e-4
+    """How far two results that should be equal may differ; 0 for exact arithmetic."""
+    large_step = 64
+    """Tokens of a step that keeps the executor busy for a while, for the test of the event loop."""
+
+    @abstractmethod
+    async def make(self) -> BlockExecutor:
+        """A new executor of at least two blocks, in float32."""
+
+    @asynccontextmanager
+    async def driver(self) -> AsyncIterator[_Driver]:
+        executor = await self.make()
+        try:
+            yield _Driver(executor)
+        finally:
+            await executor.close()
+
+    def rows(self, driver: _Driver, count: int, seed: int = 0) -> Rows:
+        random_ = random.Random(seed)
+        width = driver.executor.model.hidden_size
+        return [[random_.uniform(-1, 1) for _ in range(width)] for _ in range(count)]
+
+    def same(self, got: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> None:
+        assert [len(row) for row in got] == [len(row) for row in expected]
+        errors = [
+            abs(a - b)
+            for row, other in zip(got, expected, strict=True)
+            for a, b in zip(row, other, strict=True)
+        ]
+        assert max(errors, default=0.0) <= self.tolerance
+
+    async def test_describes_itself(self) -> None:
+        async with self.driver() as driver:
+            executor = driver.executor
+            assert 0 <= executor.span.start < executor.span.end <= executor.model.blocks
+            assert executor.page > 0 and executor.cache_bytes_per_token > 0
+            assert executor.dtype in ("float32", "float16", "bfloat16")
+
+    async def test_a_result_has_the_shape_and_dtype_announced(self) -> None:
+        async with self.driver() as driver:
+            [result] = await driver.executor.step([driver.part(0, self.rows(driver, 3))])
+            assert isinstance(result, Tensor)
+            assert (result.name, result.dtype) == ("hidden", driver.executor.dtype)
+            assert result.shape == (3, driver.executor.model.hidden_size)
+            assert all(math.isfinite(value) for row in read_rows(result) for value in row)
+
+    async def test_chunks_equal_the_whole(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 11)
+            whole = await driver.one(0, rows)
+            chunks = [
+                row for cut in ((0, 5), (5, 6), (6, 11)) for row in await driver.one(1, rows[slice(*cut)])
+            ]
+            self.same(chunks, whole)
+
+    async def test_single_tokens_equal_the_whole(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 6)
+            whole = await driver.one(0, rows)
+            self.same([(await driver.one(1, [row]))[0] for row in rows], whole)
+
+    async def test_a_batch_equals_one_by_one(self) -> None:
+        async with self.driver() as driver:
+            prompts = [self.rows(driver, n, seed=n) for n in (7, 1, 4)]
+            alone = [await driver.one(n, rows) for n, rows in enumerate(prompts)]
+            alone_next = [await driver.one(n, self.rows(driver, 1, seed=9)) for n in range(3)]
+            together = await driver.run(*(driver.part(10 + n, rows) for n, rows in enumerate(prompts)))
+            # Decode steps and a new prefill in one batch, the sequences in another order.
+            late = [driver.part(n, self.rows(driver, 1, seed=9)) for n in (12, 10, 11)]
+            after = await driver.run(late[0], driver.part(20, prompts[0]), late[1], late[2])
+            for got, expected in zip(together, alone, strict=True):
+                self.same(got, expected)
+            for got, expected in zip(
+                after, [alone_next[2], alone[0], alone_next[0], alone_next[1]], strict=True
+            ):
+                self.same(got, expected)
+
+    async def test_several_sequences_in_one_slice(self) -> None:
+        async with self.driver() as driver:
+            first, second = self.rows(driver, 3, seed=1), self.rows(driver, 2, seed=2)
+            expected = await driver.one(0, first) + await driver.one(1, second)
+            parts = driver.part(2, first), driver.part(3, second)
+            segments = tuple(part.segments[0] for part in parts)
+            both = Slice(hidden_states(first + second), 0, driver.executor.span, segments)
+            self.same((await driver.run(both))[0], expected)
+
+    async def test_a_slice_uses_only_its_own_rows(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 6)
+            expected = await driver.one(0, rows)
+            first, second = driver.part(1, rows[:4]), driver.part(1, rows[4:])
+            step = hidden_states(rows)
+            first.hidden, second.hidden, second.first_row = step, step, 4
+            got = (await driver.run(first))[0] + (await driver.run(second))[0]
+            self.same(got, expected)
+
+    async def test_reply_last_is_the_last_row_of_each_segment(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 5)
+            expected = await driver.one(0, rows)
+            [last] = await driver.run(driver.part(1, rows, reply="last"))
+            self.same(last, expected[-1:])
+
+    async def test_rollback_is_exact(self) -> None:
+        async with self.driver() as driver:
+            rows, other = self.rows(driver, 9), self.rows(driver, 4, seed=1)
+            expected = await driver.one(0, rows[:5] + other)
+            await driver.one(1, rows)
+            self.same(await driver.one(1, other, start=5), expected[5:])
+            # And back to the very start.
+            self.same(await driver.one(1, rows[:5], start=0), expected[:5])
+
+    async def test_rollback_of_one_sequence_leaves_the_others(self) -> None:
+        async with self.driver() as driver:
+            rows, tail = self.rows(driver, 6), self.rows(driver, 2, seed=1)
+            expected = await driver.one(0, rows + tail)
+            await driver.run(driver.part(1, rows), driver.part(2, rows))
+            await driver.run(driver.part(1, tail, start=2))
+            self.same(await driver.one(2, tail), expected[6:])
+
+    async def test_a_span_in_two_parts_equals_the_whole(self) -> None:
+        async with self.driver() as driver:
+            span = driver.executor.span
+            middle = (span.start + span.end) // 2
+            rows = self.rows(driver, 5)
+            expected = await driver.one(0, rows)
+            [between] = await driver.run(driver.part(1, rows, span=Span(span.start, middle)))
+            [after] = await driver.run(driver.part(2, between, span=Span(middle, span.end)))
+            self.same(after, expected)
+
+    async def test_released_sequences_are_forgotten(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 4)
+            expected = await driver.one(0, rows)
+            driver.executor.release(SequenceId(0))
+            driver.executor.release(SequenceId(0))
+            driver.executor.release(SequenceId(77))
+            self.same(await driver.one(1, rows), expected)
+
+    async def test_release_while_others_compute(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 4)
+            expected = await driver.one(0, rows)
+            await driver.one(1, rows)
+            running = asyncio.ensure_future(driver.run(driver.part(2, rows)))
+            await asyncio.sleep(0)
+            driver.executor.release(SequenceId(1))
+            driver.executor.reserve(SequenceId(3), driver.executor.page)
+            self.same((await running)[0], expected)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    async def test_bad_values_hurt_only_their_slice(self, bad: float) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 3)
+            expected, then = await driver.one(0, rows), await driver.one(0, rows)
+            await driver.one(2, rows)
+            poisoned = [*rows[:2], [bad] * len(rows[0])]
+            parts = driver.part(1, rows), driver.part(2, poisoned), driver.part(3, rows)
+            before, error, after = await driver.executor.step(parts)
+            assert isinstance(error, InvalidStepError)
+            assert isinstance(before, Tensor) and isinstance(after, Tensor)
+            self.same(read_rows(before), expected)
+            self.same(read_rows(after), expected)
+            # The failed sequence goes on from where it was; nothing of the bad values is left in its cache.
+            self.same(await driver.one(2, rows, start=3), then)
+
+    async def test_hidden_states_of_other_dtypes_are_converted(self) -> None:
+        async with self.driver() as driver:
+            rows = [[0.5, -0.25] * (driver.executor.model.hidden_size // 2) for _ in range(2)]
+            expected = await driver.one(0, rows)
+            for sequence, dtype in enumerate(("float16", "bfloat16"), 1):
+                part = driver.part(sequence, rows)
+                part.hidden = hidden_states(rows, dtype)
+                self.same((await driver.run(part))[0], expected)
+
+    async def test_the_result_is_encoded_as_asked(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 4)
+            expected = await driver.one(0, rows)
+            part = driver.part(1, rows)
+            part.codec, part.hidden = "raw+zstd", part.hidden.encode("raw+zstd")
+            [result] = await driver.executor.step([part])
+            assert isinstance(result, Tensor) and result.codec == "raw+zstd"
+            self.same(read_rows(result), expected)
+
+    async def test_the_event_loop_runs_while_a_step_computes(self) -> None:
+        async with self.driver() as driver:
+            await driver.one(0, self.rows(driver, 1))
+            blocked = []
+            for sequence in (1, 2, 3):
+                # Other programs can hold the processor too: the best of three tries counts.
+                part = driver.part(sequence, self.rows(driver, self.large_step))
+                blocked.append(await _longest_block(driver.executor, part))
+                if blocked[-1] < LONGEST_BLOCK:
+                    break
+            assert min(blocked) < LONGEST_BLOCK
+
+    async def test_close_is_harmless_when_repeated(self) -> None:
+        async with self.driver() as driver:
+            await driver.executor.close()
+
+
+async def _longest_block(executor: BlockExecutor, part: Slice) -> float:
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(executor.step([part]))
+    longest, last = 0.0, loop.time()
+    while not running.done():
+        await asyncio.sleep(0.001)
+        now = loop.time()
+        longest, last = max(longest, now - last), now
+    await running
+    return longest
