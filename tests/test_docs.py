@@ -1,9 +1,11 @@
-"""The documentation tells the truth: commands and programs run, links lead somewhere, the error tree is the code's.
+"""The documentation tells the truth: its programs run, its links lead somewhere, its error tree is the code's.
 
-A comment above a block says what is done with it: ``<!-- run -->`` runs each command (or the program, with
-the swarm's address as its argument) to its end, ``<!-- serve -->`` starts it and waits for the address that it
-prints, ``<!-- address -->`` stands for putting that address into ``$SWARM``, ``<!-- not run: why -->`` leaves
-it alone.
+A comment above a block says what is done with it:
+
+- ``<!-- run -->``: each command, or the program with the swarm's address as its argument, is run to its end;
+- ``<!-- serve -->``: it is started, and has to print an address;
+- ``<!-- address -->``: it stands for putting that address into ``$SWARM``;
+- ``<!-- not run: why -->``: it is left alone.
 """
 
 from __future__ import annotations
