@@ -1,4 +1,4 @@
-"""The documentation tells the truth: its programs run, its links lead somewhere, its error tree is the code's.
+"""The documentation tells the truth: programs run, links lead somewhere, the error tree is that of the code.
 
 A comment above a block says what is done with it:
 

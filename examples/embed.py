@@ -1,0 +1,32 @@
+"""swarmcore inside another asyncio program: a TCP service that answers each line with the model's continuation.
+
+python examples/embed.py ADDRESS MODEL        then, elsewhere:  nc 127.0.0.1 7000
+"""
+
+import asyncio
+import sys
+
+import swarmcore
+
+
+async def main(address: str, name: str) -> None:
+    async with swarmcore.connect(address) as swarm:
+        model = await swarm.load_model(name)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async for line in reader:  # every connection has its own sessions; the servers batch them
+                try:
+                    async for piece in model.generate(line.decode().strip(), max_new_tokens=32):
+                        writer.write(piece.encode())
+                        await writer.drain()
+                except swarmcore.SwarmError as error:
+                    writer.write(f"[{error}]".encode())
+                writer.write(b"\n")
+            writer.close()
+
+        service = await asyncio.start_server(answer, "127.0.0.1", 7000)
+        print("listening on 127.0.0.1:7000", flush=True)
+        await service.serve_forever()
+
+
+asyncio.run(main(*sys.argv[1:]))
