@@ -90,7 +90,7 @@ def check_certificate(certificate: bytes, expected: PeerId) -> None:
     if found != expected:
         reached = short(found) if found else "a peer without an Ed25519 key"
         raise PeerIdentityError(
-            f"dialled {short(expected)} and reached {reached}; the address is out of date or somebody intercepts it"
+            f"dialled {short(expected)} and reached {reached}; the address is out of date, or intercepted"
         )
 
 

@@ -325,7 +325,7 @@ class TcpTransport(Transport):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PeerUnreachableError("this transport is closed")
+            raise StreamClosedError("this transport is closed")
 
     async def close(self) -> None:
         self._closed = True
