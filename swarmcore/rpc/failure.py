@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from itertools import islice
 from typing import Any
 
 import attrs
+import msgspec
 
-from swarmcore.errors import RemoteFaultError, SwarmError, error_classes
+from swarmcore.errors import ProtocolError, RemoteFaultError, SwarmError, error_classes
 from swarmcore.types import PeerId, short
-from swarmcore.wire.framing import encode_record
+from swarmcore.wire.framing import decode_record, encode_record
 
 MAX_TEXT = 1000
 """Characters of an error message that travel."""
 MAX_DETAILS = 16
+"""Details that travel with one error."""
 MAX_DETAIL_BYTES = 2000
+"""Most bytes of one detail, encoded."""
+
+_NO_DETAILS = msgspec.Raw(encode_record({}))
+_MAX_ENCODED = MAX_DETAILS * 2 * MAX_DETAIL_BYTES
 
 
 @attrs.frozen
@@ -23,13 +31,15 @@ class Failure:
     error: str
     """Name of the `SwarmError` class."""
     message: str = ""
-    details: dict[str, Any] = attrs.field(factory=dict)
+    details: msgspec.Raw = _NO_DETAILS
+    """A map of plain values, decoded only once it is known to be small."""
 
 
 def to_failure(error: SwarmError) -> Failure:
     """``error`` as it travels. Details that are not plain values, or are large, stay at home."""
-    details = {name: value for name, value in error.details.items() if _may_travel(value)}
-    return Failure(type(error).__name__, error.message[:MAX_TEXT], dict(list(details.items())[:MAX_DETAILS]))
+    may_travel = (item for item in error.details.items() if _may_travel(item))
+    details = encode_record(dict(islice(may_travel, MAX_DETAILS)))
+    return Failure(type(error).__name__, error.message[:MAX_TEXT], msgspec.Raw(details))
 
 
 def to_error(failure: Failure, peer: PeerId) -> SwarmError:
@@ -40,13 +50,15 @@ def to_error(failure: Failure, peer: PeerId) -> SwarmError:
         cls = RemoteFaultError
         message = f"{short(peer)} failed with {failure.error[:100]!r}: {message}"
     error = cls(message)
-    error.details.update(failure.details)
+    if memoryview(failure.details).nbytes <= _MAX_ENCODED:
+        with contextlib.suppress(ProtocolError):  # the error matters more than its broken details
+            error.details.update(decode_record(failure.details, dict[str, Any]))
     error.origin = peer
     return error
 
 
-def _may_travel(value: Any) -> bool:
+def _may_travel(detail: tuple[str, Any]) -> bool:
     try:
-        return len(encode_record(value)) <= MAX_DETAIL_BYTES
+        return len(encode_record(detail)) <= MAX_DETAIL_BYTES
     except (TypeError, ValueError, OverflowError, RecursionError):
         return False

@@ -1,37 +1,39 @@
 """One message: ``u32 header length | msgpack header | tensor bytes …``, all little-endian.
 
-The header names the record (``kind``), holds its fields, and describes the tensors that follow. Unknown
-fields are ignored, so that a record can grow; an unknown kind is refused.
+The header names the record (``kind``), holds its fields, and describes the tensors that follow, each of which
+starts at a multiple of 64 bytes. Unknown fields are ignored, so that a record can grow; an unknown kind is
+refused.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 import msgspec
 
 from swarmcore.errors import MessageTooLargeError, ProtocolError
 from swarmcore.wire.limits import Limits
-from swarmcore.wire.tensors import Tensor, TensorHeader, check_header
+from swarmcore.wire.tensors import Name, Tensor, TensorHeader, check_headers
 
 Buffer = bytes | bytearray | memoryview
 
 _LENGTH = struct.Struct("<I")
-_TENSOR_ALIGNMENT = 64
+_ALIGNMENT = 64
+_PADDING = [bytes(n) for n in range(_ALIGNMENT)]
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a message says of itself. An array on the wire; older peers ignore entries added at its end."""
 
-    kind: str
+    kind: Name
     """Class name of the record."""
     body: msgspec.Raw
     """The record's fields."""
-    tensors: tuple[TensorHeader, ...] = ()
-    method: str = ""
+    tensors: Annotated[tuple[TensorHeader, ...], msgspec.Meta(max_length=1024)] = ()
+    method: Name = ""
     """In the first message of a stream: the method or protocol that the stream is for."""
     timeout: float | None = None
     """In the first message of a call: seconds the caller still waits for the reply."""
@@ -86,16 +88,20 @@ def encode_message(
     body = msgspec.Raw(_encoder.encode(record))
     header = Header(kind, body, tuple(t.header() for t in tensors), method, timeout)
     encoded = _encoder.encode(header)
-    # Padding puts the first tensor on an aligned offset, so that it can be used where it was received.
-    padding = -(_LENGTH.size + len(encoded)) % _TENSOR_ALIGNMENT if tensors else 0
-    total = _LENGTH.size + len(encoded) + padding + sum(t.data.nbytes for t in tensors)
+    buffers: list[Buffer] = [_LENGTH.pack(len(encoded)) + encoded]
+    total = _LENGTH.size + len(encoded)
+    for tensor in tensors:
+        # Padding puts tensors on aligned offsets, so that they can be used where they were received.
+        if padding := -total % _ALIGNMENT:
+            buffers.append(_PADDING[padding])
+        buffers.append(tensor.data if tensor.data.format == "B" else tensor.data.cast("B"))
+        total += padding + tensor.data.nbytes
     if total > limits.max_message or len(encoded) > limits.max_header:
         raise MessageTooLargeError(
             f"message {kind!r} takes {total} bytes (header {len(encoded)}), above the limit of "
             f"{limits.max_message} (header {limits.max_header}); send it in smaller pieces"
         )
-    start = _LENGTH.pack(len(encoded)) + encoded + bytes(padding)
-    return [start, *(t.data.cast("B") if t.data.format != "B" else t.data for t in tensors)]
+    return buffers
 
 
 def kinds_of(*record_types: type) -> dict[str, type]:
@@ -117,7 +123,7 @@ def decode_message(data: memoryview, kinds: Mapping[str, type], limits: Limits) 
     header, end = _read_header(data, limits)
     record_type = kinds.get(header.kind)
     if record_type is None:
-        raise ProtocolError(f"unexpected message {header.kind!r}; expected one of {', '.join(kinds)}")
+        raise ProtocolError(f"message {header.kind!r} has no place here; expected {' or '.join(kinds)}")
     record = decode_record(header.body, record_type)
     tensors = _slice_tensors(data, end, header.tensors, limits)
     return Message(header.kind, record, tensors)
@@ -139,13 +145,10 @@ def _read_header(data: memoryview, limits: Limits) -> tuple[Header, int]:
 def _slice_tensors(
     data: memoryview, offset: int, headers: tuple[TensorHeader, ...], limits: Limits
 ) -> tuple[Tensor, ...]:
-    if len(headers) > limits.max_tensors:
-        raise ProtocolError(f"{len(headers)} tensors in one message, above the limit of {limits.max_tensors}")
-    if headers:
-        offset += -offset % _TENSOR_ALIGNMENT
+    check_headers(headers, limits)
     tensors = []
     for header in headers:
-        check_header(header, limits)
+        offset += -offset % _ALIGNMENT
         if offset + header.nbytes > data.nbytes:
             raise ProtocolError(f"tensor {header.name!r} reaches past the end of the message")
         view = data[offset : offset + header.nbytes]

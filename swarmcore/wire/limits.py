@@ -18,7 +18,7 @@ class Limits:
     max_dimensions: int = 8
     """Most dimensions of one tensor."""
     max_decoded: int = 256 * 2**20
-    """Largest tensor after decoding, in bytes."""
+    """Most bytes that the tensors of one message take together after decoding."""
     max_calls_per_peer: int = 256
     """Most calls and streams one remote peer may have open here."""
     max_calls: int = 4096

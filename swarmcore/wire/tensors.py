@@ -8,30 +8,44 @@ from the executor that has it (see `register_codec`).
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Annotated, Protocol
 
 import attrs
+import msgspec
 import zstandard
 
-from swarmcore.errors import InputError, ProtocolError, UnknownCodecError
+from swarmcore.errors import InputError, InternalError, ProtocolError, UnknownCodecError
 from swarmcore.wire.limits import Limits
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 """Size of one value of each dtype that may travel."""
 
 ZSTD_LEVEL = 1
 
 
-@attrs.frozen
-class TensorHeader:
+Name = Annotated[str, msgspec.Meta(max_length=128)]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TensorHeader(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor's entry in a message header."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    codec: str
+    name: Name
+    dtype: Name
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=64)]
+    codec: Name
     """``"raw"`` or the name of a registered codec, with ``"+zstd"`` when compressed on top."""
-    nbytes: int
+    nbytes: Size
     """Encoded size: how many of the message's bytes are this tensor's."""
 
 
@@ -74,9 +88,13 @@ class Tensor:
         size = self.decoded_nbytes if base == "raw" else _codec(base).encoded_nbytes(self.dtype, self.shape)
         data = _unzstd(self.data, size) if zstd else self.data
         if data.nbytes != size:
-            raise ProtocolError(f"tensor {self.name!r} holds {data.nbytes} bytes where its shape needs {size}")
+            raise ProtocolError(
+                f"tensor {self.name!r} holds {data.nbytes} bytes where its shape needs {size}"
+            )
         if base != "raw":
             data = _codec(base).decode(data, self.dtype, self.shape)
+            if data.nbytes != self.decoded_nbytes:
+                raise InternalError(f"codec {base!r} made {data.nbytes} bytes of {self}")
         return attrs.evolve(self, data=data, codec="raw")
 
     def header(self) -> TensorHeader:
@@ -109,19 +127,25 @@ def codec_names() -> list[str]:
     return ["raw", *sorted(_codecs)]
 
 
-def check_header(header: TensorHeader, limits: Limits) -> None:
-    """Raise `ProtocolError` unless the tensor that ``header`` describes is sane and within the limits."""
-    if header.dtype not in ITEM_BYTES:
-        raise ProtocolError(f"tensor {header.name!r} has unknown dtype {header.dtype!r}")
-    if len(header.shape) > limits.max_dimensions or any(n < 0 for n in header.shape):
-        raise ProtocolError(f"tensor {header.name!r} has a bad shape {header.shape}")
-    size = math.prod(header.shape) * ITEM_BYTES[header.dtype]
-    if size > limits.max_decoded:
-        raise ProtocolError(
-            f"tensor {header.name!r} would take {size} bytes, above the limit of {limits.max_decoded}"
-        )
-    if header.nbytes < 0 or (header.codec == "raw" and header.nbytes != size):
-        raise ProtocolError(f"tensor {header.name!r} has {header.nbytes} bytes where its shape needs {size}")
+def check_headers(headers: Sequence[TensorHeader], limits: Limits) -> None:
+    """Raise `ProtocolError` unless the tensors of one message are sane and within the limits together."""
+    if len(headers) > limits.max_tensors:
+        raise ProtocolError(f"{len(headers)} tensors in one message, above the limit of {limits.max_tensors}")
+    total = 0
+    for header in headers:
+        item = ITEM_BYTES.get(header.dtype)
+        if item is None:
+            raise ProtocolError(f"tensor {header.name!r} has unknown dtype {header.dtype!r}")
+        if len(header.shape) > limits.max_dimensions:
+            raise ProtocolError(f"tensor {header.name!r} has {len(header.shape)} dimensions")
+        size = math.prod(header.shape) * item
+        if header.codec == "raw" and header.nbytes != size:
+            raise ProtocolError(
+                f"tensor {header.name!r} has {header.nbytes} bytes where its shape needs {size}"
+            )
+        total += size
+        if total > limits.max_decoded:
+            raise ProtocolError(f"tensor {header.name!r} takes the message above {limits.max_decoded} bytes")
 
 
 def _split(codec: str) -> tuple[str, bool]:
@@ -144,9 +168,13 @@ def _unzstd(data: memoryview, size: int) -> memoryview:
         frame = zstandard.get_frame_parameters(data)
         if frame.content_size != size:
             raise ProtocolError(f"compressed tensor announces {frame.content_size} bytes, expected {size}")
+        # A zstd block of 128 KiB takes 4 bytes at least: a frame that claims more is not worth the memory.
+        if size > (data.nbytes // 4 + 1) * 2**17:
+            raise ProtocolError(f"a frame of {data.nbytes} bytes cannot hold the {size} that it announces")
         # A frame may ask for a window far above its content; that memory is the attacker's to choose.
         if frame.window_size > max(size, 2**20):
             raise ProtocolError(f"compressed tensor asks for a window of {frame.window_size} bytes")
-        return memoryview(zstandard.ZstdDecompressor().decompress(data, max_output_size=size))
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as exc:
         raise ProtocolError(f"compressed tensor does not decompress: {exc}") from exc
+    return memoryview(raw)
