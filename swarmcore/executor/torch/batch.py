@@ -1,0 +1,230 @@
+"""The ragged batch: new tokens of many sequences, each at its own position, packed into one row of tokens.
+
+A batch is planned once, before it enters the span: caches are rolled back and grown, and the views into them that
+every layer will need are made. The layers then call `RaggedBatch.attend`, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from swarmcore.executor.torch.kv_cache import SequenceCache
+
+_PACKED_ROWS = 64
+"""Up to this many query rows, the query heads that share a key head are stacked into rows instead of copying
+keys and values for each of them."""
+
+_SERIAL_VALUES = 512 * 1024
+"""Below this many cached values, one thread attends to a sequence faster than two wake each other up."""
+
+
+class Bias(Protocol):
+    """What some families add to attention scores by the position of the key (ALiBi)."""
+
+    def keys(self, count: int) -> torch.Tensor:
+        """float32 ``[1, heads, 1, count]``: what is added for each of the first ``count`` keys."""
+
+
+class Attention(NamedTuple):
+    """How one layer attends, apart from queries, keys and values."""
+
+    scale: float
+    window: int | None = None
+    """A token sees itself and the ``window - 1`` tokens before it."""
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    """One more score for each head, ``[heads]``, that takes part in the softmax and has no value."""
+    bias: Bias | None = None
+
+
+class Batch(Protocol):
+    """What the attention of a layer calls."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
+    ) -> torch.Tensor:
+        """Store the new keys and values of ``layer`` and attend.
+
+        ``query``, ``key`` and ``value`` are ``[1, heads, tokens, size]``; returns ``[1, tokens, heads, size]``.
+        """
+
+
+class _Piece:
+    """Consecutive new tokens of one sequence: its rows of the batch and its views into the cache."""
+
+    def __init__(self, cache: SequenceCache, start: int, count: int) -> None:
+        self.start, self.count, self.end = start, count, start + count
+        self.new_keys, self.new_values = cache.views(start, self.end)
+        self.keys, self.values = cache.views(0, self.end)
+        self._masks: dict[object, torch.Tensor | None] = {}
+
+    def first_key(self, window: int | None) -> int:
+        """The earliest position that any of the tokens sees."""
+        return max(0, self.start + 1 - window) if window else 0
+
+    def mask(
+        self, how: Attention, rows: int, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """What is added to the scores, ``[1 or heads, count, keys]``; None when nothing is.
+
+        Made once for all layers that attend alike. ``rows`` is how many heads share a mask when stacked.
+        """
+        label = (how.window, how.bias, rows)
+        if label not in self._masks:
+            self._masks[label] = self._make_mask(how, rows, device, dtype)
+        return self._masks[label]
+
+    def _make_mask(
+        self, how: Attention, rows: int, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        first = self.first_key(how.window)
+        mask = None
+        if self.count > 1:
+            queries = torch.arange(self.start, self.end, device=device).unsqueeze(1)
+            keys = torch.arange(first, self.end, device=device)
+            hidden = keys > queries
+            if how.window:
+                hidden |= keys <= queries - how.window
+            # The kernels take float32 masks at any dtype; a bias needs that precision.
+            mask = torch.zeros(hidden.shape, dtype=torch.float32 if how.bias else dtype, device=device)
+            mask = mask.masked_fill_(hidden, float("-inf")).view(1, 1, self.count, -1)
+        if how.bias:
+            bias = how.bias.keys(self.end)[..., first:]
+            mask = bias if mask is None else mask + bias
+        if mask is not None and rows > 1:
+            heads = mask.shape[1]
+            mask = (
+                mask.repeat(1, 1, rows, 1)
+                if heads == 1
+                else mask.reshape(1, heads // rows, -1, mask.shape[-1])
+            )
+        return mask
+
+
+class RaggedBatch:
+    """The batch that goes through the span: pieces of sequences, packed in order."""
+
+    def __init__(
+        self,
+        pieces: Sequence[tuple[SequenceCache, int, int]],
+        device: torch.device,
+        *,
+        first_layer: int = 0,
+        threads: int = 1,
+    ) -> None:
+        """``pieces`` are caches with the start position and the count of their new tokens.
+
+        A sequence may come more than once, its pieces in order. ``first_layer`` is the layer that the caches
+        begin with; ``threads`` is what the computing thread has for one operation.
+        """
+        for cache, start, count in pieces:
+            cache.prepare(start, start + count)
+        self._pieces = [_Piece(*piece) for piece in pieces]
+        self.counts = [piece.count for piece in self._pieces]
+        self.tokens = sum(self.counts)
+        self._decode = self.tokens == len(self._pieces)
+        self._slots = [
+            keys + values
+            for keys, values in zip(
+                zip(*(piece.new_keys for piece in self._pieces), strict=True),
+                zip(*(piece.new_values for piece in self._pieces), strict=True),
+                strict=True,
+            )
+        ]
+        self._first_layer = first_layer
+        self._threads = threads if device.type == "cpu" else 1
+        positions = [torch.arange(piece.start, piece.end) for piece in self._pieces]
+        self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
+    ) -> torch.Tensor:
+        layer -= self._first_layer
+        new = [*key.split(self.counts, 2), *value.split(self.counts, 2)]
+        torch._foreach_copy_(self._slots[layer], new)
+        if self._decode:
+            return self._attend_decode(layer, query, how)
+        outputs = [
+            _attend_piece(piece, rows, piece.keys[layer], piece.values[layer], how)
+            for piece, rows in zip(self._pieces, query.split(self.counts, 2), strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _attend_decode(self, layer: int, query: torch.Tensor, how: Attention) -> torch.Tensor:
+        """One new token for each sequence: no causal masks, and heads that share keys stacked into rows."""
+        heads, tokens, size = query.shape[1:]
+        kv_heads = self._pieces[0].keys[layer].shape[1]
+        rows = heads // kv_heads
+        queries = query.transpose(1, 2).reshape(tokens, 1, kv_heads, rows, size).unbind(0)
+        outputs = []
+        serial = False
+        try:
+            for piece, row in zip(self._pieces, queries, strict=True):
+                keys, values = piece.keys[layer], piece.values[layer]
+                if how.window and piece.end > how.window:
+                    keys = keys.narrow(2, piece.end - how.window, how.window)
+                    values = values.narrow(2, piece.end - how.window, how.window)
+                if self._threads > 1 and (keys.numel() < _SERIAL_VALUES) != serial:
+                    serial = not serial
+                    torch.set_num_threads(1 if serial else self._threads)
+                mask = piece.mask(how, rows, row.device, row.dtype) if how.bias else None
+                outputs.append(_attend(row, keys, values, mask, how))
+        finally:
+            if serial:
+                torch.set_num_threads(self._threads)
+        output = outputs[0] if tokens == 1 else torch.cat(outputs)
+        return output.reshape(1, tokens, heads, -1)
+
+
+def _attend_piece(
+    piece: _Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attention
+) -> torch.Tensor:
+    """Returns ``[1, count, heads, size]``."""
+    heads, count, size = query.shape[1:]
+    kv_heads = keys.shape[1]
+    rows = heads // kv_heads
+    plain = how.softcap is None and how.sinks is None
+    if first := piece.first_key(how.window):
+        keys, values = keys[:, :, first:], values[:, :, first:]
+    windowed = how.window is not None and piece.end > how.window
+    if plain and piece.start == 0 and count > 1 and not windowed and how.bias is None:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=how.scale, enable_gqa=rows > 1
+        )
+        return output.transpose(1, 2)
+    if plain and rows * count > _PACKED_ROWS:
+        mask = piece.mask(how, 1, query.device, query.dtype)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=how.scale, enable_gqa=rows > 1
+        )
+        return output.transpose(1, 2)
+    packed = query.reshape(1, kv_heads, rows * count, size)
+    output = _attend(packed, keys, values, piece.mask(how, rows, query.device, query.dtype), how)
+    return output.reshape(1, heads, count, -1).transpose(1, 2)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: Attention
+) -> torch.Tensor:
+    """Attention of stacked query rows, ``[1, kv heads, rows, size]``, over all the keys given."""
+    if how.softcap is None and how.sinks is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=how.scale
+        )
+    # Scaled before the product, which in float16 could overflow.
+    scores = torch.matmul(query * how.scale, keys.transpose(2, 3)).float()
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    if mask is not None:
+        scores = scores + mask
+    if how.sinks is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        kv_heads, rows = query.shape[1], query.shape[2]
+        sinks = how.sinks.float().view(1, kv_heads, -1, 1)
+        sinks = sinks.repeat_interleave(rows // sinks.shape[2], 2)
+        weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]
+    return torch.matmul(weights.to(values.dtype), values)

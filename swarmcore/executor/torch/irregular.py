@@ -1,0 +1,9 @@
+"""Families that do not attend through transformers' ``AttentionInterface``, by model type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {}
+"""Given a base model, replaces the attention of its blocks by one that calls the current batch."""

@@ -1,0 +1,124 @@
+"""Attention caches: keys and values of one sequence in all blocks of a span.
+
+Every key is kept, also by layers with a sliding window (they read only the last ones), so that a cache can be
+rolled back to any earlier position exactly, by forgetting what lies after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+PAGE = 64
+"""Caches grow in multiples of this many tokens."""
+
+Views = Sequence[torch.Tensor]
+"""One tensor per layer."""
+
+
+@attrs.frozen
+class LayerShape:
+    """What one token leaves in one layer's cache."""
+
+    heads: int
+    """Key/value heads."""
+    key_size: int
+    value_size: int
+
+    @property
+    def values(self) -> int:
+        return self.heads * (self.key_size + self.value_size)
+
+
+@attrs.frozen
+class CacheLayout:
+    """The caches of some blocks: one shape per layer, one dtype and device for all."""
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(layer.values for layer in self.layers) * self.dtype.itemsize
+
+    def part(self, first: int, last: int) -> CacheLayout:
+        """The layout of the layers ``first:last`` of these."""
+        return attrs.evolve(self, layers=self.layers[first:last])
+
+
+class SequenceCache:
+    """The cache of one sequence: ``length`` tokens stored, room for ``capacity``.
+
+    Layers of equal shape share one tensor, ``[layers, 1, heads, capacity, size]``, so that the views of a step are
+    made by a few calls rather than a few per layer.
+    """
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self.length = 0
+        self.capacity = 0
+        self.reserved = 0
+        """Tokens the cache is to have room for at its next step."""
+        self.layout = layout
+        self._groups: dict[LayerShape, list[int]] = {}
+        for index, shape in enumerate(layout.layers):
+            self._groups.setdefault(shape, []).append(index)
+        self._stores: dict[LayerShape, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __repr__(self) -> str:
+        return f"<SequenceCache {self.length}/{self.capacity} tokens>"
+
+    def prepare(self, start: int, end: int) -> None:
+        """Roll back to ``start`` and make room for the tokens up to ``end``, which count as stored from now on.
+
+        Takes or gives back memory, which invalidates views. ``start`` is at most ``length``.
+        """
+        capacity = -(-max(self.reserved, end) // PAGE) * PAGE
+        if capacity != self.capacity:
+            self._resize(capacity, start)
+        self.length = end
+
+    def trim(self) -> None:
+        """Give back at once what lies beyond the reservation. Not while a batch holds views of this cache."""
+        capacity = -(-self.reserved // PAGE) * PAGE
+        if capacity < self.capacity:
+            self.length = min(self.length, capacity)
+            self._resize(capacity, self.length)
+
+    def views(self, start: int, end: int) -> tuple[Views, Views]:
+        """Keys and values of the tokens ``start:end``, ``[1, heads, end - start, size]`` for each layer."""
+        if len(self._groups) == 1:
+            [(keys, values)] = self._stores.values()
+            return _unstack(keys, start, end), _unstack(values, start, end)
+        layers = len(self.layout.layers)
+        all_keys, all_values = [torch.Tensor()] * layers, [torch.Tensor()] * layers
+        for shape, indices in self._groups.items():
+            keys, values = self._stores[shape]
+            for index, key, value in zip(
+                indices, _unstack(keys, start, end), _unstack(values, start, end), strict=True
+            ):
+                all_keys[index], all_values[index] = key, value
+        return all_keys, all_values
+
+    def _resize(self, capacity: int, keep: int) -> None:
+        for shape, indices in self._groups.items():
+            old = self._stores.pop(shape, None)
+            new = tuple(
+                torch.empty(
+                    (len(indices), 1, shape.heads, capacity, size),
+                    dtype=self.layout.dtype,
+                    device=self.layout.device,
+                )
+                for size in (shape.key_size, shape.value_size)
+            )
+            if old is not None:
+                for source, target in zip(old, new, strict=True):
+                    target[..., :keep, :] = source[..., :keep, :]
+            self._stores[shape] = (new[0], new[1])
+        self.capacity = capacity
+
+
+def _unstack(store: torch.Tensor, start: int, end: int) -> Views:
+    return store.narrow(3, start, end - start).unbind(0)

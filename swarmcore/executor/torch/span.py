@@ -1,0 +1,219 @@
+"""A span of blocks: the family's own base model, cut to the span and emptied of everything else."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarmcore.errors import CheckpointError, SpanError, SwarmError, UnsupportedModelError
+from swarmcore.executor.torch.attention import NAME, computing
+from swarmcore.executor.torch.batch import Attention, Batch
+from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
+from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.executor.torch.cut import (
+    build_on_meta,
+    check_servable,
+    copy_layer_traits,
+    cut_config,
+    layer_list,
+)
+from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
+from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
+from swarmcore.types import Span
+
+_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|video|speech|encoder|mtp")
+
+
+class SpanModel:
+    """Blocks ``span`` of a model, ready to run."""
+
+    def __init__(self, base: Any, span: Span, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.span = span
+        self.max_positions = _fixed_positions(base.config)
+        """Where the model's rotary embedding begins to depend on the length of the whole sequence; None: never."""
+        self._base, self._name = base, name
+        self._parts = {span: base}
+        self._takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+        self.layout = CacheLayout(self._probe(device, dtype), dtype, device)
+
+    @torch.inference_mode()
+    def forward(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch, part: Span | None = None
+    ) -> torch.Tensor:
+        """Hidden states ``[1, tokens, hidden size]`` through all blocks, or through ``part`` of them."""
+        positions = {"position_ids": position_ids} if self._takes_positions else {}
+        with computing(batch):
+            output = self._part(part or self.span)(inputs_embeds=hidden, use_cache=False, **positions)
+        result: torch.Tensor = output.last_hidden_state
+        return result
+
+    def _part(self, part: Span) -> Any:
+        """The base model with the blocks ``part`` only: the same modules under another list and config."""
+        if part not in self._parts:
+            inner = Span(part.start - self.span.start, part.end - self.span.start)
+            layers = layer_list(self._base)
+            base = copy.copy(self._base)
+            base._modules = dict(self._base._modules)
+            base.config = cut_config(self._base.config, inner)
+            base.config._attn_implementation = NAME
+            setattr(base, layers, nn.ModuleList(getattr(self._base, layers)[inner.start : inner.end]))
+            self._parts[part] = base
+        return self._parts[part]
+
+    def _probe(self, device: torch.device, dtype: torch.dtype) -> tuple[LayerShape, ...]:
+        """Run one token, to learn the shapes of the caches and to refuse here what would go wrong later."""
+        config = self._base.config
+        hidden = torch.randn(1, 1, config.hidden_size, dtype=dtype, device=device)
+        position_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        probe = _Probe(config)
+        layers = layer_list(self._base)
+        blocks = getattr(self._base, layers)
+        try:
+            self.forward(hidden, position_ids, probe)
+            setattr(self._base, layers, nn.ModuleList())
+            unchanged = self.forward(hidden, position_ids, probe)
+        except SwarmError as exc:
+            raise UnsupportedModelError(f"{self._name} ({config.model_type}): {exc}") from exc
+        except Exception as exc:
+            raise UnsupportedModelError(
+                f"the blocks of {self._name} ({config.model_type}) cannot be run on their own: {exc!r}"
+            ) from exc
+        finally:
+            setattr(self._base, layers, blocks)
+        if not torch.equal(hidden, unchanged):
+            raise UnsupportedModelError(
+                f"{self._name} ({config.model_type}) changes hidden states outside of its blocks"
+            )
+        if sorted(probe.shapes) != list(range(len(self.span))):
+            raise UnsupportedModelError(
+                f"{self._name} ({config.model_type}) has blocks that do not attend through transformers' "
+                f"AttentionInterface; this family needs an attention of its own"
+            )
+        return tuple(probe.shapes[index] for index in sorted(probe.shapes))
+
+
+class _Probe:
+    """A batch that attends to nothing and notes what each layer would store."""
+
+    def __init__(self, config: Any) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self._layer_types = getattr(config, "layer_types", None)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
+    ) -> torch.Tensor:
+        if layer in self.shapes:
+            raise UnsupportedModelError("a block attends twice")
+        if self._layer_types and (self._layer_types[layer] == "sliding_attention") != (
+            how.window is not None
+        ):
+            raise UnsupportedModelError("the window of its sliding attention is not passed to the attention")
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        _, heads, tokens, _ = query.shape
+        return query.new_zeros(1, tokens, heads, value.shape[3])
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    span: Span,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> SpanModel:
+    """Read the tensors of ``span`` and make a model of them. Blocks for as long as that takes.
+
+    Raise `SpanError` for blocks that the model does not have, `UnsupportedModelError` for a family that cannot
+    be served, `CheckpointError` for missing or misshapen tensors, and what `Checkpoint.read` raises.
+    """
+    name, config = checkpoint.name, checkpoint.config
+    text = config.get_text_config(decoder=True)
+    blocks = text.num_hidden_layers
+    if not 0 <= span.start < span.end <= blocks:
+        raise SpanError(f"blocks {span} are not in {name}, which has blocks 0:{blocks}")
+    check_servable(text, name)
+    cut = cut_config(text, span)
+    empty = build_on_meta(cut)
+    prefix, layers = empty.base_model_prefix, layer_list(empty.base_model)
+    sources = _block_tensors(checkpoint, layers, blocks, span)
+    tensors = checkpoint.read(sources, progress=progress)
+    state = {
+        f"{prefix}.{layers}.{index - span.start}.{rest}": tensors.pop(source)
+        for source, (index, rest) in sources.items()
+    }
+    with quiet_transformers(lambda share: None):
+        # The library's own loader, since it knows how checkpoints differ from modules (fused experts, old names).
+        model, report = type(empty).from_pretrained(
+            None, config=cut, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    wrong = [key for key in report["missing_keys"] if f"{layers}." in key]
+    wrong += [entry[0] for entry in report.get("mismatched_keys", ())]
+    if wrong:
+        raise CheckpointError(
+            f"blocks {span} of {name} lack {len(wrong)} tensors or have them in another shape, such as {wrong[0]}; "
+            f"the checkpoint is incomplete or not the one its config describes"
+        )
+    base = model.base_model
+    copy_layer_traits(text, span, base, name)
+    _keep_only_blocks(base, layers)
+    base.config._attn_implementation = NAME
+    if replace := REPLACE_ATTENTION.get(text.model_type):
+        replace(base)
+    return SpanModel(base.eval().requires_grad_(False).to(device), span, name, device, dtype)
+
+
+def _block_tensors(
+    checkpoint: Checkpoint, layers: str, blocks: int, span: Span
+) -> dict[str, tuple[int, str]]:
+    """The checkpoint's tensors of the span, with the block each belongs to and its name in there."""
+    pattern = re.compile(rf"(.*\.)?{layers}\.(\d+)\.(.+)")
+    by_tower: dict[str, dict[str, tuple[int, str]]] = {}
+    for tensor in checkpoint.names():
+        if match := pattern.fullmatch(tensor):
+            by_tower.setdefault(match[1] or "", {})[tensor] = int(match[2]), match[3]
+    candidates = [tower for tower in by_tower if not _OTHER_TOWERS.search(tower)]
+    if not candidates:
+        raise CheckpointError(f"{checkpoint.name} has no tensors named {layers}.0.… for its {blocks} blocks")
+    tower = by_tower[max(candidates, key=lambda tower: len(by_tower[tower]))]
+    return {tensor: place for tensor, place in tower.items() if place[0] in span}
+
+
+def _keep_only_blocks(base: Any, layers: str) -> None:
+    """Take out embeddings and final norm: a server's hidden states come in and go out as they are between blocks."""
+    tokens = base.get_input_embeddings()
+    for name, child in list(base.named_children()):
+        if name != layers and any(True for _ in child.parameters()):
+            positional = isinstance(child, nn.Embedding) and child is not tokens
+            setattr(base, name, _NoPositions() if positional else nn.Identity())
+    if hasattr(base, "embedding_multiplier"):
+        base.embedding_multiplier = (
+            1.0  # Granite scales what it takes for embeddings; the client has done so.
+        )
+
+
+class _NoPositions(nn.Module):
+    """In place of learned position embeddings, which the client has added: adds nothing, in any dtype."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=position_ids.device)
+
+
+def _fixed_positions(config: Any) -> int | None:
+    """Up to which length rotary frequencies are the same for all lengths.
+
+    Dynamic and long rope change them for the whole sequence, cached keys included, once it outgrows the length
+    the model was trained at; what is computed then would depend on how the sequence was cut into steps.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if "dynamic" in kind.get("rope_type", "") or kind.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
