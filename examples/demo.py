@@ -53,20 +53,20 @@ async def demo(question: str, max_new_tokens: int) -> bool:
 
         swarm = await stack.enter_async_context(swarmcore.connect(bootstrap.address))
         model = await swarm.load_model(str(folder), dtype="float32", threads=int(THREADS))
-        chain = await swarm.wait_for_blocks(model.info, timeout=30)
+        await swarm.wait_for_blocks(model.info, timeout=30)
         console.print(f"[dim]ready after[/]       {clock() - began:.1f} s\n")
         console.print(f"[bold]> {question}[/]")
         messages = [{"role": "user", "content": question}]
-        pieces: list[str] = []
-        times: list[float] = []
-        async for piece in model.generate(messages, max_new_tokens=max_new_tokens, temperature=0):
-            pieces.append(piece)
-            times.append(clock())
+        generation = model.generate(messages, max_new_tokens=max_new_tokens, temperature=0)
+        answer = ""
+        async for piece in generation:
+            answer += piece
             console.print(piece, end="", markup=False, soft_wrap=True)
-        answer = "".join(pieces)
-        speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-        console.print(f"\n\n[dim]chain[/]             {chain}")
-        console.print(f"[dim]speed[/]             {speed:.1f} tokens per second")
+        decoding = generation.seconds - (generation.first_token_seconds or 0.0)
+        console.print(f"\n\n[dim]chain[/]             {generation.chain}", soft_wrap=True)
+        console.print(
+            f"[dim]speed[/]             {(generation.new_tokens - 1) / decoding:.1f} tokens per second"
+        )
     with console.status("asking the model without the swarm"):
         plain = await asyncio.to_thread(plain_answer, folder, messages, max_new_tokens)
     same = answer == plain

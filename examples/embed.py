@@ -1,4 +1,4 @@
-"""swarmcore inside another asyncio program: a TCP service that answers each line with the model's continuation.
+"""swarmcore inside another asyncio program: a TCP service that continues each line it is sent.
 
 python examples/embed.py ADDRESS MODEL        then, elsewhere:  nc 127.0.0.1 7000
 """

@@ -1,4 +1,4 @@
-"""Talk with a model: ``python examples/run_client.py --model … --bootstrap ADDRESS``; the same as ``swarmcore chat``."""
+"""Talk with a model: ``python examples/run_client.py --model … --bootstrap …``. It is ``swarmcore chat``."""
 
 from swarmcore.cli.chat import chat
 

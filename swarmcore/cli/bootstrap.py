@@ -28,6 +28,8 @@ def bootstrap(output: Output, public_name: str, identity_file: str | None, **net
     """
     from swarmcore.server.run import run_bootstrap
 
+    identity = load_identity(identity_file)
+
     def on_online(info: ServerInfo) -> None:
         output.remark("online: others join with --bootstrap and this address:")
         for address in info.addresses:
@@ -36,10 +38,7 @@ def bootstrap(output: Output, public_name: str, identity_file: str | None, **net
 
     interrupt.run(
         run_bootstrap(
-            network_config(**network),
-            load_identity(identity_file),
-            public_name=public_name,
-            on_online=on_online,
+            network_config(identity.peer, **network), identity, public_name=public_name, on_online=on_online
         ),
         interrupted_status=0,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.options import remote_model_options, sampling_options, standard
+from swarmcore.cli.options import one_line, remote_model_options, sampling_options, standard
 from swarmcore.cli.output import Output
 from swarmcore.cli.remote import RemoteModelOptions, given, remote_model
 from swarmcore.cli.turns import turns
@@ -16,6 +16,7 @@ from swarmcore.errors import SwarmError
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
+    from swarmcore.client.model_session import ModelSession
 
 
 @click.command()
@@ -55,34 +56,58 @@ async def _chat(
     output: Output, options: RemoteModelOptions, system: str | None, sampling: dict[str, Any]
 ) -> None:
     async with remote_model(output, options) as (swarm, model), aclosing(turns()) as said:
-        output.remark(
-            f"{model.info.name} over {swarm.chain(model.info)}. Ctrl-C stops an answer, Ctrl-D leaves."
-        )
-        output.event("ready", model=model.info.name, chain=str(swarm.chain(model.info)))
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        async for line in said:
-            messages.append({"role": "user", "content": line})
-            answer: list[str] = []
-            try:
-                whole = await interrupt.finished(_answer(output, model, messages, sampling, answer))
-            except SwarmError as exc:
-                # The conversation can go on when another server has taken over.
-                output.remark(f"error: {exc}")
-                output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
-                messages.pop()
-                continue
-            output.result("" if whole else " …")
-            output.event("answer", text="".join(answer), interrupted=not whole)
-            messages.append({"role": "assistant", "content": "".join(answer)})
+        chain = swarm.chain(model.info)
+        output.remark(f"{model.info.name} over {chain}. Ctrl-C stops an answer, Ctrl-D leaves.")
+        output.event("ready", model=model.info.name, chain=str(chain))
+        conversation = Conversation(output, model, system, sampling)
+        try:
+            async for line in said:
+                await conversation.turn(line)
+        finally:
+            await conversation.close()
 
 
-async def _answer(
-    output: Output,
-    model: RemoteModel,
-    messages: list[dict[str, str]],
-    sampling: dict[str, Any],
-    answer: list[str],
-) -> None:
-    async for piece in model.generate(messages, **sampling):
-        answer.append(piece)
-        output.piece(piece)
+class Conversation:
+    """Turns over one session, so that what was said before is not computed again."""
+
+    def __init__(
+        self, output: Output, model: RemoteModel, system: str | None, sampling: dict[str, Any]
+    ) -> None:
+        self._output = output
+        self._model = model
+        self._sampling = sampling
+        self._messages = [{"role": "system", "content": system}] if system is not None else []
+        self._session: ModelSession | None = None
+
+    async def turn(self, said: str) -> None:
+        """Answer; an error of the swarm ends this turn only, and the next one begins a new session."""
+        answer: list[str] = []
+        self._messages.append({"role": "user", "content": said})
+        try:
+            whole = await interrupt.finished(self._answer(answer))
+        except SwarmError as exc:
+            self._output.remark(f"error: {one_line(exc)}")
+            self._output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
+            self._messages.pop()
+            await self.close()
+            return
+        self._output.result("" if whole else " …")
+        self._output.event("answer", text="".join(answer), interrupted=not whole)
+        self._messages.append({"role": "assistant", "content": "".join(answer)})
+
+    async def close(self) -> None:
+        """Give the session's cache back."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _answer(self, answer: list[str]) -> None:
+        if self._session is None:
+            self._session = self._model.session()
+        await self._session.open()
+        async with self._model.generate(
+            self._messages, session=self._session, **self._sampling
+        ) as generation:
+            async for piece in generation:
+                answer.append(piece)
+                self._output.piece(piece)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Any
 
@@ -59,15 +58,22 @@ def generate(
 async def _generate(
     output: Output, options: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
 ) -> None:
-    clock = asyncio.get_running_loop().time
-    async with remote_model(output, options) as (swarm, model):
+    async with (
+        remote_model(output, options) as (_, model),
+        model.generate(prompt, **sampling) as generation,
+    ):
         pieces = []
-        started = clock()
-        async for piece in model.generate(prompt, **sampling):
+        async for piece in generation:
             pieces.append(piece)
             output.piece(piece)
-        seconds = clock() - started
         output.result("")
         output.event(
-            "generated", text="".join(pieces), seconds=round(seconds, 3), chain=str(swarm.chain(model.info))
+            "generated",
+            text="".join(pieces),
+            finish_reason=generation.finish_reason,
+            prompt_tokens=generation.prompt_tokens,
+            new_tokens=generation.new_tokens,
+            seconds=round(generation.seconds, 4),
+            first_token_seconds=generation.first_token_seconds,
+            chain=str(generation.chain),
         )

@@ -17,6 +17,7 @@ _DEFAULT_PLACES = {"tcp": ("0.0.0.0:0",)}
 
 
 def network_config(
+    peer: PeerId,
     *,
     transports: Sequence[str],
     listen: Sequence[str],
@@ -24,7 +25,7 @@ def network_config(
     bootstrap: Sequence[str],
     allowed_peers: Sequence[str],
 ) -> NetworkConfig:
-    """Make the configuration from the values of `network_options`.
+    """Make the configuration of ``peer`` from the values of `network_options`.
 
     Raise `InputError` for any that cannot work: better before a model is loaded than after.
     """
@@ -32,21 +33,27 @@ def network_config(
 
     for address in bootstrap:
         Address.parse(address)
-    for peer in allowed_peers:
-        public_key(peer)
+    for allowed in allowed_peers:
+        public_key(allowed)
     return NetworkConfig(
         transports={
             scheme: places or _DEFAULT_PLACES.get(scheme, ())
             for scheme, places in by_scheme(transports, listen).items()
         },
         announce=tuple(
-            f"{scheme}://{place}"
+            _announced(scheme, place, peer)
             for scheme, places in by_scheme(transports, announce).items()
             for place in places
         ),
         bootstrap=tuple(bootstrap),
         allowed_peers=frozenset(map(PeerId, allowed_peers)) or None,
     )
+
+
+def _announced(scheme: str, place: str, peer: PeerId) -> str:
+    """The whole address: people type ``example.org:4001``, others dial ``tcp://example.org:4001/12D3Koo…``."""
+    location = place.removesuffix(f"/{peer}")
+    return str(Address(scheme, location if location.startswith("/") else f"//{location}", peer))
 
 
 def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tuple[str, ...]]:

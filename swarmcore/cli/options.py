@@ -22,11 +22,16 @@ class Failure(click.ClickException):
     """A `SwarmError` on its way out: one line on stderr; exit status 2 when the input was wrong, else 1."""
 
     def __init__(self, error: SwarmError) -> None:
-        super().__init__(" ".join(str(error).split()))
+        super().__init__(one_line(error))
         self.exit_code = 2 if isinstance(error, InputError) else 1
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", err=True)
+
+
+def one_line(error: SwarmError) -> str:
+    """The message without line breaks, whatever library it began in."""
+    return " ".join(str(error).split())
 
 
 def standard(command: Callable[..., Any]) -> Callable[..., None]:

@@ -88,8 +88,8 @@ def serve(
         public_name=public_name,
     )
 
-    network_settings = network_config(**network)
     identity = load_identity(identity_file)
+    network_settings = network_config(identity.peer, **network)
 
     def on_online(server: BlockServer) -> None:
         _report_online(output, server)
