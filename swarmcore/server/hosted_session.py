@@ -76,7 +76,7 @@ class HostedSession:
         try:
             async with self._next_turn:
                 await self._channel_to(hop)
-        except UnavailableError as exc:
+        except SwarmError as exc:
             logger.info("session %s: cannot reach %s: %s", self.session[:8], short(hop.peer), exc)
             return False
         return True
@@ -98,14 +98,12 @@ class HostedSession:
     async def _run(self, message: Message) -> None:
         step: Step = message.record
         try:
-            output = await self._output(step, message.tensor("hidden"))
+            await self._deliver(step, await self._output(step, message.tensor("hidden")))
         except SwarmError as exc:
             await self._report(step, exc)
         except Exception:
             logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
             await self._report(step, InternalError("the server failed on this step; its log says why"))
-        else:
-            await self._deliver(step, output)
 
     async def _output(self, step: Step, hidden: Tensor) -> Tensor:
         """Compute the step, or answer from memory when it came before."""
@@ -139,7 +137,7 @@ class HostedSession:
         if step.chain:
             try:
                 await self._push(step, output)
-            except UnavailableError as exc:
+            except SwarmError as exc:
                 undelivered = exc.message
             else:
                 return
