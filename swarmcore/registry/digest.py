@@ -17,6 +17,7 @@ from swarmcore.types import PeerId
 
 BUCKETS = 256
 HASH_BYTES = 8
+KEY_BYTES = 8
 
 _ENTRY = struct.Struct("<8sQ")
 
@@ -25,7 +26,7 @@ Key = bytes
 
 
 def key_of(peer: PeerId) -> Key:
-    return blake2b(peer.encode(), digest_size=8).digest()
+    return blake2b(peer.encode(), digest_size=KEY_BYTES).digest()
 
 
 class Digest:
@@ -77,6 +78,13 @@ def unpack_entries(data: bytes) -> Iterator[tuple[Key, int]]:
     if len(data) % _ENTRY.size:
         raise ProtocolError(f"a list of entries cannot have {len(data)} bytes")
     return iter(_ENTRY.iter_unpack(data))
+
+
+def split_keys(data: bytes) -> list[Key]:
+    """Keys that were put one after the other. Raise `ProtocolError` when there is no whole number of them."""
+    if len(data) % KEY_BYTES:
+        raise ProtocolError(f"a list of keys cannot have {len(data)} bytes")
+    return [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
 
 
 def _hash(bucket: dict[Key, int]) -> bytes:

@@ -128,7 +128,8 @@ class RecordIssuer:
     """Issues one peer's records, each superseding all before it.
 
     ``wall_clock`` gives seconds since the epoch. Where it stands still or is set back, sequence numbers go on
-    from the last one by single steps.
+    from the last one by single steps; set back by more than clocks may differ, they start again from the new
+    time, because nobody whose clock is right has taken records from so far ahead.
     """
 
     def __init__(
@@ -169,7 +170,9 @@ class RecordIssuer:
         self.last_sequence = max(self.last_sequence, sequence)
 
     def _next_sequence(self) -> int:
-        self.last_sequence = max(self.last_sequence + 1, int(self._wall_clock() * 1000))
+        now = int(self._wall_clock() * 1000)
+        set_back = self.last_sequence > now + self._limits.max_skew * 1000
+        self.last_sequence = now if set_back else max(self.last_sequence + 1, now)
         return self.last_sequence
 
     def _sign(self, announcement: Announcement) -> SignedRecord:

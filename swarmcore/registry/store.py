@@ -94,7 +94,7 @@ class RecordStore:
         self.dropped: Counter[Drop] = Counter()
         """How many records were dropped, by reason."""
         self._own = own
-        self._limits = limits or RecordLimits()
+        self.limits = limits or RecordLimits()
         self._capacity = capacity
         self._allowed = None if allowed is None else frozenset(allowed)
         self._entries: dict[Key, _Entry] = {}
@@ -156,6 +156,23 @@ class RecordStore:
         entries = self._entries.values() if keys is None else map(self._entries.get, keys)
         return (entry.record for entry in entries if entry is not None and entry.current)
 
+    def current_in(self, buckets: Collection[int]) -> dict[PeerId, SignedRecord]:
+        """The records to pass on whose owners fall into ``buckets``."""
+        return {
+            entry.announcement.peer: entry.record
+            for key, entry in self._entries.items()
+            if key[0] in buckets and entry.current
+        }
+
+    def forget_sequence(self, peer: PeerId) -> None:
+        """Let the next record of ``peer`` be taken whatever its sequence number.
+
+        For an owner whose clock was set back, about its own records only.
+        """
+        key = key_of(peer)
+        if self._entries.pop(key, None) is not None:
+            self._digest.discard(key)
+
     # --- differences with another store ---------------------------------------------------------------
 
     def hashes(self) -> bytes:
@@ -197,15 +214,15 @@ class RecordStore:
 
     def _judge(self, record: SignedRecord, now: float) -> Announcement | Drop:
         # Cheapest checks first: a signature takes a tenth of a millisecond, and most records are repeats.
-        if len(record.payload) > self._limits.max_bytes:
+        if len(record.payload) > self.limits.max_bytes:
             return Drop.OVERSIZED
         try:
             new = decode_announcement(record)
         except ProtocolError:
             return Drop.MALFORMED
-        if self._allowed is not None and new.peer not in self._allowed:
+        if self._allowed is not None and new.peer not in self._allowed and new.peer != self._own:
             return Drop.UNLISTED
-        if new.issued > now + self._limits.max_skew or new.ttl > self._limits.max_ttl:
+        if new.issued > now + self.limits.max_skew or new.ttl > self.limits.max_ttl:
             return Drop.SKEWED
         if now >= self._last_moment(new):
             return Drop.EXPIRED
@@ -225,7 +242,7 @@ class RecordStore:
         return new if is_signed_by(record, new.peer) else Drop.FORGED
 
     def _last_moment(self, announcement: Announcement) -> float:
-        return announcement.issued + announcement.ttl + self._limits.max_skew
+        return announcement.issued + announcement.ttl + self.limits.max_skew
 
     def _take(self, record: SignedRecord, new: Announcement, now: float) -> Accepted:
         key = key_of(new.peer)

@@ -1,0 +1,238 @@
+"""The embedded default registry: every member keeps all records, and members tell each other what is new."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+from swarmcore.errors import InternalError, SwarmError, UnavailableError
+from swarmcore.registry.background import BackgroundTasks
+from swarmcore.registry.base import Registry, SwarmView
+from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.joining import first_answer
+from swarmcore.registry.messages import (
+    COMPARE,
+    EXCHANGE,
+    WATCH,
+    CompareDigests,
+    DigestsCompared,
+    ExchangeRecords,
+    RecordsExchanged,
+)
+from swarmcore.registry.partners import Partner, Partners
+from swarmcore.registry.pushing import Pusher
+from swarmcore.registry.reconcile import answer_compare, answer_exchange, reconcile
+from swarmcore.registry.records import RecordIssuer, RecordLimits, SignedRecord
+from swarmcore.registry.replica import Replica
+from swarmcore.registry.store import CAPACITY, Accepted, Drop, RecordStore
+from swarmcore.registry.watchers import Watchers
+from swarmcore.rpc import Caller, Node
+from swarmcore.types import Address, PeerId, ServerInfo, short
+
+logger = logging.getLogger(__name__)
+
+_WITHDRAWAL_PATIENCE = 3.0
+_CONTEST_PAUSE = 1.0
+
+
+class GossipRegistry(Registry):
+    """A full member of the registry; every server and bootstrap peer runs one.
+
+    New records go at once to ``fanout`` random members, which pass them on in the same way; every
+    ``interval`` seconds (a quarter more or less) the records are compared with a random member's, which brings
+    what a push has missed. Members are found in the records themselves: ``bootstrap`` is needed to join, and
+    as the way back after a network split. ``node`` is neither started nor closed here; it has to listen before `start`,
+    and can carry one registry only. In a node that is closed to all but its allowed peers, records of others
+    are dropped.
+
+    ``announce`` keeps the record fresh by itself (every third of its ttl) until `withdraw` or `close`.
+    ``timeout`` bounds each call to a member, in seconds. ``wall_clock`` gives seconds since the epoch: unlike
+    all other times, those in records mean the same to every peer.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        bootstrap: Sequence[Address] = (),
+        *,
+        fanout: int = 3,
+        interval: float = 10.0,
+        timeout: float = 10.0,
+        limits: RecordLimits | None = None,
+        capacity: int = CAPACITY,
+        rng: Random | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.node = node
+        self._interval = interval
+        self._timeout = timeout
+        self._rng = rng or Random()
+        self._issuer = RecordIssuer(node.identity, wall_clock, limits)
+        store = RecordStore(own=node.peer, limits=limits, capacity=capacity, allowed=node.allowed_peers)
+        self._partners = Partners(node.peer, bootstrap, self._rng)
+        self._replica = Replica(store, self._partners, wall_clock)
+        self._replica.on_accepted = self._on_accepted
+        self._pusher = Pusher(node, self._partners, store.limits, fanout=fanout, timeout=timeout)
+        self._watchers = Watchers(store, node.limits)
+        self._announced: tuple[ServerInfo, float] | None = None
+        self._refresh: asyncio.TimerHandle | None = None
+        self._tasks = BackgroundTasks()
+        self._clock_warned = False
+        self._closed = False
+        node.serve(COMPARE, self._compare)
+        node.serve(EXCHANGE, self._exchange)
+        node.serve_protocol(WATCH, self._watchers.serve)
+
+    def __repr__(self) -> str:
+        return (
+            f"<GossipRegistry {short(self.node.peer)} {self._replica.store!r} {len(self._watchers)} watching>"
+        )
+
+    @property
+    def dropped(self) -> Mapping[Drop, int]:
+        """Records refused so far, by reason."""
+        return self._replica.store.dropped
+
+    async def start(self) -> None:
+        """Fetch all records from the first bootstrap peer that answers, and begin to gossip.
+
+        Without bootstrap peers other than this one there is nobody to ask: this is the first member. Raise
+        `PeerUnreachableError`, naming what was tried, when none answers; `start` may then be called again.
+        """
+        bootstrap = self._partners.bootstrap
+        self._rng.shuffle(bootstrap)
+        if bootstrap:
+            await first_answer(bootstrap, self._reconcile)
+        self._tasks.start(self._pusher.run(), "registry pushes")
+        self._tasks.start(self._anti_entropy(), "registry anti-entropy")
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._refresh is not None:
+            self._refresh.cancel()
+        self._watchers.close()
+        self._replica.close()
+        await self._tasks.close()
+
+    async def announce(self, info: ServerInfo, ttl: float) -> None:
+        """Publish ``info`` and keep it fresh until it is replaced or withdrawn, or the registry is closed.
+
+        Returns once it is on its way to others, which does not wait for them. Raise `InputError` when it may
+        not be announced by this peer (see `check_info`), or ``ttl`` or its size is over the limit.
+        """
+        if self._closed:
+            raise UnavailableError("this registry is closed")
+        self._publish(info, ttl)
+
+    async def withdraw(self) -> None:
+        """Take the announcement back, and wait up to three seconds until the next peers know."""
+        if self._announced is None:
+            return
+        self._announced = None
+        if self._refresh is not None:
+            self._refresh.cancel()
+        withdrawal = self._issuer.withdraw()
+        self._replica.apply(withdrawal)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAWAL_PATIENCE):
+                await self._pusher.push_now(withdrawal)
+
+    def view(self) -> SwarmView:
+        return self._replica.store.view()
+
+    def changes(self) -> ChangeReader:
+        return self._replica.feed.reader()
+
+    # --- this peer's own record -----------------------------------------------------------------------
+
+    def _publish(self, info: ServerInfo, ttl: float) -> None:
+        record = self._issuer.announce(info, ttl)
+        self._announced = (info, ttl)
+        outcome = self._replica.apply(record)
+        if outcome is Drop.REPLAYED:  # the clock was set back
+            self._replica.store.forget_sequence(self.node.peer)
+            outcome = self._replica.apply(record)
+        if isinstance(outcome, Drop):
+            raise InternalError(f"this peer dropped its own record as {outcome}")
+        self._pusher.add(self.node.peer, record)
+        self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
+
+    def _publish_again(self, delay: float) -> None:
+        if self._refresh is not None:
+            self._refresh.cancel()
+        if self._announced is not None and not self._closed:
+            loop = asyncio.get_running_loop()
+            self._refresh = loop.call_later(delay, self._publish, *self._announced)
+
+    def _on_accepted(self, record: SignedRecord, accepted: Accepted) -> None:
+        said = accepted.announcement
+        self._watchers.offer(said.peer, record)
+        if said.peer != self.node.peer or said.sequence <= self._issuer.last_sequence:
+            return
+        # A record of our own that we did not issue: from before a restart, or from another process.
+        self._issuer.supersede(said.sequence)
+        if self._announced is not None:
+            logger.warning("another process announces itself as %s; give each its own identity", said.peer)
+            self._publish_again(_CONTEST_PAUSE)
+
+    # --- gossip ---------------------------------------------------------------------------------------
+
+    async def _anti_entropy(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._interval * self._rng.uniform(0.75, 1.25))
+            lost = self._partners.choose_lost(loop.time())
+            await asyncio.gather(
+                self._reconcile_with_one(self._partners.choose(3, loop.time())),
+                self._reconcile_with_one([lost] if lost else []),
+            )
+
+    async def _reconcile_with_one(self, candidates: Sequence[Partner]) -> None:
+        for partner in candidates:
+            try:
+                await self._reconcile(partner)
+            except SwarmError as exc:
+                logger.debug("could not compare records with %s: %s", short(partner.peer), exc)
+            else:
+                return
+
+    async def _reconcile(self, partner: Partner) -> None:
+        now = asyncio.get_running_loop().time
+        try:
+            ahead = await reconcile(self.node, self._replica, partner, timeout=self._timeout)
+        except SwarmError:
+            self._partners.failed(partner.peer, now())
+            raise
+        self._partners.answered(partner.peer)
+        self._check_clock(ahead, partner.peer)
+
+    def _check_clock(self, ahead: float, peer: PeerId) -> None:
+        off = abs(ahead) > self._replica.store.limits.max_skew
+        if off and not self._clock_warned:
+            logger.warning(
+                "the clock of %s is %+.0f s off this one; records are dropped above %.0f s: set the clocks",
+                short(peer),
+                ahead,
+                self._replica.store.limits.max_skew,
+            )
+        self._clock_warned = off
+
+    async def _compare(self, request: CompareDigests, caller: Caller) -> DigestsCompared:
+        self._refuse_when_closed()
+        return answer_compare(self._replica, request)
+
+    async def _exchange(self, request: ExchangeRecords, caller: Caller) -> RecordsExchanged:
+        self._refuse_when_closed()
+        reply, news = await answer_exchange(self.node, self._replica, request)
+        if request.spread:
+            for owner, record in news.items():
+                self._pusher.add(owner, record)
+        return reply
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise UnavailableError("this peer has left the registry; ask another one")

@@ -1,0 +1,79 @@
+"""One peer's copy of the swarm's records, alive: it expires them on time and tells others what it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from swarmcore.registry.changes import ChangeFeed
+from swarmcore.registry.partners import Partners
+from swarmcore.registry.records import SignedRecord
+from swarmcore.registry.store import Accepted, Drop, RecordStore
+from swarmcore.types import PeerId
+
+_SLICE = 32  # records verified between two turns of the event loop: some 5 ms
+_LONGEST_SLEEP = 60.0  # between looks at the wall clock, which may be set while we sleep
+
+
+class Replica:
+    """A `RecordStore` on the running loop. Every change reaches `feed` and ``partners``.
+
+    ``on_accepted`` is called with every record taken, those that change nothing but their expiry included.
+    """
+
+    def __init__(self, store: RecordStore, partners: Partners, wall_clock: Callable[[], float]) -> None:
+        self.store = store
+        self.feed = ChangeFeed()
+        self.on_accepted: Callable[[SignedRecord, Accepted], None] = lambda record, accepted: None
+        self.now = wall_clock
+        self._partners = partners
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def apply(self, record: SignedRecord) -> Accepted | Drop:
+        """Take one record, if it is to be taken."""
+        outcome = self.store.apply(record, self.now())
+        if isinstance(outcome, Accepted):
+            if outcome.change is not None:
+                self._partners.update(outcome.change)
+                self.feed.publish(outcome.change)
+            self.on_accepted(record, outcome)
+            self._set_timer()
+        return outcome
+
+    async def merge(self, records: Iterable[SignedRecord]) -> dict[PeerId, SignedRecord]:
+        """Take many records without holding up the event loop; return those that were news, by owner."""
+        taken = {}
+        for position, record in enumerate(records, 1):
+            outcome = self.apply(record)
+            if isinstance(outcome, Accepted):
+                taken[outcome.announcement.peer] = record
+            if position % _SLICE == 0:
+                await asyncio.sleep(0)
+        return taken
+
+    def close(self) -> None:
+        """Stop expiring and end all readers of changes."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.feed.close()
+
+    def _set_timer(self) -> None:
+        due = self.store.next_due()
+        if due is None or self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        when = loop.time() + min(max(due - self.now(), 0.001), _LONGEST_SLEEP)
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        for change in self.store.expire(self.now()):
+            self._partners.update(change)
+            self.feed.publish(change)
+        self._set_timer()

@@ -1,0 +1,160 @@
+"""A registry for clients: reads everything from one member and is pushed what changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+from swarmcore.errors import DeadlineExceededError, InputError, PeerUnreachableError, SwarmError
+from swarmcore.registry.background import BackgroundTasks
+from swarmcore.registry.base import Registry, SwarmView
+from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.joining import AT_ONCE, first_answer
+from swarmcore.registry.messages import WATCH, WatchRecords
+from swarmcore.registry.partners import Partner, Partners
+from swarmcore.registry.records import RecordLimits
+from swarmcore.registry.replica import Replica
+from swarmcore.registry.store import CAPACITY, Drop, RecordStore
+from swarmcore.registry.watchers import HEARTBEAT
+from swarmcore.rpc import Channel, Node
+from swarmcore.types import Address, ServerInfo, short
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 10.0
+
+
+class WatchingRegistry(Registry):
+    """Follows the swarm without being part of it; what a client uses. Needs no address of its own.
+
+    It holds one channel to one member at a time. When that member fails or falls silent it moves on to
+    another: any bootstrap peer, and any member that it has learned of. Its view stays meanwhile, each record
+    to its own expiry. Records are checked here as by a full member: the peer that is watched can hold back
+    news, not invent any. Parameters are those of `GossipRegistry`.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        bootstrap: Sequence[Address],
+        *,
+        timeout: float = 10.0,
+        limits: RecordLimits | None = None,
+        capacity: int = CAPACITY,
+        rng: Random | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.node = node
+        self._timeout = timeout
+        self._rng = rng or Random()
+        self._partners = Partners(node.peer, bootstrap, self._rng, backoff=1.0)
+        store = RecordStore(limits=limits, capacity=capacity, allowed=node.allowed_peers)
+        self._replica = Replica(store, self._partners, wall_clock)
+        self._channel: Channel | None = None
+        self._tasks = BackgroundTasks()
+
+    def __repr__(self) -> str:
+        watched = short(self._channel.remote) if self._channel else "nobody"
+        return f"<WatchingRegistry of {watched} {self._replica.store!r}>"
+
+    @property
+    def dropped(self) -> Mapping[Drop, int]:
+        """Records refused so far, by reason."""
+        return self._replica.store.dropped
+
+    async def start(self) -> None:
+        """Read all records from the first bootstrap peer that answers, and follow it.
+
+        Raise `InputError` without bootstrap peers, `PeerUnreachableError`, naming what was tried, when none
+        answers; `start` may then be called again.
+        """
+        bootstrap = self._partners.bootstrap
+        if not bootstrap:
+            raise InputError("a client needs the address of a member of the swarm to join through")
+        self._rng.shuffle(bootstrap)
+        self._channel = await first_answer(bootstrap, self._watch, dispose=_abandon)
+        self._tasks.start(self._follow(self._channel), "registry watch")
+
+    async def close(self) -> None:
+        self._replica.close()
+        await self._tasks.close()
+
+    async def announce(self, info: ServerInfo, ttl: float) -> None:
+        """Raise `InputError`: only members announce."""
+        raise InputError("a WatchingRegistry does not announce; a server uses GossipRegistry")
+
+    async def withdraw(self) -> None:
+        """Nothing was announced; nothing happens."""
+
+    def view(self) -> SwarmView:
+        return self._replica.store.view()
+
+    def changes(self) -> ChangeReader:
+        return self._replica.feed.reader()
+
+    async def _watch(self, partner: Partner) -> Channel:
+        """A channel to ``partner``, with all that it knows already read. Raises as `Node.call` does."""
+        opening = WatchRecords(self._replica.store.hashes())
+        try:
+            channel = await self.node.open(partner.addresses, WATCH, opening, timeout=self._timeout)
+            try:
+                while not await self._read(channel):
+                    pass
+            except BaseException:
+                _abandon(channel)
+                raise
+        except SwarmError:
+            self._partners.failed(partner.peer, asyncio.get_running_loop().time())
+            raise
+        self._partners.answered(partner.peer)
+        return channel
+
+    async def _read(self, channel: Channel) -> bool:
+        """Take the next batch; whether it made the view complete."""
+        silence = 2 * HEARTBEAT + self._timeout
+        try:
+            async with asyncio.timeout(silence):
+                batch = (await channel.receive()).record
+        except TimeoutError as exc:
+            raise DeadlineExceededError(
+                f"{short(channel.remote)} sent no sign of life for {silence:g} s"
+            ) from exc
+        await self._replica.merge(batch.records)
+        return bool(batch.complete)
+
+    async def _follow(self, channel: Channel) -> None:
+        while True:
+            try:
+                while True:
+                    await self._read(channel)
+            except SwarmError as exc:
+                logger.info("lost sight of the swarm through %s: %s", short(channel.remote), exc)
+                self._partners.failed(channel.remote, asyncio.get_running_loop().time())
+            finally:
+                self._channel = None
+                _abandon(channel)
+            channel = self._channel = await self._move_on()
+
+    async def _move_on(self) -> Channel:
+        """A channel to another member, however long it takes to find one."""
+        loop = asyncio.get_running_loop()
+        pause = _FIRST_PAUSE
+        while True:
+            candidates = self._partners.choose(AT_ONCE, loop.time())
+            if lost := self._partners.choose_lost(loop.time()):
+                candidates.append(lost)
+            with contextlib.suppress(PeerUnreachableError):
+                if candidates:
+                    return await first_answer(candidates, self._watch, dispose=_abandon)
+            logger.info("no member of the swarm answers; trying again in %.1f s", pause)
+            await asyncio.sleep(pause * self._rng.uniform(0.75, 1.25))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _abandon(channel: Channel) -> None:
+    channel.abort("the watcher turned away")

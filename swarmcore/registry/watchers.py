@@ -1,0 +1,93 @@
+"""The serving side of the watch protocol: peers that only read are sent what changes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from swarmcore.errors import DeadlineExceededError, TooManyCallsError, UnavailableError
+from swarmcore.registry.messages import RecordBatch, WatchRecords, records_per_message
+from swarmcore.registry.records import SignedRecord
+from swarmcore.registry.store import RecordStore
+from swarmcore.rpc import Channel
+from swarmcore.types import PeerId
+from swarmcore.wire.limits import Limits
+
+MAX_WATCHERS = 1024
+HEARTBEAT = 5.0
+"""Seconds of silence after which a watcher is sent an empty batch."""
+STALL = 30.0
+"""Seconds that a watcher may take to accept a batch."""
+
+
+class Watchers:
+    """Sends every record that is given to `offer` to all watchers.
+
+    Records for a slow watcher wait, only the newest of each peer: what waits is bounded by the store's
+    capacity, and a watcher that accepts nothing for `STALL` seconds is dropped.
+    """
+
+    def __init__(self, store: RecordStore, limits: Limits) -> None:
+        self._store = store
+        self._batch = records_per_message(limits, store.limits)
+        self._watchers: set[_Watcher] = set()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._watchers)
+
+    def offer(self, owner: PeerId, record: SignedRecord) -> None:
+        for watcher in self._watchers:
+            watcher.waiting[owner] = record
+            watcher.wake.set()
+
+    async def serve(self, channel: Channel) -> None:
+        """Handle one channel of the watch protocol, until the other side is gone or `close` is called.
+
+        Raise `TooManyCallsError` above `MAX_WATCHERS`, `ProtocolError` for a malformed digest.
+        """
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise TooManyCallsError(f"this peer has {MAX_WATCHERS} watchers, its limit; watch another one")
+        opening: WatchRecords = channel.opening.record
+        buckets = self._store.differing(opening.hashes)
+        watcher = _Watcher(self._store.current_in(buckets))
+        self._watchers.add(watcher)
+        try:
+            while not self._closed:
+                records = watcher.take(self._batch)
+                batch = RecordBatch(tuple(records), complete=not watcher.waiting)
+                try:
+                    async with asyncio.timeout(STALL):
+                        await channel.send(batch)
+                except TimeoutError as exc:
+                    raise DeadlineExceededError(f"a watcher took nothing for {STALL:g} s") from exc
+                await watcher.wait(HEARTBEAT)
+        finally:
+            self._watchers.discard(watcher)
+        raise UnavailableError("this peer is leaving; watch another one")
+
+    def close(self) -> None:
+        """Send all watchers elsewhere."""
+        self._closed = True
+        for watcher in self._watchers:
+            watcher.wake.set()
+
+
+class _Watcher:
+    def __init__(self, waiting: dict[PeerId, SignedRecord]) -> None:
+        self.waiting = waiting
+        self.wake = asyncio.Event()
+
+    def take(self, count: int) -> list[SignedRecord]:
+        self.wake.clear()
+        owners = list(self.waiting)[:count]
+        return [self.waiting.pop(owner) for owner in owners]
+
+    async def wait(self, seconds: float) -> None:
+        """Until there is something to send, for ``seconds`` at most."""
+        if self.waiting:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self.wake.wait()
+        except TimeoutError:
+            return
