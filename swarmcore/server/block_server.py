@@ -13,7 +13,8 @@ import attrs
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.engine import Engine
 from swarmcore.registry.base import Registry
-from swarmcore.rpc.node import Caller, Node
+from swarmcore.rpc.method import Caller
+from swarmcore.rpc.node import Node
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.protocols import INFERENCE_PROTOCOL, INFO_METHOD, PING_METHOD

@@ -16,7 +16,8 @@ from swarmcore.errors import InputError, SpanError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.rpc.node import Caller, Node
+from swarmcore.rpc.method import Caller
+from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.protocols import INFO_METHOD, PING_METHOD

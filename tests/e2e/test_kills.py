@@ -36,7 +36,7 @@ async def free_cache(swarm: swarmcore.Swarm, peers: list[str]) -> list[int]:
 
 async def until_cache_is(swarm: swarmcore.Swarm, peers: list[str], expected: list[int]) -> None:
     async with asyncio.timeout(30):
-        while await free_cache(swarm, peers) != expected:  # noqa: ASYNC110 (the event is in other processes)
+        while await free_cache(swarm, peers) != expected:
             await asyncio.sleep(0.1)
 
 
