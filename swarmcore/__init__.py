@@ -1,0 +1,111 @@
+"""Run language models too big for one machine on many machines.
+
+Everything public is here; names load on first use, so that importing this imports neither torch nor any
+transport.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swarmcore import errors, sync
+    from swarmcore.client.generation import BatchGeneration, Generation
+    from swarmcore.client.model import RemoteModel
+    from swarmcore.client.model_session import ModelSession
+    from swarmcore.client.session import InferenceSession, SessionOptions
+    from swarmcore.client.settings import GenerationSettings
+    from swarmcore.client.swarm import Swarm, connect
+    from swarmcore.errors import SwarmError
+    from swarmcore.executor.base import BlockExecutor
+    from swarmcore.identity import Identity
+    from swarmcore.registry.base import Registry, SwarmView
+    from swarmcore.routing.chain import Chain, Router
+    from swarmcore.server.block_server import BlockServer
+    from swarmcore.transport import Stream, Transport
+    from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, Span
+    from swarmcore.wire.limits import Limits
+
+    __version__: str
+
+_PLACES = {
+    "errors": "errors",
+    "sync": "sync",
+    "Address": "types",
+    "BatchGeneration": "client.model",
+    "BlockExecutor": "executor.base",
+    "BlockServer": "server.block_server",
+    "Chain": "routing.chain",
+    "Generation": "client.model",
+    "GenerationSettings": "client.settings",
+    "Identity": "identity",
+    "InferenceSession": "client.session",
+    "Limits": "wire.limits",
+    "ModelInfo": "types",
+    "ModelSession": "client.model",
+    "PeerId": "types",
+    "Registry": "registry.base",
+    "RemoteModel": "client.model",
+    "Router": "routing.chain",
+    "ServerInfo": "types",
+    "SessionOptions": "client.session",
+    "Span": "types",
+    "Stream": "transport",
+    "Swarm": "client.swarm",
+    "SwarmError": "errors",
+    "SwarmView": "registry.base",
+    "Transport": "transport",
+    "connect": "client.swarm",
+}
+"""The module of each public name; a module itself where they are the same. What needs torch comes from
+``client.model``, which says so when it is missing."""
+
+__all__ = [
+    "Address",
+    "BatchGeneration",
+    "BlockExecutor",
+    "BlockServer",
+    "Chain",
+    "Generation",
+    "GenerationSettings",
+    "Identity",
+    "InferenceSession",
+    "Limits",
+    "ModelInfo",
+    "ModelSession",
+    "PeerId",
+    "Registry",
+    "RemoteModel",
+    "Router",
+    "ServerInfo",
+    "SessionOptions",
+    "Span",
+    "Stream",
+    "Swarm",
+    "SwarmError",
+    "SwarmView",
+    "Transport",
+    "connect",
+    "errors",
+    "sync",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("swarmcore")
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'swarmcore' has no attribute {name!r}")
+    module = import_module(f"swarmcore.{place}")
+    value = module if place == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

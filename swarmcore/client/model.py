@@ -1,0 +1,264 @@
+"""A language model whose blocks the swarm runs: embeddings, head, sampling and text are here."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from swarmcore.errors import CheckpointError, InputError, MissingExtraError
+
+try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ModuleNotFoundError as exc:
+    raise MissingExtraError(
+        f"running a model's embeddings and head needs {exc.name}: pip install 'swarmcore[torch]'"
+    ) from exc
+
+from swarmcore.client.compute import ModelCompute
+from swarmcore.client.generation import (
+    BatchGeneration,
+    Continuation,
+    Generation,
+    GenerationRun,
+    generate_pieces,
+)
+from swarmcore.client.local_parts import LocalParts
+from swarmcore.client.model_session import ModelSession
+from swarmcore.client.prompts import Prompt, encode_prompt, load_tokenizer
+from swarmcore.client.remote import SessionOpener
+from swarmcore.client.sampling import TokenChooser
+from swarmcore.client.settings import GenerationOptions, GenerationSettings
+from swarmcore.client.text import StopStrings, TextStream
+from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.types import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+    from swarmcore.client.swarm import Swarm
+
+
+class RemoteModel:
+    """A causal language model; made by `Swarm.load_model`, closed with its swarm.
+
+    Any number of generations and sessions may run at the same time, on one event loop: their torch work
+    shares one thread, and passes through embeddings and head.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    """Of the text model, without blocks: ``num_hidden_layers`` is 0. The number of blocks is in `info`."""
+    generation_config: GenerationConfig
+    """The model's own defaults: its end-of-text tokens, penalties, filters."""
+    info: ModelInfo
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig,
+        compute: ModelCompute,
+        open_session: SessionOpener,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+        self.config = compute.parts.config
+        self._compute = compute
+        self._open_session = open_session
+        self._sessions: set[ModelSession] = set()
+
+    def __repr__(self) -> str:
+        return f"<RemoteModel {self.info.name} · {self.info.blocks} blocks · {len(self._sessions)} sessions>"
+
+    @classmethod
+    async def load(
+        cls,
+        swarm: Swarm,
+        name_or_path: str,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        threads: int | None = None,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> RemoteModel:
+        """What `Swarm.load_model` does. ``progress`` is called in another thread."""
+        compute = ModelCompute(threads)
+        stopping = threading.Event()
+
+        def report(what: str, done: int, total: int) -> None:
+            if stopping.is_set():
+                raise InterruptedError("loading was cancelled")
+            if progress is not None:
+                progress(what, done, total)
+
+        try:
+            checkpoint = await compute.run(
+                functools.partial(
+                    open_checkpoint, name_or_path, revision=revision, cache_dir=cache_dir, progress=report
+                )
+            )
+            open_session = functools.partial(swarm.open_session, checkpoint.info)
+            return await cls.from_checkpoint(
+                checkpoint, open_session, dtype=dtype, compute=compute, progress=report
+            )
+        except BaseException:
+            stopping.set()
+            await compute.close()
+            raise
+
+    @classmethod
+    async def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        open_session: SessionOpener,
+        *,
+        dtype: str = "auto",
+        compute: ModelCompute | None = None,
+        progress: Progress | None = None,
+    ) -> RemoteModel:
+        """A model of ``checkpoint`` whose blocks are run by the sessions that ``open_session`` opens."""
+        compute = compute or ModelCompute()
+        await compute.load(functools.partial(LocalParts.load, checkpoint, dtype=dtype, progress=progress))
+        tokenizer = await compute.run(load_tokenizer, checkpoint.folder, checkpoint.name)
+        generation_config = await compute.run(_load_generation_config, checkpoint)
+        return cls(checkpoint.info, tokenizer, generation_config, compute, open_session)
+
+    async def close(self) -> None:
+        """Close the sessions and end the compute thread. Harmless when repeated."""
+        for session in list(self._sessions):
+            await session.close()
+        await self._compute.close()
+
+    def session(self, *, sequences: int = 1, max_tokens: int = 1024) -> ModelSession:
+        """A session for hand-made loops, or for several turns of `generate`: ``async with model.session()``.
+
+        ``max_tokens`` is what each sequence is expected to grow to; it is no limit.
+        """
+        session = ModelSession(
+            self._compute,
+            self._open_session,
+            sequences=sequences,
+            max_tokens=max_tokens,
+            on_close=self._sessions.discard,
+        )
+        self._sessions.add(session)
+        return session
+
+    def generate(
+        self, prompt: Prompt, *, session: ModelSession | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Continue a text, or answer chat messages: iterate over its pieces as they come, or await it whole.
+
+        ``options`` are the fields of `GenerationSettings`: ``max_new_tokens``, ``temperature``, ``top_k``,
+        ``top_p``, ``min_p``, ``repetition_penalty``, ``stop``, ``seed`` and more. Without a temperature the
+        choice is greedy, and equal to that of transformers' ``generate(do_sample=False)``.
+
+        ``prompt`` is always the whole context; with a ``session`` (of one sequence) what it has in common
+        with the session's tokens is not sent again. Without one, a session is opened and closed here.
+
+        Raise `InputError` at once for settings out of range, and at the first piece for a prompt that does
+        not work; then whatever opening and stepping a session raise.
+        """
+        run = GenerationRun()
+        return Generation(run, self._pieces(run, [prompt], GenerationSettings(**options), session))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        session: ModelSession | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> BatchGeneration:
+        """Continue several prompts, of any lengths, in one session: each as `generate` alone would.
+
+        Iterate over ``(index of the prompt, piece of its text)``, or await the list of whole texts. A
+        ``session`` must have as many sequences as there are prompts. Otherwise as `generate`.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise InputError("generate_batch takes a list of prompts, at least one; for one use generate")
+        run = GenerationRun()
+        return BatchGeneration(run, self._pieces(run, prompts, GenerationSettings(**options), session))
+
+    def _pieces(
+        self,
+        run: GenerationRun,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        session: ModelSession | None,
+    ) -> AsyncGenerator[tuple[int, str], None]:
+        if session is not None and session.sequences != len(prompts):
+            raise InputError(
+                f"the session has {session.sequences} sequences, for {len(prompts)} prompts; "
+                f"open it with model.session(sequences={len(prompts)})"
+            )
+
+        async def prepare() -> list[Continuation]:
+            return await self._compute.run(self._continuations, prompts, settings)
+
+        def open_session(continuations: list[Continuation]) -> ModelSession:
+            longest = max(continuation.max_length for continuation in continuations)
+            return self.session(sequences=len(continuations), max_tokens=longest)
+
+        return generate_pieces(run, self._compute, prepare, session, open_session)
+
+    def _continuations(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Continuation]:
+        settings = settings.with_defaults(self.generation_config)
+        return [self._continuation(prompt, settings.for_prompt(i)) for i, prompt in enumerate(prompts)]
+
+    def _continuation(self, prompt: Prompt, settings: GenerationSettings) -> Continuation:
+        parts = self._compute.parts
+        encoded = encode_prompt(
+            self.tokenizer,
+            prompt,
+            vocab_size=parts.vocab_size,
+            chat_template_kwargs=settings.chat_template_kwargs,
+        )
+        length, limit = len(encoded.tokens), parts.max_positions
+        if limit is not None and length >= limit:
+            raise InputError(
+                f"the prompt has {length} tokens, and the model takes {limit} in all; shorten it to leave "
+                f"room for an answer"
+            )
+        end = length + settings.max_new_tokens
+        eos = _token_ids(self.generation_config.eos_token_id)
+        return Continuation(
+            encoded,
+            max_length=end if limit is None else min(end, limit),
+            eos=frozenset(eos),
+            chooser=TokenChooser(
+                settings,
+                encoded.tokens,
+                eos=eos,
+                suppressed=_token_ids(self.generation_config.suppress_tokens),
+            ),
+            text=TextStream(self._decode, encoded.context),
+            stops=StopStrings(settings.stops),
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        # The text as the model wrote it: spaces before punctuation are not "cleaned up".
+        text: str = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _token_ids(value: int | Sequence[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _load_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    if not (checkpoint.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(checkpoint.config)
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"generation_config.json of {checkpoint.name} cannot be read: {exc}") from exc

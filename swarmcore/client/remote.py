@@ -1,0 +1,48 @@
+"""What a remote model needs of a session; `swarmcore.client.session` has the one over the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from swarmcore.routing.chain import Chain
+from swarmcore.wire.tensors import Tensor
+
+
+class RemoteSession(Protocol):
+    """Runs hidden states through all blocks of a model; the attention caches are elsewhere."""
+
+    @property
+    def sequences(self) -> int: ...
+
+    @property
+    def chain(self) -> Chain:
+        """The servers that the session passes through now."""
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Tokens of each sequence in the remote caches."""
+
+    async def step(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        reply: Literal["all", "last"] = "last",
+    ) -> Tensor:
+        """Run ``hidden``, ``[sum(lengths), hidden size]``: the sequences' new tokens, one after the other.
+
+        A length of 0 leaves a sequence alone; a start below its position rolls it back first. The result has
+        one row for each sequence of length above 0 (``"last"``), or one for every token (``"all"``).
+        """
+
+    async def close(self) -> None:
+        """Free the remote caches. Harmless when repeated."""
+
+
+class SessionOpener(Protocol):
+    """Opens sessions of one model."""
+
+    async def __call__(self, *, sequences: int, max_tokens: int) -> RemoteSession:
+        """``max_tokens`` is what each sequence is expected to grow to; it is no limit."""
