@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from swarmcore.executor.torch.checkpoint.cache import Progress
+from swarmcore.executor.torch.checkpoint.progress import Progress
 from swarmcore.types import ModelInfo
 
 if TYPE_CHECKING:

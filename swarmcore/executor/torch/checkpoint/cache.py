@@ -7,22 +7,16 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from swarmcore.errors import StorageError
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, bytes done, bytes in all)``; 0 in all means that the total is not known."""
+from swarmcore.executor.torch.checkpoint.progress import Progress
 
 log = logging.getLogger(__name__)
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The `Progress` of a caller who gave none."""
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:

@@ -13,13 +13,13 @@ import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import msgspec
 
 from swarmcore.errors import CheckpointError
-from swarmcore.executor.torch.checkpoint.cache import Progress, locked, log, storage_errors, write_file
+from swarmcore.executor.torch.checkpoint.cache import locked, log, storage_errors, write_file
+from swarmcore.executor.torch.checkpoint.progress import Counter, Progress
 
 _CHUNK = 4 * 1024 * 1024
 _THREADS = 4
@@ -70,32 +70,28 @@ class _Remembered(msgspec.Struct):
     sha256: str
 
 
-def file_hashes(paths: Sequence[Path], cache: Path, progress: Progress) -> list[str]:
+def file_hashes(paths: Sequence[Path], name: str, cache: Path, progress: Progress) -> list[str]:
     """The SHA-256 of each file, in hex. Computed once for a file, and again when it has changed.
 
-    Raise `StorageError` when a file cannot be read.
+    ``name`` is what the progress calls them. Raise `StorageError` when a file cannot be read.
     """
     known = {path: found for path in paths if (found := _recall(path, cache))}
     unknown = [path for path in dict.fromkeys(paths) if path not in known]
     if unknown:
-        known |= _compute(unknown, cache, progress)
+        known |= _compute(unknown, name, cache, progress)
     return [known[path] for path in paths]
 
 
-def _compute(paths: Sequence[Path], cache: Path, progress: Progress) -> dict[Path, str]:
-    what = f"checking {paths[0].parent.name or paths[0].name}"
-    guard, done = Lock(), 0
+def _compute(paths: Sequence[Path], name: str, cache: Path, progress: Progress) -> dict[Path, str]:
+    what = f"checking {name}"
 
     def hash_file(path: Path) -> str:
-        nonlocal done
         before = path.stat()
         digest = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
-                with guard:
-                    done += len(chunk)
-                    progress(what, done, total)
+                report.add(len(chunk))
         if _stamp(path.stat()) != _stamp(before):
             raise CheckpointError(f"{path} is being written by another program; wait until that has finished")
         _remember(path, before, digest.hexdigest(), cache)
@@ -107,7 +103,7 @@ def _compute(paths: Sequence[Path], cache: Path, progress: Progress) -> dict[Pat
     ):
         known = {path: found for path in paths if (found := _recall(path, cache))}
         rest = [path for path in paths if path not in known]
-        total = sum(path.stat().st_size for path in rest)
+        report = Counter(what, sum(path.stat().st_size for path in rest), progress)
         with ThreadPoolExecutor(_THREADS) as pool:
             return known | dict(zip(rest, pool.map(hash_file, rest), strict=True))
 

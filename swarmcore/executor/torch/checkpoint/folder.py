@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import msgspec
@@ -21,9 +20,10 @@ from swarmcore.executor.torch.checkpoint.base import (
     load_config,
     missing_tensors,
 )
-from swarmcore.executor.torch.checkpoint.cache import Progress, no_progress, storage_errors
+from swarmcore.executor.torch.checkpoint.cache import storage_errors
 from swarmcore.executor.torch.checkpoint.fingerprint import file_hashes, model_fingerprint
 from swarmcore.executor.torch.checkpoint.header import Entry, header_length, parse_header, view_as
+from swarmcore.executor.torch.checkpoint.progress import Counter, Progress, no_progress
 
 MARKER = "swarmcore.json"
 """Written into a folder that was converted: what it was made from."""
@@ -59,7 +59,7 @@ class FolderCheckpoint(Checkpoint):
         self._files = {name: file for file, entries in shards.items() for name in entries}
         self._entries = {name: entry for entries in shards.values() for name, entry in entries.items()}
         raw = read_json(folder / "config.json")
-        fingerprint = model_fingerprint(raw, file_hashes(list(shards), cache, progress))
+        fingerprint = model_fingerprint(raw, file_hashes(list(shards), self.name, cache, progress))
         if marker := _read_marker(folder, fingerprint):
             self.name, fingerprint = name or marker.name, marker.fingerprint
         self.config = load_config(folder, str(folder))
@@ -75,7 +75,7 @@ class FolderCheckpoint(Checkpoint):
         files: dict[Path, list[Entry]] = {}
         for entry in self._select(names):
             files.setdefault(self._files[entry.name], []).append(entry)
-        report = Counter(f"reading {self.name}", self.nbytes(names), progress or no_progress)
+        report = Counter(f"reading {self.name}", self.nbytes(names), progress)
         tensors: dict[str, torch.Tensor] = {}
         for file, entries in files.items():
             tensors |= read_tensors(file, entries, report)
@@ -87,25 +87,14 @@ class FolderCheckpoint(Checkpoint):
         return [self._entries[name] for name in dict.fromkeys(names)]
 
 
-class Counter:
-    """Adds up what several threads have done, and reports it."""
-
-    def __init__(self, what: str, total: int, progress: Progress) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self._progress, self._guard = progress, Lock()
-
-    def add(self, count: int) -> None:
-        with self._guard:
-            self.done += count
-            self._progress(self.what, self.done, self.total)
-
-
 def weight_files(folder: Path) -> dict[Path, dict[str, Entry]]:
     """The safetensors files of a model folder and the tensors in each, all checked.
 
     Raise `CheckpointError` for a missing, truncated or damaged file, and for weights kept in pickles.
     """
     index = folder / INDEX
+    if (folder / WEIGHTS).is_file():  # as transformers has it: the single file goes before an index
+        return {folder / WEIGHTS: read_header(folder / WEIGHTS)}
     if index.is_file():
         weight_map = parse_index(read_json(index), str(index))
         shards = {folder / file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
@@ -113,8 +102,6 @@ def weight_files(folder: Path) -> dict[Path, dict[str, Entry]]:
             if name not in shards[folder / file]:
                 raise CheckpointError(f"{folder / file} lacks the tensor {name} that {INDEX} promises")
         return shards
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: read_header(folder / WEIGHTS)}
     raise no_weights(str(folder), [path.name for path in folder.iterdir()])
 
 

@@ -20,12 +20,10 @@ from swarmcore.errors import (
     UnsupportedModelError,
 )
 from swarmcore.executor.torch.checkpoint.cache import (
-    Progress,
     check_room,
     disk_full,
     locked,
     new_folder,
-    no_progress,
     storage_errors,
 )
 from swarmcore.executor.torch.checkpoint.fingerprint import (
@@ -34,6 +32,7 @@ from swarmcore.executor.torch.checkpoint.fingerprint import (
     model_fingerprint,
 )
 from swarmcore.executor.torch.checkpoint.folder import MARKER, Marker, read_json, weight_files
+from swarmcore.executor.torch.checkpoint.progress import Progress, no_progress
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 
 LAYOUT = "gguf-bfloat16-1"
@@ -53,7 +52,7 @@ def converted(source: Path, cache: Path, progress: Progress | None = None) -> Pa
     """
     progress = progress or no_progress
     check_gguf(source)
-    (sha256,) = file_hashes([source], cache, progress)
+    (sha256,) = file_hashes([source], source.name, cache, progress)
     target = cache / "converted" / f"{source.stem}-{sha256[:16]}-{LAYOUT}"
     if not target.is_dir():
         convert(source, target, progress, cache=cache, keep=True)
@@ -73,7 +72,7 @@ def convert(
     """
     progress = progress or no_progress
     check_gguf(source)
-    (sha256,) = file_hashes([source], cache, progress)
+    (sha256,) = file_hashes([source], source.name, cache, progress)
     with locked(target, cache, f"waiting for another process that converts {source.name}", progress):
         if target.exists():
             if keep:
@@ -83,7 +82,7 @@ def convert(
         check_room(doing, target, source.stat().st_size)
         with new_folder(target) as part:
             _write(source, part, progress)
-            hashes = file_hashes(list(weight_files(part)), cache, progress)
+            hashes = file_hashes(list(weight_files(part)), target.name, cache, progress)
             marker = Marker(
                 name=source.stem,
                 fingerprint=conversion_fingerprint(sha256, LAYOUT),

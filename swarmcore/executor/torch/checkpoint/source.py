@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
 from swarmcore.errors import CheckpointError, ModelNotFoundError
 from swarmcore.executor.torch.checkpoint.base import INDEX, WEIGHTS, Checkpoint
-from swarmcore.executor.torch.checkpoint.cache import Progress, cache_folder, storage_errors
+from swarmcore.executor.torch.checkpoint.cache import cache_folder, storage_errors
 from swarmcore.executor.torch.checkpoint.folder import FolderCheckpoint
 from swarmcore.executor.torch.checkpoint.gguf import convert as convert_gguf
 from swarmcore.executor.torch.checkpoint.gguf import converted, is_gguf
+from swarmcore.executor.torch.checkpoint.progress import Progress
 from swarmcore.executor.torch.checkpoint.pypi import find_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -43,7 +45,11 @@ def open_checkpoint(
         return FolderCheckpoint(path, cache, progress=progress)
     if path.exists():
         raise ModelNotFoundError(f"{path} is a file, but not a GGUF; name the folder that holds the model")
-    raise _not_found(source)
+    if _looks_like_a_path(source) or not _HUB_ID.fullmatch(source):
+        raise ModelNotFoundError(f"no such file or folder: {source}{_suggest(path)}")
+    from swarmcore.executor.torch.checkpoint.hub_checkpoint import HubCheckpoint
+
+    return HubCheckpoint(source, revision, cache, progress=progress)
 
 
 def convert(
@@ -78,7 +84,15 @@ def _gguf_at(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _not_found(source: str) -> ModelNotFoundError:
-    if source.startswith(("/", "./", "../", "~", "gguf:")) or is_gguf(Path(source)):
-        return ModelNotFoundError(f"no such file or folder: {source}")
-    return ModelNotFoundError(f"no model {source!r}: not a folder or a GGUF file here")
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith(("/", "./", "../", "~", "gguf:")) or is_gguf(Path(source))
+
+
+def _suggest(path: Path) -> str:
+    """The entry beside ``path`` that is nearest to it in name, as a question."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f"; there is no folder {path.parent} either" if not path.parent.exists() else ""
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
