@@ -43,6 +43,7 @@ def cut_config(config: Any, span: Span) -> Any:
         cut.mlp_only_layers = [i - span.start for i in sorted(dense) if i in span]
         cut.decoder_sparse_step = 1
     cut.num_hidden_layers = len(span)
+    cut.return_dict, cut.output_attentions, cut.output_hidden_states = True, False, False
     return _without_vocabulary(cut)
 
 

@@ -5,5 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {}
+from swarmcore.executor.torch import bloom, falcon
+
+REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {
+    "bloom": bloom.replace_attention,
+    "falcon": falcon.replace_attention,
+}
 """Given a base model, replaces the attention of its blocks by one that calls the current batch."""

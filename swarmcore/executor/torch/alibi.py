@@ -1,0 +1,27 @@
+"""Attention with linear biases (ALiBi), as BLOOM and the first Falcon models have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class AlibiBias:
+    """What is added to the scores of a key at each position, kept for as many positions as were asked for.
+
+    The softmax does not care about a constant, so the bias of a key is its slope times its position, whatever
+    the query. Equal biases (of all layers of a span) are one object, so that masks are made once for all layers.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor]) -> None:
+        """``make(count)`` gives the biases of the first ``count`` positions, ``[heads, count]``, as the model has
+        them: rounding to its dtype included."""
+        self._make = make
+        self._table = torch.empty(1, 0, 1, 0)
+
+    def keys(self, count: int) -> torch.Tensor:
+        """float32 ``[1, heads, 1, count]``."""
+        if count > self._table.shape[-1]:
+            self._table = self._make(max(1024, 2 * count)).float()[None, :, None, :]
+        return self._table[..., :count]
