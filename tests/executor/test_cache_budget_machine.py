@@ -1,0 +1,181 @@
+"""Whatever happens in whatever order: never over budget, nothing lost, nobody forgotten in line."""
+
+import math
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from swarmcore.errors import CacheFullError
+from swarmcore.executor.cache import (
+    Admission,
+    Admitted,
+    CacheBudget,
+    Evicted,
+    Grown,
+    Growth,
+    Holding,
+    Outcome,
+    Refused,
+)
+
+PAGE, PAGES, MAX_SESSIONS = 4, 24, 6
+IDLE_TIMEOUT, IDLE_GRACE = 60.0, 10.0
+
+
+class BudgetMachine(RuleBasedStateMachine):
+    """Plays the engine: keeps its own books and compares."""
+
+    sessions = Bundle("sessions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.budget = CacheBudget(
+            PAGE * PAGES + 3,
+            PAGE,
+            idle_timeout=IDLE_TIMEOUT,
+            idle_grace=IDLE_GRACE,
+            max_sessions=MAX_SESSIONS,
+            max_waiting=4,
+        )
+        self.names = 0
+        self.open: dict[Holding, list[int]] = {}
+        self.waiting: list[Admission] = []
+        self.growing: dict[Holding, tuple[list[int], float]] = {}
+
+    # --- what the engine does with outcomes ---
+
+    def carry_out(self, outcomes: list[Outcome]) -> list[Holding]:
+        admitted = []
+        for outcome in outcomes:
+            match outcome:
+                case Admitted(request, holding):
+                    assert request is self.waiting.pop(0), "admitted out of order"
+                    self.open[holding] = [0] * request.sequences
+                    admitted.append(holding)
+                case Grown(holding):
+                    assert holding is next(iter(self.growing)), "grown out of order"
+                    lengths, _ = self.growing.pop(holding)
+                    self.open[holding] = lengths
+                case Refused(Admission() as request, error):
+                    assert request.deadline <= self.now and error.retry_after > 0
+                    self.waiting.remove(request)
+                case Refused(Growth(holding=holding), error):
+                    assert self.growing.pop(holding)[1] <= self.now and error.retry_after > 0
+                case Evicted(holding):
+                    idle = holding.idle_since is not None and self.now - holding.idle_since >= IDLE_GRACE
+                    assert idle or holding in self.growing, "a working session was evicted"
+                    self.growing.pop(holding, None)
+                    del self.open[holding]
+        return admitted
+
+    def settle_down(self) -> list[Holding]:
+        admitted = []
+        while outcomes := self.budget.poll(self.now):
+            admitted += self.carry_out(outcomes)
+        return admitted
+
+    # --- events ---
+
+    @rule(
+        target=sessions,
+        sequences=st.integers(1, 3),
+        tokens=st.integers(0, PAGE * PAGES),
+        patience=st.integers(0, 30),
+    )
+    def request(self, sequences: int, tokens: int, patience: int):  # type: ignore[no-untyped-def]
+        self.names += 1
+        try:
+            request = self.budget.request(f"s{self.names}", sequences, tokens, self.now + patience, self.now)
+        except CacheFullError as error:
+            assert len(self.waiting) == 4 or error.retry_after == math.inf
+            return multiple()
+        self.waiting.append(request)
+        return multiple(*self.settle_down())
+
+    @rule(target=sessions, session=sessions, growth=st.lists(st.integers(-8, 12), min_size=3, max_size=3))
+    def step(self, session: Holding, growth: list[int]):  # type: ignore[no-untyped-def]
+        if session not in self.open or session in self.growing:
+            return multiple()
+        lengths = [max(0, n + more) for n, more in zip(self.open[session], growth, strict=False)]
+        session.idle_since = None
+        try:
+            granted = self.budget.grow(session, lengths, self.now + 15, self.now)
+        except CacheFullError as error:
+            assert error.retry_after == math.inf
+            return multiple()
+        if granted:
+            self.open[session] = lengths
+        else:
+            self.growing[session] = lengths, self.now + 15
+        return multiple(*self.settle_down())
+
+    @rule(target=sessions, session=sessions)
+    def finish(self, session: Holding):  # type: ignore[no-untyped-def]
+        if session not in self.open or session in self.growing:
+            return multiple()
+        self.budget.settle(session, self.open[session], self.now)
+        if session.idle_since is None:
+            session.idle_since = self.now
+        return multiple(*self.settle_down())
+
+    @rule(target=sessions, session=consumes(sessions))
+    def close(self, session: Holding):  # type: ignore[no-untyped-def]
+        self.budget.release(session, self.now)
+        self.growing.pop(session, None)
+        self.open.pop(session, None)
+        return multiple(*self.settle_down())
+
+    @rule(target=sessions)
+    def cancel_a_wait(self):  # type: ignore[no-untyped-def]
+        if self.waiting:
+            self.budget.withdraw(self.waiting.pop())
+        elif self.growing:
+            holding, _ = self.growing.popitem()
+            self.budget.stop_waiting(holding)
+        return multiple(*self.settle_down())
+
+    @rule(target=sessions, seconds=st.sampled_from([0.5, 5.0, 12.0, 70.0]))
+    def time_passes(self, seconds: float):  # type: ignore[no-untyped-def]
+        """The driver wakes at every time it was told of, and at the end of the wait."""
+        end, admitted = self.now + seconds, []
+        while (when := self.budget.next_wakeup(self.now)) is not None and when <= end:
+            assert when > self.now or self.budget.expire(self.now) == [], "it would wake for nothing for ever"
+            self.now = max(when, self.now)
+            self.carry_out(self.budget.expire(self.now))
+            admitted += self.settle_down()
+        self.now = end
+        assert self.budget.expire(end) == []
+        return multiple(*admitted)
+
+    # --- what always holds ---
+
+    @invariant()
+    def never_over_budget(self) -> None:
+        assert 0 <= self.budget.held <= PAGES
+
+    @invariant()
+    def conservation(self) -> None:
+        holdings = self.budget.holdings.values()
+        assert set(holdings) == set(self.open)
+        assert self.budget.held == sum(holding.held for holding in holdings)
+        for holding, lengths in self.open.items():
+            assert all(n <= pages * PAGE for n, pages in zip(lengths, holding.pages, strict=True))
+
+    @invariant()
+    def nobody_is_lost_or_waits_in_vain(self) -> None:
+        assert list(self.budget.admissions) == self.waiting
+        assert [growth.holding for growth in self.budget.growths] == list(self.growing)
+        if self.growing:
+            assert self.budget.growths[0].extra > self.budget.free
+            # Someone else can still make room: by finishing, by closing, or by staying idle too long.
+            assert any(h not in self.growing for h in self.open if h.held), "all wait on each other"
+        elif self.waiting:
+            head = self.waiting[0]
+            assert not self.budget.may_admit(head.sequences, head.pages)
+            assert self.open, "an empty server lets nobody in"
+
+
+BudgetMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestBudgetMachine = BudgetMachine.TestCase
