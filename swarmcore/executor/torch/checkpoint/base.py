@@ -65,9 +65,9 @@ def load_config(folder: Path, name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError) as exc:
-        raise UnsupportedModelError(f"the architecture of {name} is unknown to transformers: {exc}") from exc
-    except (OSError, TypeError, AttributeError) as exc:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {exc}") from exc
+        raise UnsupportedModelError(f"transformers does not know what {name} is: {one_line(exc)}") from exc
+    except Exception as exc:  # each family checks its config in its own way
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(exc)}") from exc
 
 
 def describe(name: str, config: PretrainedConfig, fingerprint: str) -> ModelInfo:
@@ -79,6 +79,11 @@ def describe(name: str, config: PretrainedConfig, fingerprint: str) -> ModelInfo
         raise UnsupportedModelError(
             f"{name} ({config.model_type}) is not a model of transformer blocks"
         ) from exc
+
+
+def one_line(exc: BaseException) -> str:
+    """What a foreign exception says, for use within a message."""
+    return " ".join(str(exc).split()) or type(exc).__name__
 
 
 def missing_tensors(name: str, missing: Collection[str]) -> CheckpointError:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from swarmcore.errors import CheckpointError, ModelHubError
+from swarmcore.executor.torch.checkpoint.base import one_line
 from swarmcore.executor.torch.checkpoint.cache import check_room, locked, storage_errors
 from swarmcore.executor.torch.checkpoint.progress import Counter
 from swarmcore.executor.torch.checkpoint.ranges import Range, length, pieces, union
@@ -131,7 +132,7 @@ class Downloader:
                 f"{report.what} is not possible in offline mode; unset HF_HUB_OFFLINE"
             ) from exc
         except HTTPError as exc:
-            raise _BrokenError(f"{type(exc).__name__} {exc}".strip(), at) from exc
+            raise _BrokenError(f"{type(exc).__name__}: {one_line(exc)}", at) from exc
         finally:
             with storage_errors(report.what, writer.path):
                 writer.log(logged, at)

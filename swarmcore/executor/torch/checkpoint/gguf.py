@@ -19,6 +19,7 @@ from swarmcore.errors import (
     SwarmError,
     UnsupportedModelError,
 )
+from swarmcore.executor.torch.checkpoint.base import one_line
 from swarmcore.executor.torch.checkpoint.cache import (
     check_room,
     disk_full,
@@ -133,12 +134,12 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
         ) from exc
     except Exception as exc:  # transformers and gguf raise what they like on damaged files
         if "not supported" in str(exc):
-            raise UnsupportedModelError(f"{source}: {exc}") from exc
+            raise UnsupportedModelError(f"{source}: {one_line(exc)}") from exc
         if "No space left" in str(exc):
             raise disk_full(doing, part) from exc
         raise CheckpointError(
             f"{source} cannot be read as GGUF, it may be truncated or damaged ({size} bytes): "
-            f"{type(exc).__name__}: {exc}"
+            f"{type(exc).__name__}: {one_line(exc)}"
         ) from exc
     finally:
         model = tokenizer = None

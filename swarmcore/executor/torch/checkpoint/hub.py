@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.executor.torch.checkpoint.base import one_line
 from swarmcore.executor.torch.checkpoint.cache import log, storage_errors, write_file
 from swarmcore.executor.torch.checkpoint.download import HTTPError, RemoteFile
 
@@ -93,10 +94,9 @@ def resolve(model: str, revision: str | None, cache: Path, endpoint: str | None 
         if known := _recall(folder, _read_ref(ref)):
             log.warning("the hub cannot be reached, taking %s as of commit %s", model, known.commit[:12])
             return known
-        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
         raise ModelNotFoundError(
             f"there is no folder {model} here, and the hub {endpoint or constants.ENDPOINT} cannot be asked "
-            f"for it ({reason}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model "
+            f"for it ({one_line(exc)}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model "
             f"elsewhere and name its folder"
         ) from exc
     with storage_errors(f"remembering {model}", folder):
@@ -118,7 +118,9 @@ def _ask(model: str, revision: str | None, endpoint: str | None) -> Repository:
             f"gated, accept its terms there and set HF_TOKEN"
         ) from exc
     except HFValidationError as exc:
-        raise ModelNotFoundError(f"{model!r} is neither a folder nor a hub id (org/name): {exc}") from exc
+        raise ModelNotFoundError(
+            f"{model!r} is neither a folder nor a hub id (org/name): {one_line(exc)}"
+        ) from exc
     if not info.sha or not _SHA1.fullmatch(info.sha):
         raise ValueError("its answer names no commit")
     top = [file for file in info.siblings or () if Path(file.rfilename).name == file.rfilename]
