@@ -11,19 +11,22 @@ from swarmcore.transport import Stream
 
 MAX_AHEAD = 8
 """Messages that wait for the handler before the stream is left to push back on the sender."""
+MAX_AHEAD_BYTES = 2**20
+"""The same in bytes; a single message may be larger."""
 
 
 class ReadAhead:
     """Receives a stream's messages into a bounded queue, in one task for the whole life of the stream.
 
     ``on_lost`` is called once when the stream breaks or is aborted; an orderly end is no loss, the remote may
-    still wait for answers. A loss is seen at once unless `MAX_AHEAD` messages wait for the handler.
+    still wait for answers. A loss is seen at once unless that many messages wait for the handler.
     """
 
     def __init__(self, stream: Stream, on_lost: Callable[[SwarmError], None]) -> None:
         self._stream = stream
         self._on_lost = on_lost
         self._messages: deque[memoryview] = deque()
+        self._nbytes = 0
         self._end: SwarmError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
@@ -37,8 +40,10 @@ class ReadAhead:
                 raise self._end
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        message = self._messages.popleft()
+        self._nbytes -= message.nbytes
         self._room.set()
-        return self._messages.popleft()
+        return message
 
     def disarm(self) -> None:
         """From now on this side is ending the stream itself: its end is no loss."""
@@ -52,9 +57,11 @@ class ReadAhead:
     async def _run(self) -> None:
         try:
             while True:
-                self._messages.append(await self._stream.receive())
+                message = await self._stream.receive()
+                self._messages.append(message)
+                self._nbytes += message.nbytes
                 self._wake()
-                if len(self._messages) >= MAX_AHEAD:
+                while len(self._messages) >= MAX_AHEAD or self._nbytes >= MAX_AHEAD_BYTES:
                     self._room.clear()
                     await self._room.wait()
         except SwarmError as error:
