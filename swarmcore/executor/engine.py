@@ -214,7 +214,7 @@ class Engine:
             if not answer.done():
                 self._arm(request.deadline)
             await answer
-        except asyncio.CancelledError:
+        except BaseException:
             self._abandon(request)
             raise
         finally:
@@ -413,12 +413,12 @@ class Engine:
         self._sessions[name] = EngineSession(name, opening.span, sequences, outcome.holding)
         self.stats.sessions_opened += 1
         self._arm(self._now() + self._budget.idle_timeout)
-        # When its caller is just being cancelled, `open` closes the session again.
         if not opening.answer.done():
             opening.answer.set_result(None)
 
     def _abandon(self, request: Admission) -> None:
         self._budget.withdraw(request)
+        # It may have been admitted while its caller was being cancelled.
         self.close_session(request.session)
         self._poll(self._now())
 
