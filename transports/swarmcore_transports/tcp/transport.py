@@ -29,7 +29,7 @@ from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.tcp.connection import RETIRE_SECONDS, Connection
-from swarmcore_transports.tcp.endpoint import SCHEME, Endpoint, announced, endpoint_of
+from swarmcore_transports.tcp.endpoint import SCHEME, Endpoint, announced, connect, endpoint_of
 from swarmcore_transports.tcp.frames import Kind, encode_frame
 from swarmcore_transports.tcp.handshake import (
     CHALLENGE_BYTES,
@@ -264,13 +264,11 @@ class TcpTransport(Transport):
                 try:
                     await asyncio.get_running_loop().create_connection(
                         lambda: connection,
-                        endpoint.host,
-                        endpoint.port,
+                        sock=await connect(endpoint, seconds),
                         ssl=self._dialler_context,
                         server_hostname="",
                         ssl_handshake_timeout=seconds,
                         ssl_shutdown_timeout=RETIRE_SECONDS,
-                        happy_eyeballs_delay=0.25,
                     )
                     await connection.established
                 finally:
