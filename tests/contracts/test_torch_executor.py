@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from swarmcore.executor.base import BlockExecutor
+from swarmcore.testing.executor_contract import ExecutorContract
+from swarmcore.types import Span
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "bloom"])
+def checkpoint_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Full attention, a sliding window shorter than the test's sequences, and ALiBi."""
+    options = dict(SIZES)
+    if request.param == "mistral":
+        options["sliding_window"] = 4
+    if request.param == "bloom":
+        options = {"vocab_size": 32, "hidden_size": 64, "n_layer": 4, "n_head": 4}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(request.param, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return folder
+
+
+class TestTorchExecutor(ExecutorContract):
+    large_step = 1024
+
+    @pytest.fixture(autouse=True)
+    def _use(self, checkpoint_folder: Path) -> None:
+        self.folder = checkpoint_folder
+
+    async def make(self) -> BlockExecutor:
+        from swarmcore.executor.torch.checkpoint import open_checkpoint
+        from swarmcore.executor.torch.executor import TorchExecutor
+
+        checkpoint = open_checkpoint(str(self.folder))
+        return TorchExecutor.load(checkpoint, Span(1, 4), dtype="float32", threads=1)
