@@ -1,0 +1,163 @@
+"""The compute thread: what waits together is done together, and the event loop goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarmcore.client.compute import MAX_ROWS, ModelCompute
+from swarmcore.client.local_parts import LocalParts
+from swarmcore.errors import ProtocolError, SessionLostError
+from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.executor.torch.tensors import to_wire
+
+
+class Counted:
+    """Local parts that note the size of every pass, and wait in it for leave to go on."""
+
+    def __init__(self, parts: LocalParts) -> None:
+        self.parts = parts
+        self.heads: list[int] = []
+        self.embeddings: list[int] = []
+        self.threads: set[str] = set()
+        self.leave = threading.Event()
+        self.leave.set()
+
+    def __getattr__(self, name: str):
+        return getattr(self.parts, name)
+
+    def embed(self, ids, positions):
+        self.threads.add(threading.current_thread().name)
+        self.embeddings.append(len(ids))
+        assert self.leave.wait(10)
+        return self.parts.embed(ids, positions)
+
+    def logits(self, hidden):
+        self.heads.append(len(hidden))
+        assert self.leave.wait(10)
+        return self.parts.logits(hidden)
+
+
+@pytest.fixture
+def counted(llama_folder: Path, tmp_path: Path) -> Counted:
+    return Counted(LocalParts.load(open_checkpoint(str(llama_folder), cache_dir=tmp_path)))
+
+
+@pytest.fixture
+async def compute(counted: Counted):
+    compute = ModelCompute()
+    await compute.load(lambda: counted)
+    yield compute
+    counted.leave.set()
+    await compute.close()
+
+
+def rows(count: int):
+    return to_wire("hidden", torch.randn(count, 64))
+
+
+async def test_what_is_asked_in_one_turn_of_the_loop_is_one_pass(compute, counted):
+    results = await asyncio.gather(*(compute.logits(rows(1)) for _ in range(16)))
+    assert counted.heads == [16]
+    assert all(result.shape == (1, 257) for result in results)
+    await asyncio.gather(*(compute.embed([1, 2], [0, 1]) for _ in range(5)))
+    assert counted.embeddings == [10]
+
+
+async def test_what_comes_while_the_thread_is_busy_is_the_next_pass(compute, counted):
+    counted.leave.clear()
+    first = asyncio.create_task(compute.logits(rows(1)))
+    while not counted.heads:
+        await asyncio.sleep(0)
+    others = [asyncio.create_task(compute.logits(rows(2))) for _ in range(7)]
+    await asyncio.sleep(0)
+    counted.leave.set()
+    await asyncio.gather(first, *others)
+    assert counted.heads == [1, 14]
+
+
+async def test_the_loop_goes_on_while_the_thread_computes(compute, counted):
+    counted.leave.clear()
+    work = asyncio.create_task(compute.embed([1], [0]))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not work.done()
+    counted.leave.set()
+    await work
+    assert counted.threads == {"swarmcore-client_0"}
+
+
+async def test_batched_results_are_those_of_each_alone(compute, counted):
+    hidden = [torch.randn(n, 64) for n in (1, 3, 2)]
+    together = await asyncio.gather(*(compute.logits(to_wire("hidden", h)) for h in hidden))
+    for made, own in zip(together, hidden, strict=True):
+        torch.testing.assert_close(made, counted.parts.logits(own), atol=1e-5, rtol=0)
+
+
+async def test_a_pass_has_a_bound(compute, counted):
+    await asyncio.gather(*(compute.logits(rows(20)) for _ in range(7)))
+    assert counted.heads == [60, 60, 20]
+    assert max(counted.heads) <= MAX_ROWS
+    await compute.logits(rows(MAX_ROWS + 1))
+
+
+async def test_16_generations_share_every_head_product(model, sessions, counted):
+    model._compute._parts = counted
+    barrier = asyncio.Barrier(16)
+
+    async def together() -> None:
+        await barrier.wait()
+
+    sessions.stepped = together
+    await asyncio.gather(*(model.generate(f"number {i}", max_new_tokens=6) for i in range(16)))
+    assert counted.heads == [16] * 6
+
+
+async def test_cancelled_work_is_not_done(compute, counted):
+    counted.leave.clear()
+    first = asyncio.create_task(compute.logits(rows(1)))
+    while not counted.heads:
+        await asyncio.sleep(0)
+    second = asyncio.create_task(compute.logits(rows(3)))
+    third = asyncio.create_task(compute.logits(rows(5)))
+    await asyncio.sleep(0)
+    first.cancel()
+    second.cancel()
+    counted.leave.set()
+    await third
+    assert counted.heads == [1, 5]
+    assert first.cancelled()
+
+
+async def test_bad_hidden_states_hurt_their_own_caller_only(compute):
+    good, bad, worse = await asyncio.gather(
+        compute.logits(rows(1)),
+        compute.logits(to_wire("hidden", torch.randn(1, 63))),
+        compute.logits(to_wire("hidden", torch.randn(64))),
+        return_exceptions=True,
+    )
+    assert good.shape == (1, 257)
+    assert isinstance(bad, ProtocolError)
+    assert isinstance(worse, ProtocolError)
+
+
+async def test_waiting_work_fails_when_it_is_closed(compute, counted):
+    counted.leave.clear()
+    first = asyncio.create_task(compute.logits(rows(1)))
+    while not counted.heads:
+        await asyncio.sleep(0)
+    waiting = asyncio.create_task(compute.logits(rows(1)))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(compute.close())
+    await asyncio.sleep(0)
+    counted.leave.set()
+    await closing
+    assert (await first).shape == (1, 257)
+    with pytest.raises(SessionLostError):
+        await waiting
+    with pytest.raises(SessionLostError):
+        await compute.embed([1], [0])

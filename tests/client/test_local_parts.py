@@ -1,0 +1,176 @@
+"""Embeddings and head, in every family, are those of the whole model; nothing else is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swarmcore.client.local_parts import LocalParts
+from swarmcore.errors import CheckpointError, InputError
+from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+IDS = {"eos_token_id": 1, "bos_token_id": 2}
+FALCON = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, **IDS}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SIZES),
+    "llama-tied": ("llama", {**SIZES, "tie_word_embeddings": True}),
+    "llama-3": (
+        "llama",
+        {**SIZES, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, **LLAMA3}},
+    ),
+    "mistral": ("mistral", SIZES),
+    "qwen2": ("qwen2", SIZES),
+    "qwen3": ("qwen3", {**SIZES, "head_dim": 16}),
+    "gemma2": ("gemma2", {**SIZES, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", {**SIZES, "head_dim": 16, "sliding_window": 8}),
+    "mixtral": ("mixtral", {**SIZES, "num_local_experts": 4, "output_router_logits": True}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**SIZES, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_oss": ("gpt_oss", {**SIZES, "head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
+    "phi3": ("phi3", SIZES),
+    "olmo2": ("olmo2", SIZES),
+    "granite": ("granite", {**SIZES, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4}
+        | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+        | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+        | {"v_head_dim": 12},
+    ),
+    "gpt2": ("gpt2", {"vocab_size": 300, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, **IDS}),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+    "bloom": ("bloom", {"vocab_size": 300, "hidden_size": 64, "n_layer": 3, "n_head": 4, **IDS}),
+    "falcon-7b": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True, "alibi": False}),
+    "falcon-40b": ("falcon", {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-rw": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}),
+}
+BLOCKS = ("layers.", "h.")
+
+
+class Recorded(Checkpoint):
+    """A checkpoint that remembers what was read of it."""
+
+    def __init__(self, inner: Checkpoint) -> None:
+        self.name, self.folder, self.config, self.info = inner.name, inner.folder, inner.config, inner.info
+        self.inner = inner
+        self.was_read: set[str] = set()
+
+    def names(self):
+        return self.inner.names()
+
+    def nbytes(self, names):
+        return self.inner.nbytes(names)
+
+    def read(self, names, *, progress=None):
+        self.was_read.update(names)
+        return self.inner.read(names, progress=progress)
+
+
+def saved(folder: Path, family: str) -> tuple[Any, Recorded]:
+    """A random model of the family, whole and as a checkpoint."""
+    model_type, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    for parameter in whole.parameters():
+        # Norms and biases as they are made are ones and zeros, which would hide a part that is left out.
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    whole.save_pretrained(folder / "model")
+    return whole, Recorded(open_checkpoint(str(folder / "model"), cache_dir=folder / "cache"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_equal_to_the_whole_model(family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole, checkpoint = saved(tmp_path, family)
+    capfd.readouterr()
+    parts = LocalParts.load(checkpoint, dtype="float32")
+    assert capfd.readouterr() == ("", ""), "nothing is printed while loading"
+    assert not [n for n in checkpoint.was_read if n.removeprefix("model.").startswith(BLOCKS)]
+    assert not [n for n in checkpoint.was_read if ".layers." in n or ".h." in n]
+
+    ids = torch.randint(0, 300, (1, 9))
+    entered: list[torch.Tensor] = []
+    left: list[torch.Tensor] = []
+    base = whole.base_model
+    layers = base.layers if hasattr(base, "layers") else base.h
+    norm = next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
+    layers[0].register_forward_pre_hook(
+        lambda m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    norm.register_forward_pre_hook(lambda m, args: left.append(args[0]))
+    logits = whole(ids).logits[0]
+
+    assert torch.equal(parts.embed(ids[0].tolist(), range(9)), entered[0][0])
+    shuffled = torch.randperm(9)
+    embedded = parts.embed(ids[0, shuffled].tolist(), shuffled.tolist())
+    assert torch.equal(embedded, entered[0][0, shuffled]), "tokens of any sequences, in any order"
+    made = parts.logits(left[0].view(9, -1))
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts.logits(left[0].view(9, -1)[4:5]), logits[4:5], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_bfloat16_equals_the_whole_model_in_bfloat16(tmp_path: Path) -> None:
+    whole, checkpoint = saved(tmp_path, "llama-tied")
+    parts = LocalParts.load(checkpoint, dtype="bfloat16")
+    whole = whole.bfloat16()
+    hidden = torch.randn(3, 64)
+    assert parts.dtype == torch.bfloat16
+    assert parts.embed([5], [0]).dtype == torch.bfloat16
+    expected = whole.lm_head(whole.model.norm(hidden.bfloat16())).float()
+    assert torch.equal(parts.logits(hidden), expected)
+
+
+def test_the_checkpoints_own_dtype_is_the_default(tmp_path: Path) -> None:
+    _, checkpoint = saved(tmp_path, "llama")
+    assert LocalParts.load(checkpoint).dtype == torch.float32
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    _, checkpoint = saved(tmp_path, "llama")
+    with pytest.raises(InputError, match="bfloat16"):
+        LocalParts.load(checkpoint, dtype="int3")
+
+
+def test_a_missing_head_is_not_made_up(tmp_path: Path) -> None:
+    _, checkpoint = saved(tmp_path, "llama")
+    names = [name for name in checkpoint.names() if name != "lm_head.weight"]
+    checkpoint.names = lambda: names  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        LocalParts.load(checkpoint)
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.model."])
+def test_tensors_are_found_in_other_layouts(prefix: str, tmp_path: Path) -> None:
+    """Checkpoints of the base model alone, or of a larger model around it."""
+    _, checkpoint = saved(tmp_path, "llama-tied")
+    expected = LocalParts.load(checkpoint, dtype="float32").embed([1, 2], [0, 1])
+    names = {prefix + name.removeprefix("model."): name for name in checkpoint.names()}
+    names |= {"vision_tower.embed_tokens_like.weight": "model.embed_tokens.weight"}
+    inner = checkpoint.inner
+    checkpoint.names = lambda: list(names)  # type: ignore[method-assign]
+    checkpoint.read = lambda wanted, progress=None: {  # type: ignore[method-assign]
+        name: inner.read([names[name]])[names[name]] for name in wanted
+    }
+    assert torch.equal(LocalParts.load(checkpoint, dtype="float32").embed([1, 2], [0, 1]), expected)
