@@ -19,14 +19,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Failure(click.ClickException):
-    """A `SwarmError` on its way out: one line on stderr; exit status 2 when the input was wrong, else 1."""
+    """A `SwarmError` on its way out: one line on stderr, exit status 1."""
 
     def __init__(self, error: SwarmError) -> None:
         super().__init__(one_line(error))
-        self.exit_code = 2 if isinstance(error, InputError) else 1
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", err=True)
+
+
+class InputFailure(Failure):
+    """An `InputError` on its way out: exit status 2, as for click's own usage errors."""
+
+    exit_code = 2
 
 
 def one_line(error: SwarmError) -> str:
@@ -59,7 +64,7 @@ def standard(command: Callable[..., Any]) -> Callable[..., None]:
             output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
             if debug:
                 raise
-            raise Failure(exc) from exc
+            raise (InputFailure if isinstance(exc, InputError) else Failure)(exc) from exc
 
     return wrapped
 
