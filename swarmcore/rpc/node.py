@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from types import TracebackType
@@ -29,6 +30,10 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT = 5.0
 
 
 class Node:
@@ -82,13 +87,18 @@ class Node:
         self.addresses = tuple(addresses)
 
     async def close(self) -> None:
-        """Cancel the handlers, abort all streams, close the transports. Harmless when repeated."""
+        """Cancel the handlers, abort all streams, close the transports. Harmless when repeated.
+
+        Handlers have five seconds to clean up.
+        """
         self._closed = True
         serving = self._serving - {asyncio.current_task()}
         for task in serving:
             task.cancel()
         if serving:
-            await asyncio.wait(serving)
+            _, late = await asyncio.wait(serving, timeout=_CLOSE_TIMEOUT)
+            if late:
+                logger.warning("%r: %d handlers did not end when they were cancelled", self, len(late))
         await asyncio.gather(*(transport.close() for transport in self._transports.values()))
 
     async def __aenter__(self) -> Node:
@@ -111,7 +121,8 @@ class Node:
     def serve_protocol(self, protocol: Protocol, handler: Callable[[Channel], Awaitable[None]]) -> None:
         """Give each channel of ``protocol`` to ``handler``; the channel is closed when it returns.
 
-        Errors reach the other side as in `serve`. It is cancelled when the channel breaks or is aborted.
+        Errors reach the other side as in `serve`. It is cancelled, once, when the channel breaks or is
+        aborted, also while it waits in `Channel.receive`.
         """
         self._server.add_channel(protocol, handler)
 

@@ -18,13 +18,15 @@ MAX_AHEAD_BYTES = 2**20
 class ReadAhead:
     """Receives a stream's messages into a bounded queue, in one task for the whole life of the stream.
 
-    ``on_lost`` is called once when the stream breaks or is aborted; an orderly end is no loss, the remote may
-    still wait for answers. A loss is seen at once unless that many messages wait for the handler.
+    ``on_lost`` is called once when the stream breaks or is aborted, and is expected to cancel whoever waits
+    in `receive`: a handler that got an error *and* a cancellation would have its clean-up cut short. An
+    orderly end is no loss, the remote may still wait for answers. A loss is seen at once unless as many
+    messages as are read ahead wait for the handler.
     """
 
     def __init__(self, stream: Stream, on_lost: Callable[[SwarmError], None]) -> None:
         self._stream = stream
-        self._on_lost = on_lost
+        self._on_lost: Callable[[SwarmError], None] | None = on_lost
         self._messages: deque[memoryview] = deque()
         self._nbytes = 0
         self._end: SwarmError | None = None
@@ -47,7 +49,7 @@ class ReadAhead:
 
     def disarm(self) -> None:
         """From now on this side is ending the stream itself: its end is no loss."""
-        self._on_lost = _ignore
+        self._on_lost = None
 
     async def stop(self) -> None:
         """Stop reading; what was read and not received is dropped."""
@@ -66,14 +68,11 @@ class ReadAhead:
                     await self._room.wait()
         except SwarmError as error:
             self._end = error
-            self._wake()
-            if not isinstance(error, StreamClosedError):
+            if self._on_lost is None or isinstance(error, StreamClosedError):
+                self._wake()
+            else:
                 self._on_lost(error)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _ignore(_error: SwarmError) -> None:
-    pass
