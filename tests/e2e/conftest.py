@@ -51,14 +51,18 @@ async def three_servers(smollm2_folder: Path) -> AsyncIterator[list[ServerProces
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def model(
-    three_servers: list[ServerProcess], smollm2_folder: Path
-) -> AsyncIterator[swarmcore.RemoteModel]:
-    """The real model over the three servers."""
+async def swarm(three_servers: list[ServerProcess]) -> AsyncIterator[swarmcore.Swarm]:
+    """A client's connection to the three servers."""
     async with swarmcore.connect(three_servers[0].address) as swarm:
-        model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
-        await swarm.wait_for_blocks(model.info, timeout=30)
-        yield model
+        yield swarm
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def model(swarm: swarmcore.Swarm, smollm2_folder: Path) -> swarmcore.RemoteModel:
+    """The real model over the three servers."""
+    model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
+    await swarm.wait_for_blocks(model.info, timeout=30)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -19,39 +20,40 @@ PROMPTS = [
 ]
 
 
-def plain_ids(plain_model: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> list[int]:
-    ids = tokenizer(prompt, return_tensors="pt")
-    with torch.inference_mode():
-        output = plain_model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return output[0, ids.input_ids.shape[1] :].tolist()
+async def plain_text(plain_model: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> str:
+    """What plain Transformers says; in a thread, so that the swarm's event loop lives on."""
 
+    def generate() -> str:
+        ids = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = plain_model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+        return tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
 
-def plain_text(plain_model: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> str:
-    return tokenizer.decode(plain_ids(plain_model, tokenizer, prompt, tokens), skip_special_tokens=True)
+    return await asyncio.to_thread(generate)
 
 
 async def test_three_servers_generate_what_plain_transformers_does(model, plain_model):
     pieces = [piece async for piece in model.generate(PROMPTS[0], max_new_tokens=32)]
     assert len(pieces) > 5, "text arrives as it is generated"
-    assert "".join(pieces) == plain_text(plain_model, model.tokenizer, PROMPTS[0], 32)
+    assert "".join(pieces) == await plain_text(plain_model, model.tokenizer, PROMPTS[0], 32)
 
 
 async def test_a_batch_of_prompts_of_different_lengths(model, plain_model):
     texts = await model.generate_batch(PROMPTS, max_new_tokens=16)
-    assert texts == [plain_text(plain_model, model.tokenizer, prompt, 16) for prompt in PROMPTS]
+    assert texts == [await plain_text(plain_model, model.tokenizer, prompt, 16) for prompt in PROMPTS]
 
 
 async def test_one_server_generates_the_same(serve, smollm2_folder: Path, plain_model):
     async with await serve(smollm2_folder, "0:30") as server, swarmcore.connect(server.address) as swarm:
         model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
         texts = await model.generate_batch(PROMPTS, max_new_tokens=16)
-    assert texts == [plain_text(plain_model, model.tokenizer, prompt, 16) for prompt in PROMPTS]
+    assert texts == [await plain_text(plain_model, model.tokenizer, prompt, 16) for prompt in PROMPTS]
 
 
 async def test_a_long_prompt_goes_through_the_chain_in_chunks(model, plain_model):
     prompt = " ".join(f"{n} sheep," for n in range(200))
     text = "".join([piece async for piece in model.generate(prompt, max_new_tokens=8)])
-    assert text == plain_text(plain_model, model.tokenizer, prompt, 8)
+    assert text == await plain_text(plain_model, model.tokenizer, prompt, 8)
 
 
 async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path, plain_model):
@@ -64,4 +66,4 @@ async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path,
         chain = await swarm.wait_for_blocks(other.info, timeout=30)
         assert [str(stage.span) for stage in chain.stages] == ["0:17", "17:30"]
         text = "".join([piece async for piece in other.generate(PROMPTS[2], max_new_tokens=16)])
-    assert text == plain_text(plain_model, other.tokenizer, PROMPTS[2], 16)
+    assert text == await plain_text(plain_model, other.tokenizer, PROMPTS[2], 16)

@@ -21,7 +21,7 @@ import asyncio, sys, swarmcore
 
 async def main(bootstrap, folder):
     async with swarmcore.connect(bootstrap) as swarm:
-        model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
+        model = await swarm.load_model(folder, dtype="float32", threads=1)
         async for piece in model.generate("Tell me everything:", max_new_tokens=2000):
             print(repr(piece), flush=True)
 
@@ -40,8 +40,10 @@ async def until_cache_is(swarm: swarmcore.Swarm, peers: list[str], expected: lis
             await asyncio.sleep(0.1)
 
 
-async def test_a_killed_client_frees_its_cache_and_hurts_no_other(three_servers, model, smollm2_folder: Path):
-    swarm, peers = model.swarm, [server.peer for server in three_servers]
+async def test_a_killed_client_frees_its_cache_and_hurts_no_other(
+    three_servers, swarm, model, smollm2_folder: Path
+):
+    peers = [server.peer for server in three_servers]
     await until_cache_is(swarm, peers, [4096] * 3)
     client = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -67,8 +69,9 @@ async def test_a_killed_client_frees_its_cache_and_hurts_no_other(three_servers,
     await until_cache_is(swarm, peers, [4096] * 3)
 
 
-async def test_a_killed_server_fails_its_sessions_soon_and_no_others(serve, model, smollm2_folder: Path):
-    swarm = model.swarm
+async def test_a_killed_server_fails_its_sessions_soon_and_no_others(
+    serve, swarm, model, smollm2_folder: Path
+):
     async with (
         await serve(smollm2_folder, "0:15") as left,
         await serve(smollm2_folder, "15:30", "--bootstrap", left.address) as right,
