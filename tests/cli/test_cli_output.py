@@ -1,0 +1,134 @@
+"""The parts of the command line that are plain functions: coverage, places by transport, progress, status."""
+
+import json
+
+import pytest
+
+from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
+from swarmcore.cli.listening import by_scheme, network_config
+from swarmcore.cli.output import Output
+from swarmcore.cli.progress import JsonProgress, PlainProgress
+from swarmcore.cli.status import describe, render
+from swarmcore.errors import InputError
+from swarmcore.identity import Identity
+from swarmcore.registry.base import SwarmView
+from swarmcore.types import ModelInfo, ServerInfo, Span
+
+MODEL = ModelInfo(name="tiny", fingerprint="f" * 64, blocks=6, hidden_size=8)
+
+
+def test_coverage_counts_the_servers_of_each_block():
+    assert coverage([Span(0, 2), Span(1, 4), Span(5, 9)], 6) == [1, 2, 1, 1, 0, 1]
+    assert uncovered([0, 0, 1, 0]) == [Span(0, 2), Span(3, 4)]
+    assert uncovered([1, 2]) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "width", "bar"),
+    [
+        ([1, 2, 1, 1, 0, 1], 40, "▂▄▂▂·▂"),
+        ([1, 2, 3, 4, 5, 0], 3, "▂▆·"),
+        ([3] * 100, 10, "▆" * 10),
+        ([], 10, ""),
+    ],
+)
+def test_a_character_shows_the_least_covered_of_its_blocks(counts, width, bar):
+    assert coverage_bar(counts, width) == bar
+
+
+def test_places_find_their_transport():
+    assert by_scheme(["tcp"], ["0.0.0.0:4001", "[::]:4001"]) == {"tcp": ("0.0.0.0:4001", "[::]:4001")}
+    assert by_scheme(["tcp", "ws"], ["ws://h:80", "tcp://h:1"]) == {"tcp": ("h:1",), "ws": ("h:80",)}
+    assert by_scheme(["libp2p"], ["libp2p:/ip4/0.0.0.0/tcp/4001"]) == {"libp2p": ("/ip4/0.0.0.0/tcp/4001",)}
+    assert by_scheme(["tcp", "ws"], []) == {"tcp": (), "ws": ()}
+    with pytest.raises(InputError, match="could be any of tcp, ws; write tcp://h:1"):
+        by_scheme(["tcp", "ws"], ["h:1"])
+
+
+def test_announced_places_become_whole_addresses():
+    peer = Identity.generate().peer
+    config = network_config(
+        peer,
+        transports=["tcp"],
+        listen=[],
+        announce=["example.org:4001", f"tcp://[2001:db8::1]:4001/{peer}"],
+        bootstrap=[],
+        allowed_peers=[peer],
+    )
+    assert config.announce == (f"tcp://example.org:4001/{peer}", f"tcp://[2001:db8::1]:4001/{peer}")
+    assert config.transports == {"tcp": ("0.0.0.0:0",)}
+    assert config.allowed_peers == {peer}
+
+
+def test_progress_without_a_terminal_is_a_line_for_each_tenth():
+    lines = []
+    with PlainProgress(lines.append) as progress:
+        for done in range(1001):
+            progress("loading", done * 1000, 1_000_000)
+        progress("waiting", 0, 0)
+        progress("waiting", 0, 0)
+    assert len(lines) == 12
+    assert lines[0] == "loading: 0 % of 1.0 MB"
+    assert lines[10] == "loading: 100 % of 1.0 MB"
+    assert lines[11] == "waiting"
+
+
+def test_progress_in_json_is_events(capsys):
+    with JsonProgress(Output(json_lines=True).event) as progress:
+        progress("loading", 5, 10)
+    assert json.loads(capsys.readouterr().out) == {
+        "event": "progress",
+        "what": "loading",
+        "done": 5,
+        "total": 10,
+    }
+
+
+def test_progress_ends_a_thread_that_outlives_its_command():
+    with PlainProgress(print) as progress:
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        progress("loading", 1, 10)
+
+
+def server(span: Span | None, **fields) -> ServerInfo:
+    peer = Identity.generate().peer
+    model = MODEL if span else None
+    return ServerInfo(peer=peer, addresses=("tcp://h:1/" + peer,), model=model, span=span, **fields)
+
+
+def view(*servers: ServerInfo) -> SwarmView:
+    return SwarmView({s.peer: s for s in servers})
+
+
+def test_status_counts_only_servers_that_are_online():
+    swarm = view(server(Span(0, 3)), server(Span(2, 6), state="joining"), server(None))
+    found = describe(swarm)
+    assert found["models"] == [
+        {
+            "name": "tiny",
+            "fingerprint": MODEL.fingerprint,
+            "blocks": 6,
+            "coverage": [1, 1, 1, 0, 0, 0],
+            "missing": ["3:6"],
+        }
+    ]
+    assert [s["span"] for s in found["servers"]] == [None, "0:3", "2:6"]
+    json.dumps(found)
+
+
+def test_status_as_a_table(capsys):
+    from rich.console import Console
+
+    swarm = view(
+        server(Span(0, 3), public_name="[bold]attic", cache_tokens=1000, cache_tokens_free=750, sessions=2),
+        server(Span(3, 6), state="draining"),
+        server(None, public_name="door"),
+    )
+    Console(width=160).print(render(swarm))
+    text = capsys.readouterr().out
+    assert "missing 3:6" in text
+    assert "[bold]attic" in text, "what strangers announce is not markup"
+    assert "▂▂▂···" in text
+    assert "25 %" in text
+    assert "door" in text

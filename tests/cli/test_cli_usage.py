@@ -1,0 +1,105 @@
+"""What the commands accept and refuse, without a process of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from swarmcore.cli import main
+from swarmcore.identity import Identity
+
+ADDRESS = f"tcp://127.0.0.1:1/{Identity.generate().peer}"
+
+
+def invoke(*arguments: str, stdin: str = ""):
+    return CliRunner().invoke(main, arguments, input=stdin)
+
+
+def test_help_lists_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("serve", "bootstrap", "chat", "generate", "status", "convert", "bench"):
+        assert f"\n  {command} " in result.output
+
+
+@pytest.mark.parametrize("command", ["serve", "bootstrap", "chat", "generate", "status", "convert"])
+def test_every_command_has_help_json_and_debug(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert {"--json", "--debug", "--log-level"} <= set(result.output.split())
+
+
+def test_the_command_line_loads_no_model_library():
+    code = (
+        "import sys; from swarmcore.cli import main; main(['serve', '--help'], standalone_mode=False);"
+        "print(sorted({'torch', 'transformers', 'numpy', 'libp2p', 'aiortc', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--model", "m", "--blocks", "10:5"], "block range '10:5' is not of the form START:END"),
+        (["serve", "--model", "m", "--blocks", "all"], "block range 'all' is not of the form START:END"),
+        (["serve", "--model", "m", "--cache-tokens", "0"], "cache-tokens must be above 0"),
+        (["serve", "--model", "m", "--threads", "-1"], "threads must be above 0"),
+        (["bootstrap", "--transport", "carrier-pigeon"], "no transport for 'carrier-pigeon' (installed: "),
+        (["bootstrap", "--transport", "webrtc", "--listen", "x"], "pip install 'swarmcore[webrtc]'"),
+        (["bootstrap", "--listen", "nowhere"], "'nowhere' is not HOST:PORT"),
+        (["bootstrap", "--listen", "udp://127.0.0.1:0"], "add --transport udp"),
+        (["bootstrap", "--bootstrap", "127.0.0.1:4001"], "has no transport scheme"),
+        (["bootstrap", "--bootstrap", "tcp://127.0.0.1:4001"], "does not end in a peer id"),
+        (["bootstrap", "--allow-peer", "12D3KooWfriend"], "is not the peer id of an Ed25519 key"),
+        (["status", "--once", "--bootstrap", "tcp://h:1"], "does not end in a peer id"),
+        (["generate", "--bootstrap", ADDRESS], "the prompt is empty"),
+    ],
+)
+def test_wrong_input_is_one_line_that_says_what(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_swarm_that_does_not_answer_is_no_fault_of_the_input():
+    result = invoke("status", "--once", "--bootstrap", ADDRESS)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_with_json_an_error_is_an_event_too():
+    result = invoke("bootstrap", "--bootstrap", "nonsense", "--json")
+    event = json.loads(result.stdout)
+    assert (event["event"], event["error"]) == ("error", "AddressError")
+    assert event["message"] in result.stderr
+
+
+def test_debug_shows_the_traceback():
+    result = invoke("bootstrap", "--bootstrap", "nonsense", "--debug")
+    assert type(result.exception).__name__ == "AddressError"
+
+
+@pytest.mark.parametrize("damage", ["not a key", ""])
+def test_a_bad_identity_file(tmp_path, damage):
+    file = tmp_path / "key"
+    file.write_text(damage)
+    file.chmod(0o600)
+    result = invoke("bootstrap", "--identity", str(file))
+    assert result.exit_code == 2
+    assert f"error: identity file {file} is not an unencrypted PEM private key" in result.stderr
+
+
+def test_an_identity_file_that_others_can_read(tmp_path):
+    file = tmp_path / "key"
+    Identity.load_or_create(file)
+    file.chmod(0o644)
+    result = invoke("bootstrap", "--identity", str(file))
+    assert result.exit_code == 2
+    assert f"chmod 600 {file}" in result.stderr
