@@ -47,6 +47,58 @@ def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 2 blocks in one GGUF file, partly quantized (Q8_0), with a small BPE vocabulary."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter, quantize
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    width, inner, heads = 64, 128, 4
+    tokens = ["<|end|>", *bytes_to_unicode().values(), "he", "ll"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    random = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        data = random.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(name, data)
+        else:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, quantize(data, kind), raw_dtype=kind)
+
+    add("token_embd.weight", len(tokens), width)
+    add("output_norm.weight", width)
+    for block in range(2):
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{block}.{name}.weight", width)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{block}.{name}.weight", width, width)
+        for name, shape in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
+            add(f"blk.{block}.ffn_{name}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 class Hub:
     """Serves folders as a model hub does: listing, redirects, byte ranges. Counts bytes."""
 

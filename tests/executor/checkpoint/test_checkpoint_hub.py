@@ -246,9 +246,9 @@ def _read_block(url: str, cache: Path, number: int) -> int:
 
 
 def test_several_processes_share_one_cache(hub: Any, tiny_model: Path, tmp_path: Path) -> None:
-    blocks = [0, 0, 1]
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        assert pool.starmap(_read_block, [(hub.url, tmp_path, number) for number in blocks]) == [9, 9, 9]
+    blocks = [0, 1]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.starmap(_read_block, [(hub.url, tmp_path, number) for number in blocks]) == [9, 9]
     checkpoint = open_hub(hub, tmp_path)
     size = checkpoint.nbytes([*block(0, checkpoint.names()), *block(1, checkpoint.names())])
     small = sum(path.stat().st_size for path in tiny_model.iterdir() if path.suffix != ".safetensors")

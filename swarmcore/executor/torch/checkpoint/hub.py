@@ -96,8 +96,8 @@ def resolve(model: str, revision: str | None, cache: Path, endpoint: str | None 
             return known
         raise ModelNotFoundError(
             f"there is no folder {model} here, and the hub {endpoint or constants.ENDPOINT} cannot be asked "
-            f"for it ({one_line(exc)}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model "
-            f"elsewhere and name its folder"
+            f"for it ({one_line(exc)}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or download "
+            f"the model elsewhere and name its folder"
         ) from exc
     with storage_errors(f"remembering {model}", folder):
         write_file(_listing(folder, found.commit), msgspec.json.encode(found))
