@@ -18,6 +18,7 @@ from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 
 _LOST = "the connection was lost"
+_DRAIN_TIMEOUT = 5.0
 Fate = Callable[[PeerId, bytearray, float], float | None]
 
 
@@ -66,10 +67,16 @@ class Link:
             stream.lose()
 
     async def close(self) -> None:
-        """Stop the tasks of all streams."""
-        self.heal()
+        """Let closed streams hand on what they have, unless nothing passes; then stop all of them."""
+        if self._timer is not None:
+            self._timer.cancel()
+        closing = [asyncio.create_task(stream.drained()) for stream in self.streams if stream.closed]
+        if closing and self.open:
+            await asyncio.wait(closing, timeout=_DRAIN_TIMEOUT)
         for stream in list(self.streams):
             await stream.stop()
+        if closing:
+            await asyncio.wait(closing)
 
     def _start_timer(self) -> None:
         if self.streams:
@@ -91,7 +98,7 @@ class FaultyStream(Stream):
         self._last_due = 0.0
         self._arrived: deque[memoryview] = deque()
         self._ended = False
-        self._closed = False
+        self.closed = False
         self._send_error: SwarmError | None = None
         self._receive_error: SwarmError | None = None
         self._changed = asyncio.Event()
@@ -129,9 +136,9 @@ class FaultyStream(Stream):
         self._start_sender()
 
     async def close(self) -> None:
-        if self._closed:
+        if self.closed:
             return
-        self._ended = self._closed = True
+        self._ended = self.closed = True
         self._arrived.clear()
         self._fail_receive(StreamClosedError("the stream was closed on this side"))
         if self._send_error is None:
@@ -215,12 +222,12 @@ class FaultyStream(Stream):
                 self._notify()
             await self._link.passable()
             await self._inner.end()
-            await self._until(lambda: self._closed)
+            await self._until(lambda: self.closed)
             await self._link.passable()
             await self._release()
         except SwarmError as exc:
             self._fail_send(_as_lost(exc))
-            if self._closed:
+            if self.closed:
                 await self._release()
 
     async def _release(self) -> None:
