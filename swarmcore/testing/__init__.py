@@ -1,6 +1,14 @@
-"""Networks without a network: for tests of swarmcore, of plugins, and of applications."""
+"""Networks without a network, blocks without a model: for tests of swarmcore, of plugins, of applications."""
 
+from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryStream, MemoryTransport
 
-__all__ = ["Faults", "FaultyTransport", "MemoryNetwork", "MemoryStream", "MemoryTransport"]
+__all__ = [
+    "CountingExecutor",
+    "Faults",
+    "FaultyTransport",
+    "MemoryNetwork",
+    "MemoryStream",
+    "MemoryTransport",
+]

@@ -373,6 +373,20 @@ async def test_a_failing_executor_fails_its_batch_and_nothing_else(caplog: pytes
         assert engine.stats.steps_failed == 2
 
 
+async def test_a_result_that_cannot_be_encoded_fails_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(max_batch_tokens=4) as (engine, executor):
+        rows = some_rows(6)
+        await engine.open("a", 1, 0, timeout=1.0)
+
+        async def encode(tensor: Tensor, codec: str) -> Tensor:
+            raise MemoryError
+
+        monkeypatch.setattr(executor, "encode", encode)
+        with pytest.raises(RemoteFaultError, match="MemoryError"):
+            await engine.step("a", (0,), (6,), hidden_states(rows), codec="raw+zstd", timeout=5.0)
+        assert await run(engine, "a", 0, rows) == await expected(rows)
+
+
 async def test_a_cancelled_step_is_withdrawn() -> None:
     async with running() as (engine, executor):
         rows = some_rows(4)
