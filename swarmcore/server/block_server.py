@@ -78,6 +78,8 @@ class BlockServer:
             cache_tokens=self._cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
             sessions=self.inference.sessions,
+            decode_rps=self.engine.stats.decode_rps,
+            forward_rps=self.engine.stats.forward_rps,
             public_name=self.config.public_name,
             version=version("swarmcore"),
         )
@@ -150,7 +152,17 @@ class BlockServer:
 
 
 def _differs(announced: ServerInfo, current: ServerInfo) -> bool:
-    """Whether clients would choose differently: small moves of the free cache are not worth the traffic."""
-    moved = abs(announced.cache_tokens_free - current.cache_tokens_free)
-    same = attrs.evolve(current, cache_tokens_free=announced.cache_tokens_free) == announced
-    return not same or moved > current.cache_tokens // 20
+    """Whether clients would choose differently: small moves of load are not worth the traffic."""
+    free = abs(announced.cache_tokens_free - current.cache_tokens_free)
+    speeds = [(announced.decode_rps, current.decode_rps), (announced.forward_rps, current.forward_rps)]
+    steady = attrs.evolve(
+        current,
+        cache_tokens_free=announced.cache_tokens_free,
+        decode_rps=announced.decode_rps,
+        forward_rps=announced.forward_rps,
+    )
+    return (
+        steady != announced
+        or free > current.cache_tokens // 20
+        or any(abs(old - new) > 0.25 * max(old, new) for old, new in speeds)
+    )
