@@ -149,7 +149,6 @@ class Node:
             async with asyncio.timeout_at(deadline) as clock:
                 await _send_opening(stream, request, (), self.limits, method.name, deadline)
                 data = await stream.receive()
-            message = decode_message(data, kinds_of(method.reply, Failure), self.limits)
             await stream.close()
         except TimeoutError as exc:
             stream.abort("the caller's deadline passed")
@@ -157,13 +156,14 @@ class Node:
                 raise
             raise _deadline_exceeded(method.name, stream.remote, timeout) from exc
         except StreamClosedError as exc:
-            stream.abort("no reply")
+            await stream.close()
             raise ConnectionLostError(f"{short(stream.remote)} ended {method.name} without a reply") from exc
         except BaseException as exc:
             stream.abort(f"the caller gave up: {type(exc).__name__}")
             raise
         finally:
             self._calls_out -= 1
+        message = decode_message(data, kinds_of(method.reply, Failure), self.limits)
         if isinstance(message.record, Failure):
             raise to_error(message.record, stream.remote)
         return cast(Rep, message.record)
