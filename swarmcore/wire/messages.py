@@ -26,7 +26,7 @@ class Hop:
 
 @attrs.frozen
 class OpenSession:
-    """Client to server, first message of a stream: make room for a session and keep it while the stream lives.
+    """Client to server, first message of a stream: make room for a session, for as long as the stream lives.
 
     ``session`` is 128 random bits in hex, chosen by the client. Who knows it may push steps into the session,
     so it travels only to the servers of its chain.
@@ -62,8 +62,9 @@ class JoinSession:
 
 @attrs.frozen
 class Step:
-    """Run new tokens through the span; tensor ``hidden`` is ``[sum(lengths), hidden size]``, sequences in order.
+    """Run new tokens through the span.
 
+    Tensor ``hidden`` is ``[sum(lengths), hidden size]``, the sequences' new tokens one after the other.
     ``starts`` and ``lengths`` have one entry for each sequence of the session; a length of 0 leaves the
     sequence alone. A start below the sequence's cached length first rolls its cache back to there; a start
     above it is refused. A repeated ``step`` is answered from memory.
