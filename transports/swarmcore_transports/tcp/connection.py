@@ -104,7 +104,8 @@ class Connection(asyncio.BufferedProtocol):
         if self.error is None:
             self.write(encode_frame(Kind.ABORT, reason[:_MAX_REASON].encode()))
             self._end(error or ConnectionLostError(reason))
-            self._timer = self._loop.call_later(RETIRE_SECONDS, self._cut)
+            # Whoever has not proven a peer id is not worth a socket for so long.
+            self._timer = self._loop.call_later(RETIRE_SECONDS if self.remote else 0.0, self._cut)
 
     def fail(self, error: SwarmError) -> None:
         """Cut the connection at once; what uses it raises ``error``."""

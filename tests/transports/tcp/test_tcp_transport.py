@@ -1,0 +1,353 @@
+"""What TCP promises beyond the contract that all transports share."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import attrs
+import pytest
+
+from swarmcore.errors import (
+    AddressError,
+    AddressInUseError,
+    InputError,
+    MessageTooLargeError,
+    PeerIdentityError,
+    PeerUnreachableError,
+    StreamAbortedError,
+    UnavailableError,
+)
+from swarmcore.identity import Identity
+from swarmcore.transport import Stream
+from swarmcore.types import Address
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.tcp import TcpTransport
+from swarmcore_transports.tcp import transport as transport_module
+from swarmcore_transports.tcp.endpoint import endpoint_of
+from swarmcore_transports.tcp.flow import MESSAGE_COST
+from swarmcore_transports.tcp.frames import Kind, encode_frame
+from swarmcore_transports.tcp.security import dialler_context, listener_context
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        await stream.send(await stream.receive())
+
+
+@asynccontextmanager
+async def listening(
+    handler=echo, *, place: str = "127.0.0.1:0", limits: Limits | None = None
+) -> AsyncIterator[tuple[TcpTransport, TcpTransport, Address]]:
+    listener = TcpTransport(Identity.generate(), listen_on=[place], limits=limits)
+    dialler = TcpTransport(Identity.generate(), limits=limits)
+    try:
+        async with asyncio.timeout(30):
+            yield listener, dialler, (await listener.listen(handler))[0]
+    finally:
+        await dialler.close()
+        await listener.close()
+
+
+@asynccontextmanager
+async def impostor(handler, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """Anything at all behind a port; yields ``//host:port``."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await handler(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield f"//127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def round_trip(stream: Stream, message: bytes = b"hello") -> None:
+    await stream.send(message)
+    assert bytes(await stream.receive()) == message
+
+
+async def settle(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+# --- connections ---------------------------------------------------------------------------------------
+
+
+async def test_a_stream_that_ended_well_leaves_its_connection_to_the_next() -> None:
+    async with listening() as (listener, dialler, address):
+        for _ in range(5):
+            stream = await dialler.open_stream(address)
+            await round_trip(stream)
+            await stream.end()
+            await stream.close()
+            await settle(lambda: "1 connections, 1 idle" in repr(dialler))
+        assert "1 connections, 1 idle" in repr(listener)
+
+
+async def test_streams_at_the_same_time_have_connections_of_their_own() -> None:
+    async with listening() as (_, dialler, address):
+        streams = [await dialler.open_stream(address) for _ in range(3)]
+        assert "3 connections, 0 idle" in repr(dialler)
+        for stream in streams:
+            await round_trip(stream)
+
+
+async def test_an_aborted_stream_takes_its_connection_along() -> None:
+    async with listening() as (listener, dialler, address):
+        stream = await dialler.open_stream(address)
+        await round_trip(stream)
+        stream.abort("done")
+        await settle(lambda: "0 connections" in repr(dialler) and "0 connections" in repr(listener))
+
+
+async def test_an_idle_connection_to_a_peer_that_left_is_not_used() -> None:
+    async with listening() as (listener, dialler, address):
+        stream = await dialler.open_stream(address)
+        await round_trip(stream)
+        await stream.close()
+        await settle(lambda: "1 idle" in repr(dialler))
+        await listener.close()
+        with pytest.raises(PeerUnreachableError):
+            await dialler.open_stream(address)
+
+
+async def test_tls_1_3_without_nagle() -> None:
+    async with listening() as (_, dialler, address):
+        stream = await dialler.open_stream(address)
+        socket_transport = stream._connection.transport
+        assert socket_transport.get_extra_info("ssl_object").version() == "TLSv1.3"
+        assert socket_transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    context = dialler_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with listening() as (_, _, address):
+        endpoint = endpoint_of(address)
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context, server_hostname="")
+
+
+# --- places --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["[::1]:0", "0.0.0.0:0", "[::]:0", "localhost:0"])
+async def test_places(place: str) -> None:
+    async with listening(place=place) as (_, dialler, address):
+        assert ":0/" not in str(address) and "0.0.0.0" not in str(address) and "[::]" not in str(address)
+        await round_trip(await dialler.open_stream(address))
+
+
+async def test_a_host_name_is_dialled() -> None:
+    async with listening() as (_, dialler, address):
+        named = attrs.evolve(address, location=f"//localhost:{endpoint_of(address).port}")
+        await round_trip(await dialler.open_stream(named))
+
+
+async def test_a_port_in_use_says_so() -> None:
+    async with listening() as (_, _, address):
+        second = TcpTransport(Identity.generate(), listen_on=["127.0.0.1:0", address.location[2:]])
+        with pytest.raises(AddressInUseError, match=f"{endpoint_of(address)}: the port is in use"):
+            await second.listen(echo)
+        second.listen_on = ("127.0.0.1:0",)
+        await second.listen(echo)
+        with pytest.raises(InputError, match="listens already"):
+            await second.listen(echo)
+        await second.close()
+
+
+@pytest.mark.parametrize("place", ["no-such-host.invalid:0", "192.0.2.77:0", "nonsense", "127.0.0.1:99999"])
+async def test_a_place_that_cannot_be_listened_on(place: str) -> None:
+    transport = TcpTransport(Identity.generate(), listen_on=[place])
+    with pytest.raises(AddressError):
+        await transport.listen(echo)
+    await transport.close()
+
+
+async def test_a_host_that_does_not_resolve_is_unreachable() -> None:
+    dialler = TcpTransport(Identity.generate())
+    with pytest.raises(PeerUnreachableError, match=r"no-such-host\.invalid:1"):
+        await dialler.open_stream(Address("tcp", "//no-such-host.invalid:1", Identity.generate().peer))
+    await dialler.close()
+
+
+# --- impostors -----------------------------------------------------------------------------------------
+
+
+async def _http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    await reader.read(1)
+
+
+async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(1)
+
+
+async def _noise(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(bytes(range(256)) * 100)
+    await reader.read()
+
+
+@pytest.mark.parametrize(
+    ("handler", "speaks_tls", "error"),
+    [
+        (_http, False, PeerIdentityError),
+        (_hang_up, False, PeerUnreachableError),
+        (_noise, True, UnavailableError),
+    ],
+)
+async def test_what_answers_is_no_peer(handler, speaks_tls: bool, error: type[Exception]) -> None:
+    identity = Identity.generate()
+    context = listener_context(identity)[0] if speaks_tls else None
+    dialler = TcpTransport(Identity.generate(), limits=Limits(connect_timeout=5))
+    async with impostor(handler, context) as location:
+        with pytest.raises(error):
+            await dialler.open_stream(Address("tcp", location, identity.peer))
+    await dialler.close()
+
+
+async def test_a_silent_listener_is_given_up() -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent:
+        dialler = TcpTransport(Identity.generate(), limits=Limits(connect_timeout=0.2))
+        address = Address("tcp", f"//127.0.0.1:{silent.getsockname()[1]}", Identity.generate().peer)
+        with pytest.raises(PeerUnreachableError, match=r"did not answer within 0\.2 s"):
+            await dialler.open_stream(address)
+        await dialler.close()
+
+
+async def _tls_stranger(address: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    endpoint = endpoint_of(address)
+    return await asyncio.open_connection(
+        endpoint.host, endpoint.port, ssl=dialler_context(), server_hostname="", ssl_shutdown_timeout=1
+    )
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        encode_frame(Kind.PROOF, bytes(108)),
+        encode_frame(Kind.OPEN),
+        encode_frame(Kind.ABORT, b"never mind"),
+        b"\xff" * 64,
+        encode_frame(Kind.MESSAGE, b"", 2**32 - 1),
+    ],
+)
+async def test_a_dialler_without_a_proof_is_refused(frame: bytes) -> None:
+    handled: list[Stream] = []
+
+    async def handler(stream: Stream) -> None:
+        handled.append(stream)
+
+    async with listening(handler) as (listener, _, address):
+        reader, writer = await _tls_stranger(address)
+        await reader.readexactly(9 + 32)  # the hello begins
+        writer.write(frame)
+        assert await _to_the_end(reader)
+        writer.close()
+        assert not handled
+        await settle(lambda: "0 connections" in repr(listener))
+
+
+async def test_a_slow_dialler_is_dropped_at_the_deadline() -> None:
+    async with listening(limits=Limits(connect_timeout=0.3)) as (_, dialler, address):
+        reader, writer = await _tls_stranger(address)  # then never proves anything
+        assert await _to_the_end(reader)
+        writer.close()
+        await round_trip(await dialler.open_stream(address))
+
+
+async def test_half_open_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "MAX_HALF_OPEN", 3)
+    async with listening() as (_, dialler, address):
+        endpoint = endpoint_of(address)
+        idlers = [await asyncio.open_connection(endpoint.host, endpoint.port) for _ in range(5)]
+        # The two oldest have made room; an honest peer still gets in.
+        for reader, _ in idlers[:2]:
+            assert await _to_the_end(reader)
+        await round_trip(await dialler.open_stream(address))
+        for _, writer in idlers:
+            writer.close()
+
+
+async def _to_the_end(reader: asyncio.StreamReader) -> bool:
+    try:
+        while await reader.read(65536):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+# --- bounds --------------------------------------------------------------------------------------------
+
+
+async def test_what_waits_for_a_slow_reader_is_exactly_bounded() -> None:
+    limits = Limits(send_buffer=256 * 1024)
+    size = 10_000
+    over = asyncio.Event()
+
+    async def hold(stream: Stream) -> None:
+        await over.wait()
+
+    async with listening(hold, limits=limits) as (_, dialler, address):
+        stream = await dialler.open_stream(address)
+        sent = 0
+        try:
+            async with asyncio.timeout(0.5):
+                while True:
+                    await stream.send(bytes(size))
+                    sent += 1
+        except TimeoutError:
+            pass
+        # The first is credited as nothing waits in front of it; behind it there is one window.
+        assert sent <= 1 + limits.send_buffer // (size + MESSAGE_COST)
+        over.set()
+
+
+async def test_empty_messages_are_bounded_too() -> None:
+    limits = Limits(send_buffer=64 * 1024)
+    over = asyncio.Event()
+
+    async def hold(stream: Stream) -> None:
+        await over.wait()
+
+    async with listening(hold, limits=limits) as (_, dialler, address):
+        stream = await dialler.open_stream(address)
+        sent = 0
+        try:
+            async with asyncio.timeout(0.5):
+                while True:
+                    await stream.send()
+                    sent += 1
+        except TimeoutError:
+            pass
+        assert sent <= 1 + limits.send_buffer // MESSAGE_COST
+        over.set()
+
+
+async def test_the_smaller_limit_of_both_sides_holds() -> None:
+    small = TcpTransport(Identity.generate(), listen_on=["127.0.0.1:0"], limits=Limits(max_message=1000))
+    dialler = TcpTransport(Identity.generate())
+    (address,) = await small.listen(echo)
+    stream = await dialler.open_stream(address)
+    with pytest.raises(MessageTooLargeError, match="above the limit of 1000"):
+        await stream.send(bytes(1001))
+    await round_trip(stream, bytes(1000))
+    await dialler.close()
+    await small.close()
+
+
+async def test_one_peer_cannot_open_streams_without_end() -> None:
+    async with listening(limits=Limits(max_calls_per_peer=2)) as (_, dialler, address):
+        streams = [await dialler.open_stream(address) for _ in range(4)]
+        for stream in streams:
+            await round_trip(stream)
+        with pytest.raises(StreamAbortedError, match="too many streams"):
+            await round_trip(await dialler.open_stream(address))
+        other = TcpTransport(Identity.generate())
+        await round_trip(await other.open_stream(address))
+        await other.close()
