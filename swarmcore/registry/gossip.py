@@ -43,11 +43,13 @@ class GossipRegistry(Registry):
     """A full member of the registry; every server and bootstrap peer runs one.
 
     New records go at once to ``fanout`` random members, which pass them on in the same way; every
-    ``interval`` seconds (a quarter more or less) the records are compared with a random member's, which brings
-    what a push has missed. Members are found in the records themselves: ``bootstrap`` is needed to join, and
-    as the way back after a network split. ``node`` is neither started nor closed here; it has to listen before `start`,
-    and can carry one registry only. In a node that is closed to all but its allowed peers, records of others
-    are dropped.
+    ``interval`` seconds (a quarter more or less) the records are compared with a random member's, which
+    brings what a push has missed. Members are found in the records themselves: ``bootstrap`` is needed to
+    join, and as the way back after a network split. A member that has announced nothing is not known to
+    others and only hears of news at intervals.
+
+    ``node`` is neither started nor closed here; it has to listen before `start`, and can carry one registry
+    only. In a node that is closed to all but its allowed peers, records of others are dropped.
 
     ``announce`` keeps the record fresh by itself (every third of its ttl) until `withdraw` or `close`.
     ``timeout`` bounds each call to a member, in seconds. ``wall_clock`` gives seconds since the epoch: unlike
@@ -60,7 +62,7 @@ class GossipRegistry(Registry):
         bootstrap: Sequence[Address] = (),
         *,
         fanout: int = 3,
-        interval: float = 10.0,
+        interval: float = 5.0,
         timeout: float = 10.0,
         limits: RecordLimits | None = None,
         capacity: int = CAPACITY,
@@ -158,7 +160,7 @@ class GossipRegistry(Registry):
             outcome = self._replica.apply(record)
         if isinstance(outcome, Drop):
             raise InternalError(f"this peer dropped its own record as {outcome}")
-        self._pusher.add(self.node.peer, record)
+        self._pusher.add(record, outcome)
         self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
 
     def _publish_again(self, delay: float) -> None:
@@ -229,8 +231,8 @@ class GossipRegistry(Registry):
         self._refuse_when_closed()
         reply, news = await answer_exchange(self.node, self._replica, request)
         if request.spread:
-            for owner, record in news.items():
-                self._pusher.add(owner, record)
+            for record, accepted in news:
+                self._pusher.add(record, accepted)
         return reply
 
     def _refuse_when_closed(self) -> None:

@@ -11,6 +11,7 @@ from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.messages import EXCHANGE, ExchangeRecords, records_per_message
 from swarmcore.registry.partners import Partner, Partners
 from swarmcore.registry.records import RecordLimits, SignedRecord
+from swarmcore.registry.store import Accepted
 from swarmcore.rpc import Node
 from swarmcore.types import PeerId, short
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 LINGER = 0.02
 """Seconds in which records gather before they are sent together."""
+REFRESH_LINGER = 0.5
+"""The same for records that change nothing but their expiry: most records are, and they can wait."""
 MAX_IN_FLIGHT = 16
 """Pushes under way at once; above that, records wait, only the newest of each peer."""
 ATTEMPTS = 3
@@ -37,13 +40,17 @@ class Pusher:
         self._batch = records_per_message(node.limits, limits)
         self._outbox: dict[PeerId, SignedRecord] = {}
         self._wake = asyncio.Event()
+        self._refresh: asyncio.TimerHandle | None = None
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._tasks = BackgroundTasks()
 
-    def add(self, owner: PeerId, record: SignedRecord) -> None:
+    def add(self, record: SignedRecord, accepted: Accepted) -> None:
         """Send ``record`` soon; it takes the place of one of the same owner that still waits."""
-        self._outbox[owner] = record
-        self._wake.set()
+        self._outbox[accepted.announcement.peer] = record
+        if accepted.change is not None:
+            self._wake.set()
+        elif self._refresh is None:
+            self._refresh = asyncio.get_running_loop().call_later(REFRESH_LINGER, self._wake.set)
 
     async def run(self) -> None:
         """Send what is added until cancelled."""
@@ -56,6 +63,7 @@ class Pusher:
                     await self._slots.acquire()
                     self._tasks.start(self._push_and_release(records, partner), "registry push")
         finally:
+            self._stop_refresh()
             await self._tasks.close()
 
     async def push_now(self, record: SignedRecord) -> None:
@@ -67,7 +75,13 @@ class Pusher:
         owners = list(self._outbox)[: self._batch]
         if len(owners) == len(self._outbox):
             self._wake.clear()
+            self._stop_refresh()
         return tuple(self._outbox.pop(owner) for owner in owners)
+
+    def _stop_refresh(self) -> None:
+        if self._refresh is not None:
+            self._refresh.cancel()
+            self._refresh = None
 
     async def _push_and_release(self, records: tuple[SignedRecord, ...], partner: Partner) -> None:
         try:

@@ -15,8 +15,8 @@ from swarmcore.registry.messages import (
 from swarmcore.registry.partners import Partner
 from swarmcore.registry.records import SignedRecord
 from swarmcore.registry.replica import Replica
+from swarmcore.registry.store import Accepted
 from swarmcore.rpc import Node
-from swarmcore.types import PeerId
 
 
 async def reconcile(node: Node, replica: Replica, partner: Partner, *, timeout: float) -> float:
@@ -47,7 +47,7 @@ def answer_compare(replica: Replica, request: CompareDigests) -> DigestsCompared
 
 async def answer_exchange(
     node: Node, replica: Replica, request: ExchangeRecords
-) -> tuple[RecordsExchanged, dict[PeerId, SignedRecord]]:
+) -> tuple[RecordsExchanged, list[tuple[SignedRecord, Accepted]]]:
     """The reply, and those of the caller's records that were news. Raise `ProtocolError` for bad keys."""
     keys = split_keys(request.wanted)[: records_per_message(node.limits, replica.store.limits)]
     news = await replica.merge(request.records)

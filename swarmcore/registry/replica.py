@@ -9,7 +9,6 @@ from swarmcore.registry.changes import ChangeFeed
 from swarmcore.registry.partners import Partners
 from swarmcore.registry.records import SignedRecord
 from swarmcore.registry.store import Accepted, Drop, RecordStore
-from swarmcore.types import PeerId
 
 _SLICE = 32  # records verified between two turns of the event loop: some 5 ms
 _LONGEST_SLEEP = 60.0  # between looks at the wall clock, which may be set while we sleep
@@ -41,13 +40,13 @@ class Replica:
             self._set_timer()
         return outcome
 
-    async def merge(self, records: Iterable[SignedRecord]) -> dict[PeerId, SignedRecord]:
-        """Take many records without holding up the event loop; return those that were news, by owner."""
-        taken = {}
+    async def merge(self, records: Iterable[SignedRecord]) -> list[tuple[SignedRecord, Accepted]]:
+        """Take many records without holding up the event loop; return those that were news."""
+        taken = []
         for position, record in enumerate(records, 1):
             outcome = self.apply(record)
             if isinstance(outcome, Accepted):
-                taken[outcome.announcement.peer] = record
+                taken.append((record, outcome))
             if position % _SLICE == 0:
                 await asyncio.sleep(0)
         return taken
