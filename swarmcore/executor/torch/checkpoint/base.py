@@ -7,11 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from swarmcore.executor.torch.checkpoint.cache import storage_errors
 from swarmcore.executor.torch.checkpoint.progress import Progress
-from swarmcore.types import ModelInfo
+from swarmcore.types import JsonDict, ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,18 +58,28 @@ class Checkpoint(ABC):
         return f"<{type(self).__name__} {self.name} {self.info.fingerprint[:12]} · {self.info.blocks} blocks>"
 
 
-def load_config(folder: Path, name: str) -> PretrainedConfig:
-    """The transformers config in ``folder``. Code that comes with a checkpoint is never run."""
+def load_config(folder: Path, name: str) -> tuple[PretrainedConfig, JsonDict]:
+    """The config in ``folder``, as transformers has it and as it is. Code that comes with it is never run."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{name} has no config.json: it is not a model in the transformers format")
+    raw = read_json(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True), raw
     except (ValueError, KeyError) as exc:
         raise UnsupportedModelError(f"transformers does not know what {name} is: {one_line(exc)}") from exc
     except Exception as exc:  # each family checks its config in its own way
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(exc)}") from exc
+
+
+def read_json(path: Path) -> JsonDict:
+    with storage_errors("reading the model", path):
+        content = path.read_bytes()
+    try:
+        return msgspec.json.decode(content, type=JsonDict)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise CheckpointError(f"{path} is damaged: {exc}") from exc
 
 
 def describe(name: str, config: PretrainedConfig, fingerprint: str) -> ModelInfo:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 
 from filelock import FileLock, Timeout
 
@@ -122,7 +123,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file all or nothing. Raise `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
     try:
         part.write_bytes(content)
         part.replace(path)

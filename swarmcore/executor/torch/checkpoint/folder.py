@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.errors import CheckpointError
 from swarmcore.executor.torch.checkpoint.base import (
     INDEX,
     WEIGHTS,
@@ -19,6 +19,7 @@ from swarmcore.executor.torch.checkpoint.base import (
     describe,
     load_config,
     missing_tensors,
+    read_json,
 )
 from swarmcore.executor.torch.checkpoint.cache import storage_errors
 from swarmcore.executor.torch.checkpoint.fingerprint import file_hashes, model_fingerprint
@@ -44,25 +45,18 @@ class Marker(msgspec.Struct):
 class FolderCheckpoint(Checkpoint):
     """Opens ``folder``: reads and checks all headers, and makes sure that no file is missing or cut off."""
 
-    def __init__(
-        self, folder: Path, cache: Path, *, name: str = "", progress: Progress | None = None
-    ) -> None:
+    def __init__(self, folder: Path, cache: Path, *, progress: Progress | None = None) -> None:
         """Raise `ModelNotFoundError` when this is no model, `CheckpointError` when it is damaged."""
         progress = progress or no_progress
-        self.name = name or folder.resolve().name
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise ModelNotFoundError(
-                f"{folder} has no config.json: it is not a model in the transformers format"
-            )
+        self.name = folder.resolve().name
+        self.folder = folder = folder.absolute()
+        self.config, raw = load_config(folder, str(folder))
         shards = weight_files(folder)
         self._files = {name: file for file, entries in shards.items() for name in entries}
         self._entries = {name: entry for entries in shards.values() for name, entry in entries.items()}
-        raw = read_json(folder / "config.json")
         fingerprint = model_fingerprint(raw, file_hashes(list(shards), self.name, cache, progress))
         if marker := _read_marker(folder, fingerprint):
-            self.name, fingerprint = name or marker.name, marker.fingerprint
-        self.config = load_config(folder, str(folder))
+            self.name, fingerprint = marker.name, marker.fingerprint
         self.info = describe(self.name, self.config, fingerprint)
 
     def names(self) -> Collection[str]:
@@ -124,15 +118,6 @@ def no_weights(where: str, files: Iterable[str]) -> CheckpointError:
             f"AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
         )
     return CheckpointError(f"{where} has no weights: neither {WEIGHTS} nor {INDEX}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    with storage_errors("reading the model", path):
-        content = path.read_bytes()
-    try:
-        return msgspec.json.decode(content, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}") from exc
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -19,7 +19,7 @@ from swarmcore.errors import (
     SwarmError,
     UnsupportedModelError,
 )
-from swarmcore.executor.torch.checkpoint.base import one_line
+from swarmcore.executor.torch.checkpoint.base import one_line, read_json
 from swarmcore.executor.torch.checkpoint.cache import (
     check_room,
     disk_full,
@@ -32,7 +32,7 @@ from swarmcore.executor.torch.checkpoint.fingerprint import (
     file_hashes,
     model_fingerprint,
 )
-from swarmcore.executor.torch.checkpoint.folder import MARKER, Marker, read_json, weight_files
+from swarmcore.executor.torch.checkpoint.folder import MARKER, Marker, weight_files
 from swarmcore.executor.torch.checkpoint.progress import Progress, no_progress
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 

@@ -22,20 +22,20 @@ from swarmcore.executor.torch.checkpoint.base import (
     describe,
     load_config,
     missing_tensors,
+    read_json,
 )
-from swarmcore.executor.torch.checkpoint.cache import check_room, storage_errors, write_file
+from swarmcore.executor.torch.checkpoint.cache import check_room, locked, storage_errors, write_file
 from swarmcore.executor.torch.checkpoint.download import Downloader
 from swarmcore.executor.torch.checkpoint.fingerprint import model_fingerprint
 from swarmcore.executor.torch.checkpoint.folder import (
     no_weights,
     parse_index,
     read_header,
-    read_json,
     read_tensors,
 )
 from swarmcore.executor.torch.checkpoint.header import Entry, header_length, parse_header
 from swarmcore.executor.torch.checkpoint.hub import Repository, hub_folder, repository_folder, resolve
-from swarmcore.executor.torch.checkpoint.progress import Counter, Progress
+from swarmcore.executor.torch.checkpoint.progress import Counter, Progress, no_progress
 from swarmcore.executor.torch.checkpoint.ranges import Range, length
 from swarmcore.executor.torch.checkpoint.sparse import SparseFile
 
@@ -81,8 +81,8 @@ class HubCheckpoint(Checkpoint):
         self._shards: dict[str, _Shard] = {}
         self._weight_map = self._map_weights(progress)
         weights = [self._shard(file).sha256(progress) for file in sorted(set(self._weight_map.values()))]
-        fingerprint = model_fingerprint(read_json(self.folder / "config.json"), weights)
-        self.config = load_config(self.folder, model)
+        self.config, raw = load_config(self.folder, model)
+        fingerprint = model_fingerprint(raw, weights)
         self.info = describe(model, self.config, fingerprint)
 
     @property
@@ -137,11 +137,18 @@ class HubCheckpoint(Checkpoint):
         return self._shards[file]
 
     def _download_small_files(self, progress: Progress | None) -> None:
-        listed = self._repository.files
-        with storage_errors("reading the model", self.folder):
-            absent = [
-                file for file in sorted(SMALL_FILES & listed.keys()) if not (self.folder / file).is_file()
-            ]
+        if not self._absent():
+            return
+        what = f"waiting for another process that opens {self.name}"
+        with locked(self.folder, self._cache, what, progress or no_progress):
+            self._download_absent(progress)
+
+    def _absent(self) -> list[str]:
+        files = sorted(SMALL_FILES & self._repository.files.keys())
+        return [file for file in files if not (self.folder / file).is_file()]
+
+    def _download_absent(self, progress: Progress | None) -> None:
+        listed, absent = self._repository.files, self._absent()
         report = Counter(f"downloading {self.name}", sum(listed[file].size for file in absent), progress)
         for file in absent:
             size = listed[file].size

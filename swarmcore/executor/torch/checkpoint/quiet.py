@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
@@ -66,7 +67,7 @@ def quiet_transformers(report: Callable[[float], None]) -> Iterator[None]:
         logging.set_verbosity_error()
         set_hook = getattr(logging, "set_tqdm_hook", None)
         before = set_hook(hook) if set_hook else None
-        reader: Any = importlib.import_module(_LEGACY_READER)
+        reader: Any = importlib.import_module(_LEGACY_READER) if find_spec(_LEGACY_READER) else None
         drawn = getattr(reader, "tqdm", None)
         if drawn is not None:  # this one module asks tqdm itself, past the hook
             reader.tqdm = bar
