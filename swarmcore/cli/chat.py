@@ -15,6 +15,7 @@ from swarmcore.cli.turns import turns
 from swarmcore.errors import SwarmError
 
 if TYPE_CHECKING:
+    from swarmcore.client.generation import Generation
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.model_session import ModelSession
 
@@ -84,7 +85,8 @@ class Conversation:
         answer: list[str] = []
         self._messages.append({"role": "user", "content": said})
         try:
-            whole = await interrupt.finished(self._answer(answer))
+            generation = await self._begin()
+            whole = await interrupt.finished(self._show(generation, answer))
         except SwarmError as exc:
             self._output.remark(f"error: {one_line(exc)}")
             self._output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
@@ -92,7 +94,14 @@ class Conversation:
             await self.close()
             return
         self._output.result("" if whole else " …")
-        self._output.event("answer", text="".join(answer), interrupted=not whole)
+        self._output.event(
+            "answer",
+            text="".join(answer),
+            finish_reason=generation.finish_reason if whole else "interrupted",
+            prompt_tokens=generation.prompt_tokens,
+            new_tokens=generation.new_tokens,
+            chain=str(generation.chain),
+        )
         self._messages.append({"role": "assistant", "content": "".join(answer)})
 
     async def close(self) -> None:
@@ -101,13 +110,14 @@ class Conversation:
         if session is not None:
             await session.close()
 
-    async def _answer(self, answer: list[str]) -> None:
+    async def _begin(self) -> Generation:
         if self._session is None:
             self._session = self._model.session()
         await self._session.open()
-        async with self._model.generate(
-            self._messages, session=self._session, **self._sampling
-        ) as generation:
+        return self._model.generate(self._messages, session=self._session, **self._sampling)
+
+    async def _show(self, generation: Generation, answer: list[str]) -> None:
+        async with generation:
             async for piece in generation:
                 answer.append(piece)
                 self._output.piece(piece)
