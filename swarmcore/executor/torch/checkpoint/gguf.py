@@ -6,11 +6,11 @@ transformers takes tens of seconds; so it is dequantized once, into the model ca
 
 from __future__ import annotations
 
-import gc
-import os
+import re
 from pathlib import Path
 
 import msgspec
+import torch
 
 from swarmcore.errors import (
     CheckpointError,
@@ -40,6 +40,7 @@ LAYOUT = "gguf-bfloat16-1"
 """What a conversion writes. Part of the fingerprint: count it up when a file would give other tensors."""
 
 _SHARD = "256MB"
+_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
 def is_gguf(path: Path) -> bool:
@@ -99,53 +100,53 @@ def check_gguf(source: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
-    if "-00001-of-" in source.name and "-00001-of-00001" not in source.name:
+    if (split := _SPLIT.search(source.name)) and int(split[1]) > 1:
         raise CheckpointError(
             f"{source} is one part of a split GGUF; join the parts with llama-gguf-split --merge"
         )
 
 
 def _write(source: Path, part: Path, progress: Progress) -> None:
+    """Convert, and translate what transformers, gguf and safetensors raise, which is anything at all."""
     try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as exc:
-        raise MissingExtraError("converting a GGUF needs torch; pip install 'swarmcore[torch]'") from exc
-    size = source.stat().st_size
-    doing = f"converting {source.name}"
-    folder, file = str(source.parent.resolve()), source.name
-    progress(doing, 0, size)
-    try:
-        with quiet_transformers(lambda share: progress(doing, int(share * size), size)):
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, dtype=torch.bfloat16, **_dequantize()
-            )
-            needed = sum(tensor.nbytes for tensor in model.parameters())
-            check_room(doing, part, needed)
-            with storage_errors(doing, part, needed):
-                model.save_pretrained(part, max_shard_size=_SHARD)
-                tokenizer.save_pretrained(part)
+        _convert(source, part, progress)
     except SwarmError:
         raise
     except ImportError as exc:
         raise MissingExtraError(
-            f"reading a GGUF needs more packages; pip install 'swarmcore[torch]' ({exc})"
+            f"a package for reading GGUF is missing; pip install 'swarmcore[torch]' ({one_line(exc)})"
         ) from exc
-    except Exception as exc:  # transformers and gguf raise what they like on damaged files
+    except Exception as exc:
         if "not supported" in str(exc):
             raise UnsupportedModelError(f"{source}: {one_line(exc)}") from exc
         if "No space left" in str(exc):
-            raise disk_full(doing, part) from exc
+            raise disk_full(f"converting {source.name}", part) from exc
         raise CheckpointError(
-            f"{source} cannot be read as GGUF, it may be truncated or damaged ({size} bytes): "
+            f"{source} cannot be read as GGUF, it may be truncated or damaged ({source.stat().st_size} bytes): "
             f"{type(exc).__name__}: {one_line(exc)}"
         ) from exc
-    finally:
-        model = tokenizer = None
-        gc.collect()
-    for path in part.iterdir():  # safetensors writes 0600, whatever the umask says
-        path.chmod(0o666 & ~_umask())
+
+
+def _convert(source: Path, part: Path, progress: Progress) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    doing, size = f"converting {source.name}", source.stat().st_size
+    folder = str(source.parent.resolve())
+    progress(doing, 0, size)
+    with quiet_transformers(lambda share: progress(doing, int(share * size), size)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=source.name, dtype=torch.bfloat16, **_dequantize()
+        )
+        needed = sum(tensor.nbytes for tensor in model.parameters())
+        check_room(doing, part, needed)
+        with storage_errors(doing, part, needed):
+            model.save_pretrained(part, max_shard_size=_SHARD)
+            tokenizer.save_pretrained(part)
+    with storage_errors(doing, part):
+        mode = (part / "config.json").stat().st_mode
+        for path in part.glob("*.safetensors"):  # always written for the owner alone
+            path.chmod(mode)
 
 
 def _dequantize() -> dict[str, object]:
@@ -154,9 +155,3 @@ def _dequantize() -> dict[str, object]:
     except ImportError:  # earlier 5.x always dequantizes
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
