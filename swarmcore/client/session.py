@@ -20,7 +20,6 @@ from swarmcore.errors import (
     RemoteFaultError,
     SessionLostError,
     SwarmError,
-    error_classes,
 )
 from swarmcore.routing.chain import Chain
 from swarmcore.rpc.channel import Channel
@@ -28,6 +27,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.session.laps import Chunk, Lap, Reply, SessionLaps
 from swarmcore.types import Address, ModelInfo, short
+from swarmcore.wire.failure import to_error
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import Hop, OpenSession, SessionOpened, StepFailed, StepOutput
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
@@ -203,7 +203,7 @@ class InferenceSession:
             while True:
                 await self._heard(stage, await channel.receive())
         except SwarmError as exc:
-            error: SwarmError = type(exc)(f"{self.chain.stages[stage]}: {exc.message}", **exc.details)
+            error = self._located(stage, exc)
             logger.info("session over %s broke: %s", self.chain, error)
             self._break(error)
         except Exception as exc:
@@ -218,10 +218,8 @@ class InferenceSession:
         if flight is None or flight.output.done():
             return
         if isinstance(record, StepFailed):
-            error = error_classes().get(record.error, RemoteFaultError)
-            flight.output.set_exception(
-                error(f"{self.chain.stages[stage]}: {record.message}", **record.details)
-            )
+            error = to_error(record.failure, self.chain.stages[stage].server.peer)
+            flight.output.set_exception(self._located(stage, error))
             # Whether or not anyone still waits for this chunk, an earlier one may have failed the lap.
             flight.output.exception()
             return
@@ -231,6 +229,12 @@ class InferenceSession:
             flight.output.set_result(hidden)
         else:
             await self._send(carry_to, flight, hidden)
+
+    def _located(self, stage: int, error: SwarmError) -> SwarmError:
+        """``error`` with the server and blocks it comes from in its message."""
+        located = type(error)(f"{self.chain.stages[stage]}: {error.message}", **error.details)
+        located.origin = error.origin
+        return located
 
     def _break(self, error: SwarmError) -> None:
         if self._broken is None:

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from swarmcore.errors import InputError, SwarmError
-from swarmcore.rpc.failure import Failure, to_error, to_failure
 from swarmcore.transport import Stream
 from swarmcore.types import PeerId, short
+from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.tensors import Tensor

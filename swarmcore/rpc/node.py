@@ -22,11 +22,11 @@ from swarmcore.errors import (
 from swarmcore.identity import Identity
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
-from swarmcore.rpc.failure import Failure, to_error
 from swarmcore.rpc.method import Caller, Method, Protocol, Rep, Req
 from swarmcore.rpc.serving import Server
 from swarmcore.transport import Stream, Transport
 from swarmcore.types import Address, PeerId, short
+from swarmcore.wire.failure import Failure, to_error
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.tensors import Tensor

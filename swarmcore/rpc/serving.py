@@ -16,11 +16,11 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.rpc.channel import Channel
-from swarmcore.rpc.failure import to_failure
 from swarmcore.rpc.method import Caller, Method, Protocol
 from swarmcore.rpc.readahead import ReadAhead
 from swarmcore.transport import Stream
 from swarmcore.types import short
+from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
 

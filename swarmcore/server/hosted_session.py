@@ -16,6 +16,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.session.ledger import StepLedger
 from swarmcore.types import Address, Span, short
+from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import Hop, JoinSession, Step, StepFailed, StepOutput
 from swarmcore.wire.tensors import Tensor
@@ -153,8 +154,7 @@ class HostedSession:
     async def _report(self, step: Step, error: SwarmError) -> None:
         self._counters["steps_refused"] += 1
         logger.info("session %s: step %d refused: %s", self.session[:8], step.step, error)
-        failed = StepFailed(step.step, type(error).__name__, error.message, error.details)
-        await self._to_client(failed)
+        await self._to_client(StepFailed(step.step, to_failure(error)))
 
     async def _to_client(self, record: StepOutput | StepFailed, *tensors: Tensor) -> None:
         try:

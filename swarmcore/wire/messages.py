@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import attrs
 
 from swarmcore.types import PeerId, ServerInfo
+from swarmcore.wire.failure import Failure
 
 INFERENCE = "/swarmcore/inference/1"
 INFO = "/swarmcore/info/1"
@@ -98,10 +97,7 @@ class StepFailed:
     """Server to client: the step was refused or failed here; the session is as it was before the step."""
 
     step: int
-    error: str
-    """Name of the `SwarmError` class."""
-    message: str
-    details: dict[str, Any] = attrs.field(factory=dict)
+    failure: Failure
 
 
 @attrs.frozen

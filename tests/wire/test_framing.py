@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.errors import MessageTooLargeError, ProtocolError
+from swarmcore.errors import InvalidStepError, MessageTooLargeError, ProtocolError
 from swarmcore.types import ServerInfo, Span
+from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import (
     decode_header,
     decode_message,
@@ -48,7 +49,13 @@ records = st.one_of(
         deadline=st.floats(0, 1e6),
     ),
     st.builds(
-        StepFailed, step=counts, error=text, message=text, details=st.dictionaries(text, plain, max_size=3)
+        StepFailed,
+        step=counts,
+        failure=st.builds(
+            lambda message, details: to_failure(InvalidStepError(message, **details)),
+            text,
+            st.dictionaries(text.filter(lambda name: name != "message"), plain, max_size=3),
+        ),
     ),
 )
 

@@ -12,8 +12,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.errors import ProtocolError, UnknownCodecError
-from swarmcore.rpc.failure import Failure, to_error
+from swarmcore.errors import InvalidStepError, ProtocolError, UnknownCodecError
+from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.types import PeerId
 from swarmcore.wire import messages
 from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
@@ -49,7 +49,7 @@ def samples() -> list[bytes]:
         (messages.OpenSession("s" * 32, "f" * 64, 0, 10, 4, 1000, hop), []),
         (messages.Step(7, (1, 2), (3, 4), (hop, hop)), [hidden]),
         (messages.StepOutput(7, 30), [hidden.encode("raw+zstd"), hidden]),
-        (messages.StepFailed(7, "InvalidStepError", "no", {"a": [1, {"b": None}], "c": 1.5}), []),
+        (messages.StepFailed(7, to_failure(InvalidStepError("no", a=[1, {"b": None}], c=1.5))), []),
         (Failure("CacheFullError", "full"), []),
     ]
     return [b"".join(encode_message(record, tensors, LIMITS)) for record, tensors in sent]

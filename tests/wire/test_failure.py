@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from swarmcore.errors import CacheFullError, RemoteFaultError, SwarmError, error_classes
 from swarmcore.identity import Identity
-from swarmcore.rpc.failure import MAX_DETAIL_BYTES, MAX_DETAILS, MAX_TEXT, Failure, to_error, to_failure
+from swarmcore.wire.failure import MAX_DETAIL_BYTES, MAX_DETAILS, MAX_TEXT, Failure, to_error, to_failure
 from swarmcore.wire.framing import decode_record, encode_record
 
 PEER = Identity.generate().peer
