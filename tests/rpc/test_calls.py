@@ -30,9 +30,9 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.rpc import Caller, Method, Node
-from swarmcore.wire.failure import Failure
 from swarmcore.testing import MemoryNetwork
 from swarmcore.transport import Stream
+from swarmcore.wire.failure import Failure
 from swarmcore.wire.framing import decode_message, encode_message, kinds_of
 from swarmcore.wire.messages import PING, Ping, Pong, StepOutput
 

@@ -297,9 +297,9 @@ async def test_a_wrong_step_is_refused_with_its_reason_and_hurts_nobody(network,
         await channel.send(step, hidden_states(given))
         refused = (await channel.receive()).record
         assert isinstance(refused, StepFailed)
-        assert refused.error.endswith("Error")
+        assert refused.failure.error.endswith("Error")
         with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(refused.message)
+            raise AssertionError(refused.failure.message)
         # Both the session that was refused and the other one go on where they were.
         await channel.send(Step(2, (2,), (2,)), hidden_states(rows(4)[2:]))
         assert read_rows((await channel.receive()).tensor("hidden")) == expected[2:]

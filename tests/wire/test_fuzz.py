@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import InvalidStepError, ProtocolError, UnknownCodecError
-from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.types import PeerId
 from swarmcore.wire import messages
+from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.tensors import Tensor
