@@ -112,7 +112,7 @@ def test_a_truncated_gguf(tiny_gguf: Path, tmp_path: Path, share: float) -> None
     cut = tmp_path / "cut.gguf"
     size = int(tiny_gguf.stat().st_size * share)
     cut.write_bytes(tiny_gguf.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=f"truncated.*{size} bytes"):
+    with pytest.raises(CheckpointError, match=rf"\({size} bytes\) cannot be read.*truncated"):
         open_checkpoint(str(cut), cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache" / "converted").iterdir())
 
