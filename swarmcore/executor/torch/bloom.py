@@ -33,11 +33,11 @@ class RaggedBloomAttention(nn.Module):
 
 def replace_attention(base: Any) -> None:
     """Give the blocks of a ``BloomModel`` attention on the current batch."""
-    heads, weight = base.num_heads, base.h[0].self_attention.dense.weight
+    heads, (dtype, device) = base.num_heads, (base.dtype, base.device)
 
     def biases(count: int) -> torch.Tensor:
-        mask = torch.ones(1, count, device=weight.device)
-        alibi: torch.Tensor = base.build_alibi_tensor(mask, heads, weight.dtype)
+        mask = torch.ones(1, count, device=device)
+        alibi: torch.Tensor = base.build_alibi_tensor(mask, heads, dtype)
         return alibi.view(heads, count)
 
     bias = AlibiBias(biases)

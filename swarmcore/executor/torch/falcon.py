@@ -42,12 +42,12 @@ class RaggedFalconAttention(nn.Module):
 
 def replace_attention(base: Any) -> None:
     """Give the blocks of a ``FalconModel`` attention on the current batch."""
-    heads, weight = base.num_heads, base.h[0].self_attention.dense.weight
+    heads, (dtype, device) = base.num_heads, (base.dtype, base.device)
     scale = base.h[0].self_attention.inv_norm_factor
 
     def biases(count: int) -> torch.Tensor:
-        mask = torch.ones(1, count, dtype=torch.long, device=weight.device)
-        alibi: torch.Tensor = modeling_falcon.build_alibi_tensor(mask, heads, weight.dtype)
+        mask = torch.ones(1, count, dtype=torch.long, device=device)
+        alibi: torch.Tensor = modeling_falcon.build_alibi_tensor(mask, heads, dtype)
         return alibi.view(heads, count) * scale
 
     bias = AlibiBias(biases) if base.use_alibi else None

@@ -24,6 +24,7 @@ from swarmcore.executor.torch.cut import (
 )
 from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
+from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.types import Span
 
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|video|speech|encoder|mtp")
@@ -162,9 +163,12 @@ def load_span(
     copy_layer_traits(text, span, base, name)
     _keep_only_blocks(base, layers)
     base.config._attn_implementation = NAME
+    base.eval().requires_grad_(False).to(device)
     if replace := REPLACE_ATTENTION.get(text.model_type):
         replace(base)
-    return SpanModel(base.eval().requires_grad_(False).to(device), span, name, device, dtype)
+    del state, model
+    pack_linears(base)
+    return SpanModel(base, span, name, device, dtype)
 
 
 def _block_tensors(
