@@ -71,6 +71,8 @@ class GenerationRun:
 
     continuations: list[Continuation] = attrs.field(factory=list)
     chain: Chain = attrs.field(factory=lambda: Chain(()))
+    now: Callable[[], float] | None = None
+    """The clock of the loop that it runs on, by which these times are."""
     started: float | None = None
     first_token: float | None = None
     ended: float | None = None
@@ -87,7 +89,7 @@ async def generate_pieces(
 
     A session opened here is closed at the end, however it ends; one that was given is left open.
     """
-    now = asyncio.get_running_loop().time
+    run.now = now = asyncio.get_running_loop().time
     run.started = now()
     try:
         run.continuations = await prepare()
@@ -159,10 +161,10 @@ class _GenerationBase(Generic[Piece]):
     @property
     def seconds(self) -> float:
         """From the start to the end, or to now; by the event loop's clock."""
-        if self._run.started is None:
+        run = self._run
+        if run.started is None or run.now is None:
             return 0.0
-        ended = self._run.ended
-        return (asyncio.get_running_loop().time() if ended is None else ended) - self._run.started
+        return (run.now() if run.ended is None else run.ended) - run.started
 
     @property
     def first_token_seconds(self) -> float | None:

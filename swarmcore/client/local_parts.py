@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from swarmcore.errors import CheckpointError, UnsupportedModelError
+from swarmcore.executor.torch.checkpoint.base import missing_tensors
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch.device import choose_dtype
 
@@ -85,15 +86,19 @@ class LocalParts:
                     f"{checkpoint.name} ({config.model_type}) is no causal language model that transformers "
                     f"can build: {exc}"
                 ) from exc
-            found = _find_tensors(skeleton, checkpoint.names(), checkpoint.name)
-            read = checkpoint.read(list(found.values()), progress=progress)
-            state = {key: read.pop(name).to(wanted) for key, name in found.items()}
+            found = _find_tensors(skeleton, checkpoint.names())
+            tensors = checkpoint.read(list(found), progress=progress)
+            state = {key: tensors.pop(name).to(wanted) for name, key in found.items()}
             try:
-                model = type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=wanted)
+                model, loaded = type(skeleton).from_pretrained(
+                    None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
+                )
             except (RuntimeError, ValueError) as exc:
                 raise CheckpointError(
                     f"the tensors of {checkpoint.name} do not fit its config: {exc}"
                 ) from exc
+        if loaded["missing_keys"]:
+            raise missing_tensors(checkpoint.name, loaded["missing_keys"])
         return cls(model.eval().requires_grad_(False))
 
     @torch.inference_mode()
@@ -170,23 +175,21 @@ def without_blocks(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _find_tensors(skeleton: PreTrainedModel, names: Collection[str], model: str) -> dict[str, str]:
-    """Which tensor of the checkpoint is which parameter. A tied head need not be there."""
-    required = {name for name, _ in skeleton.named_parameters()}
-    candidates = [name for name in names if not _BLOCK_TENSOR.search(name)]
+def _find_tensors(skeleton: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
+    """Which tensors of the checkpoint to read, and the name to load each under."""
+    candidates = {name for name in names if not _BLOCK_TENSOR.search(name)}
     prefix = f"{skeleton.base_model_prefix}."
     found: dict[str, str] = {}
     for key in skeleton.state_dict():
         # Some checkpoints are of the base model alone, some of a larger model around the text model.
         forms = (key, key.removeprefix(prefix))
-        exact = [name for name in forms if name in candidates]
-        nested = [name for name in candidates if name.endswith(tuple(f".{form}" for form in forms))]
-        if match := (exact or nested):
-            found[key] = match[0]
-        elif key in required:
-            raise CheckpointError(
-                f"{model} has no tensor {key}: the checkpoint is incomplete, or of another architecture"
-            )
+        nested = (name for name in sorted(candidates) if name.endswith(tuple(f".{form}" for form in forms)))
+        match = next((name for name in (*forms, *nested) if name in candidates), None)
+        if match is not None:
+            found[match] = key
+    if not {key for key, _ in skeleton.named_parameters()} <= set(found.values()):
+        # Old names of this family, which transformers itself will translate.
+        found |= {name: name for name in candidates if name not in found}
     return found
 
 

@@ -18,6 +18,7 @@ except ModuleNotFoundError as exc:
         f"running a model's embeddings and head needs {exc.name}: pip install 'swarmcore[torch]'"
     ) from exc
 
+from swarmcore.client.chat import Chat
 from swarmcore.client.compute import ModelCompute
 from swarmcore.client.generation import (
     BatchGeneration,
@@ -184,6 +185,10 @@ class RemoteModel:
             raise InputError("generate_batch takes a list of prompts, at least one; for one use generate")
         run = GenerationRun()
         return BatchGeneration(run, self._pieces(run, prompts, GenerationSettings(**options), session))
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        """A conversation: ``async with model.chat() as chat: async for piece in chat.say("Hello")``."""
+        return Chat(self, system)
 
     def _pieces(
         self,

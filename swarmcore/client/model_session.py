@@ -127,7 +127,9 @@ class ModelSession:
     def used(self) -> Iterator[None]:
         """Have the session to oneself. Raise `InputError` when a step or a generation is under way in it."""
         if self._in_use:
-            raise InputError("a step or a generation of this session is still under way; wait for its end")
+            raise InputError(
+                "a step or a generation of this session is still under way; wait for its end, or aclose() it"
+            )
         self._in_use = True
         try:
             yield

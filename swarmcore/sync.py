@@ -1,0 +1,344 @@
+"""swarmcore without asyncio, for scripts and notebooks: the same names, and every call waits.
+
+    import swarmcore.sync
+
+    with swarmcore.sync.connect("tcp://…") as swarm:
+        model = swarm.load_model("…")
+        for piece in model.generate("The capital of France is"):
+            print(piece, end="", flush=True)
+
+Everything runs on one event loop in a thread of its own, so that it works where a loop is already running, as
+in a notebook. Ctrl-C stops what is waited for, and cleans up after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import functools
+import logging
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
+
+from swarmcore.errors import InputError, SwarmError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+    from swarmcore.client import chat as _chat
+    from swarmcore.client import generation as _generation
+    from swarmcore.client import model as _model
+    from swarmcore.client import model_session as _model_session
+    from swarmcore.client import swarm as _swarm
+    from swarmcore.client.generation import FinishReason
+    from swarmcore.client.prompts import Prompt
+    from swarmcore.client.settings import GenerationOptions
+    from swarmcore.registry.base import SwarmView
+    from swarmcore.routing.chain import Chain
+    from swarmcore.types import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+CLEANUP_SECONDS = 5.0
+"""How long a call that was interrupted may take to clean up after itself."""
+
+T = TypeVar("T")
+Piece = TypeVar("Piece", covariant=True)
+
+
+class LoopThread:
+    """An event loop in a daemon thread, and calls into it from other threads."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="swarmcore-sync", daemon=True)
+        self._thread.start()
+        self._open: set[Swarm] = set()
+        atexit.register(self.stop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run ``coroutine`` on the loop and wait for its result.
+
+        An exception here, such as KeyboardInterrupt, cancels it, and waits until it has cleaned up.
+        """
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise InputError("swarmcore.sync cannot be used on its own event loop; use the asynchronous API")
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def start() -> None:
+            tasks.append(self._loop.create_task(coroutine))
+            tasks[0].add_done_callback(functools.partial(_hand_over, answer))
+
+        self._loop.call_soon_threadsafe(start)
+        try:
+            return answer.result()
+        except BaseException:
+            if not answer.done():
+                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                concurrent.futures.wait([answer], timeout=CLEANUP_SECONDS)
+            raise
+
+    def opened(self, swarm: Swarm) -> None:
+        """Close ``swarm`` when the process ends, unless it is closed before."""
+        self._open.add(swarm)
+
+    def closed(self, swarm: Swarm) -> None:
+        self._open.discard(swarm)
+
+    def stop(self) -> None:
+        """Close what is open, and end the thread."""
+        atexit.unregister(self.stop)
+        for swarm in list(self._open):
+            try:
+                swarm.close()
+            except SwarmError as exc:
+                logger.warning("%r did not close in good order: %s", swarm, exc)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLEANUP_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+@functools.cache
+def _loop_thread() -> LoopThread:
+    """The one of this process, started when it is first needed."""
+    return LoopThread()
+
+
+def _hand_over(answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        answer.set_exception(concurrent.futures.CancelledError())
+    elif (error := task.exception()) is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(task.result())
+
+
+def connect(*bootstrap: str, **options: Any) -> Swarm:
+    """Join the swarm that any of the ``bootstrap`` addresses is a member of; see `swarmcore.connect`.
+
+    Close it in the end, or use it as a context manager; else it is closed when the process ends.
+    """
+    from swarmcore.client import swarm
+
+    async def entered() -> _swarm.Swarm:
+        return await swarm.connect(*bootstrap, **options).__aenter__()
+
+    loop = _loop_thread()
+    return Swarm(loop, loop.run(entered()))
+
+
+class Swarm:
+    """`swarmcore.Swarm`, waiting."""
+
+    def __init__(self, loop: LoopThread, swarm: _swarm.Swarm) -> None:
+        self._loop = loop
+        self._swarm = swarm
+        loop.opened(self)
+
+    def load_model(self, name_or_path: str, **options: Any) -> Model:
+        """As `swarmcore.Swarm.load_model`; ``progress`` is called in another thread."""
+        return Model(self._loop, self._loop.run(self._swarm.load_model(name_or_path, **options)))
+
+    def view(self) -> SwarmView:
+        return self._swarm.view()
+
+    def chain(self, model: ModelInfo) -> Chain:
+        return self._swarm.chain(model)
+
+    def wait_for_blocks(self, model: ModelInfo, *, timeout: float) -> Chain:
+        return self._loop.run(self._swarm.wait_for_blocks(model, timeout=timeout))
+
+    def close(self) -> None:
+        """Close the swarm and the models loaded from it. Harmless when repeated."""
+        self._loop.closed(self)
+        self._loop.run(self._swarm.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self._swarm)
+
+
+class Model:
+    """`swarmcore.RemoteModel`, waiting."""
+
+    def __init__(self, loop: LoopThread, model: _model.RemoteModel) -> None:
+        self._loop = loop
+        self._model = model
+        self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
+        self.config: PretrainedConfig = model.config
+        self.generation_config: GenerationConfig = model.generation_config
+        self.info: ModelInfo = model.info
+
+    def generate(
+        self, prompt: Prompt, *, session: Session | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Iterate over the pieces of text, or take it whole with `Generation.text`."""
+        inner = session.asynchronous if session is not None else None
+        return Generation(self._loop, self._model.generate(prompt, session=inner, **options))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        session: Session | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[str]:
+        """The texts of all prompts, generated together."""
+        inner = session.asynchronous if session is not None else None
+
+        async def texts() -> list[str]:
+            return await self._model.generate_batch(prompts, session=inner, **options)
+
+        return self._loop.run(texts())
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        return Chat(self._loop, self._model.chat(system=system))
+
+    def session(self, *, sequences: int = 1, max_tokens: int = 1024) -> Session:
+        """An open session; close it, or use it as a context manager."""
+        session = self._model.session(sequences=sequences, max_tokens=max_tokens)
+        return Session(self._loop, self._loop.run(session.open()))
+
+    def close(self) -> None:
+        self._loop.run(self._model.close())
+
+    def __repr__(self) -> str:
+        return repr(self._model)
+
+
+class Session:
+    """`swarmcore.ModelSession`, waiting."""
+
+    def __init__(self, loop: LoopThread, session: _model_session.ModelSession) -> None:
+        self._loop = loop
+        self.asynchronous = session
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        return self.asynchronous.tokens
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return self.asynchronous.positions
+
+    def step(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        return self._loop.run(self.asynchronous.step(ids))
+
+    def rollback(self, positions: int | Sequence[int]) -> None:
+        self.asynchronous.rollback(positions)
+
+    def close(self) -> None:
+        self._loop.run(self.asynchronous.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self.asynchronous)
+
+
+class Pieces(Generic[Piece]):
+    """An iterator over what an asynchronous generator makes, one piece for each turn."""
+
+    def __init__(
+        self, loop: LoopThread, pieces: AsyncGenerator[Piece, None] | _generation.Generation
+    ) -> None:
+        self._loop = loop
+        self._pieces: Any = pieces
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        piece: Piece | None = self._loop.run(self._next())
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def close(self) -> None:
+        """End it here, and clean up. Harmless when it has ended."""
+        self._loop.run(self._pieces.aclose())
+
+    async def _next(self) -> Piece | None:
+        try:
+            found: Piece = await anext(self._pieces)
+        except StopAsyncIteration:  # it cannot leave a task
+            return None
+        return found
+
+
+class Generation(Pieces[str]):
+    """`swarmcore.Generation`, waiting."""
+
+    def __init__(self, loop: LoopThread, generation: _generation.Generation) -> None:
+        super().__init__(loop, generation)
+        self.asynchronous = generation
+
+    def text(self) -> str:
+        """The whole text, or what is left of it."""
+        return "".join(self)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.asynchronous.tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.asynchronous.finish_reason
+
+    @property
+    def seconds(self) -> float:
+        return self.asynchronous.seconds
+
+    @property
+    def chain(self) -> Chain:
+        return self.asynchronous.chain
+
+    def __repr__(self) -> str:
+        return repr(self.asynchronous)
+
+
+class Chat:
+    """`swarmcore.client.chat.Chat`, waiting."""
+
+    def __init__(self, loop: LoopThread, chat: _chat.Chat) -> None:
+        self._loop = loop
+        self._chat = chat
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return self._chat.messages
+
+    def say(self, text: str, **options: Unpack[GenerationOptions]) -> Pieces[str]:
+        """Iterate over the pieces of the answer."""
+        return Pieces(self._loop, self._chat.say(text, **options))
+
+    def close(self) -> None:
+        self._loop.run(self._chat.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
