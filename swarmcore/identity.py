@@ -39,6 +39,11 @@ class Identity:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
+    def from_seed(cls, seed: bytes) -> Identity:
+        """The identity whose secret is ``seed``, 32 bytes: for tests and simulations that repeat exactly."""
+        return cls(Ed25519PrivateKey.from_private_bytes(seed))
+
+    @classmethod
     def load_or_create(cls, path: str | Path) -> Identity:
         """Read the key from a PEM file; on first use create the file, readable by its owner only (0600).
 

@@ -67,8 +67,17 @@ def test_sequence_numbers_grow_even_when_the_clock_does_not(identity_of: Identit
 def test_a_restarted_owner_supersedes_its_earlier_life(identity_of: IdentityOf) -> None:
     me = identity_of(1)
     earlier = RecordIssuer(me, lambda: 1000.0).announce(full_info(me.peer), 30.0)
-    issuer = RecordIssuer(me, lambda: 900.0)  # its clock was set back meanwhile
+    issuer = RecordIssuer(me, lambda: 980.0)  # its clock was set back meanwhile
     issuer.supersede(decode_announcement(earlier).sequence)
+    assert decode_announcement(issuer.announce(full_info(me.peer), 30.0)).sequence == 1_000_001
+
+
+def test_a_clock_that_was_far_ahead_is_believed_once_it_is_set_right(identity_of: IdentityOf) -> None:
+    me, clock = identity_of(1), [5000.0]
+    issuer = RecordIssuer(me, lambda: clock[0])
+    issuer.announce(full_info(me.peer), 30.0)
+    clock[0] = 1000.0
+    assert decode_announcement(issuer.announce(full_info(me.peer), 30.0)).sequence == 1_000_000
     assert decode_announcement(issuer.announce(full_info(me.peer), 30.0)).sequence == 1_000_001
 
 
