@@ -26,6 +26,6 @@ class Limits:
     connect_timeout: float = 10.0
     """Seconds to dial and prove identities."""
     keepalive: float = 3.0
-    """Seconds of silence after which a connection is probed; it is lost after three times that."""
+    """Seconds after which a silent side sends a sign of life; silent for three times that, it is lost."""
     send_buffer: int = 4 * 2**20
     """Bytes that wait for a slow reader before `send` waits too."""
