@@ -102,7 +102,9 @@ def plain_answer(folder: Path, messages: list[dict[str, str]], max_new_tokens: i
     """What Transformers says on its own, in float32, always taking the likeliest token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,7 +118,9 @@ def plain_answer(folder: Path, messages: list[dict[str, str]], max_new_tokens: i
 
 async def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("question", nargs="?", default="Why is the sky blue? Answer in two sentences.")
+    parser.add_argument(
+        "question", nargs="?", default="What is a peer-to-peer network? Answer in one short sentence."
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     task = asyncio.current_task()

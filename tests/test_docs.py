@@ -6,6 +6,8 @@ A comment above a block says what is done with it:
 - ``<!-- serve -->``: it is started, and has to print an address;
 - ``<!-- address -->``: it stands for putting that address into ``$SWARM``;
 - ``<!-- not run: why -->``: it is left alone.
+
+An address that is cut short (``tcp://192.168.1.5:40123/12D3KooW…``) stands for that of the first server.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ MARKED_BLOCK = re.compile(
     r"```(?P<language>python|console)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+SHORT_ADDRESS = re.compile(r"tcp://\S+…")
 LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -131,6 +134,7 @@ def test_what_the_page_says_works(page: Path, tmp_path: Path, request: pytest.Fi
             where = f"{name(page)}:{block.line}"
             if block.mark == "serve":
                 for command in block.commands:
+                    command = SHORT_ADDRESS.sub(environment.get("SWARM", ""), command)
                     address = servers.start(command, environment, tmp_path, where)
                     environment.setdefault("SWARM", address)
             elif block.mark == "run" and block.language == "console":
