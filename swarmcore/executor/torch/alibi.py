@@ -10,13 +10,15 @@ import torch
 class AlibiBias:
     """What is added to the scores of a key at each position, kept for as many positions as were asked for.
 
-    The softmax does not care about a constant, so the bias of a key is its slope times its position, whatever
-    the query. Equal biases (of all layers of a span) are one object, so that masks are made once for all layers.
+    The softmax does not care about a constant, so the bias of a key is its slope times its position,
+    whatever the query. The layers of a span share one object, so that masks are made once for all of them.
     """
 
     def __init__(self, make: Callable[[int], torch.Tensor]) -> None:
-        """``make(count)`` gives the biases of the first ``count`` positions, ``[heads, count]``, as the model has
-        them: rounding to its dtype included."""
+        """``make(count)`` gives the biases of the first ``count`` positions, ``[heads, count]``.
+
+        They are to be as the model has them, rounding to its dtype included.
+        """
         self._make = make
         self._table = torch.empty(1, 0, 1, 0)
 

@@ -1,8 +1,8 @@
-"""The hook into transformers: every layer's attention hands its queries, keys and values to the current batch.
+"""The hook into transformers: the attention of every layer hands its queries, keys and values to the batch.
 
-Families of the regular kind look their attention function up in ``AttentionInterface`` by the name in the config.
-Ours is registered there; since it has no mask function, transformers builds no masks. Which batch is being computed
-is known per thread, because what the model's own ``forward`` passes down differs between families.
+Families of the regular kind look their attention function up in ``AttentionInterface``, by the name in the
+config. Ours is registered there; since it has no mask function, transformers builds no masks. Which batch is
+being computed is known per thread, because what a model's ``forward`` passes down differs between families.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def ragged_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in the form that transformers calls: ``[1, heads, tokens, size]`` in, tokens before heads out."""
+    """What transformers calls: ``[1, heads, tokens, size]`` in, ``[1, tokens, heads, size]`` out."""
     batch = current_batch()
     if others.keys() - _IGNORED:
         unknown = sorted(name for name in others.keys() - _IGNORED if others[name] is not None)

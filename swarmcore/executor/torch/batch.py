@@ -1,7 +1,7 @@
 """The ragged batch: new tokens of many sequences, each at its own position, packed into one row of tokens.
 
-A batch is planned once, before it enters the span: caches are rolled back and grown, and the views into them that
-every layer will need are made. The layers then call `RaggedBatch.attend`, one after the other.
+A batch is planned once, before it enters the span: caches are rolled back and grown, and the views into them
+that the layers will need are made. The layers then call `RaggedBatch.attend`, one after the other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Batch(Protocol):
     ) -> torch.Tensor:
         """Store the new keys and values of ``layer`` and attend.
 
-        ``query``, ``key`` and ``value`` are ``[1, heads, tokens, size]``; returns ``[1, tokens, heads, size]``.
+        ``query``, ``key`` and ``value`` are ``[1, heads, tokens, size]``; the result is
+        ``[1, tokens, heads, size]``.
         """
 
 
@@ -143,13 +144,13 @@ class RaggedBatch:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         layer -= self._first_layer
-        new = [*key.split(self.counts, 2), *value.split(self.counts, 2)]
+        new = [*key.split_with_sizes(self.counts, 2), *value.split_with_sizes(self.counts, 2)]
         torch._foreach_copy_(self._slots[layer], new)
         if self._decode:
             return self._attend_decode(layer, query, how)
         outputs = [
             _attend_piece(piece, rows, piece.keys[layer], piece.values[layer], how)
-            for piece, rows in zip(self._pieces, query.split(self.counts, 2), strict=True)
+            for piece, rows in zip(self._pieces, query.split_with_sizes(self.counts, 2), strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 

@@ -1,8 +1,8 @@
 """The ``int8`` tensor codec: blocks of 64 values, each scaled by its own largest magnitude.
 
-Encoded form of ``n`` values: ``ceil(n / 64)`` bfloat16 scales, then ``n`` int8 values; a value is its int8 times
-its block's scale. The last block may be short. Hidden states have a few huge channels, so a scale for every 64
-values keeps the others precise (1 to 2 % error, against 2 to 5 % with a scale per row).
+Encoded form of ``n`` values: ``ceil(n / 64)`` bfloat16 scales, then ``n`` int8 values; a value is its int8
+times its block's scale. The last block may be short. Hidden states have a few huge channels, so a scale for
+every 64 values keeps the others precise (1 to 2 % error, against 2 to 5 % with a scale per row).
 
 Importing this module registers the codec.
 """
@@ -65,7 +65,7 @@ class Int8Codec:
             scale = scales[start // BLOCK : start // BLOCK + -(-size // BLOCK)].float().unsqueeze_(1)
             # A rounded-up scale must not carry the largest values of the dtype over to infinity.
             decoded[start : start + size] = (_blocks(chunk) * scale).clamp_(-limit, limit).view(-1)[:size]
-        return memoryview(decoded.view(torch.uint8).numpy()).cast("B")
+        return decoded.view(torch.uint8).numpy().data
 
     def encoded_nbytes(self, dtype: str, shape: tuple[int, ...]) -> int:
         if dtype not in DTYPES:

@@ -1,8 +1,8 @@
-"""Cutting a model to some of its blocks: the config, and what the cut model must still have in common with the whole.
+"""Cutting a model to some of its blocks: the config, and what the layers must keep of the whole model.
 
-A family's own base model is built with as many layers as the span has. What a layer is depends on its index in
-many families (a list in the config, a rule in the code), so each layer of the cut model is compared to the layer it
-stands for, built on the ``meta`` device where tensors take no memory.
+A family's own base model is built with as many layers as the span has. What a layer is depends on its index
+in many families (a list in the config, a rule in the code), so each layer of the cut model is compared to the
+layer it stands for, built on the ``meta`` device where tensors take no memory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cut_config(config: Any, span: Span) -> Any:
 
 
 def build_on_meta(config: Any) -> Any:
-    """The causal language model of ``config``, without memory. Raise `UnsupportedModelError` when there is none."""
+    """The causal language model of ``config``, without memory, or `UnsupportedModelError`."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -69,15 +69,15 @@ def check_servable(config: Any, name: str) -> None:
     other = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if other:
         raise UnsupportedModelError(
-            f"{name} ({config.model_type}) has layers of type {', '.join(sorted(other))}; only full and sliding "
-            f"attention are served"
+            f"{name} ({config.model_type}) has layers of type {', '.join(sorted(other))}; "
+            f"only full and sliding attention are served"
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} ({config.model_type}) is not a decoder-only model")
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
         raise UnsupportedModelError(
-            f"the weights of {name} are quantised ({method}); use a checkpoint in bfloat16, float16 or float32"
+            f"the weights of {name} are quantised ({method}); use its bfloat16, float16 or float32 checkpoint"
         )
 
 
@@ -85,7 +85,7 @@ def copy_layer_traits(config: Any, span: Span, base: Any, name: str) -> None:
     """Give the layers of the cut model ``base`` the traits that they have in the whole model.
 
     Some families derive plain values from a layer's index (GPT-2 may scale attention by it). Raise
-    `UnsupportedModelError` when a layer of the cut model has other tensors or modules than the one it stands for.
+    `UnsupportedModelError` when a layer has other tensors or modules than the one it stands for.
     """
     whole_base = build_on_meta(_without_vocabulary(copy.deepcopy(config))).base_model
     blocks = getattr(whole_base, layer_list(whole_base))
@@ -94,7 +94,8 @@ def copy_layer_traits(config: Any, span: Span, base: Any, name: str) -> None:
         mine = dict(layer.named_modules())
         if whole.keys() != mine.keys() or _tensors(blocks[span.start + index]) != _tensors(layer):
             raise UnsupportedModelError(
-                f"block {span.start + index} of {name} ({config.model_type}) cannot be built apart from the others"
+                f"block {span.start + index} of {name} ({config.model_type}) depends on its place among "
+                f"the others in a way that is not served"
             )
         for path, module in mine.items():
             for key, value in vars(whole[path]).items():

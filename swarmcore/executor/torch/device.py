@@ -1,4 +1,4 @@
-"""Where and in which precision a span is computed: device names and dtype names, checked with clear errors."""
+"""Where and in which precision a span is computed: names of devices and dtypes, and what they mean."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def parse_device(name: str) -> torch.device:
-    """Read ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Raise `InputError` for anything else, or a GPU that is not there."""
+    """Read ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Raise `InputError` for other names and absent GPUs."""
     if name == "cpu":
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
@@ -31,7 +31,7 @@ def parse_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype that ``name`` asks for; ``"auto"`` is the checkpoint's own, as far as the device is good at it.
+    """The dtype that ``name`` asks for; ``"auto"`` is the checkpoint's own if the device is good at it.
 
     ``auto`` gives bfloat16 when the config names no dtype, and in place of float16 on CPUs, which compute it
     very slowly, and float16 in place of bfloat16 on GPUs without it. Raise `InputError` for an unknown name.

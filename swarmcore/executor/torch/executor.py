@@ -132,7 +132,7 @@ class TorchExecutor(BlockExecutor):
             # Also waits for the GPU: what is handed out has been computed.
             finite = bool(torch.isfinite(output).all())
             counts = [each.piece.tokens for each in accepted]
-            for each, rows in zip(accepted, output.split(counts), strict=True):
+            for each, rows in zip(accepted, output.split_with_sizes(counts), strict=True):
                 results[each.index] = self._result(each.piece, rows, finite)
         return [result or InternalError("a slice was not computed") for result in results]
 
@@ -142,8 +142,8 @@ class TorchExecutor(BlockExecutor):
         last = piece.first_row + piece.tokens
         if hidden.dim() != 2 or hidden.shape[1] != self.model.hidden_size or hidden.shape[0] < last:
             raise InvalidStepError(
-                f"hidden states have shape {list(hidden.shape)}; expected [tokens, {self.model.hidden_size}] with at "
-                f"least {last} tokens"
+                f"hidden states have shape {list(hidden.shape)}; expected [tokens, {self.model.hidden_size}] "
+                f"with at least {last} tokens"
             )
         rows = hidden[piece.first_row : last].to(self._layout.device, self._layout.dtype)
         if not torch.isfinite(rows).all():
@@ -179,14 +179,14 @@ class TorchExecutor(BlockExecutor):
             length = after.get(segment.sequence, cache.length)
             if segment.count < 1 or not 0 <= segment.start <= length:
                 raise InvalidStepError(
-                    f"a step of {segment.count} tokens at position {segment.start} does not continue a sequence of "
-                    f"{length} tokens"
+                    f"a step of {segment.count} tokens at position {segment.start} "
+                    f"does not continue a sequence of {length} tokens"
                 )
             end = segment.start + segment.count
             if self.max_positions is not None and end > self.max_positions:
                 raise InvalidStepError(
-                    f"a sequence of {end} tokens is too long: the rotary embedding of {self.model.name} changes past "
-                    f"{self.max_positions} tokens, which is not served"
+                    f"a sequence of {end} tokens is too long: the rotary embedding of {self.model.name} "
+                    f"changes past {self.max_positions} tokens, which is not served"
                 )
             after[segment.sequence] = end
             caches.append(cache)

@@ -1,4 +1,4 @@
-"""Falcon's attention on a ragged batch: rotary or ALiBi, multi-query, grouped, or one key head per query head."""
+"""Falcon's attention on a ragged batch: rotary or ALiBi; multi-query, grouped-query or multi-head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RaggedFalconAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         tokens = hidden_states.shape[1]
@@ -48,7 +48,7 @@ def replace_attention(base: Any) -> None:
     def biases(count: int) -> torch.Tensor:
         mask = torch.ones(1, count, dtype=torch.long, device=device)
         alibi: torch.Tensor = modeling_falcon.build_alibi_tensor(mask, heads, dtype)
-        return alibi.view(heads, count) * scale
+        return alibi.view(heads, count).mul_(scale)
 
     bias = AlibiBias(biases) if base.use_alibi else None
     for block in base.h:

@@ -52,7 +52,7 @@ class CacheLayout:
 class SequenceCache:
     """The cache of one sequence: ``length`` tokens stored, room for ``capacity``.
 
-    Layers of equal shape share one tensor, ``[layers, 1, heads, capacity, size]``, so that the views of a step are
+    Layers of equal shape share one tensor, ``[layers, 1, heads, capacity, size]``, so that a step's views are
     made by a few calls rather than a few per layer.
     """
 
@@ -71,7 +71,7 @@ class SequenceCache:
         return f"<SequenceCache {self.length}/{self.capacity} tokens>"
 
     def prepare(self, start: int, end: int) -> None:
-        """Roll back to ``start`` and make room for the tokens up to ``end``, which count as stored from now on.
+        """Roll back to ``start`` and make room up to ``end``; the tokens between count as stored from now on.
 
         Takes or gives back memory, which invalidates views. ``start`` is at most ``length``.
         """

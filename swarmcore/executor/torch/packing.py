@@ -1,7 +1,7 @@
 """Weights in the layout that the CPU's matrix kernels read, converted once instead of at every call.
 
-oneDNN, which multiplies 16-bit matrices on CPUs, has a blocked weight layout of its own. For a few rows at a time,
-as in decoding, reading the plain layout takes up to twice as long; results are the same, bit for bit.
+oneDNN, which multiplies 16-bit matrices on CPUs, has a blocked weight layout of its own. For a few rows at a
+time, as in decoding, reading the plain layout takes up to twice as long. The results are the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def _packable(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu":
         return False
     supported = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",

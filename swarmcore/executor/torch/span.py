@@ -36,7 +36,7 @@ class SpanModel:
     def __init__(self, base: Any, span: Span, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.span = span
         self.max_positions = _fixed_positions(base.config)
-        """Where the model's rotary embedding begins to depend on the length of the whole sequence; None: never."""
+        """Where the rotary embedding begins to depend on the length of the whole sequence; None: never."""
         self._base, self._name = base, name
         self._parts = {span: base}
         self._takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
@@ -129,8 +129,8 @@ def load_span(
 ) -> SpanModel:
     """Read the tensors of ``span`` and make a model of them. Blocks for as long as that takes.
 
-    Raise `SpanError` for blocks that the model does not have, `UnsupportedModelError` for a family that cannot
-    be served, `CheckpointError` for missing or misshapen tensors, and what `Checkpoint.read` raises.
+    Raise `SpanError` for blocks that the model does not have, `UnsupportedModelError` for a family that
+    cannot be served, `CheckpointError` for missing or misshapen tensors, and what `Checkpoint.read` raises.
     """
     name, config = checkpoint.name, checkpoint.config
     text = config.get_text_config(decoder=True)
@@ -148,7 +148,7 @@ def load_span(
         for source, (index, rest) in sources.items()
     }
     with quiet_transformers(lambda share: None):
-        # The library's own loader, since it knows how checkpoints differ from modules (fused experts, old names).
+        # The library's own loader: it knows how checkpoints differ from modules (fused experts, old names).
         model, report = type(empty).from_pretrained(
             None, config=cut, state_dict=state, dtype=dtype, output_loading_info=True
         )
@@ -156,8 +156,8 @@ def load_span(
     wrong += [entry[0] for entry in report.get("mismatched_keys", ())]
     if wrong:
         raise CheckpointError(
-            f"blocks {span} of {name} lack {len(wrong)} tensors or have them in another shape, such as {wrong[0]}; "
-            f"the checkpoint is incomplete or not the one its config describes"
+            f"blocks {span} of {name} lack {len(wrong)} tensors or have them in another shape, such as "
+            f"{wrong[0]}; the checkpoint is incomplete or not the one its config describes"
         )
     base = model.base_model
     copy_layer_traits(text, span, base, name)
@@ -188,7 +188,7 @@ def _block_tensors(
 
 
 def _keep_only_blocks(base: Any, layers: str) -> None:
-    """Take out embeddings and final norm: a server's hidden states come in and go out as they are between blocks."""
+    """Take out embeddings and final norm: hidden states come in and go out as they are between blocks."""
     tokens = base.get_input_embeddings()
     for name, child in list(base.named_children()):
         if name != layers and any(True for _ in child.parameters()):
@@ -210,8 +210,8 @@ class _NoPositions(nn.Module):
 def _fixed_positions(config: Any) -> int | None:
     """Up to which length rotary frequencies are the same for all lengths.
 
-    Dynamic and long rope change them for the whole sequence, cached keys included, once it outgrows the length
-    the model was trained at; what is computed then would depend on how the sequence was cut into steps.
+    Dynamic and long rope change them for the whole sequence, cached keys included, once it outgrows the
+    length the model was trained at; results would then depend on how the sequence was cut into steps.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]

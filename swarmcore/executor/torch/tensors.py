@@ -29,9 +29,9 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 
 def to_wire(name: str, values: torch.Tensor, codec: str = "raw") -> Tensor:
-    """A float tensor of any device as a wire tensor; shares memory when on the CPU, contiguous, and ``raw``."""
+    """A float tensor of any device as a wire tensor; shares its memory if on the CPU, contiguous and raw."""
     values = values.detach().cpu().contiguous()
     shape = tuple(values.shape)
-    data = memoryview(values.view(-1).view(torch.uint8).numpy()) if values.numel() else memoryview(b"")
-    tensor = Tensor(name, DTYPE_NAMES[values.dtype], shape, data.cast("B"))
+    data = values.view(-1).view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
+    tensor = Tensor(name, DTYPE_NAMES[values.dtype], shape, data)
     return tensor if codec == "raw" else tensor.encode(codec)

@@ -119,7 +119,7 @@ STEPS: Sequence[Sequence[tuple[int, int, int]]] = [
     [(0, 15, 23), (1, 10, 12), (2, 4, 9)],
     [(0, 23, 24), (1, 12, 13), (2, 9, 10)],
 ]
-"""Batches of (sequence, from, to). The sixth rolls all sequences back; what they held past it was of other tokens."""
+"""Batches of (sequence, from, to). The sixth rolls all sequences back, over tokens that were not theirs."""
 
 ROLLBACK = 5
 
@@ -145,7 +145,7 @@ def whole_model(family: str, folder: Any) -> Any:
 
 
 def block_states(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states of one sequence before the first and after the last block, ``[tokens, hidden size]``."""
+    """One sequence's hidden states before the first and after the last block, ``[tokens, hidden size]``."""
     base = model.base_model
     blocks = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
     seen: list[torch.Tensor] = []
