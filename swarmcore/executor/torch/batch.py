@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from swarmcore.executor.torch.kv_cache import SequenceCache
 
 _PACKED_ROWS = 64
 """Up to this many query rows, the query heads that share a key head are stacked into rows instead of copying
 keys and values for each of them."""
+
+_EXPLICIT_SCORES = 8 * 1024 * 1024
+"""Most scores that are held at a time where no fused kernel does the attention."""
 
 _SERIAL_VALUES = 512 * 1024
 """Below this many cached values, one thread attends to a sequence faster than two wake each other up."""
@@ -38,6 +42,11 @@ class Attention(NamedTuple):
     sinks: torch.Tensor | None = None
     """One more score for each head, ``[heads]``, that takes part in the softmax and has no value."""
     bias: Bias | None = None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether scores have to be computed step by step, since no fused kernel takes all of it."""
+        return self.softcap is not None or self.sinks is not None
 
 
 class Batch(Protocol):
@@ -161,7 +170,7 @@ class RaggedBatch:
         rows = heads // kv_heads
         queries = query.transpose(1, 2).reshape(tokens, 1, kv_heads, rows, size).unbind(0)
         outputs = []
-        serial = False
+        explicit, serial = how.explicit, False
         try:
             for piece, row in zip(self._pieces, queries, strict=True):
                 keys, values = piece.keys[layer], piece.values[layer]
@@ -171,8 +180,14 @@ class RaggedBatch:
                 if self._threads > 1 and (keys.numel() < _SERIAL_VALUES) != serial:
                     serial = not serial
                     torch.set_num_threads(1 if serial else self._threads)
+                if explicit:
+                    output = _attend_explicitly(row.view(1, heads, 1, size), keys, values, None, how)
+                    outputs.append(output.view(1, kv_heads, rows, -1))
+                    continue
                 mask = piece.mask(how, rows, row.device, row.dtype) if how.bias else None
-                outputs.append(_attend(row, keys, values, mask, how))
+                outputs.append(
+                    scaled_dot_product_attention(row, keys, values, attn_mask=mask, scale=how.scale)
+                )
         finally:
             if serial:
                 torch.set_num_threads(self._threads)
@@ -187,45 +202,54 @@ def _attend_piece(
     heads, count, size = query.shape[1:]
     kv_heads = keys.shape[1]
     rows = heads // kv_heads
-    plain = how.softcap is None and how.sinks is None
     if first := piece.first_key(how.window):
         keys, values = keys[:, :, first:], values[:, :, first:]
-    windowed = how.window is not None and piece.end > how.window
-    if plain and piece.start == 0 and count > 1 and not windowed and how.bias is None:
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=how.scale, enable_gqa=rows > 1
+    if how.explicit:
+        output = _attend_explicitly(query, keys, values, piece.mask(how, 1, query.device, query.dtype), how)
+    elif 1 < rows * count <= _PACKED_ROWS:
+        packed = query.reshape(1, kv_heads, rows * count, size)
+        mask = piece.mask(how, rows, query.device, query.dtype)
+        output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=how.scale)
+        output = output.reshape(1, heads, count, -1)
+    else:
+        windowed = how.window is not None and piece.end > how.window
+        causal = piece.start == 0 and not windowed and how.bias is None
+        mask = None if causal else piece.mask(how, 1, query.device, query.dtype)
+        output = scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=how.scale, enable_gqa=rows > 1
         )
-        return output.transpose(1, 2)
-    if plain and rows * count > _PACKED_ROWS:
-        mask = piece.mask(how, 1, query.device, query.dtype)
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=how.scale, enable_gqa=rows > 1
-        )
-        return output.transpose(1, 2)
-    packed = query.reshape(1, kv_heads, rows * count, size)
-    output = _attend(packed, keys, values, piece.mask(how, rows, query.device, query.dtype), how)
-    return output.reshape(1, heads, count, -1).transpose(1, 2)
+    return output.transpose(1, 2)
 
 
-def _attend(
+def _attend_explicitly(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: Attention
 ) -> torch.Tensor:
-    """Attention of stacked query rows, ``[1, kv heads, rows, size]``, over all the keys given."""
-    if how.softcap is None and how.sinks is None:
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=how.scale
-        )
-    # Scaled before the product, which in float16 could overflow.
-    scores = torch.matmul(query * how.scale, keys.transpose(2, 3)).float()
-    if how.softcap is not None:
-        scores = torch.tanh(scores / how.softcap) * how.softcap
-    if mask is not None:
-        scores = scores + mask
-    if how.sinks is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        kv_heads, rows = query.shape[1], query.shape[2]
-        sinks = how.sinks.float().view(1, kv_heads, -1, 1)
-        sinks = sinks.repeat_interleave(rows // sinks.shape[2], 2)
-        weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]
-    return torch.matmul(weights.to(values.dtype), values)
+    """Attention with a soft cap or sinks, which the fused kernels lack, and without a bias.
+
+    ``query`` is ``[1, heads, count, size]``, and so is the result.
+    """
+    _, heads, count, size = query.shape
+    kv_heads, length = keys.shape[1:3]
+    rows = heads // kv_heads
+    grouped = query.view(1, kv_heads, rows, count, size)
+    sinks = None if how.sinks is None else how.sinks.float().view(1, kv_heads, rows, 1, 1)
+    block = max(1, _EXPLICIT_SCORES // (heads * length))
+    outputs = []
+    for at in range(0, count, block):
+        part = grouped[:, :, :, at : at + block]
+        tokens = part.shape[3]
+        # Scaled before the product, which in float16 could overflow.
+        stacked = (part * how.scale).reshape(1, kv_heads, rows * tokens, size)
+        scores = torch.matmul(stacked, keys.transpose(2, 3)).float().view(1, kv_heads, rows, tokens, length)
+        if how.softcap is not None:
+            scores = torch.tanh(scores / how.softcap) * how.softcap
+        if mask is not None:
+            scores = scores + mask[:, :, at : at + block].unsqueeze(2)
+        if sinks is None:
+            weights = torch.softmax(scores, -1)
+        else:
+            scores = torch.cat((scores, sinks.expand(-1, -1, -1, tokens, 1)), -1)
+            weights = torch.softmax(scores, -1)[..., :-1]
+        weights = weights.to(values.dtype).reshape(1, kv_heads, rows * tokens, length)
+        outputs.append(torch.matmul(weights, values).view(1, heads, tokens, -1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarmcore.errors import SwarmError
 from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.torch import batch
 from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
@@ -132,7 +134,7 @@ class Reference:
     out: list[torch.Tensor]
 
 
-def whole_model(family: str, folder: Any) -> Any:
+def whole_model(family: str, folder: Path) -> Any:
     """Saved with random weights large enough that every part of a block matters."""
     model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -183,13 +185,31 @@ async def run_chain(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_spans_in_ragged_batches_equal_the_whole_model(family: str, tmp_path: Any) -> None:
-    model = whole_model(family, tmp_path)
+async def test_spans_in_ragged_batches_equal_the_whole_model(family: str, tmp_path: Path) -> None:
+    assert await largest_error(family, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+async def test_scores_computed_in_blocks(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_EXPLICIT_SCORES", 64)
+    assert await largest_error(family, tmp_path) < 1e-4
+
+
+async def test_many_rows_are_not_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_PACKED_ROWS", 1)
+    assert await largest_error("mistral", tmp_path) < 1e-4
+
+
+async def largest_error(family: str, folder: Path) -> float:
+    """Run `STEPS` through a chain of `SPANS`; the largest difference to the whole model."""
+    model = whole_model(family, folder)
     generator = torch.Generator().manual_seed(2)
     sequences = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
     states = [block_states(model, tokens) for tokens in sequences]
     others = [block_states(model, tokens.flip(0))[0] for tokens in sequences]
-    checkpoint = open_checkpoint(str(tmp_path))
+    checkpoint = open_checkpoint(str(folder))
     blocks = checkpoint.info.blocks
     chain = [
         TorchExecutor.load(
@@ -210,6 +230,6 @@ async def test_spans_in_ragged_batches_equal_the_whole_model(family: str, tmp_pa
         for (sequence, start, end), output in zip(step, outputs, strict=True):
             if number >= ROLLBACK or end <= STEPS[ROLLBACK][sequence][1]:
                 worst = max(worst, (output - states[sequence][1][start:end]).abs().max().item())
-    assert worst < 1e-4
     for executor in chain:
         await executor.close()
+    return worst
