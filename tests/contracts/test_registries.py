@@ -61,3 +61,16 @@ class TestGossipOverTcp(RegistryContract):
         async with aclosing(GossipSwarm(tcp_transport, interval=0.2)) as swarm:
             swarm.ttl, swarm.patience = 1.5, 20.0  # in real time
             yield swarm
+
+
+async def test_a_client_without_an_address_follows_a_swarm_over_tcp() -> None:
+    async with aclosing(GossipSwarm(tcp_transport, interval=0.2)) as swarm:
+        one, other = await swarm.join(), await swarm.join()
+        for member in (one, other):
+            await member.registry.announce(member.info(), 1.5)
+        client = await swarm.watch(one.addresses)
+        await swarm.until_known(client, one.info(), other.info())
+        await swarm.crash(one)
+        await swarm.until_known(client, other.info())
+        await other.registry.announce(other.info(sessions=1), 1.5)
+        await swarm.until_known(client, other.info(sessions=1))
