@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +146,6 @@ def save_model(folder: Path, model_type: str, seed: int = 0, **config: Any) -> N
     plain.generation_config = GenerationConfig(eos_token_id=256, pad_token_id=0)
     plain.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-
-
-@contextmanager
-def plain_model(folder: Path) -> Iterator[Any]:
-    yield AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
