@@ -202,8 +202,18 @@ async def test_many_rows_are_not_stacked(tmp_path: Path, monkeypatch: pytest.Mon
     assert await largest_error("mistral", tmp_path) < 1e-4
 
 
-async def largest_error(family: str, folder: Path) -> float:
-    """Run `STEPS` through a chain of `SPANS`; the largest difference to the whole model."""
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_float16_is_close(family: str, tmp_path: Path) -> None:
+    assert await largest_error(family, tmp_path, "float16") < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "bloom", "falcon-rw", "gpt2"])
+async def test_bfloat16_is_close(family: str, tmp_path: Path) -> None:
+    assert await largest_error(family, tmp_path, "bfloat16") < 0.4
+
+
+async def largest_error(family: str, folder: Path, dtype: str = "float32") -> float:
+    """Run `STEPS` through a chain of `SPANS`; the largest difference to the whole model in float32."""
     model = whole_model(family, folder)
     generator = torch.Generator().manual_seed(2)
     sequences = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
@@ -213,7 +223,7 @@ async def largest_error(family: str, folder: Path) -> float:
     blocks = checkpoint.info.blocks
     chain = [
         TorchExecutor.load(
-            checkpoint, Span(span.start, blocks if span is SPANS[-1] else span.end), dtype="float32"
+            checkpoint, Span(span.start, blocks if span is SPANS[-1] else span.end), dtype=dtype
         )
         for span in SPANS
     ]
