@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Any
+
 import click
 
 from swarmcore.cli.bench import bench
@@ -9,11 +13,26 @@ from swarmcore.cli.bootstrap import bootstrap
 from swarmcore.cli.chat import chat
 from swarmcore.cli.convert import convert
 from swarmcore.cli.generate import generate
+from swarmcore.cli.interrupt import Interrupted
 from swarmcore.cli.serve import serve
 from swarmcore.cli.status import status
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class CommandGroup(click.Group):
+    """Ends an interrupted command at once: all is closed, and Python takes a second to tear torch down."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Interrupted as exc:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exc.exit_code)
+
+
+@click.group(
+    cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="swarmcore", message="swarmcore %(version)s")
 def main() -> None:
     """Run language models too big for one machine on many machines over the Internet."""

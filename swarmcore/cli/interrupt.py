@@ -18,6 +18,10 @@ GRACE = 3.0
 """Seconds that an interrupted command usually has to close what it opened."""
 
 
+class Interrupted(Exit):
+    """A command was interrupted and has closed what it opened."""
+
+
 def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None, grace: float = GRACE) -> T:
     """Run ``main`` on a new event loop and return its result.
 
@@ -53,7 +57,7 @@ def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None, 
     except (asyncio.CancelledError, KeyboardInterrupt):
         if not received:
             raise
-        raise Exit(128 + received[0] if interrupted_status is None else interrupted_status) from None
+        raise Interrupted(128 + received[0] if interrupted_status is None else interrupted_status) from None
     finally:
         if not received:
             for number, handler in previous.items():
