@@ -7,6 +7,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import ifaddr
@@ -64,7 +65,7 @@ async def connect(endpoint: Endpoint, seconds: float) -> socket.socket:
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    found = await _resolve(endpoint)
     for index, (family, kind, protocol, _, address) in enumerate(found):
         share = (deadline - loop.time()) / (len(found) - index)
         sock = socket.socket(family, kind, protocol)
@@ -82,6 +83,17 @@ async def connect(endpoint: Endpoint, seconds: float) -> socket.socket:
         else:
             return sock
     raise OSError(f"{endpoint.host} has no address")
+
+
+async def _resolve(endpoint: Endpoint) -> list[Any]:
+    try:
+        # A literal address needs no name service, and so no thread to wait for one.
+        return socket.getaddrinfo(
+            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+    except socket.gaierror:
+        loop = asyncio.get_running_loop()
+        return await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
 
 
 def announced(bound: Sequence[Endpoint], announce: Sequence[str], peer: PeerId) -> tuple[Address, ...]:

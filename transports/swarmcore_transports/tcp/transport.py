@@ -84,7 +84,7 @@ class TcpTransport(Transport):
             per_peer=self.limits.max_calls_per_peer, total=self.limits.max_calls, keep=4 * _IDLE_SECONDS
         )
         self._sweeper: asyncio.TimerHandle | None = None
-        self._half_open: OrderedDict[asyncio.Task[None], None] = OrderedDict()
+        self._half_open: OrderedDict[asyncio.Task[None], asyncio.Transport] = OrderedDict()
         self._handlers: set[asyncio.Task[None]] = set()
         self._incoming: Counter[PeerId] = Counter()
         self._dials: set[asyncio.Timeout] = set()
@@ -150,15 +150,17 @@ class TcpTransport(Transport):
             return
         if len(self._half_open) >= MAX_HALF_OPEN:
             # An honest peer needs two round trips; whoever has taken longest is the likeliest to be idle.
-            oldest, _ = self._half_open.popitem(last=False)
-            oldest.cancel()
+            if oldest := next((task for task in self._half_open if not task.cancelling()), None):
+                oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._accept(socket_transport))
-        self._half_open[task] = None
+        self._half_open[task] = socket_transport
         task.add_done_callback(self._accept_done)
 
     def _accept_done(self, task: asyncio.Task[None]) -> None:
-        self._half_open.pop(task, None)
-        if not task.cancelled() and (exc := task.exception()):
+        socket_transport = self._half_open.pop(task)
+        if task.cancelled():
+            socket_transport.abort()  # a task that is cancelled before its first step closes nothing itself
+        elif exc := task.exception():
             logger.error("accepting a connection failed", exc_info=exc)
 
     async def _accept(self, socket_transport: asyncio.Transport) -> None:
