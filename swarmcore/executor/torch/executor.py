@@ -78,6 +78,8 @@ class TorchExecutor(BlockExecutor):
         return await asyncio.get_running_loop().run_in_executor(self._compute, self._step, batch)
 
     async def encode(self, tensor: Tensor, codec: str) -> Tensor:
+        if self._span_model is None:
+            raise InternalError("the executor is closed")
         return await asyncio.get_running_loop().run_in_executor(self._compute, tensor.encode, codec)
 
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
@@ -86,7 +88,7 @@ class TorchExecutor(BlockExecutor):
         shrunk, held.reserved = tokens < held.reserved, tokens
         if held.cache is not None:
             held.cache.reserved = tokens
-            if shrunk:
+            if shrunk and self._span_model is not None:
                 self._compute.submit(_trim, held.cache)
 
     def release(self, sequence: SequenceId) -> None:

@@ -219,6 +219,10 @@ async def test_close_is_final(tiny_llama: Checkpoint) -> None:
     assert "closed" in repr(executor)
     with pytest.raises(InternalError, match="closed"):
         await executor.step([])
+    with pytest.raises(InternalError, match="closed"):
+        await executor.encode(to_wire("hidden", rows(1)), "int8")
+    executor.reserve(SequenceId(0), 64)
+    executor.release(SequenceId(0))
 
 
 async def test_length_dependent_rope_is_refused_past_its_length(tmp_path: Any) -> None:
