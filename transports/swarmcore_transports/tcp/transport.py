@@ -148,10 +148,10 @@ class TcpTransport(Transport):
         if self._closed:
             socket_transport.abort()
             return
-        if len(self._half_open) >= MAX_HALF_OPEN:
+        oldest = next((task for task in self._half_open if not task.cancelling()), None)
+        if oldest and len(self._half_open) >= MAX_HALF_OPEN:
             # An honest peer needs two round trips; whoever has taken longest is the likeliest to be idle.
-            if oldest := next((task for task in self._half_open if not task.cancelling()), None):
-                oldest.cancel()
+            oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._accept(socket_transport))
         self._half_open[task] = socket_transport
         task.add_done_callback(self._accept_done)
