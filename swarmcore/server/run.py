@@ -52,8 +52,8 @@ class NetworkConfig:
 
 
 @asynccontextmanager
-async def joined(identity: Identity, network: NetworkConfig) -> AsyncIterator[tuple[Node, Registry]]:
-    """A listening node that has joined the swarm; both are closed at the end."""
+async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator[tuple[Node, Registry]]:
+    """A listening node, and its registry, which is yet to be started; both are closed at the end."""
     if not network.transports:
         raise InputError("a server needs at least one transport")
     transports = []
@@ -64,7 +64,6 @@ async def joined(identity: Identity, network: NetworkConfig) -> AsyncIterator[tu
     registry = GossipRegistry(node, [Address.parse(url) for url in network.bootstrap])
     try:
         await node.start()
-        await registry.start()
         yield node, registry
     finally:
         await registry.close()
@@ -81,16 +80,12 @@ async def run_server(
 ) -> None:
     """Load the blocks, serve them until cancelled, then leave the swarm in good order.
 
-    Raise before joining when the model, the blocks, the dtype or the device are wrong.
+    Raise before joining when the addresses, the model or the blocks are wrong.
     """
-    # torch is imported here at the latest, after the caller has set the environment it reads.
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
-
-    checkpoint = await asyncio.to_thread(
-        open_checkpoint, config.model, revision=config.revision, progress=progress
-    )
-    span = check_span(config.span, checkpoint.info.blocks, checkpoint.info.name)
-    async with joined(identity, network) as (node, registry):
+    async with listening(identity, network) as (node, registry):
+        checkpoint = await asyncio.to_thread(_open, config, progress)
+        span = check_span(config.span, checkpoint.info.blocks, checkpoint.info.name)
+        await registry.start()
         await registry.announce(
             ServerInfo(
                 peer=node.peer,
@@ -103,7 +98,11 @@ async def run_server(
             ),
             config.announce_ttl,
         )
-        executor = await _load(config, checkpoint, span, progress)
+        try:
+            executor = await asyncio.to_thread(_load, config, checkpoint, span, progress)
+        except BaseException:
+            await registry.withdraw()
+            raise
         cache_tokens = config.cache_tokens or _default_cache_tokens(executor, config.device)
         async with BlockServer(config, node, registry, executor, cache_tokens=cache_tokens) as server:
             if on_online is not None:
@@ -119,7 +118,8 @@ async def run_bootstrap(
     on_online: Callable[[ServerInfo], None] | None = None,
 ) -> None:
     """Be a member of the swarm without blocks, for others to join through, until cancelled."""
-    async with joined(identity, network) as (node, registry):
+    async with listening(identity, network) as (node, registry):
+        await registry.start()
         started_at = asyncio.get_running_loop().time()
         info = ServerInfo(
             peer=node.peer,
@@ -153,13 +153,19 @@ def check_span(span: Span | None, blocks: int, name: str) -> Span:
     return span
 
 
-async def _load(
+def _open(config: ServerConfig, progress: Progress | None) -> Checkpoint:
+    # torch is imported here at the earliest, after the caller has set the environment that it reads.
+    from swarmcore.executor.torch.checkpoint import open_checkpoint
+
+    return open_checkpoint(config.model, revision=config.revision, progress=progress)
+
+
+def _load(
     config: ServerConfig, checkpoint: Checkpoint, span: Span, progress: Progress | None
 ) -> BlockExecutor:
     from swarmcore.executor.torch.executor import TorchExecutor
 
-    return await asyncio.to_thread(
-        TorchExecutor.load,
+    return TorchExecutor.load(
         checkpoint,
         span,
         dtype=config.dtype,
