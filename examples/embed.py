@@ -9,7 +9,7 @@ import sys
 import swarmcore
 
 
-async def main(address: str, name: str) -> None:
+async def main(address: str, name: str, port: str = "7000") -> None:
     async with swarmcore.connect(address) as swarm:
         model = await swarm.load_model(name)
 
@@ -24,8 +24,8 @@ async def main(address: str, name: str) -> None:
                 writer.write(b"\n")
             writer.close()
 
-        service = await asyncio.start_server(answer, "127.0.0.1", 7000)
-        print("listening on 127.0.0.1:7000", flush=True)
+        service = await asyncio.start_server(answer, "127.0.0.1", int(port))
+        print("listening on {}:{}".format(*service.sockets[0].getsockname()), flush=True)
         await service.serve_forever()
 
 

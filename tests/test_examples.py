@@ -1,0 +1,63 @@
+"""The example programs run."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+async def start(program: str, *arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(EXAMPLES / program),
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+
+
+async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
+    model = ("--model", str(smollm2_folder))
+    server = await start(
+        "run_server.py",
+        *(*model, "--transport", "tcp", "--blocks", "0:30", "--listen", "127.0.0.1:0", "--threads", "1"),
+    )
+    running = [server]
+    try:
+        assert server.stdout is not None
+        address = (await server.stdout.readline()).decode().strip()
+        assert address.startswith("tcp://127.0.0.1:")
+
+        embedded = await start("embed.py", address, str(smollm2_folder), "0")
+        running.append(embedded)
+        chat = await start("run_client.py", *model, "--bootstrap", address, "--max-new-tokens", "8")
+        running.append(chat)
+        said, _ = await chat.communicate(b"What is the capital of France?\n")
+        assert chat.returncode == 0
+        assert said.strip()
+
+        assert embedded.stdout is not None
+        _, _, place = (await embedded.stdout.readline()).decode().strip().rpartition(" ")
+        reader, writer = await asyncio.open_connection(*place.split(":"))
+        writer.write(b"The capital of France is\n")
+        answer = (await reader.readline()).decode()
+        assert answer.strip().startswith("Paris")
+        writer.close()
+        await writer.wait_closed()
+
+        server.send_signal(signal.SIGTERM)
+        assert await server.wait() == 0
+    finally:
+        for process in running:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
