@@ -64,7 +64,9 @@ class Span:
         """Read ``"0:10"``. Raise `SpanError` unless 0 <= start < end."""
         match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
         if not match or int(match[1]) >= int(match[2]):
-            raise SpanError(f"block range {text!r} is not of the form START:END with START < END, such as 0:10")
+            raise SpanError(
+                f"block range {text!r} is not of the form START:END with START < END, such as 0:10"
+            )
         return cls(int(match[1]), int(match[2]))
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.cli.options import load_identity, set_thread_environment
 from swarmcore.cli.output import Output
-from swarmcore.errors import InputError, MissingBlocksError
+from swarmcore.errors import InputError, MissingBlocksError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
@@ -42,13 +42,21 @@ async def remote_model(
     async with connect(*options.bootstrap, identity=load_identity(options.identity_file)) as swarm:
         name = options.model or _the_only_model(swarm)
         with output.progress() as progress:
-            model = await swarm.load_model(
-                name,
-                dtype=options.dtype,
-                revision=options.revision,
-                threads=options.threads,
-                progress=progress,
-            )
+            try:
+                model = await swarm.load_model(
+                    name,
+                    dtype=options.dtype,
+                    revision=options.revision,
+                    threads=options.threads,
+                    progress=progress,
+                )
+            except ModelNotFoundError as exc:
+                if options.model is not None:
+                    raise
+                # Servers announce a model's name, which need not be where anyone finds its files.
+                raise ModelNotFoundError(
+                    f"the swarm serves {name}; say with --model in which folder, GGUF file or hub id it is"
+                ) from exc
         await swarm.wait_for_blocks(model.info, timeout=options.wait)
         yield swarm, model
 
