@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @click.option("--name", "public_name", default="", metavar="TEXT", help="Name shown to others in the status.")
 @network_options
 @standard
-def bootstrap(output: Output, public_name: str, identity_file: str | None, **network: Any) -> None:
+def bootstrap(
+    output: Output, public_name: str, exit_with_stdin: bool, identity_file: str | None, **network: Any
+) -> None:
     """Run a meeting point without blocks of its own, until Ctrl-C.
 
     Prints its addresses: give them to servers and clients as --bootstrap. Every server can be joined through
@@ -41,4 +43,5 @@ def bootstrap(output: Output, public_name: str, identity_file: str | None, **net
             network_config(identity.peer, **network), identity, public_name=public_name, on_online=on_online
         ),
         interrupted_status=0,
+        exit_with_stdin=exit_with_stdin,
     )

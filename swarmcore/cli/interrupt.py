@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks, the second does not."""
+"""Ctrl-C, SIGTERM and the end of stdin: the first asks, the second does not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, TypeVar
 
 from click.exceptions import Exit
+
+from swarmcore.errors import InputError
 
 T = TypeVar("T")
 
@@ -22,12 +24,20 @@ class Interrupted(Exit):
     """A command was interrupted and has closed what it opened."""
 
 
-def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None, grace: float = GRACE) -> T:
+def run(
+    main: Coroutine[Any, Any, T],
+    *,
+    interrupted_status: int | None = None,
+    exit_with_stdin: bool = False,
+    grace: float = GRACE,
+) -> T:
     """Run ``main`` on a new event loop and return its result.
 
     The first SIGINT or SIGTERM cancels it; the second, or ``grace`` seconds without an end (a thread may be
     deep in a library), ends the process on the spot. An interrupted command exits with 128 + the signal's
     number, as shells expect, or with ``interrupted_status``: 0 for a server, which has no other way to end.
+    With ``exit_with_stdin`` the end of stdin is as good as a SIGTERM; raise `InputError` when stdin cannot be
+    waited for.
     """
     received: list[int] = []
 
@@ -48,6 +58,12 @@ def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None, 
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
+        if exit_with_stdin:
+            try:
+                _at_end_of_stdin(loop, lambda: stop(signal.SIGTERM, None))
+            except InputError:
+                main.close()
+                raise
         return await main
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -62,6 +78,20 @@ def run(main: Coroutine[Any, Any, T], *, interrupted_status: int | None = None, 
         if not received:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _at_end_of_stdin(loop: asyncio.AbstractEventLoop, ended: Callable[[], None]) -> None:
+    def readable() -> None:
+        if not os.read(0, 65536):
+            loop.remove_reader(0)
+            ended()
+
+    try:
+        loop.add_reader(0, readable)
+    except OSError as exc:
+        raise InputError(
+            "--exit-with-stdin needs a stdin that can end: a pipe, not a file or nothing"
+        ) from exc
 
 
 async def finished(main: Coroutine[Any, Any, None]) -> bool:

@@ -123,6 +123,11 @@ _LISTENING = (
         metavar="PEER_ID",
         help="Speak to these peers only (a closed swarm); repeat for several.",
     ),
+    click.option(
+        "--exit-with-stdin",
+        is_flag=True,
+        help="Leave when stdin ends, for a program that starts peers: they end with it, however it ends.",
+    ),
     _identity,
 )
 

@@ -64,6 +64,7 @@ def serve(
     max_batch_tokens: int,
     threads: int | None,
     public_name: str,
+    exit_with_stdin: bool,
     identity_file: str | None,
     **network: Any,
 ) -> None:
@@ -98,6 +99,7 @@ def serve(
         interrupt.run(
             run_server(config, network_settings, identity, progress=progress, on_online=on_online),
             interrupted_status=0,
+            exit_with_stdin=exit_with_stdin,
         )
 
 

@@ -25,7 +25,8 @@ STOP_TIMEOUT = 15.0
 class ServerProcess:
     """A ``swarmcore serve`` or ``swarmcore bootstrap`` process of its own, online when `start` returns.
 
-    As a context manager it stops the process at the end, and kills it if it does not leave.
+    As a context manager it stops the process at the end, and kills it if it does not leave. The process also
+    ends when this one is gone, even by SIGKILL.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, arguments: tuple[str, ...]) -> None:
@@ -34,9 +35,7 @@ class ServerProcess:
         """The event that the process printed when it came online."""
         self._process = process
         self._log: deque[str] = deque(maxlen=LOG_LINES)
-        self._readers = [
-            asyncio.create_task(self._keep_log(process.stderr)),
-        ]
+        self._readers = [asyncio.create_task(self._keep_log(process.stderr))]
 
     @classmethod
     async def start(
@@ -52,10 +51,11 @@ class ServerProcess:
             "-m",
             "swarmcore",
             *arguments,
-            "--json",
+            *("--json", "--exit-with-stdin"),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            stdin=asyncio.subprocess.DEVNULL,
+            # Never written to: it ends when this process does.
+            stdin=asyncio.subprocess.PIPE,
             env={**os.environ, **(env or {})},
             # Ctrl-C in a terminal is for the program that started this process, which then stops it.
             start_new_session=True,

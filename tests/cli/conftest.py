@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -17,12 +18,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 class Process:
-    """A running ``swarmcore`` command."""
+    """A running Python program."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, stdin: int = subprocess.PIPE, **environment: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "swarmcore", *arguments],
-            stdin=subprocess.PIPE,
+            [sys.executable, *arguments],
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -60,12 +61,12 @@ Start = Callable[..., Process]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts commands; what still runs at the end of the test is killed."""
+def run_program() -> Iterator[Start]:
+    """Starts Python programs; what still runs at the end of the test is killed."""
     started: list[Process] = []
 
-    def begin(*arguments: str, **environment: str) -> Process:
-        started.append(Process(*arguments, **environment))
+    def begin(*arguments: str, **options: Any) -> Process:
+        started.append(Process(*arguments, **options))
         return started[-1]
 
     yield begin
@@ -73,11 +74,17 @@ def start() -> Iterator[Start]:
         process.kill()
 
 
+@pytest.fixture
+def start(run_program: Start) -> Start:
+    """Starts ``swarmcore`` commands."""
+    return functools.partial(run_program, "-m", "swarmcore")
+
+
 @pytest.fixture(scope="module")
 def whole_model_server(smollm2_folder: Path) -> Iterator[str]:
     """The address of one server with all blocks of the real small model."""
     server = Process(
-        "serve",
+        *("-m", "swarmcore", "serve"),
         *("--model", str(smollm2_folder), "--dtype", "float32", "--threads", "1", "--name", "alone"),
         *("--listen", "127.0.0.1:0", "--cache-tokens", "4096"),
     )

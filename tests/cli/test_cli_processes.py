@@ -1,6 +1,8 @@
 """How commands end: exit statuses, signals, and mistakes that only show once something real is done."""
 
 import json
+import os
+import select
 import shutil
 import signal
 import socket
@@ -23,6 +25,45 @@ def test_a_bootstrap_peer_prints_its_address_and_leaves_when_asked(start, tmp_pa
     status, stdout, stderr = process.end()
     assert (status, stdout) == (0, "")
     assert "Traceback" not in stderr
+
+
+def test_a_peer_leaves_with_stdin_when_told_to(start):
+    process = start("bootstrap", "--listen", "127.0.0.1:0", "--exit-with-stdin")
+    process.line()
+    assert process.end(stdin="typed by accident\n")[:2] == (0, "")
+
+
+def test_a_stdin_that_cannot_end_is_refused(start):
+    nothing = start("bootstrap", "--listen", "127.0.0.1:0", "--exit-with-stdin", stdin=subprocess.DEVNULL)
+    status, stdout, stderr = nothing.end()
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: --exit-with-stdin needs")
+    assert stderr.count("\n") == 1
+
+
+PARENT = """
+import asyncio
+from swarmcore.testing.processes import ServerProcess
+
+async def main():
+    process = await ServerProcess.start("bootstrap", "--listen", "127.0.0.1:0")
+    print(process.pid, flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_servers_end_with_the_program_that_started_them(run_program):
+    parent = run_program("-c", PARENT)
+    server = os.pidfd_open(int(parent.line()))
+    try:
+        parent.kill()
+        ended, _, _ = select.select([server], [], [], 10)  # readable once the process is gone
+        assert ended
+    finally:
+        os.close(server)
 
 
 def test_two_peers_on_one_port(start):
