@@ -69,7 +69,8 @@ def _the_only_model(swarm: Swarm) -> str:
         )
     if len(names) > 1:
         raise InputError(
-            f"the swarm serves several models; choose one: {', '.join(f'--model {n}' for n in names)}"
+            f"the swarm serves {', '.join(names)}; say with --model in which folder, GGUF file or hub id the "
+            f"one you want is"
         )
     return names[0]
 

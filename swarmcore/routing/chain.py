@@ -131,7 +131,10 @@ def _explain_missing(
                 f"{model.name} ({model.fingerprint[:12]}); load the same files on both sides"
             )
     ranges = [str(span) for span in missing]
-    commands = "; ".join(f"swarmcore serve --model {model.name} --blocks {span}" for span in ranges)
+    # The name is what servers announce; it need not be where anyone finds the files.
+    commands = "; ".join(f"swarmcore serve --model MODEL --blocks {span} --bootstrap …" for span in ranges)
     return MissingBlocksError(
-        f"no server holds blocks {', '.join(ranges)} of {model.name}; start: {commands}", ranges=ranges
+        f"no server holds blocks {', '.join(ranges)} of {model.name}; start: {commands} "
+        f"(MODEL: the hub id, folder or GGUF file of {model.name})",
+        ranges=ranges,
     )

@@ -81,7 +81,7 @@ def test_blocked_and_not_allowed_servers_are_left_out():
 
 
 def test_missing_blocks_are_named_with_what_to_start():
-    with pytest.raises(MissingBlocksError, match=r"serve --model tiny --blocks 3:5") as caught:
+    with pytest.raises(MissingBlocksError, match=r"serve --model MODEL --blocks 3:5") as caught:
         router().plan(view(server(0, 3), server(5, 9)), MODEL, WHOLE)
     assert caught.value.ranges == ["3:5", "9:12"]
 
