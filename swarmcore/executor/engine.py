@@ -7,6 +7,7 @@ what clients claim, runs the batches on a `BlockExecutor` and keeps the time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.cache import (
     CacheBudget,
 )
+from swarmcore.executor.gathering import Gathering
 from swarmcore.executor.scheduler import Batch, Scheduler
 from swarmcore.executor.session import EngineSession, SessionStep, check_codec, check_hidden
 from swarmcore.executor.stats import EngineStats
@@ -85,6 +87,7 @@ class Engine:
         )
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
         self._table = SessionTable(executor, self._budget, self._scheduler, self.stats)
+        self._gathering = Gathering()
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -233,12 +236,15 @@ class Engine:
         answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         step = SessionStep(found.span, segments, hidden, reply, codec, deadline, session=found, answer=answer)
         answer.add_done_callback(partial(self._answered, step))
+        if step.decode:
+            self._gathering.arrived(session, now)
         self._table.submit(step, now)
         self._carry_on()
         return answer
 
     def close_session(self, session: str) -> None:
         """End a session and free its cache: at once, or after the batch that it computes in. Never fails."""
+        self._gathering.closed(session)
         self._table.close(session, self._now())
         self._carry_on()
 
@@ -297,11 +303,25 @@ class Engine:
             else:
                 # Callers just answered run first, so that their next steps join this batch.
                 await asyncio.sleep(0)
+            await self._gather()
             batch = self._table.schedule(self._now())
             if batch.steps:
                 await self._run(batch)
             self._table.poll(self._now())
             self._carry_on()
+
+    async def _gather(self) -> None:
+        """Give decode steps that are about to come the time to join the next batch, where that pays."""
+        if not (here := self._scheduler.decode_only):
+            return
+        wait = self._gathering.gather(here, self.stats.decode_seconds, self._now())
+        if wait is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(wait.until):
+                while 0 < self._scheduler.decode_only < wait.steps and not self._closing:
+                    self._wake.clear()
+                    await self._wake.wait()
 
     async def _run(self, batch: Batch[SessionStep]) -> None:
         started = self._now()
@@ -316,6 +336,9 @@ class Engine:
                 self._table.fail(step, _translated(exc), self._now())
             else:
                 self._table.complete(step, encoded, self._now())
+        for step in batch.steps:
+            if step.done:
+                self._gathering.answered(step.session.name, now)
 
     async def _results(self, batch: Batch[SessionStep]) -> Sequence[Tensor | SwarmError]:
         count = len(batch.slices)

@@ -72,6 +72,13 @@ class Scheduler(Generic[StepT]):
     def __len__(self) -> int:
         return sum(len(line.decode) + len(line.prefill) for line in self._lines.values())
 
+    @property
+    def decode_only(self) -> int:
+        """How many decode steps wait; 0 when any prefill does."""
+        if any(line.prefill for line in self._lines.values()):
+            return 0
+        return sum(len(line.decode) for line in self._lines.values())
+
     def add(self, step: StepT) -> None:
         """The step may run from now on."""
         line = self._lines.get(step.span)

@@ -32,6 +32,11 @@ class EngineStats:
         """Tokens in a batch, on average."""
         return self.tokens / self.batches if self.batches else 0.0
 
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds that a batch of decode steps takes; 0 until one has been measured."""
+        return 1 / self.decode_rps if self.decode_rps else 0.0
+
     def note_batch(self, tokens: int, seconds: float, decode_only: bool) -> None:
         self.batches += 1
         self.tokens += tokens
