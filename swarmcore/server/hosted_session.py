@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from functools import partial
 from typing import Literal
 
 import attrs
 
-from swarmcore.errors import InternalError, SwarmError, UnavailableError
+from swarmcore.errors import InternalError, SessionLostError, SwarmError, UnavailableError
 from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
@@ -32,13 +33,19 @@ DIAL_TIMEOUT = 5.0
 
 @attrs.frozen
 class _Answer:
+    """What a step comes to, and in which form it was asked for."""
+
     reply: Literal["all", "last"]
     codec: str
     output: asyncio.Future[Tensor]
 
 
 class HostedSession:
-    """A client's session on this server; lives as long as the client's channel."""
+    """A client's session on this server; lives as long as the client's channel.
+
+    Steps come in by `accept`, from the client or from the stage before; from `start` on one task sends their
+    outputs out again, in order.
+    """
 
     def __init__(
         self, session: str, span: Span, *, engine: Engine, node: Node, client: Channel, counters: Counter[str]
@@ -51,10 +58,9 @@ class HostedSession:
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=MAX_STEPS_IN_FLIGHT + 1)
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
-        self._tasks: set[asyncio.Task[None]] = set()
-        # asyncio.Lock is first come, first served: outputs leave in the order of their steps.
-        self._client_turn = asyncio.Lock()
-        self._next_turn = asyncio.Lock()
+        self._in_flight: asyncio.Queue[tuple[Step, asyncio.Future[Tensor]]] = asyncio.Queue()
+        self._closed = False
+        self._sender: asyncio.Task[None] | None = None
         self._next: Channel | None = None
         self._next_session = ""
         self._next_watch: asyncio.Task[None] | None = None
@@ -62,21 +68,34 @@ class HostedSession:
     def __repr__(self) -> str:
         return (
             f"<HostedSession {self.session[:8]} [{self.span}] of {short(self._client.remote)} · "
-            f"{len(self._tasks)} steps in flight>"
+            f"{self._in_flight.qsize()} steps in flight>"
         )
 
+    def start(self) -> None:
+        """Begin to send outputs; steps are taken in before that, as many as there is room for."""
+        self._sender = asyncio.create_task(self._send_outputs(), name="session outputs")
+
     async def accept(self, message: Message) -> None:
-        """Take in a step; wait while too many are in flight. Its output or failure is sent once done."""
+        """Put a step in line; wait while too many are in flight. Its output, or why it failed, is sent.
+
+        Raise `SessionLostError` when the session is closed.
+        """
         await self._room.acquire()
-        task = asyncio.create_task(self._run(message))
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        if self._closed:
+            self._room.release()  # for the next one that waits
+            raise SessionLostError(f"session {self.session[:8]} was closed")
+        step: Step = message.record
+        try:
+            output = self._output(step, message.tensor("hidden"))
+        except SwarmError as exc:
+            output = asyncio.get_running_loop().create_future()
+            output.set_exception(exc)
+        self._in_flight.put_nowait((step, output))
 
     async def dial(self, hop: Hop) -> bool:
-        """Connect to the stage that will follow, ahead of the first step; False when it cannot be reached."""
+        """Connect to the stage that will follow, before `start`; False when it cannot be reached."""
         try:
-            async with self._next_turn:
-                await self._channel_to(hop)
+            await self._channel_to(hop)
         except SwarmError as exc:
             logger.info("session %s: cannot reach %s: %s", self.session[:8], short(hop.peer), exc)
             return False
@@ -84,54 +103,53 @@ class HostedSession:
 
     async def close(self) -> None:
         """Cancel what is in flight and free the session's cache."""
+        self._closed = True
+        self._room.release()
+        while not self._in_flight.empty():
+            self._in_flight.get_nowait()[1].cancel()
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.gather(self._sender, return_exceptions=True)
         self._engine.close_session(self.session)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._drop_next()
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.error("session %s: a step failed unexpectedly", self.session[:8], exc_info=exc)
-
-    async def _run(self, message: Message) -> None:
-        step: Step = message.record
-        try:
-            await self._deliver(step, await self._output(step, message.tensor("hidden")))
-        except SwarmError as exc:
-            await self._report(step, exc)
-        except Exception:
-            logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
-            await self._report(step, InternalError("the server failed on this step; its log says why"))
-
-    async def _output(self, step: Step, hidden: Tensor) -> Tensor:
-        """Compute the step, or answer from memory when it came before."""
+    def _output(self, step: Step, hidden: Tensor) -> asyncio.Future[Tensor]:
+        """Have the step computed, or answered from memory when it came before."""
         reply: Literal["all", "last"] = "last" if step.reply == "last" and not step.chain else "all"
         earlier = self._ledger.repeated(step)
         if earlier is not None and (earlier.reply, earlier.codec) == (reply, step.codec):
             self._counters["steps_repeated"] += 1
-            return await asyncio.shield(earlier.output)
-        answer = _Answer(reply, step.codec, asyncio.get_running_loop().create_future())
-        self._ledger.remember(step, answer)
-        try:
-            output = await self._engine.step(
-                self.session,
-                step.starts,
-                step.lengths,
-                hidden,
-                reply=reply,
-                codec=step.codec,
-                timeout=step.deadline,
-            )
-        except BaseException:
-            self._ledger.forget(step)
-            answer.output.cancel()
-            raise
+            return asyncio.shield(earlier.output)
+        output = self._engine.step(
+            self.session,
+            step.starts,
+            step.lengths,
+            hidden,
+            reply=reply,
+            codec=step.codec,
+            timeout=step.deadline,
+        )
         self._counters["steps_computed"] += 1
-        answer.output.set_result(output)
+        self._ledger.remember(step, _Answer(reply, step.codec, output))
+        output.add_done_callback(partial(self._settled, step))
         return output
+
+    def _settled(self, step: Step, output: asyncio.Future[Tensor]) -> None:
+        if output.cancelled() or output.exception() is not None:
+            self._ledger.forget(step)
+
+    async def _send_outputs(self) -> None:
+        while True:
+            step, output = await self._in_flight.get()
+            try:
+                await self._deliver(step, await output)
+            except SwarmError as exc:
+                await self._report(step, exc)
+            except Exception:
+                logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
+                await self._report(step, InternalError("the server failed on this step; its log says why"))
+            finally:
+                self._room.release()
 
     async def _deliver(self, step: Step, output: Tensor) -> None:
         undelivered = ""
@@ -146,9 +164,8 @@ class HostedSession:
         await self._to_client(StepOutput(step.step, self.span.end, undelivered), output)
 
     async def _push(self, step: Step, output: Tensor) -> None:
-        async with self._next_turn:
-            channel = await self._channel_to(step.chain[0])
-            await channel.send(attrs.evolve(step, chain=step.chain[1:]), output)
+        channel = await self._channel_to(step.chain[0])
+        await channel.send(attrs.evolve(step, chain=step.chain[1:]), output)
         self._counters["steps_pushed"] += 1
 
     async def _report(self, step: Step, error: SwarmError) -> None:
@@ -158,8 +175,7 @@ class HostedSession:
 
     async def _to_client(self, record: StepOutput | StepFailed, *tensors: Tensor) -> None:
         try:
-            async with self._client_turn:
-                await self._client.send(record, *tensors)
+            await self._client.send(record, *tensors)
         except UnavailableError as exc:
             # The reader of the client's channel sees the same and closes the session.
             logger.debug("session %s: client is gone: %s", self.session[:8], exc)

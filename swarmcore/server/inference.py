@@ -79,6 +79,7 @@ class InferenceService:
                 waiting.set_result(session)
             reachable = opening.next_hop is None or await session.dial(opening.next_hop)
             await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
+            session.start()
             await _take_steps(channel, session)
         finally:
             del self._sessions[opening.session]

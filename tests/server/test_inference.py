@@ -428,3 +428,26 @@ async def test_cancelling_a_step_leaves_nothing_behind(network, client):
         servers[0].executor.gate = None
         output = await session.step(hidden_states(given[2:]), [2], reply="all")
         assert read_rows(output) == expected[2:]
+
+
+async def test_a_step_that_was_refused_for_its_number_leaves_the_right_one_remembered(network, client):
+    async with serving(network, "0:12") as [server]:
+        channel, _ = await open_by_hand(client, server)
+        right = Step(0, (0,), (2,))
+        answers = []
+        for step in (right, attrs.evolve(right, lengths=(3,)), right):
+            await channel.send(step, hidden_states(rows(sum(step.lengths))))
+            answers.append(await channel.receive())
+        assert [type(answer.record) for answer in answers] == [StepOutput, StepFailed, StepOutput]
+        assert server.engine.counters["steps"] == 1
+
+
+async def test_a_failed_step_is_computed_when_it_comes_again(network, client):
+    async with serving(network, "0:12") as [server]:
+        channel, _ = await open_by_hand(client, server)
+        server.executor.failures.append(CacheFullError("no room"))
+        answers = []
+        for _ in range(2):
+            await channel.send(Step(0, (0,), (2,)), hidden_states(rows(2)))
+            answers.append(await channel.receive())
+        assert [type(answer.record) for answer in answers] == [StepFailed, StepOutput]
