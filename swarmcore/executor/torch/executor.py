@@ -131,11 +131,12 @@ class TorchExecutor(BlockExecutor):
                 pieces, self._layout.device, first_layer=part.start - self.span.start, threads=self._threads
             )
             output = model.forward(packed.unsqueeze(0), ragged.position_ids, ragged, part)[0]
-            # Also waits for the GPU: what is handed out has been computed.
+            # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
+            # another sequence. It also waits for the GPU: what is handed out has been computed.
             finite = bool(torch.isfinite(output).all())
             counts = [each.piece.tokens for each in accepted]
             for each, rows in zip(accepted, output.split_with_sizes(counts), strict=True):
-                results[each.index] = self._result(each.piece, rows, finite)
+                results[each.index] = self._result(each, rows, finite)
         return [result or InternalError("a slice was not computed") for result in results]
 
     def _rows(self, piece: Slice) -> torch.Tensor:
@@ -147,10 +148,7 @@ class TorchExecutor(BlockExecutor):
                 f"hidden states have shape {list(hidden.shape)}; expected [tokens, {self.model.hidden_size}] "
                 f"with at least {last} tokens"
             )
-        rows = hidden[piece.first_row : last].to(self._layout.device, self._layout.dtype)
-        if not torch.isfinite(rows).all():
-            raise InvalidStepError(f"hidden states contain values that are not finite in {self.dtype}")
-        return rows
+        return hidden[piece.first_row : last].to(self._layout.device, self._layout.dtype)
 
     def _decode(self, piece: Slice) -> torch.Tensor:
         """The whole step's hidden states, decoded once however many slices it is run in."""
@@ -206,8 +204,11 @@ class TorchExecutor(BlockExecutor):
             )
         return held.cache
 
-    def _result(self, piece: Slice, rows: torch.Tensor, finite: bool) -> Tensor | SwarmError:
+    def _result(self, accepted: _Accepted, rows: torch.Tensor, finite: bool) -> Tensor | SwarmError:
+        piece = accepted.piece
         if not finite and not torch.isfinite(rows).all():
+            if not torch.isfinite(accepted.rows).all():
+                return InvalidStepError(f"hidden states contain values that are not finite in {self.dtype}")
             wider = "" if self.dtype != "float16" else "; bfloat16 or float32 has more range"
             return InvalidStepError(
                 f"blocks {self.span} gave values that are not finite in {self.dtype}{wider}"
