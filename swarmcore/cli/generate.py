@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.options import remote_model_options, sampling_options, standard
+from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options, standard
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import RemoteModelOptions, given, remote_model
+from swarmcore.cli.remote import remote_model
 from swarmcore.errors import InputError
 
 
@@ -26,40 +26,25 @@ def generate(
     prompt: tuple[str, ...],
     as_chat: bool,
     system: str | None,
-    bootstrap: tuple[str, ...],
-    identity_file: str | None,
-    model: str | None,
-    revision: str | None,
-    dtype: str,
-    threads: int | None,
-    wait: float,
-    **sampling: Any,
+    remote: RemoteModelOptions,
+    sampling: dict[str, Any],
 ) -> None:
     """Continue PROMPT, or what stdin holds, and stream the text to stdout."""
     text = " ".join(prompt) if prompt else sys.stdin.read()
     if not text.strip():
         raise InputError("the prompt is empty; pass it as arguments or on stdin")
-    options = RemoteModelOptions(
-        bootstrap=bootstrap,
-        identity_file=identity_file,
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        threads=threads,
-        wait=wait,
-    )
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     chat = as_chat or system is not None
-    interrupt.run(_generate(output, options, messages if chat else text, given(sampling)))
+    interrupt.run(_generate(output, remote, messages if chat else text, sampling))
 
 
 async def _generate(
-    output: Output, options: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
+    output: Output, remote: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
 ) -> None:
     async with (
-        remote_model(output, options) as (_, model),
+        remote_model(output, remote) as (_, model),
         model.generate(prompt, **sampling) as generation,
     ):
         pieces = []

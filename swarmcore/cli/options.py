@@ -7,15 +7,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+import attrs
 import click
 
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.identity import Identity
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Any], Any]
+"""A decorator of click's, or one made of several."""
 
 
 class Failure(click.ClickException):
@@ -197,13 +199,44 @@ _SAMPLING = (
 )
 
 
-def _adding(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
+def _adding(options: Sequence[Option]) -> Option:
+    def decorate(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)
         return command
 
     return decorate
+
+
+def _gathering(name: str, make: Callable[..., Any], options: Sequence[Option]) -> Option:
+    """As `_adding`, but the command gets all their values in one argument, ``name``, made by ``make``."""
+    fields = [parameter.name for parameter in click.command(_adding(options)(lambda: None)).params]
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def gathered(**values: Any) -> Any:
+            return command(**{name: make(**{field: values.pop(field) for field in fields})}, **values)
+
+        return _adding(options)(gathered)
+
+    return decorate
+
+
+@attrs.frozen(kw_only=True)
+class RemoteModelOptions:
+    """The values of `remote_model_options`."""
+
+    bootstrap: tuple[str, ...]
+    identity_file: str | None
+    model: str | None
+    revision: str | None
+    dtype: str
+    threads: int | None
+    wait: float
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
 network_options = _adding(_LISTENING)
@@ -212,11 +245,14 @@ network_options = _adding(_LISTENING)
 client_options = _adding(_CLIENT)
 """What every client takes: whom to ask for the swarm, and as whom."""
 
-remote_model_options = _adding((*_CLIENT, *_REMOTE_MODEL))
-"""What every client of a model takes."""
+remote_model_options = _gathering("remote", RemoteModelOptions, (*_CLIENT, *_REMOTE_MODEL))
+"""What every client of a model takes; the command gets a `RemoteModelOptions` as ``remote``."""
 
-sampling_options = _adding(_SAMPLING)
-"""How tokens are chosen; what is not given is left to the model's own generation settings."""
+sampling_options = _gathering("sampling", _given, _SAMPLING)
+"""How tokens are chosen; what is not given is left to the model's own generation settings.
+
+The command gets as ``sampling`` the keyword arguments of `RemoteModel.generate` that were given.
+"""
 
 
 def load_identity(file: str | None) -> Identity:

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import attrs
-
-from swarmcore.cli.options import load_identity, set_thread_environment
+from swarmcore.cli.options import RemoteModelOptions, load_identity, set_thread_environment
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError, MissingBlocksError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.swarm import Swarm
-
-
-@attrs.frozen(kw_only=True)
-class RemoteModelOptions:
-    """The values of `remote_model_options`."""
-
-    bootstrap: tuple[str, ...]
-    identity_file: str | None
-    model: str | None
-    revision: str | None
-    dtype: str
-    threads: int | None
-    wait: float
 
 
 @asynccontextmanager
@@ -73,8 +58,3 @@ def _the_only_model(swarm: Swarm) -> str:
             f"one you want is"
         )
     return names[0]
-
-
-def given(sampling: dict[str, Any]) -> dict[str, Any]:
-    """The values of `sampling_options` that the user gave."""
-    return {name: value for name, value in sampling.items() if value is not None and value != ()}

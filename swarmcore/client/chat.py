@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from swarmcore.client.settings import GenerationOptions
-from swarmcore.errors import UnavailableError
+from swarmcore.errors import InputError, SwarmError
 
 if TYPE_CHECKING:
+    from swarmcore.client.generation import Generation
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.model_session import ModelSession
 
@@ -19,7 +20,7 @@ class Chat:
     """Turns of a user and a model. Made by `RemoteModel.chat`; leaving it frees the caches on the servers.
 
     Nothing that was said is computed again, as long as the servers of the session live; when one is gone, the
-    next turn opens another session.
+    next turn opens another session; so it does after any other error but a mistaken input.
     """
 
     def __init__(self, model: RemoteModel, system: str | None) -> None:
@@ -27,6 +28,8 @@ class Chat:
         """What was said so far, as the model's chat template takes it. You may change it between turns."""
         if system is not None:
             self.messages.append({"role": "system", "content": system})
+        self.generation: Generation | None = None
+        """How the latest answer is made: its tokens, chain, times; None before its session is open."""
         self._model = model
         self._session: ModelSession | None = None
         self._answer: AsyncGenerator[str, None] | None = None
@@ -61,16 +64,19 @@ class Chat:
         if previous is not None:
             await previous.aclose()  # a loop over it may have been left, and nobody told the generator
         said: list[str] = []
+        self.generation = None
         self.messages.append({"role": "user", "content": text})
         try:
             if self._session is None:
                 self._session = await self._model.session().open()
-            generation = self._model.generate(list(self.messages), session=self._session, **options)
-            async with aclosing(generation):
-                async for piece in generation:
+            self.generation = self._model.generate(list(self.messages), session=self._session, **options)
+            async with aclosing(self.generation) as pieces:
+                async for piece in pieces:
                     said.append(piece)
                     yield piece
-        except UnavailableError:
+        except InputError:
+            raise
+        except SwarmError:
             await self._close_session()
             raise
         finally:
