@@ -33,6 +33,9 @@ class InferenceResult:
     """One measured figure."""
 
     name: str
+    servers: int
+    """In the chain; 0 for plain Transformers."""
+    clients: int
     tokens_per_second: float
     """Of all clients together; the median of the rounds. The prompt is not in it: from the first token on."""
     ratio: float
@@ -46,6 +49,7 @@ class InferenceResult:
 class _Samples:
     """What was measured under one name: tokens per second, in each round."""
 
+    servers: int
     clients: int
     rates: list[float] = attrs.field(factory=list)
 
@@ -63,7 +67,7 @@ class InferenceBench:
     threads: int = 1
     swarm_sizes: tuple[int, ...] = (1, 3)
     client_counts: tuple[int, ...] = (1, 4, 16)
-    """Generations at once, over the last of the swarms."""
+    """Generations at once, over each of the swarms; one is always measured."""
     tokens: int = 64
     rounds: int = 3
 
@@ -84,20 +88,18 @@ class InferenceBench:
                 remark(f"round {turn} of {self.rounds}" if turn else "warming up")
                 measured = await self._round(plain, swarms)
                 if turn:
-                    for name, (clients, rate) in measured.items():
-                        samples.setdefault(name, _Samples(clients)).rates.append(rate)
+                    for name, (servers, clients, rate) in measured.items():
+                        samples.setdefault(name, _Samples(servers, clients)).rates.append(rate)
         return _results(samples)
 
     async def _round(
         self, plain: _PlainModel, swarms: dict[int, RemoteModel]
-    ) -> dict[str, tuple[int, float]]:
-        measured: dict[str, tuple[int, float]] = {}
-        measured[_PLAIN] = (1, await asyncio.to_thread(plain.rate, PROMPT, self.tokens))
+    ) -> dict[str, tuple[int, int, float]]:
+        measured: dict[str, tuple[int, int, float]] = {}
+        measured[_PLAIN] = (0, 1, await asyncio.to_thread(plain.rate, PROMPT, self.tokens))
         for size, model in swarms.items():
-            measured[_swarm_name(size)] = (1, await self._rate(model, 1))
-        size, model = list(swarms.items())[-1]
-        for clients in self.client_counts:
-            measured[_clients_name(size, clients)] = (clients, await self._rate(model, clients))
+            for clients in sorted({1, *self.client_counts}):
+                measured[_name(size, clients)] = (size, clients, await self._rate(model, clients))
         return measured
 
     async def _rate(self, model: RemoteModel, clients: int) -> float:
@@ -184,12 +186,8 @@ class _TokenClock:
 _PLAIN = "plain Transformers"
 
 
-def _swarm_name(size: int) -> str:
-    return f"swarm of {size} server{'s' if size > 1 else ''}"
-
-
-def _clients_name(size: int, clients: int) -> str:
-    return f"{clients} client{'s' if clients > 1 else ''} at once, {size} server{'s' if size > 1 else ''}"
+def _name(size: int, clients: int) -> str:
+    return f"{size} server{'s' if size > 1 else ''}, {clients} client{'s' if clients > 1 else ''}"
 
 
 def _split(blocks: int, size: int) -> list[Span]:
@@ -199,12 +197,13 @@ def _split(blocks: int, size: int) -> list[Span]:
 
 def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:
     results: list[InferenceResult] = []
-    one_client = next((name for name in samples if name.startswith("1 client ")), _PLAIN)
     for name, found in samples.items():
-        against = one_client if "at once" in name else _PLAIN
+        against = _PLAIN if found.clients == 1 else _name(found.servers, 1)
         results.append(
             InferenceResult(
                 name=name,
+                servers=found.servers,
+                clients=found.clients,
                 tokens_per_second=found.rate,
                 ratio=found.rate / samples[against].rate,
                 ratio_to=against,
@@ -212,6 +211,15 @@ def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:
             )
         )
     return results
+
+
+def hop_milliseconds(results: Sequence[InferenceResult]) -> float | None:
+    """What each further server adds to a token of one client, in ms; None for chains of one length."""
+    alone = sorted((r for r in results if r.servers and r.clients == 1), key=lambda r: r.servers)
+    if len(alone) < 2:
+        return None
+    short, *_, long = alone
+    return (long.milliseconds - short.milliseconds) / (long.servers - short.servers)
 
 
 def inference_table(results: Sequence[InferenceResult]) -> Table:
@@ -229,4 +237,6 @@ def inference_table(results: Sequence[InferenceResult]) -> Table:
             f"{result.ratio:.2f}",
             "" if result.ratio_to == result.name else result.ratio_to,
         )
+    if (hop := hop_milliseconds(results)) is not None:
+        table.caption = f"each further server adds {hop:.1f} ms to a token"
     return table

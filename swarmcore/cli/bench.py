@@ -66,7 +66,7 @@ def transport(output: Output, scheme: str, listen: str) -> None:
     default="1,4,16",
     show_default=True,
     metavar="N,N",
-    help="How many generations at once, over the last of the swarms.",
+    help="How many generations at once, over each of the swarms.",
 )
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, metavar="N")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N")
