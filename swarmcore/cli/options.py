@@ -161,6 +161,13 @@ _REMOTE_MODEL = (
     ),
     click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads here."),
     click.option(
+        "--codec",
+        type=click.Choice(["raw", "int8", "raw+zstd", "int8+zstd"]),
+        default="raw",
+        show_default=True,
+        help="How hidden states travel; int8 halves the bytes for 1 to 2 % of precision.",
+    ),
+    click.option(
         "--wait",
         type=click.FloatRange(min=0),
         default=10.0,
@@ -232,6 +239,7 @@ class RemoteModelOptions:
     revision: str | None
     dtype: str
     threads: int | None
+    codec: str
     wait: float
 
 

@@ -22,6 +22,7 @@ async def remote_model(
     """Join the swarm, load the client's part of the model, and wait until servers cover all its blocks."""
     set_thread_environment(options.threads)
 
+    from swarmcore.client.session import SessionOptions
     from swarmcore.client.swarm import connect
 
     async with connect(*options.bootstrap, identity=load_identity(options.identity_file)) as swarm:
@@ -33,6 +34,7 @@ async def remote_model(
                     dtype=options.dtype,
                     revision=options.revision,
                     threads=options.threads,
+                    session_options=SessionOptions(codec=options.codec),
                     progress=progress,
                 )
             except ModelNotFoundError as exc:

@@ -32,6 +32,7 @@ from swarmcore.client.model_session import ModelSession
 from swarmcore.client.prompts import Prompt, encode_prompt, load_tokenizer
 from swarmcore.client.remote import SessionOpener
 from swarmcore.client.sampling import TokenChooser
+from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.text import StopStrings, TextStream
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
@@ -86,6 +87,7 @@ class RemoteModel:
         revision: str | None = None,
         threads: int | None = None,
         cache_dir: Path | None = None,
+        session_options: SessionOptions | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """What `Swarm.load_model` does. ``progress`` is called in another thread."""
@@ -104,7 +106,7 @@ class RemoteModel:
                     open_checkpoint, name_or_path, revision=revision, cache_dir=cache_dir, progress=report
                 )
             )
-            open_session = functools.partial(swarm.open_session, checkpoint.info)
+            open_session = functools.partial(swarm.open_session, checkpoint.info, options=session_options)
             return await cls.from_checkpoint(
                 checkpoint, open_session, dtype=dtype, compute=compute, progress=report
             )

@@ -121,11 +121,13 @@ class Swarm:
         revision: str | None = None,
         threads: int | None = None,
         cache_dir: Path | None = None,
+        session_options: SessionOptions | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """Load embeddings, head and tokenizer of a model, for its blocks to be run by the swarm.
 
-        ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id. Raise
+        ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id.
+        ``session_options`` say how the model's sessions travel: deadlines, codec, chunks of prompts. Raise
         `ModelNotFoundError`, `CheckpointError`, and `MissingExtraError` without the extra ``torch``. Servers
         are looked for when a session opens, not here.
         """
@@ -138,6 +140,7 @@ class Swarm:
             revision=revision,
             threads=threads,
             cache_dir=cache_dir,
+            session_options=session_options,
             progress=progress,
         )
         self._models.append(model)

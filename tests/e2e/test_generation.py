@@ -67,3 +67,13 @@ async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path,
         assert [str(stage.span) for stage in chain.stages] == ["0:17", "17:30"]
         text = "".join([piece async for piece in other.generate(PROMPTS[2], max_new_tokens=16)])
     assert text == await plain_text(plain_model, other.tokenizer, PROMPTS[2], 16)
+
+
+@pytest.mark.parametrize("codec", ["int8", "raw+zstd"])
+async def test_hidden_states_travel_in_the_codec_of_the_clients_choice(
+    swarm, smollm2_folder: Path, plain_model, codec
+):
+    options = swarmcore.SessionOptions(codec=codec)
+    model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1, session_options=options)
+    text = await model.generate(PROMPTS[0], max_new_tokens=6)
+    assert text == await plain_text(plain_model, model.tokenizer, PROMPTS[0], 6)
