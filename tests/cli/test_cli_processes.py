@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_models import save_random_model, tiny_config
 
 from swarmcore.identity import Identity
 
@@ -89,26 +90,15 @@ def test_the_whole_swarm_is_in_the_status(start):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """A llama of four tiny blocks with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=128,
-    )
+    """A Llama of five tiny blocks with random weights."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_random_model(tiny_config("llama"), folder)
     return folder
 
 
 def truncated(folder, copy):
     shutil.copytree(folder, copy)
-    weights = copy / "model.safetensors"
+    weights = next(copy.glob("*.safetensors"))
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size - 1000)
     return copy
@@ -120,8 +110,8 @@ def test_models_and_blocks_that_cannot_be_served(start, tiny_model, tmp_path):
     # All at once: most of their time goes into importing torch.
     refused = {
         start(*serve, "--model", str(tmp_path / "nowhere")): "no such file or folder",
-        start(*serve, "--model", str(tiny_model), "--blocks", "2:9"): "has 4 blocks",
-        start(*serve, "--model", str(damaged)): "model.safetensors",
+        start(*serve, "--model", str(tiny_model), "--blocks", "2:9"): "has 5 blocks",
+        start(*serve, "--model", str(damaged)): ".safetensors",
         start(*serve, "--model", str(tiny_model), "--device", "cuda:99"): "cuda:99",
     }
     for process, message in refused.items():
@@ -164,7 +154,7 @@ def test_a_full_disk_while_converting(start, smollm2_folder, tmp_path):
 def test_convert_prints_the_folder(start, tiny_model):
     status, stdout, stderr = start("convert", str(tiny_model)).end()
     assert (status, stdout) == (0, f"{tiny_model}\n")
-    assert "4 blocks of width 32" in stderr
+    assert "5 blocks of width 64" in stderr
 
 
 def test_ports_are_free_again_after_a_kill(start):

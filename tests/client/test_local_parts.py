@@ -7,62 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 
 from swarmcore.client.local_parts import LocalParts
 from swarmcore.errors import CheckpointError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-IDS = {"eos_token_id": 1, "bos_token_id": 2}
-FALCON = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, **IDS}
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", SIZES),
-    "llama-tied": ("llama", {**SIZES, "tie_word_embeddings": True}),
-    "llama-3": (
-        "llama",
-        {**SIZES, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, **LLAMA3}},
-    ),
-    "mistral": ("mistral", SIZES),
-    "qwen2": ("qwen2", SIZES),
-    "qwen3": ("qwen3", {**SIZES, "head_dim": 16}),
-    "gemma2": ("gemma2", {**SIZES, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0}),
-    "gemma3": ("gemma3_text", {**SIZES, "head_dim": 16, "sliding_window": 8}),
-    "mixtral": ("mixtral", {**SIZES, "num_local_experts": 4, "output_router_logits": True}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {**SIZES, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "gpt_oss": ("gpt_oss", {**SIZES, "head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
-    "phi3": ("phi3", SIZES),
-    "olmo2": ("olmo2", SIZES),
-    "granite": ("granite", {**SIZES, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4}
-        | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
-        | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
-        | {"v_head_dim": 12},
-    ),
-    "gpt2": ("gpt2", {"vocab_size": 300, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, **IDS}),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
-    "bloom": ("bloom", {"vocab_size": 300, "hidden_size": 64, "n_layer": 3, "n_head": 4, **IDS}),
-    "falcon-7b": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True, "alibi": False}),
-    "falcon-40b": ("falcon", {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
-    "falcon-rw": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}),
-}
 BLOCKS = ("layers.", "h.")
 
 
@@ -87,14 +37,7 @@ class Recorded(Checkpoint):
 
 def saved(folder: Path, family: str) -> tuple[Any, Recorded]:
     """A random model of the family, whole and as a checkpoint."""
-    model_type, sizes = FAMILIES[family]
-    torch.manual_seed(0)
-    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
-    for parameter in whole.parameters():
-        # Norms and biases as they are made are ones and zeros, which would hide a part that is left out.
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    whole.save_pretrained(folder / "model")
+    whole = save_random_model(tiny_config(family), folder / "model")
     return whole, Recorded(open_checkpoint(str(folder / "model"), cache_dir=folder / "cache"))
 
 
@@ -108,7 +51,7 @@ def test_equal_to_the_whole_model(family: str, tmp_path: Path, capfd: pytest.Cap
     assert not [n for n in checkpoint.was_read if n.removeprefix("model.").startswith(BLOCKS)]
     assert not [n for n in checkpoint.was_read if ".layers." in n or ".h." in n]
 
-    ids = torch.randint(0, 300, (1, 9))
+    ids = torch.randint(0, VOCABULARY, (1, 9))
     entered: list[torch.Tensor] = []
     left: list[torch.Tensor] = []
     base = whole.base_model

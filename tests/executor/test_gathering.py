@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from swarmcore.executor.base import Segment
 from swarmcore.executor.engine import Engine
 from swarmcore.executor.gathering import FIXED, LATE, Gathering
 from swarmcore.testing.executor import CountingExecutor, hidden_states
