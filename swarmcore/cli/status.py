@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.5  # seconds between two looks at the view
 _BAR_WIDTH = 40
+_SERVER_BAR_WIDTH = 12
 _STATE_STYLES = {"online": "green", "joining": "yellow", "draining": "magenta"}
 
 
@@ -134,25 +135,29 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="dim", show_edge=False)
-    for name in ("server", "name", "state", "blocks", "", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("sessions", "cache used", "of tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
+    # All but the name keep their width: on a narrow terminal that is what gives way.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
+    for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH), ("dtype", 8)):
+        table.add_column(name, no_wrap=True, min_width=width)
+    table.add_column("sessions", justify="right", no_wrap=True, min_width=8)
+    table.add_column("cache", justify="right", no_wrap=True, min_width=15)
+    table.add_column("name", overflow="fold")
     for server in servers:
         assert server.span is not None
-        used = server.cache_tokens - server.cache_tokens_free
+        total, free = server.cache_tokens, server.cache_tokens_free
+        cache = f"{100 * (total - free) // total} % of {total:,}" if total else "-"
         table.add_row(
             short(server.peer),
             # Text, not str: what strangers announce is not markup.
-            Text(server.public_name[:24]),
             Text(server.state, style=_STATE_STYLES.get(server.state, "")),
             str(server.span),
-            coverage_bar(coverage([server.span], model.blocks), _BAR_WIDTH),
-            Text(server.dtype[:12]),
+            coverage_bar(coverage([server.span], model.blocks), _SERVER_BAR_WIDTH),
+            Text(server.dtype),
             str(server.sessions),
-            f"{100 * used // server.cache_tokens} %" if server.cache_tokens else "-",
-            f"{server.cache_tokens:,}",
+            f"{100 * used // server.cache_tokens} % of {server.cache_tokens:,}"
+            if server.cache_tokens
+            else "-",
+            Text(server.public_name),
         )
     return table
 
