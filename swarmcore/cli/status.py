@@ -154,9 +154,7 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType
             coverage_bar(coverage([server.span], model.blocks), _SERVER_BAR_WIDTH),
             Text(server.dtype),
             str(server.sessions),
-            f"{100 * used // server.cache_tokens} % of {server.cache_tokens:,}"
-            if server.cache_tokens
-            else "-",
+            cache,
             Text(server.public_name),
         )
     return table
