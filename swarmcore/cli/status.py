@@ -155,7 +155,7 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType
             Text(server.dtype),
             str(server.sessions),
             cache,
-            Text(server.public_name),
+            Text(server.public_name[:24]),
         )
     return table
 
