@@ -54,13 +54,20 @@ class Identity:
         try:
             if not path.exists():
                 _create_key_file(path)
+            if not path.is_file():
+                raise IdentityFileError(
+                    f"identity file {path} is no file; name one, it is created on first use"
+                )
             if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
                 raise IdentityFileError(
                     f"identity file {path} can be read by other users; run: chmod 600 {path}"
                 )
             pem = path.read_bytes()
         except OSError as exc:
-            raise IdentityFileError(f"identity file {path}: {exc.strerror or exc}") from exc
+            raise IdentityFileError(
+                f"identity file {path} can be neither read nor created: {exc.strerror or exc}; name another, "
+                f"or give this user the right to it"
+            ) from exc
         try:
             key = load_pem_private_key(pem, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as exc:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from tiny_models import save_random_model, tiny_config
@@ -75,6 +77,26 @@ def test_two_peers_on_one_port(start):
     assert stderr.startswith("error: ")
     assert place in stderr
     assert stderr.count("\n") == 1
+
+
+def test_garbage_on_the_socket_harms_nobody(start):
+    server = start("bootstrap", "--listen", "127.0.0.1:0", "--log-level", "info")
+    address = server.line()
+    host, _, port = address.split("/")[2].partition(":")
+    noise = random.Random(0)
+    tls_records = [bytes([kind]) + b"\x03\x03" + noise.randbytes(100) for kind in range(20, 24)]
+    for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", noise.randbytes(100_000), *tls_records):
+        with socket.create_connection((host, int(port)), timeout=10) as connection, suppress(ConnectionError):
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
+    with socket.create_connection((host, int(port))):  # says nothing, for as long as it likes
+        assert start("status", "--once", "--bootstrap", address).end()[0] == 0
+        server.signal()
+        status, _, stderr = server.end()
+    assert status == 0
+    assert "Traceback" not in stderr
 
 
 def test_the_whole_swarm_is_in_the_status(start):

@@ -96,6 +96,15 @@ def test_a_bad_identity_file(tmp_path, damage):
     assert f"error: identity file {file} is not an unencrypted PEM private key" in result.stderr
 
 
+@pytest.mark.parametrize("place", [".", "a file/key"])
+def test_an_identity_file_that_cannot_be_one(tmp_path, place):
+    (tmp_path / "a file").write_text("")
+    result = invoke("bootstrap", "--identity", str(tmp_path / place))
+    assert result.exit_code == 2
+    assert f"error: identity file {tmp_path / place} " in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_an_identity_file_that_others_can_read(tmp_path):
     file = tmp_path / "key"
     Identity.load_or_create(file)
