@@ -12,10 +12,20 @@ from swarmcore.testing.clock import VirtualClockLoop
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Tests marked ``virtual_time`` run on a loop whose clock jumps to the next timer."""
+    """Tests marked ``virtual_time`` run on a loop whose clock jumps to the next timer.
+
+    Those marked ``every_loop`` run on asyncio's loop and on uvloop, skipped where it is missing.
+    """
     if item.get_closest_marker("virtual_time"):
         return {"virtual": VirtualClockLoop}
+    if item.get_closest_marker("every_loop"):
+        return {"asyncio": asyncio.new_event_loop, "uvloop": _uvloop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+def _uvloop() -> asyncio.AbstractEventLoop:
+    loop: asyncio.AbstractEventLoop = pytest.importorskip("uvloop").new_event_loop()
+    return loop
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
+import pytest
+
 from swarmcore.identity import Identity
 from swarmcore.testing.transport_contract import TransportContract
 from swarmcore.transport import Transport
@@ -13,6 +15,7 @@ from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp.endpoint import endpoint_of
 
 
+@pytest.mark.every_loop
 class TestTcp(TransportContract):
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
         return TcpTransport(identity, limits=limits, listen_on=listen_on)

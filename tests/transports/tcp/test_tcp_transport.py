@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from swarmcore.errors import (
     PeerIdentityError,
     PeerUnreachableError,
     StreamAbortedError,
+    SwarmError,
     UnavailableError,
 )
 from swarmcore.identity import Identity
@@ -26,11 +28,14 @@ from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.tcp import TcpTransport
+from swarmcore_transports.tcp import connection as connection_module
 from swarmcore_transports.tcp import transport as transport_module
 from swarmcore_transports.tcp.endpoint import endpoint_of
 from swarmcore_transports.tcp.flow import MESSAGE_COST
 from swarmcore_transports.tcp.frames import Kind, encode_frame
 from swarmcore_transports.tcp.security import dialler_context, listener_context
+
+pytestmark = pytest.mark.every_loop
 
 
 async def echo(stream: Stream) -> None:
@@ -351,3 +356,70 @@ async def test_one_peer_cannot_open_streams_without_end() -> None:
         other = TcpTransport(Identity.generate())
         await round_trip(await other.open_stream(address))
         await other.close()
+
+
+# --- the end -------------------------------------------------------------------------------------------
+
+
+async def test_a_connection_that_both_sides_abort_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "RETIRE_SECONDS", 3600.0)
+    incoming: asyncio.Queue[Stream] = asyncio.Queue()
+
+    async def hold(stream: Stream) -> None:
+        incoming.put_nowait(stream)
+        await asyncio.Event().wait()
+
+    async with listening(hold) as (listener, dialler, address):
+        near = await dialler.open_stream(address)
+        far = await incoming.get()
+        near.abort("enough")
+        far.abort("enough")
+        await settle(lambda: "0 connections" in repr(dialler) and "0 connections" in repr(listener))
+
+
+async def test_an_idle_connection_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when the other side no longer does anything."""
+    async with listening() as (listener, dialler, address):
+        stream = await dialler.open_stream(address)
+        await round_trip(stream)
+        await stream.close()
+        await settle(lambda: "1 idle" in repr(dialler) and "1 idle" in repr(listener))
+        monkeypatch.setattr(connection_module, "RETIRE_SECONDS", 3600.0)
+        monkeypatch.setattr(connection_module.Connection, "buffer_updated", lambda *_: None)
+        await dialler.close()
+        assert "0 connections" in repr(dialler)
+
+
+async def test_a_listener_drops_idle_connections_but_none_that_is_just_taken() -> None:
+    async with listening(limits=Limits(max_calls=1)) as (listener, dialler, address):
+        first = await dialler.open_stream(address)
+        await round_trip(first)
+        second = await dialler.open_stream(address)
+        await round_trip(second)
+        await first.close()
+        await settle(lambda: "1 idle" in repr(dialler) and "1 idle" in repr(listener))
+        # The listener asks the dialler to drop the first connection, which takes it for the next stream.
+        await second.close()
+        third = await dialler.open_stream(address)
+        for _ in range(20):
+            await round_trip(third)
+        fourth = await dialler.open_stream(address)
+        await round_trip(fourth)
+        for stream in (third, fourth):
+            await stream.close()
+        await settle(lambda: "1 connections, 1 idle" in repr(dialler))
+        await settle(lambda: "1 connections, 1 idle" in repr(listener))
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 12, 20])
+@pytest.mark.parametrize("leaver", ["listener", "dialler"])
+async def test_closing_amid_handshakes_leaves_no_socket(leaver: str, turns: int) -> None:
+    """Whatever is left open is a ResourceWarning, and so a failure."""
+    async with listening(limits=Limits(connect_timeout=5)) as (listener, dialler, address):
+        dials = [asyncio.create_task(dialler.open_stream(address)) for _ in range(10)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await (listener if leaver == "listener" else dialler).close()
+        for outcome in await asyncio.gather(*dials, return_exceptions=True):
+            assert isinstance(outcome, Stream | SwarmError)
+    gc.collect()

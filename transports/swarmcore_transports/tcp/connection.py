@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.transport import Buffer
@@ -30,6 +30,9 @@ _dropped = memoryview(bytearray(64 * 1024))  # where bytes go that nobody will l
 
 class Owner(Protocol):
     """Who is told what happens to a `Connection`."""
+
+    def connection_made(self, connection: Connection) -> None:
+        """It has TLS; nothing is proven yet."""
 
     def connection_idle(self, connection: Connection) -> None:
         """Both sides have closed the stream it carried."""
@@ -62,8 +65,10 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = True
         self._silent_ticks = 0
         self._spoke = True
+        self._garbled = False
         self._interval = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._dismissal: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport | None = None
         self.established: asyncio.Future[None] = self._loop.create_future()
         """Done when both ids are proven; fails with the reason when they are not."""
@@ -80,9 +85,10 @@ class Connection(asyncio.BufferedProtocol):
     # --- life ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # A cast, as other event loops' transports (uvloop's) are no subclasses of asyncio's.
+        self.transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(_WRITE_HIGH_WATER)
+        self._owner.connection_made(self)
         if self.error:
             transport.abort()
 
@@ -95,17 +101,26 @@ class Connection(asyncio.BufferedProtocol):
         if not self.established.done():
             self.established.set_result(None)
 
-    def retire(self, reason: str, error: SwarmError | None = None) -> None:
+    def retire(self, reason: str, error: SwarmError | None = None, *, patience: float | None = None) -> None:
         """Say why and let go: the other side drops the connection once it has read that, or is cut off.
 
-        Until then what comes in is read and dropped: a socket closed with unread data would be reset, and the
-        last words lost.
+        Until then, at most ``patience`` seconds (`RETIRE_SECONDS`), what comes in is read and dropped: a
+        socket closed with unread data would be reset, and the last words lost.
         """
         if self.error is None:
             self.write(encode_frame(Kind.ABORT, reason[:_MAX_REASON].encode()))
             self._end(error or ConnectionLostError(reason))
             # Whoever has not proven a peer id is not worth a socket for so long.
-            self._timer = self._loop.call_later(RETIRE_SECONDS if self.remote else 0.0, self._cut)
+            patience = RETIRE_SECONDS if patience is None else patience
+            self._timer = self._loop.call_later(patience if self.remote else 0.0, self._cut)
+
+    def dismiss(self) -> None:
+        """Ask the dialler to drop this idle connection.
+
+        Simply to retire it would break a stream that the dialler opens at the same moment.
+        """
+        self.write(encode_frame(Kind.DISMISS))
+        self._dismissal = self._loop.call_later(RETIRE_SECONDS, self.retire, "the connection was idle")
 
     def fail(self, error: SwarmError) -> None:
         """Cut the connection at once; what uses it raises ``error``."""
@@ -119,6 +134,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer:
             self._timer.cancel()
             self._timer = None
+        self._keep()
         if not self.established.done():
             self.established.set_exception(error)
             self.established.exception()  # seen here: nobody may be waiting any more
@@ -195,23 +211,27 @@ class Connection(asyncio.BufferedProtocol):
     # --- in -----------------------------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._reader.get_buffer() if self.error is None else _dropped
+        return _dropped if self._garbled else self._reader.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         self._heard = True
-        if self.error is not None:
+        if self._garbled:
             return
         try:
             self._reader.received(nbytes)
         except SwarmError as exc:
+            self._garbled = True
             if self.error is None:
                 logger.info("dropping the connection of %s: %s", self._name(), exc)
                 self.retire(exc.message, exc)
 
     def frame_received(self, kind: Kind, value: int, body: bytes) -> None:
         if self.error is not None:
-            return
-        if kind is Kind.ABORT:
+            if (
+                kind is Kind.ABORT
+            ):  # both have retired it, and neither is interested in the other's last words
+                self._cut()
+        elif kind is Kind.ABORT:
             self._aborted(body.decode(errors="replace")[:_MAX_REASON])
         elif self.remote is None:
             self._greet(self, kind, body)
@@ -221,15 +241,19 @@ class Connection(asyncio.BufferedProtocol):
             if self.stream or not self._on_open:
                 raise ProtocolError("a stream was opened out of turn")
             self._on_open(self)
+        elif kind is Kind.DISMISS and not self.accepts:
+            if self.stream is None:
+                self.fail(ConnectionLostError(f"{self._name()} wants no idle connection"))
         elif self.stream:
             self.stream.frame_received(kind, value)
         else:
             raise ProtocolError(f"{kind.name} outside a stream")
 
     def part_announced(self, length: int, *, first: bool) -> None:
-        if self.stream is None:
+        if self.stream:
+            self.stream.part_announced(length, first=first)
+        elif self.error is None:
             raise ProtocolError("a message outside a stream")
-        self.stream.part_announced(length, first=first)
 
     def message_received(self, message: memoryview) -> None:
         if self.stream:
@@ -248,6 +272,12 @@ class Connection(asyncio.BufferedProtocol):
     def carry(self, stream: TcpStream) -> None:
         """From now on this connection carries ``stream``."""
         self.stream = stream
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._dismissal:
+            self._dismissal.cancel()
+            self._dismissal = None
 
     def stream_closed(self) -> None:
         """Called by the stream when both sides have closed it."""

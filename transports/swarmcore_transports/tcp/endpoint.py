@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
@@ -65,7 +66,7 @@ async def connect(endpoint: Endpoint, seconds: float) -> socket.socket:
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    found = await _resolve(endpoint)
+    found = await resolve(endpoint)
     for index, (family, kind, protocol, _, address) in enumerate(found):
         share = (deadline - loop.time()) / (len(found) - index)
         sock = socket.socket(family, kind, protocol)
@@ -85,15 +86,25 @@ async def connect(endpoint: Endpoint, seconds: float) -> socket.socket:
     raise OSError(f"{endpoint.host} has no address")
 
 
-async def _resolve(endpoint: Endpoint) -> list[Any]:
+def hang_up(sock: socket.socket) -> None:
+    """Let the transport that owns ``sock`` read the end of its stream, on which it closes the socket.
+
+    This is how a TLS handshake is given up: an event loop that is cancelled there may forget the socket.
+    """
+    with contextlib.suppress(OSError):  # the other side, or the owner, was faster
+        sock.shutdown(socket.SHUT_RD)
+
+
+async def resolve(endpoint: Endpoint, flags: int = 0) -> list[Any]:
+    """What getaddrinfo says of the endpoint for TCP. Raise socket.gaierror when it is no host."""
     try:
         # A literal address needs no name service, and so no thread to wait for one.
         return socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags | socket.AI_NUMERICHOST
         )
     except socket.gaierror:
         loop = asyncio.get_running_loop()
-        return await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+        return await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags)
 
 
 def announced(bound: Sequence[Endpoint], announce: Sequence[str], peer: PeerId) -> tuple[Address, ...]:

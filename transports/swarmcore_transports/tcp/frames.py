@@ -35,6 +35,7 @@ class Kind(IntEnum):
     CLOSE = 8  # END, and whatever still comes in is dropped; after both sides' the connection is free again
     ABORT = 9  # body: the reason; the other side drops the connection
     HEARTBEAT = 10
+    DISMISS = 11  # listener: the dialler should drop this idle connection; one that just sent OPEN is kept
 
 
 _WITH_BODY = (Kind.HELLO, Kind.PROOF, Kind.ABORT)

@@ -10,7 +10,7 @@ import secrets
 import select
 import socket
 import ssl
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 
 from swarmcore.errors import (
@@ -29,7 +29,14 @@ from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.tcp.connection import RETIRE_SECONDS, Connection
-from swarmcore_transports.tcp.endpoint import SCHEME, Endpoint, announced, connect, endpoint_of
+from swarmcore_transports.tcp.endpoint import (
+    SCHEME,
+    Endpoint,
+    announced,
+    connect,
+    endpoint_of,
+    hang_up,
+)
 from swarmcore_transports.tcp.frames import Kind, encode_frame
 from swarmcore_transports.tcp.handshake import (
     CHALLENGE_BYTES,
@@ -40,6 +47,7 @@ from swarmcore_transports.tcp.handshake import (
     check_proof,
     make_hello,
 )
+from swarmcore_transports.tcp.listener import Listener
 from swarmcore_transports.tcp.pool import IdlePool
 from swarmcore_transports.tcp.security import dialler_context, listener_context
 from swarmcore_transports.tcp.stream import TcpStream
@@ -50,7 +58,6 @@ MAX_HALF_OPEN = 512
 """Most incoming handshakes at a time; a further one pushes out the oldest."""
 
 _IDLE_SECONDS = 60.0
-_BACKLOG = 512
 
 
 class TcpTransport(Transport):
@@ -76,7 +83,7 @@ class TcpTransport(Transport):
         self._listener_context: ssl.SSLContext | None = None
         self._certificate = b""
         self._on_stream: OnStream | None = None
-        self._servers: list[asyncio.Server] = []
+        self._listeners: list[Listener] = []
         self._connections: set[Connection] = set()
         self._dialled: IdlePool[Connection] = IdlePool(per_peer=32, total=256, keep=_IDLE_SECONDS)
         # The dialler decides how long a connection is kept; the listener only bounds their number.
@@ -84,7 +91,10 @@ class TcpTransport(Transport):
             per_peer=self.limits.max_calls_per_peer, total=self.limits.max_calls, keep=4 * _IDLE_SECONDS
         )
         self._sweeper: asyncio.TimerHandle | None = None
-        self._half_open: OrderedDict[asyncio.Task[None], asyncio.Transport] = OrderedDict()
+        # Tasks that bring a socket to TLS, either way. None is cancelled; `hang_up` ends it.
+        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
+        # The incoming ones among them, oldest first, less those already hung up on.
+        self._half_open: dict[asyncio.Task[None], socket.socket] = {}
         self._handlers: set[asyncio.Task[None]] = set()
         self._incoming: Counter[PeerId] = Counter()
         self._dials: set[asyncio.Timeout] = set()
@@ -92,7 +102,7 @@ class TcpTransport(Transport):
         self._closed = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "listening" if self._servers else "open"
+        state = "closed" if self._closed else "listening" if self._listeners else "open"
         connections = f"{len(self._connections)} connections, {len(self._dialled) + len(self._accepted)} idle"
         return f"<TcpTransport {short(self.identity.peer)} {state} · {connections}>"
 
@@ -113,21 +123,18 @@ class TcpTransport(Transport):
                 listener_context, self.identity
             )
             for endpoint in endpoints:
-                server = await self._bind(endpoint)
-                self._servers.append(server)
-                bound += [Endpoint(*sock.getsockname()[:2]) for sock in server.sockets]
+                listener = await self._bind(endpoint)
+                self._listeners.append(listener)
+                bound += listener.endpoints
         except BaseException:
             self._stop_listening()
             self._on_stream = None
             raise
         return announced(bound, self.announce, self.identity.peer)
 
-    async def _bind(self, endpoint: Endpoint) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
+    async def _bind(self, endpoint: Endpoint) -> Listener:
         try:
-            return await loop.create_server(
-                lambda: _Arrival(self), endpoint.host, endpoint.port, backlog=_BACKLOG
-            )
+            return await Listener.bind(endpoint, self._arrived)
         except socket.gaierror as exc:
             raise AddressError(f"cannot listen on {endpoint}: {endpoint.host!r} is not a host here") from exc
         except OSError as exc:
@@ -139,31 +146,26 @@ class TcpTransport(Transport):
             raise AddressError(f"cannot listen on {endpoint}: {reason}") from exc
 
     def _stop_listening(self) -> None:
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
 
-    def arrived(self, socket_transport: asyncio.Transport) -> None:
+    def _arrived(self, sock: socket.socket) -> None:
         """A connection was accepted: prove both ends in a task of its own."""
-        if self._closed:
-            socket_transport.abort()
-            return
-        oldest = next((task for task in self._half_open if not task.cancelling()), None)
-        if oldest and len(self._half_open) >= MAX_HALF_OPEN:
+        if len(self._half_open) >= MAX_HALF_OPEN:
             # An honest peer needs two round trips; whoever has taken longest is the likeliest to be idle.
-            oldest.cancel()
-        task = asyncio.get_running_loop().create_task(self._accept(socket_transport))
-        self._half_open[task] = socket_transport
+            hang_up(self._half_open.pop(next(iter(self._half_open))))
+        task = asyncio.get_running_loop().create_task(self._accept(sock))
+        self._handshakes[task] = self._half_open[task] = sock
         task.add_done_callback(self._accept_done)
 
     def _accept_done(self, task: asyncio.Task[None]) -> None:
-        socket_transport = self._half_open.pop(task)
-        if task.cancelled():
-            socket_transport.abort()  # a task that is cancelled before its first step closes nothing itself
-        elif exc := task.exception():
+        del self._handshakes[task]
+        self._half_open.pop(task, None)
+        if not task.cancelled() and (exc := task.exception()):
             logger.error("accepting a connection failed", exc_info=exc)
 
-    async def _accept(self, socket_transport: asyncio.Transport) -> None:
+    async def _accept(self, sock: socket.socket) -> None:
         assert self._listener_context
         challenge = secrets.token_bytes(CHALLENGE_BYTES)
 
@@ -172,31 +174,28 @@ class TcpTransport(Transport):
                 raise ProtocolError(f"{kind.name} before the proof")
             channel = SecureChannel.of(connection.transport.get_extra_info("ssl_object"), self._certificate)
             connection.establish(*check_proof(body, challenge, self.identity.peer, channel))
-            self._connections.add(connection)
             self.connection_idle(connection)
 
         connection = Connection(self, self.limits, greet, self._opened)
+        loop = asyncio.get_running_loop()
         seconds = self.limits.connect_timeout
+        deadline = loop.time() + seconds
         try:
-            async with asyncio.timeout(seconds):
-                transport = await asyncio.get_running_loop().start_tls(
-                    socket_transport,
-                    connection,
-                    self._listener_context,
-                    server_side=True,
-                    ssl_handshake_timeout=seconds,
-                    ssl_shutdown_timeout=RETIRE_SECONDS,
-                )
-                if transport is None:  # lost in the very moment the handshake was done
-                    raise ConnectionResetError
-                connection.connection_made(transport)
-                connection.write(encode_frame(Kind.HELLO, make_hello(challenge, self._settings)))
+            await loop.connect_accepted_socket(
+                lambda: connection,
+                sock,
+                ssl=self._listener_context,
+                ssl_handshake_timeout=seconds,
+                ssl_shutdown_timeout=RETIRE_SECONDS,
+            )
+            connection.write(encode_frame(Kind.HELLO, make_hello(challenge, self._settings)))
+            async with asyncio.timeout_at(deadline):
                 await connection.established
         except (OSError, SwarmError) as exc:  # TimeoutError and ssl.SSLError are OSErrors
             logger.debug("refused an incoming connection: %r", exc)
         finally:
             if connection.remote is None and not connection.error:
-                socket_transport.abort()
+                connection.fail(PeerUnreachableError("the dialler did not prove who it is"))
 
     def _opened(self, connection: Connection) -> None:
         remote = connection.remote
@@ -260,19 +259,18 @@ class TcpTransport(Transport):
 
         connection = Connection(self, self.limits, greet)
         seconds = self.limits.connect_timeout
+        sock: socket.socket | None = None
         try:
             async with asyncio.timeout(seconds) as deadline:
                 self._dials.add(deadline)
                 try:
-                    await asyncio.get_running_loop().create_connection(
-                        lambda: connection,
-                        sock=await connect(endpoint, seconds),
-                        ssl=self._dialler_context,
-                        server_hostname="",
-                        ssl_handshake_timeout=seconds,
-                        ssl_shutdown_timeout=RETIRE_SECONDS,
-                    )
+                    sock = await connect(endpoint, seconds)
+                    handshake = self._dial_tls(sock, connection)
+                    await asyncio.wait([handshake])
+                    handshake.result()
                     await connection.established
+                    if connection.error:  # lost again before this task had its turn
+                        raise PeerUnreachableError(connection.error.message)
                 finally:
                     self._dials.discard(deadline)
             self._check_open()
@@ -286,14 +284,51 @@ class TcpTransport(Transport):
                 f"what answers at {endpoint} is not {short(peer)}: it does not speak TLS 1.3 ({exc.reason})"
             ) from exc
         except OSError as exc:
-            raise PeerUnreachableError(f"cannot reach {short(peer)} at {endpoint}: {exc}") from exc
+            reason = str(exc) or "it hung up during the handshake"  # event loops raise it without a text
+            raise PeerUnreachableError(f"cannot reach {short(peer)} at {endpoint}: {reason}") from exc
         finally:
             if connection.remote is None or self._closed:
                 connection.fail(PeerUnreachableError("the dial was given up"))
-        self._connections.add(connection)
+                if sock:
+                    hang_up(sock)
         return connection
 
+    def _dial_tls(self, sock: socket.socket, connection: Connection) -> asyncio.Task[None]:
+        """Bring ``sock`` to TLS in a task of its own, which outlives a cancelled dial by a moment."""
+
+        async def handshake() -> None:
+            try:
+                await loop.create_connection(
+                    lambda: connection,
+                    sock=sock,
+                    ssl=self._dialler_context,
+                    server_hostname="",
+                    ssl_handshake_timeout=self.limits.connect_timeout,
+                    ssl_shutdown_timeout=RETIRE_SECONDS,
+                )
+            except OSError:
+                # Closed by now. When the very first write fails, uvloop forgets to tell the socket object,
+                # which would later close whatever has the descriptor then.
+                sock.detach()
+                raise
+
+        def done(task: asyncio.Task[None]) -> None:
+            del self._handshakes[task]
+            if not task.cancelled():
+                task.exception()  # seen here: nobody may be waiting any more
+
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(handshake())
+        self._handshakes[task] = sock
+        task.add_done_callback(done)
+        return task
+
     # --- connections --------------------------------------------------------------------------------
+
+    def connection_made(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        if self._closed:
+            connection.fail(PeerUnreachableError("the transport was closed"))
 
     def connection_idle(self, connection: Connection) -> None:
         """Keep it for the next stream."""
@@ -302,7 +337,7 @@ class TcpTransport(Transport):
         pool = self._accepted if connection.accepts else self._dialled
         loop = asyncio.get_running_loop()
         for evicted in pool.put(connection.remote, connection, loop.time()):
-            evicted.retire("too many idle connections")
+            self._let_go(evicted)
         if self._sweeper is None:
             self._sweeper = loop.call_later(_IDLE_SECONDS, self._sweep)
 
@@ -313,11 +348,17 @@ class TcpTransport(Transport):
         if not self._connections and self._all_lost and not self._all_lost.done():
             self._all_lost.set_result(None)
 
+    def _let_go(self, idle: Connection) -> None:
+        if idle.accepts:
+            idle.dismiss()
+        else:
+            idle.retire("the connection was idle")
+
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         for pool in (self._dialled, self._accepted):
             for connection in pool.expire(loop.time()):
-                connection.retire("the connection was idle")
+                self._let_go(connection)
         idle = len(self._dialled) + len(self._accepted)
         self._sweeper = loop.call_later(_IDLE_SECONDS / 2, self._sweep) if idle else None
 
@@ -337,10 +378,13 @@ class TcpTransport(Transport):
         for deadline in self._dials:
             deadline.reschedule(loop.time())
         for connection in self._connections:
-            connection.retire("the transport was closed")
-        tasks = {*self._half_open, *self._handlers} - {asyncio.current_task()}
-        for task in tasks:
+            # Nobody is waiting for the last words on an idle one.
+            connection.retire("the transport was closed", patience=None if connection.stream else 0.0)
+        for sock in self._handshakes.values():
+            hang_up(sock)
+        for task in self._handlers:
             task.cancel()
+        tasks = {*self._handshakes, *self._handlers} - {asyncio.current_task()}
         try:
             if tasks:
                 await asyncio.wait(tasks, timeout=RETIRE_SECONDS)
@@ -354,18 +398,6 @@ class TcpTransport(Transport):
         finally:
             for connection in tuple(self._connections):
                 connection.fail(PeerUnreachableError("the transport was closed"))
-
-
-class _Arrival(asyncio.Protocol):
-    """Holds an accepted socket until TLS takes it over."""
-
-    def __init__(self, owner: TcpTransport) -> None:
-        self._owner = owner
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.pause_reading()
-        self._owner.arrived(transport)
 
 
 def _readable(connection: Connection) -> bool:
