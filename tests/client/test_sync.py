@@ -89,7 +89,15 @@ async def test_where_a_loop_runs_already(waiting_model):
     assert waiting_model.generate("The sea", max_new_tokens=3).text()
 
 
-def test_an_interrupt_ends_the_generation(waiting_model, sessions):
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests that a shell script runs in the background would ignore Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_an_interrupt_ends_the_generation(waiting_model, sessions, interruptible):
     main = threading.main_thread().ident
     assert main is not None
 
