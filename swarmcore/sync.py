@@ -19,6 +19,7 @@ import concurrent.futures
 import functools
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
@@ -134,7 +135,22 @@ def connect(*bootstrap: str, **options: Any) -> Swarm:
     return Swarm(loop, loop.run(entered()))
 
 
-class Swarm:
+class Closing(ABC):
+    """A context manager that closes itself at the end."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Swarm(Closing):
     """`swarmcore.Swarm`, waiting."""
 
     def __init__(self, loop: LoopThread, swarm: _swarm.Swarm) -> None:
@@ -159,14 +175,6 @@ class Swarm:
         """Close the swarm and the models loaded from it. Harmless when repeated."""
         self._loop.closed(self)
         self._loop.run(self._swarm.close())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return repr(self._swarm)
@@ -220,7 +228,7 @@ class Model:
         return repr(self._model)
 
 
-class Session:
+class Session(Closing):
     """`swarmcore.ModelSession`, waiting."""
 
     def __init__(self, loop: LoopThread, session: _model_session.ModelSession) -> None:
@@ -243,14 +251,6 @@ class Session:
 
     def close(self) -> None:
         self._loop.run(self.asynchronous.close())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return repr(self.asynchronous)
@@ -317,7 +317,7 @@ class Generation(Pieces[str]):
         return repr(self.asynchronous)
 
 
-class Chat:
+class Chat(Closing):
     """`swarmcore.client.chat.Chat`, waiting."""
 
     def __init__(self, loop: LoopThread, chat: _chat.Chat) -> None:
@@ -334,11 +334,3 @@ class Chat:
 
     def close(self) -> None:
         self._loop.run(self._chat.close())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
