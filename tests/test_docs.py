@@ -12,6 +12,7 @@ An address that is cut short (``tcp://192.168.1.5:40123/12D3KooW…``) stands fo
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -73,7 +74,8 @@ def test_every_block_says_whether_it_is_run(page: Path) -> None:
 def test_python_blocks_compile(page: Path) -> None:
     for block in blocks(page):
         if block.language == "python":
-            compile(block.body, f"{name(page)}:{block.line}", "exec", dont_inherit=True)
+            where = f"{name(page)}:{block.line}"
+            compile(block.body, where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -129,6 +131,7 @@ def test_what_the_page_says_works(page: Path, tmp_path: Path, request: pytest.Fi
     if any(block.mark == "serve" for block in blocks(page)):
         request.getfixturevalue("smollm2_folder")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    programs: list[str] = []
     with started_servers() as servers:
         for block in blocks(page):
             where = f"{name(page)}:{block.line}"
@@ -141,11 +144,26 @@ def test_what_the_page_says_works(page: Path, tmp_path: Path, request: pytest.Fi
                 for command in block.commands:
                     run(["bash", "-euo", "pipefail", "-c", command], environment, tmp_path, where)
             elif block.mark == "run":
-                program = tmp_path / f"line_{block.line}.py"
+                program = tmp_path / f"{page.stem}_line_{block.line}.py"
                 program.write_text(block.body)
-                run(
-                    [sys.executable, str(program), environment.get("SWARM", "")], environment, tmp_path, where
-                )
+                programs.append(str(program))
+        if programs:
+            words = [sys.executable, "-c", RUN_PROGRAMS, environment.get("SWARM", ""), *programs]
+            run(words, environment, tmp_path, name(page))
+
+
+RUN_PROGRAMS = """
+import contextlib, io, runpy, sys
+
+address, *programs = sys.argv[1:]
+for program in programs:
+    sys.argv = [program, address]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(program, run_name="__main__")
+    assert printed.getvalue().strip(), f"{program} printed nothing"
+    print(program, "printed", len(printed.getvalue()), "characters")
+"""
+"""All programs of a page in one process: most of the time of each goes into importing torch."""
 
 
 def run(command: list[str], environment: dict[str, str], folder: Path, where: str) -> None:
