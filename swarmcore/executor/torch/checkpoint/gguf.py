@@ -122,8 +122,8 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
         if "No space left" in str(exc):
             raise disk_full(f"converting {source.name}", part) from exc
         raise CheckpointError(
-            f"{source} ({source.stat().st_size} bytes) cannot be read as GGUF; if it is damaged, "
-            f"download or copy it again ({type(exc).__name__}: {one_line(exc)})"
+            f"{source} ({source.stat().st_size} bytes) cannot be read as GGUF; if it is truncated "
+            f"or damaged, download or copy it again ({type(exc).__name__}: {one_line(exc)})"
         ) from exc
 
 
