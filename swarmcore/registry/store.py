@@ -64,7 +64,8 @@ class _Entry:
     announcement: Announcement
     expires: float
     forget: float
-    """From here on any record up to this one is refused as expired: no need to remember it."""
+    """From here on this record and those before it are refused as expired: no need to remember its number.
+    (Not those that the owner issued earlier for longer: it should not shorten its ttl.)"""
     current: bool = True
     """Passed on to others: neither expired nor forgotten. A withdrawal is current until it is forgotten."""
     scheduled: float = 0.0
