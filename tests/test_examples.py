@@ -61,3 +61,10 @@ async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
             if process.returncode is None:
                 process.kill()
             await process.communicate()
+
+
+async def test_the_demo_says_what_a_plain_run_does(smollm2_folder: Path):
+    demo = await start("demo.py", "What is a peer?", "--max-new-tokens", "8")
+    said, _ = await demo.communicate()
+    assert demo.returncode == 0
+    assert b"the same" in said
