@@ -5,6 +5,7 @@ A total of 0 means that it is not known.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _STEP = 10  # percent between two lines where there is no bar to redraw
 
 
-class ProgressReport:
+class ProgressReport(ABC):
     """Called with what is being done, the bytes done and the bytes in all.
 
     A call after the context has ended raises `KeyboardInterrupt`: that is how a thread which still loads for
@@ -38,8 +39,9 @@ class ProgressReport:
             raise KeyboardInterrupt("the command was interrupted")
         self.show(what, done, total)
 
+    @abstractmethod
     def show(self, what: str, done: int, total: int) -> None:
-        raise NotImplementedError
+        """Bring what is shown up to date."""
 
 
 class TerminalProgress(ProgressReport):
@@ -107,8 +109,9 @@ class _SteppedProgress(ProgressReport):
             self._shown[what] = step
             self.show_step(what, done, total)
 
+    @abstractmethod
     def show_step(self, what: str, done: int, total: int) -> None:
-        raise NotImplementedError
+        """Show a further tenth."""
 
 
 class PlainProgress(_SteppedProgress):
