@@ -61,3 +61,24 @@ def test_without_torch_the_error_says_what_to_install() -> None:
         "except swarmcore.errors.MissingExtraError as exc: print(exc)"
     )
     assert "pip install 'swarmcore[torch]'" in in_a_fresh_process(program)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve --model somewhere --listen 127.0.0.1:0",
+        "convert a.gguf somewhere",
+        "bench inference",
+    ],
+)
+def test_commands_without_torch_say_what_to_install(command: str) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from swarmcore.cli import main\n"
+        f"main({command.split()}, prog_name='swarmcore')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "error: running a model, or a part of one, needs torch: pip install 'swarmcore[torch]'"
+    ]

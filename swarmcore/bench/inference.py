@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 from rich.table import Table
 
 from swarmcore.client.swarm import connect
@@ -21,6 +20,8 @@ from swarmcore.testing.processes import ServerProcess
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
+    import torch
+
     from swarmcore.client.model import RemoteModel
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
@@ -149,6 +150,7 @@ class _PlainModel:
     """The whole model in this process, run by Transformers alone."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, threads: int) -> None:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(threads)

@@ -8,16 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from swarmcore.errors import CheckpointError, InputError, MissingExtraError
-
-try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-except ModuleNotFoundError as exc:
-    raise MissingExtraError(
-        f"running a model's embeddings and head needs {exc.name}: pip install 'swarmcore[torch]'"
-    ) from exc
-
+import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
 from swarmcore.client.chat import Chat
 from swarmcore.client.compute import ModelCompute
 from swarmcore.client.generation import (
@@ -35,6 +26,7 @@ from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.text import StopStrings, TextStream
+from swarmcore.errors import CheckpointError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.types import ModelInfo
 
