@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
 import click
+import msgspec
 
 from swarmcore.cli.progress import JsonProgress, PlainProgress, ProgressReport, TerminalProgress
 
@@ -39,7 +39,8 @@ class Output:
     def event(self, name: str, **fields: Any) -> None:
         """One JSON line with ``"event": name``, flushed; nothing for people."""
         if self.json_lines:
-            click.echo(json.dumps({"event": name, **fields}, ensure_ascii=False, default=str))
+            # The standard library would write an infinite time to wait as Infinity, which is not JSON.
+            click.echo(msgspec.json.encode({"event": name, **fields}, enc_hook=str))
 
     def progress(self) -> AbstractContextManager[ProgressReport]:
         """A progress report, shown while the context lasts."""

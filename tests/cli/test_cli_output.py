@@ -132,3 +132,10 @@ def test_status_as_a_table(capsys):
     assert "▂▂▂···" in text
     assert "25 %" in text
     assert "door" in text
+
+
+def test_events_are_json_whatever_is_in_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(json_lines=True).event("error", message="Überlauf", details={"retry_after": float("inf")})
+    line = capsys.readouterr().out
+    expected = {"event": "error", "message": "Überlauf", "details": {"retry_after": None}}
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == expected
