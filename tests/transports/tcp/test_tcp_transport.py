@@ -122,11 +122,20 @@ async def test_an_idle_connection_to_a_peer_that_left_is_not_used() -> None:
 
 
 async def test_tls_1_3_without_nagle() -> None:
-    async with listening() as (_, dialler, address):
+    accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+
+    async def accept(stream: Stream) -> None:
+        accepted.set_result(stream)
+        await echo(stream)
+
+    async with listening(accept) as (_, dialler, address):
         stream = await dialler.open_stream(address)
-        socket_transport = stream._connection.transport
-        assert socket_transport.get_extra_info("ssl_object").version() == "TLSv1.3"
-        assert socket_transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await round_trip(stream)
+        for end in (stream, await accepted):
+            socket_transport = end._connection.transport
+            assert socket_transport.get_extra_info("ssl_object").version() == "TLSv1.3"
+            sock = socket_transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     context = dialler_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.maximum_version = ssl.TLSVersion.TLSv1_2
