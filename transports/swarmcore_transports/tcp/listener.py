@@ -71,7 +71,7 @@ class Listener:
                 self._pauses.add(self._loop.call_later(_PAUSE, self._resume, listening))
                 return
             sock.setblocking(False)
-            # Event loops set this on sockets that they made themselves. Without it small frames, such as those
+            # Event loops do this for sockets of their own making. Without it small frames, such as those
             # that give a sender credit, wait for the peer to acknowledge the one before.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._arrived(sock)
