@@ -22,7 +22,8 @@ Buffer = bytes | bytearray | memoryview
 
 ENTRY_POINT_GROUP = "swarmcore.transports"
 
-_EXTRAS = {"libp2p": "libp2p", "webrtc": "webrtc"}
+_EXTRAS = frozenset({"libp2p", "webrtc"})
+"""Schemes whose backends need the extra of the same name."""
 
 
 class Stream(ABC):
@@ -136,7 +137,7 @@ def transport_class(scheme: str) -> type[Transport]:
     if scheme not in installed:
         names = ", ".join(sorted(installed)) or "none"
         hint = (
-            f"; install it with: pip install 'swarmcore[{_EXTRAS[scheme]}]'"
+            f"; install it with: pip install 'swarmcore[{scheme}]'"
             if scheme in _EXTRAS
             else "; a plugin that provides it may need to be installed"
         )
@@ -144,8 +145,7 @@ def transport_class(scheme: str) -> type[Transport]:
     try:
         loaded = installed[scheme].load()
     except ImportError as exc:
-        extra = _EXTRAS.get(scheme)
-        cure = f"; install it with: pip install 'swarmcore[{extra}]'" if extra else ""
+        cure = f"; install it with: pip install 'swarmcore[{scheme}]'" if scheme in _EXTRAS else ""
         raise MissingExtraError(f"transport {scheme!r} needs {exc.name or exc}{cure}") from exc
     if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
         raise UnknownTransportError(f"entry point {installed[scheme].value!r} is not a Transport subclass")

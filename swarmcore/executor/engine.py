@@ -312,14 +312,14 @@ class Engine:
 
     async def _gather(self) -> None:
         """Give decode steps that are about to come the time to join the next batch, where that pays."""
-        if not (here := self._scheduler.decode_only):
+        if not (here := self._scheduler.decode_waiting):
             return
         wait = self._gathering.gather(here, self.stats.decode_seconds, self._now())
         if wait is None:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(wait.until):
-                while 0 < self._scheduler.decode_only < wait.steps and not self._closing:
+                while 0 < self._scheduler.decode_waiting < wait.steps and not self._closing:
                     self._wake.clear()
                     await self._wake.wait()
 

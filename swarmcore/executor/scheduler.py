@@ -73,7 +73,7 @@ class Scheduler(Generic[StepT]):
         return sum(len(line.decode) + len(line.prefill) for line in self._lines.values())
 
     @property
-    def decode_only(self) -> int:
+    def decode_waiting(self) -> int:
         """How many decode steps wait; 0 when any prefill does."""
         if any(line.prefill for line in self._lines.values()):
             return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import attrs
@@ -108,6 +108,12 @@ def rows(count: int, seed: int = 1) -> list[list[float]]:
     return [
         [(seed + 3 * i + 7 * j) % 11 / 8 for j in range(COUNTING_MODEL.hidden_size)] for i in range(count)
     ]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 async def whole_model(*sequences: list[list[float]]) -> list[list[list[float]]]:
@@ -239,9 +245,7 @@ async def test_a_hop_that_breaks_in_the_middle_is_carried(network, client):
         [hosted] = first.service._sessions.values()
         hosted._next.abort("cable cut")
         first.node.allowed_peers = frozenset([client.peer])
-        async with asyncio.timeout(5):
-            while not hosted._next_watch.done():
-                await asyncio.sleep(0)
+        await until(lambda: hosted._next_watch.done())
         output = await session.step(hidden_states(given[3:5]), [2], reply="all")
         assert read_rows(output) == expected[3:5]
         output = await session.step(hidden_states(given[5:]), [1])
@@ -357,9 +361,7 @@ async def test_a_client_that_vanishes_frees_its_cache_on_every_server(network, c
         with pytest.raises(UnavailableError):
             await session.step(hidden_states(rows(1)), [1])
         await session.close()
-        async with asyncio.timeout(5):
-            while any(server.service.sessions for server in servers):
-                await asyncio.sleep(0)
+        await until(lambda: not any(server.service.sessions for server in servers))
         assert [server.engine.cache_tokens_free for server in servers] == [CACHE, CACHE]
 
 
@@ -368,9 +370,7 @@ async def test_a_server_that_vanishes_fails_the_step_under_way(network, client):
         session = await session_over(client, servers)
         servers[1].executor.gate = asyncio.Event()
         step = asyncio.create_task(session.step(hidden_states(rows(1)), [1]))
-        async with asyncio.timeout(5):
-            while not servers[1].executor.computing:
-                await asyncio.sleep(0)
+        await until(lambda: servers[1].executor.computing)
         await servers[1].node.close()
         with pytest.raises(UnavailableError, match="6:12"):
             await step
@@ -418,9 +418,7 @@ async def test_cancelling_a_step_leaves_nothing_behind(network, client):
         await session.step(hidden_states(given[:2]), [2])
         servers[0].executor.gate = asyncio.Event()
         step = asyncio.create_task(session.step(hidden_states(rows(2, seed=8)), [2]))
-        async with asyncio.timeout(5):
-            while not servers[0].executor.computing:
-                await asyncio.sleep(0)
+        await until(lambda: servers[0].executor.computing)
         step.cancel()
         with pytest.raises(asyncio.CancelledError):
             await step
