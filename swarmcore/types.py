@@ -94,6 +94,14 @@ class ModelInfo:
 
 
 @attrs.frozen
+class Rtt:
+    """A measured round trip to another peer."""
+
+    peer: PeerId
+    seconds: float
+
+
+@attrs.frozen
 class ServerInfo:
     """What a peer announces of itself. A peer without blocks (a bootstrap peer) has no model and no span."""
 
@@ -111,6 +119,18 @@ class ServerInfo:
     """Measured decode steps per second through the whole span; 0 when not measured."""
     forward_rps: float = 0.0
     """Measured prefill tokens per second through the whole span; 0 when not measured."""
+    throughput: float = 0.0
+    """Tokens per second that it can carry through its whole span for all sessions together, the least of
+    computation and network; what placement weighs. 0 when not known."""
+    queue_seconds: float = 0.0
+    """How long a step waits here before it is computed, on average of late."""
+    rtts: tuple[Rtt, ...] = ()
+    """Round trips to servers that may follow it in a chain."""
+    target: Span | None = None
+    """Blocks that it is moving to; ``span`` is what it serves meanwhile. Counts for placement, not for
+    routing."""
+    incarnation: int = 0
+    """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""
     version: str = ""
 

@@ -86,6 +86,43 @@ class BlockExecutor(ABC):
         """
         return tensor.encode(codec)
 
+    async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        """Let each sequence ``i`` hold a copy of what sequence ``sources[i]`` of ``sequences`` held.
+
+        For beam search. Never overlaps with `step` or another `reorder`. Each sequence's room for tokens was
+        reserved before, as for a step.
+        """
+        raise NotImplementedError
+
+    async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
+        """The attention cache of positions ``start`` to ``start + count``, for `import_cache` elsewhere.
+
+        The tensors' layout is the backend's own; their names and shapes tell it. Not while the sequence is in
+        a batch.
+        """
+        raise NotImplementedError
+
+    async def import_cache(
+        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+    ) -> None:
+        """Append what another executor's `export_cache` gave for the blocks ``span``.
+
+        Raise `InvalidStepError` unless the tensors have this executor's own layout and dtype for ``span`` and
+        follow on what is cached.
+        """
+        raise NotImplementedError
+
+    async def change_span(self, span: Span) -> None:
+        """Hold the blocks ``span`` from now on; steps through blocks that stay go on meanwhile.
+
+        First the blocks that leave are dropped, then those that come are loaded. Sessions through blocks that
+        leave have ended before. `self.span` is the part that stays until all is loaded, and ``span`` after
+        that; where nothing stays it is ``span`` at once, and no step may come before the return. When loading
+        fails the part that stays is still served. Raise `SpanError` for blocks the model does not have, and
+        what loading raises.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         """Make the sequence's cache ready for ``tokens`` tokens in all; memory is taken at its next step."""

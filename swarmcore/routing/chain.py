@@ -52,11 +52,16 @@ class Router(Protocol):
         *,
         tokens: int = 0,
         blocked: Collection[PeerId] = (),
+        banned: Collection[PeerId] = (),
+        after: PeerId | None = None,
+        before: PeerId | None = None,
     ) -> Chain:
         """The chain for blocks ``span`` of ``model``, for a session that will need ``tokens`` of cache.
 
-        Raise `MissingBlocksError` when no servers outside ``blocked`` cover the span, `ModelMismatchError`
-        when the only servers of a model of that name hold other weights.
+        Peers in ``blocked`` are not used; those in ``banned`` only for blocks that nobody else holds.
+        ``after`` and ``before`` are the servers between which the chain will stand, None for the client
+        itself. Raise `MissingBlocksError` when no servers outside ``blocked`` cover the span,
+        `ModelMismatchError` when the only servers of a model of that name hold other weights.
         """
 
 
@@ -78,6 +83,9 @@ class FewestServers:
         *,
         tokens: int = 0,
         blocked: Collection[PeerId] = (),
+        banned: Collection[PeerId] = (),
+        after: PeerId | None = None,
+        before: PeerId | None = None,
     ) -> Chain:
         usable = [
             server
@@ -86,6 +94,9 @@ class FewestServers:
             and server.peer not in blocked
             and (self._allowed is None or server.peer in self._allowed)
         ]
+        trusted = [server for server in usable if server.peer not in banned]
+        if not missing_ranges((s.span for s in trusted if s.span), span):
+            usable = trusted
         self._rng.shuffle(usable)
         missing = missing_ranges((s.span for s in usable if s.span), span)
         if missing:

@@ -75,11 +75,23 @@ class Step:
     chain: tuple[Hop, ...] = ()
     """The stages that follow; empty for the last one, which answers the client."""
     reply: str = "all"
-    """What the last stage sends to the client: ``"all"`` tokens or each sequence's ``"last"`` one."""
+    """What the last stage sends to the client: ``"all"`` tokens, each sequence's ``"last"`` one, or ``"none"``:
+    a `StepOutput` without a tensor."""
     codec: str = "raw"
     """How hidden states are encoded between stages and in the answer."""
     deadline: float = 60.0
     """Seconds, from its receipt, in which the step is still of use to the client."""
+    sources: tuple[int, ...] = ()
+    """Beam search: before anything else, sequence ``i`` becomes a copy of what sequence ``sources[i]`` was.
+    Empty for no change."""
+    journal: str = "off"
+    """What a stage does with its output once it is on its way to the next one: ``"client"`` sends a copy to
+    the client, ``"servers"`` keeps it for a `Replay`, ``"off"`` forgets it."""
+    settled: int = 0
+    """Steps below this number have come home; their answers need not be remembered."""
+    replay: bool = False
+    """Tokens that the session had already: they fill the cache of a stage that is new to it. Not numbered
+    with the other steps: repeated, it is computed again."""
 
 
 @attrs.frozen
@@ -101,6 +113,79 @@ class StepFailed:
 
 
 @attrs.frozen
+class StepForwarded:
+    """Server to client: the step's output is on its way to the next stage.
+
+    With ``journal="client"`` it carries a copy of it as tensor ``hidden``, with ``"servers"`` none. Follows
+    the output, never delays it; steps of one stage are told of in their order.
+    """
+
+    step: int
+    blocks_done: int
+
+
+@attrs.frozen
+class Replay:
+    """Client to server: send what you kept of your outputs to a stage that is new to the session.
+
+    The server pushes rows ``starts`` to ``starts + lengths`` of its outputs to the first of ``chain``, as a
+    `Step` with these numbers and ``replay`` set; the last of ``chain`` answers the client. It answers
+    `StepFailed` itself when it does not have all of these rows.
+    """
+
+    step: int
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    chain: tuple[Hop, ...]
+    codec: str = "raw"
+    deadline: float = 60.0
+
+
+@attrs.frozen
+class Draining:
+    """Server to client: this server leaves in ``seconds``; move the session, with `HandOver` or a replay."""
+
+    seconds: float
+
+
+@attrs.frozen
+class HandOver:
+    """Client to server: send the session's attention caches to ``hop``, where a session is open for them.
+
+    No step of the session may be under way. The new server answers the client with `CachesTaken`, this one
+    with `HandOverFailed` when it cannot.
+    """
+
+    hop: Hop
+
+
+@attrs.frozen
+class HandOverFailed:
+    """Server to client: the caches did not get across; the session here is as it was."""
+
+    failure: Failure
+
+
+@attrs.frozen
+class CachePart:
+    """Server to server, after `JoinSession`: attention cache of one sequence, positions ``start`` to
+    ``start + count``, as tensors in the executor's own layout."""
+
+    sequence: int
+    start: int
+    count: int
+    last: bool = False
+    """Whether the caches of all sequences are complete with this part."""
+
+
+@attrs.frozen
+class CachesTaken:
+    """Server to client: the session's caches have arrived; each sequence has so many tokens."""
+
+    lengths: tuple[int, ...]
+
+
+@attrs.frozen
 class InfoRequest:
     """Ask a server to describe itself."""
 
@@ -114,6 +199,8 @@ class InfoReply:
     """Seconds."""
     counters: dict[str, float] = attrs.field(factory=dict)
     """What happened since start, by name: steps, tokens, pushes, refusals, …"""
+    notes: tuple[str, ...] = ()
+    """What it is about to do and why, for people: its view of where it should be, whom it avoids."""
 
 
 @attrs.frozen
