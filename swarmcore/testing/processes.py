@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from swarmcore.errors import DeadlineExceededError, RemoteFaultError
 
@@ -22,6 +22,20 @@ STOP_TIMEOUT = 15.0
 """Seconds a process has to leave after SIGTERM before it is killed."""
 
 
+class Process(Protocol):
+    """What `asyncio.subprocess.Process` and other ways to start a process have in common."""
+
+    stdout: asyncio.StreamReader | None
+    stderr: asyncio.StreamReader | None
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def send_signal(self, signal: int) -> None: ...
+    async def wait(self) -> int: ...
+
+
 class ServerProcess:
     """A ``swarmcore serve`` or ``swarmcore bootstrap`` process of its own, online when `start` returns.
 
@@ -29,7 +43,7 @@ class ServerProcess:
     ends when this one is gone, even by SIGKILL.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, arguments: tuple[str, ...]) -> None:
+    def __init__(self, process: Process, arguments: Sequence[str]) -> None:
         self.arguments = arguments
         self.online: dict[str, Any] = {}
         """The event that the process printed when it came online."""
@@ -60,6 +74,13 @@ class ServerProcess:
             # Ctrl-C in a terminal is for the program that started this process, which then stops it.
             start_new_session=True,
         )
+        return await cls.supervise(process, arguments, timeout=timeout)
+
+    @classmethod
+    async def supervise(
+        cls, process: Process, arguments: Sequence[str], *, timeout: float = 120.0
+    ) -> ServerProcess:
+        """Take over a process that was started with ``swarmcore ARGUMENTS --json``; otherwise as `start`."""
         server = cls(process, arguments)
         try:
             async with asyncio.timeout(timeout):
@@ -107,6 +128,7 @@ class ServerProcess:
     async def stop(self) -> int:
         """SIGTERM, then wait; SIGKILL after `STOP_TIMEOUT` seconds. Return the exit status."""
         self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)  # one that was frozen leaves too
         try:
             async with asyncio.timeout(STOP_TIMEOUT):
                 return await self._finished()
