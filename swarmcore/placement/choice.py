@@ -1,0 +1,42 @@
+"""The join rule: which blocks a server takes when it comes to a swarm."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from swarmcore.placement.swarm_throughput import block_throughputs, placements
+from swarmcore.registry.base import SwarmView
+from swarmcore.types import ModelInfo, PeerId, Span
+
+
+def join_span(view: SwarmView, model: ModelInfo, size: int, rng: random.Random, *, peer: PeerId) -> Span:
+    """The ``size`` consecutive blocks that the swarm serves worst, for ``peer`` to take.
+
+    After arXiv 2312.08361, section 3.3: among all spans of that size the one whose per-block throughputs,
+    sorted, are lexicographically the least. ``rng`` decides among equals, so that servers that come at the
+    same time spread. A ``size`` of the whole model or more gives the whole model.
+    """
+    others = placements(view, model, without=peer)
+    return rng.choice(worst_spans(block_throughputs(others, model.blocks), size))
+
+
+def worst_spans(throughputs: Sequence[float], size: int, *, around: Span | None = None) -> list[Span]:
+    """The spans of ``size`` blocks that are served worst: several when they are equally so, in order.
+
+    With ``around`` only those that hold all of it, which must not be longer than ``size``.
+    """
+    blocks = len(throughputs)
+    size = min(size, blocks)
+    starts = range(
+        max(0, around.end - size) if around else 0,
+        min(blocks - size, around.start if around else blocks) + 1,
+    )
+    # Most spans are ruled out by their worst block, without sorting.
+    least = {start: min(throughputs[start : start + size]) for start in starts}
+    lowest = min(least.values())
+    ranked = {
+        start: sorted(throughputs[start : start + size]) for start, value in least.items() if value == lowest
+    }
+    worst = min(ranked.values())
+    return [Span(start, start + size) for start, values in ranked.items() if values == worst]

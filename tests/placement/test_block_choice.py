@@ -1,0 +1,110 @@
+"""The join rule, and what counts for it."""
+
+import random
+
+import attrs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmcore.placement.choice import join_span, worst_spans
+from swarmcore.placement.swarm_throughput import block_throughputs, placements, unique_blocks
+from swarmcore.registry.base import SwarmView
+from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
+
+MODEL = ModelInfo("tiny", "f" * 32, blocks=12, hidden_size=8)
+NEW = PeerId("new")
+
+
+def server(peer: str, blocks: str, throughput: float = 10.0, **fields) -> ServerInfo:
+    return ServerInfo(PeerId(peer), (), model=MODEL, span=Span.parse(blocks), throughput=throughput, **fields)
+
+
+def view(*servers: ServerInfo) -> SwarmView:
+    return SwarmView({s.peer: s for s in servers})
+
+
+def throughputs(swarm: SwarmView) -> list[float]:
+    return block_throughputs(placements(swarm, MODEL), MODEL.blocks)
+
+
+def test_servers_that_hold_a_block_add_up():
+    swarm = view(server("a", "0:6", 1.5), server("b", "4:12", 2.0))
+    assert throughputs(swarm) == [1.5] * 4 + [3.5] * 2 + [2.0] * 6
+
+
+def test_joining_counts_draining_does_not_and_a_mover_counts_where_it_goes():
+    swarm = view(
+        server("a", "0:2", state="joining"),
+        server("b", "2:4", state="draining"),
+        server("c", "4:6", target=Span(8, 10)),
+    )
+    assert throughputs(swarm) == [10, 10, 0, 0, 0, 0, 0, 0, 10, 10, 0, 0]
+    still = placements(swarm, MODEL, staying=[PeerId("c")])
+    assert block_throughputs(still, 12)[4:6] == [10, 10]
+
+
+def test_who_tells_no_throughput_counts_as_the_middling_server():
+    swarm = view(server("a", "0:1", 1), server("b", "1:2", 4), server("c", "2:3", 9), server("d", "3:4", 0.0))
+    assert throughputs(swarm)[3] == 4
+
+
+def test_blocks_that_the_model_does_not_have_do_not_count():
+    longer = attrs.evolve(MODEL, blocks=100)
+    liars = (
+        ServerInfo(PeerId("x"), (), model=longer, span=Span(10, 99), throughput=1.0),
+        ServerInfo(PeerId("y"), (), model=longer, span=Span(50, 99), throughput=1.0),
+    )
+    assert throughputs(view(*liars)) == [0] * 10 + [1, 1]
+
+
+def test_a_new_server_takes_what_nobody_holds():
+    swarm = view(server("a", "0:5"), server("b", "9:12"))
+    assert join_span(swarm, MODEL, 4, random.Random(0), peer=NEW) == Span(5, 9)
+
+
+def test_of_spans_with_equal_minimum_the_next_worst_block_decides():
+    assert worst_spans([5, 1, 5, 5, 1, 2, 9], 2) == [Span(4, 6)]
+
+
+def test_what_a_server_announced_itself_does_not_count_against_it():
+    swarm = view(server("a", "0:6"), server("b", "6:12"), server(NEW, "6:12"))
+    assert join_span(swarm, MODEL, 6, random.Random(0), peer=NEW) in (Span(i, i + 6) for i in range(7))
+
+
+def test_servers_that_join_an_empty_swarm_at_once_spread():
+    starts = {
+        join_span(view(), MODEL, 3, random.Random(seed), peer=PeerId(str(seed))).start for seed in range(60)
+    }
+    assert len(starts) == 10
+
+
+def test_a_server_that_can_hold_all_takes_all():
+    assert join_span(view(server("a", "0:6")), MODEL, 99, random.Random(0), peer=NEW) == Span(0, 12)
+
+
+@given(
+    throughputs=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    size=st.integers(1, 12),
+    data=st.data(),
+)
+def test_the_worst_spans_are_those_that_a_full_comparison_finds(throughputs, size, data):
+    size = min(size, len(throughputs))
+    spans = [Span(start, start + size) for start in range(len(throughputs) - size + 1)]
+    kept = data.draw(st.none() | st.sampled_from(spans))
+    around = None
+    if kept is not None:
+        first = data.draw(st.integers(kept.start, kept.end - 1))
+        around = Span(first, data.draw(st.integers(first + 1, kept.end)))
+        spans = [span for span in spans if span.start <= around.start and around.end <= span.end]
+    keys = {span: sorted(throughputs[span.start : span.end]) for span in spans}
+    expected = [span for span in spans if keys[span] == min(keys.values())]
+    assert worst_spans(throughputs, size, around=around) == expected
+
+
+def test_unique_blocks_count_neither_those_who_leave_nor_those_who_load():
+    me = server("a", "0:6")
+    assert unique_blocks(view(me), me) == Span(0, 6)
+    assert unique_blocks(view(me, server("b", "2:12")), me) == Span(0, 2)
+    assert unique_blocks(view(me, server("b", "0:12")), me) is None
+    assert unique_blocks(view(me, server("b", "0:12", state="joining")), me) == Span(0, 6)
+    assert unique_blocks(view(me, server("b", "0:6", target=Span(3, 9))), me) == Span(0, 3)
