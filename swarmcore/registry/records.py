@@ -104,10 +104,9 @@ def check_info(info: ServerInfo, peer: PeerId) -> None:
         _check_fields(info.model)
         if info.model.blocks > MAX_BLOCKS:
             raise InputError(f"a model of {info.model.blocks} blocks is above the limit of {MAX_BLOCKS}")
-    if info.span is not None and (
-        info.model is None or not 0 <= info.span.start < info.span.end <= info.model.blocks
-    ):
-        raise InputError(f"blocks {info.span} are not within an announced model")
+    for span in (info.span, info.target):
+        if span is not None and (info.model is None or not 0 <= span.start < span.end <= info.model.blocks):
+            raise InputError(f"blocks {span} are not within an announced model")
 
 
 def _check_fields(record: ServerInfo | ModelInfo) -> None:
