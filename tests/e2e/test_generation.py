@@ -10,7 +10,7 @@ import torch
 
 import swarmcore
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPTS = [
     "The capital of France is",
@@ -20,43 +20,43 @@ PROMPTS = [
 ]
 
 
-async def plain_text(plain_model: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> str:
+async def plain_text(plain_smollm2: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> str:
     """What plain Transformers says; in a thread, so that the swarm's event loop lives on."""
 
     def generate() -> str:
         ids = tokenizer(prompt, return_tensors="pt")
         with torch.inference_mode():
-            output = plain_model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+            output = plain_smollm2.generate(**ids, max_new_tokens=tokens, do_sample=False)
         return tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
 
     return await asyncio.to_thread(generate)
 
 
-async def test_three_servers_generate_what_plain_transformers_does(model, plain_model):
+async def test_three_servers_generate_what_plain_transformers_does(model, plain_smollm2):
     pieces = [piece async for piece in model.generate(PROMPTS[0], max_new_tokens=32)]
     assert len(pieces) > 5, "text arrives as it is generated"
-    assert "".join(pieces) == await plain_text(plain_model, model.tokenizer, PROMPTS[0], 32)
+    assert "".join(pieces) == await plain_text(plain_smollm2, model.tokenizer, PROMPTS[0], 32)
 
 
-async def test_a_batch_of_prompts_of_different_lengths(model, plain_model):
+async def test_a_batch_of_prompts_of_different_lengths(model, plain_smollm2):
     texts = await model.generate_batch(PROMPTS, max_new_tokens=16)
-    assert texts == [await plain_text(plain_model, model.tokenizer, prompt, 16) for prompt in PROMPTS]
+    assert texts == [await plain_text(plain_smollm2, model.tokenizer, prompt, 16) for prompt in PROMPTS]
 
 
-async def test_one_server_generates_the_same(serve, smollm2_folder: Path, plain_model):
+async def test_one_server_generates_the_same(serve, smollm2_folder: Path, plain_smollm2):
     async with await serve(smollm2_folder, "0:30") as server, swarmcore.connect(server.address) as swarm:
         model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
         texts = await model.generate_batch(PROMPTS, max_new_tokens=16)
-    assert texts == [await plain_text(plain_model, model.tokenizer, prompt, 16) for prompt in PROMPTS]
+    assert texts == [await plain_text(plain_smollm2, model.tokenizer, prompt, 16) for prompt in PROMPTS]
 
 
-async def test_a_long_prompt_goes_through_the_chain_in_chunks(model, plain_model):
+async def test_a_long_prompt_goes_through_the_chain_in_chunks(model, plain_smollm2):
     prompt = " ".join(f"{n} sheep," for n in range(200))
     text = "".join([piece async for piece in model.generate(prompt, max_new_tokens=8)])
-    assert text == await plain_text(plain_model, model.tokenizer, prompt, 8)
+    assert text == await plain_text(plain_smollm2, model.tokenizer, prompt, 8)
 
 
-async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path, plain_model):
+async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path, plain_smollm2):
     async with (
         await serve(smollm2_folder, "0:17") as left,
         await serve(smollm2_folder, "12:30", "--bootstrap", left.address) as right,
@@ -66,14 +66,14 @@ async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path,
         chain = await swarm.wait_for_blocks(other.info, timeout=30)
         assert [str(stage.span) for stage in chain.stages] == ["0:17", "17:30"]
         text = "".join([piece async for piece in other.generate(PROMPTS[2], max_new_tokens=16)])
-    assert text == await plain_text(plain_model, other.tokenizer, PROMPTS[2], 16)
+    assert text == await plain_text(plain_smollm2, other.tokenizer, PROMPTS[2], 16)
 
 
 @pytest.mark.parametrize("codec", ["int8", "raw+zstd"])
 async def test_hidden_states_travel_in_the_codec_of_the_clients_choice(
-    swarm, smollm2_folder: Path, plain_model, codec
+    swarm, smollm2_folder: Path, plain_smollm2, codec
 ):
     options = swarmcore.SessionOptions(codec=codec)
     model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1, session_options=options)
     text = await model.generate(PROMPTS[0], max_new_tokens=6)
-    assert text == await plain_text(plain_model, model.tokenizer, PROMPTS[0], 6)
+    assert text == await plain_text(plain_smollm2, model.tokenizer, PROMPTS[0], 6)

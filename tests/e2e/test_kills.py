@@ -14,7 +14,7 @@ import swarmcore
 from swarmcore.errors import UnavailableError
 from swarmcore.types import PeerId
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 CLIENT = """
 import asyncio, sys, swarmcore
