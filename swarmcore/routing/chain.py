@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Protocol
 
 import attrs
 
-from swarmcore.errors import MissingBlocksError, ModelMismatchError
 from swarmcore.registry.base import SwarmView
+from swarmcore.routing.coverage import Bans, explain_missing, missing_ranges, reprieved
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
 
@@ -52,13 +52,14 @@ class Router(Protocol):
         *,
         tokens: int = 0,
         blocked: Collection[PeerId] = (),
-        banned: Collection[PeerId] = (),
+        banned: Bans = (),
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> Chain:
         """The chain for blocks ``span`` of ``model``, for a session that will need ``tokens`` of cache.
 
-        Peers in ``blocked`` are not used; those in ``banned`` only for blocks that nobody else holds.
+        Peers in ``blocked`` are not used; those in ``banned`` only for blocks that nobody else holds, and of
+        them no more than it takes, those whose ban ends first.
         ``after`` and ``before`` are the servers between which the chain will stand, None for the client
         itself. Raise `MissingBlocksError` when no servers outside ``blocked`` cover the span,
         `ModelMismatchError` when the only servers of a model of that name hold other weights.
@@ -83,7 +84,7 @@ class FewestServers:
         *,
         tokens: int = 0,
         blocked: Collection[PeerId] = (),
-        banned: Collection[PeerId] = (),
+        banned: Bans = (),
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> Chain:
@@ -95,57 +96,32 @@ class FewestServers:
             and (self._allowed is None or server.peer in self._allowed)
         ]
         trusted = [server for server in usable if server.peer not in banned]
-        if not missing_ranges((s.span for s in trusted if s.span), span):
-            usable = trusted
-        self._rng.shuffle(usable)
-        missing = missing_ranges((s.span for s in usable if s.span), span)
+        suspects = [server for server in usable if server.peer in banned]
+        scarce = missing_ranges((s.span for s in trusted if s.span), span)
+        last_resort = reprieved(suspects, [b for part in scarce for b in range(part.start, part.end)], banned)
+        missing = [
+            gap for part in scarce for gap in missing_ranges((s.span for s in last_resort if s.span), part)
+        ]
         if missing:
-            raise _explain_missing(view, model, missing)
+            raise explain_missing(view, model, missing)
+        self._rng.shuffle(trusted)
         stages = []
         position = span.start
         while position < span.end:
+            part = next((part for part in scarce if position in part), None)
+            limit = (
+                part.end if part else min((p.start for p in scarce if p.start > position), default=span.end)
+            )
             # Greedy from the left is optimal for interval cover.
             server, reach = max(
-                ((s, s.span.end) for s in usable if s.span and position in s.span),
-                key=lambda found: (min(found[1], span.end), found[0].cache_tokens_free >= tokens),
+                (
+                    (s, s.span.end)
+                    for s in (last_resort if part else trusted)
+                    if s.span and position in s.span
+                ),
+                key=lambda found: (min(found[1], limit), found[0].cache_tokens_free >= tokens),
             )
-            end = min(reach, span.end)
+            end = min(reach, limit)
             stages.append(Stage(server, Span(position, end)))
             position = end
         return Chain(tuple(stages))
-
-
-def missing_ranges(spans: Iterable[Span], whole: Span) -> list[Span]:
-    """The parts of ``whole`` that none of ``spans`` covers, in order."""
-    missing = []
-    position = whole.start
-    for span in sorted(spans):
-        if span.start > position:
-            missing.append(Span(position, min(span.start, whole.end)))
-        position = max(position, span.end)
-        if position >= whole.end:
-            break
-    if position < whole.end:
-        missing.append(Span(position, whole.end))
-    return [span for span in missing if span.start < span.end]
-
-
-def _explain_missing(
-    view: SwarmView, model: ModelInfo, missing: list[Span]
-) -> MissingBlocksError | ModelMismatchError:
-    if not view.serving(model.fingerprint):
-        strangers = [m for m in view.models().values() if m.name == model.name]
-        if strangers:
-            others = ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in strangers)
-            return ModelMismatchError(
-                f"the servers hold other weights than this client: they serve {others}, this client has "
-                f"{model.name} ({model.fingerprint[:12]}); load the same files on both sides"
-            )
-    ranges = [str(span) for span in missing]
-    # The name is what servers announce; it need not be where anyone finds the files.
-    commands = "; ".join(f"swarmcore serve --model MODEL --blocks {span} --bootstrap …" for span in ranges)
-    return MissingBlocksError(
-        f"no server holds blocks {', '.join(ranges)} of {model.name}; start: {commands} "
-        f"(MODEL: the hub id, folder or GGUF file of {model.name})",
-        ranges=ranges,
-    )

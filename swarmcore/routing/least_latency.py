@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.chain import Chain, FewestServers
+from swarmcore.routing.coverage import Bans
 from swarmcore.types import ModelInfo, PeerId, Span
 
 
@@ -37,7 +38,7 @@ class LeastLatency:
         *,
         tokens: int = 0,
         blocked: Collection[PeerId] = (),
-        banned: Collection[PeerId] = (),
+        banned: Bans = (),
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> Chain:

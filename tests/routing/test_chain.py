@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from swarmcore.errors import MissingBlocksError, ModelMismatchError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import SwarmView
-from swarmcore.routing.chain import FewestServers, missing_ranges
+from swarmcore.routing.chain import FewestServers
+from swarmcore.routing.coverage import missing_ranges
 from swarmcore.types import ModelInfo, ServerInfo, ServerState, Span
 
 MODEL = ModelInfo("tiny", "f" * 32, blocks=12, hidden_size=8)

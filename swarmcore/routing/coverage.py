@@ -1,0 +1,69 @@
+"""Whether servers cover a span, which bans that calls off, and how to say that they do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from swarmcore.errors import MissingBlocksError, ModelMismatchError
+from swarmcore.registry.base import SwarmView
+from swarmcore.routing.health import Ban
+from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
+
+Bans = Mapping[PeerId, Ban] | Collection[PeerId]
+"""Whom to do without if that can be done; with `Ban`s it is known whose ends first."""
+
+
+def missing_ranges(spans: Iterable[Span], whole: Span) -> list[Span]:
+    """The parts of ``whole`` that none of ``spans`` covers, in order."""
+    missing = []
+    position = whole.start
+    for span in sorted(spans):
+        if span.start > position:
+            missing.append(Span(position, min(span.start, whole.end)))
+        position = max(position, span.end)
+        if position >= whole.end:
+            break
+    if position < whole.end:
+        missing.append(Span(position, whole.end))
+    return [span for span in missing if span.start < span.end]
+
+
+def reprieved(suspects: Iterable[ServerInfo], scarce: Collection[int], banned: Bans) -> list[ServerInfo]:
+    """Those of the banned ``suspects`` that must be used for the blocks ``scarce``, which nobody else holds.
+
+    No server among them could be left out without a block more going missing. Where there is a choice, those
+    whose ban ends first remain.
+    """
+    held = {server.peer: [b for b in scarce if server.span and b in server.span] for server in suspects}
+    needed = [server for server in suspects if held[server.peer]]
+    if isinstance(banned, Mapping):
+        needed.sort(key=lambda server: banned[server.peer].until)
+    holders = Counter(block for server in needed for block in held[server.peer])
+    for server in reversed(tuple(needed)):
+        if all(holders[block] > 1 for block in held[server.peer]):
+            needed.remove(server)
+            holders.subtract(held[server.peer])
+    return needed
+
+
+def explain_missing(
+    view: SwarmView, model: ModelInfo, missing: Sequence[Span]
+) -> MissingBlocksError | ModelMismatchError:
+    """The error for blocks that no usable server holds: what to start, or which weights do not match."""
+    if not view.serving(model.fingerprint):
+        strangers = [m for m in view.models().values() if m.name == model.name]
+        if strangers:
+            others = ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in strangers)
+            return ModelMismatchError(
+                f"the servers hold other weights than this client: they serve {others}, this client has "
+                f"{model.name} ({model.fingerprint[:12]}); load the same files on both sides"
+            )
+    ranges = [str(span) for span in missing]
+    # The name is what servers announce; it need not be where anyone finds the files.
+    commands = "; ".join(f"swarmcore serve --model MODEL --blocks {span} --bootstrap …" for span in ranges)
+    return MissingBlocksError(
+        f"no server holds blocks {', '.join(ranges)} of {model.name}; start: {commands} "
+        f"(MODEL: the hub id, folder or GGUF file of {model.name})",
+        ranges=ranges,
+    )
