@@ -1,65 +1,45 @@
-"""An inference session over the network: streams to every server of a chain, steps pipelined through it."""
+"""An inference session over the network: steps pipelined through servers, any of which may vanish."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 import attrs
 
+from swarmcore.client.mending import Mender
+from swarmcore.client.opening import OpenStage, Planner, open_chain
+from swarmcore.client.options import Failover, SessionOptions
+from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
 from swarmcore.errors import (
+    CacheFullError,
     DeadlineExceededError,
     InputError,
     InvalidStepError,
-    ProtocolError,
-    RemoteFaultError,
     SessionLostError,
     SwarmError,
+    TooManyCallsError,
 )
 from swarmcore.routing.chain import Chain
-from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
-from swarmcore.session.laps import Chunk, Lap, Reply, SessionLaps
-from swarmcore.types import Address, ModelInfo, short
-from swarmcore.wire.failure import to_error
-from swarmcore.wire.framing import Message
-from swarmcore.wire.messages import Hop, OpenSession, SessionOpened, StepFailed, StepOutput
+from swarmcore.session.laps import Chunk, Lap, Reply
+from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
+
+__all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
 
 logger = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT = 8
 """Prefill chunks of one session under way in the chain."""
 
-
-@attrs.frozen(kw_only=True)
-class SessionOptions:
-    """How a session travels."""
-
-    chunk_rows: int = 256
-    """Longest piece, in tokens over all sequences, in which a long prompt goes through the chain."""
-    codec: str = "raw"
-    """How hidden states are encoded on the way: ``"raw"``; ``"int8"``, half of bfloat16's bytes and 1 to 2 %
-    off; either with ``"+zstd"``, which is lossless and pays on links under some 50 MB/s."""
-    open_timeout: float = 40.0
-    """Seconds to wait for every server to grant the session."""
-    step_timeout: float = 60.0
-    """Seconds to wait for one lap of one chunk."""
-
-
-@attrs.define
-class _Flight:
-    """A chunk under way."""
-
-    chunk: Chunk
-    lap: Lap
-    output: asyncio.Future[Tensor]
+NUDGES = 3
+"""How often a step without progress is sent again before the stage where it is stuck counts as lost."""
 
 
 class InferenceSession:
@@ -67,40 +47,52 @@ class InferenceSession:
 
     Made by `open_session`; close it, or use it as an async context manager, to free the caches. One lap at a
     time: `step` must have returned before it is called again.
+
+    A server that fails is replaced, its caches are rebuilt from the journal, and the step goes on: it then
+    only takes longer (see `SessionOptions.journal`).
     """
 
     def __init__(
         self,
+        node: Node,
+        planner: Planner,
         model: ModelInfo,
-        chain: Chain,
-        hops: Sequence[Hop],
-        channels: Sequence[Channel],
+        opened: Sequence[OpenStage],
         *,
         sequences: int,
-        carried: Collection[int] = (),
         options: SessionOptions,
     ) -> None:
         self.model = model
-        self.chain = chain
         self.sequences = sequences
-        self._options = options
-        self._laps = SessionLaps(hops, sequences=sequences, carried=carried)
-        self._channels = tuple(channels)
-        self._flights: dict[int, _Flight] = {}
-        self._broken: SwarmError | None = None
+        self.options = options
+        self._pipeline = Pipeline(node, model, opened, sequences=sequences, options=options)
+        self._pipeline.on_draining = self._on_draining
+        self._mender = Mender(self._pipeline, planner)
+        self._turn = asyncio.Lock()
         self._stepping = False
-        self._listeners = [
-            asyncio.create_task(self._listen(stage, channel)) for stage, channel in enumerate(channels)
-        ]
+        self._broken: SwarmError | None = None
+        self._hand_overs: set[asyncio.Task[None]] = set()
+
+    @property
+    def chain(self) -> Chain:
+        """The servers that the session passes through now."""
+        return self._pipeline.chain
 
     @property
     def positions(self) -> tuple[int, ...]:
         """Tokens of each sequence in the servers' caches."""
-        return self._laps.positions
+        return self._pipeline.laps.positions
+
+    @property
+    def failovers(self) -> int:
+        """How often stages have been replaced so far."""
+        return self._mender.failovers
 
     def __repr__(self) -> str:
         state = "closed" if self._broken else f"pos {','.join(map(str, self.positions))}"
-        return f"<InferenceSession {self.model.name} {self.chain} · {state}>"
+        count = self.failovers
+        failovers = f" · {count} failover{'s' * (count > 1)}" if count else ""
+        return f"<InferenceSession {self.model.name} {self.chain} · {state}{failovers}>"
 
     async def step(
         self,
@@ -108,18 +100,21 @@ class InferenceSession:
         lengths: Sequence[int],
         *,
         starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
         reply: Reply = "last",
     ) -> Tensor:
         """Send new tokens through the chain and return what comes out of the last block.
 
         ``hidden`` is ``[sum(lengths), hidden size]``, the sequences' new tokens one after the other, without
-        padding; a length of 0 leaves a sequence alone. ``starts`` default to `positions`; a lower start
-        first rolls that sequence back. With ``reply="last"`` the result has one row for each sequence of
-        length above 0, with ``"all"`` one for every token.
+        padding; a length of 0 leaves a sequence alone. With ``sources``, for beam search, sequence ``i``
+        first becomes a copy of sequence ``sources[i]``. ``starts`` default to `positions` (reordered); a
+        lower start rolls that sequence back. With ``reply="last"`` the result has one row for each sequence
+        of length above 0, with ``"all"`` one for every token.
 
-        Raise `InvalidStepError` for shapes and positions that do not fit, `BusyError` when a server had no
-        room or time, `UnavailableError` when a server is gone; after the latter the session is of no more
-        use.
+        Raise `InvalidStepError` for shapes and positions that do not fit; `MissingBlocksError` when servers
+        were lost and nobody has held their blocks for ``patience`` seconds, another `UnavailableError` or
+        `BusyError` when there were replacements and none would do. The session then stands where it was, and
+        the step may be tried again; without a journal the session has ended.
         """
         if self._broken is not None:
             raise self._broken
@@ -128,34 +123,30 @@ class InferenceSession:
         expected = (sum(lengths), self.model.hidden_size)
         if hidden.shape != expected:
             raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
-        lap = self._laps.begin(lengths, starts, reply, chunk_rows=self._options.chunk_rows)
         self._stepping = True
         try:
-            outputs = await self._run(lap, hidden)
-        except BaseException:
-            self._laps.abandon(lap)
-            raise
+            async with self._turn:
+                laps = self._pipeline.laps
+                lap = laps.begin(lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources)
+                return await self._run(lap, hidden)
         finally:
             self._stepping = False
-            self._flights.clear()
-        self._laps.commit(lap)
-        return outputs[0] if len(outputs) == 1 else _join(lap, outputs)
 
     def rollback(self, positions: Sequence[int]) -> None:
         """Forget what is cached beyond ``positions``; the servers do so with the next step.
 
         Raise `InvalidStepError` for a position that is not cached.
         """
-        self._laps.rollback(positions)
+        self._pipeline.laps.rollback(positions)
 
     async def close(self) -> None:
         """End the session on every server. Harmless when repeated."""
         if self._broken is None:
             self._broken = SessionLostError("the session was closed on this side")
-        for listener in self._listeners:
-            listener.cancel()
-        await asyncio.gather(*self._listeners, return_exceptions=True)
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        for task in self._hand_overs:
+            task.cancel()
+        await asyncio.gather(*self._hand_overs, return_exceptions=True)
+        await self._pipeline.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,90 +156,111 @@ class InferenceSession:
     ) -> None:
         await self.close()
 
-    async def _run(self, lap: Lap, hidden: Tensor) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        under_way: deque[_Flight] = deque()
-        for chunk in lap.chunks:
-            if len(under_way) == CHUNKS_IN_FLIGHT:
-                outputs.append(await self._landing(under_way.popleft()))
-            flight = _Flight(chunk, lap, asyncio.get_running_loop().create_future())
-            self._flights[chunk.step] = flight
-            await self._send(0, flight, _rows(hidden, chunk).encode(self._options.codec))
-            under_way.append(flight)
-        while under_way:
-            outputs.append(await self._landing(under_way.popleft()))
-        return outputs
+    # --- one lap -----------------------------------------------------------------------------------------
 
-    async def _landing(self, flight: _Flight) -> Tensor:
+    async def _run(self, lap: Lap, hidden: Tensor) -> Tensor:
+        pipeline = self._pipeline
+        self._mender.begin_lap()
+        flying: deque[Flight] = deque()
         try:
-            async with asyncio.timeout(self._options.step_timeout):
-                return await flight.output
-        except TimeoutError as exc:
-            raise DeadlineExceededError(
-                f"no answer from {self.chain} within {self._options.step_timeout:.0f} s"
-            ) from exc
+            outputs = await self._fly(lap, hidden, flying)
+        except BaseException as exc:
+            for flight in flying:
+                pipeline.forget(flight)
+            if pipeline.laps.reordering(lap):
+                for stage in pipeline.stages:
+                    error = SessionLostError("it may have reordered its caches for a step that was given up")
+                    pipeline.fail(stage, error, blame=False)
+            pipeline.laps.abandon(lap)
+            if self.options.journal == "off" and pipeline.failed and isinstance(exc, SwarmError):
+                self._broken = exc
+            raise
+        return outputs[0] if len(outputs) == 1 else _join(lap, outputs)
 
-    async def _send(self, stage: int, flight: _Flight, hidden: Tensor) -> None:
-        step = self._laps.step_for(
-            stage, flight.chunk, flight.lap, codec=self._options.codec, deadline=self._options.step_timeout
-        )
-        try:
-            async with asyncio.timeout(self._options.step_timeout):
-                await self._channels[stage].send(step, hidden)
-        except TimeoutError as exc:
-            raise DeadlineExceededError(f"{self.chain.stages[stage]} does not take in the step") from exc
+    async def _fly(self, lap: Lap, hidden: Tensor, flying: deque[Flight]) -> list[Tensor]:
+        """Send the chunks, a few at a time, and take what comes home; replace stages that fail meanwhile."""
+        pipeline = self._pipeline
+        waiting, outputs = deque(lap.chunks), list[Tensor]()
+        resent, nudges = False, 0
+        patience = self.options.step_timeout / (NUDGES + 1)
+        while True:
+            while flying and flying[0].done:
+                outputs.append(self._land(flying.popleft()))
+                nudges = 0
+            if not waiting and not flying:
+                return outputs
+            resent = resent and bool(flying)
+            if pipeline.failed:
+                await self._mender.mend()
+                await self._mender.resend(flying)
+                resent = bool(flying)
+            elif flying and flying[0].error is not None:
+                self._judge(flying[0])
+            elif waiting and len(flying) < CHUNKS_IN_FLIGHT and not resent:
+                # What is sent again goes another way than what follows it: the one has to be home first.
+                chunk = waiting.popleft()
+                rows = _rows(hidden, chunk).encode(self.options.codec)
+                flying.append(pipeline.begin(chunk, rows))
+                await pipeline.send(0, flying[-1], rows)
+            elif not await pipeline.wait(partial(self._has_news, flying), timeout=patience):
+                nudges += 1
+                if nudges <= NUDGES and self.options.journal != "off":
+                    await self._mender.resend(flying)
+                    resent = True
+                elif nudges > NUDGES:
+                    self._blame_stuck(flying[0])
 
-    async def _listen(self, stage: int, channel: Channel) -> None:
-        """Take what one server sends: outputs, refusals, or the end of its stream."""
-        try:
-            while True:
-                await self._heard(stage, await channel.receive())
-        except SwarmError as exc:
-            error = self._located(stage, exc)
-            logger.info("session over %s broke: %s", self.chain, error)
-            self._break(error)
-        except Exception as exc:
-            logger.exception("session over %s broke", self.chain)
-            self._break(RemoteFaultError(f"{self.chain.stages[stage]}: {exc}"))
+    def _has_news(self, flying: Sequence[Flight]) -> bool:
+        return flying[0].done or flying[0].error is not None or self._pipeline.failed is not None
 
-    async def _heard(self, stage: int, message: Message) -> None:
-        record = message.record
-        if not isinstance(record, StepOutput | StepFailed):
-            raise ProtocolError(f"unexpected {message.kind} in the middle of a session")
-        flight = self._flights.get(record.step)
-        if flight is None or flight.output.done():
-            return
-        if isinstance(record, StepFailed):
-            error = to_error(record.failure, self.chain.stages[stage].server.peer)
-            flight.output.set_exception(self._located(stage, error))
-            # Whether or not anyone still waits for this chunk, an earlier one may have failed the lap.
-            flight.output.exception()
-            return
-        carry_to = self._laps.received(stage, record)
-        hidden = message.tensor("hidden")
-        if carry_to is None:
-            flight.output.set_result(hidden)
-        else:
-            await self._send(carry_to, flight, hidden)
+    def _land(self, flight: Flight) -> Tensor:
+        """The chunk is home: from now on it is part of what is replayed."""
+        pipeline = self._pipeline
+        pipeline.laps.settle(flight.chunk)
+        pipeline.journal.settle(flight.chunk.entry)
+        pipeline.flights.pop(flight.chunk.step)
+        assert flight.output is not None
+        return flight.output
 
-    def _located(self, stage: int, error: SwarmError) -> SwarmError:
-        """``error`` with the server and blocks it comes from in its message."""
-        located = type(error)(f"{self.chain.stages[stage]}: {error.message}", **error.details)
-        located.origin = error.origin
-        return located
+    def _judge(self, flight: Flight) -> None:
+        """A server refused a step, or failed on it: raise what only the caller can deal with."""
+        error, stage = flight.error, flight.refused_by
+        assert error is not None and stage is not None
+        flight.error = None
+        if isinstance(error, InputError | CacheFullError | TooManyCallsError):
+            raise located(stage, error)
+        self._pipeline.fail(stage, error)
 
-    def _break(self, error: SwarmError) -> None:
-        if self._broken is None:
-            self._broken = error
-        for flight in self._flights.values():
-            if not flight.output.done():
-                flight.output.set_exception(error)
-                flight.output.exception()
+    def _blame_stuck(self, flight: Flight) -> None:
+        stage = next(s for s in self._pipeline.stages if s.end > flight.reached)
+        error = DeadlineExceededError(f"a step got no further in {self.options.step_timeout:.0f} s")
+        self._pipeline.fail(stage, error)
+
+    # --- servers that leave ------------------------------------------------------------------------------
+
+    def _on_draining(self, stage: LiveStage, seconds: float) -> None:
+        task = asyncio.create_task(self._move_off(stage, seconds), name="session hand-over")
+        self._hand_overs.add(task)
+        task.add_done_callback(self._hand_overs.discard)
+
+    async def _move_off(self, stage: LiveStage, seconds: float) -> None:
+        """Between two steps, move off a server that leaves; stay while nobody else has its blocks."""
+        async with self._turn:
+            if stage not in self._pipeline.stages or stage.failure is not None:
+                return
+            try:
+                if await self._mender.hand_over(stage, seconds) or self.options.journal == "off":
+                    return
+                self._pipeline.fail(stage, SessionLostError("the server is shutting down"), blame=False)
+                await self._mender.mend()
+            except SwarmError as exc:
+                # The next step tries again, and says what is wrong.
+                logger.info("could not move %r off %s: %s", self, stage, exc)
 
 
 async def open_session(
     node: Node,
-    plan: Callable[[frozenset[str]], Chain],
+    planner: Planner,
     model: ModelInfo,
     *,
     sequences: int,
@@ -256,84 +268,24 @@ async def open_session(
     options: SessionOptions | None = None,
     attempts: int = 3,
 ) -> InferenceSession:
-    """Open a session on every server of a chain, all at once.
+    """Open a session through all blocks of ``model``, on every server of a chain at once.
 
-    ``plan`` gives a chain that avoids the given peers; a server that refuses or does not answer is avoided in
-    the next of ``attempts``. Raise what ``plan`` raises when no chain is left, and `CacheFullError` or the
-    last server's error when the attempts are used up.
+    Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does not answer
+    is avoided in the next of ``attempts``. Raise `MissingBlocksError` when no chain is left, `CacheFullError`
+    or the last server's error when the attempts are used up.
     """
     options = options or SessionOptions()
-    avoided: set[str] = set()
-    failure: SwarmError | None = None
-    for _ in range(attempts):
-        try:
-            chain = plan(frozenset(avoided))
-        except SwarmError as exc:
-            raise (failure or exc) from exc
-        hops = [
-            Hop(
-                stage.server.peer,
-                stage.server.addresses,
-                secrets.token_hex(16),
-                stage.span.start,
-                stage.span.end,
-            )
-            for stage in chain.stages
-        ]
-        results = await _open_all(node, model, hops, sequences=sequences, tokens=tokens, options=options)
-        failures = {hop.peer: r for hop, r in zip(hops, results, strict=True) if isinstance(r, SwarmError)}
-        opened = [result for result in results if not isinstance(result, SwarmError)]
-        if not failures:
-            return InferenceSession(
-                model,
-                chain,
-                hops,
-                [channel for channel, _ in opened],
-                sequences=sequences,
-                carried=[i for i, (_, granted) in enumerate(opened) if not granted.next_hop_reachable],
-                options=options,
-            )
-        await asyncio.gather(*(channel.close() for channel, _ in opened))
-        peer, failure = next(iter(failures.items()))
-        logger.info("%s refused a session: %s", short(peer), failure)
-        if isinstance(failure, InputError):
-            break
-        avoided.update(failures)
-    assert failure is not None
-    raise failure
-
-
-async def _open_all(
-    node: Node, model: ModelInfo, hops: Sequence[Hop], *, sequences: int, tokens: int, options: SessionOptions
-) -> list[tuple[Channel, SessionOpened] | SwarmError]:
-    async def open_one(hop: Hop, next_hop: Hop | None) -> tuple[Channel, SessionOpened]:
-        opening = OpenSession(hop.session, model.fingerprint, hop.start, hop.end, sequences, tokens, next_hop)
-        addresses = [Address.parse(url) for url in hop.addresses]
-        channel = await node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=options.open_timeout)
-        try:
-            message = await channel.receive()
-            if not isinstance(message.record, SessionOpened):
-                raise ProtocolError(f"server {hop.peer} answered {message.kind} to the opening of a session")
-        except BaseException:
-            channel.abort("the session was not opened")
-            raise
-        return channel, message.record
-
-    async def guarded(hop: Hop, next_hop: Hop | None) -> tuple[Channel, SessionOpened] | SwarmError:
-        try:
-            async with asyncio.timeout(options.open_timeout):
-                return await open_one(hop, next_hop)
-        except TimeoutError:
-            return DeadlineExceededError(
-                f"{short(hop.peer)} did not grant a session in {options.open_timeout:.0f} s"
-            )
-        except SwarmError as exc:
-            return exc
-
-    opening: list[Awaitable[tuple[Channel, SessionOpened] | SwarmError]] = [
-        guarded(hop, hops[i + 1] if i + 1 < len(hops) else None) for i, hop in enumerate(hops)
-    ]
-    return list(await asyncio.gather(*opening))
+    opened = await open_chain(
+        node,
+        planner,
+        model,
+        Span(0, model.blocks),
+        sequences=sequences,
+        tokens=tokens,
+        timeout=options.open_timeout,
+        attempts=attempts,
+    )
+    return InferenceSession(node, planner, model, opened, sequences=sequences, options=options)
 
 
 def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:

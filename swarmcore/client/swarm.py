@@ -10,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from swarmcore.client.planner import SwarmPlanner
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
 from swarmcore.errors import AddressError, MissingBlocksError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.routing.chain import Chain, FewestServers, Router
+from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import INFO_METHOD
 from swarmcore.transport import transport_class
@@ -40,6 +42,7 @@ class Swarm:
         self.node = node
         self.registry = registry
         self.router = router or FewestServers(random.Random())
+        self.health = PeerHealth()
         self._models: list[RemoteModel] = []
 
     def __repr__(self) -> str:
@@ -108,10 +111,10 @@ class Swarm:
         avoided, and grow the cache as it is needed.
         """
 
-        def plan(avoided: Collection[str]) -> Chain:
-            return self.chain(model, tokens=sequences * max_tokens, blocked=[PeerId(p) for p in avoided])
-
-        return await open_session(self.node, plan, model, sequences=sequences, options=options)
+        planner = SwarmPlanner(self.registry, self.router, self.health, model)
+        return await open_session(
+            self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
+        )
 
     async def load_model(
         self,

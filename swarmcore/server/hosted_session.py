@@ -5,21 +5,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Literal
 
 import attrs
 
-from swarmcore.errors import InternalError, SessionLostError, SwarmError, UnavailableError
+from swarmcore.errors import InternalError, InvalidStepError, SessionLostError, SwarmError
 from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.server.client_link import ClientLink
+from swarmcore.server.next_stage import NextStage, join
+from swarmcore.session.journal import Entry, Lane
 from swarmcore.session.ledger import StepLedger
-from swarmcore.types import Address, Span, short
+from swarmcore.types import Span, short
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import Message
-from swarmcore.wire.messages import Hop, JoinSession, Step, StepFailed, StepOutput
+from swarmcore.wire.messages import (
+    CachePart,
+    CachesTaken,
+    Draining,
+    HandOver,
+    HandOverFailed,
+    Hop,
+    Replay,
+    Step,
+    StepFailed,
+    StepForwarded,
+    StepOutput,
+)
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
@@ -27,8 +42,14 @@ logger = logging.getLogger(__name__)
 MAX_STEPS_IN_FLIGHT = 4
 """Steps of one session that a server takes in before it stops reading; enough to overlap prefill chunks."""
 
-DIAL_TIMEOUT = 5.0
-"""Seconds to reach the next server of a chain before the client is asked to carry the hop."""
+STEPS_REMEMBERED = 16
+"""Answers kept for steps that come again; more than a client has under way at once."""
+
+CACHE_PART_NBYTES = 4 << 20
+"""Most bytes of attention cache in one message of a hand-over."""
+
+HAND_OVER_TIMEOUT = 60.0
+"""Seconds for the caches of one session to get across."""
 
 
 @attrs.frozen
@@ -43,83 +64,120 @@ class _Answer:
 class HostedSession:
     """A client's session on this server; lives as long as the client's channel.
 
-    Steps come in by `accept`, from the client or from the stage before; from `start` on one task sends their
-    outputs out again, in order.
+    Messages come in by `accept`, from the client or from the stage before; from `start` on one task deals
+    with them in order: it awaits the outputs of steps and sends them out again.
     """
 
     def __init__(
-        self, session: str, span: Span, *, engine: Engine, node: Node, client: Channel, counters: Counter[str]
+        self,
+        session: str,
+        span: Span,
+        sequences: int,
+        *,
+        engine: Engine,
+        node: Node,
+        client: Channel,
+        counters: Counter[str],
     ) -> None:
         self.session = session
         self.span = span
         self._engine = engine
         self._node = node
-        self._client = client
+        self._client = ClientLink(client)
+        self._next = NextStage(node, counters)
         self._counters = counters
-        self._ledger: StepLedger[_Answer] = StepLedger(depth=MAX_STEPS_IN_FLIGHT + 1)
+        self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
+        self._kept = Lane(sequences)
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
-        self._in_flight: asyncio.Queue[tuple[Step, asyncio.Future[Tensor]]] = asyncio.Queue()
+        self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._outputs: set[asyncio.Future[Tensor]] = set()
         self._closed = False
-        self._sender: asyncio.Task[None] | None = None
-        self._next: Channel | None = None
-        self._next_session = ""
-        self._next_watch: asyncio.Task[None] | None = None
+        self._worker: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return (
-            f"<HostedSession {self.session[:8]} [{self.span}] of {short(self._client.remote)} · "
-            f"{self._in_flight.qsize()} steps in flight>"
+            f"<HostedSession {self.session[:8]} [{self.span}] of {short(self._client.client)} · "
+            f"{self._jobs.qsize()} steps in flight>"
         )
 
     def start(self) -> None:
         """Begin to send outputs; steps are taken in before that, as many as there is room for."""
-        self._sender = asyncio.create_task(self._send_outputs(), name="session outputs")
+        self._worker = asyncio.create_task(self._work(), name="session outputs")
 
-    async def accept(self, message: Message) -> None:
-        """Put a step in line; wait while too many are in flight. Its output, or why it failed, is sent.
+    async def accept(self, message: Message, *, from_client: bool) -> None:
+        """Deal with a message; wait while too much is in flight. What comes of it, the client is told.
 
-        Raise `SessionLostError` when the session is closed.
+        Raise `SessionLostError` when the session is closed, `InvalidStepError` for what only the client may
+        ask for.
         """
+        record = message.record
+        if isinstance(record, CachePart):
+            await self._take_caches(record, message.tensors)
+            return
+        if not from_client and not isinstance(record, Step):
+            raise InvalidStepError(f"only the client of a session may send {message.kind}")
+        chain = record.chain if isinstance(record, Step | Replay) else ()
+        self._next.give_up_unless(chain[0] if chain else None)
         await self._room.acquire()
         if self._closed:
             self._room.release()  # for the next one that waits
             raise SessionLostError(f"session {self.session[:8]} was closed")
-        step: Step = message.record
-        try:
-            output = self._output(step, message.tensor("hidden"))
-        except SwarmError as exc:
-            output = asyncio.get_running_loop().create_future()
-            output.set_exception(exc)
-        self._in_flight.put_nowait((step, output))
+        if isinstance(record, Step):
+            self._jobs.put_nowait(self._begin(record, message.tensor("hidden")))
+        elif isinstance(record, Replay):
+            self._jobs.put_nowait(partial(self._replay, record))
+        else:
+            self._jobs.put_nowait(partial(self._hand_over, record))
 
     async def dial(self, hop: Hop) -> bool:
         """Connect to the stage that will follow, before `start`; False when it cannot be reached."""
         try:
-            await self._channel_to(hop)
+            await self._next.dial(hop)
         except SwarmError as exc:
             logger.info("session %s: cannot reach %s: %s", self.session[:8], short(hop.peer), exc)
             return False
         return True
 
+    async def announce_drain(self, seconds: float) -> None:
+        """Tell the client that it has so long to move the session elsewhere."""
+        await self._client.send(Draining(seconds))
+
     async def close(self) -> None:
         """Cancel what is in flight and free the session's cache."""
         self._closed = True
         self._room.release()
-        while not self._in_flight.empty():
-            self._in_flight.get_nowait()[1].cancel()
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+        for output in self._outputs:
+            output.cancel()
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
         self._engine.close_session(self.session)
-        await self._drop_next()
+        await self._client.close()
+        await self._next.close()
 
-    def _output(self, step: Step, hidden: Tensor) -> asyncio.Future[Tensor]:
-        """Have the step computed, or answered from memory when it came before."""
-        reply: Literal["all", "last"] = "last" if step.reply == "last" and not step.chain else "all"
-        earlier = self._ledger.repeated(step)
-        if earlier is not None and (earlier.reply, earlier.codec) == (reply, step.codec):
-            self._counters["steps_repeated"] += 1
-            return asyncio.shield(earlier.output)
+    # --- steps -------------------------------------------------------------------------------------------
+
+    def _begin(self, step: Step, hidden: Tensor) -> Callable[[], Awaitable[None]]:
+        """Put the step in the engine's line; return what is to be done when its turn has come."""
+        fresh = True
+        try:
+            output, fresh = self._compute(step, hidden)
+        except SwarmError as exc:
+            output = asyncio.get_running_loop().create_future()
+            output.set_exception(exc)
+        self._outputs.add(output)
+        output.add_done_callback(self._done)
+        return partial(self._finish, step, output, fresh)
+
+    def _compute(self, step: Step, hidden: Tensor) -> tuple[asyncio.Future[Tensor], bool]:
+        """The step's output to be, and whether it is new: a repeated step is answered from memory."""
+        whole = step.chain or step.reply == "all" or (step.reply == "none" and step.journal == "servers")
+        reply: Literal["all", "last"] = "all" if whole else "last"
+        if not step.replay:
+            earlier = self._ledger.repeated(step)
+            if earlier is not None and (earlier.reply, earlier.codec) == (reply, step.codec):
+                self._counters["steps_repeated"] += 1
+                return asyncio.shield(earlier.output), False
         output = self._engine.step(
             self.session,
             step.starts,
@@ -128,85 +186,119 @@ class HostedSession:
             reply=reply,
             codec=step.codec,
             timeout=step.deadline,
+            sources=step.sources,
         )
         self._counters["steps_computed"] += 1
-        self._ledger.remember(step, _Answer(reply, step.codec, output))
-        output.add_done_callback(partial(self._settled, step))
-        return output
+        if not step.replay:
+            self._ledger.remember(step, _Answer(reply, step.codec, output))
+            output.add_done_callback(partial(self._settled, step))
+        return output, True
 
     def _settled(self, step: Step, output: asyncio.Future[Tensor]) -> None:
         if output.cancelled() or output.exception() is not None:
             self._ledger.forget(step)
 
-    async def _send_outputs(self) -> None:
+    def _done(self, output: asyncio.Future[Tensor]) -> None:
+        self._outputs.discard(output)
+        if not output.cancelled():
+            output.exception()  # seen, also when the session ends before anyone awaits it
+
+    async def _work(self) -> None:
         while True:
-            step, output = await self._in_flight.get()
+            job = await self._jobs.get()
             try:
-                await self._deliver(step, await output)
-            except SwarmError as exc:
-                await self._report(step, exc)
+                await job()
             except Exception:
-                logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
-                await self._report(step, InternalError("the server failed on this step; its log says why"))
+                logger.exception("session %s failed unexpectedly", self.session[:8])
             finally:
                 self._room.release()
 
+    async def _finish(self, step: Step, output: asyncio.Future[Tensor], fresh: bool) -> None:
+        try:
+            hidden = await output
+            await self._deliver(step, hidden)
+            if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
+                self._kept.apply(Entry(step.step, step.starts, step.lengths, step.sources), hidden)
+        except SwarmError as exc:
+            await self._report(step.step, exc)
+        except Exception:
+            logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
+            await self._report(step.step, InternalError("the server failed on this step; its log says why"))
+
     async def _deliver(self, step: Step, output: Tensor) -> None:
+        """Send an output where it has to go, and only then tell the client of it."""
         undelivered = ""
         if step.chain:
             try:
-                await self._push(step, output)
+                await self._next.push(step.chain[0], attrs.evolve(step, chain=step.chain[1:]), output)
             except SwarmError as exc:
                 undelivered = exc.message
             else:
+                if step.journal != "off":
+                    copy = (output,) if step.journal == "client" else ()
+                    await self._client.copy(StepForwarded(step.step, self.span.end), *copy)
                 return
         self._counters["steps_answered"] += 1
-        await self._to_client(StepOutput(step.step, self.span.end, undelivered), output)
+        answer = (output,) if step.chain or step.reply != "none" else ()
+        await self._client.send(StepOutput(step.step, self.span.end, undelivered), *answer)
 
-    async def _push(self, step: Step, output: Tensor) -> None:
-        channel = await self._channel_to(step.chain[0])
-        await channel.send(attrs.evolve(step, chain=step.chain[1:]), output)
-        self._counters["steps_pushed"] += 1
-
-    async def _report(self, step: Step, error: SwarmError) -> None:
+    async def _report(self, step: int, error: SwarmError) -> None:
         self._counters["steps_refused"] += 1
-        logger.info("session %s: step %d refused: %s", self.session[:8], step.step, error)
-        await self._to_client(StepFailed(step.step, to_failure(error)))
+        logger.info("session %s: step %d refused: %s", self.session[:8], step, error)
+        await self._client.send(StepFailed(step, to_failure(error)))
 
-    async def _to_client(self, record: StepOutput | StepFailed, *tensors: Tensor) -> None:
-        try:
-            await self._client.send(record, *tensors)
-        except UnavailableError as exc:
-            # The reader of the client's channel sees the same and closes the session.
-            logger.debug("session %s: client is gone: %s", self.session[:8], exc)
+    # --- when stages change ------------------------------------------------------------------------------
 
-    async def _channel_to(self, hop: Hop) -> Channel:
-        """The channel to the next stage, dialled anew when the chain or the connection has changed."""
-        if self._next is not None and self._next_session == hop.session:
-            if self._next_watch is not None and not self._next_watch.done():
-                return self._next
-            self._counters["pushes_redialled"] += 1
-        await self._drop_next()
-        addresses = [Address.parse(url) for url in hop.addresses]
-        channel = await self._node.open(
-            addresses, INFERENCE_PROTOCOL, JoinSession(hop.session), timeout=DIAL_TIMEOUT
+    async def _replay(self, order: Replay) -> None:
+        """Send kept outputs to a stage that is new to the session."""
+        step = Step(
+            order.step,
+            order.starts,
+            order.lengths,
+            chain=order.chain[1:],
+            reply="none",
+            codec=order.codec,
+            deadline=order.deadline,
+            journal="servers",
+            replay=True,
         )
-        self._next, self._next_session = channel, hop.session
-        self._next_watch = asyncio.create_task(self._watch(channel))
-        return channel
-
-    async def _watch(self, channel: Channel) -> None:
-        """The next stage never answers on this channel: whatever ends the wait means that it is gone."""
         try:
-            await channel.receive()
+            if not order.chain:
+                raise InvalidStepError("a replay has to name the stage that it is for")
+            rows = self._kept.rows(order.starts, order.lengths)
+            await self._next.push(order.chain[0], step, rows.encode(order.codec))
+            self._counters["replays_sent"] += 1
         except SwarmError as exc:
-            logger.debug("session %s: next stage is gone: %s", self.session[:8], exc)
+            await self._report(order.step, exc)
 
-    async def _drop_next(self) -> None:
-        channel, self._next = self._next, None
-        if self._next_watch is not None:
-            self._next_watch.cancel()
-            await asyncio.gather(self._next_watch, return_exceptions=True)
-            self._next_watch = None
-        if channel is not None:
-            await channel.close()
+    async def _hand_over(self, order: HandOver) -> None:
+        try:
+            async with asyncio.timeout(HAND_OVER_TIMEOUT):
+                channel = await join(self._node, order.hop)
+                async with channel:
+                    chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
+                    async for chunk in chunks:
+                        part = CachePart(chunk.sequence, chunk.start, chunk.count)
+                        await channel.send(part, *chunk.tensors)
+                    await channel.send(CachePart(0, 0, 0, last=True))
+            self._counters["sessions_handed_over"] += 1
+        except TimeoutError:
+            await self._client.send(HandOverFailed(to_failure(_too_slow())))
+        except SwarmError as exc:
+            await self._client.send(HandOverFailed(to_failure(exc)))
+
+    async def _take_caches(self, part: CachePart, tensors: tuple[Tensor, ...]) -> None:
+        try:
+            if part.count:
+                await self._engine.import_cache(
+                    self.session, part.sequence, part.start, part.count, tensors, timeout=HAND_OVER_TIMEOUT
+                )
+            if part.last:
+                await self._client.send(CachesTaken(self._engine.length(self.session)))
+        except SwarmError as exc:
+            logger.info("session %s: its caches cannot be taken over: %s", self.session[:8], exc)
+            await self._client.send(HandOverFailed(to_failure(exc)))
+
+
+def _too_slow() -> SwarmError:
+    return SessionLostError(f"the caches did not get across in {HAND_OVER_TIMEOUT:.0f} s")

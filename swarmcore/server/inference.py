@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -31,7 +32,10 @@ _SESSION = re.compile(r"[0-9a-f]{32}")
 
 
 class InferenceService:
-    """Serves `INFERENCE_PROTOCOL` with one engine. ``admission_timeout`` is in seconds."""
+    """Serves `INFERENCE_PROTOCOL` with one engine. ``admission_timeout`` is in seconds.
+
+    ``span`` is what sessions may be opened on; a server that moves to other blocks changes it.
+    """
 
     def __init__(
         self, engine: Engine, model: ModelInfo, span: Span, node: Node, *, admission_timeout: float
@@ -40,16 +44,40 @@ class InferenceService:
         self.counters: Counter[str] = Counter()
         self._engine = engine
         self._model = model
-        self._span = span
+        self.span = span
         self._node = node
         self._admission_timeout = admission_timeout
         self._sessions: dict[str, HostedSession] = {}
         self._awaited: dict[str, asyncio.Future[HostedSession]] = {}
+        self._session_ended = asyncio.Event()
 
     @property
     def sessions(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
+
+    async def drain(self, seconds: float, *, keep: Span | None = None) -> int:
+        """Ask clients to move their sessions elsewhere, and wait for up to ``seconds`` until they have.
+
+        With ``keep``, only sessions that need blocks outside of it have to go, and new ones within it are
+        still welcome; without, none are. Return how many of those that had to go are still here.
+        """
+        if keep is None:
+            self.draining = True
+        else:
+            self.span = keep
+        leaving = {
+            session.session: session
+            for session in self._sessions.values()
+            if keep is None or not keep.start <= session.span.start < session.span.end <= keep.end
+        }
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(session.announce_drain(seconds) for session in leaving.values()))
+                while leaving.keys() & self._sessions.keys():
+                    self._session_ended.clear()
+                    await self._session_ended.wait()
+        return len(leaving.keys() & self._sessions.keys())
 
     async def serve(self, channel: Channel) -> None:
         """Handle one channel until it ends."""
@@ -67,6 +95,7 @@ class InferenceService:
         session = HostedSession(
             opening.session,
             span,
+            opening.sequences,
             engine=self._engine,
             node=self._node,
             client=channel,
@@ -80,14 +109,15 @@ class InferenceService:
             reachable = opening.next_hop is None or await session.dial(opening.next_hop)
             await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
             session.start()
-            await _take_steps(channel, session)
+            await _take_messages(channel, session, from_client=True)
         finally:
             del self._sessions[opening.session]
             await session.close()
+            self._session_ended.set()
 
     async def _join(self, channel: Channel, opening: JoinSession) -> None:
         session = self._sessions.get(opening.session) or await self._arrival(opening.session)
-        await _take_steps(channel, session)
+        await _take_messages(channel, session, from_client=False)
 
     async def _arrival(self, session: str) -> HostedSession:
         """Wait for the client to open ``session``: a stage may dial its successor before the client does."""
@@ -110,18 +140,18 @@ class InferenceService:
                 f"({self._model.fingerprint[:12]}), the client asked for {opening.fingerprint[:12]}",
                 fingerprint=self._model.fingerprint,
             )
-        if not self._span.start <= opening.start < opening.end <= self._span.end:
+        if not self.span.start <= opening.start < opening.end <= self.span.end:
             raise SpanError(
-                f"blocks {opening.start}:{opening.end} are not all here: this server holds {self._span}"
+                f"blocks {opening.start}:{opening.end} are not all here: this server holds {self.span}"
             )
         if not _SESSION.fullmatch(opening.session) or opening.session in self._sessions:
             raise InvalidStepError("a session id is 32 hex digits, random, and used once")
         return Span(opening.start, opening.end)
 
 
-async def _take_steps(channel: Channel, session: HostedSession) -> None:
+async def _take_messages(channel: Channel, session: HostedSession, *, from_client: bool) -> None:
     try:
         while True:
-            await session.accept(await channel.receive())
+            await session.accept(await channel.receive(), from_client=from_client)
     except StreamClosedError:
         logger.debug("%r: %s has ended its stream", session, channel.remote)

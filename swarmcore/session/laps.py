@@ -12,9 +12,13 @@ from typing import Literal
 import attrs
 
 from swarmcore.errors import InvalidStepError, ProtocolError
-from swarmcore.wire.messages import Hop, Step, StepOutput
+from swarmcore.session.journal import Entry
+from swarmcore.wire.messages import Hop, Step, StepForwarded, StepOutput
 
-Reply = Literal["all", "last"]
+Reply = Literal["all", "last", "none"]
+
+JournalMode = Literal["client", "servers", "off"]
+"""Who keeps the inputs of a session's stages: see `Step.journal`."""
 
 
 @attrs.frozen
@@ -25,10 +29,21 @@ class Chunk:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     first_row: int
+    sources: tuple[int, ...] = ()
+    """How the sequences are reordered before, as in `Step.sources`."""
+    reply: Reply = "last"
+    until: int | None = None
+    """The block before which its way ends; None for the model's end."""
+    replay: bool = False
 
     @property
     def rows(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def entry(self) -> Entry:
+        """What it does to the inputs of every stage."""
+        return Entry(self.step, self.starts, self.lengths, self.sources)
 
 
 @attrs.frozen
@@ -39,10 +54,7 @@ class Lap:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     reply: Reply
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return tuple(start + length for start, length in zip(self.starts, self.lengths, strict=True))
+    sources: tuple[int, ...] = ()
 
 
 class SessionLaps:
@@ -55,6 +67,8 @@ class SessionLaps:
     def __init__(self, hops: Sequence[Hop], *, sequences: int, carried: Collection[int] = ()) -> None:
         self.hops = tuple(hops)
         self.positions: tuple[int, ...] = (0,) * sequences
+        self.settled = 0
+        """Steps below this number have come home."""
         self._next_step = 0
         self._carried = set(carried)
 
@@ -71,16 +85,40 @@ class SessionLaps:
             raise InvalidStepError(f"cannot roll back to {tuple(positions)} from {self.positions}")
         self.positions = tuple(positions)
 
+    def replace(self, first: int, last: int, hops: Sequence[Hop], *, carried: Collection[int] = ()) -> None:
+        """Put ``hops`` in the place of stages ``first`` to ``last``; ``carried`` are indices into ``hops``.
+
+        The stage before them is trusted again to reach the one that follows it.
+        """
+        grown = len(hops) - (last - first + 1)
+        kept = {s if s < first else s + grown for s in self._carried if not first <= s <= last}
+        self._carried = (kept | {first + stage for stage in carried}) - {first - 1}
+        self.hops = (*self.hops[:first], *hops, *self.hops[last + 1 :])
+
     def begin(
-        self, lengths: Sequence[int], starts: Sequence[int] | None, reply: Reply, *, chunk_rows: int
+        self,
+        lengths: Sequence[int],
+        starts: Sequence[int] | None,
+        reply: Reply,
+        *,
+        chunk_rows: int,
+        sources: Sequence[int] = (),
     ) -> Lap:
         """Plan the lap for ``lengths`` new tokens of each sequence, from ``starts`` (default: `positions`).
 
-        A start below a sequence's position rolls it back. Raise `InvalidStepError` for counts that do not
-        match the session, an empty lap, or a start beyond what is cached.
+        With ``sources``, sequence ``i`` first becomes a copy of sequence ``sources[i]``. A start below a
+        sequence's position, after that, rolls it back. Raise `InvalidStepError` for counts that do not match
+        the session, an empty lap, a source that is not there, or a start beyond what is cached.
         """
-        lengths = tuple(lengths)
-        starts = self.positions if starts is None else tuple(starts)
+        lengths, sources = tuple(lengths), tuple(sources)
+        if sources and (
+            len(sources) != len(self.positions) or not all(0 <= s < len(sources) for s in sources)
+        ):
+            raise InvalidStepError(
+                f"sources {sources} do not name one of the {len(self.positions)} sequences for each of them"
+            )
+        positions = tuple(self.positions[source] for source in sources) if sources else self.positions
+        starts = positions if starts is None else tuple(starts)
         if len(lengths) != len(self.positions) or len(starts) != len(self.positions):
             raise InvalidStepError(
                 f"a lap needs one length and one start for each of the session's {len(self.positions)} "
@@ -88,38 +126,64 @@ class SessionLaps:
             )
         if min(lengths) < 0 or not any(lengths):
             raise InvalidStepError(f"lengths {lengths} must not be negative, nor all zero")
-        for sequence, (start, position) in enumerate(zip(starts, self.positions, strict=True)):
+        for sequence, (start, position) in enumerate(zip(starts, positions, strict=True)):
             if not 0 <= start <= position:
                 raise InvalidStepError(
                     f"sequence {sequence} cannot start at {start}: positions 0 to {position} are cached"
                 )
-        return Lap(tuple(self._chunks(starts, lengths, chunk_rows)), starts, lengths, reply)
+        chunks = self._chunks(starts, lengths, sources, reply, chunk_rows)
+        return Lap(tuple(chunks), starts, lengths, reply, sources)
 
-    def commit(self, lap: Lap) -> None:
-        """The lap came home: its tokens are cached on every stage."""
-        self.positions = lap.ends
+    def settle(self, chunk: Chunk) -> None:
+        """The chunk came home: its tokens are cached on every stage. Chunks of a lap come in their order."""
+        self.positions = tuple(map(int.__add__, chunk.starts, chunk.lengths))
+        self.settled = chunk.step + 1
 
     def abandon(self, lap: Lap) -> None:
         """The lap failed: what it started from is kept, whatever the stages have cached beyond it."""
-        self.positions = tuple(map(min, lap.starts, self.positions))
+        if not self.reordering(lap):
+            self.positions = tuple(map(min, lap.starts, self.positions))
 
-    def step_for(self, stage: int, chunk: Chunk, lap: Lap, *, codec: str, deadline: float) -> Step:
+    def reordering(self, lap: Lap) -> bool:
+        """Whether stages may have reordered their sequences for a lap of which nothing has come home."""
+        return bool(lap.sources) and self.settled <= lap.chunks[0].step
+
+    def replay(
+        self, starts: Sequence[int], ends: Sequence[int], *, until: int, reply: Reply, chunk_rows: int
+    ) -> list[Chunk]:
+        """Chunks that bring tokens of the session to stages which are new to it, up to block ``until``."""
+        lengths = tuple(max(end - start, 0) for start, end in zip(starts, ends, strict=True))
+        plain = self._chunks(tuple(starts), lengths, (), reply, chunk_rows)
+        return [attrs.evolve(chunk, until=until, replay=True) for chunk in plain]
+
+    def step_for(
+        self, stage: int, chunk: Chunk, *, codec: str, deadline: float, journal: JournalMode = "off"
+    ) -> Step:
         """The step to send to ``stage`` so that ``chunk`` goes on from there."""
-        last = next((i for i in range(stage, len(self.hops)) if i in self._carried), len(self.hops) - 1)
+        goal = len(self.hops) - 1
+        if chunk.until is not None:
+            goal = next(i for i in range(stage, len(self.hops)) if self.hops[i].end == chunk.until)
+        last = next((i for i in range(stage, goal) if i in self._carried), goal)
         return Step(
             step=chunk.step,
             starts=chunk.starts,
             lengths=chunk.lengths,
             chain=self.hops[stage + 1 : last + 1],
-            reply=lap.reply if last == len(self.hops) - 1 else "all",
+            reply=chunk.reply if last == goal else "all",
             codec=codec,
             deadline=deadline,
+            sources=chunk.sources,
+            journal=journal,
+            settled=self.settled,
+            replay=chunk.replay,
         )
 
-    def received(self, stage: int, output: StepOutput) -> int | None:
+    def received(self, stage: int, output: StepOutput | StepForwarded, *, current: bool = True) -> int | None:
         """Take note of what ``stage`` sent; return the stage to carry it to, or None when it is the end.
 
-        Raise `ProtocolError` when the server claims other blocks than those it was asked to run.
+        A step that is not ``current`` was sent before the chain changed: that it could not be delivered says
+        nothing of the chain that there is now. Raise `ProtocolError` when the server claims other blocks than
+        those it was asked to run.
         """
         if output.blocks_done != self.hops[stage].end:
             raise ProtocolError(
@@ -128,12 +192,19 @@ class SessionLaps:
             )
         if stage == len(self.hops) - 1:
             return None
-        if output.undelivered:
+        if isinstance(output, StepOutput) and output.undelivered and current:
             self._carried.add(stage)
         return stage + 1
 
-    def _chunks(self, starts: tuple[int, ...], lengths: tuple[int, ...], chunk_rows: int) -> list[Chunk]:
-        chunks = []
+    def _chunks(
+        self,
+        starts: tuple[int, ...],
+        lengths: tuple[int, ...],
+        sources: tuple[int, ...],
+        reply: Reply,
+        chunk_rows: int,
+    ) -> list[Chunk]:
+        chunks: list[Chunk] = []
         done = [0] * len(lengths)
         first_row = 0
         # Rows are ordered by sequence; a chunk takes the next ``chunk_rows`` of them.
@@ -145,7 +216,8 @@ class SessionLaps:
                 take.append(count)
                 room -= count
             chunk_starts = tuple(map(int.__add__, starts, done))
-            chunks.append(Chunk(self._next_step, chunk_starts, tuple(take), first_row))
+            reorder = () if chunks else sources
+            chunks.append(Chunk(self._next_step, chunk_starts, tuple(take), first_row, reorder, reply))
             self._next_step += 1
             first_row += sum(take)
             done = list(map(int.__add__, done, take))

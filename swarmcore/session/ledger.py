@@ -16,6 +16,7 @@ Answer = TypeVar("Answer")
 class _Seen(Generic[Answer]):
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    sources: tuple[int, ...]
     answer: Answer
 
 
@@ -26,6 +27,10 @@ class StepLedger(Generic[Answer]):
         self._depth = depth
         self._seen: dict[int, _Seen[Answer]] = {}
         self._latest = -1
+
+    def __len__(self) -> int:
+        """Answers that are remembered."""
+        return len(self._seen)
 
     def repeated(self, step: Step) -> Answer | None:
         """The answer of this step if it came before, else None.
@@ -40,7 +45,7 @@ class StepLedger(Generic[Answer]):
                     f"send its tokens as a new step"
                 )
             return None
-        if (seen.starts, seen.lengths) != (step.starts, step.lengths):
+        if (seen.starts, seen.lengths, seen.sources) != (step.starts, step.lengths, step.sources):
             raise InvalidStepError(
                 f"step {step.step} came again with other positions: {step.starts} + {step.lengths} "
                 f"after {seen.starts} + {seen.lengths}"
@@ -48,9 +53,11 @@ class StepLedger(Generic[Answer]):
         return seen.answer
 
     def remember(self, step: Step, answer: Answer) -> None:
-        """Keep the answer of a new step, and forget the oldest one past the depth."""
-        self._seen[step.step] = _Seen(step.starts, step.lengths, answer)
+        """Keep the answer of a new step; forget those that are settled, and the oldest one past the depth."""
+        self._seen[step.step] = _Seen(step.starts, step.lengths, step.sources, answer)
         self._latest = max(self._latest, step.step)
+        for number in [number for number in self._seen if number < step.settled]:
+            del self._seen[number]
         if len(self._seen) > self._depth:
             del self._seen[min(self._seen)]
 

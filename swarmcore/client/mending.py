@@ -1,0 +1,313 @@
+"""Failover: replacing the stages of a session that are lost, and giving the new ones their caches.
+
+Section 3.2 and Algorithm 1 of the paper, with the replay in one go, and for missing blocks only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from swarmcore.client.opening import OpenStage, Planner, open_chain
+from swarmcore.client.options import Failover
+from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InputError,
+    MissingBlocksError,
+    SessionLostError,
+    SwarmError,
+)
+from swarmcore.types import PeerId, Span
+from swarmcore.wire.failure import to_error
+from swarmcore.wire.messages import CachesTaken, HandOver, HandOverFailed, Hop, Replay
+
+logger = logging.getLogger(__name__)
+
+LATE_COPY = 5.0
+"""Seconds to wait for copies that a living server still owes."""
+
+REPLAY_ROWS = 1024
+"""Longest piece of a replay, in tokens over all sequences."""
+
+REPLAYS_IN_FLIGHT = 4
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
+"""Seconds between two attempts to find servers."""
+
+MAX_FAILOVERS = 32
+"""Failovers within one lap: a step that brings down every server it comes to must not go on for ever."""
+
+
+class Mender:
+    """Keeps a pipeline whole. Used by one task at a time."""
+
+    def __init__(self, pipeline: Pipeline, planner: Planner) -> None:
+        self.failovers = 0
+        self._pipeline = pipeline
+        self._planner = planner
+        self._fresh: set[LiveStage] = set()
+        self._budget = MAX_FAILOVERS
+        pipeline.on_blame = planner.failed
+
+    def begin_lap(self) -> None:
+        """Every stage has all that is settled; what is sent from now on passes through all of them."""
+        self._fresh.clear()
+        self._budget = MAX_FAILOVERS
+
+    async def mend(self) -> None:
+        """Replace stages until none is failed.
+
+        Raise `MissingBlocksError` when nobody has held the blocks for `SessionOptions.patience` seconds, and
+        the last server's error when servers were there but none would do.
+        """
+        loop = asyncio.get_running_loop()
+        pipeline = self._pipeline
+        give_up, pause = loop.time() + pipeline.options.patience, FIRST_PAUSE
+        while (found := pipeline.failed) is not None:
+            lost = pipeline.stages[found[0] : found[1] + 1]
+            reason = lost[0].failure
+            assert reason is not None
+            if pipeline.options.journal == "off":
+                raise located(lost[0], reason)
+            if self._budget == 0:
+                raise located(lost[0], reason, f"after {MAX_FAILOVERS} failovers in one step")
+            self._budget -= 1
+            began = loop.time()
+            try:
+                stages = await self._rebuild(*found)
+            except SwarmError as exc:
+                if isinstance(exc, InputError):
+                    raise
+                if loop.time() + pause > give_up:
+                    raise _gave_up(exc, pipeline.options.patience, reason) from exc
+                self._budget += isinstance(exc, MissingBlocksError)
+                logger.info("no replacement for %s yet: %s", _names(lost), exc)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            if stages:
+                give_up, pause = loop.time() + pipeline.options.patience, FIRST_PAUSE
+                self._tell(lost, reason, stages, "replayed", loop.time() - began)
+
+    async def resend(self, flights: Collection[Flight]) -> None:
+        """Send steps under way again, from the last place that is known to have them, under their numbers.
+
+        New stages get all of them; others answer those that they know already from memory.
+        """
+        pipeline = self._pipeline
+        index = next((i for i, s in enumerate(pipeline.stages) if s in self._fresh), len(pipeline.stages) - 1)
+        while index and not all(
+            pipeline.journal.has(pipeline.stages[index].start, flight.chunk.step) for flight in flights
+        ):
+            index -= 1
+        for flight in flights:
+            # Also one that had come home: until a new stage has it, nothing may follow it there.
+            flight.done, flight.output = False, None
+            rows = pipeline.journal.in_flight(pipeline.stages[index].start, flight.chunk.step)
+            await pipeline.send(index, flight, rows)
+
+    async def hand_over(self, stage: LiveStage, seconds: float) -> bool:
+        """Move the caches of a server that leaves to one other server; False when that cannot be done.
+
+        Nothing is lost then: the stage works as before. Raise `MissingBlocksError` when nobody else has its
+        blocks.
+        """
+        pipeline, loop = self._pipeline, asyncio.get_running_loop()
+        index, began = pipeline.stages.index(stage), loop.time()
+        try:
+            async with asyncio.timeout(seconds):
+                opened = await self._open(index, index, blocked=(stage.peer,))
+                try:
+                    if len(opened) > 1 or not await self._caches_taken(stage, opened[0]):
+                        raise SessionLostError("the caches are not those of the session")
+                except BaseException:
+                    for each in opened:
+                        each.channel.abort("the session was not moved here")
+                    raise
+        except MissingBlocksError:
+            raise
+        except (SwarmError, TimeoutError) as exc:
+            logger.info("%s could not hand its caches over: %s", stage, exc)
+            return False
+        stages = pipeline.replace(index, index, opened)
+        reason = SessionLostError("the server is shutting down")
+        self._tell([stage], reason, stages, "handed over", loop.time() - began)
+        return True
+
+    # --- one replacement ---------------------------------------------------------------------------------
+
+    async def _rebuild(self, first: int, last: int) -> list[LiveStage]:
+        """Replace some stages in a row; return the new ones, none when more stages have failed meanwhile."""
+        pipeline = self._pipeline
+        if not await self._inputs_are_known(first):
+            return []
+        opened = await self._open(first, last)
+        stages = pipeline.replace(first, last, opened)
+        self._fresh.update(stages)
+        replayed = False
+        try:
+            replayed = await self._replay(first, stages)
+        finally:
+            if not replayed:
+                for stage in stages:
+                    error = SessionLostError("the session's caches could not be rebuilt there")
+                    pipeline.fail(stage, error, blame=False)
+        return stages if replayed else []
+
+    async def _inputs_are_known(self, first: int) -> bool:
+        """Wait for copies that the stage before owes; if they do not come, it has failed as well."""
+        pipeline = self._pipeline
+        if pipeline.options.journal == "servers" or first == 0:
+            return True
+        before = pipeline.stages[first - 1]
+        block = pipeline.stages[first].start
+        try:
+            async with asyncio.timeout(LATE_COPY):
+                while not pipeline.journal.complete(block) and not before.failure:
+                    pipeline.news.clear()
+                    await pipeline.news.wait()
+        except TimeoutError:
+            pipeline.fail(before, DeadlineExceededError("it does not send copies of its outputs"))
+        return not before.failure
+
+    async def _open(self, first: int, last: int, *, blocked: Collection[PeerId] = ()) -> list[OpenStage]:
+        pipeline = self._pipeline
+        stages = pipeline.stages
+        positions = pipeline.laps.positions
+        return await open_chain(
+            pipeline.node,
+            self._planner,
+            pipeline.model,
+            Span(stages[first].start, stages[last].end),
+            sequences=len(positions),
+            tokens=sum(positions),
+            reserve=sum(positions),
+            timeout=pipeline.options.open_timeout,
+            after=_hop_of(stages, first - 1),
+            before=_hop_of(stages, last + 1),
+            blocked=blocked,
+        )
+
+    async def _replay(self, first: int, stages: Sequence[LiveStage]) -> bool:
+        """Fill the caches of new stages up to what is settled; False when one has failed."""
+        pipeline, end = self._pipeline, stages[-1].end
+        positions = missing_from = pipeline.laps.positions
+        copied = pipeline.options.journal == "client" and end < pipeline.model.blocks
+        if copied and not pipeline.journal.complete(end):
+            missing_from = pipeline.journal.rebuild(end, positions)
+        laps, inner = pipeline.laps, [stage.start for stage in stages[1:]]
+        nothing = (0,) * len(positions)
+        known = laps.replay(nothing, missing_from, until=end, reply="none", chunk_rows=REPLAY_ROWS)
+        unknown = laps.replay(missing_from, positions, until=end, reply="all", chunk_rows=REPLAY_ROWS)
+        pieces = [(chunk, inner) for chunk in known] + [(chunk, [*inner, end]) for chunk in unknown]
+        flights: list[Flight] = []
+        try:
+            for chunk, blocks in pieces:
+                if pipeline.options.journal == "client":
+                    for block in blocks:
+                        pipeline.journal.expect(block, chunk.entry)
+                flights.append(pipeline.begin(chunk))
+                await self._send_replay(first, flights[-1])
+                late = flights[-REPLAYS_IN_FLIGHT:]
+                if len(late) == REPLAYS_IN_FLIGHT and not await self._landed(late[0], first, stages):
+                    return False
+            for flight in flights[-REPLAYS_IN_FLIGHT:]:
+                if not await self._landed(flight, first, stages):
+                    return False
+            return True
+        finally:
+            for flight in flights:
+                pipeline.forget(flight)
+
+    async def _send_replay(self, first: int, flight: Flight) -> None:
+        pipeline, chunk = self._pipeline, flight.chunk
+        options = pipeline.options
+        if first and options.journal == "servers":
+            step = pipeline.laps.step_for(
+                first, chunk, codec=options.codec, deadline=options.step_timeout, journal="servers"
+            )
+            chain = (pipeline.laps.hops[first], *step.chain)
+            order = Replay(
+                step.step, step.starts, step.lengths, chain, codec=options.codec, deadline=step.deadline
+            )
+            await pipeline.tell(pipeline.stages[first - 1], order)
+            return
+        rows = pipeline.journal.rows(pipeline.stages[first].start, chunk.starts, chunk.lengths)
+        await pipeline.send(first, flight, rows.encode(options.codec))
+
+    async def _landed(self, flight: Flight, first: int, stages: Sequence[LiveStage]) -> bool:
+        """Wait for the answer to a replay; False when one of those who take part has failed."""
+        pipeline = self._pipeline
+        taking_part = [*pipeline.stages[max(first - 1, 0) : first], *stages]
+
+        def settled() -> bool:
+            return flight.done or flight.error is not None or any(stage.failure for stage in taking_part)
+
+        if not await pipeline.wait(settled, timeout=pipeline.options.step_timeout):
+            slow = next((s for s in stages if s.end > flight.reached), stages[-1])
+            pipeline.fail(slow, DeadlineExceededError("it did not rebuild its caches in time"))
+        elif flight.error is not None:
+            pipeline.fail(flight.refused_by or stages[-1], flight.error)
+        return flight.done
+
+    async def _caches_taken(self, stage: LiveStage, opened: OpenStage) -> bool:
+        """Have ``stage`` send its caches to the server of ``opened``; whether all of them arrived."""
+        failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        stage.hand_over = failure
+        answer = asyncio.create_task(opened.channel.receive(), name="session hand-over")
+        try:
+            await self._pipeline.tell(stage, HandOver(opened.hop))
+            ends: set[asyncio.Future[Any]] = {answer, failure}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                failure.result()
+            record = (await answer).record
+            if isinstance(record, HandOverFailed):
+                raise to_error(record.failure, opened.hop.peer)
+            return isinstance(record, CachesTaken) and all(
+                map(int.__ge__, record.lengths, self._pipeline.laps.positions)
+            )
+        finally:
+            stage.hand_over = None
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+
+    def _tell(
+        self,
+        lost: Sequence[LiveStage],
+        reason: SwarmError,
+        stages: Sequence[LiveStage],
+        how: str,
+        seconds: float,
+    ) -> None:
+        self.failovers += 1
+        failover = Failover(
+            lost=_names(lost),
+            reason=reason.message,
+            took_over=_names(stages),
+            tokens=sum(self._pipeline.laps.positions),
+            how=how,
+            seconds=seconds,
+        )
+        logger.warning("%s", failover)
+        if self._pipeline.options.on_failover is not None:
+            self._pipeline.options.on_failover(failover)
+
+
+def _hop_of(stages: Sequence[LiveStage], index: int) -> Hop | None:
+    return stages[index].opened.hop if 0 <= index < len(stages) else None
+
+
+def _names(stages: Sequence[LiveStage]) -> str:
+    return ", ".join(map(str, stages))
+
+
+def _gave_up(error: SwarmError, patience: float, reason: SwarmError) -> SwarmError:
+    return type(error)(
+        f"{error.message}; gave up after {patience:.0f} s of looking for a replacement ({reason.message})",
+        **error.details,
+    )

@@ -1,0 +1,169 @@
+"""Opening a session's stages: choosing servers, and being granted a session on each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import attrs
+
+from swarmcore.errors import DeadlineExceededError, InputError, ProtocolError, SpanError, SwarmError
+from swarmcore.routing.chain import Chain, Stage
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.types import Address, ModelInfo, PeerId, Span, short
+from swarmcore.wire.messages import Hop, OpenSession, SessionOpened
+
+logger = logging.getLogger(__name__)
+
+
+class Planner(Protocol):
+    """Chooses the servers of one model's sessions, and hears how they did."""
+
+    def plan(
+        self,
+        span: Span,
+        *,
+        tokens: int = 0,
+        blocked: Collection[PeerId] = (),
+        after: PeerId | None = None,
+        before: PeerId | None = None,
+    ) -> Chain:
+        """A chain for ``span``, as `Router.plan` gives it on what is known now."""
+
+    def failed(self, peer: PeerId, error: SwarmError) -> None:
+        """A server failed a session."""
+
+    def worked(self, peer: PeerId) -> None:
+        """A server was reached and has granted a session."""
+
+    def session_id(self) -> str:
+        """A new session id: 32 random hex digits."""
+
+
+@attrs.frozen
+class OpenStage:
+    """A stage whose server has granted the session."""
+
+    stage: Stage
+    hop: Hop
+    channel: Channel
+    next_hop_reachable: bool
+
+
+async def open_chain(
+    node: Node,
+    planner: Planner,
+    model: ModelInfo,
+    span: Span,
+    *,
+    sequences: int,
+    tokens: int,
+    reserve: int = 0,
+    timeout: float,
+    after: Hop | None = None,
+    before: Hop | None = None,
+    blocked: Collection[PeerId] = (),
+    attempts: int = 3,
+) -> list[OpenStage]:
+    """Open a session on every server of a chain for ``span``, all at once, between two other stages.
+
+    Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
+    once. A server that refuses or does not answer is avoided in the next of ``attempts``, each of ``timeout``
+    seconds. Raise what `Planner.plan` raises when no chain is left, and the last server's error when
+    the attempts are used up or another server would refuse as well.
+    """
+    avoided = set(blocked)
+    failure: SwarmError | None = None
+    for _ in range(attempts):
+        try:
+            chain = planner.plan(
+                span,
+                tokens=tokens,
+                blocked=frozenset(avoided),
+                after=after.peer if after else None,
+                before=before.peer if before else None,
+            )
+        except SwarmError as exc:
+            raise (failure or exc) from exc
+        hops = [_hop(stage, planner.session_id()) for stage in chain.stages]
+        results = await _open_all(
+            node, model, chain, [*hops, before], sequences=sequences, reserve=reserve, timeout=timeout
+        )
+        opened = [result for result in results if isinstance(result, OpenStage)]
+        for stage in opened:
+            planner.worked(stage.hop.peer)
+        if len(opened) == len(chain):
+            return opened
+        await asyncio.gather(*(stage.channel.close() for stage in opened))
+        refusals = {
+            hop.peer: result
+            for hop, result in zip(hops, results, strict=True)
+            if isinstance(result, SwarmError)
+        }
+        for peer, failure in refusals.items():
+            logger.info("%s refused a session: %s", short(peer), failure)
+            planner.failed(peer, failure)
+            # A server that moved to other blocks says so with `SpanError`: another one may have them.
+            if isinstance(failure, InputError) and not isinstance(failure, SpanError):
+                raise failure
+        avoided.update(refusals)
+    assert failure is not None
+    raise failure
+
+
+def _hop(stage: Stage, session: str) -> Hop:
+    return Hop(stage.server.peer, stage.server.addresses, session, stage.span.start, stage.span.end)
+
+
+async def _open_all(
+    node: Node,
+    model: ModelInfo,
+    chain: Chain,
+    hops: Sequence[Hop | None],
+    *,
+    sequences: int,
+    reserve: int,
+    timeout: float,
+) -> list[OpenStage | SwarmError]:
+    async def open_one(stage: Stage, hop: Hop, next_hop: Hop | None) -> OpenStage:
+        opening = OpenSession(
+            hop.session, model.fingerprint, hop.start, hop.end, sequences, reserve, next_hop
+        )
+        addresses = [Address.parse(url) for url in hop.addresses]
+        channel = await node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=timeout)
+        try:
+            granted = (await channel.receive()).record
+            if not isinstance(granted, SessionOpened):
+                raise ProtocolError(
+                    f"server {hop.peer} answered {type(granted).__name__} to the opening of a session"
+                )
+        except BaseException:
+            channel.abort("the session was not opened")
+            raise
+        return OpenStage(stage, hop, channel, granted.next_hop_reachable)
+
+    async def guarded(stage: Stage, hop: Hop, next_hop: Hop | None) -> OpenStage | SwarmError:
+        try:
+            async with asyncio.timeout(timeout):
+                return await open_one(stage, hop, next_hop)
+        except TimeoutError:
+            return DeadlineExceededError(f"{short(hop.peer)} did not grant a session in {timeout:.0f} s")
+        except SwarmError as exc:
+            return exc
+
+    tasks = [
+        asyncio.create_task(guarded(stage, hop, next_hop), name="session opening")
+        for stage, hop, next_hop in zip(chain.stages, hops, hops[1:], strict=False)
+        if hop is not None
+    ]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, OpenStage):
+                result.channel.abort("the session was not opened")
+        raise

@@ -1,0 +1,348 @@
+"""The live chain of a session: streams to every stage, steps under way, what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+from swarmcore.client.opening import OpenStage
+from swarmcore.client.options import SessionOptions
+from swarmcore.errors import (
+    DeadlineExceededError,
+    ProtocolError,
+    RemoteFaultError,
+    SwarmError,
+)
+from swarmcore.routing.chain import Chain
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import PING_METHOD
+from swarmcore.session.journal import Journal
+from swarmcore.session.laps import Chunk, SessionLaps
+from swarmcore.types import Address, ModelInfo, PeerId
+from swarmcore.wire.failure import to_error
+from swarmcore.wire.framing import Message
+from swarmcore.wire.messages import (
+    Draining,
+    HandOverFailed,
+    Ping,
+    Step,
+    StepFailed,
+    StepForwarded,
+    StepOutput,
+)
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+SILENCE = 1.0
+"""Seconds without any word from a stage after which all of them are asked whether they are alive."""
+
+PING_TIMEOUT = 3.0
+"""Seconds that a stage has to answer that."""
+
+
+@attrs.define(eq=False)
+class LiveStage:
+    """A stage of the chain as it is now, and its stream."""
+
+    opened: OpenStage
+    listener: asyncio.Task[None] | None = None
+    failure: SwarmError | None = None
+    """Why the stage has to be replaced."""
+    hand_over: asyncio.Future[None] | None = None
+    """Set to the error when it cannot hand its caches over."""
+
+    @property
+    def peer(self) -> PeerId:
+        return self.opened.hop.peer
+
+    @property
+    def start(self) -> int:
+        return self.opened.hop.start
+
+    @property
+    def end(self) -> int:
+        return self.opened.hop.end
+
+    def __str__(self) -> str:
+        return str(self.opened.stage)
+
+
+@attrs.define(eq=False)
+class Flight:
+    """A chunk under way."""
+
+    chunk: Chunk
+    epoch: int
+    """Which chain it was sent along, counted up with every replacement."""
+    reached: int
+    """The block up to which it is known to have come."""
+    done: bool = False
+    output: Tensor | None = None
+    error: SwarmError | None = None
+    """Why a stage refused it, or failed on it."""
+    refused_by: LiveStage | None = None
+
+
+class Pipeline:
+    """Sends chunks along the stages and takes in what they answer.
+
+    A stage that fails in any way is marked with its ``failure`` and otherwise left to the caller, as is a
+    flight that fails. Every event sets `news`.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        model: ModelInfo,
+        opened: Sequence[OpenStage],
+        *,
+        sequences: int,
+        options: SessionOptions,
+    ) -> None:
+        self.node = node
+        self.model = model
+        self.options = options
+        self.laps = SessionLaps(
+            [stage.hop for stage in opened],
+            sequences=sequences,
+            carried=[i for i, stage in enumerate(opened) if not stage.next_hop_reachable],
+        )
+        self.journal = Journal(sequences, [])
+        self.stages = [self._listening(stage) for stage in opened]
+        self.flights: dict[int, Flight] = {}
+        self.news = asyncio.Event()
+        self.on_blame: Callable[[PeerId, SwarmError], None] = lambda peer, error: None
+        self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
+        self.epoch = 0
+        self._prober: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._keep_lanes()
+
+    @property
+    def chain(self) -> Chain:
+        return Chain(tuple(stage.opened.stage for stage in self.stages))
+
+    @property
+    def failed(self) -> tuple[int, int] | None:
+        """The first and the last of the foremost stages in a row that have to be replaced."""
+        first = next((i for i, stage in enumerate(self.stages) if stage.failure), None)
+        if first is None:
+            return None
+        last = first
+        while last + 1 < len(self.stages) and self.stages[last + 1].failure:
+            last += 1
+        return first, last
+
+    def fail(self, stage: LiveStage, error: SwarmError, *, blame: bool = True) -> None:
+        """The stage is of no more use to this session; with ``blame`` its server is to be avoided."""
+        if stage.failure is not None or stage not in self.stages:
+            return
+        stage.failure = error
+        stage.opened.channel.abort("the session goes on without this server")
+        _end_hand_over(stage, error)
+        if blame:
+            logger.info("%s failed its session: %s", stage, error)
+            self.on_blame(stage.peer, error)
+        self.news.set()
+
+    def replace(self, first: int, last: int, opened: Sequence[OpenStage]) -> list[LiveStage]:
+        """Put new stages in the place of ``first`` to ``last``; return them."""
+        before = self.stages[first : last + 1]
+        stages = [self._listening(stage) for stage in opened]
+        self.stages[first : last + 1] = stages
+        carried = [i for i, stage in enumerate(opened) if not stage.next_hop_reachable]
+        self.laps.replace(first, last, [stage.hop for stage in opened], carried=carried)
+        self.epoch += 1
+        self._keep_lanes()
+        for stage in before:
+            self._dismiss(stage)
+        return stages
+
+    # --- sending -----------------------------------------------------------------------------------------
+
+    def begin(self, chunk: Chunk, hidden: Tensor | None = None) -> Flight:
+        """Expect what comes of ``chunk``, whose rows, encoded, are ``hidden``; `send` sends it."""
+        flight = Flight(chunk, self.epoch, self.stages[0].start)
+        self.flights[chunk.step] = flight
+        if not chunk.replay:
+            self.journal.begin(chunk.step)
+            if hidden is not None:
+                self.journal.receive(self.stages[0].start, chunk.step, hidden)
+        return flight
+
+    async def send(self, index: int, flight: Flight, hidden: Tensor) -> None:
+        """Send a step to one stage. A failure is that stage's, and is not raised."""
+        stage, options = self.stages[index], self.options
+        step: Step = self.laps.step_for(
+            index,
+            flight.chunk,
+            codec=options.codec,
+            deadline=options.step_timeout,
+            journal=options.journal,
+        )
+        flight.epoch = self.epoch
+        await self.tell(stage, step, hidden)
+
+    async def tell(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
+        """Send anything to a stage. A failure is that stage's, and is not raised."""
+        try:
+            async with asyncio.timeout(self.options.step_timeout):
+                await stage.opened.channel.send(record, *tensors)
+        except TimeoutError:
+            self.fail(stage, DeadlineExceededError("it does not take in a step"))
+        except SwarmError as exc:
+            # Whatever the stream ended with says more than that nothing can be sent on it.
+            await asyncio.sleep(0)
+            self.fail(stage, exc)
+
+    def forget(self, flight: Flight) -> None:
+        """Nothing is expected of the flight any more."""
+        self.flights.pop(flight.chunk.step, None)
+        self.journal.forget(flight.chunk.step)
+
+    # --- waiting -----------------------------------------------------------------------------------------
+
+    async def wait(self, done: Callable[[], bool], *, timeout: float) -> bool:
+        """Wait until ``done``, which events change; False when there was none for ``timeout`` seconds.
+
+        When it is quiet, stages are asked whether they are alive; those that do not answer have failed.
+        """
+        loop = asyncio.get_running_loop()
+        latest = loop.time()
+        while not done():
+            self.news.clear()
+            try:
+                async with asyncio.timeout(min(SILENCE, timeout)):
+                    await self.news.wait()
+                latest = loop.time()
+            except TimeoutError:
+                if loop.time() - latest >= timeout:
+                    return False
+                self._probe()
+        return True
+
+    def _probe(self) -> None:
+        if self._prober is None or self._prober.done():
+            self._prober = asyncio.create_task(self._ping_all(), name="session probe")
+
+    async def _ping_all(self) -> None:
+        await asyncio.gather(*(self._ping(stage) for stage in self.stages if not stage.failure))
+
+    async def _ping(self, stage: LiveStage) -> None:
+        addresses = [Address.parse(url) for url in stage.opened.hop.addresses]
+        try:
+            await self.node.call(addresses, PING_METHOD, Ping(), timeout=PING_TIMEOUT)
+        except DeadlineExceededError:
+            self.fail(stage, DeadlineExceededError(f"no sign of life for {PING_TIMEOUT:.0f} s"))
+        except SwarmError as exc:
+            # Its stream still stands: whether a second connection can be made is another matter.
+            logger.debug("%s could not be asked whether it is alive: %s", stage, exc)
+
+    # --- receiving ---------------------------------------------------------------------------------------
+
+    def _listening(self, opened: OpenStage) -> LiveStage:
+        stage = LiveStage(opened)
+        stage.listener = asyncio.create_task(self._listen(stage), name="session listener")
+        return stage
+
+    async def _listen(self, stage: LiveStage) -> None:
+        """Take what one server sends: outputs, copies, refusals, or the end of its stream."""
+        try:
+            while True:
+                await self._heard(stage, await stage.opened.channel.receive())
+        except SwarmError as exc:
+            self.fail(stage, exc)
+        except Exception as exc:
+            logger.exception("session over %s broke", stage)
+            self.fail(stage, RemoteFaultError(f"what it sent could not be dealt with: {exc}"))
+
+    async def _heard(self, stage: LiveStage, message: Message) -> None:
+        record = message.record
+        if stage not in self.stages:
+            return
+        match record:
+            case StepOutput() | StepForwarded():
+                await self._moved(stage, record, message)
+            case StepFailed():
+                if flight := self.flights.get(record.step):
+                    flight.error, flight.refused_by = to_error(record.failure, stage.peer), stage
+            case Draining():
+                self.on_draining(stage, record.seconds)
+            case HandOverFailed():
+                _end_hand_over(stage, to_error(record.failure, stage.peer))
+            case _:
+                raise ProtocolError(f"unexpected {message.kind} in the middle of a session")
+        self.news.set()
+
+    async def _moved(self, stage: LiveStage, record: StepOutput | StepForwarded, message: Message) -> None:
+        """A step has come past ``stage``."""
+        index = self.stages.index(stage)
+        flight = self.flights.get(record.step)
+        current = flight is not None and flight.epoch == self.epoch
+        carry_to = self.laps.received(index, record, current=current)
+        hidden = message.tensor("hidden") if message.tensors else None
+        if hidden is not None:
+            self.journal.receive(stage.end, record.step, hidden)
+        if flight is None or flight.done:
+            return
+        flight.reached = max(flight.reached, stage.end)
+        if isinstance(record, StepForwarded):
+            return
+        if stage.end == (flight.chunk.until or self.model.blocks):
+            if hidden is None and flight.chunk.reply != "none":
+                raise ProtocolError("a step was answered without its output")
+            flight.output, flight.done = hidden, True
+        elif carry_to is not None and hidden is not None and not self.stages[carry_to].failure:
+            await self.send(carry_to, flight, hidden)
+
+    def _keep_lanes(self) -> None:
+        """Keep the inputs of the stages that there are."""
+        starts = {
+            "client": {stage.start for stage in self.stages},
+            "servers": {self.stages[0].start},
+            "off": set[int](),
+        }[self.options.journal]
+        self.journal.keep_only(starts)
+        for start in starts - self.journal.blocks:
+            self.journal.rebuild(start, (0,) * len(self.laps.positions))
+
+    # --- the end -----------------------------------------------------------------------------------------
+
+    def _dismiss(self, stage: LiveStage) -> None:
+        """Let go of a stage that is no longer of the chain."""
+        if stage.listener is not None:
+            stage.listener.cancel()
+        task = asyncio.create_task(stage.opened.channel.close(), name="session stage closing")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """End the session on every server."""
+        if self._prober is not None:
+            self._prober.cancel()
+        listeners = [stage.listener for stage in self.stages if stage.listener is not None]
+        for listener in listeners:
+            listener.cancel()
+        await asyncio.gather(*listeners, return_exceptions=True)
+        for stage in self.stages:
+            self._dismiss(stage)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+
+def _end_hand_over(stage: LiveStage, error: SwarmError) -> None:
+    if stage.hand_over is not None and not stage.hand_over.done():
+        stage.hand_over.set_exception(error)
+        stage.hand_over.exception()  # seen, also when nobody waits any more
+
+
+def located(stage: LiveStage, error: SwarmError, remark: str = "") -> SwarmError:
+    """``error`` with the server and blocks it comes from in its message."""
+    located = type(error)(f"{stage}: {error.message}{remark and f' ({remark})'}", **error.details)
+    located.origin = error.origin
+    return located

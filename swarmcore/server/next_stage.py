@@ -1,0 +1,90 @@
+"""A stage's way to the stage that follows it in a session's chain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+
+from swarmcore.errors import DeadlineExceededError, SwarmError
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.types import Address, short
+from swarmcore.wire.messages import CachePart, Hop, JoinSession, Step
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+DIAL_TIMEOUT = 5.0
+"""Seconds to reach the next server of a chain before the client is asked to carry the hop."""
+
+PUSH_TIMEOUT = 20.0
+"""Seconds in which the next server has to take in one step."""
+
+
+async def join(node: Node, hop: Hop) -> Channel:
+    """A channel into the session that a client has opened at ``hop``. Raises as `Node.open` does."""
+    addresses = [Address.parse(url) for url in hop.addresses]
+    return await node.open(addresses, INFERENCE_PROTOCOL, JoinSession(hop.session), timeout=DIAL_TIMEOUT)
+
+
+class NextStage:
+    """Pushes steps to whichever stage is next, dialled when it is first needed and when it has changed."""
+
+    def __init__(self, node: Node, counters: Counter[str]) -> None:
+        self._node = node
+        self._counters = counters
+        self._channel: Channel | None = None
+        self._session = ""
+        self._watch: asyncio.Task[None] | None = None
+
+    async def dial(self, hop: Hop) -> None:
+        """Connect ahead of the first push. Raise `UnavailableError` when ``hop`` cannot be reached."""
+        await self._channel_to(hop)
+
+    async def push(self, hop: Hop, record: Step | CachePart, tensor: Tensor) -> None:
+        """Send to ``hop``. Raise `UnavailableError` or `DeadlineExceededError` when it cannot be done."""
+        channel = await self._channel_to(hop)
+        try:
+            async with asyncio.timeout(PUSH_TIMEOUT):
+                await channel.send(record, tensor)
+        except TimeoutError as exc:
+            # Part of the message may be on its way: nothing can follow it.
+            channel.abort("the stage took too long to take in a step")
+            raise DeadlineExceededError(
+                f"{short(hop.peer)} did not take in a step within {PUSH_TIMEOUT:.0f} s"
+            ) from exc
+        self._counters["steps_pushed"] += 1
+
+    def give_up_unless(self, hop: Hop | None) -> None:
+        """Drop a push that hangs when the chain goes on elsewhere: the client knows of a failure by now."""
+        if self._channel is not None and hop is not None and hop.session != self._session:
+            self._channel.abort("the session goes on elsewhere")
+
+    async def close(self) -> None:
+        channel, self._channel = self._channel, None
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            self._watch = None
+        if channel is not None:
+            await channel.close()
+
+    async def _channel_to(self, hop: Hop) -> Channel:
+        if self._channel is not None and self._session == hop.session:
+            if self._watch is not None and not self._watch.done():
+                return self._channel
+            self._counters["pushes_redialled"] += 1
+        await self.close()
+        channel = await join(self._node, hop)
+        self._channel, self._session = channel, hop.session
+        self._watch = asyncio.create_task(self._wait_for_end(channel))
+        return channel
+
+    async def _wait_for_end(self, channel: Channel) -> None:
+        """The next stage never answers on this channel: whatever ends the wait means that it is gone."""
+        try:
+            await channel.receive()
+        except SwarmError as exc:
+            logger.debug("next stage %s is gone: %s", short(channel.remote), exc)

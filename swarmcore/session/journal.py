@@ -1,0 +1,241 @@
+"""What a session keeps of its stages' inputs, so that a stage that is lost can be rebuilt elsewhere.
+
+The inputs of one stage are a `Lane`: the rows that every token had when it entered that block. A server keeps
+one of its own outputs when it is asked to; the client's `Journal` has one for every stage: in the paper, the
+client-side cache of section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from swarmcore.errors import InvalidStepError
+from swarmcore.wire.tensors import ITEM_BYTES, Tensor
+
+
+@attrs.frozen
+class Entry:
+    """What a step does to a lane: reorder, roll back, append. Fields as in `Step`."""
+
+    step: int
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sources: tuple[int, ...] = ()
+
+
+@attrs.frozen
+class _Run:
+    """Rows ``first_row:first_row + count`` of a tensor: positions ``start`` and on of a sequence."""
+
+    start: int
+    count: int
+    tensor: Tensor
+    first_row: int
+
+
+class Lane:
+    """The rows of every sequence at one place between two blocks, from position 0 on.
+
+    Rows are kept as they came, encoded, and decoded when they are read. Reordering copies references only.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self._runs: list[list[_Run]] = [[] for _ in range(sequences)]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each sequence."""
+        return tuple(runs[-1].start + runs[-1].count if runs else 0 for runs in self._runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        tensors = {id(run.tensor): run.tensor for runs in self._runs for run in runs}
+        return sum(tensor.data.nbytes for tensor in tensors.values())
+
+    def apply(self, entry: Entry, rows: Tensor) -> None:
+        """Do what a step does; ``rows`` are its ``[sum(lengths), width]``."""
+        if entry.sources:
+            self._runs = [list(self._runs[source]) for source in entry.sources]
+        first_row = 0
+        for sequence, (start, count) in enumerate(zip(entry.starts, entry.lengths, strict=True)):
+            if count:
+                self._truncate(sequence, start)
+                self._runs[sequence].append(_Run(start, count, rows, first_row))
+                first_row += count
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget rows beyond ``lengths``."""
+        for sequence, length in enumerate(lengths):
+            self._truncate(sequence, length)
+
+    def rows(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """The rows ``start:start + length`` of each sequence, one sequence after the other, decoded.
+
+        Raise `InvalidStepError` when some of them are not here.
+        """
+        decoded: dict[int, Tensor] = {}
+        parts: list[memoryview] = []
+        sample: Tensor | None = None
+        for sequence, (start, count) in enumerate(zip(starts, lengths, strict=True)):
+            position, end = start, start + count
+            for run in self._runs[sequence]:
+                first, last = max(run.start, position), min(run.start + run.count, end)
+                if first != position or first >= last:
+                    continue
+                sample = decoded.get(id(run.tensor))
+                if sample is None:
+                    sample = decoded[id(run.tensor)] = run.tensor.decode()
+                row = sample.shape[1] * ITEM_BYTES[sample.dtype]
+                offset = run.first_row - run.start
+                parts.append(sample.data.cast("B")[(first + offset) * row : (last + offset) * row])
+                position = last
+            if position < end:
+                raise InvalidStepError(
+                    f"rows {position} to {end} of sequence {sequence} were asked for and are not kept"
+                )
+        if sample is None:
+            raise InvalidStepError("no rows were asked for")
+        shape = (sum(lengths), sample.shape[1])
+        data = parts[0] if len(parts) == 1 else memoryview(bytearray().join(parts))
+        return Tensor("hidden", sample.dtype, shape, data)
+
+    def _truncate(self, sequence: int, length: int) -> None:
+        runs = self._runs[sequence]
+        while runs and runs[-1].start >= length:
+            runs.pop()
+        if runs and runs[-1].start + runs[-1].count > length:
+            runs[-1] = attrs.evolve(runs[-1], count=length - runs[-1].start)
+
+    def __repr__(self) -> str:
+        return f"<Lane {','.join(map(str, self.lengths))} rows>"
+
+
+class _Inputs:
+    """The lane of one stage's inputs, and what is on its way into it.
+
+    Rows come when they come: some time before or after their step is settled. They enter the lane in the
+    order of the settled steps, so that the lane is always what it was after one of them.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self.lane = Lane(sequences)
+        self.arrived: dict[int, Tensor] = {}
+        self.due: deque[Entry] = deque()
+
+    def settle(self, entry: Entry) -> None:
+        self.due.append(entry)
+        self.advance()
+
+    def advance(self) -> None:
+        while self.due and self.due[0].step in self.arrived:
+            entry = self.due.popleft()
+            self.lane.apply(entry, self.arrived.pop(entry.step))
+
+    def keep(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Give up on rows that are due; return how many of each sequence, up to ``positions``, are good."""
+        due, self.due = self.due, deque()
+        good = self.lane.lengths
+        if any(entry.sources for entry in due):
+            good = (0,) * len(good)
+        for entry in due:
+            good = tuple(
+                min(have, start) if count else have
+                for have, start, count in zip(good, entry.starts, entry.lengths, strict=True)
+            )
+        good = tuple(map(min, good, positions))
+        self.lane.truncate(good)
+        return good
+
+
+class Journal:
+    """The inputs of a session's stages, by the block at which each begins.
+
+    Steps in flight are held beside the lanes until they are settled or forgotten. A plain object.
+    """
+
+    def __init__(self, sequences: int, blocks: Iterable[int]) -> None:
+        self._sequences = sequences
+        self._inputs = {block: _Inputs(sequences) for block in blocks}
+        self._flying: set[int] = set()
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """The places that are kept."""
+        return frozenset(self._inputs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(inputs.lane.nbytes for inputs in self._inputs.values())
+
+    def begin(self, step: int) -> None:
+        """A step has left: rows that come with its number are to be kept."""
+        self._flying.add(step)
+
+    def receive(self, block: int, step: int, rows: Tensor) -> bool:
+        """Rows with which a step entered ``block``. False when nobody needs them (any more)."""
+        inputs = self._inputs.get(block)
+        if inputs is None:
+            return False
+        if step not in self._flying and all(entry.step != step for entry in inputs.due):
+            return False
+        inputs.arrived[step] = rows
+        inputs.advance()
+        return True
+
+    def settle(self, entry: Entry) -> None:
+        """The step has come home: its tokens are part of the session."""
+        self._flying.discard(entry.step)
+        for inputs in self._inputs.values():
+            inputs.settle(entry)
+
+    def forget(self, step: int) -> None:
+        """The step was given up."""
+        self._flying.discard(step)
+        for inputs in self._inputs.values():
+            inputs.arrived.pop(step, None)
+
+    def has(self, block: int, step: int) -> bool:
+        """Whether the rows with which a step in flight enters ``block`` are here."""
+        inputs = self._inputs.get(block)
+        return inputs is not None and step in inputs.arrived
+
+    def in_flight(self, block: int, step: int) -> Tensor:
+        """These rows, as they came."""
+        return self._inputs[block].arrived[step]
+
+    def complete(self, block: int) -> bool:
+        """Whether the rows of all settled steps have come in."""
+        inputs = self._inputs.get(block)
+        return inputs is not None and not inputs.due
+
+    def rows(self, block: int, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """As `Lane.rows`. The lane has to be `complete`."""
+        return self._inputs[block].lane.rows(starts, lengths)
+
+    def rebuild(self, block: int, positions: Sequence[int]) -> tuple[int, ...]:
+        """The server that feeds ``block`` is gone: what it still owed will be computed again.
+
+        Return how many rows of each sequence are here, up to ``positions``; `expect` says what follows.
+        """
+        inputs = self._inputs.setdefault(block, _Inputs(self._sequences))
+        return inputs.keep(positions)
+
+    def expect(self, block: int, entry: Entry) -> None:
+        """A replay with this number will bring rows into ``block``."""
+        self._inputs[block].settle(entry)
+
+    def keep_only(self, blocks: Iterable[int]) -> None:
+        """Drop the places at which no stage begins any more."""
+        wanted = set(blocks)
+        for block in self._inputs.keys() - wanted:
+            del self._inputs[block]
+
+    def __repr__(self) -> str:
+        places = ", ".join(
+            f"{block}: {max(inputs.lane.lengths)}" for block, inputs in sorted(self._inputs.items())
+        )
+        return f"<Journal {places}>"

@@ -1,0 +1,225 @@
+"""A swarm in memory for tests of sessions: real client and server code, exact arithmetic for blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import attrs
+
+from swarmcore.client.options import Failover, SessionOptions
+from swarmcore.client.planner import SwarmPlanner
+from swarmcore.client.session import InferenceSession, open_session
+from swarmcore.executor.engine import Engine
+from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.identity import Identity
+from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
+from swarmcore.routing.chain import FewestServers
+from swarmcore.routing.health import PeerHealth
+from swarmcore.rpc.method import Caller
+from swarmcore.rpc.node import Node
+from swarmcore.server.inference import InferenceService
+from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
+from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, Rows, hidden_states, read_rows
+from swarmcore.testing.faulty import FaultyTransport
+from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
+from swarmcore.types import PeerId, ServerInfo, Span
+from swarmcore.wire.messages import Ping, Pong
+
+CACHE = 512
+
+
+@attrs.define(eq=False)
+class Server:
+    """One server, its parts within reach."""
+
+    node: Node
+    transport: FaultyTransport
+    executor: CountingExecutor
+    engine: Engine
+    service: InferenceService
+    registry: MemoryRegistry
+    dead: bool = False
+
+    @property
+    def peer(self) -> PeerId:
+        return self.node.peer
+
+    def info(self, state: str = "online") -> ServerInfo:
+        return ServerInfo(
+            peer=self.peer,
+            addresses=tuple(map(str, self.node.addresses)),
+            state=state,
+            model=COUNTING_MODEL,
+            span=self.executor.span,
+            cache_tokens=CACHE,
+            cache_tokens_free=self.engine.cache_tokens_free,
+        )
+
+    async def kill(self) -> None:
+        """Vanish, as by SIGKILL; the directory hears of it."""
+        self.dead = True
+        inner = self.transport.inner
+        assert isinstance(inner, MemoryTransport)
+        await inner.crash()
+        await self.registry.withdraw()
+        await self.engine.close()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Sessions, cached tokens and reserved tokens."""
+        return self.service.sessions, self.engine.cache_tokens_used, self.executor.reserved_tokens
+
+
+class Swarm:
+    """Servers on one memory network, and a client."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.network = MemoryNetwork()
+        self.directory = MemoryDirectory()
+        self.servers: list[Server] = []
+        self.failovers: list[Failover] = []
+        identity = self._identity()
+        self.client = Node(identity, [self.network.transport(identity)])
+        self.health = PeerHealth()
+        self.planner = SwarmPlanner(
+            MemoryRegistry(self.client.peer, self.directory),
+            FewestServers(random.Random(seed)),
+            self.health,
+            COUNTING_MODEL,
+        )
+
+    def _identity(self) -> Identity:
+        return Identity.from_seed(self.random.randbytes(32))
+
+    async def add(self, blocks: str, *, identity: Identity | None = None, cache: int = CACHE) -> Server:
+        identity = identity or self._identity()
+        transport = FaultyTransport(self.network.transport(identity), self.random)
+        node = Node(identity, [transport])
+        await node.start()
+        executor = CountingExecutor(Span.parse(blocks))
+        engine = Engine(executor, cache_tokens=cache)
+        await engine.start()
+        service = InferenceService(engine, COUNTING_MODEL, executor.span, node, admission_timeout=0.5)
+        node.serve_protocol(INFERENCE_PROTOCOL, service.serve)
+        node.serve(PING_METHOD, _pong)
+        registry = MemoryRegistry(node.peer, self.directory)
+        await registry.start()
+        server = Server(node, transport, executor, engine, service, registry)
+        await registry.announce(server.info(), 3600)
+        self.servers.append(server)
+        return server
+
+    def serving(self, session: InferenceSession, stage: int) -> Server:
+        """The server of a stage of the session's chain."""
+        peer = session.chain.peers[stage]
+        return next(server for server in self.servers if server.peer == peer and not server.dead)
+
+    async def open(self, sequences: int = 1, **options: object) -> InferenceSession:
+        return await open_session(
+            self.client,
+            self.planner,
+            COUNTING_MODEL,
+            sequences=sequences,
+            options=SessionOptions(on_failover=self.failovers.append, **options),  # type: ignore[arg-type]
+        )
+
+    async def close(self) -> None:
+        await self.client.close()
+        for server in self.servers:
+            await server.registry.close()
+            await server.node.close()
+            await server.engine.close()
+
+
+@asynccontextmanager
+async def swarm_of(*blocks: str, seed: int = 0) -> AsyncIterator[Swarm]:
+    swarm = Swarm(seed)
+    await swarm.client.start()
+    try:
+        for each in blocks:
+            await swarm.add(each)
+        yield swarm
+    finally:
+        await swarm.close()
+
+
+async def _pong(request: Ping, caller: Caller) -> Pong:
+    return Pong(request.payload)
+
+
+class Reference:
+    """What the whole model makes of the same steps, in one process and without any network."""
+
+    def __init__(self, sequences: int = 1) -> None:
+        self.rows: list[Rows] = [[] for _ in range(sequences)]
+
+    async def step(
+        self,
+        rows: Sequence[Rows],
+        *,
+        starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+        reply: str = "last",
+    ) -> Rows:
+        if sources:
+            self.rows = [list(self.rows[source]) for source in sources]
+        outputs: Rows = []
+        for sequence, new in enumerate(rows):
+            if not new:
+                continue
+            if starts is not None:
+                del self.rows[sequence][starts[sequence] :]
+            self.rows[sequence] += new
+            executor = CountingExecutor()
+            executor.reserve(SequenceId(0), 4096)
+            segment = Segment(SequenceId(0), 0, len(self.rows[sequence]))
+            part = Slice(hidden_states(self.rows[sequence]), 0, executor.span, (segment,))
+            (result,) = await executor.step([part])
+            assert not isinstance(result, Exception)
+            outputs += read_rows(result)[-1 if reply == "last" else -len(new) :]
+        return outputs
+
+
+@attrs.define(eq=False)
+class Run:
+    """A session and its reference, stepped together; every step asserts that they agree."""
+
+    session: InferenceSession
+    reference: Reference
+    random: random.Random
+
+    @classmethod
+    def of(cls, session: InferenceSession, seed: int = 0) -> Run:
+        return cls(session, Reference(session.sequences), random.Random(seed))
+
+    def new_rows(self, count: int) -> Rows:
+        # Values that survive float32 unchanged.
+        return [[self.random.randrange(1 << 12) / (1 << 12) for _ in range(4)] for _ in range(count)]
+
+    async def step(
+        self,
+        *lengths: int,
+        starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+        reply: str = "last",
+    ) -> None:
+        rows = [self.new_rows(length) for length in lengths]
+        flat = [row for new in rows for row in new]
+        output = await self.session.step(
+            hidden_states(flat),
+            lengths,
+            starts=starts,
+            sources=sources,
+            reply=reply,  # type: ignore[arg-type]
+        )
+        expected = await self.reference.step(rows, starts=starts, sources=sources, reply=reply)
+        assert read_rows(output) == expected
+
+
+async def quiet(swarm: Swarm) -> None:
+    """Wait until every server has noticed that sessions are gone."""
+    while any(any(server.counts()) for server in swarm.servers if not server.dead):
+        await asyncio.sleep(0.01)
