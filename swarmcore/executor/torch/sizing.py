@@ -1,0 +1,97 @@
+"""What blocks would need of a machine and what it has, found without loading anything."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swarmcore.executor.torch.checkpoint import Checkpoint
+from swarmcore.executor.torch.cut import build_on_meta, cut_config, layer_list
+from swarmcore.executor.torch.device import DTYPES, choose_dtype, parse_device
+from swarmcore.placement.capacity import BlockNeeds
+from swarmcore.types import Span
+
+
+def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int) -> BlockNeeds:
+    """Memory for one block of the model in ``dtype`` on ``device``, with batches of ``batch_tokens``.
+
+    Weights are counted exactly; cache and backward pass are estimates, on the high side. Raise `InputError` for an unknown dtype or device,
+    `UnsupportedModelError` when transformers cannot build the blocks.
+    """
+    config = checkpoint.config.get_text_config(decoder=True)
+    place = parse_device(device)
+    precision = choose_dtype(dtype, config, place)
+    weights = _largest_block(config)
+    kept = getattr(config, "dtype", None) or torch.float32
+    if isinstance(kept, str):
+        kept = DTYPES.get(kept.removeprefix("torch."), torch.float32)
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return BlockNeeds(
+        weights=weights * precision.itemsize,
+        cache_per_token=_cached_values(config) * precision.itemsize,
+        backward=batch_tokens * (8 * hidden + 3 * inner) * precision.itemsize,
+        # On a GPU the checkpoint's bytes pass through the memory of the host.
+        reading=weights * kept.itemsize if place.type == "cpu" else 0,
+    )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that could be taken on ``device`` now."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(parse_device(device))
+        return int(free)
+    return min(_available_memory(), _control_group_room())
+
+
+def device_name(device: str) -> str:
+    """What the device is, as its maker calls it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(parse_device(device))
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _largest_block(config: Any) -> int:
+    """How many parameters the largest block has: in some families not all are alike."""
+    base = build_on_meta(cut_config(config, Span(0, config.num_hidden_layers))).base_model
+    blocks = getattr(base, layer_list(base))
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+
+
+def _cached_values(config: Any) -> int:
+    """Keys and values of one token in one block."""
+    heads = config.num_attention_heads
+    if rotated := getattr(config, "qk_rope_head_dim", 0):  # latent attention, cached expanded
+        return int(heads * (config.qk_nope_head_dim + rotated + config.v_head_dim))
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * (getattr(config, "num_key_value_heads", None) or heads) * size)
+
+
+def _available_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # unlike what is free, it counts the page cache
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _control_group_room() -> int:
+    """What a container's limit leaves, or a very large number."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        return max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return 2**63
