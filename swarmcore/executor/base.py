@@ -86,42 +86,46 @@ class BlockExecutor(ABC):
         """
         return tensor.encode(codec)
 
+    @abstractmethod
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         """Let each sequence ``i`` hold a copy of what sequence ``sources[i]`` of ``sequences`` held.
 
         For beam search. Never overlaps with `step` or another `reorder`. Each sequence's room for tokens was
-        reserved before, as for a step.
+        reserved before, as for a step. When it fails the sequences may hold anything.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
         """The attention cache of positions ``start`` to ``start + count``, for `import_cache` elsewhere.
 
-        The tensors' layout is the backend's own; their names and shapes tell it. Not while the sequence is in
-        a batch.
+        The tensors' layout is the backend's own; their names and shapes tell it. Values are exact. Not while
+        the sequence is in a batch; others may be. Raise `SessionLostError` when the sequence has no cache,
+        `InvalidStepError` when it is not that long.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def import_cache(
         self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
     ) -> None:
         """Append what another executor's `export_cache` gave for the blocks ``span``.
 
-        Raise `InvalidStepError` unless the tensors have this executor's own layout and dtype for ``span`` and
-        follow on what is cached.
+        Like a step it needs its room reserved, and rolls back to ``start`` first. Not while the sequence is
+        in a batch; others may be. Raise `InvalidStepError` unless the tensors have this executor's own layout
+        and dtype for ``span`` and follow on what is cached; the cache is then as it was. When it is cancelled
+        the sequence may hold anything from ``start`` on.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def change_span(self, span: Span) -> None:
         """Hold the blocks ``span`` from now on; steps through blocks that stay go on meanwhile.
 
         First the blocks that leave are dropped, then those that come are loaded. Sessions through blocks that
         leave have ended before. `self.span` is the part that stays until all is loaded, and ``span`` after
-        that; where nothing stays it is ``span`` at once, and no step may come before the return. When loading
-        fails the part that stays is still served. Raise `SpanError` for blocks the model does not have, and
-        what loading raises.
+        that; where nothing stays it is ``span`` at once, and no step may come before the return.
+        `cache_bytes_per_token` follows `self.span`. When loading fails the part that stays is still served,
+        and another call may mend it. Never overlaps with itself. Raise `SpanError` for blocks that the model
+        does not have, and what loading raises.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def reserve(self, sequence: SequenceId, tokens: int) -> None:

@@ -7,16 +7,14 @@ what clients claim, runs the batches on a `BlockExecutor` and keeps the time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from swarmcore.errors import (
     InputError,
-    InternalError,
     InvalidStepError,
     RemoteFaultError,
     ServerDrainingError,
@@ -26,14 +24,21 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.cache import (
-    CacheBudget,
-)
+from swarmcore.executor.batches import BatchLoop
+from swarmcore.executor.cache import CacheBudget
 from swarmcore.executor.gathering import Gathering
-from swarmcore.executor.scheduler import Batch, Scheduler
-from swarmcore.executor.session import EngineSession, SessionStep, check_codec, check_hidden
+from swarmcore.executor.scheduler import Scheduler
+from swarmcore.executor.session import (
+    CacheImport,
+    EngineSession,
+    SessionStep,
+    Turn,
+    check_codec,
+    check_hidden,
+)
 from swarmcore.executor.stats import EngineStats
 from swarmcore.executor.table import SessionTable
+from swarmcore.executor.transfer import CacheChunk, CacheTransfer
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -87,8 +92,11 @@ class Engine:
         )
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
         self._table = SessionTable(executor, self._budget, self._scheduler, self.stats)
+        self._transfer = CacheTransfer(executor, self._table, self._carry_on)
         self._gathering = Gathering()
-        self._wake = asyncio.Event()
+        self._batches = BatchLoop(
+            executor, self._table, self._scheduler, self._gathering, self.stats, self._carry_on
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -129,7 +137,7 @@ class Engine:
 
     async def start(self) -> None:
         """Begin to compute."""
-        self._task = asyncio.create_task(self._compute(), name="swarmcore engine")
+        self._task = asyncio.create_task(self._batches.run(), name="swarmcore engine")
         self._task.add_done_callback(self._compute_ended)
 
     async def close(self) -> None:
@@ -140,6 +148,7 @@ class Engine:
             await asyncio.wait({self._task}, timeout=CLOSE_TIMEOUT)
             self._task.cancel()
             await asyncio.wait({self._task})
+        await self._transfer.finish(CLOSE_TIMEOUT)
 
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
@@ -147,7 +156,7 @@ class Engine:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._wake.set()
+        self._batches.stop()
 
     def _compute_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -161,8 +170,8 @@ class Engine:
     ) -> None:
         """Admit a session of ``sequences`` sequences, with ``tokens`` of cache (over all of them) set aside.
 
-        Its steps go through the blocks ``span``, by default all that the executor has. A token takes the same
-        room in the budget whatever the span.
+        Its steps go through the blocks ``span``, by default all that the executor has. A session that passes
+        through a part of them is charged that part of its tokens, in whole pages.
 
         Wait up to ``timeout`` seconds for that room, first come first served; raise `CacheFullError`, with
         its ``retry_after``, when it does not come free or never could. Beyond ``tokens`` the session grows as
@@ -203,12 +212,15 @@ class Engine:
         reply: Literal["all", "last"] = "all",
         codec: str = "raw",
         timeout: float,
+        sources: Sequence[int] = (),
     ) -> asyncio.Future[Tensor]:
         """Put a step in its session's line; the future is its result, ``[rows, hidden size]`` in ``codec``.
 
         ``starts`` and ``lengths`` have an entry for each sequence; ``hidden`` holds ``lengths[0]`` rows of
         the first, and so on. A sequence of length 0 is left alone; a start below its length rolls it back.
-        ``reply`` asks for every row, or for the last row of each sequence that has any.
+        ``reply`` asks for every row, or for the last row of each sequence that has any. With ``sources``, for
+        beam search, sequence ``i`` first becomes a copy of what sequence ``sources[i]`` was; ``starts`` count
+        from there.
 
         Steps of a session run in the order of the calls, so the next may be put in line before the result of
         the one before it is there. Cancelling the future withdraws the step. What is wrong with a step raises
@@ -217,11 +229,12 @@ class Engine:
         `CacheFullError` when there was no room for it in that time, `SessionLostError` when the session was
         ended, or the executor's own error. The session is then as long as it was before the step, but for
         sequences that the step had begun to roll back: those end at the step's start. Steps in line that
-        build on the failed one fail like it.
+        build on the failed one fail like it. A step that fails when its caches have been reordered ends the
+        session with `SessionLostError`: what it holds is not what its client takes it for.
         """
         found = self._table[session]
         try:
-            segments = found.segments(starts, lengths)
+            segments = found.segments(starts, lengths, sources)
             width = self.executor.model.hidden_size
             check_hidden(hidden, sum(lengths), width, self.max_step_tokens)
             check_codec(codec)
@@ -234,13 +247,78 @@ class Engine:
             self.stats.refusals += 1
             raise
         answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        step = SessionStep(found.span, segments, hidden, reply, codec, deadline, session=found, answer=answer)
+        order = () if list(sources) == list(range(len(sources))) else tuple(sources)
+        step = SessionStep(
+            found.span,
+            segments,
+            hidden,
+            reply,
+            codec,
+            deadline,
+            order,
+            session=found,
+            answer=answer,
+            submitted=now,
+        )
         answer.add_done_callback(partial(self._answered, step))
         if step.decode:
             self._gathering.arrived(session, now)
         self._table.submit(step, now)
         self._carry_on()
         return answer
+
+    def export_cache(self, session: str, *, max_bytes: int) -> AsyncIterator[CacheChunk]:
+        """The session's attention cache, in chunks whose tensors take ``max_bytes`` at most.
+
+        Sequence by sequence, each from its start. The session cannot be evicted meanwhile, and its steps wait
+        until the iterator is exhausted or closed; other sessions go on. Raise `SessionLostError` when there
+        is no such session or it ends, `InputError` when not one token fits in a chunk; `InvalidStepError`
+        at the first chunk while steps of the session are in line.
+        """
+        return self._transfer.export(self._table[session], max_bytes)
+
+    async def import_cache(
+        self,
+        session: str,
+        sequence: int,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        *,
+        timeout: float,
+    ) -> None:
+        """Put a `CacheChunk` of another server's session for the same blocks into this one.
+
+        It stands in the session's line like a step of ``count`` tokens at ``start`` would, needs the same
+        room, and raises the same: `SessionLostError`, `InvalidStepError` (also for tensors of another layout
+        or dtype), `TooManyCallsError`; `DeadlineExceededError` or `CacheFullError` after ``timeout`` seconds.
+        When it fails the sequence ends at ``start``.
+        """
+        found = self._table[session]
+        many = len(found.sequences)
+        if not 0 <= sequence < many or count < 1:
+            raise InvalidStepError(
+                f"a cache of {count} tokens for sequence {sequence}; expected 1 or more for "
+                f"one of 0 to {many - 1}"
+            )
+        starts, lengths = [0] * many, [0] * many
+        starts[sequence], lengths[sequence] = start, count
+        [segment] = found.segments(starts, lengths)
+        self._check_line(found, count)
+        now = self._now()
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = CacheImport(
+            session=found,
+            segments=(segment,),
+            deadline=now + _checked(timeout),
+            tensors=tensors,
+            answer=answer,
+            begin=self._transfer.begin,
+        )
+        answer.add_done_callback(partial(self._answered, turn))
+        self._table.submit(turn, now)
+        self._carry_on()
+        await answer
 
     def close_session(self, session: str) -> None:
         """End a session and free its cache: at once, or after the batch that it computes in. Never fails."""
@@ -259,12 +337,12 @@ class Engine:
                 f"{waiting} tokens wait to be computed; try again later, or another server"
             )
 
-    def _answered(self, step: SessionStep, answer: asyncio.Future[Tensor]) -> None:
-        if step.done:
+    def _answered(self, turn: Turn, answer: asyncio.Future[Any]) -> None:
+        if turn.done:
             return
         # Nobody but the caller ends the future of a step that is not done: it was cancelled.
         now = self._now()
-        self._table.fail(step, InvalidStepError("the step was cancelled by its caller"), now)
+        self._table.fail(turn, InvalidStepError("the step was cancelled by its caller"), now)
         self._table.poll(now)
         self._carry_on()
 
@@ -278,7 +356,7 @@ class Engine:
         if self._closing:
             return
         if len(self._scheduler):
-            self._wake.set()
+            self._batches.wake()
         when = self._table.wakeup
         if self._timer is not None:
             if self._timer.when() <= when:
@@ -292,77 +370,6 @@ class Engine:
         self._timer = None
         self._table.tick(self._now())
         self._carry_on()
-
-    # --- computing ---------------------------------------------------------------------------------------
-
-    async def _compute(self) -> None:
-        while not self._closing:
-            if not len(self._scheduler):
-                self._wake.clear()
-                await self._wake.wait()
-            else:
-                # Callers just answered run first, so that their next steps join this batch.
-                await asyncio.sleep(0)
-            await self._gather()
-            batch = self._table.schedule(self._now())
-            if batch.steps:
-                await self._run(batch)
-            self._table.poll(self._now())
-            self._carry_on()
-
-    async def _gather(self) -> None:
-        """Give decode steps that are about to come the time to join the next batch, where that pays."""
-        if not (here := self._scheduler.decode_waiting):
-            return
-        wait = self._gathering.gather(here, self.stats.decode_seconds, self._now())
-        if wait is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(wait.until):
-                while 0 < self._scheduler.decode_waiting < wait.steps and not self._closing:
-                    self._wake.clear()
-                    await self._wake.wait()
-
-    async def _run(self, batch: Batch[SessionStep]) -> None:
-        started = self._now()
-        results = await self._results(batch)
-        now = self._now()
-        self.stats.note_batch(batch.tokens, now - started, batch.decode_only)
-        for step in self._table.landed(batch, results, now):
-            try:
-                encoded = await self.executor.encode(step.result(), step.codec)
-            except Exception as exc:
-                log.exception("the result of a step cannot be encoded as %s", step.codec)
-                self._table.fail(step, _translated(exc), self._now())
-            else:
-                self._table.complete(step, encoded, self._now())
-        for step in batch.steps:
-            if step.done:
-                self._gathering.answered(step.session.name, now)
-
-    async def _results(self, batch: Batch[SessionStep]) -> Sequence[Tensor | SwarmError]:
-        count = len(batch.slices)
-        try:
-            results = await self.executor.step(batch.slices)
-            if len(results) == count:
-                return results
-            raise InternalError(f"the executor gave {len(results)} results for {count} slices")
-        except Exception as exc:
-            if not isinstance(exc, SwarmError):
-                log.exception("the executor failed on a batch of %d tokens", batch.tokens)
-            # One instance for each step: an exception that is raised in several tasks mixes up tracebacks.
-            return [_translated(exc) for _ in range(count)]
-
-
-def _translated(exc: Exception) -> SwarmError:
-    """What a step fails with when the executor raised ``exc``."""
-    if isinstance(exc, SwarmError):
-        return type(exc)(exc.message, **exc.details)
-    error = RemoteFaultError(
-        f"the server's executor failed ({type(exc).__name__}); its log has the traceback"
-    )
-    error.__cause__ = exc
-    return error
 
 
 def _checked(timeout: float) -> float:

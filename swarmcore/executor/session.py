@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import attrs
 
-from swarmcore.errors import InvalidStepError, SwarmError, UnknownCodecError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InvalidStepError,
+    SessionLostError,
+    SwarmError,
+    UnknownCodecError,
+)
 from swarmcore.executor.base import Segment, SequenceId
 from swarmcore.executor.cache import Holding
 from swarmcore.executor.steps import PendingStep
@@ -24,34 +31,101 @@ class SessionStep(PendingStep):
 
     session: EngineSession
     answer: asyncio.Future[Tensor]
+    submitted: float
     done: bool = False
     """Whether it was answered, failed or cancelled; its last slice may still be computing then."""
+    reordered: bool = False
+    """Whether the session's caches follow ``sources``, or are just being made to."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class CacheImport:
+    """A piece of attention cache that comes from elsewhere, in the line of its session like a step."""
+
+    session: EngineSession
+    segments: tuple[Segment]
+    deadline: float
+    tensors: Sequence[Tensor]
+    answer: asyncio.Future[None]
+    begin: Callable[[CacheImport], None]
+    """Called when it is first in line and there is room for it in the cache."""
+    sources: ClassVar[tuple[int, ...]] = ()
+    reordered: ClassVar[bool] = False
+    done: bool = False
+    begun: bool = False
+    """Whether the executor has been told to take it in."""
+
+    @property
+    def rows(self) -> int:
+        return self.segments[0].count
+
+    def started(self) -> tuple[Segment, ...]:
+        return self.segments if self.begun else ()
+
+
+Turn = SessionStep | CacheImport
+"""What stands in a session's line: it needs room in the cache, and then the executor."""
+
+
+@attrs.frozen
+class Share:
+    """A session passes through ``blocks`` of the server's ``held``: its cache is charged accordingly.
+
+    The budget counts pages that reach through all held blocks.
+    """
+
+    blocks: int
+    held: int
+
+    def charge(self, pages: int) -> int:
+        """What so many pages of the session's own take in the budget, rounded up."""
+        return -(-pages * self.blocks // self.held)
+
+    def pages(self, charged: int) -> int:
+        """How many pages of the session's own have room in ``charged`` ones of the budget."""
+        return charged * self.held // self.blocks
 
 
 class EngineSession:
-    """The first step in line is the only one that has room in the cache, or waits for it, or computes."""
+    """The first turn in line is the only one that has room in the cache, or waits for it, or computes."""
 
-    def __init__(self, name: str, span: Span, sequences: tuple[SequenceId, ...], holding: Holding) -> None:
+    def __init__(
+        self, name: str, span: Span, share: Share, sequences: tuple[SequenceId, ...], holding: Holding
+    ) -> None:
         self.name = name
         self.span = span
+        self.share = share
         self.sequences = sequences
         self.holding = holding
         self.lengths = [0] * len(sequences)
         """Cached tokens of each sequence, of steps that are done."""
         self.scheduled = list(self.lengths)
         """The same once every step in line is done."""
-        self.line: deque[SessionStep] = deque()
-        self.active: SessionStep | None = None
-        """The step that was last given to the scheduler, until it is done."""
+        self.line: deque[Turn] = deque()
+        self.active: Turn | None = None
+        """What was last given to the scheduler, until it is done."""
         self.computing = False
-        """Whether a slice of ``active`` is in the batch that runs now."""
+        """Whether the executor works on its caches: ``active`` is in the batch that runs now, or caches are
+        imported or exported."""
         self.closed = False
         self.reserved = list(holding.pages)
-        """Pages of each sequence that the executor was told of."""
+        """Pages of the budget, for each sequence, that the executor was told of."""
 
-    def segments(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Segment, ...]:
+    def segments(
+        self, starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()
+    ) -> tuple[Segment, ...]:
         """What a step adds to which sequences. Raise `InvalidStepError` unless it can follow the line."""
         count = len(self.sequences)
+        if sources and len(sources) != count:
+            raise InvalidStepError(
+                f"the step has {len(sources)} sources; expected {count}, one for every sequence of the "
+                f"session, or none"
+            )
+        if wrong := [source for source in sources if not 0 <= source < count]:
+            raise InvalidStepError(
+                f"sequence {wrong[0]} cannot be copied: the session has sequences 0 to {count - 1}"
+            )
+        before = [self.scheduled[source] for source in sources] if sources else self.scheduled
         if len(starts) != count or len(lengths) != count:
             raise InvalidStepError(
                 f"the step has {len(starts)} starts and {len(lengths)} lengths; expected {count} of each, "
@@ -63,57 +137,66 @@ class EngineSession:
                 raise InvalidStepError(
                     f"sequence {index} has start {start} and length {length}; expected 0 or more"
                 )
-            if length and start > self.scheduled[index]:
+            if length and start > before[index]:
                 raise InvalidStepError(
-                    f"sequence {index} starts at position {start}, ahead of its {self.scheduled[index]} "
-                    f"cached tokens; expected {self.scheduled[index]}, or less to roll back"
+                    f"sequence {index} starts at position {start}, ahead of its {before[index]} "
+                    f"cached tokens; expected {before[index]}, or less to roll back"
                 )
             if length:
                 segments.append(Segment(self.sequences[index], start, length))
         return tuple(segments)
 
-    def append(self, step: SessionStep) -> None:
-        self.line.append(step)
-        self._apply(step, self.scheduled)
+    def append(self, turn: Turn) -> None:
+        self.line.append(turn)
+        self._apply(turn, self.scheduled)
 
-    def target(self, step: SessionStep) -> list[int]:
-        """The lengths once the first step in line is done."""
+    def target(self, turn: Turn) -> list[int]:
+        """The lengths once the first turn in line is done."""
         lengths = list(self.lengths)
-        self._apply(step, lengths)
+        self._apply(turn, lengths)
         return lengths
 
-    def complete(self, step: SessionStep) -> None:
-        """The first step in line has been computed."""
+    def reorder(self, step: SessionStep) -> None:
+        """The first step in line has its caches reordered from now on."""
+        self.lengths = [self.lengths[source] for source in step.sources]
+        step.reordered = True
+
+    def complete(self, turn: Turn) -> None:
+        """The first turn in line has been computed."""
         self.line.popleft()
         self.active = None
-        self._apply(step, self.lengths)
+        self._apply(turn, self.lengths)
 
-    def discard(self, step: SessionStep) -> list[SessionStep]:
-        """The step will not be computed; return those in line behind it that cannot run without it.
+    def discard(self, turn: Turn) -> list[Turn]:
+        """The turn will not be computed; return those in line behind it that cannot run without it.
 
         What it had run already is lost: where it rolled a sequence back, the tokens from its start on are
         gone.
         """
         first = self.sequences[0]
-        for segment in step.started():
+        for segment in turn.started():
             index = segment.sequence - first
             self.lengths[index] = min(self.lengths[index], segment.start)
-        if self.active is step:
+        if self.active is turn:
             self.active = None
-        self.line.remove(step)
+        self.line.remove(turn)
         reachable = list(self.lengths)
-        orphans = []
+        orphans: list[Turn] = []
         for later in self.line:
-            if all(segment.start <= reachable[segment.sequence - first] for segment in later.segments):
-                self._apply(later, reachable)
-            else:
+            # Which cache goes where was chosen in view of all that came before.
+            reorders = turn.sources or later.sources or any(orphan.sources for orphan in orphans)
+            if reorders or any(seg.start > reachable[seg.sequence - first] for seg in later.segments):
                 orphans.append(later)
+            else:
+                self._apply(later, reachable)
         self.scheduled = reachable
         return orphans
 
-    def _apply(self, step: SessionStep, lengths: list[int]) -> None:
+    def _apply(self, turn: Turn, lengths: list[int]) -> None:
+        if turn.sources and not turn.reordered:
+            lengths[:] = [lengths[source] for source in turn.sources]
         first = self.sequences[0]
-        for segment in step.segments:
+        for segment in turn.segments:
             lengths[segment.sequence - first] = segment.start + segment.count
 
     def __repr__(self) -> str:
@@ -160,3 +243,20 @@ def orphaned(error: SwarmError) -> SwarmError:
     """What a step fails with when one that it builds on failed with ``error``."""
     message = f"an earlier step of the session, which this one builds on, failed: {error.message}"
     return type(error)(message, **error.details)
+
+
+def expired(turn: Turn) -> DeadlineExceededError:
+    """What a turn fails with when its deadline has passed."""
+    if isinstance(turn, CacheImport):
+        return DeadlineExceededError(f"attention cache of {turn.rows} tokens did not get in by its deadline")
+    return DeadlineExceededError(
+        f"the step of {turn.rows} tokens was not computed by its deadline ({turn.taken} tokens were)"
+    )
+
+
+def confused(session: EngineSession, error: SwarmError) -> SessionLostError:
+    """What a session ends with when a step failed with ``error`` after its caches had been reordered."""
+    return SessionLostError(
+        f"session {session.name[:8]} was ended: a step failed after its caches had been reordered "
+        f"({error.message}); open a new one and replay"
+    )

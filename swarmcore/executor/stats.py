@@ -26,6 +26,8 @@ class EngineStats:
     """Decode steps per second that one session would see: one over the time of a batch of decode steps."""
     forward_rps: float = 0.0
     """Tokens per second of batches that hold prefill."""
+    queue_seconds: float = 0.0
+    """Seconds that a decode step waits until its first batch starts."""
 
     @property
     def mean_batch(self) -> float:
@@ -46,6 +48,10 @@ class EngineStats:
             self.decode_rps = _average(self.decode_rps, 1 / seconds)
         else:
             self.forward_rps = _average(self.forward_rps, tokens / seconds)
+
+    def note_wait(self, seconds: float) -> None:
+        """A decode step was submitted so many seconds before its first batch."""
+        self.queue_seconds += SMOOTHING * (seconds - self.queue_seconds)
 
     def counters(self) -> dict[str, float]:
         """Everything by name, for `InfoReply` and metrics."""

@@ -23,6 +23,8 @@ class PendingStep:
     reply: Literal["all", "last"]
     codec: str
     deadline: float
+    sources: tuple[int, ...] = ()
+    """Which sequence of its session each one is made a copy of before the first row is run; empty: none."""
     rows: int = attrs.field(init=False)
     decode: bool = attrs.field(init=False)
     """Whether the step adds one token to each of its sequences."""

@@ -15,8 +15,8 @@ import attrs
 
 from swarmcore.errors import (
     CacheFullError,
-    DeadlineExceededError,
     InternalError,
+    InvalidStepError,
     SessionLostError,
     SwarmError,
 )
@@ -32,7 +32,16 @@ from swarmcore.executor.cache import (
     Refused,
 )
 from swarmcore.executor.scheduler import Batch, Scheduler
-from swarmcore.executor.session import EngineSession, SessionStep, orphaned
+from swarmcore.executor.session import (
+    CacheImport,
+    EngineSession,
+    SessionStep,
+    Share,
+    Turn,
+    confused,
+    expired,
+    orphaned,
+)
 from swarmcore.executor.stats import EngineStats
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -43,6 +52,7 @@ log = logging.getLogger(__name__)
 @attrs.frozen
 class _Opening:
     span: Span
+    share: Share
     request: Admission
     answer: asyncio.Future[None]
 
@@ -93,12 +103,15 @@ class SessionTable:
 
         Raise `CacheFullError` when it could never be admitted, or too many wait.
         """
+        share = Share(len(span), len(self._executor.span))
+        page = self._budget.page
+        tokens = sequences * page * share.charge(-(-tokens // (sequences * page)))
         try:
             request = self._budget.request(name, sequences, tokens, deadline, now)
         except CacheFullError:
             self._stats.refusals += 1
             raise
-        self.opening[name] = _Opening(span, request, answer)
+        self.opening[name] = _Opening(span, share, request, answer)
         self._wake_by(deadline)
         self.poll(now)
 
@@ -129,7 +142,7 @@ class SessionTable:
         self._next_sequence = ids.stop
         sequences = tuple(map(SequenceId, ids))
         self.sessions[request.session] = EngineSession(
-            request.session, opening.span, sequences, outcome.holding
+            request.session, opening.span, opening.share, sequences, outcome.holding
         )
         self._stats.sessions_opened += 1
         self._wake_by(now + self._budget.idle_timeout)
@@ -150,15 +163,15 @@ class SessionTable:
         for sequence in session.sequences:
             self._executor.release(sequence)
 
-    # --- steps in line -----------------------------------------------------------------------------------
+    # --- turns in line -----------------------------------------------------------------------------------
 
-    def submit(self, step: SessionStep, now: float) -> None:
-        """Put a step, which has been checked, at the end of its session's line."""
-        session = step.session
-        session.append(step)
+    def submit(self, turn: Turn, now: float) -> None:
+        """Put what has been checked at the end of its session's line."""
+        session = turn.session
+        session.append(turn)
         session.holding.idle_since = None
-        self.pending_tokens += step.rows
-        self._wake_by(step.deadline)
+        self.pending_tokens += turn.rows
+        self._wake_by(turn.deadline)
         self._settle(session, now)
         self.poll(now)
 
@@ -166,32 +179,43 @@ class SessionTable:
         """The first step in line is done; harmless when it has failed meanwhile."""
         if step.done:
             return
-        step.done = True
-        self.pending_tokens -= step.rows
-        step.session.complete(step)
+        self._finish(step)
         self._stats.steps += 1
         if not step.answer.done():
             step.answer.set_result(result)
         self._settle(step.session, now)
 
-    def fail(self, step: SessionStep, error: SwarmError, now: float) -> None:
-        """Take a step out of its line, and those that build on it; harmless when it is done."""
-        self._discard(step, error)
-        self._settle(step.session, now)
+    def _finish(self, turn: Turn) -> None:
+        turn.done = True
+        self.pending_tokens -= turn.rows
+        turn.session.complete(turn)
 
-    def _discard(self, step: SessionStep, error: SwarmError) -> None:
-        if step.done:
+    def fail(self, turn: Turn, error: SwarmError, now: float) -> None:
+        """Take a turn out of its line, and those that build on it; harmless when it is done.
+
+        The session ends when its caches have been reordered for this step: they are not what its client
+        takes them for.
+        """
+        if turn.reordered and not turn.done:
+            self._end(turn.session, confused(turn.session, error), now)
             return
-        step.done = True
-        self.pending_tokens -= step.rows
+        self._discard(turn, error)
+        self._settle(turn.session, now)
+
+    def _discard(self, turn: Turn, error: SwarmError) -> None:
+        if turn.done:
+            return
+        turn.done = True
+        self.pending_tokens -= turn.rows
         self._stats.steps_failed += 1
-        self._scheduler.remove(step)
-        session = step.session
-        if session.active is step:
+        session = turn.session
+        if session.active is turn:
             self._budget.stop_waiting(session.holding)
-        orphans = session.discard(step)
-        if not step.answer.done():
-            step.answer.set_exception(error)
+        orphans = session.discard(turn)
+        if isinstance(turn, SessionStep):
+            self._scheduler.remove(turn)
+        if not turn.answer.done():
+            turn.answer.set_exception(error)
         for orphan in orphans:
             self._discard(orphan, orphaned(error))
 
@@ -200,7 +224,7 @@ class SessionTable:
         if session.computing or session.closed:
             return
         if session.active is None:
-            self._budget.settle(session.holding, session.lengths, now)
+            self._budget.settle(session.holding, self._charged(session, session.lengths), now)
             self._reserve(session)
         while session.line and session.active is None:
             self._activate(session, session.line[0], now)
@@ -210,26 +234,40 @@ class SessionTable:
                 now + (self._budget.idle_grace if self._budget.growths else self._budget.idle_timeout)
             )
 
-    def _activate(self, session: EngineSession, step: SessionStep, now: float) -> None:
-        session.active = step
+    def _activate(self, session: EngineSession, turn: Turn, now: float) -> None:
+        session.active = turn
+        target = self._charged(session, session.target(turn))
         try:
-            grown = self._budget.grow(session.holding, session.target(step), step.deadline, now)
+            grown = self._budget.grow(session.holding, target, turn.deadline, now)
         except CacheFullError as exc:
             self._stats.refusals += 1
-            self._discard(step, exc)
+            self._discard(turn, exc)
             return
         if grown:
-            self._reserve(session)
-            self._scheduler.add(step)
+            self._go(session, turn)
         else:
             self._wake_by(self._budget.next_wakeup(now))
+
+    def _go(self, session: EngineSession, turn: Turn) -> None:
+        """The first turn in line has its room."""
+        self._reserve(session)
+        if isinstance(turn, SessionStep):
+            self._scheduler.add(turn)
+        else:
+            session.computing = turn.begun = True
+            turn.begin(turn)
+
+    def _charged(self, session: EngineSession, lengths: Sequence[int]) -> list[int]:
+        """What sequences of so many tokens take of the budget, in its tokens."""
+        page = self._budget.page
+        return [session.share.charge(-(-length // page)) * page for length in lengths]
 
     def _reserve(self, session: EngineSession) -> None:
         pages = session.holding.pages
         if session.reserved != pages:
             for sequence, old, new in zip(session.sequences, session.reserved, pages, strict=True):
                 if old != new:
-                    self._executor.reserve(sequence, new * self._budget.page)
+                    self._executor.reserve(sequence, session.share.pages(new) * self._budget.page)
             session.reserved = pages
 
     # --- batches -----------------------------------------------------------------------------------------
@@ -238,9 +276,14 @@ class SessionTable:
         """The next batch; until `landed`, its sessions keep their cache whatever happens to them."""
         batch = self._scheduler.schedule(now)
         for step in batch.expired:
-            self.fail(step, _expired(step), now)
-        for step in batch.steps:
+            self.fail(step, expired(step), now)
+        for step, part in zip(batch.steps, batch.slices, strict=True):
             step.session.computing = True
+            if part.first_row == 0:
+                if step.sources:
+                    step.session.reorder(step)
+                if step.decode:
+                    self._stats.note_wait(now - step.submitted)
         return batch
 
     def landed(
@@ -273,6 +316,40 @@ class SessionTable:
             return False
         return step.finished
 
+    # --- caches that come and go -------------------------------------------------------------------------
+
+    def imported(self, turn: CacheImport, error: SwarmError | None, now: float) -> None:
+        """The executor has taken in a piece of cache, or failed to."""
+        self.let_go(turn.session, now)
+        if error is not None:
+            self.fail(turn, error, now)
+        elif not turn.done:
+            self._finish(turn)
+            if not turn.answer.done():
+                turn.answer.set_result(None)
+            self._settle(turn.session, now)
+
+    def hold(self, session: EngineSession) -> None:
+        """Keep the session's caches as they are until `let_go`; its steps wait meanwhile.
+
+        Raise `InvalidStepError` while it has steps in line.
+        """
+        if session.line or session.computing:
+            raise InvalidStepError(
+                f"session {session.name[:8]} has steps in line; its caches cannot be exported before these "
+                f"are done"
+            )
+        session.computing = True
+        session.holding.idle_since = None
+
+    def let_go(self, session: EngineSession, now: float) -> None:
+        """The executor no longer works on the session's caches."""
+        session.computing = False
+        if session.closed:
+            self._free(session, now)
+        else:
+            self._settle(session, now)
+
     # --- what the budget decides, and time ---------------------------------------------------------------
 
     def poll(self, now: float) -> None:
@@ -284,10 +361,10 @@ class SessionTable:
         """End what is overdue."""
         self._carry_out(self._budget.expire(now), now)
         for session in list(self.sessions.values()):
-            for step in [step for step in session.line if step.deadline <= now]:
-                self.fail(step, _expired(step), now)
+            for turn in [turn for turn in session.line if turn.deadline <= now]:
+                self.fail(turn, expired(turn), now)
         self.poll(now)
-        deadlines = (step.deadline for session in self.sessions.values() for step in session.line)
+        deadlines = (turn.deadline for session in self.sessions.values() for turn in session.line)
         self.wakeup = min(deadlines, default=math.inf)
         self._wake_by(self._budget.next_wakeup(now))
 
@@ -303,8 +380,7 @@ class SessionTable:
                 case Grown(holding):
                     session = self.sessions[holding.session]
                     assert session.active is not None
-                    self._reserve(session)
-                    self._scheduler.add(session.active)
+                    self._go(session, session.active)
                 case Refused(Admission(session=name), error):
                     self._stats.refusals += 1
                     answer = self.opening[name].answer
@@ -312,16 +388,10 @@ class SessionTable:
                         answer.set_exception(error)
                 case Refused(Growth(holding=holding), error):
                     self._stats.refusals += 1
-                    step = self.sessions[holding.session].active
-                    assert step is not None
-                    self.fail(step, error, now)
+                    turn = self.sessions[holding.session].active
+                    assert turn is not None
+                    self.fail(turn, error, now)
                 case Evicted(holding, lost):
                     self._stats.sessions_evicted += 1
                     log.info("%s", lost)
                     self._end(self.sessions[holding.session], lost, now)
-
-
-def _expired(step: SessionStep) -> DeadlineExceededError:
-    return DeadlineExceededError(
-        f"the step of {step.rows} tokens was not computed by its deadline ({step.taken} tokens were)"
-    )

@@ -14,7 +14,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 
-from swarmcore.errors import InvalidStepError, SwarmError
+from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
@@ -28,7 +28,8 @@ class CountingExecutor(BlockExecutor):
     """Computes at once, on the event loop, with plain floats: keep the sizes tiny.
 
     It checks what its caller owes every executor, and raises `AssertionError` when that is broken: calls of
-    `step` do not overlap, positions follow on, cache is reserved before it is used, a batch is of one span.
+    `step` do not overlap, positions follow on, cache is reserved before it is used, a batch is of one span,
+    blocks that leave have no sessions. ``tokens`` is the cache it has, counted over the whole span.
     """
 
     def __init__(
@@ -43,10 +44,17 @@ class CountingExecutor(BlockExecutor):
         """When set, each batch waits for this event before it computes."""
         self.failures: deque[Exception] = deque()
         """Raised by the next calls of `step`, one each."""
+        self.loading: asyncio.Event | None = None
+        """When set, `change_span` waits for this event before it has loaded."""
+        self.load_failures: deque[Exception] = deque()
+        """Raised by the next calls of `change_span` in place of loading, one each."""
         self.batches: deque[tuple[int, ...]] = deque(maxlen=1000)
         """Tokens of each slice of the last batches."""
         self.computing = False
         self.closed = False
+        self._busy: set[SequenceId] = set()
+        self._loaded: Span | None = self.span
+        self._changing = False
         self._tokens = tokens
         self._reserved: dict[SequenceId, int] = {}
         self._spans: dict[SequenceId, Span] = {}
@@ -54,7 +62,7 @@ class CountingExecutor(BlockExecutor):
 
     @property
     def reserved_tokens(self) -> int:
-        """Tokens reserved for all sequences; never above ``tokens``, when that was given."""
+        """Tokens reserved for all sequences."""
         return sum(self._reserved.values())
 
     def cached(self, sequence: SequenceId) -> int:
@@ -64,9 +72,11 @@ class CountingExecutor(BlockExecutor):
     async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
         assert not self.computing, "step was called while another step computes"
         assert not self.closed, "step was called after close"
+        assert self._loaded is not None, "step was called before any blocks were loaded"
         self.computing = True
         try:
-            _check_batch(batch, self.span)
+            _check_batch(batch, self._loaded)
+            self._busy = {segment.sequence for part in batch for segment in part.segments}
             self.batches.append(tuple(part.tokens for part in batch))
             if self.gate is not None:
                 await self.gate.wait()
@@ -75,12 +85,83 @@ class CountingExecutor(BlockExecutor):
             return [self._run(part) for part in batch]
         finally:
             self.computing = False
+            self._busy = set()
+
+    async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        assert not self.computing, "reorder was called while a step computes"
+        assert len(sequences) == len(sources), "reorder has not one source for each sequence"
+        held = [self._caches.get(sequences[source]) for source in sources]
+        spans = [self._spans.get(sequences[source]) for source in sources]
+        for sequence, cache, span in zip(sequences, held, spans, strict=True):
+            self._caches.pop(sequence, None)
+            self._spans.pop(sequence, None)
+            if cache is not None and span is not None:
+                room = self._reserved.get(sequence, 0)
+                self._caches[sequence], self._spans[sequence] = cache[:room], span
+
+    async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
+        assert sequence not in self._busy, "a sequence was exported while it was in a batch"
+        if (cache := self._caches.get(sequence)) is None:
+            raise SessionLostError(f"sequence {sequence} has no cache")
+        if start < 0 or count < 1 or start + count > len(cache):
+            raise InvalidStepError(
+                f"positions {start} to {start + count} are not in a cache of {len(cache)} tokens"
+            )
+        values = [x for token in cache[start : start + count] for block in token for x in block]
+        shape = (count, len(self._spans[sequence]), self.model.hidden_size, 8)
+        return (Tensor("states", "uint8", shape, memoryview(struct.pack(f"<{len(values)}d", *values))),)
+
+    async def import_cache(
+        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+    ) -> None:
+        assert sequence not in self._busy, "a sequence was imported while it was in a batch"
+        shape = (count, len(span), self.model.hidden_size, 8)
+        layout = [(tensor.name, tensor.dtype, tensor.shape, tensor.codec) for tensor in tensors]
+        if layout != [("states", "uint8", shape, "raw")] or tensors[0].data.nbytes != math.prod(shape):
+            raise InvalidStepError(f"a cache of layout {layout}; expected states of {list(shape)} bytes")
+        if not 0 <= start <= self.cached(sequence) or self._spans.get(sequence, span) != span:
+            raise InvalidStepError(f"a cache from position {start} on does not follow on what is cached")
+        cache = self._cache(Segment(sequence, start, count), span)
+        values = struct.unpack(f"<{math.prod(shape) // 8}d", tensors[0].data)
+        rows = [list(values[at : at + shape[2]]) for at in range(0, len(values), shape[2])]
+        cache += [rows[at : at + len(span)] for at in range(0, len(rows), len(span))]
+
+    async def change_span(self, span: Span) -> None:
+        assert not self._changing, "change_span was called while the span changes"
+        if not 0 <= span.start < span.end <= self.model.blocks:
+            raise SpanError(f"blocks {span} are not in a model of {self.model.blocks} blocks")
+        held = self._loaded or span
+        stays = Span(max(held.start, span.start), min(held.end, span.end))
+        kept = stays if self._loaded and stays.start < stays.end else None
+        for left in self._spans.values():
+            inside = kept is not None and kept.start <= left.start and left.end <= kept.end
+            assert inside, f"blocks {left} leave while a sequence passes through them"
+        self._changing = True
+        self._hold(kept or span, loaded=kept is not None)
+        try:
+            if self.loading is not None:
+                await self.loading.wait()
+            if self.load_failures:
+                raise self.load_failures.popleft()
+            self._hold(span, loaded=True)
+        finally:
+            self._changing = False
+
+    def _hold(self, span: Span, *, loaded: bool) -> None:
+        self.span, self._loaded = span, span if loaded else None
+        self.cache_bytes_per_token = 8 * self.model.hidden_size * len(span)
 
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         assert tokens % self.page == 0, f"{tokens} tokens were reserved, not whole pages of {self.page}"
         self._reserved[sequence] = tokens
-        assert not self._tokens or self.reserved_tokens <= self._tokens, (
-            f"{self.reserved_tokens} tokens are reserved; there is room for {self._tokens}"
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """A sequence counts for the share of the blocks that it passes through, once that is known."""
+        shares = ((n, len(self._spans.get(sequence, ()))) for sequence, n in self._reserved.items())
+        used = sum(tokens * blocks for tokens, blocks in shares) / len(self.span)
+        assert not self._tokens or used <= self._tokens, (
+            f"{used} tokens are reserved; there is room for {self._tokens}"
         )
 
     def release(self, sequence: SequenceId) -> None:
@@ -115,6 +196,7 @@ class CountingExecutor(BlockExecutor):
         assert self._spans.setdefault(sequence, span) == span, "a sequence changed its span"
         cache = self._caches.setdefault(sequence, [])
         assert segment.start <= len(cache), f"position {segment.start} is ahead of {len(cache)} cached tokens"
+        self._check_room()
         end = segment.start + segment.count
         assert end <= self._reserved.get(sequence, 0), f"cache for {end} tokens was not reserved"
         del cache[segment.start :]

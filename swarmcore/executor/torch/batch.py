@@ -122,14 +122,15 @@ class RaggedBatch:
         pieces: Sequence[tuple[SequenceCache, int, int]],
         device: torch.device,
         *,
-        first_layer: int = 0,
         threads: int = 1,
     ) -> None:
         """``pieces`` are caches with the start position and the count of their new tokens.
 
-        A sequence may come more than once, its pieces in order. ``first_layer`` is the layer that the caches
-        begin with; ``threads`` is what the computing thread has for one operation.
+        A sequence may come more than once, its pieces in order. ``threads`` is what the computing thread has
+        for one operation.
         """
+        self.first_layer = 0
+        """The layer that the caches begin with, in the numbering of the model that runs."""
         for cache, start, count in pieces:
             cache.prepare(start, start + count)
         self._pieces = [_Piece(*piece) for piece in pieces]
@@ -144,7 +145,6 @@ class RaggedBatch:
                 strict=True,
             )
         ]
-        self._first_layer = first_layer
         self._threads = threads if device.type == "cpu" else 1
         positions = [torch.arange(piece.start, piece.end) for piece in self._pieces]
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
@@ -152,7 +152,7 @@ class RaggedBatch:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
-        layer -= self._first_layer
+        layer -= self.first_layer
         new = [*key.split_with_sizes(self.counts, 2), *value.split_with_sizes(self.counts, 2)]
         torch._foreach_copy_(self._slots[layer], new)
         if self._decode:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.bloom import modeling_bloom
 
 from swarmcore.executor.torch.alibi import AlibiBias
 from swarmcore.executor.torch.attention import current_batch
@@ -35,9 +36,10 @@ def replace_attention(base: Any) -> None:
     """Give the blocks of a ``BloomModel`` attention on the current batch."""
     heads, (dtype, device) = base.num_heads, (base.dtype, base.device)
 
+    # It outlives the base model, so it must not keep it: blocks may be dropped.
     def biases(count: int) -> torch.Tensor:
-        mask = torch.ones(1, count, device=device)
-        alibi: torch.Tensor = base.build_alibi_tensor(mask, heads, dtype)
+        mask = torch.ones(1, count, device=device, dtype=torch.float32)
+        alibi: torch.Tensor = modeling_bloom.build_alibi_tensor(mask, heads, dtype)
         return alibi.view(heads, count)
 
     bias = AlibiBias(biases)

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 import attrs
 import torch
 
 import swarmcore.executor.torch.codecs  # noqa: F401  registers the int8 codec
-from swarmcore.errors import InternalError, InvalidStepError, SessionLostError, SpanError, SwarmError
+from swarmcore.errors import InternalError, InvalidStepError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
 from swarmcore.executor.torch.batch import RaggedBatch
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_device
+from swarmcore.executor.torch.held import HeldBlocks, common
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
+from swarmcore.executor.torch.sequences import Sequences
 from swarmcore.executor.torch.span import SpanModel, load_span
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
 
+Loader = Callable[[Span, Progress | None], SpanModel]
+"""Loads blocks of the executor's model, in its dtype, on its device. Blocks; runs in a thread."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class TorchExecutor(BlockExecutor):
     """Runs a span with torch, on the CPU or one GPU."""
 
-    def __init__(self, model: ModelInfo, span_model: SpanModel, *, threads: int | None = None) -> None:
-        """``threads`` is how many threads torch may use for one operation; None leaves it as it is."""
+    def __init__(
+        self, model: ModelInfo, span_model: SpanModel, load: Loader, *, threads: int | None = None
+    ) -> None:
+        """``load`` gives more blocks when the span changes.
+
+        ``threads`` is how many threads torch may use for one operation; None leaves it as it is.
+        """
         layout = span_model.layout
         self.model = model
         self.span = span_model.span
@@ -36,13 +52,19 @@ class TorchExecutor(BlockExecutor):
         self.page = PAGE
         self.max_positions = span_model.max_positions
         """Longest sequence that this model's rotary embedding allows here; None: no limit of that kind."""
-        self._layout = layout
-        self._span_model: SpanModel | None = span_model
-        self._sequences: dict[SequenceId, _Sequence] = {}
+        self._device, self._dtype = layout.device, layout.dtype
+        self._held: HeldBlocks | None = HeldBlocks([span_model])
+        self._load = load
+        self._changing: threading.Event | None = None
+        self._sequences = Sequences()
         self._decoded: dict[int, tuple[weakref.ref[Tensor], torch.Tensor]] = {}
         self._threads = threads or torch.get_num_threads()
         self._compute = ThreadPoolExecutor(
             1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(self._threads,)
+        )
+        # One thread of torch's only, so that the steps that go on meanwhile are hardly slowed down.
+        self._loading = ThreadPoolExecutor(
+            1, "swarmcore-load", initializer=torch.set_num_threads, initargs=(1,)
         )
 
     @classmethod
@@ -62,51 +84,119 @@ class TorchExecutor(BlockExecutor):
         """
         place = parse_device(device)
         precision = choose_dtype(dtype, checkpoint.config.get_text_config(decoder=True), place)
-        span_model = load_span(checkpoint, span, dtype=precision, device=place, progress=progress)
-        return cls(checkpoint.info, span_model, threads=threads)
+
+        def load(part: Span, progress: Progress | None) -> SpanModel:
+            return load_span(checkpoint, part, dtype=precision, device=place, progress=progress)
+
+        return cls(checkpoint.info, load(span, progress), load, threads=threads)
 
     def __repr__(self) -> str:
-        state = "closed" if self._span_model is None else f"{len(self._sequences)} sequences"
-        return (
-            f"<TorchExecutor {self.model.name} {self.span} {self.dtype} on {self._layout.device} · {state}>"
-        )
+        state = "closed" if self._held is None else f"{len(self._sequences)} sequences"
+        return f"<TorchExecutor {self.model.name} {self.span} {self.dtype} on {self._device} · {state}>"
 
     async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
         """As `BlockExecutor.step`. The slices of one batch may belong to one sequence, in order."""
-        if self._span_model is None:
-            raise InternalError("the executor is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._compute, self._step, batch)
+        return await self._in_compute_thread(self._step, batch)
 
     async def encode(self, tensor: Tensor, codec: str) -> Tensor:
-        if self._span_model is None:
+        return await self._in_compute_thread(tensor.encode, codec)
+
+    async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        """As `BlockExecutor.reorder`. A cache that several go on with is copied, for all of them but one."""
+        await self._in_compute_thread(self._sequences.reorder, sequences, sources)
+
+    async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
+        return await self._in_compute_thread(self._sequences.export, sequence, start, count)
+
+    async def import_cache(
+        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+    ) -> None:
+        await self._in_compute_thread(self._import, sequence, span, start, count, tensors)
+
+    async def change_span(self, span: Span) -> None:
+        """As `BlockExecutor.change_span`. Cancelled, it leaves what stays; reading ends soon after."""
+        if self._held is None:
             raise InternalError("the executor is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._compute, tensor.encode, codec)
+        if self._changing is not None:
+            raise InternalError("the span is being changed already")
+        if not 0 <= span.start < span.end <= self.model.blocks:
+            raise SpanError(
+                f"blocks {span} are not in {self.model.name}, which has blocks 0:{self.model.blocks}"
+            )
+        stop = self._changing = threading.Event()
+
+        def progress(what: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise InternalError("loading was given up")
+
+        loop = asyncio.get_running_loop()
+        held = self._held.span
+        stays = held and common(held, span)
+        try:
+            # From here on no step goes through blocks that leave.
+            self.span = stays or span
+            await self._in_compute_thread(self._keep, stays)
+            loaded = [
+                await loop.run_in_executor(self._loading, self._load, part, progress)
+                for part in _missing(span, stays)
+            ]
+            if self._held is None:
+                raise InternalError("the executor was closed while its span changed")
+            self._hold(HeldBlocks([*self._held.models, *loaded]))
+        finally:
+            stop.set()
+            self._changing = None
+
+    def _keep(self, part: Span | None) -> None:
+        # In the compute thread, so that no step holds on to the others when this returns.
+        if self._held is not None:
+            self._hold(self._held.keep(part))
+
+    def _hold(self, blocks: HeldBlocks) -> None:
+        self._held = blocks
+        if blocks.span is not None:
+            self.span = blocks.span
+            self.cache_bytes_per_token = blocks.layout(blocks.span).bytes_per_token
 
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         """As `BlockExecutor.reserve`; a smaller reservation gives memory back before the next step."""
-        held = self._sequences.setdefault(sequence, _Sequence())
-        shrunk, held.reserved = tokens < held.reserved, tokens
-        if held.cache is not None:
-            held.cache.reserved = tokens
-            if shrunk and self._span_model is not None:
-                self._compute.submit(_trim, held.cache)
+        shrunk = self._sequences.reserve(sequence, tokens)
+        if shrunk is not None and self._held is not None:
+            self._compute.submit(_trim, shrunk)
 
     def release(self, sequence: SequenceId) -> None:
-        # A step that is being computed keeps its own reference until it is done.
-        self._sequences.pop(sequence, None)
+        self._sequences.release(sequence)
 
     async def close(self) -> None:
-        if self._span_model is None:
+        if self._held is None:
             return
-        self._span_model = None
+        self._held = None
+        if self._changing is not None:
+            self._changing.set()
         self._sequences.clear()
         self._decoded.clear()
         await asyncio.to_thread(self._compute.shutdown)
+        await asyncio.to_thread(self._loading.shutdown)
+
+    async def _in_compute_thread(self, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
+        if self._held is None:
+            raise InternalError("the executor is closed")
+        call = partial(work, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._compute, call)
+
+    def _import(
+        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+    ) -> None:
+        blocks = self._held
+        if blocks is None or not blocks.holds(span):
+            raise SpanError(f"blocks {span} are not held here, only {blocks.span}")
+        self._check_length(start + count)
+        self._sequences.take_in(sequence, blocks, span, start, count, tensors)
 
     @torch.inference_mode()
     def _step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
-        model = self._span_model
-        if model is None:
+        blocks = self._held
+        if blocks is None:
             return [InternalError("the executor was closed before the step was computed") for _ in batch]
         results: list[Tensor | SwarmError | None] = [None] * len(batch)
         accepted: list[_Accepted] = []
@@ -115,7 +205,7 @@ class TorchExecutor(BlockExecutor):
         for index, piece in enumerate(batch):
             try:
                 rows = self._rows(piece)
-                caches = self._place(piece, lengths)
+                caches = self._place(blocks, piece, lengths)
             except SwarmError as exc:
                 results[index] = exc
                 continue
@@ -127,10 +217,8 @@ class TorchExecutor(BlockExecutor):
         if accepted:
             part = accepted[0].piece.span
             packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
-            ragged = RaggedBatch(
-                pieces, self._layout.device, first_layer=part.start - self.span.start, threads=self._threads
-            )
-            output = model.forward(packed.unsqueeze(0), ragged.position_ids, ragged, part)[0]
+            ragged = RaggedBatch(pieces, self._device, threads=self._threads)
+            output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
             # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
             # another sequence. It also waits for the GPU: what is handed out has been computed.
             finite = bool(torch.isfinite(output).all())
@@ -148,7 +236,7 @@ class TorchExecutor(BlockExecutor):
                 f"hidden states have shape {list(hidden.shape)}; expected [tokens, {self.model.hidden_size}] "
                 f"with at least {last} tokens"
             )
-        return hidden[piece.first_row : last].to(self._layout.device, self._layout.dtype)
+        return hidden[piece.first_row : last].to(self._device, self._dtype)
 
     def _decode(self, piece: Slice) -> torch.Tensor:
         """The whole step's hidden states, decoded once however many slices it is run in."""
@@ -165,17 +253,14 @@ class TorchExecutor(BlockExecutor):
             self._decoded[key] = weakref.ref(piece.hidden), hidden
         return hidden
 
-    def _place(self, piece: Slice, lengths: dict[SequenceId, int]) -> list[SequenceCache]:
+    def _place(self, blocks: HeldBlocks, piece: Slice, lengths: dict[SequenceId, int]) -> list[SequenceCache]:
         """The caches of the slice's segments. ``lengths`` are as the batch so far will leave them."""
-        if not self.span.start <= piece.span.start < piece.span.end <= self.span.end:
+        if not blocks.holds(piece.span):
             raise SpanError(f"blocks {piece.span} are not held here, only {self.span}")
         caches = []
         after = dict(lengths)
         for segment in piece.segments:
-            held = self._sequences.get(segment.sequence)
-            if held is None:
-                raise SessionLostError(f"sequence {segment.sequence} has been released")
-            cache = self._cache(held, piece.span)
+            cache = self._sequences.cache(segment.sequence, blocks, piece.span)
             length = after.get(segment.sequence, cache.length)
             if segment.count < 1 or not 0 <= segment.start <= length:
                 raise InvalidStepError(
@@ -183,26 +268,18 @@ class TorchExecutor(BlockExecutor):
                     f"does not continue a sequence of {length} tokens"
                 )
             end = segment.start + segment.count
-            if self.max_positions is not None and end > self.max_positions:
-                raise InvalidStepError(
-                    f"a sequence of {end} tokens is too long: the rotary embedding of {self.model.name} "
-                    f"changes past {self.max_positions} tokens, which is not served"
-                )
+            self._check_length(end)
             after[segment.sequence] = end
             caches.append(cache)
         lengths.update(after)
         return caches
 
-    def _cache(self, held: _Sequence, span: Span) -> SequenceCache:
-        if held.cache is None:
-            first = span.start - self.span.start
-            held.cache, held.span = SequenceCache(self._layout.part(first, first + len(span))), span
-            held.cache.reserved = held.reserved
-        elif held.span != span:
+    def _check_length(self, tokens: int) -> None:
+        if self.max_positions is not None and tokens > self.max_positions:
             raise InvalidStepError(
-                f"a sequence that began in blocks {held.span} cannot go on in blocks {span}"
+                f"a sequence of {tokens} tokens is too long: the rotary embedding of {self.model.name} "
+                f"changes past {self.max_positions} tokens, which is not served"
             )
-        return held.cache
 
     def _result(self, accepted: _Accepted, rows: torch.Tensor, finite: bool) -> Tensor | SwarmError:
         piece = accepted.piece
@@ -231,13 +308,12 @@ class _Accepted:
     rows: torch.Tensor
 
 
-@attrs.define(eq=False)
-class _Sequence:
-    """A sequence that has a reservation; its cache is made at its first step, for the blocks of that step."""
-
-    reserved: int = 0
-    cache: SequenceCache | None = None
-    span: Span | None = None
+def _missing(span: Span, stays: Span | None) -> list[Span]:
+    """What of ``span`` lies before and after ``stays``."""
+    if stays is None:
+        return [span]
+    parts = Span(span.start, stays.start), Span(stays.end, span.end)
+    return [part for part in parts if len(part)]
 
 
 @torch.inference_mode()

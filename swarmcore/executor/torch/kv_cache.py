@@ -87,6 +87,37 @@ class SequenceCache:
             self.length = min(self.length, capacity)
             self._resize(capacity, self.length)
 
+    def copy(self) -> SequenceCache:
+        """A cache of its own with the same tokens, and no room beyond them."""
+        new = SequenceCache(self.layout)
+        if self.length:
+            new._resize(-(-self.length // PAGE) * PAGE, 0)
+            new.length = self.length
+            for shape, pair in self._stores.items():
+                for source, target in zip(pair, new._stores[shape], strict=True):
+                    target[..., : self.length, :] = source[..., : self.length, :]
+        return new
+
+    def tensors(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """Keys and values of the tokens ``start:end`` by name, views of ``[layers, heads, tokens, size]``.
+
+        The layers of one shape are together, in order: ``keys.0`` and ``values.0`` are those of the shape
+        that the first layer has, and so on.
+        """
+        parts = {}
+        for number, shape in enumerate(self._groups):
+            for name, store in zip(("keys", "values"), self._stores[shape], strict=True):
+                parts[f"{name}.{number}"] = store[:, 0, :, start:end]
+        return parts
+
+    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `tensors` gives for ``count`` tokens."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for number, (shape, layers) in enumerate(self._groups.items()):
+            for name, size in (("keys", shape.key_size), ("values", shape.value_size)):
+                shapes[f"{name}.{number}"] = (len(layers), shape.heads, count, size)
+        return shapes
+
     def views(self, start: int, end: int) -> tuple[Views, Views]:
         """Keys and values of the tokens ``start:end``, ``[1, heads, end - start, size]`` for each layer."""
         if len(self._groups) == 1:

@@ -35,6 +35,8 @@ class SpanModel:
 
     def __init__(self, base: Any, span: Span, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.span = span
+        self.origin = span.start
+        """The block that its layers' numbers count from."""
         self.max_positions = _fixed_positions(base.config)
         """Where the rotary embedding begins to depend on the length of the whole sequence; None: never."""
         self._base, self._name = base, name
@@ -52,6 +54,15 @@ class SpanModel:
             output = self._part(part or self.span)(inputs_embeds=hidden, use_cache=False, **positions)
         result: torch.Tensor = output.last_hidden_state
         return result
+
+    def keep(self, part: Span) -> SpanModel:
+        """The same modules for the blocks ``part`` alone; the others are freed when this object is."""
+        kept = copy.copy(self)
+        first = part.start - self.span.start
+        kept.span, kept.layout = part, self.layout.part(first, first + len(part))
+        kept._base = self._part(part)
+        kept._parts = {part: kept._base}
+        return kept
 
     def _part(self, part: Span) -> Any:
         """The base model with the blocks ``part`` only: the same modules under another list and config."""

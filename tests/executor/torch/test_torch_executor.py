@@ -108,8 +108,8 @@ async def test_values_that_are_not_finite_hurt_no_other_slice(executor: TorchExe
 
 async def test_outputs_that_overflow_are_that_slice_s_error(tiny_llama: Checkpoint) -> None:
     executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float16")
-    assert executor._span_model is not None
-    for block in executor._span_model._base.layers:
+    assert executor._held is not None
+    for block in executor._held.models[0]._base.layers:
         for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
             linear.weight.data.fill_(1.0)
     loud = torch.full((1, WIDTH), 6e4)
@@ -185,7 +185,7 @@ async def test_other_dtypes_come_in(executor: TorchExecutor) -> None:
 
 async def test_caches_follow_reservations(executor: TorchExecutor) -> None:
     await run(executor, step_of(executor, rows(100), (0, 0, 100)))
-    cache = executor._sequences[SequenceId(0)].cache
+    cache = executor._sequences._sequences[SequenceId(0)].cache
     assert cache is not None and cache.capacity == 128
     executor.reserve(SequenceId(0), 64)
     await run(executor, step_of(executor, rows(1), (1, 0, 1)))

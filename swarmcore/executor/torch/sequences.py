@@ -1,0 +1,135 @@
+"""The sequences of an executor and their caches: room, copies for beams, pieces that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from swarmcore.errors import InvalidStepError, SessionLostError
+from swarmcore.executor.base import SequenceId
+from swarmcore.executor.torch.device import DTYPE_NAMES
+from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.kv_cache import SequenceCache
+from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+
+@attrs.define(eq=False)
+class _Sequence:
+    """One that has a reservation; its cache is made when first needed, for the blocks it goes through."""
+
+    reserved: int = 0
+    cache: SequenceCache | None = None
+    span: Span | None = None
+
+
+class Sequences:
+    """`reserve` and `release` are called on the event loop, all else in the compute thread.
+
+    The caller keeps them apart: nothing happens to a sequence while the compute thread works on it.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[SequenceId, _Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def clear(self) -> None:
+        self._sequences.clear()
+
+    def reserve(self, sequence: SequenceId, tokens: int) -> SequenceCache | None:
+        """Room for ``tokens`` tokens; return the cache that has more than that now, to be trimmed."""
+        held = self._sequences.setdefault(sequence, _Sequence())
+        shrunk, held.reserved = tokens < held.reserved, tokens
+        if held.cache is not None:
+            held.cache.reserved = tokens
+        return held.cache if shrunk else None
+
+    def release(self, sequence: SequenceId) -> None:
+        # A step that is being computed keeps its own reference until it is done.
+        self._sequences.pop(sequence, None)
+
+    def cache(self, sequence: SequenceId, blocks: HeldBlocks, span: Span) -> SequenceCache:
+        """The sequence's cache for ``span``, made when there is none.
+
+        Raise `SessionLostError` for a sequence without a reservation, `InvalidStepError` for a span that it
+        did not begin with.
+        """
+        held = self._reserved(sequence)
+        if held.cache is None:
+            held.cache, held.span = SequenceCache(blocks.layout(span)), span
+            held.cache.reserved = held.reserved
+        elif held.span != span:
+            raise InvalidStepError(
+                f"a sequence that began in blocks {held.span} cannot go on in blocks {span}"
+            )
+        return held.cache
+
+    @torch.inference_mode()
+    def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        """As `BlockExecutor.reorder`."""
+        held = [self._reserved(sequence) for sequence in sequences]
+        caches = {source: (held[source].cache, held[source].span) for source in set(sources)}
+        for each in held:
+            each.cache = each.span = None  # frees what nobody goes on with, before anything is copied
+        for at, source in sorted(enumerate(sources), key=lambda pair: pair[0] != pair[1]):
+            cache, span = caches[source]
+            if cache is not None and any(each.cache is cache for each in held):
+                cache = cache.copy()
+            held[at].cache, held[at].span = cache, span
+            if cache is not None:
+                cache.reserved = held[at].reserved
+                cache.trim()
+
+    @torch.inference_mode()
+    def export(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
+        """As `BlockExecutor.export_cache`."""
+        held = self._sequences.get(sequence)
+        if held is None or held.cache is None:
+            raise SessionLostError(f"sequence {sequence} has no cache here")
+        if start < 0 or count < 1 or start + count > held.cache.length:
+            raise InvalidStepError(
+                f"tokens {start} to {start + count} are not in a cache of {held.cache.length} tokens"
+            )
+        # Copied even where it is in one piece: the cache goes on to change.
+        return tuple(
+            to_wire(name, part.to("cpu", copy=True, memory_format=torch.contiguous_format))
+            for name, part in held.cache.tensors(start, start + count).items()
+        )
+
+    @torch.inference_mode()
+    def take_in(
+        self,
+        sequence: SequenceId,
+        blocks: HeldBlocks,
+        span: Span,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+    ) -> None:
+        """As `BlockExecutor.import_cache`."""
+        cache = self.cache(sequence, blocks, span)
+        if not 0 <= start <= cache.length:
+            raise InvalidStepError(
+                f"a cache from token {start} on does not continue a sequence of {cache.length} tokens"
+            )
+        dtype = DTYPE_NAMES[cache.layout.dtype]
+        expected = [(name, dtype, shape, "raw") for name, shape in cache.shapes(count).items()]
+        given = [(tensor.name, tensor.dtype, tensor.shape, tensor.codec) for tensor in tensors]
+        if given != expected or any(tensor.data.nbytes != tensor.decoded_nbytes for tensor in tensors):
+            raise InvalidStepError(
+                f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
+            )
+        cache.prepare(start, start + count)
+        for target, tensor in zip(cache.tensors(start, start + count).values(), tensors, strict=True):
+            target.copy_(to_torch(tensor))
+
+    def _reserved(self, sequence: SequenceId) -> _Sequence:
+        held = self._sequences.get(sequence)
+        if held is None:
+            raise SessionLostError(f"sequence {sequence} has been released")
+        return held
