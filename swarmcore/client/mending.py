@@ -106,7 +106,8 @@ class Mender:
             index -= 1
         for flight in flights:
             # Also one that had come home: until a new stage has it, nothing may follow it there.
-            flight.done, flight.output = False, None
+            flight.done, flight.output, flight.error = False, None, None
+            flight.attempt += 1
             rows = pipeline.journal.in_flight(pipeline.stages[index].start, flight.chunk.step)
             await pipeline.send(index, flight, rows)
 

@@ -77,10 +77,10 @@ class Flight:
     """A chunk under way."""
 
     chunk: Chunk
-    epoch: int
-    """Which chain it was sent along, counted up with every replacement."""
     reached: int
     """The block up to which it is known to have come."""
+    attempt: int = 0
+    """Counted up when it has to be sent again: answers to what was sent before count no longer."""
     done: bool = False
     output: Tensor | None = None
     error: SwarmError | None = None
@@ -118,7 +118,6 @@ class Pipeline:
         self.news = asyncio.Event()
         self.on_blame: Callable[[PeerId, SwarmError], None] = lambda peer, error: None
         self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
-        self.epoch = 0
         self._prober: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._keep_lanes()
@@ -157,8 +156,9 @@ class Pipeline:
         self.stages[first : last + 1] = stages
         carried = [i for i, stage in enumerate(opened) if not stage.next_hop_reachable]
         self.laps.replace(first, last, [stage.hop for stage in opened], carried=carried)
-        self.epoch += 1
         self._keep_lanes()
+        for flight in self.flights.values():
+            flight.attempt += 1
         for stage in before:
             self._dismiss(stage)
         return stages
@@ -167,7 +167,7 @@ class Pipeline:
 
     def begin(self, chunk: Chunk, hidden: Tensor | None = None) -> Flight:
         """Expect what comes of ``chunk``, whose rows, encoded, are ``hidden``; `send` sends it."""
-        flight = Flight(chunk, self.epoch, self.stages[0].start)
+        flight = Flight(chunk, self.stages[0].start)
         self.flights[chunk.step] = flight
         if not chunk.replay:
             self.journal.begin(chunk.step)
@@ -184,8 +184,8 @@ class Pipeline:
             codec=options.codec,
             deadline=options.step_timeout,
             journal=options.journal,
+            attempt=flight.attempt,
         )
-        flight.epoch = self.epoch
         await self.tell(stage, step, hidden)
 
     async def tell(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
@@ -269,7 +269,8 @@ class Pipeline:
             case StepOutput() | StepForwarded():
                 await self._moved(stage, record, message)
             case StepFailed():
-                if flight := self.flights.get(record.step):
+                flight = self.flights.get(record.step)
+                if flight is not None and flight.attempt == record.attempt:
                     flight.error, flight.refused_by = to_error(record.failure, stage.peer), stage
             case Draining():
                 self.on_draining(stage, record.seconds)
@@ -283,12 +284,12 @@ class Pipeline:
         """A step has come past ``stage``."""
         index = self.stages.index(stage)
         flight = self.flights.get(record.step)
-        current = flight is not None and flight.epoch == self.epoch
+        current = flight is not None and flight.attempt == record.attempt
         carry_to = self.laps.received(index, record, current=current)
         hidden = message.tensor("hidden") if message.tensors else None
         if hidden is not None:
             self.journal.receive(stage.end, record.step, hidden)
-        if flight is None or flight.done:
+        if flight is None or flight.done or not current:
             return
         flight.reached = max(flight.reached, stage.end)
         if isinstance(record, StepForwarded):

@@ -220,10 +220,10 @@ class HostedSession:
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
                 self._kept.apply(Entry(step.step, step.starts, step.lengths, step.sources), hidden)
         except SwarmError as exc:
-            await self._report(step.step, exc)
+            await self._report(step.step, exc, step.attempt)
         except Exception:
             logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
-            await self._report(step.step, InternalError("the server failed on this step; its log says why"))
+            await self._report(step.step, InternalError("the server failed on this step; its log says why"), step.attempt)
 
     async def _deliver(self, step: Step, output: Tensor) -> None:
         """Send an output where it has to go, and only then tell the client of it."""
@@ -236,16 +236,16 @@ class HostedSession:
             else:
                 if step.journal != "off":
                     copy = (output,) if step.journal == "client" else ()
-                    await self._client.copy(StepForwarded(step.step, self.span.end), *copy)
+                    await self._client.copy(StepForwarded(step.step, self.span.end, step.attempt), *copy)
                 return
         self._counters["steps_answered"] += 1
         answer = (output,) if step.chain or step.reply != "none" else ()
-        await self._client.send(StepOutput(step.step, self.span.end, undelivered), *answer)
+        await self._client.send(StepOutput(step.step, self.span.end, undelivered, step.attempt), *answer)
 
-    async def _report(self, step: int, error: SwarmError) -> None:
+    async def _report(self, step: int, error: SwarmError, attempt: int = 0) -> None:
         self._counters["steps_refused"] += 1
         logger.info("session %s: step %d refused: %s", self.session[:8], step, error)
-        await self._client.send(StepFailed(step, to_failure(error)))
+        await self._client.send(StepFailed(step, to_failure(error), attempt))
 
     # --- when stages change ------------------------------------------------------------------------------
 

@@ -157,7 +157,14 @@ class SessionLaps:
         return [attrs.evolve(chunk, until=until, replay=True) for chunk in plain]
 
     def step_for(
-        self, stage: int, chunk: Chunk, *, codec: str, deadline: float, journal: JournalMode = "off"
+        self,
+        stage: int,
+        chunk: Chunk,
+        *,
+        codec: str,
+        deadline: float,
+        journal: JournalMode = "off",
+        attempt: int = 0,
     ) -> Step:
         """The step to send to ``stage`` so that ``chunk`` goes on from there."""
         goal = len(self.hops) - 1
@@ -175,6 +182,7 @@ class SessionLaps:
             sources=chunk.sources,
             journal=journal,
             settled=self.settled,
+            attempt=attempt,
             replay=chunk.replay,
         )
 

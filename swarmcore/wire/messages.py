@@ -89,6 +89,8 @@ class Step:
     the client, ``"servers"`` keeps it for a `Replay`, ``"off"`` forgets it."""
     settled: int = 0
     """Steps below this number have come home; their answers need not be remembered."""
+    attempt: int = 0
+    """How often the client has sent the step before; answers repeat it, so that late ones can be told."""
     replay: bool = False
     """Tokens that the session had already: they fill the cache of a stage that is new to it. Not numbered
     with the other steps: repeated, it is computed again."""
@@ -102,6 +104,7 @@ class StepOutput:
     blocks_done: int
     undelivered: str = ""
     """Why the server could not push to the next hop; the client carries the output there itself."""
+    attempt: int = 0
 
 
 @attrs.frozen
@@ -110,6 +113,7 @@ class StepFailed:
 
     step: int
     failure: Failure
+    attempt: int = 0
 
 
 @attrs.frozen
@@ -122,6 +126,7 @@ class StepForwarded:
 
     step: int
     blocks_done: int
+    attempt: int = 0
 
 
 @attrs.frozen
