@@ -23,7 +23,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, Rows, hidden_states, read_rows
-from swarmcore.testing.faulty import FaultyTransport
+from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.types import PeerId, ServerInfo, Span
 from swarmcore.wire.messages import Ping, Pong
@@ -75,14 +75,16 @@ class Server:
 class Swarm:
     """Servers on one memory network, and a client."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, faults: Faults | None = None) -> None:
         self.random = random.Random(seed)
         self.network = MemoryNetwork()
         self.directory = MemoryDirectory()
         self.servers: list[Server] = []
         self.failovers: list[Failover] = []
         identity = self._identity()
-        self.client = Node(identity, [self.network.transport(identity)])
+        self.faults = faults or Faults()
+        self.client_transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
+        self.client = Node(identity, [self.client_transport])
         self.health = PeerHealth()
         self.planner = SwarmPlanner(
             MemoryRegistry(self.client.peer, self.directory),
@@ -96,7 +98,7 @@ class Swarm:
 
     async def add(self, blocks: str, *, identity: Identity | None = None, cache: int = CACHE) -> Server:
         identity = identity or self._identity()
-        transport = FaultyTransport(self.network.transport(identity), self.random)
+        transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
         node = Node(identity, [transport])
         await node.start()
         executor = CountingExecutor(Span.parse(blocks))
@@ -135,8 +137,8 @@ class Swarm:
 
 
 @asynccontextmanager
-async def swarm_of(*blocks: str, seed: int = 0) -> AsyncIterator[Swarm]:
-    swarm = Swarm(seed)
+async def swarm_of(*blocks: str, seed: int = 0, delay: float = 0.0) -> AsyncIterator[Swarm]:
+    swarm = Swarm(seed, Faults(delay=delay))
     await swarm.client.start()
     try:
         for each in blocks:
