@@ -70,6 +70,13 @@ class Registry(ABC):
         gets the latest one.
         """
 
+    def suspect(self, peer: PeerId) -> None:  # noqa: B027
+        """``peer`` does not answer: see whether it is dead, and if so take it out of the view.
+
+        Returns at once and may be called at any time, for any peer. A back end whose view cannot be behind
+        the swarm has nothing to do, which is the default.
+        """
+
     @abstractmethod
     async def start(self) -> None:
         """Join the swarm. Raise `PeerUnreachableError` when no bootstrap peer answers."""

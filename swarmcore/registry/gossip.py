@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -13,22 +14,28 @@ from swarmcore.errors import InternalError, SwarmError, UnavailableError
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.detection import FailureDetector
 from swarmcore.registry.joining import first_answer
 from swarmcore.registry.messages import (
+    CHECK,
     COMPARE,
     EXCHANGE,
+    LIFELINE,
+    REPORT,
     WATCH,
     CompareDigests,
     DigestsCompared,
     ExchangeRecords,
     RecordsExchanged,
 )
+from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.partners import Partner, Partners
 from swarmcore.registry.pushing import Pusher
 from swarmcore.registry.reconcile import answer_compare, answer_exchange, reconcile
-from swarmcore.registry.records import RecordIssuer, RecordLimits, SignedRecord
+from swarmcore.registry.records import RecordIssuer, SignedRecord
 from swarmcore.registry.replica import Replica
-from swarmcore.registry.store import CAPACITY, Accepted, Drop, RecordStore
+from swarmcore.registry.store import Accepted, Drop, RecordStore
+from swarmcore.registry.suspicion import Suspected
 from swarmcore.registry.watchers import Watchers
 from swarmcore.rpc import Caller, Node
 from swarmcore.types import Address, PeerId, ServerInfo, short
@@ -37,23 +44,26 @@ logger = logging.getLogger(__name__)
 
 _WITHDRAWAL_PATIENCE = 3.0
 _CONTEST_PAUSE = 1.0
+_REFUTATION_PAUSE = 2.0
+_MAX_SUSPICIONS = 256  # of one message
 
 
 class GossipRegistry(Registry):
     """A full member of the registry; every server and bootstrap peer runs one.
 
-    New records go at once to ``fanout`` random members, which pass them on in the same way; every
-    ``interval`` seconds (a quarter more or less) the records are compared with a random member's, which
-    brings what a push has missed. Members are found in the records themselves: ``bootstrap`` is needed to
-    join, and as the way back after a network split. A member that has announced nothing is not known to
-    others and only hears of news at intervals.
+    News goes at once to ``options.fanout`` random members, which pass it on in the same way; every
+    ``options.interval`` seconds the records are compared with a random member's, which brings what a push has
+    missed. Members are found in the records themselves: ``bootstrap`` is needed to join, and as the way back
+    after a network split. A member that has announced nothing is not known to others and only hears of news
+    at intervals. A dead member is noticed by those next to it and leaves all views within seconds, whatever
+    its ttl (see `FailureDetector`).
 
     ``node`` is neither started nor closed here; it has to listen before `start`, and can carry one registry
     only. In a node that is closed to all but its allowed peers, records of others are dropped.
 
     ``announce`` keeps the record fresh by itself (every third of its ttl) until `withdraw` or `close`.
-    ``timeout`` bounds each call to a member, in seconds. ``wall_clock`` gives seconds since the epoch: unlike
-    all other times, those in records mean the same to every peer.
+    ``wall_clock`` gives seconds since the epoch: unlike all other times, those in records mean the same to
+    every peer.
     """
 
     def __init__(
@@ -61,32 +71,45 @@ class GossipRegistry(Registry):
         node: Node,
         bootstrap: Sequence[Address] = (),
         *,
-        fanout: int = 3,
-        interval: float = 5.0,
-        timeout: float = 10.0,
-        limits: RecordLimits | None = None,
-        capacity: int = CAPACITY,
+        options: GossipOptions | None = None,
         rng: Random | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        options = options or GossipOptions()
         self.node = node
-        self._interval = interval
-        self._timeout = timeout
+        self._options = options
         self._rng = rng or Random()
-        self._issuer = RecordIssuer(node.identity, wall_clock, limits)
-        store = RecordStore(own=node.peer, limits=limits, capacity=capacity, allowed=node.allowed_peers)
+        self._issuer = RecordIssuer(node.identity, wall_clock, options.limits)
+        store = RecordStore(
+            own=node.peer, limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers
+        )
+        self._tasks = BackgroundTasks()
         self._partners = Partners(node.peer, bootstrap, self._rng)
         self._replica = Replica(store, self._partners, wall_clock)
+        self._detector = FailureDetector(
+            node,
+            self._replica,
+            self._partners,
+            options,
+            self._tasks,
+            spread=self._spread_suspicion,
+            refute=self._refute,
+        )
         self._replica.on_accepted = self._on_accepted
-        self._pusher = Pusher(node, self._partners, store.limits, fanout=fanout, timeout=timeout)
+        self._replica.on_change = self._detector.update
+        self._pusher = Pusher(node, self._partners, options, self._detector.suspect)
         self._watchers = Watchers(store, node.limits)
         self._announced: tuple[ServerInfo, float] | None = None
         self._refresh: asyncio.TimerHandle | None = None
-        self._tasks = BackgroundTasks()
+        self._refuted_at = -math.inf
+        self._started = False
         self._clock_warned = False
         self._closed = False
         node.serve(COMPARE, self._compare)
         node.serve(EXCHANGE, self._exchange)
+        node.serve(CHECK, self._detector.check)
+        node.serve(REPORT, self._detector.report)
+        node.serve_protocol(LIFELINE, self._detector.lifelines.serve)
         node.serve_protocol(WATCH, self._watchers.serve)
 
     def __repr__(self) -> str:
@@ -109,6 +132,8 @@ class GossipRegistry(Registry):
         self._rng.shuffle(bootstrap)
         if bootstrap:
             await first_answer(bootstrap, self._reconcile)
+        self._started = True
+        self._detector.start()
         self._tasks.start(self._pusher.run(), "registry pushes")
         self._tasks.start(self._anti_entropy(), "registry anti-entropy")
 
@@ -118,6 +143,7 @@ class GossipRegistry(Registry):
             self._refresh.cancel()
         self._watchers.close()
         self._replica.close()
+        await self._detector.close()
         await self._tasks.close()
 
     async def announce(self, info: ServerInfo, ttl: float) -> None:
@@ -149,9 +175,14 @@ class GossipRegistry(Registry):
     def changes(self) -> ChangeReader:
         return self._replica.feed.reader()
 
+    def suspect(self, peer: PeerId) -> None:
+        """Call ``peer``; if it does not answer, hide it here and tell the swarm, which does likewise."""
+        if not self._closed:
+            self._detector.suspect(peer)
+
     # --- this peer's own record -----------------------------------------------------------------------
 
-    def _publish(self, info: ServerInfo, ttl: float) -> None:
+    def _publish(self, info: ServerInfo, ttl: float, *, refuting: bool = False) -> None:
         record = self._issuer.announce(info, ttl)
         self._announced = (info, ttl)
         outcome = self._replica.apply(record)
@@ -160,7 +191,8 @@ class GossipRegistry(Registry):
             outcome = self._replica.apply(record)
         if isinstance(outcome, Drop):
             raise InternalError(f"this peer dropped its own record as {outcome}")
-        self._pusher.add(record, outcome)
+        if refuting or outcome.change is not None or self._options.pushes_refresh(ttl):
+            self._pusher.add(self.node.peer, record, urgent=refuting or outcome.change is not None)
         self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
 
     def _publish_again(self, delay: float) -> None:
@@ -170,9 +202,19 @@ class GossipRegistry(Registry):
             loop = asyncio.get_running_loop()
             self._refresh = loop.call_later(delay, self._publish, *self._announced)
 
+    def _refute(self, sequence: int) -> None:
+        """Answer a suspicion about the record of that number with a newer one, every two seconds at most."""
+        now = asyncio.get_running_loop().time()
+        if self._announced is None or self._closed or sequence != self._issuer.last_sequence:
+            return
+        if now - self._refuted_at >= _REFUTATION_PAUSE:
+            self._refuted_at = now
+            logger.info("suspected to be dead: announcing again")
+            self._publish(*self._announced, refuting=True)
+
     def _on_accepted(self, record: SignedRecord, accepted: Accepted) -> None:
         said = accepted.announcement
-        self._watchers.offer(said.peer, record)
+        self._watchers.offer(record, accepted)
         if said.peer != self.node.peer or said.sequence <= self._issuer.last_sequence:
             return
         # A record of our own that we did not issue: from before a restart, or from another process.
@@ -186,7 +228,7 @@ class GossipRegistry(Registry):
     async def _anti_entropy(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self._interval * self._rng.uniform(0.75, 1.25))
+            await asyncio.sleep(self._options.interval * self._rng.uniform(0.75, 1.25))
             lost = self._partners.choose_lost(loop.time())
             await asyncio.gather(
                 self._reconcile_with_one(self._partners.choose(3, loop.time())),
@@ -205,12 +247,15 @@ class GossipRegistry(Registry):
     async def _reconcile(self, partner: Partner) -> None:
         now = asyncio.get_running_loop().time
         try:
-            ahead = await reconcile(self.node, self._replica, partner, timeout=self._timeout)
+            said = await reconcile(self.node, self._replica, partner, timeout=self._options.timeout)
         except SwarmError:
             self._partners.failed(partner.peer, now())
+            self._detector.suspect(partner.peer)
             raise
         self._partners.answered(partner.peer)
-        self._check_clock(ahead, partner.peer)
+        self._detector.reached(partner.peer)
+        self._detector.hearsay(said.hidden, partner.peer, newcomer=not self._started)
+        self._check_clock(said.ahead, partner.peer)
 
     def _check_clock(self, ahead: float, peer: PeerId) -> None:
         off = abs(ahead) > self._replica.store.limits.max_skew
@@ -232,8 +277,16 @@ class GossipRegistry(Registry):
         reply, news = await answer_exchange(self.node, self._replica, request)
         if request.spread:
             for record, accepted in news:
-                self._pusher.add(record, accepted)
+                said = accepted.announcement
+                urgent = accepted.change is not None or not self._options.pushes_refresh(said.ttl)
+                self._pusher.add(said.peer, record, urgent=urgent)
+        for suspected in request.suspected[:_MAX_SUSPICIONS]:
+            self._detector.suspicion_heard(suspected)
         return reply
+
+    def _spread_suspicion(self, suspected: Suspected) -> None:
+        self._watchers.suspect(suspected.peer, suspected.sequence)
+        self._pusher.add_suspicion(suspected)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import attrs
 
 from swarmcore.registry.records import RecordLimits, SignedRecord
+from swarmcore.registry.suspicion import Suspected
 from swarmcore.rpc import Method, Protocol
+from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 
 
@@ -26,6 +28,8 @@ class DigestsCompared:
     """Key (8 bytes) and sequence number (8 bytes, little-endian) of each record in these buckets."""
     clock: float
     """Seconds since the epoch on the answering peer's clock."""
+    hidden: bytes = b""
+    """Entries of the records whose owners it found dead."""
 
 
 @attrs.frozen
@@ -37,6 +41,8 @@ class ExchangeRecords:
     """Keys of the records asked for, 8 bytes each."""
     spread: bool = False
     """Whether ``records`` are new: what of them is news to the receiver, it pushes on to others."""
+    suspected: tuple[Suspected, ...] = ()
+    """Suspicions, which are passed on likewise."""
 
 
 @attrs.frozen
@@ -61,10 +67,60 @@ class RecordBatch:
     records: tuple[SignedRecord, ...] = ()
     complete: bool = True
     """Whether the watcher now has everything the sender has."""
+    suspected: bytes = b""
+    """Entries of records whose owners are suspected to be dead: for the watcher to see for itself."""
+
+
+@attrs.frozen
+class CheckAlive:
+    """Are you alive?"""
+
+    suspected: int = 0
+    """Number of the callee's record under which it is suspected; 0 when it is not. A newer one refutes it."""
+
+
+@attrs.frozen
+class StillAlive:
+    """Yes."""
+
+
+@attrs.frozen
+class ReportSuspect:
+    """A watcher got no answer from ``peer``."""
+
+    peer: PeerId
+    sequence: int
+    """Of its record."""
+
+
+@attrs.frozen
+class SuspectReported:
+    """The callee will see for itself, if it has not yet."""
+
+
+@attrs.frozen
+class HoldLine:
+    """Opens a lifeline: each side notices when the other one dies."""
+
+    beat: float
+    """Seconds between the beats of both sides; 0 for none."""
+
+
+@attrs.frozen
+class Beat:
+    """A sign of life."""
+
+    suspected: tuple[Suspected, ...] = ()
+    """Suspicions to pass on."""
+    hidden: int = 0
+    """Number of the receiver's record if that counts as a dead peer's on this side; else 0."""
 
 
 COMPARE = Method("/swarmcore/gossip/compare/1", CompareDigests, DigestsCompared)
 EXCHANGE = Method("/swarmcore/gossip/exchange/1", ExchangeRecords, RecordsExchanged)
+CHECK = Method("/swarmcore/gossip/check/1", CheckAlive, StillAlive)
+REPORT = Method("/swarmcore/registry/report/1", ReportSuspect, SuspectReported)
+LIFELINE = Protocol("/swarmcore/alive/1", (HoldLine,), (Beat,), (Beat,))
 WATCH = Protocol("/swarmcore/registry/watch/1", (WatchRecords,), (), (RecordBatch,))
 
 

@@ -77,7 +77,7 @@ class Partners:
         if change.kind == "left":
             self._remember(peer)
             return
-        partner = self._partner(change.info)
+        partner = self.reached_by(change.info)
         if self._live.get(peer) == partner:
             return
         self._troubles.pop(peer, None)  # new or moved: worth a new try
@@ -86,6 +86,10 @@ class Partners:
         if peer not in self._place:
             self._place[peer] = len(self._order)
             self._order.append(peer)
+
+    def live(self, peer: PeerId) -> Partner | None:
+        """``peer``, if it is a live member or a bootstrap peer."""
+        return self._live.get(peer) or self._bootstrap.get(peer)
 
     def choose(self, count: int, now: float, exclude: Collection[PeerId] = ()) -> list[Partner]:
         """Up to ``count`` different peers at random: live members, and bootstrap peers that are not."""
@@ -120,7 +124,8 @@ class Partners:
     def _worth_trying(self, peer: PeerId, now: float) -> bool:
         return peer not in self._troubles or now >= self._troubles[peer].retry_at
 
-    def _partner(self, info: ServerInfo) -> Partner:
+    def reached_by(self, info: ServerInfo) -> Partner:
+        """The ways to reach a peer that announces ``info``."""
         addresses = []
         for url in info.addresses:
             with contextlib.suppress(AddressError):

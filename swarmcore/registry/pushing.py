@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from swarmcore.errors import SwarmError
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.messages import EXCHANGE, ExchangeRecords, records_per_message
+from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.partners import Partner, Partners
-from swarmcore.registry.records import RecordLimits, SignedRecord
-from swarmcore.registry.store import Accepted
+from swarmcore.registry.records import SignedRecord
+from swarmcore.registry.suspicion import Suspected
 from swarmcore.rpc import Node
 from swarmcore.types import PeerId, short
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 LINGER = 0.02
 """Seconds in which records gather before they are sent together."""
 REFRESH_LINGER = 0.5
-"""The same for records that change nothing but their expiry: most records are, and they can wait."""
+"""The same for records that can wait."""
 MAX_IN_FLIGHT = 16
 """Pushes under way at once; above that, records wait, only the newest of each peer."""
 ATTEMPTS = 3
@@ -28,29 +29,39 @@ ATTEMPTS = 3
 
 
 class Pusher:
-    """Sends each record it is given to ``fanout`` random partners, once."""
+    """Sends each record and each suspicion it is given to some random partners, once.
+
+    ``on_failed`` is called with every partner that could not be reached.
+    """
 
     def __init__(
-        self, node: Node, partners: Partners, limits: RecordLimits, *, fanout: int, timeout: float
+        self, node: Node, partners: Partners, options: GossipOptions, on_failed: Callable[[PeerId], None]
     ) -> None:
         self._node = node
         self._partners = partners
-        self._fanout = fanout
-        self._timeout = timeout
-        self._batch = records_per_message(node.limits, limits)
+        self._fanout = options.fanout
+        self._timeout = options.timeout
+        self._on_failed = on_failed
+        self._batch = records_per_message(node.limits, options.limits)
         self._outbox: dict[PeerId, SignedRecord] = {}
+        self._suspected: dict[PeerId, Suspected] = {}
         self._wake = asyncio.Event()
         self._refresh: asyncio.TimerHandle | None = None
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._tasks = BackgroundTasks()
 
-    def add(self, record: SignedRecord, accepted: Accepted) -> None:
+    def add(self, owner: PeerId, record: SignedRecord, *, urgent: bool = True) -> None:
         """Send ``record`` soon; it takes the place of one of the same owner that still waits."""
-        self._outbox[accepted.announcement.peer] = record
-        if accepted.change is not None:
+        self._outbox[owner] = record
+        if urgent:
             self._wake.set()
         elif self._refresh is None:
             self._refresh = asyncio.get_running_loop().call_later(REFRESH_LINGER, self._wake.set)
+
+    def add_suspicion(self, suspected: Suspected) -> None:
+        """Send ``suspected`` soon; only one about the same peer waits."""
+        self._suspected[suspected.peer] = suspected
+        self._wake.set()
 
     async def run(self) -> None:
         """Send what is added until cancelled."""
@@ -58,10 +69,10 @@ class Pusher:
             while True:
                 await self._wake.wait()
                 await asyncio.sleep(LINGER)
-                records = self._take()
+                news = self._take()
                 for partner in self._partners.choose(self._fanout, asyncio.get_running_loop().time()):
                     await self._slots.acquire()
-                    self._tasks.start(self._push_and_release(records, partner), "registry push")
+                    self._tasks.start(self._push_and_release(news, partner), "registry push")
         finally:
             self._stop_refresh()
             await self._tasks.close()
@@ -69,39 +80,43 @@ class Pusher:
     async def push_now(self, record: SignedRecord) -> None:
         """Send one record past the queue and wait until it has arrived, or failed, everywhere."""
         chosen = self._partners.choose(self._fanout, asyncio.get_running_loop().time())
-        await asyncio.gather(*(self._push((record,), partner, chosen) for partner in chosen))
+        news = ExchangeRecords((record,), spread=True)
+        await asyncio.gather(*(self._push(news, partner, chosen) for partner in chosen))
 
-    def _take(self) -> tuple[SignedRecord, ...]:
-        owners = list(self._outbox)[: self._batch]
-        if len(owners) == len(self._outbox):
+    def _take(self) -> ExchangeRecords:
+        suspects = list(self._suspected)[: self._batch]
+        owners = list(self._outbox)[: self._batch - len(suspects)]
+        if len(owners) == len(self._outbox) and len(suspects) == len(self._suspected):
             self._wake.clear()
             self._stop_refresh()
-        return tuple(self._outbox.pop(owner) for owner in owners)
+        return ExchangeRecords(
+            records=tuple(self._outbox.pop(owner) for owner in owners),
+            spread=True,
+            suspected=tuple(self._suspected.pop(peer) for peer in suspects),
+        )
 
     def _stop_refresh(self) -> None:
         if self._refresh is not None:
             self._refresh.cancel()
             self._refresh = None
 
-    async def _push_and_release(self, records: tuple[SignedRecord, ...], partner: Partner) -> None:
+    async def _push_and_release(self, news: ExchangeRecords, partner: Partner) -> None:
         try:
-            await self._push(records, partner)
+            await self._push(news, partner)
         finally:
             self._slots.release()
 
-    async def _push(
-        self, records: tuple[SignedRecord, ...], partner: Partner, others: Collection[Partner] = ()
-    ) -> None:
+    async def _push(self, news: ExchangeRecords, partner: Partner, others: Collection[Partner] = ()) -> None:
         tried = {other.peer for other in others}
         now = asyncio.get_running_loop().time
         for _ in range(ATTEMPTS):
             tried.add(partner.peer)
-            request = ExchangeRecords(records, spread=True)
             try:
-                await self._node.call(partner.addresses, EXCHANGE, request, timeout=self._timeout)
+                await self._node.call(partner.addresses, EXCHANGE, news, timeout=self._timeout)
             except SwarmError as exc:
                 logger.debug("could not push to %s: %s", short(partner.peer), exc)
                 self._partners.failed(partner.peer, now())
+                self._on_failed(partner.peer)
             else:
                 self._partners.answered(partner.peer)
                 return

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from swarmcore.registry.digest import pack_entries, split_keys, unpack_entries
+from collections.abc import Sequence
+
+import attrs
+
+from swarmcore.registry.digest import Key, pack_entries, split_keys, unpack_entries
 from swarmcore.registry.messages import (
     COMPARE,
     EXCHANGE,
@@ -19,8 +23,18 @@ from swarmcore.registry.store import Accepted
 from swarmcore.rpc import Node
 
 
-async def reconcile(node: Node, replica: Replica, partner: Partner, *, timeout: float) -> float:
-    """Make this replica and ``partner``'s equal; return by how many seconds its clock is ahead of ours.
+@attrs.frozen
+class Reconciled:
+    """What a partner has said besides its records."""
+
+    ahead: float
+    """Seconds by which its clock is ahead of ours."""
+    hidden: Sequence[tuple[Key, int]]
+    """Keys and sequence numbers of records whose owners it found dead."""
+
+
+async def reconcile(node: Node, replica: Replica, partner: Partner, *, timeout: float) -> Reconciled:
+    """Make this replica and ``partner``'s equal.
 
     Costs one call when they are equal already, else one more for every 248 records that one side lacks.
     Raises as `Node.call` does; ``timeout`` is for each call.
@@ -35,14 +49,15 @@ async def reconcile(node: Node, replica: Replica, partner: Partner, *, timeout: 
         wanted, records = wanted[batch:], records[batch:]
         reply = await node.call(partner.addresses, EXCHANGE, request, timeout=timeout)
         await replica.merge(reply.records)
-    return ahead
+    return Reconciled(ahead, list(unpack_entries(compared.hidden)))
 
 
 def answer_compare(replica: Replica, request: CompareDigests) -> DigestsCompared:
     """Raise `ProtocolError` when the digest is malformed."""
     buckets = replica.store.differing(request.hashes)
     entries = pack_entries(replica.store.entries(buckets))
-    return DigestsCompared(tuple(sorted(buckets)), entries, replica.now())
+    hidden = pack_entries(replica.store.hidden_entries())
+    return DigestsCompared(tuple(sorted(buckets)), entries, replica.now(), hidden)
 
 
 async def answer_exchange(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import attrs
 
@@ -22,6 +23,10 @@ _DOMAIN = b"swarmcore registry record 1\0"
 MAX_ADDRESSES = 16
 MAX_TEXT = 256
 MAX_BLOCKS = 100_000
+
+# What a record says and whether it is sound depends on its bytes alone. Each arrives by several ways, and at
+# every member where many run in one process.
+_REMEMBERED = 4096
 
 
 @attrs.frozen
@@ -70,15 +75,39 @@ class Announcement:
 
 def decode_announcement(record: SignedRecord) -> Announcement:
     """What ``record`` says, its signature unchecked. Raise `ProtocolError` when it is malformed."""
-    announcement: Announcement = decode_record(record.payload, Announcement)
-    if announcement.sequence < 0 or not 0 < announcement.ttl < math.inf:
-        raise ProtocolError("a record's sequence number and ttl have to be positive")
+    announcement = _decode(record.payload)
+    if isinstance(announcement, str):
+        raise ProtocolError(announcement)
     return announcement
 
 
+@lru_cache(maxsize=_REMEMBERED)
+def _decode(payload: bytes) -> Announcement | str:
+    try:
+        announcement: Announcement = decode_record(payload, Announcement)
+    except ProtocolError as exc:
+        return exc.message
+    if announcement.sequence < 0 or not 0 < announcement.ttl < math.inf:
+        return "a record's sequence number and ttl have to be positive"
+    return announcement
+
+
+@lru_cache(maxsize=_REMEMBERED)
 def is_signed_by(record: SignedRecord, peer: PeerId) -> bool:
     """Whether ``peer`` signed ``record``."""
     return verify(peer, _DOMAIN + record.payload, record.signature)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def may_announce(record: SignedRecord) -> bool:
+    """Whether what ``record`` says passes `check_info`. Raise `ProtocolError` when it is malformed."""
+    said = decode_announcement(record)
+    try:
+        if said.info is not None:
+            check_info(said.info, said.peer)
+    except InputError:
+        return False
+    return True
 
 
 def check_info(info: ServerInfo, peer: PeerId) -> None:

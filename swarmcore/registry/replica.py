@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
+from swarmcore.registry.base import Change
 from swarmcore.registry.changes import ChangeFeed
 from swarmcore.registry.partners import Partners
 from swarmcore.registry.records import SignedRecord
 from swarmcore.registry.store import Accepted, Drop, RecordStore
+from swarmcore.types import PeerId
 
 _SLICE = 32  # records verified between two turns of the event loop: some 5 ms
 _LONGEST_SLEEP = 60.0  # between looks at the wall clock, which may be set while we sleep
@@ -17,13 +19,15 @@ _LONGEST_SLEEP = 60.0  # between looks at the wall clock, which may be set while
 class Replica:
     """A `RecordStore` on the running loop. Every change reaches `feed` and ``partners``.
 
-    ``on_accepted`` is called with every record taken, those that change nothing but their expiry included.
+    ``on_accepted`` is called with every record taken, those that change nothing but their expiry included;
+    ``on_change`` with every change, once `feed` has it.
     """
 
     def __init__(self, store: RecordStore, partners: Partners, wall_clock: Callable[[], float]) -> None:
         self.store = store
         self.feed = ChangeFeed()
         self.on_accepted: Callable[[SignedRecord, Accepted], None] = lambda record, accepted: None
+        self.on_change: Callable[[Change], None] = lambda change: None
         self.now = wall_clock
         self._partners = partners
         self._timer: asyncio.TimerHandle | None = None
@@ -33,9 +37,7 @@ class Replica:
         """Take one record, if it is to be taken."""
         outcome = self.store.apply(record, self.now())
         if isinstance(outcome, Accepted):
-            if outcome.change is not None:
-                self._partners.update(outcome.change)
-                self.feed.publish(outcome.change)
+            self._changed(outcome.change)
             self.on_accepted(record, outcome)
             self._set_timer()
         return outcome
@@ -50,6 +52,14 @@ class Replica:
             if position % _SLICE == 0:
                 await asyncio.sleep(0)
         return taken
+
+    def hide(self, peer: PeerId, sequence: int) -> bool:
+        """As `RecordStore.hide`; whether the peer was in the view."""
+        return self._changed(self.store.hide(peer, sequence))
+
+    def unhide(self, peer: PeerId) -> bool:
+        """As `RecordStore.unhide`; whether the peer was hidden."""
+        return self._changed(self.store.unhide(peer))
 
     def close(self) -> None:
         """Stop expiring and end all readers of changes."""
@@ -73,6 +83,13 @@ class Replica:
     def _expire(self) -> None:
         self._timer = None
         for change in self.store.expire(self.now()):
-            self._partners.update(change)
-            self.feed.publish(change)
+            self._changed(change)
         self._set_timer()
+
+    def _changed(self, change: Change | None) -> bool:
+        if change is None:
+            return False
+        self._partners.update(change)
+        self.feed.publish(change)
+        self.on_change(change)
+        return True

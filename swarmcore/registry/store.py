@@ -10,20 +10,19 @@ from types import MappingProxyType
 
 import attrs
 
-from swarmcore.errors import InputError, ProtocolError
+from swarmcore.errors import ProtocolError
 from swarmcore.registry.base import Change, SwarmView
 from swarmcore.registry.digest import Digest, Key, key_of
+from swarmcore.registry.options import CAPACITY
 from swarmcore.registry.records import (
     Announcement,
     RecordLimits,
     SignedRecord,
-    check_info,
     decode_announcement,
     is_signed_by,
+    may_announce,
 )
 from swarmcore.types import PeerId, ServerInfo
-
-CAPACITY = 10_000
 
 
 class Drop(StrEnum):
@@ -102,6 +101,7 @@ class RecordStore:
         self._digest = Digest()
         self._due: list[tuple[float, Key]] = []
         self._servers: dict[PeerId, ServerInfo] = {}
+        self._hidden: dict[Key, None] = {}  # found dead; a dict for its order: a run has to repeat itself
         self._revision = 0
         self._view: SwarmView | None = None
 
@@ -138,6 +138,7 @@ class RecordStore:
             else:
                 del self._entries[key]
             self._digest.discard(key)
+            self._hidden.pop(key, None)
             if change := self._show(entry.announcement.peer, None):
                 changes.append(change)
         return changes
@@ -173,6 +174,56 @@ class RecordStore:
         key = key_of(peer)
         if self._entries.pop(key, None) is not None:
             self._digest.discard(key)
+            self._hidden.pop(key, None)
+
+    # --- peers found dead -----------------------------------------------------------------------------
+
+    def sequence(self, peer: PeerId) -> int | None:
+        """Number of the record of a peer that is in the view; None when it is not."""
+        return self._entries[key_of(peer)].announcement.sequence if peer in self._servers else None
+
+    def hide(self, peer: PeerId, sequence: int) -> Change | None:
+        """Take ``peer`` out of the view if its record is still that of number ``sequence``.
+
+        The record is kept and passed on as before. A newer one brings the peer back.
+        """
+        if self.sequence(peer) != sequence or peer == self._own:
+            return None
+        key = key_of(peer)
+        self._hidden[key] = None
+        return self._show(peer, None)
+
+    def unhide(self, peer: PeerId) -> Change | None:
+        """Show a hidden peer again: it has answered after all."""
+        key = key_of(peer)
+        if key not in self._hidden:
+            return None
+        self._hidden.pop(key, None)
+        return self._show(peer, self._entries[key].announcement.info)
+
+    def hidden(self) -> Iterator[Announcement]:
+        """What those that are hidden have announced."""
+        return (self._entries[key].announcement for key in self._hidden)
+
+    def hidden_entries(self) -> list[tuple[Key, int]]:
+        """Key and sequence number of the hidden records."""
+        return [(key, self._entries[key].announcement.sequence) for key in self._hidden]
+
+    def hidden_sequence(self, peer: PeerId) -> int:
+        """Number of the record of ``peer`` if it is hidden; else 0."""
+        key = key_of(peer)
+        return self._entries[key].announcement.sequence if key in self._hidden else 0
+
+    def shown_among(self, entries: Iterable[tuple[Key, int]]) -> list[tuple[PeerId, int]]:
+        """Those peers of the view whose records have the keys and sequence numbers ``entries``."""
+        found = []
+        for key, sequence in entries:
+            entry = self._entries.get(key)
+            if entry is not None and entry.announcement.sequence == sequence:
+                peer = entry.announcement.peer
+                if peer in self._servers:
+                    found.append((peer, sequence))
+        return found
 
     # --- differences with another store ---------------------------------------------------------------
 
@@ -235,10 +286,7 @@ class RecordStore:
                 return Drop.REPLAYED
         elif len(self._entries) >= self._capacity and new.peer != self._own:
             return Drop.FULL
-        try:
-            if new.info is not None:
-                check_info(new.info, new.peer)
-        except InputError:
+        if not may_announce(record):
             return Drop.MALFORMED
         return new if is_signed_by(record, new.peer) else Drop.FORGED
 
@@ -258,6 +306,7 @@ class RecordStore:
         else:
             entry.scheduled = held.scheduled
         self._digest.put(key, new.sequence)
+        self._hidden.pop(key, None)
         return Accepted(new, self._show(new.peer, new.info))
 
     def _schedule(self, key: Key, entry: _Entry) -> None:

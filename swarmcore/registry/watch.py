@@ -13,15 +13,17 @@ from swarmcore.errors import DeadlineExceededError, InputError, PeerUnreachableE
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.digest import unpack_entries
+from swarmcore.registry.inquiries import Inquiries
 from swarmcore.registry.joining import AT_ONCE, first_answer
-from swarmcore.registry.messages import WATCH, WatchRecords
+from swarmcore.registry.messages import REPORT, WATCH, RecordBatch, ReportSuspect, WatchRecords
+from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.partners import Partner, Partners
-from swarmcore.registry.records import RecordLimits
 from swarmcore.registry.replica import Replica
-from swarmcore.registry.store import CAPACITY, Drop, RecordStore
+from swarmcore.registry.store import Drop, RecordStore
 from swarmcore.registry.watchers import HEARTBEAT
 from swarmcore.rpc import Channel, Node
-from swarmcore.types import Address, ServerInfo, short
+from swarmcore.types import Address, PeerId, ServerInfo, short
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,9 @@ class WatchingRegistry(Registry):
     It holds one channel to one member at a time. When that member fails or falls silent it moves on to
     another: any bootstrap peer, and any member that it has learned of. Its view stays meanwhile, each record
     to its own expiry. Records are checked here as by a full member: the peer that is watched can hold back
-    news, not invent any. Parameters are those of `GossipRegistry`.
+    news, not invent any. A server that others suspect to be dead is called from here before it leaves the
+    view, so that one to which only this client has no way is out of it as well. Parameters are those of
+    `GossipRegistry`.
     """
 
     def __init__(
@@ -43,20 +47,22 @@ class WatchingRegistry(Registry):
         node: Node,
         bootstrap: Sequence[Address],
         *,
-        timeout: float = 10.0,
-        limits: RecordLimits | None = None,
-        capacity: int = CAPACITY,
+        options: GossipOptions | None = None,
         rng: Random | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        options = options or GossipOptions()
         self.node = node
-        self._timeout = timeout
+        self._timeout = options.timeout
         self._rng = rng or Random()
         self._partners = Partners(node.peer, bootstrap, self._rng, backoff=1.0)
-        store = RecordStore(limits=limits, capacity=capacity, allowed=node.allowed_peers)
+        store = RecordStore(limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers)
         self._replica = Replica(store, self._partners, wall_clock)
         self._channel: Channel | None = None
         self._tasks = BackgroundTasks()
+        self._inquiries = Inquiries(
+            node, self._replica, self._partners, self._tasks, timeout=options.check_timeout
+        )
 
     def __repr__(self) -> str:
         watched = short(self._channel.remote) if self._channel else "nobody"
@@ -97,13 +103,31 @@ class WatchingRegistry(Registry):
     def changes(self) -> ChangeReader:
         return self._replica.feed.reader()
 
+    def suspect(self, peer: PeerId) -> None:
+        """Call ``peer``; if it does not answer, hide it here and tell the member that is watched."""
+        sequence = self._replica.store.sequence(peer)
+        if sequence is not None:
+            self._inquiries.open(peer, sequence, on_dead=self._report)
+
+    def _report(self, peer: PeerId, sequence: int) -> None:
+        self._tasks.start(self._send_report(ReportSuspect(peer, sequence)), "registry report")
+
+    async def _send_report(self, report: ReportSuspect) -> None:
+        member = self._partners.live(self._channel.remote) if self._channel else None
+        if member is None or member.peer == report.peer:
+            return
+        try:
+            await self.node.call(member.addresses, REPORT, report, timeout=self._timeout)
+        except SwarmError as exc:
+            logger.debug("could not report %s to %s: %s", short(report.peer), short(member.peer), exc)
+
     async def _watch(self, partner: Partner) -> Channel:
         """A channel to ``partner``, with all that it knows already read. Raises as `Node.call` does."""
         opening = WatchRecords(self._replica.store.hashes())
         try:
             channel = await self.node.open(partner.addresses, WATCH, opening, timeout=self._timeout)
             try:
-                while not await self._read(channel):
+                while not (batch := await self._read(channel)).complete:
                     pass
             except BaseException:
                 _abandon(channel)
@@ -112,26 +136,33 @@ class WatchingRegistry(Registry):
             self._partners.failed(partner.peer, asyncio.get_running_loop().time())
             raise
         self._partners.answered(partner.peer)
+        # A member that might leave out records altogether may be believed for as long as a check takes.
+        for peer, sequence in self._replica.store.shown_among(unpack_entries(batch.suspected)):
+            self._replica.hide(peer, sequence)
+        self._inquiries.recheck()
         return channel
 
-    async def _read(self, channel: Channel) -> bool:
-        """Take the next batch; whether it made the view complete."""
+    async def _read(self, channel: Channel) -> RecordBatch:
+        """Take the records of the next batch."""
         silence = 2 * HEARTBEAT + self._timeout
         try:
             async with asyncio.timeout(silence):
-                batch = (await channel.receive()).record
+                batch: RecordBatch = (await channel.receive()).record
         except TimeoutError as exc:
             raise DeadlineExceededError(
                 f"{short(channel.remote)} sent no sign of life for {silence:g} s"
             ) from exc
         await self._replica.merge(batch.records)
-        return bool(batch.complete)
+        return batch
 
     async def _follow(self, channel: Channel) -> None:
         while True:
             try:
                 while True:
-                    await self._read(channel)
+                    batch = await self._read(channel)
+                    suspects = self._replica.store.shown_among(unpack_entries(batch.suspected))
+                    for peer, sequence in suspects:
+                        self._inquiries.open(peer, sequence, public=True)
             except SwarmError as exc:
                 logger.info("lost sight of the swarm through %s: %s", short(channel.remote), exc)
                 self._partners.failed(channel.remote, asyncio.get_running_loop().time())

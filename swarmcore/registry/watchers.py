@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from swarmcore.errors import DeadlineExceededError, TooManyCallsError, UnavailableError
+from swarmcore.registry.digest import Key, key_of, pack_entries
 from swarmcore.registry.messages import RecordBatch, WatchRecords, records_per_message
 from swarmcore.registry.records import SignedRecord
-from swarmcore.registry.store import RecordStore
+from swarmcore.registry.store import Accepted, RecordStore
 from swarmcore.rpc import Channel
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -17,10 +18,12 @@ HEARTBEAT = 5.0
 """Seconds of silence after which a watcher is sent an empty batch."""
 STALL = 30.0
 """Seconds that a watcher may take to accept a batch."""
+SHORT_TTL = 12 * HEARTBEAT
+"""Records of a longer ttl that change nothing but their expiry wait for the next heartbeat."""
 
 
 class Watchers:
-    """Sends every record that is given to `offer` to all watchers.
+    """Sends every record that is given to `offer`, and every suspicion, to all watchers.
 
     Records for a slow watcher wait, only the newest of each peer: what waits is bounded by the store's
     capacity, and a watcher that accepts nothing for `STALL` seconds is dropped.
@@ -35,9 +38,18 @@ class Watchers:
     def __len__(self) -> int:
         return len(self._watchers)
 
-    def offer(self, owner: PeerId, record: SignedRecord) -> None:
+    def offer(self, record: SignedRecord, accepted: Accepted) -> None:
+        said = accepted.announcement
+        urgent = accepted.change is not None or said.ttl < SHORT_TTL
         for watcher in self._watchers:
-            watcher.waiting[owner] = record
+            watcher.waiting[said.peer] = record
+            if urgent:
+                watcher.wake.set()
+
+    def suspect(self, peer: PeerId, sequence: int) -> None:
+        """Tell all watchers that ``peer``, whose record has that number, may be dead."""
+        for watcher in self._watchers:
+            watcher.suspected[key_of(peer)] = sequence
             watcher.wake.set()
 
     async def serve(self, channel: Channel) -> None:
@@ -49,18 +61,18 @@ class Watchers:
             raise TooManyCallsError(f"this peer has {MAX_WATCHERS} watchers, its limit; watch another one")
         opening: WatchRecords = channel.opening.record
         buckets = self._store.differing(opening.hashes)
-        watcher = _Watcher(self._store.current_in(buckets))
+        watcher = _Watcher(self._store.current_in(buckets), dict(self._store.hidden_entries()))
         self._watchers.add(watcher)
         try:
             while not self._closed:
-                records = watcher.take(self._batch)
-                batch = RecordBatch(tuple(records), complete=not watcher.waiting)
+                batch = watcher.take(self._batch)
                 try:
                     async with asyncio.timeout(STALL):
                         await channel.send(batch)
                 except TimeoutError as exc:
                     raise DeadlineExceededError(f"a watcher took nothing for {STALL:g} s") from exc
-                await watcher.wait(HEARTBEAT)
+                if batch.complete:
+                    await watcher.wait(HEARTBEAT)
         finally:
             self._watchers.discard(watcher)
         raise UnavailableError("this peer is leaving; watch another one")
@@ -73,19 +85,23 @@ class Watchers:
 
 
 class _Watcher:
-    def __init__(self, waiting: dict[PeerId, SignedRecord]) -> None:
+    def __init__(self, waiting: dict[PeerId, SignedRecord], suspected: dict[Key, int]) -> None:
         self.waiting = waiting
+        self.suspected = suspected
         self.wake = asyncio.Event()
 
-    def take(self, count: int) -> list[SignedRecord]:
+    def take(self, count: int) -> RecordBatch:
         self.wake.clear()
-        owners = list(self.waiting)[:count]
-        return [self.waiting.pop(owner) for owner in owners]
+        records = tuple(self.waiting.pop(owner) for owner in list(self.waiting)[:count])
+        complete = not self.waiting
+        suspected = b""
+        if complete:  # a suspicion is of use to those only who have the record
+            suspected = pack_entries(self.suspected.items())
+            self.suspected.clear()
+        return RecordBatch(records, complete, suspected)
 
     async def wait(self, seconds: float) -> None:
-        """Until there is something to send, for ``seconds`` at most."""
-        if self.waiting:
-            return
+        """Until something urgent is there to send, for ``seconds`` at most."""
         try:
             async with asyncio.timeout(seconds):
                 await self.wake.wait()

@@ -9,6 +9,7 @@ from random import Random
 from swarmcore.identity import Identity
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.rpc import Node
 from swarmcore.testing.faulty import FaultyTransport
@@ -37,7 +38,11 @@ class GossipSwarm(RegistrySwarm):
     """
 
     def __init__(
-        self, transport: TransportFactory | None = None, *, interval: float = 5.0, seed: int = 0
+        self,
+        transport: TransportFactory | None = None,
+        *,
+        options: GossipOptions | None = None,
+        seed: int = 0,
     ) -> None:
         network = MemoryNetwork()
         self.clock_off: dict[PeerId, float] = {}
@@ -46,7 +51,7 @@ class GossipSwarm(RegistrySwarm):
         self.members: list[Member] = []
         """Those that run now, clients included."""
         self._transport = transport or (lambda identity, listen: network.transport(identity, listen=listen))
-        self._interval = interval
+        self._options = options or GossipOptions()
         self._random = Random(seed)
 
     async def join(self, identity: Identity | None = None, bootstrap: Sequence[str] | None = None) -> Member:
@@ -98,10 +103,12 @@ class GossipSwarm(RegistrySwarm):
         rng = Random(self._random.random())
         registry: Registry
         if watching:
-            registry = WatchingRegistry(node, addresses, rng=rng, wall_clock=self._clock_of(identity.peer))
+            registry = WatchingRegistry(
+                node, addresses, options=self._options, rng=rng, wall_clock=self._clock_of(identity.peer)
+            )
         else:
             registry = GossipRegistry(
-                node, addresses, interval=self._interval, rng=rng, wall_clock=self._clock_of(identity.peer)
+                node, addresses, options=self._options, rng=rng, wall_clock=self._clock_of(identity.peer)
             )
         try:
             await registry.start()

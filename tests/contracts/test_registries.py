@@ -9,6 +9,7 @@ import pytest
 
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
+from swarmcore.registry.options import GossipOptions
 from swarmcore.testing.gossip import GossipSwarm
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.transport import Transport
@@ -58,13 +59,13 @@ class TestGossipOverMemory(RegistryContract):
 class TestGossipOverTcp(RegistryContract):
     @pytest.fixture
     async def swarm(self) -> AsyncIterator[RegistrySwarm]:
-        async with aclosing(GossipSwarm(tcp_transport, interval=0.2)) as swarm:
+        async with aclosing(GossipSwarm(tcp_transport, options=GossipOptions(interval=0.2))) as swarm:
             swarm.ttl, swarm.patience = 1.5, 20.0  # in real time
             yield swarm
 
 
 async def test_a_client_without_an_address_follows_a_swarm_over_tcp() -> None:
-    async with aclosing(GossipSwarm(tcp_transport, interval=0.2)) as swarm:
+    async with aclosing(GossipSwarm(tcp_transport, options=GossipOptions(interval=0.2))) as swarm:
         one, other = await swarm.join(), await swarm.join()
         for member in (one, other):
             await member.registry.announce(member.info(), 1.5)

@@ -26,7 +26,18 @@ MODEL = ModelInfo("tiny", "f" * 64, blocks=12, hidden_size=64)
 def full_info(peer: PeerId) -> ServerInfo:
     addresses = (f"tcp://192.0.2.7:31330/{peer}", f"libp2p:/ip4/192.0.2.7/tcp/4001/p2p/{peer}")
     return ServerInfo(
-        peer, addresses, "online", MODEL, Span(0, 6), "bfloat16", 8192, 4096, 3, 21.5, 900.0, "attic"
+        peer,
+        addresses,
+        "online",
+        MODEL,
+        Span(0, 6),
+        "bfloat16",
+        8192,
+        4096,
+        3,
+        21.5,
+        900.0,
+        public_name="attic",
     )
 
 

@@ -1,0 +1,154 @@
+"""Seeing for oneself: a suspect is called, and hidden only if it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import attrs
+
+from swarmcore.errors import ConnectionLostError, StreamAbortedError, SwarmError, UnknownTransportError
+from swarmcore.registry.background import BackgroundTasks
+from swarmcore.registry.messages import CHECK, CheckAlive
+from swarmcore.registry.partners import Partners
+from swarmcore.registry.replica import Replica
+from swarmcore.registry.suspicion import Credibility
+from swarmcore.rpc import Node
+from swarmcore.types import PeerId, ServerInfo, short
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 2.0
+"""Seconds between two inquiries about the same peer."""
+AT_ONCE = 128
+"""Peers that are called at a time."""
+MAX_OPEN = 1024
+"""Inquiries under way, those included that wait for their turn; further suspicions are not looked into."""
+_ATTEMPTS = 2
+
+
+@attrs.define
+class _Inquiry:
+    sequence: int
+    accusers: set[PeerId]
+    public: bool
+    on_dead: Callable[[PeerId, int], None] | None
+
+
+class Inquiries:
+    """The suspects that one peer looks into. Each has ``timeout`` seconds to answer."""
+
+    def __init__(
+        self, node: Node, replica: Replica, partners: Partners, tasks: BackgroundTasks, *, timeout: float
+    ) -> None:
+        self.credibility = Credibility()
+        self._node = node
+        self._replica = replica
+        self._partners = partners
+        self._tasks = tasks
+        self._timeout = timeout
+        self._open: dict[PeerId, _Inquiry] = {}
+        self._ended: OrderedDict[PeerId, float] = OrderedDict()
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._rechecking = False
+
+    def open(
+        self,
+        peer: PeerId,
+        sequence: int,
+        *,
+        accuser: PeerId | None = None,
+        public: bool = False,
+        on_dead: Callable[[PeerId, int], None] | None = None,
+    ) -> bool:
+        """Look into the suspicion that ``peer``, whose record has number ``sequence``, is dead.
+
+        Nothing happens when it is not in the view with that record. A suspicion is ``public`` when others
+        hear of it as well: then the suspect is told, too. ``on_dead`` is called once the peer is hidden,
+        unless the suspicion is public by then. Return whether this is what made it public.
+        """
+        if self._replica.store.sequence(peer) != sequence or peer == self._node.peer:
+            return False
+        inquiry = self._open.get(peer)
+        if inquiry is not None:
+            if accuser is not None:
+                inquiry.accusers.add(accuser)
+            news = public and not inquiry.public
+            inquiry.public |= public
+            inquiry.on_dead = inquiry.on_dead or on_dead
+            return news
+        if len(self._open) >= MAX_OPEN:
+            return False
+        accusers = set() if accuser is None else {accuser}
+        inquiry = self._open[peer] = _Inquiry(sequence, accusers, public, on_dead)
+        self._tasks.start(self._inquire(peer, inquiry), "registry inquiry")
+        return public
+
+    def is_public(self, peer: PeerId) -> bool:
+        """Whether a public suspicion about ``peer`` is being looked into."""
+        return peer in self._open and self._open[peer].public
+
+    def recheck(self) -> None:
+        """Call all hidden peers again: they may never have been dead, but this peer cut off."""
+        if not self._rechecking:
+            self._rechecking = True
+            self._tasks.start(self._recheck(), "registry recheck")
+
+    async def _inquire(self, peer: PeerId, inquiry: _Inquiry) -> None:
+        now = asyncio.get_running_loop().time
+        try:
+            await asyncio.sleep(self._ended.pop(peer, -PAUSE) + PAUSE - now())
+            info = self._replica.store.view().servers.get(peer)
+            if info is None:
+                return
+            async with self._slots:
+                answers = await self._answers(info, inquiry.sequence if inquiry.public else 0)
+        finally:
+            del self._open[peer]
+            self._ended[peer] = now()
+            if len(self._ended) > MAX_OPEN:
+                self._ended.popitem(last=False)
+        if answers:
+            self.credibility.was_wrong(inquiry.accusers, now())
+        elif answers is not None and self._replica.hide(peer, inquiry.sequence):
+            logger.info("%s does not answer: out of the view until it announces itself again", short(peer))
+            if inquiry.on_dead is not None and not inquiry.public:
+                inquiry.on_dead(peer, inquiry.sequence)
+
+    async def _answers(self, info: ServerInfo, suspected: int = 0) -> bool | None:
+        """Whether a peer answers, be it with a refusal; None when there is no way to ask it."""
+        addresses = self._partners.reached_by(info).addresses
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+        if not addresses:
+            return None
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                timeout = max(deadline - loop.time(), 0.001)
+                await self._node.call(addresses, CHECK, CheckAlive(suspected), timeout=timeout)
+            except UnknownTransportError:
+                return None
+            except SwarmError as exc:
+                # A connection that was open may have broken by itself; everything else is an answer.
+                if exc.origin is not None:
+                    return True
+                if attempt == _ATTEMPTS or not isinstance(exc, ConnectionLostError | StreamAbortedError):
+                    logger.debug("%s does not answer: %s", short(info.peer), exc)
+                    return False
+            else:
+                return True
+        return False
+
+    async def _recheck(self) -> None:
+        async def check(info: ServerInfo) -> None:
+            async with self._slots:
+                if await self._answers(info):
+                    self._replica.unhide(info.peer)
+
+        try:
+            hidden = [said.info for said in self._replica.store.hidden() if said.info is not None]
+            await asyncio.gather(*(check(info) for info in hidden))
+        finally:
+            self._rechecking = False
