@@ -188,8 +188,9 @@ class TorchExecutor(BlockExecutor):
         self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
     ) -> None:
         blocks = self._held
-        if blocks is None or not blocks.holds(span):
-            raise SpanError(f"blocks {span} are not held here, only {blocks.span}")
+        if blocks is None:
+            raise InternalError("the executor was closed before the cache was taken in")
+        _check_held(blocks, span)
         self._check_length(start + count)
         self._sequences.take_in(sequence, blocks, span, start, count, tensors)
 
@@ -255,8 +256,7 @@ class TorchExecutor(BlockExecutor):
 
     def _place(self, blocks: HeldBlocks, piece: Slice, lengths: dict[SequenceId, int]) -> list[SequenceCache]:
         """The caches of the slice's segments. ``lengths`` are as the batch so far will leave them."""
-        if not blocks.holds(piece.span):
-            raise SpanError(f"blocks {piece.span} are not held here, only {self.span}")
+        _check_held(blocks, piece.span)
         caches = []
         after = dict(lengths)
         for segment in piece.segments:
@@ -306,6 +306,11 @@ class _Accepted:
     index: int
     piece: Slice
     rows: torch.Tensor
+
+
+def _check_held(blocks: HeldBlocks, span: Span) -> None:
+    if not blocks.holds(span):
+        raise SpanError(f"blocks {span} are not held here, only {blocks.span or 'none as yet'}")
 
 
 def _missing(span: Span, stays: Span | None) -> list[Span]:

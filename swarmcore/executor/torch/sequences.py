@@ -60,13 +60,7 @@ class Sequences:
         did not begin with.
         """
         held = self._reserved(sequence)
-        if held.cache is None:
-            held.cache, held.span = SequenceCache(blocks.layout(span)), span
-            held.cache.reserved = held.reserved
-        elif held.span != span:
-            raise InvalidStepError(
-                f"a sequence that began in blocks {held.span} cannot go on in blocks {span}"
-            )
+        held.cache, held.span = _cache_for(held, blocks, span), span
         return held.cache
 
     @torch.inference_mode()
@@ -112,7 +106,8 @@ class Sequences:
         tensors: Sequence[Tensor],
     ) -> None:
         """As `BlockExecutor.import_cache`."""
-        cache = self.cache(sequence, blocks, span)
+        held = self._reserved(sequence)
+        cache = _cache_for(held, blocks, span)
         if not 0 <= start <= cache.length:
             raise InvalidStepError(
                 f"a cache from token {start} on does not continue a sequence of {cache.length} tokens"
@@ -124,6 +119,7 @@ class Sequences:
             raise InvalidStepError(
                 f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
             )
+        held.cache, held.span = cache, span
         cache.prepare(start, start + count)
         for target, tensor in zip(cache.tensors(start, start + count).values(), tensors, strict=True):
             target.copy_(to_torch(tensor))
@@ -133,3 +129,13 @@ class Sequences:
         if held is None:
             raise SessionLostError(f"sequence {sequence} has been released")
         return held
+
+
+def _cache_for(held: _Sequence, blocks: HeldBlocks, span: Span) -> SequenceCache:
+    if held.cache is None:
+        cache = SequenceCache(blocks.layout(span))
+        cache.reserved = held.reserved
+        return cache
+    if held.span != span:
+        raise InvalidStepError(f"a sequence that began in blocks {held.span} cannot go on in blocks {span}")
+    return held.cache

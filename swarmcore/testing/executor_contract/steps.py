@@ -1,28 +1,16 @@
-"""What every `BlockExecutor` must satisfy, as tests that a backend runs on itself.
-
-Subclass `ExecutorContract`, say how an executor is made, and let pytest (with pytest-asyncio) collect it::
-
-    class TestMyExecutor(ExecutorContract):
-        async def make(self) -> BlockExecutor:
-            return MyExecutor(...)
-"""
+"""Contract: steps give what they should, however they are cut, batched and rolled back."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Literal
 
-import attrs
 import pytest
 
-from swarmcore.errors import InvalidStepError, SwarmError
-from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
-from swarmcore.testing.executor import Rows, hidden_states, read_rows
+from swarmcore.errors import InvalidStepError
+from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
+from swarmcore.testing.executor import hidden_states, read_rows
+from swarmcore.testing.executor_contract.harness import ExecutorHarness
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -30,77 +18,7 @@ LONGEST_BLOCK = 0.05
 """Seconds for which a step may keep the event loop from running anything else."""
 
 
-@attrs.define
-class _Driver:
-    """Feeds an executor as an engine would: reserves, and keeps count of the positions."""
-
-    executor: BlockExecutor
-    lengths: dict[int, int] = attrs.field(factory=dict)
-
-    def part(
-        self,
-        sequence: int,
-        rows: Sequence[Sequence[float]],
-        *,
-        start: int | None = None,
-        reply: Literal["all", "last"] = "all",
-        span: Span | None = None,
-    ) -> Slice:
-        start = self.lengths.get(sequence, 0) if start is None else start
-        self.lengths[sequence] = start + len(rows)
-        page = self.executor.page
-        self.executor.reserve(SequenceId(sequence), -(-self.lengths[sequence] // page) * page)
-        segment = Segment(SequenceId(sequence), start, len(rows))
-        return Slice(hidden_states(rows), 0, span or self.executor.span, (segment,), reply)
-
-    async def run(self, *parts: Slice) -> list[Rows]:
-        answers = []
-        for result in await self.executor.step(parts):
-            if isinstance(result, SwarmError):
-                raise result
-            answers.append(read_rows(result))
-        return answers
-
-    async def one(self, sequence: int, rows: Rows, *, start: int | None = None) -> Rows:
-        return (await self.run(self.part(sequence, rows, start=start)))[0]
-
-
-class ExecutorContract(ABC):
-    """Every test gets an executor of its own, from `make`, and closes it."""
-
-    pytestmark = pytest.mark.asyncio
-
-    tolerance = 1e-4
-    """How far two results that should be equal may differ; 0 for exact arithmetic."""
-    large_step = 64
-    """Tokens of a step that keeps the executor busy for a while, for the test of the event loop."""
-
-    @abstractmethod
-    async def make(self) -> BlockExecutor:
-        """A new executor of at least two blocks, in float32."""
-
-    @asynccontextmanager
-    async def driver(self) -> AsyncIterator[_Driver]:
-        executor = await self.make()
-        try:
-            yield _Driver(executor)
-        finally:
-            await executor.close()
-
-    def rows(self, driver: _Driver, count: int, seed: int = 0) -> Rows:
-        random_ = random.Random(seed)
-        width = driver.executor.model.hidden_size
-        return [[random_.uniform(-1, 1) for _ in range(width)] for _ in range(count)]
-
-    def same(self, got: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> None:
-        assert [len(row) for row in got] == [len(row) for row in expected]
-        errors = [
-            abs(a - b)
-            for row, other in zip(got, expected, strict=True)
-            for a, b in zip(row, other, strict=True)
-        ]
-        assert max(errors, default=0.0) <= self.tolerance
-
+class StepsContract(ExecutorHarness):
     async def test_describes_itself(self) -> None:
         async with self.driver() as driver:
             executor = driver.executor

@@ -1,0 +1,128 @@
+"""Contract: caches are copied for beams, and go from one executor to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import pytest
+
+from swarmcore.errors import InvalidStepError, SessionLostError
+from swarmcore.executor.base import SequenceId
+from swarmcore.testing.executor_contract.harness import ExecutorHarness
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+
+class CachesContract(ExecutorHarness):
+    # --- beams -------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("sources", [(2, 0, 1), (1, 1, 0), (2, 2, 2), (0, 1, 2), (1, 0, 0)])
+    async def test_reordered_sequences_go_on_as_their_sources(self, sources: tuple[int, ...]) -> None:
+        async with self.driver() as driver:
+            prompts = [self.rows(driver, 4 + n, seed=n) for n in range(3)]
+            tails = [self.rows(driver, 2, seed=10 + n) for n in range(3)]
+            for n, rows in enumerate(prompts):
+                await driver.one(n, rows)
+            sequences = [SequenceId(n) for n in range(3)]
+            driver.reserve({n: len(prompts[source]) for n, source in enumerate(sources)})
+            await driver.executor.reorder(sequences, sources)
+            for n, source in enumerate(sources):
+                got = await driver.one(n, tails[n], start=len(prompts[source]))
+                whole = await driver.one(100 + n, prompts[source] + tails[n])
+                self.same(got, whole[-2:])
+
+    async def test_copies_part_ways(self) -> None:
+        async with self.driver() as driver:
+            rows, tails = self.rows(driver, 5), [self.rows(driver, 3, seed=n) for n in (1, 2)]
+            await driver.one(0, rows)
+            driver.reserve({1: 5})
+            await driver.executor.reorder([SequenceId(0), SequenceId(1)], [0, 0])
+            # The second rolls back into what both have in common.
+            await driver.one(1, tails[1], start=2)
+            self.same(await driver.one(0, tails[0]), (await driver.one(2, rows + tails[0]))[5:])
+            self.same(
+                await driver.one(1, tails[0]), (await driver.one(3, rows[:2] + tails[1] + tails[0]))[5:]
+            )
+
+    async def test_sequences_without_a_cache_are_reordered_too(self) -> None:
+        async with self.driver() as driver:
+            rows = self.rows(driver, 3)
+            expected = await driver.one(0, rows)
+            driver.reserve({1: 3})
+            await driver.executor.reorder([SequenceId(0), SequenceId(1)], [1, 0])
+            tail = self.rows(driver, 1, seed=1)
+            self.same(await driver.one(1, tail, start=3), (await driver.one(2, rows + tail))[3:])
+            self.same(await driver.one(0, rows, start=0), expected)
+
+    # --- caches that come and go -------------------------------------------------------------------------
+
+    async def test_a_cache_goes_from_one_executor_to_another(self) -> None:
+        async with self.driver() as old, self.driver() as new:
+            rows, tail = self.rows(old, 9), self.rows(old, 3, seed=1)
+            await old.one(0, rows)
+            span = old.executor.span
+            for start, count in ((0, 4), (4, 1), (5, 4)):
+                tensors = await old.executor.export_cache(SequenceId(0), start, count)
+                size = sum(tensor.data.nbytes for tensor in tensors)
+                assert size == count * old.executor.cache_bytes_per_token
+                new.reserve({7: start + count})
+                await new.executor.import_cache(SequenceId(7), span, start, count, tensors)
+            assert await new.one(7, tail) == await old.one(0, tail)
+            # A step that rolls back, and an import that does.
+            assert await new.one(7, tail, start=2) == await old.one(0, tail, start=2)
+            tensors = await old.executor.export_cache(SequenceId(0), 1, 3)
+            await new.executor.import_cache(SequenceId(7), span, 1, 3, tensors)
+            assert await new.one(7, tail, start=4) == await old.one(0, tail, start=4)
+
+    async def test_an_exported_cache_stays_what_it_was(self) -> None:
+        async with self.driver() as driver:
+            await driver.one(0, self.rows(driver, 3))
+            before = await driver.executor.export_cache(SequenceId(0), 0, 3)
+            bytes_before = [bytes(tensor.data) for tensor in before]
+            await driver.one(0, self.rows(driver, 3, seed=1), start=0)
+            assert [bytes(tensor.data) for tensor in before] == bytes_before
+
+    async def test_the_cache_of_a_part_of_the_span(self) -> None:
+        async with self.driver() as old, self.driver() as new:
+            part = Span(old.executor.span.start, old.executor.span.end - 1)
+            rows, tail = self.rows(old, 4), self.rows(old, 1, seed=1)
+            await old.run(old.part(0, rows, span=part))
+            tensors = await old.executor.export_cache(SequenceId(0), 0, 4)
+            new.reserve({0: 4})
+            await new.executor.import_cache(SequenceId(0), part, 0, 4, tensors)
+            assert await new.run(new.part(0, tail, span=part)) == await old.run(old.part(0, tail, span=part))
+
+    async def test_caches_that_do_not_fit_are_refused(self) -> None:
+        async with self.driver() as driver:
+            executor, span = driver.executor, driver.executor.span
+            rows = self.rows(driver, 4)
+            expected = await driver.one(0, rows)
+            tensors = await executor.export_cache(SequenceId(0), 0, 4)
+            part = Span(span.start, span.end - 1)
+            one = tensors[0]
+            driver.reserve({1: 8})
+            wrong: list[tuple[Span, int, int, Sequence[Tensor]]] = [
+                (part, 0, 4, tensors),
+                (span, 0, 3, tensors),
+                (span, 1, 4, tensors),
+                (span, 0, 4, tensors[1:]),
+                (span, 0, 4, (*tensors, one)),
+                (span, 0, 4, (attrs.evolve(one, name="other"), *tensors[1:])),
+                (span, 0, 4, (attrs.evolve(one, dtype="int8"), *tensors[1:])),
+                (span, 0, 4, (attrs.evolve(one, data=one.data[:-1]), *tensors[1:])),
+                (span, 0, 4, (one.encode("raw+zstd"), *tensors[1:])),
+            ]
+            for case in wrong:
+                with pytest.raises(InvalidStepError):
+                    await executor.import_cache(SequenceId(1), *case)
+            self.same(await driver.one(1, rows, start=0), expected)
+
+    async def test_what_is_not_cached_cannot_be_exported(self) -> None:
+        async with self.driver() as driver:
+            await driver.one(0, self.rows(driver, 4))
+            for start, count in ((0, 5), (4, 1), (-1, 2), (0, 0)):
+                with pytest.raises(InvalidStepError):
+                    await driver.executor.export_cache(SequenceId(0), start, count)
+            with pytest.raises(SessionLostError):
+                await driver.executor.export_cache(SequenceId(1), 0, 1)
