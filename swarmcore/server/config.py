@@ -37,6 +37,7 @@ class ServerConfig:
     """Seconds without a step after which a session is closed."""
     admission_timeout: float = attrs.field(default=30.0, validator=_positive)
     """Most seconds a new session waits for room in the cache."""
-    announce_ttl: float = attrs.field(default=30.0, validator=_positive)
-    """Seconds for which others believe an announcement: how long a dead server stays in their view."""
+    announce_ttl: float = attrs.field(default=300.0, validator=_positive)
+    """Seconds for which others believe an announcement that is not renewed. A dead server leaves their view
+    within seconds all the same."""
     public_name: str = ""

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BOOTSTRAP_TTL = 30.0
-"""Seconds for which a bootstrap peer's announcement is believed."""
+BOOTSTRAP_TTL = 300.0
+"""Seconds for which a bootstrap peer's announcement is believed that is not renewed."""
 
 MAX_DEFAULT_CACHE_TOKENS = 131_072
 

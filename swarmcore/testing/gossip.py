@@ -12,7 +12,7 @@ from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.rpc import Node
-from swarmcore.testing.faulty import FaultyTransport
+from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.testing.registry_contract import Member, RegistrySwarm
 from swarmcore.transport import Transport
@@ -24,10 +24,12 @@ TransportFactory = Callable[[Identity, bool], Transport]
 """Makes the transport of a peer: one that listens, or a client's that does not."""
 
 
-def faulty_memory(random: Random) -> TransportFactory:
-    """Transports of one `MemoryNetwork`, each wrapped in a `FaultyTransport` without faults as yet."""
+def faulty_memory(random: Random, faults: Faults | None = None) -> TransportFactory:
+    """Transports of one `MemoryNetwork`, each wrapped in a `FaultyTransport`."""
     network = MemoryNetwork()
-    return lambda identity, listen: FaultyTransport(network.transport(identity, listen=listen), random)
+    return lambda identity, listen: FaultyTransport(
+        network.transport(identity, listen=listen), random, faults
+    )
 
 
 class GossipSwarm(RegistrySwarm):
