@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -54,7 +54,8 @@ CLOSE_TIMEOUT = 10.0
 class Engine:
     """Runs the steps of many sessions on one executor, batched together.
 
-    ``cache_tokens`` is the attention cache to share out; ``max_batch_tokens`` bounds a batch, and with it the
+    ``cache_tokens`` is the attention cache to share out, in tokens through the span that the executor has
+    now (it may change); ``max_batch_tokens`` bounds a batch, and with it the
     time that a decode step waits for someone's prefill. A session idle for ``idle_timeout`` seconds is ended,
     or for ``idle_grace`` seconds when another one needs its room. The executor stays the caller's to close.
     """
@@ -109,12 +110,25 @@ class Engine:
         return len(self._table.sessions)
 
     @property
+    def cache_tokens(self) -> int:
+        """The whole attention cache, in tokens of the span as it is now; the memory is always the same."""
+        return self._in_tokens(self._budget.pages)
+
+    @property
     def cache_tokens_free(self) -> int:
-        return self._budget.free * self._budget.page
+        return self._in_tokens(self._budget.free)
 
     @property
     def cache_tokens_used(self) -> int:
-        return self._budget.held * self._budget.page
+        return self._in_tokens(self._budget.held)
+
+    def _in_tokens(self, pages: int) -> int:
+        return pages * self._budget.page * self._table.blocks // len(self.executor.span)
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long a decode step waits before it is computed, on average of late; fades when none comes."""
+        return self.stats.queue_seconds_at(self._now())
 
     @property
     def counters(self) -> dict[str, float]:
@@ -126,10 +140,9 @@ class Engine:
         return tuple(self._table[session].lengths)
 
     def __repr__(self) -> str:
-        total = self._budget.pages * self._budget.page
         return (
             f"<Engine {self.executor.span} · {self.sessions} sessions · cache "
-            f"{self.cache_tokens_used}/{total} · {self._table.pending_tokens} tokens pending · "
+            f"{self.cache_tokens_used}/{self.cache_tokens} · {self._table.pending_tokens} tokens pending · "
             f"{self.stats.steps} steps in {self.stats.batches} batches>"
         )
 
@@ -267,7 +280,7 @@ class Engine:
         self._carry_on()
         return answer
 
-    def export_cache(self, session: str, *, max_bytes: int) -> AsyncIterator[CacheChunk]:
+    def export_cache(self, session: str, *, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
         """The session's attention cache, in chunks whose tensors take ``max_bytes`` at most.
 
         Sequence by sequence, each from its start. The session cannot be evicted meanwhile, and its steps wait

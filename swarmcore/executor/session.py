@@ -69,21 +69,19 @@ Turn = SessionStep | CacheImport
 
 @attrs.frozen
 class Share:
-    """A session passes through ``blocks`` of the server's ``held``: its cache is charged accordingly.
-
-    The budget counts pages that reach through all held blocks.
-    """
+    """What a session that passes through ``blocks`` blocks pays, where a page of the budget is one through
+    ``unit`` of them."""
 
     blocks: int
-    held: int
+    unit: int
 
     def charge(self, pages: int) -> int:
         """What so many pages of the session's own take in the budget, rounded up."""
-        return -(-pages * self.blocks // self.held)
+        return -(-pages * self.blocks // self.unit)
 
     def pages(self, charged: int) -> int:
         """How many pages of the session's own have room in ``charged`` ones of the budget."""
-        return charged * self.held // self.blocks
+        return charged * self.unit // self.blocks
 
 
 class EngineSession:

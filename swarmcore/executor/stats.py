@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 SMOOTHING = 0.1
 """Weight of the newest batch in the running averages."""
+
+QUEUE_MEMORY = 30.0
+"""Seconds in which the average wait of decode steps fades to a third when no more of them come."""
 
 
 @attrs.define
@@ -27,7 +32,8 @@ class EngineStats:
     forward_rps: float = 0.0
     """Tokens per second of batches that hold prefill."""
     queue_seconds: float = 0.0
-    """Seconds that a decode step waits until its first batch starts."""
+    """Seconds that a decode step waits until its first batch starts; see `queue_seconds_at`."""
+    _waited_at: float = attrs.field(default=0.0, repr=False)
 
     @property
     def mean_batch(self) -> float:
@@ -49,13 +55,20 @@ class EngineStats:
         else:
             self.forward_rps = _average(self.forward_rps, tokens / seconds)
 
-    def note_wait(self, seconds: float) -> None:
-        """A decode step was submitted so many seconds before its first batch."""
+    def note_wait(self, seconds: float, now: float) -> None:
+        """A decode step was submitted so many seconds before its first batch, which starts ``now``."""
+        self.queue_seconds = self.queue_seconds_at(now)
         self.queue_seconds += SMOOTHING * (seconds - self.queue_seconds)
+        self._waited_at = now
+
+    def queue_seconds_at(self, now: float) -> float:
+        """`queue_seconds`, fading since the last step: a queue that keeps everyone away is soon gone."""
+        return self.queue_seconds * math.exp((self._waited_at - now) / QUEUE_MEMORY)
 
     def counters(self) -> dict[str, float]:
         """Everything by name, for `InfoReply` and metrics."""
-        return {**attrs.asdict(self), "mean_batch": self.mean_batch}
+        counts = attrs.asdict(self, filter=lambda field, value: not field.name.startswith("_"))
+        return {**counts, "mean_batch": self.mean_batch}
 
 
 def _average(old: float, new: float) -> float:

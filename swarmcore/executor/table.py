@@ -69,6 +69,8 @@ class SessionTable:
     ) -> None:
         self.sessions: dict[str, EngineSession] = {}
         self.opening: dict[str, _Opening] = {}
+        self.blocks = len(executor.span)
+        """Blocks that a token of the budget reaches through, however many the executor comes to hold."""
         self.pending_tokens = 0
         """Tokens of the steps in all lines."""
         self.wakeup = math.inf
@@ -103,7 +105,7 @@ class SessionTable:
 
         Raise `CacheFullError` when it could never be admitted, or too many wait.
         """
-        share = Share(len(span), len(self._executor.span))
+        share = Share(len(span), self.blocks)
         page = self._budget.page
         tokens = sequences * page * share.charge(-(-tokens // (sequences * page)))
         try:
@@ -283,7 +285,7 @@ class SessionTable:
                 if step.sources:
                     step.session.reorder(step)
                 if step.decode:
-                    self._stats.note_wait(now - step.submitted)
+                    self._stats.note_wait(now - step.submitted, now)
         return batch
 
     def landed(

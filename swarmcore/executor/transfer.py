@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import attrs
 
@@ -40,7 +40,7 @@ class CacheTransfer:
         self._changed = changed
         self._imports: set[asyncio.Task[None]] = set()
 
-    async def export(self, session: EngineSession, max_bytes: int) -> AsyncIterator[CacheChunk]:
+    async def export(self, session: EngineSession, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
         """As `Engine.export_cache`."""
         at_once = max_bytes // self._executor.cache_bytes_per_token
         if at_once < 1:

@@ -29,7 +29,7 @@ class CountingExecutor(BlockExecutor):
 
     It checks what its caller owes every executor, and raises `AssertionError` when that is broken: calls of
     `step` do not overlap, positions follow on, cache is reserved before it is used, a batch is of one span,
-    blocks that leave have no sessions. ``tokens`` is the cache it has, counted over the whole span.
+    blocks that leave have no sessions. ``tokens`` is the cache it has, through the span that it begins with.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CountingExecutor(BlockExecutor):
         self._busy: set[SequenceId] = set()
         self._loaded: Span | None = self.span
         self._changing = False
-        self._tokens = tokens
+        self._tokens, self._blocks = tokens, len(self.span)
         self._reserved: dict[SequenceId, int] = {}
         self._spans: dict[SequenceId, Span] = {}
         self._caches: dict[SequenceId, list[Rows]] = {}
@@ -159,7 +159,7 @@ class CountingExecutor(BlockExecutor):
     def _check_room(self) -> None:
         """A sequence counts for the share of the blocks that it passes through, once that is known."""
         shares = ((n, len(self._spans.get(sequence, ()))) for sequence, n in self._reserved.items())
-        used = sum(tokens * blocks for tokens, blocks in shares) / len(self.span)
+        used = sum(tokens * blocks for tokens, blocks in shares) / self._blocks
         assert not self._tokens or used <= self._tokens, (
             f"{used} tokens are reserved; there is room for {self._tokens}"
         )
