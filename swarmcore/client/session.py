@@ -41,6 +41,9 @@ CHUNKS_IN_FLIGHT = 8
 NUDGES = 3
 """How often a step without progress is sent again before the stage where it is stuck counts as lost."""
 
+MOVE_PAUSE = 1.0
+"""Seconds between two attempts to move off a server that leaves."""
+
 
 class InferenceSession:
     """Runs new tokens of some sequences through all blocks of a model; the servers keep the attention caches.
@@ -244,18 +247,25 @@ class InferenceSession:
         task.add_done_callback(self._hand_overs.discard)
 
     async def _move_off(self, stage: LiveStage, seconds: float) -> None:
-        """Between two steps, move off a server that leaves; stay while nobody else has its blocks."""
-        async with self._turn:
-            if stage not in self._pipeline.stages or stage.failure is not None:
-                return
-            try:
-                if await self._mender.hand_over(stage, seconds) or self.options.journal == "off":
+        """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while loop.time() < deadline:
+            async with self._turn:
+                if stage not in self._pipeline.stages or stage.failure is not None:
                     return
-                self._pipeline.fail(stage, SessionLostError("the server is shutting down"), blame=False)
-                await self._mender.mend()
-            except SwarmError as exc:
-                # The next step tries again, and says what is wrong.
-                logger.info("could not move %r off %s: %s", self, stage, exc)
+                try:
+                    if await self._mender.hand_over(stage, deadline - loop.time()):
+                        return
+                    if self.options.journal != "off":
+                        error = SessionLostError("the server is shutting down")
+                        self._pipeline.fail(stage, error, blame=False)
+                        await self._mender.mend()
+                        return
+                except SwarmError as exc:
+                    # If it stays so, the next step after the server is gone says what is wrong.
+                    logger.info("could not move %r off %s: %s", self, stage, exc)
+            await asyncio.sleep(MOVE_PAUSE)
 
 
 async def open_session(

@@ -1,4 +1,4 @@
-"""Failures at every moment of a busy session: prefill in chunks, decode, beams, rollback, all at virtual time."""
+"""Failures at every moment of a busy session: prefill in chunks, decode, beams, rollback."""
 
 from __future__ import annotations
 

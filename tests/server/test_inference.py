@@ -19,6 +19,7 @@ from swarmcore.errors import (
     ServerDrainingError,
     SessionLostError,
     SpanError,
+    SwarmError,
     UnavailableError,
 )
 from swarmcore.executor.base import Segment, SequenceId, Slice
@@ -86,6 +87,25 @@ async def client(network: MemoryNetwork) -> AsyncIterator[Node]:
         yield node
 
 
+@attrs.define
+class PlannedBy:
+    """A planner that asks a function for the chain around the peers to be avoided."""
+
+    chain: Callable[[frozenset[PeerId]], Chain]
+
+    def plan(self, span: Span, *, blocked=frozenset(), **_) -> Chain:
+        return self.chain(blocked)
+
+    def failed(self, peer: PeerId, error: SwarmError) -> None:
+        pass
+
+    def worked(self, peer: PeerId) -> None:
+        pass
+
+    def session_id(self) -> str:
+        return secrets.token_hex(16)
+
+
 async def session_over(
     client: Node,
     servers: Sequence[Server],
@@ -97,10 +117,10 @@ async def session_over(
     chain = Chain(tuple(stages or [server.stage for server in servers]))
     return await open_session(
         client,
-        lambda avoided: chain,
+        PlannedBy(lambda blocked: chain),
         COUNTING_MODEL,
         sequences=sequences,
-        options=SessionOptions(open_timeout=5, step_timeout=5, **options),
+        options=SessionOptions(open_timeout=5, step_timeout=5, **{"journal": "off", **options}),
     )
 
 
@@ -243,9 +263,9 @@ async def test_a_hop_that_breaks_in_the_middle_is_carried(network, client):
         await session.step(hidden_states(given[:3]), [3])
         # The first server forgets its way to the second and cannot find it again.
         [hosted] = first.service._sessions.values()
-        hosted._next.abort("cable cut")
+        hosted._next._channel.abort("cable cut")
         first.node.allowed_peers = frozenset([client.peer])
-        await until(lambda: hosted._next_watch.done())
+        await until(lambda: hosted._next._watch.done())
         output = await session.step(hidden_states(given[3:5]), [2], reply="all")
         assert read_rows(output) == expected[3:5]
         output = await session.step(hidden_states(given[5:]), [1])
@@ -404,7 +424,7 @@ async def test_a_server_that_refuses_is_avoided_at_the_next_attempt(network, cli
         def plan(avoided) -> Chain:
             return Chain(((roomy if full.node.peer in avoided else full).stage,))
 
-        async with await open_session(client, plan, COUNTING_MODEL, sequences=1) as session:
+        async with await open_session(client, PlannedBy(plan), COUNTING_MODEL, sequences=1) as session:
             assert session.chain.peers == (roomy.node.peer,)
 
 

@@ -13,11 +13,11 @@ from swarmcore.wire.tensors import Tensor
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
 
 STEP_OUTPUT = (
-    bytes.fromhex("49000000 95")
-    + b"\xaaStepOutput\x83\xabblocks_done\x1e\xa4step\x07\xabundelivered\xa0"
+    bytes.fromhex("52000000 95")
+    + b"\xaaStepOutput\x84\xa7attempt\x00\xabblocks_done\x1e\xa4step\x07\xabundelivered\xa0"
     + b"\x91\x95\xa6hidden\xa8bfloat16\x92\x01\x02\xa3raw\x04"
     + b"\xa0\xc0"
-    + bytes(51)
+    + bytes(42)
     + bytes.fromhex("803f 0040")
 )
 
