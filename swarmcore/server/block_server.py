@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from importlib.metadata import version
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeGuard
 
 import attrs
 
+from swarmcore.errors import InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.engine import Engine
+from swarmcore.placement.rebalance import MoveCost
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.inference import InferenceService
+from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.protocols import INFERENCE_PROTOCOL, INFO_METHOD, PING_METHOD
-from swarmcore.types import ServerInfo, ServerState, short
+from swarmcore.server.rebalancing import Rebalancing
+from swarmcore.types import ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 
 logger = logging.getLogger(__name__)
@@ -31,7 +36,10 @@ class BlockServer:
     """Joins an executor, a node and a registry. Use it as an async context manager.
 
     The node must be listening and the registry started before `start`; both outlive the server, and the
-    executor is closed with it.
+    executor is closed with it. ``speed`` is what was measured of it before, ``seconds_per_block`` how long it
+    took to load a block. With an ``rng`` it moves to other blocks, looking as often as
+    `ServerConfig.rebalance_interval` says; without one it stays where it is. ``incarnation`` is to differ
+    from one start to the next.
     """
 
     def __init__(
@@ -42,11 +50,17 @@ class BlockServer:
         executor: BlockExecutor,
         *,
         cache_tokens: int,
+        speed: ServerSpeed | None = None,
+        seconds_per_block: float = 1.0,
+        rng: random.Random | None = None,
+        incarnation: int = 0,
     ) -> None:
         self.config = config
         self.node = node
         self.registry = registry
         self.executor = executor
+        self.speed = speed or ServerSpeed(stated=config.throughput if _is_number(config.throughput) else 0.0)
+        self.incarnation = incarnation
         self.engine = Engine(
             executor,
             cache_tokens=cache_tokens,
@@ -61,36 +75,70 @@ class BlockServer:
             admission_timeout=config.admission_timeout,
         )
         self.state: ServerState = "joining"
+        self.span = executor.span
+        """Blocks that sessions may be opened on; while nothing can be served, those that are loaded."""
+        self.target: Span | None = None
+        """Blocks that it is about to move to."""
+        self._seconds_per_block = seconds_per_block
         self._cache_tokens = cache_tokens
-        self._announcer: asyncio.Task[None] | None = None
+        self._announced: ServerInfo | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._rebalancing: Rebalancing | None = None
+        if rng is not None and config.rebalance_interval > 0:
+            self._rebalancing = Rebalancing(self, config.rebalance_interval, rng)
+        self._moving = False
+        self._started = False
         self._started_at = 0.0
 
     @property
     def info(self) -> ServerInfo:
         """What this server announces of itself now."""
+        blocks = len(self.executor.span)
+        stats = self.engine.stats
         return ServerInfo(
             peer=self.node.peer,
             addresses=tuple(map(str, self.node.addresses)),
             state=self.state,
             model=self.executor.model,
-            span=self.executor.span,
+            span=self.span,
             dtype=self.executor.dtype,
             cache_tokens=self._cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
             sessions=self.inference.sessions,
-            decode_rps=self.engine.stats.decode_rps,
-            forward_rps=self.engine.stats.forward_rps,
+            decode_rps=stats.decode_rps or self.speed.compute.decode_rps / blocks,
+            forward_rps=stats.forward_rps or self.speed.compute.forward_rps / blocks,
+            throughput=self.speed.throughput(blocks),
+            queue_seconds=stats.queue_seconds,
+            target=self.target,
+            incarnation=self.incarnation,
             public_name=self.config.public_name,
             version=version("swarmcore"),
         )
 
+    @property
+    def move_cost(self) -> MoveCost:
+        """What it would give up now by a move."""
+        return MoveCost(self._seconds_per_block, self.engine.cache_tokens_used)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it is about to do and why, in words."""
+        if self.state == "draining":
+            return ("leaving: it takes no new sessions",)
+        if self._rebalancing is not None:
+            return (self._rebalancing.note,)
+        return ("placement: it stays on its blocks, as it was told",)
+
     def __repr__(self) -> str:
         model = self.executor.model
+        moving = f" moving to {self.target}" if self.target else ""
         return (
-            f"<BlockServer {short(self.node.peer)} {model.name}[{self.executor.span}] {self.state} · "
+            f"<BlockServer {short(self.node.peer)} {model.name}[{self.span}] {self.state}{moving} · "
             f"{self.inference.sessions} sessions · {self.engine.cache_tokens_free} of "
             f"{self._cache_tokens} cache tokens free>"
         )
+
+    # --- life --------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin to serve and announce this server as online."""
@@ -100,18 +148,32 @@ class BlockServer:
         self.node.serve(INFO_METHOD, self._info)
         self.node.serve_protocol(INFERENCE_PROTOCOL, self.inference.serve)
         self.state = "online"
-        await self.registry.announce(self.info, self.config.announce_ttl)
-        self._announcer = asyncio.create_task(self._announce_changes())
+        self._started = True
+        await self._announce()
+        self._tasks.append(asyncio.create_task(self._announce_changes(), name="announcing"))
+        if self._rebalancing is not None:
+            self._tasks.append(asyncio.create_task(self._rebalancing.run(), name="rebalancing"))
         logger.info("%r", self)
+
+    async def leave(self) -> int:
+        """Say that this server leaves, refuse new sessions, and let those that are open move elsewhere.
+
+        Wait for them up to `ServerConfig.drain` seconds; return how many are still open then. `close` comes
+        after it.
+        """
+        await self._stop_tasks()
+        self.state, self.target = "draining", None
+        await self._try_to_announce()
+        logger.info("%r", self)
+        return await self.inference.drain(self.config.drain)
 
     async def close(self) -> None:
         """Withdraw, refuse new sessions, end those that are open. Harmless when repeated."""
         self.inference.draining = True
         self.state = "draining"
-        if self._announcer is not None:
-            self._announcer.cancel()
-            await asyncio.gather(self._announcer, return_exceptions=True)
-            self._announcer = None
+        await self._stop_tasks()
+        if self._started:
+            self._started = False
             await self.registry.withdraw()
         await self.engine.close()
         await self.executor.close()
@@ -129,18 +191,97 @@ class BlockServer:
     ) -> None:
         await self.close()
 
+    # --- moving ------------------------------------------------------------------------------------------
+
+    async def announce_target(self, target: Span | None) -> None:
+        """Let others know where this server is about to move, or that it will stay after all."""
+        self.target = target
+        await self._try_to_announce()
+
+    async def move_to(self, span: Span) -> None:
+        """Hold the blocks ``span`` instead of those held now; blocks that stay are served all the while.
+
+        Sessions on blocks that leave get up to `ServerConfig.drain` seconds to go elsewhere and are ended
+        then. When loading fails the server takes back what it had, as far as it can, and raises what loading
+        raised. Raise `InputError` while another move is under way.
+        """
+        held = self.executor.span
+        if span == held:
+            await self.announce_target(None)
+            return
+        if self._moving:
+            raise InputError(f"{self!r} is moving already")
+        self._moving = True
+        staying = Span(max(held.start, span.start), min(held.end, span.end))
+        kept = staying if staying.start < staying.end else None
+        try:
+            self.state, self.span, self.target = ("online", kept, span) if kept else ("joining", span, None)
+            await self._try_to_announce()
+            await self.inference.drain(self.config.drain, keep=kept)
+            await self.inference.end(keep=kept)
+            await self._load(span, instead_of=held)
+        finally:
+            self._moving = False
+
+    async def _load(self, span: Span, *, instead_of: Span) -> None:
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        try:
+            await self.executor.change_span(span)
+        except SwarmError as exc:
+            logger.error("could not load blocks %s, going back to %s: %s", span, instead_of, exc)
+            await self._go_back(instead_of)
+            raise
+        fresh = sum(block not in instead_of for block in range(span.start, span.end))
+        self._seconds_per_block = (loop.time() - before) / max(1, fresh)
+        await self._serve_again()
+
+    async def _go_back(self, held: Span) -> None:
+        """After a failed move: hold what was held before, or else what is left of it."""
+        try:
+            await self.executor.change_span(held)
+        except SwarmError as exc:
+            if self.state == "joining":  # nothing stayed
+                logger.error("could not load blocks %s again, leaving the swarm: %s", held, exc)
+                self.state = "draining"
+                await self._try_to_announce()
+                return
+            logger.error("could not load blocks %s again, staying on %s: %s", held, self.executor.span, exc)
+        await self._serve_again()
+
+    async def _serve_again(self) -> None:
+        self.inference.span = self.span = self.executor.span
+        self.inference.draining = False
+        self.state, self.target = "online", None
+        await self._try_to_announce()
+        logger.info("%r", self)
+
+    # --- announcing --------------------------------------------------------------------------------------
+
+    async def _announce(self) -> None:
+        info = self.info
+        await self.registry.announce(info, self.config.announce_ttl)
+        self._announced = info
+
     async def _announce_changes(self) -> None:
-        announced = self.info
         while True:
             await asyncio.sleep(REFRESH)
-            current = self.info
-            if _differs(announced, current):
-                try:
-                    await self.registry.announce(current, self.config.announce_ttl)
-                except Exception:
-                    logger.exception("could not announce; trying again in %.0f s", REFRESH)
-                else:
-                    announced = current
+            if self._announced is None or _differs(self._announced, self.info):
+                await self._try_to_announce()
+
+    async def _try_to_announce(self) -> None:
+        """As `_announce`; a failure is logged, and mended at the next refresh."""
+        try:
+            await self._announce()
+        except Exception:
+            self._announced = None
+            logger.exception("could not announce; trying again in %.0f s", REFRESH)
+
+    async def _stop_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
 
     async def _ping(self, request: Ping, caller: Caller) -> Pong:
         return Pong(request.payload)
@@ -148,21 +289,30 @@ class BlockServer:
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
         counters = {**self.engine.counters, **self.inference.counters}
         uptime = asyncio.get_running_loop().time() - self._started_at
-        return InfoReply(self.info, uptime, {name: float(count) for name, count in counters.items()})
+        return InfoReply(
+            self.info, uptime, {name: float(count) for name, count in counters.items()}, self.notes
+        )
 
 
 def _differs(announced: ServerInfo, current: ServerInfo) -> bool:
     """Whether clients would choose differently: small moves of load are not worth the traffic."""
     free = abs(announced.cache_tokens_free - current.cache_tokens_free)
     speeds = [(announced.decode_rps, current.decode_rps), (announced.forward_rps, current.forward_rps)]
+    waits = (announced.queue_seconds, current.queue_seconds)
     steady = attrs.evolve(
         current,
         cache_tokens_free=announced.cache_tokens_free,
         decode_rps=announced.decode_rps,
         forward_rps=announced.forward_rps,
+        queue_seconds=announced.queue_seconds,
     )
     return (
         steady != announced
         or free > current.cache_tokens // 20
         or any(abs(old - new) > 0.25 * max(old, new) for old, new in speeds)
+        or abs(waits[0] - waits[1]) > max(0.01, 0.25 * max(waits))
     )
+
+
+def _is_number(throughput: float | str) -> TypeGuard[float]:
+    return not isinstance(throughput, str)

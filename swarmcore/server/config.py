@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
 from swarmcore.errors import InputError
 from swarmcore.types import Span
 
+REBALANCE = 120.0
+"""Seconds between two looks at the balance of the swarm."""
+
 
 def _positive(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and value <= 0:
         raise InputError(f"{attribute.name.replace('_', '-')} must be above 0, got {value}")
+
+
+def _not_negative(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and value < 0:
+        raise InputError(f"{attribute.name.replace('_', '-')} must not be below 0, got {value}")
+
+
+def _throughput(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in ("auto", "measure"):
+        _positive(instance, attribute, value)
+
+
+def _quality(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"balance-quality must be from 0 to 1, got {value}")
 
 
 @attrs.frozen(kw_only=True)
@@ -24,11 +42,15 @@ class ServerConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     span: Span | None = None
-    """Blocks to hold; None for all of the model."""
+    """Blocks to hold; None for those that the swarm serves worst."""
+    num_blocks: int | None = attrs.field(default=None, validator=_positive)
+    """How many blocks to hold; None for as many as fit. ``span`` goes before it."""
     dtype: str = "auto"
     device: str = "cpu"
     cache_tokens: int | None = attrs.field(default=None, validator=_positive)
     """Attention cache budget in tokens; None for a quarter of the memory that is free after loading."""
+    throughput: float | Literal["auto", "measure"] = attrs.field(default="auto", validator=_throughput)
+    """Tokens per second through the whole span; ``"auto"`` measures it once, ``"measure"`` anew."""
     max_batch_tokens: int = attrs.field(default=512, validator=_positive)
     """Most tokens in one pass through the blocks: larger is faster for prompts, slower for who decodes."""
     threads: int | None = attrs.field(default=None, validator=_positive)
@@ -40,4 +62,18 @@ class ServerConfig:
     announce_ttl: float = attrs.field(default=300.0, validator=_positive)
     """Seconds for which others believe an announcement that is not renewed. A dead server leaves their view
     within seconds all the same."""
+    rebalance: float | None = attrs.field(default=None, validator=_not_negative)
+    """Seconds between looks whether other blocks need this server more, on average; 0 for never. None for
+    `REBALANCE`, or for never where ``span`` is given."""
+    balance_quality: float = attrs.field(default=0.75, validator=_quality)
+    """It moves only in a swarm that runs below this share of what moves could give."""
+    drain: float = attrs.field(default=30.0, validator=_not_negative)
+    """Most seconds that sessions get to leave before the server does, or before it drops their blocks."""
     public_name: str = ""
+
+    @property
+    def rebalance_interval(self) -> float:
+        """`rebalance`, or its default."""
+        if self.rebalance is not None:
+            return self.rebalance
+        return REBALANCE if self.span is None else 0.0

@@ -48,6 +48,7 @@ class InferenceService:
         self._node = node
         self._admission_timeout = admission_timeout
         self._sessions: dict[str, HostedSession] = {}
+        self._stays: dict[str, asyncio.Timeout] = {}
         self._awaited: dict[str, asyncio.Future[HostedSession]] = {}
         self._session_ended = asyncio.Event()
 
@@ -66,11 +67,7 @@ class InferenceService:
             self.draining = True
         else:
             self.span = keep
-        leaving = {
-            session.session: session
-            for session in self._sessions.values()
-            if keep is None or not keep.start <= session.span.start < session.span.end <= keep.end
-        }
+        leaving = self._outside(keep)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await asyncio.gather(*(session.announce_drain(seconds) for session in leaving.values()))
@@ -78,6 +75,22 @@ class InferenceService:
                     self._session_ended.clear()
                     await self._session_ended.wait()
         return len(leaving.keys() & self._sessions.keys())
+
+    async def end(self, *, keep: Span | None = None) -> None:
+        """End the sessions that need blocks outside of ``keep``, after `drain` gave them time to leave."""
+        leaving = self._outside(keep)
+        for session in leaving:
+            self._stays[session].reschedule(asyncio.get_running_loop().time())
+        while leaving.keys() & self._sessions.keys():
+            self._session_ended.clear()
+            await self._session_ended.wait()
+
+    def _outside(self, keep: Span | None) -> dict[str, HostedSession]:
+        return {
+            session.session: session
+            for session in self._sessions.values()
+            if keep is None or not keep.start <= session.span.start < session.span.end <= keep.end
+        }
 
     async def serve(self, channel: Channel) -> None:
         """Handle one channel until it ends."""
@@ -101,17 +114,27 @@ class InferenceService:
             client=channel,
             counters=self.counters,
         )
+        stay = asyncio.timeout(None)
         try:
-            self._sessions[opening.session] = session
-            self.counters["sessions_opened"] += 1
-            if (waiting := self._awaited.pop(opening.session, None)) is not None and not waiting.done():
-                waiting.set_result(session)
-            reachable = opening.next_hop is None or await session.dial(opening.next_hop)
-            await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
-            session.start()
-            await _take_messages(channel, session, from_client=True)
+            self._check(opening)  # again: it may have waited for room while the server began to leave
+            async with stay:
+                self._sessions[opening.session], self._stays[opening.session] = session, stay
+                self.counters["sessions_opened"] += 1
+                if (waiting := self._awaited.pop(opening.session, None)) is not None and not waiting.done():
+                    waiting.set_result(session)
+                reachable = opening.next_hop is None or await session.dial(opening.next_hop)
+                await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
+                session.start()
+                await _take_messages(channel, session, from_client=True)
+        except TimeoutError as exc:
+            if not stay.expired():
+                raise
+            raise ServerDrainingError(
+                "the session was ended: this server had to let go of its blocks"
+            ) from exc
         finally:
-            del self._sessions[opening.session]
+            self._sessions.pop(opening.session, None)
+            self._stays.pop(opening.session, None)
             await session.close()
             self._session_ended.set()
 

@@ -19,8 +19,8 @@ from swarmcore.types import Span
 def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int) -> BlockNeeds:
     """Memory for one block of the model in ``dtype`` on ``device``, with batches of ``batch_tokens``.
 
-    Weights are counted exactly; cache and backward pass are estimates, on the high side. Raise `InputError` for an unknown dtype or device,
-    `UnsupportedModelError` when transformers cannot build the blocks.
+    Weights are counted exactly; cache and backward pass are estimates, on the high side. Raise `InputError`
+    for an unknown dtype or device, `UnsupportedModelError` when transformers cannot build the blocks.
     """
     config = checkpoint.config.get_text_config(decoder=True)
     place = parse_device(device)
@@ -65,7 +65,7 @@ def _largest_block(config: Any) -> int:
     """How many parameters the largest block has: in some families not all are alike."""
     base = build_on_meta(cut_config(config, Span(0, config.num_hidden_layers))).base_model
     blocks = getattr(base, layer_list(base))
-    return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    return max(sum(int(parameter.numel()) for parameter in block.parameters()) for block in blocks)
 
 
 def _cached_values(config: Any) -> int:

@@ -1,0 +1,163 @@
+"""How fast a server is: its computation and its network, measured when it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import statistics
+from collections.abc import Sequence
+
+import attrs
+
+from swarmcore.errors import SwarmError
+from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import PING_METHOD
+from swarmcore.types import Address, ServerInfo
+from swarmcore.wire.messages import Ping
+from swarmcore.wire.tensors import ITEM_BYTES, Tensor
+
+logger = logging.getLogger(__name__)
+
+PREFILL_TOKENS = 128
+"""Tokens of the pass that forward speed is measured with."""
+
+COMPUTE_SECONDS = 0.6
+"""Seconds after which each of the two measurements of computation is not repeated once more."""
+
+MAX_REPEATS = 16
+
+MAX_PEERS = 3
+"""Peers that the network rate is measured to; the best of them counts, since others may be slower than we."""
+
+PAYLOAD = 256 * 1024
+"""Bytes that travel to a peer and back at each measurement of the network."""
+
+PAYLOADS = 3
+"""Measurements to one peer: the first ones find out how much the connection takes."""
+
+PEER_TIMEOUT = 5.0
+"""Most seconds spent on one peer."""
+
+_SCRATCH = SequenceId(-1)
+
+
+@attrs.frozen
+class ComputeSpeed:
+    """How fast one block is computed on this machine."""
+
+    decode_rps: float
+    """Steps of one token per second."""
+    forward_rps: float
+    """Tokens per second when there are many in one pass."""
+
+
+@attrs.frozen
+class ServerSpeed:
+    """All that is known of a server's speed before it has served anyone. 0 stands for what is not known."""
+
+    compute: ComputeSpeed = ComputeSpeed(0.0, 0.0)
+    network_rps: float = 0.0
+    """Tokens per second that can come in and go out."""
+    stated: float = 0.0
+    """What the user says the server carries through its whole span, in tokens per second."""
+
+    def throughput(self, blocks: int) -> float:
+        """Tokens per second through ``blocks`` blocks, all sessions together: the least of what limits it."""
+        limits = [self.compute.forward_rps / blocks, self.network_rps]
+        return self.stated or min((limit for limit in limits if limit > 0), default=0.0)
+
+    def describe(self, blocks: int) -> str:
+        """In words, for people."""
+        if self.stated:
+            return f"{self.stated:,.0f} tokens/s through {blocks} blocks, as stated"
+        network = f"{self.network_rps:,.0f} tokens/s by network" if self.network_rps else "network unknown"
+        return (
+            f"{self.compute.decode_rps / blocks:,.1f} decode steps/s and "
+            f"{self.compute.forward_rps / blocks:,.0f} tokens/s through {blocks} blocks; {network}"
+        )
+
+
+async def measure_compute(executor: BlockExecutor) -> ComputeSpeed:
+    """Run a prompt and single tokens through all blocks of ``executor``, which nobody else uses yet.
+
+    Takes a second or two, more where one pass takes longer than that.
+    """
+    executor.reserve(_SCRATCH, -(-(PREFILL_TOKENS + 1) // executor.page) * executor.page)
+    try:
+        forward = await _pass_seconds(executor, 0, PREFILL_TOKENS)
+        decode = await _pass_seconds(executor, PREFILL_TOKENS, 1)
+    finally:
+        executor.release(_SCRATCH)
+    blocks = len(executor.span)
+    return ComputeSpeed(
+        blocks / decode if decode > 0 else 0.0, PREFILL_TOKENS * blocks / forward if forward > 0 else 0.0
+    )
+
+
+async def measure_network(
+    node: Node, servers: Sequence[ServerInfo], token_bytes: int, rng: random.Random
+) -> float:
+    """Tokens of ``token_bytes`` per second between this peer and a few of ``servers``; 0 when none answers.
+
+    Each of at most `MAX_PEERS` peers echoes `PAYLOADS` messages of `PAYLOAD` bytes.
+    """
+    others = [server for server in servers if server.peer != node.peer and server.addresses]
+    chosen = rng.sample(others, min(MAX_PEERS, len(others)))
+    rates = [await _rate_to(node, server) for server in chosen]
+    return max(rates, default=0.0) / token_bytes
+
+
+async def _pass_seconds(executor: BlockExecutor, start: int, count: int) -> float:
+    """Seconds that ``count`` tokens at position ``start`` take, the first time not counted; the median."""
+    loop = asyncio.get_running_loop()
+    hidden = _hidden(executor, count)
+    segment = Segment(_SCRATCH, start, count)
+    seconds: list[float] = []
+    began = loop.time()
+    for repeat in range(MAX_REPEATS + 1):
+        before = loop.time()
+        [result] = await executor.step([Slice(hidden, 0, executor.span, (segment,), reply="last")])
+        if isinstance(result, SwarmError):
+            raise result
+        after = loop.time()
+        if repeat:
+            seconds.append(after - before)
+            if after - began > COMPUTE_SECONDS:
+                break
+    return statistics.median(seconds)
+
+
+def _hidden(executor: BlockExecutor, tokens: int) -> Tensor:
+    """Hidden states of ones and minus ones: any values do, as long as norms have something to divide by."""
+    one, minus_one = {
+        "float32": (b"\x00\x00\x80\x3f", b"\x00\x00\x80\xbf"),
+        "bfloat16": (b"\x80\x3f", b"\x80\xbf"),
+        "float16": (b"\x00\x3c", b"\x00\xbc"),
+    }[executor.dtype]
+    width = executor.model.hidden_size
+    values = (one + minus_one) * -(-tokens * width // 2)
+    size = tokens * width * ITEM_BYTES[executor.dtype]
+    return Tensor("hidden", executor.dtype, (tokens, width), memoryview(values)[:size])
+
+
+async def _rate_to(node: Node, server: ServerInfo) -> float:
+    """Bytes per second to ``server`` and back, both ways at once; 0 when it does not answer in time."""
+    loop = asyncio.get_running_loop()
+    addresses = [Address.parse(url) for url in server.addresses]
+    deadline = loop.time() + PEER_TIMEOUT
+    best = 0.0
+    try:
+        for payload in (b"", b"", *[bytes(PAYLOAD)] * PAYLOADS):
+            before = loop.time()
+            await node.call(addresses, PING_METHOD, Ping(payload), timeout=deadline - before)
+            seconds = loop.time() - before
+            if not payload:
+                empty = seconds
+            elif seconds > empty:
+                # It went there first and came back then; tokens do both at a time.
+                best = max(best, 2 * PAYLOAD / (seconds - empty))
+    except SwarmError as exc:
+        logger.info("the network to %s was not measured to the end: %s", server, exc)
+    return best
