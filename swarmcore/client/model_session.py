@@ -94,21 +94,29 @@ class ModelSession:
     ) -> None:
         await self.close()
 
-    async def step(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    async def step(self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = ()) -> torch.Tensor:
         """Append new tokens to each sequence and return what the model predicts after the last of them.
 
-        ``ids`` has one list for each sequence; an empty one leaves its sequence alone. The result is float32
+        ``ids`` has one list for each sequence; an empty one leaves its sequence alone. With ``sources``, for
+        beam search, sequence ``i`` first becomes a copy of sequence ``sources[i]``. The result is float32
         ``[rows, vocabulary]``, a row for each sequence that got tokens, in order.
 
-        Raise `InputError` for ids outside the vocabulary and sequences longer than the model can take; then
-        nothing has changed. When the remote fails, the session stands where it was, and may be of no more
-        use, as the error says.
+        Raise `InputError` for ids outside the vocabulary, sources that are not sequences, and sequences
+        longer than the model can take; then nothing has changed. When the remote fails, the session stands
+        where it was, and may be of no more use, as the error says.
         """
-        self._check(ids)
+        if sources and (
+            len(sources) != self.sequences or not all(0 <= source < self.sequences for source in sources)
+        ):
+            raise InputError(
+                f"sources {list(sources)} do not name one of {self.sequences} sequences for each"
+            )
+        tokens = [list(self._tokens[source]) for source in sources] or self._tokens
+        self._check(ids, tokens)
         with self.used():
-            flat, positions = self._flat(ids)
+            flat, positions = _flat(ids, tokens)
             hidden = await self._compute.embed(flat, positions)
-            return await self._compute.logits(await self.lap(ids, hidden))
+            return await self._compute.logits(await self.lap(ids, hidden, sources=sources))
 
     def rollback(self, positions: int | Sequence[int]) -> None:
         """Forget the tokens of each sequence from its position on: one for all, or one for each.
@@ -154,39 +162,47 @@ class ModelSession:
 
     async def embed(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Embed the tokens that come next in each sequence, all in one tensor ``[tokens, hidden size]``."""
-        return await self._compute.embed(*self._flat(ids))
+        return await self._compute.embed(*_flat(ids, self._tokens))
 
-    async def lap(self, ids: Sequence[Sequence[int]], hidden: torch.Tensor) -> Tensor:
+    async def lap(
+        self, ids: Sequence[Sequence[int]], hidden: torch.Tensor, *, sources: Sequence[int] = ()
+    ) -> Tensor:
         """Send the embedded tokens ``ids`` through the blocks; return a row for each sequence with some."""
         if self._remote is None:
             raise SessionLostError(
                 "the session is not open; use it as: async with model.session() as session"
             )
+        tokens = [list(self._tokens[source]) for source in sources] or self._tokens
         output = await self._remote.step(
-            to_wire("hidden", hidden), [len(new) for new in ids], starts=self.positions, reply="last"
+            to_wire("hidden", hidden),
+            [len(new) for new in ids],
+            starts=list(map(len, tokens)),
+            sources=sources,
+            reply="last",
         )
-        for tokens, new in zip(self._tokens, ids, strict=True):
-            tokens.extend(new)
+        self._tokens = tokens
+        for sequence, new in zip(tokens, ids, strict=True):
+            sequence.extend(new)
         return output
 
-    def _flat(self, ids: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        positions = [
-            position
-            for start, new in zip(self.positions, ids, strict=True)
-            for position in range(start, start + len(new))
-        ]
-        return [token for new in ids for token in new], positions
-
-    def _check(self, ids: Sequence[Sequence[int]]) -> None:
+    def _check(self, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> None:
         if len(ids) != self.sequences or not any(ids):
             raise InputError(
                 f"a step needs a list of token ids for each of the {self.sequences} sequences, and at least "
                 f"one token in all"
             )
         parts = self._compute.parts
-        for new, position in zip(ids, self.positions, strict=True):
+        for new, position in zip(ids, map(len, tokens), strict=True):
             check_tokens(new, parts.vocab_size)
             if parts.max_positions is not None and position + len(new) > parts.max_positions:
                 raise InputError(
                     f"{position + len(new)} tokens are more than the model takes: {parts.max_positions}"
                 )
+
+
+def _flat(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """New tokens of all sequences, and the position of each, after the ``tokens`` that are there."""
+    positions = [
+        len(before) + offset for before, new in zip(tokens, ids, strict=True) for offset in range(len(new))
+    ]
+    return [token for new in ids for token in new], positions

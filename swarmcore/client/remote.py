@@ -29,12 +29,14 @@ class RemoteSession(Protocol):
         lengths: Sequence[int],
         *,
         starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
         reply: Literal["all", "last"] = "last",
     ) -> Tensor:
         """Run ``hidden``, ``[sum(lengths), hidden size]``: the sequences' new tokens, one after the other.
 
-        A length of 0 leaves a sequence alone; a start below its position rolls it back first. The result has
-        one row for each sequence of length above 0 (``"last"``), or one for every token (``"all"``).
+        With ``sources``, sequence ``i`` first becomes a copy of sequence ``sources[i]``. A length of 0 leaves
+        a sequence alone; a start below its position rolls it back. The result has one row for each sequence
+        of length above 0 (``"last"``), or one for every token (``"all"``).
         """
 
     async def close(self) -> None:

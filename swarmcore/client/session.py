@@ -280,9 +280,9 @@ async def open_session(
 ) -> InferenceSession:
     """Open a session through all blocks of ``model``, on every server of a chain at once.
 
-    Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does not answer
-    is avoided in the next of ``attempts``. Raise `MissingBlocksError` when no chain is left, `CacheFullError`
-    or the last server's error when the attempts are used up.
+    Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does
+    not answer is avoided in the next of ``attempts``. Raise `MissingBlocksError` when no chain is left,
+    `CacheFullError` or the last server's error when the attempts are used up.
     """
     options = options or SessionOptions()
     opened = await open_chain(

@@ -60,9 +60,12 @@ class WholeModelSession:
         lengths: Sequence[int],
         *,
         starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
         reply: str = "last",
     ) -> Tensor:
         assert not self.closed
+        if sources:
+            self.rows = [self.rows[source] for source in sources]
         assert hidden.shape == (sum(lengths), self.plain.config.hidden_size)
         self.sent.append(tuple(lengths))
         outputs = []

@@ -39,6 +39,19 @@ async def test_rollback_takes_tokens_back(model, plain):
         assert session.positions == (0, 0)
 
 
+async def test_beams_are_copies_of_one_another(model, plain):
+    async with model.session(sequences=3) as session:
+        await session.step([[1, 2, 3], [4, 5], [6]])
+        logits = await session.step([[7], [8], [9]], sources=[1, 1, 0])
+        assert session.tokens == ((4, 5, 7), (4, 5, 8), (1, 2, 3, 9))
+        for row, tokens in zip(logits, session.tokens, strict=True):
+            torch.testing.assert_close(row, expected(plain, list(tokens)), atol=1e-4, rtol=0)
+        for sources in ([0], [0, 1, 3], [-1, 0, 0]):
+            with pytest.raises(InputError, match="sources"):
+                await session.step([[1], [1], [1]], sources=sources)
+        assert session.positions == (3, 3, 4)
+
+
 @pytest.mark.parametrize("positions", [3, -1, [1], [1, 9]])
 async def test_rollback_beyond_what_is_cached_is_refused(model, positions):
     async with model.session(sequences=2) as session:
