@@ -16,7 +16,7 @@ from swarmcore.cli.options import (
     standard,
 )
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import remote_model
+from swarmcore.cli.remote import remote_model, show_route
 from swarmcore.cli.turns import turns
 from swarmcore.errors import SwarmError
 
@@ -44,6 +44,8 @@ async def _converse(
         chain = swarm.chain(model.info)
         output.remark(f"{model.info.name} over {chain}. Ctrl-C stops an answer, Ctrl-D leaves.")
         output.event("ready", model=model.info.name, chain=str(chain))
+        if remote.route:
+            show_route(output, swarm, model.info, chain)
         async with model.chat(system=system) as conversation, aclosing(turns()) as said:
             async for text in said:
                 await _turn(output, conversation, text, sampling)

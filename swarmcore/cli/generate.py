@@ -10,7 +10,7 @@ import click
 from swarmcore.cli import interrupt
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options, standard
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import remote_model
+from swarmcore.cli.remote import remote_model, show_route
 from swarmcore.errors import InputError
 
 
@@ -44,7 +44,7 @@ async def _generate(
     output: Output, remote: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
 ) -> None:
     async with (
-        remote_model(output, remote) as (_, model),
+        remote_model(output, remote) as (swarm, model),
         model.generate(prompt, **sampling) as generation,
     ):
         pieces = []
@@ -52,6 +52,8 @@ async def _generate(
             pieces.append(piece)
             output.piece(piece)
         output.result("")
+        if remote.route:
+            show_route(output, swarm, model.info, generation.chain)
         output.event(
             "generated",
             text="".join(pieces),

@@ -15,6 +15,7 @@ import click
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.types import PeerId
 
 Option = Callable[[Any], Any]
 """A decorator of click's, or one made of several."""
@@ -168,6 +169,22 @@ _REMOTE_MODEL = (
         help="How hidden states travel; int8 halves the bytes for 1 to 2 % of precision.",
     ),
     click.option(
+        "--allow-server",
+        "allowed_servers",
+        multiple=True,
+        metavar="PEER_ID",
+        help="Use blocks of these servers only; repeat for several.",
+    ),
+    click.option(
+        "--block-server",
+        "blocked_servers",
+        multiple=True,
+        metavar="PEER_ID",
+        help="Never use blocks of this server; repeat for several.",
+    ),
+    click.option("--max-hops", type=click.IntRange(min=1), metavar="N", help="At most N servers in a chain."),
+    click.option("--route", is_flag=True, help="Show the servers in use, and where a token's time goes."),
+    click.option(
         "--wait",
         type=click.FloatRange(min=0),
         default=10.0,
@@ -240,6 +257,10 @@ class RemoteModelOptions:
     dtype: str
     threads: int | None
     codec: str
+    allowed_servers: tuple[PeerId, ...]
+    blocked_servers: tuple[PeerId, ...]
+    max_hops: int | None
+    route: bool
     wait: float
 
 

@@ -13,6 +13,8 @@ from swarmcore.errors import InputError, MissingBlocksError, ModelNotFoundError
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.swarm import Swarm
+    from swarmcore.routing.chain import Chain
+    from swarmcore.types import ModelInfo
 
 
 @asynccontextmanager
@@ -25,7 +27,13 @@ async def remote_model(
     from swarmcore.client.session import SessionOptions
     from swarmcore.client.swarm import connect
 
-    async with connect(*options.bootstrap, identity=load_identity(options.identity_file)) as swarm:
+    async with connect(
+        *options.bootstrap,
+        identity=load_identity(options.identity_file),
+        allowed_servers=options.allowed_servers or None,
+        blocked_servers=options.blocked_servers,
+        max_hops=options.max_hops,
+    ) as swarm:
         name = options.model or _the_only_model(swarm)
         with output.progress() as progress:
             try:
@@ -46,6 +54,27 @@ async def remote_model(
                 ) from exc
         await swarm.wait_for_blocks(model.info, timeout=options.wait)
         yield swarm, model
+
+
+def show_route(output: Output, swarm: Swarm, model: ModelInfo, chain: Chain) -> None:
+    """Say which servers ``chain`` passes through, and where a token's time is expected to go."""
+    cost = swarm.route(model, chain)
+    output.remark(str(cost))
+    output.event(
+        "route",
+        seconds=cost.seconds,
+        way_back=cost.way_back,
+        stages=[
+            {
+                "server": stage.stage.server.peer,
+                "blocks": str(stage.stage.span),
+                "network": stage.network,
+                "queue": stage.queue,
+                "compute": stage.compute,
+            }
+            for stage in cost.stages
+        ],
+    )
 
 
 def _the_only_model(swarm: Swarm) -> str:

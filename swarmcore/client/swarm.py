@@ -10,14 +10,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
 from swarmcore.errors import AddressError, MissingBlocksError, PeerUnreachableError
 from swarmcore.identity import Identity
-from swarmcore.registry.base import Registry, SwarmView
+from swarmcore.registry.background import BackgroundTasks
+from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.watch import WatchingRegistry
-from swarmcore.routing.chain import Chain, FewestServers, Router
+from swarmcore.routing.chain import Chain, Router
+from swarmcore.routing.costs import ChainCost, CostModel
 from swarmcore.routing.health import PeerHealth
+from swarmcore.routing.latencies import Latencies
+from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import INFO_METHOD
 from swarmcore.transport import transport_class
@@ -35,14 +40,33 @@ logger = logging.getLogger(__name__)
 class Swarm:
     """What a client sees and does in a swarm. Made by `connect`; an async context manager.
 
-    ``node`` and ``registry`` are owned: entering starts them, leaving closes them.
+    ``node`` and ``registry`` are owned: entering starts them, leaving closes them. The ``router`` is
+    `LeastLatency` over ``latencies`` unless another is given; servers are pinged within ``pings``.
     """
 
-    def __init__(self, node: Node, registry: Registry, *, router: Router | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        registry: Registry,
+        *,
+        router: Router | None = None,
+        latencies: Latencies | None = None,
+        pings: PingLimits | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        rng = rng or random.Random()
         self.node = node
         self.registry = registry
-        self.router = router or FewestServers(random.Random())
+        self.latencies = latencies if latencies is not None else Latencies()
+        """Round trips to servers, measured by pings while models are in use."""
+        self.router = router or LeastLatency(rng, costs=CostModel(rtts=self.latencies.seconds))
         self.health = PeerHealth()
+        """Which servers have failed of late."""
+        admits = self.router.admits if isinstance(self.router, LeastLatency) else lambda peer: True
+        self._pinger = Pinger(
+            node, registry.view, self.latencies, self.health, rng=rng, admits=admits, limits=pings
+        )
+        self._tasks = BackgroundTasks()
         self._models: list[RemoteModel] = []
 
     def __repr__(self) -> str:
@@ -55,6 +79,8 @@ class Swarm:
         except BaseException:
             await self.close()
             raise
+        self._pinger.start()
+        self._tasks.start(self._follow_health(), "peer health")
         return self
 
     async def __aexit__(
@@ -66,6 +92,8 @@ class Swarm:
         """Close every session's connections, and the models loaded here. Harmless when repeated."""
         while self._models:
             await self._models.pop().close()
+        await self._pinger.close()
+        await self._tasks.close()
         await self.registry.close()
         await self.node.close()
 
@@ -78,8 +106,20 @@ class Swarm:
     ) -> Chain:
         """The chain that a session opened now would take. Raises as `Router.plan` does."""
         return self.router.plan(
-            self.view(), model, span or Span(0, model.blocks), tokens=tokens, blocked=blocked
+            self.view(),
+            model,
+            span or Span(0, model.blocks),
+            tokens=tokens,
+            blocked=blocked,
+            banned=self.health.banned(asyncio.get_running_loop().time()),
         )
+
+    def route(self, model: ModelInfo, chain: Chain) -> ChainCost:
+        """What a token is expected to take through ``chain``, stage by stage; as text, a table."""
+        router = self.router
+        if not isinstance(router, LeastLatency):
+            router = LeastLatency(random.Random(0), costs=CostModel(rtts=self.latencies.seconds))
+        return router.cost(self.view(), model, chain)
 
     async def wait_for_blocks(self, model: ModelInfo, *, timeout: float) -> Chain:
         """Wait until servers cover every block of ``model``; return the chain.
@@ -111,6 +151,7 @@ class Swarm:
         avoided, and grow the cache as it is needed.
         """
 
+        await self._pinger.look_at(model)
         planner = SwarmPlanner(self.registry, self.router, self.health, model)
         return await open_session(
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
@@ -157,18 +198,30 @@ class Swarm:
         addresses = [Address.parse(url) for url in server.addresses]
         return await self.node.call(addresses, INFO_METHOD, InfoRequest(), timeout=timeout)
 
+    async def _follow_health(self) -> None:
+        """Tell `health` what servers announce: a fresh start forgives."""
+        now = asyncio.get_running_loop().time
+        changes = self.registry.changes()
+        for info in self.view():
+            self.health.update(Change("joined", info), now())
+        async for change in changes:
+            self.health.update(change, now())
+
 
 def connect(
     *bootstrap: str,
     identity: Identity | None = None,
     transports: Sequence[str] = (),
     allowed_servers: Collection[PeerId] | None = None,
+    blocked_servers: Collection[PeerId] = (),
+    max_hops: int | None = None,
     limits: Limits | None = None,
 ) -> Swarm:
     """A swarm that any of the ``bootstrap`` addresses is a member of. Use it as ``async with connect(…)``.
 
     ``transports`` are schemes to have besides those of the bootstrap addresses. ``allowed_servers``, when
-    given, are the only peers whose blocks are used. Raise `AddressError` for a bad address,
+    given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
+    most ``max_hops`` servers. Raise `AddressError` for a bad address,
     `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
     `PeerUnreachableError` when no bootstrap peer answers.
     """
@@ -180,5 +233,12 @@ def connect(
     node = Node(
         identity, [transport_class(scheme)(identity, limits=limits) for scheme in schemes], limits=limits
     )
-    router = FewestServers(random.Random(), allowed=allowed_servers)
-    return Swarm(node, WatchingRegistry(node, addresses), router=router)
+    latencies = Latencies()
+    router = LeastLatency(
+        random.Random(),
+        costs=CostModel(rtts=latencies.seconds),
+        allowed=allowed_servers,
+        blocked=blocked_servers,
+        max_hops=max_hops,
+    )
+    return Swarm(node, WatchingRegistry(node, addresses), router=router, latencies=latencies)

@@ -112,12 +112,13 @@ class LeastLatency:
         if graph is None:
             if len(self._graphs) >= MODELS:
                 del self._graphs[next(iter(self._graphs))]
-            graph = ServerGraph(model, self.costs, self._admits)
+            graph = ServerGraph(model, self.costs, self.admits)
         self._graphs[model] = graph  # the one used last comes last
         graph.follow(view)
         return graph
 
-    def _admits(self, peer: PeerId) -> bool:
+    def admits(self, peer: PeerId) -> bool:
+        """Whether this router may use the peer at all."""
         return peer not in self._blocked and (self._allowed is None or peer in self._allowed)
 
     def _holders(

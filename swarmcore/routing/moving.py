@@ -1,0 +1,79 @@
+"""Whether a live session is worth moving to a better chain."""
+
+from __future__ import annotations
+
+import attrs
+
+from swarmcore.routing.chain import Chain
+from swarmcore.types import PeerId
+
+
+@attrs.frozen(kw_only=True)
+class MoveLimits:
+    """How much better a chain has to be."""
+
+    gain: float = 0.25
+    """Part of the time of a token that it must save at least."""
+    hold: float = 10.0
+    """Seconds for which it must do so: figures that jump up and down move nobody."""
+    interval: float = 60.0
+    """Seconds between two moves of a session, and before the first."""
+
+
+class MovePolicy:
+    """Decides for one session, on looks that its owner takes now and then. A plain object.
+
+    A move pays when what it saves on the tokens still to come is more than what it costs to replay those
+    that are there. A generation is expected to go on for as long again as it has gone already.
+    """
+
+    def __init__(self, now: float, limits: MoveLimits | None = None) -> None:
+        self._limits = limits or MoveLimits()
+        self._moved_at = now
+        self._target: tuple[PeerId, ...] | None = None
+        self._since = now
+
+    def look(
+        self,
+        now: float,
+        *,
+        current: float,
+        better: float,
+        target: tuple[PeerId, ...],
+        tokens: int,
+        replay: float,
+    ) -> bool:
+        """Whether to move now.
+
+        ``current`` and ``better`` are the expected seconds of a token over the session's chain and over the
+        one through ``target``; ``tokens`` is how many it has generated, ``replay`` the seconds that filling
+        the new servers' caches would take. Call `moved` if the move succeeds.
+        """
+        saved = current - better
+        pays = saved >= self._limits.gain * current and saved * tokens > replay
+        if not pays:
+            self._target = None
+            return False
+        if target != self._target:
+            self._target, self._since = target, now
+            return False
+        return now - self._since >= self._limits.hold and now - self._moved_at >= self._limits.interval
+
+    def moved(self, now: float) -> None:
+        """The session has moved, by choice or after a failure."""
+        self._moved_at = now
+        self._target = None
+
+
+def differences(current: Chain, better: Chain) -> list[tuple[int, int, Chain]]:
+    """What to replace to turn ``current`` into ``better``, which is for the same blocks, from its end to its
+    start: the first and the last stage to go, and the stages that come in their place.
+    """
+    cuts = {stage.span.start for stage in current.stages} & {stage.span.start for stage in better.stages}
+    found = []
+    for start, end in zip(sorted(cuts), [*sorted(cuts)[1:], current.stages[-1].span.end], strict=True):
+        old = [i for i, stage in enumerate(current.stages) if start <= stage.span.start < end]
+        new = Chain(tuple(stage for stage in better.stages if start <= stage.span.start < end))
+        if new.peers != tuple(current.stages[i].server.peer for i in old):
+            found.append((old[0], old[-1], new))
+    return found[::-1]
