@@ -1,7 +1,8 @@
 """What gossip costs: ``python -m swarmcore.bench.gossip 10 30 100``.
 
 Runs whole swarms of the given sizes in this process, on virtual time and a memory network with 20 ms of delay
-each way, and prints how fast news spreads and what each member sends, message headers included.
+each way, and prints how fast news spreads, how fast deaths do, and what each member sends, message headers
+included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from swarmcore.testing.registry_contract import Member
 from swarmcore.transport import Buffer, OnStream, Stream, Transport
 from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 
-TTL = 60.0
+TTL = 300.0
+REFRESH = TTL / 3
 DELAY = 0.02
 MODEL = ModelInfo("org/some-model-70B", "f" * 64, blocks=80, hidden_size=8192)
 
@@ -42,6 +44,10 @@ class Cost:
     """Seconds from an announcement until 9 in 10 members know it."""
     all_know: float
     """Seconds until the last one does."""
+    killed: float
+    """Seconds from the end of a process until it is in nobody's view."""
+    hung: float
+    """The same for one that falls silent, its connections still open."""
     calls: float
     """Calls per second that a member makes when nothing happens but refreshes."""
     rate: float
@@ -54,17 +60,17 @@ class CountingTransport(Transport):
     def __init__(self, inner: Transport, traffic: Traffic) -> None:
         super().__init__(inner.identity, limits=inner.limits, listen_on=inner.listen_on)
         self.scheme = inner.scheme  # type: ignore[misc]
-        self._inner = inner
+        self.inner = inner
         self._traffic = traffic
 
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
-        return await self._inner.listen(on_stream)
+        return await self.inner.listen(on_stream)
 
     async def open_stream(self, address: Address) -> Stream:
-        return _CountingStream(await self._inner.open_stream(address), self._traffic)
+        return _CountingStream(await self.inner.open_stream(address), self._traffic)
 
     async def close(self) -> None:
-        await self._inner.close()
+        await self.inner.close()
 
 
 class _CountingStream(Stream):
@@ -97,8 +103,8 @@ async def measure(members: int, seed: int = 0) -> Cost:
     network, traffic, random = MemoryNetwork(), Traffic(), Random(seed)
 
     def transport(identity: Identity, listen: bool) -> Transport:
-        slow = FaultyTransport(network.transport(identity, listen=listen), random, Faults(delay=DELAY))
-        return CountingTransport(slow, traffic)
+        counting = CountingTransport(network.transport(identity, listen=listen), traffic)
+        return FaultyTransport(counting, random, Faults(delay=DELAY))
 
     async with aclosing(GossipSwarm(transport, seed=seed)) as swarm:
         peers = [await swarm.join() for _ in range(members)]
@@ -106,9 +112,9 @@ async def measure(members: int, seed: int = 0) -> Cost:
             await peer.registry.announce(_info(peer), TTL)
         for peer in peers:
             await swarm.until(peer, lambda view: len(view) == members)
-        await asyncio.sleep(TTL)
+        await asyncio.sleep(REFRESH)
 
-        sent, seconds = traffic.nbytes, 2 * TTL
+        sent, seconds = traffic.nbytes, REFRESH
         calls = swarm.calls()
         await asyncio.sleep(seconds)
         calls_rate = (swarm.calls() - calls) / seconds / members
@@ -119,7 +125,23 @@ async def measure(members: int, seed: int = 0) -> Cost:
         await peers[0].registry.announce(news, TTL)
         learned = await asyncio.gather(*(_seconds_until_known(swarm, p, news, started) for p in peers))
         learned.sort()
-        return Cost(members, learned[int(0.9 * members) - 1], learned[-1], calls_rate, rate)
+
+        killed, hung = peers.pop(), peers.pop()
+        await swarm.crash(killed)
+        killed_known = await _seconds_until_gone(swarm, [hung, *peers], killed)
+        await asyncio.sleep(30.0)
+        swarm.hang(hung)
+        hung_known = await _seconds_until_gone(swarm, peers, hung)
+        return Cost(
+            members, learned[int(0.9 * members) - 1], learned[-1], killed_known, hung_known, calls_rate, rate
+        )
+
+
+async def _seconds_until_gone(swarm: GossipSwarm, peers: list[Member], gone: Member) -> float:
+    started = asyncio.get_running_loop().time()
+    for peer in peers:
+        await swarm.until(peer, lambda view: gone.identity.peer not in view.servers)
+    return asyncio.get_running_loop().time() - started
 
 
 async def _seconds_until_known(swarm: GossipSwarm, peer: Member, news: ServerInfo, started: float) -> float:
@@ -132,11 +154,11 @@ def _info(member: Member, **fields: Any) -> ServerInfo:
 
 
 def main(sizes: list[int]) -> None:
-    print(f"ttl {TTL:g} s; news are known by 9 in 10 and by all; at rest, per member:")  # noqa: T201
-    print("members   9 in 10      all   calls/s   bytes/s")  # noqa: T201
+    print(f"ttl {TTL:g} s; news are known by 9 in 10 and by all; deaths by all; at rest, per member:")  # noqa: T201
+    print("members   9 in 10      all   killed     hung   calls/s   bytes/s")  # noqa: T201
     for size in sizes:
         cost = clock.run(measure(size))
-        spread = f"{cost.most_know:5.2f} s  {cost.all_know:5.2f} s"
+        spread = "  ".join(f"{s:5.2f} s" for s in (cost.most_know, cost.all_know, cost.killed, cost.hung))
         print(f"{size:7}   {spread}   {cost.calls:7.2f}   {cost.rate:7.0f}", flush=True)  # noqa: T201
 
 

@@ -68,9 +68,10 @@ class GossipSwarm(RegistrySwarm):
     async def crash(self, member: Member) -> None:
         self.members.remove(member)
         transport = self.transports.pop(member.identity.peer)
-        inner = transport.inner if isinstance(transport, FaultyTransport) else transport
-        if isinstance(inner, MemoryTransport):
-            await inner.crash()
+        while (inner := getattr(transport, "inner", None)) is not None:  # unwrap faulty ones and the like
+            transport = inner
+        if isinstance(transport, MemoryTransport):
+            await transport.crash()
         await member.registry.close()
         await self.nodes.pop(member.identity.peer).close()
 
@@ -86,8 +87,12 @@ class GossipSwarm(RegistrySwarm):
             for member in group:
                 self._faulty(member).partition(*(m.identity.peer for m in others))
 
+    def hang(self, member: Member) -> None:
+        """Let ``member``, whose transport is a faulty one, neither hear nor be heard, as if stopped."""
+        self._faulty(member).partition()
+
     def heal(self) -> None:
-        """End all splits."""
+        """End all splits and hangs."""
         for member in self.members:
             self._faulty(member).heal()
 

@@ -13,7 +13,7 @@ import pytest
 from swarmcore.registry.messages import CHECK, EXCHANGE, ExchangeRecords
 from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.suspicion import SHORTEST_MUTE, Suspected
-from swarmcore.testing.faulty import Faults, FaultyTransport
+from swarmcore.testing.faulty import Faults
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
 from swarmcore.testing.registry_contract import Member
 from swarmcore.types import Address, PeerId
@@ -89,13 +89,6 @@ class Checks:
         monkeypatch.setitem(calls, CHECK.name, (method, counted))
 
 
-def hang(swarm: GossipSwarm, member: Member) -> None:
-    """Let ``member`` neither say nor hear anything, as a stopped process or a cut cable."""
-    transport = swarm.transports[member.identity.peer]
-    assert isinstance(transport, FaultyTransport)
-    transport.partition()
-
-
 async def test_a_crash_is_known_to_members_and_clients_within_a_second(quiet_swarm: GossipSwarm) -> None:
     members = await announced(quiet_swarm, 12)
     clients = [await quiet_swarm.watch(member.addresses) for member in members[:3]]
@@ -120,7 +113,7 @@ async def test_a_host_that_hangs_is_out_within_five_seconds_and_back_when_it_goe
     members = await announced(swarm, 8)
     client = await swarm.watch(members[0].addresses)
     hung, rest = members[5], [*members[:5], *members[6:]]
-    hang(swarm, hung)
+    swarm.hang(hung)
     assert await gone_from(swarm, [*rest, client], [hung]) < 5.0
     await asyncio.sleep(30.0)
     swarm.heal()
@@ -133,7 +126,7 @@ async def test_a_host_that_hangs_is_out_within_five_seconds_and_back_when_it_goe
 async def test_a_short_stall_evicts_nobody(swarm: GossipSwarm) -> None:
     members = await announced(swarm, 6)
     changes = [member.registry.changes() for member in members]
-    hang(swarm, members[2])
+    swarm.hang(members[2])
     await asyncio.sleep(3.0)
     swarm.heal()
     for reader in changes:
@@ -282,6 +275,6 @@ async def test_nothing_is_logged_as_an_error(swarm: GossipSwarm, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         members = await announced(swarm, 6)
         await swarm.crash(members[1])
-        hang(swarm, members[3])
+        swarm.hang(members[3])
         await asyncio.sleep(30.0)
     assert caplog.records == []

@@ -259,3 +259,51 @@ def test_a_full_store_asks_for_no_more_than_it_can_hold(identity_of: IdentityOf)
 def test_a_digest_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ProtocolError):
         RecordStore().differing(b"short")
+
+
+def test_a_hidden_peer_leaves_the_view_but_not_the_digest(owner: Owner) -> None:
+    store, other = RecordStore(), RecordStore()
+    record = owner.announce("a")
+    store.apply(record, NOW)
+    other.apply(record, NOW)
+    sequence = store.sequence(owner.peer)
+    assert sequence is not None
+    assert store.hide(owner.peer, sequence - 1) is None
+    assert store.hide(owner.peer, sequence) == Change("left", owner.info("a"))
+    assert store.hide(owner.peer, sequence) is None
+    assert (store.sequence(owner.peer), store.hidden_sequence(owner.peer)) == (None, sequence)
+    assert store.apply(record, NOW) is Drop.KNOWN
+    assert not store.view().servers
+    assert not other.differing(store.hashes())
+    assert other.shown_among(store.hidden_entries()) == [(owner.peer, sequence)]
+
+
+def test_a_newer_record_shows_a_hidden_peer_again(owner: Owner) -> None:
+    store = RecordStore()
+    store.apply(owner.announce("a"), NOW)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    again = owner.announce("a", at=NOW + 1)
+    assert change_of(store.apply(again, NOW + 1)) == Change("joined", owner.info("a"))
+    assert store.hidden_entries() == []
+    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    assert store.unhide(owner.peer) == Change("joined", owner.info("a"))
+    assert store.unhide(owner.peer) is None
+
+
+def test_a_hidden_peer_that_withdraws_or_expires_changes_nothing(owner: Owner) -> None:
+    store = RecordStore()
+    store.apply(owner.announce("a"), NOW)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    assert change_of(store.apply(owner.withdraw(at=NOW + 1), NOW + 1)) is None
+    assert store.hidden_entries() == []
+    store = RecordStore()
+    store.apply(owner.announce("b", at=NOW + 2), NOW + 2)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    assert store.expire(NOW + 3600) == []
+    assert (store.hidden_entries(), store.unhide(owner.peer)) == ([], None)
+
+
+def test_ones_own_record_is_never_hidden(owner: Owner) -> None:
+    store = RecordStore(own=owner.peer)
+    store.apply(owner.announce(), NOW)
+    assert store.hide(owner.peer, store.sequence(owner.peer) or 0) is None
