@@ -1,0 +1,225 @@
+"""Real servers of the real small model in float32, three stages of ten blocks, two replicas of each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import pytest_asyncio
+
+import swarmcore
+from swarmcore.testing.fleet import Fleet, Member
+from swarmcore.testing.nursery import ServerNursery
+from swarmcore.types import Span
+
+SPARE_DESCRIPTORS = 8
+"""Connections that the server with most may have more than that of another time: to other members."""
+
+LEAK_TIMEOUT = 30.0
+"""Seconds in which servers must have noticed that a session is over."""
+
+STAGES = (Span(0, 10), Span(10, 20), Span(20, 30))
+ARGUMENTS = ("--dtype", "float32", "--threads", "1", "--cache-tokens", "4096")
+REPLICAS = 2
+
+DELAYS = pytest.StashKey[dict[str, list[float]]]()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how long it took from a kill to the next token."""
+    for name, seconds in config.stash.get(DELAYS, {}).items():
+        ordered = sorted(seconds)
+        terminalreporter.write_line(
+            f"{name}: {len(ordered)} times, median {statistics.median(ordered):.2f} s, "
+            f"95 % within {ordered[int(0.95 * (len(ordered) - 1))]:.2f} s, longest {ordered[-1]:.2f} s"
+        )
+
+
+@pytest.fixture
+def delays(request: pytest.FixtureRequest) -> Callable[[str], list[float]]:
+    """``delays(name)`` is a list of seconds that is summed up at the end of the run."""
+    found = request.config.stash.setdefault(DELAYS, {})
+    return lambda name: found.setdefault(name, [])
+
+
+@attrs.define
+class Client:
+    """A model over the fleet, and the failovers of its sessions."""
+
+    fleet: Fleet
+    swarm: swarmcore.Swarm
+    model: swarmcore.RemoteModel
+    failovers: list[Any]
+
+    async def replicas(self) -> None:
+        """Wait until every server that lives, or is being started, is known here."""
+        await self.fleet.settle()
+        await self.fleet.seen_by(self.swarm)
+
+    def serving(self, session: swarmcore.ModelSession, stage: int) -> Member:
+        """The server of the session's chain that has the blocks ``STAGES[stage]``."""
+        (peer,) = (s.server.peer for s in session.chain.stages if s.span == STAGES[stage])
+        return self.fleet.members[peer]
+
+
+@attrs.define
+class Reference:
+    """What plain Transformers says."""
+
+    plain: Any
+    tokenizer: Any
+    known: dict[tuple[str, int], str] = attrs.field(factory=dict)
+
+    async def text(self, prompt: str, tokens: int) -> str:
+        if (prompt, tokens) not in self.known:
+            self.known[prompt, tokens] = await asyncio.to_thread(self._generate, prompt, tokens)
+        return self.known[prompt, tokens]
+
+    def _generate(self, prompt: str, tokens: int) -> str:
+        ids = self.tokenizer(prompt, return_tensors="pt")
+        output = self.plain.generate(**ids, max_new_tokens=tokens, do_sample=False)
+        text: str = self.tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        return text
+
+
+@pytest.fixture(scope="session")
+def reference(plain_smollm2: Any, smollm2_folder: Path) -> Reference:
+    from transformers import AutoTokenizer
+
+    return Reference(plain_smollm2, AutoTokenizer.from_pretrained(smollm2_folder))
+
+
+StartFleet = Callable[..., Fleet]
+
+
+@pytest.fixture(scope="session")
+def make_fleet(nursery: ServerNursery, smollm2_folder: Path) -> StartFleet:
+    """``make_fleet(**options)`` is a `Fleet` of the three stages, not entered yet."""
+
+    def make(nursery: ServerNursery = nursery, **options: Any) -> Fleet:
+        spans = options.pop("spans", STAGES)
+        return Fleet(nursery, str(smollm2_folder), spans, arguments=ARGUMENTS, **options)
+
+    return make
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared_fleet(make_fleet: StartFleet) -> AsyncIterator[Fleet]:
+    async with make_fleet(replicas=REPLICAS) as fleet:
+        yield fleet
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def fleet(shared_fleet: Fleet) -> AsyncIterator[Fleet]:
+    """Six servers, two for each stage. When the test is over nothing of it is left on any of them."""
+    await make_whole(shared_fleet)
+    before = await Census.of(shared_fleet)
+    yield shared_fleet
+    await make_whole(shared_fleet)
+    await before.comes_back(shared_fleet)
+
+
+async def make_whole(fleet: Fleet) -> None:
+    """Start what is missing, stop what is too many."""
+    await fleet.settle()
+    for span in fleet.spans:
+        holding = fleet.holding(span)
+        for member in holding[fleet.replicas :]:
+            fleet.leave(member.peer)
+        for _ in range(fleet.replicas - len(holding)):
+            fleet.start_soon(span)
+    await fleet.settle()
+
+
+@attrs.frozen
+class Census:
+    """What a swarm and its client have open."""
+
+    tasks: dict[str, int]
+    """Of this process's event loop, by name of their coroutine."""
+    own_descriptors: int
+    descriptors: int
+    """Of the process of the fleet that has most."""
+    sessions: int
+    """On all servers together."""
+    cache_tokens: int
+    """In use, on all servers together."""
+
+    @classmethod
+    async def of(cls, fleet: Fleet) -> Census:
+        async with swarmcore.connect(*fleet.addresses) as swarm:
+            await fleet.seen_by(swarm)
+            servers = [(await swarm.info(peer)).server for peer in fleet.members]
+        processes = [member.process for member in fleet.members.values()]
+        if fleet.bootstrap is not None:
+            processes.append(fleet.bootstrap)
+        return cls(
+            tasks=Counter(_coroutines()),
+            own_descriptors=_descriptors(os.getpid()),
+            descriptors=max(_descriptors(process.pid) for process in processes),
+            sessions=sum(server.sessions for server in servers),
+            cache_tokens=sum(server.cache_tokens - server.cache_tokens_free for server in servers),
+        )
+
+    def has_back(self, now: Census) -> bool:
+        """Whether ``now`` has nothing more open; servers that came later have other connections."""
+        return (
+            now.tasks == self.tasks
+            and now.own_descriptors <= self.own_descriptors
+            and now.descriptors <= self.descriptors + SPARE_DESCRIPTORS
+            and (now.sessions, now.cache_tokens) == (self.sessions, self.cache_tokens)
+        )
+
+    async def comes_back(self, fleet: Fleet) -> None:
+        """Wait for everything to be closed; fail when something stays open."""
+        now = await Census.of(fleet)
+        try:
+            async with asyncio.timeout(LEAK_TIMEOUT):
+                while not self.has_back(now):
+                    await asyncio.sleep(0.2)
+                    now = await Census.of(fleet)
+        except TimeoutError:
+            pytest.fail(f"something was left open: {now}, before it was {self}")
+
+
+def _coroutines() -> list[str]:
+    """What the tasks of this event loop run, those of the tests themselves aside."""
+    running = [task.get_coro() for task in asyncio.all_tasks()]
+    return [each.__qualname__ for each in running if "pytest_asyncio" not in each.cr_code.co_filename]
+
+
+def _descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+@pytest.fixture(params=["client"])
+def journal(request: pytest.FixtureRequest) -> str:
+    """Who keeps the journal; another mode is a parameter of the test."""
+    mode: str = request.param
+    return mode
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def client(fleet: Fleet, smollm2_folder: Path, journal: str) -> AsyncIterator[Client]:
+    """A client of the fleet, with a connection of its own."""
+    async with open_client(fleet, smollm2_folder, journal=journal) as client:
+        yield client
+
+
+@asynccontextmanager
+async def open_client(fleet: Fleet, folder: Path, **options: Any) -> AsyncIterator[Client]:
+    failovers: list[Any] = []
+    settings = swarmcore.SessionOptions(on_failover=failovers.append, **options)
+    async with swarmcore.connect(*fleet.addresses) as swarm:
+        model = await swarm.load_model(str(folder), dtype="float32", threads=1, session_options=settings)
+        client = Client(fleet, swarm, model, failovers)
+        await client.replicas()
+        yield client

@@ -1,0 +1,60 @@
+"""kill -9 before every token and at every stage: the text is that of plain Transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
+
+PROMPT = "Once upon a time, in a village by the sea, there lived"
+TOKENS = 40
+
+
+@pytest.mark.parametrize("shift", range(3))
+async def test_a_server_is_killed_before_every_token(client, fleet, reference, delays, shift):
+    """Over the three generations, at every position each of the three stages falls once."""
+    clock = asyncio.get_running_loop().time
+    text = ""
+    async with client.model.session() as session:
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        for position in range(TOKENS):
+            await client.replicas()
+            victim = client.serving(session, (position + shift) % 3)
+            fleet.kill(victim.peer)
+            fleet.start_soon(victim.span)
+            began = clock()
+            text += await anext(generation)
+            delays("kill -9 to the next token").append(clock() - began)
+            assert generation.new_tokens == position + 1
+    assert text == await reference.text(PROMPT, TOKENS)
+    assert len(client.failovers) >= TOKENS
+
+
+@pytest.mark.parametrize("journal", ["client", "servers"], indirect=True)
+async def test_servers_are_killed_while_a_token_is_made(client, fleet, reference, delays, journal):
+    """At random moments of a lap: while the step is on its way, is computed, or its output comes back."""
+    chance = random.Random(f"{journal} 7")
+    clock = asyncio.get_running_loop().time
+    text, laps = "", []
+    async with client.model.session() as session:
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        for position in range(TOKENS):
+            if position % 3:
+                began = clock()
+                text += await anext(generation)
+                laps.append(clock() - began)
+                continue
+            await client.replicas()
+            victim = client.serving(session, chance.randrange(3))
+            token = asyncio.create_task(anext(generation))
+            await asyncio.sleep(chance.random() * min(laps, default=0.1))
+            fleet.kill(victim.peer)
+            fleet.start_soon(victim.span)
+            began = clock()
+            text += await token
+            delays(f"kill -9 within a lap, journal of the {journal}").append(clock() - began)
+    assert text == await reference.text(PROMPT, TOKENS)
+    assert client.failovers
