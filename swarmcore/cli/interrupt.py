@@ -29,12 +29,13 @@ def run(
     *,
     interrupted_status: int | None = None,
     exit_with_stdin: bool = False,
-    grace: float = GRACE,
+    grace: float | Callable[[], float] = GRACE,
 ) -> T:
     """Run ``main`` on a new event loop and return its result.
 
     The first SIGINT or SIGTERM cancels it; the second, or ``grace`` seconds without an end (a thread may be
-    deep in a library), ends the process on the spot. An interrupted command exits with 128 + the signal's
+    deep in a library), ends the process on the spot. ``grace`` may be a function, called when the first one
+    comes. An interrupted command exits with 128 + the signal's
     number, as shells expect, or with ``interrupted_status``: 0 for a server, which has no other way to end.
     With ``exit_with_stdin`` the end of stdin is as good as a SIGTERM; raise `InputError` when stdin cannot be
     waited for.
@@ -51,7 +52,8 @@ def run(
             if received:
                 os._exit(128 + number)
             received.append(number)
-            watchdog = threading.Timer(grace, os._exit, (128 + number,))
+            seconds = grace() if callable(grace) else grace
+            watchdog = threading.Timer(seconds, os._exit, (128 + number,))
             watchdog.daemon = True
             watchdog.start()
             loop.call_soon_threadsafe(task.cancel)

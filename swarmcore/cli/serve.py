@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -11,9 +11,11 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import load_identity, network_options, set_thread_environment, standard
 from swarmcore.cli.output import Output
+from swarmcore.errors import InputError
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
+    from swarmcore.placement.capacity import CapacityPlan
     from swarmcore.server.block_server import BlockServer
 
 
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 @click.option(
     "--blocks",
     metavar="START:END",
-    help="Blocks to hold, the end excluded, such as 0:10. [default: all]",
+    help="Blocks to hold, the end excluded, such as 0:10. [default: those that the swarm serves worst]",
+)
+@click.option(
+    "--num-blocks", type=int, metavar="N", help="How many blocks to hold. [default: as many as fit]"
 )
 @click.option(
     "--dtype",
@@ -50,6 +55,37 @@ if TYPE_CHECKING:
     help="Most tokens computed in one pass; more is faster for prompts, slower for those who decode.",
 )
 @click.option("--threads", type=int, metavar="N", help="Compute threads. [default: torch's choice]")
+@click.option(
+    "--throughput",
+    default="auto",
+    show_default=True,
+    metavar="TOKENS_PER_S",
+    help="What it carries through its blocks; auto measures it at the first start, measure does anew.",
+)
+@click.option(
+    "--rebalance",
+    type=float,
+    metavar="SECONDS",
+    help="How often, on average, to look whether other blocks need this server more; 0 is never. "
+    "[default: 120, never with --blocks]",
+)
+@click.option("--no-rebalance", is_flag=True, help="Keep the same blocks, whatever happens.")
+@click.option(
+    "--balance-quality",
+    type=float,
+    default=0.75,
+    show_default=True,
+    metavar="SHARE",
+    help="Move only in a swarm that runs below this share of what moves could give.",
+)
+@click.option(
+    "--drain",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long sessions get to move elsewhere when it is stopped; a second Ctrl-C stops it at once.",
+)
 @click.option("--name", "public_name", default="", metavar="TEXT", help="Name shown to others in the status.")
 @network_options
 @standard
@@ -58,11 +94,17 @@ def serve(
     model: str,
     revision: str | None,
     blocks: str | None,
+    num_blocks: int | None,
     dtype: str,
     device: str,
     cache_tokens: int | None,
     max_batch_tokens: int,
     threads: int | None,
+    throughput: str,
+    rebalance: float | None,
+    no_rebalance: bool,
+    balance_quality: float,
+    drain: float,
     public_name: str,
     exit_with_stdin: bool,
     identity_file: str | None,
@@ -72,6 +114,8 @@ def serve(
 
     Prints its addresses when online: give any of them to other servers and to clients as --bootstrap.
     """
+    if blocks is not None and num_blocks is not None:
+        raise InputError("--blocks says how many blocks there are; leave out --num-blocks")
     set_thread_environment(threads)
 
     from swarmcore.server.config import ServerConfig
@@ -81,32 +125,76 @@ def serve(
         model=model,
         revision=revision,
         span=Span.parse(blocks) if blocks is not None else None,
+        num_blocks=num_blocks,
         dtype=dtype,
         device=device,
         cache_tokens=cache_tokens,
         max_batch_tokens=max_batch_tokens,
         threads=threads,
+        throughput=_parse_throughput(throughput),
+        rebalance=0.0 if no_rebalance else rebalance,
+        balance_quality=balance_quality,
+        drain=drain,
         public_name=public_name,
     )
 
     identity = load_identity(identity_file)
     network_settings = network_config(identity.peer, **network)
 
+    grace = interrupt.GRACE
+
+    def on_plan(plan: CapacityPlan) -> None:
+        for reason in plan.reasons:
+            output.remark(reason)
+        output.event("plan", blocks=plan.blocks, reasons=plan.reasons)
+
     def on_online(server: BlockServer) -> None:
+        nonlocal grace
+        grace = config.drain + interrupt.GRACE
         _report_online(output, server)
+
+    def on_leaving(server: BlockServer) -> None:
+        sessions = server.inference.sessions
+        if sessions:
+            output.remark(
+                f"leaving: {sessions} sessions have {config.drain:.0f} s to move elsewhere; "
+                f"Ctrl-C ends it at once"
+            )
+        output.event("leaving", sessions=sessions)
 
     with output.progress() as progress:
         interrupt.run(
-            run_server(config, network_settings, identity, progress=progress, on_online=on_online),
+            run_server(
+                config,
+                network_settings,
+                identity,
+                progress=progress,
+                on_plan=on_plan,
+                on_online=on_online,
+                on_leaving=on_leaving,
+            ),
             interrupted_status=0,
             exit_with_stdin=exit_with_stdin,
+            grace=lambda: grace,
         )
+
+
+def _parse_throughput(text: str) -> float | Literal["auto", "measure"]:
+    if text == "auto":
+        return "auto"
+    if text == "measure":
+        return "measure"
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--throughput {text!r} is neither a number, nor auto, nor measure") from None
 
 
 def _report_online(output: Output, server: BlockServer) -> None:
     info = server.info
     assert info.model is not None
     assert info.span is not None
+    output.remark(f"speed: {server.speed.describe(len(info.span))}")
     output.remark(
         f"online: blocks {info.span} of {info.model.blocks} of {info.model.name} in {info.dtype}, "
         f"cache for {info.cache_tokens} tokens. Others join with --bootstrap and this address:"
@@ -124,4 +212,5 @@ def _report_online(output: Output, server: BlockServer) -> None:
         blocks_in_all=info.model.blocks,
         dtype=info.dtype,
         cache_tokens=info.cache_tokens,
+        throughput=info.throughput,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from swarmcore.placement.choice import worst_spans
+from swarmcore.placement.choice import tiles, worst_spans
 from swarmcore.placement.swarm_throughput import Placement, add, block_throughputs
 from swarmcore.types import PeerId
 
@@ -61,7 +61,7 @@ def better_place(throughputs: list[float], server: Placement) -> Placement | Non
     candidates = worst_spans(rest, len(span))
     if span in candidates:
         return None
-    moved = attrs.evolve(server, span=candidates[0])
+    moved = attrs.evolve(server, span=tiles(candidates, rest)[0])
     return moved if improves(throughputs, server, moved) else None
 
 

@@ -14,11 +14,11 @@ def join_span(view: SwarmView, model: ModelInfo, size: int, rng: random.Random, 
     """The ``size`` consecutive blocks that the swarm serves worst, for ``peer`` to take.
 
     After arXiv 2312.08361, section 3.3: among all spans of that size the one whose per-block throughputs,
-    sorted, are lexicographically the least. ``rng`` decides among equals, so that servers that come at the
-    same time spread. A ``size`` of the whole model or more gives the whole model.
+    sorted, are lexicographically the least. Among equals `tiles` are preferred, and then ``rng`` decides, so
+    that servers that come at the same time spread. A ``size`` of the model's blocks or more gives all.
     """
-    others = placements(view, model, without=peer)
-    return rng.choice(worst_spans(block_throughputs(others, model.blocks), size))
+    throughputs = block_throughputs(placements(view, model, without=peer), model.blocks)
+    return rng.choice(tiles(worst_spans(throughputs, size), throughputs))
 
 
 def worst_spans(throughputs: Sequence[float], size: int, *, around: Span | None = None) -> list[Span]:
@@ -40,3 +40,23 @@ def worst_spans(throughputs: Sequence[float], size: int, *, around: Span | None 
     }
     worst = min(ranked.values())
     return [Span(start, start + size) for start, values in ranked.items() if values == worst]
+
+
+def tiles(spans: Sequence[Span], throughputs: Sequence[float]) -> list[Span]:
+    """Of spans that are served equally badly, those that leave room for others of the same size beside them.
+
+    A stretch of equally served blocks is tiled from both of its ends; a server in the middle of it would
+    leave gaps that later ones cannot fill without overlap. All of ``spans`` when none is such a tile.
+    """
+    before, after = _run_lengths(throughputs), _run_lengths(throughputs[::-1])[::-1]
+    return [
+        span for span in spans if before[span.start] % len(span) == 0 or after[span.end - 1] % len(span) == 0
+    ] or list(spans)
+
+
+def _run_lengths(values: Sequence[float]) -> list[int]:
+    """For each value, how many equal ones come right before it."""
+    lengths: list[int] = []
+    for index, value in enumerate(values):
+        lengths.append(lengths[-1] + 1 if index and value == values[index - 1] else 0)
+    return lengths

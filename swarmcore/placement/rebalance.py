@@ -8,7 +8,7 @@ from collections.abc import Collection
 import attrs
 
 from swarmcore.placement.best_moves import best_moves, improves
-from swarmcore.placement.choice import worst_spans
+from swarmcore.placement.choice import tiles, worst_spans
 from swarmcore.placement.swarm_throughput import (
     Placement,
     block_throughputs,
@@ -90,11 +90,12 @@ class Rebalancer:
         if alone is not None and len(alone) == len(server.span):
             return _stay(f"nobody else holds blocks {alone}")
         here = present_placement(server, others)
-        candidates = worst_spans(block_throughputs(others, blocks), len(server.span), around=alone)
+        rest = block_throughputs(others, blocks)
+        candidates = worst_spans(rest, len(server.span), around=alone)
         if server.span in candidates:
             unique = f" that keep {alone}, which nobody else holds," if alone else ""
             return _stay(f"of all spans{unique} the swarm needs {server.span} most")
-        return self._weigh(others, here, self._rng.choice(candidates), blocks, cost)
+        return self._weigh(others, here, self._rng.choice(tiles(candidates, rest)), blocks, cost)
 
     def confirm(self, view: SwarmView, server: ServerInfo, target: Span, cost: MoveCost) -> Decision:
         """Decide again what `look` proposed, now that ``view`` shows what others have announced since."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import random
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -12,29 +13,40 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from swarmcore.errors import InputError, SpanError
+from swarmcore.errors import InputError
 from swarmcore.identity import Identity
+from swarmcore.placement.choice import join_span
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.loading import (
+    check_span,
+    default_cache_tokens,
+    load_blocks,
+    open_model,
+    plan_blocks,
+    speed_file,
+)
+from swarmcore.server.measuring import ServerSpeed, measure_compute, measure_network
 from swarmcore.server.protocols import INFO_METHOD, PING_METHOD
+from swarmcore.server.speed_file import SpeedFile
 from swarmcore.transport import transport_class
-from swarmcore.types import Address, PeerId, ServerInfo, Span
+from swarmcore.types import Address, PeerId, ServerInfo
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
+from swarmcore.wire.tensors import ITEM_BYTES
 
 if TYPE_CHECKING:
     from swarmcore.executor.base import BlockExecutor
-    from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
+    from swarmcore.executor.torch.checkpoint import Progress
+    from swarmcore.placement.capacity import CapacityPlan
 
 logger = logging.getLogger(__name__)
 
 BOOTSTRAP_TTL = 300.0
 """Seconds for which a bootstrap peer's announcement is believed that is not renewed."""
-
-MAX_DEFAULT_CACHE_TOKENS = 131_072
 
 
 @attrs.frozen(kw_only=True)
@@ -76,38 +88,100 @@ async def run_server(
     identity: Identity,
     *,
     progress: Progress | None = None,
+    on_plan: Callable[[CapacityPlan], None] | None = None,
     on_online: Callable[[BlockServer], None] | None = None,
+    on_leaving: Callable[[BlockServer], None] | None = None,
 ) -> None:
     """Load the blocks, serve them until cancelled, then leave the swarm in good order.
 
-    Raise before joining when the addresses, the model or the blocks are wrong.
+    Which blocks: those of the settings, or as many as fit, of those that the swarm serves worst. When
+    cancelled it lets its sessions move elsewhere for up to ``config.drain`` seconds; cancelled again it ends
+    at once. Raise before joining when the addresses, the model or the blocks are wrong.
     """
+    rng = random.Random()
     async with listening(identity, network) as (node, registry):
-        checkpoint = await asyncio.to_thread(_open, config, progress)
-        span = check_span(config.span, checkpoint.info.blocks, checkpoint.info.name)
+        checkpoint = await asyncio.to_thread(open_model, config, progress)
+        model = checkpoint.info
+        if config.span is not None:
+            check_span(config.span, model.blocks, model.name)
+        plan = await asyncio.to_thread(plan_blocks, config, checkpoint)
+        if on_plan is not None:
+            on_plan(plan)
+        kept = await asyncio.to_thread(speed_file, config, checkpoint)
         await registry.start()
-        await registry.announce(
-            ServerInfo(
-                peer=node.peer,
-                addresses=tuple(map(str, node.addresses)),
-                state="joining",
-                model=checkpoint.info,
-                span=span,
-                public_name=config.public_name,
-                version=version("swarmcore"),
-            ),
-            config.announce_ttl,
+        span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
+        speed = _known_speed(config, kept)
+        joining = ServerInfo(
+            peer=node.peer,
+            addresses=tuple(map(str, node.addresses)),
+            state="joining",
+            model=model,
+            span=span,
+            decode_rps=speed.compute.decode_rps / len(span),
+            forward_rps=speed.compute.forward_rps / len(span),
+            throughput=speed.throughput(len(span)),
+            incarnation=time.time_ns() // 1_000_000,
+            public_name=config.public_name,
+            version=version("swarmcore"),
         )
+        await registry.announce(joining, config.announce_ttl)
         try:
-            executor = await asyncio.to_thread(_load, config, checkpoint, span, progress)
+            began = asyncio.get_running_loop().time()
+            executor = await asyncio.to_thread(load_blocks, config, checkpoint, span, progress)
+            loading = asyncio.get_running_loop().time() - began
+            if not speed.stated:
+                speed = await _measure(speed, kept, executor, node, registry, rng)
         except BaseException:
             await registry.withdraw()
             raise
-        cache_tokens = config.cache_tokens or _default_cache_tokens(executor, config.device)
-        async with BlockServer(config, node, registry, executor, cache_tokens=cache_tokens) as server:
+        cache_tokens = config.cache_tokens or default_cache_tokens(executor, config.device)
+        async with BlockServer(
+            config,
+            node,
+            registry,
+            executor,
+            cache_tokens=cache_tokens,
+            speed=speed,
+            seconds_per_block=loading / len(span),
+            rng=rng,
+            incarnation=joining.incarnation,
+        ) as server:
             if on_online is not None:
                 on_online(server)
-            await asyncio.get_running_loop().create_future()
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                if on_leaving is not None:
+                    on_leaving(server)
+                await server.leave()
+                raise
+
+
+def _known_speed(config: ServerConfig, kept: SpeedFile) -> ServerSpeed:
+    """What the user states, or what was measured at an earlier start."""
+    if not isinstance(config.throughput, str):
+        return ServerSpeed(stated=config.throughput)
+    compute = kept.read() if config.throughput == "auto" else None
+    return ServerSpeed(compute) if compute is not None else ServerSpeed()
+
+
+async def _measure(
+    known: ServerSpeed,
+    kept: SpeedFile,
+    executor: BlockExecutor,
+    node: Node,
+    registry: Registry,
+    rng: random.Random,
+) -> ServerSpeed:
+    """Measure what is not known; the network is not kept, as it may be another one at the next start."""
+    compute = known.compute
+    if not compute.forward_rps:
+        compute = await measure_compute(executor)
+        if compute.decode_rps and compute.forward_rps:
+            kept.write(compute)
+    token_bytes = executor.model.hidden_size * ITEM_BYTES[executor.dtype]
+    network_rps = await measure_network(node, list(registry.view()), token_bytes, rng)
+    return ServerSpeed(compute, network_rps)
 
 
 async def run_bootstrap(
@@ -143,45 +217,3 @@ async def run_bootstrap(
             await asyncio.get_running_loop().create_future()
         finally:
             await registry.withdraw()
-
-
-def check_span(span: Span | None, blocks: int, name: str) -> Span:
-    """The blocks to hold. Raise `SpanError` when the model does not have them."""
-    span = span or Span(0, blocks)
-    if span.end > blocks:
-        raise SpanError(f"{name} has {blocks} blocks, 0:{blocks}; it has no blocks {span}")
-    return span
-
-
-def _open(config: ServerConfig, progress: Progress | None) -> Checkpoint:
-    # torch is imported here at the earliest, after the caller has set the environment that it reads.
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
-
-    return open_checkpoint(config.model, revision=config.revision, progress=progress)
-
-
-def _load(
-    config: ServerConfig, checkpoint: Checkpoint, span: Span, progress: Progress | None
-) -> BlockExecutor:
-    from swarmcore.executor.torch.executor import TorchExecutor
-
-    return TorchExecutor.load(
-        checkpoint,
-        span,
-        dtype=config.dtype,
-        device=config.device,
-        threads=config.threads,
-        progress=progress,
-    )
-
-
-def _default_cache_tokens(executor: BlockExecutor, device: str) -> int:
-    """A quarter of the memory that is free now that the weights are in it."""
-    if device.startswith("cuda"):
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tokens = free // 4 // executor.cache_bytes_per_token
-    return max(executor.page, min(tokens, MAX_DEFAULT_CACHE_TOKENS))

@@ -3,10 +3,11 @@
 import random
 
 import attrs
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.placement.choice import join_span, worst_spans
+from swarmcore.placement.choice import join_span, tiles, worst_spans
 from swarmcore.placement.swarm_throughput import block_throughputs, placements, unique_blocks
 from swarmcore.registry.base import SwarmView
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
@@ -75,7 +76,27 @@ def test_servers_that_join_an_empty_swarm_at_once_spread():
     starts = {
         join_span(view(), MODEL, 3, random.Random(seed), peer=PeerId(str(seed))).start for seed in range(60)
     }
-    assert len(starts) == 10
+    assert starts == {0, 3, 6, 9}
+
+
+def test_equal_stretches_are_tiled_from_both_ends():
+    assert tiles(worst_spans([0.0] * 10, 4), [0.0] * 10) == [Span(i, i + 4) for i in (0, 2, 4, 6)]
+    throughputs = [1.0, 0, 0, 0, 0, 0, 1, 1]
+    assert tiles(worst_spans(throughputs, 2), throughputs) == [Span(i, i + 2) for i in (1, 2, 3, 4)]
+    assert tiles(worst_spans(throughputs, 5), throughputs) == [Span(1, 6)]
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(12, 4), (30, 18), (30, 10), (7, 3)])
+def test_servers_that_come_one_by_one_cover_the_model_with_as_few_as_it_takes(blocks, size):
+    for seed in range(20):
+        rng = random.Random(seed)
+        model = attrs.evolve(MODEL, blocks=blocks)
+        swarm = view()
+        for number in range(-(-blocks // size)):
+            peer = PeerId(str(number))
+            span = join_span(swarm, model, size, rng, peer=peer)
+            swarm = view(*swarm, ServerInfo(peer, (), model=model, span=span, throughput=1.0))
+        assert min(block_throughputs(placements(swarm, model), blocks)) == 1.0
 
 
 def test_a_server_that_can_hold_all_takes_all():

@@ -15,8 +15,8 @@ from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.loading import check_span
 from swarmcore.server.protocols import PING_METHOD
-from swarmcore.server.run import check_span
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, hidden_states
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import PeerId, Span
@@ -115,12 +115,32 @@ async def test_waiting_for_blocks_says_what_is_missing(swarms):
 
 
 def test_blocks_that_the_model_does_not_have_are_refused():
-    assert check_span(None, 30, "m") == Span(0, 30)
+    check_span(Span(20, 30), 30, "m")
     with pytest.raises(SpanError, match="0:30"):
         check_span(Span(20, 31), 30, "m")
 
 
-@pytest.mark.parametrize("setting", ["cache_tokens", "max_batch_tokens", "threads", "idle_timeout"])
-def test_settings_that_cannot_work_are_refused(setting):
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("cache_tokens", 0),
+        ("max_batch_tokens", 0),
+        ("threads", 0),
+        ("idle_timeout", 0),
+        ("num_blocks", 0),
+        ("throughput", 0),
+        ("rebalance", -1),
+        ("balance_quality", 1.5),
+        ("drain", -1),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting, value):
     with pytest.raises(InputError, match=setting.replace("_", "-")):
-        ServerConfig(model="m", **{setting: 0})
+        ServerConfig(model="m", **{setting: value})
+
+
+def test_a_server_that_is_told_its_blocks_stays_on_them_unless_told_otherwise():
+    assert ServerConfig(model="m").rebalance_interval > 0
+    assert ServerConfig(model="m", rebalance=0).rebalance_interval == 0
+    assert ServerConfig(model="m", span=Span(0, 2)).rebalance_interval == 0
+    assert ServerConfig(model="m", span=Span(0, 2), rebalance=60).rebalance_interval == 60
