@@ -12,11 +12,11 @@ import attrs
 from swarmcore.client.options import Failover, SessionOptions
 from swarmcore.client.planner import SwarmPlanner
 from swarmcore.client.session import InferenceSession, open_session
-from swarmcore.executor.engine import Engine
 from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.engine import Engine
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
-from swarmcore.routing.chain import FewestServers
+from swarmcore.routing.chain import FewestServers, Router
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
@@ -75,7 +75,7 @@ class Server:
 class Swarm:
     """Servers on one memory network, and a client."""
 
-    def __init__(self, seed: int = 0, faults: Faults | None = None) -> None:
+    def __init__(self, seed: int = 0, faults: Faults | None = None, router: Router | None = None) -> None:
         self.random = random.Random(seed)
         self.network = MemoryNetwork()
         self.directory = MemoryDirectory()
@@ -88,7 +88,7 @@ class Swarm:
         self.health = PeerHealth()
         self.planner = SwarmPlanner(
             MemoryRegistry(self.client.peer, self.directory),
-            FewestServers(random.Random(seed)),
+            router or FewestServers(random.Random(seed)),
             self.health,
             COUNTING_MODEL,
         )
@@ -137,8 +137,10 @@ class Swarm:
 
 
 @asynccontextmanager
-async def swarm_of(*blocks: str, seed: int = 0, delay: float = 0.0) -> AsyncIterator[Swarm]:
-    swarm = Swarm(seed, Faults(delay=delay))
+async def swarm_of(
+    *blocks: str, seed: int = 0, delay: float = 0.0, router: Router | None = None
+) -> AsyncIterator[Swarm]:
+    swarm = Swarm(seed, Faults(delay=delay), router)
     await swarm.client.start()
     try:
         for each in blocks:

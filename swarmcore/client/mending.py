@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from swarmcore.client.opening import OpenStage, Planner, open_chain
+from swarmcore.client.opening import OpenStage, Planner, Refusals, open_chain, open_stages
 from swarmcore.client.options import Failover
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
 from swarmcore.errors import (
@@ -20,6 +20,8 @@ from swarmcore.errors import (
     SessionLostError,
     SwarmError,
 )
+from swarmcore.routing.chain import Chain
+from swarmcore.routing.moving import differences
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.messages import CachesTaken, HandOver, HandOverFailed, Hop, Replay
@@ -139,14 +141,28 @@ class Mender:
         self._tell([stage], reason, stages, "handed over", loop.time() - began)
         return True
 
+    async def move(self, better: Chain, why: str) -> None:
+        """Turn the chain into ``better``, one different part after the other; each is opened before the old
+        one is left. Raise what a new server refuses with; the session is whole all the same.
+        """
+        loop = asyncio.get_running_loop()
+        for first, last, chain in differences(self._pipeline.chain, better):
+            lost, began = self._pipeline.stages[first : last + 1], loop.time()
+            if stages := await self._rebuild(first, last, chain):
+                self._tell(lost, SessionLostError(why), stages, "replayed", loop.time() - began)
+            await self.mend()
+
     # --- one replacement ---------------------------------------------------------------------------------
 
-    async def _rebuild(self, first: int, last: int) -> list[LiveStage]:
-        """Replace some stages in a row; return the new ones, none when more stages have failed meanwhile."""
+    async def _rebuild(self, first: int, last: int, chain: Chain | None = None) -> list[LiveStage]:
+        """Replace some stages in a row, by those of ``chain`` or the best there are.
+
+        Return the new ones, none when more stages have failed meanwhile.
+        """
         pipeline = self._pipeline
         if not await self._inputs_are_known(first):
             return []
-        opened = await self._open(first, last)
+        opened = await self._open(first, last) if chain is None else await self._open_given(last, chain)
         stages = pipeline.replace(first, last, opened)
         self._fresh.update(stages)
         replayed = False
@@ -192,6 +208,23 @@ class Mender:
             before=_hop_of(stages, last + 1),
             blocked=blocked,
         )
+
+    async def _open_given(self, last: int, chain: Chain) -> list[OpenStage]:
+        pipeline = self._pipeline
+        positions = pipeline.laps.positions
+        opened = await open_stages(
+            pipeline.node,
+            self._planner,
+            pipeline.model,
+            chain,
+            sequences=len(positions),
+            reserve=sum(positions),
+            timeout=pipeline.options.open_timeout,
+            before=_hop_of(pipeline.stages, last + 1),
+        )
+        if isinstance(opened, Refusals):
+            raise next(iter(opened.values()))
+        return opened
 
     async def _replay(self, first: int, stages: Sequence[LiveStage]) -> bool:
         """Fill the caches of new stages up to what is settled; False when one has failed."""

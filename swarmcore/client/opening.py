@@ -20,6 +20,20 @@ from swarmcore.wire.messages import Hop, OpenSession, SessionOpened
 logger = logging.getLogger(__name__)
 
 
+@attrs.frozen
+class Comparison:
+    """A session's chain, and the one it would take if it opened now."""
+
+    current: float
+    """Expected seconds of a token over the chain that it has."""
+    better: float
+    """The same over the best one."""
+    chain: Chain
+    """The best one."""
+    replay: float
+    """Expected seconds to fill the caches of its new servers."""
+
+
 class Planner(Protocol):
     """Chooses the servers of one model's sessions, and hears how they did."""
 
@@ -33,6 +47,9 @@ class Planner(Protocol):
         before: PeerId | None = None,
     ) -> Chain:
         """A chain for ``span``, as `Router.plan` gives it on what is known now."""
+
+    def compare(self, chain: Chain, *, tokens: int = 0) -> Comparison | None:
+        """A live session's chain beside the best there is for it; None when chains are not weighed here."""
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:
         """A server failed a session."""
@@ -89,30 +106,53 @@ async def open_chain(
             )
         except SwarmError as exc:
             raise (failure or exc) from exc
-        hops = [_hop(stage, planner.session_id()) for stage in chain.stages]
-        results = await _open_all(
-            node, model, chain, [*hops, before], sequences=sequences, reserve=reserve, timeout=timeout
+        opened = await open_stages(
+            node, planner, model, chain, sequences=sequences, reserve=reserve, timeout=timeout, before=before
         )
-        opened = [result for result in results if isinstance(result, OpenStage)]
-        for stage in opened:
-            planner.worked(stage.hop.peer)
-        if len(opened) == len(chain):
+        if not isinstance(opened, Refusals):
             return opened
-        await asyncio.gather(*(stage.channel.close() for stage in opened))
-        refusals = {
-            hop.peer: result
-            for hop, result in zip(hops, results, strict=True)
-            if isinstance(result, SwarmError)
-        }
-        for peer, failure in refusals.items():
-            logger.info("%s refused a session: %s", short(peer), failure)
-            planner.failed(peer, failure)
+        for failure in opened.values():
             # A server that moved to other blocks says so with `SpanError`: another one may have them.
             if isinstance(failure, InputError) and not isinstance(failure, SpanError):
                 raise failure
-        avoided.update(refusals)
+        avoided.update(opened)
     assert failure is not None
     raise failure
+
+
+class Refusals(dict[PeerId, SwarmError]):
+    """Why servers of a chain did not grant a session; nothing was opened on the others."""
+
+
+async def open_stages(
+    node: Node,
+    planner: Planner,
+    model: ModelInfo,
+    chain: Chain,
+    *,
+    sequences: int,
+    reserve: int,
+    timeout: float,
+    before: Hop | None = None,
+) -> list[OpenStage] | Refusals:
+    """Open a session on every server of this one chain, or on none of them; as `open_chain` otherwise."""
+    hops = [_hop(stage, planner.session_id()) for stage in chain.stages]
+    results = await _open_all(
+        node, model, chain, [*hops, before], sequences=sequences, reserve=reserve, timeout=timeout
+    )
+    opened = [result for result in results if isinstance(result, OpenStage)]
+    for stage in opened:
+        planner.worked(stage.hop.peer)
+    if len(opened) == len(chain):
+        return opened
+    await asyncio.gather(*(stage.channel.close() for stage in opened))
+    refusals = Refusals()
+    for hop, result in zip(hops, results, strict=True):
+        if isinstance(result, SwarmError):
+            logger.info("%s refused a session: %s", short(hop.peer), result)
+            planner.failed(hop.peer, result)
+            refusals[hop.peer] = result
+    return refusals
 
 
 def _hop(stage: Stage, session: str) -> Hop:

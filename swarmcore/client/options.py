@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import attrs
 
+from swarmcore.routing.moving import MoveLimits
 from swarmcore.session.laps import JournalMode
 
 
 @attrs.frozen(kw_only=True)
 class Failover:
-    """Stages of a session were replaced, and the session went on."""
+    """Stages of a session were replaced, after a failure or for better ones, and the session went on."""
 
     lost: str
     """The servers that left the chain, and their blocks."""
@@ -51,5 +52,7 @@ class SessionOptions:
     or nobody (``"off"``): a failure then ends the session."""
     patience: float = 60.0
     """Seconds to wait for a server that holds the blocks of one that was lost."""
+    moves: MoveLimits | None = attrs.field(factory=MoveLimits)
+    """How much better another chain has to be for a live session to move to it; None: it never does."""
     on_failover: Callable[[Failover], None] | None = None
     """Told of every failover."""

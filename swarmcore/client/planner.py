@@ -6,10 +6,12 @@ import asyncio
 import secrets
 from collections.abc import Callable, Collection
 
+from swarmcore.client.opening import Comparison
 from swarmcore.errors import CacheFullError, InputError, SwarmError, TooManyCallsError
 from swarmcore.registry.base import Registry
 from swarmcore.routing.chain import Chain, Router
 from swarmcore.routing.health import PeerHealth
+from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.types import ModelInfo, PeerId, Span
 
 
@@ -54,6 +56,23 @@ class SwarmPlanner:
             banned=self._health.banned(asyncio.get_running_loop().time()),
             after=after,
             before=before,
+        )
+
+    def compare(self, chain: Chain, *, tokens: int = 0) -> Comparison | None:
+        router, view = self._router, self._registry.view()
+        if not isinstance(router, LeastLatency):
+            return None
+        best = self.plan(Span(0, self._model.blocks), tokens=tokens)
+        new = [stage for stage in best.stages if stage not in chain.stages]
+        return Comparison(
+            current=router.cost(view, self._model, chain).seconds,
+            better=router.cost(view, self._model, best).seconds,
+            chain=best,
+            replay=sum(
+                tokens * len(stage.span) * router.costs.block_seconds(stage.server, "prefill")
+                + router.costs.transfer(self._model, tokens)
+                for stage in new
+            ),
         )
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -13,7 +13,7 @@ from typing import Self
 import attrs
 
 from swarmcore.client.mending import Mender
-from swarmcore.client.opening import OpenStage, Planner, open_chain
+from swarmcore.client.opening import Comparison, OpenStage, Planner, open_chain
 from swarmcore.client.options import Failover, SessionOptions
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
 from swarmcore.errors import (
@@ -26,6 +26,7 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.routing.chain import Chain
+from swarmcore.routing.moving import MovePolicy
 from swarmcore.rpc.node import Node
 from swarmcore.session.laps import Chunk, Lap, Reply
 from swarmcore.types import ModelInfo, Span
@@ -40,6 +41,9 @@ CHUNKS_IN_FLIGHT = 8
 
 NUDGES = 3
 """How often a step without progress is sent again before the stage where it is stuck counts as lost."""
+
+LOOK_INTERVAL = 5.0
+"""Seconds between two looks for a better chain."""
 
 MOVE_PAUSE = 1.0
 """Seconds between two attempts to move off a server that leaves."""
@@ -74,7 +78,12 @@ class InferenceSession:
         self._turn = asyncio.Lock()
         self._stepping = False
         self._broken: SwarmError | None = None
-        self._hand_overs: set[asyncio.Task[None]] = set()
+        self._planner = planner
+        self._moves: set[asyncio.Task[None]] = set()
+        now = asyncio.get_running_loop().time()
+        self._policy = MovePolicy(now, options.moves)
+        self._next_look = now + LOOK_INTERVAL
+        self._laps_done = 0
 
     @property
     def chain(self) -> Chain:
@@ -131,9 +140,13 @@ class InferenceSession:
             async with self._turn:
                 laps = self._pipeline.laps
                 lap = laps.begin(lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources)
-                return await self._run(lap, hidden)
+                output = await self._run(lap, hidden)
         finally:
             self._stepping = False
+        self._laps_done += 1
+        if asyncio.get_running_loop().time() >= self._next_look:
+            self._look_for_better()
+        return output
 
     def rollback(self, positions: Sequence[int]) -> None:
         """Forget what is cached beyond ``positions``; the servers do so with the next step.
@@ -146,9 +159,9 @@ class InferenceSession:
         """End the session on every server. Harmless when repeated."""
         if self._broken is None:
             self._broken = SessionLostError("the session was closed on this side")
-        for task in self._hand_overs:
+        for task in self._moves:
             task.cancel()
-        await asyncio.gather(*self._hand_overs, return_exceptions=True)
+        await asyncio.gather(*self._moves, return_exceptions=True)
         await self._pipeline.close()
 
     async def __aenter__(self) -> Self:
@@ -242,9 +255,12 @@ class InferenceSession:
     # --- servers that leave ------------------------------------------------------------------------------
 
     def _on_draining(self, stage: LiveStage, seconds: float) -> None:
-        task = asyncio.create_task(self._move_off(stage, seconds), name="session hand-over")
-        self._hand_overs.add(task)
-        task.add_done_callback(self._hand_overs.discard)
+        self._start(self._move_off(stage, seconds))
+
+    def _start(self, move: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(move, name="session move")
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
 
     async def _move_off(self, stage: LiveStage, seconds: float) -> None:
         """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
@@ -266,6 +282,36 @@ class InferenceSession:
                     # If it stays so, the next step after the server is gone says what is wrong.
                     logger.info("could not move %r off %s: %s", self, stage, exc)
             await asyncio.sleep(MOVE_PAUSE)
+
+    # --- better chains -----------------------------------------------------------------------------------
+
+    def _look_for_better(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._next_look = now + LOOK_INTERVAL
+        if self.options.moves is None or self.options.journal == "off" or self._moves:
+            return
+        try:
+            found = self._planner.compare(self.chain, tokens=sum(self.positions))
+        except SwarmError:
+            return  # blocks are missing: no time for luxuries
+        if found is not None and self._policy.look(
+            now,
+            current=found.current,
+            better=found.better,
+            target=found.chain.peers,
+            tokens=self._laps_done,
+            replay=found.replay,
+        ):
+            self._start(self._move_to(found))
+
+    async def _move_to(self, found: Comparison) -> None:
+        async with self._turn:
+            why = f"{1000 * found.better:.0f} rather than {1000 * found.current:.0f} ms a token elsewhere"
+            try:
+                await self._mender.move(found.chain, why)
+            except SwarmError as exc:
+                logger.info("could not move %r to %s: %s", self, found.chain, exc)
+            self._policy.moved(asyncio.get_running_loop().time())
 
 
 async def open_session(

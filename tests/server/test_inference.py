@@ -96,6 +96,9 @@ class PlannedBy:
     def plan(self, span: Span, *, blocked=frozenset(), **_) -> Chain:
         return self.chain(blocked)
 
+    def compare(self, chain: Chain, **_) -> None:
+        return None
+
     def failed(self, peer: PeerId, error: SwarmError) -> None:
         pass
 
