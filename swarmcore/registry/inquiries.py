@@ -16,7 +16,7 @@ from swarmcore.registry.partners import Partners
 from swarmcore.registry.replica import Replica
 from swarmcore.registry.suspicion import Credibility
 from swarmcore.rpc import Node
-from swarmcore.types import PeerId, ServerInfo, short
+from swarmcore.types import Address, PeerId, ServerInfo, short
 
 logger = logging.getLogger(__name__)
 
@@ -118,25 +118,39 @@ class Inquiries:
                 inquiry.on_dead(peer, inquiry.sequence)
 
     async def _answers(self, info: ServerInfo, suspected: int = 0) -> bool | None:
-        """Whether a peer answers, be it with a refusal; None when there is no way to ask it."""
+        """Whether a peer answers at any of its addresses; None when there is no way to ask it."""
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        # All at once: an address that only a part of the network can reach must not cost the others time.
         addresses = self._partners.reached_by(info).addresses
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._timeout
-        if not addresses:
-            return None
-        for attempt in range(1, _ATTEMPTS + 1):
+        asking = [asyncio.create_task(self._answers_at(to, suspected, deadline)) for to in addresses]
+        verdict: bool | None = None
+        try:
+            for answer in asyncio.as_completed(asking):
+                if (answers := await answer) is not None:
+                    verdict = answers
+                if answers:
+                    break
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        return verdict
+
+    async def _answers_at(self, address: Address, suspected: int, deadline: float) -> bool | None:
+        now = asyncio.get_running_loop().time
+        for _ in range(_ATTEMPTS):
             try:
-                timeout = max(deadline - loop.time(), 0.001)
-                await self._node.call(addresses, CHECK, CheckAlive(suspected), timeout=timeout)
+                timeout = max(deadline - now(), 0.001)
+                await self._node.call(address, CHECK, CheckAlive(suspected), timeout=timeout)
             except UnknownTransportError:
                 return None
             except SwarmError as exc:
-                # A connection that was open may have broken by itself; everything else is an answer.
-                if exc.origin is not None:
+                if exc.origin is not None:  # a refusal is an answer, too
                     return True
-                if attempt == _ATTEMPTS or not isinstance(exc, ConnectionLostError | StreamAbortedError):
-                    logger.debug("%s does not answer: %s", short(info.peer), exc)
+                logger.debug("no answer from %s: %s", address, exc)
+                if not isinstance(exc, ConnectionLostError | StreamAbortedError):
                     return False
+                # Otherwise it was a connection that had been open and may have broken by itself.
             else:
                 return True
         return False

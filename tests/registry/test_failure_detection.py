@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from random import Random
 
+import attrs
 import pytest
 
 from swarmcore.registry.messages import CHECK, EXCHANGE, ExchangeRecords
@@ -259,6 +260,32 @@ async def test_a_partition_parts_the_views_and_healing_joins_them_before_the_nex
     for member in members:
         await swarm.until_known(member, *(m.info() for m in members))
     assert asyncio.get_running_loop().time() - started < 40.0
+
+
+async def test_an_address_that_leads_nowhere_does_not_make_a_peer_look_dead(swarm: GossipSwarm) -> None:
+    members = await announced(swarm, 4)
+    one, other = members[:2]
+    peer = one.identity.peer
+    nowhere = tuple(f"memory://nowhere{number}/{peer}" for number in range(8))
+    info = attrs.evolve(one.info(), addresses=(*nowhere, *one.addresses))
+    await one.registry.announce(info, TTL)
+    await swarm.until(other, lambda view: view.servers[peer] == info)
+    changes = other.registry.changes()
+    other.registry.suspect(peer)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5.0):
+            await anext(changes)
+
+
+async def test_the_living_stay_in_all_views_over_many_refreshes(quiet_swarm: GossipSwarm) -> None:
+    members = await announced(quiet_swarm, 5)
+    client = await quiet_swarm.watch(members[0].addresses)
+    readers = [member.registry.changes() for member in (*members, client)]
+    await asyncio.sleep(3 * TTL)
+    for reader in readers:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await anext(reader)
 
 
 async def test_lifelines_lead_to_the_next_two_and_do_not_thrash(quiet_swarm: GossipSwarm) -> None:
