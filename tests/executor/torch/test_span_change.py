@@ -34,7 +34,7 @@ FAMILIES = (
     "falcon-rw",
     "falcon-40b",
 )
-"""Sliding and full attention mixed, dense and expert layers mixed, traits by index, attention of their own."""
+"""Sliding and full attention mixed, dense and expert layers, traits by index, attention of their own."""
 
 
 def load(checkpoint: Checkpoint, span: Span, dtype: str = "float32") -> TorchExecutor:
