@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from swarmcore.client.generation import BatchGeneration, Generation
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.model_session import ModelSession
-    from swarmcore.client.session import InferenceSession, SessionOptions
+    from swarmcore.client.options import Failover, SessionOptions
+    from swarmcore.client.session import InferenceSession
     from swarmcore.client.settings import GenerationSettings
     from swarmcore.client.swarm import Swarm, connect
     from swarmcore.errors import SwarmError
@@ -37,6 +38,7 @@ _PLACES = {
     "BlockExecutor": "executor.base",
     "BlockServer": "server.block_server",
     "Chain": "routing.chain",
+    "Failover": "client.options",
     "Generation": "client.model",
     "GenerationSettings": "client.settings",
     "Identity": "identity",
@@ -49,7 +51,7 @@ _PLACES = {
     "RemoteModel": "client.model",
     "Router": "routing.chain",
     "ServerInfo": "types",
-    "SessionOptions": "client.session",
+    "SessionOptions": "client.options",
     "Span": "types",
     "Stream": "transport",
     "Swarm": "client.swarm",
@@ -67,6 +69,7 @@ __all__ = [
     "BlockExecutor",
     "BlockServer",
     "Chain",
+    "Failover",
     "Generation",
     "GenerationSettings",
     "Identity",

@@ -15,6 +15,7 @@ import click
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.session.laps import JournalMode
 from swarmcore.types import PeerId
 
 Option = Callable[[Any], Any]
@@ -183,6 +184,22 @@ _REMOTE_MODEL = (
         help="Never use blocks of this server; repeat for several.",
     ),
     click.option("--max-hops", type=click.IntRange(min=1), metavar="N", help="At most N servers in a chain."),
+    click.option(
+        "--journal",
+        type=click.Choice(["client", "servers", "off"]),
+        default="client",
+        show_default=True,
+        help="Who keeps what lost servers are rebuilt from; servers spares this machine's downlink, with off "
+        "a lost server ends the generation.",
+    ),
+    click.option(
+        "--patience",
+        type=click.FloatRange(min=0),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to look for a replacement of a server that was lost.",
+    ),
     click.option("--route", is_flag=True, help="Show the servers in use, and where a token's time goes."),
     click.option(
         "--wait",
@@ -260,6 +277,8 @@ class RemoteModelOptions:
     allowed_servers: tuple[PeerId, ...]
     blocked_servers: tuple[PeerId, ...]
     max_hops: int | None
+    journal: JournalMode
+    patience: float
     route: bool
     wait: float
 

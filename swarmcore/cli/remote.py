@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
+
+import attrs
 
 from swarmcore.cli.options import RemoteModelOptions, load_identity, set_thread_environment
 from swarmcore.cli.output import Output
@@ -12,6 +16,7 @@ from swarmcore.errors import InputError, MissingBlocksError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
+    from swarmcore.client.options import Failover
     from swarmcore.client.swarm import Swarm
     from swarmcore.routing.chain import Chain
     from swarmcore.types import ModelInfo
@@ -42,7 +47,12 @@ async def remote_model(
                     dtype=options.dtype,
                     revision=options.revision,
                     threads=options.threads,
-                    session_options=SessionOptions(codec=options.codec),
+                    session_options=SessionOptions(
+                        codec=options.codec,
+                        journal=options.journal,
+                        patience=options.patience,
+                        on_failover=partial(_show_failover, output),
+                    ),
                     progress=progress,
                 )
             except ModelNotFoundError as exc:
@@ -75,6 +85,12 @@ def show_route(output: Output, swarm: Swarm, model: ModelInfo, chain: Chain) -> 
             for stage in cost.stages
         ],
     )
+
+
+def _show_failover(output: Output, failover: Failover) -> None:
+    # The text that is being streamed may have left the cursor in the middle of a line.
+    output.remark(f"{chr(10) if sys.stdout.isatty() else ''}{failover}")
+    output.event("failover", **attrs.asdict(failover))
 
 
 def _the_only_model(swarm: Swarm) -> str:

@@ -327,9 +327,10 @@ class Mender:
             how=how,
             seconds=seconds,
         )
-        logger.warning("%s", failover)
-        if self._pipeline.options.on_failover is not None:
-            self._pipeline.options.on_failover(failover)
+        told = self._pipeline.options.on_failover
+        logger.log(logging.WARNING if told is None else logging.INFO, "%s", failover)
+        if told is not None:
+            told(failover)
 
 
 def _hop_of(stages: Sequence[LiveStage], index: int) -> Hop | None:

@@ -55,4 +55,4 @@ class SessionOptions:
     moves: MoveLimits | None = attrs.field(factory=MoveLimits)
     """How much better another chain has to be for a live session to move to it; None: it never does."""
     on_failover: Callable[[Failover], None] | None = None
-    """Told of every failover."""
+    """Told of every failover, which is then logged as information rather than as a warning."""
