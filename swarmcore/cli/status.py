@@ -11,6 +11,7 @@ import click
 
 from swarmcore.cli import interrupt
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
+from swarmcore.cli.notes import Notes, ask
 from swarmcore.cli.options import client_options, load_identity, standard
 from swarmcore.cli.output import Output
 from swarmcore.types import ModelInfo, ServerInfo, Span, short
@@ -18,12 +19,15 @@ from swarmcore.types import ModelInfo, ServerInfo, Span, short
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
+    from swarmcore.client.swarm import Swarm
     from swarmcore.registry.base import SwarmView
 
 _REFRESH = 0.5  # seconds between two looks at the view
+_ASK_AGAIN = 10.0  # seconds between two rounds of asking the servers what they are about to do
 _BAR_WIDTH = 40
-_SERVER_BAR_WIDTH = 12
+_SERVER_BAR_WIDTH = 8
 _STATE_STYLES = {"online": "green", "joining": "yellow", "draining": "magenta"}
+_SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 @click.command()
@@ -31,7 +35,7 @@ _STATE_STYLES = {"online": "green", "joining": "yellow", "draining": "magenta"}
 @click.option("--once", is_flag=True, help="Print the present state and leave.")
 @standard
 def status(output: Output, bootstrap: tuple[str, ...], identity_file: str | None, once: bool) -> None:
-    """Show the swarm's servers, their blocks, load and cache, live until Ctrl-C.
+    """Show the swarm's servers, their blocks, load and cache, and what they are about to do, until Ctrl-C.
 
     Where stdout is no terminal it prints once. With --json: a line at every change, or one with --once.
     """
@@ -50,30 +54,41 @@ async def _watch(
     from swarmcore.client.swarm import connect
 
     async with connect(*bootstrap, identity=load_identity(identity_file)) as swarm:
-        view = swarm.view()
-        output.event("status", **describe(view))
+        view, notes = swarm.view(), await ask(swarm)
+        output.event("status", **describe(view, notes))
         if once and not output.json_lines:
-            Console().print(render(view))
+            Console().print(render(view, notes))
         if once:
             return
-        live = None if output.json_lines else Live(render(view), auto_refresh=False, screen=False)
+        live = None if output.json_lines else Live(render(view, notes), auto_refresh=False, screen=False)
+        asking = asyncio.create_task(_ask_later(swarm))
         try:
             if live:
                 live.start(refresh=True)
             while True:
                 await asyncio.sleep(_REFRESH)
                 seen, view = view.revision, swarm.view()
-                if view.revision != seen:
-                    output.event("status", **describe(view))
+                heard, notes = notes, asking.result() if asking.done() else notes
+                if asking.done():
+                    asking = asyncio.create_task(_ask_later(swarm))
+                if view.revision != seen or notes != heard:
+                    output.event("status", **describe(view, notes))
                     if live:
-                        live.update(render(view), refresh=True)
+                        live.update(render(view, notes), refresh=True)
         finally:
+            asking.cancel()
+            await asyncio.wait([asking])
             if live:
                 live.stop()
 
 
-def describe(view: SwarmView) -> dict[str, Any]:
-    """The view as plain values for JSON."""
+async def _ask_later(swarm: Swarm) -> Notes:
+    await asyncio.sleep(_ASK_AGAIN)
+    return await ask(swarm)
+
+
+def describe(view: SwarmView, notes: Notes) -> dict[str, Any]:
+    """The view, and what the servers said, as plain values for JSON."""
     models = []
     for fingerprint, model in sorted(view.models().items()):
         counts = _coverage_online(view, model)
@@ -86,24 +101,29 @@ def describe(view: SwarmView) -> dict[str, Any]:
                 "missing": [str(span) for span in uncovered(counts)],
             }
         )
-    return {"models": models, "servers": [_server_values(server) for server in sorted(view, key=_by_span)]}
+    servers = sorted(view, key=_by_span)
+    return {"models": models, "servers": [_server_values(server, notes) for server in servers]}
 
 
-def _server_values(server: ServerInfo) -> dict[str, Any]:
+def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
     values = attrs.asdict(server, recurse=False)
     values["model"] = server.model.name if server.model else None
     values["span"] = str(server.span) if server.span else None
+    values["target"] = str(server.target) if server.target else None
+    values["rtts"] = {rtt.peer: rtt.seconds for rtt in server.rtts}
+    values["notes"] = list(notes.get(server.peer, ()))
     return values
 
 
-def render(view: SwarmView) -> Group:
-    """The view as tables: one for each model, then the peers without blocks."""
+def render(view: SwarmView, notes: Notes) -> Group:
+    """The view as tables: one for each model, with what its servers said, then the peers without blocks."""
     from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = []
     for model in sorted(view.models().values(), key=lambda m: (m.name, m.fingerprint)):
-        parts += [_model_line(view, model), _server_table(view.serving(model.fingerprint), model), Text()]
+        servers = view.serving(model.fingerprint)
+        parts += [_model_line(view, model), _server_table(servers, model), *_notes(servers, notes), Text()]
     without_blocks = [server for server in view if server.span is None]
     if without_blocks:
         names = ", ".join(f"{short(server.peer)} {server.public_name}".strip() for server in without_blocks)
@@ -137,27 +157,44 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType
 
     # All but the name keep their width: on a narrow terminal that is what gives way.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
-    for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH), ("dtype", 8)):
+    for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH), ("dtype", 5)):
         table.add_column(name, no_wrap=True, min_width=width)
-    table.add_column("sessions", justify="right", no_wrap=True, min_width=8)
-    table.add_column("cache", justify="right", no_wrap=True, min_width=15)
+    for name, width in (("sessions", 8), ("tok/s", 6), ("cache", 8)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("name", overflow="fold")
     for server in servers:
         assert server.span is not None
         total, free = server.cache_tokens, server.cache_tokens_free
-        cache = f"{100 * (total - free) // total} % of {total:,}" if total else "-"
+        cache = f"{100 * (total - free) // total} % of {_thousands(total)}" if total else "-"
+        state = f"to {server.target}" if server.target else server.state
         table.add_row(
             short(server.peer),
             # Text, not str: what strangers announce is not markup.
-            Text(server.state, style=_STATE_STYLES.get(server.state, "")),
+            Text(state, style="cyan" if server.target else _STATE_STYLES.get(server.state, "")),
             str(server.span),
             coverage_bar(coverage([server.span], model.blocks), _SERVER_BAR_WIDTH),
-            Text(server.dtype),
+            Text(_SHORT_DTYPES.get(server.dtype, server.dtype)[:5]),
             str(server.sessions),
+            f"{server.throughput:,.0f}" if server.throughput else "-",
             cache,
             Text(server.public_name[:24]),
         )
     return table
+
+
+def _notes(servers: list[ServerInfo], notes: Notes) -> list[RenderableType]:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    return [
+        Padding(Text(f"{short(server.peer)} {note}", style="dim"), (0, 0, 0, 2))
+        for server in servers
+        for note in notes.get(server.peer, ())
+    ]
+
+
+def _thousands(tokens: int) -> str:
+    return f"{tokens // 1000}k" if tokens >= 10_000 else str(tokens)
 
 
 def _coverage_online(view: SwarmView, model: ModelInfo) -> list[int]:

@@ -1,11 +1,13 @@
 """The parts of the command line that are plain functions: coverage, places by transport, progress, status."""
 
+import io
 import json
 
 import pytest
 
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.listening import by_scheme, network_config
+from swarmcore.cli.notes import Notes, readable
 from swarmcore.cli.output import Output
 from swarmcore.cli.progress import JsonProgress, PlainProgress
 from swarmcore.cli.status import describe, render
@@ -103,7 +105,7 @@ def view(*servers: ServerInfo) -> SwarmView:
 
 def test_status_counts_only_servers_that_are_online():
     swarm = view(server(Span(0, 3)), server(Span(2, 6), state="joining"), server(None))
-    found = describe(swarm)
+    found = describe(swarm, {})
     assert found["models"] == [
         {
             "name": "tiny",
@@ -117,21 +119,61 @@ def test_status_counts_only_servers_that_are_online():
     json.dumps(found)
 
 
-def test_status_as_a_table(capsys):
+def printed(swarm: SwarmView, notes: Notes, width: int) -> str:
     from rich.console import Console
 
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(swarm, notes))
+    return console.export_text()
+
+
+def test_status_as_a_table():
     swarm = view(
         server(Span(0, 3), public_name="[bold]attic", cache_tokens=1000, cache_tokens_free=750, sessions=2),
         server(Span(3, 6), state="draining"),
         server(None, public_name="door"),
     )
-    Console(width=160).print(render(swarm))
-    text = capsys.readouterr().out
+    text = printed(swarm, {}, 160)
     assert "missing 3:6" in text
     assert "[bold]attic" in text, "what strangers announce is not markup"
     assert "▂▂▂···" in text
-    assert "25 %" in text
+    assert "25 % of 1000" in text
+    assert "draining" in text
     assert "door" in text
+
+
+def test_status_shows_moves_and_reasons_and_fits_80_columns():
+    mover = server(
+        Span(0, 3),
+        target=Span(3, 6),
+        throughput=1234.5,
+        dtype="bfloat16",
+        cache_tokens=131_072,
+        cache_tokens_free=131_072,
+        public_name="attic",
+    )
+    notes = {mover.peer: ("placement: moving from 0:3 to 3:6: [red]nobody holds these, while " + "x " * 30,)}
+    text = printed(view(mover), notes, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    row = next(line for line in text.splitlines() if "0:3 " in line)
+    assert "to 3:6" in row
+    assert "1,234" in row
+    assert "bf16" in row
+    assert "0 % of 131k" in row
+    assert "attic" in row
+    assert "placement: moving from 0:3 to 3:6: [red]nobody" in text
+    [values] = describe(view(mover), notes)["servers"]
+    assert (values["target"], values["throughput"], values["notes"]) == (
+        "3:6",
+        1234.5,
+        list(notes[mover.peer]),
+    )
+    json.dumps(values)
+
+
+def test_what_strangers_say_cannot_upset_the_terminal():
+    assert readable("a\x1b[2Jb\nc\t\u202ed") == "a [2Jb c d"
+    assert len(readable("x" * 10_000)) == 300
 
 
 def test_events_are_json_whatever_is_in_them(capsys: pytest.CaptureFixture[str]) -> None:

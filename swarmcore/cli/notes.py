@@ -1,0 +1,47 @@
+"""What servers say that they are about to do, and why: asked of each of them, for ``swarmcore status``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from swarmcore.errors import SwarmError
+from swarmcore.types import PeerId, ServerInfo
+
+if TYPE_CHECKING:
+    from swarmcore.client.swarm import Swarm
+
+Notes = Mapping[PeerId, Sequence[str]]
+"""A few lines for each server that was asked."""
+
+ASK_TIMEOUT = 3.0
+"""Seconds that one server gets to answer."""
+
+ASK_AT_ONCE = 16
+MOST_ASKED = 256
+MOST_NOTES = 4
+MOST_CHARACTERS = 300
+
+
+async def ask(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> Notes:
+    """The notes of the servers in the view, or why there are none; of no more than `MOST_ASKED` of them."""
+    asked = [server for server in swarm.view() if server.span is not None][:MOST_ASKED]
+    room = asyncio.Semaphore(ASK_AT_ONCE)
+
+    async def one(server: ServerInfo) -> Sequence[str]:
+        async with room:
+            try:
+                reply = await swarm.info(server.peer, timeout=timeout)
+            except SwarmError as exc:
+                return (f"does not answer: {readable(str(exc))}",)
+        return [readable(note) for note in reply.notes[:MOST_NOTES]]
+
+    answers = await asyncio.gather(*map(one, asked))
+    return {server.peer: notes for server, notes in zip(asked, answers, strict=True)}
+
+
+def readable(text: str) -> str:
+    """What a stranger said, cut to a bearable length and free of what would upset a terminal."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:MOST_CHARACTERS]
