@@ -238,6 +238,7 @@ async def test_a_step_that_brings_down_every_server_is_given_up() -> None:
 
 
 async def test_a_failover_is_told_in_one_clear_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with swarm_of(*TWICE) as swarm:
         session = await swarm.open()
         run = Run.of(session)
