@@ -108,6 +108,32 @@ def inference(
         Console().print(inference_table(results))
 
 
+@bench.command()
+@click.option("--servers", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N")
+@click.option("--blocks", type=click.IntRange(min=1), default=80, show_default=True, metavar="N")
+@click.option(
+    "--longest-span",
+    type=click.IntRange(min=4),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Servers hold 4 to N blocks.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True, metavar="N")
+@standard
+def routing(output: Output, servers: int, blocks: int, longest_span: int, rounds: int) -> None:
+    """Measure how long it takes to plan a chain over a large swarm, and again after each change."""
+    from rich.console import Console
+
+    from swarmcore.bench.routing import RoutingBench, routing_table
+
+    settings = RoutingBench(servers=servers, blocks=blocks, longest_span=longest_span, rounds=rounds)
+    results = settings.run()
+    output.event("routing", settings=attrs.asdict(settings), results=[attrs.asdict(r) for r in results])
+    if not output.json_lines:
+        Console().print(routing_table(settings, results))
+
+
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))

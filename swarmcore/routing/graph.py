@@ -64,6 +64,7 @@ class ServerGraph:
         self._measured: list[float] = []  # sorted
         self._unmeasured: dict[int, None] = {}
         self._typical = 0.0
+        self._stale: dict[int, None] = {}  # whose links have to be worked out again
 
     def __repr__(self) -> str:
         return f"<ServerGraph {self.model.name} {len(self.slots)} servers>"
@@ -90,6 +91,9 @@ class ServerGraph:
             seen[info.peer] = info
             self._put(info)
         self._follow_rtts()
+        for slot in self._stale:
+            self._link(slot)
+        self._stale.clear()
         if self._unmeasured and self._typical != self.typical:
             self._typical = self.typical
             for slot in self._unmeasured:
@@ -145,9 +149,9 @@ class ServerGraph:
                 self._unmention(peer, slot)
             for peer in published:
                 self._mentions.setdefault(peer, {})[slot] = None
-            self._link(slot)
+            self._stale[slot] = None
         if before is None:
-            self._link_mentions(info.peer)
+            self._stale.update(self._mentions.get(info.peer, {}))
 
     def _remove(self, peer: PeerId) -> None:
         slot = self.slots.pop(peer, None)
@@ -162,8 +166,8 @@ class ServerGraph:
         for other in vertex.published:
             self._unmention(other, slot)
         self._forget_measure(slot, vertex.measured)
-        self.shortcuts[slot], self.links[slot] = [], {}
-        self._link_mentions(peer)
+        self._stale.pop(slot, None)
+        self._stale.update(self._mentions.get(peer, {}))
 
     def _take_slot(self, peer: PeerId) -> int:
         if self._free:
@@ -190,8 +194,8 @@ class ServerGraph:
             slot = self.slots.get(peer)
             if slot is not None:
                 self.to_hub[slot] = self.costs.rtt(peer) / 2
-                self._link(slot)
-                self._link_mentions(peer)
+                self._stale[slot] = None
+                self._stale.update(self._mentions.get(peer, {}))
 
     def _learn_measure(self, slot: int, measured: float) -> None:
         if measured:
@@ -212,10 +216,6 @@ class ServerGraph:
         del publishers[slot]
         if not publishers:
             del self._mentions[peer]
-
-    def _link_mentions(self, peer: PeerId) -> None:
-        for slot in self._mentions.get(peer, ()):
-            self._link(slot)
 
     def _link(self, slot: int) -> None:
         """Sort the published round trips of one server into shortcuts and detours."""

@@ -65,6 +65,7 @@ class _Layer:
         self._query = query
         self._seconds = [INFINITE] * len(graph.vertices)
         self._paths: list[Path | None] = [None] * len(graph.vertices)
+        self._enter = [way + entry for way, entry in zip(graph.to_hub, query.entry, strict=True)]
         self._best = INFINITE
         self._nearest = -1
         """The server from which the hub is reached first, in ``_best`` seconds."""
@@ -83,14 +84,15 @@ class _Layer:
             for slot in slots:
                 seconds[slot] = INFINITE
         from_hub, hub_path = hub
+        enter = self._enter
         best = second = INFINITE
         nearest = following = -1
         for slot in slots:
             if slot in exceptions:
                 entered, path = exceptions[slot]
+                entered += entry[slot]
             else:
-                entered, path = from_hub + to_hub[slot], hub_path
-            entered += entry[slot]
+                entered, path = from_hub + enter[slot], hub_path
             spent = seconds[slot]
             if entered < spent:
                 spent = entered

@@ -64,7 +64,9 @@ async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path,
     ):
         other = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
         chain = await swarm.wait_for_blocks(other.info, timeout=30)
-        assert [str(stage.span) for stage in chain.stages] == ["0:17", "17:30"]
+        first, second = (stage.span for stage in chain.stages)
+        assert (first.start, second.end) == (0, 30)
+        assert 12 <= first.end == second.start <= 17
         text = "".join([piece async for piece in other.generate(PROMPTS[2], max_new_tokens=16)])
     assert text == await plain_text(plain_smollm2, other.tokenizer, PROMPTS[2], 16)
 
