@@ -77,7 +77,6 @@ class Mender:
                 raise located(lost[0], reason)
             if self._budget == 0:
                 raise located(lost[0], reason, f"after {MAX_FAILOVERS} failovers in one step")
-            self._budget -= 1
             began = loop.time()
             try:
                 stages = await self._rebuild(*found)
@@ -86,11 +85,13 @@ class Mender:
                     raise
                 if loop.time() + pause > give_up:
                     raise _gave_up(exc, pipeline.options.patience, reason) from exc
-                self._budget += isinstance(exc, MissingBlocksError)
+                if not isinstance(exc, MissingBlocksError):
+                    self._budget -= 1
                 logger.info("no replacement for %s yet: %s", _names(lost), exc)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
+            self._budget -= 1
             if stages:
                 give_up, pause = loop.time() + pipeline.options.patience, FIRST_PAUSE
                 self._tell(lost, reason, stages, "replayed", loop.time() - began)

@@ -7,7 +7,15 @@ import secrets
 from collections.abc import Callable, Collection
 
 from swarmcore.client.opening import Comparison
-from swarmcore.errors import CacheFullError, InputError, SwarmError, TooManyCallsError
+from swarmcore.errors import (
+    CacheFullError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    InputError,
+    PeerUnreachableError,
+    SwarmError,
+    TooManyCallsError,
+)
 from swarmcore.registry.base import Registry
 from swarmcore.routing.chain import Chain, Router
 from swarmcore.routing.health import PeerHealth
@@ -76,11 +84,15 @@ class SwarmPlanner:
         )
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:
-        """Avoid the server for a while, unless all it lacks is room or it was asked for the impossible."""
+        """Avoid the server for a while, unless all it lacks is room or it was asked for the impossible.
+
+        When it may be dead, let the registry find out.
+        """
         if isinstance(error, CacheFullError | TooManyCallsError | InputError):
             return
         self._health.failed(peer, asyncio.get_running_loop().time(), error.message)
-        self._registry.suspect(peer)
+        if isinstance(error, ConnectionLostError | PeerUnreachableError | DeadlineExceededError):
+            self._registry.suspect(peer)
 
     def worked(self, peer: PeerId) -> None:
         self._health.succeeded(peer)

@@ -276,6 +276,23 @@ async def test_a_server_that_leaves_hands_its_caches_over(journal: str) -> None:
         await quiet(swarm)
 
 
+async def test_what_was_handed_over_has_no_outputs_to_replay_and_the_stage_before_helps_out() -> None:
+    async with swarm_of(*TWICE) as swarm:
+        session = await swarm.open(journal="servers")
+        run = Run.of(session)
+        await run.step(5)
+        leaving = swarm.serving(session, 1)
+        await leaving.registry.withdraw()
+        assert await leaving.service.drain(30) == 0
+        await run.step(1)
+        await swarm.serving(session, 2).kill()
+        await run.step(1)
+        assert [failover.how for failover in swarm.failovers] == ["handed over", "replayed"]
+        await run.step(1)
+        await session.close()
+        await quiet(swarm)
+
+
 async def test_an_idle_session_is_handed_over_too() -> None:
     async with swarm_of(*TWICE) as swarm:
         session = await swarm.open(journal="off")
