@@ -80,7 +80,6 @@ class BlockServer:
         self.target: Span | None = None
         """Blocks that it is about to move to."""
         self._seconds_per_block = seconds_per_block
-        self._cache_tokens = cache_tokens
         self._announced: ServerInfo | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._rebalancing: Rebalancing | None = None
@@ -102,13 +101,13 @@ class BlockServer:
             model=self.executor.model,
             span=self.span,
             dtype=self.executor.dtype,
-            cache_tokens=self._cache_tokens,
+            cache_tokens=self.engine.cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
             sessions=self.inference.sessions,
             decode_rps=stats.decode_rps or self.speed.compute.decode_rps / blocks,
             forward_rps=stats.forward_rps or self.speed.compute.forward_rps / blocks,
             throughput=self.speed.throughput(blocks),
-            queue_seconds=stats.queue_seconds,
+            queue_seconds=self.engine.queue_seconds,
             target=self.target,
             incarnation=self.incarnation,
             public_name=self.config.public_name,
@@ -135,7 +134,7 @@ class BlockServer:
         return (
             f"<BlockServer {short(self.node.peer)} {model.name}[{self.span}] {self.state}{moving} · "
             f"{self.inference.sessions} sessions · {self.engine.cache_tokens_free} of "
-            f"{self._cache_tokens} cache tokens free>"
+            f"{self.engine.cache_tokens} cache tokens free>"
         )
 
     # --- life --------------------------------------------------------------------------------------------
