@@ -1,5 +1,6 @@
 """How commands end: exit statuses, signals, and mistakes that only show once something real is done."""
 
+import asyncio
 import json
 import os
 import random
@@ -9,12 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from tiny_models import save_random_model, tiny_config
 
+from swarmcore.client.swarm import connect
+from swarmcore.errors import SwarmError
 from swarmcore.identity import Identity
+from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.types import Address
+from swarmcore.wire.messages import OpenSession
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -196,3 +202,50 @@ def test_json_lines_are_all_json(start):
     _, stdout, stderr = process.end()
     assert [json.loads(line) for line in stdout.splitlines()] == []
     assert stderr == ""
+
+
+@asynccontextmanager
+async def session_on(address):
+    """A session on the first block of the server at ``address``, whatever its client would be."""
+    async with connect(address) as swarm:
+        [server] = swarm.view()
+        opening = OpenSession(f"{1:032x}", server.model.fingerprint, 0, 1, sequences=1, tokens=16)
+        async with await swarm.node.open(
+            [Address.parse(url) for url in server.addresses], INFERENCE_PROTOCOL, opening
+        ) as channel:
+            assert (await channel.receive()).kind == "SessionOpened"
+            yield channel
+
+
+@pytest.fixture
+def tiny_server(start, tiny_model, tmp_path):
+    """A server of the tiny model that says JSON, and its address."""
+    process = start(
+        *("serve", "--model", str(tiny_model), "--listen", "127.0.0.1:0", "--threads", "1", "--json"),
+        *("--throughput", "12.5"),
+    )
+    plan, online = process.event("plan"), process.event("online")
+    assert plan["blocks"] == 5
+    assert "all of 5 blocks" in plan["reasons"][-1]
+    assert (online["blocks"], online["throughput"]) == ("0:5", 12.5)
+    return process, online["addresses"][0]
+
+
+async def test_a_server_that_is_stopped_waits_for_its_sessions(tiny_server):
+    process, address = tiny_server
+    async with session_on(address) as channel:
+        process.signal(signal.SIGTERM)
+        assert (await channel.receive()).kind == "Draining"
+    assert process.event("leaving")["sessions"] == 1
+    status, _, stderr = await asyncio.to_thread(process.end)
+    assert (status, stderr) == (0, "")
+
+
+async def test_a_second_signal_ends_a_server_at_once(tiny_server):
+    process, address = tiny_server
+    with suppress(SwarmError):
+        async with session_on(address) as channel:
+            process.signal(signal.SIGTERM)
+            assert (await channel.receive()).kind == "Draining"
+            process.signal(signal.SIGTERM)
+            assert (await asyncio.to_thread(process.end))[0] == 128 + signal.SIGTERM
