@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from memory_swarm import Run, Server, Swarm, quiet, swarm_of
+from memory_swarm import Run, Swarm, quiet, swarm_of
 
 from swarmcore.client.session import InferenceSession
 from swarmcore.testing.clock import run as run_on_virtual_time
@@ -13,7 +13,10 @@ from swarmcore.testing.clock import run as run_on_virtual_time
 TWICE = ("0:4", "4:8", "8:12", "0:4", "4:8", "8:12")
 DELAY = 0.010
 SPAN_OF_TIME = 0.33
-"""Virtual seconds that `busy` takes, a little more than; every failure comes at one of these moments."""
+"""Virtual seconds that `busy` takes without failures, and a little more."""
+
+TICK = 0.0077
+"""Between two moments that are tried; not in step with the delay."""
 
 
 async def busy(session: InferenceSession) -> None:
@@ -40,20 +43,18 @@ async def survive(moments: list[tuple[float, str]], journal: str, seed: int = 0)
             for when, what in moments:
                 await asyncio.sleep(start + when - asyncio.get_running_loop().time())
                 kind, stage = what.split(":")
-                await misfortune(swarm, session, kind, int(stage))
+                await befall(swarm, session, kind, int(stage))
 
         failing = asyncio.create_task(fail())
         await busy(session)
-        swarm_took = asyncio.get_running_loop().time() - start
         failing.cancel()
         await asyncio.gather(failing, return_exceptions=True)
         await session.close()
         await quiet(swarm)
-        assert swarm_took < 60
     return swarm
 
 
-async def misfortune(swarm: Swarm, session: InferenceSession, kind: str, stage: int) -> None:
+async def befall(swarm: Swarm, session: InferenceSession, kind: str, stage: int) -> None:
     if stage >= len(session.chain):
         return
     peer = session.chain.peers[stage]
@@ -69,33 +70,23 @@ async def misfortune(swarm: Swarm, session: InferenceSession, kind: str, stage: 
             await swarm.add(str(server.executor.span), identity=server.node.identity)
         case "break":  # the connections only; the server lives on
             server.transport.break_connections()
-        case "unlink":  # one server loses the way to the next one
-            other: Server | None = next(
-                (s for s in swarm.servers if s.peer in session.chain.peers[stage + 1 :] and not s.dead), None
-            )
-            if other is not None:
-                server.transport.partition(other.peer)
-        case "hang":
-            server.transport.partition()
-            await server.registry.withdraw()
 
 
-@pytest.mark.parametrize("journal", ["client", "servers"])
-@pytest.mark.parametrize("kind", ["kill", "restart", "break"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_at_every_moment(journal: str, kind: str, stage: int) -> None:
+@pytest.mark.parametrize(
+    "misfortune", ["kill:0", "kill:1", "kill:2", "restart:0", "restart:1", "restart:2", "break:1"]
+)
+def test_at_every_moment(misfortune: str) -> None:
+    ticks = round(SPAN_OF_TIME / TICK)
     failovers = 0
-    for tick in range(int(SPAN_OF_TIME / 0.005)):
-        moment = [(tick * 0.005, f"{kind}:{stage}")]
-        failovers += len(run_on_virtual_time(survive(moment, journal)).failovers)
-    assert failovers > SPAN_OF_TIME / 0.005 / 2
+    for tick in range(ticks):
+        moments = [(tick * TICK, misfortune)]
+        failovers += len(run_on_virtual_time(survive(moments, ("client", "servers")[tick % 2])).failovers)
+    assert failovers > 0.9 * ticks
 
 
-@pytest.mark.parametrize("journal", ["client", "servers"])
 @pytest.mark.parametrize("second", ["kill:0", "kill:1", "kill:2"])
-def test_another_one_at_every_moment_after(journal: str, second: str) -> None:
+def test_another_one_at_every_moment_after(second: str) -> None:
     """The second failure hits the recovery from the first: its search, its replay, its resending."""
-    for tick in range(60):
-        moments = [(0.145, "kill:1"), (0.145 + tick * 0.002, second)]
-        swarm = run_on_virtual_time(survive(moments, journal))
-        assert swarm.failovers
+    for tick in range(40):
+        moments = [(0.145, "kill:1"), (0.145 + tick * 0.003, second)]
+        assert run_on_virtual_time(survive(moments, ("client", "servers")[tick % 2])).failovers
