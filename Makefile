@@ -57,7 +57,7 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing swarmcore and what it needs into $(VENV) (torch is large: the first time takes minutes)"
 	@$(PIP) install -c constraints.txt pip setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,dev]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev]'
 	@touch $@
 
 # Without its dependencies: only the file inside is wanted, not the tool that it is a plugin of.

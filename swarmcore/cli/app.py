@@ -15,6 +15,7 @@ from swarmcore.cli.convert import convert
 from swarmcore.cli.generate import generate
 from swarmcore.cli.interrupt import Interrupted
 from swarmcore.cli.serve import serve
+from swarmcore.cli.sim import sim
 from swarmcore.cli.status import status
 
 
@@ -38,5 +39,5 @@ def main() -> None:
     """Run language models too big for one machine on many machines over the Internet."""
 
 
-for command in (serve, bootstrap, chat, generate, status, convert, bench):
+for command in (serve, bootstrap, chat, generate, status, convert, bench, sim):
     main.add_command(command)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from swarmcore.cli.progress import JsonProgress, PlainProgress, ProgressReport, TerminalProgress
+from swarmcore.cli.progress import BYTES, JsonProgress, PlainProgress, ProgressReport, TerminalProgress
 
 
 class Output:
@@ -42,10 +42,10 @@ class Output:
             # The standard library would write an infinite time to wait as Infinity, which is not JSON.
             click.echo(msgspec.json.encode({"event": name, **fields}, enc_hook=str))
 
-    def progress(self) -> AbstractContextManager[ProgressReport]:
+    def progress(self, unit: str = BYTES) -> AbstractContextManager[ProgressReport]:
         """A progress report, shown while the context lasts."""
         if self.json_lines:
             return JsonProgress(self.event)
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            return TerminalProgress()
-        return PlainProgress(self.remark)
+            return TerminalProgress(unit)
+        return PlainProgress(self.remark, unit)

@@ -1,6 +1,6 @@
-"""Progress of long work (loading, downloading, converting), in bytes, from whichever thread does it.
+"""Progress of long work (loading, downloading, converting, simulating), from whichever thread does it.
 
-A total of 0 means that it is not known.
+It is counted in bytes unless another unit is named. A total of 0 means that it is not known.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+BYTES = "bytes"
+
 _STEP = 10  # percent between two lines where there is no bar to redraw
 
 
 class ProgressReport(ABC):
-    """Called with what is being done, the bytes done and the bytes in all.
+    """Called with what is being done, how much of it is done and how much there is in all.
 
     A call after the context has ended raises `KeyboardInterrupt`: that is how a thread which still loads for
     a command that has been interrupted comes to its end.
@@ -47,8 +49,9 @@ class ProgressReport(ABC):
 class TerminalProgress(ProgressReport):
     """A bar for each piece of work, redrawn in place on stderr and erased when all that began is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = BYTES) -> None:
         super().__init__()
+        self._unit = unit
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
@@ -65,17 +68,23 @@ class TerminalProgress(ProgressReport):
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
+        counting: list[ProgressColumn]
+        if self._unit == BYTES:
+            counting = [DownloadColumn(), TransferSpeedColumn()]
+        else:
+            counting = [MofNCompleteColumn(), TextColumn(self._unit)]
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *counting,
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -117,12 +126,14 @@ class _SteppedProgress(ProgressReport):
 class PlainProgress(_SteppedProgress):
     """A line of text for every tenth, for logs and pipes."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str], None], unit: str = BYTES) -> None:
         super().__init__()
         self._write = write
+        self._unit = unit
 
     def show_step(self, what: str, done: int, total: int) -> None:
-        share = f": {100 * done // total} % of {total / 1e6:.1f} MB" if total else ""
+        whole = f"{total / 1e6:.1f} MB" if self._unit == BYTES else f"{total} {self._unit}"
+        share = f": {100 * done // total} % of {whole}" if total else ""
         self._write(what + share)
 
 

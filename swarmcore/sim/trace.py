@@ -14,18 +14,27 @@ class Trace:
     def __init__(self) -> None:
         self.messages = 0
         self.notes = 0
+        self._sealed = False
         self._hash = blake2b(digest_size=16)
 
     def message(self, now: float, source: int, target: int, data: bytes | bytearray) -> None:
         """Host number ``source`` sent ``data``, and all of it is at host ``target`` now."""
+        if self._sealed:
+            return
         self.messages += 1
         self._hash.update(_MESSAGE.pack(now, source, target))
         self._hash.update(data)
 
     def note(self, now: float, text: str) -> None:
         """Something else happened: a crash, a generation that ended."""
+        if self._sealed:
+            return
         self.notes += 1
         self._hash.update(f"{now!r} {text}\n".encode())
+
+    def seal(self) -> None:
+        """Take in nothing more: the simulation is over, and is only being cleared away."""
+        self._sealed = True
 
     @property
     def hash(self) -> str:

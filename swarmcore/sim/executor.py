@@ -1,0 +1,132 @@
+"""A simulated executor: takes the time that a real one would, and computes what shows whether it was right."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Sequence
+
+import attrs
+
+from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
+from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
+from swarmcore.sim.costs import BatchLoad, MeasuredModel
+from swarmcore.sim.model import MASK, SimModel, next_state, pack_rows, unpack_rows
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+PAGE = 16
+
+
+@attrs.define(eq=False)
+class _Sequence:
+    reserved: int = 0
+    states: list[int] = attrs.field(factory=list)
+    """The hash of the sequence after each of its cached tokens."""
+    blocks: int = 0
+    """How many blocks its cache is of."""
+
+
+class SimExecutor(BlockExecutor):
+    """Holds blocks of a `SimModel`; each batch takes what ``costs`` says, over ``speed``."""
+
+    def __init__(self, sim_model: SimModel, span: Span, costs: MeasuredModel, *, speed: float = 1.0) -> None:
+        self.model = sim_model.info
+        self.span = span
+        self.dtype = "float32"
+        self.cache_bytes_per_token = costs.cache_bytes * len(span)
+        self.page = PAGE
+        self.busy_seconds = 0.0
+        """Time spent on batches so far."""
+        self._sim_model = sim_model
+        self._costs = costs
+        self._speed = speed
+        self._sequences: dict[SequenceId, _Sequence] = {}
+
+    def __repr__(self) -> str:
+        return f"<SimExecutor {self.model.name} {self.span} · {len(self._sequences)} sequences>"
+
+    def seconds(self, blocks: int, load: BatchLoad) -> float:
+        """How long a batch takes here."""
+        return self._costs.costs.seconds(blocks, load) / self._speed
+
+    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+        takes = self.seconds(len(batch[0].span), BatchLoad.of(batch))
+        self.busy_seconds += takes
+        await asyncio.sleep(takes)
+        return [self._run(part) for part in batch]
+
+    def reserve(self, sequence: SequenceId, tokens: int) -> None:
+        self._sequences.setdefault(sequence, _Sequence()).reserved = tokens
+
+    def release(self, sequence: SequenceId) -> None:
+        self._sequences.pop(sequence, None)
+
+    async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        before = [self._sequences[sequence].states for sequence in sequences]
+        for sequence, source in zip(sequences, sources, strict=True):
+            self._sequences[sequence].states = list(before[source])
+
+    async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
+        held = self._sequences.get(sequence)
+        if held is None or not held.states:
+            raise SessionLostError("the sequence has no cache here")
+        if start + count > len(held.states):
+            raise InvalidStepError(f"positions {start} to {start + count} are not all cached")
+        states = held.states[start : start + count]
+        # As many copies as there are blocks, so that a part weighs what it would.
+        data = memoryview(array("Q", [state for state in states for _ in range(held.blocks)])).cast("B")
+        return (Tensor("states", "int64", (count, held.blocks), data),)
+
+    async def import_cache(
+        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+    ) -> None:
+        held = self._sequences[sequence]
+        shapes = [(tensor.name, tensor.shape) for tensor in tensors]
+        if shapes != [("states", (count, len(span)))] or not 0 <= start <= len(held.states):
+            raise InvalidStepError(f"this is no cache of positions {start} to {start + count} of blocks {span}")
+        copies = array("Q", bytes(tensors[0].decode().data))
+        held.states[start:] = copies[:: len(span)]
+        held.blocks = len(span)
+
+    async def change_span(self, span: Span) -> None:
+        if not 0 <= span.start < span.end <= self.model.blocks:
+            raise SpanError(f"{self.model.name} has no blocks {span}; it has {self.model.blocks}")
+        start, end = max(self.span.start, span.start), min(self.span.end, span.end)
+        stays = Span(start, end) if start < end else span
+        coming = len(span) - (len(stays) if stays != span or span == self.span else 0)
+        self.span = stays
+        await asyncio.sleep(coming * self._costs.load_seconds / self._speed)
+        self.span = span
+        self.cache_bytes_per_token = self._costs.cache_bytes * len(span)
+
+    async def close(self) -> None:
+        self._sequences.clear()
+
+    def _run(self, part: Slice) -> Tensor | SwarmError:
+        rows = unpack_rows(part.hidden)
+        weight = self._sim_model.weight(part.span)
+        at = 2 * part.first_row
+        answer: list[int] = []
+        for segment in part.segments:
+            held = self._sequences.get(segment.sequence)
+            if held is None:  # the session was closed meanwhile; nobody waits for this
+                return InvalidStepError("the sequence is not here")
+            states = held.states
+            end = segment.start + segment.count
+            if segment.start > len(states) or end > held.reserved:
+                return InvalidStepError(
+                    f"positions {segment.start} to {end} do not follow on {len(states)} cached tokens, with "
+                    f"{held.reserved} reserved"
+                )
+            del states[segment.start :]
+            held.blocks = len(part.span)
+            state = states[-1] if states else 0
+            for _ in range(segment.count):
+                token = rows[at]
+                state = next_state(state, token)
+                states.append(state)
+                if part.reply == "all" or len(states) == end:
+                    answer += (token, (rows[at + 1] + weight * state) & MASK)
+                at += 2
+        return pack_rows(answer).encode(part.codec)

@@ -1,0 +1,238 @@
+"""The paper's table of failure rates: this system beside caching with restarts and beside no caches at all.
+
+Before each step every server of the chain fails with a given probability, at some moment within the step: its
+process is killed, and comes back with empty caches after a while. The last server that holds a block is spared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import attrs
+
+from swarmcore.client.session import Failover, InferenceSession, SessionOptions
+from swarmcore.errors import InputError, SwarmError
+from swarmcore.sim.costs import load_costs
+from swarmcore.sim.generation import Generation
+from swarmcore.sim.peers import GossipSettings, SimBootstrap, SimClient, SimServer
+from swarmcore.sim.scenario import Progress, Report, Scenario, combined
+from swarmcore.sim.world import World
+from swarmcore.types import Span
+
+Algorithm = Literal["client", "servers", "restarts", "cacheless"]
+"""This system, with either journal; starting again from the first token; computing the whole prefix each step."""
+
+
+@attrs.frozen(kw_only=True)
+class FailureTable(Scenario):
+    """Steps per second of a generation, by algorithm, length and failure rate."""
+
+    kind: ClassVar[str] = "failures"
+
+    stages: int = 4
+    replicas: int = 8
+    """Servers that hold the same blocks."""
+    tokens: tuple[int, ...] = (128, 1024)
+    probabilities: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    """That a server of the chain fails during a step."""
+    algorithms: tuple[Algorithm, ...] = ("client", "servers", "restarts", "cacheless")
+    runs: int = 3
+    """Generations for each cell."""
+    repair_seconds: float = 20.0
+    """From a server's failure until it starts again."""
+    patience: int = 30
+    """A cell is given up when it has taken this many times the steps that it needs without failures."""
+
+    def __attrs_post_init__(self) -> None:
+        if min(self.stages, self.replicas, self.runs, self.patience, *self.tokens) < 1:
+            raise InputError("stages, replicas, runs, patience and tokens have to be 1 or more")
+        if not all(0 <= probability < 1 for probability in self.probabilities):
+            raise InputError("probabilities have to be from 0 to below 1")
+
+    def simulate(self, seed: int, progress: Progress) -> Report:
+        from swarmcore.sim.failures_report import failure_report
+
+        cells = []
+        wanted = [(a, t, p) for t in self.tokens for a in self.algorithms for p in self.probabilities]
+        for done, (algorithm, tokens, probability) in enumerate(wanted):
+            progress(f"{algorithm}, {tokens} tokens, {probability:g}", done, len(wanted))
+            cells.append(_Cell(self, seed, algorithm, tokens, probability).run())
+        progress("done", len(wanted), len(wanted))
+        report = Report(trace=combined([c.trace for c in cells]), messages=sum(c.messages for c in cells))
+        failure_report(self, cells, report)
+        return report
+
+
+@attrs.frozen(kw_only=True)
+class CellResult:
+    """What was measured for one algorithm, length and probability."""
+
+    algorithm: Algorithm
+    tokens: int
+    probability: float
+    steps_per_second: float | None
+    """None when no generation came to its end in time."""
+    failures: int
+    """Servers killed."""
+    spared: int
+    """Failures that did not happen, since they would have left blocks without a holder."""
+    failovers: tuple[float, ...]
+    """Seconds that each failover took."""
+    problems: tuple[str, ...]
+    trace: str
+    messages: int
+
+
+class _Cell:
+    def __init__(
+        self, table: FailureTable, seed: int, algorithm: Algorithm, tokens: int, probability: float
+    ) -> None:
+        self.table = table
+        self.algorithm = algorithm
+        self.tokens = tokens
+        self.probability = probability
+        # Every algorithm meets the same network; failures come as its own steps take them.
+        self.world = World(f"{seed}/{tokens}/{probability:g}", table.network, load_costs(table.costs))
+        self.failovers: list[Failover] = []
+        self.problems: list[str] = []
+        self.steps = 0
+
+    def run(self) -> CellResult:
+        world = self.world
+        seconds, finished, failures = world.run(self._run)
+        return CellResult(
+            algorithm=self.algorithm,
+            tokens=self.tokens,
+            probability=self.probability,
+            steps_per_second=finished * self.tokens / seconds if finished else None,
+            failures=failures.killed,
+            spared=failures.spared,
+            failovers=tuple(failover.seconds for failover in self.failovers),
+            problems=tuple(self.problems + failures.problems),
+            trace=world.trace.hash,
+            messages=world.trace.messages,
+        )
+
+    async def _run(self) -> tuple[float, int, Failures]:
+        world, table = self.world, self.table
+        gossip = GossipSettings()
+        bootstrap = SimBootstrap(world, "bootstrap", gossip)
+        await bootstrap.start()
+        servers = []
+        for stage in range(table.stages):
+            bounds = [world.model.blocks * edge // table.stages for edge in (stage, stage + 1)]
+            for replica in range(table.replicas):
+                server = SimServer(world, f"server {stage}.{replica}", gossip, Span(*bounds))
+                await server.start([bootstrap.address])
+                servers.append(server)
+        failures = Failures(world, servers, bootstrap, self.probability, table.repair_seconds)
+        client = SimClient(world, "client", gossip, [bootstrap.address])
+        await client.start()
+        await client.swarm.wait_for_blocks(world.model.info, timeout=60)
+        finished = 0
+        began = world.now()
+        for run in range(table.runs):
+            generation = Generation.begin(world.model, seed=run)
+            if not await self._generate(client, generation, failures):
+                break
+            finished += 1
+            world.note(f"generation {run} ends")
+        return world.now() - began, finished, failures
+
+    async def _generate(self, client: SimClient, generation: Generation, failures: Failures) -> bool:
+        """Whether the generation came to its end."""
+        if self.algorithm in ("client", "servers"):
+            try:
+                await self._extend(client, generation, failures)
+            except SwarmError as exc:
+                self.problems.append(f"a session gave up at token {len(generation.tokens)}: {exc}")
+                return False
+            return True
+        limit = self.table.patience * self.table.runs * self.tokens
+        while self.steps < limit:
+            try:
+                await self._extend(client, generation, failures, limit)
+            except SwarmError as exc:
+                self.world.note(f"{type(exc).__name__} at token {len(generation.tokens)}")
+                if self.algorithm == "restarts":
+                    del generation.tokens[1:], generation.states[:]
+            else:
+                return self.steps < limit
+        return False
+
+    async def _extend(
+        self, client: SimClient, generation: Generation, failures: Failures, limit: float = float("inf")
+    ) -> None:
+        """In one session, until the generation is at its end or the session breaks."""
+        options = SessionOptions(
+            journal=self.algorithm if self.algorithm in ("client", "servers") else "off",
+            on_failover=self.failovers.append,
+        )
+        session = await client.open_session(max_tokens=self.tokens, options=options)
+        took = 0.1
+        try:
+            while len(generation.tokens) <= self.tokens and self.steps < limit:
+                failures.strike(session, took)
+                began = self.world.now()
+                start = 0 if self.algorithm == "cacheless" else len(generation.tokens) - 1
+                self.steps += 1
+                await generation.step(session, start, self.world.measured.client_seconds)
+                took = self.world.now() - began
+        finally:
+            await session.close()
+
+
+class Failures:
+    """Kills servers of a chain at random, and starts them again after a while."""
+
+    def __init__(
+        self,
+        world: World,
+        servers: Sequence[SimServer],
+        bootstrap: SimBootstrap,
+        probability: float,
+        repair_seconds: float,
+    ) -> None:
+        self.killed = 0
+        self.spared = 0
+        self.problems: list[str] = []
+        self._world = world
+        self._servers = {server.identity.peer: server for server in servers}
+        self._bootstrap = bootstrap
+        self._probability = probability
+        self._repair_seconds = repair_seconds
+        self._rng: random.Random = world.rng("failures")
+        self._starting: dict[asyncio.Task[None], None] = {}
+
+    def strike(self, session: InferenceSession, within: float) -> None:
+        """Let each server of the session's chain fail with the given probability, within so many seconds."""
+        loop = asyncio.get_running_loop()
+        for peer in session.chain.peers:
+            if self._rng.random() < self._probability:
+                loop.call_later(self._rng.uniform(0, within), self._fail, self._servers[peer])
+
+    def _fail(self, server: SimServer) -> None:
+        if not server.running:
+            return
+        if not any(
+            other is not server and other.span == server.span and other.online
+            for other in self._servers.values()
+        ):
+            self.spared += 1
+            return
+        self.killed += 1
+        server.crash()
+        asyncio.get_running_loop().call_later(self._repair_seconds, self._start, server)
+
+    def _start(self, server: SimServer) -> None:
+        task = asyncio.create_task(server.start([self._bootstrap.address]), name=f"start {server.name}")
+        self._starting[task] = None
+        task.add_done_callback(self._started)
+
+    def _started(self, task: asyncio.Task[None]) -> None:
+        del self._starting[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.problems.append(f"{task.get_name()}: {error}")

@@ -1,0 +1,8 @@
+"""The kinds of scenarios there are."""
+
+from __future__ import annotations
+
+from swarmcore.sim.failures import FailureTable
+from swarmcore.sim.scenario import Scenario
+
+KINDS: tuple[type[Scenario], ...] = (FailureTable,)

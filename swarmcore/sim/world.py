@@ -1,0 +1,102 @@
+"""A simulated swarm: its clock, network and model, and the peers that live there."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from hashlib import blake2b
+from typing import Any, Protocol, TypeVar
+
+from swarmcore.identity import Identity
+from swarmcore.sim.costs import MeasuredModel
+from swarmcore.sim.hosts import Geography
+from swarmcore.sim.model import ROW_BYTES, SimModel
+from swarmcore.sim.network import SimNetwork
+from swarmcore.sim.trace import Trace
+from swarmcore.sim.traffic import Scale
+from swarmcore.testing import clock
+from swarmcore.types import PeerId
+
+T = TypeVar("T")
+
+EPOCH = 1_700_000_000.0
+"""What simulated wall clocks show at loop time 0, in seconds since 1970."""
+
+_STATE_BYTES = 8
+
+
+class Inhabitant(Protocol):
+    """A peer that lives in a world."""
+
+    async def fall_silent(self) -> None:
+        """Begin nothing more."""
+
+    async def end(self) -> None:
+        """Close what is open."""
+
+
+class World:
+    """All that peers share. Whatever is drawn in it follows from ``seed``, by name."""
+
+    def __init__(self, seed: int | str, geography: Geography, measured: MeasuredModel) -> None:
+        self.seed = seed
+        self.measured = measured
+        self.model = SimModel(measured.name, measured.blocks)
+        self.trace = Trace()
+        self.network = SimNetwork(
+            geography,
+            self.rng("network"),
+            trace=self.trace,
+            scale=Scale(measured.row_bytes / ROW_BYTES, measured.cache_bytes / _STATE_BYTES),
+        )
+        self._names: dict[PeerId, str] = {}
+        self._inhabitants: list[Inhabitant] = []
+
+    def rng(self, name: str) -> random.Random:
+        """The source of randomness called ``name``: what one draws leaves the others alone."""
+        return random.Random(f"{self.seed}/{name}")
+
+    def identity(self, name: str) -> Identity:
+        """The identity of the peer called ``name``."""
+        identity = Identity.from_seed(blake2b(f"{self.seed}/{name}".encode(), digest_size=32).digest())
+        self._names[identity.peer] = name
+        return identity
+
+    def name_of(self, peer: PeerId) -> str:
+        """What a peer is called here."""
+        return self._names[peer]
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return asyncio.get_running_loop().time()
+
+    def wall_clock(self) -> float:
+        """Seconds since 1970, as every peer sees them."""
+        return EPOCH + self.now()
+
+    def note(self, text: str) -> None:
+        """Put an event into the trace."""
+        self.trace.note(self.now(), text)
+
+    def settle(self, inhabitant: Inhabitant) -> None:
+        """Have a peer cleared away at the end."""
+        self._inhabitants.append(inhabitant)
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run ``main`` to its end on a clock of its own, then end everybody who lives here."""
+        return clock.run(self._live(main()), horizon=float("inf"))
+
+    async def _live(self, main: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await main
+        finally:
+            self.trace.seal()
+            # All gossip ends before the first of those that gossip goes away.
+            for inhabitant in self._inhabitants:
+                await inhabitant.fall_silent()
+            for inhabitant in self._inhabitants:
+                await inhabitant.end()
+
+    def __repr__(self) -> str:
+        return f"<World {self.seed} {self.network!r} {self.trace!r}>"
