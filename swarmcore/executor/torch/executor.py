@@ -130,12 +130,10 @@ class TorchExecutor(BlockExecutor):
                 raise InternalError("loading was given up")
 
         loop = asyncio.get_running_loop()
-        held = self._held.span
-        stays = held and common(held, span)
         try:
-            # From here on no step goes through blocks that leave.
-            self.span = stays or span
-            await self._in_compute_thread(self._keep, stays)
+            # From here on the engine admits no session to blocks that leave.
+            self.span = common(span, self._held.span) or span
+            stays = await self._in_compute_thread(self._keep, span)
             loaded = [
                 await loop.run_in_executor(self._loading, self._load, part, progress)
                 for part in _missing(span, stays)
@@ -147,10 +145,15 @@ class TorchExecutor(BlockExecutor):
             stop.set()
             self._changing = None
 
-    def _keep(self, part: Span | None) -> None:
-        # In the compute thread, so that no step holds on to the others when this returns.
-        if self._held is not None:
-            self._hold(self._held.keep(part))
+    def _keep(self, span: Span) -> Span | None:
+        """Drop what is not in ``span``; return what is left.
+
+        In the compute thread, so that no step holds on to the others when this returns.
+        """
+        if self._held is None:
+            return None
+        self._hold(self._held.keep(common(span, self._held.span)))
+        return self._held.span
 
     def _hold(self, blocks: HeldBlocks) -> None:
         self._held = blocks

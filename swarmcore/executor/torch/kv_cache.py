@@ -87,15 +87,15 @@ class SequenceCache:
             self.length = min(self.length, capacity)
             self._resize(capacity, self.length)
 
-    def copy(self) -> SequenceCache:
-        """A cache of its own with the same tokens, and no room beyond them."""
+    def copy(self, reserved: int) -> SequenceCache:
+        """A cache of its own with the same tokens, as far as there is room for them in ``reserved``."""
         new = SequenceCache(self.layout)
-        if self.length:
-            new._resize(-(-self.length // PAGE) * PAGE, 0)
-            new.length = self.length
-            for shape, pair in self._stores.items():
-                for source, target in zip(pair, new._stores[shape], strict=True):
-                    target[..., : self.length, :] = source[..., : self.length, :]
+        new.reserved = reserved
+        new._resize(-(-reserved // PAGE) * PAGE, 0)
+        new.length = length = min(self.length, new.capacity)
+        for shape, pair in self._stores.items():
+            for source, target in zip(pair, new._stores[shape], strict=True):
+                target[..., :length, :] = source[..., :length, :]
         return new
 
     def tensors(self, start: int, end: int) -> dict[str, torch.Tensor]:

@@ -72,12 +72,13 @@ class Sequences:
             each.cache = each.span = None  # frees what nobody goes on with, before anything is copied
         for at, source in sorted(enumerate(sources), key=lambda pair: pair[0] != pair[1]):
             cache, span = caches[source]
-            if cache is not None and any(each.cache is cache for each in held):
-                cache = cache.copy()
-            held[at].cache, held[at].span = cache, span
             if cache is not None:
-                cache.reserved = held[at].reserved
-                cache.trim()
+                if any(each.cache is cache for each in held):
+                    cache = cache.copy(held[at].reserved)
+                else:
+                    cache.reserved = held[at].reserved
+                    cache.trim()
+            held[at].cache, held[at].span = cache, span
 
     @torch.inference_mode()
     def export(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:

@@ -74,3 +74,30 @@ def test_trim_gives_back_pages() -> None:
 def test_layout_counts_bytes() -> None:
     assert LAYOUT.bytes_per_token == (2 * 10 + 8 + 2 * 10) * 4
     assert LAYOUT.part(1, 2).bytes_per_token == 8 * 4
+
+
+def test_a_copy_is_its_own_and_holds_no_more_than_it_has_room_for() -> None:
+    cache = SequenceCache(LAYOUT)
+    fill(cache, 0, PAGE + 5, 10.0)
+    same, shorter = cache.copy(3 * PAGE), cache.copy(PAGE)
+    assert (same.length, same.capacity) == (PAGE + 5, 3 * PAGE)
+    assert (shorter.length, shorter.capacity) == (PAGE, PAGE)
+    fill(cache, 0, PAGE, 50.0)
+    for copied in (same, shorter):
+        keys, values = copied.views(0, copied.length)
+        assert [only(key) for key in keys] == [10.0, 11.0, 12.0]
+        assert [only(value) for value in values] == [-10.0, -11.0, -12.0]
+
+
+def test_a_cache_by_name_is_laid_out_as_announced() -> None:
+    cache = SequenceCache(LAYOUT)
+    fill(cache, 0, 5, 10.0)
+    parts = cache.tensors(1, 4)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == cache.shapes(3)
+    assert cache.shapes(3) == {
+        "keys.0": (2, 2, 3, 4),
+        "values.0": (2, 2, 3, 6),
+        "keys.1": (1, 1, 3, 4),
+        "values.1": (1, 1, 3, 4),
+    }
+    assert [only(part) for part in parts["keys.0"]] == [10.0, 12.0]

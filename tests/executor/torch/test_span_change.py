@@ -210,6 +210,20 @@ async def test_a_change_that_is_cancelled_ends_reading_and_another_may_follow(ti
     await executor.close()
 
 
+async def test_a_change_that_is_cancelled_at_once_is_not_half_forgotten(tiny_llama: Checkpoint) -> None:
+    executor, whole = load(tiny_llama, Span(0, 4)), load(tiny_llama, Span(0, 4))
+    changing = asyncio.create_task(executor.change_span(Span(2, 5)))
+    await asyncio.sleep(0)
+    changing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await changing
+    await executor.change_span(Span(0, 4))
+    assert executor.span == Span(0, 4)
+    assert torch.equal(await run(executor, 0, 0, rows(4)), await run(whole, 0, 0, rows(4)))
+    for each in (executor, whole):
+        await each.close()
+
+
 async def test_closing_ends_a_change(tiny_llama: Checkpoint) -> None:
     checkpoint = Gate(tiny_llama)
     executor = load(checkpoint, Span(0, 2))
