@@ -38,7 +38,7 @@ class Member:
 
 
 class Fleet:
-    """Servers that hold each of ``spans`` of ``model`` ``replicas`` times, and the bootstrap peer they joined by.
+    """Servers that hold each of ``spans`` of ``model`` ``replicas`` times, and a bootstrap peer.
 
     ``arguments`` go to every ``swarmcore serve``. With ``bootstrap``, an address, they join that swarm, and
     have no bootstrap peer of their own. Entering waits until all are online, leaving stops them.

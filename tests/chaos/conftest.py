@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import pytest_asyncio
+from census import Census
 
 import swarmcore
 from swarmcore.testing.fleet import Fleet, Member
 from swarmcore.testing.nursery import ServerNursery
 from swarmcore.types import Span
-
-SPARE_DESCRIPTORS = 8
-"""Connections that the server with most may have more than that of another time: to other members."""
-
-LEAK_TIMEOUT = 30.0
-"""Seconds in which servers must have noticed that a session is over."""
 
 STAGES = (Span(0, 10), Span(10, 20), Span(20, 30))
 ARGUMENTS = ("--dtype", "float32", "--threads", "1", "--cache-tokens", "4096")
@@ -139,67 +132,6 @@ async def make_whole(fleet: Fleet) -> None:
     await fleet.settle()
 
 
-@attrs.frozen
-class Census:
-    """What a swarm and its client have open."""
-
-    tasks: dict[str, int]
-    """Of this process's event loop, by name of their coroutine."""
-    own_descriptors: int
-    descriptors: int
-    """Of the process of the fleet that has most."""
-    sessions: int
-    """On all servers together."""
-    cache_tokens: int
-    """In use, on all servers together."""
-
-    @classmethod
-    async def of(cls, fleet: Fleet) -> Census:
-        async with swarmcore.connect(*fleet.addresses) as swarm:
-            await fleet.seen_by(swarm)
-            servers = [(await swarm.info(peer)).server for peer in fleet.members]
-        processes = [member.process for member in fleet.members.values()]
-        if fleet.bootstrap is not None:
-            processes.append(fleet.bootstrap)
-        return cls(
-            tasks=Counter(_coroutines()),
-            own_descriptors=_descriptors(os.getpid()),
-            descriptors=max(_descriptors(process.pid) for process in processes),
-            sessions=sum(server.sessions for server in servers),
-            cache_tokens=sum(server.cache_tokens - server.cache_tokens_free for server in servers),
-        )
-
-    def has_back(self, now: Census) -> bool:
-        """Whether ``now`` has nothing more open; servers that came later have other connections."""
-        return (
-            now.tasks == self.tasks
-            and now.own_descriptors <= self.own_descriptors
-            and now.descriptors <= self.descriptors + SPARE_DESCRIPTORS
-            and (now.sessions, now.cache_tokens) == (self.sessions, self.cache_tokens)
-        )
-
-    async def comes_back(self, fleet: Fleet) -> None:
-        """Wait for everything to be closed; fail when something stays open."""
-        now = await Census.of(fleet)
-        try:
-            async with asyncio.timeout(LEAK_TIMEOUT):
-                while not self.has_back(now):
-                    await asyncio.sleep(0.2)
-                    now = await Census.of(fleet)
-        except TimeoutError:
-            pytest.fail(f"something was left open: {now}, before it was {self}")
-
-
-def _coroutines() -> list[str]:
-    """What the tasks of this event loop run, those of the tests themselves aside."""
-    running = [task.get_coro() for task in asyncio.all_tasks()]
-    return [each.__qualname__ for each in running if "pytest_asyncio" not in each.cr_code.co_filename]
-
-
-def _descriptors(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
 @pytest.fixture(params=["client"])
 def journal(request: pytest.FixtureRequest) -> str:
     """Who keeps the journal; another mode is a parameter of the test."""
@@ -207,19 +139,30 @@ def journal(request: pytest.FixtureRequest) -> str:
     return mode
 
 
+OpenClient = Callable[..., AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture(scope="session")
+def open_client(smollm2_folder: Path) -> OpenClient:
+    """``async with open_client(fleet, **session_options) as client``: with a connection of its own."""
+
+    @asynccontextmanager
+    async def open_one(fleet: Fleet, **options: Any) -> AsyncIterator[Client]:
+        failovers: list[Any] = []
+        settings = swarmcore.SessionOptions(on_failover=failovers.append, **options)
+        async with swarmcore.connect(*fleet.addresses) as swarm:
+            model = await swarm.load_model(
+                str(smollm2_folder), dtype="float32", threads=1, session_options=settings
+            )
+            client = Client(fleet, swarm, model, failovers)
+            await client.replicas()
+            yield client
+
+    return open_one
+
+
 @pytest_asyncio.fixture(loop_scope="session")
-async def client(fleet: Fleet, smollm2_folder: Path, journal: str) -> AsyncIterator[Client]:
-    """A client of the fleet, with a connection of its own."""
-    async with open_client(fleet, smollm2_folder, journal=journal) as client:
-        yield client
-
-
-@asynccontextmanager
-async def open_client(fleet: Fleet, folder: Path, **options: Any) -> AsyncIterator[Client]:
-    failovers: list[Any] = []
-    settings = swarmcore.SessionOptions(on_failover=failovers.append, **options)
-    async with swarmcore.connect(*fleet.addresses) as swarm:
-        model = await swarm.load_model(str(folder), dtype="float32", threads=1, session_options=settings)
-        client = Client(fleet, swarm, model, failovers)
-        await client.replicas()
+async def client(fleet: Fleet, open_client: OpenClient, journal: str) -> AsyncIterator[Client]:
+    """A client of the fleet."""
+    async with open_client(fleet, journal=journal) as client:
         yield client
