@@ -21,6 +21,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.measuring import ServerSpeed
+from swarmcore.server.neighbours import Neighbours
 from swarmcore.server.protocols import INFERENCE_PROTOCOL, INFO_METHOD, PING_METHOD
 from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.types import ServerInfo, ServerState, Span, short
@@ -37,9 +38,9 @@ class BlockServer:
 
     The node must be listening and the registry started before `start`; both outlive the server, and the
     executor is closed with it. ``speed`` is what was measured of it before, ``seconds_per_block`` how long it
-    took to load a block. With an ``rng`` it moves to other blocks, looking as often as
-    `ServerConfig.rebalance_interval` says; without one it stays where it is. ``incarnation`` is to differ
-    from one start to the next.
+    took to load a block. With an ``rng`` it measures round trips to servers that may follow it, and moves to
+    other blocks, looking as often as `ServerConfig.rebalance_interval` says; without one it does neither.
+    ``incarnation`` is to differ from one start to the next.
     """
 
     def __init__(
@@ -83,8 +84,11 @@ class BlockServer:
         self._announced: ServerInfo | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._rebalancing: Rebalancing | None = None
-        if rng is not None and config.rebalance_interval > 0:
-            self._rebalancing = Rebalancing(self, config.rebalance_interval, rng)
+        self._neighbours: Neighbours | None = None
+        if rng is not None:
+            self._neighbours = Neighbours(node, registry.view, executor.model, lambda: self.span, rng=rng)
+            if config.rebalance_interval > 0:
+                self._rebalancing = Rebalancing(self, config.rebalance_interval, rng)
         self._moving = False
         self._started = False
         self._started_at = 0.0
@@ -106,8 +110,9 @@ class BlockServer:
             sessions=self.inference.sessions,
             decode_rps=stats.decode_rps or self.speed.compute.decode_rps / blocks,
             forward_rps=stats.forward_rps or self.speed.compute.forward_rps / blocks,
-            throughput=self.speed.throughput(blocks),
+            throughput=self.speed.throughput(len(self.target or self.span)),
             queue_seconds=self.engine.queue_seconds,
+            rtts=self._neighbours.rtts if self._neighbours is not None else (),
             target=self.target,
             incarnation=self.incarnation,
             public_name=self.config.public_name,
@@ -150,6 +155,8 @@ class BlockServer:
         self._started = True
         await self._announce()
         self._tasks.append(asyncio.create_task(self._announce_changes(), name="announcing"))
+        if self._neighbours is not None:
+            self._neighbours.start()
         if self._rebalancing is not None:
             self._tasks.append(asyncio.create_task(self._rebalancing.run(), name="rebalancing"))
         logger.info("%r", self)
@@ -281,6 +288,8 @@ class BlockServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._neighbours is not None:
+            await self._neighbours.close()
 
     async def _ping(self, request: Ping, caller: Caller) -> Pong:
         return Pong(request.payload)

@@ -267,3 +267,13 @@ async def test_speed_is_announced_from_the_first_moment(swarms):
         info = seen(client, server)
         assert info.throughput == 20.0
         assert (info.decode_rps, info.forward_rps) == (pytest.approx(100 / 6), 20.0)
+
+
+async def test_round_trips_to_servers_that_may_follow_are_announced(swarms):
+    async with (
+        swarms.server("0:6", seed=1) as first,
+        swarms.server("6:12") as second,
+        swarms.client() as client,
+    ):
+        await asyncio.sleep(120)
+        assert [rtt.peer for rtt in seen(client, first).rtts] == [second.node.peer]
