@@ -223,7 +223,9 @@ class HostedSession:
             await self._report(step.step, exc, step.attempt)
         except Exception:
             logger.exception("session %s: step %d failed unexpectedly", self.session[:8], step.step)
-            await self._report(step.step, InternalError("the server failed on this step; its log says why"), step.attempt)
+            await self._report(
+                step.step, InternalError("the server failed on this step; its log says why"), step.attempt
+            )
 
     async def _deliver(self, step: Step, output: Tensor) -> None:
         """Send an output where it has to go, and only then tell the client of it."""
