@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from swarmcore.client.settings import GenerationOptions
     from swarmcore.registry.base import SwarmView
     from swarmcore.routing.chain import Chain
+    from swarmcore.routing.costs import ChainCost
     from swarmcore.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,16 @@ class Swarm(Closing):
         return self._swarm.view()
 
     def chain(self, model: ModelInfo) -> Chain:
-        return self._swarm.chain(model)
+        async def chain() -> Chain:
+            return self._swarm.chain(model)
+
+        return self._loop.run(chain())
+
+    def route(self, model: ModelInfo, chain: Chain) -> ChainCost:
+        async def route() -> ChainCost:
+            return self._swarm.route(model, chain)
+
+        return self._loop.run(route())
 
     def wait_for_blocks(self, model: ModelInfo, *, timeout: float) -> Chain:
         return self._loop.run(self._swarm.wait_for_blocks(model, timeout=timeout))

@@ -89,7 +89,11 @@ def measured_block_seconds(server: ServerInfo, phase: Phase) -> float:
 
 def published_rtts(server: ServerInfo) -> dict[PeerId, float]:
     """Round trips between ``server`` and those that may follow it, by its own account."""
-    return {rtt.peer: min(max(rtt.seconds, SHORTEST_RTT), LONGEST_RTT) for rtt in server.rtts[:MAX_RTTS]}
+    return {
+        rtt.peer: min(max(rtt.seconds, SHORTEST_RTT), LONGEST_RTT)
+        for rtt in server.rtts[:MAX_RTTS]
+        if rtt.seconds >= 0  # which NaN is not
+    }
 
 
 @attrs.frozen

@@ -285,3 +285,12 @@ def test_a_route_shows_where_the_time_goes() -> None:
     assert lines[1].split() == ["peer1", "0:6", "10.0", "ms", "2.0", "ms", "60.0", "ms"]
     assert lines[-2].split() == ["back", "20.0", "ms"]
     assert "182.0 ms a token, 5.5 tokens/s" in lines[-1]
+
+
+@pytest.mark.parametrize("claim", [float("nan"), float("inf"), -1.0, 0.0])
+def test_round_trips_that_cannot_be_are_no_way_to_draw_sessions(claim: float) -> None:
+    swarm = view(server(1, 0, 6, rtts=rtts({2: claim, 3: claim})), server(2, 6, 12), server(3, 6, 12))
+    planner = router({1: 0.01, 2: 0.01, 3: 0.2})
+    chain = planner.plan(swarm, MODEL, WHOLE)
+    assert 0.12 < planner.cost(swarm, MODEL, chain).seconds < 6
+    assert text(chain) == ["peer1 0:6", "peer2 6:12"]
