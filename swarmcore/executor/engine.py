@@ -198,16 +198,15 @@ class Engine:
             raise InputError(f"a session of {sequences} sequences; expected 1 to {self.max_sequences}")
         if tokens < 0:
             raise InputError(f"a session that needs {tokens} cache tokens; expected 0 or more")
-        held = self.executor.span
-        span = span or held
-        if not held.start <= span.start < span.end <= held.end:
-            raise SpanError(f"blocks {span} are not all here: this server holds {held}")
+        span = span or self.executor.span
+        _check_held(span, self.executor.span)
         now = self._now()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._table.request(session, span, sequences, tokens, answer, now + _checked(timeout), now)
         self._carry_on()
         try:
             await answer
+            _check_held(span, self.executor.span)  # which may have changed in the meantime
         except BaseException:
             self._table.withdraw(session, self._now())
             self._carry_on()
@@ -383,6 +382,11 @@ class Engine:
         self._timer = None
         self._table.tick(self._now())
         self._carry_on()
+
+
+def _check_held(span: Span, held: Span) -> None:
+    if not held.start <= span.start < span.end <= held.end:
+        raise SpanError(f"blocks {span} are not all here: this server holds {held}")
 
 
 def _checked(timeout: float) -> float:

@@ -67,3 +67,15 @@ async def test_the_cache_is_the_same_memory_whatever_the_span() -> None:
         assert (engine.cache_tokens, engine.cache_tokens_used, engine.cache_tokens_free) == (96, 16, 80)
         await engine.open("b", 1, 72, timeout=1.0)
         assert engine.cache_tokens_free == 8
+
+
+async def test_a_session_is_not_let_in_to_blocks_that_left_while_it_waited() -> None:
+    async with running(cache_tokens=16) as (engine, executor):
+        await engine.open("a", 1, 16, timeout=1.0)
+        waiting = asyncio.create_task(engine.open("b", 1, 8, timeout=60.0, span=Span(0, 6)))
+        await asyncio.sleep(0)
+        await executor.change_span(Span(6, 12))
+        engine.close_session("a")
+        with pytest.raises(SpanError, match="blocks 0:6 are not all here: this server holds 6:12"):
+            await waiting
+        assert engine.sessions == 0 and engine.cache_tokens_used == 0
