@@ -48,9 +48,12 @@ def reprieved(suspects: Iterable[ServerInfo], scarce: Collection[int], banned: B
 
 
 def explain_missing(
-    view: SwarmView, model: ModelInfo, missing: Sequence[Span]
+    view: SwarmView, model: ModelInfo, missing: Sequence[Span], *, chosen: bool = False
 ) -> MissingBlocksError | ModelMismatchError:
-    """The error for blocks that no usable server holds: what to start, or which weights do not match."""
+    """The error for blocks that no usable server holds: what to start, or which weights do not match.
+
+    ``chosen`` is whether this peer uses only some servers by its own choice, which may be the reason.
+    """
     if not view.serving(model.fingerprint):
         strangers = [m for m in view.models().values() if m.name == model.name]
         if strangers:
@@ -63,7 +66,7 @@ def explain_missing(
     # The name is what servers announce; it need not be where anyone finds the files.
     commands = "; ".join(f"swarmcore serve --model MODEL --blocks {span} --bootstrap …" for span in ranges)
     return MissingBlocksError(
-        f"no server holds blocks {', '.join(ranges)} of {model.name}; start: {commands} "
-        f"(MODEL: the hub id, folder or GGUF file of {model.name})",
+        f"no server{' that this client may use' if chosen else ''} holds blocks {', '.join(ranges)} of "
+        f"{model.name}; start: {commands} (MODEL: the hub id, folder or GGUF file of {model.name})",
         ranges=ranges,
     )

@@ -107,6 +107,19 @@ class LeastLatency:
             published=_published(view, after),
         )
 
+    def prefill_seconds(self, view: SwarmView, model: ModelInfo, chain: Chain, tokens: int) -> float:
+        """What ``tokens`` at once, a prompt or a replay, are expected to take through ``chain`` from here."""
+        graph = self._follow(view, model)
+        servers = [graph.info(slot) for slot in graph.slots.values()]
+        typical = self.costs.typical_block_seconds(servers, "prefill")
+        way = self.cost(view, model, chain)
+        seconds = way.way_back
+        for stage in way.stages:
+            block = self.costs.block_seconds(stage.stage.server, "prefill", typical)
+            seconds += stage.network + stage.queue + self.costs.transfer(model, tokens)
+            seconds += tokens * len(stage.stage.span) * block
+        return seconds
+
     def _follow(self, view: SwarmView, model: ModelInfo) -> ServerGraph:
         graph = self._graphs.pop(model, None)
         if graph is None:
@@ -144,7 +157,8 @@ class LeastLatency:
         spans = [server.span for server in last_resort if server.span]
         missing = [gap for b in scarce for gap in missing_ranges(spans, Span(b, b + 1))]
         if missing:
-            raise explain_missing(view, graph.model, _joined(missing))
+            chosen = self._allowed is not None or bool(self._blocked)
+            raise explain_missing(view, graph.model, _joined(missing), chosen=chosen)
         for block in scarce:
             holders[block] = [graph.slots[s.peer] for s in last_resort if s.span and block in s.span]
         edges = {b for b in scarce if b - 1 not in scarce} | {b + 1 for b in scarce if b + 1 not in scarce}

@@ -10,15 +10,20 @@ from swarmcore.server.protocols import PING_METHOD
 from swarmcore.types import Address, ServerInfo
 from swarmcore.wire.messages import Ping
 
+PINGS = 3
+"""The shortest of them counts: the first may have to connect, and any may find one of the two ends busy."""
+
 
 async def measure_round_trip(node: Node, server: ServerInfo, *, timeout: float) -> float:
-    """Seconds of a ping to ``server`` over a connection that is there. Raises as `Node.call` does."""
+    """Seconds of the shortest of some pings to ``server``. Raises as `Node.call` does."""
     addresses = [Address.parse(url) for url in server.addresses]
     loop = asyncio.get_running_loop()
-    await node.call(addresses, PING_METHOD, Ping(), timeout=timeout)  # may have to connect first
-    started = loop.time()
-    await node.call(addresses, PING_METHOD, Ping(), timeout=timeout)
-    return loop.time() - started
+    shortest = float("inf")
+    for _ in range(PINGS):
+        started = loop.time()
+        await node.call(addresses, PING_METHOD, Ping(), timeout=timeout)
+        shortest = min(shortest, loop.time() - started)
+    return shortest
 
 
 async def in_turns(

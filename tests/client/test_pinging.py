@@ -14,6 +14,7 @@ from measured_peers import MODEL, MeasuredPeers, measured_peers
 from swarmcore.client.pinging import Pinger, PingLimits, most_promising
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.latencies import Latencies
+from swarmcore.server.round_trips import PINGS
 
 pytestmark = pytest.mark.virtual_time
 
@@ -55,7 +56,7 @@ async def test_nobody_is_pinged_before_a_model_is_in_use_and_nobody_after_the_en
             await pinger.look_at(MODEL)
         pinged = len(peers.pings)
         await asyncio.sleep(300)
-        assert len(peers.pings) == pinged == 2
+        assert len(peers.pings) == pinged == PINGS
 
 
 async def test_measurements_are_kept_fresh_and_new_servers_are_found() -> None:
@@ -69,7 +70,7 @@ async def test_measurements_are_kept_fresh_and_new_servers_are_found() -> None:
                 now = asyncio.get_running_loop().time()
                 assert pinger._latencies.age(old, now) < 60 + 1.25 * 15 + 1
                 assert pinger._latencies.age(new, now) < 60 + 1.25 * 15 + 1
-            assert peers.pings.count(old) < 2 * 600 / 45
+            assert peers.pings.count(old) < PINGS * 600 / 45
 
 
 async def test_who_does_not_answer_three_times_is_banned_until_it_does() -> None:

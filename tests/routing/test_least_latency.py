@@ -236,7 +236,7 @@ def test_blocked_servers_are_never_used_whoever_blocks_them() -> None:
     swarm = view(server(1, 0, 12), server(2, 0, 12), server(3, 0, 12))
     assert router(blocked=[peer(1)]).plan(swarm, MODEL, WHOLE, blocked=[peer(2)]).peers == (peer(3),)
     assert router(allowed=[peer(2)]).plan(swarm, MODEL, WHOLE).peers == (peer(2),)
-    with pytest.raises(MissingBlocksError, match="no server holds blocks 0:12"):
+    with pytest.raises(MissingBlocksError, match="no server that this client may use holds blocks 0:12"):
         router(allowed=[peer(2)]).plan(swarm, MODEL, WHOLE, blocked=[peer(2)], banned=[peer(2)])
 
 
@@ -294,3 +294,11 @@ def test_round_trips_that_cannot_be_are_no_way_to_draw_sessions(claim: float) ->
     chain = planner.plan(swarm, MODEL, WHOLE)
     assert 0.12 < planner.cost(swarm, MODEL, chain).seconds < 6
     assert text(chain) == ["peer1 0:6", "peer2 6:12"]
+
+
+def test_a_prefill_is_weighed_by_its_own_measure() -> None:
+    swarm = view(server(1, 0, 6, forward_rps=500.0), server(2, 6, 12))
+    planner = router({1: 0.02, 2: 0.02})
+    chain = planner.plan(swarm, MODEL, WHOLE)
+    compute = 100 / 500 + 100 / 500  # the other has not measured itself: as fast as what is typical
+    assert planner.prefill_seconds(swarm, MODEL, chain, 100) == pytest.approx(compute + 0.04, abs=1e-3)
