@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Literal
 
@@ -277,8 +278,8 @@ class HostedSession:
         try:
             async with asyncio.timeout(HAND_OVER_TIMEOUT):
                 channel = await join(self._node, order.hop)
-                async with channel:
-                    chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
+                chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
+                async with channel, aclosing(chunks):
                     async for chunk in chunks:
                         part = CachePart(chunk.sequence, chunk.start, chunk.count)
                         await channel.send(part, *chunk.tensors)
