@@ -277,9 +277,8 @@ class HostedSession:
     async def _hand_over(self, order: HandOver) -> None:
         try:
             async with asyncio.timeout(HAND_OVER_TIMEOUT):
-                channel = await join(self._node, order.hop)
                 chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
-                async with channel, aclosing(chunks):
+                async with aclosing(chunks), await join(self._node, order.hop) as channel:
                     async for chunk in chunks:
                         part = CachePart(chunk.sequence, chunk.start, chunk.count)
                         await channel.send(part, *chunk.tensors)
