@@ -7,6 +7,7 @@ import logging
 import random
 from typing import TYPE_CHECKING
 
+from swarmcore.errors import SwarmError
 from swarmcore.placement.rebalance import Decision, Rebalancer, look_delay
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Rebalancing:
     """Drives a `Rebalancer` for one server; ``interval`` is in seconds, on average."""
 
     def __init__(self, server: BlockServer, interval: float, rng: random.Random) -> None:
-        self.note = "placement: it has not looked at the balance of the swarm yet"
+        self.note = f"placement: it looks at the balance of the swarm about every {interval:.0f} s; not yet"
         """The last decision, in words."""
         self._server = server
         self._interval = interval
@@ -57,7 +58,12 @@ class Rebalancing:
             if confirmed is None or confirmed.target is None:
                 await server.announce_target(None)
         if confirmed.target is not None:
-            await server.move_to(confirmed.target)
+            try:
+                await server.move_to(confirmed.target)
+            except SwarmError as exc:
+                self.note = f"placement: could not move to {confirmed.target}: {exc}"
+            else:
+                self.note = f"placement: moved to {confirmed.target}"
 
     def _note(self, decision: Decision) -> None:
         self.note = f"placement: {decision}"

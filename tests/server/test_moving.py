@@ -277,3 +277,16 @@ async def test_round_trips_to_servers_that_may_follow_are_announced(swarms):
     ):
         await asyncio.sleep(120)
         assert [rtt.peer for rtt in seen(client, first).rtts] == [second.node.peer]
+
+
+async def test_a_move_that_fails_is_tried_again_and_told(swarms):
+    async with swarms.server("0:6", seed=1, rebalance=60.0) as server, swarms.server("0:6"):
+        executor = server.executor
+        assert isinstance(executor, CountingExecutor)
+        executor.load_failures.append(CheckpointError("the file is damaged"))
+        while executor.load_failures:
+            await asyncio.sleep(1)
+        await asyncio.sleep(1)
+        assert server.notes == ("placement: could not move to 6:12: the file is damaged",)
+        await asyncio.sleep(200)
+        assert server.span == Span(6, 12)
