@@ -108,9 +108,8 @@ class Fleet:
         return member
 
     def leave(self, peer: PeerId) -> Member:
-        """SIGTERM, now: the server leaves in good order, in its own time."""
+        """SIGTERM: the server leaves in good order, in its own time."""
         member = self.members.pop(peer)
-        member.process.signal(signal.SIGTERM)
         self._in_background(member.process.stop())
         return member
 

@@ -25,10 +25,12 @@ class ServerNursery:
 
     What it starts are processes like those of `ServerProcess.start`, each in a session of its own, computing
     with ``threads`` threads. Entering takes as long as the imports; leaving kills the servers that still run.
+    ``prefix`` is a command that runs another one, such as ``("ip", "netns", "exec", "other")``.
     """
 
-    def __init__(self, *, threads: int = 1) -> None:
+    def __init__(self, *, threads: int = 1, prefix: Sequence[str] = ()) -> None:
         self._threads = threads
+        self._prefix = tuple(prefix)
         self._process: asyncio.subprocess.Process | None = None
         self._requests: socket.socket | None = None
         self._running: set[ForkedProcess] = set()
@@ -56,6 +58,7 @@ class ServerNursery:
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
+                    *self._prefix,
                     *(sys.executable, "-m", "swarmcore.testing.nursery_process", str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,

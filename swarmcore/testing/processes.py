@@ -18,8 +18,8 @@ from swarmcore.errors import DeadlineExceededError, RemoteFaultError
 LOG_LINES = 200
 """How much of a process's stderr is kept."""
 
-STOP_TIMEOUT = 15.0
-"""Seconds a process has to leave after SIGTERM before it is killed."""
+STOP_TIMEOUT = 40.0
+"""Seconds a process has to leave after SIGTERM before it is killed; sessions get up to 30 to go elsewhere."""
 
 
 class Process(Protocol):

@@ -23,3 +23,4 @@ async def test_servers_leave_in_the_middle(client, fleet, reference, journal):
             assert leaving.peer not in session.chain.peers
         text += "".join([piece async for piece in generation])
     assert text == await reference.text(PROMPT, TOKENS)
+    assert {failover.how for failover in client.failovers} == {"handed over"}
