@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from swarmcore.identity import Identity
     from swarmcore.registry.base import Registry, SwarmView
     from swarmcore.routing.chain import Chain, Router
+    from swarmcore.routing.least_latency import LeastLatency
     from swarmcore.server.block_server import BlockServer
     from swarmcore.transport import Stream, Transport
     from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, Span
@@ -43,6 +44,7 @@ _PLACES = {
     "GenerationSettings": "client.settings",
     "Identity": "identity",
     "InferenceSession": "client.session",
+    "LeastLatency": "routing.least_latency",
     "Limits": "wire.limits",
     "ModelInfo": "types",
     "ModelSession": "client.model",
@@ -74,6 +76,7 @@ __all__ = [
     "GenerationSettings",
     "Identity",
     "InferenceSession",
+    "LeastLatency",
     "Limits",
     "ModelInfo",
     "ModelSession",

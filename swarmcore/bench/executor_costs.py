@@ -140,15 +140,15 @@ def fit(measured: Collection[Measurement]) -> tuple[CostModel, float]:
     Each measurement counts the same, whatever it took: errors are relative.
     """
     loads = attrs.fields(BatchLoad)
-    rows = [
-        [1.0, m.blocks, *(m.blocks * getattr(m.load, field.name) for field in loads)] for m in measured
-    ]
+    rows = [[1.0, m.blocks, *(m.blocks * getattr(m.load, field.name) for field in loads)] for m in measured]
     seconds = torch.tensor([m.seconds for m in measured], dtype=torch.float64)
     weighted = torch.tensor(rows, dtype=torch.float64) / seconds[:, None]
     scale = weighted.abs().amax(0)
     active = list(range(weighted.shape[1]))
     while True:  # drop what would be negative, the worst first
-        found = torch.linalg.lstsq(weighted[:, active] / scale[active], torch.ones(len(rows), 1).double()).solution
+        found = torch.linalg.lstsq(
+            weighted[:, active] / scale[active], torch.ones(len(rows), 1).double()
+        ).solution
         values = (found[:, 0] / scale[active]).tolist()
         if min(values) >= 0:
             break

@@ -55,7 +55,7 @@ class Planner(Protocol):
         """A server failed a session."""
 
     def worked(self, peer: PeerId) -> None:
-        """A server was reached and has granted a session."""
+        """A server has done a step of a session."""
 
     def session_id(self) -> str:
         """A new session id: 32 random hex digits."""
@@ -141,8 +141,6 @@ async def open_stages(
         node, model, chain, [*hops, before], sequences=sequences, reserve=reserve, timeout=timeout
     )
     opened = [result for result in results if isinstance(result, OpenStage)]
-    for stage in opened:
-        planner.worked(stage.hop.peer)
     if len(opened) == len(chain):
         return opened
     await asyncio.gather(*(stage.channel.close() for stage in opened))

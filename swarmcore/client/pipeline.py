@@ -53,6 +53,8 @@ class LiveStage:
     listener: asyncio.Task[None] | None = None
     failure: SwarmError | None = None
     """Why the stage has to be replaced."""
+    proven: bool = False
+    """Whether it has done a step."""
     hand_over: asyncio.Future[None] | None = None
     """Set to the error when it cannot hand its caches over."""
 

@@ -71,16 +71,12 @@ class SwarmPlanner:
         if not isinstance(router, LeastLatency):
             return None
         best = self.plan(Span(0, self._model.blocks), tokens=tokens)
-        new = [stage for stage in best.stages if stage not in chain.stages]
+        new = Chain(tuple(stage for stage in best.stages if stage not in chain.stages))
         return Comparison(
             current=router.cost(view, self._model, chain).seconds,
             better=router.cost(view, self._model, best).seconds,
             chain=best,
-            replay=sum(
-                tokens * len(stage.span) * router.costs.block_seconds(stage.server, "prefill")
-                + router.costs.transfer(self._model, tokens)
-                for stage in new
-            ),
+            replay=router.prefill_seconds(view, self._model, new, tokens),
         )
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:

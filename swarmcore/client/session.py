@@ -235,6 +235,10 @@ class InferenceSession:
         pipeline.laps.settle(flight.chunk)
         pipeline.journal.settle(flight.chunk.entry)
         pipeline.flights.pop(flight.chunk.step)
+        for stage in pipeline.stages:
+            if not stage.proven:
+                stage.proven = True
+                self._planner.worked(stage.peer)
         assert flight.output is not None
         return flight.output
 

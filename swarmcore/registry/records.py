@@ -23,6 +23,7 @@ _DOMAIN = b"swarmcore registry record 1\0"
 MAX_ADDRESSES = 16
 MAX_TEXT = 256
 MAX_BLOCKS = 100_000
+MAX_RTTS = 16
 
 # What a record says and whether it is sound depends on its bytes alone. Each arrives by several ways, and at
 # every member where many run in one process.
@@ -129,6 +130,8 @@ def check_info(info: ServerInfo, peer: PeerId) -> None:
         if target != peer:
             raise InputError(f"address {address} leads to another peer than the one that announces it")
     _check_fields(info)
+    if len(info.rtts) > MAX_RTTS or not all(0 <= rtt.seconds < math.inf for rtt in info.rtts):
+        raise InputError(f"round trips are announced for {MAX_RTTS} peers at most, finite and not negative")
     if info.model is not None:
         _check_fields(info.model)
         if info.model.blocks > MAX_BLOCKS:

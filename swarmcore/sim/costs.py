@@ -132,4 +132,6 @@ def load_costs(name: str) -> MeasuredModel:
 def cost_names() -> list[str]:
     """The measurements that come with swarmcore."""
     folder = resources.files(__package__).joinpath("costs")
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
+    )

@@ -84,7 +84,9 @@ class SimExecutor(BlockExecutor):
         held = self._sequences[sequence]
         shapes = [(tensor.name, tensor.shape) for tensor in tensors]
         if shapes != [("states", (count, len(span)))] or not 0 <= start <= len(held.states):
-            raise InvalidStepError(f"this is no cache of positions {start} to {start + count} of blocks {span}")
+            raise InvalidStepError(
+                f"this is no cache of positions {start} to {start + count} of blocks {span}"
+            )
         copies = array("Q", bytes(tensors[0].decode().data))
         held.states[start:] = copies[:: len(span)]
         held.blocks = len(span)

@@ -93,7 +93,9 @@ def _ratios(scenario: FailureTable, found: Found, report: Report) -> list[Table]
                 overhead = 1 - ours.steps_per_second / plain.steps_per_second
                 row["overhead"] = overhead
                 cost = f"{100 * overhead:.1f} %"
-                report.goals[f"{NAMES[algorithm]}, {tokens} tokens: costs 5 % or less"] = overhead <= MOST_OVERHEAD
+                report.goals[f"{NAMES[algorithm]}, {tokens} tokens: costs 5 % or less"] = (
+                    overhead <= MOST_OVERHEAD
+                )
             report.goals[f"{NAMES[algorithm]}, {tokens} tokens: keeps half at {worst:g}"] = kept >= LEAST_KEPT
             report.data.setdefault("ratios", []).append(row)
             table.add_row(NAMES[algorithm], str(tokens), cost, f"{100 * kept:.0f} %")

@@ -48,5 +48,7 @@ def _figure_class() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise MissingExtraError("plots need matplotlib; install it with: pip install 'swarmcore[sim]'") from exc
+        raise MissingExtraError(
+            "plots need matplotlib; install it with: pip install 'swarmcore[sim]'"
+        ) from exc
     return Figure

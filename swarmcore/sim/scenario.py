@@ -68,7 +68,9 @@ class Scenario(ABC):
 def scenario_names() -> list[str]:
     """The scenarios that come with swarmcore."""
     folder = resources.files(__package__).joinpath("scenarios")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def load_scenario(name: str, kinds: Sequence[type[Scenario]]) -> Scenario:
@@ -83,7 +85,9 @@ def load_scenario(name: str, kinds: Sequence[type[Scenario]]) -> Scenario:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             known = ", ".join(scenario_names())
-            raise InputError(f"no scenario {name!r}: neither a file that can be read nor one of {known}") from exc
+            raise InputError(
+                f"no scenario {name!r}: neither a file that can be read nor one of {known}"
+            ) from exc
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
@@ -123,7 +127,9 @@ def _refuse_unknown(cls: Any, data: Any, source: str, path: str) -> None:
     known = [field.name for field in attrs.fields(cls)]
     for key, value in data.items():
         if key not in known:
-            raise InputError(f"{source}: unknown key {path + key!r}; expected one of {', '.join(sorted(known))}")
+            raise InputError(
+                f"{source}: unknown key {path + key!r}; expected one of {', '.join(sorted(known))}"
+            )
         inner = types[key]
         if attrs.has(inner):
             _refuse_unknown(inner, value, source, f"{path}{key}.")

@@ -15,6 +15,7 @@ from swarmcore.errors import (
     SpanError,
     UnavailableError,
 )
+from swarmcore.routing.chain import Chain, Stage
 from swarmcore.testing.executor import hidden_states
 from swarmcore.types import Span
 
@@ -154,6 +155,37 @@ async def test_a_server_that_forgot_its_session_gets_it_back(journal: str) -> No
         assert session.failovers == 1
         assert session.chain.peers[1] == server.peer, "nobody else has its blocks"
         await run.step(1)
+        await session.close()
+        await quiet(swarm)
+
+
+class ThereAndBack:
+    """A router that passes through the first server of the view twice."""
+
+    def plan(self, view, model, span, **_) -> Chain:
+        whole = next(server for server in view if server.span == Span(0, 12))
+        middle = next(server for server in view if server.span == Span(4, 8))
+        if span == Span(4, 8):
+            return Chain((Stage(middle, span),))
+        if span != Span(0, 12):
+            return Chain((Stage(whole, span),))
+        return Chain((Stage(whole, Span(0, 4)), Stage(middle, Span(4, 8)), Stage(whole, Span(8, 12))))
+
+
+@MODES
+async def test_a_server_that_the_chain_passes_twice_is_lost_twice(journal: str) -> None:
+    async with swarm_of("0:12", "4:8", router=ThereAndBack()) as swarm:
+        session = await swarm.open(journal=journal)
+        run = Run.of(session)
+        await run.step(5)
+        await swarm.serving(session, 1).kill()
+        await swarm.add("4:8")
+        await run.step(1)
+        await swarm.serving(session, 0).kill()
+        await swarm.add("0:12")
+        await run.step(1)
+        await run.step(1)
+        assert session.failovers == 3
         await session.close()
         await quiet(swarm)
 
