@@ -267,7 +267,13 @@ class Mender:
             )
             chain = (pipeline.laps.hops[first], *step.chain)
             order = Replay(
-                step.step, step.starts, step.lengths, chain, codec=options.codec, deadline=step.deadline
+                step.step,
+                step.starts,
+                step.lengths,
+                chain,
+                codec=options.codec,
+                deadline=step.deadline,
+                settled=step.settled,
             )
             await pipeline.tell(pipeline.stages[first - 1], order)
             return

@@ -18,7 +18,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.next_stage import NextStage, join
-from swarmcore.session.journal import Entry, Lane
+from swarmcore.session.journal import Entry, KeptOutputs
 from swarmcore.session.ledger import StepLedger
 from swarmcore.types import Span, short
 from swarmcore.wire.failure import to_failure
@@ -88,7 +88,7 @@ class HostedSession:
         self._next = NextStage(node, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
-        self._kept = Lane(sequences)
+        self._kept = KeptOutputs(sequences)
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: set[asyncio.Future[Tensor]] = set()
@@ -219,7 +219,9 @@ class HostedSession:
             hidden = await output
             await self._deliver(step, hidden)
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
-                self._kept.apply(Entry(step.step, step.starts, step.lengths, step.sources), hidden)
+                entry = Entry(step.step, step.starts, step.lengths, step.sources)
+                self._kept.settle(step.settled)
+                self._kept.keep(entry, hidden, settled=step.replay)
         except SwarmError as exc:
             await self._report(step.step, exc, step.attempt)
         except Exception:
@@ -268,6 +270,7 @@ class HostedSession:
         try:
             if not order.chain:
                 raise InvalidStepError("a replay has to name the stage that it is for")
+            self._kept.settle(order.settled)
             rows = self._kept.rows(order.starts, order.lengths)
             await self._next.push(order.chain[0], step, rows.encode(order.codec))
             self._counters["replays_sent"] += 1

@@ -114,6 +114,33 @@ class Lane:
         return f"<Lane {','.join(map(str, self.lengths))} rows>"
 
 
+class KeptOutputs:
+    """What a server keeps of a session's outputs for a `Replay`: as the settled steps have left them.
+
+    A step that is computed here may never come home; until it has, what it does is only noted.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self._lane = Lane(sequences)
+        self._open: deque[tuple[Entry, Tensor]] = deque()
+
+    def keep(self, entry: Entry, rows: Tensor, *, settled: bool = False) -> None:
+        """The outputs of a step, ``[sum(lengths), width]``; of a replay, which is of ``settled`` tokens."""
+        if settled:
+            self._lane.apply(entry, rows)
+        else:
+            self._open.append((entry, rows))
+
+    def settle(self, below: int) -> None:
+        """All steps with a lower number have come home, or were given up and are overwritten."""
+        while self._open and self._open[0][0].step < below:
+            self._lane.apply(*self._open.popleft())
+
+    def rows(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """As `Lane.rows`."""
+        return self._lane.rows(starts, lengths)
+
+
 class _Inputs:
     """The lane of one stage's inputs, and what is on its way into it.
 
