@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -147,14 +148,14 @@ async def _rate_to(node: Node, server: ServerInfo) -> float:
     loop = asyncio.get_running_loop()
     addresses = [Address.parse(url) for url in server.addresses]
     deadline = loop.time() + PEER_TIMEOUT
-    best = 0.0
+    empty, best = math.inf, 0.0
     try:
-        for payload in (b"", b"", *[bytes(PAYLOAD)] * PAYLOADS):
+        for payload in (*[b""] * PAYLOADS, *[bytes(PAYLOAD)] * PAYLOADS):
             before = loop.time()
             await node.call(addresses, PING_METHOD, Ping(payload), timeout=deadline - before)
             seconds = loop.time() - before
             if not payload:
-                empty = seconds
+                empty = min(empty, seconds)  # the first one has dialled
             elif seconds > empty:
                 # It went there first and came back then; tokens do both at a time.
                 best = max(best, 2 * PAYLOAD / (seconds - empty))
