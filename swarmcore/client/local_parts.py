@@ -134,8 +134,9 @@ class LocalParts:
         It takes 10 µs a call where the base model's forward, with its masks and rotary tables, takes 150.
         """
         lookup = self._embedding_model.get_input_embeddings()
-        ids = torch.linspace(0, self.vocab_size - 1, 8).long().tolist()
-        positions = torch.linspace(0, min(self.max_positions or 64, 64) - 1, 8).long().tolist()
+        # Whole numbers: torch's default dtype is bfloat16 while another thread loads a model in that.
+        ids = [step * (self.vocab_size - 1) // 7 for step in range(8)]
+        positions = [step * (min(self.max_positions or 64, 64) - 1) // 7 for step in range(8)]
         same = torch.equal(lookup(torch.tensor(ids)), self._embed_with_base(ids, positions))
         return cast(nn.Module, lookup) if same else None
 

@@ -117,3 +117,17 @@ def test_tensors_are_found_in_other_layouts(prefix: str, tmp_path: Path) -> None
         name: inner.read([names[name]])[names[name]] for name in wanted
     }
     assert torch.equal(LocalParts.load(checkpoint, dtype="float32").embed([1, 2], [0, 1]), expected)
+
+
+def test_while_another_thread_loads_a_model(tmp_path: Path) -> None:
+    """transformers then has the process's default dtype changed; in bfloat16 511 is 512."""
+    config = tiny_config("llama")
+    config.vocab_size = 512
+    save_random_model(config, tmp_path)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        parts = LocalParts.load(open_checkpoint(str(tmp_path)), dtype="float32")
+    finally:
+        torch.set_default_dtype(before)
+    assert parts.embed([511], [0]).shape == (1, config.hidden_size)
