@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 REFRESH = 5.0
 """Seconds between looks at whether load or cache have changed enough to be announced."""
 
+LOAD_CHANGES = 5.0
+"""Changes of load a second, of all servers together, that a swarm is to carry: each goes to every member."""
+
 
 class BlockServer:
     """Joins an executor, a node and a registry. Use it as an async context manager.
@@ -271,7 +274,7 @@ class BlockServer:
 
     async def _announce_changes(self) -> None:
         while True:
-            await asyncio.sleep(REFRESH)
+            await asyncio.sleep(max(REFRESH, len(self.registry.view()) / LOAD_CHANGES))
             if self._announced is None or _differs(self._announced, self.info):
                 await self._try_to_announce()
 

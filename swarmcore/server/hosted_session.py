@@ -91,8 +91,9 @@ class HostedSession:
         self._kept = KeptOutputs(sequences)
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
-        self._outputs: set[asyncio.Future[Tensor]] = set()
+        self._outputs: dict[asyncio.Future[Tensor], None] = {}
         self._closed = False
+        self._leaving: float | None = None
         self._worker: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -141,7 +142,10 @@ class HostedSession:
 
     async def announce_drain(self, seconds: float) -> None:
         """Tell the client that it has so long to move the session elsewhere."""
-        await self._client.send(Draining(seconds))
+        if self._worker is None:
+            self._leaving = seconds  # the client is yet to hear that the session is granted
+        else:
+            await self._client.send(Draining(seconds))
 
     async def close(self) -> None:
         """Cancel what is in flight and free the session's cache."""
@@ -166,7 +170,7 @@ class HostedSession:
         except SwarmError as exc:
             output = asyncio.get_running_loop().create_future()
             output.set_exception(exc)
-        self._outputs.add(output)
+        self._outputs[output] = None
         output.add_done_callback(self._done)
         return partial(self._finish, step, output, fresh)
 
@@ -200,11 +204,13 @@ class HostedSession:
             self._ledger.forget(step)
 
     def _done(self, output: asyncio.Future[Tensor]) -> None:
-        self._outputs.discard(output)
+        self._outputs.pop(output, None)
         if not output.cancelled():
             output.exception()  # seen, also when the session ends before anyone awaits it
 
     async def _work(self) -> None:
+        if self._leaving is not None:
+            await self._client.send(Draining(self._leaving))
         while True:
             job = await self._jobs.get()
             try:
