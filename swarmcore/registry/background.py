@@ -14,7 +14,7 @@ class BackgroundTasks:
     """Holds on to tasks, logs the ones that fail, cancels what is left at the end."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
         self._closed = False
 
     def __len__(self) -> int:
@@ -26,18 +26,18 @@ class BackgroundTasks:
             work.close()
             return
         task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (exc := task.exception()) is not None:
             logger.error("%s ended unexpectedly", task.get_name(), exc_info=exc)
 
     async def close(self) -> None:
         """Cancel all tasks and wait for them. Harmless when repeated."""
         self._closed = True
-        tasks = self._tasks - {asyncio.current_task()}
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         if tasks:

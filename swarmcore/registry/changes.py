@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from swarmcore.registry.base import Change
 from swarmcore.types import PeerId
@@ -23,7 +23,7 @@ class ChangeFeed:
 
     def __init__(self, bound: int = READER_BOUND) -> None:
         self._bound = bound
-        self._readers: WeakSet[ChangeReader] = WeakSet()
+        self._readers: WeakKeyDictionary[ChangeReader, None] = WeakKeyDictionary()
         self._closed = False
 
     def publish(self, change: Change) -> None:
@@ -33,7 +33,7 @@ class ChangeFeed:
     def reader(self) -> ChangeReader:
         """A new reader; it needs no closing: the feed forgets it when it is garbage."""
         reader = ChangeReader(self._bound)
-        self._readers.add(reader)
+        self._readers[reader] = None
         if self._closed:
             reader._end()
         return reader

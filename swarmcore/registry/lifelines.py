@@ -69,7 +69,7 @@ class Lifelines:
         self._watch = watch
         self._ring = Ring(node.peer)
         self._held: dict[PeerId, _Line | None] = {}  # by whom they lead to; None while dialling
-        self._accepted: set[_Line] = set()
+        self._accepted: dict[_Line, None] = {}
         self._pauses: dict[PeerId, _Pause] = {}
         self._surplus: dict[PeerId, asyncio.TimerHandle] = {}
         self._timers: set[asyncio.TimerHandle] = set()
@@ -109,7 +109,7 @@ class Lifelines:
         opening: HoldLine = channel.opening.record
         beat = opening.beat and min(max(opening.beat, FASTEST_BEAT), SLOWEST_BEAT)
         line = _Line(channel, beat, self._watch)
-        self._accepted.add(line)
+        self._accepted[line] = None
         try:
             if self._closed or await line.run() is not _End.SILENT:
                 return
@@ -119,7 +119,7 @@ class Lifelines:
                 self._watch.line_broke(peer)
             raise
         finally:
-            self._accepted.discard(line)
+            del self._accepted[line]
         self._watch.line_silent(peer)
 
     async def close(self) -> None:

@@ -32,7 +32,7 @@ class Watchers:
     def __init__(self, store: RecordStore, limits: Limits) -> None:
         self._store = store
         self._batch = records_per_message(limits, store.limits)
-        self._watchers: set[_Watcher] = set()
+        self._watchers: dict[_Watcher, None] = {}
         self._closed = False
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Watchers:
         opening: WatchRecords = channel.opening.record
         buckets = self._store.differing(opening.hashes)
         watcher = _Watcher(self._store.current_in(buckets), dict(self._store.hidden_entries()))
-        self._watchers.add(watcher)
+        self._watchers[watcher] = None
         try:
             while not self._closed:
                 batch = watcher.take(self._batch)
@@ -74,7 +74,7 @@ class Watchers:
                 if batch.complete:
                     await watcher.wait(HEARTBEAT)
         finally:
-            self._watchers.discard(watcher)
+            del self._watchers[watcher]
         raise UnavailableError("this peer is leaving; watch another one")
 
     def close(self) -> None:

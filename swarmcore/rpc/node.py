@@ -64,7 +64,7 @@ class Node:
         self._calls_in = 0
         self._calls_by_peer: Counter[PeerId] = Counter()
         self._calls_out = 0
-        self._serving: set[asyncio.Task[Any]] = set()
+        self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
         self._closed = False
 
     @property
@@ -92,7 +92,7 @@ class Node:
         Handlers have five seconds to clean up.
         """
         self._closed = True
-        serving = self._serving - {asyncio.current_task()}
+        serving = [task for task in self._serving if task is not asyncio.current_task()]
         for task in serving:
             task.cancel()
         if serving:
@@ -223,7 +223,7 @@ class Node:
         task = asyncio.current_task()
         assert task is not None
         peer = stream.remote
-        self._serving.add(task)
+        self._serving[task] = None
         refusal = self._refusal(peer)
         try:
             if refusal is not None:
@@ -241,7 +241,7 @@ class Node:
                 if not self._calls_by_peer[peer]:
                     del self._calls_by_peer[peer]
         finally:
-            self._serving.discard(task)
+            del self._serving[task]
 
     def _refusal(self, peer: PeerId) -> SwarmError | None:
         if not self._allows(peer):

@@ -25,6 +25,9 @@ from swarmcore.types import Span
 Algorithm = Literal["client", "servers", "restarts", "cacheless"]
 """This system, with either journal; starting again from the first token; computing the whole prefix each step."""
 
+_RETRY = 0.05
+"""Seconds until the baselines open another session after a failure."""
+
 
 @attrs.frozen(kw_only=True)
 class FailureTable(Scenario):
@@ -159,6 +162,7 @@ class _Cell:
                 self.world.note(f"{type(exc).__name__} at token {len(generation.tokens)}")
                 if self.algorithm == "restarts":
                     del generation.tokens[1:], generation.states[:]
+                await asyncio.sleep(_RETRY)
             else:
                 return self.steps < limit
         return False
