@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from swarmcore.client.pinging import Pinger, PingLimits
-from swarmcore.client.planner import SwarmPlanner
+from swarmcore.client.planner import SwarmPlanner, random_session_id
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
 from swarmcore.errors import AddressError, MissingBlocksError, PeerUnreachableError
 from swarmcore.identity import Identity
@@ -42,6 +42,7 @@ class Swarm:
 
     ``node`` and ``registry`` are owned: entering starts them, leaving closes them. The ``router`` is
     `LeastLatency` over ``latencies`` unless another is given; servers are pinged within ``pings``.
+    ``session_id`` makes up names of sessions, which nobody must be able to guess.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class Swarm:
         latencies: Latencies | None = None,
         pings: PingLimits | None = None,
         rng: random.Random | None = None,
+        session_id: Callable[[], str] = random_session_id,
     ) -> None:
         rng = rng or random.Random()
         self.node = node
         self.registry = registry
+        self._session_id = session_id
         self.latencies = latencies if latencies is not None else Latencies()
         """Round trips to servers, measured by pings while models are in use."""
         self.router = router or LeastLatency(rng, costs=CostModel(rtts=self.latencies.seconds))
@@ -152,7 +155,7 @@ class Swarm:
         """
 
         await self._pinger.look_at(model)
-        planner = SwarmPlanner(self.registry, self.router, self.health, model)
+        planner = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
         return await open_session(
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
         )

@@ -12,6 +12,8 @@ import msgspec
 from swarmcore.errors import InputError
 from swarmcore.executor.base import Slice
 
+_PROMPT = 512
+
 
 @attrs.frozen(kw_only=True)
 class BatchLoad:
@@ -108,6 +110,10 @@ class MeasuredModel:
     fit_error: float = 0.0
     """How far a measured batch is from the model, as a fraction; root mean square."""
     measured: tuple[Measurement, ...] = ()
+
+    def throughput(self, blocks: int) -> float:
+        """Tokens per second through ``blocks`` blocks, in batches of a long prompt."""
+        return _PROMPT / self.costs.seconds(blocks, BatchLoad(prefill_rows=_PROMPT))
 
 
 def load_costs(name: str) -> MeasuredModel:

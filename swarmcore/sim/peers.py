@@ -9,19 +9,18 @@ from typing import Literal
 
 import attrs
 
-from swarmcore.client.opening import Planner
-from swarmcore.client.planner import SwarmPlanner
-from swarmcore.client.session import InferenceSession, SessionOptions, open_session
+from swarmcore.client.session import InferenceSession, SessionOptions
 from swarmcore.client.swarm import Swarm
 from swarmcore.errors import SwarmError
+from swarmcore.placement.choice import join_span
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.watch import WatchingRegistry
-from swarmcore.routing.chain import FewestServers
 from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.measuring import ServerSpeed
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.transport import SimTransport
 from swarmcore.sim.world import World
@@ -44,6 +43,19 @@ class GossipSettings:
     @property
     def options(self) -> GossipOptions:
         return GossipOptions(interval=self.interval, beat=self.beat)
+
+
+@attrs.frozen(kw_only=True)
+class ServerSettings:
+    """How the servers of a simulated swarm are set up."""
+
+    cache_tokens: int = 65_536
+    rebalance: float = 0.0
+    """Seconds between looks whether to move, on average; 0 for never."""
+    balance_quality: float = 0.75
+    drain: float = 30.0
+    measures_neighbours: bool = True
+    """Whether they measure round trips to servers that may follow them."""
 
 
 class Peer:
@@ -137,35 +149,83 @@ class SimBootstrap(Peer):
 
 
 class SimServer(Peer):
-    """A block server that can be killed, and started again with nothing in its caches."""
+    """A block server that can be killed, and started again with nothing in its caches.
+
+    ``hosts`` are the blocks that it holds, or how many of them: it then takes those that the swarm serves worst.
+    """
 
     def __init__(
         self,
         world: World,
         name: str,
         gossip: GossipSettings,
-        span: Span,
+        hosts: Span | int,
         *,
-        cache_tokens: int = 65_536,
+        settings: ServerSettings | None = None,
         speed: float = 1.0,
         megabits: float | None = None,
     ) -> None:
         super().__init__(world, name, gossip, megabits=megabits)
-        self.span = span
-        self.cache_tokens = cache_tokens
+        self.hosts = hosts
+        self.settings = settings or ServerSettings()
         self.speed = speed
         self.server: BlockServer | None = None
 
+    @property
+    def throughput(self) -> float:
+        """Tokens per second that it carries through its blocks."""
+        blocks = len(self.hosts) if isinstance(self.hosts, Span) else self.hosts
+        return self.world.measured.throughput(blocks) * self.speed
+
+    @property
+    def span(self) -> Span | None:
+        """The blocks that it serves now, if it does."""
+        return self.server.span if self.server is not None and self.online else None
+
     async def start(self, bootstrap: Sequence[Address]) -> None:
-        """Join through ``bootstrap`` and serve."""
+        """Join through ``bootstrap``, load blocks, and serve."""
         node, registry = await self.join(bootstrap)
-        executor = SimExecutor(self.world.model, self.span, self.world.measured, speed=self.speed)
+        settings, model = self.settings, self.world.model.info
+        rng = self.world.rng(f"{self.name}/server/{self._starts}")
+        if isinstance(self.hosts, Span):
+            span = self.hosts
+        else:
+            span = join_span(registry.view(), model, self.hosts, rng, peer=node.peer)
+            joining = ServerInfo(
+                peer=node.peer,
+                addresses=tuple(map(str, node.addresses)),
+                state="joining",
+                model=model,
+                span=span,
+                throughput=self.throughput,
+                incarnation=self._starts,
+            )
+            await registry.announce(joining, self.gossip.ttl)
+            await asyncio.sleep(len(span) * self.world.measured.load_seconds / self.speed)
+            if self.node is not node:  # killed meanwhile
+                return
         config = ServerConfig(
-            model=self.world.model.name, span=self.span, announce_ttl=self.gossip.ttl, idle_timeout=3600.0
+            model=model.name,
+            span=span,
+            announce_ttl=self.gossip.ttl,
+            idle_timeout=3600.0,
+            rebalance=settings.rebalance,
+            balance_quality=settings.balance_quality,
+            drain=settings.drain,
         )
-        self.server = BlockServer(config, node, registry, executor, cache_tokens=self.cache_tokens)
+        self.server = BlockServer(
+            config,
+            node,
+            registry,
+            SimExecutor(self.world.model, span, self.world.measured, speed=self.speed),
+            cache_tokens=settings.cache_tokens,
+            speed=ServerSpeed(stated=self.throughput),
+            seconds_per_block=self.world.measured.load_seconds / self.speed,
+            rng=rng if settings.measures_neighbours or settings.rebalance else None,
+            incarnation=self._starts,
+        )
         await self.server.start()
-        self.world.note(f"{self.name} serves {self.span}")
+        self.world.note(f"{self.name} serves {span}")
 
     @property
     def online(self) -> bool:
@@ -179,7 +239,7 @@ class SimServer(Peer):
             await server.close()
 
     def __repr__(self) -> str:
-        return f"<SimServer {self.name} {self.span} {'up' if self.running else 'down'}>"
+        return f"<SimServer {self.name} {self.span or self.hosts} {'up' if self.running else 'down'}>"
 
 
 class SimClient:
@@ -206,8 +266,13 @@ class SimClient:
             rng=world.rng(f"{name}/registry"),
             wall_clock=world.wall_clock,
         )
-        self.swarm = Swarm(node, registry, router=FewestServers(world.rng(f"{name}/routing")))
-        self._ids = world.rng(f"{name}/sessions")
+        ids = world.rng(f"{name}/sessions")
+        self.swarm = Swarm(
+            node,
+            registry,
+            rng=world.rng(f"{name}/swarm"),
+            session_id=lambda: f"{ids.getrandbits(128):032x}",
+        )
         world.settle(self)
 
     async def start(self) -> None:
@@ -221,17 +286,8 @@ class SimClient:
         await self.swarm.close()
 
     async def open_session(self, *, max_tokens: int, options: SessionOptions) -> InferenceSession:
-        """As `Swarm.open_session`, with session ids that follow from the seed."""
-        swarm = self.swarm
-        planner: Planner = SwarmPlanner(
-            swarm.registry, swarm.router, swarm.health, self.world.model.info, session_id=self._session_id
-        )
-        return await open_session(
-            swarm.node, planner, self.world.model.info, sequences=1, tokens=max_tokens, options=options
-        )
-
-    def _session_id(self) -> str:
-        return f"{self._ids.getrandbits(128):032x}"
+        """As `Swarm.open_session`, for one sequence of the world's model."""
+        return await self.swarm.open_session(self.world.model.info, max_tokens=max_tokens, options=options)
 
     def __repr__(self) -> str:
         return f"<SimClient {self.name}>"
