@@ -12,8 +12,10 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.plain import PlainModel
+from swarmcore.client.options import SessionOptions
 from swarmcore.client.swarm import connect
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.session.laps import JournalMode
 from swarmcore.testing.fleet import split_blocks
 from swarmcore.testing.processes import ServerProcess
 from swarmcore.types import Span
@@ -37,7 +39,7 @@ class InferenceResult:
     tokens_per_second: float
     """Of all clients together; the median of the rounds. The prompt is not in it: from the first token on."""
     ratio: float
-    """To what ``ratio_to`` names."""
+    """To what ``ratio_to`` names; the median of the rounds."""
     ratio_to: str
     milliseconds: float
     """Between two tokens of one client."""
@@ -49,11 +51,16 @@ class _Samples:
 
     servers: int
     clients: int
+    against: str
     rates: list[float] = attrs.field(factory=list)
 
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
+
+
+Measured = dict[str, tuple[int, int, str, float]]
+"""Of one round, by name: servers, clients, what it is compared with, tokens per second."""
 
 
 @attrs.frozen(kw_only=True)
@@ -86,19 +93,30 @@ class InferenceBench:
                 remark(f"round {turn} of {self.rounds}" if turn else "warming up")
                 measured = await self._round(plain, swarms)
                 if turn:
-                    for name, (servers, clients, rate) in measured.items():
-                        samples.setdefault(name, _Samples(servers, clients)).rates.append(rate)
+                    for name, (servers, clients, against, rate) in measured.items():
+                        samples.setdefault(name, _Samples(servers, clients, against)).rates.append(rate)
         return _results(samples)
 
-    async def _round(
-        self, plain: PlainModel, swarms: dict[int, RemoteModel]
-    ) -> dict[str, tuple[int, int, float]]:
-        measured: dict[str, tuple[int, int, float]] = {}
-        measured[_PLAIN] = (0, 1, await asyncio.to_thread(plain.rate, PROMPT, self.tokens))
-        for size, model in swarms.items():
+    async def _round(self, plain: PlainModel, swarms: dict[int, Models]) -> Measured:
+        rate = await asyncio.to_thread(plain.rate, PROMPT, self.tokens)
+        measured: Measured = {_PLAIN: (0, 1, _PLAIN, rate)}
+        for size, models in swarms.items():
             for clients in sorted({1, *self.client_counts}):
-                measured[_name(size, clients)] = (size, clients, await self._rate(model, clients))
+                against = _PLAIN if clients == 1 else _name(size, 1)
+                rate = await self._rate(models["client"], clients)
+                measured[_name(size, clients)] = (size, clients, against, rate)
+        size = max(swarms)
+        without = _journal_name(size, "off")
+        for journal, rate in (await self._journal_rates(swarms[size])).items():
+            measured[_journal_name(size, journal)] = (size, 1, without, rate)
         return measured
+
+    async def _journal_rates(self, models: Models) -> dict[JournalMode, float]:
+        """One client with each kind of journal, there and back, so that a drift of the machine hits all."""
+        rates: dict[JournalMode, list[float]] = {journal: [] for journal in models}
+        for journal in (*models, *reversed(models)):
+            rates[journal].append(await self._rate(models[journal], 1))
+        return {journal: statistics.mean(measured) for journal, measured in rates.items()}
 
     async def _rate(self, model: RemoteModel, clients: int) -> float:
         """Tokens per second of ``clients`` generations at once, from the last one's first token on."""
@@ -120,8 +138,8 @@ class InferenceBench:
         return (self.tokens * clients - before) / (clock() - began)
 
     @asynccontextmanager
-    async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[RemoteModel]:
-        """``size`` server processes with the blocks split evenly, and the model over them."""
+    async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[Models]:
+        """``size`` server processes with the blocks split evenly, and models over them."""
         async with AsyncExitStack() as stack:
             first, *rest = split_blocks(checkpoint.info.blocks, size)
             bootstrap = await stack.enter_async_context(await self._server(checkpoint, first))
@@ -129,9 +147,14 @@ class InferenceBench:
                 server = await self._server(checkpoint, span, "--bootstrap", bootstrap.address)
                 await stack.enter_async_context(server)
             swarm = await stack.enter_async_context(connect(bootstrap.address))
-            model = await swarm.load_model(str(checkpoint.folder), dtype=self.dtype, threads=self.threads)
-            await swarm.wait_for_blocks(model.info, timeout=30)
-            yield model
+            models: Models = {}
+            for journal in _JOURNALS:
+                options = SessionOptions(journal=journal)
+                models[journal] = await swarm.load_model(
+                    str(checkpoint.folder), dtype=self.dtype, threads=self.threads, session_options=options
+                )
+            await swarm.wait_for_blocks(checkpoint.info, timeout=30)
+            yield models
 
     async def _server(self, checkpoint: Checkpoint, span: Span, *more: str) -> ServerProcess:
         return await ServerProcess.start(
@@ -144,24 +167,33 @@ class InferenceBench:
 
 
 _PLAIN = "plain Transformers"
+_JOURNALS: tuple[JournalMode, ...] = ("off", "client", "servers")
+
+Models = dict[JournalMode, "RemoteModel"]
+"""The same model with each kind of journal."""
 
 
 def _name(size: int, clients: int) -> str:
     return f"{size} server{'s' if size > 1 else ''}, {clients} client{'s' if clients > 1 else ''}"
 
 
+def _journal_name(size: int, journal: JournalMode) -> str:
+    return f"{size} server{'s' if size > 1 else ''}, journal: {journal}"
+
+
 def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:
     results: list[InferenceResult] = []
     for name, found in samples.items():
-        against = _PLAIN if found.clients == 1 else _name(found.servers, 1)
+        # Round by round: what else the machine did then, it did to both.
+        ratios = [a / b for a, b in zip(found.rates, samples[found.against].rates, strict=True)]
         results.append(
             InferenceResult(
                 name=name,
                 servers=found.servers,
                 clients=found.clients,
                 tokens_per_second=found.rate,
-                ratio=found.rate / samples[against].rate,
-                ratio_to=against,
+                ratio=statistics.median(ratios),
+                ratio_to=found.against,
                 milliseconds=1000 * found.clients / found.rate,
             )
         )
@@ -170,7 +202,7 @@ def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:
 
 def hop_milliseconds(results: Sequence[InferenceResult]) -> float | None:
     """What each further server adds to a token of one client, in ms; None for chains of one length."""
-    alone = sorted((r for r in results if r.servers and r.clients == 1), key=lambda r: r.servers)
+    alone = sorted((r for r in results if r.servers and r.ratio_to == _PLAIN), key=lambda r: r.servers)
     if len(alone) < 2:
         return None
     short, *_, long = alone
