@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 
 from swarmcore.errors import InternalError, SwarmError, UnavailableError
@@ -32,7 +32,7 @@ from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.partners import Partner, Partners
 from swarmcore.registry.pushing import Pusher
 from swarmcore.registry.reconcile import answer_compare, answer_exchange, reconcile
-from swarmcore.registry.records import RecordIssuer, SignedRecord
+from swarmcore.registry.records import RecordIssuer, SignedRecord, without_load
 from swarmcore.registry.replica import Replica
 from swarmcore.registry.store import Accepted, Drop, RecordStore
 from swarmcore.registry.suspicion import Suspected
@@ -122,15 +122,16 @@ class GossipRegistry(Registry):
         """Records refused so far, by reason."""
         return self._replica.store.dropped
 
-    async def start(self) -> None:
+    async def start(self, known: Iterable[SignedRecord] = ()) -> None:
         """Fetch all records from the first bootstrap peer that answers, and begin to gossip.
 
-        Without bootstrap peers other than this one there is nobody to ask: this is the first member. Raise
+        Without bootstrap peers other than this one there is nobody to ask: this is the first member. Nobody
+        is asked either when there are ``known`` records, from before, that still hold. Raise
         `PeerUnreachableError`, naming what was tried, when none answers; `start` may then be called again.
         """
         bootstrap = self._partners.bootstrap
         self._rng.shuffle(bootstrap)
-        if bootstrap:
+        if bootstrap and not await self._replica.merge(known):
             await first_answer(bootstrap, self._reconcile)
         self._started = True
         self._detector.start()
@@ -184,6 +185,7 @@ class GossipRegistry(Registry):
 
     def _publish(self, info: ServerInfo, ttl: float, *, refuting: bool = False) -> None:
         record = self._issuer.announce(info, ttl)
+        before = self._announced[0] if self._announced is not None else None
         self._announced = (info, ttl)
         outcome = self._replica.apply(record)
         if outcome is Drop.REPLAYED:  # the clock was set back
@@ -191,9 +193,18 @@ class GossipRegistry(Registry):
             outcome = self._replica.apply(record)
         if isinstance(outcome, Drop):
             raise InternalError(f"this peer dropped its own record as {outcome}")
-        if refuting or outcome.change is not None or self._options.pushes_refresh(ttl):
-            self._pusher.add(self.node.peer, record, urgent=refuting or outcome.change is not None)
+        urgent = refuting or (outcome.change is not None and not self._can_wait(before, info))
+        if urgent or self._options.pushes_refresh(ttl):
+            self._pusher.add(self.node.peer, record, urgent=urgent)
         self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
+
+    def _can_wait(self, before: ServerInfo | None, info: ServerInfo) -> bool:
+        """Whether news of this peer is only of its load, and the swarm too large to hear of it at once."""
+        return (
+            before is not None
+            and len(self._replica.store.view()) > self._options.pushes_load_below
+            and without_load(before) == without_load(info)
+        )
 
     def _publish_again(self, delay: float) -> None:
         if self._refresh is not None:

@@ -28,6 +28,9 @@ class GossipOptions:
     """
     check_timeout: float = 1.5
     """Seconds that a suspect has to answer."""
+    pushes_load_below: int = 100
+    """Members of a swarm up to which news of a server's load is pushed; in a larger one it travels with the
+    comparisons."""
     limits: RecordLimits = attrs.field(factory=RecordLimits)
     """What a record may claim."""
     capacity: int = CAPACITY

@@ -155,6 +155,13 @@ def _check_text(name: str, value: str) -> None:
         raise InputError(f"{name} has to be printable and at most {MAX_TEXT} characters long")
 
 
+def without_load(info: ServerInfo) -> ServerInfo:
+    """``info`` but for what comes and goes with a server's work."""
+    return attrs.evolve(
+        info, cache_tokens_free=0, sessions=0, decode_rps=0.0, forward_rps=0.0, queue_seconds=0.0, rtts=()
+    )
+
+
 class RecordIssuer:
     """Issues one peer's records, each superseding all before it.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from swarmcore.sim.crowd import Crowd
 from swarmcore.sim.failures import FailureTable
 from swarmcore.sim.scenario import Scenario
 
-KINDS: tuple[type[Scenario], ...] = (FailureTable,)
+KINDS: tuple[type[Scenario], ...] = (FailureTable, Crowd)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
+from swarmcore.client.pinging import PingLimits
 from swarmcore.client.session import InferenceSession, SessionOptions
 from swarmcore.client.swarm import Swarm
-from swarmcore.errors import SwarmError
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.registry.options import GossipOptions
+from swarmcore.registry.records import RecordIssuer, RecordLimits, SignedRecord, decode_announcement
 from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
@@ -24,7 +24,7 @@ from swarmcore.server.measuring import ServerSpeed
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.transport import SimTransport
 from swarmcore.sim.world import World
-from swarmcore.types import Address, ServerInfo, Span
+from swarmcore.types import Address, PeerId, ServerInfo, Span
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class GossipSettings:
 
     @property
     def options(self) -> GossipOptions:
-        return GossipOptions(interval=self.interval, beat=self.beat)
+        limits = RecordLimits(max_ttl=max(self.ttl, RecordLimits().max_ttl))
+        return GossipOptions(interval=self.interval, beat=self.beat, limits=limits)
 
 
 @attrs.frozen(kw_only=True)
@@ -86,8 +87,8 @@ class Peer:
         """Whether its process has been started and has not ended."""
         return self.node is not None
 
-    async def join(self, bootstrap: Sequence[Address]) -> tuple[Node, GossipRegistry]:
-        """Start listening, and be a member of the swarm."""
+    async def listen(self, bootstrap: Sequence[Address]) -> tuple[Node, GossipRegistry]:
+        """Start the process, which will join the swarm through ``bootstrap``."""
         self._starts += 1
         transport = self._transport = self.world.network.transport(self.identity, self.host)
         node = self.node = Node(self.identity, [transport])
@@ -99,8 +100,12 @@ class Peer:
             wall_clock=self.world.wall_clock,
         )
         await node.start()
-        await registry.start()
         return node, registry
+
+    def record_of(self, info: ServerInfo) -> SignedRecord:
+        """What this peer announces when it announces ``info`` now, for the first time."""
+        issuer = RecordIssuer(self.identity, self.world.wall_clock, self.gossip.options.limits)
+        return issuer.announce(info, self.gossip.ttl)
 
     def crash(self) -> None:
         """Kill the process."""
@@ -142,10 +147,16 @@ class Peer:
 class SimBootstrap(Peer):
     """A member without blocks, for others to join through."""
 
-    async def start(self) -> None:
-        node, registry = await self.join([])
-        info = ServerInfo(peer=node.peer, addresses=tuple(map(str, node.addresses)))
-        await registry.announce(info, self.gossip.ttl)
+    async def start(self, bootstrap: Sequence[Address] = (), known: Iterable[SignedRecord] = ()) -> None:
+        """Join through ``bootstrap``; with ``known`` records, as `GossipRegistry.start` takes them."""
+        node, registry = await self.listen(bootstrap)
+        await registry.start(others(known, node.peer))
+        await registry.announce(self.info, self.gossip.ttl)
+
+    @property
+    def info(self) -> ServerInfo:
+        """What it announces."""
+        return ServerInfo(peer=self.identity.peer, addresses=(str(self.address),))
 
 
 class SimServer(Peer):
@@ -184,28 +195,52 @@ class SimServer(Peer):
 
     async def start(self, bootstrap: Sequence[Address]) -> None:
         """Join through ``bootstrap``, load blocks, and serve."""
-        node, registry = await self.join(bootstrap)
-        settings, model = self.settings, self.world.model.info
-        rng = self.world.rng(f"{self.name}/server/{self._starts}")
-        if isinstance(self.hosts, Span):
-            span = self.hosts
-        else:
-            span = join_span(registry.view(), model, self.hosts, rng, peer=node.peer)
-            joining = ServerInfo(
-                peer=node.peer,
-                addresses=tuple(map(str, node.addresses)),
-                state="joining",
-                model=model,
-                span=span,
-                throughput=self.throughput,
-                incarnation=self._starts,
-            )
-            await registry.announce(joining, self.gossip.ttl)
-            await asyncio.sleep(len(span) * self.world.measured.load_seconds / self.speed)
-            if self.node is not node:  # killed meanwhile
-                return
+        node, registry = await self.listen(bootstrap)
+        await registry.start()
+        span = self.hosts if isinstance(self.hosts, Span) else await self._choose(node, registry, self.hosts)
+        if self.node is node:  # it may have been killed while it loaded
+            self.server = self._make(node, registry, span)
+            await self.server.start()
+            self.world.note(f"{self.name} serves {span}")
+
+    async def prepare(self, bootstrap: Sequence[Address], span: Span) -> SignedRecord:
+        """Be about to serve ``span``, loaded already, in a swarm that `resume` brings to life.
+
+        Return what this server will announce; it holds when `resume` is called before any time has passed.
+        """
+        node, registry = await self.listen(bootstrap)
+        self.server = self._make(node, registry, span)
+        return self.record_of(attrs.evolve(self.server.info, state="online"))
+
+    async def resume(self, known: Iterable[SignedRecord]) -> None:
+        """Serve, in a swarm that has been together for a while: everybody has all ``known`` records."""
+        assert isinstance(self._registry, GossipRegistry)
+        assert self.server is not None
+        await self._registry.start(others(known, self.identity.peer))
+        await self.server.start()
+
+    async def _choose(self, node: Node, registry: GossipRegistry, blocks: int) -> Span:
+        """Take the blocks that the swarm serves worst, say so, and load them."""
+        model = self.world.model.info
+        rng = self.world.rng(f"{self.name}/choice/{self._starts}")
+        span = join_span(registry.view(), model, blocks, rng, peer=node.peer)
+        joining = ServerInfo(
+            peer=node.peer,
+            addresses=tuple(map(str, node.addresses)),
+            state="joining",
+            model=model,
+            span=span,
+            throughput=self.throughput,
+            incarnation=self._starts,
+        )
+        await registry.announce(joining, self.gossip.ttl)
+        await asyncio.sleep(len(span) * self.world.measured.load_seconds / self.speed)
+        return span
+
+    def _make(self, node: Node, registry: GossipRegistry, span: Span) -> BlockServer:
+        settings = self.settings
         config = ServerConfig(
-            model=model.name,
+            model=self.world.model.name,
             span=span,
             announce_ttl=self.gossip.ttl,
             idle_timeout=3600.0,
@@ -213,7 +248,8 @@ class SimServer(Peer):
             balance_quality=settings.balance_quality,
             drain=settings.drain,
         )
-        self.server = BlockServer(
+        active = settings.measures_neighbours or settings.rebalance > 0
+        return BlockServer(
             config,
             node,
             registry,
@@ -221,11 +257,9 @@ class SimServer(Peer):
             cache_tokens=settings.cache_tokens,
             speed=ServerSpeed(stated=self.throughput),
             seconds_per_block=self.world.measured.load_seconds / self.speed,
-            rng=rng if settings.measures_neighbours or settings.rebalance else None,
+            rng=self.world.rng(f"{self.name}/server/{self._starts}") if active else None,
             incarnation=self._starts,
         )
-        await self.server.start()
-        self.world.note(f"{self.name} serves {span}")
 
     @property
     def online(self) -> bool:
@@ -252,6 +286,7 @@ class SimClient:
         gossip: GossipSettings,
         bootstrap: Sequence[Address],
         *,
+        pings: PingLimits | None = None,
         megabits: float | None = None,
     ) -> None:
         self.world = world
@@ -270,6 +305,7 @@ class SimClient:
         self.swarm = Swarm(
             node,
             registry,
+            pings=pings,
             rng=world.rng(f"{name}/swarm"),
             session_id=lambda: f"{ids.getrandbits(128):032x}",
         )
@@ -291,3 +327,8 @@ class SimClient:
 
     def __repr__(self) -> str:
         return f"<SimClient {self.name}>"
+
+
+def others(known: Iterable[SignedRecord], own: PeerId) -> Iterator[SignedRecord]:
+    """The records of everybody but ``own``."""
+    return (record for record in known if decode_announcement(record).peer != own)

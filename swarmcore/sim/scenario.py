@@ -58,7 +58,7 @@ class Scenario(ABC):
     title: str = ""
     costs: str = "bloom-7b1-cpu"
     """Measured costs of servers: a name (see `cost_names`) or a file."""
-    network: Geography = Geography()
+    network: Geography = attrs.field(factory=Geography)
 
     @abstractmethod
     def simulate(self, seed: int, progress: Progress) -> Report:

@@ -1,0 +1,239 @@
+"""A large swarm through an hour: many clients, servers that come and go, and a third of them dead at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, ClassVar
+
+import attrs
+
+from swarmcore.client.pinging import PingLimits
+from swarmcore.client.session import SessionOptions
+from swarmcore.errors import InputError, SwarmError
+from swarmcore.routing.chain import missing_ranges
+from swarmcore.sim.costs import load_costs
+from swarmcore.sim.generation import Generation
+from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimClient, SimServer
+from swarmcore.sim.scenario import Progress, Report, Scenario
+from swarmcore.sim.world import World
+from swarmcore.types import Span
+
+
+@attrs.frozen(kw_only=True)
+class Crowd(Scenario):
+    """Whether sessions live through everything, how long they take to recover, and what the registry costs."""
+
+    kind: ClassVar[str] = "crowd"
+    unit: ClassVar[str] = "s"
+
+    servers: int = 1000
+    clients: int = 200
+    bootstraps: int = 4
+    blocks: tuple[int, int] = (4, 10)
+    """Least and most blocks that a server holds, drawn for each."""
+    seconds: int = 3600
+    gossip: GossipSettings = attrs.field(factory=lambda: GossipSettings(interval=60.0, ttl=14_400.0))
+    requests: float = 3.0
+    """Generations that a client asks for in the whole time, on average."""
+    prompt: int = 8
+    tokens: int = 24
+    restarts: int = 10
+    """Servers that are killed one by one, at random moments, and come back after a while."""
+    restart_seconds: float = 120.0
+    disaster_at: float = 0.5
+    """When many servers die at once, as a part of the whole time."""
+    disaster: float = 1 / 3
+    """The part of the servers that dies then."""
+    rush: float = 0.3
+    """The part of the clients that is in the middle of a generation when that happens."""
+
+    def __attrs_post_init__(self) -> None:
+        if min(self.servers, self.clients, self.bootstraps, self.seconds, self.prompt, self.tokens) < 1:
+            raise InputError("servers, clients, bootstraps, seconds, prompt and tokens have to be 1 or more")
+        if not 1 <= self.blocks[0] <= self.blocks[1]:
+            raise InputError("blocks are the least and the most blocks of a server, 1 or more")
+        if not (0 <= self.disaster_at <= 1 and 0 <= self.disaster < 1 and 0 <= self.rush <= 1):
+            raise InputError("disaster_at and rush are parts of a whole; disaster is a part below 1")
+
+    def simulate(self, seed: int, progress: Progress) -> Report:
+        from swarmcore.sim.crowd_report import crowd_report
+
+        world = World(seed, self.network, load_costs(self.costs))
+        hour = _Hour(self, world, progress)
+        world.run(hour.run)
+        report = Report(trace=world.trace.hash, messages=world.trace.messages, problems=hour.problems)
+        crowd_report(self, hour, report)
+        return report
+
+
+@attrs.frozen(kw_only=True)
+class Recovery:
+    """A token that came late because servers were lost."""
+
+    at: float
+    seconds: float
+    """From the token before it."""
+
+
+class _Hour:
+    def __init__(self, crowd: Crowd, world: World, progress: Progress) -> None:
+        self.crowd = crowd
+        self.world = world
+        self.problems: list[str] = []
+        self.recoveries: list[Recovery] = []
+        self.failovers: list[float] = []
+        """Seconds from when a failure was noticed until the caches were there again."""
+        self.steps: list[float] = []
+        """Seconds of each step in which nothing failed."""
+        self.finished = 0
+        self.killed = 0
+        self.hidden_after: float | None = None
+        """Seconds from the disaster until no client's view showed any of its victims."""
+        self._progress = progress
+        self._rng = world.rng("crowd")
+        self._bootstraps = [
+            SimBootstrap(world, f"bootstrap {index}", crowd.gossip) for index in range(crowd.bootstraps)
+        ]
+        self._doors = [bootstrap.address for bootstrap in self._bootstraps]
+        self.servers: list[SimServer] = []
+        self.clients: list[SimClient] = []
+        self._tasks: dict[asyncio.Task[None], None] = {}
+
+    async def run(self) -> None:
+        await self._assemble()
+        crowd, rng = self.crowd, self._rng
+        disaster = crowd.disaster_at * crowd.seconds
+        for client in self.clients:
+            moments = [rng.uniform(0, crowd.seconds) for _ in range(_rounded(crowd.requests, rng))]
+            if rng.random() < crowd.rush:
+                moments.append(max(0.0, disaster - rng.uniform(1.0, 5.0)))
+            self._start(self._use(client, sorted(moments)), f"{client.name} generates")
+        for _ in range(crowd.restarts):
+            self._start(self._restart(rng.uniform(0, crowd.seconds)), "a server restarts")
+        self._start(self._strike(disaster), "the disaster")
+        for second in range(0, crowd.seconds, max(1, crowd.seconds // 100)):
+            await asyncio.sleep(second - self.world.now())
+            self._progress(f"{self.finished} generations", second, crowd.seconds)
+        await asyncio.sleep(crowd.seconds - self.world.now())
+        self._progress("done", crowd.seconds, crowd.seconds)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+    async def _assemble(self) -> None:
+        """A swarm that has been together for a while: everybody knows everybody, and no time has passed."""
+        crowd, world, rng = self.crowd, self.world, self._rng
+        known = [bootstrap.record_of(bootstrap.info) for bootstrap in self._bootstraps]
+        settings = ServerSettings(measures_neighbours=False)
+        blocks = world.model.blocks
+        for index in range(crowd.servers):
+            size = min(rng.randint(*crowd.blocks), blocks)
+            # As the join rule would have it in the end: every block is held by about as many.
+            start = min(max(0, rng.randint(1 - size, blocks - 1)), blocks - size)
+            server = SimServer(
+                world, f"server {index}", crowd.gossip, Span(start, start + size), settings=settings
+            )
+            known.append(await server.prepare(self._doors, Span(start, start + size)))
+            self.servers.append(server)
+        for bootstrap in self._bootstraps:
+            await bootstrap.start(self._doors, known)
+        for done, server in enumerate(self.servers):
+            await server.resume(known)
+            if done % 50 == 0:
+                self._progress(f"{done} servers", 0, crowd.seconds)
+        for index in range(crowd.clients):
+            door = self._doors[index % len(self._doors)]
+            pings = PingLimits(servers=24, for_each_block=3)
+            client = SimClient(world, f"client {index}", crowd.gossip, [door], pings=pings)
+            await client.start()
+            self.clients.append(client)
+
+    # --- clients --------------------------------------------------------------------------------------
+
+    async def _use(self, client: SimClient, moments: list[float]) -> None:
+        for moment in moments:
+            await asyncio.sleep(max(0.0, moment - self.world.now()))
+            generation = Generation.begin(
+                self.world.model, seed=self._rng.getrandbits(32), prompt=self.crowd.prompt
+            )
+            try:
+                await self._generate(client, generation)
+            except SwarmError as exc:
+                if not self._missing():
+                    self.problems.append(
+                        f"{client.name} gave up at {self.world.now():.1f} s, token {len(generation.tokens)}, "
+                        f"while every block had a holder: {type(exc).__name__}: {exc}"
+                    )
+            else:
+                self.finished += 1
+                self.world.note(f"{client.name} has a text")
+
+    async def _generate(self, client: SimClient, generation: Generation) -> None:
+        whole = self.crowd.prompt + self.crowd.tokens
+        options = SessionOptions(on_failover=lambda failover: self.failovers.append(failover.seconds))
+        session = await client.open_session(max_tokens=whole, options=options)
+        try:
+            start = 0
+            while len(generation.tokens) < whole:
+                before, began = session.failovers, self.world.now()
+                await generation.step(session, start, self.world.measured.client_seconds)
+                now = self.world.now()
+                if session.failovers > before:
+                    self.recoveries.append(Recovery(at=began, seconds=now - began))
+                elif start:
+                    self.steps.append(now - began)
+                start = len(generation.tokens) - 1
+        finally:
+            await session.close()
+
+    # --- servers --------------------------------------------------------------------------------------
+
+    async def _restart(self, moment: float) -> None:
+        await asyncio.sleep(moment)
+        server = self._rng.choice(self.servers)
+        if not self._spare(server):
+            return
+        server.crash()
+        self.killed += 1
+        await asyncio.sleep(self.crowd.restart_seconds)
+        try:
+            await server.start(self._doors)
+        except SwarmError as exc:
+            self.problems.append(f"{server.name} could not come back: {exc}")
+
+    async def _strike(self, moment: float) -> None:
+        await asyncio.sleep(moment)
+        victims = self._rng.sample(self.servers, round(self.crowd.disaster * len(self.servers)))
+        struck = [server for server in victims if self._spare(server)]
+        for server in struck:
+            server.crash()
+        self.killed += len(struck)
+        dead = {server.identity.peer for server in struck}
+        while any(not dead.isdisjoint(client.swarm.view().servers) for client in self.clients):
+            await asyncio.sleep(0.25)
+        self.hidden_after = self.world.now() - moment
+
+    def _spare(self, server: SimServer) -> bool:
+        """Whether ``server`` runs and every block would have a holder without it."""
+        return server.running and not self._missing(without=server)
+
+    def _missing(self, *, without: SimServer | None = None) -> list[Span]:
+        spans = [s.span for s in self.servers if s is not without]
+        return missing_ranges([span for span in spans if span], Span(0, self.world.model.blocks))
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.problems.append(f"{task.get_name()}: {type(error).__name__}: {error}")
+
+
+def _rounded(mean: float, rng: Any) -> int:
+    """A whole number, ``mean`` on average."""
+    return int(mean) + (rng.random() < mean % 1)

@@ -1,0 +1,98 @@
+"""What came of a crowd's hour, for people, for programs and as a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import attrs
+from rich.table import Table
+
+from swarmcore.sim.hosts import Host
+from swarmcore.sim.scenario import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from swarmcore.sim.crowd import Crowd, _Hour
+
+_QUANTILES = (0.5, 0.9, 0.99)
+
+
+def crowd_report(crowd: Crowd, hour: _Hour, report: Report) -> None:
+    """Fill in what was measured."""
+    recoveries = sorted(recovery.seconds for recovery in hour.recoveries)
+    servers = [_registry_bytes(server.host) / crowd.seconds for server in hour.servers]
+    clients = [_registry_bytes(client.host) / crowd.seconds for client in hour.clients]
+    report.goals["no session gave up while every block had a holder"] = not report.problems
+    report.data.update(
+        finished=hour.finished,
+        killed=hour.killed,
+        recoveries=[attrs.asdict(recovery) for recovery in hour.recoveries],
+        failovers=hour.failovers,
+        usual_step=statistics.median(hour.steps) if hour.steps else None,
+        hidden_after=hour.hidden_after,
+        registry_bytes_per_second={
+            "server": {"mean": statistics.fmean(servers), "most": max(servers)},
+            "client": {"mean": statistics.fmean(clients), "most": max(clients)},
+        },
+    )
+    hidden = "never" if hour.hidden_after is None else f"{hour.hidden_after:.1f} s"
+    table = Table(
+        title=f"{crowd.servers} servers, {crowd.clients} clients, {crowd.seconds} s",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_row("generations that came to their end", str(hour.finished))
+    table.add_row("servers killed", str(hour.killed))
+    table.add_row("dead ones gone from all clients' views after", hidden)
+    table.add_row("step without a failure, median", _seconds(report.data["usual_step"]))
+    table.add_row("steps in which servers were lost", str(len(recoveries)))
+    for quantile in _QUANTILES:
+        table.add_row(
+            f"  seconds such a step took, {quantile:.0%}", _seconds(_quantile(recoveries, quantile))
+        )
+    table.add_row("  the longest", _seconds(recoveries[-1] if recoveries else None))
+    table.add_row("registry traffic of a server, in and out", _traffic(servers))
+    table.add_row("registry traffic of a client", _traffic(clients))
+    report.tables.append(table)
+    report.plot = partial(_plot, recoveries, report.data["usual_step"])
+
+
+def _registry_bytes(host: Host) -> int:
+    """Bytes that a host has sent and received for its registry."""
+    return sum(
+        size
+        for counter in (host.sent, host.received)
+        for method, size in counter.items()
+        if method.startswith(("/swarmcore/gossip/", "/swarmcore/registry/"))
+    )
+
+
+def _quantile(ordered: Sequence[float], part: float) -> float | None:
+    return ordered[min(int(part * len(ordered)), len(ordered) - 1)] if ordered else None
+
+
+def _seconds(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f} s"
+
+
+def _traffic(rates: Sequence[float]) -> str:
+    return f"{statistics.fmean(rates):,.0f} B/s on average, {max(rates):,.0f} B/s at most"
+
+
+def _plot(recoveries: Sequence[float], usual: float | None, figure: Figure) -> None:
+    figure.set_size_inches(6, 4)
+    axes = figure.add_subplot()
+    if recoveries:
+        parts = [(index + 1) / len(recoveries) for index in range(len(recoveries))]
+        axes.step(recoveries, parts, where="post", label="steps in which servers were lost")
+    if usual is not None:
+        axes.axvline(usual, color="grey", linestyle="--", label="a step without a failure")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds from one token to the next")
+    axes.set_ylabel("part of the steps")
+    axes.set_ylim(0, 1.02)
+    axes.legend()
