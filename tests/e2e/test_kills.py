@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import swarmcore
-from swarmcore.errors import UnavailableError
+from swarmcore.errors import MissingBlocksError
 from swarmcore.types import PeerId
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
@@ -69,7 +69,7 @@ async def test_a_killed_client_frees_its_cache_and_hurts_no_other(
     await until_cache_is(swarm, peers, [4096] * 3)
 
 
-async def test_a_killed_server_fails_its_sessions_soon_and_no_others(
+async def test_sessions_without_a_replacement_end_when_patience_does_and_no_others(
     serve, swarm, model, smollm2_folder: Path
 ):
     async with (
@@ -77,9 +77,12 @@ async def test_a_killed_server_fails_its_sessions_soon_and_no_others(
         await serve(smollm2_folder, "15:30", "--bootstrap", left.address) as right,
         swarmcore.connect(left.address) as pair,
     ):
-        other = await pair.load_model(str(smollm2_folder), dtype="float32", threads=1)
+        options = swarmcore.SessionOptions(patience=1.0)
+        other = await pair.load_model(
+            str(smollm2_folder), dtype="float32", threads=1, session_options=options
+        )
         await pair.wait_for_blocks(other.info, timeout=30)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(MissingBlocksError, match="15:30"):
             async with asyncio.timeout(20):
                 async for _ in other.generate("Count:", max_new_tokens=2000):
                     right.signal(signal.SIGKILL)
