@@ -183,10 +183,14 @@ class SimServer(Peer):
         self.server: BlockServer | None = None
 
     @property
+    def blocks(self) -> int:
+        """How many blocks it holds."""
+        return len(self.hosts) if isinstance(self.hosts, Span) else self.hosts
+
+    @property
     def throughput(self) -> float:
         """Tokens per second that it carries through its blocks."""
-        blocks = len(self.hosts) if isinstance(self.hosts, Span) else self.hosts
-        return self.world.measured.throughput(blocks) * self.speed
+        return self.world.measured.throughput(self.blocks) * self.speed
 
     @property
     def span(self) -> Span | None:
@@ -218,6 +222,19 @@ class SimServer(Peer):
         assert self.server is not None
         await self._registry.start(others(known, self.identity.peer))
         await self.server.start()
+
+    async def leave(self) -> None:
+        """End the process in good order."""
+        node, registry, server = self.node, self._registry, self.server
+        self.world.note(f"{self.name} leaves")
+        if server is not None:
+            await server.leave()
+            await server.close()
+        self.node = self._transport = self._registry = self.server = None
+        if registry is not None:
+            await registry.close()
+        if node is not None:
+            await node.close()
 
     async def _choose(self, node: Node, registry: GossipRegistry, blocks: int) -> Span:
         """Take the blocks that the swarm serves worst, say so, and load them."""
