@@ -215,6 +215,9 @@ def failover(output: Output, threads: int, **settings: Any) -> None:
     "--clients", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="At once."
 )
 @click.option(
+    "--tokens", type=click.IntRange(min=2), default=48, show_default=True, metavar="N", help="Of each text."
+)
+@click.option(
     "--seconds",
     type=click.FloatRange(min=0),
     default=60.0,
