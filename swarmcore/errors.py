@@ -24,7 +24,7 @@ class SwarmError(Exception):
     origin: str | None = None
     """Id of the peer that raised the error when it came over the wire; None when it arose here."""
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.details = details
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from swarmcore.client.opening import OpenStage, Planner, Refusals, open_chain, open_stages
 from swarmcore.client.options import Failover
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
 from swarmcore.errors import (
     DeadlineExceededError,
-    InputError,
     MissingBlocksError,
     SessionLostError,
     SwarmError,
 )
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.moving import differences
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.failure import to_error
@@ -29,12 +27,15 @@ from swarmcore.wire.messages import CachesTaken, HandOver, HandOverFailed, Hop, 
 logger = logging.getLogger(__name__)
 
 LATE_COPY = 5.0
-"""Seconds to wait for copies that a living server still owes."""
+"""Seconds without any copy after which a server that still owes some is given up, although it lives."""
 
 REPLAY_ROWS = 1024
 """Longest piece of a replay, in tokens over all sequences."""
 
 REPLAYS_IN_FLIGHT = 4
+
+HAND_OVER_TIMEOUT = 60.0
+"""Seconds in which a server that leaves has to hand its caches over; its session waits meanwhile."""
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
@@ -81,8 +82,6 @@ class Mender:
             try:
                 stages = await self._rebuild(*found)
             except SwarmError as exc:
-                if isinstance(exc, InputError):
-                    raise
                 if loop.time() + pause > give_up:
                     raise _gave_up(exc, pipeline.options.patience, reason) from exc
                 if not isinstance(exc, MissingBlocksError):
@@ -111,6 +110,7 @@ class Mender:
             # Also one that had come home: until a new stage has it, nothing may follow it there.
             flight.done, flight.output, flight.error = False, None, None
             flight.attempt += 1
+            flight.reached = pipeline.stages[index].start
             rows = pipeline.journal.in_flight(pipeline.stages[index].start, flight.chunk.step)
             await pipeline.send(index, flight, rows)
 
@@ -118,13 +118,13 @@ class Mender:
         """Move the caches of a server that leaves to one other server; False when that cannot be done.
 
         Nothing is lost then: the stage works as before. Raise `MissingBlocksError` when nobody else has its
-        blocks.
+        blocks, and the last server's error when nobody takes the session.
         """
         pipeline, loop = self._pipeline, asyncio.get_running_loop()
         index, began = pipeline.stages.index(stage), loop.time()
+        opened = await self._open(index, index, blocked=(stage.peer,))
         try:
             async with asyncio.timeout(seconds):
-                opened = await self._open(index, index, blocked=(stage.peer,))
                 try:
                     if len(opened) > 1 or not await self._caches_taken(stage, opened[0]):
                         raise SessionLostError("the caches are not those of the session")
@@ -132,15 +132,20 @@ class Mender:
                     for each in opened:
                         each.channel.abort("the session was not moved here")
                     raise
-        except MissingBlocksError:
-            raise
         except (SwarmError, TimeoutError) as exc:
             logger.info("%s could not hand its caches over: %s", stage, exc)
             return False
         stages = pipeline.replace(index, index, opened)
-        reason = SessionLostError("the server is shutting down")
-        self._tell([stage], reason, stages, "handed over", loop.time() - began)
+        self._tell([stage], _shutting_down(), stages, "handed over", loop.time() - began)
         return True
+
+    async def leave(self, stage: LiveStage) -> None:
+        """Replay elsewhere what a server that leaves has; as `move` otherwise."""
+        loop, index = asyncio.get_running_loop(), self._pipeline.stages.index(stage)
+        began = loop.time()
+        if stages := await self._rebuild(index, index, blocked=(stage.peer,)):
+            self._tell([stage], _shutting_down(), stages, "replayed", loop.time() - began)
+        await self.mend()
 
     async def move(self, better: Chain, why: str) -> None:
         """Turn the chain into ``better``, one different part after the other; each is opened before the old
@@ -148,6 +153,8 @@ class Mender:
         """
         loop = asyncio.get_running_loop()
         for first, last, chain in differences(self._pipeline.chain, better):
+            if not _same_blocks(self._pipeline.chain.stages[first : last + 1], chain.stages):
+                return  # a failure has changed the chain meanwhile
             lost, began = self._pipeline.stages[first : last + 1], loop.time()
             if stages := await self._rebuild(first, last, chain):
                 self._tell(lost, SessionLostError(why), stages, "replayed", loop.time() - began)
@@ -155,15 +162,20 @@ class Mender:
 
     # --- one replacement ---------------------------------------------------------------------------------
 
-    async def _rebuild(self, first: int, last: int, chain: Chain | None = None) -> list[LiveStage]:
-        """Replace some stages in a row, by those of ``chain`` or the best there are.
+    async def _rebuild(
+        self, first: int, last: int, chain: Chain | None = None, *, blocked: Collection[PeerId] = ()
+    ) -> list[LiveStage]:
+        """Replace some stages in a row, by those of ``chain`` or the best there are but for ``blocked``.
 
         Return the new ones, none when more stages have failed meanwhile.
         """
         pipeline = self._pipeline
         if not await self._inputs_are_known(first):
             return []
-        opened = await self._open(first, last) if chain is None else await self._open_given(last, chain)
+        if chain is None:
+            opened = await self._open(first, last, blocked=blocked)
+        else:
+            opened = await self._open_given(last, chain)
         stages = pipeline.replace(first, last, opened)
         self._fresh.update(stages)
         replayed = False
@@ -183,12 +195,11 @@ class Mender:
             return True
         before = pipeline.stages[first - 1]
         block = pipeline.stages[first].start
-        try:
-            async with asyncio.timeout(LATE_COPY):
-                while not pipeline.journal.complete(block) and not before.failure:
-                    pipeline.news.clear()
-                    await pipeline.news.wait()
-        except TimeoutError:
+
+        def known() -> bool:
+            return pipeline.journal.complete(block) or before.failure is not None
+
+        if not await pipeline.wait(known, timeout=LATE_COPY):
             pipeline.fail(before, DeadlineExceededError("it does not send copies of its outputs"))
         return not before.failure
 
@@ -301,16 +312,21 @@ class Mender:
         stage.hand_over = failure
         answer = asyncio.create_task(opened.channel.receive(), name="session hand-over")
         try:
+            answer.add_done_callback(lambda _: self._pipeline.look())
             await self._pipeline.tell(stage, HandOver(opened.hop))
-            ends: set[asyncio.Future[Any]] = {answer, failure}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not await self._pipeline.wait(
+                lambda: answer.done() or failure.done(), timeout=HAND_OVER_TIMEOUT
+            ):
+                return False
             if not answer.done():
                 failure.result()
-            record = (await answer).record
+            record, positions = (await answer).record, self._pipeline.laps.positions
             if isinstance(record, HandOverFailed):
                 raise to_error(record.failure, opened.hop.peer)
-            return isinstance(record, CachesTaken) and all(
-                map(int.__ge__, record.lengths, self._pipeline.laps.positions)
+            return (
+                isinstance(record, CachesTaken)
+                and len(record.lengths) == len(positions)
+                and all(map(int.__ge__, record.lengths, positions))
             )
         finally:
             stage.hand_over = None
@@ -337,7 +353,10 @@ class Mender:
         told = self._pipeline.options.on_failover
         logger.log(logging.WARNING if told is None else logging.INFO, "%s", failover)
         if told is not None:
-            told(failover)
+            try:
+                told(failover)
+            except Exception:
+                logger.exception("on_failover failed")
 
 
 def _hop_of(stages: Sequence[LiveStage], index: int) -> Hop | None:
@@ -346,6 +365,17 @@ def _hop_of(stages: Sequence[LiveStage], index: int) -> Hop | None:
 
 def _names(stages: Sequence[LiveStage]) -> str:
     return ", ".join(map(str, stages))
+
+
+def _same_blocks(some: Sequence[Stage], others: Sequence[Stage]) -> bool:
+    return bool(some) and (some[0].span.start, some[-1].span.end) == (
+        others[0].span.start,
+        others[-1].span.end,
+    )
+
+
+def _shutting_down() -> SwarmError:
+    return SessionLostError("the server is shutting down")
 
 
 def _gave_up(error: SwarmError, patience: float, reason: SwarmError) -> SwarmError:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import attrs
 
-from swarmcore.errors import DeadlineExceededError, InputError, ProtocolError, SpanError, SwarmError
+from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
@@ -90,8 +90,8 @@ async def open_chain(
 
     Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
     once. A server that refuses or does not answer is avoided in the next of ``attempts``, each of ``timeout``
-    seconds. Raise what `Planner.plan` raises when no chain is left, and the last server's error when
-    the attempts are used up or another server would refuse as well.
+    seconds. Raise what `Planner.plan` raises when there is no chain, and the last server's error when
+    no other chain is left or the attempts are used up.
     """
     avoided = set(blocked)
     failure: SwarmError | None = None
@@ -111,10 +111,7 @@ async def open_chain(
         )
         if not isinstance(opened, Refusals):
             return opened
-        for failure in opened.values():
-            # A server that moved to other blocks says so with `SpanError`: another one may have them.
-            if isinstance(failure, InputError) and not isinstance(failure, SpanError):
-                raise failure
+        failure = next(iter(opened.values()))
         avoided.update(opened)
     assert failure is not None
     raise failure
@@ -143,7 +140,8 @@ async def open_stages(
     opened = [result for result in results if isinstance(result, OpenStage)]
     if len(opened) == len(chain):
         return opened
-    await asyncio.gather(*(stage.channel.close() for stage in opened))
+    for stage in opened:
+        stage.channel.abort("another server refused the session")
     refusals = Refusals()
     for hop, result in zip(hops, results, strict=True):
         if isinstance(result, SwarmError):

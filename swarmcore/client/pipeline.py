@@ -34,7 +34,7 @@ from swarmcore.wire.messages import (
     StepForwarded,
     StepOutput,
 )
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import FLOATS, Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,12 @@ class LiveStage:
     """Why the stage has to be replaced."""
     proven: bool = False
     """Whether it has done a step."""
+    leaving: bool = False
+    """Whether the session is trying to move off it."""
     hand_over: asyncio.Future[None] | None = None
     """Set to the error when it cannot hand its caches over."""
+    sending: asyncio.Lock = attrs.field(factory=asyncio.Lock)
+    """Steps come from the session, and from the stage before when they are carried."""
 
     @property
     def peer(self) -> PeerId:
@@ -94,7 +98,7 @@ class Pipeline:
     """Sends chunks along the stages and takes in what they answer.
 
     A stage that fails in any way is marked with its ``failure`` and otherwise left to the caller, as is a
-    flight that fails. Every event sets `news`.
+    flight that fails; `wait` waits for that. Its owner is one task at a time.
     """
 
     def __init__(
@@ -117,7 +121,8 @@ class Pipeline:
         self.journal = Journal(sequences, [])
         self.stages = [self._listening(stage) for stage in opened]
         self.flights: dict[int, Flight] = {}
-        self.news = asyncio.Event()
+        self._progress = 0
+        self._awaited: tuple[Callable[[], bool], asyncio.Future[None]] | None = None
         self.on_blame: Callable[[PeerId, SwarmError], None] = lambda peer, error: None
         self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
         self._prober: asyncio.Task[None] | None = None
@@ -149,7 +154,7 @@ class Pipeline:
         if blame:
             logger.info("%s failed its session: %s", stage, error)
             self.on_blame(stage.peer, error)
-        self.news.set()
+        self._progressed()
 
     def replace(self, first: int, last: int, opened: Sequence[OpenStage]) -> list[LiveStage]:
         """Put new stages in the place of ``first`` to ``last``; return them."""
@@ -172,7 +177,7 @@ class Pipeline:
         flight = Flight(chunk, self.stages[0].start)
         self.flights[chunk.step] = flight
         if not chunk.replay:
-            self.journal.begin(chunk.step)
+            self.journal.begin(chunk.step, chunk.rows)
             if hidden is not None:
                 self.journal.receive(self.stages[0].start, chunk.step, hidden)
         return flight
@@ -192,15 +197,19 @@ class Pipeline:
 
     async def tell(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
         """Send anything to a stage. A failure is that stage's, and is not raised."""
-        try:
-            async with asyncio.timeout(self.options.step_timeout):
+        later = asyncio.get_running_loop().call_later
+        async with stage.sending:
+            too_slow = DeadlineExceededError("it does not take in a step")
+            clocks = later(SILENCE, self._probe), later(self.options.step_timeout, self.fail, stage, too_slow)
+            try:
                 await stage.opened.channel.send(record, *tensors)
-        except TimeoutError:
-            self.fail(stage, DeadlineExceededError("it does not take in a step"))
-        except SwarmError as exc:
-            # Whatever the stream ended with says more than that nothing can be sent on it.
-            await asyncio.sleep(0)
-            self.fail(stage, exc)
+            except SwarmError as exc:
+                # Whatever the stream ended with says more than that nothing can be sent on it.
+                await asyncio.sleep(0)
+                self.fail(stage, exc)
+            finally:
+                for clock in clocks:
+                    clock.cancel()
 
     def forget(self, flight: Flight) -> None:
         """Nothing is expected of the flight any more."""
@@ -210,23 +219,37 @@ class Pipeline:
     # --- waiting -----------------------------------------------------------------------------------------
 
     async def wait(self, done: Callable[[], bool], *, timeout: float) -> bool:
-        """Wait until ``done``, which events change; False when there was none for ``timeout`` seconds.
+        """Wait until ``done``; False when there was no progress, of whatever kind, for ``timeout`` seconds.
 
-        When it is quiet, stages are asked whether they are alive; those that do not answer have failed.
+        When there is none, stages are asked whether they are alive; those that do not answer have failed.
         """
         loop = asyncio.get_running_loop()
-        latest = loop.time()
+        seen, latest = self._progress, loop.time()
         while not done():
-            self.news.clear()
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._awaited = done, waiter
+            clock = loop.call_later(min(SILENCE, timeout), _wake, waiter)
             try:
-                async with asyncio.timeout(min(SILENCE, timeout)):
-                    await self.news.wait()
-                latest = loop.time()
-            except TimeoutError:
-                if loop.time() - latest >= timeout:
-                    return False
+                await waiter
+            finally:
+                self._awaited = None
+                clock.cancel()
+            if self._progress != seen:
+                seen, latest = self._progress, loop.time()
+            elif loop.time() - latest >= timeout:
+                return done()
+            else:
                 self._probe()
         return True
+
+    def look(self) -> None:
+        """Something has happened: see whether it is what `wait` waits for."""
+        if self._awaited is not None and self._awaited[0]():
+            _wake(self._awaited[1])
+
+    def _progressed(self) -> None:
+        self._progress += 1
+        self.look()
 
     def _probe(self) -> None:
         if self._prober is None or self._prober.done():
@@ -274,13 +297,13 @@ class Pipeline:
                 flight = self.flights.get(record.step)
                 if flight is not None and flight.attempt == record.attempt:
                     flight.error, flight.refused_by = to_error(record.failure, stage.peer), stage
+                    self._progressed()
             case Draining():
                 self.on_draining(stage, record.seconds)
             case HandOverFailed():
                 _end_hand_over(stage, to_error(record.failure, stage.peer))
             case _:
                 raise ProtocolError(f"unexpected {message.kind} in the middle of a session")
-        self.news.set()
 
     async def _moved(self, stage: LiveStage, record: StepOutput | StepForwarded, message: Message) -> None:
         """A step has come past ``stage``."""
@@ -288,20 +311,36 @@ class Pipeline:
         flight = self.flights.get(record.step)
         current = flight is not None and flight.attempt == record.attempt
         carry_to = self.laps.received(index, record, current=current)
-        hidden = message.tensor("hidden") if message.tensors else None
-        if hidden is not None:
-            self.journal.receive(stage.end, record.step, hidden)
+        hidden = self._hidden(message)
+        if hidden is not None and self.journal.receive(stage.end, record.step, hidden):
+            self._progressed()
         if flight is None or flight.done or not current:
             return
-        flight.reached = max(flight.reached, stage.end)
+        if stage.end > flight.reached:
+            flight.reached = stage.end
+            self._progressed()
         if isinstance(record, StepForwarded):
             return
-        if stage.end == (flight.chunk.until or self.model.blocks):
-            if hidden is None and flight.chunk.reply != "none":
-                raise ProtocolError("a step was answered without its output")
-            flight.output, flight.done = hidden, True
+        chunk, home = flight.chunk, stage.end == (flight.chunk.until or self.model.blocks)
+        expected = chunk.answer_rows if home else chunk.rows
+        if (hidden.shape[0] if hidden else 0) != expected:
+            raise ProtocolError(f"a step was answered with {hidden and hidden.shape[0]} rows of {expected}")
+        if home:
+            flight.output, flight.done = hidden and hidden.decode(), True
+            self._progressed()
         elif carry_to is not None and hidden is not None and not self.stages[carry_to].failure:
             await self.send(carry_to, flight, hidden)
+
+    def _hidden(self, message: Message) -> Tensor | None:
+        """The hidden states of an answer, checked as far as that goes without decoding them."""
+        if not message.tensors:
+            return None
+        hidden = message.tensor("hidden")
+        if len(hidden.shape) != 2 or hidden.shape[1] != self.model.hidden_size:
+            raise ProtocolError(f"hidden states of shape {hidden.shape}, width {self.model.hidden_size}")
+        if hidden.dtype not in FLOATS or hidden.codec != self.options.codec:
+            raise ProtocolError(f"hidden states of dtype {hidden.dtype!r} encoded as {hidden.codec!r}")
+        return hidden
 
     def _keep_lanes(self) -> None:
         """Keep the inputs of the stages that there are."""
@@ -329,13 +368,14 @@ class Pipeline:
         if self._prober is not None:
             self._prober.cancel()
         listeners = [stage.listener for stage in self.stages if stage.listener is not None]
-        for listener in listeners:
-            listener.cancel()
-        await asyncio.gather(*listeners, return_exceptions=True)
         for stage in self.stages:
             self._dismiss(stage)
-        if self._closing:
-            await asyncio.wait(self._closing)
+        await asyncio.gather(*listeners, *self._closing, return_exceptions=True)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _end_hand_over(stage: LiveStage, error: SwarmError) -> None:

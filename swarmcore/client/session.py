@@ -30,7 +30,7 @@ from swarmcore.routing.moving import MovePolicy
 from swarmcore.rpc.node import Node
 from swarmcore.session.laps import Chunk, Lap, Reply
 from swarmcore.types import ModelInfo, Span
-from swarmcore.wire.tensors import ITEM_BYTES, Tensor
+from swarmcore.wire.tensors import Tensor
 
 __all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
 
@@ -47,6 +47,9 @@ LOOK_INTERVAL = 5.0
 
 MOVE_PAUSE = 1.0
 """Seconds between two attempts to move off a server that leaves."""
+
+LONGEST_LEAVE = 600.0
+"""Seconds for which that is tried, whatever the server says."""
 
 
 class InferenceSession:
@@ -76,7 +79,7 @@ class InferenceSession:
         self._pipeline.on_draining = self._on_draining
         self._mender = Mender(self._pipeline, planner)
         self._turn = asyncio.Lock()
-        self._stepping = False
+        self._step: asyncio.Timeout | None = None
         self._broken: SwarmError | None = None
         self._planner = planner
         self._moves: set[asyncio.Task[None]] = set()
@@ -130,19 +133,23 @@ class InferenceSession:
         """
         if self._broken is not None:
             raise self._broken
-        if self._stepping:
+        if self._step is not None:
             raise InvalidStepError("a step of this session is still under way; await it first")
         expected = (sum(lengths), self.model.hidden_size)
         if hidden.shape != expected:
             raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
-        self._stepping = True
+        self._step = until_closed = asyncio.timeout(None)
         try:
-            async with self._turn:
+            async with until_closed, self._turn:
                 laps = self._pipeline.laps
                 lap = laps.begin(lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources)
                 output = await self._run(lap, hidden)
+        except TimeoutError as exc:
+            if not until_closed.expired() or self._broken is None:
+                raise
+            raise self._broken from exc
         finally:
-            self._stepping = False
+            self._step = None
         self._laps_done += 1
         if asyncio.get_running_loop().time() >= self._next_look:
             self._look_for_better()
@@ -156,13 +163,18 @@ class InferenceSession:
         self._pipeline.laps.rollback(positions)
 
     async def close(self) -> None:
-        """End the session on every server. Harmless when repeated."""
+        """End the session on every server; a step under way raises. Harmless when repeated."""
         if self._broken is None:
             self._broken = SessionLostError("the session was closed on this side")
+        if self._step is not None and not self._step.expired():
+            self._step.reschedule(0)
         for task in self._moves:
             task.cancel()
-        await asyncio.gather(*self._moves, return_exceptions=True)
-        await self._pipeline.close()
+        try:
+            async with self._turn:
+                pass  # whoever had it has let go of what it was opening
+        finally:
+            await self._pipeline.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -252,19 +264,30 @@ class InferenceSession:
         self._pipeline.fail(stage, error)
 
     def _blame_stuck(self, flight: Flight) -> None:
-        stage = next(s for s in self._pipeline.stages if s.end > flight.reached)
+        stages = self._pipeline.stages
+        index = next(i for i, stage in enumerate(stages) if stage.end > flight.reached)
         error = DeadlineExceededError(f"a step got no further in {self.options.step_timeout:.0f} s")
-        self._pipeline.fail(stage, error)
+        self._pipeline.fail(stages[index], error)
+        if index and not stages[index].proven:
+            # Nothing has ever come through to this one: it may be the one before that lets nothing pass.
+            self._pipeline.fail(stages[index - 1], error)
 
     # --- servers that leave ------------------------------------------------------------------------------
 
     def _on_draining(self, stage: LiveStage, seconds: float) -> None:
-        self._start(self._move_off(stage, seconds))
+        if not stage.leaving:
+            stage.leaving = True
+            self._start(self._move_off(stage, min(seconds, LONGEST_LEAVE)))
 
     def _start(self, move: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(move, name="session move")
         self._moves.add(task)
-        task.add_done_callback(self._moves.discard)
+        task.add_done_callback(self._move_ended)
+
+    def _move_ended(self, task: asyncio.Task[None]) -> None:
+        self._moves.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("moving %r failed unexpectedly", self, exc_info=error)
 
     async def _move_off(self, stage: LiveStage, seconds: float) -> None:
         """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
@@ -278,14 +301,13 @@ class InferenceSession:
                     if await self._mender.hand_over(stage, deadline - loop.time()):
                         return
                     if self.options.journal != "off":
-                        error = SessionLostError("the server is shutting down")
-                        self._pipeline.fail(stage, error, blame=False)
-                        await self._mender.mend()
+                        await self._mender.leave(stage)
                         return
                 except SwarmError as exc:
                     # If it stays so, the next step after the server is gone says what is wrong.
                     logger.info("could not move %r off %s: %s", self, stage, exc)
             await asyncio.sleep(MOVE_PAUSE)
+        stage.leaving = False
 
     # --- better chains -----------------------------------------------------------------------------------
 
@@ -351,25 +373,20 @@ async def open_session(
 def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
     if chunk.rows == hidden.shape[0]:
         return hidden
-    width = hidden.shape[1] * ITEM_BYTES[hidden.dtype]
-    data = hidden.data.cast("B")[chunk.first_row * width : (chunk.first_row + chunk.rows) * width]
-    return Tensor(hidden.name, hidden.dtype, (chunk.rows, hidden.shape[1]), data)
+    return hidden.rows(chunk.first_row, chunk.first_row + chunk.rows)
 
 
 def _join(lap: Lap, outputs: Sequence[Tensor]) -> Tensor:
     """The rows of a lap from its chunks' outputs."""
-    decoded = [output.decode() for output in outputs]
-    width = decoded[0].data.nbytes // max(decoded[0].shape[0], 1)
-    rows: list[memoryview] = []
-    last: dict[int, memoryview] = {}
-    for chunk, output in zip(lap.chunks, decoded, strict=True):
-        data = output.data.cast("B")
-        if lap.reply == "all":
-            rows.append(data)
-            continue
+    if len({output.dtype for output in outputs}) > 1:  # another server took over in the middle
+        outputs = [output.widened() for output in outputs]
+    parts, last = list(outputs), dict[int, Tensor]()
+    if lap.reply != "all":
         # Each chunk answers with the last row it has of every sequence; a later chunk's row replaces it.
-        for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
-            last[sequence] = data[row * width : (row + 1) * width]
-    joined = memoryview(bytearray().join(rows or [last[sequence] for sequence in sorted(last)]))
-    shape = (joined.nbytes // width, decoded[0].shape[1])
-    return attrs.evolve(decoded[0], shape=shape, data=joined)
+        for chunk, output in zip(lap.chunks, outputs, strict=True):
+            for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
+                last[sequence] = output.rows(row, row + 1)
+        parts = [last[sequence] for sequence in sorted(last)]
+    joined = memoryview(bytearray().join(part.data for part in parts))
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return attrs.evolve(parts[0], shape=shape, data=joined)

@@ -20,9 +20,7 @@ from swarmcore.executor.base import Segment, SequenceId
 from swarmcore.executor.cache import Holding
 from swarmcore.executor.steps import PendingStep
 from swarmcore.types import Span
-from swarmcore.wire.tensors import Tensor, codec_names
-
-HIDDEN_DTYPES = ("float32", "float16", "bfloat16")
+from swarmcore.wire.tensors import FLOATS, Tensor, codec_names
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -215,10 +213,8 @@ def check_hidden(hidden: Tensor, rows: int, width: int, max_rows: int) -> None:
             f"hidden states have shape {list(hidden.shape)}; expected [{rows}, {width}]: a row for each "
             f"token of the step's lengths, of the model's hidden size"
         )
-    if hidden.dtype not in HIDDEN_DTYPES:
-        raise InvalidStepError(
-            f"hidden states are of dtype {hidden.dtype!r}; expected {', '.join(HIDDEN_DTYPES)}"
-        )
+    if hidden.dtype not in FLOATS:
+        raise InvalidStepError(f"hidden states are of dtype {hidden.dtype!r}; expected {', '.join(FLOATS)}")
     if hidden.codec == "raw" and hidden.data.nbytes != hidden.decoded_nbytes:
         raise InvalidStepError(
             f"hidden states hold {hidden.data.nbytes} bytes; expected {hidden.decoded_nbytes} for {rows} "

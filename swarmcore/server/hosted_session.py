@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Literal
 
@@ -93,6 +93,7 @@ class HostedSession:
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: dict[asyncio.Future[Tensor], None] = {}
         self._closed = False
+        self._joins: set[asyncio.Timeout] = set()
         self._leaving: float | None = None
         self._worker: asyncio.Task[None] | None = None
 
@@ -110,7 +111,7 @@ class HostedSession:
         """Deal with a message; wait while too much is in flight. What comes of it, the client is told.
 
         Raise `SessionLostError` when the session is closed, `InvalidStepError` for what only the client may
-        ask for.
+        ask for, `ProtocolError` for a step without its tensor.
         """
         record = message.record
         if isinstance(record, CachePart):
@@ -118,14 +119,17 @@ class HostedSession:
             return
         if not from_client and not isinstance(record, Step):
             raise InvalidStepError(f"only the client of a session may send {message.kind}")
+        hidden = message.tensor("hidden") if isinstance(record, Step) else None
+        if not from_client and not record.replay and self._ledger.outdated(record):
+            self._counters["steps_outdated"] += 1  # of a stage that was replaced, and has only now woken up
+            return
         chain = record.chain if isinstance(record, Step | Replay) else ()
         self._next.give_up_unless(chain[0] if chain else None)
         await self._room.acquire()
         if self._closed:
-            self._room.release()  # for the next one that waits
             raise SessionLostError(f"session {self.session[:8]} was closed")
-        if isinstance(record, Step):
-            self._jobs.put_nowait(self._begin(record, message.tensor("hidden")))
+        if hidden is not None:
+            self._jobs.put_nowait(self._begin(record, hidden))
         elif isinstance(record, Replay):
             self._jobs.put_nowait(partial(self._replay, record))
         else:
@@ -140,6 +144,22 @@ class HostedSession:
             return False
         return True
 
+    @asynccontextmanager
+    async def joined(self) -> AsyncIterator[None]:
+        """While an earlier stage has joined the session; left at once when the session is closed."""
+        stay = asyncio.timeout(None)
+        try:
+            async with stay:
+                self._joins.add(stay)
+                if self._closed:
+                    stay.reschedule(0)
+                yield
+        except TimeoutError:
+            if not stay.expired():
+                raise
+        finally:
+            self._joins.discard(stay)
+
     async def announce_drain(self, seconds: float) -> None:
         """Tell the client that it has so long to move the session elsewhere."""
         if self._worker is None:
@@ -150,13 +170,16 @@ class HostedSession:
     async def close(self) -> None:
         """Cancel what is in flight and free the session's cache."""
         self._closed = True
-        self._room.release()
         for output in self._outputs:
             output.cancel()
+        for stay in self._joins:
+            if not stay.expired():
+                stay.reschedule(0)
+        # Before anything is awaited, so that the cache is free whatever else comes.
+        self._engine.close_session(self.session)
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
-        self._engine.close_session(self.session)
         await self._client.close()
         await self._next.close()
 
@@ -176,6 +199,7 @@ class HostedSession:
 
     def _compute(self, step: Step, hidden: Tensor) -> tuple[asyncio.Future[Tensor], bool]:
         """The step's output to be, and whether it is new: a repeated step is answered from memory."""
+        self._check_chain(step.chain)
         whole = step.chain or step.reply == "all" or (step.reply == "none" and step.journal == "servers")
         reply: Literal["all", "last"] = "all" if whole else "last"
         if not step.replay:
@@ -198,6 +222,14 @@ class HostedSession:
             self._ledger.remember(step, _Answer(reply, step.codec, output))
             output.add_done_callback(partial(self._settled, step))
         return output, True
+
+    def _check_chain(self, chain: Sequence[Hop]) -> None:
+        """Every stage goes on where the one before ends: no step walks in circles."""
+        end = self.span.end
+        for hop in chain:
+            if not end == hop.start < hop.end <= self._engine.executor.model.blocks:
+                raise InvalidStepError(f"a chain with blocks {hop.start}:{hop.end} after block {end}")
+            end = hop.end
 
     def _settled(self, step: Step, output: asyncio.Future[Tensor]) -> None:
         if output.cancelled() or output.exception() is not None:
@@ -276,6 +308,7 @@ class HostedSession:
         try:
             if not order.chain:
                 raise InvalidStepError("a replay has to name the stage that it is for")
+            self._check_chain(order.chain)
             self._kept.settle(order.settled)
             rows = self._kept.rows(order.starts, order.lengths)
             await self._next.push(order.chain[0], step, rows.encode(order.codec))
@@ -285,6 +318,8 @@ class HostedSession:
 
     async def _hand_over(self, order: HandOver) -> None:
         try:
+            if order.hop.session == self.session:
+                raise InvalidStepError("a session cannot be handed over to itself")
             async with asyncio.timeout(HAND_OVER_TIMEOUT):
                 chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
                 async with aclosing(chunks), await join(self._node, order.hop) as channel:

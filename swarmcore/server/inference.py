@@ -49,7 +49,7 @@ class InferenceService:
         self._admission_timeout = admission_timeout
         self._sessions: dict[str, HostedSession] = {}
         self._stays: dict[str, asyncio.Timeout] = {}
-        self._awaited: dict[str, asyncio.Future[HostedSession]] = {}
+        self._awaited: dict[str, set[asyncio.Future[HostedSession]]] = {}
         self._session_ended = asyncio.Event()
 
     @property
@@ -80,7 +80,8 @@ class InferenceService:
         """End the sessions that need blocks outside of ``keep``, after `drain` gave them time to leave."""
         leaving = self._outside(keep)
         for session in leaving:
-            self._stays[session].reschedule(asyncio.get_running_loop().time())
+            if not self._stays[session].expired():
+                self._stays[session].reschedule(asyncio.get_running_loop().time())
         while leaving.keys() & self._sessions.keys():
             self._session_ended.clear()
             await self._session_ended.wait()
@@ -120,8 +121,9 @@ class InferenceService:
             async with stay:
                 self._sessions[opening.session], self._stays[opening.session] = session, stay
                 self.counters["sessions_opened"] += 1
-                if (waiting := self._awaited.pop(opening.session, None)) is not None and not waiting.done():
-                    waiting.set_result(session)
+                for waiting in self._awaited.get(opening.session, ()):
+                    if not waiting.done():
+                        waiting.set_result(session)
                 reachable = opening.next_hop is None or await session.dial(opening.next_hop)
                 await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
                 session.start()
@@ -140,19 +142,23 @@ class InferenceService:
 
     async def _join(self, channel: Channel, opening: JoinSession) -> None:
         session = self._sessions.get(opening.session) or await self._arrival(opening.session)
-        await _take_messages(channel, session, from_client=False)
+        async with session.joined():
+            await _take_messages(channel, session, from_client=False)
 
     async def _arrival(self, session: str) -> HostedSession:
         """Wait for the client to open ``session``: a stage may dial its successor before the client does."""
-        future = self._awaited.setdefault(session, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[HostedSession] = asyncio.get_running_loop().create_future()
+        waiting = self._awaited.setdefault(session, set())
+        waiting.add(future)
         try:
             async with asyncio.timeout(JOIN_TIMEOUT):
-                return await asyncio.shield(future)
+                return await future
         except TimeoutError as exc:
             raise SessionLostError(f"no session {session[:8]}… here: it was closed, or never opened") from exc
         finally:
-            if self._awaited.get(session) is future:
-                del self._awaited[session]
+            waiting.discard(future)
+            if not waiting:
+                self._awaited.pop(session, None)
 
     def _check(self, opening: OpenSession) -> Span:
         if self.draining:

@@ -7,13 +7,20 @@ client-side cache of section 3.2.
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 import attrs
 
-from swarmcore.errors import InvalidStepError
-from swarmcore.wire.tensors import ITEM_BYTES, Tensor
+from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
+from swarmcore.wire.tensors import Tensor
+
+COMPACT_NBYTES = 16 << 20
+"""Bytes that a lane takes in, at least, before it looks for tensors of which little is left."""
+
+MAX_OPEN = 16
+"""Steps that may be under way at a server, more than a client has at once; older ones were given up."""
 
 
 @attrs.frozen
@@ -35,15 +42,22 @@ class _Run:
     tensor: Tensor
     first_row: int
 
+    def copied(self) -> _Run:
+        """The same rows in memory of their own."""
+        rows = self.tensor.decode().rows(self.first_row, self.first_row + self.count)
+        return _Run(self.start, self.count, attrs.evolve(rows, data=memoryview(bytearray(rows.data))), 0)
+
 
 class Lane:
     """The rows of every sequence at one place between two blocks, from position 0 on.
 
-    Rows are kept as they came, encoded, and decoded when they are read. Reordering copies references only.
+    Rows are kept as they came, encoded, and decoded when they are read. Reordering copies references only. At
+    most about twice the bytes of the rows are kept, whatever rollbacks and beams have left of the tensors.
     """
 
     def __init__(self, sequences: int) -> None:
         self._runs: list[list[_Run]] = [[] for _ in range(sequences)]
+        self._room = COMPACT_NBYTES
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -66,6 +80,9 @@ class Lane:
                 self._truncate(sequence, start)
                 self._runs[sequence].append(_Run(start, count, rows, first_row))
                 first_row += count
+        self._room -= rows.data.nbytes
+        if self._room < 0:
+            self._compact()
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget rows beyond ``lengths``."""
@@ -77,9 +94,10 @@ class Lane:
 
         Raise `InvalidStepError` when some of them are not here.
         """
+        if not len(starts) == len(lengths) == len(self._runs) or min(*starts, *lengths) < 0:
+            raise InvalidStepError(f"rows {tuple(starts)} + {tuple(lengths)} of {len(self._runs)} sequences")
         decoded: dict[int, Tensor] = {}
-        parts: list[memoryview] = []
-        sample: Tensor | None = None
+        parts: list[Tensor] = []
         for sequence, (start, count) in enumerate(zip(starts, lengths, strict=True)):
             position, end = start, start + count
             for run in self._runs[sequence]:
@@ -89,19 +107,20 @@ class Lane:
                 sample = decoded.get(id(run.tensor))
                 if sample is None:
                     sample = decoded[id(run.tensor)] = run.tensor.decode()
-                row = sample.shape[1] * ITEM_BYTES[sample.dtype]
                 offset = run.first_row - run.start
-                parts.append(sample.data.cast("B")[(first + offset) * row : (last + offset) * row])
+                parts.append(sample.rows(first + offset, last + offset))
                 position = last
             if position < end:
                 raise InvalidStepError(
                     f"rows {position} to {end} of sequence {sequence} were asked for and are not kept"
                 )
-        if sample is None:
+        if not parts:
             raise InvalidStepError("no rows were asked for")
-        shape = (sum(lengths), sample.shape[1])
-        data = parts[0] if len(parts) == 1 else memoryview(bytearray().join(parts))
-        return Tensor("hidden", sample.dtype, shape, data)
+        if len({part.dtype for part in parts}) > 1:  # of servers that compute in different ones
+            parts = [part.widened() for part in parts]
+        shape = (sum(lengths), parts[0].shape[1])
+        data = parts[0].data if len(parts) == 1 else memoryview(bytearray().join(p.data for p in parts))
+        return Tensor("hidden", parts[0].dtype, shape, data)
 
     def _truncate(self, sequence: int, length: int) -> None:
         runs = self._runs[sequence]
@@ -109,6 +128,19 @@ class Lane:
             runs.pop()
         if runs and runs[-1].start + runs[-1].count > length:
             runs[-1] = attrs.evolve(runs[-1], count=length - runs[-1].start)
+
+    def _compact(self) -> None:
+        runs = {id(run): run for runs in self._runs for run in runs}
+        used = Counter[int]()
+        for run in runs.values():
+            used[id(run.tensor)] += run.count
+        copies: dict[int, _Run] = {}
+        for key, run in runs.items():
+            if 2 * used[id(run.tensor)] < run.tensor.shape[0]:
+                with contextlib.suppress(SwarmError):  # it cannot be decoded: whoever reads it will be told
+                    copies[key] = run.copied()
+        self._runs = [[copies.get(id(run), run) for run in runs] for runs in self._runs]
+        self._room = max(self.nbytes, COMPACT_NBYTES)
 
     def __repr__(self) -> str:
         return f"<Lane {','.join(map(str, self.lengths))} rows>"
@@ -130,6 +162,8 @@ class KeptOutputs:
             self._lane.apply(entry, rows)
         else:
             self._open.append((entry, rows))
+            if len(self._open) > MAX_OPEN:
+                self._lane.apply(*self._open.popleft())
 
     def settle(self, below: int) -> None:
         """All steps with a lower number have come home, or were given up and are overwritten."""
@@ -187,7 +221,7 @@ class Journal:
     def __init__(self, sequences: int, blocks: Iterable[int]) -> None:
         self._sequences = sequences
         self._inputs = {block: _Inputs(sequences) for block in blocks}
-        self._flying: set[int] = set()
+        self._flying: dict[int, int] = {}
 
     @property
     def blocks(self) -> frozenset[int]:
@@ -198,30 +232,38 @@ class Journal:
     def nbytes(self) -> int:
         return sum(inputs.lane.nbytes for inputs in self._inputs.values())
 
-    def begin(self, step: int) -> None:
-        """A step has left: rows that come with its number are to be kept."""
-        self._flying.add(step)
+    def begin(self, step: int, rows: int) -> None:
+        """A step of so many rows has left: those that come with its number are to be kept."""
+        self._flying[step] = rows
 
     def receive(self, block: int, step: int, rows: Tensor) -> bool:
-        """Rows with which a step entered ``block``. False when nobody needs them (any more)."""
+        """Rows with which a step entered ``block``. False when nobody needs them (any more).
+
+        Raise `ProtocolError` when they are not those of the step.
+        """
         inputs = self._inputs.get(block)
-        if inputs is None:
+        if inputs is None or step in inputs.arrived:
             return False
-        if step not in self._flying and all(entry.step != step for entry in inputs.due):
-            return False
+        expected = self._flying.get(step)
+        if expected is None:
+            expected = next((sum(entry.lengths) for entry in inputs.due if entry.step == step), None)
+            if expected is None:
+                return False
+        if rows.shape[0] != expected:
+            raise ProtocolError(f"{rows.shape[0]} rows of a step of {expected} for block {block}")
         inputs.arrived[step] = rows
         inputs.advance()
         return True
 
     def settle(self, entry: Entry) -> None:
         """The step has come home: its tokens are part of the session."""
-        self._flying.discard(entry.step)
+        self._flying.pop(entry.step, None)
         for inputs in self._inputs.values():
             inputs.settle(entry)
 
     def forget(self, step: int) -> None:
         """The step was given up."""
-        self._flying.discard(step)
+        self._flying.pop(step, None)
         for inputs in self._inputs.values():
             inputs.arrived.pop(step, None)
 

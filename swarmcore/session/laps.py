@@ -41,6 +41,13 @@ class Chunk:
         return sum(self.lengths)
 
     @property
+    def answer_rows(self) -> int:
+        """Rows of the answer to it."""
+        if self.reply == "none":
+            return 0
+        return self.rows if self.reply == "all" else sum(length > 0 for length in self.lengths)
+
+    @property
     def entry(self) -> Entry:
         """What it does to the inputs of every stage."""
         return Entry(self.step, self.starts, self.lengths, self.sources)

@@ -18,6 +18,7 @@ class _Seen(Generic[Answer]):
     lengths: tuple[int, ...]
     sources: tuple[int, ...]
     answer: Answer
+    attempt: int
 
 
 class StepLedger(Generic[Answer]):
@@ -27,10 +28,16 @@ class StepLedger(Generic[Answer]):
         self._depth = depth
         self._seen: dict[int, _Seen[Answer]] = {}
         self._latest = -1
+        self._forgotten = -1
 
     def __len__(self) -> int:
         """Answers that are remembered."""
         return len(self._seen)
+
+    def outdated(self, step: Step) -> bool:
+        """Whether the client has sent this step again since, or is done with it: nobody waits for it."""
+        seen = self._seen.get(step.step)
+        return step.step <= self._latest if seen is None else step.attempt < seen.attempt
 
     def repeated(self, step: Step) -> Answer | None:
         """The answer of this step if it came before, else None.
@@ -50,18 +57,23 @@ class StepLedger(Generic[Answer]):
                 f"step {step.step} came again with other positions: {step.starts} + {step.lengths} "
                 f"after {seen.starts} + {seen.lengths}"
             )
+        seen.attempt = max(seen.attempt, step.attempt)
         return seen.answer
 
     def remember(self, step: Step, answer: Answer) -> None:
         """Keep the answer of a new step; forget those that are settled, and the oldest one past the depth."""
-        self._seen[step.step] = _Seen(step.starts, step.lengths, step.sources, answer)
+        self._seen[step.step] = _Seen(step.starts, step.lengths, step.sources, answer, step.attempt)
         self._latest = max(self._latest, step.step)
         for number in [number for number in self._seen if number < step.settled]:
-            del self._seen[number]
+            self._drop(number)
         if len(self._seen) > self._depth:
-            del self._seen[min(self._seen)]
+            self._drop(min(self._seen))
 
     def forget(self, step: Step) -> None:
         """The step failed: it may be sent again under its number."""
         self._seen.pop(step.step, None)
-        self._latest = max(self._seen, default=step.step - 1)
+        self._latest = max(self._seen, default=self._forgotten)
+
+    def _drop(self, number: int) -> None:
+        del self._seen[number]
+        self._forgotten = max(self._forgotten, number)

@@ -8,6 +8,7 @@ from the executor that has it (see `register_codec`).
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Annotated, Protocol
 
@@ -29,6 +30,9 @@ ITEM_BYTES = {
     "bool": 1,
 }
 """Size of one value of each dtype that may travel."""
+
+FLOATS = ("float32", "float16", "bfloat16")
+"""Dtypes of hidden states."""
 
 ZSTD_LEVEL = 1
 
@@ -96,6 +100,27 @@ class Tensor:
             if data.nbytes != self.decoded_nbytes:
                 raise InternalError(f"codec {base!r} made {data.nbytes} bytes of {self}")
         return attrs.evolve(self, data=data, codec="raw")
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows ``first:last`` of this raw, two-dimensional tensor; a view."""
+        width = self.shape[1] * ITEM_BYTES[self.dtype]
+        data = self.data.cast("B")[first * width : last * width]
+        return Tensor(self.name, self.dtype, (last - first, self.shape[1]), data)
+
+    def widened(self) -> Tensor:
+        """This raw tensor of floats as float32, exactly."""
+        if self.dtype == "float32":
+            return self
+        given = self.data.cast("B")
+        values = bytearray(2 * given.nbytes)
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            values[2::4], values[3::4] = given[::2], given[1::2]
+        elif self.dtype == "float16":
+            many = given.nbytes // 2
+            struct.pack_into(f"<{many}f", values, 0, *struct.unpack(f"<{many}e", given))
+        else:
+            raise InputError(f"tensor {self.name!r} is of dtype {self.dtype!r}; expected floats")
+        return attrs.evolve(self, dtype="float32", data=memoryview(values))
 
     def header(self) -> TensorHeader:
         return TensorHeader(self.name, self.dtype, self.shape, self.codec, self.data.nbytes)

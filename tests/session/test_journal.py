@@ -80,7 +80,7 @@ def test_rows_may_come_at_any_time_around_the_settling_of_their_step(entries, ra
         after = arrivals.index(("rows", i - 1)) + 1 if i else 0
         arrivals.insert(random.randint(after, len(arrivals)), ("rows", i))
     for entry in entries:
-        journal.begin(entry.step)
+        journal.begin(entry.step, sum(entry.lengths))
     for what, i in arrivals:
         if what == "settle":
             journal.settle(entries[i])
@@ -113,7 +113,7 @@ def test_a_reordered_lane_shares_its_tensors():
 
 def test_rows_of_a_step_that_was_given_up_are_not_taken():
     journal = Journal(1, [0])
-    journal.begin(0)
+    journal.begin(0, 1)
     assert journal.receive(0, 0, rows_of(1))
     journal.forget(0)
     assert not journal.has(0, 0)
@@ -123,8 +123,8 @@ def test_rows_of_a_step_that_was_given_up_are_not_taken():
 
 def test_what_a_dead_server_still_owed_is_computed_again():
     journal = Journal(2, [4])
-    for step in range(3):
-        journal.begin(step)
+    for step, rows in enumerate([3, 2, 1]):
+        journal.begin(step, rows)
     journal.receive(4, 0, rows_of(1, 2, 3))
     journal.settle(Entry(0, (0, 0), (2, 1)))
     journal.settle(Entry(1, (2, 1), (1, 1)))
@@ -140,7 +140,7 @@ def test_what_a_dead_server_still_owed_is_computed_again():
 def test_after_a_reordering_that_was_missed_nothing_is_good():
     journal = Journal(2, [4])
     for step in range(2):
-        journal.begin(step)
+        journal.begin(step, 2)
     journal.receive(4, 0, rows_of(1, 2))
     journal.settle(Entry(0, (0, 0), (1, 1)))
     journal.settle(Entry(1, (1, 1), (1, 1), sources=(1, 1)))
@@ -149,7 +149,7 @@ def test_after_a_reordering_that_was_missed_nothing_is_good():
 
 def test_only_the_places_that_are_wanted_are_kept():
     journal = Journal(1, [0, 4])
-    journal.begin(0)
+    journal.begin(0, 1)
     journal.receive(4, 0, rows_of(1))
     journal.settle(Entry(0, (0,), (1,)))
     journal.keep_only([0])
