@@ -84,7 +84,7 @@ class RandomCheckpoint(Checkpoint):
             self._tensors = AutoModelForCausalLM.from_config(self.config).state_dict()
 
     def names(self) -> Collection[str]:
-        return self._tensors.keys()
+        return list(self._tensors)
 
     def nbytes(self, names: Collection[str]) -> int:
         return sum(self._tensors[name].numel() * self._dtype.itemsize for name in names)

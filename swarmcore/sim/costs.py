@@ -26,7 +26,7 @@ class BatchLoad:
     decode_attended: int = 0
     """Cached tokens that decode rows look at, summed over the rows."""
     prefill_attended: int = 0
-    """The same for prefill rows, which share the reading of the cache: those of one sequence look at it together."""
+    """The same for prefill rows: those of one sequence look at its cache together, which is cheaper."""
 
     @classmethod
     def of(cls, batch: Sequence[Slice]) -> BatchLoad:
@@ -50,7 +50,7 @@ class BatchLoad:
 
 @attrs.frozen(kw_only=True)
 class CostModel:
-    """Seconds of a batch: a part for the batch, and for each block a part of its own, for rows and for cache."""
+    """Seconds of a batch: a part for the batch, and for each block one of its own, for rows and for cache."""
 
     call: float
     """Of every batch, however many blocks it runs through."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, ClassVar
 
 import attrs
@@ -11,18 +13,18 @@ import attrs
 from swarmcore.client.pinging import PingLimits
 from swarmcore.client.session import SessionOptions
 from swarmcore.errors import InputError, SwarmError
-from swarmcore.routing.chain import missing_ranges
+from swarmcore.routing.coverage import missing_ranges
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.generation import Generation
 from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimClient, SimServer
 from swarmcore.sim.scenario import Progress, Report, Scenario
 from swarmcore.sim.world import World
-from swarmcore.types import Span
+from swarmcore.types import PeerId, Span
 
 
 @attrs.frozen(kw_only=True)
 class Crowd(Scenario):
-    """Whether sessions live through everything, how long they take to recover, and what the registry costs."""
+    """Whether sessions live through it all, how long they take to recover, and what the registry costs."""
 
     kind: ClassVar[str] = "crowd"
     unit: ClassVar[str] = "s"
@@ -33,7 +35,7 @@ class Crowd(Scenario):
     blocks: tuple[int, int] = (4, 10)
     """Least and most blocks that a server holds, drawn for each."""
     seconds: int = 3600
-    gossip: GossipSettings = attrs.field(factory=lambda: GossipSettings(interval=60.0, ttl=14_400.0))
+    gossip: GossipSettings = attrs.field(factory=partial(GossipSettings, interval=60.0, ttl=14_400.0))
     requests: float = 3.0
     """Generations that a client asks for in the whole time, on average."""
     prompt: int = 8
@@ -211,9 +213,14 @@ class _Hour:
             server.crash()
         self.killed += len(struck)
         dead = {server.identity.peer for server in struck}
-        while any(not dead.isdisjoint(client.swarm.view().servers) for client in self.clients):
-            await asyncio.sleep(0.25)
+        for client in self.clients:
+            await self._until_hidden(client, dead)
         self.hidden_after = self.world.now() - moment
+
+    async def _until_hidden(self, client: SimClient, dead: set[PeerId]) -> None:
+        changes = client.swarm.registry.changes()
+        while not dead.isdisjoint(client.swarm.view().servers):
+            await anext(changes)
 
     def _spare(self, server: SimServer) -> bool:
         """Whether ``server`` runs and every block would have a holder without it."""
@@ -234,6 +241,6 @@ class _Hour:
             self.problems.append(f"{task.get_name()}: {type(error).__name__}: {error}")
 
 
-def _rounded(mean: float, rng: Any) -> int:
+def _rounded(mean: float, rng: random.Random) -> int:
     """A whole number, ``mean`` on average."""
     return int(mean) + (rng.random() < mean % 1)

@@ -1,4 +1,4 @@
-"""A simulated executor: takes the time that a real one would, and computes what shows whether it was right."""
+"""A simulated executor: takes the time that a real one would, and computes what shows if it was wrong."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The paper's table of failure rates: this system beside caching with restarts and beside no caches at all.
 
 Before each step every server of the chain fails with a given probability, at some moment within the step: its
-process is killed, and comes back with empty caches after a while. The last server that holds a block is spared.
+process is killed, and comes back with empty caches after a while. The last holder of a block is spared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swarmcore.sim.world import World
 from swarmcore.types import Span
 
 Algorithm = Literal["client", "servers", "restarts", "cacheless"]
-"""This system, with either journal; starting again from the first token; computing the whole prefix each step."""
+"""This system, with either journal; a new start from the first token; the whole prefix again at each step."""
 
 _RETRY = 0.05
 """Seconds until the baselines open another session after a failure."""

@@ -22,8 +22,8 @@ class Geography:
 
     The one-way delay between two hosts is ``floor`` milliseconds, plus what light and routers need for the
     distance: ``width`` milliseconds from one side of the plane to the other. With ``regions`` above 0 hosts
-    stand close around as many places instead of anywhere. Each host draws one of ``megabits``, the rate of its
-    link in both directions.
+    stand close around as many places instead of anywhere. Each host draws one of ``megabits``, the rate of
+    its link in both directions.
     """
 
     floor: float = 0.5

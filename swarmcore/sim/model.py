@@ -1,10 +1,10 @@
-"""A model that is only arithmetic: cheap, and a token that is wrong, stale, doubled or missing shows at the end.
+"""A model that is only arithmetic: cheap, and a token that is wrong, stale, doubled or missing shows.
 
 A row of hidden states is a pair of 64-bit numbers. The first names the token and passes through every block
-unchanged. To the second every block adds a number of its own times a hash of all tokens of the sequence so far,
-as *its own server's* attention cache has them. What comes out of the last block is right only if each block ran
-once and every cache on the way held exactly the tokens of the sequence, in order. Blocks next to each other take
-one addition together, so that a server of eighty costs no more than a server of one.
+unchanged. To the second every block adds a number of its own times a hash of all tokens of the sequence so
+far, as *its own server's* attention cache has them. What comes out of the last block is right only if each
+block ran once and every cache on the way held exactly the tokens of the sequence, in order. Blocks next to
+each other take one addition together, so that a server of eighty costs no more than a server of one.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class SimNetwork:
         self._resume()
 
     def hang(self, host: Host) -> None:
-        """Stop the process on ``host`` without ending it. (It computes on, unheard, which costs it time only.)"""
+        """Stop the process on ``host`` without ending it: whatever it still does is not heard."""
         host.hung = True
         self._look_for_silence()
 

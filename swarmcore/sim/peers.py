@@ -38,7 +38,7 @@ class GossipSettings:
     ttl: float = 30.0
     """Seconds for which an announcement is believed."""
     beat: float = 0.0
-    """Seconds between signs of life of neighbours; 0 leaves a host that hangs to the transport's keep-alive."""
+    """Seconds between signs of life of neighbours; 0 leaves hosts that hang to the transport's keep-alive."""
 
     @property
     def options(self) -> GossipOptions:
@@ -162,7 +162,7 @@ class SimBootstrap(Peer):
 class SimServer(Peer):
     """A block server that can be killed, and started again with nothing in its caches.
 
-    ``hosts`` are the blocks that it holds, or how many of them: it then takes those that the swarm serves worst.
+    ``hosts`` are the blocks that it holds, or how many: it then takes those that the swarm serves worst.
     """
 
     def __init__(
@@ -190,7 +190,8 @@ class SimServer(Peer):
     @property
     def throughput(self) -> float:
         """Tokens per second that it carries through its blocks."""
-        return self.world.measured.throughput(self.blocks) * self.speed
+        # Whole numbers add up exactly, in any order.
+        return float(round(self.world.measured.throughput(self.blocks) * self.speed))
 
     @property
     def span(self) -> Span | None:

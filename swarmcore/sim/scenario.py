@@ -96,7 +96,7 @@ def load_scenario(name: str, kinds: Sequence[type[Scenario]]) -> Scenario:
 
 
 def parse_scenario(data: JsonDict, kinds: Sequence[type[Scenario]], source: str) -> Scenario:
-    """The scenario that ``data`` from the file ``source`` describes. Raise `InputError` as `load_scenario`."""
+    """What ``data`` from the file ``source`` describes. Raise `InputError` as `load_scenario` does."""
     by_name = {kind.kind: kind for kind in kinds}
     named = data.pop("kind", None)
     if named not in by_name:

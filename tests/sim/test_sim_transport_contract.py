@@ -23,10 +23,7 @@ class TestSimulated(TransportContract):
         yield
 
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
-        if listen_on:
-            host = self._network.hosts[int(listen_on[0])]
-        else:
-            host = self._network.add_host()
+        host = self._network.hosts[int(listen_on[0])] if listen_on else self._network.add_host()
         return self._network.transport(identity, host, limits=limits, listen=bool(listen_on))
 
     def free_place(self) -> str:
