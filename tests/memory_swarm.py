@@ -125,7 +125,7 @@ class Swarm:
             self.planner,
             COUNTING_MODEL,
             sequences=sequences,
-            options=SessionOptions(on_failover=self.failovers.append, **options),  # type: ignore[arg-type]
+            options=SessionOptions(**{"on_failover": self.failovers.append, **options}),  # type: ignore[arg-type]
         )
 
     async def close(self) -> None:

@@ -110,7 +110,7 @@ class Mender:
             # Also one that had come home: until a new stage has it, nothing may follow it there.
             flight.done, flight.output, flight.error = False, None, None
             flight.attempt += 1
-            flight.reached = pipeline.stages[index].start
+            flight.reached = flight.sent = pipeline.stages[index].start
             rows = pipeline.journal.in_flight(pipeline.stages[index].start, flight.chunk.step)
             await pipeline.send(index, flight, rows)
 
@@ -271,7 +271,8 @@ class Mender:
 
     async def _send_replay(self, first: int, flight: Flight) -> None:
         pipeline, chunk = self._pipeline, flight.chunk
-        options = pipeline.options
+        options, flight.reached = pipeline.options, pipeline.stages[first].start
+        flight.sent = flight.reached
         if first and options.journal == "servers":
             step = pipeline.laps.step_for(
                 first, chunk, codec=options.codec, deadline=options.step_timeout, journal="servers"
@@ -286,6 +287,7 @@ class Mender:
                 deadline=step.deadline,
                 settled=step.settled,
             )
+            flight.sent = pipeline.stages[first - 1].start
             await pipeline.tell(pipeline.stages[first - 1], order)
             return
         rows = pipeline.journal.rows(pipeline.stages[first].start, chunk.starts, chunk.lengths)
@@ -300,8 +302,7 @@ class Mender:
             return flight.done or flight.error is not None or any(stage.failure for stage in taking_part)
 
         if not await pipeline.wait(settled, timeout=pipeline.options.step_timeout):
-            slow = next((s for s in stages if s.end > flight.reached), stages[-1])
-            pipeline.fail(slow, DeadlineExceededError("it did not rebuild its caches in time"))
+            pipeline.blame_stuck(flight, DeadlineExceededError("it did not rebuild its caches in time"))
         elif flight.error is not None:
             pipeline.fail(flight.refused_by or stages[-1], flight.error)
         return flight.done

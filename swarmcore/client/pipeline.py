@@ -85,6 +85,8 @@ class Flight:
     chunk: Chunk
     reached: int
     """The block up to which it is known to have come."""
+    sent: int = 0
+    """The block of the stage to which it was sent; those that follow get it from one another."""
     attempt: int = 0
     """Counted up when it has to be sent again: answers to what was sent before count no longer."""
     done: bool = False
@@ -174,7 +176,7 @@ class Pipeline:
 
     def begin(self, chunk: Chunk, hidden: Tensor | None = None) -> Flight:
         """Expect what comes of ``chunk``, whose rows, encoded, are ``hidden``; `send` sends it."""
-        flight = Flight(chunk, self.stages[0].start)
+        flight = Flight(chunk, self.stages[0].start, self.stages[0].start)
         self.flights[chunk.step] = flight
         if not chunk.replay:
             self.journal.begin(chunk.step, chunk.rows)
@@ -194,6 +196,15 @@ class Pipeline:
             attempt=flight.attempt,
         )
         await self.tell(stage, step, hidden)
+
+    def blame_stuck(self, flight: Flight, error: SwarmError) -> None:
+        """The stage where the flight got no further has failed."""
+        index = next(i for i, stage in enumerate(self.stages) if stage.end > flight.reached)
+        stage = self.stages[index]
+        self.fail(stage, error)
+        if stage.start > flight.sent and not stage.proven:
+            # Nothing has ever come through to this one: it may be the one before that lets nothing pass.
+            self.fail(self.stages[index - 1], error)
 
     async def tell(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
         """Send anything to a stage. A failure is that stage's, and is not raised."""
@@ -316,12 +327,14 @@ class Pipeline:
             self._progressed()
         if flight is None or flight.done or not current:
             return
+        chunk, home = flight.chunk, stage.end == (flight.chunk.until or self.model.blocks)
+        if home and isinstance(record, StepForwarded):
+            raise ProtocolError("a step was forwarded from where it ends")
         if stage.end > flight.reached:
             flight.reached = stage.end
             self._progressed()
         if isinstance(record, StepForwarded):
             return
-        chunk, home = flight.chunk, stage.end == (flight.chunk.until or self.model.blocks)
         expected = chunk.answer_rows if home else chunk.rows
         if (hidden.shape[0] if hidden else 0) != expected:
             raise ProtocolError(f"a step was answered with {hidden and hidden.shape[0]} rows of {expected}")

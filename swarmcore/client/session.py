@@ -236,7 +236,10 @@ class InferenceSession:
                     await self._mender.resend(flying)
                     resent = True
                 elif nudges > NUDGES:
-                    self._blame_stuck(flying[0])
+                    error = DeadlineExceededError(
+                        f"a step got no further in {self.options.step_timeout:.0f} s"
+                    )
+                    pipeline.blame_stuck(flying[0], error)
 
     def _has_news(self, flying: Sequence[Flight]) -> bool:
         return flying[0].done or flying[0].error is not None or self._pipeline.failed is not None
@@ -262,15 +265,6 @@ class InferenceSession:
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
         self._pipeline.fail(stage, error)
-
-    def _blame_stuck(self, flight: Flight) -> None:
-        stages = self._pipeline.stages
-        index = next(i for i, stage in enumerate(stages) if stage.end > flight.reached)
-        error = DeadlineExceededError(f"a step got no further in {self.options.step_timeout:.0f} s")
-        self._pipeline.fail(stages[index], error)
-        if index and not stages[index].proven:
-            # Nothing has ever come through to this one: it may be the one before that lets nothing pass.
-            self._pipeline.fail(stages[index - 1], error)
 
     # --- servers that leave ------------------------------------------------------------------------------
 
