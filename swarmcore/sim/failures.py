@@ -42,7 +42,7 @@ class FailureTable(Scenario):
     probabilities: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
     """That a server of the chain fails during a step."""
     algorithms: tuple[Algorithm, ...] = ("client", "servers", "restarts", "cacheless")
-    runs: int = 3
+    runs: int = 2
     """Generations for each cell."""
     repair_seconds: float = 20.0
     """From a server's failure until it starts again."""

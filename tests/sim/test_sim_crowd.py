@@ -29,7 +29,7 @@ def ignore(what: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return SMALL.simulate(1, ignore)
+    return SMALL.simulate(2, ignore)
 
 
 def test_every_generation_comes_to_its_end(report: Report) -> None:
@@ -49,4 +49,4 @@ def test_the_dead_leave_all_views_within_seconds(report: Report) -> None:
 
 
 def test_it_repeats_itself(report: Report) -> None:
-    assert SMALL.simulate(1, ignore).trace == report.trace
+    assert SMALL.simulate(2, ignore).trace == report.trace
