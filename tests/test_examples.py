@@ -63,8 +63,9 @@ async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
             await process.communicate()
 
 
-async def test_the_demo_says_what_a_plain_run_does(smollm2_folder: Path):
+async def test_the_demo_loses_a_server_and_says_what_a_plain_run_does(smollm2_folder: Path):
     demo = await start("demo.py", "What is a peer?", "--max-new-tokens", "8")
     said, _ = await demo.communicate()
     assert demo.returncode == 0
+    assert b"took over" in said
     assert b"the same" in said
