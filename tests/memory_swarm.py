@@ -172,10 +172,10 @@ class Reference:
             self.rows = [list(self.rows[source]) for source in sources]
         outputs: Rows = []
         for sequence, new in enumerate(rows):
-            if not new:
-                continue
             if starts is not None:
                 del self.rows[sequence][starts[sequence] :]
+            if not new:
+                continue
             self.rows[sequence] += new
             executor = CountingExecutor()
             executor.reserve(SequenceId(0), 4096)
