@@ -54,7 +54,7 @@ class Server:
             state=state,
             model=COUNTING_MODEL,
             span=self.executor.span,
-            cache_tokens=CACHE,
+            cache_tokens=self.engine.cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
         )
 
@@ -138,13 +138,13 @@ class Swarm:
 
 @asynccontextmanager
 async def swarm_of(
-    *blocks: str, seed: int = 0, delay: float = 0.0, router: Router | None = None
+    *blocks: str, seed: int = 0, delay: float = 0.0, router: Router | None = None, cache: int = CACHE
 ) -> AsyncIterator[Swarm]:
     swarm = Swarm(seed, Faults(delay=delay), router)
     await swarm.client.start()
     try:
         for each in blocks:
-            await swarm.add(each)
+            await swarm.add(each, cache=cache)
         yield swarm
     finally:
         await swarm.close()

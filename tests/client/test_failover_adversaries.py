@@ -20,9 +20,7 @@ from swarmcore.wire.messages import (
     CachesTaken,
     Draining,
     HandOver,
-    Replay,
     SessionOpened,
-    Step,
     StepFailed,
     StepForwarded,
     StepOutput,
@@ -126,7 +124,7 @@ async def test_a_server_that_breaks_the_rules_is_replaced(stage: int, lie: Lie) 
         liar = corrupt(swarm, session, stage, lie)
         for _ in range(3):
             await run.step(1)
-        # A copy that is not sent is only missed when it is needed; one that looks like an answer is carried on.
+        # A copy that is not sent is missed when it is needed; what looks like an answer is carried on.
         if lie not in (no_tensor, forwarded_at_the_end) or stage == 2:
             assert liar.peer not in session.chain.peers
             assert len(swarm.failovers) == 1

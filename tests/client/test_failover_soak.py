@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 
+import attrs
 import pytest
 from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 
+from swarmcore.client.session import InferenceSession
+from swarmcore.errors import BusyError
+from swarmcore.routing.least_latency import LeastLatency
+from swarmcore.routing.moving import MoveLimits
 from swarmcore.testing.clock import run as run_on_virtual_time
 from swarmcore.testing.executor import hidden_states
 from swarmcore.testing.faulty import Faults
@@ -54,7 +60,64 @@ async def soak(seed: int, journal: str) -> None:
         await session.close()
         async with asyncio.timeout(100):
             await quiet(swarm)
+        await asyncio.sleep(0.1)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session")]
+
+
+@pytest.mark.parametrize("seed", range(FIRST, (FIRST + LAST) // 2))
+def test_several_sessions_on_bad_networks_with_little_room(seed: int) -> None:
+    run_on_virtual_time(crowd(seed))
+
+
+async def crowd(seed: int) -> None:
+    """Sessions that compete for cache, move to better chains, lose messages, and get copies late."""
+    chance = random.Random(seed)
+    layout = chance.choice(LAYOUTS)
+    blocks = (*layout, *layout, *chance.choice(LAYOUTS))
+    router = LeastLatency(chance) if chance.random() < 0.7 else None
+    async with swarm_of(*blocks, seed=seed, delay=0.005, router=router, cache=240) as swarm:
+        for server in swarm.servers:
+            server.transport.faults = Faults(delay=0.005, jitter=0.02, loss=chance.choice([0, 0.002]))
+            server.transport.faults_toward[swarm.client.peer] = Faults(
+                delay=0.01, jitter=0.01, rate=chance.choice([math.inf, 20_000, 5_000])
+            )
+        trouble = Trouble(swarm, chance)
+        sessions = [
+            await swarm.open(
+                chance.choice([1, 2]),
+                journal=chance.choice(["client", "servers"]),
+                moves=MoveLimits(hold=0.0, interval=chance.choice([0.0, 5.0])),
+                patience=300,
+            )
+            for _ in range(3)
+        ]
+        running = asyncio.create_task(
+            trouble.run(lambda: {peer for session in sessions for peer in session.chain.peers})
+        )
+        await asyncio.gather(*(visit(session, random.Random(seed + i)) for i, session in enumerate(sessions)))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await trouble.end()
+        await asyncio.gather(*(session.close() for session in sessions))
+        async with asyncio.timeout(100):
+            await quiet(swarm)
+        await asyncio.sleep(0.1)
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session")]
+
+
+async def visit(session: InferenceSession, chance: random.Random) -> None:
+    """Steps now and then; one for which there is no room is tried again."""
+    run = Run.of(session, chance.randrange(1 << 30))
+    for _ in range(15):
+        for _ in range(100):
+            try:
+                await run.step(*[1] * session.sequences)
+                break
+            except BusyError:
+                await asyncio.sleep(1)
+        else:
+            raise AssertionError("no room for a session in 100 s")
+        await asyncio.sleep(chance.choice([0, 0, 0.3, 6]))
 
 
 async def any_step(run: Run, chance: random.Random) -> None:
@@ -106,6 +169,7 @@ class Trouble:
                 self.cut,
                 self.retire,
                 self.forget,
+                self.hasten,
             ]
             await self._chance.choice(kinds)(server)
 
@@ -148,6 +212,12 @@ class Trouble:
     async def forget(self, server: Server) -> None:
         for session in list(server.service._sessions):
             server.engine.close_session(session)
+
+    async def hasten(self, server: Server) -> None:
+        """Another one becomes much faster, or slower."""
+        rate = self._chance.choice([1.0, 10.0, 100.0])
+        info = attrs.evolve(server.info(), decode_rps=rate, forward_rps=100 * rate)
+        await server.registry.announce(info, 3600)
 
     def _later(self, what, *arguments) -> None:
         asyncio.get_running_loop().call_later(self._chance.choice([0.5, 3.0, 8.0]), what, *arguments)
