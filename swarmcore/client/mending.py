@@ -9,9 +9,9 @@ import asyncio
 import logging
 from collections.abc import Collection, Sequence
 
-from swarmcore.client.opening import OpenStage, Planner, Refusals, open_chain, open_stages
+from swarmcore.client.opening import OpenStage, Planner, Refusals, located, open_chain, open_stages
 from swarmcore.client.options import Failover
-from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
+from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
 from swarmcore.errors import (
     DeadlineExceededError,
     MissingBlocksError,

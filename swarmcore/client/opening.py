@@ -95,6 +95,7 @@ async def open_chain(
     """
     avoided = set(blocked)
     failure: SwarmError | None = None
+    refused = ""
     for _ in range(attempts):
         try:
             chain = planner.plan(
@@ -105,16 +106,20 @@ async def open_chain(
                 before=before.peer if before else None,
             )
         except SwarmError as exc:
-            raise (failure or exc) from exc
+            if failure is None:
+                raise
+            blocks = ", ".join(exc.details.get("ranges", [str(span)]))
+            raise located(refused, failure, f"nobody else has blocks {blocks}") from exc
         opened = await open_stages(
             node, planner, model, chain, sequences=sequences, reserve=reserve, timeout=timeout, before=before
         )
         if not isinstance(opened, Refusals):
             return opened
-        failure = next(iter(opened.values()))
+        peer, failure = next(iter(opened.items()))
+        refused = short(peer)
         avoided.update(opened)
     assert failure is not None
-    raise failure
+    raise located(refused, failure, f"after {attempts} attempts with others")
 
 
 class Refusals(dict[PeerId, SwarmError]):
@@ -149,6 +154,13 @@ async def open_stages(
             planner.failed(hop.peer, result)
             refusals[hop.peer] = result
     return refusals
+
+
+def located(where: object, error: SwarmError, remark: str = "") -> SwarmError:
+    """``error`` with the server it comes from in its message."""
+    located = type(error)(f"{where}: {error.message}{remark and f' ({remark})'}", **error.details)
+    located.origin = error.origin
+    return located
 
 
 def _hop(stage: Stage, session: str) -> Hop:
@@ -187,7 +199,7 @@ async def _open_all(
             async with asyncio.timeout(timeout):
                 return await open_one(stage, hop, next_hop)
         except TimeoutError:
-            return DeadlineExceededError(f"{short(hop.peer)} did not grant a session in {timeout:.0f} s")
+            return DeadlineExceededError(f"no session was granted in {timeout:.0f} s")
         except SwarmError as exc:
             return exc
 

@@ -11,12 +11,7 @@ import attrs
 
 from swarmcore.client.opening import OpenStage
 from swarmcore.client.options import SessionOptions
-from swarmcore.errors import (
-    DeadlineExceededError,
-    ProtocolError,
-    RemoteFaultError,
-    SwarmError,
-)
+from swarmcore.errors import DeadlineExceededError, ProtocolError, RemoteFaultError, SwarmError
 from swarmcore.routing.chain import Chain
 from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import PING_METHOD
@@ -61,6 +56,8 @@ class LiveStage:
     """Set to the error when it cannot hand its caches over."""
     sending: asyncio.Lock = attrs.field(factory=asyncio.Lock)
     """Steps come from the session, and from the stage before when they are carried."""
+    clock: asyncio.TimerHandle | None = None
+    """Runs while something is being sent."""
 
     @property
     def peer(self) -> PeerId:
@@ -208,10 +205,10 @@ class Pipeline:
 
     async def tell(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
         """Send anything to a stage. A failure is that stage's, and is not raised."""
-        later = asyncio.get_running_loop().call_later
+        loop = asyncio.get_running_loop()
         async with stage.sending:
-            too_slow = DeadlineExceededError("it does not take in a step")
-            clocks = later(SILENCE, self._probe), later(self.options.step_timeout, self.fail, stage, too_slow)
+            until = loop.time() + self.options.step_timeout
+            stage.clock = loop.call_later(SILENCE, self._sends_slowly, stage, until)
             try:
                 await stage.opened.channel.send(record, *tensors)
             except SwarmError as exc:
@@ -219,8 +216,14 @@ class Pipeline:
                 await asyncio.sleep(0)
                 self.fail(stage, exc)
             finally:
-                for clock in clocks:
-                    clock.cancel()
+                stage.clock.cancel()
+
+    def _sends_slowly(self, stage: LiveStage, until: float) -> None:
+        loop = asyncio.get_running_loop()
+        stage.clock = loop.call_later(SILENCE, self._sends_slowly, stage, until)
+        self._probe()
+        if loop.time() >= until:
+            self.fail(stage, DeadlineExceededError("it does not take in a step"))
 
     def forget(self, flight: Flight) -> None:
         """Nothing is expected of the flight any more."""
@@ -349,10 +352,9 @@ class Pipeline:
         if not message.tensors:
             return None
         hidden = message.tensor("hidden")
-        if len(hidden.shape) != 2 or hidden.shape[1] != self.model.hidden_size:
-            raise ProtocolError(f"hidden states of shape {hidden.shape}, width {self.model.hidden_size}")
-        if hidden.dtype not in FLOATS or hidden.codec != self.options.codec:
-            raise ProtocolError(f"hidden states of dtype {hidden.dtype!r} encoded as {hidden.codec!r}")
+        shaped = len(hidden.shape) == 2 and hidden.shape[1] == self.model.hidden_size
+        if not shaped or hidden.dtype not in FLOATS or hidden.codec != self.options.codec:
+            raise ProtocolError(f"unexpected hidden states: {hidden}")
         return hidden
 
     def _keep_lanes(self) -> None:
@@ -395,10 +397,3 @@ def _end_hand_over(stage: LiveStage, error: SwarmError) -> None:
     if stage.hand_over is not None and not stage.hand_over.done():
         stage.hand_over.set_exception(error)
         stage.hand_over.exception()  # seen, also when nobody waits any more
-
-
-def located(stage: LiveStage, error: SwarmError, remark: str = "") -> SwarmError:
-    """``error`` with the server and blocks it comes from in its message."""
-    located = type(error)(f"{stage}: {error.message}{remark and f' ({remark})'}", **error.details)
-    located.origin = error.origin
-    return located

@@ -13,9 +13,9 @@ from typing import Self
 import attrs
 
 from swarmcore.client.mending import Mender
-from swarmcore.client.opening import Comparison, OpenStage, Planner, open_chain
+from swarmcore.client.opening import Comparison, OpenStage, Planner, located, open_chain
 from swarmcore.client.options import Failover, SessionOptions
-from swarmcore.client.pipeline import Flight, LiveStage, Pipeline, located
+from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
 from swarmcore.errors import (
     CacheFullError,
     DeadlineExceededError,

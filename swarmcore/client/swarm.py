@@ -151,9 +151,9 @@ class Swarm:
         """Open a session through all blocks of ``model``, without torch: hidden states in, hidden states out.
 
         ``max_tokens`` is what each sequence is expected to grow to; servers without that much free cache are
-        avoided, and grow the cache as it is needed.
+        avoided, and grow the cache as it is needed. The first session of a model waits for up to a second
+        until its servers have been pinged. Raises as `swarmcore.client.session.open_session` does.
         """
-
         await self._pinger.look_at(model)
         planner = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
         return await open_session(

@@ -1,12 +1,15 @@
 """The journal against a plain model of it: lists of rows that are reordered, cut and appended to."""
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.errors import InvalidStepError
-from swarmcore.session.journal import Entry, Journal, Lane
+from swarmcore.errors import InvalidStepError, ProtocolError
+from swarmcore.session.journal import MAX_OPEN, Entry, Journal, KeptOutputs, Lane
 from swarmcore.testing.executor import hidden_states, read_rows
+from swarmcore.wire.tensors import Tensor
 
 
 def rows_of(*values: float):
@@ -155,3 +158,58 @@ def test_only_the_places_that_are_wanted_are_kept():
     journal.keep_only([0])
     assert journal.blocks == {0}
     assert repr(journal) == "<Journal 0: 0>"
+
+
+def test_what_rollbacks_leave_of_large_tensors_is_copied_out_of_them(monkeypatch):
+    monkeypatch.setattr("swarmcore.session.journal.COMPACT_NBYTES", 1000)
+    lane = Lane(1)
+    for step in range(200):  # each leaves one row of a hundred
+        lane.apply(Entry(step, (step,), (100,)), rows_of(*range(step, step + 100)))
+    assert lane.lengths == (299,)
+    row = rows_of(1).data.nbytes
+    assert lane.nbytes < 2 * 299 * row + 1000 + 2 * 100 * row
+    assert values_of(lane.rows([0], [299])) == list(range(299))
+
+
+def test_rows_of_servers_that_compute_in_different_dtypes_are_made_alike():
+    lane = Lane(1)
+    values = [1.5, -0.25, 3.0, 1024.0]
+    for start, (dtype, width, pack) in enumerate(
+        [("float32", 4, "<f"), ("bfloat16", 2, "<f"), ("float16", 2, "<e"), ("float32", 4, "<f")]
+    ):
+        data = bytearray(struct.pack(pack, values[start])[-width:])
+        lane.apply(Entry(start, (start,), (1,)), Tensor("hidden", dtype, (1, 1), memoryview(data)))
+    rows = lane.rows([0], [4])
+    assert (rows.dtype, rows.shape) == ("float32", (4, 1))
+    assert list(struct.unpack("<4f", rows.data)) == values
+    assert lane.rows([1], [1]).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths"), [((-1,), (1,)), ((0,), (-1,)), ((0, 0), (1, 1)), ((), ()), ((0,), (10**15,))]
+)
+def test_rows_that_cannot_be_are_refused(starts, lengths):
+    lane = Lane(1)
+    lane.apply(Entry(0, (0,), (3,)), rows_of(1, 2, 3))
+    with pytest.raises(InvalidStepError):
+        lane.rows(starts, lengths)
+
+
+def test_rows_that_are_not_those_of_their_step_are_refused():
+    journal = Journal(1, [4])
+    journal.begin(0, 2)
+    with pytest.raises(ProtocolError, match="3 rows of a step of 2"):
+        journal.receive(4, 0, rows_of(1, 2, 3))
+    assert journal.receive(4, 0, rows_of(1, 2))
+    assert not journal.receive(4, 0, rows_of(8, 9)), "the first ones count"
+    journal.settle(Entry(0, (0,), (2,)))
+    assert values_of(journal.rows(4, [0], [2])) == [1, 2]
+
+
+def test_outputs_of_steps_that_never_come_home_are_given_up_in_their_order():
+    kept = KeptOutputs(1)
+    for step in range(MAX_OPEN + 3):
+        kept.keep(Entry(step, (0,), (1,)), rows_of(step))
+    assert values_of(kept.rows([0], [1])) == [2]
+    kept.settle(MAX_OPEN + 3)
+    assert values_of(kept.rows([0], [1])) == [MAX_OPEN + 2]
