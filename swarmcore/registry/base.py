@@ -36,11 +36,17 @@ class SwarmView:
     def serving(self, fingerprint: str) -> list[ServerInfo]:
         """Peers that announce blocks of the model with this fingerprint, in any state, by span."""
         found = [s for s in self if s.model is not None and s.span and s.model.fingerprint == fingerprint]
-        return sorted(found, key=lambda s: (s.span, s.peer))
+        return sorted(found, key=_by_span)
 
     def models(self) -> dict[str, ModelInfo]:
         """The models of which someone announces blocks, by fingerprint."""
         return {s.model.fingerprint: s.model for s in self if s.model is not None}
+
+
+def _by_span(server: ServerInfo) -> tuple[int, int, PeerId]:
+    # Spans compare as well, but ten times as slowly.
+    assert server.span is not None
+    return server.span.start, server.span.end, server.peer
 
 
 class Registry(ABC):

@@ -18,10 +18,10 @@ def missing_ranges(spans: Iterable[Span], whole: Span) -> list[Span]:
     """The parts of ``whole`` that none of ``spans`` covers, in order."""
     missing = []
     position = whole.start
-    for span in sorted(spans):
-        if span.start > position:
-            missing.append(Span(position, min(span.start, whole.end)))
-        position = max(position, span.end)
+    for start, end in sorted({(span.start, span.end) for span in spans}):
+        if start > position:
+            missing.append(Span(position, min(start, whole.end)))
+        position = max(position, end)
         if position >= whole.end:
             break
     if position < whole.end:

@@ -29,6 +29,8 @@ from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 
 logger = logging.getLogger(__name__)
 
+VERSION = version("swarmcore")
+
 REFRESH = 5.0
 """Seconds between looks at whether load or cache have changed enough to be announced."""
 
@@ -117,9 +119,10 @@ class BlockServer:
             queue_seconds=self.engine.queue_seconds,
             rtts=self._neighbours.rtts if self._neighbours is not None else (),
             target=self.target,
+            pinned=self._rebalancing is None,
             incarnation=self.incarnation,
             public_name=self.config.public_name,
-            version=version("swarmcore"),
+            version=VERSION,
         )
 
     @property

@@ -12,11 +12,17 @@ import attrs
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.placement.swarm_throughput import Placement
 from swarmcore.sim.costs import load_costs
-from swarmcore.sim.optimum import MOST_ARRANGEMENTS, arrangements, best_throughput, worst_block
+from swarmcore.sim.optimum import (
+    MOST_ARRANGEMENTS,
+    arrangements,
+    best_throughput,
+    good_arrangement,
+    worst_block,
+)
 from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimServer
 from swarmcore.sim.scenario import Progress, Report, Scenario, combined
 from swarmcore.sim.world import World
-from swarmcore.types import Span
+from swarmcore.types import PeerId, Span
 
 Balancing = Literal["none", "new", "full"]
 """Servers take any blocks; those that the swarm serves worst when they come; and move when it pays."""
@@ -42,7 +48,7 @@ class Balance(Scenario):
     """Seconds that a server stays, on average; another one comes in its place."""
     away: float = 60.0
     """Seconds until that, on average."""
-    rebalance: float = 120.0
+    rebalance: float = 60.0
     """Seconds between two looks of a server whether to move, on average."""
     balance_quality: float = 0.75
     drain: float = 10.0
@@ -64,8 +70,9 @@ class Balance(Scenario):
         from swarmcore.sim.balance_report import balance_report
 
         runs = []
+        best: dict[frozenset[PeerId], float] = {}
         for done, balancing in enumerate(ARMS):
-            run = _Run(self, seed, balancing)
+            run = _Run(self, seed, balancing, best)
             run.world.run(lambda run=run, done=done: run.run(progress, done * self.seconds))  # type: ignore[misc]
             runs.append(run.result())
         progress("done", len(ARMS) * self.seconds, len(ARMS) * self.seconds)
@@ -110,7 +117,9 @@ class BalanceResult:
 
 
 class _Run:
-    def __init__(self, balance: Balance, seed: int, balancing: Balancing) -> None:
+    def __init__(
+        self, balance: Balance, seed: int, balancing: Balancing, best: dict[frozenset[PeerId], float]
+    ) -> None:
         self.balance = balance
         self.balancing = balancing
         # All three meet the same servers, coming and going at the same times.
@@ -123,7 +132,8 @@ class _Run:
         self._moves = 0
         self._samples: list[Sample] = []
         self._problems: list[str] = []
-        self._best: dict[tuple[tuple[int, float], ...], float] = {}
+        self._best = best
+        self._good: dict[PeerId, Span] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
 
     async def run(self, progress: Progress, done: int) -> None:
@@ -216,14 +226,22 @@ class _Run:
         )
 
     def _best_of(self, able: list[Placement], serving: list[Placement]) -> float:
+        """What ``able`` could carry at best; found once for servers that meet in more than one run."""
         blocks = self.world.model.blocks
-        kinds = tuple(sorted((len(each.span), each.throughput) for each in able))
-        if kinds not in self._best:
-            rng = random.Random(f"{self.world.seed}/{kinds}")
-            self._best[kinds] = best_throughput(able, blocks, rng)
+        who = frozenset(each.peer for each in able)
+        if who not in self._best:
+            rng = self.world.rng(f"best/{self.world.now()}")
+            if arrangements(able, blocks) <= MOST_ARRANGEMENTS:
+                self._best[who] = best_throughput(able, blocks, rng)
+            else:
+                # From the last good one: few servers have come or gone since.
+                placed = [attrs.evolve(each, span=self._good.get(each.peer, each.span)) for each in able]
+                good = good_arrangement(placed, blocks, rng)
+                self._good = {each.peer: each.span for each in good}
+                self._best[who] = worst_block(good, blocks)
         # A search may have missed what the swarm has found.
-        self._best[kinds] = max(self._best[kinds], worst_block(serving, blocks))
-        return self._best[kinds]
+        self._best[who] = max(self._best[who], worst_block(serving, blocks))
+        return self._best[who]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="a place for servers")
