@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Callable, Coroutine
 from hashlib import blake2b
@@ -24,6 +25,7 @@ EPOCH = 1_700_000_000.0
 """What simulated wall clocks show at loop time 0, in seconds since 1970."""
 
 _STATE_BYTES = 8
+_GARBAGE = 200_000
 
 
 class Inhabitant(Protocol):
@@ -85,7 +87,13 @@ class World:
 
     def run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run ``main`` to its end on a clock of its own, then end everybody who lives here."""
-        return clock.run(self._live(main()), horizon=float("inf"))
+        # A large world holds millions of objects for long: to look through them all often is of no use.
+        thresholds = gc.get_threshold()
+        gc.set_threshold(_GARBAGE, *thresholds[1:])
+        try:
+            return clock.run(self._live(main()), horizon=float("inf"))
+        finally:
+            gc.set_threshold(*thresholds)
 
     async def _live(self, main: Coroutine[Any, Any, T]) -> T:
         try:
