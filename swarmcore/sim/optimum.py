@@ -73,27 +73,6 @@ def arrangements(placed: Sequence[Placement], blocks: int) -> int:
     return ways
 
 
-def _climb(placed: Sequence[Placement], blocks: int) -> float:
-    """Let servers move, one after the other, each to where it helps most, until none gains."""
-    throughputs = block_throughputs(placed, blocks)
-    spans = [each.span for each in placed]
-    order = sorted(range(len(placed)), key=lambda index: (-placed[index].throughput, index))
-    improved = True
-    while improved:
-        improved = False
-        for index in order:
-            here, own = spans[index], placed[index].throughput
-            without = list(throughputs)
-            add(without, here, -own)
-            there = worst_spans(without, len(here))[0]
-            moved = list(without)
-            add(moved, there, own)
-            # Sorted throughputs that only ever grow cannot come round again.
-            if sorted(moved) > sorted(throughputs):
-                throughputs, spans[index], improved = moved, there, True
-    return min(throughputs)
-
-
 def _exhaustive(placed: Sequence[Placement], blocks: int) -> float:
     # Large servers first: they have the fewest places, and the bound below bites sooner.
     order = sorted(placed, key=lambda each: (len(each.span), each.throughput), reverse=True)
