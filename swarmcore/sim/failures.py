@@ -47,7 +47,7 @@ class FailureTable(Scenario):
     repair_seconds: float = 20.0
     """From a server's failure until it starts again."""
     patience: int = 30
-    """A cell is given up when it has taken this many times the steps that it needs without failures."""
+    """A generation is given up when it has taken this many times the steps that it needs without failures."""
 
     def __attrs_post_init__(self) -> None:
         if min(self.stages, self.replicas, self.runs, self.patience, *self.tokens) < 1:
@@ -154,7 +154,7 @@ class _Cell:
                 self.problems.append(f"a session gave up at token {len(generation.tokens)}: {exc}")
                 return False
             return True
-        limit = self.table.patience * self.table.runs * self.tokens
+        limit = self.steps + self.table.patience * self.tokens
         while self.steps < limit:
             try:
                 await self._extend(client, generation, failures, limit)
