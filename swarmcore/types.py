@@ -129,6 +129,8 @@ class ServerInfo:
     target: Span | None = None
     """Blocks that it is moving to; ``span`` is what it serves meanwhile. Counts for placement, not for
     routing."""
+    pinned: bool = False
+    """It stays on its blocks, as it was told, whatever the swarm needs."""
     incarnation: int = 0
     """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""

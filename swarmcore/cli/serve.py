@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     type=float,
     metavar="SECONDS",
     help="How often, on average, to look whether other blocks need this server more; 0 is never. "
-    "[default: 120, never with --blocks]",
+    "[default: 60, never with --blocks]",
 )
 @click.option("--no-rebalance", is_flag=True, help="Keep the same blocks, whatever happens.")
 @click.option(

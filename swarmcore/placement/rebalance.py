@@ -7,21 +7,19 @@ from collections.abc import Collection
 
 import attrs
 
-from swarmcore.placement.best_moves import best_moves, improves
-from swarmcore.placement.choice import tiles, worst_spans
+from swarmcore.placement.move_plan import ENOUGH, HORIZON, MovePlan, plan_moves
 from swarmcore.placement.swarm_throughput import (
     Placement,
+    add,
     block_throughputs,
     mean_throughput,
     placements,
-    present_placement,
-    unique_blocks,
 )
 from swarmcore.registry.base import SwarmView
 from swarmcore.types import PeerId, ServerInfo, Span
 
-HORIZON = 600.0
-"""Seconds within which a move has to pay for itself: swarms do not stay as they are for much longer."""
+HYSTERESIS = 0.01
+"""A swarm that would gain no more than this share is left alone, even where moves cost nothing."""
 
 
 @attrs.frozen
@@ -48,13 +46,14 @@ class Decision:
 class Rebalancer:
     """Decides for one server, on its own view of the swarm, whether it should hold other blocks.
 
-    After arXiv 2312.08361, section 3.3, with the cost of moving in the objective. A server moves when
+    After arXiv 2312.08361, section 3.3, with the cost of moving in the objective. All servers work out the
+    same plan (`plan_moves`); one moves when
 
-    - the swarm runs below ``balance_quality`` of what everyone's best moves would give,
-    - its own move makes the sorted per-block throughputs lexicographically greater, which alone rules out
-      that servers move in circles,
-    - the tokens gained within ``horizon`` seconds, shared out among those who would have to move, are more
-      than those lost: caches to be computed again, and service missed while it loads,
+    - the plan has a move for it, which no other one has to come before,
+    - the tokens gained within `HORIZON` seconds, shared out among those who would have to move, are more
+      than those lost: caches to be computed again, and service that the swarm misses while it loads,
+    - the swarm runs below ``balance_quality`` of what the plan would give if the move costs all that it
+      gains, and below 1 - `HYSTERESIS` if it costs nothing; in between, in proportion,
     - someone else is online on every block that it leaves.
 
     To decide takes two steps. `look` proposes a move; the server then announces it as its target, waits until
@@ -63,90 +62,88 @@ class Rebalancer:
     count theirs as not. A block that both would leave without a holder is left by neither.
     """
 
-    def __init__(
-        self,
-        peer: PeerId,
-        rng: random.Random,
-        *,
-        balance_quality: float = 0.75,
-        horizon: float = HORIZON,
-    ) -> None:
+    def __init__(self, peer: PeerId, *, balance_quality: float = 0.75, horizon: float = HORIZON) -> None:
         self.peer = peer
         self.balance_quality = balance_quality
         self.horizon = horizon
-        self._rng = rng
         self._moving: Collection[PeerId] = ()
 
     def look(self, view: SwarmView, server: ServerInfo, cost: MoveCost) -> Decision:
         """Propose a move of ``server``, which is this peer as it is now, or to stay."""
         self._moving = frozenset(other.peer for other in view if other.target is not None)
-        assert server.model is not None
-        assert server.span is not None
-        blocks = server.model.blocks
-        if len(server.span) >= blocks:
-            return _stay("it holds the whole model")
-        others = placements(view, server.model, without=self.peer)
-        alone = unique_blocks(view, server)
-        if alone is not None and len(alone) == len(server.span):
-            return _stay(f"nobody else holds blocks {alone}")
-        here = present_placement(server, others)
-        rest = block_throughputs(others, blocks)
-        candidates = worst_spans(rest, len(server.span), around=alone)
-        if server.span in candidates:
-            unique = f" that keep {alone}, which nobody else holds," if alone else ""
-            return _stay(f"of all spans{unique} the swarm needs {server.span} most")
-        return self._weigh(others, here, self._rng.choice(tiles(candidates, rest)), blocks, cost)
+        return self._decide(view, server, cost)
 
     def confirm(self, view: SwarmView, server: ServerInfo, target: Span, cost: MoveCost) -> Decision:
         """Decide again what `look` proposed, now that ``view`` shows what others have announced since."""
-        assert server.model is not None
-        assert server.span is not None
         yielding = [
             other.peer
             for other in view
             if other.target is not None and other.peer not in self._moving and other.peer < self.peer
         ]
-        others = placements(view, server.model, without=self.peer, staying=yielding)
-        alone = unique_blocks(view, server)
-        if alone is not None and not (target.start <= alone.start and alone.end <= target.end):
-            return _stay(f"nobody else would be left to hold blocks {alone}")
-        here = present_placement(server, others)
-        return self._weigh(others, here, target, server.model.blocks, cost)
+        decision = self._decide(view, server, cost, yielding)
+        if decision.target not in (target, None):
+            return _stay(
+                f"others have changed their minds: now {decision.target} would help more than {target}"
+            )
+        return decision
 
-    def _weigh(
-        self, others: list[Placement], here: Placement, target: Span, blocks: int, cost: MoveCost
+    def _decide(
+        self, view: SwarmView, server: ServerInfo, cost: MoveCost, yielding: Collection[PeerId] = ()
     ) -> Decision:
-        placed = [*others, here]
+        assert server.model is not None
+        blocks = server.model.blocks
+        me = attrs.evolve(server, target=None)
+        placed = placements(SwarmView({**view.servers, self.peer: me}), server.model, staying=yielding)
+        here = next(each for each in placed if each.peer == self.peer)
+        if len(here.span) >= blocks:
+            return _stay("it holds the whole model")
+        if here.keeps == here.span:
+            return _stay(f"nobody else holds blocks {here.span}")
         throughputs = block_throughputs(placed, blocks)
-        if not improves(throughputs, here, attrs.evolve(here, span=target)):
-            return _stay(f"to move to {target} would not help")
         now = min(throughputs)
         # No arrangement beats the mean, which is cheap to know.
         possible = mean_throughput(placed, blocks)
-        if now >= self.balance_quality * possible:
+        if now >= ENOUGH * possible:
             return _stay(f"the swarm runs at {_percent(now, possible)} of its throughput or more")
-        best = best_moves(placed, blocks)
-        quality = f"the swarm runs at {_percent(now, best.throughput)} of what moves could give"
-        if now >= self.balance_quality * best.throughput:
-            return _stay(quality)
-        share = len(target) / blocks
-        gained = self.horizon * (best.throughput - now) / max(1, len(best.moved))
-        fresh = len(target) - overlap(here.span, target)
-        lost = share * (here.throughput * fresh * cost.seconds_per_block + cost.cached_tokens)
+        plan = plan_moves(tuple(sorted(placed, key=lambda each: each.peer)), blocks)
+        return self._weigh(plan, throughputs, here, cost)
+
+    def _weigh(self, plan: MovePlan, throughputs: list[float], here: Placement, cost: MoveCost) -> Decision:
+        now = min(throughputs)
+        quality = f"the swarm runs at {_percent(now, plan.throughput)} of what moves could give"
+        move = plan.next_move(self.peer)
+        if move is None:
+            if plan.waits(self.peer):
+                return _stay(f"{quality}, and others have to move before it does")
+            return _stay(f"{quality}, and others' moves help more" if plan.steps else "no move would help")
+        share = len(here.span) / len(throughputs)
+        gained = self.horizon * (plan.throughput - now) / plan.moves
+        lost = share * cost.cached_tokens + missed_while_loading(throughputs, here, move.target, cost)
         balance = f"gain {gained:,.0f} tokens in {self.horizon:.0f} s, cost {lost:,.0f}"
+        worth = f"to move to {move.target} would {balance}"
         if gained <= lost:
-            return _stay(f"{quality}, but to move to {target} would {balance}")
-        return Decision(target, f"moving from {here.span} to {target}: {quality}; {balance}")
+            return _stay(f"{quality}, but {worth}")
+        needed = min(1 - HYSTERESIS, 1 - (1 - self.balance_quality) * lost / gained)
+        if now >= needed * plan.throughput:
+            return _stay(f"{quality}, {100 * needed:.0f} % is enough, as {worth}")
+        return Decision(move.target, f"moving from {here.span} to {move.target}: {quality}; {balance}")
+
+
+def missed_while_loading(throughputs: list[float], here: Placement, target: Span, cost: MoveCost) -> float:
+    """Tokens that the swarm does not carry while the server loads: none where the blocks it leaves do not
+    become the worst ones."""
+    without = list(throughputs)
+    add(without, here.span, -here.throughput)
+    kept = Span(max(here.span.start, target.start), min(here.span.end, target.end))
+    if kept.start < kept.end:
+        add(without, kept, here.throughput)
+    fresh = len(target) - max(0, kept.end - kept.start)
+    return max(0.0, min(throughputs) - min(without)) * fresh * cost.seconds_per_block
 
 
 def look_delay(interval: float, rng: random.Random) -> float:
     """Seconds to the next look, ``interval`` on average: anywhere from a half to one and a half of it."""
     return interval * rng.uniform(0.5, 1.5)
-
-
-def overlap(one: Span, other: Span) -> int:
-    """How many blocks two spans share."""
-    return max(0, min(one.end, other.end) - max(one.start, other.start))
 
 
 def _stay(reason: str) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import attrs
 
@@ -24,6 +24,10 @@ class Placement:
     peer: PeerId
     span: Span
     throughput: float
+    keeps: Span | None = None
+    """Of its blocks those that it cannot leave now; all of them when it cannot move."""
+    lost: float = 0.0
+    """Tokens, through the whole model, that others would have to compute again if it moved."""
 
 
 def placements(
@@ -44,6 +48,7 @@ def placements(
         for server in view.serving(model.fingerprint)
         if server.state != "draining" and server.peer != without
     ]
+    keeping = unique_blocks(servers, model.blocks)
     told = [server.throughput for server in servers if server.throughput > 0]
     middling = statistics.median(told) if told else 1.0
     found = []
@@ -51,17 +56,12 @@ def placements(
         span = server.span if server.peer in staying else server.target or server.span
         if span is not None and (held := _within(span, model.blocks)) is not None:
             throughput = server.throughput if server.throughput > 0 else middling
-            found.append(Placement(server.peer, held, _exact(throughput)))
+            settled = server.state == "online" and (server.target is None or server.peer in staying)
+            keeps = keeping.get(server.peer) if settled and not server.pinned else held
+            found.append(
+                Placement(server.peer, held, _exact(throughput), keeps, _lost(server, held, model.blocks))
+            )
     return found
-
-
-def present_placement(server: ServerInfo, others: Collection[Placement]) -> Placement:
-    """Where ``server`` is now, with a throughput like that of the ``others`` when its own is not known."""
-    assert server.span is not None
-    throughput = server.throughput
-    if throughput <= 0:
-        throughput = statistics.median(each.throughput for each in others) if others else 1.0
-    return Placement(server.peer, server.span, _exact(throughput))
 
 
 def block_throughputs(placed: Iterable[Placement], blocks: int) -> list[float]:
@@ -88,28 +88,41 @@ def mean_throughput(placed: Iterable[Placement], blocks: int) -> float:
     return sum(each.throughput * len(each.span) for each in placed) / blocks
 
 
-def unique_blocks(view: SwarmView, server: ServerInfo) -> Span | None:
-    """From the first to the last of ``server``'s blocks that no one else holds, None when others hold all.
+def unique_blocks(servers: Sequence[ServerInfo], blocks: int) -> dict[PeerId, Span]:
+    """For servers with blocks that no one else holds: from the first to the last of these.
 
-    Others are the servers that are online and are not about to leave the block for another one.
+    Someone else holds a block who is online and is not about to leave it for another one.
     """
-    assert server.model is not None
-    assert server.span is not None
-    others = [
-        other
-        for other in view.serving(server.model.fingerprint)
-        if other.peer != server.peer and other.state == "online" and other.span is not None
-    ]
-    alone = [
-        block
-        for block in range(server.span.start, server.span.end)
-        if not any(
-            block in other.span and (other.target is None or block in other.target)
-            for other in others
-            if other.span
-        )
-    ]
-    return Span(alone[0], alone[-1] + 1) if alone else None
+    held = {}
+    for server in servers:
+        if server.span is not None and (span := _within(server.span, blocks)) is not None:
+            held[server.peer] = span
+    lasting = [0] * blocks
+    for server in servers:
+        if server.state == "online" and server.peer in held:
+            for block in _lasting(server, held[server.peer]):
+                lasting[block] += 1
+    unique = {}
+    for server in servers:
+        if server.peer not in held:
+            continue
+        own = _lasting(server, held[server.peer]) if server.state == "online" else range(0)
+        span = held[server.peer]
+        alone = [block for block in range(span.start, span.end) if lasting[block] <= (block in own)]
+        if alone:
+            unique[server.peer] = Span(alone[0], alone[-1] + 1)
+    return unique
+
+
+def _lasting(server: ServerInfo, held: Span) -> range:
+    """The blocks that it holds and will hold."""
+    if server.target is None:
+        return range(held.start, held.end)
+    return range(max(held.start, server.target.start), min(held.end, server.target.end))
+
+
+def _lost(server: ServerInfo, span: Span, blocks: int) -> float:
+    return max(0, server.cache_tokens - server.cache_tokens_free) * len(span) / blocks
 
 
 def _exact(throughput: float) -> float:

@@ -9,7 +9,7 @@ import attrs
 from swarmcore.errors import InputError
 from swarmcore.types import Span
 
-REBALANCE = 120.0
+REBALANCE = 60.0
 """Seconds between two looks at the balance of the swarm."""
 
 
@@ -66,7 +66,8 @@ class ServerConfig:
     """Seconds between looks whether other blocks need this server more, on average; 0 for never. None for
     `REBALANCE`, or for never where ``span`` is given."""
     balance_quality: float = attrs.field(default=0.75, validator=_quality)
-    """It moves only in a swarm that runs below this share of what moves could give."""
+    """Share of what moves could give below which the swarm has to run for a move that costs as much as it
+    gains. The less a move costs, the nearer to 1 it is taken; see `Rebalancer`."""
     drain: float = attrs.field(default=30.0, validator=_not_negative)
     """Most seconds that sessions get to leave before the server does, or before it drops their blocks."""
     public_name: str = ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from typing import TYPE_CHECKING
 
 from swarmcore.errors import SwarmError
 from swarmcore.placement.rebalance import Decision, Rebalancer, look_delay
+from swarmcore.types import PeerId
 
 if TYPE_CHECKING:
     from swarmcore.server.block_server import BlockServer
@@ -18,26 +20,64 @@ logger = logging.getLogger(__name__)
 SETTLE = 5.0
 """Seconds between announcing a move and deciding on it again: what others announced meanwhile has arrived."""
 
+REACTION = 4.0
+"""Seconds, on average, from a change in the swarm to a look, so that several changes make one look."""
+
+REACTION_PER_SERVER = 0.05
+"""The same for each server of the swarm, if that is more: in a large one a single change matters little."""
+
 
 class Rebalancing:
-    """Drives a `Rebalancer` for one server; ``interval`` is in seconds, on average."""
+    """Drives a `Rebalancer` for one server, at every change and every ``interval`` seconds on average."""
 
     def __init__(self, server: BlockServer, interval: float, rng: random.Random) -> None:
         self.note = f"placement: it looks at the balance of the swarm about every {interval:.0f} s; not yet"
         """The last decision, in words."""
+        self.moves = 0
+        """How often it has moved the server."""
         self._server = server
         self._interval = interval
         self._rng = rng
-        self._rebalancer = Rebalancer(server.node.peer, rng, balance_quality=server.config.balance_quality)
+        self._rebalancer = Rebalancer(server.node.peer, balance_quality=server.config.balance_quality)
+        self._stirred = asyncio.Event()
 
     async def run(self) -> None:
         """Look and move until cancelled; what goes wrong is logged, and tried again at the next look."""
-        while True:
-            await asyncio.sleep(look_delay(self._interval, self._rng))
-            try:
-                await self.look()
-            except Exception:
-                logger.exception("could not rebalance; looking again in about %.0f s", self._interval)
+        watching = asyncio.create_task(self._watch(), name="watching for changes of placement")
+        try:
+            while True:
+                await self._wait()
+                try:
+                    await self.look()
+                except Exception:
+                    logger.exception("could not rebalance; looking again in about %.0f s", self._interval)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _wait(self) -> None:
+        """Until it is time to look."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + look_delay(self._interval, self._rng)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                await self._stirred.wait()
+        reaction = max(REACTION, REACTION_PER_SERVER * len(self._server.registry.view()))
+        await asyncio.sleep(min(look_delay(reaction, self._rng), max(0.0, deadline - loop.time())))
+        self._stirred.clear()
+
+    async def _watch(self) -> None:
+        """Notice when others are elsewhere, or about to be."""
+        places: dict[PeerId, tuple[object, ...]] = {}
+        async for change in self._server.registry.changes():
+            info = change.info
+            place = (change.kind == "left", info.state, info.span, info.target)
+            if info.peer != self._server.node.peer and places.get(info.peer) != place:
+                self._stirred.set()
+            if change.kind == "left":
+                places.pop(info.peer, None)
+            else:
+                places[info.peer] = place
 
     async def look(self) -> None:
         """Decide, twice if it comes to a move, and move."""
@@ -63,6 +103,7 @@ class Rebalancing:
             except SwarmError as exc:
                 self.note = f"placement: could not move to {confirmed.target}: {exc}"
             else:
+                self.moves += 1
                 self.note = f"placement: moved to {confirmed.target}"
 
     def _note(self, decision: Decision) -> None:

@@ -120,6 +120,7 @@ async def run_server(
             decode_rps=speed.compute.decode_rps / len(span),
             forward_rps=speed.compute.forward_rps / len(span),
             throughput=speed.throughput(len(span)),
+            pinned=config.rebalance_interval == 0,
             incarnation=time.time_ns() // 1_000_000,
             public_name=config.public_name,
             version=version("swarmcore"),
