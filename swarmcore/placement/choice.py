@@ -21,17 +21,10 @@ def join_span(view: SwarmView, model: ModelInfo, size: int, rng: random.Random, 
     return rng.choice(tiles(worst_spans(throughputs, size), throughputs))
 
 
-def worst_spans(throughputs: Sequence[float], size: int, *, around: Span | None = None) -> list[Span]:
-    """The spans of ``size`` blocks that are served worst: several when they are equally so, in order.
-
-    With ``around`` only those that hold all of it, which must not be longer than ``size``.
-    """
-    blocks = len(throughputs)
-    size = min(size, blocks)
-    starts = range(
-        max(0, around.end - size) if around else 0,
-        min(blocks - size, around.start if around else blocks) + 1,
-    )
+def worst_spans(throughputs: Sequence[float], size: int) -> list[Span]:
+    """The spans of ``size`` blocks that are served worst: several when they are equally so, in order."""
+    size = min(size, len(throughputs))
+    starts = range(len(throughputs) - size + 1)
     # Most spans are ruled out by their worst block, without sorting.
     least = {start: min(throughputs[start : start + size]) for start in starts}
     lowest = min(least.values())

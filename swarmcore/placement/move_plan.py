@@ -44,6 +44,8 @@ class MovePlan:
     steps: tuple[tuple[Move, ...], ...]
     """Each raises the worst block by one move, or by two, of which the first makes room for the second. At no
     time is the worst block served worse than before. No server moves twice."""
+    ready: frozenset[PeerId]
+    """Servers that can move at once: no other one has to move before, lest the worst block gets worse."""
     throughput: float
     """Tokens per second through the block that is served worst, after all steps."""
 
@@ -52,13 +54,9 @@ class MovePlan:
         """How many there are in all."""
         return sum(map(len, self.steps))
 
-    def next_move(self, peer: PeerId) -> Move | None:
-        """What ``peer`` can do at once: its move, unless another one has to come before it."""
-        return next((step[0] for step in self.steps if step[0].peer == peer), None)
-
-    def waits(self, peer: PeerId) -> bool:
-        """Whether ``peer`` is to move after another one has made room."""
-        return any(move.peer == peer for step in self.steps for move in step[1:])
+    def move_of(self, peer: PeerId) -> Move | None:
+        """Where ``peer`` goes, at once or later; None when it stays."""
+        return next((move for step in self.steps for move in step if move.peer == peer), None)
 
 
 @lru_cache(maxsize=8)
@@ -86,7 +84,17 @@ def plan_moves(placed: tuple[Placement, ...], blocks: int) -> MovePlan:
         ahead += min(throughputs) > 0
         if (value := min(throughputs) - WORTH * possible * moves) > best:
             kept, reached, best = len(steps), min(throughputs), value
-    return MovePlan(tuple(steps[:kept]), reached)
+    return MovePlan(tuple(steps[:kept]), _ready(steps[:kept], placed, blocks), reached)
+
+
+def _ready(steps: Sequence[tuple[Move, ...]], placed: Sequence[Placement], blocks: int) -> frozenset[PeerId]:
+    servers = {each.peer: each for each in placed}
+    throughputs = block_throughputs(placed, blocks)
+    return frozenset(
+        move.peer
+        for move, *_ in steps
+        if min(moved(throughputs, servers[move.peer], move.target)) >= min(throughputs)
+    )
 
 
 def best_step(

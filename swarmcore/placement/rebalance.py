@@ -98,7 +98,7 @@ class Rebalancer:
         if len(here.span) >= blocks:
             return _stay("it holds the whole model")
         if here.keeps == here.span:
-            return _stay(f"nobody else holds blocks {here.span}")
+            return _stay(f"nobody else holds blocks {here.span}, or will")
         throughputs = block_throughputs(placed, blocks)
         now = min(throughputs)
         # No arrangement beats the mean, which is cheap to know.
@@ -111,10 +111,10 @@ class Rebalancer:
     def _weigh(self, plan: MovePlan, throughputs: list[float], here: Placement, cost: MoveCost) -> Decision:
         now = min(throughputs)
         quality = f"the swarm runs at {_percent(now, plan.throughput)} of what moves could give"
-        move = plan.next_move(self.peer)
+        move = plan.move_of(self.peer)
+        if move is not None and self.peer not in plan.ready:
+            return _stay(f"{quality}, and others have to move before it goes to {move.target}")
         if move is None:
-            if plan.waits(self.peer):
-                return _stay(f"{quality}, and others have to move before it does")
             return _stay(f"{quality}, and others' moves help more" if plan.steps else "no move would help")
         share = len(here.span) / len(throughputs)
         gained = self.horizon * (plan.throughput - now) / plan.moves
