@@ -105,9 +105,9 @@ def best_step(
     movers: int = MAX_MOVERS,
     firsts: int = MAX_FIRST,
 ) -> tuple[Move, ...] | None:
-    """The move of one of ``servers`` to the worst block, or the pair of moves, that raises it most.
+    """The move of one of ``servers`` to the worst block that raises it most, or else the pair of moves.
 
-    A second move has to add ``worth``. None when nothing raises the worst block or, where several are equally
+    A pair is looked for where a single move does not add ``worth``. None when nothing raises the worst block or, where several are equally
     bad, one of them. ``movers`` and ``firsts`` bound the effort, which grows with their product.
     """
     lowest = min(throughputs)
@@ -125,6 +125,8 @@ def best_step(
         min(single.after) == lowest and not single.server.lost and sorted(single.after) > sorted(throughputs)
     ):
         step, reached = (Move(single.server.peer, single.target),), single.value
+    if step is not None and reached >= lowest + worth:
+        return step
     for first in singles[:firsts]:
         hole = first.after.index(min(first.after))
         others = [each for each in candidates if each is not first.server]

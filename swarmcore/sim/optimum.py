@@ -15,7 +15,7 @@ from swarmcore.types import Span
 MOST_ARRANGEMENTS = 200_000
 """Up to so many arrangements are all tried."""
 
-KICKS = 6
+KICKS = 20
 """How often a search sets out again, from its best arrangement with some servers elsewhere."""
 
 KICKED = 0.2
