@@ -107,8 +107,9 @@ def best_step(
 ) -> tuple[Move, ...] | None:
     """The move of one of ``servers`` to the worst block that raises it most, or else the pair of moves.
 
-    A pair is looked for where a single move does not add ``worth``. None when nothing raises the worst block or, where several are equally
-    bad, one of them. ``movers`` and ``firsts`` bound the effort, which grows with their product.
+    A pair is looked for where a single move does not add ``worth``, and has to add as much. None when nothing
+    raises the worst block or, where several are equally bad, one of them. ``movers`` and ``firsts`` bound the
+    effort, which grows with their product.
     """
     lowest = min(throughputs)
     candidates = _movers(servers, throughputs, movers)

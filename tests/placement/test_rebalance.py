@@ -175,20 +175,19 @@ def test_a_plan_fills_all_gaps_one_after_the_other():
 
 
 def test_two_move_where_one_alone_would_not_help():
-    # Without b block 0 would have no holder; without c, which goes first, nothing gets worse.
+    # Block 0 can be helped by b, which is the only one on block 3 until a has gone there.
     placed = (
-        Placement(PeerId("a"), Span(1, 4), 2.0),
-        Placement(PeerId("b"), Span(0, 2), 3.0),
-        Placement(PeerId("c"), Span(1, 3), 4.0),
+        Placement(PeerId("a"), Span(1, 3), 6.0),
+        Placement(PeerId("b"), Span(2, 4), 4.0),
+        Placement(PeerId("c"), Span(0, 2), 4.0),
     )
-    assert block_throughputs(placed, 4) == [3, 9, 6, 2]
-    pair = (Move(PeerId("c"), Span(0, 2)), Move(PeerId("b"), Span(2, 4)))
-    assert best_step(placed, [3, 9, 6, 2]) == pair
-    assert block_throughputs(arrange([*placed], [*pair]), 4) == [4, 6, 5, 5]
+    assert block_throughputs(placed, 4) == [4, 10, 10, 4]
+    pair = (Move(PeerId("a"), Span(2, 4)), Move(PeerId("b"), Span(0, 2)))
+    assert block_throughputs(arrange([*placed], [*pair]), 4) == [8, 8, 6, 6]
     plan = plan_moves(placed, 4)
-    assert pair in plan.steps
-    assert "c" in plan.ready
-    assert "b" not in plan.ready
+    assert plan.steps[0] == pair
+    assert plan.ready == {"a"}
+    assert best_step(placed, [4, 10, 10, 4], worth=3.0) is None
 
 
 def test_an_idle_server_goes_rather_than_a_busy_one():
