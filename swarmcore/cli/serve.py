@@ -157,8 +157,8 @@ def serve(
         sessions = server.inference.sessions
         if sessions:
             output.remark(
-                f"leaving: {sessions} session{'s have' if sessions > 1 else ' has'} {config.drain:.0f} s to move elsewhere; "
-                f"Ctrl-C ends it at once"
+                f"leaving: {sessions} session{'s have' if sessions > 1 else ' has'} "
+                f"{config.drain:.0f} s to move elsewhere; Ctrl-C ends it at once"
             )
         output.event("leaving", sessions=sessions)
 
