@@ -36,7 +36,7 @@ class Crowd(Scenario):
     """Least and most blocks that a server holds, drawn for each."""
     seconds: int = 3600
     gossip: GossipSettings = attrs.field(factory=partial(GossipSettings, interval=60.0, ttl=14_400.0))
-    requests: float = 3.0
+    requests: float = 1.0
     """Generations that a client asks for in the whole time, on average."""
     prompt: int = 8
     tokens: int = 24
