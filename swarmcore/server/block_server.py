@@ -85,6 +85,8 @@ class BlockServer:
         """Blocks that sessions may be opened on; while nothing can be served, those that are loaded."""
         self.target: Span | None = None
         """Blocks that it is about to move to."""
+        self.moves = 0
+        """How often it has moved to other blocks."""
         self._seconds_per_block = seconds_per_block
         self._announced: ServerInfo | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -244,6 +246,7 @@ class BlockServer:
             logger.error("could not load blocks %s, going back to %s: %s", span, instead_of, exc)
             await self._go_back(instead_of)
             raise
+        self.moves += 1
         fresh = sum(block not in instead_of for block in range(span.start, span.end))
         self._seconds_per_block = (loop.time() - before) / max(1, fresh)
         await self._serve_again()
@@ -301,7 +304,7 @@ class BlockServer:
         return Pong(request.payload)
 
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
-        counters = {**self.engine.counters, **self.inference.counters}
+        counters = {**self.engine.counters, **self.inference.counters, "moves": self.moves}
         uptime = asyncio.get_running_loop().time() - self._started_at
         return InfoReply(
             self.info, uptime, {name: float(count) for name, count in counters.items()}, self.notes

@@ -33,8 +33,6 @@ class Rebalancing:
     def __init__(self, server: BlockServer, interval: float, rng: random.Random) -> None:
         self.note = f"placement: it looks at the balance of the swarm about every {interval:.0f} s; not yet"
         """The last decision, in words."""
-        self.moves = 0
-        """How often it has moved the server."""
         self._server = server
         self._interval = interval
         self._rng = rng
@@ -103,7 +101,6 @@ class Rebalancing:
             except SwarmError as exc:
                 self.note = f"placement: could not move to {confirmed.target}: {exc}"
             else:
-                self.moves += 1
                 self.note = f"placement: moved to {confirmed.target}"
 
     def _note(self, decision: Decision) -> None:

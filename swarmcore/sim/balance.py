@@ -127,9 +127,8 @@ class _Run:
         self._rng = self.world.rng("balance")
         self._bootstrap = SimBootstrap(self.world, "bootstrap", balance.gossip)
         self._running: list[SimServer] = []
-        self._spans: dict[str, Span] = {}
         self._joins = 0
-        self._moves = 0
+        self._moves: dict[str, int] = {}
         self._samples: list[Sample] = []
         self._problems: list[str] = []
         self._best = best
@@ -203,16 +202,11 @@ class _Run:
         for server in self._running:
             if server.server is None or not server.running:
                 continue
-            held = server.server.executor.span
             size = server.blocks
+            self._moves[server.name] = server.server.moves
             able.append(Placement(server.identity.peer, Span(0, size), server.throughput))
             if server.span is not None:
                 serving.append(Placement(server.identity.peer, server.span, server.throughput))
-                before = self._spans.get(server.name)
-                if len(held) == size and server.span == held:
-                    if before is not None and before != held:
-                        self._moves += 1
-                    self._spans[server.name] = held
         blocks = self.world.model.blocks
         self._samples.append(
             Sample(
@@ -221,7 +215,7 @@ class _Run:
                 throughput=worst_block(serving, blocks),
                 best=self._best_of(able, serving),
                 exact=arrangements(able, blocks) <= MOST_ARRANGEMENTS,
-                moves=self._moves,
+                moves=sum(self._moves.values()),
             )
         )
 

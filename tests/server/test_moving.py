@@ -239,6 +239,31 @@ async def test_a_crowd_spreads_by_itself_and_then_stays(swarms):
         assert [seen(client, server).span for server in servers] == spans
 
 
+async def test_a_gap_is_closed_within_seconds_however_rare_the_looks(swarms):
+    async with (
+        swarms.server("0:6", seed=1, rebalance=3600.0) as a,
+        swarms.server("0:6", seed=2, rebalance=3600.0) as b,
+    ):
+        async with swarms.server("6:12"):
+            await asyncio.sleep(1000)
+            assert (a.moves, b.moves) == (0, 0)
+        await asyncio.sleep(30)
+        assert sorted(server.span for server in (a, b)) == [Span(0, 6), Span(6, 12)]
+        assert a.moves + b.moves == 1
+
+
+async def test_a_server_that_was_told_where_to_stay_says_so_and_stays(swarms):
+    async with (
+        swarms.client() as client,
+        swarms.server("0:6") as told,
+        swarms.server("0:6", seed=1, rebalance=0.0) as stays,
+        swarms.server("0:6", seed=2) as free,
+    ):
+        assert [seen(client, server).pinned for server in (told, stays, free)] == [True, True, False]
+        await asyncio.sleep(300)
+        assert [server.span.start for server in (told, stays, free)] == [0, 0, 6]
+
+
 async def test_a_leaving_server_waits_for_its_sessions_and_takes_no_new_ones(swarms):
     async with swarms.server("0:12", drain=20.0) as server, swarms.client() as client:
         loop = asyncio.get_running_loop()
