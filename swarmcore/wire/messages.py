@@ -75,8 +75,8 @@ class Step:
     chain: tuple[Hop, ...] = ()
     """The stages that follow; empty for the last one, which answers the client."""
     reply: str = "all"
-    """What the last stage sends to the client: ``"all"`` tokens, each sequence's ``"last"`` one, or nothing but
-    a `StepOutput` without a tensor (``"none"``)."""
+    """What the last stage sends to the client: ``"all"`` tokens, each sequence's ``"last"`` one, or ``"none"``,
+    which is a `StepOutput` without a tensor."""
     codec: str = "raw"
     """How hidden states are encoded between stages and in the answer."""
     deadline: float = 60.0
