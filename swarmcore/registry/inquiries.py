@@ -122,6 +122,8 @@ class Inquiries:
         deadline = asyncio.get_running_loop().time() + self._timeout
         # All at once: an address that only a part of the network can reach must not cost the others time.
         addresses = self._partners.reached_by(info).addresses
+        if len(addresses) == 1:
+            return await self._answers_at(addresses[0], suspected, deadline)
         asking = [asyncio.create_task(self._answers_at(to, suspected, deadline)) for to in addresses]
         verdict: bool | None = None
         try:

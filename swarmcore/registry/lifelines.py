@@ -33,6 +33,10 @@ SILENT_BEATS = 4
 """Beats that may be missing before a line counts as silent."""
 FASTEST_BEAT = 0.1
 SLOWEST_BEAT = 60.0
+GATHER = 0.02
+"""Seconds in which suspicions gather before they are sent together."""
+SETTLE = 0.2
+"""Seconds after a change of the ring until lines follow it."""
 LINGER = 10.0
 """Seconds for which a line is kept that is no longer needed: members come and go."""
 FIRST_PAUSE = 1.0
@@ -74,6 +78,7 @@ class Lifelines:
         self._surplus: dict[PeerId, asyncio.TimerHandle] = {}
         self._timers: set[asyncio.TimerHandle] = set()
         self._tasks = BackgroundTasks()
+        self._settling: asyncio.TimerHandle | None = None
         self._running = False
         self._closed = False
 
@@ -92,8 +97,9 @@ class Lifelines:
             self._ring.discard(change.info.peer)
         else:
             self._ring.add(change.info.peer)
-        if change.kind != "updated":
-            self._settle()
+        if change.kind != "updated" and self._running and not self._closed and self._settling is None:
+            # Many leave together, or join: lines to those who are neighbours for a moment are not worth it.
+            self._settling = asyncio.get_running_loop().call_later(SETTLE, self._settle)
 
     def tell(self, suspected: Suspected) -> None:
         """Pass a suspicion on to all neighbours."""
@@ -128,12 +134,17 @@ class Lifelines:
             line.end()
         for timer in (*self._surplus.values(), *self._timers):
             timer.cancel()
+        if self._settling is not None:
+            self._settling.cancel()
         await self._tasks.close()
 
     # --- which lines to hold --------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Open the lines that are missing; let those that are not needed end after a while."""
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
         if not self._running or self._closed:
             return
         loop = asyncio.get_running_loop()
@@ -282,6 +293,8 @@ class _Line:
             elif not self._waiting and self._beat:
                 await self._until(due)
                 continue
+            if self._waiting:
+                await asyncio.sleep(GATHER)
             if not await self._send():
                 return _End.SILENT
             await self._until(due if self._beat else None)

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 LINGER = 0.02
 """Seconds in which records gather before they are sent together."""
+BUSY_LINGER = 0.2
+"""The same when the last push was less than `BUSY` seconds ago: where much happens, much goes together."""
+BUSY = 1.0
 REFRESH_LINGER = 0.5
 """The same for records that can wait."""
 MAX_IN_FLIGHT = 16
@@ -65,10 +68,13 @@ class Pusher:
 
     async def run(self) -> None:
         """Send what is added until cancelled."""
+        now = asyncio.get_running_loop().time
+        pushed = -BUSY
         try:
             while True:
                 await self._wake.wait()
-                await asyncio.sleep(LINGER)
+                await asyncio.sleep(BUSY_LINGER if now() < pushed + BUSY else LINGER)
+                pushed = now()
                 news = self._take()
                 for partner in self._partners.choose(self._fanout, asyncio.get_running_loop().time()):
                     await self._slots.acquire()
