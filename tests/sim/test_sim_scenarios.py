@@ -10,6 +10,7 @@ from swarmcore.cli import main
 from swarmcore.errors import InputError
 from swarmcore.sim.costs import BatchLoad, cost_names, load_costs
 from swarmcore.sim.kinds import KINDS
+from swarmcore.sim.plot import save_plot
 from swarmcore.sim.scenario import Report, Scenario, load_scenario, parse_scenario, scenario_names
 
 
@@ -92,3 +93,12 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_run() -> None:
     done = CliRunner().invoke(main, ["sim", "failures", "--plot", "out.gif"])
     assert done.exit_code == 2
     assert ".png" in done.stderr
+
+
+def test_a_plot_is_the_same_file_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / "one.svg", tmp_path / "other.svg"]
+    for file in files:
+        save_plot(lambda figure: figure.add_subplot().plot([1, 2], [3, 4], label="line"), str(file))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert b"<svg" in files[0].read_bytes()
