@@ -26,7 +26,10 @@ MAX_MOVERS = 64
 """Servers that each step considers: those that are missed least where they are."""
 
 MAX_FIRST = 40
-"""Moves to the worst block for which a step looks for another one, to mend what they leave behind."""
+"""Moves to the worst block for which a step looks for others, to mend what they leave behind."""
+
+MAX_CHAIN = 3
+"""Most moves in one step."""
 
 
 @attrs.frozen
@@ -129,14 +132,29 @@ def best_step(
     if step is not None and reached >= lowest + worth:
         return step
     for first in singles[:firsts]:
-        hole = first.after.index(min(first.after))
-        others = [each for each in candidates if each is not first.server]
-        floor = max(reached + worth, min(first.after))
-        for second in _moves_to(hole, others, first.after, above=floor):
-            value = second.value - first.server.lost / HORIZON
-            if value > reached + worth and min(moved(throughputs, second.server, second.target)) >= lowest:
-                step, reached = _pair(second, first), value
+        chain = [first]
+        while len(chain) < MAX_CHAIN:
+            after = chain[-1].after
+            others = [each for each in candidates if all(each is not link.server for link in chain)]
+            mending = _moves_to(after.index(min(after)), others, after, above=min(after))
+            if not mending:
+                break
+            chain.append(max(mending, key=lambda each: each.value))
+            value = min(chain[-1].after) - sum(link.server.lost for link in chain) / HORIZON
+            if value > reached + worth and _harmless(chain, throughputs):
+                step = tuple(Move(link.server.peer, link.target) for link in reversed(chain))
+                reached = value
     return step
+
+
+def _harmless(chain: Sequence[_Candidate], throughputs: list[float]) -> bool:
+    """Whether the worst block gets no worse at any time when the last one goes first."""
+    lowest, after = min(throughputs), throughputs
+    for link in reversed(chain[1:]):
+        after = moved(after, link.server, link.target)
+        if min(after) < lowest:
+            return False
+    return True
 
 
 def moved(throughputs: Sequence[float], server: Placement, target: Span) -> list[float]:
@@ -154,10 +172,6 @@ class _Candidate:
     after: list[float]
     value: float
     """The throughput of the worst block afterwards, less what is lost by moving."""
-
-
-def _pair(one: _Candidate, other: _Candidate) -> tuple[Move, ...]:
-    return Move(one.server.peer, one.target), Move(other.server.peer, other.target)
 
 
 def _movers(servers: Iterable[Placement], throughputs: Sequence[float], count: int) -> list[Placement]:

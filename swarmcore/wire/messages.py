@@ -75,8 +75,8 @@ class Step:
     chain: tuple[Hop, ...] = ()
     """The stages that follow; empty for the last one, which answers the client."""
     reply: str = "all"
-    """What the last stage sends to the client: ``"all"`` tokens, each sequence's ``"last"`` one, or ``"none"``,
-    which is a `StepOutput` without a tensor."""
+    """What the last stage sends to the client: ``"all"`` tokens, each sequence's ``"last"`` one, or
+    ``"none"``: a `StepOutput` without a tensor."""
     codec: str = "raw"
     """How hidden states are encoded between stages and in the answer."""
     deadline: float = 60.0
@@ -134,8 +134,9 @@ class Replay:
     """Client to server: send what you kept of your outputs to a stage that is new to the session.
 
     The server pushes rows ``starts`` to ``starts + lengths`` of its outputs to the first of ``chain``, as a
-    `Step` with these numbers and ``replay`` set, as the steps below ``settled`` have left them; the last of ``chain`` answers the client. It answers
-    `StepFailed` itself when it does not have all of these rows.
+    `Step` with these numbers and ``replay`` set, as the steps below ``settled`` have left them; the last of
+    ``chain`` answers the client. The server answers `StepFailed` itself when it does not have all of these
+    rows.
     """
 
     step: int
