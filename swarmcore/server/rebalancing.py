@@ -84,24 +84,25 @@ class Rebalancing:
         self._note(decision)
         if decision.target is None:
             return
-        confirmed = None
         try:
             await server.announce_target(decision.target)
             await asyncio.sleep(SETTLE)
             confirmed = self._rebalancer.confirm(
                 server.registry.view(), server.info, decision.target, server.move_cost
             )
-            self._note(confirmed)
-        finally:
-            if confirmed is None or confirmed.target is None:
-                await server.announce_target(None)
-        if confirmed.target is not None:
-            try:
-                await server.move_to(confirmed.target)
-            except SwarmError as exc:
-                self.note = f"placement: could not move to {confirmed.target}: {exc}"
-            else:
-                self.note = f"placement: moved to {confirmed.target}"
+        except Exception:
+            await server.announce_target(None)
+            raise
+        self._note(confirmed)
+        if confirmed.target is None:
+            await server.announce_target(None)
+            return
+        try:
+            await server.move_to(confirmed.target)
+        except SwarmError as exc:
+            self.note = f"placement: could not move to {confirmed.target}: {exc}"
+        else:
+            self.note = f"placement: moved to {confirmed.target}"
 
     def _note(self, decision: Decision) -> None:
         self.note = f"placement: {decision}"
