@@ -38,6 +38,11 @@ class CostModel:
     """Of a block, where no server of the model has measured itself."""
     bytes_per_second: float = 12.5e6
     """Rate of a link: 100 Mbit/s."""
+    hop_seconds: float = 1e-3
+    """Price of every server in a chain: a step is unpacked, waits for its turn, is packed again.
+
+    It also keeps the errors of measured round trips, fractions of a millisecond on one network, from making
+    two servers look faster than either of them."""
     turnover: float = 60.0
     """Seconds in which sessions give back as much cache as a server has."""
 
@@ -102,7 +107,7 @@ class StageCost:
 
     stage: Stage
     network: float
-    """The way there from the stage before, or from the client."""
+    """The way there from the stage before, or from the client, and the price of a hop."""
     queue: float
     compute: float
 
@@ -158,8 +163,9 @@ def chain_cost(
     sender, known = after, published or {}
     for stage in chain.stages:
         network = costs.one_way(sender, stage.server.peer, known.get(stage.server.peer))
+        network += costs.transfer(model) + costs.hop_seconds
         compute = len(stage.span) * costs.block_seconds(stage.server, "decode", typical)
-        stages.append(StageCost(stage, network + costs.transfer(model), stage.server.queue_seconds, compute))
+        stages.append(StageCost(stage, network, stage.server.queue_seconds, compute))
         sender, known = stage.server.peer, published_rtts(stage.server)
     way_back = costs.one_way(sender, before, known.get(before) if before else None)
     return ChainCost(tuple(stages), way_back)

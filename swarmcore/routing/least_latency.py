@@ -176,10 +176,10 @@ class LeastLatency:
         before: PeerId | None,
     ) -> Query:
         costs, random = self.costs, self._rng.random
-        transfer = costs.transfer(graph.model)
+        every = costs.transfer(graph.model) + costs.hop_seconds
         entry = []
         for vertex in graph.vertices:
-            seconds = transfer + TIE * random()
+            seconds = every + TIE * random()
             if vertex is not None:
                 seconds += vertex.info.queue_seconds
                 if tokens > vertex.info.cache_tokens_free:

@@ -58,8 +58,11 @@ class Client:
         await self.fleet.seen_by(self.swarm)
 
     def serving(self, session: swarmcore.ModelSession, stage: int) -> Member:
-        """The server of the session's chain that has the blocks ``STAGES[stage]``."""
-        (peer,) = (s.server.peer for s in session.chain.stages if s.span == STAGES[stage])
+        """The server of the session's chain that runs the first of the blocks ``STAGES[stage]``.
+
+        Routing may split the rest of them off, to another server.
+        """
+        (peer,) = (s.server.peer for s in session.chain.stages if s.span.start == STAGES[stage].start)
         return self.fleet.members[peer]
 
 
@@ -144,12 +147,15 @@ OpenClient = Callable[..., AbstractAsyncContextManager[Client]]
 
 @pytest.fixture(scope="session")
 def open_client(smollm2_folder: Path) -> OpenClient:
-    """``async with open_client(fleet, **session_options) as client``: with a connection of its own."""
+    """``async with open_client(fleet, **session_options) as client``: with a connection of its own.
+
+    Its sessions change servers when one fails or leaves, and never because another looks faster.
+    """
 
     @asynccontextmanager
     async def open_one(fleet: Fleet, **options: Any) -> AsyncIterator[Client]:
         failovers: list[Any] = []
-        settings = swarmcore.SessionOptions(on_failover=failovers.append, **options)
+        settings = swarmcore.SessionOptions(on_failover=failovers.append, moves=None, **options)
         async with swarmcore.connect(*fleet.addresses) as swarm:
             model = await swarm.load_model(
                 str(smollm2_folder), dtype="float32", threads=1, session_options=settings
