@@ -86,6 +86,10 @@ class MissingBlocksError(UnavailableError):
     """No server holds some of the model's blocks. ``ranges`` lists them as ``"start:end"``."""
 
 
+class AdapterNotFoundError(UnavailableError):
+    """The server has no adapter of that name. Another one may."""
+
+
 class ModelHubError(UnavailableError):
     """The model hub, or a mirror of it, does not answer as it should. What was downloaded is kept."""
 
@@ -103,6 +107,10 @@ class CacheFullError(BusyError):
 
 class TooManyCallsError(BusyError):
     """The peer already runs as many calls as it allows."""
+
+
+class ServerMemoryError(BusyError):
+    """The server ran out of memory. Smaller micro-batches may fit, or another server."""
 
 
 class DeadlineExceededError(BusyError):
@@ -170,6 +178,14 @@ class SpanError(InputError):
 
 class InvalidStepError(InputError):
     """A step was refused: its shape, dtype, position, session or values are wrong."""
+
+
+class InvalidBatchError(InputError):
+    """A batch for a forward or backward pass was refused: its shape, dtype, size or values are wrong."""
+
+
+class AdapterError(InputError):
+    """An adapter does not fit the model, is of a kind that is not served, or its file is damaged."""
 
 
 class StorageError(InputError):

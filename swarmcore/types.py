@@ -131,6 +131,10 @@ class ServerInfo:
     routing."""
     pinned: bool = False
     """It stays on its blocks, as it was told, whatever the swarm needs."""
+    pass_tokens: int = 0
+    """Most tokens of one batch that it runs forward or back for others; 0 when it runs none."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters that it serves."""
     incarnation: int = 0
     """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""

@@ -8,7 +8,8 @@ from typing import Literal, NewType
 
 import attrs
 
-from swarmcore.errors import SwarmError
+from swarmcore.errors import AdapterError, InvalidBatchError, SwarmError
+from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
 
@@ -45,6 +46,8 @@ class Slice:
     """Whether the result holds every row, or the last row of each segment."""
     codec: str = "raw"
     """How the result is to be encoded."""
+    adapter: Adapter | None = None
+    """What its rows are computed with besides the frozen weights; one sequence has the same one for life."""
 
     @property
     def tokens(self) -> int:
@@ -85,6 +88,38 @@ class BlockExecutor(ABC):
         Override it when encoding takes long enough to matter to the event loop.
         """
         return tensor.encode(codec)
+
+    async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
+        """Make an adapter ready for use, of tensors named as in `swarmcore.wire.passes.AdapterPart`.
+
+        Raise `AdapterError` for tensors that do not fit the blocks, and where the backend takes no adapters.
+        """
+        raise AdapterError(f"{type(self).__name__} takes no adapters")
+
+    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> ForwardPass:
+        """A forward pass of ``batch``, not begun; with ``keep`` it holds activations for `backward`.
+
+        Raise `InvalidBatchError` for what can be seen to be wrong at once, `SpanError` for blocks that are
+        not held, and where the backend runs no passes.
+        """
+        raise InvalidBatchError(f"{type(self).__name__} runs no batches without a cache")
+
+    def backward(
+        self,
+        batch: SequenceBatch,
+        gradients: Tensor,
+        *,
+        kept: ForwardPass | None = None,
+        inputs: bool = True,
+        weights: bool = False,
+    ) -> BackwardPass:
+        """A backward pass, not begun, from ``gradients`` of the outputs, ``[tokens, hidden size]``, encoded.
+
+        ``inputs`` and ``weights`` say which gradients are wanted: of ``batch.hidden``, of the adapter's
+        weights. With ``kept``, the forward pass of the same batch, nothing is computed again, and
+        ``batch.hidden`` is not looked at; it is then closed. Raises as `forward` does.
+        """
+        raise InvalidBatchError(f"{type(self).__name__} runs no batches without a cache")
 
     @abstractmethod
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:

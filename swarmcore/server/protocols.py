@@ -25,13 +25,26 @@ from swarmcore.wire.messages import (
     StepForwarded,
     StepOutput,
 )
+from swarmcore.wire.passes import (
+    BACKWARD,
+    FORWARD,
+    AdapterPart,
+    AdapterWanted,
+    BackwardDone,
+    ForwardDone,
+    InputsWanted,
+    OpenBackward,
+    OpenForward,
+    Rows,
+)
 
 INFERENCE_PROTOCOL = Protocol(
     name=INFERENCE,
     openings=(OpenSession, JoinSession),
-    to_acceptor=(Step, Replay, HandOver, CachePart),
+    to_acceptor=(Step, Replay, HandOver, CachePart, AdapterPart),
     to_opener=(
         SessionOpened,
+        AdapterWanted,
         StepOutput,
         StepForwarded,
         StepFailed,
@@ -39,6 +52,18 @@ INFERENCE_PROTOCOL = Protocol(
         HandOverFailed,
         CachesTaken,
     ),
+)
+FORWARD_PROTOCOL = Protocol(
+    name=FORWARD,
+    openings=(OpenForward,),
+    to_acceptor=(Rows, AdapterPart),
+    to_opener=(AdapterWanted, Rows, ForwardDone),
+)
+BACKWARD_PROTOCOL = Protocol(
+    name=BACKWARD,
+    openings=(OpenBackward,),
+    to_acceptor=(Rows, AdapterPart),
+    to_opener=(InputsWanted, AdapterWanted, Rows, AdapterPart, BackwardDone),
 )
 INFO_METHOD = Method(name=INFO, request=InfoRequest, reply=InfoReply)
 PING_METHOD = Method(name=PING, request=Ping, reply=Pong)

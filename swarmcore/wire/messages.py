@@ -6,6 +6,7 @@ import attrs
 
 from swarmcore.types import PeerId, ServerInfo
 from swarmcore.wire.failure import Failure
+from swarmcore.wire.passes import AdapterName
 
 INFERENCE = "/swarmcore/inference/1"
 INFO = "/swarmcore/info/1"
@@ -41,6 +42,8 @@ class OpenSession:
     """Cache tokens, over all sequences, to have free before the session is granted."""
     next_hop: Hop | None = None
     """Whom the server will push to, so that it can dial ahead of the first step."""
+    adapter: AdapterName | None = None
+    """What the session's steps are computed with besides the frozen weights."""
 
 
 @attrs.frozen

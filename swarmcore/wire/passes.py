@@ -1,0 +1,125 @@
+"""The records of the forward and backward protocols: batches through a span, and gradients back through it.
+
+Both are one channel for each pass. The client sends the opening record, then its rows in pieces; the server
+asks for what it lacks, and sends its own rows in pieces. Rows are the tokens of all sequences one after the
+other, without padding.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+FORWARD = "/swarmcore/forward/1"
+BACKWARD = "/swarmcore/backward/1"
+
+
+@attrs.frozen
+class AdapterName:
+    """Which small weights a pass or a session uses besides the frozen ones: low-rank updates, key prefixes.
+
+    Either one that the server was started with, under its ``name``, or the client's own, whose ``version`` is
+    32 hex digits that change with every change of its weights. A server keeps the latter for the peer that
+    sent it, as long as there is room, and asks for it when it does not have it.
+    """
+
+    name: str = ""
+    version: str = ""
+
+
+@attrs.frozen
+class OpenForward:
+    """Client to server, first message: run a batch through blocks ``start`` to ``end``."""
+
+    fingerprint: str
+    start: int
+    end: int
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; their sum is the number of rows."""
+    codec: str = "raw"
+    """How the outputs are to be encoded."""
+    deadline: float = 120.0
+    """Seconds, from its receipt, in which the result is of use to the client."""
+    adapter: AdapterName | None = None
+    keep: str = ""
+    """32 hex digits under which the server may keep activations for an `OpenBackward`; empty for none."""
+    reproducible: bool = False
+    """Compute in an order that depends on the batch alone, so that a repetition gives the same bits."""
+
+
+@attrs.frozen
+class OpenBackward:
+    """Client to server, first message: gradients of a batch's inputs from gradients of its outputs."""
+
+    fingerprint: str
+    start: int
+    end: int
+    lengths: tuple[int, ...]
+    codec: str = "raw"
+    deadline: float = 120.0
+    adapter: AdapterName | None = None
+    kept: str = ""
+    """`OpenForward.keep` of the forward pass that this follows; the server asks for the inputs when it no
+    longer has that pass's activations, and always where this is empty."""
+    inputs: bool = True
+    """Whether the gradient of the inputs is wanted."""
+    weights: bool = False
+    """Whether the gradients of the adapter's weights are wanted."""
+    reproducible: bool = False
+
+
+@attrs.frozen
+class Rows:
+    """Some rows, as tensor ``hidden``, ``[rows, hidden size]``: inputs, outputs, or gradients of either.
+
+    The pieces of one kind come in order.
+    """
+
+    kind: str
+    """``"inputs"``, ``"outputs"`` or ``"gradients"``: of the outputs to the server, of the inputs from it."""
+    first: int
+    """Index of the first of them."""
+
+
+@attrs.frozen
+class InputsWanted:
+    """Server to client: the backward pass needs the inputs of its forward pass again."""
+
+
+@attrs.frozen
+class AdapterWanted:
+    """Server to client: send the adapter's weights for these blocks."""
+
+    blocks: tuple[int, ...]
+
+
+@attrs.frozen
+class AdapterPart:
+    """Weights of an adapter, or their gradients.
+
+    Tensors are named ``"<block>.<module>.lora_A"`` ``[rank, in]`` and ``"<block>.<module>.lora_B"``
+    ``[out, rank]``, with the module as it is called inside of its block (``self_attn.q_proj``), and
+    ``"<block>.prefix"`` ``[2, tokens, key heads, head size]``: keys, then values, of positions that every
+    sequence has before its first token.
+    """
+
+    scaling: float = 1.0
+    """What the products of the low-rank updates are multiplied by."""
+    last: bool = False
+    """Whether the blocks asked for are complete with this part."""
+
+
+@attrs.frozen
+class ForwardDone:
+    """Server to client: all outputs have been sent."""
+
+    kept: bool = False
+    """Whether activations are kept, for now."""
+    seconds: float = 0.0
+    """Time at work on it, without waiting."""
+
+
+@attrs.frozen
+class BackwardDone:
+    """Server to client: all gradients have been sent."""
+
+    seconds: float = 0.0
