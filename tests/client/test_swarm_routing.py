@@ -13,6 +13,7 @@ import pytest
 from swarmcore.client.swarm import Swarm
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
+from swarmcore.routing.costs import CostModel
 from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
@@ -20,6 +21,8 @@ from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import Span
+
+HOP_SECONDS = CostModel().hop_seconds
 
 pytestmark = pytest.mark.virtual_time
 
@@ -69,7 +72,8 @@ async def test_the_first_session_already_takes_the_near_server() -> None:
         async with await swarm.open_session(COUNTING_MODEL) as session:
             assert session.chain.peers == (near.node.peer,)
         assert set(swarm.latencies.seconds) == {server.node.peer for server in (near, *far)}
-        assert swarm.route(COUNTING_MODEL, session.chain).stages[0].network == pytest.approx(0.005, abs=1e-4)
+        way = swarm.route(COUNTING_MODEL, session.chain).stages[0].network
+        assert way == pytest.approx(0.005 + HOP_SECONDS, abs=1e-4)
 
 
 async def test_a_server_that_failed_is_avoided_until_it_starts_anew() -> None:
