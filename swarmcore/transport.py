@@ -7,15 +7,18 @@ contract suite that a backend has to pass.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
-from swarmcore.errors import MissingExtraError, UnknownTransportError
+from swarmcore.errors import MissingExtraError, StreamClosedError, UnavailableError, UnknownTransportError
 from swarmcore.identity import Identity
 from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
+
+logger = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 """What `Stream.send` takes. A memoryview must be C-contiguous and of format ``"B"``."""
@@ -120,6 +123,27 @@ class Transport(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop listening, abort every open stream, release every socket and task. Harmless when repeated."""
+
+
+async def serve_stream(stream: Stream, on_stream: OnStream) -> None:
+    """Run the handler of an incoming stream and close the stream after it, whatever comes of it.
+
+    What a backend runs, in a task of its own, for each stream that it accepts. Nothing but a cancellation
+    comes out: when the handler fails, the stream is aborted, with the reason where the peer or the network
+    is to blame, and logged as an error where this side is.
+    """
+    try:
+        await on_stream(stream)
+    except StreamClosedError:
+        pass  # the peer's last message was the end of the conversation
+    except UnavailableError as exc:
+        logger.debug("%r: %r", stream, exc)
+        stream.abort(exc.message)
+    except Exception:
+        logger.exception("the handler of %r failed", stream)
+        stream.abort("the peer failed to handle the stream")
+    finally:
+        await stream.close()
 
 
 def installed_transports() -> dict[str, EntryPoint]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TYPE_CHECKING, ClassVar
 
 from swarmcore.errors import (
@@ -16,15 +15,13 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.sim.stream import Connection, SimStream, connect_ends
-from swarmcore.transport import OnStream, Stream, Transport
+from swarmcore.transport import OnStream, Stream, Transport, serve_stream
 from swarmcore.types import Address, short
 from swarmcore.wire.limits import Limits
 
 if TYPE_CHECKING:
     from swarmcore.sim.hosts import Host
     from swarmcore.sim.network import SimNetwork
-
-logger = logging.getLogger(__name__)
 
 
 class SimTransport(Transport):
@@ -108,22 +105,13 @@ class SimTransport(Transport):
                 ConnectionLostError(f"{short(self.identity.peer)} is gone"),
             )
             return
-        task = asyncio.create_task(self._serve(stream), name=f"stream of {short(stream.remote)}")
+        serving = serve_stream(stream, self._on_stream)
+        task = asyncio.create_task(serving, name=f"stream of {short(stream.remote)}")
         self._handlers[task] = None
         task.add_done_callback(self._handled)
 
     def _handled(self, task: asyncio.Task[None]) -> None:
         self._handlers.pop(task, None)
-
-    async def _serve(self, stream: SimStream) -> None:
-        assert self._on_stream is not None
-        try:
-            await self._on_stream(stream)
-        except Exception:
-            logger.exception("the handler of a stream from %s failed", short(stream.remote))
-            stream.abort("the handler of the stream failed")
-        finally:
-            await stream.close()
 
     async def close(self) -> None:
         self._stop_listening()

@@ -7,7 +7,6 @@ neither threads nor timers, so it runs under a virtual clock as well.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
@@ -23,11 +22,9 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.identity import Identity
-from swarmcore.transport import Buffer, OnStream, Stream, Transport
+from swarmcore.transport import Buffer, OnStream, Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
-
-logger = logging.getLogger(__name__)
 
 _MESSAGE_OVERHEAD = 64  # what a queued message costs besides its bytes: a flood of empty ones is bounded too
 _REASON_LENGTH = 200
@@ -99,19 +96,11 @@ class MemoryTransport(Transport):
         return near
 
     def _accept(self, stream: MemoryStream) -> None:
-        task = asyncio.create_task(self._serve(stream), name=f"memory stream of {short(stream.remote)}")
+        assert self._on_stream is not None
+        serving = serve_stream(stream, self._on_stream)
+        task = asyncio.create_task(serving, name=f"memory stream of {short(stream.remote)}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, stream: MemoryStream) -> None:
-        assert self._on_stream is not None
-        try:
-            await self._on_stream(stream)
-        except Exception:
-            logger.exception("the handler of a stream from %s failed", short(stream.remote))
-            stream.abort("the handler of the stream failed")
-        finally:
-            await stream.close()
 
     async def close(self) -> None:
         await self._shut(StreamAbortedError("the peer closed its transport"))

@@ -176,6 +176,22 @@ async def test_a_failing_handler_aborts_its_stream(caplog: pytest.LogCaptureFixt
     await listener.close()
 
 
+async def test_a_handler_that_lost_another_peer_passes_the_reason_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(_stream: Stream) -> None:
+        raise PeerUnreachableError("the next stage is gone")
+
+    network = MemoryNetwork()
+    listener = network.transport(Identity.generate())
+    (address,) = await listener.listen(fail)
+    stream = await network.transport(Identity.generate()).open_stream(address)
+    with pytest.raises(StreamAbortedError, match="the next stage is gone"):
+        await stream.receive()
+    assert not caplog.records
+    await listener.close()
+
+
 async def test_a_closed_transport_aborts_its_streams_and_answers_nobody(pair: Pair) -> None:
     await pair.listener.close()
     await pair.listener.close()

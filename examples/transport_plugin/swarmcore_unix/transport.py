@@ -20,7 +20,7 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.identity import Identity
-from swarmcore.transport import OnStream, Stream, Transport
+from swarmcore.transport import OnStream, Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_unix.handshake import prove
@@ -77,15 +77,7 @@ class UnixTransport(Transport):
             return
         finally:
             self._handshakes -= 1
-        try:
-            await on_stream(stream)
-        except StreamClosedError:
-            pass  # the other side's last message was the end of the conversation
-        except Exception:
-            logger.exception("the handler of a stream failed")
-            stream.abort("the peer failed to handle the stream")
-        finally:
-            await stream.close()
+        await serve_stream(stream, on_stream)
 
     async def open_stream(self, address: Address) -> Stream:
         if self._closed:

@@ -22,10 +22,9 @@ from swarmcore.errors import (
     ProtocolError,
     StreamClosedError,
     SwarmError,
-    UnavailableError,
 )
 from swarmcore.identity import Identity
-from swarmcore.transport import OnStream, Stream, Transport
+from swarmcore.transport import OnStream, Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.tcp.connection import RETIRE_SECONDS, Connection
@@ -215,20 +214,11 @@ class TcpTransport(Transport):
     async def _handle(self, stream: TcpStream, on_stream: OnStream) -> None:
         self._incoming[stream.remote] += 1
         try:
-            await on_stream(stream)
-        except StreamClosedError:
-            pass  # the peer's last message was the end of the conversation
-        except UnavailableError as exc:
-            logger.debug("%r: %r", stream, exc)
-            stream.abort(exc.message)
-        except Exception:
-            logger.exception("the handler of %r failed", stream)
-            stream.abort("the peer failed to handle the stream")
+            await serve_stream(stream, on_stream)
         finally:
             self._incoming[stream.remote] -= 1
             if not self._incoming[stream.remote]:
                 del self._incoming[stream.remote]
-            await stream.close()
 
     # --- dialling -----------------------------------------------------------------------------------
 
