@@ -78,9 +78,8 @@ class Mender:
                 raise located(lost[0], reason)
             if self._budget == 0:
                 raise located(lost[0], reason, f"after {MAX_FAILOVERS} failovers in one step")
-            began = loop.time()
             try:
-                stages = await self._rebuild(*found)
+                replaced = await self._rebuild(*found, reason)
             except SwarmError as exc:
                 if loop.time() + pause > give_up:
                     raise _gave_up(exc, pipeline.options.patience, reason) from exc
@@ -91,9 +90,8 @@ class Mender:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             self._budget -= 1
-            if stages:
+            if replaced:
                 give_up, pause = loop.time() + pipeline.options.patience, FIRST_PAUSE
-                self._tell(lost, reason, stages, "replayed", loop.time() - began)
 
     async def resend(self, flights: Collection[Flight]) -> None:
         """Send steps under way again, from the last place that is known to have them, under their numbers.
@@ -141,37 +139,39 @@ class Mender:
 
     async def leave(self, stage: LiveStage) -> None:
         """Replay elsewhere what a server that leaves has; as `move` otherwise."""
-        loop, index = asyncio.get_running_loop(), self._pipeline.stages.index(stage)
-        began = loop.time()
-        if stages := await self._rebuild(index, index, blocked=(stage.peer,)):
-            self._tell([stage], _shutting_down(), stages, "replayed", loop.time() - began)
+        index = self._pipeline.stages.index(stage)
+        await self._rebuild(index, index, _shutting_down(), blocked=(stage.peer,))
         await self.mend()
 
     async def move(self, better: Chain, why: str) -> None:
         """Turn the chain into ``better``, one different part after the other; each is opened before the old
         one is left. Raise what a new server refuses with; the session is whole all the same.
         """
-        loop = asyncio.get_running_loop()
         for first, last, chain in differences(self._pipeline.chain, better):
             if not _same_blocks(self._pipeline.chain.stages[first : last + 1], chain.stages):
                 return  # a failure has changed the chain meanwhile
-            lost, began = self._pipeline.stages[first : last + 1], loop.time()
-            if stages := await self._rebuild(first, last, chain):
-                self._tell(lost, SessionLostError(why), stages, "replayed", loop.time() - began)
+            await self._rebuild(first, last, SessionLostError(why), chain)
             await self.mend()
 
     # --- one replacement ---------------------------------------------------------------------------------
 
     async def _rebuild(
-        self, first: int, last: int, chain: Chain | None = None, *, blocked: Collection[PeerId] = ()
-    ) -> list[LiveStage]:
+        self,
+        first: int,
+        last: int,
+        reason: SwarmError,
+        chain: Chain | None = None,
+        *,
+        blocked: Collection[PeerId] = (),
+    ) -> bool:
         """Replace some stages in a row, by those of ``chain`` or the best there are but for ``blocked``.
 
-        Return the new ones, none when more stages have failed meanwhile.
+        False when more stages have failed meanwhile.
         """
-        pipeline = self._pipeline
+        pipeline, loop = self._pipeline, asyncio.get_running_loop()
+        lost, began = pipeline.stages[first : last + 1], loop.time()
         if not await self._inputs_are_known(first):
-            return []
+            return False
         if chain is None:
             opened = await self._open(first, last, blocked=blocked)
         else:
@@ -186,7 +186,9 @@ class Mender:
                 for stage in stages:
                     error = SessionLostError("the session's caches could not be rebuilt there")
                     pipeline.fail(stage, error, blame=False)
-        return stages if replayed else []
+        if replayed:
+            self._tell(lost, reason, stages, "replayed", loop.time() - began)
+        return replayed
 
     async def _inputs_are_known(self, first: int) -> bool:
         """Wait for copies that the stage before owes; if they do not come, it has failed as well."""

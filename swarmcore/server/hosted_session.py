@@ -329,9 +329,9 @@ class HostedSession:
                     await channel.send(CachePart(0, 0, 0, last=True))
             self._counters["sessions_handed_over"] += 1
         except TimeoutError:
-            await self._client.send(HandOverFailed(to_failure(_too_slow())))
+            await self._hand_over_failed(_too_slow())
         except SwarmError as exc:
-            await self._client.send(HandOverFailed(to_failure(exc)))
+            await self._hand_over_failed(exc)
 
     async def _take_caches(self, part: CachePart, tensors: tuple[Tensor, ...]) -> None:
         try:
@@ -342,8 +342,11 @@ class HostedSession:
             if part.last:
                 await self._client.send(CachesTaken(self._engine.length(self.session)))
         except SwarmError as exc:
-            logger.info("session %s: its caches cannot be taken over: %s", self.session[:8], exc)
-            await self._client.send(HandOverFailed(to_failure(exc)))
+            await self._hand_over_failed(exc)
+
+    async def _hand_over_failed(self, error: SwarmError) -> None:
+        logger.info("session %s: its caches do not get across: %s", self.session[:8], error)
+        await self._client.send(HandOverFailed(to_failure(error)))
 
 
 def _too_slow() -> SwarmError:
