@@ -13,18 +13,12 @@ in a notebook. Ctrl-C stops what is waited for, and cleans up after it.
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import concurrent.futures
-import functools
-import logging
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
-from swarmcore.errors import InputError, SwarmError
+from swarmcore.client.loop_thread import LoopThread, background_loop
 
 if TYPE_CHECKING:
     import torch
@@ -43,83 +37,7 @@ if TYPE_CHECKING:
     from swarmcore.routing.costs import ChainCost
     from swarmcore.types import ModelInfo
 
-logger = logging.getLogger(__name__)
-
-CLEANUP_SECONDS = 5.0
-"""How long a call that was interrupted may take to clean up after itself."""
-
-T = TypeVar("T")
 Piece = TypeVar("Piece", covariant=True)
-
-
-class LoopThread:
-    """An event loop in a daemon thread, and calls into it from other threads."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="swarmcore-sync", daemon=True)
-        self._thread.start()
-        self._open: set[Swarm] = set()
-        atexit.register(self.stop)
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run ``coroutine`` on the loop and wait for its result.
-
-        An exception here, such as KeyboardInterrupt, cancels it, and waits until it has cleaned up.
-        """
-        if threading.current_thread() is self._thread:
-            coroutine.close()
-            raise InputError("swarmcore.sync cannot be used on its own event loop; use the asynchronous API")
-        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
-        tasks: list[asyncio.Task[T]] = []
-
-        def start() -> None:
-            tasks.append(self._loop.create_task(coroutine))
-            tasks[0].add_done_callback(functools.partial(_hand_over, answer))
-
-        self._loop.call_soon_threadsafe(start)
-        try:
-            return answer.result()
-        except BaseException:
-            if not answer.done():
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-                concurrent.futures.wait([answer], timeout=CLEANUP_SECONDS)
-            raise
-
-    def opened(self, swarm: Swarm) -> None:
-        """Close ``swarm`` when the process ends, unless it is closed before."""
-        self._open.add(swarm)
-
-    def closed(self, swarm: Swarm) -> None:
-        self._open.discard(swarm)
-
-    def stop(self) -> None:
-        """Close what is open, and end the thread."""
-        atexit.unregister(self.stop)
-        for swarm in list(self._open):
-            try:
-                swarm.close()
-            except SwarmError as exc:
-                logger.warning("%r did not close in good order: %s", swarm, exc)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLEANUP_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
-
-
-@functools.cache
-def _loop_thread() -> LoopThread:
-    """The one of this process, started when it is first needed."""
-    return LoopThread()
-
-
-def _hand_over(answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
-    if task.cancelled():
-        answer.set_exception(concurrent.futures.CancelledError())
-    elif (error := task.exception()) is not None:
-        answer.set_exception(error)
-    else:
-        answer.set_result(task.result())
 
 
 def connect(*bootstrap: str, **options: Any) -> Swarm:
@@ -132,7 +50,7 @@ def connect(*bootstrap: str, **options: Any) -> Swarm:
     async def entered() -> _swarm.Swarm:
         return await swarm.connect(*bootstrap, **options).__aenter__()
 
-    loop = _loop_thread()
+    loop = background_loop()
     return Swarm(loop, loop.run(entered()))
 
 

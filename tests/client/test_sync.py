@@ -126,7 +126,8 @@ def test_connect_raises_what_the_asynchronous_one_does():
 
 def test_a_process_ends_although_nothing_was_closed():
     program = (
-        "import swarmcore.sync as s; s._loop_thread().run(__import__('asyncio').sleep(0)); print('done')"
+        "import asyncio; from swarmcore.client.loop_thread import background_loop; "
+        "background_loop().run(asyncio.sleep(0)); print('done')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
