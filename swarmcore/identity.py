@@ -111,11 +111,14 @@ def public_key(peer: str) -> Ed25519PublicKey:
     """The public key inside a peer id. Raise `AddressError` when it is not an Ed25519 peer id."""
     try:
         decoded = base58.b58decode(peer)
-    except ValueError as exc:
-        raise AddressError(f"{peer!r} is not a peer id: not base58") from exc
+    except ValueError:
+        decoded = b""
     # base58 overlooks white space at the end: one key must not have several names.
     if len(decoded) != 38 or not decoded.startswith(_PEER_ID_PREFIX) or peer != peer.rstrip():
-        raise AddressError(f"{peer!r} is not the peer id of an Ed25519 key (12D3Koo…)")
+        raise AddressError(
+            f"{peer!r} is not the peer id of an Ed25519 key: 52 characters that begin with 12D3Koo, the end "
+            f"of its owner's address"
+        )
     return Ed25519PublicKey.from_public_bytes(decoded[len(_PEER_ID_PREFIX) :])
 
 

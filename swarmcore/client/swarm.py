@@ -14,7 +14,7 @@ from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
 from swarmcore.errors import AddressError, MissingBlocksError, PeerUnreachableError
-from swarmcore.identity import Identity
+from swarmcore.identity import Identity, public_key
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.watch import WatchingRegistry
@@ -224,13 +224,15 @@ def connect(
 
     ``transports`` are schemes to have besides those of the bootstrap addresses. ``allowed_servers``, when
     given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
-    most ``max_hops`` servers. Raise `AddressError` for a bad address,
+    most ``max_hops`` servers. Raise `AddressError` for a bad address or peer id,
     `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
     `PeerUnreachableError` when no bootstrap peer answers.
     """
     if not bootstrap:
         raise AddressError("connect needs the address of at least one member of the swarm")
     addresses = [Address.parse(url) for url in bootstrap]
+    for peer in (*(allowed_servers or ()), *blocked_servers):
+        public_key(peer)
     identity = identity or Identity.generate()
     schemes = dict.fromkeys([*(address.scheme for address in addresses), *transports])
     node = Node(

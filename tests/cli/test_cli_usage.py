@@ -62,6 +62,11 @@ def test_the_command_line_loads_no_model_library():
         (["bootstrap", "--allow-peer", "12D3KooWfriend"], "is not the peer id of an Ed25519 key"),
         (["status", "--once", "--bootstrap", "tcp://h:1"], "does not end in a peer id"),
         (["generate", "--bootstrap", ADDRESS], "the prompt is empty"),
+        (
+            ["generate", "--bootstrap", ADDRESS, "--allow-server", "friend", "Hi"],
+            "'friend' is not the peer id",
+        ),
+        (["generate", "--bootstrap", ADDRESS, "--block-server", "foe", "Hi"], "'foe' is not the peer id"),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what(arguments, message):
