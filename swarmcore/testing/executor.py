@@ -12,14 +12,18 @@ import math
 import struct
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
-from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
+from swarmcore.errors import InvalidBatchError, InvalidStepError, SessionLostError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
+from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.testing.passes import CountingAdapter, CountingBackward, CountingForward
+from swarmcore.testing.rows import Rows as Rows
+from swarmcore.testing.rows import hidden_states as hidden_states
+from swarmcore.testing.rows import read_rows as read_rows
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
-
-Rows = list[list[float]]
 
 COUNTING_MODEL = ModelInfo("counting", "counting-1", blocks=12, hidden_size=4)
 
@@ -50,6 +54,16 @@ class CountingExecutor(BlockExecutor):
         """Raised by the next calls of `change_span` in place of loading, one each."""
         self.batches: deque[tuple[int, ...]] = deque(maxlen=1000)
         """Tokens of each slice of the last batches."""
+        self.pass_gate: asyncio.Event | None = None
+        """When set, each unit of a pass waits for this event before it computes."""
+        self.pass_failures: deque[Exception] = deque()
+        """Raised by the next units, one each."""
+        self.pass_seconds = 0.0
+        """Loop time that each token of a unit takes."""
+        self.units: deque[tuple[str, int]] = deque(maxlen=1000)
+        """Kind and tokens of the last batches and units, in their order: ``"step"``, ``"unit"``."""
+        self.passes: set[ForwardPass | BackwardPass] = set()
+        """Begun and not closed, those that keep activations included."""
         self.computing = False
         self.closed = False
         self._busy: set[SequenceId] = set()
@@ -78,6 +92,7 @@ class CountingExecutor(BlockExecutor):
             _check_batch(batch, self._loaded)
             self._busy = {segment.sequence for part in batch for segment in part.segments}
             self.batches.append(tuple(part.tokens for part in batch))
+            self.units.append(("step", sum(part.tokens for part in batch)))
             if self.gate is not None:
                 await self.gate.wait()
             if self.failures:
@@ -86,6 +101,72 @@ class CountingExecutor(BlockExecutor):
         finally:
             self.computing = False
             self._busy = set()
+
+    # --- passes ------------------------------------------------------------------------------------------
+
+    async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> CountingAdapter:
+        return CountingAdapter(tensors, scaling, self.model.hidden_size)
+
+    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> CountingForward:
+        self._check_pass(batch, batch.hidden)
+        found = CountingForward(self, batch, _counting(batch.adapter), keep)
+        self.passes.add(found)
+        return found
+
+    def backward(
+        self,
+        batch: SequenceBatch,
+        gradients: Tensor,
+        *,
+        kept: ForwardPass | None = None,
+        inputs: bool = True,
+        weights: bool = False,
+    ) -> CountingBackward:
+        self._check_pass(batch, gradients)
+        forward = kept
+        if forward is None:
+            forward = self.forward(batch, keep=True)
+        assert isinstance(forward, CountingForward) and not forward.closed, "a pass that is closed was given"
+        if kept is not None:
+            assert forward.through and forward.inputs, "a pass was given that kept nothing"
+            assert (kept_of := forward.batch).span == batch.span and kept_of.lengths == batch.lengths
+            assert kept_of.adapter is batch.adapter, "a pass was given that had another adapter"
+        adapter = _counting(batch.adapter)
+        found = CountingBackward(self, batch, gradients, adapter, forward, inputs, weights)
+        self.passes.add(found)
+        return found
+
+    def closed_pass(self, closed: ForwardPass | BackwardPass) -> None:
+        """One of `passes` was closed."""
+        self.passes.remove(closed)
+
+    @asynccontextmanager
+    async def unit(self, tokens: int) -> AsyncIterator[None]:
+        """What surrounds the computation of a unit."""
+        assert not self.computing, "a pass was advanced while something computes"
+        assert not self.closed, "a pass was advanced after close"
+        self.computing = True
+        try:
+            self.units.append(("unit", tokens))
+            if self.pass_gate is not None:
+                await self.pass_gate.wait()
+            if self.pass_seconds:
+                await asyncio.sleep(self.pass_seconds * tokens)
+            if self.pass_failures:
+                raise self.pass_failures.popleft()
+            yield
+        finally:
+            self.computing = False
+
+    def _check_pass(self, batch: SequenceBatch, rows: Tensor) -> None:
+        span, held = batch.span, self._loaded
+        if held is None or not held.start <= span.start < span.end <= held.end:
+            raise SpanError(f"blocks {span} are not all of {held}")
+        shape = (batch.tokens, self.model.hidden_size)
+        if not batch.lengths or min(batch.lengths) < 1 or rows.shape != shape:
+            raise InvalidBatchError(f"rows of shape {list(rows.shape)} for {batch.lengths}; expected {shape}")
+
+    # --- caches ------------------------------------------------------------------------------------------
 
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         assert not self.computing, "reorder was called while a step computes"
@@ -136,6 +217,11 @@ class CountingExecutor(BlockExecutor):
         for left in self._spans.values():
             inside = kept is not None and kept.start <= left.start and left.end <= kept.end
             assert inside, f"blocks {left} leave while a sequence passes through them"
+        for begun in self.passes:
+            assert isinstance(begun, CountingForward | CountingBackward)
+            left = begun.batch.span
+            inside = kept is not None and kept.start <= left.start and left.end <= kept.end
+            assert inside, f"blocks {left} leave while a pass goes through them"
         self._changing = True
         self._hold(kept or span, loaded=kept is not None)
         try:
@@ -182,30 +268,33 @@ class CountingExecutor(BlockExecutor):
         assert len(rows) == part.tokens, "the slice reaches past its hidden states"
         answer: Rows = []
         for segment in part.segments:
-            cache = self._cache(segment, part.span)
+            cache = self._cache(segment, part.span, prefix=part.adapter.prefix_tokens if part.adapter else 0)
             taken, rows = rows[: segment.count], rows[segment.count :]
             if not all(math.isfinite(value) for row in taken for value in row):
                 return InvalidStepError(f"hidden states from position {segment.start} on are not finite")
-            outputs = [self._token(cache, row, part.span) for row in taken]
+            outputs = [self._token(cache, row, part) for row in taken]
             answer += outputs if part.reply == "all" else outputs[-1:]
         return hidden_states(answer).encode(part.codec)
 
-    def _cache(self, segment: Segment, span: Span) -> list[Rows]:
+    def _cache(self, segment: Segment, span: Span, prefix: int = 0) -> list[Rows]:
         """For each cached token, the states of the span's blocks; rolled back to the segment's start."""
         sequence = segment.sequence
         assert self._spans.setdefault(sequence, span) == span, "a sequence changed its span"
         cache = self._caches.setdefault(sequence, [])
         assert segment.start <= len(cache), f"position {segment.start} is ahead of {len(cache)} cached tokens"
         self._check_room()
-        end = segment.start + segment.count
+        end = prefix + segment.start + segment.count
         assert end <= self._reserved.get(sequence, 0), f"cache for {end} tokens was not reserved"
         del cache[segment.start :]
         return cache
 
-    def _token(self, cache: list[Rows], row: list[float], span: Span) -> list[float]:
-        before = cache[-1] if cache else [[0.0] * len(row) for _ in range(len(span))]
+    def _token(self, cache: list[Rows], row: list[float], part: Slice) -> list[float]:
+        adapter = _counting(part.adapter)
+        before = cache[-1] if cache else [[0.0] * len(row) for _ in range(len(part.span))]
         position, states = len(cache), []
-        for block, state in enumerate(before, span.start):
+        for block, state in enumerate(before, part.span.start):
+            if adapter is not None:
+                row = [x + y for x, y in zip(row, adapter.change(block, row), strict=True)]
             # Tripling, modulo 1, keeps every earlier token in the low digits instead of fading it out.
             offset = 0.37 * (block + 1) + 0.11 * position
             state = [math.fmod(3 * s + x + offset, 1.0) for s, x in zip(state, row, strict=True)]
@@ -215,29 +304,9 @@ class CountingExecutor(BlockExecutor):
         return row
 
 
-def hidden_states(rows: Sequence[Sequence[float]], dtype: str = "float32") -> Tensor:
-    """A tensor ``"hidden"`` of ``[len(rows), width]``, for tests without an array library."""
-    values = [value for row in rows for value in row]
-    if dtype == "float16":
-        data = struct.pack(f"<{len(values)}e", *values)
-    elif dtype == "bfloat16":
-        data = b"".join(struct.pack("<f", value)[2:] for value in values)
-    else:
-        data = struct.pack(f"<{len(values)}f", *values)
-    return Tensor("hidden", dtype, (len(rows), len(rows[0]) if rows else 0), memoryview(data))
-
-
-def read_rows(tensor: Tensor) -> Rows:
-    """The values of a tensor of ``[rows, width]``, decoded."""
-    raw, (count, width) = tensor.decode(), tensor.shape
-    if raw.dtype == "bfloat16":
-        halves = struct.unpack(f"<{count * width}H", raw.data)
-        values = struct.unpack(
-            f"<{count * width}f", struct.pack(f"<{count * width}I", *(h << 16 for h in halves))
-        )
-    else:
-        values = struct.unpack(f"<{count * width}{'e' if raw.dtype == 'float16' else 'f'}", raw.data)
-    return [list(values[i * width : (i + 1) * width]) for i in range(count)]
+def _counting(adapter: Adapter | None) -> CountingAdapter | None:
+    assert adapter is None or isinstance(adapter, CountingAdapter), "an adapter of another executor was given"
+    return adapter
 
 
 def _check_batch(batch: Sequence[Slice], held: Span) -> None:
