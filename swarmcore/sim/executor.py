@@ -10,8 +10,10 @@ import attrs
 
 from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
+from swarmcore.executor.passes import ForwardPass, SequenceBatch
 from swarmcore.sim.costs import BatchLoad, MeasuredModel
 from swarmcore.sim.model import MASK, SimModel, next_state, pack_rows, unpack_rows
+from swarmcore.sim.passes import SimAdapter, SimBackward, SimForward, check_batch
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -55,6 +57,31 @@ class SimExecutor(BlockExecutor):
         self.busy_seconds += takes
         await asyncio.sleep(takes)
         return [self._run(part) for part in batch]
+
+    async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> SimAdapter:
+        return SimAdapter(tensors)
+
+    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> SimForward:
+        check_batch(self.model, self.span, batch, batch.hidden)
+        return SimForward(batch, self._spend, keep=keep)
+
+    def backward(
+        self,
+        batch: SequenceBatch,
+        gradients: Tensor,
+        *,
+        kept: ForwardPass | None = None,
+        inputs: bool = True,
+        weights: bool = False,
+    ) -> SimBackward:
+        check_batch(self.model, self.span, batch, gradients)
+        return SimBackward(batch, self._spend, kept, inputs, weights)
+
+    async def _spend(self, load: BatchLoad, times: float) -> None:
+        # What a batch takes once is spread over its blocks, one of which is a unit of a pass.
+        takes = times * self.seconds(len(self.span), load) / len(self.span)
+        self.busy_seconds += takes
+        await asyncio.sleep(takes)
 
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         self._sequences.setdefault(sequence, _Sequence()).reserved = tokens

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from swarmcore.errors import InvalidStepError, SessionLostError, SpanError
+from swarmcore.errors import InvalidBatchError, InvalidStepError, SessionLostError, SpanError
 from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.passes import SequenceBatch
 from swarmcore.sim.costs import BatchLoad, load_costs
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.model import SimModel, unpack_rows
@@ -106,3 +107,27 @@ async def test_time_passes_as_the_costs_say() -> None:
     assert on.span == Span(2, 8)
     with pytest.raises(SpanError):
         await on.change_span(Span(8, 13))
+
+
+async def test_passes_take_the_time_of_their_rows_and_back_takes_more() -> None:
+    on = executor("0:4")
+    hidden = MODEL.embed(TOKENS * 4)
+    batch = SequenceBatch(on.span, (5, 15), hidden)
+    load = BatchLoad(prefill_rows=20, prefill_attended=10 + 105)
+    forward = on.forward(batch, keep=True)
+    while not await forward.advance(100):
+        pass
+    assert forward.seconds == pytest.approx(COSTS.costs.seconds(4, load))
+    assert forward.outputs.shape == hidden.shape and forward.kept_bytes == 4 * hidden.data.nbytes
+    for kept, times in ((forward, 2), (None, 3)):
+        back = on.backward(batch, hidden, kept=kept)
+        while not await back.advance(100):
+            pass
+        back.close()
+        assert back.seconds == pytest.approx(times * COSTS.costs.seconds(4, load))
+        assert back.gradients is not None and back.gradients.data.nbytes == hidden.data.nbytes
+    assert forward.kept_bytes == 0
+    with pytest.raises(SpanError):
+        on.forward(SequenceBatch(Span(3, 5), (20,), hidden))
+    with pytest.raises(InvalidBatchError):
+        on.forward(SequenceBatch(on.span, (19,), hidden))
