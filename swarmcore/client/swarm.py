@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from swarmcore.client.micro_batches import PassOptions, PassRunner
+from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
@@ -65,9 +67,11 @@ class Swarm:
         self.router = router or LeastLatency(rng, costs=CostModel(rtts=self.latencies.seconds))
         self.health = PeerHealth()
         """Which servers have failed of late."""
-        admits = self.router.admits if isinstance(self.router, LeastLatency) else lambda peer: True
+        self._admits: Callable[[PeerId], bool] = (
+            self.router.admits if isinstance(self.router, LeastLatency) else lambda peer: True
+        )
         self._pinger = Pinger(
-            node, registry.view, self.latencies, self.health, rng=rng, admits=admits, limits=pings
+            node, registry.view, self.latencies, self.health, rng=rng, admits=self._admits, limits=pings
         )
         self._tasks = BackgroundTasks()
         self._models: list[RemoteModel] = []
@@ -159,6 +163,12 @@ class Swarm:
         return await open_session(
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
         )
+
+    def pass_runner(self, model: ModelInfo, options: PassOptions | None = None) -> PassRunner:
+        """What runs batches through blocks of ``model`` and back, without torch."""
+        sessions = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
+        planner = PassPlanner(self.registry, self.health, model, sessions, admits=self._admits)
+        return PassRunner(self.node, planner, model, options)
 
     async def load_model(
         self,

@@ -1,0 +1,302 @@
+"""Batches through many servers: micro-batches over several chains at once, each redone where a server fails.
+
+Section 2.2 of the paper; how micro-batches are spread over servers is that of SWARM parallelism
+(arXiv 2301.11913).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import attrs
+
+from swarmcore.client import passes
+from swarmcore.client.opening import located
+from swarmcore.client.passes import Batch
+from swarmcore.errors import InputError, MissingBlocksError, SpanError, SwarmError, TooManyCallsError
+from swarmcore.routing.chain import Chain, Stage
+from swarmcore.rpc.node import Node
+from swarmcore.types import ModelInfo, PeerId, Span
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
+"""Seconds between two attempts to find a server."""
+
+Result = TypeVar("Result")
+Done = TypeVar("Done", passes.Forwarded, passes.BackwardResult)
+
+
+class Planner(Protocol):
+    """Chooses the servers of micro-batches, and hears how they did."""
+
+    def chain(self, span: Span, *, tokens: int = 0, adapter: str = "", avoid: Sequence[PeerId] = ()) -> Chain:
+        """A chain for ``span`` whose servers take ``tokens`` at a time."""
+
+    def worked(self, stage: Stage, tokens: int, seconds: float) -> None:
+        """A server has done a pass."""
+
+    def failed(self, peer: PeerId, error: SwarmError) -> None:
+        """A server failed a pass."""
+
+
+@attrs.frozen(kw_only=True)
+class PassOptions:
+    """How batches travel."""
+
+    micro_batch_tokens: int = attrs.field(default=1024, validator=attrs.validators.ge(1))
+    """Most tokens of one micro-batch; a longer sequence is one by itself."""
+    in_flight: int = attrs.field(default=8, validator=attrs.validators.ge(1))
+    """Most micro-batches under way at a time."""
+    timeout: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
+    """Seconds for one pass of a micro-batch on one server, waiting included."""
+    patience: float = attrs.field(default=60.0, validator=attrs.validators.ge(0))
+    """Seconds to wait for a server that takes a micro-batch when there is none."""
+    codec: str = "raw"
+    """How rows are encoded on the way, as `SessionOptions.codec`."""
+    keep: bool = True
+    """Whether servers may keep activations for the way back, where there is one."""
+    reproducible: bool = False
+    """Have servers compute in an order that depends on the batch alone: the same batch through servers of one
+    kind gives the same bits. Costs some speed."""
+
+
+@attrs.frozen(eq=False)
+class Passed:
+    """A stage that a micro-batch went through, and what is needed to go back through it."""
+
+    stage: Stage
+    inputs: Tensor
+    kept: str
+    """Under which name its server keeps activations; empty when it does not."""
+
+
+@attrs.frozen(eq=False)
+class Way:
+    """A micro-batch that has come through a span: what came out, and how it went."""
+
+    batch: Batch
+    passed: tuple[Passed, ...]
+    outputs: Tensor
+
+
+@attrs.frozen(eq=False)
+class WayBack:
+    """Gradients of a micro-batch."""
+
+    gradients: Tensor | None
+    """Of the inputs, if they were asked for."""
+    weights: tuple[Tensor, ...]
+    """Of the adapter's weights, if they were asked for, in the order of the blocks."""
+
+
+class PassRunner:
+    """Runs micro-batches of one model, several at a time, and does again what fails.
+
+    A failed stage of a micro-batch is redone from the inputs kept here, by another server: that micro-batch
+    and those blocks only, forward and back.
+    """
+
+    def __init__(
+        self, node: Node, planner: Planner, model: ModelInfo, options: PassOptions | None = None
+    ) -> None:
+        self.node, self.planner, self.model = node, planner, model
+        self.options = options or PassOptions()
+        self.redone = 0
+        """Stages that were done again because a server failed."""
+
+    def __repr__(self) -> str:
+        return f"<PassRunner {self.model.name} · {self.redone} stages redone>"
+
+    async def forward(
+        self, span: Span, batches: Sequence[tuple[Batch, Tensor]], *, way_back: bool = False
+    ) -> list[Way]:
+        """Each batch with its inputs, raw ``[rows, hidden size]``, through ``span``.
+
+        ``way_back`` says that `backward` will follow. Raise `MissingBlocksError` when for `PassOptions.
+        patience` seconds nobody takes a batch, the server's own `InputError` for one that no server can take,
+        and the last server's error when all have failed it.
+        """
+        keep = way_back and self.options.keep
+        return await self._at_once([self._forward(span, batch, inputs, keep) for batch, inputs in batches])
+
+    async def backward(
+        self,
+        ways: Sequence[Way],
+        gradients: Sequence[Tensor],
+        *,
+        inputs: bool = True,
+        weights: bool = False,
+    ) -> list[WayBack]:
+        """From gradients of the outputs of each way back to its inputs and the adapter's weights.
+
+        Raises as `forward` does.
+        """
+        return await self._at_once(
+            [
+                self._backward(way, gradient, inputs, weights)
+                for way, gradient in zip(ways, gradients, strict=True)
+            ]
+        )
+
+    # --- one micro-batch ---------------------------------------------------------------------------------
+
+    async def _forward(self, span: Span, batch: Batch, inputs: Tensor, keep: bool) -> Way:
+        passed: list[Passed] = []
+        seeking = _Seeking(self, batch)
+        hidden = inputs
+        while (start := passed[-1].stage.span.end if passed else span.start) < span.end:
+            stages = await seeking.chain(Span(start, span.end))
+            for stage in stages:
+                name = secrets.token_hex(16) if keep else ""
+                result = await seeking.attempt(
+                    stage,
+                    passes.forward(
+                        self.node,
+                        self.model,
+                        stage,
+                        batch,
+                        hidden,
+                        keep=name,
+                        codec=self.options.codec,
+                        answer_codec=self.options.codec,
+                    ),
+                )
+                if result is None:
+                    break
+                passed.append(Passed(stage, hidden, name if result.kept else ""))
+                hidden = result.outputs
+        return Way(batch, tuple(passed), hidden)
+
+    async def _backward(self, way: Way, gradients: Tensor, inputs: bool, weights: bool) -> WayBack:
+        left = list(way.passed)
+        found: list[tuple[Tensor, ...]] = []
+        seeking = _Seeking(self, way.batch)
+        gradient: Tensor | None = gradients
+        while left:
+            passed = left[-1]
+            assert gradient is not None
+            result = await seeking.attempt(
+                passed.stage,
+                passes.backward(
+                    self.node,
+                    self.model,
+                    passed.stage,
+                    way.batch,
+                    passed.inputs,
+                    gradient,
+                    kept=passed.kept,
+                    wants_inputs=inputs or len(left) > 1,
+                    wants_weights=weights,
+                    codec=self.options.codec,
+                    answer_codec=self.options.codec,
+                ),
+            )
+            if result is None:
+                left[-1:] = await self._instead_of(passed, way.batch, seeking)
+                continue
+            left.pop()
+            found.insert(0, result.weights)
+            gradient = result.gradients
+        return WayBack(gradient if inputs else None, tuple(tensor for part in found for tensor in part))
+
+    async def _instead_of(self, lost: Passed, batch: Batch, seeking: _Seeking) -> list[Passed]:
+        """Other stages to go back through; inputs of inner ones are computed again."""
+        stages = await seeking.chain(lost.stage.span)
+        if len(stages) == 1:
+            return [Passed(stages[0], lost.inputs, "")]
+        last = stages[-1]
+        way = await self._forward(Span(lost.stage.span.start, last.span.start), batch, lost.inputs, keep=True)
+        return [*way.passed, Passed(last, way.outputs, "")]
+
+    # --- several at once ---------------------------------------------------------------------------------
+
+    async def _at_once(self, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+        """Run them, `PassOptions.in_flight` at a time; the first failure ends the others."""
+        room = asyncio.Semaphore(self.options.in_flight)
+
+        async def admitted(work: Coroutine[Any, Any, Result]) -> Result:
+            async with room:
+                return await work
+
+        tasks = [asyncio.create_task(admitted(work), name="micro-batch") for work in works]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for work in works:
+                work.close()  # those that never began
+            raise
+
+
+class _Seeking:
+    """The search of one micro-batch for servers that do it, and its patience."""
+
+    def __init__(self, runner: PassRunner, batch: Batch) -> None:
+        self._runner, self._batch = runner, batch
+        self._failure: SwarmError | None = None
+        self._avoid: list[PeerId] = []
+        self._give_up = self._now() + runner.options.patience
+        self._pause = FIRST_PAUSE
+
+    async def chain(self, span: Span) -> list[Stage]:
+        """Servers for ``span``; wait when there are none, or when those that there are have all failed."""
+        runner, adapter = self._runner, self._batch.adapter
+        while True:
+            try:
+                chain = runner.planner.chain(
+                    span,
+                    tokens=self._batch.rows,
+                    adapter=adapter.name.name if adapter else "",
+                    avoid=self._avoid,
+                )
+            except MissingBlocksError as exc:
+                if self._now() + self._pause > self._give_up:
+                    raise self._failure or exc from exc
+                logger.info("a batch of %d tokens waits: %s", self._batch.rows, exc)
+            else:
+                if chain.stages[0].server.peer not in self._avoid:
+                    return list(chain.stages)
+                # Nobody is left but those that have failed it: once more, later.
+                self._avoid.clear()
+                if self._now() + self._pause > self._give_up:
+                    raise self._failure or InputError("no server takes the batch")
+            await asyncio.sleep(self._pause)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    async def attempt(self, stage: Stage, work: Coroutine[Any, Any, Done]) -> Done | None:
+        """Do one pass; None when its server failed and another is to be found. Raise what none can mend."""
+        runner, peer = self._runner, stage.server.peer
+        try:
+            result = await work
+        except SpanError as exc:  # it has moved, and this has not heard of it
+            self._failure = located(stage, exc)
+            self._avoid.append(peer)
+            return None
+        except InputError as exc:
+            raise located(stage, exc) from exc
+        except SwarmError as exc:
+            self._failure = located(stage, exc)
+            if self._now() > self._give_up:
+                raise self._failure from exc
+            runner.redone += 1
+            logger.info("a batch of %d tokens is done again: %s", self._batch.rows, self._failure)
+            self._avoid.append(peer)
+            if not isinstance(exc, TooManyCallsError):
+                runner.planner.failed(peer, exc)
+            return None
+        runner.planner.worked(stage, self._batch.rows, result.seconds)
+        self._give_up, self._pause = self._now() + runner.options.patience, FIRST_PAUSE
+        return result
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,298 @@
+"""One forward or backward pass on one server, as its client sees it: rows in pieces, both ways."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import attrs
+
+from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError, UnavailableError
+from swarmcore.routing.chain import Stage
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.method import Protocol
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
+from swarmcore.types import Address, ModelInfo
+from swarmcore.wire.passes import (
+    AdapterName,
+    AdapterPart,
+    AdapterWanted,
+    BackwardDone,
+    ForwardDone,
+    InputsWanted,
+    OpenBackward,
+    OpenForward,
+    Rows,
+)
+from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
+
+PIECE_BYTES = 2 * 2**20
+"""Rows travel in pieces of about so many bytes before they are encoded."""
+
+MAX_PART_TENSORS = 32
+
+Done = TypeVar("Done", ForwardDone, BackwardDone)
+
+
+@attrs.frozen(eq=False)
+class AdapterWeights:
+    """An adapter as passes and sessions use it: its name, and the weights where they are the client's own.
+
+    A snapshot: what is trained meanwhile has another version.
+    """
+
+    name: AdapterName
+    scaling: float = 1.0
+    tensors: Mapping[int, tuple[Tensor, ...]] = attrs.field(factory=dict, repr=False)
+    """The weights of each block, under their names on the wire; empty for an adapter of the servers."""
+
+    async def send(self, channel: Channel, blocks: Sequence[int]) -> None:
+        """Send the weights of ``blocks``. Raise `ProtocolError` when they are not the client's to send."""
+        if not self.tensors:
+            raise ProtocolError(f"the server asked for the weights of its own adapter {self.name.name!r}")
+        left: Sequence[Tensor] = [tensor for block in blocks for tensor in self.tensors.get(block, ())]
+        while True:
+            part, left = _part(left)
+            await channel.send(AdapterPart(self.scaling, last=not left), *part)
+            if not left:
+                return
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """What is common to all passes of some sequences."""
+
+    lengths: tuple[int, ...]
+    adapter: AdapterWeights | None = None
+    reproducible: bool = False
+    timeout: float = 120.0
+    """Seconds for one pass on one server, all waiting included."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths)
+
+
+@attrs.frozen(eq=False)
+class Forwarded:
+    """What a forward pass gave."""
+
+    outputs: Tensor
+    kept: bool
+    """Whether the server said that it keeps activations for the way back."""
+    seconds: float
+    """Time that the server was at work on it."""
+
+
+@attrs.frozen(eq=False)
+class BackwardResult:
+    """What a backward pass gave."""
+
+    gradients: Tensor | None
+    """Of the inputs."""
+    weights: tuple[Tensor, ...]
+    """Of the adapter's weights in the blocks of the stage."""
+    seconds: float
+
+
+async def forward(
+    node: Node,
+    model: ModelInfo,
+    stage: Stage,
+    batch: Batch,
+    inputs: Tensor,
+    *,
+    keep: str = "",
+    codec: str = "raw",
+    answer_codec: str = "raw",
+) -> Forwarded:
+    """Run ``inputs``, raw ``[rows, hidden size]``, through the blocks of ``stage`` on its server.
+
+    ``keep`` names the activations that the server may keep. Rows travel there in ``codec`` and back in
+    ``answer_codec``. Raise the server's own error, `DeadlineExceededError` when it takes longer than
+    ``batch.timeout``, `ProtocolError` for an answer that is none.
+    """
+    opening = OpenForward(
+        model.fingerprint,
+        stage.span.start,
+        stage.span.end,
+        batch.lengths,
+        codec=answer_codec,
+        deadline=batch.timeout,
+        adapter=batch.adapter.name if batch.adapter else None,
+        keep=keep,
+        reproducible=batch.reproducible,
+    )
+    answers = _Answers("outputs", batch.rows, model.hidden_size)
+    done = await _Pass(node, stage, batch, inputs, codec).run(
+        FORWARD_PROTOCOL, opening, ("inputs", inputs), answers, ForwardDone
+    )
+    return Forwarded(answers.whole(), done.kept, done.seconds)
+
+
+async def backward(
+    node: Node,
+    model: ModelInfo,
+    stage: Stage,
+    batch: Batch,
+    inputs: Tensor,
+    gradients: Tensor,
+    *,
+    kept: str = "",
+    wants_inputs: bool = True,
+    wants_weights: bool = False,
+    codec: str = "raw",
+    answer_codec: str = "raw",
+) -> BackwardResult:
+    """From ``gradients`` of a stage's outputs to those of its ``inputs`` and of the adapter's weights.
+
+    ``inputs`` are sent when the server asks for them: when it does not have the activations ``kept``.
+    Otherwise as `forward`.
+    """
+    opening = OpenBackward(
+        model.fingerprint,
+        stage.span.start,
+        stage.span.end,
+        batch.lengths,
+        codec=answer_codec,
+        deadline=batch.timeout,
+        adapter=batch.adapter.name if batch.adapter else None,
+        kept=kept,
+        inputs=wants_inputs,
+        weights=wants_weights,
+        reproducible=batch.reproducible,
+    )
+    answers = _Answers("gradients", batch.rows if wants_inputs else 0, model.hidden_size)
+    done = await _Pass(node, stage, batch, inputs, codec).run(
+        BACKWARD_PROTOCOL, opening, ("gradients", gradients), answers, BackwardDone
+    )
+    return BackwardResult(answers.whole() if wants_inputs else None, tuple(answers.weights), done.seconds)
+
+
+class _Answers:
+    """Puts the pieces of an answer together."""
+
+    def __init__(self, kind: str, rows: int, width: int) -> None:
+        self.weights: list[Tensor] = []
+        self._kind, self._rows, self._width = kind, rows, width
+        self._dtype = ""
+        self._values = bytearray()
+        self._received = 0
+
+    def take(self, record: Rows, hidden: Tensor) -> None:
+        many, width = hidden.shape if len(hidden.shape) == 2 else (0, 0)
+        fits = record.first == self._received and many + record.first <= self._rows and width == self._width
+        known = hidden.dtype == (self._dtype or hidden.dtype) and hidden.dtype in FLOATS
+        if record.kind != self._kind or not fits or not known:
+            raise ProtocolError(
+                f"{many} rows of {record.kind} at {record.first}, {hidden.dtype}; expected {self._kind} from "
+                f"{self._received} of {self._rows}"
+            )
+        if not self._dtype:
+            self._dtype = hidden.dtype
+            self._values = bytearray(self._rows * self._width * ITEM_BYTES[hidden.dtype])
+        row = self._width * ITEM_BYTES[hidden.dtype]
+        self._values[row * record.first : row * (record.first + many)] = hidden.data
+        self._received += many
+
+    def whole(self) -> Tensor:
+        if self._received < self._rows:
+            raise ProtocolError(f"the server sent {self._received} of {self._rows} rows of {self._kind}")
+        return Tensor("hidden", self._dtype, (self._rows, self._width), memoryview(self._values))
+
+
+class _Pass:
+    """The conversation of one pass."""
+
+    def __init__(self, node: Node, stage: Stage, batch: Batch, inputs: Tensor, codec: str) -> None:
+        self._node, self._stage, self._batch = node, stage, batch
+        self._inputs, self._codec = inputs, codec
+        self._to_send: asyncio.Queue[Callable[[Channel], Awaitable[None]]] = asyncio.Queue()
+        self._failure: SwarmError | None = None
+
+    async def run(
+        self,
+        protocol: Protocol,
+        opening: OpenForward | OpenBackward,
+        rows: tuple[str, Tensor],
+        answers: _Answers,
+        end: type[Done],
+    ) -> Done:
+        addresses = [Address.parse(url) for url in self._stage.server.addresses]
+        timeout = self._batch.timeout
+        self._to_send.put_nowait(partial(self._send_rows, *rows))
+        try:
+            async with asyncio.timeout(timeout) as clock:
+                async with await self._node.open(addresses, protocol, opening, timeout=timeout) as channel:
+                    talking = asyncio.create_task(self._talk(channel), name="pass rows")
+                    try:
+                        while not isinstance(record := await self._next(channel, answers), end):
+                            pass
+                        return record
+                    finally:
+                        talking.cancel()
+                        await asyncio.gather(talking, return_exceptions=True)
+        except TimeoutError as exc:
+            if not clock.expired():
+                raise
+            raise DeadlineExceededError(
+                f"{self._stage} did not finish a batch of {self._batch.rows} tokens in {timeout:.0f} s"
+            ) from exc
+
+    async def _next(self, channel: Channel, answers: _Answers) -> Any:
+        """Take one message, and do what it asks for."""
+        try:
+            message = await channel.receive()
+        except SwarmError as exc:
+            raise self._failure or exc from None
+        record = message.record
+        match record:
+            case Rows():
+                await _off_loop(answers.take, record, message.tensor("hidden"))
+            case AdapterPart():
+                answers.weights += message.tensors
+            case InputsWanted():
+                self._to_send.put_nowait(partial(self._send_rows, "inputs", self._inputs))
+            case AdapterWanted() if self._batch.adapter is not None:
+                blocks = [block for block in record.blocks if block in self._stage.span]
+                self._to_send.put_nowait(partial(self._batch.adapter.send, blocks=blocks))
+            case AdapterWanted():
+                raise ProtocolError("the server asked for an adapter that the pass does not have")
+        return record
+
+    async def _talk(self, channel: Channel) -> None:
+        try:
+            while True:
+                await (await self._to_send.get())(channel)
+        except SwarmError as exc:
+            # When the stream broke, what is received says why; else this is why.
+            self._failure = None if isinstance(exc, UnavailableError) else exc
+            channel.abort("the client could not send its rows")
+
+    async def _send_rows(self, kind: str, rows: Tensor, channel: Channel) -> None:
+        many, width = rows.shape
+        step = max(1, PIECE_BYTES // (width * ITEM_BYTES[rows.dtype]))
+        for first in range(0, many, step):
+            piece = rows.rows(first, min(first + step, many))
+            if self._codec != "raw":
+                piece = await asyncio.to_thread(piece.encode, self._codec)
+            await channel.send(Rows(kind, first), piece)
+
+
+async def _off_loop(take: Callable[[Rows, Tensor], None], record: Rows, hidden: Tensor) -> None:
+    """Decode what takes long to decode in a thread."""
+    if hidden.codec != "raw":
+        hidden = await asyncio.to_thread(hidden.decode)
+    take(record, hidden)
+
+
+def _part(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """As many of the tensors as one message holds well, and the rest."""
+    many, size = 0, 0
+    while many < min(len(tensors), MAX_PART_TENSORS) and (not many or size < PIECE_BYTES):
+        size += tensors[many].data.nbytes
+        many += 1
+    return tensors[:many], tensors[many:]
