@@ -1,0 +1,201 @@
+"""Which codec a training pass uses on each link: lossless where time allows, fewer bytes where it does not.
+
+After AdaTopK of FusionLLM (arXiv 2410.12707, section 5): what is sent over a link is compressed in proportion
+to the time of that link, relative to that of the others; only links that hold the pipeline up lose anything.
+
+What a client does with it, for each tensor of a pass with ``codec="auto"``::
+
+    # before it is sent or asked for
+    codec = links.codec(peer, way, kind, dtype, shape, now, chain=chain.peers)
+    # after it went over the link
+    links.transferred(peer, way, encoded_nbytes, seconds, now)
+    # once for each pass
+    links.computed(peer, kind, shape, done.seconds, now)
+
+``way`` is ``"up"`` to the peer and ``"down"`` from it; ``kind`` is ``"activations"`` for inputs and outputs,
+``"gradients"`` for those of either. A forward pass is told to `computed` as activations, a backward pass as
+gradients. Steps of inference have no business here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal
+
+import attrs
+
+from swarmcore.routing.link_rate import LinkRate
+from swarmcore.types import PeerId
+from swarmcore.wire.tensors import ITEM_BYTES
+
+Way = Literal["up", "down"]
+Kind = Literal["activations", "gradients"]
+
+MARGIN = 1.25
+"""How far beyond its allowance a transfer has to be, or within it a larger one, before the codec changes."""
+
+PROBE_INTERVAL = 60.0
+"""Seconds of a lossy codec on a link after which one tensor is sent a rung higher, to see the link's rate."""
+
+FORGET = 600.0
+"""Seconds without a transfer after which a link has to be measured anew."""
+
+CAPACITY = 1024
+
+
+@attrs.frozen
+class Rung:
+    """One step of a ladder of codecs, from lossless down."""
+
+    codec: str
+    bits: float
+    """Of each value once encoded, about."""
+
+
+LADDER = (
+    Rung("int8", 8.25),
+    Rung("topk0.5", 5.1),
+    Rung("topk0.25", 3.1),
+    Rung("topk0.1", 1.7),
+    Rung("topk0.05", 0.9),
+    Rung("topk0.02", 0.4),
+    Rung("topk0.01", 0.25),
+)
+"""Below lossless, in the order of their sizes."""
+
+
+@attrs.define
+class _Link:
+    rate: LinkRate = attrs.Factory(LinkRate)
+    measured: float = -math.inf
+    rungs: dict[Kind, int] = attrs.Factory(dict)
+    probed: dict[Kind, float] = attrs.Factory(dict)
+
+
+class LinkCodec:
+    """Chooses codecs by link and direction from measured times. A plain object: ``now`` is passed in.
+
+    A transfer may take ``share`` of the time that the slowest server of the chain computes on the same
+    micro-batch: with several of them under way, that hides it. Where raw values fit, they are sent raw. Where
+    they do not, the first rung of the ladder that fits is chosen, or the last one. Until a link and its
+    servers have been measured, everything is raw. The choice changes only when it is off by `MARGIN`, and a
+    link that is compressed is tried with one rung less now and then, so that it gets faster when the network
+    does.
+
+    At most ``capacity`` peers are remembered; one more takes the place of the one used longest ago.
+    """
+
+    def __init__(
+        self,
+        *,
+        share: float = 1.0,
+        ladders: Mapping[Kind, Sequence[Rung]] | None = None,
+        capacity: int = CAPACITY,
+    ) -> None:
+        self._share = share
+        self._ladders = ladders or {"activations": LADDER, "gradients": LADDER}
+        self._capacity = capacity
+        self._links: dict[tuple[PeerId, Way], _Link] = {}
+        self._speeds: dict[tuple[PeerId, Kind], float] = {}
+        self._refused: dict[PeerId, set[str]] = {}
+        self._used: dict[PeerId, None] = {}  # in the order of use
+
+    def __repr__(self) -> str:
+        lossy = sum(any(link.rungs.values()) for link in self._links.values())
+        return f"<LinkCodec {len(self._links)} links, {lossy} of them lossy>"
+
+    def __len__(self) -> int:
+        """Peers that are remembered."""
+        return len(self._used)
+
+    def codec(
+        self,
+        peer: PeerId,
+        way: Way,
+        kind: Kind,
+        dtype: str,
+        shape: Sequence[int],
+        now: float,
+        *,
+        chain: Iterable[PeerId] = (),
+    ) -> str:
+        """The codec for the next tensor of this kind over this link.
+
+        ``chain`` is all peers that the same micro-batch goes through: the slowest of them sets the pace.
+        """
+        self._touch(peer)
+        link = self._link(peer, way, now)
+        count = math.prod(shape)
+        rungs = [Rung("raw", 8.0 * ITEM_BYTES[dtype]), *self._ladders[kind]]
+        refused = self._refused.get(peer, ())
+        rungs = [rung for rung in rungs if rung.codec not in refused and rung.bits <= rungs[0].bits]
+        pace = max((self._speeds.get((member, kind), 0.0) for member in {peer, *chain}), default=0.0)
+        if not pace or not link.rate:
+            return "raw"
+        allowed = self._share * pace * count
+        before = min(link.rungs.get(kind, 0), len(rungs) - 1)
+        seconds = [link.rate.seconds_per_byte * count * rung.bits / 8 for rung in rungs]
+        chosen = before
+        if seconds[before] > allowed * MARGIN:
+            chosen = _first(seconds, allowed)
+        elif before:
+            chosen = min(before, _first(seconds, allowed / MARGIN))
+        if chosen != before or not chosen:
+            link.probed[kind] = now
+        link.rungs[kind] = chosen
+        if chosen and now - link.probed.setdefault(kind, now) >= PROBE_INTERVAL:
+            link.probed[kind] = now
+            return rungs[chosen - 1].codec
+        return rungs[chosen].codec
+
+    def transferred(self, peer: PeerId, way: Way, nbytes: int, seconds: float, now: float) -> None:
+        """``nbytes``, as encoded, took ``seconds`` over the link, without computation and waiting in line.
+
+        A latency in it does no harm. Values that cannot be are passed over: some come from the other side.
+        """
+        self._touch(peer)
+        link = self._link(peer, way, now)
+        link.rate.measured(nbytes, seconds)
+        link.measured = now
+
+    def computed(self, peer: PeerId, kind: Kind, shape: Sequence[int], seconds: float, now: float) -> None:
+        """``peer`` was at work for ``seconds`` on a pass with hidden states of ``shape``."""
+        count = math.prod(shape)
+        if not count or not 0 < seconds < math.inf:
+            return
+        self._touch(peer)
+        before = self._speeds.get((peer, kind))
+        each = seconds / count
+        self._speeds[peer, kind] = each if before is None else before + 0.25 * (each - before)
+
+    def refused(self, peer: PeerId, codec: str) -> None:
+        """``peer`` does not know ``codec``: it is not chosen for it again."""
+        self._touch(peer)
+        self._refused.setdefault(peer, set()).add(codec)
+
+    def forget(self, peer: PeerId) -> None:
+        """Harmless when ``peer`` is not known."""
+        self._used.pop(peer, None)
+        self._refused.pop(peer, None)
+        for way in ("up", "down"):
+            self._links.pop((peer, way), None)
+        for kind in ("activations", "gradients"):
+            self._speeds.pop((peer, kind), None)
+
+    def _link(self, peer: PeerId, way: Way, now: float) -> _Link:
+        link = self._links.get((peer, way))
+        if link is None or (link.rate and now - link.measured > FORGET):
+            link = self._links[peer, way] = _Link()
+        return link
+
+    def _touch(self, peer: PeerId) -> None:
+        self._used.pop(peer, None)
+        self._used[peer] = None
+        if len(self._used) > self._capacity:
+            self.forget(next(iter(self._used)))
+
+
+def _first(seconds: Collection[float], allowed: float) -> int:
+    """Index of the first that is within ``allowed``, or of the last."""
+    return next((i for i, each in enumerate(seconds) if each <= allowed), len(seconds) - 1)
