@@ -1,0 +1,39 @@
+"""Trainable parts that a client owns: adapters of remote blocks, soft prompts, heads; and their training.
+
+Servers' weights are frozen and shared by everyone (arXiv 2312.08361, section 2.2). What is trained is small
+and stays with the client, who also has its optimiser.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swarmcore.training.adapter import BlockAdapter, CombinedAdapter
+    from swarmcore.training.lora import LoraAdapter
+    from swarmcore.training.prefix import PrefixAdapter
+    from swarmcore.training.prompt import SoftPrompt
+
+_PLACES = {
+    "BlockAdapter": "adapter",
+    "CombinedAdapter": "adapter",
+    "LoraAdapter": "lora",
+    "PrefixAdapter": "prefix",
+    "SoftPrompt": "prompt",
+}
+
+__all__ = ["BlockAdapter", "CombinedAdapter", "LoraAdapter", "PrefixAdapter", "SoftPrompt"]
+
+
+def __getattr__(name: str) -> Any:
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'swarmcore.training' has no attribute {name!r}")
+    import swarmcore.executor.torch  # noqa: F401  (it says which extra is missing)
+
+    value = getattr(import_module(f"swarmcore.training.{place}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
