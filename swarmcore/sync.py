@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from swarmcore.client import model as _model
     from swarmcore.client import model_session as _model_session
     from swarmcore.client import swarm as _swarm
+    from swarmcore.client.blocks import RemoteBlocks
     from swarmcore.client.generation import FinishReason
     from swarmcore.client.prompts import Prompt
     from swarmcore.client.settings import GenerationOptions
@@ -140,6 +141,11 @@ class Model:
             return await self._model.generate_batch(prompts, session=inner, **options)
 
         return self._loop.run(texts())
+
+    @property
+    def blocks(self) -> RemoteBlocks:
+        """As `swarmcore.RemoteModel.blocks`."""
+        return self._model.blocks
 
     def chat(self, *, system: str | None = None) -> Chat:
         return Chat(self._loop, self._model.chat(system=system))

@@ -51,21 +51,7 @@ class LoopThread:
             raise InputError(
                 "a call that waits was made on the loop that it waits for; use the asynchronous API"
             )
-        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
-        tasks: list[asyncio.Task[T]] = []
-
-        def start() -> None:
-            tasks.append(self._loop.create_task(coroutine))
-            tasks[0].add_done_callback(functools.partial(_hand_over, answer))
-
-        self._loop.call_soon_threadsafe(start)
-        try:
-            return answer.result()
-        except BaseException:
-            if not answer.done():
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-                concurrent.futures.wait([answer], timeout=CLEANUP_SECONDS)
-            raise
+        return wait_on(self._loop, coroutine)
 
     def opened(self, thing: Closable) -> None:
         """Close ``thing`` when the process ends, unless it is closed before."""
@@ -86,6 +72,28 @@ class LoopThread:
         self._thread.join(CLEANUP_SECONDS)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def wait_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run ``coroutine`` on a loop that runs in another thread, and wait for its result.
+
+    An exception here, such as KeyboardInterrupt, cancels it, and waits until it has cleaned up.
+    """
+    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+    tasks: list[asyncio.Task[T]] = []
+
+    def start() -> None:
+        tasks.append(loop.create_task(coroutine))
+        tasks[0].add_done_callback(functools.partial(_hand_over, answer))
+
+    loop.call_soon_threadsafe(start)
+    try:
+        return answer.result()
+    except BaseException:
+        if not answer.done():
+            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            concurrent.futures.wait([answer], timeout=CLEANUP_SECONDS)
+        raise
 
 
 @functools.cache

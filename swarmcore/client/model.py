@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
+from swarmcore.client.blocks import RemoteBlocks
+from swarmcore.client.bridge import Bridge
 from swarmcore.client.chat import Chat
 from swarmcore.client.compute import ModelCompute
 from swarmcore.client.generation import (
@@ -19,6 +21,7 @@ from swarmcore.client.generation import (
     generate_pieces,
 )
 from swarmcore.client.local_parts import LocalParts
+from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.model_session import ModelSession
 from swarmcore.client.prompts import Prompt, encode_prompt, load_tokenizer
 from swarmcore.client.remote import SessionOpener
@@ -28,7 +31,7 @@ from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.text import StopStrings, TextStream
 from swarmcore.errors import CheckpointError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.types import ModelInfo
+from swarmcore.types import ModelInfo, Span
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -65,6 +68,7 @@ class RemoteModel:
         self._compute = compute
         self._open_session = open_session
         self._sessions: set[ModelSession] = set()
+        self._bridge: Bridge | None = None
 
     def __repr__(self) -> str:
         return f"<RemoteModel {self.info.name} · {self.info.blocks} blocks · {len(self._sessions)} sessions>"
@@ -80,6 +84,7 @@ class RemoteModel:
         threads: int | None = None,
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
+        pass_options: PassOptions | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """What `Swarm.load_model` does. ``progress`` is called in another thread."""
@@ -99,13 +104,15 @@ class RemoteModel:
                 )
             )
             open_session = functools.partial(swarm.open_session, checkpoint.info, options=session_options)
-            return await cls.from_checkpoint(
+            model = await cls.from_checkpoint(
                 checkpoint, open_session, dtype=dtype, compute=compute, progress=report
             )
         except BaseException:
             stopping.set()
             await compute.close()
             raise
+        model._bridge = Bridge(swarm, model.info, pass_options)
+        return model
 
     @classmethod
     async def from_checkpoint(
@@ -128,7 +135,19 @@ class RemoteModel:
         """Close the sessions and end the compute thread. Harmless when repeated."""
         for session in list(self._sessions):
             await session.close()
+        if self._bridge is not None:
+            await self._bridge.close()
         await self._compute.close()
+
+    @property
+    def blocks(self) -> RemoteBlocks:
+        """All blocks as a module of PyTorch; a slice of it is some of them. Gradients go through it.
+
+        Raise `InputError` for a model that was not loaded from a swarm.
+        """
+        if self._bridge is None:
+            raise InputError("the blocks of a model take batches when it was loaded with Swarm.load_model")
+        return RemoteBlocks(self._bridge, self.info, Span(0, self.info.blocks))
 
     def session(self, *, sequences: int = 1, max_tokens: int = 1024) -> ModelSession:
         """A session for hand-made loops, or for several turns of `generate`: ``async with model.session()``.

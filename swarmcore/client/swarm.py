@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 from collections.abc import Callable, Collection, Sequence
@@ -57,7 +58,10 @@ class Swarm:
         pings: PingLimits | None = None,
         rng: random.Random | None = None,
         session_id: Callable[[], str] = random_session_id,
+        again: Callable[[], Swarm] | None = None,
     ) -> None:
+        self.again = again
+        """Makes another connection to the same swarm, under another name; None when that is not known."""
         rng = rng or random.Random()
         self.node = node
         self.registry = registry
@@ -179,12 +183,14 @@ class Swarm:
         threads: int | None = None,
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
+        pass_options: PassOptions | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """Load embeddings, head and tokenizer of a model, for its blocks to be run by the swarm.
 
         ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id.
-        ``session_options`` say how the model's sessions travel: deadlines, codec, chunks of prompts. Raise
+        ``session_options`` say how the model's sessions travel: deadlines, codec, chunks of prompts;
+        ``pass_options`` the same of batches through `RemoteModel.blocks`. Raise
         `ModelNotFoundError`, `CheckpointError`, and `MissingExtraError` without the extra ``torch``. Servers
         are looked for when a session opens, not here.
         """
@@ -198,6 +204,7 @@ class Swarm:
             threads=threads,
             cache_dir=cache_dir,
             session_options=session_options,
+            pass_options=pass_options,
             progress=progress,
         )
         self._models.append(model)
@@ -256,4 +263,13 @@ def connect(
         blocked=blocked_servers,
         max_hops=max_hops,
     )
-    return Swarm(node, WatchingRegistry(node, addresses), router=router, latencies=latencies)
+    again = functools.partial(
+        connect,
+        *bootstrap,
+        transports=transports,
+        allowed_servers=allowed_servers,
+        blocked_servers=blocked_servers,
+        max_hops=max_hops,
+        limits=limits,
+    )
+    return Swarm(node, WatchingRegistry(node, addresses), router=router, latencies=latencies, again=again)
