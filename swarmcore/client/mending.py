@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from swarmcore.client.opening import OpenStage, Planner, Refusals, located, open_chain, open_stages
 from swarmcore.client.options import Failover
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
+from swarmcore.client.replaying import replay
 from swarmcore.errors import (
     DeadlineExceededError,
     MissingBlocksError,
@@ -22,17 +23,12 @@ from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.moving import differences
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.failure import to_error
-from swarmcore.wire.messages import CachesTaken, HandOver, HandOverFailed, Hop, Replay
+from swarmcore.wire.messages import Admit, CachesTaken, HandOver, HandOverFailed, Hop
 
 logger = logging.getLogger(__name__)
 
 LATE_COPY = 5.0
 """Seconds without any copy after which a server that still owes some is given up, although it lives."""
-
-REPLAY_ROWS = 1024
-"""Longest piece of a replay, in tokens over all sequences."""
-
-REPLAYS_IN_FLIGHT = 4
 
 HAND_OVER_TIMEOUT = 60.0
 """Seconds in which a server that leaves has to hand its caches over; its session waits meanwhile."""
@@ -120,7 +116,7 @@ class Mender:
         """
         pipeline, loop = self._pipeline, asyncio.get_running_loop()
         index, began = pipeline.stages.index(stage), loop.time()
-        opened = await self._open(index, index, blocked=(stage.peer,))
+        opened = await self._open(index, index, blocked=(stage.peer,), heir_of=stage.peer)
         try:
             async with asyncio.timeout(seconds):
                 try:
@@ -134,6 +130,7 @@ class Mender:
             logger.info("%s could not hand its caches over: %s", stage, exc)
             return False
         stages = pipeline.replace(index, index, opened)
+        await self._introduce(stages[-1])
         self._tell([stage], _shutting_down(), stages, "handed over", loop.time() - began)
         return True
 
@@ -175,12 +172,13 @@ class Mender:
         if chain is None:
             opened = await self._open(first, last, blocked=blocked)
         else:
-            opened = await self._open_given(last, chain)
+            opened = await self._open_given(first, last, chain)
         stages = pipeline.replace(first, last, opened)
         self._fresh.update(stages)
         replayed = False
         try:
-            replayed = await self._replay(first, stages)
+            await self._introduce(stages[-1])
+            replayed = await replay(pipeline, first, stages)
         finally:
             if not replayed:
                 for stage in stages:
@@ -205,7 +203,24 @@ class Mender:
             pipeline.fail(before, DeadlineExceededError("it does not send copies of its outputs"))
         return not before.failure
 
-    async def _open(self, first: int, last: int, *, blocked: Collection[PeerId] = ()) -> list[OpenStage]:
+    async def _introduce(self, stage: LiveStage) -> None:
+        """Have the stage that follows let a new one push into the session, and nobody else."""
+        pipeline = self._pipeline
+        index = pipeline.stages.index(stage) + 1
+        if index == len(pipeline.stages):
+            return
+        told, following = False, pipeline.stages[index]
+        try:
+            await pipeline.tell(following, Admit((stage.peer,)))
+            told = True
+        finally:
+            if not told:
+                error = SessionLostError("it was not told who comes before it now")
+                pipeline.fail(following, error, blame=False)
+
+    async def _open(
+        self, first: int, last: int, *, blocked: Collection[PeerId] = (), heir_of: PeerId | None = None
+    ) -> list[OpenStage]:
         pipeline = self._pipeline
         stages = pipeline.stages
         positions = pipeline.laps.positions
@@ -221,9 +236,10 @@ class Mender:
             after=_hop_of(stages, first - 1),
             before=_hop_of(stages, last + 1),
             blocked=blocked,
+            heir_of=heir_of,
         )
 
-    async def _open_given(self, last: int, chain: Chain) -> list[OpenStage]:
+    async def _open_given(self, first: int, last: int, chain: Chain) -> list[OpenStage]:
         pipeline = self._pipeline
         positions = pipeline.laps.positions
         opened = await open_stages(
@@ -234,80 +250,12 @@ class Mender:
             sequences=len(positions),
             reserve=sum(positions),
             timeout=pipeline.options.open_timeout,
+            after=_hop_of(pipeline.stages, first - 1),
             before=_hop_of(pipeline.stages, last + 1),
         )
         if isinstance(opened, Refusals):
             raise next(iter(opened.values()))
         return opened
-
-    async def _replay(self, first: int, stages: Sequence[LiveStage]) -> bool:
-        """Fill the caches of new stages up to what is settled; False when one has failed."""
-        pipeline, end = self._pipeline, stages[-1].end
-        positions = missing_from = pipeline.laps.positions
-        copied = pipeline.options.journal == "client" and end < pipeline.model.blocks
-        if copied and not pipeline.journal.complete(end):
-            missing_from = pipeline.journal.rebuild(end, positions)
-        laps, inner = pipeline.laps, [stage.start for stage in stages[1:]]
-        nothing = (0,) * len(positions)
-        known = laps.replay(nothing, missing_from, until=end, reply="none", chunk_rows=REPLAY_ROWS)
-        unknown = laps.replay(missing_from, positions, until=end, reply="all", chunk_rows=REPLAY_ROWS)
-        pieces = [(chunk, inner) for chunk in known] + [(chunk, [*inner, end]) for chunk in unknown]
-        flights: list[Flight] = []
-        try:
-            for chunk, blocks in pieces:
-                if pipeline.options.journal == "client":
-                    for block in blocks:
-                        pipeline.journal.expect(block, chunk.entry)
-                flights.append(pipeline.begin(chunk))
-                await self._send_replay(first, flights[-1])
-                late = flights[-REPLAYS_IN_FLIGHT:]
-                if len(late) == REPLAYS_IN_FLIGHT and not await self._landed(late[0], first, stages):
-                    return False
-            for flight in flights[-REPLAYS_IN_FLIGHT:]:
-                if not await self._landed(flight, first, stages):
-                    return False
-            return True
-        finally:
-            for flight in flights:
-                pipeline.forget(flight)
-
-    async def _send_replay(self, first: int, flight: Flight) -> None:
-        pipeline, chunk = self._pipeline, flight.chunk
-        options, flight.reached = pipeline.options, pipeline.stages[first].start
-        flight.sent = flight.reached
-        if first and options.journal == "servers":
-            step = pipeline.laps.step_for(
-                first, chunk, codec=options.codec, deadline=options.step_timeout, journal="servers"
-            )
-            chain = (pipeline.laps.hops[first], *step.chain)
-            order = Replay(
-                step.step,
-                step.starts,
-                step.lengths,
-                chain,
-                codec=options.codec,
-                deadline=step.deadline,
-                settled=step.settled,
-            )
-            flight.sent = pipeline.stages[first - 1].start
-            await pipeline.tell(pipeline.stages[first - 1], order)
-            return
-        rows = pipeline.journal.rows(pipeline.stages[first].start, chunk.starts, chunk.lengths)
-        await pipeline.send(first, flight, rows.encode(options.codec))
-
-    async def _landed(self, flight: Flight, first: int, stages: Sequence[LiveStage]) -> bool:
-        """Wait for the answer to a replay; False when one of those who take part has failed."""
-        pipeline = self._pipeline
-        taking_part = [*pipeline.stages[max(first - 1, 0) : first], *stages]
-
-        def settled() -> bool:
-            return flight.done or flight.error is not None or any(stage.failure for stage in taking_part)
-
-        if not await pipeline.wait(settled, timeout=pipeline.options.step_timeout):
-            pipeline.blame_stuck(flight, DeadlineExceededError("it did not rebuild its caches in time"))
-        elif flight.error is not None:
-            pipeline.fail(flight.refused_by or stages[-1], flight.error)
-        return flight.done
 
     async def _caches_taken(self, stage: LiveStage, opened: OpenStage) -> bool:
         """Have ``stage`` send its caches to the server of ``opened``; whether all of them arrived."""

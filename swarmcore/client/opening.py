@@ -84,14 +84,16 @@ async def open_chain(
     after: Hop | None = None,
     before: Hop | None = None,
     blocked: Collection[PeerId] = (),
+    heir_of: PeerId | None = None,
     attempts: int = 3,
 ) -> list[OpenStage]:
     """Open a session on every server of a chain for ``span``, all at once, between two other stages.
 
     Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
-    once. A server that refuses or does not answer is avoided in the next of ``attempts``, each of ``timeout``
-    seconds. Raise what `Planner.plan` raises when there is no chain, and the last server's error when
-    no other chain is left or the attempts are used up.
+    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses or does not
+    answer is avoided in the next of ``attempts``, each of ``timeout`` seconds. Raise what `Planner.plan`
+    raises when there is no chain, and the last server's error when no other chain is left or the attempts
+    are used up.
     """
     avoided = set(blocked)
     failure: SwarmError | None = None
@@ -111,7 +113,16 @@ async def open_chain(
             blocks = ", ".join(exc.details.get("ranges", [str(span)]))
             raise located(refused, failure, f"nobody else has blocks {blocks}") from exc
         opened = await open_stages(
-            node, planner, model, chain, sequences=sequences, reserve=reserve, timeout=timeout, before=before
+            node,
+            planner,
+            model,
+            chain,
+            sequences=sequences,
+            reserve=reserve,
+            timeout=timeout,
+            after=after,
+            before=before,
+            heir_of=heir_of,
         )
         if not isinstance(opened, Refusals):
             return opened
@@ -135,12 +146,25 @@ async def open_stages(
     sequences: int,
     reserve: int,
     timeout: float,
+    after: Hop | None = None,
     before: Hop | None = None,
+    heir_of: PeerId | None = None,
 ) -> list[OpenStage] | Refusals:
     """Open a session on every server of this one chain, or on none of them; as `open_chain` otherwise."""
     hops = [_hop(stage, planner.session_id()) for stage in chain.stages]
+    first = [after.peer] if after is not None else []
+    if heir_of is not None:
+        first.append(heir_of)
+    pushers = [tuple(first), *((hop.peer,) for hop in hops)]
     results = await _open_all(
-        node, model, chain, [*hops, before], sequences=sequences, reserve=reserve, timeout=timeout
+        node,
+        model,
+        chain,
+        [*hops, before],
+        pushers=pushers,
+        sequences=sequences,
+        reserve=reserve,
+        timeout=timeout,
     )
     opened = [result for result in results if isinstance(result, OpenStage)]
     if len(opened) == len(chain):
@@ -173,13 +197,23 @@ async def _open_all(
     chain: Chain,
     hops: Sequence[Hop | None],
     *,
+    pushers: Sequence[tuple[PeerId, ...]],
     sequences: int,
     reserve: int,
     timeout: float,
 ) -> list[OpenStage | SwarmError]:
-    async def open_one(stage: Stage, hop: Hop, next_hop: Hop | None) -> OpenStage:
+    async def open_one(
+        stage: Stage, hop: Hop, next_hop: Hop | None, pushers: tuple[PeerId, ...]
+    ) -> OpenStage:
         opening = OpenSession(
-            hop.session, model.fingerprint, hop.start, hop.end, sequences, reserve, next_hop
+            hop.session,
+            model.fingerprint,
+            hop.start,
+            hop.end,
+            sequences,
+            reserve,
+            next_hop,
+            pushers=pushers,
         )
         addresses = [Address.parse(url) for url in hop.addresses]
         channel = await node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=timeout)
@@ -194,18 +228,20 @@ async def _open_all(
             raise
         return OpenStage(stage, hop, channel, granted.next_hop_reachable)
 
-    async def guarded(stage: Stage, hop: Hop, next_hop: Hop | None) -> OpenStage | SwarmError:
+    async def guarded(
+        stage: Stage, hop: Hop, next_hop: Hop | None, pushers: tuple[PeerId, ...]
+    ) -> OpenStage | SwarmError:
         try:
             async with asyncio.timeout(timeout):
-                return await open_one(stage, hop, next_hop)
+                return await open_one(stage, hop, next_hop, pushers)
         except TimeoutError:
             return DeadlineExceededError(f"no session was granted in {timeout:.0f} s")
         except SwarmError as exc:
             return exc
 
     tasks = [
-        asyncio.create_task(guarded(stage, hop, next_hop), name="session opening")
-        for stage, hop, next_hop in zip(chain.stages, hops, hops[1:], strict=False)
+        asyncio.create_task(guarded(stage, hop, next_hop, admitted), name="session opening")
+        for stage, hop, next_hop, admitted in zip(chain.stages, hops, hops[1:], pushers, strict=False)
         if hop is not None
     ]
     try:

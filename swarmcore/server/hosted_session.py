@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Literal
 
@@ -18,12 +18,14 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.next_stage import NextStage, join
+from swarmcore.server.pushers import Pushers
 from swarmcore.session.journal import Entry, KeptOutputs
 from swarmcore.session.ledger import StepLedger
 from swarmcore.types import Span, short
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
+    Admit,
     CachePart,
     CachesTaken,
     Draining,
@@ -78,10 +80,12 @@ class HostedSession:
         engine: Engine,
         node: Node,
         client: Channel,
+        pushers: Pushers,
         counters: Counter[str],
     ) -> None:
         self.session = session
         self.span = span
+        self.pushers = pushers
         self._engine = engine
         self._node = node
         self._client = ClientLink(client)
@@ -93,7 +97,6 @@ class HostedSession:
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: dict[asyncio.Future[Tensor], None] = {}
         self._closed = False
-        self._joins: set[asyncio.Timeout] = set()
         self._leaving: float | None = None
         self._worker: asyncio.Task[None] | None = None
 
@@ -119,6 +122,9 @@ class HostedSession:
             return
         if not from_client and not isinstance(record, Step):
             raise InvalidStepError(f"only the client of a session may send {message.kind}")
+        if isinstance(record, Admit):
+            self.pushers.change(record.pushers)
+            return
         hidden = message.tensor("hidden") if isinstance(record, Step) else None
         if not from_client and not record.replay and self._ledger.outdated(record):
             self._counters["steps_outdated"] += 1  # of a stage that was replaced, and has only now woken up
@@ -144,22 +150,6 @@ class HostedSession:
             return False
         return True
 
-    @asynccontextmanager
-    async def joined(self) -> AsyncIterator[None]:
-        """While an earlier stage has joined the session; left at once when the session is closed."""
-        stay = asyncio.timeout(None)
-        try:
-            async with stay:
-                self._joins.add(stay)
-                if self._closed:
-                    stay.reschedule(0)
-                yield
-        except TimeoutError:
-            if not stay.expired():
-                raise
-        finally:
-            self._joins.discard(stay)
-
     async def announce_drain(self, seconds: float) -> None:
         """Tell the client that it has so long to move the session elsewhere."""
         if self._worker is None:
@@ -172,9 +162,7 @@ class HostedSession:
         self._closed = True
         for output in self._outputs:
             output.cancel()
-        for stay in self._joins:
-            if not stay.expired():
-                stay.reschedule(0)
+        self.pushers.close()
         # Before anything is awaited, so that the cache is free whatever else comes.
         self._engine.close_session(self.session)
         if self._worker is not None:

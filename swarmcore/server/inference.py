@@ -20,6 +20,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.hosted_session import HostedSession
+from swarmcore.server.pushers import Pushers
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.messages import JoinSession, OpenSession, SessionOpened
 
@@ -113,6 +114,7 @@ class InferenceService:
             engine=self._engine,
             node=self._node,
             client=channel,
+            pushers=Pushers(opening.pushers),
             counters=self.counters,
         )
         stay = asyncio.timeout(None)
@@ -142,7 +144,7 @@ class InferenceService:
 
     async def _join(self, channel: Channel, opening: JoinSession) -> None:
         session = self._sessions.get(opening.session) or await self._arrival(opening.session)
-        async with session.joined():
+        async with session.pushers.entered(channel.remote):
             await _take_messages(channel, session, from_client=False)
 
     async def _arrival(self, session: str) -> HostedSession:

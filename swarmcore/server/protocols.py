@@ -7,6 +7,7 @@ from swarmcore.wire.messages import (
     INFERENCE,
     INFO,
     PING,
+    Admit,
     CachePart,
     CachesTaken,
     Draining,
@@ -41,7 +42,7 @@ from swarmcore.wire.passes import (
 INFERENCE_PROTOCOL = Protocol(
     name=INFERENCE,
     openings=(OpenSession, JoinSession),
-    to_acceptor=(Step, Replay, HandOver, CachePart, AdapterPart),
+    to_acceptor=(Step, Replay, HandOver, Admit, CachePart, AdapterPart),
     to_opener=(
         SessionOpened,
         AdapterWanted,

@@ -28,8 +28,8 @@ class Hop:
 class OpenSession:
     """Client to server, first message of a stream: make room for a session, for as long as the stream lives.
 
-    ``session`` is 128 random bits in hex, chosen by the client. Who knows it may push steps into the session,
-    so it travels only to the servers of its chain.
+    ``session`` is 128 random bits in hex, chosen by the client. It travels only to the servers of its chain,
+    and those of them that are ``pushers`` may push steps into the session.
     """
 
     session: str
@@ -44,6 +44,16 @@ class OpenSession:
     """Whom the server will push to, so that it can dial ahead of the first step."""
     adapter: AdapterName | None = None
     """What the session's steps are computed with besides the frozen weights."""
+    pushers: tuple[PeerId, ...] | None = None
+    """Who may join the session: the stage before, and a server that hands its caches over. None: whoever
+    knows the session's id."""
+
+
+@attrs.frozen
+class Admit:
+    """Client to server: from now on ``pushers`` may join the session, and nobody else."""
+
+    pushers: tuple[PeerId, ...]
 
 
 @attrs.frozen

@@ -242,7 +242,7 @@ async def test_what_a_server_keeps_for_a_replay_is_bounded_whatever_the_client_s
 
 
 async def test_a_stale_stage_that_wakes_up_does_no_harm() -> None:
-    """A stage was replaced; what it still pushes neither computes nor answers nor breaks anything."""
+    """What it still pushes, were it let in, neither computes nor answers nor breaks anything."""
     async with swarm_of("0:4", "4:8", "8:12", "4:8", "8:12", delay=0.01) as swarm:
         session = await swarm.open()
         run = Run.of(session)
@@ -255,6 +255,7 @@ async def test_a_stale_stage_that_wakes_up_does_no_harm() -> None:
         await stale.kill()
         await step
         hosted = after.service._sessions[hop.session]
+        hosted.pushers.change([swarm.serving(session, 1).peer, swarm.client.peer])
         computed = after.engine.counters["steps"]
         for step in (Step(0, (0,), (3,)), Step(1, (3,), (1,), chain=(NOWHERE,)), Step(0, (0,), (1,))):
             await pushed.send(step, hidden_states(ROW * sum(step.lengths)))

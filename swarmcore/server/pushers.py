@@ -1,0 +1,83 @@
+"""Who may push steps and caches into a session, besides the client that opened it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager
+
+from swarmcore.errors import InvalidStepError, SessionLostError
+from swarmcore.types import PeerId, short
+
+ADMISSION_TIMEOUT = 10.0
+"""Seconds that a stage may be ahead of the client's word that it comes before this one now."""
+
+
+class Pushers:
+    """The peers that the client of one session lets push into it, and those that are doing so.
+
+    With ``allowed`` of None, by a client that names nobody, that is whoever knows the session's id.
+    """
+
+    def __init__(self, allowed: Collection[PeerId] | None) -> None:
+        self._allowed = None if allowed is None else frozenset(allowed)
+        self._changed = asyncio.Event()
+        self._stays: dict[asyncio.Timeout, PeerId] = {}
+        self._closed = False
+
+    def __repr__(self) -> str:
+        allowed = "anyone" if self._allowed is None else ", ".join(sorted(map(short, self._allowed)))
+        return f"<Pushers {len(self._stays)} here · {allowed or 'nobody'} may>"
+
+    def may(self, peer: PeerId) -> bool:
+        """Whether ``peer`` is let in now."""
+        return self._allowed is None or peer in self._allowed
+
+    def change(self, allowed: Collection[PeerId]) -> None:
+        """Let in ``allowed`` from now on, and show out whoever else is in."""
+        self._allowed = frozenset(allowed)
+        self._changed.set()
+        self._show_out([stay for stay, peer in self._stays.items() if not self.may(peer)])
+
+    def close(self) -> None:
+        """Show everybody out, those who wait to be let in too."""
+        self._closed = True
+        self._changed.set()
+        self._show_out(self._stays)
+
+    @asynccontextmanager
+    async def entered(self, peer: PeerId) -> AsyncIterator[None]:
+        """While ``peer`` is in; it is left at once when `change` or `close` shows it out.
+
+        Raise `InvalidStepError` when the client has not let it in within `ADMISSION_TIMEOUT` seconds, and
+        `SessionLostError` when the session was closed meanwhile.
+        """
+        await self._admission(peer)
+        stay = asyncio.timeout(None)
+        try:
+            async with stay:
+                self._stays[stay] = peer
+                yield
+        except TimeoutError:
+            if not stay.expired():
+                raise
+        finally:
+            self._stays.pop(stay, None)
+
+    async def _admission(self, peer: PeerId) -> None:
+        try:
+            async with asyncio.timeout(ADMISSION_TIMEOUT):
+                while not self.may(peer) and not self._closed:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError as exc:
+            raise InvalidStepError(
+                f"the client of this session does not let {short(peer)} push into it"
+            ) from exc
+        if self._closed:
+            raise SessionLostError("the session was closed")
+
+    def _show_out(self, stays: Iterable[asyncio.Timeout]) -> None:
+        for stay in stays:
+            if not stay.expired():
+                stay.reschedule(0)
