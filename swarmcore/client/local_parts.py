@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from swarmcore.errors import CheckpointError, UnsupportedModelError
-from swarmcore.executor.torch.checkpoint.base import missing_tensors
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
-from swarmcore.executor.torch.device import choose_dtype
+from swarmcore.client.blockless import final_norm, load_without_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
-
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-"""Names that families give to the norm between the last block and the head."""
-
-_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
-"""Lists in a config that must have one entry for each layer."""
-
-_BLOCK_TENSOR = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 
 
 class LocalParts:
@@ -40,11 +27,7 @@ class LocalParts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         base = model.base_model
-        name = next((n for n in _FINAL_NORMS if isinstance(getattr(base, n, None), nn.Module)), None)
-        if name is None or base is model:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no final norm of a known name before its head"
-            )
+        name = final_norm(model)
         norm = getattr(base, name)
         setattr(base, name, nn.Identity())
         setattr(model, model.base_model_prefix, _AfterBlocks(norm))
@@ -74,32 +57,14 @@ class LocalParts:
         """
         from transformers import AutoModelForCausalLM
 
-        config = without_blocks(checkpoint.config)
-        own = config if getattr(config, "dtype", None) is not None else checkpoint.config
-        wanted = choose_dtype(dtype, own, torch.device("cpu"))
-        with quiet_transformers(lambda share: None):
-            try:
-                with torch.device("meta"):
-                    skeleton = AutoModelForCausalLM.from_config(config)
-            except (ValueError, KeyError, AttributeError, TypeError) as exc:
-                raise UnsupportedModelError(
-                    f"{checkpoint.name} ({config.model_type}) is no causal language model that transformers "
-                    f"can build: {exc}"
-                ) from exc
-            found = _find_tensors(skeleton, checkpoint.names())
-            tensors = checkpoint.read(list(found), progress=progress)
-            state = {key: tensors.pop(name).to(wanted) for name, key in found.items()}
-            try:
-                model, loaded = type(skeleton).from_pretrained(
-                    None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
-                )
-            except (RuntimeError, ValueError) as exc:
-                raise CheckpointError(
-                    f"the tensors of {checkpoint.name} do not fit its config: {exc}"
-                ) from exc
-        if loaded["missing_keys"]:
-            raise missing_tensors(checkpoint.name, loaded["missing_keys"])
-        return cls(model.eval().requires_grad_(False))
+        model = load_without_blocks(
+            checkpoint,
+            AutoModelForCausalLM.from_config,
+            what="causal language model",
+            dtype=dtype,
+            progress=progress,
+        )
+        return cls(model)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -164,34 +129,6 @@ class _BaseOutput:
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-def without_blocks(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of the text model's config with no layers."""
-    config = copy.deepcopy(config.get_text_config(decoder=True))
-    config.num_hidden_layers = 0
-    for name in _PER_LAYER_LISTS:
-        if getattr(config, name, None):
-            setattr(config, name, [])
-    return config
-
-
-def _find_tensors(skeleton: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
-    """Which tensors of the checkpoint to read, and the name to load each under."""
-    candidates = {name for name in names if not _BLOCK_TENSOR.search(name)}
-    prefix = f"{skeleton.base_model_prefix}."
-    found: dict[str, str] = {}
-    for key in skeleton.state_dict():
-        # Some checkpoints are of the base model alone, some of a larger model around the text model.
-        forms = (key, key.removeprefix(prefix))
-        nested = (name for name in sorted(candidates) if name.endswith(tuple(f".{form}" for form in forms)))
-        match = next((name for name in (*forms, *nested) if name in candidates), None)
-        if match is not None:
-            found[match] = key
-    if not {key for key, _ in skeleton.named_parameters()} <= set(found.values()):
-        # Old names of this family, which transformers itself will translate.
-        found |= {name: name for name in candidates if name not in found}
-    return found
 
 
 def _max_positions(config: PretrainedConfig) -> int | None:
