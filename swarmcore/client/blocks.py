@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from swarmcore.client.adapter_snapshot import snapshot
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.bridge import Bridge
 from swarmcore.client.micro_batches import PassRunner, Way, WayBack
 from swarmcore.client.packed_rows import PackedRows
-from swarmcore.client.passes import AdapterWeights, Batch
+from swarmcore.client.passes import Batch
 from swarmcore.errors import InputError, ProtocolError, SpanError
 from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.tensors import to_torch
 from swarmcore.types import ModelInfo, Span
-from swarmcore.wire.passes import AdapterName
-from swarmcore.wire.tensors import Tensor
 
 if TYPE_CHECKING:
     from swarmcore.training.adapter import BlockAdapter
@@ -108,14 +108,9 @@ class RemoteBlocks(nn.Module):
         if hidden.dtype not in DTYPE_NAMES:
             raise InputError(f"hidden states are {hidden.dtype}; expected {', '.join(DTYPE_NAMES.values())}")
         chosen = self.adapter if adapter is None else adapter
-        weights: dict[str, torch.Tensor] = {}
-        name: AdapterWeights | None = None
-        if isinstance(chosen, str):
-            name = AdapterWeights(AdapterName(name=chosen))
-        elif chosen is not None and (weights := chosen.named_weights(self.span)):
-            name = _snapshot(chosen, weights)
+        weights = {} if chosen is None or isinstance(chosen, str) else chosen.named_weights(self.span)
         rows = PackedRows((hidden.shape[0], hidden.shape[1]), attention_mask)
-        return _Journey(self._bridge, self.span, hidden, rows, name, weights)
+        return _Journey(self._bridge, self.span, hidden, rows, snapshot(chosen, self.span), weights)
 
 
 class _Journey:
@@ -203,16 +198,3 @@ class _Join(torch.autograd.Function):
         _, _, inputs, *weights = ctx.needs_input_grad
         hidden, found = ctx.journey.backward(gradient, inputs, any(weights))
         return None, None, hidden, *found
-
-
-def _snapshot(adapter: BlockAdapter, weights: dict[str, torch.Tensor]) -> AdapterWeights:
-    """The weights as they are now, whatever an optimiser does to them while they travel."""
-    tensors: dict[int, list[Tensor]] = {}
-    for name, weight in weights.items():
-        block = int(name.partition(".")[0])
-        tensors.setdefault(block, []).append(to_wire(name, weight.detach().clone()))
-    return AdapterWeights(
-        AdapterName(version=adapter.version),
-        adapter.scaling,
-        {block: tuple(found) for block, found in tensors.items()},
-    )

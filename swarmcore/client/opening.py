@@ -9,6 +9,7 @@ from typing import Protocol
 
 import attrs
 
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.rpc.channel import Channel
@@ -16,6 +17,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.types import Address, ModelInfo, PeerId, Span, short
 from swarmcore.wire.messages import Hop, OpenSession, SessionOpened
+from swarmcore.wire.passes import AdapterWanted
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ class Comparison:
 
 class Planner(Protocol):
     """Chooses the servers of one model's sessions, and hears how they did."""
+
+    adapter: AdapterWeights | None
+    """What the sessions are computed with besides the frozen weights."""
 
     def plan(
         self,
@@ -159,6 +164,7 @@ async def open_stages(
     results = await _open_all(
         node,
         model,
+        planner.adapter,
         chain,
         [*hops, before],
         pushers=pushers,
@@ -194,6 +200,7 @@ def _hop(stage: Stage, session: str) -> Hop:
 async def _open_all(
     node: Node,
     model: ModelInfo,
+    adapter: AdapterWeights | None,
     chain: Chain,
     hops: Sequence[Hop | None],
     *,
@@ -213,12 +220,16 @@ async def _open_all(
             sequences,
             reserve,
             next_hop,
+            adapter=adapter.name if adapter else None,
             pushers=pushers,
         )
         addresses = [Address.parse(url) for url in hop.addresses]
         channel = await node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=timeout)
         try:
             granted = (await channel.receive()).record
+            if isinstance(granted, AdapterWanted) and adapter is not None:
+                await adapter.send(channel, [block for block in granted.blocks if block in stage.span])
+                granted = (await channel.receive()).record
             if not isinstance(granted, SessionOpened):
                 raise ProtocolError(
                     f"server {hop.peer} answered {type(granted).__name__} to the opening of a session"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import attrs
 
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError, UnavailableError
 from swarmcore.routing.chain import Stage
 from swarmcore.rpc.channel import Channel
@@ -17,7 +18,6 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
 from swarmcore.types import Address, ModelInfo
 from swarmcore.wire.passes import (
-    AdapterName,
     AdapterPart,
     AdapterWanted,
     BackwardDone,
@@ -32,33 +32,7 @@ from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 PIECE_BYTES = 2 * 2**20
 """Rows travel in pieces of about so many bytes before they are encoded."""
 
-MAX_PART_TENSORS = 32
-
 Done = TypeVar("Done", ForwardDone, BackwardDone)
-
-
-@attrs.frozen(eq=False)
-class AdapterWeights:
-    """An adapter as passes and sessions use it: its name, and the weights where they are the client's own.
-
-    A snapshot: what is trained meanwhile has another version.
-    """
-
-    name: AdapterName
-    scaling: float = 1.0
-    tensors: Mapping[int, tuple[Tensor, ...]] = attrs.field(factory=dict, repr=False)
-    """The weights of each block, under their names on the wire; empty for an adapter of the servers."""
-
-    async def send(self, channel: Channel, blocks: Sequence[int]) -> None:
-        """Send the weights of ``blocks``. Raise `ProtocolError` when they are not the client's to send."""
-        if not self.tensors:
-            raise ProtocolError(f"the server asked for the weights of its own adapter {self.name.name!r}")
-        left: Sequence[Tensor] = [tensor for block in blocks for tensor in self.tensors.get(block, ())]
-        while True:
-            part, left = _part(left)
-            await channel.send(AdapterPart(self.scaling, last=not left), *part)
-            if not left:
-                return
 
 
 @attrs.frozen(eq=False)
@@ -287,12 +261,3 @@ async def _off_loop(take: Callable[[Rows, Tensor], None], record: Rows, hidden: 
     if hidden.codec != "raw":
         hidden = await asyncio.to_thread(hidden.decode)
     take(record, hidden)
-
-
-def _part(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """As many of the tensors as one message holds well, and the rest."""
-    many, size = 0, 0
-    while many < min(len(tensors), MAX_PART_TENSORS) and (not many or size < PIECE_BYTES):
-        size += tensors[many].data.nbytes
-        many += 1
-    return tensors[:many], tensors[many:]

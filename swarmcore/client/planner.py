@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Collection
 
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.opening import Comparison
 from swarmcore.errors import (
     CacheFullError,
@@ -39,8 +40,10 @@ class SwarmPlanner:
         model: ModelInfo,
         *,
         session_id: Callable[[], str] = random_session_id,
+        adapter: AdapterWeights | None = None,
     ) -> None:
         self.session_id = session_id
+        self.adapter = adapter
         self._registry = registry
         self._router = router
         self._health = health
@@ -55,8 +58,11 @@ class SwarmPlanner:
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> Chain:
+        view = self._registry.view()
+        if self.adapter is not None and (name := self.adapter.name.name):
+            blocked = {*blocked, *(server.peer for server in view if name not in server.adapters)}
         return self._router.plan(
-            self._registry.view(),
+            view,
             self._model,
             span,
             tokens=tokens,

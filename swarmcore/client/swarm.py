@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.micro_batches import PassOptions, PassRunner
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
@@ -155,15 +156,19 @@ class Swarm:
         sequences: int = 1,
         max_tokens: int = 0,
         options: SessionOptions | None = None,
+        adapter: AdapterWeights | None = None,
     ) -> InferenceSession:
         """Open a session through all blocks of ``model``, without torch: hidden states in, hidden states out.
 
         ``max_tokens`` is what each sequence is expected to grow to; servers without that much free cache are
-        avoided, and grow the cache as it is needed. The first session of a model waits for up to a second
+        avoided, and grow the cache as it is needed. Its steps are computed with ``adapter`` besides the
+        frozen weights. The first session of a model waits for up to a second
         until its servers have been pinged. Raises as `swarmcore.client.session.open_session` does.
         """
         await self._pinger.look_at(model)
-        planner = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
+        planner = SwarmPlanner(
+            self.registry, self.router, self.health, model, session_id=self._session_id, adapter=adapter
+        )
         return await open_session(
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
         )
