@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,18 @@ from swarmcore.server.measuring import ComputeSpeed
 logger = logging.getLogger(__name__)
 
 
+MAX_AGE = 30 * 24 * 3600.0
+"""Seconds after which a speed is measured anew: what the machine was busy with on that day is not for good."""
+
+
 @attrs.frozen
 class SpeedFile:
     """Measured speeds on disk, one small file for each ``key``: whatever the speed depends on."""
 
     folder: Path
     key: Mapping[str, str]
+    wall_clock: Callable[[], float] = time.time
+    """Seconds since 1970."""
 
     @property
     def path(self) -> Path:
@@ -31,7 +38,8 @@ class SpeedFile:
         return self.folder / f"{digest[:32]}.json"
 
     def read(self) -> ComputeSpeed | None:
-        """What was measured earlier; None when there is nothing, or nothing that makes sense."""
+        """What was measured in the last `MAX_AGE` seconds; None when there is nothing, or nothing that makes
+        sense."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -44,11 +52,14 @@ class SpeedFile:
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             logger.warning("the measured throughput in %s is damaged, measuring anew: %s", self.path, exc)
             return None
-        return ComputeSpeed(record.decode_rps, record.forward_rps) if record.key == dict(self.key) else None
+        fresh = 0 <= self.wall_clock() - record.measured_at < MAX_AGE
+        if record.key != dict(self.key) or not fresh:
+            return None
+        return ComputeSpeed(record.decode_rps, record.forward_rps)
 
     def write(self, speed: ComputeSpeed) -> None:
         """Keep ``speed``, all or nothing. A disk that refuses costs a warning: it is measured again then."""
-        record = _Record(dict(self.key), speed.decode_rps, speed.forward_rps)
+        record = _Record(dict(self.key), speed.decode_rps, speed.forward_rps, self.wall_clock())
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,3 +75,4 @@ class _Record(msgspec.Struct):
     key: dict[str, str]
     decode_rps: Annotated[float, msgspec.Meta(gt=0)]
     forward_rps: Annotated[float, msgspec.Meta(gt=0)]
+    measured_at: float = 0.0

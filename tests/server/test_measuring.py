@@ -128,6 +128,15 @@ def test_a_speed_is_kept_on_disk(tmp_path: Path):
     assert [path.name for path in file.folder.iterdir()] == [file.path.name]
 
 
+@pytest.mark.parametrize(("age", "fresh"), [(29, True), (31, False), (-1, False)])
+def test_a_speed_is_measured_anew_after_a_month_or_when_the_clock_was_set_back(
+    tmp_path: Path, age: int, fresh: bool
+):
+    SpeedFile(tmp_path, KEY, lambda: 1e9).write(SPEED)
+    now = 1e9 + age * 24 * 3600
+    assert SpeedFile(tmp_path, KEY, lambda: now).read() == (SPEED if fresh else None)
+
+
 @pytest.mark.parametrize("name", list(KEY))
 def test_another_key_is_another_speed(tmp_path: Path, name: str):
     SpeedFile(tmp_path, KEY).write(SPEED)
