@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 MAX_AGE = 30 * 24 * 3600.0
-"""Seconds after which a speed is measured anew: what the machine was busy with on that day is not for good."""
+"""Seconds after which a speed is measured anew: what slowed the machine that day is not for good."""
 
 
 @attrs.frozen
