@@ -118,7 +118,7 @@ async def _laps(
             output,
             [continuation.chooser for _, continuation in running],
             # A token that ends its text at the model's limit is embedded too, and thrown away.
-            [min(continuation.length, last_position) for _, continuation in running],
+            [min(session.offset + continuation.length, last_position) for _, continuation in running],
         )
         pieces = [continuation.take(token) for (_, continuation), token in zip(running, tokens, strict=True)]
         for (index, _), piece in zip(running, pieces, strict=True):

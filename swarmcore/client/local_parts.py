@@ -78,6 +78,16 @@ class LocalParts:
         return self._embed_with_base(ids, positions)
 
     @torch.inference_mode()
+    def enter(self, embeddings: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """As `embed`, of embeddings ``[tokens, hidden size]`` that are no token's, as in a soft prompt."""
+        output = self._embedding_model(
+            inputs_embeds=embeddings.detach().to("cpu", self.dtype)[:, None],
+            position_ids=torch.tensor(positions)[:, None],
+            use_cache=False,
+        )
+        return cast(torch.Tensor, output.last_hidden_state[:, 0])
+
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden size]`` from the last block to ``[rows, vocabulary]`` in float32."""
         output = self._head_model(inputs_embeds=hidden.to(self.dtype)[None], use_cache=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
+from swarmcore.client.adapter_snapshot import snapshot
 from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.client.bridge import Bridge
 from swarmcore.client.chat import Chat
@@ -29,7 +30,7 @@ from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.text import StopStrings, TextStream
-from swarmcore.errors import CheckpointError, InputError
+from swarmcore.errors import AdapterError, CheckpointError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.types import ModelInfo, Span
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
     from swarmcore.client.swarm import Swarm
+    from swarmcore.training.adapter import BlockAdapter
+    from swarmcore.training.prompt import SoftPrompt
 
 
 class RemoteModel:
@@ -128,7 +131,7 @@ class RemoteModel:
         compute = compute or ModelCompute()
         await compute.load(functools.partial(LocalParts.load, checkpoint, dtype=dtype, progress=progress))
         tokenizer = await compute.run(load_tokenizer, checkpoint.folder, checkpoint.name)
-        generation_config = await compute.run(_load_generation_config, checkpoint)
+        generation_config = await compute.run(load_generation_config, checkpoint)
         return cls(checkpoint.info, tokenizer, generation_config, compute, open_session)
 
     async def close(self) -> None:
@@ -149,23 +152,46 @@ class RemoteModel:
             raise InputError("the blocks of a model take batches when it was loaded with Swarm.load_model")
         return RemoteBlocks(self._bridge, self.info, Span(0, self.info.blocks))
 
-    def session(self, *, sequences: int = 1, max_tokens: int = 1024) -> ModelSession:
+    def session(
+        self,
+        *,
+        sequences: int = 1,
+        max_tokens: int = 1024,
+        adapter: BlockAdapter | str | None = None,
+        soft_prompt: SoftPrompt | None = None,
+    ) -> ModelSession:
         """A session for hand-made loops, or for several turns of `generate`: ``async with model.session()``.
 
-        ``max_tokens`` is what each sequence is expected to grow to; it is no limit.
+        ``max_tokens`` is what each sequence is expected to grow to; it is no limit. ``adapter`` is one of the
+        client's own, as it is now, or the name of one that servers have; a ``soft_prompt`` goes before the
+        tokens of every sequence. Raise `AdapterError` for a soft prompt of another model.
         """
+        weights = snapshot(adapter, Span(0, self.info.blocks))
+        if soft_prompt is not None and soft_prompt.hidden_size != self.info.hidden_size:
+            raise AdapterError(
+                f"the soft prompt has hidden size {soft_prompt.hidden_size}, and {self.info.name} has "
+                f"{self.info.hidden_size}: it was made for another model"
+            )
         session = ModelSession(
             self._compute,
-            self._open_session,
+            functools.partial(self._open_session, adapter=weights),
             sequences=sequences,
             max_tokens=max_tokens,
             on_close=self._sessions.discard,
+            soft_prompt=None if soft_prompt is None else soft_prompt.embeddings.detach().clone(),
+            prefix_tokens=0 if adapter is None or isinstance(adapter, str) else adapter.prefix_tokens,
         )
         self._sessions.add(session)
         return session
 
     def generate(
-        self, prompt: Prompt, *, session: ModelSession | None = None, **options: Unpack[GenerationOptions]
+        self,
+        prompt: Prompt,
+        *,
+        session: ModelSession | None = None,
+        adapter: BlockAdapter | str | None = None,
+        soft_prompt: SoftPrompt | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Continue a text, or answer chat messages: iterate over its pieces as they come, or await it whole.
 
@@ -174,19 +200,23 @@ class RemoteModel:
         choice is greedy, and equal to that of transformers' ``generate(do_sample=False)``.
 
         ``prompt`` is always the whole context; with a ``session`` (of one sequence) what it has in common
-        with the session's tokens is not sent again. Without one, a session is opened and closed here.
+        with the session's tokens is not sent again. Without one, a session is opened and closed here, with
+        ``adapter`` and ``soft_prompt`` as in `session`.
 
         Raise `InputError` at once for settings out of range, and at the first piece for a prompt that does
         not work; then whatever opening and stepping a session raise.
         """
         run = GenerationRun()
-        return Generation(run, self._pieces(run, [prompt], GenerationSettings(**options), session))
+        pieces = self._pieces(run, [prompt], GenerationSettings(**options), session, adapter, soft_prompt)
+        return Generation(run, pieces)
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
         *,
         session: ModelSession | None = None,
+        adapter: BlockAdapter | str | None = None,
+        soft_prompt: SoftPrompt | None = None,
         **options: Unpack[GenerationOptions],
     ) -> BatchGeneration:
         """Continue several prompts, of any lengths, in one session: each as `generate` alone would.
@@ -197,7 +227,8 @@ class RemoteModel:
         if isinstance(prompts, str) or not prompts:
             raise InputError("generate_batch takes a list of prompts, at least one; for one use generate")
         run = GenerationRun()
-        return BatchGeneration(run, self._pieces(run, prompts, GenerationSettings(**options), session))
+        pieces = self._pieces(run, prompts, GenerationSettings(**options), session, adapter, soft_prompt)
+        return BatchGeneration(run, pieces)
 
     def chat(self, *, system: str | None = None) -> Chat:
         """A conversation: ``async with model.chat() as chat: async for piece in chat.say("Hello")``."""
@@ -209,7 +240,11 @@ class RemoteModel:
         prompts: Sequence[Prompt],
         settings: GenerationSettings,
         session: ModelSession | None,
+        adapter: BlockAdapter | str | None,
+        soft_prompt: SoftPrompt | None,
     ) -> AsyncGenerator[tuple[int, str], None]:
+        if session is not None and (adapter is not None or soft_prompt is not None):
+            raise InputError("a session has its adapter and soft prompt for life; pass them to model.session")
         if session is not None and session.sequences != len(prompts):
             raise InputError(
                 f"the session has {session.sequences} sequences, for {len(prompts)} prompts; "
@@ -221,7 +256,9 @@ class RemoteModel:
 
         def open_session(continuations: list[Continuation]) -> ModelSession:
             longest = max(continuation.max_length for continuation in continuations)
-            return self.session(sequences=len(continuations), max_tokens=longest)
+            return self.session(
+                sequences=len(continuations), max_tokens=longest, adapter=adapter, soft_prompt=soft_prompt
+            )
 
         return generate_pieces(run, self._compute, prepare, session, open_session)
 
@@ -271,7 +308,7 @@ def _token_ids(value: int | Sequence[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
-def _load_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+def load_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     from transformers import GenerationConfig
 
     if not (checkpoint.folder / "generation_config.json").is_file():

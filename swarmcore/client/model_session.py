@@ -33,7 +33,12 @@ class ModelSession:
         sequences: int,
         max_tokens: int,
         on_close: Callable[[ModelSession], None],
+        soft_prompt: torch.Tensor | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
+        """``soft_prompt``, ``[tokens, hidden size]``, goes before the tokens of every sequence; so do the
+        ``prefix_tokens`` positions of an adapter, on the servers.
+        """
         if sequences < 1:
             raise InputError(f"sequences must be 1 or more; got {sequences}")
         self.sequences = sequences
@@ -41,6 +46,9 @@ class ModelSession:
         self._open_remote = open_remote
         self._max_tokens = max_tokens
         self._on_close = on_close
+        self._soft_prompt = soft_prompt
+        self._prompt_rows = 0 if soft_prompt is None else soft_prompt.shape[0]
+        self._prefix_tokens = prefix_tokens
         self._remote: RemoteSession | None = None
         self._tokens: list[list[int]] = [[] for _ in range(sequences)]
         self._in_use = False
@@ -61,6 +69,11 @@ class ModelSession:
         """The servers that the session passes through now; none before it is open."""
         return self._remote.chain if self._remote is not None else Chain(())
 
+    @property
+    def offset(self) -> int:
+        """The position of the first token: how many a soft prompt and an adapter's prefix take before it."""
+        return self._prompt_rows + self._prefix_tokens
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"pos {','.join(map(str, self.positions))}"
         return f"<ModelSession {self.chain} · {state}>"
@@ -74,9 +87,23 @@ class ModelSession:
         if self._closed:
             raise SessionLostError("the session was closed; make another one")
         if self._remote is None:
-            remote = await self._open_remote(sequences=self.sequences, max_tokens=self._max_tokens)
+            room = self._max_tokens + self._prompt_rows
+            remote = await self._open_remote(sequences=self.sequences, max_tokens=room)
+            try:
+                await self._send_soft_prompt(remote)
+            except BaseException:
+                await remote.close()
+                raise
             self._remote = remote
         return self
+
+    async def _send_soft_prompt(self, remote: RemoteSession) -> None:
+        if self._soft_prompt is None:
+            return
+        positions = range(self._prefix_tokens, self.offset)
+        rows = await self._compute.run(self._compute.parts.enter, self._soft_prompt, positions)
+        many = self.sequences
+        await remote.step(to_wire("hidden", rows.repeat(many, 1)), [self._prompt_rows] * many, reply="last")
 
     async def close(self) -> None:
         """Free the caches on the servers. Harmless when repeated."""
@@ -114,8 +141,7 @@ class ModelSession:
         tokens = [list(self._tokens[source]) for source in sources] or self._tokens
         self._check(ids, tokens)
         with self.used():
-            flat, positions = _flat(ids, tokens)
-            hidden = await self._compute.embed(flat, positions)
+            hidden = await self._compute.embed(*self._flat(ids, tokens))
             return await self._compute.logits(await self.lap(ids, hidden, sources=sources))
 
     def rollback(self, positions: int | Sequence[int]) -> None:
@@ -162,7 +188,7 @@ class ModelSession:
 
     async def embed(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Embed the tokens that come next in each sequence, all in one tensor ``[tokens, hidden size]``."""
-        return await self._compute.embed(*_flat(ids, self._tokens))
+        return await self._compute.embed(*self._flat(ids, self._tokens))
 
     async def lap(
         self, ids: Sequence[Sequence[int]], hidden: torch.Tensor, *, sources: Sequence[int] = ()
@@ -176,7 +202,7 @@ class ModelSession:
         output = await self._remote.step(
             to_wire("hidden", hidden),
             [len(new) for new in ids],
-            starts=list(map(len, tokens)),
+            starts=[self._prompt_rows + len(cached) for cached in tokens],
             sources=sources,
             reply="last",
         )
@@ -194,15 +220,17 @@ class ModelSession:
         parts = self._compute.parts
         for new, position in zip(ids, map(len, tokens), strict=True):
             check_tokens(new, parts.vocab_size)
-            if parts.max_positions is not None and position + len(new) > parts.max_positions:
-                raise InputError(
-                    f"{position + len(new)} tokens are more than the model takes: {parts.max_positions}"
-                )
+            end = self.offset + position + len(new)
+            if parts.max_positions is not None and end > parts.max_positions:
+                raise InputError(f"{end} tokens are more than the model takes: {parts.max_positions}")
 
-
-def _flat(ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """New tokens of all sequences, and the position of each, after the ``tokens`` that are there."""
-    positions = [
-        len(before) + offset for before, new in zip(tokens, ids, strict=True) for offset in range(len(new))
-    ]
-    return [token for new in ids for token in new], positions
+    def _flat(
+        self, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[int]]:
+        """New tokens of all sequences, and the position of each, after the ``tokens`` that are there."""
+        positions = [
+            self.offset + len(before) + index
+            for before, new in zip(tokens, ids, strict=True)
+            for index in range(len(new))
+        ]
+        return [token for new in ids for token in new], positions

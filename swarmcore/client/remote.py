@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.routing.chain import Chain
 from swarmcore.wire.tensors import Tensor
 
@@ -46,5 +47,10 @@ class RemoteSession(Protocol):
 class SessionOpener(Protocol):
     """Opens sessions of one model."""
 
-    async def __call__(self, *, sequences: int, max_tokens: int) -> RemoteSession:
-        """``max_tokens`` is what each sequence is expected to grow to; it is no limit."""
+    async def __call__(
+        self, *, sequences: int, max_tokens: int, adapter: AdapterWeights | None = None
+    ) -> RemoteSession:
+        """``max_tokens`` is what each sequence is expected to grow to; it is no limit.
+
+        ``adapter`` is what its steps are computed with besides the frozen weights.
+        """

@@ -119,7 +119,7 @@ class Sessions:
         self.opened: list[WholeModelSession] = []
         self.stepped: Callable[[], Awaitable[None]] | None = None
 
-    async def __call__(self, *, sequences: int, max_tokens: int) -> WholeModelSession:
+    async def __call__(self, *, sequences: int, max_tokens: int, adapter: None = None) -> WholeModelSession:
         session = WholeModelSession(self.plain, sequences)
         session.stepped = self.stepped
         self.opened.append(session)
