@@ -1,7 +1,7 @@
 """Which codec a training pass uses on each link: lossless where time allows, fewer bytes where it does not.
 
-After AdaTopK of FusionLLM (arXiv 2410.12707, section 5): what is sent over a link is compressed in proportion
-to the time of that link, relative to that of the others; only links that hold the pipeline up lose anything.
+After AdaTopK of FusionLLM (arXiv 2410.12707, section 5): what goes over a link is compressed in proportion to
+the time it takes there, relative to that of the other stages; only links that hold the pipeline up lose any.
 
 What a client does with it, for each tensor of a pass with ``codec="auto"``::
 
@@ -53,16 +53,18 @@ class Rung:
     """Of each value once encoded, about."""
 
 
-LADDER = (
-    Rung("int8", 8.25),
-    Rung("topk0.5", 5.1),
-    Rung("topk0.25", 3.1),
-    Rung("topk0.1", 1.7),
-    Rung("topk0.05", 0.9),
-    Rung("topk0.02", 0.4),
-    Rung("topk0.01", 0.25),
-)
-"""Below lossless, in the order of their sizes."""
+LADDERS: Mapping[Kind, tuple[Rung, ...]] = {
+    "activations": (Rung("int8", 8.25), Rung("mixed4", 5), Rung("mixed3", 4), Rung("mixed2", 3)),
+    "gradients": (
+        Rung("int8", 8.25),
+        Rung("mixed4", 5),
+        Rung("mixed3", 4),
+        Rung("mixed2", 3),
+        Rung("mixed1", 2),
+    ),
+}
+"""Below lossless. They end where a pretrained model no longer learns from what comes through: codecs of the same
+sizes that only keep the largest entries destroy its hidden states, which are dense (docs/training-codec.md)."""
 
 
 @attrs.define
@@ -94,7 +96,7 @@ class LinkCodec:
         capacity: int = CAPACITY,
     ) -> None:
         self._share = share
-        self._ladders = ladders or {"activations": LADDER, "gradients": LADDER}
+        self._ladders = LADDERS if ladders is None else ladders
         self._capacity = capacity
         self._links: dict[tuple[PeerId, Way], _Link] = {}
         self._speeds: dict[tuple[PeerId, Kind], float] = {}

@@ -13,7 +13,8 @@ from typing import ParamSpec, TypeVar
 import attrs
 import torch
 
-import swarmcore.executor.torch.codecs  # noqa: F401  registers the int8 codec
+import swarmcore.executor.torch.codecs  # registers the int8 codec
+import swarmcore.executor.torch.sparse_codecs  # noqa: F401  registers the topk and mixed codecs
 from swarmcore.errors import InternalError, InvalidStepError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
 from swarmcore.executor.torch.batch import RaggedBatch
