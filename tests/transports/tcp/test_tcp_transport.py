@@ -6,22 +6,19 @@ import asyncio
 import gc
 import socket
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import attrs
 import pytest
+from tcp_peers import echo, listening, round_trip, settle
 
 from swarmcore.errors import (
     AddressError,
     AddressInUseError,
     InputError,
     MessageTooLargeError,
-    PeerIdentityError,
     PeerUnreachableError,
     StreamAbortedError,
     SwarmError,
-    UnavailableError,
 )
 from swarmcore.identity import Identity
 from swarmcore.transport import Stream
@@ -29,55 +26,11 @@ from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp import connection as connection_module
-from swarmcore_transports.tcp import transport as transport_module
 from swarmcore_transports.tcp.endpoint import endpoint_of
 from swarmcore_transports.tcp.flow import MESSAGE_COST
-from swarmcore_transports.tcp.frames import Kind, encode_frame
-from swarmcore_transports.tcp.security import dialler_context, listener_context
+from swarmcore_transports.tcp.security import dialler_context
 
 pytestmark = pytest.mark.every_loop
-
-
-async def echo(stream: Stream) -> None:
-    while True:
-        await stream.send(await stream.receive())
-
-
-@asynccontextmanager
-async def listening(
-    handler=echo, *, place: str = "127.0.0.1:0", limits: Limits | None = None
-) -> AsyncIterator[tuple[TcpTransport, TcpTransport, Address]]:
-    listener = TcpTransport(Identity.generate(), listen_on=[place], limits=limits)
-    dialler = TcpTransport(Identity.generate(), limits=limits)
-    try:
-        async with asyncio.timeout(30):
-            yield listener, dialler, (await listener.listen(handler))[0]
-    finally:
-        await dialler.close()
-        await listener.close()
-
-
-@asynccontextmanager
-async def impostor(handler, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """Anything at all behind a port; yields ``//host:port``."""
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await handler(reader, writer)
-        writer.close()
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
-    async with server:
-        yield f"//127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-async def round_trip(stream: Stream, message: bytes = b"hello") -> None:
-    await stream.send(message)
-    assert bytes(await stream.receive()) == message
-
-
-async def settle(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 # --- connections ---------------------------------------------------------------------------------------
@@ -186,114 +139,6 @@ async def test_a_host_that_does_not_resolve_is_unreachable() -> None:
     with pytest.raises(PeerUnreachableError, match=r"no-such-host\.invalid:1"):
         await dialler.open_stream(Address("tcp", "//no-such-host.invalid:1", Identity.generate().peer))
     await dialler.close()
-
-
-# --- impostors -----------------------------------------------------------------------------------------
-
-
-async def _http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-    await reader.read(1)
-
-
-async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read(1)
-
-
-async def _noise(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write(bytes(range(256)) * 100)
-    await reader.read()
-
-
-@pytest.mark.parametrize(
-    ("handler", "speaks_tls", "error"),
-    [
-        (_http, False, PeerIdentityError),
-        (_hang_up, False, PeerUnreachableError),
-        (_noise, True, UnavailableError),
-    ],
-)
-async def test_what_answers_is_no_peer(handler, speaks_tls: bool, error: type[Exception]) -> None:
-    identity = Identity.generate()
-    context = listener_context(identity)[0] if speaks_tls else None
-    dialler = TcpTransport(Identity.generate(), limits=Limits(connect_timeout=5))
-    async with impostor(handler, context) as location:
-        with pytest.raises(error):
-            await dialler.open_stream(Address("tcp", location, identity.peer))
-    await dialler.close()
-
-
-async def test_a_silent_listener_is_given_up() -> None:
-    silent = socket.create_server(("127.0.0.1", 0))
-    with silent:
-        dialler = TcpTransport(Identity.generate(), limits=Limits(connect_timeout=0.2))
-        address = Address("tcp", f"//127.0.0.1:{silent.getsockname()[1]}", Identity.generate().peer)
-        with pytest.raises(PeerUnreachableError, match=r"did not answer within 0\.2 s"):
-            await dialler.open_stream(address)
-        await dialler.close()
-
-
-async def _tls_stranger(address: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    endpoint = endpoint_of(address)
-    return await asyncio.open_connection(
-        endpoint.host, endpoint.port, ssl=dialler_context(), server_hostname="", ssl_shutdown_timeout=1
-    )
-
-
-@pytest.mark.parametrize(
-    "frame",
-    [
-        encode_frame(Kind.PROOF, bytes(108)),
-        encode_frame(Kind.OPEN),
-        encode_frame(Kind.ABORT, b"never mind"),
-        b"\xff" * 64,
-        encode_frame(Kind.MESSAGE, b"", 2**32 - 1),
-    ],
-)
-async def test_a_dialler_without_a_proof_is_refused(frame: bytes) -> None:
-    handled: list[Stream] = []
-
-    async def handler(stream: Stream) -> None:
-        handled.append(stream)
-
-    async with listening(handler) as (listener, _, address):
-        reader, writer = await _tls_stranger(address)
-        await reader.readexactly(9 + 32)  # the hello begins
-        writer.write(frame)
-        assert await _to_the_end(reader)
-        writer.close()
-        assert not handled
-        await settle(lambda: "0 connections" in repr(listener))
-
-
-async def test_a_slow_dialler_is_dropped_at_the_deadline() -> None:
-    async with listening(limits=Limits(connect_timeout=0.3)) as (_, dialler, address):
-        reader, writer = await _tls_stranger(address)  # then never proves anything
-        assert await _to_the_end(reader)
-        writer.close()
-        await round_trip(await dialler.open_stream(address))
-
-
-async def test_half_open_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "MAX_HALF_OPEN", 3)
-    async with listening() as (_, dialler, address):
-        endpoint = endpoint_of(address)
-        idlers = [await asyncio.open_connection(endpoint.host, endpoint.port) for _ in range(5)]
-        # The two oldest have made room; an honest peer still gets in.
-        for reader, _ in idlers[:2]:
-            assert await _to_the_end(reader)
-        await round_trip(await dialler.open_stream(address))
-        for _, writer in idlers:
-            writer.close()
-
-
-async def _to_the_end(reader: asyncio.StreamReader) -> bool:
-    try:
-        while await reader.read(65536):
-            pass
-    except ConnectionError:
-        pass
-    return True
 
 
 # --- bounds --------------------------------------------------------------------------------------------
