@@ -63,8 +63,9 @@ LADDERS: Mapping[Kind, tuple[Rung, ...]] = {
         Rung("mixed1", 2),
     ),
 }
-"""Below lossless. They end where a pretrained model no longer learns from what comes through: codecs of the same
-sizes that only keep the largest entries destroy its hidden states, which are dense (docs/training-codec.md)."""
+"""Below lossless. They end where a pretrained model no longer learns from what comes through: codecs of the
+same sizes that keep only the largest entries destroy its hidden states, which are dense
+(docs/training-codec.md)."""
 
 
 @attrs.define
