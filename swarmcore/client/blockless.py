@@ -100,6 +100,18 @@ def without_blocks(config: PretrainedConfig) -> PretrainedConfig:
     for name in _PER_LAYER_LISTS:
         if getattr(config, name, None):
             setattr(config, name, [])
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # there are no routers here
+    return config
+
+
+def with_blocks(config: PretrainedConfig, whole: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a config `without_blocks`, with the number of blocks that the ``whole`` model has."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = whole.num_hidden_layers
+    for name in _PER_LAYER_LISTS:
+        if getattr(whole, name, None):
+            setattr(config, name, list(getattr(whole, name)))
     return config
 
 

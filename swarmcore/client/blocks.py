@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from swarmcore.client.adapter_snapshot import snapshot
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.bridge import Bridge
-from swarmcore.client.micro_batches import PassRunner, Way, WayBack
+from swarmcore.client.micro_batches import BatchRunner, Way, WayBack
 from swarmcore.client.packed_rows import PackedRows
 from swarmcore.client.passes import Batch
 from swarmcore.errors import InputError, ProtocolError, SpanError
@@ -133,7 +133,7 @@ class _Journey:
         wanted = hidden.requires_grad or any(weight.requires_grad for weight in weights.values())
         self._differentiable = wanted and torch.is_grad_enabled()
 
-    async def forward(self, runner: PassRunner) -> list[Way]:
+    async def forward(self, runner: BatchRunner) -> list[Way]:
         options = runner.options
         batches = [
             Batch(group, self._adapter, options.reproducible, options.timeout) for group in self._groups
@@ -159,7 +159,7 @@ class _Journey:
         """Gradients of the inputs and of the adapter's weights, where they are asked for."""
         packed = self._rows.pack(gradient, self._groups)
 
-        async def work(runner: PassRunner) -> list[WayBack]:
+        async def work(runner: BatchRunner) -> list[WayBack]:
             return await runner.backward(self._ways, packed, inputs=inputs, weights=weights)
 
         back = self._bridge.run(work)

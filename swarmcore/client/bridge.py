@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarmcore.client.loop_thread import background_loop, wait_on
-from swarmcore.client.micro_batches import PassOptions, PassRunner
+from swarmcore.client.micro_batches import BatchRunner, PassOptions
 from swarmcore.errors import InputError, StreamClosedError
 from swarmcore.types import ModelInfo
 
@@ -33,13 +33,13 @@ class Bridge:
         self._own_loop = asyncio.get_running_loop()
         self._joining = asyncio.Lock()
         self._joined: Swarm | None = None
-        self._runner: PassRunner | None = None
+        self._runner: BatchRunner | None = None
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<Bridge {self._model.name} · {self._runner or 'nothing run yet'}>"
 
-    def run(self, work: Callable[[PassRunner], Coroutine[Any, Any, T]]) -> T:
+    def run(self, work: Callable[[BatchRunner], Coroutine[Any, Any, T]]) -> T:
         """Wait for ``work``. Raise `InputError` where waiting could never end."""
         loop = self._loop()
         if _running_loop() is loop:
@@ -49,7 +49,7 @@ class Bridge:
             )
         return wait_on(loop, self._with_runner(work))
 
-    async def run_async(self, work: Callable[[PassRunner], Coroutine[Any, Any, T]]) -> T:
+    async def run_async(self, work: Callable[[BatchRunner], Coroutine[Any, Any, T]]) -> T:
         """Await ``work``; from any loop."""
         loop = self._loop()
         if asyncio.get_running_loop() is loop:
@@ -67,12 +67,12 @@ class Bridge:
     def _loop(self) -> asyncio.AbstractEventLoop:
         return self._own_loop if self._swarm.again is None else background_loop().loop
 
-    async def _with_runner(self, work: Callable[[PassRunner], Coroutine[Any, Any, T]]) -> T:
+    async def _with_runner(self, work: Callable[[BatchRunner], Coroutine[Any, Any, T]]) -> T:
         if self._closed:
             raise StreamClosedError("the model is closed; load it again")
         swarm = await self._joined_swarm()
         if self._runner is None:
-            self._runner = swarm.pass_runner(self._model, self.options)
+            self._runner = swarm.batch_runner(self._model, self.options)
         return await work(self._runner)
 
     async def _joined_swarm(self) -> Swarm:

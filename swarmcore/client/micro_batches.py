@@ -16,9 +16,11 @@ import attrs
 
 from swarmcore.client import passes
 from swarmcore.client.opening import located
+from swarmcore.client.pass_codecs import PassCodecs
 from swarmcore.client.passes import Batch
 from swarmcore.errors import InputError, MissingBlocksError, SpanError, SwarmError, TooManyCallsError
 from swarmcore.routing.chain import Chain, Stage
+from swarmcore.routing.link_codec import Kind
 from swarmcore.rpc.node import Node
 from swarmcore.types import ModelInfo, PeerId, Span
 from swarmcore.wire.tensors import Tensor
@@ -59,7 +61,8 @@ class PassOptions:
     patience: float = attrs.field(default=60.0, validator=attrs.validators.ge(0))
     """Seconds to wait for a server that takes a micro-batch when there is none."""
     codec: str = "raw"
-    """How rows are encoded on the way, as `SessionOptions.codec`."""
+    """How rows are encoded on the way, as `SessionOptions.codec`; ``"auto"``: as each link allows, lossless
+    where it is fast enough to be hidden by the computation, see `LinkCodec`."""
     keep: bool = True
     """Whether servers may keep activations for the way back, where there is one."""
     reproducible: bool = False
@@ -96,7 +99,7 @@ class WayBack:
     """Of the adapter's weights, if they were asked for, in the order of the blocks."""
 
 
-class PassRunner:
+class BatchRunner:
     """Runs micro-batches of one model, several at a time, and does again what fails.
 
     A failed stage of a micro-batch is redone from the inputs kept here, by another server: that micro-batch
@@ -108,11 +111,12 @@ class PassRunner:
     ) -> None:
         self.node, self.planner, self.model = node, planner, model
         self.options = options or PassOptions()
+        self.codecs = PassCodecs(self.options.codec)
         self.redone = 0
         """Stages that were done again because a server failed."""
 
     def __repr__(self) -> str:
-        return f"<PassRunner {self.model.name} · {self.redone} stages redone>"
+        return f"<BatchRunner {self.model.name} · {self.redone} stages redone>"
 
     async def forward(
         self, span: Span, batches: Sequence[tuple[Batch, Tensor]], *, way_back: bool = False
@@ -155,6 +159,7 @@ class PassRunner:
             stages = await seeking.chain(Span(start, span.end))
             for stage in stages:
                 name = secrets.token_hex(16) if keep else ""
+                up, down = seeking.codecs(stage, "activations", hidden)
                 result = await seeking.attempt(
                     stage,
                     passes.forward(
@@ -164,12 +169,13 @@ class PassRunner:
                         batch,
                         hidden,
                         keep=name,
-                        codec=self.options.codec,
-                        answer_codec=self.options.codec,
+                        codec=up,
+                        answer_codec=down,
                     ),
                 )
                 if result is None:
                     break
+                self.codecs.done(stage.server.peer, "activations", hidden, result, seeking.now())
                 passed.append(Passed(stage, hidden, name if result.kept else ""))
                 hidden = result.outputs
         return Way(batch, tuple(passed), hidden)
@@ -182,6 +188,7 @@ class PassRunner:
         while left:
             passed = left[-1]
             assert gradient is not None
+            up, down = seeking.codecs(passed.stage, "gradients", gradient)
             result = await seeking.attempt(
                 passed.stage,
                 passes.backward(
@@ -194,13 +201,14 @@ class PassRunner:
                     kept=passed.kept,
                     wants_inputs=inputs or len(left) > 1,
                     wants_weights=weights,
-                    codec=self.options.codec,
-                    answer_codec=self.options.codec,
+                    codec=up,
+                    answer_codec=down,
                 ),
             )
             if result is None:
                 left[-1:] = await self._instead_of(passed, way.batch, seeking)
                 continue
+            self.codecs.done(passed.stage.server.peer, "gradients", gradient, result, seeking.now())
             left.pop()
             found.insert(0, result.weights)
             gradient = result.gradients
@@ -240,12 +248,17 @@ class PassRunner:
 class _Seeking:
     """The search of one micro-batch for servers that do it, and its patience."""
 
-    def __init__(self, runner: PassRunner, batch: Batch) -> None:
+    def __init__(self, runner: BatchRunner, batch: Batch) -> None:
         self._runner, self._batch = runner, batch
         self._failure: SwarmError | None = None
         self._avoid: list[PeerId] = []
-        self._give_up = self._now() + runner.options.patience
+        self._give_up = self.now() + runner.options.patience
         self._pause = FIRST_PAUSE
+        self._peers: tuple[PeerId, ...] = ()
+
+    def codecs(self, stage: Stage, kind: Kind, rows: Tensor) -> tuple[str, str]:
+        """In which codecs rows go to a server, and come back."""
+        return self._runner.codecs.choose(stage.server.peer, kind, rows, self.now(), self._peers)
 
     async def chain(self, span: Span) -> list[Stage]:
         """Servers for ``span``; wait when there are none, or when those that there are have all failed."""
@@ -259,15 +272,16 @@ class _Seeking:
                     avoid=self._avoid,
                 )
             except MissingBlocksError as exc:
-                if self._now() + self._pause > self._give_up:
+                if self.now() + self._pause > self._give_up:
                     raise self._failure or exc from exc
                 logger.info("a batch of %d tokens waits: %s", self._batch.rows, exc)
             else:
                 if chain.stages[0].server.peer not in self._avoid:
+                    self._peers = chain.peers
                     return list(chain.stages)
                 # Nobody is left but those that have failed it: once more, later.
                 self._avoid.clear()
-                if self._now() + self._pause > self._give_up:
+                if self.now() + self._pause > self._give_up:
                     raise self._failure or InputError("no server takes the batch")
             await asyncio.sleep(self._pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -285,7 +299,7 @@ class _Seeking:
             raise located(stage, exc) from exc
         except SwarmError as exc:
             self._failure = located(stage, exc)
-            if self._now() > self._give_up:
+            if self.now() > self._give_up:
                 raise self._failure from exc
             runner.redone += 1
             logger.info("a batch of %d tokens is done again: %s", self._batch.rows, self._failure)
@@ -294,9 +308,9 @@ class _Seeking:
                 runner.planner.failed(peer, exc)
             return None
         runner.planner.worked(stage, self._batch.rows, result.seconds)
-        self._give_up, self._pause = self._now() + runner.options.patience, FIRST_PAUSE
+        self._give_up, self._pause = self.now() + runner.options.patience, FIRST_PAUSE
         return result
 
     @staticmethod
-    def _now() -> float:
+    def now() -> float:
         return asyncio.get_running_loop().time()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import attrs
 
 from swarmcore.client.adapter_weights import AdapterWeights
+from swarmcore.client.pass_codecs import Transfer
 from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError, UnavailableError
 from swarmcore.routing.chain import Stage
 from swarmcore.rpc.channel import Channel
@@ -29,7 +30,7 @@ from swarmcore.wire.passes import (
 )
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 2**19
 """Rows travel in pieces of about so many bytes before they are encoded."""
 
 Done = TypeVar("Done", ForwardDone, BackwardDone)
@@ -59,6 +60,8 @@ class Forwarded:
     """Whether the server said that it keeps activations for the way back."""
     seconds: float
     """Time that the server was at work on it."""
+    up: Transfer
+    down: Transfer
 
 
 @attrs.frozen(eq=False)
@@ -70,6 +73,8 @@ class BackwardResult:
     weights: tuple[Tensor, ...]
     """Of the adapter's weights in the blocks of the stage."""
     seconds: float
+    up: Transfer
+    down: Transfer
 
 
 async def forward(
@@ -101,10 +106,10 @@ async def forward(
         reproducible=batch.reproducible,
     )
     answers = _Answers("outputs", batch.rows, model.hidden_size)
-    done = await _Pass(node, stage, batch, inputs, codec).run(
-        FORWARD_PROTOCOL, opening, ("inputs", inputs), answers, ForwardDone
-    )
-    return Forwarded(answers.whole(), done.kept, done.seconds)
+    talk = _Pass(node, stage, batch, inputs, codec)
+    done = await talk.run(FORWARD_PROTOCOL, opening, ("inputs", inputs), answers, ForwardDone)
+    up = Transfer(talk.sent, done.receiving)
+    return Forwarded(answers.whole(), done.kept, done.seconds, up, answers.transfer)
 
 
 async def backward(
@@ -140,10 +145,11 @@ async def backward(
         reproducible=batch.reproducible,
     )
     answers = _Answers("gradients", batch.rows if wants_inputs else 0, model.hidden_size)
-    done = await _Pass(node, stage, batch, inputs, codec).run(
-        BACKWARD_PROTOCOL, opening, ("gradients", gradients), answers, BackwardDone
-    )
-    return BackwardResult(answers.whole() if wants_inputs else None, tuple(answers.weights), done.seconds)
+    talk = _Pass(node, stage, batch, inputs, codec)
+    done = await talk.run(BACKWARD_PROTOCOL, opening, ("gradients", gradients), answers, BackwardDone)
+    found = answers.whole() if wants_inputs else None
+    up = Transfer(talk.sent, done.receiving)
+    return BackwardResult(found, tuple(answers.weights), done.seconds, up, answers.transfer)
 
 
 class _Answers:
@@ -155,6 +161,16 @@ class _Answers:
         self._dtype = ""
         self._values = bytearray()
         self._received = 0
+        self._began = 0.0
+        self.transfer = Transfer()
+        """Of all pieces after the first, which may have waited for what was computed."""
+
+    def arrived(self, hidden: Tensor, now: float) -> None:
+        """A piece has come, still encoded."""
+        if not self._received:
+            self._began = now
+        else:
+            self.transfer = Transfer(self.transfer.nbytes + hidden.data.nbytes, now - self._began)
 
     def take(self, record: Rows, hidden: Tensor) -> None:
         many, width = hidden.shape if len(hidden.shape) == 2 else (0, 0)
@@ -186,6 +202,8 @@ class _Pass:
         self._inputs, self._codec = inputs, codec
         self._to_send: asyncio.Queue[Callable[[Channel], Awaitable[None]]] = asyncio.Queue()
         self._failure: SwarmError | None = None
+        self.sent = 0
+        """Bytes of rows, as encoded."""
 
     async def run(
         self,
@@ -225,7 +243,11 @@ class _Pass:
         record = message.record
         match record:
             case Rows():
-                await _off_loop(answers.take, record, message.tensor("hidden"))
+                hidden = message.tensor("hidden")
+                answers.arrived(hidden, asyncio.get_running_loop().time())
+                # What takes long to decode is decoded in a thread.
+                raw = hidden if hidden.codec == "raw" else await asyncio.to_thread(hidden.decode)
+                answers.take(record, raw)
             case AdapterPart():
                 answers.weights += message.tensors
             case InputsWanted():
@@ -253,11 +275,5 @@ class _Pass:
             piece = rows.rows(first, min(first + step, many))
             if self._codec != "raw":
                 piece = await asyncio.to_thread(piece.encode, self._codec)
+            self.sent += piece.data.nbytes
             await channel.send(Rows(kind, first), piece)
-
-
-async def _off_loop(take: Callable[[Rows, Tensor], None], record: Rows, hidden: Tensor) -> None:
-    """Decode what takes long to decode in a thread."""
-    if hidden.codec != "raw":
-        hidden = await asyncio.to_thread(hidden.decode)
-    take(record, hidden)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from swarmcore.client.adapter_weights import AdapterWeights
-from swarmcore.client.micro_batches import PassOptions, PassRunner
+from swarmcore.client.micro_batches import BatchRunner, PassOptions
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id
@@ -173,11 +173,11 @@ class Swarm:
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
         )
 
-    def pass_runner(self, model: ModelInfo, options: PassOptions | None = None) -> PassRunner:
+    def batch_runner(self, model: ModelInfo, options: PassOptions | None = None) -> BatchRunner:
         """What runs batches through blocks of ``model`` and back, without torch."""
         sessions = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
         planner = PassPlanner(self.registry, self.health, model, sessions, admits=self._admits)
-        return PassRunner(self.node, planner, model, options)
+        return BatchRunner(self.node, planner, model, options)
 
     async def load_model(
         self,

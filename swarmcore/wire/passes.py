@@ -116,6 +116,8 @@ class ForwardDone:
     """Whether activations are kept, for now."""
     seconds: float = 0.0
     """Time at work on it, without waiting."""
+    receiving: float = 0.0
+    """Seconds from the opening until the last of the client's rows had come."""
 
 
 @attrs.frozen
@@ -123,3 +125,4 @@ class BackwardDone:
     """Server to client: all gradients have been sent."""
 
     seconds: float = 0.0
+    receiving: float = 0.0

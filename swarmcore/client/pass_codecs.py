@@ -1,0 +1,72 @@
+"""In which codec the rows of a pass travel: always the same one, or as the link to each server allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import attrs
+
+from swarmcore.routing.link_codec import Kind, LinkCodec
+from swarmcore.types import PeerId
+from swarmcore.wire.tensors import Tensor
+
+
+@attrs.frozen
+class Transfer:
+    """Rows that went over a link."""
+
+    nbytes: int = 0
+    """As encoded."""
+    seconds: float = 0.0
+
+
+class Transferred(Protocol):
+    """What of a pass's result tells how fast its link and its server are."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def up(self) -> Transfer: ...
+
+    @property
+    def down(self) -> Transfer: ...
+
+
+class PassCodecs:
+    """Chooses codecs, and learns from each pass. ``codec`` is that of all rows, or ``"auto"``."""
+
+    def __init__(self, codec: str) -> None:
+        self._fixed = codec
+        self._links = LinkCodec() if codec == "auto" else None
+
+    def __repr__(self) -> str:
+        return f"<PassCodecs {self._links or self._fixed}>"
+
+    def choose(
+        self, peer: PeerId, kind: Kind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
+    ) -> tuple[str, str]:
+        """The codecs for ``rows`` to ``peer`` and for as many that come back.
+
+        ``chain`` is every server that the micro-batch passes through.
+        """
+        if self._links is None:
+            return self._fixed, self._fixed
+        peers = tuple(chain)
+        up = self._links.codec(peer, "up", kind, rows.dtype, rows.shape, now, chain=peers)
+        down = self._links.codec(peer, "down", kind, rows.dtype, rows.shape, now, chain=peers)
+        return up, down
+
+    def done(self, peer: PeerId, kind: Kind, rows: Tensor, result: Transferred, now: float) -> None:
+        """A pass of ``rows`` has come to its end."""
+        if self._links is None:
+            return
+        self._links.transferred(peer, "up", result.up.nbytes, result.up.seconds, now)
+        self._links.transferred(peer, "down", result.down.nbytes, result.down.seconds, now)
+        self._links.computed(peer, kind, rows.shape, result.seconds, now)
+
+    def refused(self, peer: PeerId, codec: str) -> None:
+        """``peer`` does not know ``codec``."""
+        if self._links is not None:
+            self._links.refused(peer, codec)
