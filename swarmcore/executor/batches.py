@@ -7,9 +7,11 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
-from swarmcore.errors import InternalError, RemoteFaultError, SwarmError
+from swarmcore.errors import InternalError, SwarmError
 from swarmcore.executor.base import BlockExecutor, Slice
+from swarmcore.executor.faults import translated
 from swarmcore.executor.gathering import Gathering
+from swarmcore.executor.pass_runner import PassRunner
 from swarmcore.executor.scheduler import Batch, Scheduler
 from swarmcore.executor.session import SessionStep
 from swarmcore.executor.stats import EngineStats
@@ -29,9 +31,11 @@ class BatchLoop:
         scheduler: Scheduler[SessionStep],
         gathering: Gathering,
         stats: EngineStats,
+        passes: PassRunner,
         changed: Callable[[], None],
     ) -> None:
         """``changed`` is called after each change of the table."""
+        self._passes = passes
         self._executor = executor
         self._table = table
         self._scheduler = scheduler
@@ -53,18 +57,30 @@ class BatchLoop:
     async def run(self) -> None:
         """Compute until it is told to stop."""
         while not self._stopping:
-            if not len(self._scheduler):
+            if not len(self._scheduler) and not self._passes_wait:
                 self._wake.clear()
                 await self._wake.wait()
             else:
                 # Callers just answered run first, so that their next steps join this batch.
                 await asyncio.sleep(0)
-            await self._gather()
-            batch = self._table.schedule(_now())
-            if batch.steps:
-                await self._run(batch)
-            self._table.poll(_now())
-            self._changed()
+            if len(self._scheduler):
+                await self._run_batch()
+            if self._passes_wait and not self._stopping:
+                await self._passes.run_unit()
+
+    @property
+    def _passes_wait(self) -> bool:
+        return len(self._passes.queue) > 0
+
+    async def _run_batch(self) -> None:
+        self._passes.pacing.stepped(_now())
+        await self._gather()
+        batch = self._table.schedule(_now())
+        if batch.steps:
+            await self._run(batch)
+            self._passes.pacing.stepped(_now())
+        self._table.poll(_now())
+        self._changed()
 
     async def _gather(self) -> None:
         """Give decode steps that are about to come the time to join the next batch, where that pays."""
@@ -127,17 +143,6 @@ class BatchLoop:
                 )
             # One instance for each step: an exception that is raised in several tasks mixes up tracebacks.
             return [translated(exc) for _ in slices]
-
-
-def translated(exc: Exception) -> SwarmError:
-    """What a caller gets when the executor raised ``exc``: an instance of its own each time."""
-    if isinstance(exc, SwarmError):
-        return type(exc)(exc.message, **exc.details)
-    error = RemoteFaultError(
-        f"the server's executor failed ({type(exc).__name__}); its log has the traceback"
-    )
-    error.__cause__ = exc
-    return error
 
 
 def _now() -> float:

@@ -17,25 +17,19 @@ from swarmcore.errors import (
     InputError,
     InvalidStepError,
     RemoteFaultError,
-    ServerDrainingError,
     SessionLostError,
-    SpanError,
     SwarmError,
     TooManyCallsError,
 )
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.batches import BatchLoop
 from swarmcore.executor.cache import CacheBudget
+from swarmcore.executor.checks import check_codec, check_held, check_hidden, check_timeout, draining
 from swarmcore.executor.gathering import Gathering
+from swarmcore.executor.pass_runner import PassLimits, PassRunner
+from swarmcore.executor.passes import Adapter
 from swarmcore.executor.scheduler import Scheduler
-from swarmcore.executor.session import (
-    CacheImport,
-    EngineSession,
-    SessionStep,
-    Turn,
-    check_codec,
-    check_hidden,
-)
+from swarmcore.executor.session import CacheImport, EngineSession, SessionStep, Turn
 from swarmcore.executor.stats import EngineStats
 from swarmcore.executor.table import SessionTable
 from swarmcore.executor.transfer import CacheChunk, CacheTransfer
@@ -43,9 +37,6 @@ from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
-
-MAX_TIMEOUT = 3600.0
-"""Longest wait, in seconds, that a caller may ask for; more is cut to this."""
 
 CLOSE_TIMEOUT = 10.0
 """Seconds that `Engine.close` lets the running batch finish."""
@@ -73,6 +64,7 @@ class Engine:
         max_step_tokens: int = 16384,
         max_pending_steps: int = 64,
         max_pending_tokens: int = 262144,
+        pass_limits: PassLimits | None = None,
     ) -> None:
         self.executor = executor
         self.max_sequences = max_sequences
@@ -95,8 +87,10 @@ class Engine:
         self._table = SessionTable(executor, self._budget, self._scheduler, self.stats)
         self._transfer = CacheTransfer(executor, self._table, self._carry_on)
         self._gathering = Gathering()
+        self.passes = PassRunner(executor, self.stats, pass_limits or PassLimits(), self._wake)
+        """Forward and backward passes, which go after interactive steps: `PassRunner.admit` begins one."""
         self._batches = BatchLoop(
-            executor, self._table, self._scheduler, self._gathering, self.stats, self._carry_on
+            executor, self._table, self._scheduler, self._gathering, self.stats, self.passes, self._carry_on
         )
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -143,7 +137,7 @@ class Engine:
         return (
             f"<Engine {self.executor.span} · {self.sessions} sessions · cache "
             f"{self.cache_tokens_used}/{self.cache_tokens} · {self._table.pending_tokens} tokens pending · "
-            f"{self.stats.steps} steps in {self.stats.batches} batches>"
+            f"{self.stats.steps} steps in {self.stats.batches} batches · {len(self.passes.queue)} passes>"
         )
 
     # --- life --------------------------------------------------------------------------------------------
@@ -165,7 +159,8 @@ class Engine:
 
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
-        self._table.close_all(error, _draining(), self._now())
+        self._table.close_all(error, draining(), self._now())
+        self.passes.stop(draining())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -179,19 +174,26 @@ class Engine:
     # --- what callers ask for ----------------------------------------------------------------------------
 
     async def open(
-        self, session: str, sequences: int, tokens: int, timeout: float, span: Span | None = None
+        self,
+        session: str,
+        sequences: int,
+        tokens: int,
+        timeout: float,
+        span: Span | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Admit a session of ``sequences`` sequences, with ``tokens`` of cache (over all of them) set aside.
 
         Its steps go through the blocks ``span``, by default all that the executor has. A session that passes
-        through a part of them is charged that part of its tokens, in whole pages.
+        through a part of them is charged that part of its tokens, in whole pages. All are computed with
+        ``adapter``, whose prefix takes room in every sequence besides its tokens.
 
         Wait up to ``timeout`` seconds for that room, first come first served; raise `CacheFullError`, with
         its ``retry_after``, when it does not come free or never could. Beyond ``tokens`` the session grows as
         it goes. Raise `SpanError` for blocks that are not here, `InputError` for numbers that make no sense.
         """
         if self._closing:
-            raise _draining()
+            raise draining()
         if session in self._table.sessions or session in self._table.opening:
             raise InputError(f"session {session[:8]} is open already; choose a new random name for a new one")
         if not 0 < sequences <= self.max_sequences:
@@ -199,14 +201,15 @@ class Engine:
         if tokens < 0:
             raise InputError(f"a session that needs {tokens} cache tokens; expected 0 or more")
         span = span or self.executor.span
-        _check_held(span, self.executor.span)
+        check_held(span, self.executor.span)
         now = self._now()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._table.request(session, span, sequences, tokens, answer, now + _checked(timeout), now)
+        deadline = now + check_timeout(timeout)
+        self._table.request(session, span, sequences, tokens, answer, deadline, now, adapter)
         self._carry_on()
         try:
             await answer
-            _check_held(span, self.executor.span)  # which may have changed in the meantime
+            check_held(span, self.executor.span)  # which may have changed in the meantime
         except BaseException:
             self._table.withdraw(session, self._now())
             self._carry_on()
@@ -254,7 +257,7 @@ class Engine:
                 raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
             self._check_line(found, hidden.shape[0])
             now = self._now()
-            deadline = now + _checked(timeout)
+            deadline = now + check_timeout(timeout)
         except SwarmError:
             self.stats.refusals += 1
             raise
@@ -268,6 +271,7 @@ class Engine:
             codec,
             deadline,
             order,
+            adapter=found.adapter,
             session=found,
             answer=answer,
             submitted=now,
@@ -322,7 +326,7 @@ class Engine:
         turn = CacheImport(
             session=found,
             segments=(segment,),
-            deadline=now + _checked(timeout),
+            deadline=now + check_timeout(timeout),
             tensors=tensors,
             answer=answer,
             begin=self._transfer.begin,
@@ -363,6 +367,9 @@ class Engine:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
+    def _wake(self) -> None:
+        self._batches.wake()
+
     def _carry_on(self) -> None:
         """After every change of the table: have the batches run, and the timer set."""
         if self._closing:
@@ -382,18 +389,3 @@ class Engine:
         self._timer = None
         self._table.tick(self._now())
         self._carry_on()
-
-
-def _check_held(span: Span, held: Span) -> None:
-    if not held.start <= span.start < span.end <= held.end:
-        raise SpanError(f"blocks {span} are not all here: this server holds {held}")
-
-
-def _checked(timeout: float) -> float:
-    if timeout != timeout:
-        raise InvalidStepError("the timeout is not a number; expected seconds")
-    return min(timeout, MAX_TIMEOUT)
-
-
-def _draining() -> ServerDrainingError:
-    return ServerDrainingError("the server is shutting down; use another one")

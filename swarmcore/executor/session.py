@@ -9,18 +9,13 @@ from typing import ClassVar
 
 import attrs
 
-from swarmcore.errors import (
-    DeadlineExceededError,
-    InvalidStepError,
-    SessionLostError,
-    SwarmError,
-    UnknownCodecError,
-)
+from swarmcore.errors import DeadlineExceededError, InvalidStepError, SessionLostError, SwarmError
 from swarmcore.executor.base import Segment, SequenceId
-from swarmcore.executor.cache import Holding
+from swarmcore.executor.cache import Admission, Holding
+from swarmcore.executor.passes import Adapter
 from swarmcore.executor.steps import PendingStep
 from swarmcore.types import Span
-from swarmcore.wire.tensors import FLOATS, Tensor, codec_names
+from swarmcore.wire.tensors import Tensor
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -82,15 +77,27 @@ class Share:
         return charged * self.unit // self.blocks
 
 
+@attrs.frozen
+class Opening:
+    """A session that waits to be admitted."""
+
+    span: Span
+    share: Share
+    adapter: Adapter | None
+    request: Admission
+    answer: asyncio.Future[None]
+
+
 class EngineSession:
     """The first turn in line is the only one that has room in the cache, or waits for it, or computes."""
 
     def __init__(
-        self, name: str, span: Span, share: Share, sequences: tuple[SequenceId, ...], holding: Holding
+        self, name: str, opening: Opening, sequences: tuple[SequenceId, ...], holding: Holding
     ) -> None:
         self.name = name
-        self.span = span
-        self.share = share
+        self.span = opening.span
+        self.share = opening.share
+        self.adapter = opening.adapter
         self.sequences = sequences
         self.holding = holding
         self.lengths = [0] * len(sequences)
@@ -106,6 +113,11 @@ class EngineSession:
         self.closed = False
         self.reserved = list(holding.pages)
         """Pages of the budget, for each sequence, that the executor was told of."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Cached positions before the first token of each sequence."""
+        return self.adapter.prefix_tokens if self.adapter is not None else 0
 
     def segments(
         self, starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()
@@ -200,37 +212,6 @@ class EngineSession:
         if self.line and doing == "idle":
             doing = "queued"
         return f"<EngineSession {self.name[:8]} · pos {max(self.lengths)} · {len(self.line)} steps · {doing}>"
-
-
-def check_hidden(hidden: Tensor, rows: int, width: int, max_rows: int) -> None:
-    """Raise `InvalidStepError` unless ``hidden`` is ``[rows, width]`` in a dtype that executors take."""
-    if not 0 < rows <= max_rows:
-        raise InvalidStepError(
-            f"the step has {rows} tokens; expected 1 to {max_rows}: send a longer one in several steps"
-        )
-    if hidden.shape != (rows, width):
-        raise InvalidStepError(
-            f"hidden states have shape {list(hidden.shape)}; expected [{rows}, {width}]: a row for each "
-            f"token of the step's lengths, of the model's hidden size"
-        )
-    if hidden.dtype not in FLOATS:
-        raise InvalidStepError(f"hidden states are of dtype {hidden.dtype!r}; expected {', '.join(FLOATS)}")
-    if hidden.codec == "raw" and hidden.data.nbytes != hidden.decoded_nbytes:
-        raise InvalidStepError(
-            f"hidden states hold {hidden.data.nbytes} bytes; expected {hidden.decoded_nbytes} for {rows} "
-            f"rows of {width} {hidden.dtype} values"
-        )
-    check_codec(hidden.codec)
-
-
-def check_codec(codec: str) -> None:
-    """Raise `UnknownCodecError` unless tensors can be encoded with ``codec`` here."""
-    base, plus, on_top = codec.partition("+")
-    if base not in codec_names() or (plus and on_top != "zstd"):
-        known = ", ".join(codec_names())
-        raise UnknownCodecError(
-            f"tensor codec {codec!r} is not known here; expected one of {known}, alone or with +zstd on top"
-        )
 
 
 def orphaned(error: SwarmError) -> SwarmError:

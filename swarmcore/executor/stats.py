@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import attrs
 
@@ -27,6 +28,19 @@ class EngineStats:
     sessions_opened: int = 0
     sessions_evicted: int = 0
     """Sessions ended for being idle, or to make room."""
+    forwards: int = 0
+    """Forward passes that were computed to the end; the same for those below."""
+    backwards: int = 0
+    pass_tokens: int = 0
+    pass_units: int = 0
+    pass_seconds: float = 0.0
+    """Time at work on passes, of those that failed too."""
+    passes_failed: int = 0
+    """Passes that were accepted and then failed, expired or were cancelled."""
+    passes_refused: int = 0
+    kept_hits: int = 0
+    """Backward passes that found their activations kept."""
+    kept_misses: int = 0
     decode_rps: float = 0.0
     """Decode steps per second that one session would see: one over the time of a batch of decode steps."""
     forward_rps: float = 0.0
@@ -54,6 +68,19 @@ class EngineStats:
             self.decode_rps = _average(self.decode_rps, 1 / seconds)
         else:
             self.forward_rps = _average(self.forward_rps, tokens / seconds)
+
+    def note_unit(self, seconds: float) -> None:
+        """A unit of a pass was computed."""
+        self.pass_units += 1
+        self.pass_seconds += seconds
+
+    def note_pass(self, kind: Literal["forward", "backward"], tokens: int) -> None:
+        """A pass is through."""
+        self.pass_tokens += tokens
+        if kind == "forward":
+            self.forwards += 1
+        else:
+            self.backwards += 1
 
     def note_wait(self, seconds: float, now: float) -> None:
         """A decode step was submitted so many seconds before its first batch, which starts ``now``."""

@@ -8,6 +8,7 @@ import attrs
 
 from swarmcore.errors import InternalError
 from swarmcore.executor.base import Segment, Slice
+from swarmcore.executor.passes import Adapter
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -25,6 +26,7 @@ class PendingStep:
     deadline: float
     sources: tuple[int, ...] = ()
     """Which sequence of its session each one is made a copy of before the first row is run; empty: none."""
+    adapter: Adapter | None = None
     rows: int = attrs.field(init=False)
     decode: bool = attrs.field(init=False)
     """Whether the step adds one token to each of its sequences."""
@@ -58,7 +60,7 @@ class PendingStep:
         """The next slice, of at most ``rows`` rows."""
         if self.taken == 0 and rows >= self.rows:
             self.taken, self._segment = self.rows, len(self.segments)
-            self._running = Slice(self.hidden, 0, self.span, self.segments, self.reply, self.codec)
+            self._running = self._slice(0, self.segments, self.codec)
             return self._running
         first, segments = self.taken, []
         while rows and self._segment < len(self.segments):
@@ -71,8 +73,11 @@ class PendingStep:
             if self._offset == segment.count:
                 self._segment, self._offset = self._segment + 1, 0
         # Encoded rows cannot be joined, so the parts of a step come raw and the whole is encoded at the end.
-        self._running = Slice(self.hidden, first, self.span, tuple(segments), self.reply, "raw")
+        self._running = self._slice(first, tuple(segments), "raw")
         return self._running
+
+    def _slice(self, first: int, segments: tuple[Segment, ...], codec: str) -> Slice:
+        return Slice(self.hidden, first, self.span, segments, self.reply, codec, self.adapter)
 
     def put(self, result: Tensor) -> None:
         """The result of the slice taken last. Raise `InternalError` when it has not the rows asked for."""

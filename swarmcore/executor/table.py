@@ -11,8 +11,6 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 
-import attrs
-
 from swarmcore.errors import (
     CacheFullError,
     InternalError,
@@ -31,10 +29,12 @@ from swarmcore.executor.cache import (
     Outcome,
     Refused,
 )
+from swarmcore.executor.passes import Adapter
 from swarmcore.executor.scheduler import Batch, Scheduler
 from swarmcore.executor.session import (
     CacheImport,
     EngineSession,
+    Opening,
     SessionStep,
     Share,
     Turn,
@@ -49,14 +49,6 @@ from swarmcore.wire.tensors import Tensor
 log = logging.getLogger(__name__)
 
 
-@attrs.frozen
-class _Opening:
-    span: Span
-    share: Share
-    request: Admission
-    answer: asyncio.Future[None]
-
-
 class SessionTable:
     """Joins the budget, the scheduler and the sessions; reserves and releases the executor's caches."""
 
@@ -68,7 +60,7 @@ class SessionTable:
         stats: EngineStats,
     ) -> None:
         self.sessions: dict[str, EngineSession] = {}
-        self.opening: dict[str, _Opening] = {}
+        self.opening: dict[str, Opening] = {}
         self.blocks = len(executor.span)
         """Blocks that a token of the budget reaches through, however many the executor comes to hold."""
         self.pending_tokens = 0
@@ -100,6 +92,7 @@ class SessionTable:
         answer: asyncio.Future[None],
         deadline: float,
         now: float,
+        adapter: Adapter | None = None,
     ) -> None:
         """Put a new session in line; `withdraw` has to follow when ``answer`` is not a success.
 
@@ -107,13 +100,14 @@ class SessionTable:
         """
         share = Share(len(span), self.blocks)
         page = self._budget.page
+        tokens += sequences * adapter.prefix_tokens if adapter is not None and tokens else 0
         tokens = sequences * page * share.charge(-(-tokens // (sequences * page)))
         try:
             request = self._budget.request(name, sequences, tokens, deadline, now)
         except CacheFullError:
             self._stats.refusals += 1
             raise
-        self.opening[name] = _Opening(span, share, request, answer)
+        self.opening[name] = Opening(span, share, adapter, request, answer)
         self._wake_by(deadline)
         self.poll(now)
 
@@ -143,9 +137,8 @@ class SessionTable:
         ids = range(self._next_sequence, self._next_sequence + request.sequences)
         self._next_sequence = ids.stop
         sequences = tuple(map(SequenceId, ids))
-        self.sessions[request.session] = EngineSession(
-            request.session, opening.span, opening.share, sequences, outcome.holding
-        )
+        session = EngineSession(request.session, opening, sequences, outcome.holding)
+        self.sessions[request.session] = session
         self._stats.sessions_opened += 1
         self._wake_by(now + self._budget.idle_timeout)
         # When its caller is just being cancelled, `withdraw` follows.
@@ -261,8 +254,9 @@ class SessionTable:
 
     def _charged(self, session: EngineSession, lengths: Sequence[int]) -> list[int]:
         """What sequences of so many tokens take of the budget, in its tokens."""
-        page = self._budget.page
-        return [session.share.charge(-(-length // page)) * page for length in lengths]
+        page, prefix = self._budget.page, session.prefix_tokens
+        needs = (length + prefix if length else 0 for length in lengths)
+        return [session.share.charge(-(-need // page)) * page for need in needs]
 
     def _reserve(self, session: EngineSession) -> None:
         pages = session.holding.pages

@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.errors import InputError, SessionLostError, SwarmError
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.batches import translated
+from swarmcore.executor.faults import translated
 from swarmcore.executor.session import CacheImport, EngineSession
 from swarmcore.executor.table import SessionTable
 from swarmcore.wire.tensors import Tensor

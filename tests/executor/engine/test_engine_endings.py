@@ -95,5 +95,5 @@ async def test_repr_shows_the_state() -> None:
         await engine.open("a", 1, 0, timeout=1.0)
         await run(engine, "a", 0, some_rows(4))
         assert repr(engine) == (
-            "<Engine 0:12 · 1 sessions · cache 4/400 · 0 tokens pending · 1 steps in 1 batches>"
+            "<Engine 0:12 · 1 sessions · cache 4/400 · 0 tokens pending · 1 steps in 1 batches · 0 passes>"
         )

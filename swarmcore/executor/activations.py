@@ -1,0 +1,102 @@
+"""Activations of forward passes, kept for the backward passes that may follow. A plain object."""
+
+from __future__ import annotations
+
+import attrs
+
+from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
+from swarmcore.types import Span
+
+
+@attrs.define(eq=False)
+class _Kept:
+    forward: ForwardPass
+    span: Span
+    lengths: tuple[int, ...]
+    adapter: Adapter | None
+    nbytes: int
+    until: float
+
+
+class ActivationStore:
+    """At most ``budget`` bytes, each pass for ``ttl`` seconds; the oldest go first.
+
+    A kept pass goes to the first backward pass that names it. Callers see speed and nothing else: what is
+    gone is computed again. A caller's passes are not dropped when its connections end: they belong to none of
+    them, and are soon gone by themselves. Passes that still compute are not counted.
+    """
+
+    def __init__(self, budget: int, *, ttl: float = 120.0) -> None:
+        self.budget = budget
+        self.ttl = ttl
+        self.nbytes = 0
+        """What is kept now."""
+        self._kept: dict[tuple[str, str], _Kept] = {}
+        self._per_token = 0.0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def worth_keeping(self, batch: SequenceBatch) -> bool:
+        """Whether a batch's activations would fit at all, as far as earlier ones tell."""
+        return self.budget > 0 and self._per_token * batch.tokens * len(batch.span) <= self.budget
+
+    def keep(self, caller: str, name: str, batch: SequenceBatch, forward: ForwardPass, now: float) -> bool:
+        """Take over a pass that is through, or close it and return False when it does not fit.
+
+        A name that the caller has used before is forgotten.
+        """
+        self._drop((caller, name))
+        nbytes = forward.kept_bytes
+        self._per_token = nbytes / (batch.tokens * len(batch.span))
+        if nbytes > self.budget:
+            forward.close()
+            return False
+        while self.nbytes + nbytes > self.budget:
+            self._drop(next(iter(self._kept)))
+        self._kept[caller, name] = _Kept(
+            forward, batch.span, batch.lengths, batch.adapter, nbytes, now + self.ttl
+        )
+        self.nbytes += nbytes
+        return True
+
+    def take(
+        self,
+        caller: str,
+        name: str,
+        span: Span,
+        lengths: tuple[int, ...],
+        adapter: Adapter | None,
+        now: float,
+    ) -> ForwardPass | None:
+        """The pass that the caller named so, then its own to close; None when there is none of this batch."""
+        self.expire(now)
+        kept = self._kept.get((caller, name))
+        if kept is None or (kept.span, kept.lengths) != (span, lengths) or kept.adapter is not adapter:
+            return None
+        del self._kept[caller, name]
+        self.nbytes -= kept.nbytes
+        return kept.forward
+
+    def expire(self, now: float) -> None:
+        """Drop what has been kept for long enough."""
+        for name in [name for name, kept in self._kept.items() if kept.until <= now]:
+            self._drop(name)
+
+    def next_expiry(self) -> float | None:
+        """When `expire` is due."""
+        return min((kept.until for kept in self._kept.values()), default=None)
+
+    def clear(self, keep: Span | None = None) -> None:
+        """Drop everything, or what is not of blocks in ``keep``."""
+        for name, kept in list(self._kept.items()):
+            if keep is None or not keep.start <= kept.span.start < kept.span.end <= keep.end:
+                self._drop(name)
+
+    def _drop(self, name: tuple[str, str]) -> None:
+        if (kept := self._kept.pop(name, None)) is not None:
+            self.nbytes -= kept.nbytes
+            kept.forward.close()
+
+    def __repr__(self) -> str:
+        return f"<ActivationStore {len(self)} passes · {self.nbytes}/{self.budget} bytes>"

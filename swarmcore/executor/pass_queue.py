@@ -1,0 +1,149 @@
+"""Which pass computes its next unit, and how many may wait. A plain object."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+import attrs
+
+from swarmcore.errors import TooManyCallsError
+from swarmcore.executor.passes import BatchPass
+from swarmcore.types import Span
+
+Kind = Literal["forward", "backward"]
+
+
+@attrs.define(eq=False)
+class Admission:
+    """Room for the rows of one pass, from before they are received until it is over."""
+
+    caller: str
+    tokens: int
+
+
+@attrs.define(eq=False, kw_only=True)
+class QueuedPass:
+    """A pass that has all it needs."""
+
+    caller: str
+    kind: Kind
+    span: Span
+    lengths: tuple[int, ...]
+    work: BatchPass
+    answer: asyncio.Future[None]
+    """Done when the last unit is."""
+    begun: bool = False
+    running: bool = False
+    """Whether a unit of it computes now."""
+    abandoned: bool = False
+    """Whether nobody waits for it any more."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+class PassQueue:
+    """Passes of many callers on one executor, a unit at a time.
+
+    The caller that was given least of the executor's time goes next, with its oldest pass; one that comes
+    anew starts level with the others, so that nobody saves up or pays for what is long past. No more than
+    ``max_under_way`` passes are begun at once, since each holds activations. ``max_tokens`` bounds the rows
+    of all passes that wait, receive or compute, and half of it those of one caller.
+    """
+
+    def __init__(self, *, max_under_way: int, max_tokens: int) -> None:
+        self.max_under_way = max_under_way
+        self.max_tokens = max_tokens
+        self.admitted_tokens = 0
+        """Rows of the passes that are admitted and not over."""
+        self._by_caller: dict[str, int] = {}
+        self._waiting: dict[str, dict[QueuedPass, None]] = {}
+        self._spent: dict[str, float] = {}
+        self._level = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def passes(self) -> list[QueuedPass]:
+        """All that wait or compute."""
+        return [each for line in self._waiting.values() for each in line]
+
+    @property
+    def under_way(self) -> int:
+        """How many have begun."""
+        return sum(each.begun for each in self.passes)
+
+    # --- room --------------------------------------------------------------------------------------------
+
+    def admit(self, caller: str, tokens: int) -> Admission:
+        """Set room aside for a pass of ``tokens`` rows, until `leave`. Raise `TooManyCallsError`."""
+        own = self._by_caller.get(caller, 0)
+        if self.admitted_tokens + tokens > self.max_tokens:
+            raise TooManyCallsError(
+                f"{self.admitted_tokens} tokens of forward and backward passes wait here, and {tokens} more "
+                f"are above the limit of {self.max_tokens}; try again later, or another server"
+            )
+        if own and own + tokens > self.max_tokens // 2:
+            raise TooManyCallsError(
+                f"{own} tokens of your forward and backward passes wait here, and {tokens} more are above "
+                f"the limit of {self.max_tokens // 2} for one caller; await some before sending more"
+            )
+        self.admitted_tokens += tokens
+        self._by_caller[caller] = own + tokens
+        return Admission(caller, tokens)
+
+    def leave(self, admission: Admission) -> None:
+        """The pass is over."""
+        self.admitted_tokens -= admission.tokens
+        left = self._by_caller[admission.caller] - admission.tokens
+        if left:
+            self._by_caller[admission.caller] = left
+        else:
+            del self._by_caller[admission.caller]
+
+    # --- turns -------------------------------------------------------------------------------------------
+
+    def add(self, queued: QueuedPass) -> None:
+        """It may compute from now on."""
+        line = self._waiting.setdefault(queued.caller, {})
+        if not line:
+            self._spent[queued.caller] = max(self._spent.get(queued.caller, 0.0), self._level)
+        line[queued] = None
+
+    def remove(self, queued: QueuedPass) -> None:
+        """Forget it; harmless when it is not there."""
+        line = self._waiting.get(queued.caller, {})
+        line.pop(queued, None)
+        if not line:
+            self._waiting.pop(queued.caller, None)
+
+    def next(self) -> QueuedPass | None:
+        """Whose unit is to be computed now."""
+        full = self.under_way >= self.max_under_way
+        heads = [
+            head
+            for line in self._waiting.values()
+            if (head := next((each for each in line if each.begun or not full), None)) is not None
+        ]
+        if not heads:
+            return None
+        chosen = min(heads, key=lambda head: self._spent[head.caller])
+        self._level = max(self._level, self._spent[chosen.caller])
+        for caller in [c for c, spent in self._spent.items() if spent <= self._level]:
+            if caller not in self._waiting:
+                del self._spent[caller]
+        return chosen
+
+    def charge(self, queued: QueuedPass, seconds: float) -> None:
+        """A unit of it has taken so long."""
+        if queued.caller in self._spent:
+            self._spent[queued.caller] += seconds
+
+    def __repr__(self) -> str:
+        return (
+            f"<PassQueue {len(self)} passes of {len(self._waiting)} callers · {self.under_way} begun · "
+            f"{self.admitted_tokens}/{self.max_tokens} tokens>"
+        )

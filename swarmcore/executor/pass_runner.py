@@ -1,0 +1,340 @@
+"""Forward and backward passes on an engine: admitted, put in line, computed a unit at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import attrs
+
+from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ServerDrainingError, SwarmError
+from swarmcore.executor.activations import ActivationStore
+from swarmcore.executor.base import BlockExecutor
+from swarmcore.executor.checks import check_held, check_timeout, draining
+from swarmcore.executor.faults import translated
+from swarmcore.executor.pacing import Pacing
+from swarmcore.executor.pass_queue import Kind, PassQueue, QueuedPass
+from swarmcore.executor.passes import Adapter, BackwardPass, BatchPass, ForwardPass, SequenceBatch
+from swarmcore.executor.stats import EngineStats
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@attrs.define(kw_only=True)
+class PassLimits:
+    """What an engine allows forward and backward passes."""
+
+    max_tokens: int = 8192
+    """Most tokens of one pass; 0 when none are run."""
+    queue_factor: int = 16
+    """So many times as many are admitted at once, of all callers together; half of them of one caller."""
+    max_under_way: int = 4
+    """Most passes that are begun: each holds activations, on the way back those of all its blocks."""
+    activation_budget: int = 256 * 2**20
+    """Bytes of activations that may be kept for backward passes to come; 0 for none."""
+    activation_ttl: float = 120.0
+    """Seconds for which they are kept at most."""
+
+
+class PassRunner:
+    """Runs passes between the batches of interactive steps; see `Engine.passes`."""
+
+    def __init__(
+        self, executor: BlockExecutor, stats: EngineStats, limits: PassLimits, wake: Callable[[], None]
+    ) -> None:
+        """``wake`` is called when there is something to compute."""
+        self.limits = limits
+        self.pacing = Pacing()
+        self.kept = ActivationStore(limits.activation_budget, ttl=limits.activation_ttl)
+        self.queue = PassQueue(
+            max_under_way=limits.max_under_way, max_tokens=limits.max_tokens * limits.queue_factor
+        )
+        self._executor = executor
+        self._stats = stats
+        self._wake = wake
+        self._computing: QueuedPass | None = None
+        self._turns: dict[PassTurn, None] = {}
+        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    def admit(self, caller: str, span: Span, lengths: tuple[int, ...], timeout: float) -> PassTurn:
+        """Set room aside for a pass; use what is returned as a context manager, for as long as it takes.
+
+        The pass is to be over ``timeout`` seconds from now. Raise `InvalidBatchError` for lengths that make
+        no batch or are above `PassLimits.max_tokens`, `SpanError` for blocks that are not here,
+        `TooManyCallsError` when too many tokens are admitted already.
+        """
+        tokens, limit = sum(lengths), self.limits.max_tokens
+        if self._closing:
+            raise draining()
+        try:
+            if not lengths or min(lengths) < 1:
+                raise InvalidBatchError("the batch has no tokens, or a sequence of it has none; leave it out")
+            if tokens > limit:
+                raise InvalidBatchError(
+                    f"a batch of {tokens} tokens; this server runs {limit} at most: send smaller "
+                    f"micro-batches",
+                    pass_tokens=limit,
+                )
+            check_held(span, self._executor.span)
+            return PassTurn(self, caller, span, lengths, _now() + check_timeout(timeout))
+        except SwarmError:
+            self._stats.passes_refused += 1
+            raise
+
+    async def drain(self, keep: Span | None = None) -> None:
+        """Wait until no pass needs blocks outside of ``keep``; refusing new ones is the caller's business."""
+        await self._until(lambda: not self._leaving(keep))
+
+    async def end(self, keep: Span | None = None) -> None:
+        """End passes that need blocks outside of ``keep``, and forget activations of such blocks."""
+        for turn in self._leaving(keep):
+            turn.end(ServerDrainingError("the pass was ended: this server had to let go of its blocks"))
+        self.kept.clear(keep)
+        await self._until(lambda: not self._holds_outside(keep))
+
+    def stop(self, error: SwarmError) -> None:
+        """End everything; the unit that computes is to be waited for."""
+        self._closing = True
+        for turn in self._turns:
+            turn.end(translated(error))
+        self.kept.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _leaving(self, keep: Span | None) -> list[PassTurn]:
+        return [turn for turn in self._turns if _outside(turn.span, keep)]
+
+    def _holds_outside(self, keep: Span | None) -> bool:
+        # A unit that computes outlives the turn that was cancelled.
+        computing = self._computing is not None and _outside(self._computing.span, keep)
+        return computing or any(turn.working for turn in self._leaving(keep))
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    # --- what the engine's loop asks for -----------------------------------------------------------------
+
+    async def run_unit(self) -> None:
+        """Compute one unit of the pass whose turn it is, if there is any."""
+        queued = self.queue.next()
+        if queued is None:
+            return
+        began = _now()
+        limit = self.pacing.unit_tokens(queued.kind, queued.lengths, self._stats.decode_seconds, began)
+        queued.begun = queued.running = True
+        self._computing = queued
+        try:
+            last = await queued.work.advance(limit)
+        except Exception as exc:
+            if not isinstance(exc, SwarmError):
+                log.exception("the executor failed on a %s pass of %d tokens", queued.kind, queued.tokens)
+            _fail(queued, translated(exc))
+            last = True
+        finally:
+            queued.running, self._computing = False, None
+            if queued.abandoned:
+                queued.work.close()
+        seconds = _now() - began
+        self.queue.charge(queued, seconds)
+        self.pacing.note_unit(queued.kind, queued.lengths, limit, seconds)
+        self._stats.note_unit(seconds)
+        if last:
+            self.queue.remove(queued)
+            if not queued.answer.done():
+                queued.answer.set_result(None)
+        self._changed.set()
+
+    # --- what turns ask for ------------------------------------------------------------------------------
+
+    def entered(self, turn: PassTurn) -> None:
+        self._turns[turn] = None
+
+    def left(self, turn: PassTurn) -> None:
+        del self._turns[turn]
+        self._changed.set()
+
+    async def compute(self, queued: QueuedPass, deadline: float) -> None:
+        """Have a pass run to its end; it is closed if it does not get there."""
+        self.queue.add(queued)
+        self._wake()
+        clock = asyncio.timeout_at(deadline)
+        try:
+            async with clock:
+                await queued.answer
+        except BaseException as exc:
+            self._stats.passes_failed += 1
+            self._abandon(queued)
+            if isinstance(exc, TimeoutError) and clock.expired():
+                raise _too_late(queued) from exc
+            raise
+
+    def _abandon(self, queued: QueuedPass) -> None:
+        self.queue.remove(queued)
+        queued.abandoned = True
+        if not queued.running:
+            queued.work.close()
+        self._changed.set()
+
+    def forward(self, batch: SequenceBatch, *, keep: bool) -> ForwardPass:
+        return self._executor.forward(batch, keep=keep and self.kept.worth_keeping(batch))
+
+    def backward(
+        self, batch: SequenceBatch, gradients: Tensor, kept: ForwardPass | None, inputs: bool, weights: bool
+    ) -> BackwardPass:
+        return self._executor.backward(batch, gradients, kept=kept, inputs=inputs, weights=weights)
+
+    def keep(self, caller: str, name: str, batch: SequenceBatch, forward: ForwardPass) -> bool:
+        kept = self.kept.keep(caller, name, batch, forward, _now())
+        self._watch_expiry()
+        return kept
+
+    def take(self, turn: PassTurn, name: str, adapter: Adapter | None) -> ForwardPass | None:
+        found = self.kept.take(turn.caller, name, turn.span, turn.lengths, adapter, _now())
+        if found is not None:
+            self._stats.kept_hits += 1
+        elif name:
+            self._stats.kept_misses += 1
+        return found
+
+    def note_done(self, kind: Kind, tokens: int) -> None:
+        self._stats.note_pass(kind, tokens)
+
+    def _watch_expiry(self) -> None:
+        when = self.kept.next_expiry()
+        if when is not None and self._timer is None and not self._closing:
+            self._timer = asyncio.get_running_loop().call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self.kept.expire(_now())
+        self._watch_expiry()
+
+    def __repr__(self) -> str:
+        return f"<PassRunner {self.queue!r} · {self.kept!r}>"
+
+
+class PassTurn:
+    """Room for one pass of one caller; within it `forward` or `backward` may be called, once."""
+
+    def __init__(
+        self, runner: PassRunner, caller: str, span: Span, lengths: tuple[int, ...], deadline: float
+    ) -> None:
+        self.caller = caller
+        self.span = span
+        self.lengths = lengths
+        self.deadline = deadline
+        """Loop time."""
+        self._runner = runner
+        self._admission = runner.queue.admit(caller, sum(lengths))
+        self._kept: ForwardPass | None = None
+        self._queued: QueuedPass | None = None
+        self._ended: SwarmError | None = None
+        runner.entered(self)
+
+    @property
+    def working(self) -> bool:
+        """Whether the executor holds anything for it, a unit that computes aside."""
+        return self._queued is not None and not self._queued.abandoned
+
+    def reuse(self, name: str, adapter: Adapter | None) -> bool:
+        """Whether activations are here that the caller had kept as ``name``, of the same batch; they are now
+        for this turn's `backward`."""
+        self._kept = self._runner.take(self, name, adapter) if name else None
+        return self._kept is not None
+
+    async def forward(self, batch: SequenceBatch, *, keep: str = "") -> tuple[Tensor, bool, float]:
+        """Return the outputs, raw; whether activations are kept as ``keep``; and the seconds of work.
+
+        Raise `InvalidBatchError` for rows that are wrong, `ServerMemoryError`, `DeadlineExceededError`,
+        `ServerDrainingError`. Cancelled, it leaves nothing behind.
+        """
+        work = self._runner.forward(batch, keep=bool(keep))
+        await self._compute("forward", work)
+        outputs = work.outputs
+        kept = work.kept_bytes > 0 and self._runner.keep(self.caller, keep, batch, work)
+        if not kept:
+            work.close()
+        return outputs, kept, work.seconds
+
+    async def backward(
+        self, batch: SequenceBatch, gradients: Tensor, *, inputs: bool = True, weights: bool = False
+    ) -> BackwardPass:
+        """Return the pass, through and closed, with its results. Raise as `forward` does."""
+        kept, self._kept = self._kept, None
+        try:
+            work = self._runner.backward(batch, gradients, kept, inputs, weights)
+        except BaseException:
+            if kept is not None:
+                kept.close()
+            raise
+        await self._compute("backward", work)
+        work.close()
+        return work
+
+    async def _compute(self, kind: Kind, work: BatchPass) -> None:
+        self._check_not_ended(work)
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queued = QueuedPass(
+            caller=self.caller, kind=kind, span=self.span, lengths=self.lengths, work=work, answer=answer
+        )
+        await self._runner.compute(self._queued, self.deadline)
+        self._queued = None
+        self._check_not_ended(work)
+        self._runner.note_done(kind, sum(self.lengths))
+
+    def _check_not_ended(self, work: BatchPass) -> None:
+        if self._ended is not None:
+            work.close()
+            raise self._ended
+
+    def end(self, error: SwarmError) -> None:
+        """It fails with ``error``, now or when it is about to compute."""
+        self._ended = error
+        self._close_kept()
+        if self._queued is not None:
+            _fail(self._queued, error)
+
+    def _close_kept(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close_kept()
+        self._runner.queue.leave(self._admission)
+        self._runner.left(self)
+
+
+def _outside(span: Span, keep: Span | None) -> bool:
+    return keep is None or not keep.start <= span.start < span.end <= keep.end
+
+
+def _fail(queued: QueuedPass, error: SwarmError) -> None:
+    if not queued.answer.done():
+        queued.answer.set_exception(error)
+
+
+def _too_late(queued: QueuedPass) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"the {queued.kind} pass of {queued.tokens} tokens was not through by its deadline, with "
+        f"{queued.work.seconds:.3g} s of work done; send smaller batches, or allow it more time"
+    )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
