@@ -9,19 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarmcore.training.adapter import BlockAdapter, CombinedAdapter
+    from swarmcore.training.heads import SequenceClassificationHead, TokenClassificationHead
     from swarmcore.training.lora import LoraAdapter
+    from swarmcore.training.peft_format import LoadedAdapter, load_adapter, save_adapter
     from swarmcore.training.prefix import PrefixAdapter
     from swarmcore.training.prompt import SoftPrompt
 
 _PLACES = {
     "BlockAdapter": "adapter",
     "CombinedAdapter": "adapter",
+    "LoadedAdapter": "peft_format",
     "LoraAdapter": "lora",
     "PrefixAdapter": "prefix",
+    "SequenceClassificationHead": "heads",
     "SoftPrompt": "prompt",
+    "TokenClassificationHead": "heads",
+    "load_adapter": "peft_format",
+    "save_adapter": "peft_format",
 }
 
-__all__ = ["BlockAdapter", "CombinedAdapter", "LoraAdapter", "PrefixAdapter", "SoftPrompt"]
+__all__ = [
+    "BlockAdapter",
+    "CombinedAdapter",
+    "LoadedAdapter",
+    "LoraAdapter",
+    "PrefixAdapter",
+    "SequenceClassificationHead",
+    "SoftPrompt",
+    "TokenClassificationHead",
+    "load_adapter",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,10 +79,9 @@ class LoraAdapter(BlockAdapter):
             weights |= _new_update(projection, rank, generator, dtype)
         return cls(weights, rank=rank, scaling=lora_scaling(rank, alpha, rslora), rslora=rslora)
 
-    @property
-    def alpha(self) -> float:
-        """PEFT's ``lora_alpha``, for projections of the adapter's own `rank`."""
-        return self.scaling * (math.sqrt(self.rank) if self.rslora else self.rank)
+    def alpha_of(self, rank: int) -> float:
+        """PEFT's ``lora_alpha`` for projections of that rank."""
+        return self.scaling * (math.sqrt(rank) if self.rslora else rank)
 
 
 def lora_scaling(rank: int, alpha: float, rslora: bool) -> float:
