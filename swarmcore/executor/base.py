@@ -89,10 +89,15 @@ class BlockExecutor(ABC):
         """
         return tensor.encode(codec)
 
-    async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
-        """Make an adapter ready for use, of tensors named as in `swarmcore.wire.passes.AdapterPart`.
+    async def decode(self, tensor: Tensor) -> Tensor:
+        """A tensor that came in, as raw values. Raise as `Tensor.decode` does; override it as `encode`."""
+        return tensor.decode()
 
-        Raise `AdapterError` for tensors that do not fit the blocks, and where the backend takes no adapters.
+    async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
+        """Make an adapter ready for use, of raw tensors named as in `swarmcore.wire.passes.AdapterPart`.
+
+        They are of blocks that are held; the adapter may be used in batches of some of them. May come while a
+        batch computes. Raise `AdapterError` for tensors that do not fit the blocks, and where the backend takes no adapters.
         """
         raise AdapterError(f"{type(self).__name__} takes no adapters")
 
@@ -117,7 +122,8 @@ class BlockExecutor(ABC):
 
         ``inputs`` and ``weights`` say which gradients are wanted: of ``batch.hidden``, of the adapter's
         weights. With ``kept``, the forward pass of the same batch, nothing is computed again, and
-        ``batch.hidden`` is not looked at; it is then closed. Raises as `forward` does.
+        ``batch.hidden`` is not looked at; closing this pass closes it too. Raises as `forward` does, and
+        leaves ``kept`` open then.
         """
         raise InvalidBatchError(f"{type(self).__name__} runs no batches without a cache")
 
@@ -140,9 +146,18 @@ class BlockExecutor(ABC):
 
     @abstractmethod
     async def import_cache(
-        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+        self,
+        sequence: SequenceId,
+        span: Span,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        adapter: Adapter | None = None,
     ) -> None:
         """Append what another executor's `export_cache` gave for the blocks ``span``.
+
+        ``adapter`` is what the sequence's steps are computed with. Its prefix is put in here: prefixes are
+        in no export.
 
         Like a step it needs its room reserved, and rolls back to ``start`` first. Not while the sequence is
         in a batch; others may be. Raise `InvalidStepError` unless the tensors have this executor's own layout
@@ -164,7 +179,10 @@ class BlockExecutor(ABC):
 
     @abstractmethod
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
-        """Make the sequence's cache ready for ``tokens`` tokens in all; memory is taken at its next step."""
+        """Make the sequence's cache ready for ``tokens`` tokens in all; memory is taken at its next step.
+
+        The `Adapter.prefix_tokens` of its adapter count; they have no positions in steps and exports.
+        """
 
     @abstractmethod
     def release(self, sequence: SequenceId) -> None:
