@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -70,11 +69,7 @@ class ClassificationHead(nn.Module):
     @classmethod
     def layer_name(cls, model_config: Any) -> str:
         """How the family's Transformers class calls the layer, or `UnsupportedModelError`."""
-        config = copy.deepcopy(model_config.get_text_config(decoder=True))
-        config.num_hidden_layers = 1
-        for key, value in vars(config).items():
-            if key in ("layer_types", "mlp_layer_types") and value:
-                setattr(config, key, value[:1])
+        config = model_config.get_text_config(decoder=True)
         try:
             with torch.device("meta"):
                 model = cls._auto_class().from_config(config)
