@@ -141,12 +141,10 @@ class InferenceBench:
     async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[Models]:
         """``size`` server processes with the blocks split evenly, and models over them."""
         async with AsyncExitStack() as stack:
-            first, *rest = split_blocks(checkpoint.info.blocks, size)
-            bootstrap = await stack.enter_async_context(await self._server(checkpoint, first))
-            for span in rest:
-                server = await self._server(checkpoint, span, "--bootstrap", bootstrap.address)
-                await stack.enter_async_context(server)
-            swarm = await stack.enter_async_context(connect(bootstrap.address))
+            address = await stack.enter_async_context(
+                start_swarm(checkpoint, size, dtype=self.dtype, threads=self.threads)
+            )
+            swarm = await stack.enter_async_context(connect(address))
             models: Models = {}
             for journal in _JOURNALS:
                 options = SessionOptions(journal=journal)
@@ -156,14 +154,26 @@ class InferenceBench:
             await swarm.wait_for_blocks(checkpoint.info, timeout=30)
             yield models
 
-    async def _server(self, checkpoint: Checkpoint, span: Span, *more: str) -> ServerProcess:
+
+@asynccontextmanager
+async def start_swarm(checkpoint: Checkpoint, size: int, *, dtype: str, threads: int) -> AsyncIterator[str]:
+    """``size`` server processes with the blocks split evenly; yields the address of one of them."""
+
+    async def server(span: Span, *more: str) -> ServerProcess:
         return await ServerProcess.start(
             "serve",
-            *("--model", str(checkpoint.folder), "--blocks", str(span), "--dtype", self.dtype),
-            *("--threads", str(self.threads), "--cache-tokens", str(_CACHE_TOKENS)),
+            *("--model", str(checkpoint.folder), "--blocks", str(span), "--dtype", dtype),
+            *("--threads", str(threads), "--cache-tokens", str(_CACHE_TOKENS)),
             *("--listen", "127.0.0.1:0"),
             *more,
         )
+
+    async with AsyncExitStack() as stack:
+        first, *rest = split_blocks(checkpoint.info.blocks, size)
+        bootstrap = await stack.enter_async_context(await server(first))
+        for span in rest:
+            await stack.enter_async_context(await server(span, "--bootstrap", bootstrap.address))
+        yield bootstrap.address
 
 
 _PLAIN = "plain Transformers"

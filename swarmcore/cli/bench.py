@@ -132,6 +132,72 @@ def inference(
 
 
 @bench.command()
+@_model
+@_dtype
+@_threads
+@click.option(
+    "--servers",
+    default="1,2",
+    show_default=True,
+    metavar="N,N",
+    help="Sizes of the swarms to measure, each with the blocks split evenly.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
+@click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Most tokens of a micro-batch.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N")
+@standard
+def training(
+    output: Output,
+    model: str,
+    dtype: str,
+    threads: int,
+    servers: str,
+    batch: int,
+    length: int,
+    micro_batch: int,
+    rounds: int,
+) -> None:
+    """Measure batches forward and back: plain PyTorch, swarms of server processes, and decoding beside it.
+
+    What is measured takes turns for some rounds, and the median counts.
+    """
+    set_thread_environment(threads)
+
+    from rich.console import Console
+
+    from swarmcore.bench.training import TrainingBench, training_table
+
+    settings = TrainingBench(
+        model=model,
+        dtype=dtype,
+        threads=threads,
+        swarm_sizes=_numbers(servers, "--servers"),
+        batch=batch,
+        length=length,
+        micro_batch_tokens=micro_batch,
+        rounds=rounds,
+    )
+    with output.progress() as progress:
+        results, fairness = interrupt.run(settings.run(progress=progress, remark=output.remark), grace=30.0)
+    output.event(
+        "training",
+        settings=attrs.asdict(settings),
+        results=[attrs.asdict(result) for result in results],
+        fairness=attrs.asdict(fairness),
+    )
+    if not output.json_lines:
+        Console().print(training_table(results, fairness))
+
+
+@bench.command()
 @click.option("--servers", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N")
 @click.option("--blocks", type=click.IntRange(min=1), default=80, show_default=True, metavar="N")
 @click.option(
