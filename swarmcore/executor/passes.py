@@ -55,7 +55,8 @@ class BatchPass(ABC):
     async def advance(self, max_tokens: int) -> bool:
         """Compute the next unit, such as some sequences through one block; return whether it was the last.
 
-        A unit is of ``max_tokens`` tokens at most, but of one sequence at least. Never blocks the event loop;
+        A unit is of ``max_tokens`` tokens at most, but of one sequence at least, and of what was together in
+        a kept forward pass; a reproducible batch is cut in one way always. Never blocks the event loop;
         does not overlap with `BlockExecutor.step` or another pass. Raise `InvalidBatchError` for rows or
         gradients of a wrong shape or with values that are not finite, `ServerMemoryError` when memory runs
         out; the pass is over then, and everything else unharmed.

@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
-from swarmcore.executor.passes import ForwardPass, SequenceBatch
+from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
 from swarmcore.sim.costs import BatchLoad, MeasuredModel
 from swarmcore.sim.model import MASK, SimModel, next_state, pack_rows, unpack_rows
 from swarmcore.sim.passes import SimAdapter, SimBackward, SimForward, check_batch
@@ -106,7 +106,13 @@ class SimExecutor(BlockExecutor):
         return (Tensor("states", "int64", (count, held.blocks), data),)
 
     async def import_cache(
-        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+        self,
+        sequence: SequenceId,
+        span: Span,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        adapter: Adapter | None = None,
     ) -> None:
         held = self._sequences[sequence]
         shapes = [(tensor.name, tensor.shape) for tensor in tensors]

@@ -193,7 +193,13 @@ class CountingExecutor(BlockExecutor):
         return (Tensor("states", "uint8", shape, memoryview(struct.pack(f"<{len(values)}d", *values))),)
 
     async def import_cache(
-        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+        self,
+        sequence: SequenceId,
+        span: Span,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        adapter: Adapter | None = None,
     ) -> None:
         assert sequence not in self._busy, "a sequence was imported while it was in a batch"
         shape = (count, len(span), self.model.hidden_size, 8)

@@ -25,5 +25,6 @@ class AlibiBias:
     def keys(self, count: int) -> torch.Tensor:
         """float32 ``[1, heads, 1, count]``."""
         if count > self._table.shape[-1]:
-            self._table = self._make(max(1024, 2 * count)).float()[None, :, None, :]
+            with torch.inference_mode(False):  # the backward pass has to be able to save it
+                self._table = self._make(max(1024, 2 * count)).float()[None, :, None, :]
         return self._table[..., :count]

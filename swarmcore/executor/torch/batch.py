@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from swarmcore.executor.torch.kv_cache import SequenceCache
+from swarmcore.executor.torch.targets import Updates
 
 _PACKED_ROWS = 64
 """Up to this many query rows, the query heads that share a key head are stacked into rows instead of copying
@@ -52,6 +53,9 @@ class Attention(NamedTuple):
 class Batch(Protocol):
     """What the attention of a layer calls."""
 
+    updates: Updates | None
+    """What adapters change in it."""
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
@@ -62,6 +66,35 @@ class Batch(Protocol):
         """
 
 
+def first_key(start: int, window: int | None) -> int:
+    """The earliest position that any token from position ``start`` on sees."""
+    return max(0, start + 1 - window) if window else 0
+
+
+def causal_mask(
+    start: int, end: int, how: Attention, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """What is added to the scores of the tokens ``start:end``, ``[1, 1 or heads, tokens, keys]``.
+
+    The keys are those from `first_key` on. None when nothing is added.
+    """
+    first = first_key(start, how.window)
+    mask = None
+    if end - start > 1:
+        queries = torch.arange(start, end, device=device).unsqueeze(1)
+        keys = torch.arange(first, end, device=device)
+        hidden = keys > queries
+        if how.window:
+            hidden |= keys <= queries - how.window
+        # The kernels take float32 masks at any dtype; a bias needs that precision.
+        mask = torch.zeros(hidden.shape, dtype=torch.float32 if how.bias else dtype, device=device)
+        mask = mask.masked_fill_(hidden, float("-inf")).view(1, 1, end - start, -1)
+    if how.bias:
+        bias = how.bias.keys(end)[..., first:]
+        mask = bias if mask is None else mask + bias
+    return mask
+
+
 class _Piece:
     """Consecutive new tokens of one sequence: its rows of the batch and its views into the cache."""
 
@@ -70,10 +103,6 @@ class _Piece:
         self.new_keys, self.new_values = cache.views(start, self.end)
         self.keys, self.values = cache.views(0, self.end)
         self._masks: dict[object, torch.Tensor | None] = {}
-
-    def first_key(self, window: int | None) -> int:
-        """The earliest position that any of the tokens sees."""
-        return max(0, self.start + 1 - window) if window else 0
 
     def mask(
         self, how: Attention, rows: int, device: torch.device, dtype: torch.dtype
@@ -90,20 +119,7 @@ class _Piece:
     def _make_mask(
         self, how: Attention, rows: int, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        first = self.first_key(how.window)
-        mask = None
-        if self.count > 1:
-            queries = torch.arange(self.start, self.end, device=device).unsqueeze(1)
-            keys = torch.arange(first, self.end, device=device)
-            hidden = keys > queries
-            if how.window:
-                hidden |= keys <= queries - how.window
-            # The kernels take float32 masks at any dtype; a bias needs that precision.
-            mask = torch.zeros(hidden.shape, dtype=torch.float32 if how.bias else dtype, device=device)
-            mask = mask.masked_fill_(hidden, float("-inf")).view(1, 1, self.count, -1)
-        if how.bias:
-            bias = how.bias.keys(self.end)[..., first:]
-            mask = bias if mask is None else mask + bias
+        mask = causal_mask(self.start, self.end, how, device, dtype)
         if mask is not None and rows > 1:
             heads = mask.shape[1]
             mask = (
@@ -123,6 +139,7 @@ class RaggedBatch:
         device: torch.device,
         *,
         threads: int = 1,
+        updates: Updates | None = None,
     ) -> None:
         """``pieces`` are caches with the start position and the count of their new tokens.
 
@@ -131,6 +148,7 @@ class RaggedBatch:
         """
         self.first_layer = 0
         """The layer that the caches begin with, in the numbering of the model that runs."""
+        self.updates = updates
         for cache, start, count in pieces:
             cache.prepare(start, start + count)
         self._pieces = [_Piece(*piece) for piece in pieces]
@@ -181,7 +199,7 @@ class RaggedBatch:
                     serial = not serial
                     torch.set_num_threads(1 if serial else self._threads)
                 if explicit:
-                    output = _attend_explicitly(row.view(1, heads, 1, size), keys, values, None, how)
+                    output = attend_explicitly(row.view(1, heads, 1, size), keys, values, None, how)
                     outputs.append(output.view(1, kv_heads, rows, -1))
                     continue
                 mask = piece.mask(how, rows, row.device, row.dtype) if how.bias else None
@@ -202,10 +220,10 @@ def _attend_piece(
     heads, count, size = query.shape[1:]
     kv_heads = keys.shape[1]
     rows = heads // kv_heads
-    if first := piece.first_key(how.window):
+    if first := first_key(piece.start, how.window):
         keys, values = keys[:, :, first:], values[:, :, first:]
     if how.explicit:
-        output = _attend_explicitly(query, keys, values, piece.mask(how, 1, query.device, query.dtype), how)
+        output = attend_explicitly(query, keys, values, piece.mask(how, 1, query.device, query.dtype), how)
     elif 1 < rows * count <= _PACKED_ROWS:
         packed = query.reshape(1, kv_heads, rows * count, size)
         mask = piece.mask(how, rows, query.device, query.dtype)
@@ -221,26 +239,27 @@ def _attend_piece(
     return output.transpose(1, 2)
 
 
-def _attend_explicitly(
+def attend_explicitly(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: Attention
 ) -> torch.Tensor:
     """Attention with a soft cap or sinks, which the fused kernels lack, and without a bias.
 
-    ``query`` is ``[1, heads, count, size]``, and so is the result.
+    ``query`` is ``[sequences, heads, count, size]``, and so is the result.
     """
-    _, heads, count, size = query.shape
+    many, heads, count, size = query.shape
     kv_heads, length = keys.shape[1:3]
     rows = heads // kv_heads
-    grouped = query.view(1, kv_heads, rows, count, size)
+    grouped = query.view(many, kv_heads, rows, count, size)
     sinks = None if how.sinks is None else how.sinks.float().view(1, kv_heads, rows, 1, 1)
-    block = max(1, _EXPLICIT_SCORES // (heads * length))
+    block = max(1, _EXPLICIT_SCORES // (many * heads * length))
     outputs = []
     for at in range(0, count, block):
         part = grouped[:, :, :, at : at + block]
         tokens = part.shape[3]
         # Scaled before the product, which in float16 could overflow.
-        stacked = (part * how.scale).reshape(1, kv_heads, rows * tokens, size)
-        scores = torch.matmul(stacked, keys.transpose(2, 3)).float().view(1, kv_heads, rows, tokens, length)
+        stacked = (part * how.scale).reshape(many, kv_heads, rows * tokens, size)
+        scores = torch.matmul(stacked, keys.transpose(2, 3)).float()
+        scores = scores.view(many, kv_heads, rows, tokens, length)
         if how.softcap is not None:
             scores = torch.tanh(scores / how.softcap) * how.softcap
         if mask is not None:
@@ -248,8 +267,8 @@ def _attend_explicitly(
         if sinks is None:
             weights = torch.softmax(scores, -1)
         else:
-            scores = torch.cat((scores, sinks.expand(-1, -1, -1, tokens, 1)), -1)
+            scores = torch.cat((scores, sinks.expand(many, -1, -1, tokens, 1)), -1)
             weights = torch.softmax(scores, -1)[..., :-1]
-        weights = weights.to(values.dtype).reshape(1, kv_heads, rows * tokens, length)
-        outputs.append(torch.matmul(weights, values).view(1, heads, tokens, -1))
+        weights = weights.to(values.dtype).reshape(many, kv_heads, rows * tokens, length)
+        outputs.append(torch.matmul(weights, values).view(many, heads, tokens, -1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-import attrs
 import torch
 
 import swarmcore.executor.torch.codecs  # registers the int8 codec
 import swarmcore.executor.torch.sparse_codecs  # noqa: F401  registers the topk and mixed codecs
-from swarmcore.errors import InternalError, InvalidStepError, SpanError, SwarmError
+from swarmcore.errors import InternalError, InvalidBatchError, InvalidStepError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
-from swarmcore.executor.torch.batch import RaggedBatch
+from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
+from swarmcore.executor.torch.adapters import make_adapter, own_adapter
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_device
 from swarmcore.executor.torch.held import HeldBlocks, common
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
+from swarmcore.executor.torch.low_rank import Hooks
+from swarmcore.executor.torch.passes import (
+    CheckedBatch,
+    TorchBackward,
+    TorchForward,
+    Unit,
+    Workplace,
+    check_rows,
+)
 from swarmcore.executor.torch.sequences import Sequences
+from swarmcore.executor.torch.slices import SliceRunner
 from swarmcore.executor.torch.span import SpanModel, load_span
-from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
 
@@ -58,10 +66,12 @@ class TorchExecutor(BlockExecutor):
         self._load = load
         self._changing: threading.Event | None = None
         self._sequences = Sequences()
-        self._decoded: dict[int, tuple[weakref.ref[Tensor], torch.Tensor]] = {}
-        self._threads = threads or torch.get_num_threads()
+        self._hooks = Hooks()
+        threads = threads or torch.get_num_threads()
+        self._slices = SliceRunner(model, layout, self._sequences, self._hooks, threads, self.max_positions)
+        self._workplace = Workplace(self._run_unit, self._later, self._device, self._dtype)
         self._compute = ThreadPoolExecutor(
-            1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(self._threads,)
+            1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(threads,)
         )
         # One thread of torch's only, so that the steps that go on meanwhile are hardly slowed down.
         self._loading = ThreadPoolExecutor(
@@ -102,6 +112,64 @@ class TorchExecutor(BlockExecutor):
     async def encode(self, tensor: Tensor, codec: str) -> Tensor:
         return await self._in_compute_thread(tensor.encode, codec)
 
+    async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
+        """As `BlockExecutor.load_adapter`: prefixes, and low-rank updates of the blocks' linear layers."""
+        return await self._in_compute_thread(self._load_adapter, tensors, scaling)
+
+    def _load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
+        return make_adapter(tensors, scaling, self._blocks(), self._dtype, self._device)
+
+    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> TorchForward:
+        """As `BlockExecutor.forward`. What is kept includes the blocks that it went through."""
+        return TorchForward(self._workplace, self._checked(batch), keep=keep)
+
+    def backward(
+        self,
+        batch: SequenceBatch,
+        gradients: Tensor,
+        *,
+        kept: ForwardPass | None = None,
+        inputs: bool = True,
+        weights: bool = False,
+    ) -> TorchBackward:
+        """As `BlockExecutor.backward`. Holds the graph of the sequences of one unit, through all blocks."""
+        checked = self._checked(batch)
+        check_rows(gradients, "gradients of the outputs", batch.tokens, self.model.hidden_size)
+        if weights and checked.adapter is None:
+            raise InvalidBatchError("gradients of an adapter's weights are wanted, and there is no adapter")
+        if kept is not None and not isinstance(kept, TorchForward):
+            raise InternalError(f"{kept!r} is no pass of this executor")
+        return TorchBackward(self._workplace, checked, gradients, kept, inputs=inputs, weights=weights)
+
+    def _checked(self, batch: SequenceBatch) -> CheckedBatch:
+        self._blocks().check(batch.span)
+        if not batch.lengths or min(batch.lengths) < 1:
+            raise InvalidBatchError("the batch has an empty sequence, or none; leave out what is empty")
+        check_rows(batch.hidden, "inputs", batch.tokens, self.model.hidden_size)
+        adapter = own_adapter(batch.adapter, batch.span)
+        try:
+            self._slices.check_length(max(batch.lengths) + (adapter.prefix_tokens if adapter else 0))
+        except InvalidStepError as exc:
+            raise InvalidBatchError(exc.message) from exc
+        return CheckedBatch(batch.span, batch.lengths, batch.hidden, adapter, batch.reproducible)
+
+    async def _run_unit(self, unit: Unit, batch: CheckedBatch) -> bool:
+        return await self._in_compute_thread(self._compute_unit, unit, batch)
+
+    def _compute_unit(self, unit: Unit, batch: CheckedBatch) -> bool:
+        blocks = self._blocks()
+        blocks.check(batch.span)
+        if batch.adapter is not None:
+            self._hooks.install(batch.adapter, blocks)
+        return unit(blocks)
+
+    def _later(self, call: Callable[[], None]) -> None:
+        """Call it after what the compute thread has to do now."""
+        if self._held is None:
+            call()
+        else:
+            self._compute.submit(call)
+
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         """As `BlockExecutor.reorder`. A cache that several go on with is copied, for all of them but one."""
         await self._in_compute_thread(self._sequences.reorder, sequences, sources)
@@ -110,9 +178,15 @@ class TorchExecutor(BlockExecutor):
         return await self._in_compute_thread(self._sequences.export, sequence, start, count)
 
     async def import_cache(
-        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+        self,
+        sequence: SequenceId,
+        span: Span,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        adapter: Adapter | None = None,
     ) -> None:
-        await self._in_compute_thread(self._import, sequence, span, start, count, tensors)
+        await self._in_compute_thread(self._import, sequence, span, start, count, tensors, adapter)
 
     async def change_span(self, span: Span) -> None:
         """As `BlockExecutor.change_span`. Cancelled, it leaves what stays; reading ends soon after."""
@@ -178,7 +252,7 @@ class TorchExecutor(BlockExecutor):
         if self._changing is not None:
             self._changing.set()
         self._sequences.clear()
-        self._decoded.clear()
+        self._slices.clear()
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._loading.shutdown)
 
@@ -189,132 +263,31 @@ class TorchExecutor(BlockExecutor):
         return await asyncio.get_running_loop().run_in_executor(self._compute, call)
 
     def _import(
-        self, sequence: SequenceId, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+        self,
+        sequence: SequenceId,
+        span: Span,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        adapter: Adapter | None,
     ) -> None:
         blocks = self._held
         if blocks is None:
             raise InternalError("the executor was closed before the cache was taken in")
-        _check_held(blocks, span)
-        self._check_length(start + count)
-        self._sequences.take_in(sequence, blocks, span, start, count, tensors)
+        blocks.check(span)
+        own = own_adapter(adapter, span)
+        self._slices.check_length(start + count + (own.prefix_tokens if own else 0))
+        self._sequences.take_in(sequence, blocks, span, own, start, count, tensors)
 
-    @torch.inference_mode()
     def _step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
-        blocks = self._held
-        if blocks is None:
+        if self._held is None:
             return [InternalError("the executor was closed before the step was computed") for _ in batch]
-        results: list[Tensor | SwarmError | None] = [None] * len(batch)
-        accepted: list[_Accepted] = []
-        pieces: list[tuple[SequenceCache, int, int]] = []
-        lengths: dict[SequenceId, int] = {}
-        for index, piece in enumerate(batch):
-            try:
-                rows = self._rows(piece)
-                caches = self._place(blocks, piece, lengths)
-            except SwarmError as exc:
-                results[index] = exc
-                continue
-            accepted.append(_Accepted(index, piece, rows))
-            pieces += [
-                (cache, segment.start, segment.count)
-                for cache, segment in zip(caches, piece.segments, strict=True)
-            ]
-        if accepted:
-            part = accepted[0].piece.span
-            packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
-            ragged = RaggedBatch(pieces, self._device, threads=self._threads)
-            output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
-            # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
-            # another sequence. It also waits for the GPU: what is handed out has been computed.
-            finite = bool(torch.isfinite(output).all())
-            counts = [each.piece.tokens for each in accepted]
-            for each, rows in zip(accepted, output.split_with_sizes(counts), strict=True):
-                results[each.index] = self._result(each, rows, finite)
-        return [result or InternalError("a slice was not computed") for result in results]
+        return self._slices.run(self._held, batch)
 
-    def _rows(self, piece: Slice) -> torch.Tensor:
-        """The slice's rows, ``[tokens, hidden size]``, in the executor's dtype and on its device."""
-        hidden = self._decode(piece)
-        last = piece.first_row + piece.tokens
-        if hidden.dim() != 2 or hidden.shape[1] != self.model.hidden_size or hidden.shape[0] < last:
-            raise InvalidStepError(
-                f"hidden states have shape {list(hidden.shape)}; expected [tokens, {self.model.hidden_size}] "
-                f"with at least {last} tokens"
-            )
-        return hidden[piece.first_row : last].to(self._device, self._dtype)
-
-    def _decode(self, piece: Slice) -> torch.Tensor:
-        """The whole step's hidden states, decoded once however many slices it is run in."""
-        if piece.hidden.codec == "raw":
-            return to_torch(piece.hidden)
-        key = id(piece.hidden)
-        reference, hidden = self._decoded.get(key, (None, None))
-        if hidden is None or reference is None or reference() is not piece.hidden:
-            hidden = to_torch(piece.hidden)
-        self._decoded = {
-            at: kept for at, kept in self._decoded.items() if at != key and kept[0]() is not None
-        }
-        if piece.first_row + piece.tokens < hidden.shape[0]:
-            self._decoded[key] = weakref.ref(piece.hidden), hidden
-        return hidden
-
-    def _place(self, blocks: HeldBlocks, piece: Slice, lengths: dict[SequenceId, int]) -> list[SequenceCache]:
-        """The caches of the slice's segments. ``lengths`` are as the batch so far will leave them."""
-        _check_held(blocks, piece.span)
-        caches = []
-        after = dict(lengths)
-        for segment in piece.segments:
-            cache = self._sequences.cache(segment.sequence, blocks, piece.span)
-            length = after.get(segment.sequence, cache.length)
-            if segment.count < 1 or not 0 <= segment.start <= length:
-                raise InvalidStepError(
-                    f"a step of {segment.count} tokens at position {segment.start} "
-                    f"does not continue a sequence of {length} tokens"
-                )
-            end = segment.start + segment.count
-            self._check_length(end)
-            after[segment.sequence] = end
-            caches.append(cache)
-        lengths.update(after)
-        return caches
-
-    def _check_length(self, tokens: int) -> None:
-        if self.max_positions is not None and tokens > self.max_positions:
-            raise InvalidStepError(
-                f"a sequence of {tokens} tokens is too long: the rotary embedding of {self.model.name} "
-                f"changes past {self.max_positions} tokens, which is not served"
-            )
-
-    def _result(self, accepted: _Accepted, rows: torch.Tensor, finite: bool) -> Tensor | SwarmError:
-        piece = accepted.piece
-        if not finite and not torch.isfinite(rows).all():
-            if not torch.isfinite(accepted.rows).all():
-                return InvalidStepError(f"hidden states contain values that are not finite in {self.dtype}")
-            wider = "" if self.dtype != "float16" else "; bfloat16 or float32 has more range"
-            return InvalidStepError(
-                f"blocks {self.span} gave values that are not finite in {self.dtype}{wider}"
-            )
-        if piece.reply == "last":
-            ends = torch.tensor([segment.count for segment in piece.segments]).cumsum(0) - 1
-            rows = rows[ends.to(rows.device)]
-        try:
-            return to_wire("hidden", rows, piece.codec)
-        except SwarmError as exc:
-            return exc
-
-
-@attrs.frozen
-class _Accepted:
-    """A slice that is part of the batch: its place among the results, and its rows."""
-
-    index: int
-    piece: Slice
-    rows: torch.Tensor
-
-
-def _check_held(blocks: HeldBlocks, span: Span) -> None:
-    if not blocks.holds(span):
-        raise SpanError(f"blocks {span} are not held here, only {blocks.span or 'none as yet'}")
+    def _blocks(self) -> HeldBlocks:
+        if self._held is None:
+            raise InternalError("the executor is closed")
+        return self._held
 
 
 def _missing(span: Span, stays: Span | None) -> list[Span]:

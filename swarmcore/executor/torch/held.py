@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
+from swarmcore.errors import SpanError
 from swarmcore.executor.torch.batch import RaggedBatch
 from swarmcore.executor.torch.kv_cache import CacheLayout
 from swarmcore.executor.torch.span import SpanModel
+from swarmcore.executor.torch.whole_sequences import WholeSequences
 from swarmcore.types import Span
 
 
@@ -27,6 +30,11 @@ class HeldBlocks:
 
     def holds(self, part: Span) -> bool:
         return self.span is not None and common(self.span, part) == part
+
+    def check(self, part: Span) -> None:
+        """Raise `SpanError` unless all blocks of ``part`` are here."""
+        if not self.holds(part):
+            raise SpanError(f"blocks {part} are not held here, only {self.span or 'none as yet'}")
 
     def keep(self, part: Span | None) -> HeldBlocks:
         """Only the blocks of ``part``."""
@@ -50,6 +58,18 @@ class HeldBlocks:
                 batch.first_layer = part.start - model.origin
                 hidden = model.forward(hidden, batch.position_ids, batch, inner)
         return hidden
+
+    def differentiable(self, hidden: torch.Tensor, batch: WholeSequences, part: Span) -> torch.Tensor:
+        """As `forward`, of whole sequences, for gradients where they are enabled."""
+        for model in self.models:
+            if inner := common(model.span, part):
+                batch.origin = model.origin
+                hidden = model.differentiable(hidden, batch.position_ids, batch, inner)
+        return hidden
+
+    def block(self, number: int) -> nn.Module:
+        """Block ``number`` of the whole model, which must be held."""
+        return next(model for model in self.models if number in model.span).block(number)
 
 
 def common(one: Span, other: Span | None) -> Span | None:

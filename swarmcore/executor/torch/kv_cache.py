@@ -50,7 +50,7 @@ class CacheLayout:
 
 
 class SequenceCache:
-    """The cache of one sequence: ``length`` tokens stored, room for ``capacity``.
+    """The cache of one sequence: ``length`` tokens stored, a prefix included, room for ``capacity``.
 
     Layers of equal shape share one tensor, ``[layers, 1, heads, capacity, size]``, so that a step's views are
     made by a few calls rather than a few per layer.
@@ -61,6 +61,8 @@ class SequenceCache:
         self.capacity = 0
         self.reserved = 0
         """Tokens the cache is to have room for at its next step."""
+        self.prefix = 0
+        """How many of the tokens were put before the sequence's own, for good."""
         self.layout = layout
         self._groups: dict[LayerShape, list[int]] = {}
         for index, shape in enumerate(layout.layers):
@@ -80,9 +82,17 @@ class SequenceCache:
             self._resize(capacity, start)
         self.length = end
 
+    def begin_with(self, prefixes: Sequence[torch.Tensor]) -> None:
+        """Put keys and values, ``[2, tokens, heads, size]`` for each layer, into a cache that is empty."""
+        self.prefix = prefixes[0].shape[1]
+        self.prepare(0, self.prefix)
+        for prefix, keys, values in zip(prefixes, *self.views(0, self.prefix), strict=True):
+            keys[0].copy_(prefix[0].transpose(0, 1))
+            values[0].copy_(prefix[1].transpose(0, 1))
+
     def trim(self) -> None:
         """Give back at once what lies beyond the reservation. Not while a batch holds views of this cache."""
-        capacity = -(-self.reserved // PAGE) * PAGE
+        capacity = -(-max(self.reserved, self.prefix) // PAGE) * PAGE
         if capacity < self.capacity:
             self.length = min(self.length, capacity)
             self._resize(capacity, self.length)
@@ -90,8 +100,8 @@ class SequenceCache:
     def copy(self, reserved: int) -> SequenceCache:
         """A cache of its own with the same tokens, as far as there is room for them in ``reserved``."""
         new = SequenceCache(self.layout)
-        new.reserved = reserved
-        new._resize(-(-reserved // PAGE) * PAGE, 0)
+        new.reserved, new.prefix = reserved, self.prefix
+        new._resize(-(-max(reserved, self.prefix) // PAGE) * PAGE, 0)
         new.length = length = min(self.length, new.capacity)
         for shape, pair in self._stores.items():
             for source, target in zip(pair, new._stores[shape], strict=True):

@@ -6,12 +6,14 @@ time, as in decoding, reading the plain layout takes up to twice as long. The re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
 class PackedLinear(nn.Module):
-    """A frozen ``nn.Linear`` whose weight is in oneDNN's layout. Inference only: it has no backward."""
+    """A frozen ``nn.Linear`` whose weight is in oneDNN's layout."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -20,13 +22,33 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            hidden, self.packed, self.bias, "none", [], ""
-        )
-        return output
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            output: torch.Tensor = _PackedProduct.apply(hidden, self.packed, self.bias)  # type: ignore[no-untyped-call]
+            return output
+        return _multiply(hidden, self.packed, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _multiply(hidden: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
+    return output
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Its backward takes the weight out of its layout for one product: a copy, which costs far less."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.packed = packed
+        return _multiply(hidden, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0] @ ctx.packed.to_dense(), None, None
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.executor.base import SequenceId
+from swarmcore.executor.torch.adapters import TorchAdapter
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.kv_cache import SequenceCache
@@ -53,14 +54,16 @@ class Sequences:
         # A step that is being computed keeps its own reference until it is done.
         self._sequences.pop(sequence, None)
 
-    def cache(self, sequence: SequenceId, blocks: HeldBlocks, span: Span) -> SequenceCache:
-        """The sequence's cache for ``span``, made when there is none.
+    def cache(
+        self, sequence: SequenceId, blocks: HeldBlocks, span: Span, adapter: TorchAdapter | None
+    ) -> SequenceCache:
+        """The sequence's cache for ``span``, made when there is none; it begins with the adapter's prefix.
 
-        Raise `SessionLostError` for a sequence without a reservation, `InvalidStepError` for a span that it
-        did not begin with.
+        Raise `SessionLostError` for a sequence without a reservation, `InvalidStepError` for a span or a
+        length of prefix that it did not begin with.
         """
         held = self._reserved(sequence)
-        held.cache, held.span = _cache_for(held, blocks, span), span
+        held.cache, held.span = _cache_for(held, blocks, span, adapter), span
         return held.cache
 
     @torch.inference_mode()
@@ -86,14 +89,17 @@ class Sequences:
         held = self._sequences.get(sequence)
         if held is None or held.cache is None:
             raise SessionLostError(f"sequence {sequence} has no cache here")
-        if start < 0 or count < 1 or start + count > held.cache.length:
+        cache = held.cache
+        if start < 0 or count < 1 or start + count > cache.length - cache.prefix:
             raise InvalidStepError(
-                f"tokens {start} to {start + count} are not in a cache of {held.cache.length} tokens"
+                f"tokens {start} to {start + count} are not in a cache of "
+                f"{cache.length - cache.prefix} tokens"
             )
+        start += cache.prefix
         # Copied even where it is in one piece: the cache goes on to change.
         return tuple(
             to_wire(name, part.to("cpu", copy=True, memory_format=torch.contiguous_format))
-            for name, part in held.cache.tensors(start, start + count).items()
+            for name, part in cache.tensors(start, start + count).items()
         )
 
     @torch.inference_mode()
@@ -102,16 +108,18 @@ class Sequences:
         sequence: SequenceId,
         blocks: HeldBlocks,
         span: Span,
+        adapter: TorchAdapter | None,
         start: int,
         count: int,
         tensors: Sequence[Tensor],
     ) -> None:
         """As `BlockExecutor.import_cache`."""
         held = self._reserved(sequence)
-        cache = _cache_for(held, blocks, span)
-        if not 0 <= start <= cache.length:
+        cache = _cache_for(held, blocks, span, adapter)
+        if not 0 <= start <= cache.length - cache.prefix:
             raise InvalidStepError(
-                f"a cache from token {start} on does not continue a sequence of {cache.length} tokens"
+                f"a cache from token {start} on does not continue a sequence of "
+                f"{cache.length - cache.prefix} tokens"
             )
         dtype = DTYPE_NAMES[cache.layout.dtype]
         expected = [(name, dtype, shape, "raw") for name, shape in cache.shapes(count).items()]
@@ -121,6 +129,7 @@ class Sequences:
                 f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
             )
         held.cache, held.span = cache, span
+        start += cache.prefix
         cache.prepare(start, start + count)
         for target, tensor in zip(cache.tensors(start, start + count).values(), tensors, strict=True):
             target.copy_(to_torch(tensor))
@@ -132,11 +141,22 @@ class Sequences:
         return held
 
 
-def _cache_for(held: _Sequence, blocks: HeldBlocks, span: Span) -> SequenceCache:
+def _cache_for(
+    held: _Sequence, blocks: HeldBlocks, span: Span, adapter: TorchAdapter | None
+) -> SequenceCache:
+    prefix = 0 if adapter is None else adapter.prefix_tokens
     if held.cache is None:
         cache = SequenceCache(blocks.layout(span))
         cache.reserved = held.reserved
+        if adapter is not None and prefix:
+            names = [adapter.prefixes[block] for block in range(span.start, span.end)]
+            cache.begin_with([adapter.weights[name] for name in names])
         return cache
     if held.span != span:
         raise InvalidStepError(f"a sequence that began in blocks {held.span} cannot go on in blocks {span}")
+    if held.cache.prefix != prefix:
+        raise InvalidStepError(
+            f"a sequence that began with a prefix of {held.cache.prefix} tokens cannot go on with one of "
+            f"{prefix} tokens"
+        )
     return held.cache

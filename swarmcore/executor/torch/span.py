@@ -25,6 +25,7 @@ from swarmcore.executor.torch.cut import (
 from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
 from swarmcore.executor.torch.packing import pack_linears
+from swarmcore.executor.torch.targets import Updates
 from swarmcore.types import Span
 
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|video|speech|encoder|mtp")
@@ -48,12 +49,23 @@ class SpanModel:
     def forward(
         self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch, part: Span | None = None
     ) -> torch.Tensor:
+        """As `differentiable`, without gradients."""
+        return self.differentiable(hidden, position_ids, batch, part)
+
+    def differentiable(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch, part: Span | None = None
+    ) -> torch.Tensor:
         """Hidden states ``[1, tokens, hidden size]`` through all blocks, or through ``part`` of them."""
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         with computing(batch):
             output = self._part(part or self.span)(inputs_embeds=hidden, use_cache=False, **positions)
         result: torch.Tensor = output.last_hidden_state
         return result
+
+    def block(self, number: int) -> nn.Module:
+        """Block ``number`` of the whole model."""
+        block: nn.Module = getattr(self._base, layer_list(self._base))[number - self.span.start]
+        return block
 
     def keep(self, part: Span) -> SpanModel:
         """The same modules for the blocks ``part`` alone; the others are freed when this object is."""
@@ -114,6 +126,7 @@ class _Probe:
 
     def __init__(self, config: Any) -> None:
         self.shapes: dict[int, LayerShape] = {}
+        self.updates: Updates | None = None
         self._layer_types = getattr(config, "layer_types", None)
 
     def attend(

@@ -79,7 +79,7 @@ async def test_a_step_in_slices(executor: TorchExecutor) -> None:
             for at, count in ((0, 4), (4, 1), (5, 4))
         ]
         torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5 if codec == "raw" else 0.1, rtol=0)
-    assert not executor._decoded
+    assert not executor._slices.decoded
 
 
 async def test_slices_of_one_sequence_in_one_batch(executor: TorchExecutor) -> None:

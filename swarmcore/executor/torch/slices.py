@@ -1,0 +1,177 @@
+"""Steps: slices of many sessions run as one ragged batch, each with its own result or error."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from swarmcore.errors import InternalError, InvalidStepError, SwarmError
+from swarmcore.executor.base import SequenceId, Slice
+from swarmcore.executor.torch.adapters import TorchAdapter, own_adapter
+from swarmcore.executor.torch.batch import RaggedBatch
+from swarmcore.executor.torch.device import DTYPE_NAMES
+from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
+from swarmcore.executor.torch.low_rank import Hooks, RowAdapters, StackCache
+from swarmcore.executor.torch.sequences import Sequences
+from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.types import ModelInfo
+from swarmcore.wire.tensors import Tensor
+
+
+class SliceRunner:
+    """Runs in the compute thread; what it remembers from step to step is decoded or stacked tensors."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        layout: CacheLayout,
+        sequences: Sequences,
+        hooks: Hooks,
+        threads: int,
+        max_positions: int | None,
+    ) -> None:
+        self._model, self._sequences, self._hooks = model, sequences, hooks
+        self._device, self._dtype = layout.device, layout.dtype
+        self._dtype_name = DTYPE_NAMES[layout.dtype]
+        self._threads, self._max_positions = threads, max_positions
+        self._stacks = StackCache(layout.dtype)
+        self.decoded: dict[int, tuple[weakref.ref[Tensor], torch.Tensor]] = {}
+        """Steps that are run in several slices, by identity."""
+
+    def clear(self) -> None:
+        """Forget what is decoded."""
+        self.decoded.clear()
+
+    @torch.inference_mode()
+    def run(self, blocks: HeldBlocks, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+        """As `BlockExecutor.step`."""
+        results: list[Tensor | SwarmError | None] = [None] * len(batch)
+        accepted: list[_Accepted] = []
+        pieces: list[tuple[SequenceCache, int, int]] = []
+        lengths: dict[SequenceId, int] = {}
+        for index, piece in enumerate(batch):
+            try:
+                rows = self._rows(piece)
+                adapter = own_adapter(piece.adapter, piece.span)
+                caches = self._place(blocks, piece, adapter, lengths)
+            except SwarmError as exc:
+                results[index] = exc
+                continue
+            accepted.append(_Accepted(index, piece, adapter, rows))
+            pieces += [
+                (cache, cache.prefix + segment.start, segment.count)
+                for cache, segment in zip(caches, piece.segments, strict=True)
+            ]
+        if accepted:
+            part = accepted[0].piece.span
+            packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
+            updates = self._updates(blocks, accepted)
+            ragged = RaggedBatch(pieces, self._device, threads=self._threads, updates=updates)
+            output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
+            # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
+            # another sequence. It also waits for the GPU: what is handed out has been computed.
+            finite = bool(torch.isfinite(output).all())
+            counts = [each.piece.tokens for each in accepted]
+            for each, rows in zip(accepted, output.split_with_sizes(counts), strict=True):
+                results[each.index] = self._result(each, rows, finite)
+        return [result or InternalError("a slice was not computed") for result in results]
+
+    def _updates(self, blocks: HeldBlocks, accepted: Sequence[_Accepted]) -> RowAdapters | None:
+        adapters = {each.adapter for each in accepted if each.adapter is not None and each.adapter.targets}
+        if not adapters:
+            return None
+        for adapter in adapters:
+            self._hooks.install(adapter, blocks)
+        rows = [(each.adapter if each.adapter in adapters else None, each.piece.tokens) for each in accepted]
+        return RowAdapters(rows, self._stacks.get(adapters))
+
+    def _rows(self, piece: Slice) -> torch.Tensor:
+        """The slice's rows, ``[tokens, hidden size]``, in the executor's dtype and on its device."""
+        hidden = self._decode(piece)
+        last = piece.first_row + piece.tokens
+        if hidden.dim() != 2 or hidden.shape[1] != self._model.hidden_size or hidden.shape[0] < last:
+            raise InvalidStepError(
+                f"hidden states have shape {list(hidden.shape)}; expected "
+                f"[tokens, {self._model.hidden_size}] with at least {last} tokens"
+            )
+        return hidden[piece.first_row : last].to(self._device, self._dtype)
+
+    def _decode(self, piece: Slice) -> torch.Tensor:
+        """The whole step's hidden states, decoded once however many slices it is run in."""
+        if piece.hidden.codec == "raw":
+            return to_torch(piece.hidden)
+        key = id(piece.hidden)
+        reference, hidden = self.decoded.get(key, (None, None))
+        if hidden is None or reference is None or reference() is not piece.hidden:
+            hidden = to_torch(piece.hidden)
+        self.decoded = {at: kept for at, kept in self.decoded.items() if at != key and kept[0]() is not None}
+        if piece.first_row + piece.tokens < hidden.shape[0]:
+            self.decoded[key] = weakref.ref(piece.hidden), hidden
+        return hidden
+
+    def _place(
+        self,
+        blocks: HeldBlocks,
+        piece: Slice,
+        adapter: TorchAdapter | None,
+        lengths: dict[SequenceId, int],
+    ) -> list[SequenceCache]:
+        """The caches of the slice's segments. ``lengths`` are as the batch so far will leave them."""
+        blocks.check(piece.span)
+        caches = []
+        after = dict(lengths)
+        for segment in piece.segments:
+            cache = self._sequences.cache(segment.sequence, blocks, piece.span, adapter)
+            length = after.get(segment.sequence, cache.length - cache.prefix)
+            if segment.count < 1 or not 0 <= segment.start <= length:
+                raise InvalidStepError(
+                    f"a step of {segment.count} tokens at position {segment.start} "
+                    f"does not continue a sequence of {length} tokens"
+                )
+            end = segment.start + segment.count
+            self.check_length(cache.prefix + end)
+            after[segment.sequence] = end
+            caches.append(cache)
+        lengths.update(after)
+        return caches
+
+    def check_length(self, tokens: int) -> None:
+        """Raise `InvalidStepError` for a sequence that is too long for the rotary embedding."""
+        if self._max_positions is not None and tokens > self._max_positions:
+            raise InvalidStepError(
+                f"a sequence of {tokens} tokens is too long: the rotary embedding of {self._model.name} "
+                f"changes past {self._max_positions} tokens, which is not served"
+            )
+
+    def _result(self, accepted: _Accepted, rows: torch.Tensor, finite: bool) -> Tensor | SwarmError:
+        piece = accepted.piece
+        if not finite and not torch.isfinite(rows).all():
+            if not torch.isfinite(accepted.rows).all():
+                return InvalidStepError(
+                    f"hidden states contain values that are not finite in {self._dtype_name}"
+                )
+            wider = "" if self._dtype_name != "float16" else "; bfloat16 or float32 has more range"
+            return InvalidStepError(
+                f"blocks {piece.span} gave values that are not finite in {self._dtype_name}{wider}"
+            )
+        if piece.reply == "last":
+            ends = torch.tensor([segment.count for segment in piece.segments]).cumsum(0) - 1
+            rows = rows[ends.to(rows.device)]
+        try:
+            return to_wire("hidden", rows, piece.codec)
+        except SwarmError as exc:
+            return exc
+
+
+@attrs.frozen
+class _Accepted:
+    """A slice that is part of the batch: its place among the results, and its rows."""
+
+    index: int
+    piece: Slice
+    adapter: TorchAdapter | None
+    rows: torch.Tensor
