@@ -97,8 +97,8 @@ class BlockExecutor(ABC):
         """Make an adapter ready for use, of raw tensors named as in `swarmcore.wire.passes.AdapterPart`.
 
         They are of blocks that are held; the adapter may be used in batches of some of them. May come while a
-        batch computes. Raise `AdapterError` for tensors that do not fit the blocks, and where the backend takes
-        no adapters.
+        batch computes. Raise `AdapterError` for tensors that do not fit the blocks, and where the backend
+        takes no adapters.
         """
         raise AdapterError(f"{type(self).__name__} takes no adapters")
 
