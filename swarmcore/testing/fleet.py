@@ -120,22 +120,26 @@ class Fleet:
         self._in_background(member.process.stop())
         return member
 
-    async def settle(self) -> None:
-        """Wait for the servers that are starting and ending. Raise what kept one from starting."""
-        while self._background:
+    async def settle(self, span: Span | None = None) -> None:
+        """Wait for the servers that are starting and ending; with ``span``, only until it has all its replicas.
+
+        Raise what kept a server from starting.
+        """
+        while self._background and (span is None or len(self.holding(span)) < self.replicas):
             done, _ = await asyncio.wait(self._background, return_when=asyncio.FIRST_COMPLETED)
             self._background -= done
             for task in done:
                 task.result()
 
-    async def seen_by(self, swarm: Swarm) -> None:
-        """Wait until ``swarm`` takes every living server for online."""
+    async def seen_by(self, swarm: Swarm, span: Span | None = None) -> None:
+        """Wait until ``swarm`` takes every living server, or those of ``span``, for online."""
+        awaited = self.members if span is None else [member.peer for member in self.holding(span)]
         changes = swarm.registry.changes()
         try:
             async with asyncio.timeout(SEEN_TIMEOUT):
                 while True:
                     view = swarm.view().servers
-                    if all(p in view and view[p].state == "online" for p in self.members):
+                    if all(p in view and view[p].state == "online" for p in awaited):
                         return
                     await anext(changes)
         except TimeoutError as exc:

@@ -57,6 +57,11 @@ class Client:
         await self.fleet.settle()
         await self.fleet.seen_by(self.swarm)
 
+    async def replicas_of(self, stage: int) -> None:
+        """As `replicas`, for one of `STAGES` only."""
+        await self.fleet.settle(STAGES[stage])
+        await self.fleet.seen_by(self.swarm, STAGES[stage])
+
     def serving(self, session: swarmcore.ModelSession, stage: int) -> Member:
         """The server of the session's chain that runs the first of the blocks ``STAGES[stage]``.
 
