@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import pytest_asyncio
 
 from swarmcore.testing.clock import VirtualClockLoop
 from swarmcore.testing.nursery import ServerNursery
+
+# A dozen processes share this machine's cores: threads that wait for each other must not spin meanwhile.
+# OpenMP reads this when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

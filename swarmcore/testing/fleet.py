@@ -121,7 +121,7 @@ class Fleet:
         return member
 
     async def settle(self, span: Span | None = None) -> None:
-        """Wait for the servers that are starting and ending; with ``span``, only until it has all its replicas.
+        """Wait for servers that are starting and ending; with ``span``, only until it has all its replicas.
 
         Raise what kept a server from starting.
         """
