@@ -11,6 +11,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import load_identity, network_options, set_thread_environment, standard
 from swarmcore.cli.output import Output
+from swarmcore.cli.values import parse_bytes, parse_named_paths
 from swarmcore.errors import InputError
 from swarmcore.types import Span
 
@@ -86,6 +87,34 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="How long sessions get to move elsewhere when it is stopped; a second Ctrl-C stops it at once.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Serve the adapter in this folder, in PEFT's format, to those who ask for NAME. May be repeated.",
+)
+@click.option(
+    "--adapter-budget",
+    default="256M",
+    show_default=True,
+    metavar="BYTES",
+    help="Memory for adapters that clients bring; 0 takes none. With K, M or G for short.",
+)
+@click.option(
+    "--activation-budget",
+    metavar="BYTES",
+    help="Memory for activations that are kept between a client's forward and backward pass; 0 keeps none. "
+    "[default: a tenth of the free memory]",
+)
+@click.option(
+    "--max-pass-tokens",
+    type=int,
+    default=8192,
+    show_default=True,
+    metavar="N",
+    help="Most tokens of a batch that is run forward or back for fine-tuning; 0 runs none.",
+)
 @click.option("--name", "public_name", default="", metavar="TEXT", help="Name shown to others in the status.")
 @network_options
 @standard
@@ -105,6 +134,10 @@ def serve(
     no_rebalance: bool,
     balance_quality: float,
     drain: float,
+    adapters: tuple[str, ...],
+    adapter_budget: str,
+    activation_budget: str | None,
+    max_pass_tokens: int,
     public_name: str,
     exit_with_stdin: bool,
     identity_file: str | None,
@@ -135,6 +168,12 @@ def serve(
         rebalance=0.0 if no_rebalance else rebalance,
         balance_quality=balance_quality,
         drain=drain,
+        adapters=parse_named_paths("--adapter", adapters),
+        adapter_budget=parse_bytes("--adapter-budget", adapter_budget),
+        activation_budget=(
+            parse_bytes("--activation-budget", activation_budget) if activation_budget is not None else None
+        ),
+        max_pass_tokens=max_pass_tokens,
         public_name=public_name,
     )
 

@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.metadata import version
 from types import TracebackType
 from typing import Self, TypeGuard
 
 import attrs
 
-from swarmcore.errors import InputError, SwarmError
+from swarmcore.errors import AdapterError, InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.engine import Engine
 from swarmcore.placement.rebalance import MoveCost
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
+from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.neighbours import Neighbours
-from swarmcore.server.protocols import INFERENCE_PROTOCOL, INFO_METHOD, PING_METHOD
+from swarmcore.server.passes import PassService, pass_limits
+from swarmcore.server.protocols import (
+    BACKWARD_PROTOCOL,
+    FORWARD_PROTOCOL,
+    INFERENCE_PROTOCOL,
+    INFO_METHOD,
+    PING_METHOD,
+)
 from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.types import ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
@@ -43,9 +53,10 @@ class BlockServer:
 
     The node must be listening and the registry started before `start`; both outlive the server, and the
     executor is closed with it. ``speed`` is what was measured of it before, ``seconds_per_block`` how long it
-    took to load a block. With an ``rng`` it measures round trips to servers that may follow it, and moves to
-    other blocks, looking as often as `ServerConfig.rebalance_interval` says; without one it does neither.
-    ``incarnation`` is to differ from one start to the next.
+    took to load a block, ``read_adapter`` reads the weights of some blocks from an adapter's folder. With an
+    ``rng`` it measures round trips to servers that may follow it, and moves to other blocks, looking as often
+    as `ServerConfig.rebalance_interval` says; without one it does neither. ``incarnation`` is to differ from
+    one start to the next.
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class BlockServer:
         cache_tokens: int,
         speed: ServerSpeed | None = None,
         seconds_per_block: float = 1.0,
+        read_adapter: Callable[[str, Span], Awaitable[Weights]] | None = None,
         rng: random.Random | None = None,
         incarnation: int = 0,
     ) -> None:
@@ -72,14 +84,18 @@ class BlockServer:
             cache_tokens=cache_tokens,
             max_batch_tokens=config.max_batch_tokens,
             idle_timeout=config.idle_timeout,
+            pass_limits=pass_limits(config),
         )
+        self.adapters = AdapterStore(executor, config.adapter_budget)
         self.inference = InferenceService(
             self.engine,
             executor.model,
             executor.span,
             node,
             admission_timeout=config.admission_timeout,
+            adapters=self.adapters,
         )
+        self.passes = PassService(self.engine, executor.model, executor.span, self.adapters)
         self.state: ServerState = "joining"
         self.span = executor.span
         """Blocks that sessions may be opened on; while nothing can be served, those that are loaded."""
@@ -88,6 +104,7 @@ class BlockServer:
         self.moves = 0
         """How often it has moved to other blocks."""
         self._seconds_per_block = seconds_per_block
+        self._read_adapter = read_adapter
         self._announced: ServerInfo | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._rebalancing: Rebalancing | None = None
@@ -122,6 +139,8 @@ class BlockServer:
             rtts=self._neighbours.rtts if self._neighbours is not None else (),
             target=self.target,
             pinned=self._rebalancing is None,
+            pass_tokens=self.config.max_pass_tokens,
+            adapters=self.adapters.names,
             incarnation=self.incarnation,
             public_name=self.config.public_name,
             version=VERSION,
@@ -137,9 +156,10 @@ class BlockServer:
         """What it is about to do and why, in words."""
         if self.state == "draining":
             return ("leaving: it takes no new sessions",)
+        adapters = (f"adapters: {', '.join(self.adapters.names)}",) if self.adapters.names else ()
         if self._rebalancing is not None:
-            return (self._rebalancing.note,)
-        return ("placement: it stays on its blocks, as it was told",)
+            return (self._rebalancing.note, *adapters)
+        return ("placement: it stays on its blocks, as it was told", *adapters)
 
     def __repr__(self) -> str:
         model = self.executor.model
@@ -153,12 +173,18 @@ class BlockServer:
     # --- life --------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to serve and announce this server as online."""
+        """Load the adapters, begin to serve and announce this server as online.
+
+        Raise `AdapterError` for an adapter that cannot be served.
+        """
         self._started_at = asyncio.get_running_loop().time()
+        await self._load_adapters()
         await self.engine.start()
         self.node.serve(PING_METHOD, self._ping)
         self.node.serve(INFO_METHOD, self._info)
         self.node.serve_protocol(INFERENCE_PROTOCOL, self.inference.serve)
+        self.node.serve_protocol(FORWARD_PROTOCOL, self.passes.forward)
+        self.node.serve_protocol(BACKWARD_PROTOCOL, self.passes.backward)
         self.state = "online"
         self._started = True
         await self._announce()
@@ -169,21 +195,27 @@ class BlockServer:
             self._tasks.append(asyncio.create_task(self._rebalancing.run(), name="rebalancing"))
         logger.info("%r", self)
 
+    async def _load_adapters(self) -> None:
+        for name, folder in self.config.adapters.items():
+            if self._read_adapter is None:
+                raise AdapterError(f"adapter {name!r} cannot be served: nothing reads adapters here")
+            await self.adapters.load_named(name, partial(self._read_adapter, folder))
+
     async def leave(self) -> int:
         """Say that this server leaves, refuse new sessions, and let those that are open move elsewhere.
 
-        Wait for them up to `ServerConfig.drain` seconds; return how many are still open then. `close` comes
-        after it.
+        Wait for them, and for forward and backward passes under way, up to `ServerConfig.drain` seconds;
+        return how many sessions are still open then. `close` comes after it.
         """
         await self._stop_tasks()
         self.state, self.target = "draining", None
         await self._try_to_announce()
         logger.info("%r", self)
-        return await self.inference.drain(self.config.drain)
+        return await self._drain(None)
 
     async def close(self) -> None:
         """Withdraw, refuse new sessions, end those that are open. Harmless when repeated."""
-        self.inference.draining = True
+        self.inference.draining = self.passes.draining = True
         self.state = "draining"
         await self._stop_tasks()
         if self._started:
@@ -231,11 +263,19 @@ class BlockServer:
         try:
             self.state, self.span, self.target = ("online", kept, span) if kept else ("joining", span, None)
             await self._try_to_announce()
-            await self.inference.drain(self.config.drain, keep=kept)
-            await self.inference.end(keep=kept)
+            await self._drain(kept)
+            await asyncio.gather(self.inference.end(keep=kept), self.passes.end(keep=kept))
             await self._load(span, instead_of=held)
         finally:
             self._moving = False
+
+    async def _drain(self, keep: Span | None) -> int:
+        """Let what needs blocks outside of ``keep`` come to its end; return how many sessions have not."""
+        open_sessions, _ = await asyncio.gather(
+            self.inference.drain(self.config.drain, keep=keep),
+            self.passes.drain(self.config.drain, keep=keep),
+        )
+        return open_sessions
 
     async def _load(self, span: Span, *, instead_of: Span) -> None:
         loop = asyncio.get_running_loop()
@@ -265,8 +305,9 @@ class BlockServer:
         await self._serve_again()
 
     async def _serve_again(self) -> None:
-        self.inference.span = self.span = self.executor.span
-        self.inference.draining = False
+        await self.adapters.change_span()
+        self.inference.span = self.passes.span = self.span = self.executor.span
+        self.inference.draining = self.passes.draining = False
         self.state, self.target = "online", None
         await self._try_to_announce()
         logger.info("%r", self)
@@ -304,7 +345,8 @@ class BlockServer:
         return Pong(request.payload)
 
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
-        counters = {**self.engine.counters, **self.inference.counters, "moves": self.moves}
+        services = self.inference.counters + self.passes.counters + self.adapters.counters
+        counters = {**self.engine.counters, **services, "moves": self.moves}
         uptime = asyncio.get_running_loop().time() - self._started_at
         return InfoReply(
             self.info, uptime, {name: float(count) for name, count in counters.items()}, self.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -11,6 +12,12 @@ from swarmcore.types import Span
 
 REBALANCE = 60.0
 """Seconds between two looks at the balance of the swarm."""
+
+ACTIVATION_BUDGET = 256 * 2**20
+"""Bytes of activations that are kept where the free memory is not known."""
+
+MAX_ADAPTER_NAME = 64
+"""Characters of an adapter's name: all of them are announced."""
 
 
 def _positive(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -31,6 +38,15 @@ def _throughput(instance: object, attribute: attrs.Attribute[Any], value: Any) -
 def _quality(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"balance-quality must be from 0 to 1, got {value}")
+
+
+def _adapter_names(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:
+    for name, path in value.items():
+        if not name.strip() or len(name) > MAX_ADAPTER_NAME or not name.isprintable() or not path:
+            raise InputError(
+                f"adapter {name[:MAX_ADAPTER_NAME]!r} needs a folder and a name of 1 to {MAX_ADAPTER_NAME} "
+                f"printable characters"
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -70,6 +86,15 @@ class ServerConfig:
     gains. The less a move costs, the nearer to 1 it is taken; see `Rebalancer`."""
     drain: float = attrs.field(default=30.0, validator=_not_negative)
     """Most seconds that sessions get to leave before the server does, or before it drops their blocks."""
+    adapters: Mapping[str, str] = attrs.field(factory=dict, validator=_adapter_names)
+    """Folders of adapters in PEFT's format to serve to everyone, by the name that clients ask for."""
+    adapter_budget: int = attrs.field(default=256 * 2**20, validator=_not_negative)
+    """Bytes of adapters that clients bring and that are kept for them; 0 for taking none."""
+    activation_budget: int | None = attrs.field(default=None, validator=_not_negative)
+    """Bytes of activations of forward passes that may be kept for backward passes to come; 0 for none, None
+    for `ACTIVATION_BUDGET`, or a tenth of the memory that is free after loading where that is known."""
+    max_pass_tokens: int = attrs.field(default=8192, validator=_not_negative)
+    """Most tokens of one batch that is run forward or back for a client; 0 when none is."""
     public_name: str = ""
 
     @property

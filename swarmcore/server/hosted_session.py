@@ -12,7 +12,7 @@ from typing import Literal
 
 import attrs
 
-from swarmcore.errors import InternalError, InvalidStepError, SessionLostError, SwarmError
+from swarmcore.errors import InternalError, InvalidStepError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
@@ -38,6 +38,7 @@ from swarmcore.wire.messages import (
     StepForwarded,
     StepOutput,
 )
+from swarmcore.wire.passes import AdapterPart
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,8 @@ class HostedSession:
         if isinstance(record, CachePart):
             await self._take_caches(record, message.tensors)
             return
+        if isinstance(record, AdapterPart):
+            raise ProtocolError("the weights of an adapter came that were not asked for")
         if not from_client and not isinstance(record, Step):
             raise InvalidStepError(f"only the client of a session may send {message.kind}")
         if isinstance(record, Admit):

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 from collections import Counter
+from functools import partial
 
 from swarmcore.errors import (
     InvalidStepError,
@@ -19,6 +20,7 @@ from swarmcore.errors import (
 from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
+from swarmcore.server.adapters import AdapterStore, ask_for_weights
 from swarmcore.server.hosted_session import HostedSession
 from swarmcore.server.pushers import Pushers
 from swarmcore.types import ModelInfo, Span
@@ -39,8 +41,16 @@ class InferenceService:
     """
 
     def __init__(
-        self, engine: Engine, model: ModelInfo, span: Span, node: Node, *, admission_timeout: float
+        self,
+        engine: Engine,
+        model: ModelInfo,
+        span: Span,
+        node: Node,
+        *,
+        admission_timeout: float,
+        adapters: AdapterStore | None = None,
     ) -> None:
+        """Without ``adapters`` no session has one."""
         self.draining = False
         self.counters: Counter[str] = Counter()
         self._engine = engine
@@ -48,6 +58,7 @@ class InferenceService:
         self.span = span
         self._node = node
         self._admission_timeout = admission_timeout
+        self._adapters = adapters or AdapterStore(engine.executor, 0)
         self._sessions: dict[str, HostedSession] = {}
         self._stays: dict[str, asyncio.Timeout] = {}
         self._awaited: dict[str, set[asyncio.Future[HostedSession]]] = {}
@@ -104,9 +115,20 @@ class InferenceService:
 
     async def _host(self, channel: Channel, opening: OpenSession) -> None:
         span = self._check(opening)
-        await self._engine.open(
-            opening.session, opening.sequences, opening.tokens, timeout=self._admission_timeout, span=span
-        )
+        ask = partial(ask_for_weights, channel)
+        async with self._adapters.obtain(channel.remote, opening.adapter, span, ask) as adapter:
+            await self._engine.open(
+                opening.session,
+                opening.sequences,
+                opening.tokens,
+                timeout=self._admission_timeout,
+                span=span,
+                adapter=adapter,
+            )
+            await self._run(channel, opening, span)
+
+    async def _run(self, channel: Channel, opening: OpenSession, span: Span) -> None:
+        """Serve a session for which there is room, to its end."""
         session = HostedSession(
             opening.session,
             span,

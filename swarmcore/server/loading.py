@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from swarmcore.errors import SpanError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.placement.capacity import DEFAULT_CACHE_TOKENS, CapacityPlan, plan_capacity
+from swarmcore.server.adapters import Weights
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.speed_file import SpeedFile
 from swarmcore.types import Span
@@ -68,6 +69,22 @@ def default_cache_tokens(executor: BlockExecutor, device: str) -> int:
     room = free_memory(device) // executor.cache_bytes_per_token
     tokens = max(room // 4, min(DEFAULT_CACHE_TOKENS, room * 3 // 4))
     return max(executor.page, min(tokens, MAX_DEFAULT_CACHE_TOKENS))
+
+
+def default_activation_budget(device: str) -> int:
+    """Bytes of activations to keep: a tenth of the memory that is free now."""
+    from swarmcore.executor.torch.sizing import free_memory
+
+    return free_memory(device) // 10
+
+
+def read_adapter(folder: str, checkpoint: Checkpoint, span: Span) -> Weights:
+    """The weights of an adapter in PEFT's format for the blocks ``span``. Raise `AdapterError`."""
+    from swarmcore.executor.torch.tensors import to_wire
+    from swarmcore.training.peft_format import read_adapter as read
+
+    tensors, scaling = read(folder, span, checkpoint.config)
+    return Weights([to_wire(name, values) for name, values in tensors.items()], scaling)
 
 
 def speed_file(config: ServerConfig, checkpoint: Checkpoint) -> SpeedFile:

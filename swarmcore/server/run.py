@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -20,27 +21,30 @@ from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
+from swarmcore.server.adapters import Weights
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.loading import (
     check_span,
+    default_activation_budget,
     default_cache_tokens,
     load_blocks,
     open_model,
     plan_blocks,
+    read_adapter,
     speed_file,
 )
 from swarmcore.server.measuring import ServerSpeed, measure_compute, measure_network
 from swarmcore.server.protocols import INFO_METHOD, PING_METHOD
 from swarmcore.server.speed_file import SpeedFile
 from swarmcore.transport import transport_class
-from swarmcore.types import Address, PeerId, ServerInfo
+from swarmcore.types import Address, PeerId, ServerInfo, Span
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 from swarmcore.wire.tensors import ITEM_BYTES
 
 if TYPE_CHECKING:
     from swarmcore.executor.base import BlockExecutor
-    from swarmcore.executor.torch.checkpoint import Progress
+    from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
     from swarmcore.placement.capacity import CapacityPlan
 
 logger = logging.getLogger(__name__)
@@ -96,7 +100,8 @@ async def run_server(
 
     Which blocks: those of the settings, or as many as fit, of those that the swarm serves worst. When
     cancelled it lets its sessions move elsewhere for up to ``config.drain`` seconds; cancelled again it ends
-    at once. Raise before joining when the addresses, the model or the blocks are wrong.
+    at once. Raise before joining when the addresses, the model, the blocks or the adapters are
+    wrong.
     """
     rng = random.Random()
     async with listening(identity, network) as (node, registry):
@@ -110,6 +115,8 @@ async def run_server(
         kept = await asyncio.to_thread(speed_file, config, checkpoint)
         await registry.start()
         span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
+        for folder in config.adapters.values():  # better refused now than once the blocks are loaded
+            await _read_adapter(checkpoint, folder, span)
         speed = _known_speed(config, kept)
         joining = ServerInfo(
             peer=node.peer,
@@ -136,14 +143,18 @@ async def run_server(
             await registry.withdraw()
             raise
         cache_tokens = config.cache_tokens or default_cache_tokens(executor, config.device)
+        settings = config
+        if settings.activation_budget is None:
+            settings = attrs.evolve(config, activation_budget=default_activation_budget(config.device))
         async with BlockServer(
-            config,
+            settings,
             node,
             registry,
             executor,
             cache_tokens=cache_tokens,
             speed=speed,
             seconds_per_block=loading / len(span),
+            read_adapter=partial(_read_adapter, checkpoint),
             rng=rng,
             incarnation=joining.incarnation,
         ) as server:
@@ -156,6 +167,10 @@ async def run_server(
                     on_leaving(server)
                 await server.leave()
                 raise
+
+
+async def _read_adapter(checkpoint: Checkpoint, folder: str, span: Span) -> Weights:
+    return await asyncio.to_thread(read_adapter, folder, checkpoint, span)
 
 
 def _known_speed(config: ServerConfig, kept: SpeedFile) -> ServerSpeed:

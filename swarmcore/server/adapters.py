@@ -1,0 +1,297 @@
+"""Small weights on a server: those that it was started with, by name, and those that clients bring."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import attrs
+
+from swarmcore.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    DeadlineExceededError,
+    InputError,
+    ProtocolError,
+    ServerMemoryError,
+    SwarmError,
+)
+from swarmcore.executor.base import BlockExecutor
+from swarmcore.executor.faults import translated
+from swarmcore.executor.passes import Adapter
+from swarmcore.rpc.channel import Channel
+from swarmcore.types import PeerId, Span, short
+from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+ARRIVAL_TIMEOUT = 60.0
+"""Seconds in which a client has to send weights that it was asked for."""
+
+MAX_OF_ONE_PEER = 8
+"""Adapters kept for one peer: each change of its weights brings a new one, and the old are of little use."""
+
+MAX_TENSORS_PER_BLOCK = 64
+
+_VERSION = re.compile(r"[0-9a-f]{32}")
+
+
+@attrs.frozen
+class Weights:
+    """An adapter's tensors for some blocks, raw; possibly none."""
+
+    tensors: Sequence[Tensor]
+    scaling: float = 1.0
+
+
+Ask = Callable[[Span, int], Awaitable[Weights]]
+"""Ask a client for the weights of some blocks, of so many bytes at most."""
+
+Read = Callable[[Span], Awaitable[Weights]]
+"""Read the weights of some blocks from where a server has them."""
+
+
+class WeightsIntake:
+    """Puts the parts of a client's adapter together."""
+
+    def __init__(self, span: Span, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_tensors = MAX_TENSORS_PER_BLOCK * len(span)
+        self._tensors: list[Tensor] = []
+        self._nbytes = 0
+
+    def take(self, part: AdapterPart, tensors: Sequence[Tensor]) -> Weights | None:
+        """Return the whole with the last part. Raise `AdapterError` when it is too large."""
+        self._nbytes += sum(tensor.decoded_nbytes for tensor in tensors)
+        if self._nbytes > self._max_bytes:
+            raise AdapterError(
+                f"the adapter takes more than {self._max_bytes} bytes, all that this server has for adapters "
+                f"of clients; use a smaller one, or another server"
+            )
+        if len(self._tensors) + len(tensors) > self._max_tensors:
+            raise AdapterError(f"the adapter has more than {MAX_TENSORS_PER_BLOCK} tensors for each block")
+        if not tensors and not part.last:
+            raise ProtocolError("an adapter's part has no tensors and is not the last")
+        self._tensors += tensors
+        if not part.last:
+            return None
+        return Weights([tensor.decode() for tensor in self._tensors], part.scaling)
+
+
+async def ask_for_weights(channel: Channel, span: Span, max_bytes: int) -> Weights:
+    """An `Ask` for a channel on which nothing else comes before its answer."""
+    intake = WeightsIntake(span, max_bytes)
+    await channel.send(AdapterWanted(tuple(range(span.start, span.end))))
+    while True:
+        message = await channel.receive()
+        if not isinstance(message.record, AdapterPart):
+            raise ProtocolError(f"a {message.kind} came where an adapter's weights were asked for")
+        if (whole := intake.take(message.record, message.tensors)) is not None:
+            return whole
+
+
+@attrs.define(eq=False)
+class _Kept:
+    adapter: Adapter | None
+    """None when there are no weights for these blocks."""
+    span: Span
+    """What was asked for."""
+    users: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.adapter.nbytes if self.adapter is not None else 0
+
+
+@attrs.define(eq=False)
+class _Arrival:
+    """Weights that one of the client's channels was asked for, while others wait for them."""
+
+    span: Span
+    over: asyncio.Event = attrs.field(factory=asyncio.Event)
+    refusal: SwarmError | None = None
+    """Why nobody needs to ask again."""
+
+
+class AdapterStore:
+    """Adapters of ``executor``. Those of clients take at most ``budget`` bytes, the least recently used go
+    first; sessions and passes that use one hold it.
+
+    A client's adapter is known by the peer that sent it and its version: nobody else gets it or can
+    replace it.
+    """
+
+    def __init__(self, executor: BlockExecutor, budget: int) -> None:
+        self.budget = budget
+        self.counters: Counter[str] = Counter()
+        self._executor = executor
+        self._sources: dict[str, Read] = {}
+        self._named: dict[str, Adapter | None] = {}
+        self._own: dict[tuple[PeerId, str], list[_Kept]] = {}
+        self._arriving: dict[tuple[PeerId, str], list[_Arrival]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters that it serves to everyone."""
+        return tuple(sorted(self._named))
+
+    @property
+    def nbytes(self) -> int:
+        """What clients' adapters take now."""
+        return sum(kept.nbytes for versions in self._own.values() for kept in versions)
+
+    @property
+    def in_use(self) -> int:
+        """By how many sessions and passes clients' adapters are used."""
+        return sum(kept.users for versions in self._own.values() for kept in versions)
+
+    async def load_named(self, name: str, read: Read) -> None:
+        """Serve what ``read`` gives as ``name``, from now on. Raise what it raises, and `AdapterError`."""
+        self._named[name] = await self._load(await read(self._executor.span))
+        self._sources[name] = read
+
+    async def change_span(self) -> None:
+        """The executor has changed its blocks: read what is served by name for these.
+
+        What cannot be read is not served any longer.
+        """
+        for name, read in self._sources.items():
+            try:
+                self._named[name] = await self._load(await read(self._executor.span))
+            except Exception as exc:
+                self._named.pop(name, None)
+                logger.error("adapter %r cannot be served with blocks %s: %s", name, self._executor.span, exc)
+
+    @asynccontextmanager
+    async def obtain(
+        self, peer: PeerId, name: AdapterName | None, span: Span, ask: Ask
+    ) -> AsyncIterator[Adapter | None]:
+        """The adapter that ``peer`` means, for the blocks ``span``, to be used inside of the context.
+
+        None when there is none, or it has no weights for these blocks. ``ask`` is called when it is not here,
+        and not on its way. Raise `AdapterNotFoundError` for an unknown name, `AdapterError` for weights that
+        do not fit, `ServerMemoryError` when there is no room, `DeadlineExceededError` when they do not come.
+        """
+        if name is None:
+            yield None
+        elif name.name:
+            yield self._of_name(name.name)
+        else:
+            kept = await self._of_peer(peer, _checked(name.version), span, ask)
+            try:
+                yield kept.adapter
+            finally:
+                kept.users -= 1
+
+    def _of_name(self, name: str) -> Adapter | None:
+        try:
+            return self._named[name]
+        except KeyError:
+            served = ", ".join(self.names) or "none"
+            raise AdapterNotFoundError(
+                f"this server has no adapter {name[:64]!r}; it serves {served}", adapters=list(self.names)
+            ) from None
+
+    async def _of_peer(self, peer: PeerId, version: str, span: Span, ask: Ask) -> _Kept:
+        """What the peer has sent, or sends now; counted as used once more."""
+        if not self.budget:
+            raise AdapterNotFoundError("this server takes no adapters of clients; use another one")
+        key = peer, version
+        while True:
+            if (kept := self._find(key, span)) is not None:
+                self.counters["adapter_hits"] += 1
+                return kept
+            coming = [each for each in self._arriving.get(key, ()) if _covers(each.span, span)]
+            if not coming:
+                return await self._fetch(key, span, ask)
+            await coming[0].over.wait()
+            if coming[0].refusal is not None:
+                raise translated(coming[0].refusal)
+
+    def _find(self, key: tuple[PeerId, str], span: Span) -> _Kept | None:
+        for kept in self._own.get(key, ()):
+            if _covers(kept.span, span):
+                self._own[key] = self._own.pop(key)  # the last to go
+                kept.users += 1
+                return kept
+        return None
+
+    async def _fetch(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _Kept:
+        arrival = _Arrival(span)
+        self._arriving.setdefault(key, []).append(arrival)
+        self.counters["adapters_asked"] += 1
+        try:
+            async with asyncio.timeout(ARRIVAL_TIMEOUT) as clock:
+                weights = await ask(span, self.budget)
+            kept = _Kept(await self._load(weights), span, users=1)
+            self._keep(key, kept)
+            return kept
+        except TimeoutError as exc:
+            if not clock.expired():
+                raise
+            raise DeadlineExceededError(
+                f"the weights of the adapter did not come within {ARRIVAL_TIMEOUT:.0f} s"
+            ) from exc
+        except (InputError, ServerMemoryError) as exc:
+            arrival.refusal = exc
+            raise
+        finally:
+            arrival.over.set()
+            self._arriving[key].remove(arrival)
+            if not self._arriving[key]:
+                del self._arriving[key]
+
+    async def _load(self, weights: Weights) -> Adapter | None:
+        if not weights.tensors:
+            return None
+        try:
+            return await self._executor.load_adapter(weights.tensors, weights.scaling)
+        except Exception as exc:
+            if not isinstance(exc, SwarmError):
+                logger.exception("the executor failed to load an adapter")
+            raise translated(exc) from exc
+
+    def _keep(self, key: tuple[PeerId, str], kept: _Kept) -> None:
+        same_peer = [other for other in self._own if other[0] == key[0] and other != key]
+        for old in same_peer[: max(0, len(same_peer) + 1 - MAX_OF_ONE_PEER)]:
+            self._drop_unused(old)
+        for old in list(self._own):
+            if self.nbytes + kept.nbytes <= self.budget:
+                break
+            self._drop_unused(old)
+        if self.nbytes + kept.nbytes > self.budget:
+            raise ServerMemoryError(
+                f"the adapter takes {kept.nbytes} bytes, and of the {self.budget} that this server has for "
+                f"adapters of clients {self.nbytes} are in use; try again later, or another server"
+            )
+        self._own[key] = [*self._own.pop(key, ()), kept]
+
+    def _drop_unused(self, key: tuple[PeerId, str]) -> None:
+        used = [kept for kept in self._own[key] if kept.users]
+        self.counters["adapters_dropped"] += len(self._own[key]) - len(used)
+        if used:
+            self._own[key] = used
+        else:
+            del self._own[key]
+
+    def __repr__(self) -> str:
+        peers = ", ".join(sorted({short(peer) for peer, _ in self._own}))
+        return (
+            f"<AdapterStore {len(self._named)} named · {len(self._own)} of {peers or 'nobody'} · "
+            f"{self.nbytes}/{self.budget} bytes>"
+        )
+
+
+def _covers(span: Span, wanted: Span) -> bool:
+    return span.start <= wanted.start and wanted.end <= span.end
+
+
+def _checked(version: str) -> str:
+    if not _VERSION.fullmatch(version):
+        raise AdapterError("an adapter is called by a name, or by its version of 32 hex digits")
+    return version

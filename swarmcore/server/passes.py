@@ -1,0 +1,166 @@
+"""The forward and backward protocols on a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InvalidBatchError,
+    ModelMismatchError,
+    ServerDrainingError,
+    SpanError,
+)
+from swarmcore.executor.checks import check_codec
+from swarmcore.executor.engine import Engine
+from swarmcore.executor.pass_runner import PassLimits, PassTurn
+from swarmcore.executor.passes import SequenceBatch
+from swarmcore.rpc.channel import Channel
+from swarmcore.server.adapters import AdapterStore
+from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
+from swarmcore.server.pass_channel import PassChannel
+from swarmcore.types import ModelInfo, Span
+from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward
+from swarmcore.wire.tensors import Tensor
+
+MAX_DEADLINE = 3600.0
+"""Longest deadline, in seconds, that a client may ask for; more is cut to this."""
+
+_NAME = re.compile(r"[0-9a-f]{32}|")
+
+
+def pass_limits(config: ServerConfig) -> PassLimits:
+    """What a server's settings allow forward and backward passes."""
+    budget = config.activation_budget
+    return PassLimits(
+        max_tokens=config.max_pass_tokens,
+        activation_budget=ACTIVATION_BUDGET if budget is None else budget,
+    )
+
+
+class PassService:
+    """Serves `FORWARD_PROTOCOL` and `BACKWARD_PROTOCOL` with one engine.
+
+    ``span`` is what passes may go through; a server that moves to other blocks changes it.
+    """
+
+    def __init__(self, engine: Engine, model: ModelInfo, span: Span, adapters: AdapterStore) -> None:
+        self.draining = False
+        self.span = span
+        self.counters: Counter[str] = Counter()
+        self.under_way = 0
+        """Passes that are served now."""
+        self._engine = engine
+        self._model = model
+        self._adapters = adapters
+
+    async def drain(self, seconds: float, *, keep: Span | None = None) -> None:
+        """Refuse new passes, and wait for up to ``seconds`` until those under way are through.
+
+        With ``keep``, only those that need blocks outside of it.
+        """
+        if keep is None:
+            self.draining = True
+        else:
+            self.span = keep
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._engine.passes.drain(keep)
+
+    async def end(self, *, keep: Span | None = None) -> None:
+        """End the passes that need blocks outside of ``keep``, after `drain` gave them time."""
+        await self._engine.passes.end(keep)
+
+    async def forward(self, channel: Channel) -> None:
+        """Handle one channel of the forward protocol."""
+        opening: OpenForward = channel.opening.record
+        async with self._turn(channel, opening) as (turn, talk):
+            talk.expect("inputs")
+            async with self._adapters.obtain(
+                channel.remote, opening.adapter, turn.span, talk.weights
+            ) as adapter:
+                rows = await talk.rows("inputs")
+                batch = SequenceBatch(turn.span, turn.lengths, rows, adapter, opening.reproducible)
+                outputs, kept, seconds = await turn.forward(batch, keep=opening.keep)
+            await talk.send_rows("outputs", outputs, opening.codec)
+            await channel.send(ForwardDone(kept, seconds))
+
+    async def backward(self, channel: Channel) -> None:
+        """Handle one channel of the backward protocol."""
+        opening: OpenBackward = channel.opening.record
+        async with self._turn(channel, opening) as (turn, talk):
+            talk.expect("gradients")
+            async with self._adapters.obtain(
+                channel.remote, opening.adapter, turn.span, talk.weights
+            ) as adapter:
+                reused = turn.reuse(opening.kept, adapter)
+                if not reused:
+                    await talk.ask_inputs()
+                gradients = await talk.rows("gradients")
+                inputs = _NO_ROWS if reused else await talk.rows("inputs")
+                batch = SequenceBatch(turn.span, turn.lengths, inputs, adapter, opening.reproducible)
+                weights = opening.weights and adapter is not None
+                done = await turn.backward(batch, gradients, inputs=opening.inputs, weights=weights)
+            if done.gradients is not None:
+                await talk.send_rows("gradients", done.gradients, opening.codec)
+            if done.weights:
+                await talk.send_weights(done.weights)
+            await channel.send(BackwardDone(done.seconds))
+
+    @asynccontextmanager
+    async def _turn(
+        self, channel: Channel, opening: OpenForward | OpenBackward
+    ) -> AsyncIterator[tuple[PassTurn, PassChannel]]:
+        span = self._check(opening)
+        deadline = min(opening.deadline, MAX_DEADLINE)
+        clock = asyncio.timeout(deadline)
+        self.under_way += 1
+        try:
+            async with clock:
+                with self._engine.passes.admit(channel.remote, span, opening.lengths, deadline) as turn:
+                    yield turn, PassChannel(channel, self._engine.executor, sum(opening.lengths))
+            self.counters["passes_served"] += 1
+        except TimeoutError as exc:
+            if not clock.expired():
+                raise
+            raise DeadlineExceededError(
+                f"the pass of {sum(opening.lengths)} tokens was not through in {deadline:g} s; "
+                f"send smaller batches, or allow it more time"
+            ) from exc
+        finally:
+            self.under_way -= 1
+
+    def _check(self, opening: OpenForward | OpenBackward) -> Span:
+        if self.draining:
+            raise ServerDrainingError("this server is shutting down and takes no new passes")
+        if opening.fingerprint != self._model.fingerprint:
+            raise ModelMismatchError(
+                f"this server holds other weights: it has {self._model.name} "
+                f"({self._model.fingerprint[:12]}), the client asked for {opening.fingerprint[:12]}",
+                fingerprint=self._model.fingerprint,
+            )
+        if not self.span.start <= opening.start < opening.end <= self.span.end:
+            raise SpanError(
+                f"blocks {opening.start}:{opening.end} are not all here: this server holds {self.span}"
+            )
+        if not opening.deadline > 0:
+            raise InvalidBatchError(f"the deadline is {opening.deadline} seconds; expected more than 0")
+        name = opening.keep if isinstance(opening, OpenForward) else opening.kept
+        if not _NAME.fullmatch(name):
+            raise InvalidBatchError(
+                "activations are kept under a name of 32 hex digits, random for each pass"
+            )
+        check_codec(opening.codec)
+        return Span(opening.start, opening.end)
+
+    def __repr__(self) -> str:
+        return f"<PassService {self.span} · {self.under_way} passes · {self._engine.passes!r}>"
+
+
+_NO_ROWS = Tensor("hidden", "float32", (0, 0), memoryview(b""))
+"""In place of inputs that are not needed again."""
