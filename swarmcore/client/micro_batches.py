@@ -18,7 +18,14 @@ from swarmcore.client import passes
 from swarmcore.client.opening import located
 from swarmcore.client.pass_codecs import PassCodecs
 from swarmcore.client.passes import Batch
-from swarmcore.errors import InputError, MissingBlocksError, SpanError, SwarmError, TooManyCallsError
+from swarmcore.errors import (
+    InputError,
+    InternalError,
+    MissingBlocksError,
+    SpanError,
+    SwarmError,
+    TooManyCallsError,
+)
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.link_codec import Kind
 from swarmcore.rpc.node import Node
@@ -272,19 +279,21 @@ class _Seeking:
                     avoid=self._avoid,
                 )
             except MissingBlocksError as exc:
-                if self.now() + self._pause > self._give_up:
-                    raise self._failure or exc from exc
                 logger.info("a batch of %d tokens waits: %s", self._batch.rows, exc)
+                await self._pause_before_giving_up(exc)
             else:
                 if chain.stages[0].server.peer not in self._avoid:
                     self._peers = chain.peers
                     return list(chain.stages)
                 # Nobody is left but those that have failed it: once more, later.
                 self._avoid.clear()
-                if self.now() + self._pause > self._give_up:
-                    raise self._failure or InputError("no server takes the batch")
-            await asyncio.sleep(self._pause)
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+                await self._pause_before_giving_up(None)
+
+    async def _pause_before_giving_up(self, reason: SwarmError | None) -> None:
+        if (left := self._give_up - self.now()) <= 0:
+            raise self._failure or reason or InternalError("a batch found no server, for no reason")
+        await asyncio.sleep(min(left, self._pause))
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     async def attempt(self, stage: Stage, work: Coroutine[Any, Any, Done]) -> Done | None:
         """Do one pass; None when its server failed and another is to be found. Raise what none can mend."""
