@@ -14,14 +14,22 @@ from swarmcore.client.planner import SwarmPlanner
 from swarmcore.client.session import InferenceSession, open_session
 from swarmcore.executor.base import Segment, SequenceId, Slice
 from swarmcore.executor.engine import Engine
+from swarmcore.executor.pass_runner import PassLimits
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.routing.chain import FewestServers, Router
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
+from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.inference import InferenceService
-from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
+from swarmcore.server.passes import PassService
+from swarmcore.server.protocols import (
+    BACKWARD_PROTOCOL,
+    FORWARD_PROTOCOL,
+    INFERENCE_PROTOCOL,
+    PING_METHOD,
+)
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, Rows, hidden_states, read_rows
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
@@ -29,6 +37,7 @@ from swarmcore.types import PeerId, ServerInfo, Span
 from swarmcore.wire.messages import Ping, Pong
 
 CACHE = 512
+ADAPTER_BUDGET = 1 << 20
 
 
 @attrs.define(eq=False)
@@ -40,6 +49,8 @@ class Server:
     executor: CountingExecutor
     engine: Engine
     service: InferenceService
+    passes: PassService
+    adapters: AdapterStore
     registry: MemoryRegistry
     dead: bool = False
 
@@ -56,6 +67,8 @@ class Server:
             span=self.executor.span,
             cache_tokens=self.engine.cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
+            pass_tokens=self.engine.passes.limits.max_tokens,
+            adapters=self.adapters.names,
         )
 
     async def kill(self) -> None:
@@ -80,6 +93,7 @@ class Swarm:
         self.network = MemoryNetwork()
         self.directory = MemoryDirectory()
         self.servers: list[Server] = []
+        self.strangers: list[Node] = []
         self.failovers: list[Failover] = []
         identity = self._identity()
         self.faults = faults or Faults()
@@ -96,23 +110,45 @@ class Swarm:
     def _identity(self) -> Identity:
         return Identity.from_seed(self.random.randbytes(32))
 
-    async def add(self, blocks: str, *, identity: Identity | None = None, cache: int = CACHE) -> Server:
+    async def add(
+        self,
+        blocks: str,
+        *,
+        identity: Identity | None = None,
+        cache: int = CACHE,
+        limits: PassLimits | None = None,
+        adapter_budget: int = ADAPTER_BUDGET,
+    ) -> Server:
         identity = identity or self._identity()
         transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
         node = Node(identity, [transport])
         await node.start()
         executor = CountingExecutor(Span.parse(blocks))
-        engine = Engine(executor, cache_tokens=cache)
+        engine = Engine(executor, cache_tokens=cache, pass_limits=limits)
         await engine.start()
-        service = InferenceService(engine, COUNTING_MODEL, executor.span, node, admission_timeout=0.5)
+        adapters = AdapterStore(executor, adapter_budget)
+        service = InferenceService(
+            engine, COUNTING_MODEL, executor.span, node, admission_timeout=0.5, adapters=adapters
+        )
+        passes = PassService(engine, COUNTING_MODEL, executor.span, adapters)
         node.serve_protocol(INFERENCE_PROTOCOL, service.serve)
+        node.serve_protocol(FORWARD_PROTOCOL, passes.forward)
+        node.serve_protocol(BACKWARD_PROTOCOL, passes.backward)
         node.serve(PING_METHOD, _pong)
         registry = MemoryRegistry(node.peer, self.directory)
         await registry.start()
-        server = Server(node, transport, executor, engine, service, registry)
+        server = Server(node, transport, executor, engine, service, passes, adapters, registry)
         await registry.announce(server.info(), 3600)
         self.servers.append(server)
         return server
+
+    async def another_client(self) -> Node:
+        """A peer of its own; closed with the swarm."""
+        identity = self._identity()
+        node = Node(identity, [FaultyTransport(self.network.transport(identity), self.random, self.faults)])
+        await node.start()
+        self.strangers.append(node)
+        return node
 
     def serving(self, session: InferenceSession, stage: int) -> Server:
         """The server of a stage of the session's chain."""
@@ -129,7 +165,8 @@ class Swarm:
         )
 
     async def close(self) -> None:
-        await self.client.close()
+        for node in (self.client, *self.strangers):
+            await node.close()
         for server in self.servers:
             await server.registry.close()
             await server.node.close()
