@@ -35,8 +35,8 @@ Kind = Literal["activations", "gradients"]
 MARGIN = 1.25
 """How far beyond its allowance a transfer has to be, or within it a larger one, before the codec changes."""
 
-PROBE_INTERVAL = 60.0
-"""Seconds of a lossy codec on a link after which one tensor is sent a rung higher, to see the link's rate."""
+PROBE_EVERY = 32
+"""Of so many lossy tensors of a link one is sent a rung higher: transfers of another size show its rate."""
 
 FORGET = 600.0
 """Seconds without a transfer after which a link has to be measured anew."""
@@ -73,7 +73,8 @@ class _Link:
     rate: LinkRate = attrs.Factory(LinkRate)
     measured: float = -math.inf
     rungs: dict[Kind, int] = attrs.Factory(dict)
-    probed: dict[Kind, float] = attrs.Factory(dict)
+    lossy: dict[Kind, int] = attrs.Factory(dict)
+    """Tensors since the last probe."""
 
 
 class LinkCodec:
@@ -82,9 +83,8 @@ class LinkCodec:
     A transfer may take ``share`` of the time that the slowest server of the chain computes on the same
     micro-batch: with several of them under way, that hides it. Where raw values fit, they are sent raw. Where
     they do not, the first rung of the ladder that fits is chosen, or the last one. Until a link and its
-    servers have been measured, everything is raw. The choice changes only when it is off by `MARGIN`, and a
-    link that is compressed is tried with one rung less now and then, so that it gets faster when the network
-    does.
+    servers have been measured, everything is raw. The choice changes only when it is off by `MARGIN`. One
+    tensor in `PROBE_EVERY` goes a rung higher: the link may be faster than small transfers show.
 
     At most ``capacity`` peers are remembered; one more takes the place of the one used longest ago.
     """
@@ -144,12 +144,11 @@ class LinkCodec:
             chosen = _first(seconds, allowed)
         elif before:
             chosen = min(before, _first(seconds, allowed / MARGIN))
-        if chosen != before or not chosen:
-            link.probed[kind] = now
         link.rungs[kind] = chosen
-        if chosen and now - link.probed.setdefault(kind, now) >= PROBE_INTERVAL:
-            link.probed[kind] = now
-            return rungs[chosen - 1].codec
+        link.lossy[kind] = link.lossy.get(kind, 0) + 1 if chosen == before and chosen else 0
+        if link.lossy[kind] >= PROBE_EVERY:
+            link.lossy[kind] = 0
+            chosen -= 1
         return rungs[chosen].codec
 
     def transferred(self, peer: PeerId, way: Way, nbytes: int, seconds: float, now: float) -> None:
