@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from byte_tokenizer import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from swarmcore.client.model import RemoteModel
 from swarmcore.errors import InvalidStepError
@@ -18,11 +18,6 @@ from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.routing.chain import Chain
 from swarmcore.wire.tensors import Tensor
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,16 +119,6 @@ class Sessions:
         session.stepped = self.stepped
         self.opened.append(session)
         return session
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, so that characters beyond ASCII take several; 256 is the end of a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocabulary | {"<end>": 256}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", chat_template=CHAT_TEMPLATE)
 
 
 def save_model(folder: Path, model_type: str, seed: int = 0, **config: Any) -> None:
