@@ -112,6 +112,9 @@ class TorchExecutor(BlockExecutor):
     async def encode(self, tensor: Tensor, codec: str) -> Tensor:
         return await self._in_compute_thread(tensor.encode, codec)
 
+    async def decode(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.codec == "raw" else await self._in_compute_thread(tensor.decode)
+
     async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
         """As `BlockExecutor.load_adapter`: prefixes, and low-rank updates of the blocks' linear layers."""
         return await self._in_compute_thread(self._load_adapter, tensors, scaling)
@@ -133,7 +136,7 @@ class TorchExecutor(BlockExecutor):
         weights: bool = False,
     ) -> TorchBackward:
         """As `BlockExecutor.backward`. Holds the graph of the sequences of one unit, through all blocks."""
-        checked = self._checked(batch)
+        checked = self._checked(batch, kept is not None)
         check_rows(gradients, "gradients of the outputs", batch.tokens, self.model.hidden_size)
         if weights and checked.adapter is None:
             raise InvalidBatchError("gradients of an adapter's weights are wanted, and there is no adapter")
@@ -141,11 +144,12 @@ class TorchExecutor(BlockExecutor):
             raise InternalError(f"{kept!r} is no pass of this executor")
         return TorchBackward(self._workplace, checked, gradients, kept, inputs=inputs, weights=weights)
 
-    def _checked(self, batch: SequenceBatch) -> CheckedBatch:
+    def _checked(self, batch: SequenceBatch, without_inputs: bool = False) -> CheckedBatch:
         self._blocks().check(batch.span)
         if not batch.lengths or min(batch.lengths) < 1:
             raise InvalidBatchError("the batch has an empty sequence, or none; leave out what is empty")
-        check_rows(batch.hidden, "inputs", batch.tokens, self.model.hidden_size)
+        if not without_inputs:
+            check_rows(batch.hidden, "inputs", batch.tokens, self.model.hidden_size)
         adapter = own_adapter(batch.adapter, batch.span)
         try:
             self._slices.check_length(max(batch.lengths) + (adapter.prefix_tokens if adapter else 0))
