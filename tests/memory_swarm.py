@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import attrs
 
+from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.options import Failover, SessionOptions
 from swarmcore.client.planner import SwarmPlanner
 from swarmcore.client.session import InferenceSession, open_session
@@ -194,7 +195,8 @@ async def _pong(request: Ping, caller: Caller) -> Pong:
 class Reference:
     """What the whole model makes of the same steps, in one process and without any network."""
 
-    def __init__(self, sequences: int = 1) -> None:
+    def __init__(self, sequences: int = 1, adapter: AdapterWeights | None = None) -> None:
+        self.adapter = adapter
         self.rows: list[Rows] = [[] for _ in range(sequences)]
 
     async def step(
@@ -217,7 +219,12 @@ class Reference:
             executor = CountingExecutor()
             executor.reserve(SequenceId(0), 4096)
             segment = Segment(SequenceId(0), 0, len(self.rows[sequence]))
-            part = Slice(hidden_states(self.rows[sequence]), 0, executor.span, (segment,))
+            adapter = None
+            if self.adapter is not None:
+                tensors = [tensor for each in self.adapter.tensors.values() for tensor in each]
+                adapter = await executor.load_adapter(tensors, self.adapter.scaling)
+            hidden = hidden_states(self.rows[sequence])
+            part = Slice(hidden, 0, executor.span, (segment,), adapter=adapter)
             (result,) = await executor.step([part])
             assert not isinstance(result, Exception)
             outputs += read_rows(result)[-1 if reply == "last" else -len(new) :]
@@ -233,8 +240,8 @@ class Run:
     random: random.Random
 
     @classmethod
-    def of(cls, session: InferenceSession, seed: int = 0) -> Run:
-        return cls(session, Reference(session.sequences), random.Random(seed))
+    def of(cls, session: InferenceSession, seed: int = 0, adapter: AdapterWeights | None = None) -> Run:
+        return cls(session, Reference(session.sequences, adapter), random.Random(seed))
 
     def new_rows(self, count: int) -> Rows:
         # Values that survive float32 unchanged.

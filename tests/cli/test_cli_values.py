@@ -1,0 +1,25 @@
+import pytest
+
+from swarmcore.cli.values import parse_bytes, parse_named_paths
+from swarmcore.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("1000", 1000), ("512M", 512 << 20), ("1.5 GiB", 3 << 29), ("2gb", 2 << 30), ("7k", 7 << 10)],
+)
+def test_numbers_of_bytes(text: str, count: int) -> None:
+    assert parse_bytes("--budget", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "1X", "M", "1..5G"])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(InputError, match="--budget"):
+        parse_bytes("--budget", text)
+
+
+def test_named_paths() -> None:
+    assert parse_named_paths("--adapter", ["a=/x", "b=y=z"]) == {"a": "/x", "b": "y=z"}
+    for wrong in (["a"], ["=x"], ["a="], ["a=x", "a=y"]):
+        with pytest.raises(InputError, match="--adapter"):
+            parse_named_paths("--adapter", wrong)

@@ -1,0 +1,203 @@
+"""The store of adapters: who has to send what, how often, and what goes when there is no room."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from contextlib import AsyncExitStack
+
+import pytest
+from small_adapters import WIDTH, adapter_tensors
+
+from swarmcore.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    ProtocolError,
+    RemoteFaultError,
+    ServerMemoryError,
+    SwarmError,
+)
+from swarmcore.executor.passes import Adapter
+from swarmcore.server import adapters as module
+from swarmcore.server.adapters import AdapterStore, Ask, Weights, WeightsIntake
+from swarmcore.testing.executor import CountingExecutor
+from swarmcore.testing.passes import CountingAdapter
+from swarmcore.testing.rows import tensor_of
+from swarmcore.types import PeerId, Span
+from swarmcore.wire.passes import AdapterName, AdapterPart
+
+ALICE, BOB = PeerId("alice"), PeerId("bob")
+WHOLE = Span(0, 12)
+NBYTES = sum(tensor.decoded_nbytes for tensor in adapter_tensors())
+
+pytestmark = pytest.mark.virtual_time
+
+
+def version(number: int) -> AdapterName:
+    return AdapterName(version=f"{number:032x}")
+
+
+class Client:
+    """Answers when asked, and counts how often it was."""
+
+    def __init__(self, seed: int = 0, *, takes: float = 0.0, fails: SwarmError | None = None) -> None:
+        self.asked: list[Span] = []
+        self.seed, self.takes, self.fails = seed, takes, fails
+
+    async def __call__(self, span: Span, max_bytes: int) -> Weights:
+        self.asked.append(span)
+        await asyncio.sleep(self.takes)
+        if self.fails is not None:
+            raise self.fails
+        blocks = [block for block in (2, 5) if block in span]
+        return Weights(adapter_tensors(self.seed, blocks), 1.0)
+
+
+def store(budget: int = 10 * NBYTES) -> AdapterStore:
+    return AdapterStore(CountingExecutor(), budget)
+
+
+async def get(
+    where: AdapterStore, peer: PeerId, name: AdapterName, ask: Ask, span: Span = WHOLE
+) -> Adapter | None:
+    async with where.obtain(peer, name, span, ask) as adapter:
+        return adapter
+
+
+async def test_many_that_need_one_adapter_ask_for_it_once() -> None:
+    where, asked = store(), [Client(takes=1.0) for _ in range(5)]
+    found = await asyncio.gather(*(get(where, ALICE, version(1), ask) for ask in asked))
+    assert len({id(adapter) for adapter in found}) == 1
+    assert [len(client.asked) for client in asked] == [1, 0, 0, 0, 0]
+    # Part of what is here needs no asking either; more than is here does.
+    assert await get(where, ALICE, version(1), asked[1], Span(3, 6)) is found[0]
+    assert (where.counters["adapters_asked"], where.in_use) == (1, 0)
+
+
+async def test_when_the_one_that_was_asked_fails_another_is() -> None:
+    where = store()
+    gone, slow, good = Client(takes=1.0, fails=ConnectionLostError("gone")), Client(takes=100.0), Client()
+    results = await asyncio.gather(
+        *(get(where, ALICE, version(1), ask) for ask in (gone, slow, good)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [
+        ConnectionLostError,
+        DeadlineExceededError,
+        CountingAdapter,
+    ]
+    first = asyncio.create_task(get(where, ALICE, version(2), Client(takes=9.0)))
+    second = asyncio.create_task(get(where, ALICE, version(2), good))
+    await asyncio.sleep(1)
+    first.cancel()
+    assert isinstance(await second, CountingAdapter)
+    assert where.in_use == 0
+
+
+async def test_weights_that_will_not_do_are_not_asked_for_again_by_those_who_wait() -> None:
+    where, others = store(), [Client() for _ in range(3)]
+    bad = Client(takes=1.0, fails=AdapterError("too large"))
+    results = await asyncio.gather(
+        *(get(where, ALICE, version(1), ask) for ask in (bad, *others)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [AdapterError] * 4
+    assert len({id(result) for result in results}) == 4
+    assert not any(client.asked for client in others)
+    assert await get(where, ALICE, version(1), others[0]) is not None
+
+
+async def test_another_peer_gets_nothing_of_it() -> None:
+    where, alice, bob = store(), Client(seed=1), Client(seed=2)
+    mine, yours = await get(where, ALICE, version(1), alice), await get(where, BOB, version(1), bob)
+    assert mine is not yours and (len(alice.asked), len(bob.asked)) == (1, 1)
+
+
+async def test_the_least_recently_used_goes_first_and_what_is_used_stays() -> None:
+    where, client = store(3 * NBYTES), Client()
+    refs = [weakref.ref(await get(where, ALICE, version(n), client)) for n in range(3)]  # type: ignore[arg-type]
+    await get(where, ALICE, version(0), client)
+    assert len(client.asked) == 3 and where.nbytes == 3 * NBYTES
+    async with where.obtain(ALICE, version(2), WHOLE, client):
+        await get(where, BOB, version(9), client)
+        gc.collect()
+        assert [ref() is None for ref in refs] == [False, True, False]
+        await get(where, BOB, version(8), client)
+        gc.collect()
+        assert [ref() is None for ref in refs] == [True, True, False]
+    assert where.nbytes <= where.budget and where.counters["adapters_dropped"] == 2
+
+
+async def test_when_all_room_is_in_use_the_client_is_told_to_wait() -> None:
+    where, client = store(2 * NBYTES), Client()
+    async with AsyncExitStack() as used:
+        for number in range(2):
+            await used.enter_async_context(where.obtain(ALICE, version(number), WHOLE, client))
+        with pytest.raises(ServerMemoryError, match="in use"):
+            await get(where, BOB, version(9), client)
+    assert await get(where, BOB, version(9), client) is not None
+
+
+async def test_old_versions_of_one_peer_do_not_pile_up() -> None:
+    where, client = store(1000 * NBYTES), Client()
+    for number in range(50):
+        await get(where, ALICE, version(number), client)
+    assert where.nbytes == module.MAX_OF_ONE_PEER * NBYTES
+
+
+async def test_a_server_that_takes_none_says_so() -> None:
+    with pytest.raises(AdapterNotFoundError, match="takes no adapters"):
+        await get(store(0), ALICE, version(1), Client())
+
+
+async def test_blocks_without_weights_are_not_asked_for_again() -> None:
+    where, client = store(), Client()
+    for _ in range(2):
+        assert await get(where, ALICE, version(1), client, Span(6, 12)) is None
+    assert client.asked == [Span(6, 12)]
+
+
+async def test_what_an_executor_raises_is_translated() -> None:
+    where = store()
+
+    class Broken(CountingExecutor):
+        async def load_adapter(self, tensors: object, scaling: float) -> CountingAdapter:
+            raise RuntimeError("boom")
+
+    where._executor = Broken()
+    with pytest.raises(RemoteFaultError):
+        await get(where, ALICE, version(1), Client())
+
+
+async def test_named_adapters_follow_the_blocks() -> None:
+    executor = CountingExecutor(Span(0, 6))
+    where, read = AdapterStore(executor, 0), Client()
+    await where.load_named("poet", lambda span: read(span, 0))
+    async with where.obtain(ALICE, AdapterName(name="poet"), Span(0, 6), Client()) as adapter:
+        assert adapter is not None and adapter.span == Span(2, 6)
+    await executor.change_span(Span(4, 12))
+    await where.change_span()
+    assert read.asked == [Span(0, 6), Span(4, 12)] and where.names == ("poet",)
+    read.fails = AdapterError("the file is gone")
+    await where.change_span()
+    with pytest.raises(AdapterNotFoundError, match="serves none"):
+        await get(where, ALICE, AdapterName(name="poet"), Client())
+
+
+def test_parts_are_bounded_before_they_are_put_together() -> None:
+    part, last = AdapterPart(2.0), AdapterPart(2.0, last=True)
+    tensors = adapter_tensors()
+    intake = WeightsIntake(WHOLE, NBYTES)
+    assert intake.take(part, tensors[:2]) is None
+    whole = intake.take(last, tensors[2:])
+    assert whole is not None and (len(whole.tensors), whole.scaling) == (6, 2.0)
+    with pytest.raises(AdapterError, match=f"more than {NBYTES} bytes"):
+        intake.take(part, tensors[:1])
+    with pytest.raises(ProtocolError, match="no tensors"):
+        WeightsIntake(WHOLE, NBYTES).take(part, ())
+    crowd = WeightsIntake(Span(0, 1), NBYTES)
+    empty = [tensor_of(f"0.m{n}.lora_A", [], (0, WIDTH)) for n in range(40)]
+    crowd.take(part, empty)
+    with pytest.raises(AdapterError, match="64 tensors"):
+        crowd.take(part, empty)
