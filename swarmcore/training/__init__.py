@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarmcore.training.adapter import BlockAdapter, CombinedAdapter
+    from swarmcore.training.fit_run import FitReport
+    from swarmcore.training.fit_settings import EarlyStop, Evaluation, FitSettings, StepReport
+    from swarmcore.training.fitting import fit, fit_sync
     from swarmcore.training.heads import SequenceClassificationHead, TokenClassificationHead
     from swarmcore.training.lora import LoraAdapter
     from swarmcore.training.peft_format import LoadedAdapter, load_adapter, save_adapter
@@ -18,12 +21,19 @@ if TYPE_CHECKING:
 _PLACES = {
     "BlockAdapter": "adapter",
     "CombinedAdapter": "adapter",
+    "EarlyStop": "fit_settings",
+    "Evaluation": "fit_settings",
+    "FitReport": "fit_run",
+    "FitSettings": "fit_settings",
     "LoadedAdapter": "peft_format",
     "LoraAdapter": "lora",
     "PrefixAdapter": "prefix",
     "SequenceClassificationHead": "heads",
     "SoftPrompt": "prompt",
+    "StepReport": "fit_settings",
     "TokenClassificationHead": "heads",
+    "fit": "fitting",
+    "fit_sync": "fitting",
     "load_adapter": "peft_format",
     "save_adapter": "peft_format",
 }
@@ -31,12 +41,19 @@ _PLACES = {
 __all__ = [
     "BlockAdapter",
     "CombinedAdapter",
+    "EarlyStop",
+    "Evaluation",
+    "FitReport",
+    "FitSettings",
     "LoadedAdapter",
     "LoraAdapter",
     "PrefixAdapter",
     "SequenceClassificationHead",
     "SoftPrompt",
+    "StepReport",
     "TokenClassificationHead",
+    "fit",
+    "fit_sync",
     "load_adapter",
     "save_adapter",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -11,7 +10,8 @@ from typing import Any, Self, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from swarmcore.errors import AdapterError, StorageError
+from swarmcore.errors import AdapterError
+from swarmcore.training.files import write_file
 
 TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -70,16 +70,3 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     plain = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
     write_file(folder / TENSOR_FILE, save(plain, metadata={"format": "pt"}))
-
-
-def write_file(path: Path, content: Any) -> None:
-    """Put ``content`` (bytes) in place of what the file was, all or nothing, or `StorageError`."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as exc:
-        with suppress(OSError):
-            part.unlink()
-        raise StorageError(f"{path} could not be written: {exc}") from exc
