@@ -26,6 +26,18 @@ def test_packed_weights_compute_the_same(bias: bool) -> None:
         torch.testing.assert_close(model(rows), output)
 
 
+@needs_onednn
+def test_gradients_go_through_packed_weights() -> None:
+    linear = nn.Linear(48, 80).bfloat16().requires_grad_(False)
+    rows = torch.randn(2, 7, 48).bfloat16()
+    gradients = []
+    for module in (linear, PackedLinear(linear)):
+        leaf = rows.clone().requires_grad_()
+        gradients += torch.autograd.grad(module(leaf).square().sum(), leaf)
+    torch.testing.assert_close(*gradients)
+    assert not PackedLinear(linear)(rows).requires_grad
+
+
 def test_float32_and_subclasses_are_left_alone() -> None:
     class Scaled(nn.Linear):
         pass

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes_of_rows import LENGTHS, inputs_of, relative, run_blocks, through
 from tiny_models import FAMILIES, save_random_model, tiny_config
 
 from swarmcore.executor.passes import SequenceBatch
@@ -15,41 +16,6 @@ from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span
-
-LENGTHS = (14, 14, 11, 3)
-
-
-def run_blocks(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What comes out of the last block of the whole model for one sequence, ``[tokens, hidden size]``.
-
-    ``hidden`` is what the first block is given.
-    """
-    base = model.base_model
-    blocks = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
-    seen: list[torch.Tensor] = []
-
-    def before(module: Any, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (hidden[None], *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": hidden[None]}
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [
-        blocks[0].register_forward_pre_hook(before, with_kwargs=True),
-        blocks[-1].register_forward_hook(after),
-    ]
-    model(torch.zeros(1, len(hidden), dtype=torch.long), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen[0][0]
-
-
-async def through(work: Any, max_tokens: int) -> Any:
-    while not await work.advance(max_tokens):
-        pass
-    return work
 
 
 async def forward_and_back(
@@ -78,16 +44,6 @@ async def forward_and_back(
     return to_torch(rows), to_torch(back)
 
 
-def inputs_of(lengths: Sequence[int], width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    hidden, gradient = torch.randn(2, sum(lengths), width, generator=generator)
-    return hidden, gradient
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_outputs_and_gradients_equal_the_whole_model(family: str, tmp_path: Path) -> None:
     model = save_random_model(tiny_config(family), tmp_path)
@@ -107,3 +63,50 @@ async def test_outputs_and_gradients_equal_the_whole_model(family: str, tmp_path
         assert relative(back, expected) < 1e-4
     for executor in chain:
         await executor.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+async def test_a_reproducible_batch_gives_the_same_bits(family: str, tmp_path: Path) -> None:
+    save_random_model(tiny_config(family), tmp_path)
+    lengths = (60, 60, 33, 80, 2, 9)
+    hidden, gradient = inputs_of(lengths)
+    executor = TorchExecutor.load(open_checkpoint(str(tmp_path)), Span(0, 5), dtype="float32", threads=1)
+    first, *others = [
+        await forward_and_back(
+            [executor], lengths, hidden, gradient, max_tokens=most, keep=keep, reproducible=True
+        )
+        for most, keep in ((1, False), (150, False), (1000, True), (70, True))
+    ]
+    for other in others:
+        assert torch.equal(first[0], other[0])
+        assert torch.equal(first[1], other[1])
+    await executor.close()
+
+
+async def test_the_real_model(smollm2_folder: Path, plain_smollm2: Any) -> None:
+    lengths = (9, 9, 4)
+    hidden, gradient = inputs_of(lengths, 576)
+    leaf = hidden.clone().requires_grad_()
+    outputs = torch.cat([run_blocks(plain_smollm2, rows) for rows in leaf.split(lengths)])
+    [expected] = torch.autograd.grad(outputs, leaf, gradient)
+    checkpoint = open_checkpoint(str(smollm2_folder))
+    executor = TorchExecutor.load(checkpoint, Span(0, 30), dtype="float32", threads=1)
+    got, back = await forward_and_back([executor], lengths, hidden, gradient)
+    assert relative(got, outputs) < 1e-4
+    assert relative(back, expected) < 1e-4
+    await executor.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bloom", "gpt2"])
+async def test_bfloat16_trains_too(family: str, tmp_path: Path) -> None:
+    model = save_random_model(tiny_config(family, every_expert=True), tmp_path)
+    hidden, gradient = inputs_of(LENGTHS)
+    leaf = hidden.clone().requires_grad_()
+    outputs = torch.cat([run_blocks(model, rows) for rows in leaf.split(LENGTHS)])
+    [expected] = torch.autograd.grad(outputs, leaf, gradient)
+    checkpoint = open_checkpoint(str(tmp_path))
+    executor = TorchExecutor.load(checkpoint, Span(0, 5), dtype="bfloat16", threads=1)
+    got, back = await forward_and_back([executor], LENGTHS, hidden, gradient)
+    assert (got.float() - outputs).norm() < 0.05 * outputs.norm()
+    assert (back.float() - expected).norm() < 0.05 * expected.norm()
+    await executor.close()

@@ -1,0 +1,134 @@
+"""Low-rank updates and prefixes in forward and backward passes, against peft's own on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from passes_of_rows import LENGTHS, inputs_of, relative, run_blocks, through
+from tiny_models import save_random_model, tiny_config
+
+from swarmcore.executor.passes import Adapter, SequenceBatch
+from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.executor.torch.executor import TorchExecutor
+from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.types import Span
+
+# What peft does with a model gives warnings about the future of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore::FutureWarning")
+
+SCALING = 0.75
+RANK = 3
+PREFIX = 5
+
+PROJECTIONS = {
+    "llama": ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"],
+    "qwen3": ["self_attn.k_proj", "mlp.up_proj"],
+    "gemma3": ["self_attn.q_proj", "mlp.gate_proj"],
+    "mixtral": ["self_attn.q_proj", "self_attn.o_proj"],
+    "bloom": ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h"],
+    "gpt2": ["attn.c_attn", "mlp.c_proj"],
+}
+
+
+async def train(
+    executor: TorchExecutor, adapter: Adapter, hidden: torch.Tensor, gradient: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Outputs, and gradients of inputs and of the adapter's weights."""
+    batch = SequenceBatch(executor.span, LENGTHS, to_wire("hidden", hidden), adapter)
+    forward = await through(executor.forward(batch, keep=keep), 20)
+    backward = executor.backward(
+        batch, to_wire("hidden", gradient), kept=forward if keep else None, weights=True
+    )
+    await through(backward, 20)
+    backward.close()
+    weights = {tensor.name: to_torch(tensor) for tensor in backward.weights}
+    assert backward.gradients is not None
+    return to_torch(forward.outputs), to_torch(backward.gradients), weights
+
+
+def on_the_wire(weights: Mapping[str, torch.Tensor]) -> list[Any]:
+    return [to_wire(name, weight) for name, weight in weights.items()]
+
+
+def expected_of(
+    model: Any, weights: list[torch.Tensor], hidden: torch.Tensor, gradient: torch.Tensor, cache: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    leaf = hidden.clone().requires_grad_()
+    outputs = torch.cat([run_blocks(model, rows, cache and cache()) for rows in leaf.split(LENGTHS)])
+    found, *rest = torch.autograd.grad(outputs, [leaf, *weights], gradient)
+    return outputs, found, tuple(rest)
+
+
+@pytest.mark.parametrize("family", PROJECTIONS)
+async def test_low_rank_updates_equal_those_of_peft(family: str, tmp_path: Path) -> None:
+    model = save_random_model(tiny_config(family), tmp_path)
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=SCALING * RANK,
+        target_modules=rf".*\.\d+\.({'|'.join(PROJECTIONS[family])})",
+        init_lora_weights=False,
+        fan_in_fan_out=family == "gpt2",
+    )
+    theirs = peft.get_peft_model(model, config).get_base_model()
+    hidden, gradient = inputs_of(LENGTHS)
+    weights = {
+        ".".join(name.split(".")[2:]).replace(".default.weight", ""): parameter
+        for name, parameter in theirs.named_parameters()
+        if "lora_" in name
+    }
+    assert len(weights) == 2 * len(PROJECTIONS[family]) * theirs.config.num_hidden_layers
+    expected = expected_of(theirs, list(weights.values()), hidden, gradient)
+    checkpoint = open_checkpoint(str(tmp_path))
+    span = Span(0, checkpoint.info.blocks)
+    executor = TorchExecutor.load(checkpoint, span, dtype="float32", threads=1)
+    adapter = await executor.load_adapter(on_the_wire(weights), SCALING)
+    assert adapter.span == span and not adapter.prefix_tokens
+    for keep in (False, True):
+        outputs, back, found = await train(executor, adapter, hidden, gradient, keep)
+        assert relative(outputs, expected[0]) < 1e-4
+        assert relative(back, expected[1]) < 1e-4
+        for name, theirs_ in zip(weights, expected[2], strict=True):
+            assert relative(found[name], theirs_) < 1e-4
+    # And the frozen blocks are for everyone else what they were.
+    plain = await through(executor.forward(SequenceBatch(span, LENGTHS, to_wire("hidden", hidden))), 100)
+    assert relative(to_torch(plain.outputs), expected[0]) > 1e-2
+    await executor.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bloom", "gpt_oss"])
+async def test_prefixes_equal_those_of_peft(family: str, tmp_path: Path) -> None:
+    model = save_random_model(tiny_config(family), tmp_path)
+    tuned = peft.get_peft_model(
+        model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)
+    )
+    prompt = tuned.prompt_encoder["default"].embedding.weight
+    layers = model.config.num_hidden_layers
+    hidden, gradient = inputs_of(LENGTHS)
+    outputs, inputs, [of_prompt] = expected_of(model, [prompt], hidden, gradient, lambda: tuned.get_prompt(1))
+
+    def by_block(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        heads = peft_heads(tuned)
+        split = weight.detach().view(PREFIX, layers, 2, heads, -1).permute(1, 2, 0, 3, 4)
+        return {f"{block}.prefix": split[block] for block in range(layers)}
+
+    executor = TorchExecutor.load(open_checkpoint(str(tmp_path)), Span(0, layers), dtype="float32", threads=1)
+    adapter = await executor.load_adapter(on_the_wire(by_block(prompt)), 1.0)
+    assert adapter.prefix_tokens == PREFIX
+    for keep in (False, True):
+        got, back, found = await train(executor, adapter, hidden, gradient, keep)
+        assert relative(got, outputs) < 1e-4
+        assert relative(back, inputs) < 1e-4
+        scale = of_prompt.abs().max()
+        for name, theirs in by_block(of_prompt).items():
+            assert ((found[name] - theirs).abs().max() / scale).item() < 1e-4
+    await executor.close()
+
+
+def peft_heads(tuned: Any) -> int:
+    heads: int = tuned.peft_config["default"].num_attention_heads
+    return heads

@@ -1,0 +1,143 @@
+"""What a pass refuses, runs out of, and leaves unharmed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from passes_of_rows import inputs_of, through
+
+from swarmcore.errors import InternalError, InvalidBatchError, ServerMemoryError, SpanError
+from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.passes import SequenceBatch
+from swarmcore.executor.torch.checkpoint import Checkpoint
+from swarmcore.executor.torch.executor import TorchExecutor
+from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+SPAN = Span(1, 4)
+LENGTHS = (6, 5)
+HIDDEN, GRADIENT = inputs_of(LENGTHS)
+
+
+@pytest.fixture
+async def executor(tiny_llama: Checkpoint) -> Any:
+    executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float32", threads=1)
+    yield executor
+    await executor.close()
+
+
+def batch_of(hidden: torch.Tensor = HIDDEN, **others: Any) -> SequenceBatch:
+    return SequenceBatch(SPAN, LENGTHS, to_wire("hidden", hidden), **others)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("keep", [False, True])
+async def test_values_that_are_not_finite_are_refused(
+    executor: TorchExecutor, bad: float, keep: bool
+) -> None:
+    poisoned = HIDDEN.clone()
+    poisoned[7, 3] = bad
+    with pytest.raises(InvalidBatchError, match="its inputs have values that are not finite"):
+        await through(executor.forward(batch_of(poisoned), keep=keep), 6)
+    kept = await through(executor.forward(batch_of(), keep=True), 6) if keep else None
+    backward = executor.backward(batch_of(), to_wire("hidden", poisoned), kept=kept)
+    with pytest.raises(InvalidBatchError, match="its gradients of the outputs have values"):
+        await through(backward, 6)
+    with pytest.raises(InternalError, match="the pass is over"):
+        await backward.advance(6)
+
+
+async def test_an_overflow_in_the_blocks_is_told(tiny_llama: Checkpoint) -> None:
+    executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float16", threads=1)
+    with pytest.raises(InvalidBatchError, match=r"not finite in torch\.float16"):
+        await through(executor.forward(batch_of(HIDDEN * 1e5)), 100)
+    await executor.close()
+
+
+async def test_what_does_not_fit_is_refused_at_once(executor: TorchExecutor) -> None:
+    wire = to_wire("hidden", HIDDEN)
+    wrong = [
+        SequenceBatch(SPAN, (), wire),
+        SequenceBatch(SPAN, (11, 0), wire),
+        SequenceBatch(SPAN, (6, 6), wire),
+        SequenceBatch(SPAN, LENGTHS, to_wire("hidden", HIDDEN[:, :32])),
+        SequenceBatch(SPAN, LENGTHS, Tensor("hidden", "int8", (11, 64), memoryview(bytes(11 * 64)))),
+    ]
+    for batch in wrong:
+        with pytest.raises(InvalidBatchError):
+            executor.forward(batch)
+        with pytest.raises(InvalidBatchError):
+            executor.backward(batch, wire)
+    with pytest.raises(InvalidBatchError, match="gradients of the outputs"):
+        executor.backward(batch_of(), to_wire("hidden", GRADIENT[:10]))
+    with pytest.raises(InvalidBatchError, match="no adapter"):
+        executor.backward(batch_of(), wire, weights=True)
+    with pytest.raises(SpanError):
+        executor.forward(SequenceBatch(Span(0, 2), LENGTHS, wire))
+
+
+async def test_blocks_that_left_in_the_middle(executor: TorchExecutor) -> None:
+    forward = executor.forward(batch_of())
+    assert not await forward.advance(1)
+    await executor.change_span(Span(2, 4))
+    with pytest.raises(SpanError):
+        await forward.advance(1)
+
+
+async def test_no_memory_ends_the_pass_and_nothing_else(
+    executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(start: int, rows: torch.Tensor) -> Slice:
+        executor.reserve(SequenceId(0), start + len(rows))
+        return Slice(to_wire("hidden", rows), 0, SPAN, (Segment(SequenceId(0), start, len(rows)),))
+
+    [before] = await executor.step([step(0, HIDDEN[:6])])
+    forward = executor.forward(batch_of(), keep=True)
+    assert not await forward.advance(11)
+    original = HeldBlocks.differentiable
+
+    def huge(self: HeldBlocks, *args: Any) -> torch.Tensor:
+        original(self, *args)
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(HeldBlocks, "differentiable", huge)
+    with pytest.raises(ServerMemoryError, match="smaller micro-batches"):
+        await forward.advance(11)
+    monkeypatch.undo()
+    assert forward._current is None and not forward._kept
+    # The session goes on, and so does the next pass.
+    assert isinstance(before, Tensor)
+    [after] = await executor.step([step(6, HIDDEN[6:])])
+    assert isinstance(after, Tensor)
+    whole = executor.forward(SequenceBatch(SPAN, (11,), to_wire("hidden", HIDDEN)))
+    await through(whole, 11)
+    stepped = torch.cat([to_torch(before), to_torch(after)])
+    torch.testing.assert_close(stepped, to_torch(whole.outputs), atol=1e-4, rtol=0)
+
+
+async def test_memory_is_given_back_when_a_pass_is_closed(executor: TorchExecutor) -> None:
+    forward = await through(executor.forward(batch_of(), keep=True), 4)
+    # Inputs, queries, keys and values at least, of three blocks; not the weights.
+    assert 3 * 11 * 64 * 4 * 4 < forward.kept_bytes < 3 * 11 * 64 * 4 * 40
+    results = forward.outputs
+    forward.close()
+    forward.close()
+    await executor.encode(results, "raw+zstd")  # through the compute thread, after what it has to do
+    assert not forward._kept
+    assert to_torch(forward.outputs).isfinite().all()
+    with pytest.raises(InternalError, match="kept nothing"):
+        executor.backward(batch_of(), to_wire("hidden", GRADIENT), kept=forward)
+
+
+async def test_a_closed_executor_runs_no_passes(tiny_llama: Checkpoint) -> None:
+    executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float32", threads=1)
+    forward = executor.forward(batch_of())
+    await executor.close()
+    with pytest.raises(InternalError, match="closed"):
+        await forward.advance(100)
+    forward.close()
