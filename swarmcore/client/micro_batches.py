@@ -85,6 +85,8 @@ class Passed:
     inputs: Tensor
     kept: str
     """Under which name its server keeps activations; empty when it does not."""
+    codec: str = "raw"
+    """Of the inputs when they went there. Sent again, they have to become the same values."""
 
 
 @attrs.frozen(eq=False)
@@ -183,7 +185,7 @@ class BatchRunner:
                 if result is None:
                     break
                 self.codecs.done(stage.server.peer, "activations", hidden, result, seeking.now())
-                passed.append(Passed(stage, hidden, name if result.kept else ""))
+                passed.append(Passed(stage, hidden, name if result.kept else "", up))
                 hidden = result.outputs
         return Way(batch, tuple(passed), hidden)
 
@@ -209,6 +211,7 @@ class BatchRunner:
                     wants_inputs=inputs or len(left) > 1,
                     wants_weights=weights,
                     codec=up,
+                    inputs_codec=passed.codec,
                     answer_codec=down,
                 ),
             )
@@ -225,7 +228,7 @@ class BatchRunner:
         """Other stages to go back through; inputs of inner ones are computed again."""
         stages = await seeking.chain(lost.stage.span)
         if len(stages) == 1:
-            return [Passed(stages[0], lost.inputs, "")]
+            return [Passed(stages[0], lost.inputs, "", lost.codec)]
         last = stages[-1]
         way = await self._forward(Span(lost.stage.span.start, last.span.start), batch, lost.inputs, keep=True)
         return [*way.passed, Passed(last, way.outputs, "")]

@@ -107,7 +107,7 @@ async def forward(
     )
     answers = _Answers("outputs", batch.rows, model.hidden_size)
     talk = _Pass(node, stage, batch, inputs, codec)
-    done = await talk.run(FORWARD_PROTOCOL, opening, ("inputs", inputs), answers, ForwardDone)
+    done = await talk.run(FORWARD_PROTOCOL, opening, ("inputs", inputs, codec), answers, ForwardDone)
     up = Transfer(talk.sent, done.receiving)
     return Forwarded(answers.whole(), done.kept, done.seconds, up, answers.transfer)
 
@@ -124,12 +124,13 @@ async def backward(
     wants_inputs: bool = True,
     wants_weights: bool = False,
     codec: str = "raw",
+    inputs_codec: str = "raw",
     answer_codec: str = "raw",
 ) -> BackwardResult:
     """From ``gradients`` of a stage's outputs to those of its ``inputs`` and of the adapter's weights.
 
-    ``inputs`` are sent when the server asks for them: when it does not have the activations ``kept``.
-    Otherwise as `forward`.
+    ``inputs`` are sent, in ``inputs_codec``, when the server asks for them: when it does not have the
+    activations ``kept``. Otherwise as `forward`.
     """
     opening = OpenBackward(
         model.fingerprint,
@@ -145,8 +146,8 @@ async def backward(
         reproducible=batch.reproducible,
     )
     answers = _Answers("gradients", batch.rows if wants_inputs else 0, model.hidden_size)
-    talk = _Pass(node, stage, batch, inputs, codec)
-    done = await talk.run(BACKWARD_PROTOCOL, opening, ("gradients", gradients), answers, BackwardDone)
+    talk = _Pass(node, stage, batch, inputs, inputs_codec)
+    done = await talk.run(BACKWARD_PROTOCOL, opening, ("gradients", gradients, codec), answers, BackwardDone)
     found = answers.whole() if wants_inputs else None
     up = Transfer(talk.sent, done.receiving)
     return BackwardResult(found, tuple(answers.weights), done.seconds, up, answers.transfer)
@@ -197,9 +198,9 @@ class _Answers:
 class _Pass:
     """The conversation of one pass."""
 
-    def __init__(self, node: Node, stage: Stage, batch: Batch, inputs: Tensor, codec: str) -> None:
+    def __init__(self, node: Node, stage: Stage, batch: Batch, inputs: Tensor, inputs_codec: str) -> None:
         self._node, self._stage, self._batch = node, stage, batch
-        self._inputs, self._codec = inputs, codec
+        self._inputs, self._inputs_codec = inputs, inputs_codec
         self._to_send: asyncio.Queue[Callable[[Channel], Awaitable[None]]] = asyncio.Queue()
         self._failure: SwarmError | None = None
         self.sent = 0
@@ -209,7 +210,7 @@ class _Pass:
         self,
         protocol: Protocol,
         opening: OpenForward | OpenBackward,
-        rows: tuple[str, Tensor],
+        rows: tuple[str, Tensor, str],
         answers: _Answers,
         end: type[Done],
     ) -> Done:
@@ -251,7 +252,7 @@ class _Pass:
             case AdapterPart():
                 answers.weights += message.tensors
             case InputsWanted():
-                self._to_send.put_nowait(partial(self._send_rows, "inputs", self._inputs))
+                self._to_send.put_nowait(partial(self._send_rows, "inputs", self._inputs, self._inputs_codec))
             case AdapterWanted() if self._batch.adapter is not None:
                 blocks = [block for block in record.blocks if block in self._stage.span]
                 self._to_send.put_nowait(partial(self._batch.adapter.send, blocks=blocks))
@@ -268,12 +269,12 @@ class _Pass:
             self._failure = None if isinstance(exc, UnavailableError) else exc
             channel.abort("the client could not send its rows")
 
-    async def _send_rows(self, kind: str, rows: Tensor, channel: Channel) -> None:
+    async def _send_rows(self, kind: str, rows: Tensor, codec: str, channel: Channel) -> None:
         many, width = rows.shape
         step = max(1, PIECE_BYTES // (width * ITEM_BYTES[rows.dtype]))
         for first in range(0, many, step):
             piece = rows.rows(first, min(first + step, many))
-            if self._codec != "raw":
-                piece = await asyncio.to_thread(piece.encode, self._codec)
+            if codec != "raw":
+                piece = await asyncio.to_thread(piece.encode, codec)
             self.sent += piece.data.nbytes
             await channel.send(Rows(kind, first), piece)
