@@ -76,6 +76,10 @@ class PassRunner:
         try:
             if not lengths or min(lengths) < 1:
                 raise InvalidBatchError("the batch has no tokens, or a sequence of it has none; leave it out")
+            if not limit:
+                raise InvalidBatchError(
+                    "this server runs no forward and backward passes; use another one", pass_tokens=0
+                )
             if tokens > limit:
                 raise InvalidBatchError(
                     f"a batch of {tokens} tokens; this server runs {limit} at most: send smaller "
@@ -89,7 +93,11 @@ class PassRunner:
             raise
 
     async def drain(self, keep: Span | None = None) -> None:
-        """Wait until no pass needs blocks outside of ``keep``; refusing new ones is the caller's business."""
+        """Wait until no pass needs blocks outside of ``keep``; refusing new ones is the caller's business.
+
+        Activations of such blocks are forgotten: no pass is to come that could use them.
+        """
+        self.kept.clear(keep)
         await self._until(lambda: not self._leaving(keep))
 
     async def end(self, keep: Span | None = None) -> None:
