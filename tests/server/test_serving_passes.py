@@ -116,16 +116,17 @@ async def test_settings_that_cannot_work() -> None:
     with pytest.raises(AdapterError, match="nothing in /elsewhere"):
         async with served("0:12", adapters={"poet": "/elsewhere"}):
             pass
-    for settings in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"adapters": {"": "x"}},
         {"adapters": {"a\n": "x"}},
         {"adapters": {"a" * 65: "x"}},
         {"adapter_budget": -1},
         {"activation_budget": -1},
         {"max_pass_tokens": -1},
-    ):
+    )
+    for settings in wrong:
         with pytest.raises(InputError):
-            ServerConfig(model="counting", **settings)  # type: ignore[arg-type]
+            ServerConfig(model="counting", **settings)
 
 
 async def test_a_server_that_runs_no_passes_says_so() -> None:
