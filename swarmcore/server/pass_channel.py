@@ -17,6 +17,12 @@ from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 PIECE_BYTES = 2 * 2**20
 """Rows and gradients of weights go out in pieces of about so many bytes, before they are encoded."""
 
+PIECES = 4
+"""Rows go out in so many pieces at least, unless they are small: how far apart these arrive tells the client
+the rate of the link (`swarmcore.routing.link_codec`)."""
+
+SMALL_PIECE_BYTES = 2**14
+
 PIECE_TENSORS = 32
 """Most gradients of weights in one message."""
 
@@ -121,7 +127,8 @@ class PassChannel:
     async def send_rows(self, kind: str, rows: Tensor, codec: str) -> None:
         """Send raw ``rows`` in pieces, each encoded with ``codec``."""
         many, width = rows.shape
-        step = max(1, PIECE_BYTES // (width * ITEM_BYTES[rows.dtype]))
+        row = width * ITEM_BYTES[rows.dtype]
+        step = max(1, min(PIECE_BYTES // row, max(SMALL_PIECE_BYTES // row, -(-many // PIECES))))
         for first in range(0, many, step):
             piece = rows.rows(first, min(first + step, many))
             if codec != "raw":
