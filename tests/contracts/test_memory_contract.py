@@ -12,6 +12,8 @@ from swarmcore.testing.transport_contract import TransportContract
 from swarmcore.transport import Transport
 from swarmcore.wire.limits import Limits
 
+pytestmark = pytest.mark.virtual_time
+
 
 class TestMemory(TransportContract):
     slack = 2**20
