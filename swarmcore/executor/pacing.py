@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from swarmcore.executor.pass_queue import Kind
 
-SHARE = 0.6
+SHARE = 0.5
 """What a unit should take, in batches of decode steps: one unit at most goes between two batches, so that a
 step waits for one unit and its own batch, and some of them take longer than expected."""
 
