@@ -78,10 +78,9 @@ class FitRun(Generic[Example, Batch]):
         evaluation: Sequence[Example] | None,
         settings: FitSettings,
     ) -> None:
-        if not len(data):
-            raise InputError("there is no data to train on")
-        if evaluation is not None and not len(evaluation):
-            raise InputError("there is no data to evaluate on; pass None for no evaluation")
+        _check_data(data, "train")
+        if evaluation is not None:
+            _check_data(evaluation, "evaluate")
         if evaluation is None and (settings.early_stop or settings.keep_best or metrics):
             raise InputError("metrics, early_stop and keep_best need data to evaluate on: pass evaluation=")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -341,3 +340,13 @@ class FitRun(Generic[Example, Batch]):
     def _autocast(self) -> torch.autocast:
         dtype = self.settings.dtype
         return torch.autocast(self._device, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _check_data(data: object, purpose: str) -> None:
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise InputError(
+            f"the data to {purpose} on must have a length and an index, to be shuffled and gone on with "
+            f"where it was left, got {type(data).__name__}; make a list of it"
+        )
+    if not len(data):
+        raise InputError(f"there is no data to {purpose} on")

@@ -116,7 +116,8 @@ class FitSettings:
     keep_best: bool = False
     """End with the parameters of the best evaluation, by `early_stop`'s metric or the loss."""
     checkpoint: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
-    """File to keep the state in; None for none."""
+    """File to keep the state in; None for none. The state of the global random generators is a part of it,
+    which runs in one process at the same time share."""
     checkpoint_every: int = 100
     """Steps between two writes. It is written at the end, and when anything stops the run, as well."""
     resume: bool = True
@@ -141,6 +142,8 @@ class FitSettings:
             raise InputError(f"clip_norm must be above 0, or None for off; got {self.clip_norm}")
         if self.precision not in ("float32", "bfloat16", "float16"):
             raise InputError(f"precision must be float32, bfloat16 or float16; got {self.precision!r}")
+        if self.early_stop is not None and self.early_stop.patience < 1:
+            raise InputError(f"the patience must be 1 evaluation or more; got {self.early_stop.patience}")
         if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
             raise InputError("the scheduler is of another optimizer: pass its own one as optimizer= too")
 

@@ -41,7 +41,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.name = name
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(hidden_size, num_labels, bias=self.has_bias)
+        self.linear = nn.Linear(hidden_size, num_labels, bias=self.has_bias, dtype=torch.float32)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.linear.weight.normal_(0.0, std, generator=generator)

@@ -93,7 +93,7 @@ def _new_update(
     projection: Projection, rank: int, generator: torch.Generator | None, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     # Drawn in float32 for all dtypes, so that a seed means the same values in each.
-    down = torch.empty(rank, projection.inputs)
+    down = torch.empty(rank, projection.inputs, dtype=torch.float32)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     return {
         f"{projection.name}.lora_A": down.to(dtype),

@@ -56,7 +56,8 @@ class PrefixAdapter(BlockAdapter):
         span = layout.span(blocks)
         heads, size = prefix_shape(layout)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        values = torch.randn(len(span), 2, tokens, heads, size, generator=generator) * std
+        shape = (len(span), 2, tokens, heads, size)
+        values = torch.randn(shape, generator=generator, dtype=torch.float32) * std
         return cls(values.to(dtype), first=span.start)
 
     @classmethod

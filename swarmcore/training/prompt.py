@@ -44,7 +44,8 @@ class SoftPrompt(nn.Module):
     ) -> Self:
         """Drawn from a normal distribution, as PEFT does. Embeddings of most models are much smaller."""
         _check_tokens(tokens)
-        return cls((torch.randn(tokens, hidden_size, generator=_generator(seed)) * std).to(dtype))
+        values = torch.randn(tokens, hidden_size, generator=_generator(seed), dtype=torch.float32)
+        return cls((values * std).to(dtype))
 
     @classmethod
     def from_vocabulary(cls, tokens: int, embeddings: nn.Embedding, *, seed: int | None = None) -> Self:

@@ -329,6 +329,8 @@ def test_what_cannot_be_trained_says_why() -> None:
         ({"loss": lambda model, batch: model(batch[0])}, InputError, "a tensor with one number"),
         ({"loss": lambda model, batch: torch.ones(())}, InputError, "does not depend on any trainable"),
         ({"data": []}, InputError, "no data to train on"),
+        ({"data": iter(DATA)}, InputError, "got list_iterator; make a list of it"),
+        ({"early_stop": EarlyStop(patience=0)}, InputError, "patience must be 1"),
         ({"evaluation": []}, InputError, "no data to evaluate on"),
         ({"keep_best": True}, InputError, "pass evaluation="),
         ({"batch_size": 0}, InputError, "batch_size must be a whole number"),

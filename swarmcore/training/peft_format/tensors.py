@@ -49,7 +49,7 @@ class AdapterTensors:
         return tuple(self._open.get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        """Raise `AdapterError` for values that are no floats, or not finite."""
+        """In float32, bfloat16 or float16. Raise `AdapterError` for other values, and those not finite."""
         try:
             values: torch.Tensor = self._open.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as exc:
@@ -61,7 +61,7 @@ class AdapterTensors:
                 f"{name} of {self.file} has values that are not finite: the training went astray, take an "
                 f"earlier checkpoint"
             )
-        return values
+        return values.float() if values.dtype == torch.float64 else values
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
