@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from swarmcore.errors import InvalidBatchError, ProtocolError
@@ -79,6 +80,9 @@ class PassChannel:
         self._rows = rows
         self._intakes: dict[str, RowsIntake] = {}
         self._weights: WeightsIntake | None = None
+        self._opened = asyncio.get_running_loop().time()
+        self.receiving = 0.0
+        """Seconds from the opening until the last rows that have come."""
 
     def expect(self, kind: str) -> None:
         """Rows of this kind are to come."""
@@ -115,6 +119,7 @@ class PassChannel:
             intake = self._intakes.get(record.kind)
             if intake is None or intake.complete:
                 raise InvalidBatchError(f"the client sent more {record.kind[:32]!r} than were asked for")
+            self.receiving = asyncio.get_running_loop().time() - self._opened
             hidden = message.tensor("hidden")
             intake.check(record, hidden)
             intake.add(await self._executor.decode(hidden))

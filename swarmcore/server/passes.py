@@ -88,7 +88,7 @@ class PassService:
                 batch = SequenceBatch(turn.span, turn.lengths, rows, adapter, opening.reproducible)
                 outputs, kept, seconds = await turn.forward(batch, keep=opening.keep)
             await talk.send_rows("outputs", outputs, opening.codec)
-            await channel.send(ForwardDone(kept, seconds))
+            await channel.send(ForwardDone(kept, seconds, talk.receiving))
 
     async def backward(self, channel: Channel) -> None:
         """Handle one channel of the backward protocol."""
@@ -110,7 +110,7 @@ class PassService:
                 await talk.send_rows("gradients", done.gradients, opening.codec)
             if done.weights:
                 await talk.send_weights(done.weights)
-            await channel.send(BackwardDone(done.seconds))
+            await channel.send(BackwardDone(done.seconds, talk.receiving))
 
     @asynccontextmanager
     async def _turn(
