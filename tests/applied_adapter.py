@@ -1,4 +1,4 @@
-"""What an adapter is meant to do, done to a plain local model without PEFT and without servers."""
+"""What an adapter is meant to do, done to a plain local model: without PEFT, without servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import DynamicCache
 from swarmcore.training import LoraAdapter, PrefixAdapter, SoftPrompt
 
 
-@torch.no_grad()
 def hidden_with_adapter(
     model: Any, adapter: LoraAdapter | PrefixAdapter | SoftPrompt, ids: torch.Tensor
 ) -> Any:
