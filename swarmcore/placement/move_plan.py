@@ -1,9 +1,12 @@
-"""Which moves would raise what a swarm can carry, and in which order they are to be made."""
+"""Which moves, made together, would raise what a swarm can carry."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from heapq import nsmallest
+from itertools import accumulate
+from operator import itemgetter
 
 import attrs
 
@@ -13,23 +16,33 @@ from swarmcore.types import PeerId, Span
 ENOUGH = 0.99
 """Share of the upper bound above which no move is looked for."""
 
+LEVEL = 0.97
+"""Share of the upper bound that a search wants all blocks to have: few arrangements reach more."""
+
 WORTH = 0.0025
 """Share of the upper bound that each move of a plan has to add, on average."""
 
 HORIZON = 600.0
 """Seconds within which a move has to pay for itself: swarms do not stay as they are for much longer."""
 
-MAX_STEPS = 12
-"""Most steps that a plan looks ahead once no block is missing; the first ones made, servers plan again."""
+MAX_AHEAD = 6
+"""Moves that a search looks ahead."""
+
+FAR = 0.8
+"""Share of the upper bound below which many blocks may be as bad as the worst one, so that only many moves
+help: it looks further ahead, until it has found some."""
+
+FAR_AHEAD = 12
+"""Moves that it looks ahead then, once no block is missing."""
 
 MAX_MOVERS = 64
-"""Servers that each step considers: those that are missed least where they are."""
+"""Servers that a search considers: those that are missed least where they are."""
 
-MAX_FIRST = 40
-"""Moves to the worst block for which a step looks for others, to mend what they leave behind."""
+WIDTH = 10
+"""Arrangements that a search goes on from after each move."""
 
-MAX_CHAIN = 3
-"""Most moves in one step."""
+BRANCHES = 5
+"""Moves that it tries from each of these."""
 
 
 @attrs.frozen
@@ -42,119 +55,90 @@ class Move:
 
 @attrs.frozen
 class MovePlan:
-    """Moves that help, step by step."""
+    """Moves that help, if all of them are made."""
 
-    steps: tuple[tuple[Move, ...], ...]
-    """Each raises the worst block by one move, or by two, of which the first makes room for the second. At no
-    time is the worst block served worse than before. No server moves twice."""
+    moves: tuple[Move, ...]
+    """In an order in which no block is ever served worse than the worst one before. No server moves twice."""
     ready: frozenset[PeerId]
     """Servers that can move at once: no other one has to move before, lest the worst block gets worse."""
     throughput: float
-    """Tokens per second through the block that is served worst, after all steps."""
-
-    @property
-    def moves(self) -> int:
-        """How many there are in all."""
-        return sum(map(len, self.steps))
+    """Tokens per second through the block that is served worst, after all moves."""
 
     def move_of(self, peer: PeerId) -> Move | None:
         """Where ``peer`` goes, at once or later; None when it stays."""
-        return next((move for step in self.steps for move in step if move.peer == peer), None)
+        return next((move for move in self.moves if move.peer == peer), None)
 
 
 @lru_cache(maxsize=8)
 def plan_moves(placed: tuple[Placement, ...], blocks: int) -> MovePlan:
-    """Moves that raise the throughput of the block that is served worst, as long as they are worth it.
+    """The moves that raise the throughput of the block that is served worst, as far as they are worth it.
 
     Equal arguments give the same plan, so that servers with the same view agree on who moves. In arXiv
-    2312.08361, section 3.3, each server asks what would be best for it to do; here the one whose move helps
-    most goes, and two go when one alone would not help.
+    2312.08361, section 3.3, each server asks what would be best for it to do; here all look for moves of
+    several servers that help together, even where none of them does alone.
     """
     throughputs = block_throughputs(placed, blocks)
     possible = mean_throughput(placed, blocks)
-    waiting = {each.peer: each for each in placed}
-    steps: list[tuple[Move, ...]] = []
-    kept, reached, best = 0, min(throughputs), min(throughputs)
-    moves = ahead = 0
-    while ahead < MAX_STEPS and min(throughputs) < ENOUGH * possible:
-        step = best_step(list(waiting.values()), throughputs, worth=WORTH * possible)
-        if step is None:
-            break
-        for move in step:
-            throughputs = moved(throughputs, waiting.pop(move.peer), move.target)
-        steps.append(step)
-        moves += len(step)
-        ahead += min(throughputs) > 0
-        if (value := min(throughputs) - WORTH * possible * moves) > best:
-            kept, reached, best = len(steps), min(throughputs), value
-    return MovePlan(tuple(steps[:kept]), _ready(steps[:kept], placed, blocks), reached)
-
-
-def _ready(steps: Sequence[tuple[Move, ...]], placed: Sequence[Placement], blocks: int) -> frozenset[PeerId]:
+    if min(throughputs) >= ENOUGH * possible:
+        return MovePlan((), frozenset(), min(throughputs))
+    moves = best_moves(placed, blocks, worth=WORTH * possible)
     servers = {each.peer: each for each in placed}
-    throughputs = block_throughputs(placed, blocks)
-    return frozenset(
+    after = throughputs
+    for move in moves:
+        after = moved(after, servers[move.peer], move.target)
+    ready = frozenset(
         move.peer
-        for move, *_ in steps
+        for move in moves
         if min(moved(throughputs, servers[move.peer], move.target)) >= min(throughputs)
     )
+    return MovePlan(moves, ready, min(after))
 
 
-def best_step(
-    servers: Sequence[Placement],
-    throughputs: list[float],
+def best_moves(
+    placed: Sequence[Placement],
+    blocks: int,
     *,
     worth: float = 0.0,
-    movers: int = MAX_MOVERS,
-    firsts: int = MAX_FIRST,
-) -> tuple[Move, ...] | None:
-    """The move of one of ``servers`` to the worst block that raises it most, or else the pair of moves.
+    width: int = WIDTH,
+    branches: int = BRANCHES,
+) -> tuple[Move, ...]:
+    """The moves after which the worst block has most, less ``worth`` and `Placement.lost` for each of them.
 
-    A pair is looked for where a single move does not add ``worth``, and has to add as much. None when nothing
-    raises the worst block or, where several are equally bad, one of them. ``movers`` and ``firsts`` bound the
-    effort, which grows with their product.
+    A beam search: from each of the ``width`` best arrangements it goes on with the ``branches`` best moves.
+    On the way those are best that lack least, summed over the squares of what blocks have below `LEVEL`: the
+    worst block alone does not tell whether a move is a step to a better arrangement. Empty when no moves
+    help that can be made one after the other without making the worst block worse.
     """
-    lowest = min(throughputs)
-    candidates = _movers(servers, throughputs, movers)
-    singles = sorted(
-        _moves_to(throughputs.index(lowest), candidates, throughputs), key=lambda each: -each.value
-    )
-    if not singles:
-        return None
-    step: tuple[Move, ...] | None = None
-    top = [each for each in singles if each.value == singles[0].value]
-    single = max(top, key=lambda each: sorted(each.after))
-    reached = lowest
-    if single.value > lowest or (
-        min(single.after) == lowest and not single.server.lost and sorted(single.after) > sorted(throughputs)
-    ):
-        step, reached = (Move(single.server.peer, single.target),), single.value
-    if step is not None and reached >= lowest + worth:
-        return step
-    for first in singles[:firsts]:
-        chain = [first]
-        while len(chain) < MAX_CHAIN:
-            after = chain[-1].after
-            others = [each for each in candidates if all(each is not link.server for link in chain)]
-            mending = _moves_to(after.index(min(after)), others, after, above=min(after))
-            if not mending:
+    throughputs = block_throughputs(placed, blocks)
+    possible = mean_throughput(placed, blocks)
+    level = LEVEL * possible
+    furthest = FAR_AHEAD if min(throughputs) < FAR * possible else MAX_AHEAD
+    servers = _movers(placed, throughputs)
+    best: tuple[Move, ...] = ()
+    value = min(throughputs)
+    beam = [_Arrangement(throughputs, {}, 0.0)]
+    ahead = 0
+    while beam and ahead < (MAX_AHEAD if best else furthest):
+        steps = [
+            (lacking, _with(arrangement.targets, index, start), arrangement)
+            for arrangement in beam
+            for lacking, index, start in nsmallest(branches, _steps(arrangement, servers, level))
+        ]
+        steps.sort(key=itemgetter(0))
+        beam, seen = [], set()
+        for _, targets, origin in steps:
+            key = frozenset(targets.items())
+            if key in seen:  # the same moves in another order
+                continue
+            seen.add(key)
+            arrangement = origin.after(targets, servers, worth)
+            beam.append(arrangement)
+            if arrangement.value > value and (moves := _in_order(targets, servers, throughputs)) is not None:
+                best, value = moves, arrangement.value
+            if len(beam) == width:
                 break
-            chain.append(max(mending, key=lambda each: each.value))
-            value = min(chain[-1].after) - sum(link.server.lost for link in chain) / HORIZON
-            if value > reached + worth and _harmless(chain, throughputs):
-                step = tuple(Move(link.server.peer, link.target) for link in reversed(chain))
-                reached = value
-    return step
-
-
-def _harmless(chain: Sequence[_Candidate], throughputs: list[float]) -> bool:
-    """Whether the worst block gets no worse at any time when the last one goes first."""
-    lowest, after = min(throughputs), throughputs
-    for link in reversed(chain[1:]):
-        after = moved(after, link.server, link.target)
-        if min(after) < lowest:
-            return False
-    return True
+        ahead += any(min(arrangement.throughputs) > 0 for arrangement in beam)
+    return best
 
 
 def moved(throughputs: Sequence[float], server: Placement, target: Span) -> list[float]:
@@ -166,50 +150,84 @@ def moved(throughputs: Sequence[float], server: Placement, target: Span) -> list
 
 
 @attrs.frozen
-class _Candidate:
-    server: Placement
-    target: Span
-    after: list[float]
-    value: float
-    """The throughput of the worst block afterwards, less what is lost by moving."""
+class _Arrangement:
+    throughputs: list[float]
+    targets: dict[int, int]
+    """Who has moved, by index, and the first block that it holds now."""
+    cost: float
+    """Tokens per second that all these moves have to add."""
+
+    @property
+    def value(self) -> float:
+        return min(self.throughputs) - self.cost
+
+    def after(self, targets: dict[int, int], servers: Sequence[Placement], worth: float) -> _Arrangement:
+        """With the last one of ``targets`` made as well."""
+        index, start = next(reversed(targets.items()))
+        server = servers[index]
+        throughputs = moved(self.throughputs, server, Span(start, start + len(server.span)))
+        return _Arrangement(throughputs, targets, self.cost + worth + server.lost / HORIZON)
 
 
-def _movers(servers: Iterable[Placement], throughputs: Sequence[float], count: int) -> list[Placement]:
-    """The ``count`` servers that leave most behind where they go away, among those that may."""
+def _with(targets: dict[int, int], index: int, start: int) -> dict[int, int]:
+    return {**targets, index: start}
+
+
+def _steps(
+    arrangement: _Arrangement, servers: Sequence[Placement], level: float
+) -> Iterable[tuple[float, int, int]]:
+    """All that could be done next: what would be lacking then, who moves, and to where."""
+    lacking = [max(0.0, level - value) for value in arrangement.throughputs]
+    in_all = sum(value * value for value in lacking)
+    for index, server in enumerate(servers):
+        if index in arrangement.targets:
+            continue
+        span, throughput, size = server.span, server.throughput, len(server.span)
+        without = lacking[:]
+        gone = in_all
+        for block in range(span.start, span.end):
+            value = max(0.0, level - arrangement.throughputs[block] + throughput)
+            gone += value * value - without[block] * without[block]
+            without[block] = value
+        # What it would mend of each block, summed up from the left: a span is a difference of two sums.
+        mended = [
+            value * value if value <= throughput else throughput * (2 * value - throughput)
+            for value in without
+        ]
+        sums = list(accumulate(mended, initial=0.0))
+        first, last = 0, len(without) - size
+        if server.keeps is not None:
+            first, last = max(first, server.keeps.end - size), min(last, server.keeps.start)
+        for start in range(first, last + 1):
+            if start != span.start:
+                yield gone - sums[start + size] + sums[start], index, start
+
+
+def _in_order(
+    targets: dict[int, int], servers: Sequence[Placement], throughputs: list[float]
+) -> tuple[Move, ...] | None:
+    """These moves in an order that never makes the worst block worse; None when there is none."""
+    lowest = min(throughputs)
+    waiting = [
+        (servers[index], Span(start, start + len(servers[index].span))) for index, start in targets.items()
+    ]
+    moves: list[Move] = []
+    while waiting:
+        after = [moved(throughputs, server, target) for server, target in waiting]
+        chosen = max(range(len(waiting)), key=lambda index: min(after[index]))
+        if min(after[chosen]) < lowest:
+            return None
+        throughputs = after[chosen]
+        server, target = waiting.pop(chosen)
+        moves.append(Move(server.peer, target))
+    return tuple(moves)
+
+
+def _movers(servers: Iterable[Placement], throughputs: Sequence[float]) -> list[Placement]:
+    """The servers that leave most behind where they go away, among those that may; `MAX_MOVERS` at most."""
     ranked = [
         (each.throughput - min(throughputs[each.span.start : each.span.end]), each.peer, each)
         for each in servers
         if each.keeps != each.span and len(each.span) < len(throughputs)
     ]
-    return [each for _, _, each in sorted(ranked, key=lambda entry: entry[:2])[:count]]
-
-
-def _moves_to(
-    block: int, servers: Iterable[Placement], throughputs: list[float], *, above: float = -1.0
-) -> list[_Candidate]:
-    """All moves of ``servers`` onto ``block`` after which the worst block has more than ``above``."""
-    found: list[_Candidate] = []
-    blocks = len(throughputs)
-    for server in servers:
-        if block in server.span:
-            continue
-        size = len(server.span)
-        rest = list(throughputs)
-        add(rest, server.span, -server.throughput)
-        first, last = max(0, block - size + 1), min(block, blocks - size)
-        if server.keeps is not None:
-            first, last = max(first, server.keeps.end - size), min(last, server.keeps.start)
-        # What no span around the block could mend is not tried.
-        if (
-            min(rest[:first], default=above + 1) <= above
-            or min(rest[last + size :], default=above + 1) <= above
-        ):
-            continue
-        for start in range(first, last + 1):
-            after = list(rest)
-            add(after, Span(start, start + size), server.throughput)
-            if (lowest := min(after)) > above:
-                found.append(
-                    _Candidate(server, Span(start, start + size), after, lowest - server.lost / HORIZON)
-                )
-    return found
+    return [each for _, _, each in nsmallest(MAX_MOVERS, ranked, key=itemgetter(0, 1))]

@@ -18,7 +18,7 @@ from swarmcore.placement.swarm_throughput import (
 from swarmcore.registry.base import SwarmView
 from swarmcore.types import PeerId, ServerInfo, Span
 
-HYSTERESIS = 0.01
+HYSTERESIS = 0.005
 """A swarm that would gain no more than this share is left alone, even where moves cost nothing."""
 
 
@@ -115,9 +115,9 @@ class Rebalancer:
         if move is not None and self.peer not in plan.ready:
             return _stay(f"{quality}, and others have to move before it goes to {move.target}")
         if move is None:
-            return _stay(f"{quality}, and others' moves help more" if plan.steps else "no move would help")
+            return _stay(f"{quality}, and others' moves help more" if plan.moves else "no move would help")
         share = len(here.span) / len(throughputs)
-        gained = self.horizon * (plan.throughput - now) / plan.moves
+        gained = self.horizon * (plan.throughput - now) / len(plan.moves)
         lost = share * cost.cached_tokens + missed_while_loading(throughputs, here, move.target, cost)
         balance = f"gain {gained:,.0f} tokens in {self.horizon:.0f} s, cost {lost:,.0f}"
         worth = f"to move to {move.target} would {balance}"

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTLE = 5.0
+SETTLE = 3.0
 """Seconds between announcing a move and deciding on it again: what others announced meanwhile has arrived."""
 
-REACTION = 4.0
+REACTION = 1.0
 """Seconds, on average, from a change in the swarm to a look, so that several changes make one look."""
 
 REACTION_PER_SERVER = 0.05

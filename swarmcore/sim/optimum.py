@@ -8,7 +8,7 @@ from itertools import groupby
 
 import attrs
 
-from swarmcore.placement.move_plan import best_step, moved
+from swarmcore.placement.move_plan import best_moves
 from swarmcore.placement.swarm_throughput import Placement, block_throughputs, mean_throughput
 from swarmcore.types import Span
 
@@ -20,6 +20,11 @@ KICKS = 20
 
 KICKED = 0.2
 """The part of the servers that are elsewhere then."""
+
+WIDTH = 4
+"""Of `best_moves`, as `BRANCHES`: to set out more often finds more than to look at more at a time."""
+
+BRANCHES = 4
 
 
 def best_throughput(placed: Sequence[Placement], blocks: int, rng: random.Random) -> float:
@@ -37,7 +42,7 @@ def best_throughput(placed: Sequence[Placement], blocks: int, rng: random.Random
 def good_arrangement(placed: Sequence[Placement], blocks: int, rng: random.Random) -> list[Placement]:
     """The best arrangement that a search finds from where the servers are, and from `KICKS` random changes.
 
-    Each time single moves and pairs of moves raise the worst block until none does.
+    Each time moves of several servers raise the worst block until none do.
     """
     possible = mean_throughput(placed, blocks)
     best = _raised(placed, blocks)
@@ -56,12 +61,9 @@ def good_arrangement(placed: Sequence[Placement], blocks: int, rng: random.Rando
 
 def _raised(placed: Sequence[Placement], blocks: int) -> list[Placement]:
     servers = {each.peer: each for each in placed}
-    throughputs = block_throughputs(placed, blocks)
-    while step := best_step(list(servers.values()), throughputs):
-        for move in step:
-            server = servers[move.peer]
-            throughputs = moved(throughputs, server, move.target)
-            servers[move.peer] = attrs.evolve(server, span=move.target)
+    while moves := best_moves(list(servers.values()), blocks, width=WIDTH, branches=BRANCHES):
+        for move in moves:
+            servers[move.peer] = attrs.evolve(servers[move.peer], span=move.target)
     return list(servers.values())
 
 
