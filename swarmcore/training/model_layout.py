@@ -57,6 +57,8 @@ class ModelLayout:
     """Paths inside of the blocks at which something else than a projection is."""
     kv_shape: tuple[int, int] | None
     """Key heads and head size of every block; None where keys and values differ in size."""
+    repeats_keys: bool
+    """Whether Transformers keeps each key once for every query head that reads it, where servers keep one."""
 
     @classmethod
     def of(cls, model_config: Any) -> ModelLayout:
@@ -91,6 +93,7 @@ class ModelLayout:
             projections=tuple(projections),
             other_modules=frozenset(others),
             kv_shape=_kv_shape(config),
+            repeats_keys=config.model_type == "falcon" and config.new_decoder_architecture,
         )
 
     def span(self, span: Span | None) -> Span:

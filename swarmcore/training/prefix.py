@@ -75,6 +75,7 @@ class PrefixAdapter(BlockAdapter):
         Raise `AdapterError` when it does not have the blocks of this model, all of them.
         """
         layout = ModelLayout.of(model_config)
+        _check_format(layout)
         if self.covered_blocks != tuple(range(layout.blocks)):
             raise AdapterError(
                 f"the prefix is for blocks {list(self.covered_blocks)}, and PEFT's format has no prefix of "
@@ -104,6 +105,7 @@ def unpack_prompt_embeddings(embeddings: torch.Tensor, layout: ModelLayout, span
 
     Raise `AdapterError` when the shape is not that of this model.
     """
+    _check_format(layout)
     heads, size = prefix_shape(layout)
     width = layout.blocks * 2 * heads * size
     if embeddings.dim() != 2 or embeddings.shape[0] < 1 or embeddings.shape[1] != width:
@@ -113,3 +115,11 @@ def unpack_prompt_embeddings(embeddings: torch.Tensor, layout: ModelLayout, span
         )
     values = embeddings.view(-1, layout.blocks, 2, heads, size).permute(1, 2, 0, 3, 4)
     return values[span.start : span.end]
+
+
+def _check_format(layout: ModelLayout) -> None:
+    if layout.repeats_keys:
+        raise AdapterError(
+            f"PEFT's format has a key for every query head of this {layout.model_type} model, where servers "
+            f"have one for several: prefixes of it are kept as state dicts only"
+        )

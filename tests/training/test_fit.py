@@ -6,6 +6,7 @@ import asyncio
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,19 @@ def test_ctrl_c_leaves_a_checkpoint(where: str, tmp_path: Path) -> None:
         fit_sync(model, DATA, collate, interrupt if where == "loss" else loss, **chosen)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert list(tmp_path.iterdir()) == [file]
+    model = tiny_model()
+    report = fit_sync(model, DATA, collate, loss, **options(model, checkpoint=file))
+    assert state_of(model, report) == expected
+
+
+def test_ctrl_c_leaves_a_checkpoint_of_an_awaited_run(tmp_path: Path) -> None:
+    expected, file, model = whole_run(), tmp_path / "run.pt", tiny_model()
+    main = threading.main_thread().ident
+    assert main is not None
+    stopping = StopAt(8, lambda: signal.pthread_kill(main, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(fit(model, DATA, collate, stopping, **options(model, checkpoint=file)))  # type: ignore[arg-type]
+    assert stopping.calls < 20
     model = tiny_model()
     report = fit_sync(model, DATA, collate, loss, **options(model, checkpoint=file))
     assert state_of(model, report) == expected

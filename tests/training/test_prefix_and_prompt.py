@@ -58,6 +58,9 @@ def test_a_prefix_that_does_not_fit_says_why() -> None:
         PrefixAdapter.for_model(config, tokens=0)
     with pytest.raises(AdapterError, match="different sizes"):
         PrefixAdapter.for_model(tiny_config("deepseek_v3"), tokens=2)
+    falcon = tiny_config("falcon-40b")
+    with pytest.raises(AdapterError, match="kept as state dicts only"):
+        PrefixAdapter.for_model(falcon, tokens=2).to_prompt_embeddings(falcon)
     with pytest.raises(AdapterError, match=r"less than all 5 blocks"):
         PrefixAdapter.for_model(config, tokens=2, blocks=Span(0, 4)).to_prompt_embeddings(config)
     with pytest.raises(AdapterError, match=r"takes \[tokens, 320\]: it was made for another model"):
