@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -316,3 +317,47 @@ async def test_closing_ends_passes() -> None:
         assert not executor.passes
         with pytest.raises(ServerDrainingError):
             await forward(engine, some_rows(4), (4,))
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_whatever_happens_results_are_right_and_nothing_is_left(seed: int) -> None:
+    rng = random.Random(seed)
+    batches = [
+        (some_rows(sum(lengths), seed=number), some_rows(sum(lengths), seed=-number - 1), lengths)
+        for number, lengths in enumerate([(3, 5), (8,), (1, 1, 1), (2, 9)])
+    ]
+    right = [await alone(*batch) for batch in batches]
+    limits = PassLimits(max_tokens=20, queue_factor=3, max_under_way=2, activation_budget=4000)
+    async with running(pass_limits=limits) as (engine, executor):
+        executor.pass_seconds = 0.001
+
+        async def client(number: int) -> int:
+            done = 0
+            for turn in range(12):
+                which = rng.randrange(len(batches))
+                rows, up, lengths = batches[which]
+                caller, name = f"caller {number % 3}", f"{number} {turn}"
+                timeout = rng.choice([0.05, 0.5, 5.0])
+                if rng.random() < 0.1:
+                    executor.pass_failures.append(ServerMemoryError("none left"))
+                try:
+                    async with asyncio.timeout(rng.choice([0.1, 1.0, 10.0])):
+                        there = await forward(
+                            engine, rows, lengths, caller=caller, keep=name, timeout=timeout
+                        )
+                        back, _ = await backward(
+                            engine, rows, up, lengths, caller=caller, kept=name, timeout=timeout
+                        )
+                except (TimeoutError, DeadlineExceededError, ServerMemoryError, TooManyCallsError):
+                    await asyncio.sleep(rng.random())
+                else:
+                    assert (there, back) == right[which]
+                    done += 1
+            return done
+
+        done = await asyncio.gather(*(client(number) for number in range(6)))
+        assert sum(done) > 10
+        await asyncio.sleep(1)
+        assert not len(engine.passes.queue) and engine.passes.queue.admitted_tokens == 0
+        assert len(executor.passes) == len(engine.passes.kept)
+        assert engine.passes.kept.nbytes <= limits.activation_budget
