@@ -35,7 +35,7 @@ class TorchAdapter(Adapter):
         for name in weights:
             self._by_block.setdefault(int(name.partition(".")[0]), []).append(name)
         # Steps of inference make a second copy of the low-rank weights (`StackedAdapters`).
-        self.nbytes = 2 * sum(weight.nbytes for weight in weights.values())
+        self.nbytes = sum(weight.nbytes + 4 * weight.numel() for weight in weights.values())
 
     def __repr__(self) -> str:
         prefix = f" · prefix of {self.prefix_tokens}" if self.prefix_tokens else ""
