@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Collection, Iterator
-from itertools import count
+from itertools import chain, combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,10 @@ class CostBench:
     _names: Iterator[int] = attrs.field(factory=count, init=False)
 
     async def batch(self, blocks: int, sequences: int, rows: int, cached: int) -> Measurement:
-        """The median time of ``sequences`` sequences with ``rows`` new tokens each, after ``cached``."""
+        """The least time of ``sequences`` sequences with ``rows`` new tokens each, after ``cached``.
+
+        Whatever else the machine is busy with only adds to it.
+        """
         executor = self.executor
         span = Span(executor.span.start, executor.span.start + blocks)
         names = [SequenceId(next(self._names)) for _ in range(sequences)]
@@ -121,7 +123,7 @@ class CostBench:
             times.append(time.perf_counter() - began)
         for name in names:
             executor.release(name)
-        return Measurement(blocks=blocks, load=load, seconds=statistics.median(times))
+        return Measurement(blocks=blocks, load=load, seconds=min(times))
 
     async def _pass(self, span: Span, names: list[SequenceId], start: int, rows: int) -> BatchLoad:
         hidden = torch.randn(rows, self.executor.model.hidden_size).to(getattr(torch, self.executor.dtype))
@@ -143,24 +145,22 @@ def fit(measured: Collection[Measurement]) -> tuple[CostModel, float]:
     rows = [[1.0, m.blocks, *(m.blocks * getattr(m.load, field.name) for field in loads)] for m in measured]
     seconds = torch.tensor([m.seconds for m in measured], dtype=torch.float64)
     weighted = torch.tensor(rows, dtype=torch.float64) / seconds[:, None]
-    scale = weighted.abs().amax(0)
-    active = list(range(weighted.shape[1]))
-    while True:  # drop what would be negative, the worst first
-        found = torch.linalg.lstsq(
-            weighted[:, active] / scale[active], torch.ones(len(rows), 1).double()
-        ).solution
-        values = (found[:, 0] / scale[active]).tolist()
-        if min(values) >= 0:
-            break
-        active.pop(values.index(min(values)))
-    costs = [0.0] * weighted.shape[1]
-    for place, value in zip(active, values, strict=True):
-        costs[place] = value
-    error = (weighted @ torch.tensor(costs, dtype=torch.float64) - 1).square().mean().sqrt().item()
+    ones = torch.ones(len(rows), 1, dtype=torch.float64)
+    columns = weighted.shape[1]
+    costs, error = [0.0] * columns, 1.0
+    # Of the best fits with some costs at zero, the best without a negative one: few enough to try them all.
+    for chosen in chain.from_iterable(combinations(range(columns), size + 1) for size in range(columns)):
+        some = weighted[:, chosen]
+        scale = some.amax(0)
+        values = torch.linalg.lstsq(some / scale, ones, driver="gelsd").solution[:, 0] / scale
+        off = (some @ values - 1).square().mean().sqrt().item()
+        if off < error and values.min() >= 0:
+            found = dict(zip(chosen, values.tolist(), strict=True))
+            costs, error = [found.get(column, 0.0) for column in range(columns)], off
     # A cost is called as what it is the cost of, in the singular.
     per_block = dict(zip((field.name.removesuffix("s") for field in loads), costs[2:], strict=True))
-    found = {"call": costs[0], "block": costs[1], **per_block}
-    return CostModel(**{name: float(f"{cost:.4g}") for name, cost in found.items()}), error
+    named = {"call": costs[0], "block": costs[1], **per_block}
+    return CostModel(**{name: float(f"{cost:.4g}") for name, cost in named.items()}), error
 
 
 async def measure(shape: str, dtype: str, blocks: int, threads: int, rounds: int) -> MeasuredModel:
