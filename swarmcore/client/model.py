@@ -52,6 +52,8 @@ class RemoteModel:
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
     """Of the text model, without blocks: ``num_hidden_layers`` is 0. The number of blocks is in `info`."""
+    whole_config: PretrainedConfig
+    """Of the whole model, as adapters are made for it: ``LoraAdapter.for_model(model.whole_config)``."""
     generation_config: GenerationConfig
     """The model's own defaults: its end-of-text tokens, penalties, filters."""
     info: ModelInfo
@@ -63,11 +65,13 @@ class RemoteModel:
         generation_config: GenerationConfig,
         compute: ModelCompute,
         open_session: SessionOpener,
+        whole_config: PretrainedConfig,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.config = compute.parts.config
+        self.whole_config = whole_config
         self._compute = compute
         self._open_session = open_session
         self._sessions: set[ModelSession] = set()
@@ -132,7 +136,8 @@ class RemoteModel:
         await compute.load(functools.partial(LocalParts.load, checkpoint, dtype=dtype, progress=progress))
         tokenizer = await compute.run(load_tokenizer, checkpoint.folder, checkpoint.name)
         generation_config = await compute.run(load_generation_config, checkpoint)
-        return cls(checkpoint.info, tokenizer, generation_config, compute, open_session)
+        config = checkpoint.config
+        return cls(checkpoint.info, tokenizer, generation_config, compute, open_session, config)
 
     async def close(self) -> None:
         """Close the sessions and end the compute thread. Harmless when repeated."""

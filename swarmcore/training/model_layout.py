@@ -69,7 +69,9 @@ class ModelLayout:
         """
         config = model_config.get_text_config(decoder=True)
         if config.num_hidden_layers < 1:
-            raise AdapterError("the config has no blocks; pass the config of the whole model")
+            raise AdapterError(
+                "the config has no blocks; pass the config of the whole model, RemoteModel.whole_config"
+            )
         model = build_on_meta(config)
         base = model.base_model
         blocks = getattr(base, layer_list(base))

@@ -68,18 +68,18 @@ async def trained(model: nn.Module) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 async def test_adapters_prompts_and_heads_are_trained_as_locally(tmp_path: Path) -> None:
-    config = tiny_config("llama")
-    plain = save_random_model(config, tmp_path).requires_grad_(False)
+    plain = save_random_model(tiny_config("llama"), tmp_path).requires_grad_(False)
     byte_tokenizer().save_pretrained(tmp_path)
-    adapters = [
-        LoraAdapter.for_model(config, rank=4, seed=1),
-        PrefixAdapter.for_model(config, tokens=3, seed=1),
-        SoftPrompt.random(3, config.hidden_size, seed=1),
-    ]
     with served(tmp_path, "0:2", "2:5") as servers:
         async with swarmcore.connect(str(servers[0].node.addresses[0])) as swarm:
             model = await swarm.load_model(str(tmp_path), dtype="float32")
             await swarm.wait_for_blocks(model.info, timeout=30)
+            config = model.whole_config
+            adapters = [
+                LoraAdapter.for_model(config, rank=4, seed=1),
+                PrefixAdapter.for_model(config, tokens=3, seed=1),
+                SoftPrompt.random(3, config.hidden_size, seed=1),
+            ]
             for adapter in adapters:
                 head = SequenceClassificationHead.for_model(config, 2, seed=2)
                 there = OverServers(model.blocks, plain, copy.deepcopy(adapter), copy.deepcopy(head))
