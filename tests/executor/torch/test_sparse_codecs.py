@@ -210,6 +210,24 @@ def test_places_out_of_order_are_refused(codec: str, place: int) -> None:
         Tensor("hidden", "float32", (BLOCK,), memoryview(data), codec).decode()
 
 
+@pytest.mark.parametrize(
+    ("codec", "encoded"),
+    [
+        # scale 64/448, places 61 to 63, 62 to 64 over the scale
+        ("topk0.05", "123e 3d3e3f 7e7e7e"),
+        # scale, bitmap of the last 16, 49 to 64 over the scale
+        ("topk0.25", "123e 000000000000ffff 7b7b7b7b7c7c7c7c7c7d7d7d7d7e7e7e"),
+        # 63 and 64, their places, the scale 35.75; all others are above zero
+        ("mixed1", "7c428042 3e3f 0f42 ffffffffffffff3f"),
+        # those from 34 on have the level above
+        ("mixed2", "7c428042 3e3f 0f42 00000000feffffff ffffffffffffff3f"),
+    ],
+)
+def test_encoded_form(codec: str, encoded: str) -> None:
+    values = torch.arange(1, 65).float()
+    assert to_wire("hidden", values, codec).data.hex() == encoded.replace(" ", "")
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_wrong_number_of_bytes_is_refused(codec: str) -> None:
     wire = to_wire("hidden", torch.randn(BLOCK), codec)
