@@ -19,7 +19,7 @@ ENOUGH = 0.99
 LEVEL = 0.97
 """Share of the upper bound that a search wants all blocks to have: few arrangements reach more."""
 
-WORTH = 0.0025
+WORTH = 0.0015
 """Share of the upper bound that each move of a plan has to add, on average."""
 
 HORIZON = 600.0
