@@ -92,6 +92,12 @@ class FitRun(Generic[Example, Batch]):
         self._optimizer = settings.optimizer or torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=0.0
         )
+        known = set(self.parameters.values())
+        if not all(p in known for group in self._optimizer.param_groups for p in group["params"]):
+            raise InputError(
+                "the optimizer has parameters that are not trainable ones of the model, and would be missing "
+                "from checkpoints; make them a part of the model"
+            )
         device = next(iter(self.parameters.values())).device.type
         self._device = device
         self._scaler = torch.amp.GradScaler(device, enabled=settings.precision == "float16")
@@ -132,10 +138,11 @@ class FitRun(Generic[Example, Batch]):
                     self.save()
         self.save()
         if self.settings.keep_best and self._best:
+            self._updating = True  # these are not the parameters to go on with
             restore_tensors("parameters", self._best, dict(self.parameters))
 
     def save(self) -> None:
-        """Write the checkpoint, if there is to be one. Does nothing while a step is only half taken."""
+        """Write the checkpoint, if there is to be one, unless parameters are not of a whole step."""
         if self.settings.checkpoint is None or self._updating:
             return
         state = {

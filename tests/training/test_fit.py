@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 from swarmcore.errors import CheckpointError, InputError, InvalidBatchError, StorageError
-from swarmcore.training import EarlyStop, FitReport, fit, fit_sync
+from swarmcore.training import EarlyStop, FitReport, FitSettings, fit, fit_sync
+from swarmcore.training.fit_checkpoint import read_checkpoint
+from swarmcore.training.fit_progress import FitProgress
+from swarmcore.training.fit_run import FitRun
 
 DATA = [(torch.randn(4, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(21)]
 HELD_OUT = DATA[:5]
@@ -282,6 +286,27 @@ def test_it_ends_early_when_evaluations_get_no_better(keep_best: bool) -> None:
     assert torch.equal(model.get_parameter("weight"), seen[1 if keep_best else 3])
 
 
+def test_the_best_parameters_are_not_those_to_go_on_with(tmp_path: Path) -> None:
+    """Not even when a run is stopped at its very end."""
+    model, scores = linear(), iter([1.0, 0.0])
+    settings = FitSettings(
+        checkpoint=tmp_path / "run.pt",
+        epochs=2,
+        early_stop=EarlyStop("score", larger_is_better=True),
+        keep_best=True,
+    )
+    run = FitRun(model, DATA, collate, loss, lambda *_: {"score": next(scores)}, HELD_OUT, settings)
+    with FitProgress(total=run.total_steps, done=0, show=False) as progress:
+        for _ in run.units(progress, nullcontext()):
+            last = model.get_parameter("weight").clone()
+    run.save()
+    state = read_checkpoint(tmp_path / "run.pt")
+    assert state is not None
+    assert torch.equal(state["parameters"]["weight"], last)
+    assert torch.equal(state["best"]["weight"], model.get_parameter("weight"))
+    assert not torch.equal(last, model.get_parameter("weight"))
+
+
 def test_metrics_are_means_over_examples() -> None:
     def size(model: nn.Module, batch: Batch) -> dict[str, float]:
         return {"size": float(len(batch[1]))}
@@ -323,6 +348,7 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     model = tiny_model()
     report = fit_sync(model, DATA[:20], collate, loss, **options(model, checkpoint=file, resume=False))
     assert report.steps == 8
+    chosen = options(model, checkpoint=file)
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match="damaged"):
         fit_sync(model, DATA, collate, loss, **chosen)
@@ -350,6 +376,11 @@ def test_what_cannot_be_trained_says_why() -> None:
         ({"batch_size": 0}, InputError, "batch_size must be a whole number"),
         ({"precision": "int4"}, InputError, "precision must be"),
         ({"early_stop": EarlyStop("f1"), "evaluation": HELD_OUT}, InputError, "'f1'.*there are loss"),
+        (
+            {"optimizer": torch.optim.SGD(linear().parameters())},
+            InputError,
+            "not trainable ones of the model",
+        ),
         ({"model": linear().requires_grad_(False)}, InputError, "no trainable parameters"),
     ]
     for changes, error, message in cases:
