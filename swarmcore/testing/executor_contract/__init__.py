@@ -11,15 +11,16 @@ import pytest
 
 # Before the imports, so that a failing assertion shows its values in an author's own test run.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{module}" for module in ("harness", "steps", "caches", "spans"))
+    *(f"{__name__}.{module}" for module in ("harness", "steps", "caches", "spans", "passes"))
 )
 
 from swarmcore.testing.executor_contract.caches import CachesContract  # noqa: E402
+from swarmcore.testing.executor_contract.passes import PassesContract  # noqa: E402
 from swarmcore.testing.executor_contract.spans import SpansContract  # noqa: E402
 from swarmcore.testing.executor_contract.steps import StepsContract  # noqa: E402
 
 
-class ExecutorContract(StepsContract, CachesContract, SpansContract):
+class ExecutorContract(StepsContract, CachesContract, SpansContract, PassesContract):
     """The whole contract. Override `tolerance` where arithmetic is exact."""
 
 
