@@ -11,8 +11,7 @@ from swarmcore.types import Span
 @attrs.define(eq=False)
 class _Kept:
     forward: ForwardPass
-    span: Span
-    lengths: tuple[int, ...]
+    key: tuple[Span, tuple[int, ...], bool]
     adapter: Adapter | None
     nbytes: int
     until: float
@@ -54,25 +53,18 @@ class ActivationStore:
             return False
         while self.nbytes + nbytes > self.budget:
             self._drop(next(iter(self._kept)))
-        self._kept[caller, name] = _Kept(
-            forward, batch.span, batch.lengths, batch.adapter, nbytes, now + self.ttl
-        )
+        self._kept[caller, name] = _Kept(forward, _key(batch), batch.adapter, nbytes, now + self.ttl)
         self.nbytes += nbytes
         return True
 
-    def take(
-        self,
-        caller: str,
-        name: str,
-        span: Span,
-        lengths: tuple[int, ...],
-        adapter: Adapter | None,
-        now: float,
-    ) -> ForwardPass | None:
-        """The pass that the caller named so, then its own to close; None when there is none of this batch."""
+    def take(self, caller: str, name: str, batch: SequenceBatch, now: float) -> ForwardPass | None:
+        """The pass that the caller named so, then its own to close; None when there is none of ``batch``.
+
+        The batch's rows are not looked at.
+        """
         self.expire(now)
         kept = self._kept.get((caller, name))
-        if kept is None or (kept.span, kept.lengths) != (span, lengths) or kept.adapter is not adapter:
+        if kept is None or kept.key != _key(batch) or kept.adapter is not batch.adapter:
             return None
         del self._kept[caller, name]
         self.nbytes -= kept.nbytes
@@ -90,7 +82,8 @@ class ActivationStore:
     def clear(self, keep: Span | None = None) -> None:
         """Drop everything, or what is not of blocks in ``keep``."""
         for name, kept in list(self._kept.items()):
-            if keep is None or not keep.start <= kept.span.start < kept.span.end <= keep.end:
+            span = kept.key[0]
+            if keep is None or not keep.start <= span.start < span.end <= keep.end:
                 self._drop(name)
 
     def _drop(self, name: tuple[str, str]) -> None:
@@ -100,3 +93,7 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         return f"<ActivationStore {len(self)} passes · {self.nbytes}/{self.budget} bytes>"
+
+
+def _key(batch: SequenceBatch) -> tuple[Span, tuple[int, ...], bool]:
+    return batch.span, batch.lengths, batch.reproducible

@@ -7,7 +7,7 @@ from typing import Literal
 
 import attrs
 
-from swarmcore.errors import TooManyCallsError
+from swarmcore.errors import SwarmError, TooManyCallsError
 from swarmcore.executor.passes import BatchPass
 from swarmcore.types import Span
 
@@ -42,6 +42,11 @@ class QueuedPass:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    def fail(self, error: SwarmError) -> None:
+        """Answer with ``error``, unless there is an answer."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class PassQueue:

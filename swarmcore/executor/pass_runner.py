@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -16,8 +15,9 @@ from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.checks import check_held, check_timeout, draining
 from swarmcore.executor.faults import translated
 from swarmcore.executor.pacing import Pacing
-from swarmcore.executor.pass_queue import Kind, PassQueue, QueuedPass
-from swarmcore.executor.passes import Adapter, BackwardPass, BatchPass, ForwardPass, SequenceBatch
+from swarmcore.executor.pass_queue import PassQueue, QueuedPass
+from swarmcore.executor.pass_turn import PassTurn
+from swarmcore.executor.passes import BackwardPass, ForwardPass, SequenceBatch
 from swarmcore.executor.stats import EngineStats
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -146,7 +146,7 @@ class PassRunner:
         except Exception as exc:
             if not isinstance(exc, SwarmError):
                 log.exception("the executor failed on a %s pass of %d tokens", queued.kind, queued.tokens)
-            _fail(queued, translated(exc))
+            queued.fail(translated(exc))
             last = True
         finally:
             queued.running, self._computing = False, None
@@ -165,11 +165,31 @@ class PassRunner:
     # --- what turns ask for ------------------------------------------------------------------------------
 
     def entered(self, turn: PassTurn) -> None:
+        """A turn begins."""
         self._turns[turn] = None
 
     def left(self, turn: PassTurn) -> None:
+        """It is over."""
         del self._turns[turn]
         self._changed.set()
+
+    def begin_forward(self, batch: SequenceBatch, *, keep: bool) -> ForwardPass:
+        """As `BlockExecutor.forward`."""
+        with _translating():
+            return self._executor.forward(batch, keep=keep and self.kept.worth_keeping(batch))
+
+    def begin_backward(
+        self,
+        batch: SequenceBatch,
+        gradients: Tensor,
+        kept: ForwardPass | None,
+        *,
+        inputs: bool,
+        weights: bool,
+    ) -> BackwardPass:
+        """As `BlockExecutor.backward`."""
+        with _translating():
+            return self._executor.backward(batch, gradients, kept=kept, inputs=inputs, weights=weights)
 
     async def compute(self, queued: QueuedPass, deadline: float) -> None:
         """Have a pass run to its end; it is closed if it does not get there."""
@@ -185,6 +205,7 @@ class PassRunner:
             if isinstance(exc, TimeoutError) and clock.expired():
                 raise _too_late(queued) from exc
             raise
+        self._stats.note_pass(queued.kind, queued.tokens)
 
     def _abandon(self, queued: QueuedPass) -> None:
         self.queue.remove(queued)
@@ -193,29 +214,20 @@ class PassRunner:
             queued.work.close()
         self._changed.set()
 
-    def forward(self, batch: SequenceBatch, *, keep: bool) -> ForwardPass:
-        return self._executor.forward(batch, keep=keep and self.kept.worth_keeping(batch))
-
-    def backward(
-        self, batch: SequenceBatch, gradients: Tensor, kept: ForwardPass | None, inputs: bool, weights: bool
-    ) -> BackwardPass:
-        return self._executor.backward(batch, gradients, kept=kept, inputs=inputs, weights=weights)
-
     def keep(self, caller: str, name: str, batch: SequenceBatch, forward: ForwardPass) -> bool:
+        """As `ActivationStore.keep`."""
         kept = self.kept.keep(caller, name, batch, forward, _now())
         self._watch_expiry()
         return kept
 
-    def take(self, turn: PassTurn, name: str, adapter: Adapter | None) -> ForwardPass | None:
-        found = self.kept.take(turn.caller, name, turn.span, turn.lengths, adapter, _now())
+    def take(self, caller: str, name: str, batch: SequenceBatch) -> ForwardPass | None:
+        """As `ActivationStore.take`."""
+        found = self.kept.take(caller, name, batch, _now())
         if found is not None:
             self._stats.kept_hits += 1
-        elif name:
+        else:
             self._stats.kept_misses += 1
         return found
-
-    def note_done(self, kind: Kind, tokens: int) -> None:
-        self._stats.note_pass(kind, tokens)
 
     def _watch_expiry(self) -> None:
         when = self.kept.next_expiry()
@@ -231,110 +243,19 @@ class PassRunner:
         return f"<PassRunner {self.queue!r} · {self.kept!r}>"
 
 
-class PassTurn:
-    """Room for one pass of one caller; within it `forward` or `backward` may be called, once."""
-
-    def __init__(
-        self, runner: PassRunner, caller: str, span: Span, lengths: tuple[int, ...], deadline: float
-    ) -> None:
-        self.caller = caller
-        self.span = span
-        self.lengths = lengths
-        self.deadline = deadline
-        """Loop time."""
-        self._runner = runner
-        self._admission = runner.queue.admit(caller, sum(lengths))
-        self._kept: ForwardPass | None = None
-        self._queued: QueuedPass | None = None
-        self._ended: SwarmError | None = None
-        runner.entered(self)
-
-    @property
-    def working(self) -> bool:
-        """Whether the executor holds anything for it, a unit that computes aside."""
-        return self._queued is not None and not self._queued.abandoned
-
-    def reuse(self, name: str, adapter: Adapter | None) -> bool:
-        """Whether activations are here that the caller had kept as ``name``, of the same batch; they are now
-        for this turn's `backward`."""
-        self._kept = self._runner.take(self, name, adapter) if name else None
-        return self._kept is not None
-
-    async def forward(self, batch: SequenceBatch, *, keep: str = "") -> tuple[Tensor, bool, float]:
-        """Return the outputs, raw; whether activations are kept as ``keep``; and the seconds of work.
-
-        Raise `InvalidBatchError` for rows that are wrong, `ServerMemoryError`, `DeadlineExceededError`,
-        `ServerDrainingError`. Cancelled, it leaves nothing behind.
-        """
-        work = self._runner.forward(batch, keep=bool(keep))
-        await self._compute("forward", work)
-        outputs = work.outputs
-        kept = work.kept_bytes > 0 and self._runner.keep(self.caller, keep, batch, work)
-        if not kept:
-            work.close()
-        return outputs, kept, work.seconds
-
-    async def backward(
-        self, batch: SequenceBatch, gradients: Tensor, *, inputs: bool = True, weights: bool = False
-    ) -> BackwardPass:
-        """Return the pass, through and closed, with its results. Raise as `forward` does."""
-        kept, self._kept = self._kept, None
-        try:
-            work = self._runner.backward(batch, gradients, kept, inputs, weights)
-        except BaseException:
-            if kept is not None:
-                kept.close()
-            raise
-        await self._compute("backward", work)
-        work.close()
-        return work
-
-    async def _compute(self, kind: Kind, work: BatchPass) -> None:
-        self._check_not_ended(work)
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queued = QueuedPass(
-            caller=self.caller, kind=kind, span=self.span, lengths=self.lengths, work=work, answer=answer
-        )
-        await self._runner.compute(self._queued, self.deadline)
-        self._queued = None
-        self._check_not_ended(work)
-        self._runner.note_done(kind, sum(self.lengths))
-
-    def _check_not_ended(self, work: BatchPass) -> None:
-        if self._ended is not None:
-            work.close()
-            raise self._ended
-
-    def end(self, error: SwarmError) -> None:
-        """It fails with ``error``, now or when it is about to compute."""
-        self._ended = error
-        self._close_kept()
-        if self._queued is not None:
-            _fail(self._queued, error)
-
-    def _close_kept(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._close_kept()
-        self._runner.queue.leave(self._admission)
-        self._runner.left(self)
+@contextlib.contextmanager
+def _translating() -> Iterator[None]:
+    try:
+        yield
+    except SwarmError:
+        raise
+    except Exception as exc:
+        log.exception("the executor failed to begin a pass")
+        raise translated(exc) from exc
 
 
 def _outside(span: Span, keep: Span | None) -> bool:
     return keep is None or not keep.start <= span.start < span.end <= keep.end
-
-
-def _fail(queued: QueuedPass, error: SwarmError) -> None:
-    if not queued.answer.done():
-        queued.answer.set_exception(error)
 
 
 def _too_late(queued: QueuedPass) -> DeadlineExceededError:

@@ -257,6 +257,11 @@ class AdapterStore:
             raise translated(exc) from exc
 
     def _keep(self, key: tuple[PeerId, str], kept: _Kept) -> None:
+        if kept.nbytes > self.budget:
+            raise AdapterError(
+                f"the adapter takes {kept.nbytes} bytes here, and the server has {self.budget} for adapters "
+                f"of clients; use a smaller one, or another server"
+            )
         same_peer = [other for other in self._own if other[0] == key[0] and other != key]
         for old in same_peer[: max(0, len(same_peer) + 1 - MAX_OF_ONE_PEER)]:
             self._drop_unused(old)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from swarmcore.errors import InvalidBatchError, ProtocolError
+from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ProtocolError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.checks import check_codec
 from swarmcore.rpc.channel import Channel
@@ -26,6 +26,9 @@ SMALL_PIECE_BYTES = 2**14
 
 PIECE_TENSORS = 32
 """Most gradients of weights in one message."""
+
+PIECE_TIMEOUT = 60.0
+"""Seconds for the next piece to come: until then its pass takes room that others could have."""
 
 
 class RowsIntake:
@@ -100,7 +103,7 @@ class PassChannel:
         """
         self._weights = WeightsIntake(span, max_bytes)
         await self._channel.send(AdapterWanted(tuple(range(span.start, span.end))))
-        while (whole := await self._take(await self._channel.receive())) is None:
+        while (whole := await self._next()) is None:
             pass
         self._weights = None
         return whole
@@ -109,8 +112,20 @@ class PassChannel:
         """All rows of a kind that was expected, raw."""
         intake = self._intakes[kind]
         while not intake.complete:
-            await self._take(await self._channel.receive())
+            await self._next()
         return intake.whole()
+
+    async def _next(self) -> Weights | None:
+        try:
+            async with asyncio.timeout(PIECE_TIMEOUT) as clock:
+                message = await self._channel.receive()
+        except TimeoutError as exc:
+            if not clock.expired():
+                raise
+            raise DeadlineExceededError(
+                f"the client sent nothing for {PIECE_TIMEOUT:.0f} s, with rows still to come"
+            ) from exc
+        return await self._take(message)
 
     async def _take(self, message: Message) -> Weights | None:
         """Take in a message; return the weights that were asked for, once they are complete."""

@@ -18,7 +18,8 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.checks import check_codec
 from swarmcore.executor.engine import Engine
-from swarmcore.executor.pass_runner import PassLimits, PassTurn
+from swarmcore.executor.pass_runner import PassLimits
+from swarmcore.executor.pass_turn import PassTurn
 from swarmcore.executor.passes import SequenceBatch
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
@@ -28,7 +29,7 @@ from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward
 from swarmcore.wire.tensors import Tensor
 
-MAX_DEADLINE = 3600.0
+MAX_DEADLINE = 900.0
 """Longest deadline, in seconds, that a client may ask for; more is cut to this."""
 
 _NAME = re.compile(r"[0-9a-f]{32}|")
@@ -98,12 +99,13 @@ class PassService:
             async with self._adapters.obtain(
                 channel.remote, opening.adapter, turn.span, talk.weights
             ) as adapter:
-                reused = turn.reuse(opening.kept, adapter)
+                batch = SequenceBatch(turn.span, turn.lengths, _NO_ROWS, adapter, opening.reproducible)
+                reused = turn.reuse(opening.kept, batch)
                 if not reused:
                     await talk.ask_inputs()
                 gradients = await talk.rows("gradients")
-                inputs = _NO_ROWS if reused else await talk.rows("inputs")
-                batch = SequenceBatch(turn.span, turn.lengths, inputs, adapter, opening.reproducible)
+                if not reused:
+                    batch.hidden = await talk.rows("inputs")
                 weights = opening.weights and adapter is not None
                 done = await turn.backward(batch, gradients, inputs=opening.inputs, weights=weights)
             if done.gradients is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import attrs
 import pytest
 
 from swarmcore.executor.activations import ActivationStore
@@ -128,11 +129,15 @@ async def test_names_are_used_again_and_batches_that_do_not_fit_are_not_kept() -
     assert (len(store), store.nbytes, len(executor.passes)) == (1, size, 1)
     store.keep("b", "x", BATCH, await through(), now=2.0)
     store.keep("b", "y", BATCH, await through(), now=3.0)
-    assert store.take("a", "x", BATCH.span, LENGTHS, None, now=4.0) is None
+    assert store.take("a", "x", BATCH, now=4.0) is None
     assert store.next_expiry() == 12.0
-    found = store.take("b", "x", BATCH.span, LENGTHS, None, now=4.0)
+    found = store.take("b", "x", BATCH, now=4.0)
     assert found is not None and store.nbytes == size
-    assert store.take("b", "y", BATCH.span, LENGTHS, None, now=13.0) is None
+    assert store.take("b", "y", BATCH, now=13.0) is None
+    exact = attrs.evolve(BATCH, reproducible=True)
+    store.keep("c", "x", BATCH, await through(), now=13.0)
+    assert store.take("c", "x", exact, now=13.0) is None
+    store.clear()
     found.close()
     assert not executor.passes
     small = ActivationStore(size - 1)

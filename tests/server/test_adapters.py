@@ -139,6 +139,11 @@ async def test_when_all_room_is_in_use_the_client_is_told_to_wait() -> None:
     assert await get(where, BOB, version(9), client) is not None
 
 
+async def test_what_could_never_fit_is_refused_for_good() -> None:
+    with pytest.raises(AdapterError, match="a smaller one"):
+        await get(store(NBYTES - 1), ALICE, version(1), Client())
+
+
 async def test_old_versions_of_one_peer_do_not_pile_up() -> None:
     where, client = store(1000 * NBYTES), Client()
     for number in range(50):

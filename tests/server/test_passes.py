@@ -432,6 +432,10 @@ async def test_a_client_that_vanishes_leaves_nothing() -> None:
         channel.abort("gone")
         await quiet(swarm)
         assert not server.executor.passes
+        idle = await swarm.client.open(server.node.addresses, FORWARD_PROTOCOL, opening(deadline=1e9))
+        with pytest.raises(DeadlineExceededError, match="nothing for 60 s"):
+            await idle.receive()
+        await idle.close()
         silent = await swarm.client.open(server.node.addresses, FORWARD_PROTOCOL, opening(deadline=5.0))
         with pytest.raises(DeadlineExceededError, match="8 tokens"):
             await silent.receive()

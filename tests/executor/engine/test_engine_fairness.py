@@ -41,7 +41,7 @@ async def train(engine: Engine, caller: str, lengths: tuple[int, ...]) -> None:
         with engine.passes.admit(caller, batch.span, lengths, 1000.0) as turn:
             await turn.forward(batch, keep=str(number))
         with engine.passes.admit(caller, batch.span, lengths, 1000.0) as turn:
-            turn.reuse(str(number) if number % 2 else "", None)
+            turn.reuse(str(number) if number % 2 else "", batch)
             await turn.backward(batch, hidden)
 
 

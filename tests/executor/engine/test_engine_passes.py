@@ -62,7 +62,7 @@ async def backward(
     """The gradients, and whether kept activations were used."""
     batch = SequenceBatch(WHOLE, tuple(lengths), hidden_states(rows))
     with engine.passes.admit(caller, WHOLE, batch.lengths, timeout) as turn:
-        reused = turn.reuse(kept, None)
+        reused = turn.reuse(kept, batch)
         done = await turn.backward(batch, hidden_states(gradients))
         assert done.gradients is not None
         return read_rows(done.gradients), reused
