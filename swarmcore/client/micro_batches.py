@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import attrs
@@ -25,6 +25,7 @@ from swarmcore.errors import (
     SpanError,
     SwarmError,
     TooManyCallsError,
+    UnknownCodecError,
 )
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.link_codec import Kind
@@ -181,6 +182,7 @@ class BatchRunner:
                         codec=up,
                         answer_codec=down,
                     ),
+                    (up, down),
                 )
                 if result is None:
                     break
@@ -214,6 +216,7 @@ class BatchRunner:
                     inputs_codec=passed.codec,
                     answer_codec=down,
                 ),
+                (up, down),
             )
             if result is None:
                 left[-1:] = await self._instead_of(passed, way.batch, seeking)
@@ -298,14 +301,23 @@ class _Seeking:
         await asyncio.sleep(min(left, self._pause))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
-    async def attempt(self, stage: Stage, work: Coroutine[Any, Any, Done]) -> Done | None:
-        """Do one pass; None when its server failed and another is to be found. Raise what none can mend."""
+    async def attempt(
+        self, stage: Stage, work: Coroutine[Any, Any, Done], codecs: Iterable[str]
+    ) -> Done | None:
+        """Do one pass, in ``codecs``; None when its server failed and another is to be found, or the same one
+        is to be asked in others. Raise what none can mend.
+        """
         runner, peer = self._runner, stage.server.peer
         try:
             result = await work
         except SpanError as exc:  # it has moved, and this has not heard of it
             self._failure = located(stage, exc)
             self._avoid.append(peer)
+            return None
+        except UnknownCodecError as exc:
+            self._failure = located(stage, exc)
+            if not runner.codecs.refused(peer, codecs):
+                raise self._failure from exc
             return None
         except InputError as exc:
             raise located(stage, exc) from exc

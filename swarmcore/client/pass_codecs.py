@@ -35,11 +35,13 @@ class Transferred(Protocol):
 
 
 class PassCodecs:
-    """Chooses codecs, and learns from each pass. ``codec`` is that of all rows, or ``"auto"``."""
+    """Chooses codecs, and learns from each pass. ``codec`` is for all rows, or ``"auto"``, by ``links``."""
 
-    def __init__(self, codec: str) -> None:
+    def __init__(self, codec: str, links: LinkCodec | None = None) -> None:
         self._fixed = codec
-        self._links = LinkCodec() if codec == "auto" else None
+        self._links: LinkCodec | None = None
+        if codec == "auto":
+            self._links = LinkCodec() if links is None else links
 
     def __repr__(self) -> str:
         return f"<PassCodecs {self._links or self._fixed}>"
@@ -66,7 +68,7 @@ class PassCodecs:
         self._links.transferred(peer, "down", result.down.nbytes, result.down.seconds, now)
         self._links.computed(peer, kind, rows.shape, result.seconds, now)
 
-    def refused(self, peer: PeerId, codec: str) -> None:
-        """``peer`` does not know ``codec``."""
-        if self._links is not None:
-            self._links.refused(peer, codec)
+    def refused(self, peer: PeerId, codecs: Iterable[str]) -> bool:
+        """``peer`` does not know one of ``codecs``. Return whether others will now be chosen for it."""
+        links = self._links
+        return links is not None and any(links.refused(peer, codec) for codec in codecs)

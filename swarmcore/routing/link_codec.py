@@ -171,10 +171,14 @@ class LinkCodec:
         each = seconds / count
         self._speeds[peer, kind] = each if before is None else before + 0.25 * (each - before)
 
-    def refused(self, peer: PeerId, codec: str) -> None:
-        """``peer`` does not know ``codec``: it is not chosen for it again."""
+    def refused(self, peer: PeerId, codec: str) -> bool:
+        """``peer`` does not know ``codec``: it is not chosen for it again. Return whether that is news."""
         self._touch(peer)
-        self._refused.setdefault(peer, set()).add(codec)
+        refused = self._refused.setdefault(peer, set())
+        news = codec != "raw" and codec not in refused
+        if news:
+            refused.add(codec)
+        return news
 
     def forget(self, peer: PeerId) -> None:
         """Harmless when ``peer`` is not known."""

@@ -12,16 +12,23 @@ import pytest
 
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.micro_batches import BatchRunner, PassOptions
+from swarmcore.client.pass_codecs import PassCodecs
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.passes import Batch
 from swarmcore.client.planner import SwarmPlanner
-from swarmcore.errors import AdapterNotFoundError, InvalidBatchError, MissingBlocksError
+from swarmcore.errors import (
+    AdapterNotFoundError,
+    InvalidBatchError,
+    MissingBlocksError,
+    UnknownCodecError,
+)
 from swarmcore.executor.engine import Engine
 from swarmcore.executor.passes import SequenceBatch
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.routing.chain import FewestServers
 from swarmcore.routing.health import PeerHealth
+from swarmcore.routing.link_codec import LinkCodec, Rung, Way
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.passes import PassService
@@ -268,6 +275,23 @@ async def test_an_adapter_travels_once_to_each_server() -> None:
             patch.setattr(AdapterWeights, "send", counted)
             await work.check(world.runner())
         assert sorted(sent) == [tuple(range(6)), tuple(range(6, 12))]
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+async def test_a_codec_that_a_server_does_not_know_is_tried_once(way: Way) -> None:
+    async with world_of("0:6", "6:12") as world:
+        ladder = (Rung("of tomorrow", 1),)
+        links = LinkCodec(ladders={"activations": ladder, "gradients": ladder})
+        for peer in world.servers:  # slow ones
+            links.transferred(peer, way, 1000, 1e6, 0)
+            links.computed(peer, "activations", (1,), 1e-6, 0)
+            links.computed(peer, "gradients", (1,), 1e-6, 0)
+        runner = world.runner(codec="auto", in_flight=1)
+        runner.codecs = PassCodecs("auto", links)
+        await Work.of().check(runner)
+        runner.codecs = PassCodecs("of tomorrow")
+        with pytest.raises(UnknownCodecError, match="of tomorrow"):
+            await Work.of().check(runner)
 
 
 async def test_patience_ends_when_nobody_has_the_blocks() -> None:
