@@ -53,6 +53,7 @@ class PassTurn:
         Raise `InvalidBatchError` for rows that are wrong, `ServerMemoryError`, `DeadlineExceededError`,
         `ServerDrainingError`. Cancelled, it leaves nothing behind.
         """
+        self._check_not_ended()
         work = self._runner.begin_forward(batch, keep=bool(keep))
         await self._compute("forward", work)
         outputs = work.outputs
@@ -65,6 +66,7 @@ class PassTurn:
         self, batch: SequenceBatch, gradients: Tensor, *, inputs: bool = True, weights: bool = False
     ) -> BackwardPass:
         """Return the pass, through and closed, with its results. Raise as `forward` does."""
+        self._check_not_ended()
         work = self._runner.begin_backward(batch, gradients, self._kept, inputs=inputs, weights=weights)
         self._kept = None  # it is the pass's now
         await self._compute("backward", work)
@@ -72,18 +74,18 @@ class PassTurn:
         return work
 
     async def _compute(self, kind: Kind, work: BatchPass) -> None:
-        self._check_not_ended(work)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queued = QueuedPass(
             caller=self.caller, kind=kind, span=self.span, lengths=self.lengths, work=work, answer=answer
         )
         await self._runner.compute(self._queued, self.deadline)
         self._queued = None
-        self._check_not_ended(work)
-
-    def _check_not_ended(self, work: BatchPass) -> None:
-        if self._ended is not None:
+        if self._ended is not None:  # in the very moment that it was through
             work.close()
+            raise self._ended
+
+    def _check_not_ended(self) -> None:
+        if self._ended is not None:
             raise self._ended
 
     def end(self, error: SwarmError) -> None:

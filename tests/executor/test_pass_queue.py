@@ -10,7 +10,7 @@ import pytest
 
 from swarmcore.executor.activations import ActivationStore
 from swarmcore.executor.pacing import ACTIVE, SHARE, Pacing
-from swarmcore.executor.pass_queue import PassQueue, QueuedPass
+from swarmcore.executor.pass_queue import Admission, PassQueue, QueuedPass
 from swarmcore.executor.passes import SequenceBatch
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingForward
@@ -75,7 +75,8 @@ async def test_who_comes_late_does_not_catch_up_and_who_comes_back_owes_what_was
 
 async def test_random_passes_never_upset_the_accounts() -> None:
     rng, passes = random.Random(1), queue(max_under_way=3)
-    held, admitted = [], []
+    held: list[QueuedPass] = []
+    admitted: list[Admission] = []
     for _ in range(2000):
         choice = rng.random()
         if choice < 0.4 and len(held) < 20:

@@ -116,7 +116,7 @@ async def test_another_peer_gets_nothing_of_it() -> None:
 
 async def test_the_least_recently_used_goes_first_and_what_is_used_stays() -> None:
     where, client = store(3 * NBYTES), Client()
-    refs = [weakref.ref(await get(where, ALICE, version(n), client)) for n in range(3)]  # type: ignore[arg-type]
+    refs = [weakref.ref(await get(where, ALICE, version(n), client)) for n in range(3)]
     await get(where, ALICE, version(0), client)
     assert len(client.asked) == 3 and where.nbytes == 3 * NBYTES
     async with where.obtain(ALICE, version(2), WHOLE, client):

@@ -21,11 +21,12 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import Weights
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.protocols import FORWARD_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.testing.rows import hidden_states
 from swarmcore.types import Span
-from swarmcore.wire.passes import AdapterName
+from swarmcore.wire.passes import AdapterName, OpenForward, Rows
 
 ROWS = hidden_states([[0.5, 0.25, -0.5, 1.0]] * 6)
 KEEP = "0123456789abcdef" * 2
@@ -95,6 +96,18 @@ async def test_a_move_ends_passes_on_blocks_that_leave_and_takes_the_adapters_al
         assert with_it.outputs.data != without.outputs.data
         with pytest.raises(SpanError):
             await forward(swarm.node, COUNTING_MODEL, stage(server, "3:9"), batch, ROWS)
+
+
+async def test_a_pass_whose_blocks_leave_before_its_rows_are_there_can_go_elsewhere() -> None:
+    async with served("0:8", drain=1.0) as (server, swarm):
+        opening = OpenForward(COUNTING_MODEL.fingerprint, 0, 4, (2, 4))
+        channel = await swarm.node.open(server.node.addresses, FORWARD_PROTOCOL, opening)
+        await asyncio.sleep(0.1)
+        await server.move_to(Span(4, 12))
+        await channel.send(Rows("inputs", 0), ROWS)
+        with pytest.raises(ServerDrainingError):
+            await channel.receive()
+        await channel.close()
 
 
 async def test_a_server_that_leaves_finishes_its_passes() -> None:
