@@ -74,39 +74,39 @@ class Swarm(Closing):
     """`swarmcore.Swarm`, waiting."""
 
     def __init__(self, loop: LoopThread, swarm: _swarm.Swarm) -> None:
-        self._loop = loop
-        self._swarm = swarm
+        self.loop = loop
+        self.asynchronous = swarm
         loop.opened(self)
 
     def load_model(self, name_or_path: str, **options: Any) -> Model:
         """As `swarmcore.Swarm.load_model`; ``progress`` is called in another thread."""
-        return Model(self._loop, self._loop.run(self._swarm.load_model(name_or_path, **options)))
+        return Model(self.loop, self.loop.run(self.asynchronous.load_model(name_or_path, **options)))
 
     def view(self) -> SwarmView:
-        return self._swarm.view()
+        return self.asynchronous.view()
 
     def chain(self, model: ModelInfo) -> Chain:
         async def chain() -> Chain:
-            return self._swarm.chain(model)
+            return self.asynchronous.chain(model)
 
-        return self._loop.run(chain())
+        return self.loop.run(chain())
 
     def route(self, model: ModelInfo, chain: Chain) -> ChainCost:
         async def route() -> ChainCost:
-            return self._swarm.route(model, chain)
+            return self.asynchronous.route(model, chain)
 
-        return self._loop.run(route())
+        return self.loop.run(route())
 
     def wait_for_blocks(self, model: ModelInfo, *, timeout: float) -> Chain:
-        return self._loop.run(self._swarm.wait_for_blocks(model, timeout=timeout))
+        return self.loop.run(self.asynchronous.wait_for_blocks(model, timeout=timeout))
 
     def close(self) -> None:
         """Close the swarm and the models loaded from it. Harmless when repeated."""
-        self._loop.closed(self)
-        self._loop.run(self._swarm.close())
+        self.loop.closed(self)
+        self.loop.run(self.asynchronous.close())
 
     def __repr__(self) -> str:
-        return repr(self._swarm)
+        return repr(self.asynchronous)
 
 
 class Model:

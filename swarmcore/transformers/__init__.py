@@ -1,0 +1,15 @@
+"""Hugging Face Transformers' face of a swarm: its own model classes, with the blocks on servers.
+
+from swarmcore.transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("…", bootstrap=["tcp://…"])
+model.generate(**tokenizer("The sea", return_tensors="pt"), num_beams=4)
+"""
+
+from __future__ import annotations
+
+import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
+from swarmcore.transformers.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
+from swarmcore.transformers.cache import RemoteCache
+
+__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "RemoteCache"]

@@ -1,0 +1,140 @@
+"""Transformers' automatic classes, over a swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import transformers
+
+from swarmcore import sync
+from swarmcore.client.blockless import load_without_blocks, with_blocks
+from swarmcore.client.model import load_generation_config
+from swarmcore.client.options import SessionOptions
+from swarmcore.errors import InputError
+from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.executor.torch.device import DTYPE_NAMES
+from swarmcore.identity import Identity
+from swarmcore.transformers.model import remote_model
+from swarmcore.transformers.remote import RemoteStack
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from swarmcore.training.adapter import BlockAdapter
+
+
+class _AutoRemoteModel:
+    """What the automatic classes have in common."""
+
+    _auto: ClassVar[Any]
+    _what: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise InputError(f"make one with {type(self).__name__}.from_pretrained(name, bootstrap=[address])")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        bootstrap: str | Sequence[str] = (),
+        swarm: sync.Swarm | None = None,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        cache_dir: Path | None = None,
+        identity: Identity | None = None,
+        session_options: SessionOptions | None = None,
+        adapter: BlockAdapter | str | None = None,
+        progress: Progress | None = None,
+        **config: Any,
+    ) -> Any:
+        """The model of that folder, GGUF file or hub id, its blocks those that servers of the swarm hold.
+
+        The swarm is the one that any of the ``bootstrap`` addresses is a member of, joined under
+        ``identity`` and left by the model's ``close()``; or ``swarm``, which stays open. ``dtype`` is that of
+        the parts that are here. ``adapter`` is one of the client's own for the blocks, or the name of one
+        that servers have. Further options are put into the config: ``num_labels``, ``id2label``,
+        ``pad_token_id`` and the like.
+
+        Raise `InputError` for options that do not go together or are not in the config, what
+        `swarmcore.connect` raises, `ModelNotFoundError`, `CheckpointError`, and `UnsupportedModelError` for a
+        family without such a model.
+        """
+        addresses = [bootstrap] if isinstance(bootstrap, str) else list(bootstrap)
+        if bool(addresses) == (swarm is not None):
+            raise InputError("pass bootstrap=[address] of a member of the swarm, or a swarm=, and not both")
+        if swarm is not None and identity is not None:
+            raise InputError("the identity is that of the swarm= that was passed: leave it out")
+        checkpoint = open_checkpoint(
+            str(name_or_path), revision=revision, cache_dir=cache_dir, progress=progress
+        )
+        model = cls._local_parts(checkpoint, _dtype_name(dtype), config, progress)
+        connected = swarm or sync.connect(*addresses, identity=identity)
+        try:
+            stack = RemoteStack(
+                connected,
+                checkpoint.info,
+                session_options=session_options,
+                adapter=adapter,
+                owns=swarm is None,
+            )
+            return remote_model(model, stack)
+        except BaseException:
+            if swarm is None:
+                connected.close()
+            raise
+
+    @classmethod
+    def _local_parts(
+        cls, checkpoint: Checkpoint, dtype: str, settings: Mapping[str, Any], progress: Progress | None
+    ) -> PreTrainedModel:
+        text = checkpoint.config.get_text_config(decoder=True)
+        if unknown := [name for name in settings if not hasattr(text, name)]:
+            raise InputError(
+                f"{', '.join(unknown)}: neither an option of from_pretrained here, nor in the model's config"
+            )
+        model = load_without_blocks(
+            checkpoint,
+            cls._auto.from_config,
+            what=cls._what,
+            dtype=dtype,
+            settings=settings,
+            progress=progress,
+        )
+        model.config = with_blocks(model.config, text)
+        model.config._name_or_path = checkpoint.name
+        if model.can_generate():
+            model.generation_config = _generation_config(checkpoint)
+        return model
+
+
+class AutoModelForCausalLM(_AutoRemoteModel):
+    """Language models: `generate()` in its modes, ``forward(labels=…)``."""
+
+    _auto = transformers.AutoModelForCausalLM
+    _what = "causal language model"
+
+
+class AutoModelForSequenceClassification(_AutoRemoteModel):
+    """Classifiers of texts: a head on the last token, which is trained here unless the checkpoint has one."""
+
+    _auto = transformers.AutoModelForSequenceClassification
+    _what = "sequence classifier"
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    if isinstance(dtype, str):
+        return dtype
+    if dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype {dtype} is not known; use {', '.join(DTYPE_NAMES.values())}")
+    return DTYPE_NAMES[dtype]
+
+
+def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """The model's own defaults, but for how its cache is kept."""
+    config = load_generation_config(checkpoint)
+    config.cache_implementation = None
+    return config

@@ -1,0 +1,196 @@
+"""The base model of a remote model: the family's own, with the swarm where its loop over layers was."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import attrs
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from swarmcore.client.blockless import final_norm
+from swarmcore.errors import InputError
+from swarmcore.transformers.cache import PADDING, RemoteCache
+from swarmcore.transformers.remote import RemoteStack
+
+_passing: ContextVar[Passage] = ContextVar("_passing")
+_last_only: ContextVar[bool] = ContextVar("_last_only", default=False)
+
+
+@attrs.define(eq=False)
+class Passage:
+    """One forward call, on its way through the base model."""
+
+    stack: RemoteStack
+    positions: torch.Tensor
+    """``[sequences, columns]`` of the new columns, -1 where they are padding."""
+    cache: RemoteCache | None
+    every_block: bool
+    last_only: bool
+    states: list[torch.Tensor] = attrs.field(factory=list)
+    """What went into the first block, and what came out of each but the last."""
+
+    def through_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What comes out of the last block for ``hidden``, a row of one token for each column."""
+        shape = (*self.positions.shape, hidden.shape[-1])
+        return self._run(hidden.view(shape)).view(hidden.shape)
+
+    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            if not self.every_block:
+                return self.stack.forward(hidden, self.positions >= 0)
+            return self._one_by_one(hidden, self.positions)
+        if hidden.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                "no gradients pass through a cache: call the model without past_key_values and with "
+                "use_cache=False to train, or under torch.no_grad() to generate"
+            )
+        output = self.cache.step(hidden, self.positions, last_only=self.last_only and not self.every_block)
+        if self.every_block:
+            # A session gives what comes out at its end. What came out of each block takes another way there.
+            new = hidden.shape[1]
+            self._one_by_one(self.cache.inputs().to(hidden), self.cache.positions.to(hidden.device))
+            self.states = [states[:, -new:] for states in self.states]
+        return output
+
+    def _one_by_one(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        for block in range(len(self.stack.blocks)):
+            self.states.append(hidden)
+            hidden = self.stack.forward(hidden, positions >= 0, block)
+        return hidden
+
+
+@contextmanager
+def only_last_rows(wanted: bool) -> Iterator[None]:
+    """Within it, a base model need not bring home more than each sequence's last token."""
+    token = _last_only.set(wanted)
+    try:
+        yield
+    finally:
+        _last_only.reset(token)
+
+
+def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
+    """Have the base model of ``model``, which has no layers, send hidden states through ``stack``.
+
+    All that the family does before its first block, and after its last one, is done by its own code. Raise
+    `UnsupportedModelError` when its final norm, in front of which the blocks are put, is not known.
+    """
+    norm = model.base_model.get_submodule(final_norm(model))
+    norm.register_forward_pre_hook(_through_blocks)
+    base = cast(Any, model.base_model)
+    base.__class__ = _remote_base(type(base))
+    base.stack = stack
+
+
+def _through_blocks(norm: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (_passing.get().through_blocks(*args),)
+
+
+@functools.cache
+def _remote_base(family: Any) -> type[PreTrainedModel]:
+    """A subclass of the family's base model whose `forward` goes through the swarm."""
+    signature = inspect.signature(family.forward)
+    takes = signature.parameters.keys()
+
+    @functools.wraps(family.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
+        given = signature.bind(self, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise InputError("pass either input_ids or inputs_embeds")
+        given_inputs: torch.Tensor = ids if ids is not None else embeds
+        shape, device = given_inputs.shape[:2], given_inputs.device
+        cache = _cache_of(self.stack, given)
+        columns = _columns(shape, given.get("position_ids"), cache, device)
+        passage = Passage(
+            self.stack,
+            _positions(columns, given.get("attention_mask"), cache),
+            cache,
+            every_block=bool(given.get("output_hidden_states")),
+            last_only=_last_only.get(),
+        )
+        # Every token is a row by itself, so that no mask above 1 by 1 is made: there is no attention here.
+        inputs: dict[str, Any] = {
+            "input_ids": None if ids is None else ids.reshape(-1, 1),
+            "inputs_embeds": None if embeds is None else embeds.reshape(-1, 1, embeds.shape[-1]),
+            "position_ids": columns.reshape(-1, 1),
+            "use_cache": False,
+        }
+        token = _passing.set(passage)
+        try:
+            output = family.forward(self, **{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
+        finally:
+            _passing.reset(token)
+        last = output.last_hidden_state.view(*shape, -1)
+        output["last_hidden_state"] = last
+        if cache is not None:
+            output["past_key_values"] = cache
+        if passage.every_block:
+            output["hidden_states"] = (*passage.states, last)
+        return cast(ModelOutput, output)
+
+    return type(f"Remote{family.__name__}", (family,), {"forward": forward})
+
+
+def _cache_of(stack: RemoteStack, given: dict[str, Any]) -> RemoteCache | None:
+    cache = given.get("past_key_values")
+    if cache is None:
+        return stack.new_cache() if given.get("use_cache") else None
+    if not isinstance(cache, RemoteCache):
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__}; the attention caches of this model are on the "
+            f"servers: pass model.new_cache(), or what an earlier call returned"
+        )
+    return cache
+
+
+def _columns(
+    shape: torch.Size, position_ids: torch.Tensor | None, cache: RemoteCache | None, device: torch.device
+) -> torch.Tensor:
+    """The position of each new column, as Transformers counts them where nobody says otherwise."""
+    if position_ids is None:
+        past = cache.get_seq_length() if cache is not None else 0
+        position_ids = torch.arange(past, past + shape[1], device=device)[None]
+    if position_ids.shape[-1] != shape[1]:
+        raise InputError(f"position_ids of shape {list(position_ids.shape)} for inputs of {list(shape)}")
+    return position_ids.expand(shape)
+
+
+def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCache | None) -> torch.Tensor:
+    """``columns``, with -1 where the mask says padding.
+
+    Raise `InputError` for a mask of the wrong shape, and for tokens whose positions do not follow each other:
+    servers count a sequence's tokens one after the other.
+    """
+    batch, new = columns.shape
+    past = cache.positions.to(columns.device) if cache is not None else columns[:, :0]
+    if mask is None:
+        real = torch.ones_like(columns, dtype=torch.bool)
+    elif mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] in (new, past.shape[1] + new):
+        real = mask[:, -new:].bool()
+    else:
+        raise InputError(
+            f"attention_mask of shape {list(mask.shape)}; expected [{batch}, {past.shape[1] + new}], with 0 for "
+            f"padding"
+        )
+    positions = columns.masked_fill(~real, PADDING)
+    every = torch.cat([past, positions], 1) if past.numel() else positions
+    there = every >= 0
+    # The same for all tokens of a sequence when each comes one after the one before.
+    offsets = every - there.long().cumsum(1)
+    lowest = offsets.masked_fill(~there, torch.iinfo(offsets.dtype).max).amin(1, keepdim=True)
+    if not (offsets == lowest)[there].all():
+        raise InputError(
+            "the position_ids of a sequence's tokens do not follow each other, or its mask has a hole: padding is "
+            "allowed before and after a sequence, with position_ids that go on where it ended"
+        )
+    return positions

@@ -1,0 +1,121 @@
+"""Models of Transformers' own classes whose blocks are elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import TracebackType
+from typing import Any, Self, cast
+
+from transformers import GenerationMixin, PreTrainedModel
+
+from swarmcore.client.blocks import RemoteBlocks
+from swarmcore.errors import InputError
+from swarmcore.transformers.cache import RemoteCache
+from swarmcore.transformers.decoder import make_remote, only_last_rows
+from swarmcore.transformers.remote import RemoteStack
+
+EXPECTED_NEW_TOKENS = 256
+"""For how many tokens servers are asked to have room where a generation names no limit."""
+
+
+class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
+    """What a family's class is given when its blocks are remote; see `remote_model`.
+
+    Embeddings, final norm and head are here, frozen unless they are new; ``requires_grad_()`` thaws them.
+    Close the model, or use it as a context manager, to free what it has on servers.
+    """
+
+    stack: RemoteStack
+
+    @property
+    def blocks(self) -> RemoteBlocks:
+        """The remote blocks as a module; ``blocks[3:7]`` are some of them."""
+        return self.stack.blocks
+
+    def new_cache(self, expected_tokens: int = 0) -> RemoteCache:
+        """An empty cache, to be passed as ``past_key_values``."""
+        return self.stack.new_cache(expected_tokens)
+
+    def close(self) -> None:
+        """Free the caches on servers, and leave the swarm unless it was passed in. Harmless when repeated."""
+        self.stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RemoteGenerationMixin(RemoteModelMixin, GenerationMixin):  # type: ignore[misc]
+    """Of a family's class for language models."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', over a session that is closed at the end, unless the cache is returned."""
+        if kwargs.get("cache_implementation") is not None:
+            raise InputError("leave out cache_implementation: the attention caches are the servers' business")
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        config = config or self.generation_config
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = config.use_cache
+        if kwargs.get("past_key_values") is not None or wanted is False:
+            return super().generate(*args, **kwargs)
+        kwargs["past_key_values"] = cache = self.new_cache(_expected_tokens(args, kwargs, config))
+        output = None
+        try:
+            output = super().generate(*args, **kwargs)
+        finally:
+            if getattr(output, "past_key_values", None) is not cache:
+                cache.close()
+        return output
+
+
+def remote_model(model: PreTrainedModel, stack: RemoteStack) -> RemoteModelMixin:
+    """Turn a model without layers into one whose layers are those of ``stack``; its class is a subclass.
+
+    Raise `UnsupportedModelError` for a family without a final norm of a known name.
+    """
+    make_remote(model, stack)
+    remote = cast(Any, model)
+    remote.__class__ = _remote_class(type(model))
+    remote.stack = stack
+    return cast(RemoteModelMixin, remote)
+
+
+@functools.cache
+def _remote_class(family: Any) -> type[RemoteModelMixin]:
+    signature = inspect.signature(family.forward)
+
+    @functools.wraps(family.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        wanted = given.get("output_attentions")
+        if wanted or (wanted is None and self.config.output_attentions):
+            raise InputError(
+                "the attention weights are on the servers, which do not send them: leave out "
+                "output_attentions"
+            )
+        if given.get("output_hidden_states") is None and self.config.output_hidden_states:
+            kwargs["output_hidden_states"] = True
+        keep = given.get("logits_to_keep", 0)
+        with only_last_rows(isinstance(keep, int) and keep == 1):
+            return family.forward(self, *args, **kwargs)
+
+    mixin = RemoteGenerationMixin if issubclass(family, GenerationMixin) else RemoteModelMixin
+    return type(f"Remote{family.__name__}", (mixin, family), {"forward": forward})
+
+
+def _expected_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:
+    """What the sequences of a generation are expected to grow to."""
+    if length := kwargs.get("max_length") or config.max_length:
+        return int(length)
+    new = kwargs.get("max_new_tokens") or config.max_new_tokens or EXPECTED_NEW_TOKENS
+    names = ("input_ids", "inputs", "inputs_embeds")
+    prompt = args[0] if args else next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
+    return int(new) + (prompt.shape[1] if prompt is not None else 0)

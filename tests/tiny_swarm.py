@@ -1,0 +1,99 @@
+"""Swarms of tiny models in this process: real servers on the loopback interface, and models over them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tiny_models import save_random_model, tiny_config
+
+from swarmcore import sync
+from swarmcore.client.loop_thread import background_loop
+from swarmcore.identity import Identity
+from swarmcore.server.block_server import BlockServer
+from swarmcore.server.config import ServerConfig
+from swarmcore.server.run import NetworkConfig, run_server
+from swarmcore.transformers import AutoModelForCausalLM
+from swarmcore.types import Span
+
+
+@contextmanager
+def served(folder: Path, *spans: str) -> Iterator[list[BlockServer]]:
+    """Servers of these blocks of a model, in float32, on the background loop; the first is the bootstrap."""
+    loop = background_loop()
+    servers: list[BlockServer] = []
+
+    async def start(span: str) -> asyncio.Task[None]:
+        online: asyncio.Future[BlockServer] = asyncio.get_running_loop().create_future()
+        config = ServerConfig(
+            model=str(folder),
+            span=Span.parse(span),
+            dtype="float32",
+            cache_tokens=4096,
+            throughput=1000.0,
+            drain=0.0,
+            threads=1,
+        )
+        bootstrap = [str(server.node.addresses[0]) for server in servers[:1]]
+        network = NetworkConfig(transports={"tcp": ["127.0.0.1:0"]}, bootstrap=bootstrap)
+        running = run_server(config, network, Identity.generate(), on_online=online.set_result)
+        task = asyncio.create_task(running)
+        await asyncio.wait([task, online], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        servers.append(online.result())
+        return task
+
+    async def stop(task: asyncio.Task[None]) -> None:
+        task.cancel()
+        await asyncio.wait([task])
+
+    with ExitStack() as stack:
+        for span in spans:
+            task = loop.run(start(span))
+            stack.callback(lambda task: loop.run(stop(task)), task)
+        yield servers
+
+
+class Tiny:
+    """A tiny model, plain and over a swarm."""
+
+    def __init__(self, plain: Any, remote: Any, swarm: sync.Swarm, servers: list[BlockServer]) -> None:
+        self.plain, self.remote, self.swarm, self.servers = plain, remote, swarm, servers
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.servers[0].config.model)
+
+    @property
+    def address(self) -> str:
+        return str(self.servers[0].node.addresses[0])
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are open on all servers."""
+        return sum(server.inference.sessions for server in self.servers)
+
+    def sessions_end(self) -> bool:
+        """Wait until servers have noticed that all sessions are closed; False when they do not."""
+        return bool(background_loop().run(self._sessions_end()))
+
+    async def _sessions_end(self) -> bool:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + 10
+        while self.sessions and loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        return not self.sessions
+
+
+@contextmanager
+def tiny_swarm(folder: Path, family: str, *spans: str) -> Iterator[Tiny]:
+    plain = save_random_model(tiny_config(family), folder).eval()
+    with served(folder, *spans) as servers, sync.connect(str(servers[0].node.addresses[0])) as swarm:
+        remote = AutoModelForCausalLM.from_pretrained(folder, swarm=swarm, dtype="float32")
+        swarm.wait_for_blocks(remote.stack.model, timeout=30)
+        with remote:
+            yield Tiny(plain, remote, swarm, servers)
