@@ -117,6 +117,7 @@ class Model:
         self._model = model
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.config: PretrainedConfig = model.config
+        self.whole_config: PretrainedConfig = model.whole_config
         self.generation_config: GenerationConfig = model.generation_config
         self.info: ModelInfo = model.info
 
