@@ -12,8 +12,9 @@ import torch
 from passes_of_rows import LENGTHS, inputs_of, relative, run_blocks, through
 from tiny_models import save_random_model, tiny_config
 
+from swarmcore.errors import AdapterError
 from swarmcore.executor.passes import Adapter, SequenceBatch
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span
@@ -132,3 +133,64 @@ async def test_prefixes_equal_those_of_peft(family: str, tmp_path: Path) -> None
 def peft_heads(tuned: Any) -> int:
     heads: int = tuned.peft_config["default"].num_attention_heads
     return heads
+
+
+async def test_only_what_is_wanted_is_computed(
+    tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = TorchExecutor.load(tiny_llama, Span(0, 5), dtype="float32", threads=1)
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        "3.self_attn.q_proj.lora_A": torch.randn(2, 64, generator=generator),
+        "3.self_attn.q_proj.lora_B": torch.randn(64, 2, generator=generator).bfloat16(),
+        "4.prefix": torch.randn(2, 1, 2, 16, generator=generator),
+    }
+    low_rank = await executor.load_adapter(on_the_wire(dict(list(weights.items())[:2])), 1.0)
+    hidden, gradient = inputs_of(LENGTHS)
+    _, inputs, expected = await train(executor, low_rank, hidden, gradient, False)
+    assert expected["3.self_attn.q_proj.lora_B"].dtype == torch.bfloat16
+
+    passed: list[Any] = []
+    original = torch.autograd.grad
+
+    def counting(outputs: Any, *others: Any, **options: Any) -> Any:
+        passed.append(outputs)
+        return original(outputs, *others, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    batch = SequenceBatch(Span(0, 5), LENGTHS, to_wire("hidden", hidden), low_rank)
+    backward = executor.backward(batch, to_wire("hidden", gradient), inputs=False, weights=True)
+    await through(backward, 1000)
+    assert backward.gradients is None and len(passed) == 2
+    for tensor in backward.weights:
+        # Other units round otherwise, and one of the weights is in 16 bits.
+        assert relative(to_torch(tensor), expected[tensor.name]) < 1e-2
+
+    backward = executor.backward(batch, to_wire("hidden", gradient))
+    await through(backward, 1000)
+    assert not backward.weights and backward.gradients is not None
+    torch.testing.assert_close(to_torch(backward.gradients), inputs)
+
+    # A part of the span gives the gradients of its own weights only.
+    part = SequenceBatch(Span(0, 3), LENGTHS, to_wire("hidden", hidden), low_rank)
+    backward = executor.backward(part, to_wire("hidden", gradient), inputs=False, weights=True)
+    await through(backward, 1000)
+    assert not backward.weights
+
+    lacking = await executor.load_adapter(on_the_wire(weights), 1.0)
+    with pytest.raises(AdapterError, match="none for block 0"):
+        executor.forward(SequenceBatch(Span(0, 5), LENGTHS, to_wire("hidden", hidden), lacking))
+    await executor.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [("mixtral", "mlp.experts.0.w1"), ("mixtral", "mlp.experts"), ("gpt_oss", "mlp.experts.gate_up_proj")],
+)
+async def test_routed_experts_take_no_adapters(family: str, module: str, tmp_path: Path) -> None:
+    save_random_model(tiny_config(family), tmp_path)
+    executor = TorchExecutor.load(open_checkpoint(str(tmp_path)), Span(0, 1), dtype="float32", threads=1)
+    weights = {f"0.{module}.lora_A": torch.zeros(1, 64), f"0.{module}.lora_B": torch.zeros(96, 1)}
+    with pytest.raises(AdapterError, match="routed experts"):
+        await executor.load_adapter(on_the_wire(weights), 1.0)
+    await executor.close()

@@ -106,6 +106,20 @@ async def test_each_session_gets_its_own_result(
         torch.testing.assert_close(torch.cat(rows), alone, atol=1e-4, rtol=0)
 
 
+async def test_bfloat16_is_close(tiny_llama: Checkpoint, executor: TorchExecutor) -> None:
+    half = TorchExecutor.load(tiny_llama, SPAN, dtype="bfloat16", threads=1)
+    hidden = inputs_of((12,))[0]
+    exact, rounded = await some_adapters(executor), await some_adapters(half)
+    for start, end in ((0, 10), (10, 12)):
+        expected, got = [
+            await run(on, *(part(on, n, each, start, hidden[start:end]) for n, each in enumerate(adapters)))
+            for on, adapters in ((executor, exact), (half, rounded))
+        ]
+        for rows, others in zip(got, expected, strict=True):
+            assert (rows.float() - others).norm() < 0.05 * others.norm()
+    await half.close()
+
+
 async def test_a_batch_of_some_of_the_adapters_of_another(executor: TorchExecutor) -> None:
     adapters = (await some_adapters(executor))[:4]
     hidden = inputs_of((3,))[0]
