@@ -232,6 +232,32 @@ def test_it_can_be_made_reproducible(llama: Blocks) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_two_clients_at_once_get_what_each_gets_alone(llama: Blocks) -> None:
+    def train(seed: int) -> list[torch.Tensor]:
+        """Three steps of low-rank updates, over a connection of its own."""
+        with sync.connect(llama.address) as swarm:
+            options = PassOptions(reproducible=True, micro_batch_tokens=8)
+            model = swarm.load_model(llama.folder, dtype="float32", pass_options=options)
+            swarm.wait_for_blocks(model.info, timeout=30)
+            adapter = LoraAdapter.for_model(llama.plain.config, rank=2, seed=seed)
+            optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+            losses = []
+            for step in range(3):
+                loss = (model.blocks(inputs(seed + step), adapter=adapter) - inputs(step)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            return [*losses, *(weight.detach().clone() for weight in adapter.parameters())]
+
+    alone = [train(1), train(2)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(train, (1, 2)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert one[2] < one[0]
+
+
 def test_what_does_not_work_says_why(llama: Blocks) -> None:
     blocks = llama.model.blocks
     with pytest.raises(InputError, match=r"expected \[batch, tokens, 64\]"):
