@@ -240,10 +240,10 @@ def test_two_clients_at_once_get_what_each_gets_alone(llama: Blocks) -> None:
             model = swarm.load_model(llama.folder, dtype="float32", pass_options=options)
             swarm.wait_for_blocks(model.info, timeout=30)
             adapter = LoraAdapter.for_model(llama.plain.config, rank=2, seed=seed)
-            optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+            optimizer = torch.optim.SGD(adapter.parameters(), lr=0.05)
             losses = []
-            for step in range(3):
-                loss = (model.blocks(inputs(seed + step), adapter=adapter) - inputs(step)).square().mean()
+            for _ in range(3):
+                loss = (model.blocks(inputs(seed), adapter=adapter) - inputs(9)).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -255,7 +255,7 @@ def test_two_clients_at_once_get_what_each_gets_alone(llama: Blocks) -> None:
         together = list(pool.map(train, (1, 2)))
     for one, other in zip(alone, together, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-        assert one[2] < one[0]
+        assert one[2] < one[1] < one[0]
 
 
 def test_what_does_not_work_says_why(llama: Blocks) -> None:
