@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from swarmcore.registry.base import SwarmView
     from swarmcore.routing.chain import Chain
     from swarmcore.routing.costs import ChainCost
+    from swarmcore.training.adapter import BlockAdapter
+    from swarmcore.training.prompt import SoftPrompt
     from swarmcore.types import ModelInfo
 
 Piece = TypeVar("Piece", covariant=True)
@@ -122,24 +124,37 @@ class Model:
         self.info: ModelInfo = model.info
 
     def generate(
-        self, prompt: Prompt, *, session: Session | None = None, **options: Unpack[GenerationOptions]
+        self,
+        prompt: Prompt,
+        *,
+        session: Session | None = None,
+        adapter: BlockAdapter | str | None = None,
+        soft_prompt: SoftPrompt | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Iterate over the pieces of text, or take it whole with `Generation.text`."""
         inner = session.asynchronous if session is not None else None
-        return Generation(self._loop, self._model.generate(prompt, session=inner, **options))
+        generation = self._model.generate(
+            prompt, session=inner, adapter=adapter, soft_prompt=soft_prompt, **options
+        )
+        return Generation(self._loop, generation)
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
         *,
         session: Session | None = None,
+        adapter: BlockAdapter | str | None = None,
+        soft_prompt: SoftPrompt | None = None,
         **options: Unpack[GenerationOptions],
     ) -> list[str]:
         """The texts of all prompts, generated together."""
         inner = session.asynchronous if session is not None else None
 
         async def texts() -> list[str]:
-            return await self._model.generate_batch(prompts, session=inner, **options)
+            return await self._model.generate_batch(
+                prompts, session=inner, adapter=adapter, soft_prompt=soft_prompt, **options
+            )
 
         return self._loop.run(texts())
 
@@ -151,9 +166,18 @@ class Model:
     def chat(self, *, system: str | None = None) -> Chat:
         return Chat(self._loop, self._model.chat(system=system))
 
-    def session(self, *, sequences: int = 1, max_tokens: int = 1024) -> Session:
+    def session(
+        self,
+        *,
+        sequences: int = 1,
+        max_tokens: int = 1024,
+        adapter: BlockAdapter | str | None = None,
+        soft_prompt: SoftPrompt | None = None,
+    ) -> Session:
         """An open session; close it, or use it as a context manager."""
-        session = self._model.session(sequences=sequences, max_tokens=max_tokens)
+        session = self._model.session(
+            sequences=sequences, max_tokens=max_tokens, adapter=adapter, soft_prompt=soft_prompt
+        )
         return Session(self._loop, self._loop.run(session.open()))
 
     def close(self) -> None:

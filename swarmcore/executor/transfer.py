@@ -77,7 +77,12 @@ class CacheTransfer:
         error: SwarmError | None = None
         try:
             await self._executor.import_cache(
-                segment.sequence, turn.session.span, segment.start, segment.count, turn.tensors
+                segment.sequence,
+                turn.session.span,
+                segment.start,
+                segment.count,
+                turn.tensors,
+                turn.session.adapter,
             )
         except SwarmError as exc:
             error = exc
