@@ -90,6 +90,10 @@ class AdapterNotFoundError(UnavailableError):
     """The server has no adapter of that name. Another one may."""
 
 
+class StaleRoundError(UnavailableError):
+    """The training run goes on from other parameters: fetch the current ones."""
+
+
 class ModelHubError(UnavailableError):
     """The model hub, or a mirror of it, does not answer as it should. What was downloaded is kept."""
 
@@ -186,6 +190,14 @@ class InvalidBatchError(InputError):
 
 class AdapterError(InputError):
     """An adapter does not fit the model, is of a kind that is not served, or its file is damaged."""
+
+
+class RunMismatchError(InputError):
+    """The peer takes part in another training run, or in this one with other settings."""
+
+
+class DeltaError(InputError):
+    """A delta of parameters was refused: its shape, size or values are wrong."""
 
 
 class StorageError(InputError):

@@ -135,6 +135,8 @@ class ServerInfo:
     """Most tokens of one batch that it runs forward or back for others; 0 when it runs none."""
     adapters: tuple[str, ...] = ()
     """Names of the adapters that it serves."""
+    runs: tuple[str, ...] = ()
+    """Names of the training runs that it takes part in."""
     incarnation: int = 0
     """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""

@@ -24,6 +24,7 @@ MAX_ADDRESSES = 16
 MAX_TEXT = 256
 MAX_BLOCKS = 100_000
 MAX_RTTS = 16
+MAX_RUNS = 16
 
 # What a record says and whether it is sound depends on its bytes alone. Each arrives by several ways, and at
 # every member where many run in one process.
@@ -132,6 +133,10 @@ def check_info(info: ServerInfo, peer: PeerId) -> None:
     _check_fields(info)
     if len(info.rtts) > MAX_RTTS or not all(0 <= rtt.seconds < math.inf for rtt in info.rtts):
         raise InputError(f"round trips are announced for {MAX_RTTS} peers at most, finite and not negative")
+    if len(info.runs) > MAX_RUNS:
+        raise InputError(f"{len(info.runs)} training runs announced, more than {MAX_RUNS}")
+    for run in info.runs:
+        _check_text("name of a run", run)
     if info.model is not None:
         _check_fields(info.model)
         if info.model.blocks > MAX_BLOCKS:
