@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
+EVERYTHING := --numprocesses 2 --dist loadgroup
 SECONDS ?= 60
 SEED ?=
 
@@ -30,7 +31,7 @@ help:
 setup: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/.smollm2
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(EVERYTHING))
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

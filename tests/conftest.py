@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,53 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
 def _uvloop() -> asyncio.AbstractEventLoop:
     loop: asyncio.AbstractEventLoop = pytest.importorskip("uvloop").new_event_loop()
     return loop
+
+
+FLEET_FOLDERS = ("chaos", "e2e")
+"""Tests that share running servers: all in one process, also where the suite is run by several."""
+
+DELAYS = pytest.StashKey[dict[str, list[float]]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep together, under pytest-xdist, what shares expensive fixtures: fleets of servers, else files."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        name = "fleet" if item.path.parent.name in FLEET_FOLDERS else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DELAYS] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["delays"] = session.config.stash[DELAYS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for name, seconds in getattr(node, "workeroutput", {}).get("delays", {}).items():
+        node.config.stash[DELAYS].setdefault(name, []).extend(seconds)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how long it took from a kill to the next token."""
+    for name, seconds in config.stash[DELAYS].items():
+        ordered = sorted(seconds)
+        terminalreporter.write_line(
+            f"{name}: {len(ordered)} times, median {statistics.median(ordered):.2f} s, "
+            f"95 % within {ordered[int(0.95 * (len(ordered) - 1))]:.2f} s, longest {ordered[-1]:.2f} s"
+        )
+
+
+@pytest.fixture
+def delays(request: pytest.FixtureRequest) -> Callable[[str], list[float]]:
+    """``delays(name)`` is a list of seconds that is summed up at the end of the run."""
+    found = request.config.stash[DELAYS]
+    return lambda name: found.setdefault(name, [])
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -22,25 +21,6 @@ from swarmcore.types import Span
 STAGES = (Span(0, 10), Span(10, 20), Span(20, 30))
 ARGUMENTS = ("--dtype", "float32", "--threads", "1", "--cache-tokens", "4096")
 REPLICAS = 2
-
-DELAYS = pytest.StashKey[dict[str, list[float]]]()
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say how long it took from a kill to the next token."""
-    for name, seconds in config.stash.get(DELAYS, {}).items():
-        ordered = sorted(seconds)
-        terminalreporter.write_line(
-            f"{name}: {len(ordered)} times, median {statistics.median(ordered):.2f} s, "
-            f"95 % within {ordered[int(0.95 * (len(ordered) - 1))]:.2f} s, longest {ordered[-1]:.2f} s"
-        )
-
-
-@pytest.fixture
-def delays(request: pytest.FixtureRequest) -> Callable[[str], list[float]]:
-    """``delays(name)`` is a list of seconds that is summed up at the end of the run."""
-    found = request.config.stash.setdefault(DELAYS, {})
-    return lambda name: found.setdefault(name, [])
 
 
 @attrs.define
