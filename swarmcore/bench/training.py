@@ -120,19 +120,19 @@ class TrainingBench:
         async def train() -> None:
             nonlocal trained
             while not stop.is_set():
-                await _forward_and_back(model, hidden)
-                trained += self.batch * self.length
+                await _forward_and_back(model, hidden[:1])
+                trained += self.length
 
-        # Two at a time, so that the server is never without work.
-        training = [asyncio.create_task(train()) for _ in range(2)]
+        # Several at a time, so that the server is never without work.
+        training = [asyncio.create_task(train()) for _ in range(4)]
         began = clock()
         try:
             loaded = await self._step_times(model)
+            rate = trained / (clock() - began)
         finally:
-            seconds = clock() - began
             stop.set()
             await asyncio.gather(*training)
-        return FairnessResult(_p95(idle), _p95(loaded), trained / seconds)
+        return FairnessResult(_p95(idle), _p95(loaded), rate)
 
     async def _step_times(self, model: RemoteModel) -> list[float]:
         """Milliseconds between the tokens of a generation."""
