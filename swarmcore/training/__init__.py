@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swarmcore.training.peft_format import LoadedAdapter, load_adapter, save_adapter
     from swarmcore.training.prefix import PrefixAdapter
     from swarmcore.training.prompt import SoftPrompt
+    from swarmcore.training.tuning import TunedModel, deep_prompt_tuning, lora_tuning, prompt_tuning
 
 _PLACES = {
     "BlockAdapter": "adapter",
@@ -32,9 +33,13 @@ _PLACES = {
     "SoftPrompt": "prompt",
     "StepReport": "fit_settings",
     "TokenClassificationHead": "heads",
+    "TunedModel": "tuning",
+    "deep_prompt_tuning": "tuning",
     "fit": "fitting",
     "fit_sync": "fitting",
     "load_adapter": "peft_format",
+    "lora_tuning": "tuning",
+    "prompt_tuning": "tuning",
     "save_adapter": "peft_format",
 }
 
@@ -52,9 +57,13 @@ __all__ = [
     "SoftPrompt",
     "StepReport",
     "TokenClassificationHead",
+    "TunedModel",
+    "deep_prompt_tuning",
     "fit",
     "fit_sync",
     "load_adapter",
+    "lora_tuning",
+    "prompt_tuning",
     "save_adapter",
 ]
 

@@ -122,7 +122,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
         inputs: dict[str, Any] = {
             "input_ids": None if ids is None else ids.reshape(-1, 1),
             "inputs_embeds": None if embeds is None else embeds.reshape(-1, 1, embeds.shape[-1]),
-            "position_ids": columns.reshape(-1, 1),
+            "position_ids": (columns + self.stack.prefix_tokens).reshape(-1, 1),
             "use_cache": False,
         }
         token = _passing.set(passage)

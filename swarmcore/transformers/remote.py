@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
 
 from swarmcore import sync
+from swarmcore.client.adapter_snapshot import snapshot
 from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.client.bridge import Bridge
 from swarmcore.client.loop_thread import LoopThread
@@ -18,6 +22,8 @@ from swarmcore.types import ModelInfo, Span
 
 if TYPE_CHECKING:
     from swarmcore.training.adapter import BlockAdapter
+
+_in_use: ContextVar[tuple[RemoteStack, BlockAdapter | str] | None] = ContextVar("_in_use", default=None)
 
 
 class RemoteStack:
@@ -50,16 +56,39 @@ class RemoteStack:
     def __repr__(self) -> str:
         return f"<RemoteStack {self.model.name} · {self.model.blocks} blocks · {self._swarm}>"
 
+    @property
+    def adapter(self) -> BlockAdapter | str | None:
+        """What is used now: that of `using`, or else its own."""
+        chosen = _in_use.get()
+        return chosen[1] if chosen is not None and chosen[0] is self else self.blocks.adapter
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Positions before the first token that the adapter in use takes."""
+        adapter = self.adapter
+        return 0 if adapter is None or isinstance(adapter, str) else adapter.prefix_tokens
+
+    @contextmanager
+    def using(self, adapter: BlockAdapter | str | None) -> Iterator[None]:
+        """Within it, in this thread, passes and new caches are of ``adapter``; None for its own one."""
+        token = _in_use.set(None if adapter is None else (self, adapter))
+        try:
+            yield
+        finally:
+            _in_use.reset(token)
+
     def new_cache(self, expected_tokens: int = 0) -> RemoteCache:
         """An empty cache for some sequences, which are expected to grow to so many tokens."""
-        cache = RemoteCache(self._loop, self._open_session, expected_tokens=expected_tokens)
+        weights = snapshot(self.adapter, Span(0, self.model.blocks))
+        opener = functools.partial(self._open_session, adapter=weights)
+        cache = RemoteCache(self._loop, opener, expected_tokens=expected_tokens)
         self._caches.add(cache)
         return cache
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, block: int | None = None) -> torch.Tensor:
         """``hidden`` after all blocks, or that one alone; differentiable. See `RemoteBlocks.forward`."""
         blocks = self.blocks if block is None else self.blocks[block]
-        output: torch.Tensor = blocks(hidden, None if bool(mask.all()) else mask)
+        output: torch.Tensor = blocks(hidden, None if bool(mask.all()) else mask, adapter=self.adapter)
         return output
 
     def close(self) -> None:
