@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import attrs
@@ -17,7 +16,11 @@ import attrs
 from swarmcore.client import passes
 from swarmcore.client.opening import located
 from swarmcore.client.pass_codecs import PassCodecs
+from swarmcore.client.pass_room import Call, PassRoom
+from swarmcore.client.pass_speeds import Kind as PassKind
+from swarmcore.client.pass_speeds import Work
 from swarmcore.client.passes import Batch
+from swarmcore.client.planner import random_session_id
 from swarmcore.errors import (
     InputError,
     InternalError,
@@ -39,6 +42,12 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 """Seconds between two attempts to find a server."""
 
+LEAST_IN_FLIGHT = 8
+MOST_IN_FLIGHT = 64
+PER_SERVER = 3
+"""Micro-batches under way for each server that takes batches: one computes, one is on its way there or back,
+and one makes up for the slower servers, which hold on to theirs for longer."""
+
 Result = TypeVar("Result")
 Done = TypeVar("Done", passes.Forwarded, passes.BackwardResult)
 
@@ -46,10 +55,22 @@ Done = TypeVar("Done", passes.Forwarded, passes.BackwardResult)
 class Planner(Protocol):
     """Chooses the servers of micro-batches, and hears how they did."""
 
-    def chain(self, span: Span, *, tokens: int = 0, adapter: str = "", avoid: Sequence[PeerId] = ()) -> Chain:
-        """A chain for ``span`` whose servers take ``tokens`` at a time."""
+    @property
+    def servers(self) -> int:
+        """How many take batches now."""
 
-    def worked(self, stage: Stage, tokens: int, seconds: float) -> None:
+    def chain(
+        self,
+        span: Span,
+        *,
+        tokens: int = 0,
+        adapter: str = "",
+        avoid: Sequence[PeerId] = (),
+        work: Work = "forward",
+    ) -> Chain:
+        """A chain for ``span`` whose servers take ``tokens`` at a time, and are to do ``work`` on them."""
+
+    def worked(self, stage: Stage, kind: PassKind, tokens: int, seconds: float) -> None:
         """A server has done a pass."""
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:
@@ -62,8 +83,11 @@ class PassOptions:
 
     micro_batch_tokens: int = attrs.field(default=1024, validator=attrs.validators.ge(1))
     """Most tokens of one micro-batch; a longer sequence is one by itself."""
-    in_flight: int = attrs.field(default=8, validator=attrs.validators.ge(1))
-    """Most micro-batches under way at a time."""
+    in_flight: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.ge(1))
+    )
+    """Most micro-batches under way at a time, of all calls together; None for `PER_SERVER` times as many as
+    there are servers, from `LEAST_IN_FLIGHT` to `MOST_IN_FLIGHT`. Each is held in memory here."""
     timeout: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
     """Seconds for one pass of a micro-batch on one server, waiting included."""
     patience: float = attrs.field(default=60.0, validator=attrs.validators.ge(0))
@@ -117,16 +141,32 @@ class BatchRunner:
     """
 
     def __init__(
-        self, node: Node, planner: Planner, model: ModelInfo, options: PassOptions | None = None
+        self,
+        node: Node,
+        planner: Planner,
+        model: ModelInfo,
+        options: PassOptions | None = None,
+        *,
+        pass_id: Callable[[], str] = random_session_id,
     ) -> None:
+        """``pass_id`` makes up names of kept activations, 32 hex digits that nobody must be able to guess."""
         self.node, self.planner, self.model = node, planner, model
         self.options = options or PassOptions()
         self.codecs = PassCodecs(self.options.codec)
         self.redone = 0
         """Stages that were done again because a server failed."""
+        self._pass_id = pass_id
+        self._room = PassRoom(lambda: self.in_flight)
 
     def __repr__(self) -> str:
-        return f"<BatchRunner {self.model.name} · {self.redone} stages redone>"
+        return f"<BatchRunner {self.model.name} · {self._room!r} · {self.redone} stages redone>"
+
+    @property
+    def in_flight(self) -> int:
+        """Most micro-batches that are under way at a time, with the servers that there are now."""
+        if self.options.in_flight is not None:
+            return self.options.in_flight
+        return min(max(PER_SERVER * self.planner.servers, LEAST_IN_FLIGHT), MOST_IN_FLIGHT)
 
     async def forward(
         self, span: Span, batches: Sequence[tuple[Batch, Tensor]], *, way_back: bool = False
@@ -137,8 +177,8 @@ class BatchRunner:
         patience` seconds nobody takes a batch, the server's own `InputError` for one that no server can take,
         and the last server's error when all have failed it.
         """
-        keep = way_back and self.options.keep
-        return await self._at_once([self._forward(span, batch, inputs, keep) for batch, inputs in batches])
+        work: Work = "both" if way_back else "forward"
+        return await self._at_once([self._forward(span, batch, inputs, work) for batch, inputs in batches])
 
     async def backward(
         self,
@@ -161,17 +201,19 @@ class BatchRunner:
 
     # --- one micro-batch ---------------------------------------------------------------------------------
 
-    async def _forward(self, span: Span, batch: Batch, inputs: Tensor, keep: bool) -> Way:
+    async def _forward(self, span: Span, batch: Batch, inputs: Tensor, work: Work) -> Way:
+        keep = work == "both" and self.options.keep
         passed: list[Passed] = []
         seeking = _Seeking(self, batch)
         hidden = inputs
         while (start := passed[-1].stage.span.end if passed else span.start) < span.end:
-            stages = await seeking.chain(Span(start, span.end))
+            stages = await seeking.chain(Span(start, span.end), work)
             for stage in stages:
-                name = secrets.token_hex(16) if keep else ""
+                name = self._pass_id() if keep else ""
                 up, down = seeking.codecs(stage, "activations", hidden)
                 result = await seeking.attempt(
                     stage,
+                    "forward",
                     passes.forward(
                         self.node,
                         self.model,
@@ -194,14 +236,15 @@ class BatchRunner:
     async def _backward(self, way: Way, gradients: Tensor, inputs: bool, weights: bool) -> WayBack:
         left = list(way.passed)
         found: list[tuple[Tensor, ...]] = []
-        seeking = _Seeking(self, way.batch)
+        seeking = _Seeking(self, way.batch, tuple(passed.stage.server.peer for passed in way.passed))
         gradient: Tensor | None = gradients
         while left:
-            passed = left[-1]
+            passed = left[-1] = await self._sendable(left[-1])
             assert gradient is not None
             up, down = seeking.codecs(passed.stage, "gradients", gradient)
             result = await seeking.attempt(
                 passed.stage,
+                "backward",
                 passes.backward(
                     self.node,
                     self.model,
@@ -216,7 +259,7 @@ class BatchRunner:
                     inputs_codec=passed.codec,
                     answer_codec=down,
                 ),
-                (up, down),
+                (up, down, passed.codec),
             )
             if result is None:
                 left[-1:] = await self._instead_of(passed, way.batch, seeking)
@@ -229,21 +272,28 @@ class BatchRunner:
 
     async def _instead_of(self, lost: Passed, batch: Batch, seeking: _Seeking) -> list[Passed]:
         """Other stages to go back through; inputs of inner ones are computed again."""
-        stages = await seeking.chain(lost.stage.span)
+        stages = await seeking.chain(lost.stage.span, "backward")
         if len(stages) == 1:
             return [Passed(stages[0], lost.inputs, "", lost.codec)]
         last = stages[-1]
-        way = await self._forward(Span(lost.stage.span.start, last.span.start), batch, lost.inputs, keep=True)
+        way = await self._forward(Span(lost.stage.span.start, last.span.start), batch, lost.inputs, "both")
         return [*way.passed, Passed(last, way.outputs, "")]
+
+    async def _sendable(self, passed: Passed) -> Passed:
+        """As it is, or with inputs that its server can read: what they became on the way, raw."""
+        if passed.codec == "raw" or self.codecs.knows(passed.stage.server.peer, passed.codec):
+            return passed
+        encoded = await asyncio.to_thread(passed.inputs.encode, passed.codec)
+        return attrs.evolve(passed, inputs=await asyncio.to_thread(encoded.decode), codec="raw")
 
     # --- several at once ---------------------------------------------------------------------------------
 
     async def _at_once(self, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-        """Run them, `PassOptions.in_flight` at a time; the first failure ends the others."""
-        room = asyncio.Semaphore(self.options.in_flight)
+        """Run them, `in_flight` of all calls at a time; the first failure ends the others of its call."""
+        call = Call()
 
         async def admitted(work: Coroutine[Any, Any, Result]) -> Result:
-            async with room:
+            async with self._room.place(call):
                 return await work
 
         tasks = [asyncio.create_task(admitted(work), name="micro-batch") for work in works]
@@ -261,19 +311,20 @@ class BatchRunner:
 class _Seeking:
     """The search of one micro-batch for servers that do it, and its patience."""
 
-    def __init__(self, runner: BatchRunner, batch: Batch) -> None:
+    def __init__(self, runner: BatchRunner, batch: Batch, peers: tuple[PeerId, ...] = ()) -> None:
+        """``peers`` are those of the chain that it goes back through."""
         self._runner, self._batch = runner, batch
         self._failure: SwarmError | None = None
         self._avoid: list[PeerId] = []
         self._give_up = self.now() + runner.options.patience
         self._pause = FIRST_PAUSE
-        self._peers: tuple[PeerId, ...] = ()
+        self._peers = peers
 
     def codecs(self, stage: Stage, kind: Kind, rows: Tensor) -> tuple[str, str]:
         """In which codecs rows go to a server, and come back."""
         return self._runner.codecs.choose(stage.server.peer, kind, rows, self.now(), self._peers)
 
-    async def chain(self, span: Span) -> list[Stage]:
+    async def chain(self, span: Span, work: Work) -> list[Stage]:
         """Servers for ``span``; wait when there are none, or when those that there are have all failed."""
         runner, adapter = self._runner, self._batch.adapter
         while True:
@@ -283,6 +334,7 @@ class _Seeking:
                     tokens=self._batch.rows,
                     adapter=adapter.name.name if adapter else "",
                     avoid=self._avoid,
+                    work=work,
                 )
             except MissingBlocksError as exc:
                 logger.info("a batch of %d tokens waits: %s", self._batch.rows, exc)
@@ -302,7 +354,7 @@ class _Seeking:
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     async def attempt(
-        self, stage: Stage, work: Coroutine[Any, Any, Done], codecs: Iterable[str]
+        self, stage: Stage, kind: PassKind, work: Coroutine[Any, Any, Done], codecs: Iterable[str]
     ) -> Done | None:
         """Do one pass, in ``codecs``; None when its server failed and another is to be found, or the same one
         is to be asked in others. Raise what none can mend.
@@ -331,7 +383,7 @@ class _Seeking:
             if not isinstance(exc, TooManyCallsError):
                 runner.planner.failed(peer, exc)
             return None
-        runner.planner.worked(stage, self._batch.rows, result.seconds)
+        runner.planner.worked(stage, kind, self._batch.rows, result.seconds)
         self._give_up, self._pause = self.now() + runner.options.patience, FIRST_PAUSE
         return result
 

@@ -70,5 +70,15 @@ class PassCodecs:
 
     def refused(self, peer: PeerId, codecs: Iterable[str]) -> bool:
         """``peer`` does not know one of ``codecs``. Return whether others will now be chosen for it."""
-        links = self._links
-        return links is not None and any(links.refused(peer, codec) for codec in codecs)
+        suspects = [codec for codec in codecs if codec != "raw"]
+        if self._links is None or not suspects:
+            return False
+        # Which of them it was is not told; and another micro-batch may have been refused just before.
+        for codec in suspects:
+            if self._links.refused(peer, codec):
+                break
+        return True
+
+    def knows(self, peer: PeerId, codec: str) -> bool:
+        """Whether ``peer`` has not refused ``codec``, as far as choices are made here."""
+        return self._links is None or self._links.knows(peer, codec)

@@ -177,7 +177,7 @@ class Swarm:
         """What runs batches through blocks of ``model`` and back, without torch."""
         sessions = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
         planner = PassPlanner(self.registry, self.health, model, sessions, admits=self._admits)
-        return BatchRunner(self.node, planner, model, options)
+        return BatchRunner(self.node, planner, model, options, pass_id=self._session_id)
 
     async def load_model(
         self,

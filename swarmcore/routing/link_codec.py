@@ -180,6 +180,10 @@ class LinkCodec:
             refused.add(codec)
         return news
 
+    def knows(self, peer: PeerId, codec: str) -> bool:
+        """Whether ``peer`` has not refused ``codec``."""
+        return codec not in self._refused.get(peer, ())
+
     def forget(self, peer: PeerId) -> None:
         """Harmless when ``peer`` is not known."""
         self._used.pop(peer, None)

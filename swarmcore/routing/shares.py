@@ -6,7 +6,7 @@ hold spans of any length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import attrs
 
@@ -78,10 +78,11 @@ class ThroughputShares:
         for server in online:
             self.add(server, server.throughput or least)
 
-    def next_chain(self, span: Span) -> Chain:
-        """The chain for the next piece of work, which is charged to its servers.
+    def next_chain(self, span: Span, amount: float = 1.0, without: Container[PeerId] = ()) -> Chain:
+        """The chain for the next piece of work, of ``amount`` units, which is charged to its servers.
 
-        Raise `MissingBlocksError` when nobody holds some block of ``span``; nothing is then charged.
+        Those of ``without`` are left out this time; they keep their place among the others. Raise
+        `MissingBlocksError` when nobody else holds some block of ``span``; nothing is then charged.
         """
         stages: list[tuple[_Share, Stage, float]] = []
         position = span.start
@@ -89,9 +90,9 @@ class ThroughputShares:
             offers = []
             for share in self._shares.values():
                 held = share.server.span
-                if held and position in held:
+                if held and position in held and share.server.peer not in without:
                     part = Span(position, min(held.end, span.end))
-                    offers.append((share, part, share.seconds * len(part) / len(held)))
+                    offers.append((share, part, amount * share.seconds * len(part) / len(held)))
             if not offers:
                 raise MissingBlocksError(
                     f"no server takes a share of block {position} of {self._model.name}",

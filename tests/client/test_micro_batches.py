@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -39,7 +40,7 @@ from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import PeerId, ServerInfo, Span
 from swarmcore.wire.passes import AdapterName
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import ITEM_BYTES, Tensor, register_codec
 
 pytestmark = pytest.mark.virtual_time
 
@@ -233,7 +234,7 @@ async def test_work_is_shared_out_by_speed() -> None:
         slow = await world.add("0:12", speed=50)
         fast = await world.add("0:12", speed=150)
         runner = world.runner(in_flight=2)
-        runner.planner.worked = lambda stage, tokens, seconds: None  # type: ignore[method-assign]
+        runner.planner.worked = lambda stage, kind, tokens, seconds: None  # type: ignore[method-assign]
         await runner.forward(WHOLE, Work.of([(2,)] * 40).batches)
         assert (slow.passes, fast.passes) == (10, 30)
 
@@ -286,12 +287,53 @@ async def test_a_codec_that_a_server_does_not_know_is_tried_once(way: Way) -> No
             links.transferred(peer, way, 1000, 1e6, 0)
             links.computed(peer, "activations", (1,), 1e-6, 0)
             links.computed(peer, "gradients", (1,), 1e-6, 0)
-        runner = world.runner(codec="auto", in_flight=1)
+        runner = world.runner(codec="auto")
         runner.codecs = PassCodecs("auto", links)
         await Work.of().check(runner)
         runner.codecs = PassCodecs("of tomorrow")
         with pytest.raises(UnknownCodecError, match="of tomorrow"):
             await Work.of().check(runner)
+
+
+class Backwards:
+    """A codec that loses nothing."""
+
+    def encode(self, data: memoryview, dtype: str, shape: tuple[int, ...]) -> memoryview:
+        return memoryview(bytes(data)[::-1])
+
+    decode = encode
+
+    def encoded_nbytes(self, dtype: str, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * ITEM_BYTES[dtype]
+
+
+async def test_another_server_does_not_know_the_codec_of_the_way_there() -> None:
+    register_codec("backwards", Backwards())
+    async with world_of("0:12") as world:
+        [first] = world.servers.values()
+        links = LinkCodec(ladders={"activations": (Rung("backwards", 1),), "gradients": ()})
+        links.transferred(first.peer, "up", 1000, 1e6, 0)
+        links.computed(first.peer, "activations", (1,), 1e-6, 0)
+        runner, work = world.runner(codec="auto"), Work.of()
+        runner.codecs = PassCodecs("auto", links)
+        ways = await runner.forward(WHOLE, work.batches, way_back=True)
+        assert [passed.codec for way in ways for passed in way.passed] == len(ways) * ["backwards"]
+
+        second, refusals = await world.add("0:12"), 0
+
+        async def decode(tensor: Tensor) -> Tensor:
+            nonlocal refusals
+            if tensor.codec == "backwards":
+                refusals += 1
+                raise UnknownCodecError("codec 'backwards' is not known here")
+            return tensor.decode()
+
+        second.engine.executor.decode = decode  # type: ignore[method-assign]
+        await first.die()
+        backs = await runner.backward(ways, work.gradients)
+        for back, (_, gradients, _) in zip(backs, await work.expected(), strict=True):
+            assert back.gradients is not None and read_rows(back.gradients) == gradients
+        assert refusals
 
 
 async def test_patience_ends_when_nobody_has_the_blocks() -> None:
