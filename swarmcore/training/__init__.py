@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from swarmcore.training.fit_settings import EarlyStop, Evaluation, FitSettings, StepReport
     from swarmcore.training.fitting import fit, fit_sync
     from swarmcore.training.heads import SequenceClassificationHead, TokenClassificationHead
+    from swarmcore.training.local_steps import LocalSteps, LocalStepsSettings, RoundReport
     from swarmcore.training.lora import LoraAdapter
     from swarmcore.training.peft_format import LoadedAdapter, load_adapter, save_adapter
     from swarmcore.training.prefix import PrefixAdapter
@@ -27,8 +28,11 @@ _PLACES = {
     "FitReport": "fit_run",
     "FitSettings": "fit_settings",
     "LoadedAdapter": "peft_format",
+    "LocalSteps": "local_steps",
+    "LocalStepsSettings": "local_steps",
     "LoraAdapter": "lora",
     "PrefixAdapter": "prefix",
+    "RoundReport": "local_steps",
     "SequenceClassificationHead": "heads",
     "SoftPrompt": "prompt",
     "StepReport": "fit_settings",
@@ -51,8 +55,11 @@ __all__ = [
     "FitReport",
     "FitSettings",
     "LoadedAdapter",
+    "LocalSteps",
+    "LocalStepsSettings",
     "LoraAdapter",
     "PrefixAdapter",
+    "RoundReport",
     "SequenceClassificationHead",
     "SoftPrompt",
     "StepReport",

@@ -1,0 +1,179 @@
+"""The end of a round on the peer that coordinates it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+
+import torch
+
+from swarmcore.errors import StaleRoundError, StreamClosedError, SwarmError
+from swarmcore.training.local_steps.averaging import average, norm
+from swarmcore.training.local_steps.lineage import by_rank, is_better
+from swarmcore.training.local_steps.partners import Partners
+from swarmcore.training.local_steps.pieces import encode, result_codec
+from swarmcore.training.local_steps.replica import Result
+from swarmcore.training.local_steps.round import Round
+from swarmcore.types import PeerId
+from swarmcore.wire.local_steps import Contribution, GoTo, Lineage, RoundResult, Standing
+
+logger = logging.getLogger(__name__)
+
+_LOOK = 0.5
+"""Seconds between looks at who is alive."""
+
+Ending = asyncio.Future[Result | GoTo]
+
+
+class Coordinator:
+    """Holds the round that is open here, if there is one, and ends it.
+
+    Before it ends a round it asks the members that are missing how far they are: if one has the result of
+    this round already, from a coordinator that is gone, that result counts; if one of better rank has the
+    round open too, all go there.
+    """
+
+    def __init__(self, own: PeerId, partners: Partners, codec: str) -> None:
+        self._own = own
+        self._partners = partners
+        self._replica = partners.replica
+        self._codec = result_codec(codec)
+        self._round: Round[torch.Tensor] | None = None
+        self._ending: Ending | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        partners.on_change = self._changed.set
+
+    def __repr__(self) -> str:
+        return f"<Coordinator {self._round or 'no round'}>"
+
+    @property
+    def standing(self) -> Standing:
+        """How far this peer is, for those who ask."""
+        return Standing(self._replica.lineage, len(self._round) if self._round is not None else 0)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Deltas that have come for the open round, and members that it waits for or has heard."""
+        current = self._round
+        return (len(current), len(current) + len(current.missing)) if current is not None else (0, 0)
+
+    def check(self, lineage: Lineage) -> None:
+        """Raise `StaleRoundError` unless a delta from there belongs to the next round."""
+        if lineage != self._replica.lineage:
+            at = self._replica.lineage
+            raise StaleRoundError(
+                f"a delta of round {lineage.round} ({lineage.state[:8]}) came when the run was at round "
+                f"{at.round} ({at.state[:8]}) here; fetch the current parameters",
+                round=at.round,
+            )
+
+    def deliver(
+        self, lineage: Lineage, contribution: Contribution, values: torch.Tensor, patience: float
+    ) -> Ending:
+        """Take a delta into the round; the future is how the round ends.
+
+        Raise `StaleRoundError` as `check`, `DeltaError` for values that are not finite.
+        """
+        self.check(lineage)
+        norm(values)
+        if self._round is None or self._ending is None or self._round.lineage != lineage:
+            self._cancel()
+            self._round = Round(lineage, self._members)
+            self._ending = asyncio.get_running_loop().create_future()
+            self._ending.add_done_callback(_look_at)
+            self._task = asyncio.create_task(self._run(self._round, self._ending), name="local-steps round")
+        now = asyncio.get_running_loop().time()
+        self._round.deliver(contribution, values, now=now, patience=patience)
+        self._changed.set()
+        return self._ending
+
+    async def close(self) -> None:
+        task = self._task
+        self._cancel()
+        if task is not None:
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._round = self._ending = self._task = None
+
+    @property
+    def _members(self) -> Collection[PeerId]:
+        return self._partners.alive | {self._own}
+
+    async def _run(self, round: Round[torch.Tensor], ending: Ending) -> None:
+        try:
+            ended = await self._conclude(round)
+            if not ending.done():
+                ending.set_result(ended)
+        except SwarmError as exc:
+            if not ending.done():
+                ending.set_exception(exc)
+        except asyncio.CancelledError:
+            if not ending.done():
+                ending.set_exception(StreamClosedError("this peer no longer coordinates the round"))
+            raise
+        finally:
+            if not ending.done():
+                ending.set_exception(StreamClosedError("the coordinator of the round failed"))
+            if self._round is round:
+                self._round = self._ending = self._task = None
+
+    async def _conclude(self, round: Round[torch.Tensor]) -> Result | GoTo:
+        await self._until_due(round)
+        preferred = await self._look_around(round)
+        self.check(round.lineage)
+        if preferred is not None:
+            return GoTo(preferred)
+        deliveries = round.deliveries
+        mean, work = average(
+            [delivery.values for delivery in deliveries],
+            [delivery.contribution.samples for delivery in deliveries],
+        )
+        record = RoundResult(round.lineage, tuple(delivery.contribution for delivery in deliveries), work)
+        result = Result(record, tuple(encode(mean, self._codec)))
+        self._replica.apply(result)
+        return result
+
+    async def _until_due(self, round: Round[torch.Tensor]) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            self._changed.clear()
+            self.check(round.lineage)
+            round.see(self._members)
+            if round.is_due(now()):
+                return
+            try:
+                async with asyncio.timeout(min(_LOOK, round.ends - now())):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _look_around(self, round: Round[torch.Tensor]) -> PeerId | None:
+        """Ask those who are missing; return who should end the round instead."""
+        missing = round.missing - {self._own}
+        if not missing:
+            return None
+        answers = await self._partners.ask(missing)
+        standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
+        ahead = [peer for peer, said in standings.items() if is_better(said.lineage, self._replica.lineage)]
+        for peer in sorted(ahead, key=lambda peer: (standings[peer].lineage.work, peer), reverse=True):
+            try:
+                await self._partners.catch_up(peer)
+                break
+            except SwarmError as exc:
+                self._partners.failed(peer, exc)
+        rank = by_rank(self._replica.terms.run, round.lineage.round, {self._own, *standings})
+        for peer in rank[: rank.index(self._own)]:
+            if standings[peer].delivered and standings[peer].lineage == round.lineage:
+                return peer
+        return None
+
+
+def _look_at(ending: Ending) -> None:
+    """Nobody may wait for it any more; asyncio would complain."""
+    if not ending.cancelled():
+        ending.exception()

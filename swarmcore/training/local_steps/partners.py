@@ -1,0 +1,160 @@
+"""The other peers of a run: who they are, and what can be asked of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Sequence
+
+from swarmcore.errors import ProtocolError, StreamAbortedError, StreamClosedError, SwarmError
+from swarmcore.registry.base import Registry
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.training.local_steps.deadline import within
+from swarmcore.training.local_steps.lineage import is_better
+from swarmcore.training.local_steps.pieces import Traffic, decode, next_message, receive, send
+from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
+from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result
+from swarmcore.types import Address, PeerId, short
+from swarmcore.wire.local_steps import (
+    AskStanding,
+    DeliverDelta,
+    FetchState,
+    GoTo,
+    ResultsFollow,
+    RoundOpen,
+    RoundResult,
+    Standing,
+    StateFollows,
+)
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT = 3.0
+OPEN_TIMEOUT = 5.0
+CLOSING_TIME = 60.0
+"""Seconds beyond its patience in which a round has to end, transfers included."""
+
+
+class Partners:
+    """Calls to the peers that announce the run, and `replica` brought up to date from them.
+
+    ``on_change`` is called after the replica has changed here.
+    """
+
+    def __init__(self, node: Node, registry: Registry, replica: Replica, traffic: Traffic) -> None:
+        self.replica = replica
+        self.traffic = traffic
+        self.on_change: Callable[[], None] = lambda: None
+        self._node = node
+        self._registry = registry
+        self._catching_up = asyncio.Lock()
+
+    @property
+    def alive(self) -> frozenset[PeerId]:
+        """Peers of the run that the registry knows now, without this one."""
+        run = self.replica.terms.run
+        return frozenset(
+            info.peer
+            for info in self._registry.view()
+            if run in info.runs and info.addresses and info.peer != self._node.peer
+        )
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a change in the registry that makes ``condition`` true."""
+        changes = self._registry.changes()
+        if condition():
+            return
+        async for _ in changes:
+            if condition():
+                return
+        raise StreamClosedError("the registry was closed")
+
+    async def ask(self, peers: Collection[PeerId]) -> dict[PeerId, Standing | SwarmError]:
+        """How far they are, asked all at once; for those that do not say, why."""
+        order = sorted(peers)
+        answers = await asyncio.gather(*(self._ask_one(peer) for peer in order))
+        return dict(zip(order, answers, strict=True))
+
+    async def _ask_one(self, peer: PeerId) -> Standing | SwarmError:
+        try:
+            return await self._node.call(
+                self._addresses(peer), STANDING_METHOD, AskStanding(self.replica.terms), timeout=ASK_TIMEOUT
+            )
+        except SwarmError as exc:
+            self.failed(peer, exc)
+            return exc
+
+    async def deliver(self, peer: PeerId, opening: DeliverDelta, pieces: Sequence[Tensor]) -> Result | GoTo:
+        """Bring a delta to ``peer`` and wait for the end of the round.
+
+        Raise `StaleRoundError` when it goes on from other parameters, what the connection raises, and
+        `DeadlineExceededError` when the round should have ended long ago.
+        """
+        async with (
+            within(opening.patience + CLOSING_TIME, f"{short(peer)} did not end the round"),
+            await self._open(peer, opening) as channel,
+        ):
+            with contextlib.suppress(StreamClosedError, StreamAbortedError):  # what is received says why
+                await send(channel, pieces, self.traffic)
+            while isinstance((message := await next_message(channel)).record, RoundOpen):
+                pass
+            if isinstance(message.record, GoTo):
+                return message.record
+            return await self._receive_result(channel, message.record)
+
+    async def catch_up(self, peer: PeerId) -> bool:
+        """Bring the replica to ``peer``'s state, if that is better; whether it has changed.
+
+        Raise what the connection raises, `ProtocolError` and `DeltaError` for a state that is none.
+        """
+        async with self._catching_up, within(CLOSING_TIME, f"{short(peer)} did not send its state"):
+            replica, before = self.replica, self.replica.lineage
+            opening = FetchState(replica.terms, before.state)
+            try:
+                async with await self._open(peer, opening) as channel:
+                    record = (await next_message(channel)).record
+                    if isinstance(record, ResultsFollow):
+                        await self._apply_results(channel, record.count)
+                    elif isinstance(record, StateFollows) and is_better(record.lineage, before):
+                        values = replica.terms.values
+                        parameters = decode(await receive(channel, values, self.traffic))
+                        velocity = decode(await receive(channel, values, self.traffic))
+                        if is_better(record.lineage, replica.lineage):
+                            replica.adopt(record.lineage, parameters, velocity, record.included)
+            finally:
+                changed = replica.lineage != before
+                if changed:
+                    self.on_change()
+            return changed
+
+    def failed(self, peer: PeerId, error: SwarmError) -> None:
+        """``peer`` did not do as it should."""
+        logger.debug("run %r: %s: %s", self.replica.terms.run, short(peer), error)
+        self._registry.suspect(peer)
+
+    async def _apply_results(self, channel: Channel, count: int) -> None:
+        if count > KEPT_RESULTS:
+            raise ProtocolError(f"{count} results of rounds announced, more than the {KEPT_RESULTS} kept")
+        for _ in range(count):
+            result = await self._receive_result(channel, (await next_message(channel)).record)
+            self.replica.apply(result)
+
+    async def _receive_result(self, channel: Channel, record: object) -> Result:
+        if not isinstance(record, RoundResult):
+            raise ProtocolError(f"a {type(record).__name__} came where the result of a round was expected")
+        pieces = await receive(channel, self.replica.terms.values, self.traffic)
+        return Result(record, tuple(pieces))
+
+    async def _open(self, peer: PeerId, opening: DeliverDelta | FetchState) -> Channel:
+        return await self._node.open(
+            self._addresses(peer), LOCAL_STEPS_PROTOCOL, opening, timeout=OPEN_TIMEOUT
+        )
+
+    def _addresses(self, peer: PeerId) -> list[Address]:
+        info = self._registry.view().servers.get(peer)
+        if info is None or not info.addresses:
+            raise StreamClosedError(f"{short(peer)} has left the run")
+        return [Address.parse(url) for url in info.addresses]

@@ -1,0 +1,137 @@
+"""What a peer of a run answers the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from swarmcore.errors import (
+    DeltaError,
+    InputError,
+    PeerNotAllowedError,
+    RunMismatchError,
+    StaleRoundError,
+    SwarmError,
+)
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.method import Caller
+from swarmcore.rpc.node import Node
+from swarmcore.training.local_steps.coordinator import Coordinator
+from swarmcore.training.local_steps.lineage import is_better
+from swarmcore.training.local_steps.partners import Partners
+from swarmcore.training.local_steps.pieces import decode, encode, receive, send
+from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
+from swarmcore.training.local_steps.replica import Result
+from swarmcore.types import PeerId
+from swarmcore.wire.local_steps import (
+    AskStanding,
+    Contribution,
+    DeliverDelta,
+    FetchState,
+    GoTo,
+    ResultsFollow,
+    RoundOpen,
+    RunTerms,
+    Standing,
+    StateFollows,
+)
+
+_BEAT = 2.0
+"""Seconds between signs that a round is still open."""
+
+_INTRODUCTION = 2.0
+"""Seconds that a newcomer's announcement may take to arrive after its first call."""
+
+MOST_SAMPLES = 2**40
+MOST_PATIENCE = 24 * 3600.0
+
+
+class Answering:
+    """Serves the local-steps protocol on a node, for one run."""
+
+    def __init__(self, node: Node, partners: Partners, coordinator: Coordinator) -> None:
+        self._partners = partners
+        self._coordinator = coordinator
+        self._replica = partners.replica
+        node.serve(STANDING_METHOD, self._standing)
+        node.serve_protocol(LOCAL_STEPS_PROTOCOL, self._serve)
+
+    async def _standing(self, request: AskStanding, caller: Caller) -> Standing:
+        await self._check(caller.peer, request.terms)
+        return self._coordinator.standing
+
+    async def _serve(self, channel: Channel) -> None:
+        opening = channel.opening.record
+        await self._check(channel.remote, opening.terms)
+        if isinstance(opening, DeliverDelta):
+            await self._take(channel, opening)
+        else:
+            await self._give(channel, opening)
+
+    async def _check(self, peer: PeerId, terms: RunTerms) -> None:
+        """Raise unless ``peer`` may take part, on terms that are the same as here."""
+        own = self._replica.terms
+        if terms.run != own.run:
+            raise RunMismatchError(
+                f"this peer takes part in the run {own.run!r}, not in {terms.run[:100]!r}; find the peers of "
+                f"that in the registry"
+            )
+        if not await self._is_introduced(peer):
+            raise PeerNotAllowedError(
+                f"only peers that announce the run {own.run!r} are listened to, and {peer} does not"
+            )
+        if (terms.values, terms.layout) != (own.values, own.layout):
+            raise DeltaError(
+                f"the run {own.run!r} trains {own.values} values (layout {own.layout[:8]}), and not "
+                f"{terms.values} ({terms.layout[:8]}): parameters need the same names, shapes and order"
+            )
+        if terms != own:
+            raise RunMismatchError(
+                f"the run {own.run!r} has outer_lr={own.outer_lr:g}, momentum={own.momentum:g}, and not "
+                f"{terms.outer_lr:g}, {terms.momentum:g}: all its peers need the same"
+            )
+
+    async def _is_introduced(self, peer: PeerId) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_INTRODUCTION):
+                await self._partners.until(lambda: peer in self._partners.alive)
+        return peer in self._partners.alive
+
+    async def _take(self, channel: Channel, opening: DeliverDelta) -> None:
+        if not 0 < opening.samples <= MOST_SAMPLES or not 0 <= opening.patience <= MOST_PATIENCE:
+            raise InputError(f"a delta of {opening.samples} samples that waits {opening.patience} s")
+        if is_better(opening.lineage, self._replica.lineage):
+            try:
+                await self._partners.catch_up(channel.remote)
+            except SwarmError as exc:
+                raise StaleRoundError(f"your state could not be fetched: {exc.message}") from exc
+        self._coordinator.check(opening.lineage)
+        pieces = await receive(channel, self._replica.terms.values, self._partners.traffic)
+        contribution = Contribution(channel.remote, opening.delivery, opening.samples)
+        ending = self._coordinator.deliver(opening.lineage, contribution, decode(pieces), opening.patience)
+        while not ending.done():
+            await asyncio.wait([ending], timeout=_BEAT)
+            if not ending.done():
+                await channel.send(RoundOpen(*self._coordinator.counts))
+        ended = ending.result()
+        if isinstance(ended, GoTo):
+            await channel.send(ended)
+        else:
+            await self._send_result(channel, ended)
+
+    async def _give(self, channel: Channel, opening: FetchState) -> None:
+        replica = self._replica
+        results = replica.since(opening.have)
+        parameters, velocity = replica.parameters, replica.velocity
+        if results is not None and sum(result.nbytes for result in results) <= 8 * len(parameters):
+            await channel.send(ResultsFollow(len(results)))
+            for result in results:
+                await self._send_result(channel, result)
+            return
+        await channel.send(StateFollows(replica.lineage, tuple(replica.included.values())))
+        for vector in (parameters, velocity):
+            await send(channel, encode(vector, "raw"), self._partners.traffic)
+
+    async def _send_result(self, channel: Channel, result: Result) -> None:
+        await channel.send(result.record)
+        await send(channel, result.pieces, self._partners.traffic)

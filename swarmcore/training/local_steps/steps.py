@@ -1,0 +1,222 @@
+"""Training with others: many local steps, then one exchange."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from swarmcore.client.loop_thread import background_loop, wait_on
+from swarmcore.errors import InputError
+from swarmcore.identity import Identity
+from swarmcore.registry.base import Registry
+from swarmcore.rpc.node import Node
+from swarmcore.server.run import NetworkConfig, listening
+from swarmcore.training.local_steps.member import RunMember
+from swarmcore.training.local_steps.parameters import ParameterVector, Trained
+from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
+from swarmcore.types import PeerId
+
+OpenNetwork = Callable[[], AbstractAsyncContextManager[tuple[Node, Registry]]]
+"""Opens a listening node with its registry, which is yet to be started."""
+
+T = TypeVar("T")
+
+LISTEN = {"tcp": ("0.0.0.0:0",)}
+
+
+class LocalSteps:
+    """Trains parameters together with all peers of the swarm that take part in the same run.
+
+    Each peer takes ``every`` steps of its own optimiser on its own data. Then the differences that they made
+    are averaged, weighted by samples, and one step of an outer optimiser is taken with the mean, the same on
+    every peer (DiLoCo, arXiv 2311.08105). Peers may join, leave and die at any time.
+
+    Use it as a context manager, ``async with`` or ``with``. On entering, ``parameters`` become the current
+    ones of the run if others have begun it; a run begins with those of its first peer. Call `step` (or
+    `step_sync` in a loop that cannot await) after every step of the optimiser.
+
+    ``bootstrap`` are addresses of members of the swarm; none for the first one. The peer listens on
+    ``listen`` (transport schemes, each with its places; a free TCP port by default) and has to be reachable
+    there.
+    ``allowed_peers`` closes the run to all others. ``network`` replaces all four.
+    """
+
+    def __init__(
+        self,
+        parameters: Trained,
+        *,
+        run: str,
+        bootstrap: Sequence[str] = (),
+        every: int = 50,
+        outer_lr: float = 0.7,
+        momentum: float = 0.9,
+        codec: str = "raw",
+        deadline: float = 30.0,
+        listen: Mapping[str, Sequence[str]] = LISTEN,
+        announce: Sequence[str] = (),
+        identity: Identity | None = None,
+        allowed_peers: Collection[PeerId] | None = None,
+        on_round: Callable[[RoundReport], None] | None = None,
+        network: OpenNetwork | None = None,
+    ) -> None:
+        """Raise `InputError` for settings out of their range, or parameters that cannot be trained."""
+        self.settings = LocalStepsSettings(
+            run=run, every=every, outer_lr=outer_lr, momentum=momentum, codec=codec, deadline=deadline
+        )
+        self._parameters = ParameterVector(parameters)
+        config = NetworkConfig(
+            transports=listen, announce=announce, bootstrap=bootstrap, allowed_peers=allowed_peers
+        )
+        self._network = network or (lambda: listening(identity or Identity.generate(), config))
+        self._on_round = on_round
+        self._stack = AsyncExitStack()
+        self._member: RunMember | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._base = torch.empty(0)
+        self._steps = 0
+        self._samples = 0
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        if self._member is None:
+            return f"<LocalSteps {settings.run!r} not joined>"
+        return (
+            f"<LocalSteps {settings.run!r} round {self.round} step {self._steps}/{settings.every} "
+            f"{len(self._member.alive)} peers>"
+        )
+
+    @property
+    def round(self) -> int:
+        """Rounds of the run so far."""
+        return self._joined.replica.lineage.round
+
+    @property
+    def peers(self) -> frozenset[PeerId]:
+        """Who takes part now, this peer included."""
+        return self._joined.alive
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can join through this peer."""
+        return tuple(map(str, self._joined.node.addresses))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of deltas, results and parameters, to all peers so far."""
+        return self._joined.traffic.sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._joined.traffic.received
+
+    async def step(self, samples: int = 1) -> RoundReport | None:
+        """Call after every step of the optimiser, with the number of samples that it was on.
+
+        Every ``every``-th call exchanges what was learned and sets the parameters; the others return None at
+        once. Waits no longer than it takes all peers to deliver, and ``deadline`` seconds for those who do
+        not. Raise `DeltaError` when the parameters are not finite.
+        """
+        if not self._is_due(samples):
+            return None
+        if asyncio.get_running_loop() is not self._loop:
+            raise InputError("this LocalSteps was entered on another event loop; use step_sync() here")
+        delta = self._base - self._parameters.read()
+        return self._settle(delta, await self._joined.exchange(delta, self._samples))
+
+    def step_sync(self, samples: int = 1) -> RoundReport | None:
+        """`step` for code that cannot await, in any thread but the event loop's."""
+        if not self._is_due(samples):
+            return None
+        delta = self._base - self._parameters.read()
+        return self._settle(delta, self._wait(self._joined.exchange(delta, self._samples)))
+
+    async def wait_for_peers(self, count: int, timeout: float = 60.0) -> None:
+        """Until ``count`` peers take part, this one included. Raise `DeadlineExceededError`."""
+        await self._joined.wait_for_peers(count, timeout)
+
+    def wait_for_peers_sync(self, count: int, timeout: float = 60.0) -> None:
+        """`wait_for_peers` for code that cannot await."""
+        self._wait(self._joined.wait_for_peers(count, timeout))
+
+    async def __aenter__(self) -> LocalSteps:
+        await self._enter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._leave()
+
+    def __enter__(self) -> LocalSteps:
+        background_loop().run(self._enter())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        background_loop().run(self._leave())
+
+    async def _enter(self) -> None:
+        if self._member is not None:
+            raise InputError("this LocalSteps is entered already")
+        async with AsyncExitStack() as stack:
+            node, registry = await stack.enter_async_context(self._network())
+            await registry.start()
+            own = self._parameters.read()
+            member = RunMember(node, registry, self.settings, own, layout=self._parameters.layout)
+            stack.push_async_callback(member.leave)
+            await member.join()
+            self._stack = stack.pop_all()
+        self._member = member
+        self._loop = asyncio.get_running_loop()
+        self._start_from(member.replica.parameters)
+
+    async def _leave(self) -> None:
+        await self._stack.aclose()
+        self._member = self._loop = None
+
+    @property
+    def _joined(self) -> RunMember:
+        if self._member is None:
+            raise InputError("enter the LocalSteps first: async with LocalSteps(...) as steps")
+        return self._member
+
+    def _is_due(self, samples: int) -> bool:
+        if samples < 1:
+            raise InputError(f"a step is on 1 sample or more; got {samples}")
+        self._joined  # noqa: B018  (raises)
+        self._steps += 1
+        self._samples += samples
+        return self._steps >= self.settings.every
+
+    def _settle(self, delta: torch.Tensor, report: RoundReport) -> RoundReport:
+        """Go on from the current parameters; what has not got into them is kept."""
+        self._start_from(self._joined.replica.parameters)
+        self._steps = 0
+        if report.included:
+            self._samples = 0
+        else:
+            self._parameters.write(self._base - delta)
+        if self._on_round is not None:
+            self._on_round(report)
+        return report
+
+    def _start_from(self, values: torch.Tensor) -> None:
+        self._parameters.write(values)
+        self._base = self._parameters.read()  # as they were rounded
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        assert self._loop is not None
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self._loop:
+            coroutine.close()
+            raise InputError("a call that waits was made on the loop that it waits for; await step() there")
+        return wait_on(self._loop, coroutine)
