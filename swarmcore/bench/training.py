@@ -70,7 +70,7 @@ class TrainingBench:
     length: int = 128
     micro_batch_tokens: int = 512
     rounds: int = 3
-    decode_tokens: int = 64
+    decode_tokens: int = 192
 
     async def run(
         self, *, progress: Progress | None = None, remark: Callable[[str], None] = lambda text: None
@@ -123,8 +123,8 @@ class TrainingBench:
                 await _forward_and_back(model, hidden[:1])
                 trained += self.length
 
-        # Several at a time, so that the server is never without work.
-        training = [asyncio.create_task(train()) for _ in range(4)]
+        # Two at a time, so that the server is never without work.
+        training = [asyncio.create_task(train()) for _ in range(2)]
         began = clock()
         try:
             loaded = await self._step_times(model)
