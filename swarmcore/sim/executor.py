@@ -63,7 +63,9 @@ class SimExecutor(BlockExecutor):
 
     def forward(self, batch: SequenceBatch, *, keep: bool = False) -> SimForward:
         check_batch(self.model, self.span, batch, batch.hidden)
-        return SimForward(batch, self._spend, keep=keep)
+        return SimForward(
+            self._sim_model, batch, self._spend, keep_row_bytes=self._costs.row_bytes if keep else 0
+        )
 
     def backward(
         self,
@@ -75,7 +77,10 @@ class SimExecutor(BlockExecutor):
         weights: bool = False,
     ) -> SimBackward:
         check_batch(self.model, self.span, batch, gradients)
-        return SimBackward(batch, self._spend, kept, inputs, weights)
+        assert kept is None or isinstance(kept, SimForward)
+        return SimBackward(
+            self._sim_model, batch, gradients, self._spend, kept, inputs=inputs, weights=weights
+        )
 
     async def _spend(self, load: BatchLoad, times: float) -> None:
         # What a batch takes once is spread over its blocks, one of which is a unit of a pass.

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from swarmcore.types import ModelInfo, Span
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import ITEM_BYTES, Tensor
 
 MASK = 2**64 - 1
 ROW_BYTES = 16
@@ -24,6 +24,8 @@ HIDDEN_SIZE = 4
 """Of 4-byte values: what a row takes in a message."""
 
 VOCABULARY = 50_000
+
+_NUMBERS = struct.Struct("<QQ")
 
 
 def _mix(value: int) -> int:
@@ -45,11 +47,15 @@ class SimModel:
 
     name: str
     blocks: int
+    row_bytes: int = ROW_BYTES
+    """Of a row of hidden states: those of passes may be longer, with zeros at their end."""
+    dtype: str = "float32"
     info: ModelInfo = attrs.field(init=False)
     _sums: list[int] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self.info = ModelInfo(self.name, f"simulated-{self.name}", self.blocks, HIDDEN_SIZE)
+        width = self.row_bytes // ITEM_BYTES[self.dtype]
+        self.info = ModelInfo(self.name, f"simulated-{self.name}", self.blocks, width)
         self._sums = [0]
         for block in range(self.blocks):
             self._sums.append((self._sums[-1] + _mix(block)) & MASK)
@@ -74,9 +80,41 @@ class SimModel:
         """The second number that is right after a sequence whose hash is ``state``."""
         return (self._sums[-1] * state) & MASK
 
+    # --- batches of passes: the first row says which it is, and what became of it ------------------------
+
+    def batch(self, name: int, rows: int) -> Tensor:
+        """A batch called ``name`` on its way into the first block, or its gradient into the last."""
+        return self._named(name, 0, rows)
+
+    def forward(self, hidden: Tensor, span: Span) -> Tensor:
+        """What comes out of ``span``, however it is cut."""
+        name, number = batch_numbers(hidden)
+        return self._named(name, number + self.weight(span) * _mix(name), hidden.shape[0])
+
+    def backward(self, gradients: Tensor, hidden: Tensor, span: Span) -> Tensor:
+        """The gradients of ``hidden``, the inputs of ``span``; they come out wrong if those are."""
+        name, number = batch_numbers(gradients)
+        off = batch_numbers(hidden)[1] - self._sums[span.start] * _mix(name)
+        return self._named(name, number + self.weight(span) * (_mix(name + 1) + off), hidden.shape[0])
+
+    def gradient(self, name: int) -> tuple[int, int]:
+        """The numbers that the gradients of a batch's inputs have in the end, when all is right."""
+        return name, (self._sums[-1] * _mix(name + 1)) & MASK
+
+    def _named(self, name: int, number: int, rows: int) -> Tensor:
+        data = bytearray(rows * self.row_bytes)
+        _NUMBERS.pack_into(data, 0, name & MASK, number & MASK)
+        return Tensor("hidden", self.dtype, (rows, self.info.hidden_size), memoryview(data))
+
     def follow(self, state: int, token: int) -> int:
         """`next_state`, for a token as the client knows it."""
         return next_state(state, _mix(token))
+
+
+def batch_numbers(rows: Tensor) -> tuple[int, int]:
+    """The name of a batch, and what became of it so far."""
+    name, number = _NUMBERS.unpack_from(rows.data)
+    return name, number
 
 
 def pack_rows(numbers: Sequence[int]) -> Tensor:

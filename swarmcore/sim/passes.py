@@ -1,4 +1,4 @@
-"""Simulated forward and backward passes: they take the time that real ones would; their rows are empty."""
+"""Simulated forward and backward passes: as long as real ones, with numbers that show if one went wrong."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from swarmcore.errors import InvalidBatchError, SpanError
 from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
 from swarmcore.sim.costs import BatchLoad
+from swarmcore.sim.model import SimModel
 from swarmcore.types import ModelInfo, Span
-from swarmcore.wire.tensors import ITEM_BYTES, Tensor
+from swarmcore.wire.tensors import Tensor
 
 BACKWARD = 2.0
 """What a backward pass takes, in forward passes of the same rows; recomputing adds one."""
@@ -34,9 +35,13 @@ class SimAdapter(Adapter):
 class SimForward(ForwardPass):
     """A unit is as many whole sequences as fit, through one block."""
 
-    def __init__(self, batch: SequenceBatch, spend: Spend, *, keep: bool = False) -> None:
+    def __init__(
+        self, model: SimModel, batch: SequenceBatch, spend: Spend, *, keep_row_bytes: int = 0
+    ) -> None:
+        """``keep_row_bytes`` are what activations of a row take in a block; 0 when they are not kept."""
         self.through = False
-        self._batch, self._spend, self._keep = batch, spend, keep
+        self.hidden = batch.hidden
+        self._model, self._batch, self._spend, self._keep = model, batch, spend, keep_row_bytes
         self._units = _Units(batch)
 
     async def advance(self, max_tokens: int) -> bool:
@@ -44,11 +49,9 @@ class SimForward(ForwardPass):
         began = asyncio.get_running_loop().time()
         await self._spend(load, 1.0)
         self.seconds += asyncio.get_running_loop().time() - began
-        if self._keep:
-            hidden = self._batch.hidden
-            self.kept_bytes += load.prefill_rows * hidden.shape[1] * ITEM_BYTES[hidden.dtype]
+        self.kept_bytes += load.prefill_rows * self._keep
         if self.through:
-            self.outputs = empty_rows(self._batch)
+            self.outputs = self._model.forward(self.hidden, self._batch.span)
         return self.through
 
     def close(self) -> None:
@@ -59,10 +62,18 @@ class SimBackward(BackwardPass):
     """First the forward units again, unless they were kept."""
 
     def __init__(
-        self, batch: SequenceBatch, spend: Spend, kept: ForwardPass | None, inputs: bool, weights: bool
+        self,
+        model: SimModel,
+        batch: SequenceBatch,
+        gradients: Tensor,
+        spend: Spend,
+        kept: SimForward | None,
+        *,
+        inputs: bool,
+        weights: bool,
     ) -> None:
-        self._batch, self._spend, self._kept = batch, spend, kept
-        self._inputs, self._weights = inputs, weights
+        self._model, self._batch, self._spend, self._kept = model, batch, spend, kept
+        self._above, self._inputs, self._weights = gradients, inputs, weights
         self._recompute = _Units(batch) if kept is None else None
         self._units = _Units(batch)
 
@@ -86,7 +97,8 @@ class SimBackward(BackwardPass):
     def _finish(self) -> None:
         adapter = self._batch.adapter
         if self._inputs:
-            self.gradients = empty_rows(self._batch)
+            hidden = self._batch.hidden if self._kept is None else self._kept.hidden
+            self.gradients = self._model.backward(self._above, hidden, self._batch.span)
         if self._weights and isinstance(adapter, SimAdapter):
             self.weights = tuple(empty(name, dtype, shape) for name, dtype, shape in adapter.layout)
 
@@ -121,11 +133,6 @@ def check_batch(model: ModelInfo, held: Span, batch: SequenceBatch, rows: Tensor
         raise SpanError(f"blocks {batch.span} are not all of {held}")
     if rows.shape != (batch.tokens, model.hidden_size) or not all(length > 0 for length in batch.lengths):
         raise InvalidBatchError(f"rows of shape {list(rows.shape)} for sequences of {batch.lengths} tokens")
-
-
-def empty_rows(batch: SequenceBatch) -> Tensor:
-    """The rows that come out of a batch."""
-    return empty("hidden", batch.hidden.dtype, batch.hidden.shape)
 
 
 def empty(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:

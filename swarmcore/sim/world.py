@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from swarmcore.identity import Identity
 from swarmcore.sim.costs import MeasuredModel
 from swarmcore.sim.hosts import Geography
-from swarmcore.sim.model import ROW_BYTES, SimModel
+from swarmcore.sim.model import SimModel
 from swarmcore.sim.network import SimNetwork
 from swarmcore.sim.trace import Trace
 from swarmcore.sim.traffic import Scale
@@ -41,16 +41,23 @@ class Inhabitant(Protocol):
 class World:
     """All that peers share. Whatever is drawn in it follows from ``seed``, by name."""
 
-    def __init__(self, seed: int | str, geography: Geography, measured: MeasuredModel) -> None:
+    def __init__(
+        self,
+        seed: int | str,
+        geography: Geography,
+        measured: MeasuredModel,
+        model: SimModel | None = None,
+    ) -> None:
+        """``model`` is the one that ``measured`` stands for, unless its rows have to be larger."""
         self.seed = seed
         self.measured = measured
-        self.model = SimModel(measured.name, measured.blocks)
+        self.model = model or SimModel(measured.name, measured.blocks)
         self.trace = Trace()
         self.network = SimNetwork(
             geography,
             self.rng("network"),
             trace=self.trace,
-            scale=Scale(measured.row_bytes / ROW_BYTES, measured.cache_bytes / _STATE_BYTES),
+            scale=Scale(measured.row_bytes / self.model.row_bytes, measured.cache_bytes / _STATE_BYTES),
         )
         self._names: dict[PeerId, str] = {}
         self._inhabitants: list[Inhabitant] = []
@@ -91,7 +98,7 @@ class World:
         thresholds = gc.get_threshold()
         gc.set_threshold(_GARBAGE, *thresholds[1:])
         try:
-            return clock.run(self._live(main()), horizon=float("inf"))
+            return clock.run(self._live(main()), horizon=float("inf"), threads=False)
         finally:
             gc.set_threshold(*thresholds)
 

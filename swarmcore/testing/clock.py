@@ -34,13 +34,17 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     """An event loop whose `time` starts at ``start`` and moves only when no callback is ready to run.
 
     Work given to `run_in_executor` (and so to `asyncio.to_thread`) takes no virtual time: the clock stands
-    until it is done. `VirtualTimeError` is raised out of ``run_until_complete`` when every task waits and
-    there is no timer that could wake one, and when the clock would pass ``start + horizon`` seconds: a
-    program with periodic timers that waits for something that never comes would otherwise run for ever.
+    until it is done. Without ``threads`` the loop does it at once itself, so that the order in which several
+    pieces of it end is always the same.
+
+    `VirtualTimeError` is raised out of ``run_until_complete`` when every task waits and there is no timer
+    that could wake one, and when the clock would pass ``start + horizon`` seconds: a program with periodic
+    timers that waits for something that never comes would otherwise run for ever.
     """
 
-    def __init__(self, start: float = 0.0, *, horizon: float = HORIZON) -> None:
+    def __init__(self, start: float = 0.0, *, horizon: float = HORIZON, threads: bool = True) -> None:
         self._now = start
+        self._threads = threads
         self._end = start + horizon
         self._threads_at_work = 0
         super().__init__(_JumpingSelector(self._pass_time))
@@ -51,6 +55,8 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
     ) -> asyncio.Future[T]:
+        if not self._threads:
+            return self._done_at_once(func, *args)
         future = super().run_in_executor(executor, func, *args)
         self._threads_at_work += 1
         future.add_done_callback(self._thread_done)
@@ -62,6 +68,14 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
             await super().shutdown_default_executor(*timeout)
         finally:
             self._threads_at_work -= 1
+
+    def _done_at_once(self, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as exc:
+            future.set_exception(exc)
+        return future
 
     def _thread_done(self, _: asyncio.Future[Any]) -> None:
         self._threads_at_work -= 1
@@ -117,7 +131,11 @@ class _JumpingSelector(selectors.BaseSelector):
         self._selector.close()
 
 
-def run(main: Coroutine[Any, Any, T], *, start: float = 0.0, horizon: float = HORIZON) -> T:
+def run(
+    main: Coroutine[Any, Any, T], *, start: float = 0.0, horizon: float = HORIZON, threads: bool = True
+) -> T:
     """`asyncio.run` on a `VirtualClockLoop`: run ``main`` to its end, cancel what it left, close the loop."""
-    with asyncio.Runner(loop_factory=lambda: VirtualClockLoop(start, horizon=horizon)) as runner:
+    with asyncio.Runner(
+        loop_factory=lambda: VirtualClockLoop(start, horizon=horizon, threads=threads)
+    ) as runner:
         return runner.run(main)

@@ -118,7 +118,7 @@ async def test_passes_take_the_time_of_their_rows_and_back_takes_more() -> None:
     while not await forward.advance(100):
         pass
     assert forward.seconds == pytest.approx(COSTS.costs.seconds(4, load))
-    assert forward.outputs.shape == hidden.shape and forward.kept_bytes == 4 * hidden.data.nbytes
+    assert forward.outputs.shape == hidden.shape and forward.kept_bytes == 4 * 20 * COSTS.row_bytes
     for kept, times in ((forward, 2), (None, 3)):
         back = on.backward(batch, hidden, kept=kept)
         while not await back.advance(100):
