@@ -128,7 +128,12 @@ class Pinger:
         loop = asyncio.get_running_loop()
         self._tried[server.peer] = loop.time()
         try:
-            seconds = await measure_round_trip(self._node, server, timeout=self._limits.timeout)
+            seconds = await measure_round_trip(
+                self._node,
+                server,
+                timeout=self._limits.timeout,
+                known=self._latencies.seconds.get(server.peer),
+            )
         except InputError:
             return  # no transport in common, or not on its list: no fault of its own
         except SwarmError as exc:

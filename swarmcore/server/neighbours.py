@@ -22,10 +22,12 @@ class NeighbourLimits:
     published: int = 8
     """Round trips announced: those to the nearest successors."""
     pinged: int = 16
-    """Servers pinged in a round: the ones announced, and others in turn."""
+    """Most servers pinged in a round: the ones announced, and others in turn."""
     at_once: int = 4
     round: float = 60.0
     """Seconds between two rounds, more or less."""
+    refresh: float = 600.0
+    """Seconds for which a measurement is good."""
     timeout: float = 5.0
     change: float = 0.2
     """Part by which a round trip has to differ from what is announced to be announced anew,"""
@@ -91,17 +93,28 @@ class Neighbours:
         ]
 
     def _next(self, successors: list[ServerInfo]) -> list[ServerInfo]:
-        """The ones announced, then those not measured for the longest time."""
+        """Those that are due: the ones announced, then those not measured for the longest time."""
         now = asyncio.get_running_loop().time()
         announced = {rtt.peer for rtt in self.rtts}
-        self._rng.shuffle(successors)
-        successors.sort(key=lambda server: -self._latencies.age(server.peer, now))
-        successors.sort(key=lambda server: server.peer not in announced)
-        return successors[: self._limits.pinged]
+        # Spread over a fifth of the time, so that not all come due at once.
+        due = [
+            server
+            for server in successors
+            if self._latencies.age(server.peer, now) > self._limits.refresh * self._rng.uniform(0.8, 1.0)
+        ]
+        self._rng.shuffle(due)
+        due.sort(key=lambda server: -self._latencies.age(server.peer, now))
+        due.sort(key=lambda server: server.peer not in announced)
+        return due[: self._limits.pinged]
 
     async def _ping(self, server: ServerInfo) -> None:
         try:
-            seconds = await measure_round_trip(self._node, server, timeout=self._limits.timeout)
+            seconds = await measure_round_trip(
+                self._node,
+                server,
+                timeout=self._limits.timeout,
+                known=self._latencies.seconds.get(server.peer),
+            )
         except SwarmError:
             self._latencies.forget(server.peer)
         else:
