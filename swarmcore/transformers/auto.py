@@ -11,6 +11,7 @@ import transformers
 
 from swarmcore import sync
 from swarmcore.client.blockless import load_without_blocks, with_blocks
+from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.model import load_generation_config
 from swarmcore.client.options import SessionOptions
 from swarmcore.errors import InputError
@@ -19,6 +20,7 @@ from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.identity import Identity
 from swarmcore.transformers.model import remote_model
 from swarmcore.transformers.remote import RemoteStack
+from swarmcore.transformers.saving import read_saved_parts
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -47,37 +49,48 @@ class _AutoRemoteModel:
         cache_dir: Path | None = None,
         identity: Identity | None = None,
         session_options: SessionOptions | None = None,
+        pass_options: PassOptions | None = None,
         adapter: BlockAdapter | str | None = None,
         progress: Progress | None = None,
         **config: Any,
     ) -> Any:
         """The model of that folder, GGUF file or hub id, its blocks those that servers of the swarm hold.
 
+        Or the model that ``save_pretrained`` wrote the trained parts of into that folder, with them.
+
         The swarm is the one that any of the ``bootstrap`` addresses is a member of, joined under
         ``identity`` and left by the model's ``close()``; or ``swarm``, which stays open. ``dtype`` is that of
-        the parts that are here. ``adapter`` is one of the client's own for the blocks, or the name of one
+        the parts that are here. ``session_options`` say how generations travel, ``pass_options`` how batches
+        without a cache do, with their gradients. ``adapter`` is one of the client's own for the blocks, or the name of one
         that servers have. Further options are put into the config: ``num_labels``, ``id2label``,
         ``pad_token_id`` and the like.
 
         Raise `InputError` for options that do not go together or are not in the config, what
-        `swarmcore.connect` raises, `ModelNotFoundError`, `CheckpointError`, and `UnsupportedModelError` for a
-        family without such a model.
+        `swarmcore.connect` raises, `ModelNotFoundError`, `CheckpointError`, `ModelMismatchError` for parts
+        that were trained on other weights, and `UnsupportedModelError` for a family without such a model.
         """
         addresses = [bootstrap] if isinstance(bootstrap, str) else list(bootstrap)
         if bool(addresses) == (swarm is not None):
             raise InputError("pass bootstrap=[address] of a member of the swarm, or a swarm=, and not both")
         if swarm is not None and identity is not None:
             raise InputError("the identity is that of the swarm= that was passed: leave it out")
+        saved = read_saved_parts(Path(name_or_path))
+        if saved is not None:
+            name_or_path, config = saved.model, {**saved.config, **config}
         checkpoint = open_checkpoint(
             str(name_or_path), revision=revision, cache_dir=cache_dir, progress=progress
         )
         model = cls._local_parts(checkpoint, _dtype_name(dtype), config, progress)
+        model.config._name_or_path = str(name_or_path)
+        if saved is not None:
+            saved.put_into(model, checkpoint.info)
         connected = swarm or sync.connect(*addresses, identity=identity)
         try:
             stack = RemoteStack(
                 connected,
                 checkpoint.info,
                 session_options=session_options,
+                pass_options=pass_options,
                 adapter=adapter,
                 owns=swarm is None,
             )
@@ -105,7 +118,6 @@ class _AutoRemoteModel:
             progress=progress,
         )
         model.config = with_blocks(model.config, text)
-        model.config._name_or_path = checkpoint.name
         if model.can_generate():
             model.generation_config = _generation_config(checkpoint)
         return model

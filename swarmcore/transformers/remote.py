@@ -16,6 +16,7 @@ from swarmcore.client.adapter_snapshot import snapshot
 from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.client.bridge import Bridge
 from swarmcore.client.loop_thread import LoopThread
+from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.options import SessionOptions
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.types import ModelInfo, Span
@@ -39,6 +40,7 @@ class RemoteStack:
         model: ModelInfo,
         *,
         session_options: SessionOptions | None = None,
+        pass_options: PassOptions | None = None,
         adapter: BlockAdapter | str | None = None,
         owns: bool = True,
     ) -> None:
@@ -48,7 +50,7 @@ class RemoteStack:
         self._open_session = functools.partial(
             swarm.asynchronous.open_session, model, options=session_options
         )
-        self._bridge = self._loop.run(self._bridged())
+        self._bridge = self._loop.run(self._bridged(pass_options))
         self.blocks = RemoteBlocks(self._bridge, model, Span(0, model.blocks), adapter)
         """What runs batches without a cache, and carries gradients."""
         self._caches: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
@@ -99,5 +101,5 @@ class RemoteStack:
         if self._owns:
             self._swarm.close()
 
-    async def _bridged(self) -> Bridge:
-        return Bridge(self._swarm.asynchronous, self.model)
+    async def _bridged(self, options: PassOptions | None) -> Bridge:
+        return Bridge(self._swarm.asynchronous, self.model, options)

@@ -21,10 +21,11 @@ from swarmcore.executor.torch.checkpoint import open_checkpoint
 
 @pytest.fixture
 def loop() -> Iterator[sync.LoopThread]:
+    before = set(threading.enumerate())
     loop = sync.LoopThread()
     yield loop
     loop.stop()
-    assert "swarmcore-sync" not in {thread.name for thread in threading.enumerate()}
+    assert not [thread for thread in threading.enumerate() if thread not in before]
 
 
 @pytest.fixture
