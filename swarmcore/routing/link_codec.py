@@ -1,6 +1,6 @@
 """Which codec a training pass uses on each link: lossless where time allows, fewer bytes where it does not.
 
-After AdaTopK of FusionLLM (arXiv 2410.12707, section 5): what goes over a link is compressed in proportion to
+After AdaTopK of FusionLLM (arXiv 2410.12707): what goes over a link is compressed in proportion to
 the time it takes there, relative to that of the other stages; only links that hold the pipeline up lose any.
 
 What a client does with it, for each tensor of a pass with ``codec="auto"``::
