@@ -61,9 +61,9 @@ class _AutoRemoteModel:
         The swarm is the one that any of the ``bootstrap`` addresses is a member of, joined under
         ``identity`` and left by the model's ``close()``; or ``swarm``, which stays open. ``dtype`` is that of
         the parts that are here. ``session_options`` say how generations travel, ``pass_options`` how batches
-        without a cache do, with their gradients. ``adapter`` is one of the client's own for the blocks, or the name of one
-        that servers have. Further options are put into the config: ``num_labels``, ``id2label``,
-        ``pad_token_id`` and the like.
+        without a cache do, with their gradients. ``adapter`` is one of the client's own for the blocks, or
+        the name of one that servers have. Further options are put into the config: ``num_labels``,
+        ``id2label``, ``pad_token_id`` and the like.
 
         Raise `InputError` for options that do not go together or are not in the config, what
         `swarmcore.connect` raises, `ModelNotFoundError`, `CheckpointError`, `ModelMismatchError` for parts

@@ -21,11 +21,15 @@ from swarmcore.executor.torch.checkpoint import open_checkpoint
 
 @pytest.fixture
 def loop() -> Iterator[sync.LoopThread]:
-    before = set(threading.enumerate())
+    before = loop_threads()
     loop = sync.LoopThread()
     yield loop
     loop.stop()
-    assert not [thread for thread in threading.enumerate() if thread not in before]
+    assert loop_threads() <= before
+
+
+def loop_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "swarmcore-sync"}
 
 
 @pytest.fixture
