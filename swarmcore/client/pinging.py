@@ -34,6 +34,8 @@ class PingLimits:
     refresh: float = 60.0
     """Seconds for which a measurement is good, and for which a server that does not answer is left alone."""
     timeout: float = 5.0
+    idle: float = 300.0
+    """Seconds without use after which nobody is pinged for a model, until it is used again."""
 
 
 class Pinger:
@@ -61,6 +63,7 @@ class Pinger:
         self._admits = admits
         self._limits = limits or PingLimits()
         self._looked_at: dict[str, asyncio.Event] = {}
+        self._used: dict[str, float] = {}
         self._tried: dict[PeerId, float] = {}
         self._wake = asyncio.Event()
         self._tasks = BackgroundTasks()
@@ -77,9 +80,13 @@ class Pinger:
         await self._tasks.close()
 
     async def look_at(self, model: ModelInfo, *, timeout: float = 1.0) -> None:
-        """Ping servers of ``model`` from now on; wait until the first round is over, ``timeout`` at most."""
+        """Ping servers of ``model`` from now on; wait until the first round is over, ``timeout`` at most.
+
+        It goes on while the model is `used`.
+        """
         if not len(self._tasks):
             return
+        self.used(model)
         if model.fingerprint not in self._looked_at:
             self._looked_at[model.fingerprint] = asyncio.Event()
             self._wake.set()
@@ -89,8 +96,13 @@ class Pinger:
         except TimeoutError:
             pass  # those that have not answered by now are not the nearest
 
+    def used(self, model: ModelInfo) -> None:
+        """Sessions of the model are at work."""
+        self._used[model.fingerprint] = asyncio.get_running_loop().time()
+
     async def _run(self) -> None:
         while True:
+            self._drop_idle()
             if not self._looked_at:
                 await self._wake.wait()
             self._wake.clear()
@@ -103,6 +115,12 @@ class Pinger:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    def _drop_idle(self) -> None:
+        before = asyncio.get_running_loop().time() - self._limits.idle
+        for fingerprint in [each for each, used in self._used.items() if used < before]:
+            del self._used[fingerprint]
+            self._looked_at.pop(fingerprint, None)
 
     def _due(self, fingerprints: Iterable[str]) -> list[ServerInfo]:
         now = asyncio.get_running_loop().time()

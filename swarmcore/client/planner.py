@@ -41,8 +41,11 @@ class SwarmPlanner:
         *,
         session_id: Callable[[], str] = random_session_id,
         adapter: AdapterWeights | None = None,
+        on_use: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_use`` is called whenever a session of the model has got something done."""
         self.session_id = session_id
+        self._on_use = on_use
         self.adapter = adapter
         self._registry = registry
         self._router = router
@@ -98,3 +101,4 @@ class SwarmPlanner:
 
     def worked(self, peer: PeerId) -> None:
         self._health.succeeded(peer)
+        self._on_use()

@@ -167,7 +167,13 @@ class Swarm:
         """
         await self._pinger.look_at(model)
         planner = SwarmPlanner(
-            self.registry, self.router, self.health, model, session_id=self._session_id, adapter=adapter
+            self.registry,
+            self.router,
+            self.health,
+            model,
+            session_id=self._session_id,
+            adapter=adapter,
+            on_use=functools.partial(self._pinger.used, model),
         )
         return await open_session(
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options

@@ -47,6 +47,24 @@ async def test_a_look_does_not_wait_for_who_does_not_answer() -> None:
             assert asyncio.get_running_loop().time() - started == pytest.approx(1.0)
 
 
+async def test_nobody_is_pinged_for_a_model_that_is_not_used_any_more() -> None:
+    async with measured_peers() as peers:
+        await peers.add(0, 12, 0.02)
+        async with pinging(peers, limits=PingLimits(idle=100.0, refresh=30.0)) as pinger:
+            await pinger.look_at(MODEL)
+            for _ in range(6):
+                await asyncio.sleep(50)
+                pinger.used(MODEL)
+            await asyncio.sleep(200)
+            # One ping is enough each time: the round trip is what it was.
+            pinged = len(peers.pings)
+            assert PINGS + 300 / 60 < pinged < PINGS + 500 / 24
+            await asyncio.sleep(1000)
+            assert len(peers.pings) == pinged
+            await pinger.look_at(MODEL)
+            assert len(peers.pings) > pinged
+
+
 async def test_nobody_is_pinged_before_a_model_is_in_use_and_nobody_after_the_end() -> None:
     async with measured_peers() as peers:
         await peers.add(0, 12, 0.02)
@@ -62,7 +80,7 @@ async def test_nobody_is_pinged_before_a_model_is_in_use_and_nobody_after_the_en
 async def test_measurements_are_kept_fresh_and_new_servers_are_found() -> None:
     async with measured_peers() as peers:
         old = await peers.add(0, 12, 0.02)
-        async with pinging(peers) as pinger:
+        async with pinging(peers, limits=PingLimits(idle=1e9)) as pinger:
             await pinger.look_at(MODEL)
             new = await peers.add(0, 12, 0.04)
             for _ in range(30):
