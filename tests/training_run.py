@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from random import Random
 from types import TracebackType
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import attrs
 import torch
 
-from swarmcore.errors import SwarmError
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node

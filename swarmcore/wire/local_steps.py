@@ -136,3 +136,5 @@ class Standing:
     lineage: Lineage
     delivered: int = 0
     """Deltas that it holds for the round that follows; not 0 when it coordinates that round."""
+    settled: bool = True
+    """Whether these are the run's parameters, and not what a newcomer has brought along."""

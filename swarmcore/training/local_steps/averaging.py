@@ -9,7 +9,7 @@ import torch
 
 from swarmcore.errors import DeltaError
 
-LARGEST_NORM = 3.0
+LARGEST_NORM = 5.0
 """Norms are clipped to so many times the median one."""
 LARGEST_WEIGHT = 4
 """Samples count up to so many times the median number."""
@@ -18,7 +18,7 @@ LARGEST_WEIGHT = 4
 def average(deltas: Sequence[torch.Tensor], samples: Sequence[int]) -> tuple[torch.Tensor, int]:
     """The mean of ``deltas``, each ``[values]`` in float32, weighted by their samples; and all samples.
 
-    A delta whose norm is above three times the median norm is scaled down to that, and samples above four
+    A delta whose norm is above five times the median norm is scaled down to that, and samples above four
     times their median are counted as that: one peer of many can neither throw the others off nor outvote
     them. The lower median is taken, of two the lesser. The order of addition is that of ``deltas``.
     """

@@ -10,7 +10,7 @@ import torch
 
 from swarmcore.errors import StaleRoundError, StreamClosedError, SwarmError
 from swarmcore.training.local_steps.averaging import average, norm
-from swarmcore.training.local_steps.lineage import by_rank, is_better
+from swarmcore.training.local_steps.lineage import by_rank
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import encode, result_codec
 from swarmcore.training.local_steps.replica import Result
@@ -51,7 +51,8 @@ class Coordinator:
     @property
     def standing(self) -> Standing:
         """How far this peer is, for those who ask."""
-        return Standing(self._replica.lineage, len(self._round) if self._round is not None else 0)
+        delivered = len(self._round) if self._round is not None else 0
+        return Standing(self._replica.lineage, delivered, self._replica.settled)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -159,7 +160,7 @@ class Coordinator:
             return None
         answers = await self._partners.ask(missing)
         standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
-        ahead = [peer for peer, said in standings.items() if is_better(said.lineage, self._replica.lineage)]
+        ahead = [peer for peer, said in standings.items() if self._replica.gives_way_to(said.lineage)]
         for peer in sorted(ahead, key=lambda peer: (standings[peer].lineage.work, peer), reverse=True):
             try:
                 await self._partners.catch_up(peer)

@@ -99,14 +99,15 @@ class RunMember:
         if refusals and not standings:
             await self._registry.withdraw()
             raise refusals[0]
-        for peer in sorted(standings, key=lambda peer: _merit(standings[peer].lineage), reverse=True):
-            if not is_better(standings[peer].lineage, self.replica.lineage):
+        for peer in sorted(standings, key=lambda peer: _merit(standings[peer]), reverse=True):
+            said = standings[peer]
+            if said.lineage == self.replica.lineage:
                 break
-            try:
-                await self._partners.catch_up(peer)
+            if not said.settled and not is_better(said.lineage, self.replica.lineage):
+                continue
+            if await self._catch_up(peer):
                 break
-            except SwarmError as exc:
-                self._partners.failed(peer, exc)
+        self.replica.settled = True
         logger.info("%r has joined", self)
 
     async def leave(self) -> None:
@@ -223,5 +224,5 @@ class RunMember:
         return report
 
 
-def _merit(lineage: Lineage) -> tuple[int, str]:
-    return lineage.work, lineage.state
+def _merit(said: Standing) -> tuple[bool, int, str]:
+    return said.settled, said.lineage.work, said.lineage.state

@@ -12,7 +12,6 @@ from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.deadline import within
-from swarmcore.training.local_steps.lineage import is_better
 from swarmcore.training.local_steps.pieces import Traffic, decode, next_message, receive, send
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
 from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result
@@ -106,7 +105,7 @@ class Partners:
             return await self._receive_result(channel, message.record)
 
     async def catch_up(self, peer: PeerId) -> bool:
-        """Bring the replica to ``peer``'s state, if that is better; whether it has changed.
+        """Bring the replica to ``peer``'s state, if it gives way to that; whether it has changed.
 
         Raise what the connection raises, `ProtocolError` and `DeltaError` for a state that is none.
         """
@@ -118,11 +117,11 @@ class Partners:
                     record = (await next_message(channel)).record
                     if isinstance(record, ResultsFollow):
                         await self._apply_results(channel, record.count)
-                    elif isinstance(record, StateFollows) and is_better(record.lineage, before):
+                    elif isinstance(record, StateFollows) and replica.gives_way_to(record.lineage):
                         values = replica.terms.values
                         parameters = decode(await receive(channel, values, self.traffic))
                         velocity = decode(await receive(channel, values, self.traffic))
-                        if is_better(record.lineage, replica.lineage):
+                        if replica.gives_way_to(record.lineage):
                             replica.adopt(record.lineage, parameters, velocity, record.included)
             finally:
                 changed = replica.lineage != before

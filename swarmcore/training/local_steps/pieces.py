@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import attrs
 import torch
 
+import swarmcore.executor.torch.codecs
+import swarmcore.executor.torch.sparse_codecs  # noqa: F401  (both are registered)
 from swarmcore.errors import DeltaError, InputError, ProtocolError, UnknownCodecError
 from swarmcore.executor.torch.residuals import Residuals
 from swarmcore.executor.torch.tensors import to_torch, to_wire

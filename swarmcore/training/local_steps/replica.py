@@ -10,7 +10,7 @@ import torch
 
 from swarmcore.errors import ProtocolError, StaleRoundError
 from swarmcore.training.local_steps.averaging import norm
-from swarmcore.training.local_steps.lineage import following, founding
+from swarmcore.training.local_steps.lineage import following, founding, is_better
 from swarmcore.training.local_steps.pieces import decode
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, Lineage, RoundResult, RunTerms
@@ -52,6 +52,9 @@ class Replica:
         self.parameters = parameters
         self.velocity = torch.zeros_like(parameters)
         self.lineage = founding(terms, _data_of(parameters))
+        self.settled = False
+        """Whether these are the run's parameters, and not just what this peer has come with: those give way
+        to any others."""
         self.included: dict[PeerId, Contribution] = {}
         """The latest delivery of each peer that went into the parameters."""
         self._results: deque[Result] = deque(maxlen=KEPT_RESULTS)
@@ -108,6 +111,10 @@ class Replica:
         self.included = {}
         self._include(included)
         self._results.clear()
+
+    def gives_way_to(self, lineage: Lineage) -> bool:
+        """Whether this peer is to go on from ``lineage`` instead."""
+        return lineage != self.lineage and (not self.settled or is_better(lineage, self.lineage))
 
     def since(self, state: str) -> Sequence[Result] | None:
         """The results that lead from ``state`` to the current one; None when they are not all here."""

@@ -17,7 +17,6 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.coordinator import Coordinator
-from swarmcore.training.local_steps.lineage import is_better
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import decode, encode, receive, send
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
@@ -100,7 +99,7 @@ class Answering:
     async def _take(self, channel: Channel, opening: DeliverDelta) -> None:
         if not 0 < opening.samples <= MOST_SAMPLES or not 0 <= opening.patience <= MOST_PATIENCE:
             raise InputError(f"a delta of {opening.samples} samples that waits {opening.patience} s")
-        if is_better(opening.lineage, self._replica.lineage):
+        if self._replica.gives_way_to(opening.lineage):
             try:
                 await self._partners.catch_up(channel.remote)
             except SwarmError as exc:
