@@ -119,15 +119,19 @@ class FailureDetector:
         own = self._node.peer
         if suspected.by in (own, suspected.peer) or store.sequence(suspected.by) is None:
             return
-        if suspected.peer != own and store.sequence(suspected.peer) != suspected.sequence:
+        held = store.sequence(suspected.peer)
+        if (held is None and suspected.peer != own) or self._inquiries.is_public(suspected.peer):
             return
-        if self._inquiries.is_public(suspected.peer) or not suspected.is_signed():
+        if not suspected.is_signed():
             return
         if not credibility.spend(suspected.by, _now()):
             return
         if suspected.peer == own:
             credibility.was_wrong([suspected.by], _now())
             self._refute(suspected.sequence)
+        elif held is not None and held > suspected.sequence:
+            # Refuted, or else the accuser has not seen all that the dead one announced: others may have.
+            self._inquiries.open(suspected.peer, held, accuser=suspected.by, on_dead=self._accuse)
         elif self._inquiries.open(suspected.peer, suspected.sequence, accuser=suspected.by, public=True):
             self._pass_on(suspected)
 

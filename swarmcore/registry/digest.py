@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from hashlib import blake2b
 
 from swarmcore.errors import ProtocolError
@@ -25,6 +26,7 @@ Key = bytes
 """The first eight bytes of the hash of a peer id; the first of them is its bucket."""
 
 
+@lru_cache(maxsize=16_384)
 def key_of(peer: PeerId) -> Key:
     return blake2b(peer.encode(), digest_size=KEY_BYTES).digest()
 

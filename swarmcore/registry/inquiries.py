@@ -1,4 +1,8 @@
-"""Seeing for oneself: a suspect is called, and hidden only if it does not answer."""
+"""Seeing for oneself: a suspect is called, and hidden only if it does not answer.
+
+Where very many are suspected at a time, those that everybody has heard accused need not be called by everybody:
+one that lives has heard it as well, and says so.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,10 @@ PAUSE = 2.0
 """Seconds between two inquiries about the same peer."""
 AT_ONCE = 128
 """Peers that are called at a time."""
+MANY = 64
+"""Inquiries under way from which on publicly suspected peers are given time to speak, and not called."""
+REFUTE = 2.0
+"""Seconds in which one that lives hears of a public suspicion and is heard refuting it."""
 MAX_OPEN = 1024
 """Inquiries under way, those included that wait for their turn; further suspicions are not looked into."""
 _ATTEMPTS = 2
@@ -53,6 +61,8 @@ class Inquiries:
         self._ended: OrderedDict[PeerId, float] = OrderedDict()
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._rechecking = False
+        self._doubted: set[PeerId] = set()
+        replica.on_doubtful = self._doubt
 
     def open(
         self,
@@ -65,11 +75,12 @@ class Inquiries:
     ) -> bool:
         """Look into the suspicion that ``peer``, whose record has number ``sequence``, is dead.
 
-        Nothing happens when it is not in the view with that record. A suspicion is ``public`` when others
-        hear of it as well: then the suspect is told, too. ``on_dead`` is called once the peer is hidden,
-        unless the suspicion is public by then. Return whether this is what made it public.
+        Nothing happens when it is not in the view, or known by a newer record. A suspicion is ``public`` when
+        others hear of it as well: then the suspect is told, too. ``on_dead`` is called once the peer is
+        hidden, unless the suspicion is public by then. Return whether this is what made it public.
         """
-        if self._replica.store.sequence(peer) != sequence or peer == self._node.peer:
+        held = self._replica.store.sequence(peer)
+        if held is None or held > sequence or peer == self._node.peer:
             return False
         inquiry = self._open.get(peer)
         if inquiry is not None:
@@ -99,11 +110,17 @@ class Inquiries:
     async def _inquire(self, peer: PeerId, inquiry: _Inquiry) -> None:
         now = asyncio.get_running_loop().time
         try:
-            await asyncio.sleep(self._ended.pop(peer, -PAUSE) + PAUSE - now())
-            info = self._replica.store.view().servers.get(peer)
+            if (pause := self._ended.pop(peer, -PAUSE) + PAUSE - now()) > 0:
+                await asyncio.sleep(pause)
+            if inquiry.public and len(self._open) > MANY:
+                await asyncio.sleep(REFUTE)
+                if self._replica.hide(peer, inquiry.sequence):
+                    return
+            info = self._replica.store.info(peer)
             if info is None:
                 return
             async with self._slots:
+                began = self._replica.now()
                 answers = await self._answers(info, inquiry.sequence if inquiry.public else 0)
         finally:
             del self._open[peer]
@@ -112,7 +129,7 @@ class Inquiries:
                 self._ended.popitem(last=False)
         if answers:
             self.credibility.was_wrong(inquiry.accusers, now())
-        elif answers is not None and self._replica.hide(peer, inquiry.sequence):
+        elif answers is not None and self._replica.hide(peer, inquiry.sequence, issued_before=began):
             logger.info("%s does not answer: out of the view until it announces itself again", short(peer))
             if inquiry.on_dead is not None and not inquiry.public:
                 inquiry.on_dead(peer, inquiry.sequence)
@@ -158,13 +175,25 @@ class Inquiries:
         return False
 
     async def _recheck(self) -> None:
-        async def check(info: ServerInfo) -> None:
-            async with self._slots:
-                if await self._answers(info):
-                    self._replica.unhide(info.peer)
-
         try:
             hidden = [said.info for said in self._replica.store.hidden() if said.info is not None]
-            await asyncio.gather(*(check(info) for info in hidden))
+            await asyncio.gather(*(self._look_again(info) for info in hidden))
         finally:
             self._rechecking = False
+
+    async def _look_again(self, info: ServerInfo) -> None:
+        async with self._slots:
+            if await self._answers(info):
+                self._replica.unhide(info.peer)
+
+    def _doubt(self, info: ServerInfo) -> None:
+        """A hidden peer has announced ``info``: before it died, or on a clock that is late."""
+        if info.peer not in self._doubted and len(self._doubted) < MAX_OPEN:
+            self._doubted.add(info.peer)
+            self._tasks.start(self._resolve(info), "registry recheck")
+
+    async def _resolve(self, info: ServerInfo) -> None:
+        try:
+            await self._look_again(info)
+        finally:
+            self._doubted.discard(info.peer)

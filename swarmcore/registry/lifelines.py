@@ -35,6 +35,9 @@ FASTEST_BEAT = 0.1
 SLOWEST_BEAT = 60.0
 GATHER = 0.02
 """Seconds in which suspicions gather before they are sent together."""
+BUSY_GATHER = 0.2
+"""The same when the last ones were sent less than `BUSY` seconds ago."""
+BUSY = 1.0
 SETTLE = 0.2
 """Seconds after a change of the ring until lines follow it."""
 LINGER = 10.0
@@ -277,7 +280,7 @@ class _Line:
 
     async def _speak(self, listening: asyncio.Task[None]) -> _End:
         loop = asyncio.get_running_loop()
-        silent, due = 0, loop.time()
+        silent, due, told = 0, loop.time(), -BUSY
         while not self._ended:
             if listening.done():
                 listening.result()
@@ -294,7 +297,8 @@ class _Line:
                 await self._until(due)
                 continue
             if self._waiting:
-                await asyncio.sleep(GATHER)
+                await asyncio.sleep(BUSY_GATHER if loop.time() < told + BUSY else GATHER)
+                told = loop.time()
             if not await self._send():
                 return _End.SILENT
             await self._until(due if self._beat else None)

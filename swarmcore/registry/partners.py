@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from random import Random
 
 import attrs
@@ -126,14 +127,13 @@ class Partners:
 
     def reached_by(self, info: ServerInfo) -> Partner:
         """The ways to reach a peer that announces ``info``."""
-        addresses = []
-        for url in info.addresses:
-            with contextlib.suppress(AddressError):
-                addresses.append(Address.parse(url))
-        # The address that someone typed may work where the announced ones do not.
+        announced = _announced(info.peer, info.addresses)
         known = self._bootstrap.get(info.peer)
-        addresses += [a for a in known.addresses if a not in addresses] if known else []
-        return Partner(info.peer, tuple(addresses))
+        if known is None:
+            return announced
+        # The address that someone typed may work where the announced ones do not.
+        more = tuple(a for a in known.addresses if a not in announced.addresses)
+        return Partner(info.peer, announced.addresses + more)
 
     def _remember(self, peer: PeerId) -> None:
         partner = self._live.pop(peer, None)
@@ -149,6 +149,15 @@ class Partners:
             del self._lost[oldest]
             if oldest not in self._bootstrap:
                 self._troubles.pop(oldest, None)
+
+
+@lru_cache(maxsize=4096)
+def _announced(peer: PeerId, urls: tuple[str, ...]) -> Partner:
+    addresses = []
+    for url in urls:
+        with contextlib.suppress(AddressError):
+            addresses.append(Address.parse(url))
+    return Partner(peer, tuple(addresses))
 
 
 def group_by_peer(addresses: Iterable[Address]) -> list[Partner]:

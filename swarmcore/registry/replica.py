@@ -10,7 +10,7 @@ from swarmcore.registry.changes import ChangeFeed
 from swarmcore.registry.partners import Partners
 from swarmcore.registry.records import SignedRecord
 from swarmcore.registry.store import Accepted, Drop, RecordStore
-from swarmcore.types import PeerId
+from swarmcore.types import PeerId, ServerInfo
 
 _SLICE = 32  # records verified between two turns of the event loop: some 5 ms
 _LONGEST_SLEEP = 60.0  # between looks at the wall clock, which may be set while we sleep
@@ -20,7 +20,8 @@ class Replica:
     """A `RecordStore` on the running loop. Every change reaches `feed` and ``partners``.
 
     ``on_accepted`` is called with every record taken, those that change nothing but their expiry included;
-    ``on_change`` with every change, once `feed` has it.
+    ``on_change`` with every change, once `feed` has it; ``on_doubtful`` with a hidden peer of which a newer
+    record came that may be from before its end.
     """
 
     def __init__(self, store: RecordStore, partners: Partners, wall_clock: Callable[[], float]) -> None:
@@ -28,6 +29,7 @@ class Replica:
         self.feed = ChangeFeed()
         self.on_accepted: Callable[[SignedRecord, Accepted], None] = lambda record, accepted: None
         self.on_change: Callable[[Change], None] = lambda change: None
+        self.on_doubtful: Callable[[ServerInfo], None] = lambda info: None
         self.now = wall_clock
         self._partners = partners
         self._timer: asyncio.TimerHandle | None = None
@@ -39,6 +41,8 @@ class Replica:
         if isinstance(outcome, Accepted):
             self._changed(outcome.change)
             self.on_accepted(record, outcome)
+            if outcome.doubtful and outcome.announcement.info is not None:
+                self.on_doubtful(outcome.announcement.info)
             self._set_timer()
         return outcome
 
@@ -53,9 +57,9 @@ class Replica:
                 await asyncio.sleep(0)
         return taken
 
-    def hide(self, peer: PeerId, sequence: int) -> bool:
+    def hide(self, peer: PeerId, sequence: int, *, issued_before: float = 0.0) -> bool:
         """As `RecordStore.hide`; whether the peer was in the view."""
-        return self._changed(self.store.hide(peer, sequence))
+        return self._changed(self.store.hide(peer, sequence, self.now(), issued_before=issued_before))
 
     def unhide(self, peer: PeerId) -> bool:
         """As `RecordStore.unhide`; whether the peer was hidden."""

@@ -53,6 +53,8 @@ class Accepted:
     announcement: Announcement
     change: Change | None
     """What is different now; None when the record only prolongs what was known."""
+    doubtful: bool = False
+    """Its owner was found dead after it was issued, and stays hidden until it is seen to be alive."""
 
 
 @attrs.define
@@ -101,7 +103,7 @@ class RecordStore:
         self._digest = Digest()
         self._due: list[tuple[float, Key]] = []
         self._servers: dict[PeerId, ServerInfo] = {}
-        self._hidden: dict[Key, None] = {}  # found dead; a dict for its order: a run has to repeat itself
+        self._hidden: dict[Key, float] = {}  # since when those found dead are
         self._revision = 0
         self._view: SwarmView | None = None
 
@@ -182,15 +184,22 @@ class RecordStore:
         """Number of the record of a peer that is in the view; None when it is not."""
         return self._entries[key_of(peer)].announcement.sequence if peer in self._servers else None
 
-    def hide(self, peer: PeerId, sequence: int) -> Change | None:
-        """Take ``peer`` out of the view if its record is still that of number ``sequence``.
+    def info(self, peer: PeerId) -> ServerInfo | None:
+        """What a peer of the view announces."""
+        return self._servers.get(peer)
 
-        The record is kept and passed on as before. A newer one brings the peer back.
+    def hide(self, peer: PeerId, sequence: int, now: float, *, issued_before: float = 0.0) -> Change | None:
+        """Take ``peer`` out of the view if its record has number ``sequence`` at most.
+
+        One that was ``issued_before`` it was found dead is hidden as well. The record is kept and passed on
+        as before. One that was issued after ``now`` brings the peer back; news from before that may still
+        be on its way, and does not.
         """
-        if self.sequence(peer) != sequence or peer == self._own:
+        held = self.sequence(peer)
+        if held is None or held > max(sequence, issued_before * 1000) or peer == self._own:
             return None
         key = key_of(peer)
-        self._hidden[key] = None
+        self._hidden[key] = now
         return self._show(peer, None)
 
     def unhide(self, peer: PeerId) -> Change | None:
@@ -215,11 +224,11 @@ class RecordStore:
         return self._entries[key].announcement.sequence if key in self._hidden else 0
 
     def shown_among(self, entries: Iterable[tuple[Key, int]]) -> list[tuple[PeerId, int]]:
-        """Those peers of the view whose records have the keys and sequence numbers ``entries``."""
+        """Those peers of the view whose records have the keys ``entries`` and their numbers or lower."""
         found = []
         for key, sequence in entries:
             entry = self._entries.get(key)
-            if entry is not None and entry.announcement.sequence == sequence:
+            if key not in self._hidden and entry is not None and entry.announcement.sequence <= sequence:
                 peer = entry.announcement.peer
                 if peer in self._servers:
                     found.append((peer, sequence))
@@ -306,6 +315,8 @@ class RecordStore:
         else:
             entry.scheduled = held.scheduled
         self._digest.put(key, new.sequence)
+        if new.info is not None and new.issued <= self._hidden.get(key, 0.0):
+            return Accepted(new, None, doubtful=True)
         self._hidden.pop(key, None)
         return Accepted(new, self._show(new.peer, new.info))
 

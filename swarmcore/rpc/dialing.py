@@ -56,7 +56,10 @@ async def dial(transports: Mapping[str, Transport], addresses: Sequence[Address]
             failures.append(DeadlineExceededError(f"{address} did not answer within {share:.3g} s"))
         except (PeerUnreachableError, PeerIdentityError, ConnectionLostError) as exc:
             failures.append(exc)
-    if len(failures) == 1:
-        raise failures[0]
-    reasons = "; ".join(failure.message for failure in failures)
-    raise PeerUnreachableError(f"{short(usable[0].peer)} answers on none of its addresses: {reasons}")
+    try:
+        if len(failures) == 1:
+            raise failures[0]
+        reasons = "; ".join(failure.message for failure in failures)
+        raise PeerUnreachableError(f"{short(usable[0].peer)} answers on none of its addresses: {reasons}")
+    finally:
+        failures.clear()  # each holds this frame, by its traceback: a cycle for every failed dial

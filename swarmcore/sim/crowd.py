@@ -21,6 +21,13 @@ from swarmcore.sim.scenario import Progress, Report, Scenario
 from swarmcore.sim.world import World
 from swarmcore.types import PeerId, Span
 
+_LOOK = 0.1
+"""Seconds between looks whether views still show the dead,"""
+_CLOSELY = 20.0
+"""in so many seconds after their death;"""
+_LOOK_LATER = 2.0
+"""and after that."""
+
 
 @attrs.frozen(kw_only=True)
 class Crowd(Scenario):
@@ -78,6 +85,16 @@ class Recovery:
     """From the token before it."""
 
 
+@attrs.define
+class Cleaning:
+    """How long after the disaster its victims were gone from the views, in seconds; one figure a view."""
+
+    servers: list[float] = attrs.field(factory=list)
+    clients: list[float] = attrs.field(factory=list)
+    never: int = 0
+    """Views that showed one to the end."""
+
+
 class _Hour:
     def __init__(self, crowd: Crowd, world: World, progress: Progress) -> None:
         self.crowd = crowd
@@ -90,8 +107,7 @@ class _Hour:
         """Seconds of each step in which nothing failed."""
         self.finished = 0
         self.killed = 0
-        self.hidden_after: float | None = None
-        """Seconds from the disaster until no client's view showed any of its victims."""
+        self.cleaning = Cleaning()
         self._progress = progress
         self._rng = world.rng("crowd")
         self._bootstraps = [
@@ -100,10 +116,13 @@ class _Hour:
         self._doors = [bootstrap.address for bootstrap in self._bootstraps]
         self.servers: list[SimServer] = []
         self.clients: list[SimClient] = []
+        self._began = 0.0
         self._tasks: dict[asyncio.Task[None], None] = {}
 
     async def run(self) -> None:
         await self._assemble()
+        self._began = self.world.now()
+        self.world.founded()
         crowd, rng = self.crowd, self._rng
         disaster = crowd.disaster_at * crowd.seconds
         for client in self.clients:
@@ -115,9 +134,9 @@ class _Hour:
             self._start(self._restart(rng.uniform(0, crowd.seconds)), "a server restarts")
         self._start(self._strike(disaster), "the disaster")
         for second in range(0, crowd.seconds, max(1, crowd.seconds // 100)):
-            await asyncio.sleep(second - self.world.now())
+            await self._until(second)
             self._progress(f"{self.finished} generations", second, crowd.seconds)
-        await asyncio.sleep(crowd.seconds - self.world.now())
+        await self._until(crowd.seconds)
         self._progress("done", crowd.seconds, crowd.seconds)
         for task in self._tasks:
             task.cancel()
@@ -148,15 +167,18 @@ class _Hour:
         for index in range(crowd.clients):
             door = self._doors[index % len(self._doors)]
             pings = PingLimits(servers=24, for_each_block=3)
-            client = SimClient(world, f"client {index}", crowd.gossip, [door], pings=pings)
-            await client.start()
-            self.clients.append(client)
+            self.clients.append(SimClient(world, f"client {index}", crowd.gossip, [door], pings=pings))
+        await asyncio.gather(*(client.start() for client in self.clients))
+
+    async def _until(self, moment: float) -> None:
+        """Wait until ``moment`` seconds after the start."""
+        await asyncio.sleep(self._began + moment - self.world.now())
 
     # --- clients --------------------------------------------------------------------------------------
 
     async def _use(self, client: SimClient, moments: list[float]) -> None:
         for moment in moments:
-            await asyncio.sleep(max(0.0, moment - self.world.now()))
+            await self._until(moment)
             generation = Generation.begin(
                 self.world.model, seed=self._rng.getrandbits(32), prompt=self.crowd.prompt
             )
@@ -165,8 +187,9 @@ class _Hour:
             except SwarmError as exc:
                 if not self._missing():
                     self.problems.append(
-                        f"{client.name} gave up at {self.world.now():.1f} s, token {len(generation.tokens)}, "
-                        f"while every block had a holder: {type(exc).__name__}: {exc}"
+                        f"{client.name} gave up at {self.world.now() - self._began:.1f} s, token "
+                        f"{len(generation.tokens)}, while every block had a holder: "
+                        f"{type(exc).__name__}: {exc}"
                     )
             else:
                 self.finished += 1
@@ -183,7 +206,7 @@ class _Hour:
                 await generation.step(session, start, self.world.measured.client_seconds)
                 now = self.world.now()
                 if session.failovers > before:
-                    self.recoveries.append(Recovery(at=began, seconds=now - began))
+                    self.recoveries.append(Recovery(at=began - self._began, seconds=now - began))
                 elif start:
                     self.steps.append(now - began)
                 start = len(generation.tokens) - 1
@@ -193,7 +216,7 @@ class _Hour:
     # --- servers --------------------------------------------------------------------------------------
 
     async def _restart(self, moment: float) -> None:
-        await asyncio.sleep(moment)
+        await self._until(moment)
         server = self._rng.choice(self.servers)
         if not self._spare(server):
             return
@@ -206,21 +229,36 @@ class _Hour:
             self.problems.append(f"{server.name} could not come back: {exc}")
 
     async def _strike(self, moment: float) -> None:
-        await asyncio.sleep(moment)
+        await self._until(moment)
         victims = self._rng.sample(self.servers, round(self.crowd.disaster * len(self.servers)))
         struck = [server for server in victims if self._spare(server)]
         for server in struck:
             server.crash()
         self.killed += len(struck)
-        dead = {server.identity.peer for server in struck}
-        for client in self.clients:
-            await self._until_hidden(client, dead)
-        self.hidden_after = self.world.now() - moment
+        await self._watch_views({server.identity.peer for server in struck})
 
-    async def _until_hidden(self, client: SimClient, dead: set[PeerId]) -> None:
-        changes = client.swarm.registry.changes()
-        while not dead.isdisjoint(client.swarm.view().servers):
-            await anext(changes)
+    async def _watch_views(self, dead: set[PeerId]) -> None:
+        """See when each view is rid of the ``dead``."""
+        began, now = self.world.now(), self.world.now
+        members = [(server, self.cleaning.servers) for server in self.servers if server.running]
+        unclean: list[tuple[SimServer | SimClient, list[float]]] = [
+            *members,
+            *((client, self.cleaning.clients) for client in self.clients),
+        ]
+        while unclean:
+            self.cleaning.never = len(unclean)
+            await asyncio.sleep(_LOOK if now() < began + _CLOSELY else _LOOK_LATER)
+            left = []
+            for peer, times in unclean:
+                view = peer.view()
+                if view is None:
+                    continue  # killed meanwhile
+                if dead.isdisjoint(view.servers):
+                    times.append(now() - began)
+                else:
+                    left.append((peer, times))
+            unclean = left
+        self.cleaning.never = 0
 
     def _spare(self, server: SimServer) -> bool:
         """Whether ``server`` runs and every block would have a holder without it."""

@@ -33,13 +33,13 @@ def crowd_report(crowd: Crowd, hour: _Hour, report: Report) -> None:
         recoveries=[attrs.asdict(recovery) for recovery in hour.recoveries],
         failovers=hour.failovers,
         usual_step=statistics.median(hour.steps) if hour.steps else None,
-        hidden_after=hour.hidden_after,
+        clean_after={"servers": sorted(hour.cleaning.servers), "clients": sorted(hour.cleaning.clients)},
+        never_clean=hour.cleaning.never,
         registry_bytes_per_second={
             "server": {"mean": statistics.fmean(servers), "most": max(servers)},
             "client": {"mean": statistics.fmean(clients), "most": max(clients)},
         },
     )
-    hidden = "never" if hour.hidden_after is None else f"{hour.hidden_after:.1f} s"
     table = Table(
         title=f"{crowd.servers} servers, {crowd.clients} clients, {crowd.seconds} s",
         title_justify="left",
@@ -47,7 +47,9 @@ def crowd_report(crowd: Crowd, hour: _Hour, report: Report) -> None:
     )
     table.add_row("generations that came to their end", str(hour.finished))
     table.add_row("servers killed", str(hour.killed))
-    table.add_row("dead ones gone from all clients' views after", hidden)
+    for whose, times in (("servers", hour.cleaning.servers), ("clients", hour.cleaning.clients)):
+        table.add_row(f"views of {whose} rid of the dead after", _spread(sorted(times)))
+    table.add_row("views that never were", str(hour.cleaning.never))
     table.add_row("step without a failure, median", _seconds(report.data["usual_step"]))
     table.add_row("steps in which servers were lost", str(len(recoveries)))
     for quantile in _QUANTILES:
@@ -67,7 +69,7 @@ def _registry_bytes(host: Host) -> int:
         size
         for counter in (host.sent, host.received)
         for method, size in counter.items()
-        if method.startswith(("/swarmcore/gossip/", "/swarmcore/registry/"))
+        if method.startswith(("/swarmcore/gossip/", "/swarmcore/registry/", "/swarmcore/alive/"))
     )
 
 
@@ -77,6 +79,12 @@ def _quantile(ordered: Sequence[float], part: float) -> float | None:
 
 def _seconds(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f} s"
+
+
+def _spread(ordered: Sequence[float]) -> str:
+    if not ordered:
+        return "none"
+    return f"{_quantile(ordered, 0.5):.1f} s (half of them), {ordered[-1]:.1f} s (all)"
 
 
 def _traffic(rates: Sequence[float]) -> str:

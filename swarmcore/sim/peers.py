@@ -12,7 +12,7 @@ from swarmcore.client.pinging import PingLimits
 from swarmcore.client.session import InferenceSession, SessionOptions
 from swarmcore.client.swarm import Swarm
 from swarmcore.placement.choice import join_span
-from swarmcore.registry.base import Registry
+from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.records import RecordIssuer, RecordLimits, SignedRecord, decode_announcement
@@ -101,6 +101,10 @@ class Peer:
         )
         await node.start()
         return node, registry
+
+    def view(self) -> SwarmView | None:
+        """What its registry shows; None while its process does not run."""
+        return None if self._registry is None else self._registry.view()
 
     def record_of(self, info: ServerInfo) -> SignedRecord:
         """What this peer announces when it announces ``info`` now, for the first time."""
@@ -338,6 +342,10 @@ class SimClient:
 
     async def end(self) -> None:
         await self.swarm.close()
+
+    def view(self) -> SwarmView:
+        """What its registry shows."""
+        return self.swarm.view()
 
     async def open_session(self, *, max_tokens: int, options: SessionOptions) -> InferenceSession:
         """As `Swarm.open_session`, for one sequence of the world's model."""

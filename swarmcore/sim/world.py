@@ -100,7 +100,12 @@ class World:
         try:
             return clock.run(self._live(main()), horizon=float("inf"), threads=False)
         finally:
+            gc.unfreeze()
             gc.set_threshold(*thresholds)
+
+    def founded(self) -> None:
+        """Whoever is here stays for long: garbage is looked for elsewhere from now on."""
+        gc.freeze()
 
     async def _live(self, main: Coroutine[Any, Any, T]) -> T:
         try:

@@ -268,9 +268,9 @@ def test_a_hidden_peer_leaves_the_view_but_not_the_digest(owner: Owner) -> None:
     other.apply(record, NOW)
     sequence = store.sequence(owner.peer)
     assert sequence is not None
-    assert store.hide(owner.peer, sequence - 1) is None
-    assert store.hide(owner.peer, sequence) == Change("left", owner.info("a"))
-    assert store.hide(owner.peer, sequence) is None
+    assert store.hide(owner.peer, sequence - 1, NOW) is None
+    assert store.hide(owner.peer, sequence, NOW) == Change("left", owner.info("a"))
+    assert store.hide(owner.peer, sequence, NOW) is None
     assert (store.sequence(owner.peer), store.hidden_sequence(owner.peer)) == (None, sequence)
     assert store.apply(record, NOW) is Drop.KNOWN
     assert not store.view().servers
@@ -281,11 +281,11 @@ def test_a_hidden_peer_leaves_the_view_but_not_the_digest(owner: Owner) -> None:
 def test_a_newer_record_shows_a_hidden_peer_again(owner: Owner) -> None:
     store = RecordStore()
     store.apply(owner.announce("a"), NOW)
-    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0, NOW)
     again = owner.announce("a", at=NOW + 1)
     assert change_of(store.apply(again, NOW + 1)) == Change("joined", owner.info("a"))
     assert store.hidden_entries() == []
-    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0, NOW)
     assert store.unhide(owner.peer) == Change("joined", owner.info("a"))
     assert store.unhide(owner.peer) is None
 
@@ -293,12 +293,12 @@ def test_a_newer_record_shows_a_hidden_peer_again(owner: Owner) -> None:
 def test_a_hidden_peer_that_withdraws_or_expires_changes_nothing(owner: Owner) -> None:
     store = RecordStore()
     store.apply(owner.announce("a"), NOW)
-    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0, NOW)
     assert change_of(store.apply(owner.withdraw(at=NOW + 1), NOW + 1)) is None
     assert store.hidden_entries() == []
     store = RecordStore()
     store.apply(owner.announce("b", at=NOW + 2), NOW + 2)
-    store.hide(owner.peer, store.sequence(owner.peer) or 0)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0, NOW)
     assert store.expire(NOW + 3600) == []
     assert (store.hidden_entries(), store.unhide(owner.peer)) == ([], None)
 
@@ -306,4 +306,4 @@ def test_a_hidden_peer_that_withdraws_or_expires_changes_nothing(owner: Owner) -
 def test_ones_own_record_is_never_hidden(owner: Owner) -> None:
     store = RecordStore(own=owner.peer)
     store.apply(owner.announce(), NOW)
-    assert store.hide(owner.peer, store.sequence(owner.peer) or 0) is None
+    assert store.hide(owner.peer, store.sequence(owner.peer) or 0, NOW) is None
