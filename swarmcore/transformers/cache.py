@@ -6,7 +6,7 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from transformers import Cache
@@ -17,6 +17,8 @@ from swarmcore.errors import InputError, UnavailableError
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 
 logger = logging.getLogger(__name__)
+
+Reply = Literal["all", "last"]
 
 PADDING = -1
 """What stands for the position of a column that is padding."""
@@ -62,8 +64,8 @@ class RemoteCache(Cache):  # type: ignore[misc]
     def step(self, hidden: torch.Tensor, positions: torch.Tensor, *, last_only: bool = False) -> torch.Tensor:
         """Send new columns ``[sequences, columns, hidden size]`` through all blocks; return the same shape.
 
-        ``positions`` are -1 where a column is padding, and zeros come out there; with ``last_only`` everywhere
-        but at the last column of each sequence that is no padding. Raise `InputError` for another
+        ``positions`` are -1 where a column is padding, and zeros come out there; with ``last_only``
+        everywhere but at the last column of each sequence that is no padding. Raise `InputError` for another
         number of sequences than before, and what opening and stepping a session raise; the cache is then as
         it was, and the step may be tried again.
         """
@@ -72,21 +74,26 @@ class RemoteCache(Cache):  # type: ignore[misc]
         if not self.get_seq_length():
             self._sent = [[] for _ in hidden]
             self._positions = positions.new_empty(len(hidden), 0, device="cpu")
-        if len(hidden) != len(self._sent):
-            raise InputError(f"the cache has {len(self._sent)} sequences, and the step {len(hidden)}")
+            if self._session is not None and self._session.sequences < len(hidden):
+                self.close()
+        self.check_batch(len(hidden))
         positions = positions.cpu()
         real = positions >= 0
         outputs = torch.zeros_like(hidden)
         if real.any():
-            packed = hidden.detach().cpu()[real]
-            lengths = real.sum(1).tolist()
-            rows = self._loop.run(self._send(packed, lengths, last_only))
+            chunks = torch.split(hidden.detach().cpu()[real], real.sum(1).tolist())
+            rows = self._loop.run(self._send(chunks, "last" if last_only else "all"))
             outputs[_last_of_each(real) if last_only else real] = rows.to(outputs)
-            for chunks, chunk in zip(self._sent, torch.split(packed, lengths), strict=True):
+            for sent, chunk in zip(self._sent, chunks, strict=True):
                 if len(chunk):
-                    chunks.append(chunk)
+                    sent.append(chunk)
         self._positions = torch.cat([self._positions, positions], dim=1)
         return outputs
+
+    def check_batch(self, sequences: int) -> None:
+        """Raise `InputError` for another number of sequences than are cached."""
+        if self.get_seq_length() and sequences != len(self._sent):
+            raise InputError(f"the cache has {len(self._sent)} sequences, and the step {sequences}")
 
     def inputs(self) -> torch.Tensor:
         """What went into the first block ``[sequences, columns, hidden size]``, zeros where padding is."""
@@ -172,42 +179,58 @@ class RemoteCache(Cache):  # type: ignore[misc]
         unused = range(len(indices), len(sources))
         self._sources = [sources[i] for i in indices] + [sources[i] for i in unused]
 
-    async def _send(self, packed: torch.Tensor, lengths: list[int], last_only: bool) -> torch.Tensor:
+    async def _send(self, chunks: Sequence[torch.Tensor], reply: Reply) -> torch.Tensor:
         if self._session is None:
-            await self._open(lengths)
+            await self._open(chunks)
         session = self._session
         assert session is not None
-        unused = [0] * (session.sequences - len(lengths))
         try:
-            output = await session.step(
-                to_wire("hidden", packed),
-                [*lengths, *unused],
-                starts=[*self._starts, *unused],
-                sources=self._sources,
-                reply="last" if last_only else "all",
-            )
+            return await self._lap(session, chunks, self._starts, reply)
         except UnavailableError:
             self._forget_session()
             await session.close()
             raise
-        self._sources = []
-        return to_torch(output)
 
-    async def _open(self, lengths: list[int]) -> None:
-        """Open a session, and send it what was sent before."""
+    async def _open(self, chunks: Sequence[torch.Tensor]) -> None:
+        """Open a session with room for these, and send it what was sent before."""
         starts = self._starts
-        expected = max(self.expected_tokens, *map(int.__add__, starts, lengths))
-        session = await self._open_session(sequences=len(lengths), max_tokens=expected)
+        expected = max(self.expected_tokens, *map(int.__add__, starts, map(len, chunks)))
+        session = await self._open_session(sequences=len(chunks), max_tokens=expected)
         try:
             if any(starts):
-                packed = torch.cat([chunk for chunks in self._sent for chunk in chunks])
-                await session.step(to_wire("hidden", packed), starts, reply="last")
+                before = [torch.cat(sent) if sent else chunks[i][:0] for i, sent in enumerate(self._sent)]
+                await self._lap(session, before, [0] * len(before), "last")
         except BaseException:
+            self._sources = []
             await session.close()
             raise
         self._session = session
         self._dropped = weakref.finalize(self, _close_soon, self._loop.loop, session)
         self._dropped.atexit = False  # the swarm is closed then
+
+    async def _lap(
+        self, session: RemoteSession, chunks: Sequence[torch.Tensor], starts: Sequence[int], reply: Reply
+    ) -> torch.Tensor:
+        """Send rows of each sequence; return what comes back, one sequence after the other.
+
+        Sequences that begin alike, as beams and samples do, are sent once, and copied on the servers.
+        """
+        whole = list(range(session.sequences))
+        firsts = _first_equals(chunks) if not any(starts) else whole[: len(chunks)]
+        sent = [chunk if firsts[i] == i else chunk[:0] for i, chunk in enumerate(chunks)]
+        unused = [0] * (session.sequences - len(chunks))
+        output = await session.step(
+            to_wire("hidden", torch.cat(sent)),
+            [*map(len, sent), *unused],
+            starts=[*starts, *unused],
+            sources=self._sources,
+            reply=reply,
+        )
+        sources = firsts + whole[len(firsts) :]
+        self._sources = [] if sources == whole else sources
+        counts = [min(len(chunk), 1) if reply == "last" else len(chunk) for chunk in sent]
+        pieces = torch.split(to_torch(output), counts)
+        return torch.cat([pieces[first] for first in firsts])
 
     def _forget_session(self) -> RemoteSession | None:
         session, self._session = self._session, None
@@ -215,6 +238,14 @@ class RemoteCache(Cache):  # type: ignore[misc]
         if self._dropped is not None:
             self._dropped.detach()
         return session
+
+
+def _first_equals(chunks: Sequence[torch.Tensor]) -> list[int]:
+    """For each, the index of the first one that is equal to it."""
+    firsts: list[int] = []
+    for i, chunk in enumerate(chunks):
+        firsts.append(next((j for j in dict.fromkeys(firsts) if torch.equal(chunks[j], chunk)), i))
+    return firsts
 
 
 def _last_of_each(real: torch.Tensor) -> torch.Tensor:

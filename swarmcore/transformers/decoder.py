@@ -86,7 +86,7 @@ def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
     norm = model.base_model.get_submodule(final_norm(model))
     norm.register_forward_pre_hook(_through_blocks)
     base = cast(Any, model.base_model)
-    base.__class__ = _remote_base(type(base))
+    base.__class__ = _remote_base(cast(Any, type(base)))
     base.stack = stack
 
 
@@ -107,7 +107,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise InputError("pass either input_ids or inputs_embeds")
-        given_inputs: torch.Tensor = ids if ids is not None else embeds
+        given_inputs = cast(torch.Tensor, ids if ids is not None else embeds)
         shape, device = given_inputs.shape[:2], given_inputs.device
         cache = _cache_of(self.stack, given)
         columns = _columns(shape, given.get("position_ids"), cache, device)
@@ -172,6 +172,8 @@ def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCa
     servers count a sequence's tokens one after the other.
     """
     batch, new = columns.shape
+    if cache is not None:
+        cache.check_batch(batch)
     past = cache.positions.to(columns.device) if cache is not None else columns[:, :0]
     if mask is None:
         real = torch.ones_like(columns, dtype=torch.bool)
@@ -179,8 +181,8 @@ def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCa
         real = mask[:, -new:].bool()
     else:
         raise InputError(
-            f"attention_mask of shape {list(mask.shape)}; expected [{batch}, {past.shape[1] + new}], with 0 for "
-            f"padding"
+            f"attention_mask of shape {list(mask.shape)}; expected [{batch}, {past.shape[1] + new}], with 0 "
+            f"for padding"
         )
     positions = columns.masked_fill(~real, PADDING)
     every = torch.cat([past, positions], 1) if past.numel() else positions
@@ -190,7 +192,7 @@ def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCa
     lowest = offsets.masked_fill(~there, torch.iinfo(offsets.dtype).max).amin(1, keepdim=True)
     if not (offsets == lowest)[there].all():
         raise InputError(
-            "the position_ids of a sequence's tokens do not follow each other, or its mask has a hole: padding is "
-            "allowed before and after a sequence, with position_ids that go on where it ended"
+            "the tokens of a sequence do not follow each other by their position_ids or mask: padding "
+            "may be before and after a sequence, and position_ids go on where it ended"
         )
     return positions

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from swarmcore.client.blocks import RemoteBlocks
@@ -14,6 +17,7 @@ from swarmcore.errors import InputError
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.transformers.decoder import make_remote, only_last_rows
 from swarmcore.transformers.remote import RemoteStack
+from swarmcore.transformers.saving import save_parts
 
 EXPECTED_NEW_TOKENS = 256
 """For how many tokens servers are asked to have room where a generation names no limit."""
@@ -40,6 +44,25 @@ class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
     def close(self) -> None:
         """Free the caches on servers, and leave the swarm unless it was passed in. Harmless when repeated."""
         self.stack.close()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the local parameters that can be trained, and which model they belong to.
+
+        ``from_pretrained(save_directory, bootstrap=…)`` of the same automatic class reads them. There is no
+        config.json in the folder, so that nobody takes it for a whole model. ``state_dict`` has the values
+        where they are not the model's own. Raise `InputError` when nothing here can be trained or for
+        ``push_to_hub``, and `StorageError` when the disk refuses; other ``options`` make no difference.
+        """
+        if options.get("push_to_hub"):
+            raise InputError("leave out push_to_hub: save to a folder, and upload that")
+        if is_main_process:
+            save_parts(self, self.stack.model, Path(save_directory), state_dict)
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +105,7 @@ def remote_model(model: PreTrainedModel, stack: RemoteStack) -> RemoteModelMixin
     """
     make_remote(model, stack)
     remote = cast(Any, model)
-    remote.__class__ = _remote_class(type(model))
+    remote.__class__ = _remote_class(cast(Any, type(model)))
     remote.stack = stack
     return cast(RemoteModelMixin, remote)
 
