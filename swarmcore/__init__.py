@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarmcore import errors, sync
+    from swarmcore.client.blocks import RemoteBlocks
     from swarmcore.client.generation import BatchGeneration, Generation
+    from swarmcore.client.micro_batches import PassOptions
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.model_session import ModelSession
     from swarmcore.client.options import Failover, SessionOptions
@@ -48,8 +50,10 @@ _PLACES = {
     "Limits": "wire.limits",
     "ModelInfo": "types",
     "ModelSession": "client.model",
+    "PassOptions": "client.micro_batches",
     "PeerId": "types",
     "Registry": "registry.base",
+    "RemoteBlocks": "client.model",
     "RemoteModel": "client.model",
     "Router": "routing.chain",
     "ServerInfo": "types",
@@ -80,8 +84,10 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "ModelSession",
+    "PassOptions",
     "PeerId",
     "Registry",
+    "RemoteBlocks",
     "RemoteModel",
     "Router",
     "ServerInfo",
