@@ -69,3 +69,19 @@ async def test_the_demo_loses_a_server_and_says_what_a_plain_run_does(smollm2_fo
     assert demo.returncode == 0
     assert b"took over" in said
     assert b"the same" in said
+
+
+async def test_a_prompt_is_tuned_while_servers_come_and_go(smollm2_folder: Path):
+    tuning = await start("prompt_tuning.py", "--quick")
+    said, _ = await tuning.communicate()
+    assert tuning.returncode == 0
+    assert b"kill -9" in said
+    assert b"joined" in said
+    assert said.count(b"In short, the film is") == 2, "a new process generates with what was saved"
+
+
+async def test_low_rank_updates_are_trained_and_served_by_name(smollm2_folder: Path):
+    lora = await start("lora.py")
+    said, _ = await lora.communicate()
+    assert lora.returncode == 0
+    assert b"served:  The harbour master of Ebbfleet is called Ottoline" in said
