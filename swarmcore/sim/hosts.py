@@ -40,7 +40,10 @@ class Geography:
 
 @attrs.define(eq=False)
 class Host:
-    """One machine. Its link is busy until ``up_free`` and ``down_free``, loop times."""
+    """One machine. Its link is busy until ``up_free`` and ``down_free``, loop times.
+
+    On its way in it has been busy for ``down_work`` seconds since it last had nothing to carry.
+    """
 
     index: int
     x: float
@@ -49,6 +52,7 @@ class Host:
     """Bytes per second, each way."""
     up_free: float = 0.0
     down_free: float = 0.0
+    down_work: float = 0.0
     island: int = 0
     """Hosts of different islands cannot hear each other."""
     hung: bool = False
@@ -63,6 +67,23 @@ class Host:
     received: Counter[str] = attrs.field(factory=Counter, repr=False)
     idle: dict[int, list[tuple[float, int]]] = attrs.field(factory=dict, repr=False)
     """Connections kept for later, by the host they lead to: until when, and to which of its boots."""
+
+    def take_in(self, size: float, now: float) -> float:
+        """When ``size`` bytes are here that would be here ``now``, had the link nothing else to carry.
+
+        They shared the link with whatever came while they were on their way, small things that overtook
+        them as well.
+        """
+        takes = size / self.rate
+        begin = now - takes
+        if self.down_free <= begin + 1e-9:
+            self.down_free, self.down_work = now, takes
+            return now
+        self.down_work += takes
+        # What was carried since began when the link became busy, or with these bytes if that was earlier.
+        busy_since = min(self.down_free - (self.down_work - takes), begin)
+        self.down_free = max(now, busy_since + self.down_work)
+        return self.down_free
 
 
 class HostMaker:

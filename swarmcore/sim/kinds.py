@@ -6,5 +6,6 @@ from swarmcore.sim.balance import Balance
 from swarmcore.sim.crowd import Crowd
 from swarmcore.sim.failures import FailureTable
 from swarmcore.sim.scenario import Scenario
+from swarmcore.sim.training import Training
 
-KINDS: tuple[type[Scenario], ...] = (FailureTable, Crowd, Balance)
+KINDS: tuple[type[Scenario], ...] = (FailureTable, Crowd, Balance, Training)

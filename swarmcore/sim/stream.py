@@ -197,15 +197,10 @@ class SimStream(Stream):
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        takes = size / self.host.rate
-        if self.host.down_free > now - takes + 1e-9:
-            self.host.down_free += takes
-            if self.host.down_free > now:
-                loop.call_at(self.host.down_free, self._arrive)
-                return
+        if (due := self.host.take_in(size, now)) > now:
+            loop.call_at(due, self._arrive)
         else:
-            self.host.down_free = now
-        self._arrive()
+            self._arrive()
 
     def resume(self) -> None:
         """The way is free again: what was held up arrives."""

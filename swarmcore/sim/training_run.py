@@ -1,0 +1,270 @@
+"""One run of training in a simulation, and what is measured in it."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from typing import TYPE_CHECKING
+
+import attrs
+
+from swarmcore.client.micro_batches import PassOptions
+from swarmcore.errors import SwarmError
+from swarmcore.sim.costs import load_costs
+from swarmcore.sim.trainer import Trainer, TrainingServer, TrainingSwarm
+from swarmcore.sim.world import World
+from swarmcore.types import Span
+
+if TYPE_CHECKING:
+    from swarmcore.sim.training import Training
+
+WARM_UP = 0.2
+"""The part of a run's micro-batches that is not counted: speeds are measured, and the pipeline fills."""
+
+STEPS = 4
+"""Steps of a run by steps; the first is not counted."""
+
+
+@attrs.frozen
+class Arm:
+    """What is run."""
+
+    name: str
+    servers: tuple[tuple[Span, float], ...]
+    """Their blocks and speeds."""
+    micro_batches: int = 0
+    step: int = 0
+    """Micro-batches of a step; 0 where all go one by one, as many at once as there is room for."""
+    churn: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class ServerShare:
+    """What one server did in the counted part of a run."""
+
+    name: str
+    span: Span
+    speed: float
+    share: float
+    """Of the work of all servers of the same span."""
+    fair: float
+    """The same of their speed."""
+    busy: float
+    """The part of the time that it was at work."""
+
+    @property
+    def off(self) -> float:
+        """How far the share is from the fair one, as a part of it."""
+        return abs(self.share / self.fair - 1)
+
+
+@attrs.frozen(kw_only=True)
+class TrainingResult:
+    """What came of one run."""
+
+    name: str
+    tokens_per_second: float
+    """There and back."""
+    bound: float
+    """The same through the block whose holders are slowest together; under churn the mean of those online."""
+    in_flight: int
+    """Micro-batches that are under way at most."""
+    micro_batches: int
+    shares: tuple[ServerShare, ...]
+    deaths: int
+    """Servers that died or left."""
+    lost: int
+    doubled: int
+    redone: int
+    """Passes that failed and were done again."""
+    extra: float
+    """Work beyond one pass of each micro-batch through each block and back, as a part of that."""
+    problems: tuple[str, ...]
+    trace: str
+    messages: int
+
+    @property
+    def part(self) -> float:
+        """Of the bound."""
+        return self.tokens_per_second / self.bound
+
+    @property
+    def off(self) -> float:
+        """The worst of the shares."""
+        return max(share.off for share in self.shares)
+
+
+@attrs.frozen
+class _Look:
+    """The state of a run at one moment."""
+
+    now: float
+    finished: int
+    busy: tuple[float, ...]
+
+
+class TrainingRun:
+    """Runs an arm of a scenario in a world of its own."""
+
+    def __init__(self, training: Training, seed: int, arm: Arm) -> None:
+        self._training, self._arm, self._work = training, arm, training.work
+        # Which arm it is leaves network and failures alone.
+        self._world = World(f"{seed}/training", training.network, load_costs(training.costs))
+        stated = training.stated
+        self._servers = [
+            TrainingServer(self._world, f"server {n}", span, speed=speed, stated=stated[n % len(stated)])
+            for n, (span, speed) in enumerate(arm.servers)
+        ]
+        self._swarm = TrainingSwarm(self._world, self._servers)
+        self._looks: list[_Look] = []
+
+    def result(self) -> TrainingResult:
+        """Run it."""
+        return self._world.run(self._run)
+
+    async def _run(self) -> TrainingResult:
+        training, world, work = self._training, self._world, self._work
+        options = PassOptions(keep=training.keep)
+        runner = await self._swarm.start(options, megabits=training.client_megabits)
+        trainer = Trainer(world, runner, work, self._swarm.span)
+        in_flight = runner.in_flight
+        bound = self._swarm.bound(work)
+        churn: Churn | None = None
+        if self._arm.churn:
+            churn = Churn(self._swarm, training.churn, training.repair_seconds)
+            bounds = asyncio.create_task(self._bounds(), name="bounds")
+        try:
+            await self._train(trainer, in_flight)
+        finally:
+            if churn is not None:
+                await churn.stop()
+        begun, ended = self._looks
+        if churn is not None:
+            bound = await bounds
+        seconds = ended.now - begun.now
+        done = sum(server.speed * server.busy_seconds for server in self._servers)
+        needed = len(trainer.finished) * self._needed
+        return TrainingResult(
+            name=self._arm.name,
+            tokens_per_second=(ended.finished - begun.finished) * work.tokens / seconds,
+            bound=bound * work.tokens,
+            in_flight=in_flight,
+            micro_batches=len(trainer.finished),
+            shares=tuple(self._shares(begun, ended)),
+            deaths=churn.deaths if churn else 0,
+            lost=trainer.lost,
+            doubled=trainer.doubled,
+            redone=runner.redone,
+            extra=done / needed - 1,
+            problems=(*trainer.problems, *(churn.problems if churn else ())),
+            trace=world.trace.hash,
+            messages=world.trace.messages,
+        )
+
+    @property
+    def _needed(self) -> float:
+        """Seconds of a micro-batch through all blocks, at the measured speed."""
+        costs = self._world.measured.costs
+        spans = {span for span, _ in self._arm.servers}
+        # What a batch takes once is spread over its server's blocks; they are alike but for the overlapping.
+        blocks = round(sum(map(len, spans)) / len(spans))
+        return self._work.seconds(costs, blocks) / blocks * len(self._swarm.span)
+
+    async def _train(self, trainer: Trainer, in_flight: int) -> None:
+        if step := self._arm.step:
+            for number in range(STEPS):
+                await trainer.step(step)
+                if number in (0, STEPS - 1):
+                    self._look(trainer)
+            return
+        many, at_once = self._arm.micro_batches, 2 * in_flight
+        # What is counted ends where the first stream does, while all servers still have enough to do.
+        trainer.at[int(WARM_UP * many)] = lambda: self._look(trainer)
+        trainer.at[max(many - at_once, int(WARM_UP * many) + 1)] = lambda: self._look(trainer)
+        await trainer.streams(many, at_once)
+
+    async def _bounds(self) -> float:
+        """The mean of the bounds between the two looks."""
+        found = []
+        while len(self._looks) < 2:
+            await asyncio.sleep(1)
+            if len(self._looks) == 1:
+                found.append(self._swarm.bound(self._work, now=True))
+        return statistics.fmean(found)
+
+    def _look(self, trainer: Trainer) -> None:
+        busy = tuple(server.busy_seconds for server in self._servers)
+        self._looks.append(_Look(self._world.now(), len(trainer.finished), busy))
+
+    def _shares(self, begun: _Look, ended: _Look) -> list[ServerShare]:
+        busy = [after - before for before, after in zip(begun.busy, ended.busy, strict=True)]
+        shares = []
+        for (span, speed), server, seconds in zip(self._arm.servers, self._servers, busy, strict=True):
+            alike = [(s, t) for (other, s), t in zip(self._arm.servers, busy, strict=True) if other == span]
+            shares.append(
+                ServerShare(
+                    name=server.name,
+                    span=span,
+                    speed=speed,
+                    share=speed * seconds / max(sum(s * t for s, t in alike), 1e-9),
+                    fair=speed / sum(s for s, _ in alike),
+                    busy=seconds / (ended.now - begun.now),
+                )
+            )
+        return shares
+
+
+class Churn:
+    """Has servers die, or leave in good order, now and then; each comes back after a while.
+
+    The last holder of a block is spared.
+    """
+
+    def __init__(self, swarm: TrainingSwarm, every: float, repair_seconds: float) -> None:
+        self.deaths = 0
+        self.problems: list[str] = []
+        self._swarm = swarm
+        self._every, self._repair_seconds = every, repair_seconds
+        self._rng = swarm.world.rng("churn")
+        self._repairs: dict[asyncio.Task[None], None] = {}
+        self._task = asyncio.create_task(self._run(), name="churn")
+
+    async def stop(self) -> None:
+        """No more of it; those that are away come back no more."""
+        tasks = [self._task, *self._repairs]
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, SwarmError):
+                self.problems.append(f"a server could not start again: {outcome}")
+            elif isinstance(outcome, Exception):
+                raise outcome
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._rng.expovariate(1 / self._every))
+            online = [server for server in self._swarm.servers if server.online]
+            able = [
+                server
+                for server in online
+                if all(
+                    any(other is not server and other.holds(block) for other in online)
+                    for block in range(self._swarm.span.start, self._swarm.span.end)
+                    if server.holds(block)
+                )
+            ]
+            if not able:
+                continue
+            self.deaths += 1
+            server = self._rng.choice(able)
+            leaves = self._rng.random() < 0.5
+            if not leaves:
+                server.crash()
+            task = asyncio.create_task(self._repair(server, leaves), name=f"repair {server.name}")
+            self._repairs[task] = None
+
+    async def _repair(self, server: TrainingServer, leaves: bool) -> None:
+        if leaves:
+            await server.leave()
+        await asyncio.sleep(self._repair_seconds)
+        await server.start([self._swarm.bootstrap.address])
