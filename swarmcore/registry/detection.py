@@ -124,12 +124,14 @@ class FailureDetector:
             return
         if not suspected.is_signed():
             return
+        if suspected.peer == own:
+            # Whoever it comes from: others may believe it.
+            self._refute(suspected.sequence)
+            credibility.was_wrong([suspected.by], _now())
+            return
         if not credibility.spend(suspected.by, _now()):
             return
-        if suspected.peer == own:
-            credibility.was_wrong([suspected.by], _now())
-            self._refute(suspected.sequence)
-        elif held is not None and held > suspected.sequence:
+        if held is not None and held > suspected.sequence:
             # Refuted, or else the accuser has not seen all that the dead one announced: others may have.
             self._inquiries.open(suspected.peer, held, accuser=suspected.by, on_dead=self._accuse)
         elif self._inquiries.open(suspected.peer, suspected.sequence, accuser=suspected.by, public=True):

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _WITHDRAWAL_PATIENCE = 3.0
 _CONTEST_PAUSE = 1.0
-_REFUTATION_PAUSE = 2.0
+_REFUTATION_PAUSE = 1.0
 _MAX_SUSPICIONS = 256  # of one message
 
 
@@ -214,14 +214,16 @@ class GossipRegistry(Registry):
             self._refresh = loop.call_later(delay, self._publish, *self._announced)
 
     def _refute(self, sequence: int) -> None:
-        """Answer a suspicion about the record of that number with a newer one, every two seconds at most."""
-        now = asyncio.get_running_loop().time()
+        """Answer a suspicion about the record of that number with a newer one, one a second at most."""
+        loop = asyncio.get_running_loop()
         if self._announced is None or self._closed or sequence != self._issuer.last_sequence:
             return
-        if now - self._refuted_at >= _REFUTATION_PAUSE:
-            self._refuted_at = now
-            logger.info("suspected to be dead: announcing again")
-            self._publish(*self._announced, refuting=True)
+        if (wait := self._refuted_at + _REFUTATION_PAUSE - loop.time()) > 0:
+            loop.call_later(wait, self._refute, sequence)
+            return
+        self._refuted_at = loop.time()
+        logger.info("suspected to be dead: announcing again")
+        self._publish(*self._announced, refuting=True)
 
     def _on_accepted(self, record: SignedRecord, accepted: Accepted) -> None:
         said = accepted.announcement

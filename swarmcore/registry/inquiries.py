@@ -1,6 +1,6 @@
 """Seeing for oneself: a suspect is called, and hidden only if it does not answer.
 
-Where very many are suspected at a time, those that everybody has heard accused need not be called by everybody:
+Where very many are suspected at a time, not everybody calls those that everybody has heard accused:
 one that lives has heard it as well, and says so.
 """
 
@@ -32,6 +32,7 @@ MANY = 64
 """Inquiries under way from which on publicly suspected peers are given time to speak, and not called."""
 REFUTE = 2.0
 """Seconds in which one that lives hears of a public suspicion and is heard refuting it."""
+_LISTEN = 0.25
 MAX_OPEN = 1024
 """Inquiries under way, those included that wait for their turn; further suspicions are not looked into."""
 _ATTEMPTS = 2
@@ -112,10 +113,9 @@ class Inquiries:
         try:
             if (pause := self._ended.pop(peer, -PAUSE) + PAUSE - now()) > 0:
                 await asyncio.sleep(pause)
-            if inquiry.public and len(self._open) > MANY:
-                await asyncio.sleep(REFUTE)
-                if self._replica.hide(peer, inquiry.sequence):
-                    return
+            if inquiry.public and len(self._open) > MANY and not await self._speaks(peer):
+                self._replica.hide(peer, inquiry.sequence)
+                return
             info = self._replica.store.info(peer)
             if info is None:
                 return
@@ -133,6 +133,15 @@ class Inquiries:
             logger.info("%s does not answer: out of the view until it announces itself again", short(peer))
             if inquiry.on_dead is not None and not inquiry.public:
                 inquiry.on_dead(peer, inquiry.sequence)
+
+    async def _speaks(self, peer: PeerId) -> bool:
+        """Whether there is news of a publicly suspected peer in the time that it has to refute that."""
+        held = self._replica.store.sequence(peer)
+        for _ in range(round(REFUTE / _LISTEN)):
+            await asyncio.sleep(_LISTEN)
+            if self._replica.store.sequence(peer) != held:
+                return True
+        return False
 
     async def _answers(self, info: ServerInfo, suspected: int = 0) -> bool | None:
         """Whether a peer answers at any of its addresses; None when there is no way to ask it."""

@@ -155,8 +155,9 @@ async def test_a_liar_evicts_nobody_and_is_soon_not_heard(
     while asyncio.get_running_loop().time() < until - 1.0:
         await accuse(swarm, liar, victim, others)
     once = {member.identity.peer for member in (*others, client)}
-    assert len(checks.callers) == len(set(checks.callers)) == len(once)
-    assert set(checks.callers) == once
+    if many:
+        assert len(checks.callers) == len(set(checks.callers)) == len(once)
+        assert set(checks.callers) == once
     for reader in changes:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3.0):
