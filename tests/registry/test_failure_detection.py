@@ -14,7 +14,7 @@ import pytest
 from swarmcore.registry import inquiries
 from swarmcore.registry.messages import CHECK, EXCHANGE, ExchangeRecords
 from swarmcore.registry.options import GossipOptions
-from swarmcore.registry.suspicion import SHORTEST_MUTE, Suspected
+from swarmcore.registry.suspicion import BURST, SHORTEST_MUTE, Suspected
 from swarmcore.testing.faulty import Faults
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
 from swarmcore.testing.registry_contract import Member
@@ -141,11 +141,28 @@ async def test_a_short_stall_evicts_nobody(swarm: GossipSwarm) -> None:
                 await anext(reader)
 
 
-@pytest.mark.parametrize("many", [inquiries.MANY, 0], ids=["he is called", "he is waited for"])
-async def test_a_liar_evicts_nobody_and_is_soon_not_heard(
-    many: int, swarm: GossipSwarm, monkeypatch: pytest.MonkeyPatch
+def test_one_liar_has_not_the_credit_to_keep_others_from_calling() -> None:
+    assert BURST < inquiries.MANY
+
+
+async def test_who_is_waited_for_and_not_called_refutes_in_time(
+    swarm: GossipSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inquiries, "MANY", many)
+    monkeypatch.setattr(inquiries, "MANY", 0)
+    members = await announced(swarm, 10)
+    liar, victim, *others = members
+    client = await swarm.watch(others[0].addresses)
+    changes = [member.registry.changes() for member in (*others, client)]
+    await accuse(swarm, liar, victim, others[3:4])
+    for reader in changes:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5.0):
+                await anext(reader)
+
+
+async def test_a_liar_evicts_nobody_and_is_soon_not_heard(
+    swarm: GossipSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     members = await announced(swarm, 10)
     liar, victim, *others = members
     client = await swarm.watch(others[0].addresses)
@@ -155,9 +172,8 @@ async def test_a_liar_evicts_nobody_and_is_soon_not_heard(
     while asyncio.get_running_loop().time() < until - 1.0:
         await accuse(swarm, liar, victim, others)
     once = {member.identity.peer for member in (*others, client)}
-    if many:
-        assert len(checks.callers) == len(set(checks.callers)) == len(once)
-        assert set(checks.callers) == once
+    assert len(checks.callers) == len(set(checks.callers)) == len(once)
+    assert set(checks.callers) == once
     for reader in changes:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3.0):
