@@ -44,7 +44,7 @@ def train(model: Any, tokenizer: Any, steps: int) -> Any:
     lora = LoraAdapter.for_model(model.config, targets=("q_proj", "v_proj"), rank=8, seed=0)
     tuned = TunedModel(model, adapter=lora)
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-2)
-    batch = tokenizer(FACTS, padding=True, return_tensors="pt")
+    batch = tokenizer(FACTS, padding=True, padding_side="right", return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for step in range(steps):
         loss = tuned(**batch, labels=labels).loss
@@ -57,9 +57,9 @@ def train(model: Any, tokenizer: Any, steps: int) -> Any:
 
 def learn(folder: Path, model_folder: Path, address: str, steps: int) -> None:
     from swarmcore.training import TunedModel
-    from swarmcore.transformers import AutoModelForCausalLM
+    from swarmcore.transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = find_tokenizer(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     with AutoModelForCausalLM.from_pretrained(model_folder, bootstrap=address) as model:
         train(model, tokenizer, steps).save(folder)
         again = TunedModel.load(model, folder)  # as peft.PeftModel.from_pretrained does on a local model
@@ -97,14 +97,6 @@ def find_model() -> Path:
     from swarmcore.executor.torch.checkpoint import open_checkpoint
 
     return open_checkpoint(MODEL).folder
-
-
-def find_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
-    return tokenizer
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Run:
 
     async def train(self) -> bool:
         from swarmcore.training import deep_prompt_tuning, fit
-        from swarmcore.transformers import AutoModelForCausalLM
+        from swarmcore.transformers import AutoModelForCausalLM, AutoTokenizer
 
         with console.status("starting servers, and finding the texts"):
             model_folder = await asyncio.to_thread(find_model)
@@ -97,7 +97,7 @@ class Run:
                 pass_options=swarmcore.PassOptions(micro_batch_tokens=128),
             )
             self.stack.push_async_callback(asyncio.to_thread, model.close)
-            tokenizer = find_tokenizer(model_folder)
+            tokenizer = AutoTokenizer.from_pretrained(model_folder)
             examples = await asyncio.to_thread(find_examples, tokenizer)
         held_back, data = examples[: self.tests], examples[self.tests :]
         console.print(f"[dim]sentences[/]       {len(data)} to learn from, {len(held_back)} held back")
@@ -206,10 +206,10 @@ class Task:
 def use(folder: str, address: str) -> None:
     """What another process does with it: load, and generate."""
     from swarmcore.training import TunedModel
-    from swarmcore.transformers import AutoModelForCausalLM
+    from swarmcore.transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_folder = find_model()
-    tokenizer = find_tokenizer(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     with AutoModelForCausalLM.from_pretrained(model_folder, bootstrap=address) as model:
         tuned = TunedModel.load(model, folder)
         for text in (
@@ -226,14 +226,6 @@ def find_model() -> Path:
     from swarmcore.executor.torch.checkpoint import open_checkpoint
 
     return open_checkpoint(MODEL).folder
-
-
-def find_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
 
 
 def find_examples(tokenizer: Any) -> list[Example]:

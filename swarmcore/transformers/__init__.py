@@ -11,5 +11,6 @@ from __future__ import annotations
 import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
 from swarmcore.transformers.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from swarmcore.transformers.cache import RemoteCache
+from swarmcore.transformers.tokenizer import AutoTokenizer
 
-__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "RemoteCache"]
+__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer", "RemoteCache"]
