@@ -105,6 +105,23 @@ async def test_vectors_of_several_pieces():
         assert bool((late.parameters == -1).all())
 
 
+async def test_who_hears_of_a_result_first_may_go_on_at_once():
+    async with TrainingRun(outer_lr=1.0, momentum=0.0) as run:
+        trainees = await run.joined(4)
+        for index, trainee in enumerate(trainees):
+            trainee.transport.faults = Faults(delay=0.001 + 0.05 * index)
+
+        async def train(trainee: Trainee) -> None:
+            for _ in range(12):
+                await trainee.exchange(torch.ones(4))
+
+        began = asyncio.get_running_loop().time()
+        await asyncio.gather(*map(train, trainees))
+        assert asyncio.get_running_loop().time() - began < 12 * 2.5
+        run.assert_same()
+        assert {(t.reports[-1].round, t.reports[-1].peers) for t in trainees} == {(12, 4)}
+
+
 async def test_alone_a_peer_goes_on_by_itself():
     async with TrainingRun(outer_lr=1.0, momentum=0.0) as run:
         (alone,) = await run.joined(1)

@@ -23,15 +23,18 @@ logger = logging.getLogger(__name__)
 _LOOK = 0.5
 """Seconds between looks at who is alive."""
 
+_ASK = 2.0
+"""Seconds between questions to those who are missing."""
+
 Ending = asyncio.Future[Result | GoTo]
 
 
 class Coordinator:
     """Holds the round that is open here, if there is one, and ends it.
 
-    Before it ends a round it asks the members that are missing how far they are: if one has the result of
-    this round already, from a coordinator that is gone, that result counts; if one of better rank has the
-    round open too, all go there.
+    Before it ends a round, and now and then while it waits, it asks the members that are missing how far they
+    are: if one has the result of this round already, from a coordinator that is gone, that result counts; if
+    one of better rank has the round open too, all go there.
     """
 
     def __init__(self, own: PeerId, partners: Partners, codec: str) -> None:
@@ -124,11 +127,14 @@ class Coordinator:
                 self._round = self._ending = self._task = None
 
     async def _conclude(self, round: Round[torch.Tensor]) -> Result | GoTo:
-        await self._until_due(round)
-        preferred = await self._look_around(round)
-        self.check(round.lineage)
-        if preferred is not None:
-            return GoTo(preferred)
+        while True:
+            due = await self._until_due(round)
+            preferred = await self._look_around(round)
+            self.check(round.lineage)
+            if preferred is not None:
+                return GoTo(preferred)
+            if due:
+                break
         deliveries = round.deliveries
         mean, work = average(
             [delivery.values for delivery in deliveries],
@@ -139,14 +145,18 @@ class Coordinator:
         self._replica.apply(result)
         return result
 
-    async def _until_due(self, round: Round[torch.Tensor]) -> None:
+    async def _until_due(self, round: Round[torch.Tensor]) -> bool:
+        """Wait until the round is due, or it is time to ask the others; whether it is due."""
         now = asyncio.get_running_loop().time
+        until = now() + _ASK
         while True:
             self._changed.clear()
             self.check(round.lineage)
             round.see(self._members)
             if round.is_due(now()):
-                return
+                return True
+            if now() >= until:
+                return False
             try:
                 async with asyncio.timeout(min(_LOOK, round.ends - now())):
                     await self._changed.wait()

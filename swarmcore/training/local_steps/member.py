@@ -149,7 +149,7 @@ class RunMember:
     async def _bring(self, contribution: Contribution, pieces: list[Tensor]) -> bool:
         values = decode(pieces)
         patience = self.settings.deadline
-        useless: set[PeerId] = set()  # they say that they are ahead, but their state is of no use
+        useless: Counter[PeerId] = Counter()  # they go on from other parameters, but have no better ones
         for _ in range(_ATTEMPTS):
             lineage = self.replica.lineage
             await self._try_round(lineage, contribution, pieces, values, patience, useless)
@@ -167,7 +167,7 @@ class RunMember:
         pieces: list[Tensor],
         values: torch.Tensor,
         patience: float,
-        useless: set[PeerId],
+        useless: Counter[PeerId],
     ) -> None:
         """Deliver to the coordinator of the round from ``lineage``, or who follows it, until the round ends.
 
@@ -176,7 +176,9 @@ class RunMember:
         opening = DeliverDelta(
             self.replica.terms, lineage, contribution.delivery, contribution.samples, patience
         )
-        waiting = deque(by_rank(self.settings.run, lineage.round, self.alive - useless))
+        waiting = deque(
+            by_rank(self.settings.run, lineage.round, [peer for peer in self.alive if useless[peer] < 2])
+        )
         visits: Counter[PeerId] = Counter()
         while waiting and self.replica.lineage == lineage:
             peer = waiting.popleft()
@@ -190,13 +192,13 @@ class RunMember:
                     ended = await self._partners.deliver(peer, opening, pieces)
                 if isinstance(ended, Result) and self.replica.lineage == lineage:
                     self.replica.apply(ended)
-                elif isinstance(ended, GoTo) and visits[ended.peer] < 2 and ended.peer not in useless:
+                elif isinstance(ended, GoTo) and visits[ended.peer] < 2 and useless[ended.peer] < 2:
                     if peer == self.node.peer:  # to come back to when that fails
                         waiting.appendleft(peer)
                     waiting.appendleft(ended.peer)
             except StaleRoundError as exc:
                 if peer != self.node.peer and not await self._catch_up(peer):
-                    useless.add(peer)
+                    useless[peer] += 1
                 logger.debug("%r: %s", self, exc)
             except SwarmError as exc:
                 self._partners.failed(peer, exc)

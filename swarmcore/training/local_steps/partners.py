@@ -139,7 +139,9 @@ class Partners:
             raise ProtocolError(f"{count} results of rounds announced, more than the {KEPT_RESULTS} kept")
         for _ in range(count):
             result = await self._receive_result(channel, (await next_message(channel)).record)
-            self.replica.apply(result)
+            # This peer may have got there by itself meanwhile.
+            if self.replica.since(result.lineage.state) is None:
+                self.replica.apply(result)
 
     async def _receive_result(self, channel: Channel, record: object) -> Result:
         if not isinstance(record, RoundResult):

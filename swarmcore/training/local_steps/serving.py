@@ -103,7 +103,8 @@ class Answering:
             try:
                 await self._partners.catch_up(channel.remote)
             except SwarmError as exc:
-                raise StaleRoundError(f"your state could not be fetched: {exc.message}") from exc
+                if opening.lineage != self._replica.lineage:
+                    raise StaleRoundError(f"your state could not be fetched: {exc.message}") from exc
         self._coordinator.check(opening.lineage)
         pieces = await receive(channel, self._replica.terms.values, self._partners.traffic)
         contribution = Contribution(channel.remote, opening.delivery, opening.samples)
