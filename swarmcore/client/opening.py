@@ -21,6 +21,10 @@ from swarmcore.wire.passes import AdapterWanted
 
 logger = logging.getLogger(__name__)
 
+ATTEMPTS = 3
+MOST_ATTEMPTS = 8
+"""Chains that are tried when their servers refuse at once: many may have died in the same moment."""
+
 
 @attrs.frozen
 class Comparison:
@@ -90,20 +94,23 @@ async def open_chain(
     before: Hop | None = None,
     blocked: Collection[PeerId] = (),
     heir_of: PeerId | None = None,
-    attempts: int = 3,
+    attempts: int = ATTEMPTS,
 ) -> list[OpenStage]:
     """Open a session on every server of a chain for ``span``, all at once, between two other stages.
 
     Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
     once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses or does not
-    answer is avoided in the next of ``attempts``, each of ``timeout`` seconds. Raise what `Planner.plan`
-    raises when there is no chain, and the last server's error when no other chain is left or the attempts
-    are used up.
+    answer is avoided in the next of ``attempts``, each of ``timeout`` seconds; until so many have passed
+    since the first, there may be up to `MOST_ATTEMPTS`. Raise what `Planner.plan` raises when there is no
+    chain, and the last server's error when no other chain is left or the attempts are used up.
     """
     avoided = set(blocked)
     failure: SwarmError | None = None
     refused = ""
-    for _ in range(attempts):
+    now = asyncio.get_running_loop().time
+    began, tried = now(), 0
+    while tried < attempts or (tried < MOST_ATTEMPTS and now() < began + timeout):
+        tried += 1
         try:
             chain = planner.plan(
                 span,
@@ -135,7 +142,7 @@ async def open_chain(
         refused = short(peer)
         avoided.update(opened)
     assert failure is not None
-    raise located(refused, failure, f"after {attempts} attempts with others")
+    raise located(refused, failure, f"after {tried} attempts with others")
 
 
 class Refusals(dict[PeerId, SwarmError]):

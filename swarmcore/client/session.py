@@ -13,7 +13,7 @@ from typing import Self
 import attrs
 
 from swarmcore.client.mending import Mender
-from swarmcore.client.opening import Comparison, OpenStage, Planner, located, open_chain
+from swarmcore.client.opening import ATTEMPTS, Comparison, OpenStage, Planner, located, open_chain
 from swarmcore.client.options import Failover, SessionOptions
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
 from swarmcore.errors import (
@@ -342,13 +342,13 @@ async def open_session(
     sequences: int,
     tokens: int = 0,
     options: SessionOptions | None = None,
-    attempts: int = 3,
+    attempts: int = ATTEMPTS,
 ) -> InferenceSession:
     """Open a session through all blocks of ``model``, on every server of a chain at once.
 
     Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does
-    not answer is avoided in the next of ``attempts``. Raise `MissingBlocksError` when no chain is left,
-    `CacheFullError` or the last server's error when the attempts are used up.
+    not answer is avoided in the next of ``attempts``, see `open_chain`. Raise `MissingBlocksError` when no
+    chain is left, `CacheFullError` or the last server's error when the attempts are used up.
     """
     options = options or SessionOptions()
     opened = await open_chain(
