@@ -81,6 +81,8 @@ class Run:
         self.losses: list[float] = []
 
     async def train(self) -> bool:
+        import torch
+
         from swarmcore.training import deep_prompt_tuning, fit
         from swarmcore.transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,6 +124,10 @@ class Run:
             if report.step % max(1, self.steps // 6) == 0:
                 console.print(f"[dim]step {report.step:>4}[/]       loss {report.loss:.3f}")
 
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.02, weight_decay=0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / 5) * (1 - step / self.steps)
+        )
         began = loop.time()
         await fit(
             tuned,
@@ -130,7 +136,8 @@ class Run:
             task.loss,
             max_steps=self.steps,
             batch_size=self.batch_size,
-            learning_rate=0.02,
+            optimizer=optimizer,
+            scheduler=scheduler,
             clip_norm=1.0,
             on_step=on_step,
         )
