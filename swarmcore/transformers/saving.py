@@ -1,7 +1,7 @@
 """What `save_pretrained` keeps of a remote model: the parts here that can be trained, and whose they are.
 
 ``model.safetensors`` has them under the names that they have in the model, which is also how
-Transformers' ``Trainer`` reads its checkpoints; ``swarmcore.json`` says what they were trained on.
+Transformers' ``Trainer`` reads its checkpoints; ``remote_model.json`` says what they were trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swarmcore.types import JsonDict, ModelInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DESCRIPTION = "swarmcore.json"
+DESCRIPTION = "remote_model.json"
 TENSORS = "model.safetensors"
 
 _HEAD_SETTINGS = ("id2label", "label2id", "problem_type", "pad_token_id")
