@@ -85,3 +85,11 @@ async def test_low_rank_updates_are_trained_and_served_by_name(smollm2_folder: P
     said, _ = await lora.communicate()
     assert lora.returncode == 0
     assert b"served:  The harbour master of Ebbfleet is called Ottoline" in said
+
+
+async def test_clients_that_seldom_talk_train_one_thing(smollm2_folder: Path):
+    training = await start("local_steps.py", "--quick")
+    said, _ = await training.communicate()
+    assert training.returncode == 0
+    assert b"times fewer bytes" in said
+    assert b"the same, bit for bit" in said
