@@ -69,14 +69,12 @@ class RemoteCache(Cache):  # type: ignore[misc]
         number of sequences than before, and what opening and stepping a session raise; the cache is then as
         it was, and the step may be tried again.
         """
-        if self._sent and len(hidden) != len(self._sent):
-            raise InputError(f"the cache has {len(self._sent)} sequences, and the step {len(hidden)}")
+        self.check_batch(len(hidden))
         if not self.get_seq_length():
             self._sent = [[] for _ in hidden]
             self._positions = positions.new_empty(len(hidden), 0, device="cpu")
             if self._session is not None and self._session.sequences < len(hidden):
                 self.close()
-        self.check_batch(len(hidden))
         positions = positions.cpu()
         real = positions >= 0
         outputs = torch.zeros_like(hidden)

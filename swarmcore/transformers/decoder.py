@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import attrs
@@ -20,8 +20,16 @@ from swarmcore.errors import InputError
 from swarmcore.transformers.cache import PADDING, RemoteCache
 from swarmcore.transformers.remote import RemoteStack
 
-_passing: ContextVar[Passage] = ContextVar("_passing")
-_last_only: ContextVar[bool] = ContextVar("_last_only", default=False)
+
+class _ThisThread(threading.local):
+    """The call that is under way. No context variable: tasks of the event loop keep copies of those, and with
+    it a cache that nobody else has any more."""
+
+    passage: Passage | None = None
+    last_only = False
+
+
+_this_thread = _ThisThread()
 
 
 @attrs.define(eq=False)
@@ -70,11 +78,11 @@ class Passage:
 @contextmanager
 def only_last_rows(wanted: bool) -> Iterator[None]:
     """Within it, a base model need not bring home more than each sequence's last token."""
-    token = _last_only.set(wanted)
+    before, _this_thread.last_only = _this_thread.last_only, wanted
     try:
         yield
     finally:
-        _last_only.reset(token)
+        _this_thread.last_only = before
 
 
 def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
@@ -91,7 +99,8 @@ def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
 
 
 def _through_blocks(norm: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (_passing.get().through_blocks(*args),)
+    assert _this_thread.passage is not None
+    return (_this_thread.passage.through_blocks(*args),)
 
 
 @functools.cache
@@ -116,7 +125,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             _positions(columns, given.get("attention_mask"), cache),
             cache,
             every_block=bool(given.get("output_hidden_states")),
-            last_only=_last_only.get(),
+            last_only=_this_thread.last_only,
         )
         # Every token is a row by itself, so that no mask above 1 by 1 is made: there is no attention here.
         inputs: dict[str, Any] = {
@@ -125,11 +134,11 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             "position_ids": (columns + self.stack.prefix_tokens).reshape(-1, 1),
             "use_cache": False,
         }
-        token = _passing.set(passage)
+        before, _this_thread.passage = _this_thread.passage, passage
         try:
             output = family.forward(self, **{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
         finally:
-            _passing.reset(token)
+            _this_thread.passage = before
         last = output.last_hidden_state.view(*shape, -1)
         output["last_hidden_state"] = last
         if cache is not None:
