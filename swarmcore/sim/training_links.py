@@ -41,8 +41,8 @@ DELAY = 30.0
 """Milliseconds one way."""
 
 AT_ONCE = (1, 2)
-"""Micro-batches under way: one by itself, and two, one of which computes while the other travels. More of them
-would leave the slowest link no piece of some for a minute, which servers do not wait for."""
+"""Micro-batches under way: one by itself, and two, one of which computes while the other travels. With more,
+pieces of one would come more than a minute apart over the slowest link, and servers do not wait that long."""
 
 TIMEOUT = 900.0
 

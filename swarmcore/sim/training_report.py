@@ -46,7 +46,7 @@ def training_report(
     report.data["two_chains"] = gain
     report.tables += [_throughputs(runs), _shares(steady)]
     if links:
-        report.tables.append(_links(links))
+        report.tables += [_links(links, at_once) for at_once in AT_ONCE]
         report.plot = partial(_plot, runs, links)
 
 
@@ -62,11 +62,11 @@ def _throughputs(runs: Sequence[TrainingResult]) -> Table:
         "bound",
         "part",
         "under way",
-        "died or left",
+        "died",
         "lost",
         "twice",
         "redone",
-        "extra work",
+        "extra",
     )
     for name in names:
         table.add_column(name, justify="right" if name else "left")
@@ -78,7 +78,7 @@ def _throughputs(runs: Sequence[TrainingResult]) -> Table:
             f"{run.part:.1%}",
             str(run.in_flight),
             str(run.deaths),
-            f"{run.lost} of {run.micro_batches + run.lost}",
+            str(run.lost),
             str(run.doubled),
             str(run.redone),
             f"{max(run.extra, 0.0):.1%}",
@@ -102,28 +102,26 @@ def _shares(run: TrainingResult) -> Table:
     return table
 
 
-def _links(links: Sequence[LinkResult]) -> Table:
-    """Simulated beside calculated, where only one micro-batch is under way."""
-    table = Table(title="seconds per micro-batch, by link and codec", title_justify="left")
-    table.add_column("Mbit/s", justify="right")
-    for at_once in AT_ONCE:
-        for codec in dict.fromkeys(link.codec for link in links):
-            calculated = " (calculated)" if at_once == 1 else ""
-            table.add_column(f"{codec}, {at_once} at once{calculated}", justify="right")
+def _links(links: Sequence[LinkResult], at_once: int) -> Table:
+    """Simulated, beside calculated where only one micro-batch is under way."""
+    table = Table(
+        title=f"seconds per micro-batch over one link, {at_once} under way"
+        + (" (calculated)" if at_once == 1 else ""),
+        title_justify="left",
+    )
+    here = [link for link in links if link.at_once == at_once]
+    for name in ("Mbit/s", *dict.fromkeys(link.codec for link in here)):
+        table.add_column(name, justify="right")
     table.add_column("auto came to, activations / gradients")
-    rates = tuple(dict.fromkeys(link.mbits for link in links))
-    by_rate = {line.mbits: line for line in link_times(rates)}
-    for rate in rates:
-        line = by_rate[rate]
+    for line in link_times(tuple(dict.fromkeys(link.mbits for link in here))):
         told = {"raw": line.raw, "auto": line.auto}
-        here = [link for link in links if link.mbits == rate]
+        found = [link for link in here if link.mbits == line.mbits]
         cells = [
-            f"{link.seconds:.2f}"
-            + (f" ({told.get(link.codec, line.fixed):.2f})" if link.at_once == 1 else "")
-            for link in here
+            f"{link.seconds:.2f}" + (f" ({told.get(link.codec, line.fixed):.2f})" if at_once == 1 else "")
+            for link in found
         ]
-        used = here[-1].codecs
-        table.add_row(f"{rate:g}", *cells, f"{used['activations']} / {used['gradients']}")
+        used = found[-1].codecs
+        table.add_row(f"{line.mbits:g}", *cells, f"{used['activations']} / {used['gradients']}")
     return table
 
 
