@@ -33,7 +33,7 @@ class ReadAhead:
         self._waiter: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
         self._room.set()
-        self._task = asyncio.create_task(self._run(), name="read ahead")
+        self._task: asyncio.Task[None] | None = asyncio.create_task(self._run(), name="read ahead")
 
     async def receive(self) -> memoryview:
         """As `Stream.receive`."""
@@ -53,8 +53,10 @@ class ReadAhead:
 
     async def stop(self) -> None:
         """Stop reading; what was read and not received is dropped."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        if (task := self._task) is not None:
+            self._task = None  # its error holds its frame, which holds this object: a cycle for every call
+            task.cancel()
+            await asyncio.wait([task])
 
     async def _run(self) -> None:
         try:

@@ -26,6 +26,11 @@ _REASON_LENGTH = 200
 _SIGNAL_BYTES = 64.0
 """What the opening, the end or the abort of a stream takes on the wire."""
 
+# Only copies of these are raised.
+_CLOSED_HERE = StreamClosedError("the stream was closed on this side")
+_ENDED_HERE = StreamClosedError("this side has ended the stream")
+_CLOSED_THERE = StreamClosedError("the remote closed the stream")
+
 Signal = Literal["open", "end", "close", "drop"]
 
 
@@ -90,8 +95,6 @@ class SimStream(Stream):
                 f"message of {len(message)} bytes is above the limit of {limit}; send it in parts"
             )
         size, method = self._network.scale.weigh(message)
-        if not self.method:
-            self.method = self.other.method = method or "raw"
         while True:
             if self._write_error is not None:
                 raise _copy(self._write_error)
@@ -102,6 +105,8 @@ class SimStream(Stream):
                 break
             self._writer = asyncio.get_running_loop().create_future()
             await self._writer
+        if not self.method:
+            self.method = self.other.method = method or "raw"
         self._unacknowledged += size
         self.host.sent[self.method] += round(size)
         self._post(Parcel(size, message))
@@ -120,7 +125,7 @@ class SimStream(Stream):
         return memoryview(parcel.message)
 
     async def end(self) -> None:
-        if not self._ended_here:
+        if self._open and not self._ended_here:
             self._ended_here = True
             self._post(Parcel(_SIGNAL_BYTES, signal="end"))
 
@@ -129,10 +134,7 @@ class SimStream(Stream):
             return
         self._ended_here = True
         self._post(Parcel(_SIGNAL_BYTES, signal="close"))
-        self._leave(
-            StreamClosedError("the stream was closed on this side"),
-            StreamClosedError("this side has ended the stream"),
-        )
+        self._leave(_CLOSED_HERE, _ENDED_HERE)
 
     def abort(self, reason: str) -> None:
         reason = reason[:_REASON_LENGTH]
@@ -168,8 +170,16 @@ class SimStream(Stream):
         _wake(self._writer)
         self.host.streams.pop(self, None)
         self._link.ends -= 1
-        if not self._link.ends and not self._link.broken:
-            self._network.keep(self._link)
+        if not self._link.ends:
+            if not self._link.broken:
+                self._network.keep(self._link)
+            self._part()
+
+    def _part(self) -> None:
+        """Forget the other end once neither hears of the other any more: the two would be a cycle."""
+        if hasattr(self, "other") and not self._arriving and not self.other._arriving:
+            self.silent_since = self.other.silent_since = None
+            del self.other.other, self.other
 
     def _acknowledge(self, size: float) -> None:
         self._unacknowledged = max(self._unacknowledged - size, 0.0)
@@ -186,6 +196,8 @@ class SimStream(Stream):
         loop = asyncio.get_running_loop()
         start = max(loop.time(), self.host.up_free)
         self.host.up_free = sent = start + parcel.size / self.host.rate
+        if not self.other._open and parcel.message is None:
+            return  # nobody is there to take notice
         due = max(sent, start + parcel.size / self.far.rate) + self._delay
         self.other._arriving.append(parcel)
         loop.call_at(due, self.other._reach, parcel.size)
@@ -209,7 +221,11 @@ class SimStream(Stream):
             self._reach(size)
 
     def _arrive(self) -> None:
-        parcel = self._arriving.popleft()
+        self._take(self._arriving.popleft())
+        if not self._link.ends:
+            self._part()
+
+    def _take(self, parcel: Parcel) -> None:
         if parcel.message is not None:
             self.host.received[self.method] += round(parcel.size)
             if not self._open:
@@ -225,7 +241,7 @@ class SimStream(Stream):
             _wake(self._reader)
         elif parcel.signal == "close":
             self._ended_there = True
-            self._write_error = self._write_error or StreamClosedError("the remote closed the stream")
+            self._write_error = self._write_error or _CLOSED_THERE
             _wake(self._reader)
             _wake(self._writer)
         elif self._open:

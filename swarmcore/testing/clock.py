@@ -13,9 +13,11 @@ that guards one would fire before its bytes can arrive.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
+from heapq import heapify, heappop, heappush
 from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
@@ -23,6 +25,7 @@ Ts = TypeVarTuple("Ts")
 
 HORIZON = 24 * 3600.0
 
+_MANY = 100  # timers that were cancelled, before it is worth the time to clear them away
 _LOOK_EVERY = 64  # turns of the loop between looks at its files, when it has none of its own
 
 
@@ -47,10 +50,78 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         self._threads = threads
         self._end = start + horizon
         self._threads_at_work = 0
-        super().__init__(_JumpingSelector(self._pass_time))
+        self._timers: list[tuple[float, int, _Timer]] = []
+        self._timers_set = 0
+        self._timers_cancelled = 0
+        super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:
         return self._now
+
+    # Timers are most of what a simulation does. The base class would compare them in Python, and take a turn
+    # of the loop to get one from its queue into the other.
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        if self.is_closed():
+            raise RuntimeError("Event loop is closed")
+        timer = _Timer(self, when, callback, args, context or contextvars.copy_context())
+        self._timers_set += 1
+        heappush(self._timers, (when, self._timers_set, timer))
+        return timer
+
+    def count_cancelled(self) -> None:
+        """A timer in the queue was cancelled."""
+        self._timers_cancelled += 1
+        if self._timers_cancelled > _MANY and 2 * self._timers_cancelled > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].pending]
+            heapify(self._timers)
+            self._timers_cancelled = 0
+
+    def run_due(self) -> bool:
+        """Run all timers that are due now; whether there were any."""
+        last, ran = self._timers_set, False
+        while self._timers and self._timers[0][0] <= self._now and self._timers[0][1] <= last:
+            timer = heappop(self._timers)[2]
+            if timer.pending:
+                ran = True
+                timer.run()
+            else:
+                self._timers_cancelled -= 1
+        return ran
+
+    def pass_time(self) -> bool:
+        """Move the clock to the next timer and run it; False when the loop has to wait in real time instead.
+
+        Raise `VirtualTimeError` when there is no timer, or it is past the horizon.
+        """
+        if self._threads_at_work:
+            return False
+        while self._timers and not self._timers[0][2].pending:
+            heappop(self._timers)
+            self._timers_cancelled -= 1
+        if not self._timers:
+            raise VirtualTimeError("every task waits and no timer is set: nothing can ever happen again")
+        when = self._timers[0][0]
+        if when > self._end:
+            raise VirtualTimeError(f"still running after {self._end - self._now:.0f} more virtual seconds")
+        self._now = max(self._now, when)
+        self.run_due()
+        return True
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
@@ -80,25 +151,73 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def _thread_done(self, _: asyncio.Future[Any]) -> None:
         self._threads_at_work -= 1
 
-    def _pass_time(self, timeout: float | None) -> bool:
-        """Move the clock by ``timeout``; False when the loop has to wait in real time instead."""
-        if self._threads_at_work:
-            return False
-        if timeout is None:
-            raise VirtualTimeError("every task waits and no timer is set: nothing can ever happen again")
-        if self._now + timeout > self._end:
-            raise VirtualTimeError(f"still running after {self._end - self._now:.0f} more virtual seconds")
-        self._now += timeout
-        return True
+
+class _Timer(asyncio.TimerHandle):
+    """One entry in the queue of a `VirtualClockLoop`."""
+
+    __slots__ = ("_args_", "_at", "_callback_", "_cancelled_", "_context_", "_owner", "pending")
+
+    def __init__(
+        self,
+        owner: VirtualClockLoop,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: contextvars.Context,
+    ) -> None:
+        # That of the base class is left out: it keeps the same for another queue.
+        self._owner = owner
+        self._at = when
+        self._callback_ = callback
+        self._args_ = args
+        self._context_ = context
+        self._cancelled_ = False
+        self.pending = True
+
+    def when(self) -> float:
+        return self._at
+
+    def cancelled(self) -> bool:
+        return self._cancelled_
+
+    def cancel(self) -> None:
+        if self.pending:
+            self.pending, self._cancelled_ = False, True
+            self._callback_ = _nothing
+            self._args_ = ()
+            self._owner.count_cancelled()
+
+    def run(self) -> None:
+        self.pending = False
+        try:
+            self._context_.run(self._callback_, *self._args_)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            message = f"Exception in timer {self._callback_!r}"
+            self._owner.call_exception_handler({"message": message, "exception": exc, "handle": self})
+
+    def __repr__(self) -> str:
+        return f"<_Timer at {self._at:.3f} {self._callback_!r}{'' if self.pending else ' through'}>"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _nothing() -> None:
+    pass
 
 
 class _JumpingSelector(selectors.BaseSelector):
     """The system's selector, except that it passes virtual time rather than wait."""
 
-    def __init__(self, pass_time: Callable[[float | None], bool]) -> None:
+    def __init__(self, loop: VirtualClockLoop) -> None:
         self._selector = selectors.DefaultSelector()
         self._files = self._selector.get_map()
-        self._pass_time = pass_time
+        self._loop = loop
         self._turns = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -108,9 +227,9 @@ class _JumpingSelector(selectors.BaseSelector):
             ready = self._selector.select(0)
             if ready:
                 return ready
-        if timeout == 0:
+        if self._loop.run_due() or timeout == 0 or self._loop.pass_time():
             return []
-        return [] if self._pass_time(timeout) else self._selector.select(None)
+        return self._selector.select(None)
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return self._selector.register(fileobj, events, data)
