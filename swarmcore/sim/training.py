@@ -51,7 +51,7 @@ class Training(Scenario):
     client_megabits: float = 10_000.0
     """Of the client's link. Everything passes through it."""
     micro_batches: int = 600
-    """In each run."""
+    """In each run, or more where servers need as many to be busy."""
     steps: tuple[int, ...] = (8, 32, 128)
     """Micro-batches of a step, where each step waits for the one before."""
     churn: float = 15.0

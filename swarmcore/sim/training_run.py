@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 WARM_UP = 0.2
 """The part of a run's micro-batches that is not counted: speeds are measured, and the pipeline fills."""
 
+LEAST_ROUNDS = 4
+"""Micro-batches of a run at least, in those that are sent at once: of fewer, hardly any would be counted."""
+
 STEPS = 4
 """Steps of a run by steps; the first is not counted."""
 
@@ -177,7 +180,8 @@ class TrainingRun:
                 if number in (0, STEPS - 1):
                     self._look(trainer)
             return
-        many, at_once = self._arm.micro_batches, 2 * in_flight
+        at_once = 2 * in_flight
+        many = max(self._arm.micro_batches, LEAST_ROUNDS * at_once)
         # What is counted ends where the first stream does, while all servers still have enough to do.
         trainer.at[int(WARM_UP * many)] = lambda: self._look(trainer)
         trainer.at[max(many - at_once, int(WARM_UP * many) + 1)] = lambda: self._look(trainer)
