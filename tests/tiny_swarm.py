@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -79,6 +80,7 @@ class Tiny:
 
     def sessions_end(self) -> bool:
         """Wait until servers have noticed that all sessions are closed; False when they do not."""
+        gc.collect()  # exceptions that were caught somewhere may hold a test's caches in cycles
         return bool(background_loop().run(self._sessions_end()))
 
     async def _sessions_end(self) -> bool:

@@ -45,7 +45,7 @@ class RemoteStack:
         owns: bool = True,
     ) -> None:
         self.model = model
-        self._swarm, self._owns = swarm, owns
+        self.swarm, self._owns = swarm, owns
         self._loop: LoopThread = swarm.loop
         self._open_session = functools.partial(
             swarm.asynchronous.open_session, model, options=session_options
@@ -56,7 +56,7 @@ class RemoteStack:
         self._caches: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
 
     def __repr__(self) -> str:
-        return f"<RemoteStack {self.model.name} · {self.model.blocks} blocks · {self._swarm}>"
+        return f"<RemoteStack {self.model.name} · {self.model.blocks} blocks · {self.swarm}>"
 
     @property
     def adapter(self) -> BlockAdapter | str | None:
@@ -99,7 +99,7 @@ class RemoteStack:
             cache.close()
         self._loop.run(self._bridge.close())
         if self._owns:
-            self._swarm.close()
+            self.swarm.close()
 
     async def _bridged(self, options: PassOptions | None) -> Bridge:
-        return Bridge(self._swarm.asynchronous, self.model, options)
+        return Bridge(self.swarm.asynchronous, self.model, options)

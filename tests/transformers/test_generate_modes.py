@@ -32,7 +32,7 @@ def both(tiny: Tiny, seed: int = 0, **options: Any) -> tuple[Any, Any]:
     outputs = []
     for model in (tiny.plain, tiny.remote):
         torch.manual_seed(seed)
-        outputs.append(model.generate(**{"max_new_tokens": 12, "min_new_tokens": 12} | options))
+        outputs.append(model.generate(**{"max_new_tokens": 8, "min_new_tokens": 8} | options))
     return outputs[0], outputs[1]
 
 
@@ -44,7 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
     "several beams returned": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
     "beam sampling": {"num_beams": 3, "do_sample": True},
     "processors": {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
-    "ending early": {"num_beams": 3, "early_stopping": True, "min_new_tokens": 0, "max_new_tokens": 20},
+    "ending early": {"num_beams": 3, "early_stopping": True, "min_new_tokens": 0, "max_new_tokens": 14},
     "prompt in pieces": {"do_sample": False, "prefill_chunk_size": 3},
     "no cache": {"do_sample": False, "use_cache": False, "max_new_tokens": 4, "min_new_tokens": 4},
 }

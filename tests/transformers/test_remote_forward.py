@@ -1,0 +1,138 @@
+"""Logits, losses, gradients and hidden states of a remote model are those of the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_swarm import Tiny, tiny_swarm
+
+from swarmcore.errors import InputError, UnsupportedModelError
+from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+IDS = torch.randint(3, 120, (3, 7), generator=torch.Generator().manual_seed(0))
+RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]])
+LEFT = RIGHT.flip(1)
+LABELS = IDS.masked_fill(RIGHT == 0, -100)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bloom", "gemma3", "mixtral"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """A tiny model that is unlike Llama: other positions, ALiBi, scaled embeddings, experts."""
+    spans = ("0:3", "3:7") if request.param == "gemma3" else ("0:3", "3:5")
+    with tiny_swarm(tmp_path_factory.mktemp(request.param), request.param, *spans) as tiny:
+        # The loss that balances experts needs what their routers say, which stays on the servers.
+        tiny.plain.config.output_router_logits = False
+        yield tiny
+
+
+def test_losses_gradients_and_states(family: Tiny) -> None:
+    outputs = []
+    for model in (family.plain, family.remote):
+        embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        labels = {"labels": LABELS, "output_hidden_states": True}
+        output = model(inputs_embeds=embeds, attention_mask=RIGHT, use_cache=False, **labels)
+        output.loss.backward()
+        outputs.append((output, embeds.grad))
+    (plain, plain_grad), (remote, remote_grad) = outputs
+    torch.testing.assert_close(remote.loss, plain.loss)
+    torch.testing.assert_close(remote.logits[RIGHT > 0], plain.logits[RIGHT > 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(remote_grad, plain_grad, atol=1e-6, rtol=1e-4)
+    assert len(remote.hidden_states) == len(plain.hidden_states) == family.remote.config.num_hidden_layers + 1
+    for mine, theirs in zip(remote.hidden_states, plain.hidden_states, strict=True):
+        torch.testing.assert_close(mine[RIGHT > 0], theirs[RIGHT > 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}])
+def test_generation_of_a_padded_batch(family: Tiny, options: dict[str, Any]) -> None:
+    options = options | {"max_new_tokens": 5, "min_new_tokens": 5, "attention_mask": LEFT}
+    assert torch.equal(family.plain.generate(IDS, **options), family.remote.generate(IDS, **options))
+
+
+def test_the_model_is_one_of_its_family(family: Tiny) -> None:
+    assert isinstance(family.remote, type(family.plain))
+    assert family.remote.config.num_hidden_layers == family.plain.config.num_hidden_layers
+    # What a model can have besides blocks is here; nothing of it is trained unless it is thawed.
+    assert not any(parameter.requires_grad for parameter in family.remote.parameters())
+    names = {name for name, _ in family.remote.named_parameters()}
+    assert names < {name for name, _ in family.plain.named_parameters()}
+
+
+def classifiers(tiny: Tiny, **config: Any) -> tuple[Any, Any]:
+    """A plain and a remote classifier with the same new head."""
+    from transformers import AutoModelForSequenceClassification as Plain
+
+    plain = Plain.from_pretrained(tiny.folder, dtype=torch.float32, num_labels=3, **config).eval()
+    remote = AutoModelForSequenceClassification.from_pretrained(
+        tiny.folder, swarm=tiny.swarm, dtype=torch.float32, num_labels=3, **config
+    )
+    remote.score.load_state_dict(plain.score.state_dict())
+    return plain, remote
+
+
+@pytest.mark.parametrize("mask", [LEFT, RIGHT], ids=["left", "right"])
+def test_classification(family: Tiny, mask: torch.Tensor) -> None:
+    plain, remote = classifiers(family, pad_token_id=0)
+    assert [n for n, p in remote.named_parameters() if p.requires_grad] == ["score.weight"]
+    outputs = []
+    for model in (plain, remote):
+        ids = IDS.masked_fill(mask == 0, 0)
+        outputs.append(model(ids, attention_mask=mask, labels=torch.tensor([0, 2, 1])))
+        outputs[-1].loss.backward()
+    # GPT-2 gives padding positions of its own, and so do we.
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+    torch.testing.assert_close(remote.score.weight.grad, plain.score.weight.grad, atol=1e-6, rtol=1e-4)
+    assert remote.blocks[1:3].span.start == 1
+
+
+def test_inputs_that_cannot_work(llama: Tiny) -> None:
+    with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
+        llama.remote()
+    with pytest.raises(InputError, match=r"attention_mask of shape \[3, 6\]"):
+        llama.remote(IDS, attention_mask=RIGHT[:, :6])
+    with pytest.raises(InputError, match="follow each other"):
+        llama.remote(IDS, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1, 1]] * 3))
+    with pytest.raises(InputError, match="position_ids of shape"):
+        llama.remote(IDS, position_ids=torch.arange(6)[None])
+
+
+def test_options_that_do_not_work(llama: Tiny) -> None:
+    with pytest.raises(InputError, match="bootstrap"):
+        AutoModelForCausalLM.from_pretrained(llama.folder)
+    with pytest.raises(InputError, match="bootstrap"):
+        AutoModelForCausalLM.from_pretrained(llama.folder, bootstrap=llama.address, swarm=llama.swarm)
+    with pytest.raises(InputError, match="device_map"):
+        AutoModelForCausalLM.from_pretrained(llama.folder, swarm=llama.swarm, device_map="auto")
+    with pytest.raises(InputError, match="float64"):
+        AutoModelForCausalLM.from_pretrained(llama.folder, swarm=llama.swarm, dtype=torch.float64)
+    with pytest.raises(InputError, match="from_pretrained"):
+        AutoModelForCausalLM()
+
+
+def test_a_family_without_classifiers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tiny_models import save_random_model, tiny_config
+
+    from swarmcore import sync
+    from swarmcore.client.loop_thread import background_loop
+
+    folder = tmp_path_factory.mktemp("granite")
+    save_random_model(tiny_config("granite"), folder)
+    swarm = sync.Swarm(background_loop(), None)  # type: ignore[arg-type]  # it is not used before
+    with pytest.raises(UnsupportedModelError, match="no sequence classifier"):
+        AutoModelForSequenceClassification.from_pretrained(folder, swarm=swarm)
+    background_loop().closed(swarm)
+
+
+def test_a_model_that_joins_by_itself_and_leaves(llama: Tiny) -> None:
+    with AutoModelForCausalLM.from_pretrained(
+        llama.folder, bootstrap=[llama.address], dtype="float32"
+    ) as model:
+        model.stack.swarm.wait_for_blocks(model.stack.model, timeout=30)
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(IDS, past_key_values=cache)
+        assert llama.sessions == 2
+    assert llama.sessions_end()

@@ -1,0 +1,123 @@
+"""Transformers' Trainer and accelerate's loop on remote models; and what of them is saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_swarm import Tiny
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification as PlainClassifier
+from transformers import Trainer, TrainingArguments, set_seed
+
+from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
+from swarmcore.training import prompt_tuning
+from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+IDS = torch.randint(3, 120, (12, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1] * (7 - i % 3) + [0] * (i % 3) for i in range(12)])
+DATA = [
+    {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.tensor(i % 3)}
+    for i, (ids, mask) in enumerate(zip(IDS, MASK, strict=True))
+]
+LABELS = {0: "no", 1: "perhaps", 2: "yes"}
+
+
+def classifier(tiny: Tiny, folder: Path | None = None) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder or tiny.folder, swarm=tiny.swarm, dtype="float32", id2label=LABELS
+    )
+
+
+def trained(model: Any, folder: Path, *, steps: int = 6, resume: bool = False) -> list[float]:
+    """Train the head with Transformers' Trainer, saving every three steps; return the losses."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=0.05,
+        logging_steps=1,
+        save_steps=3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:4])
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer.evaluate()["eval_loss"] > 0
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_trainer_trains_a_head_as_on_the_plain_model(llama: Tiny, tmp_path: Path) -> None:
+    plain = PlainClassifier.from_pretrained(llama.folder, dtype=torch.float32, id2label=LABELS)
+    plain.base_model.requires_grad_(False)
+    remote = classifier(llama)
+    remote.score.load_state_dict(plain.score.state_dict())
+    losses = [trained(model, tmp_path / name) for name, model in (("plain", plain), ("remote", remote))]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1][-1] < losses[1][0]
+    torch.testing.assert_close(remote.score.weight, plain.score.weight, atol=1e-5, rtol=1e-4)
+
+    saved = tmp_path / "remote" / "checkpoint-3"
+    assert not (saved / "config.json").exists(), "it is no whole model"
+    assert (saved / "model.safetensors").stat().st_size < 2000
+    set_seed(99)
+    again = classifier(llama)
+    trained(again, tmp_path / "remote", resume=True)
+    torch.testing.assert_close(again.score.weight, remote.score.weight)
+
+
+def test_accelerate_trains_a_soft_prompt(llama: Tiny) -> None:
+    tuned = prompt_tuning(llama.remote, tokens=4, seed=1)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.1)
+    loader = DataLoader(DATA[:8], batch_size=4)
+    tuned, optimizer, loader = accelerator.prepare(tuned, optimizer, loader)
+    losses = []
+    for _ in range(3):
+        for batch in loader:
+            ids = batch["input_ids"]
+            labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
+            with accelerator.accumulate(tuned):
+                loss = tuned(ids, batch["attention_mask"], labels=labels).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_what_is_saved_comes_back(llama: Tiny, tmp_path: Path) -> None:
+    model = classifier(llama)
+    model.save_pretrained(tmp_path, state_dict={"score.weight": model.score.weight + 1})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, swarm=llama.swarm, dtype="float32")
+    torch.testing.assert_close(loaded.score.weight, model.score.weight + 1)
+    assert loaded.config.id2label == LABELS
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == ["score.weight"]
+
+
+def test_what_cannot_be_saved_or_loaded(llama: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to save"):
+        llama.remote.save_pretrained(tmp_path)
+    model = classifier(llama)
+    with pytest.raises(InputError, match="push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"score\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, swarm=llama.swarm)
+    about = tmp_path / "remote_model.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"fingerprint": "of another model"}))
+    with pytest.raises(ModelMismatchError, match="of another m;"):
+        classifier(llama, tmp_path)
+    about.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        classifier(llama, tmp_path)
