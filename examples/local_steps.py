@@ -168,7 +168,7 @@ def samples(text: torch.Tensor, count: int, chance: torch.Generator) -> torch.Te
 
 
 async def tune_real(steps: int, every: int) -> tuple[bool, bool]:
-    """Tune one soft prompt on `PEERS` peers; whether all have the same in the end, and whether it is better."""
+    """Tune one soft prompt on `PEERS` peers: do all have the same in the end, and a better one?"""
     from swarmcore.transformers import AutoModelForCausalLM
 
     async with AsyncExitStack() as stack:
