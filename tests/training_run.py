@@ -137,3 +137,9 @@ class TrainingRun:
             assert other.member.replica.lineage == first.member.replica.lineage
             assert torch.equal(other.member.replica.parameters, first.member.replica.parameters)
             assert torch.equal(other.member.replica.velocity, first.member.replica.velocity)
+
+
+async def exchange_all(trainees: Sequence[Trainee], delta: float | None = None) -> None:
+    values = trainees[0].member.replica.terms.values
+    given = None if delta is None else torch.full((values,), delta)
+    await asyncio.gather(*(trainee.exchange(given) for trainee in trainees))

@@ -7,97 +7,34 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_fit import (
+    DATA,
+    HELD_OUT,
+    Batch,
+    Stop,
+    StopAt,
+    collate,
+    linear,
+    loss,
+    options,
+    raise_stop,
+    state_of,
+    tiny_model,
+    whole_run,
+)
 from torch import nn
 from torch.nn import functional
 
-from swarmcore.errors import CheckpointError, InputError, InvalidBatchError, StorageError
 from swarmcore.training import EarlyStop, FitReport, FitSettings, fit, fit_sync
 from swarmcore.training.fit_checkpoint import read_checkpoint
 from swarmcore.training.fit_progress import FitProgress
 from swarmcore.training.fit_run import FitRun
-
-DATA = [(torch.randn(4, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(21)]
-HELD_OUT = DATA[:5]
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def tiny_model() -> nn.Module:
-    """With all that may make a continued run differ: dropout, running statistics, frozen parts."""
-    torch.manual_seed(7)
-    random.seed(7)
-    model = nn.Sequential(
-        nn.Linear(4, 8).requires_grad_(False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)
-    )
-    return model.eval()
-
-
-def collate(examples: list[tuple[torch.Tensor, int]]) -> Batch:
-    inputs, labels = zip(*examples, strict=True)
-    return torch.stack(inputs) + random.random() * 0.1, torch.tensor(labels)
-
-
-def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def accuracy(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    return {"accuracy": (model(batch[0]).argmax(-1) == batch[1]).float().mean()}
-
-
-def options(model: nn.Module, **others: Any) -> dict[str, Any]:
-    """Optimiser and scheduler are new ones for each call, as in a new process."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-    return {
-        "epochs": 2,
-        "batch_size": 3,
-        "accumulate": 2,
-        "clip_norm": 1.0,
-        "evaluation": HELD_OUT,
-        "metrics": accuracy,
-        "evaluate_every": 3,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        **others,
-    }
-
-
-def state_of(model: nn.Module, report: FitReport) -> tuple[dict[str, Any], FitReport]:
-    return {name: value.tolist() for name, value in model.state_dict().items()}, report
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt:
-    """A loss function that does something at its call number ``at``."""
-
-    def __init__(self, at: int, what: Callable[[], object]) -> None:
-        self.calls, self.at, self.what = 0, at, what
-
-    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        self.calls += 1
-        result = loss(model, batch)  # its random numbers have been drawn by then
-        if self.calls == self.at:
-            self.what()
-        return result
-
-
-def whole_run() -> tuple[dict[str, Any], FitReport]:
-    model = tiny_model()
-    return state_of(model, fit_sync(model, DATA, collate, loss, **options(model)))
-
-
-def raise_stop() -> None:
-    raise Stop
 
 
 def test_a_run_stopped_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -214,11 +151,6 @@ def plain_run(model: nn.Module, **chosen: Any) -> FitReport:
     return fit_sync(model, DATA, plain_collate, loss, **chosen)
 
 
-def linear() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Linear(4, 3)
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     one, many = linear(), linear()
     plain_run(one, batch_size=8, epochs=2)
@@ -332,71 +264,3 @@ def test_every_epoch_takes_all_data_in_another_order() -> None:
     seen.clear()
     fit_sync(linear(), range(10), note, flat, batch_size=4, shuffle=False)
     assert seen == list(range(10))
-
-
-def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
-    file, model = tmp_path / "run.pt", tiny_model()
-    fit_sync(model, DATA, collate, loss, **options(model, checkpoint=file))
-    chosen = options(model, checkpoint=file)
-    with pytest.raises(InputError, match="with examples 21, not 20"):
-        fit_sync(model, DATA[:20], collate, loss, **chosen)
-    with pytest.raises(InputError, match="with batch_size 3, not 4"):
-        fit_sync(model, DATA, collate, loss, **{**chosen, "batch_size": 4})
-    with pytest.raises(InputError, match=r"another model: its parameters differ in 0\.bias"):
-        model = tiny_model().requires_grad_(True)
-        fit_sync(model, DATA, collate, loss, **options(model, checkpoint=file))
-    model = tiny_model()
-    report = fit_sync(model, DATA[:20], collate, loss, **options(model, checkpoint=file, resume=False))
-    assert report.steps == 8
-    chosen = options(model, checkpoint=file)
-    file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(CheckpointError, match="damaged"):
-        fit_sync(model, DATA, collate, loss, **chosen)
-    with pytest.raises(StorageError):
-        fit_sync(model, DATA, collate, loss, **{**chosen, "checkpoint": tmp_path})
-
-
-def test_what_cannot_be_trained_says_why() -> None:
-    def infinite(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return loss(model, batch) * float("inf")
-
-    def exploding(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return (model(batch[0]) * 0).sqrt().sum()
-
-    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"loss": infinite}, InvalidBatchError, "the loss after step 0 is inf"),
-        ({"loss": exploding}, InvalidBatchError, "gradients of step 1 are not finite"),
-        ({"loss": lambda model, batch: model(batch[0])}, InputError, "a tensor with one number"),
-        ({"loss": lambda model, batch: torch.ones(())}, InputError, "does not depend on any trainable"),
-        ({"data": []}, InputError, "no data to train on"),
-        ({"data": iter(DATA)}, InputError, "got list_iterator; make a list of it"),
-        ({"early_stop": EarlyStop(patience=0)}, InputError, "patience must be 1"),
-        ({"evaluation": []}, InputError, "no data to evaluate on"),
-        ({"keep_best": True}, InputError, "pass evaluation="),
-        ({"batch_size": 0}, InputError, "batch_size must be a whole number"),
-        ({"precision": "int4"}, InputError, "precision must be"),
-        ({"early_stop": EarlyStop("f1"), "evaluation": HELD_OUT}, InputError, "'f1'.*there are loss"),
-        (
-            {"optimizer": torch.optim.SGD(linear().parameters())},
-            InputError,
-            "not trainable ones of the model",
-        ),
-        ({"model": linear().requires_grad_(False)}, InputError, "no trainable parameters"),
-    ]
-    for changes, error, message in cases:
-        arguments = {"model": linear(), "data": DATA, "collate": collate, "loss": loss, **changes}
-        with pytest.raises(error, match=message):
-            fit_sync(**arguments)
-
-
-def test_when_the_checkpoint_cannot_be_written_either_both_are_told(tmp_path: Path) -> None:
-    folder, model = tmp_path / "folder", tiny_model()
-
-    def stop_and_block() -> None:
-        folder.touch()
-        raise Stop
-
-    with pytest.raises(Stop) as told:
-        stopping = StopAt(3, stop_and_block)
-        fit_sync(model, DATA, collate, stopping, **options(model, checkpoint=folder / "run.pt"))
-    assert "could not be written either" in told.value.__notes__[0]

@@ -1,0 +1,176 @@
+"""Who does not belong to a run, and what does not belong into it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+import torch
+from training_run import Trainee, TrainingRun, exchange_all
+
+from swarmcore.errors import (
+    DeltaError,
+    InputError,
+    PeerNotAllowedError,
+    RunMismatchError,
+    StaleRoundError,
+    SwarmError,
+)
+from swarmcore.executor.torch.tensors import to_wire
+from swarmcore.registry.memory import MemoryRegistry
+from swarmcore.training.local_steps.partners import Partners
+from swarmcore.training.local_steps.pieces import Traffic, encode, next_message
+from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL
+from swarmcore.training.local_steps.replica import Replica
+from swarmcore.types import Address, ServerInfo
+from swarmcore.wire.local_steps import DeliverDelta, Lineage, Piece, RunTerms
+
+pytestmark = pytest.mark.virtual_time
+
+
+async def test_a_liar_with_a_huge_delta_does_little_harm():
+    async with TrainingRun(outer_lr=1.0, momentum=0.0) as run:
+        *honest, liar = await run.joined(4)
+        lying = asyncio.create_task(liar.exchange(torch.full((4,), -1e18), samples=10**9))
+        await exchange_all(honest, 1.0)
+        await lying
+        run.assert_same()
+        # Of weight 4 among three of 1, and 5 times as long.
+        torch.testing.assert_close(honest[0].parameters, torch.full((4,), -(3 - 4 * 5) / 7))
+
+
+async def test_a_delta_that_is_not_finite_is_refused():
+    async with TrainingRun() as run:
+        await run.joined(2)
+        target = run.coordinator(0)
+        liar = next(trainee for trainee in run.trainees if trainee is not target)
+        poisoned = torch.tensor([1.0, math.nan, 0.0, 0.0])
+        with pytest.raises(DeltaError, match="not finite"):
+            await liar.exchange(poisoned)
+        replica = liar.member.replica
+        opening = DeliverDelta(replica.terms, replica.lineage, 1, 1, 5.0)
+        with pytest.raises(DeltaError, match="not finite"):
+            await liar.member._partners.deliver(target.peer, opening, encode(poisoned, "raw"))
+        await exchange_all(run.trainees, 1.0)
+        run.assert_same()
+        assert {trainee.reports[-1].peers for trainee in run.trainees} == {2}
+
+
+async def outsider(run: TrainingRun, target: Trainee, runs: tuple[str, ...], terms: RunTerms) -> Partners:
+    """A peer that announces ``runs``, and speaks to ``target`` as if it were of the run."""
+    node, _ = run.node()
+    await node.start()
+    registry = MemoryRegistry(node.peer, run.directory)
+    await registry.announce(ServerInfo(node.peer, tuple(map(str, node.addresses)), runs=runs), 1e6)
+    return Partners(node, registry, Replica(terms, torch.zeros(terms.values)), Traffic())
+
+
+RIGHT = RunTerms("test", 4, "", 0.7, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("runs", "terms", "error", "said"),
+    [
+        ((), RIGHT, PeerNotAllowedError, "only peers that announce the run 'test'"),
+        (("other",), RIGHT, PeerNotAllowedError, "only peers that announce the run 'test'"),
+        (
+            ("other",),
+            RunTerms("other", 4, "", 0.7, 0.9),
+            RunMismatchError,
+            "in the run 'test', not in 'other'",
+        ),
+        (("test",), RunTerms("test", 5, "", 0.7, 0.9), DeltaError, "trains 4 values"),
+        (("test",), RunTerms("test", 4, "ff", 0.7, 0.9), DeltaError, "same names, shapes and order"),
+        (("test",), RunTerms("test", 4, "", 0.1, 0.9), RunMismatchError, "outer_lr=0.7"),
+    ],
+    ids=["stranger", "of-another-run", "another-runs-delta", "size", "layout", "outer-lr"],
+)
+async def test_who_does_not_belong_is_told_why(
+    runs: tuple[str, ...], terms: RunTerms, error: type[SwarmError], said: str
+):
+    async with TrainingRun() as run:
+        (target,) = await run.joined(1)
+        partners = await outsider(run, target, runs, terms)
+        opening = DeliverDelta(terms, target.member.replica.lineage, 1, 1, 5.0)
+        with pytest.raises(error, match=said) as refused:
+            await partners.deliver(target.peer, opening, encode(torch.zeros(terms.values), "raw"))
+        assert refused.value.origin == target.peer
+        with pytest.raises(error, match=said):
+            await partners.catch_up(target.peer)
+        (answer,) = (await partners.ask([target.peer])).values()
+        assert isinstance(answer, error)
+        assert target.member.replica.lineage.round == 0
+
+
+async def test_a_delta_of_an_older_round_is_refused():
+    async with TrainingRun() as run:
+        await run.joined(2)
+        one, other = run.trainees
+        opening = DeliverDelta(one.member.replica.terms, one.member.replica.lineage, 1, 1, 5.0)
+        await exchange_all(run.trainees, 1.0)
+        with pytest.raises(StaleRoundError, match=r"a delta of round 0 .* at round 1"):
+            await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
+
+
+async def test_a_state_that_is_claimed_and_not_there_is_refused():
+    async with TrainingRun() as run:
+        one, other = await run.joined(2)
+        claimed = Lineage(9, "ff" * 32, 10**6)
+        opening = DeliverDelta(one.member.replica.terms, claimed, 1, 1, 5.0)
+        with pytest.raises(StaleRoundError):
+            await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
+        assert other.member.replica.lineage.round == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "values"),
+    [
+        (Piece(1), torch.zeros(4)),
+        (Piece(0), torch.zeros(5)),
+        (Piece(0), torch.zeros(2, 2)),
+        (Piece(0), torch.zeros(4, dtype=torch.bfloat16)),
+    ],
+    ids=["place", "size", "shape", "dtype"],
+)
+async def test_a_piece_without_a_place_is_refused(record: Piece, values: torch.Tensor):
+    async with TrainingRun() as run:
+        one, other = await run.joined(2)
+        replica = one.member.replica
+        addresses = [Address.parse(str(address)) for address in other.member.node.addresses]
+        opening = DeliverDelta(replica.terms, replica.lineage, 1, 1, 5.0)
+        channel = await one.member.node.open(addresses, LOCAL_STEPS_PROTOCOL, opening)
+        async with channel:
+            await channel.send(record, to_wire("values", values))
+            with pytest.raises(DeltaError, match="a piece at"):
+                await next_message(channel)
+
+
+async def test_a_peer_that_fits_with_nobody_is_told_when_it_joins():
+    async with TrainingRun() as run:
+        await run.joined(2)
+        with pytest.raises(DeltaError, match="trains 4 values"):
+            await run.join(torch.zeros(7))
+        with pytest.raises(RunMismatchError, match=r"momentum=0\.9"):
+            await run.join(torch.zeros(4), momentum=0.5)
+        assert len(run.trainees[0].member.alive) == 2
+
+
+async def test_a_peer_that_cannot_be_reached_may_not_take_part():
+    async with TrainingRun() as run:
+        (first,) = await run.joined(1)
+        node, _ = run.node(listen=False)
+        await node.start()
+        with pytest.raises(InputError, match="reachable"):
+            type(first.member)(node, MemoryRegistry(node.peer, run.directory), run.settings, torch.zeros(4))
+
+
+async def test_it_says_how_it_is(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="swarmcore.training")
+    async with TrainingRun() as run:
+        trainees = await run.joined(2)
+        await exchange_all(trainees, 1.0)
+        assert "'test' round 1" in repr(trainees[0].member)
+        assert "2 peers>" in repr(trainees[0].member)
+        said = [r.getMessage() for r in caplog.records if "round 1: 2 peers, 2 samples" in r.getMessage()]
+        assert len(said) == 2  # one from each
