@@ -200,6 +200,40 @@ async def test_forged_and_unknown_accusations_are_not_looked_into(
     assert checks.callers == []
 
 
+async def test_an_accusation_about_an_older_record_is_looked_into() -> None:
+    """Not everybody has what a server announced last before it died."""
+    options = GossipOptions(lifelines=0, interval=600.0)
+    async with aclosing(GossipSwarm(faulty_memory(Random(4)), options=options)) as swarm:
+        swarm.patience = 1200.0
+        members = await announced(swarm, 6)
+        accuser, victim, *others = members
+        older = sequence_of(accuser, victim.identity.peer)
+        await victim.registry.announce(attrs.evolve(victim.info(), sessions=1), TTL)
+        for member in members:
+            await swarm.until(member, lambda view: view.servers[victim.identity.peer].sessions == 1)
+        await swarm.crash(victim)
+        suspected = Suspected.sign(accuser.identity, victim.identity.peer, older)
+        node = swarm.nodes[accuser.identity.peer]
+        for address in others[0].addresses:
+            news = ExchangeRecords(spread=True, suspected=(suspected,))
+            await node.call(Address.parse(address), EXCHANGE, news)
+        assert await gone_from(swarm, others, [victim]) < 5.0
+
+
+async def test_a_hidden_peer_that_lives_is_shown_although_its_clock_is_late(quiet_swarm: GossipSwarm) -> None:
+    members = await announced(quiet_swarm, 4)
+    observer, late = members[:2]
+    peer = late.identity.peer
+    replica = observer.registry._replica  # type: ignore[attr-defined]
+    assert replica.hide(peer, sequence_of(observer, peer))
+    quiet_swarm.clock_off[peer] = -20.0
+    news = attrs.evolve(late.info(), sessions=1)
+    await late.registry.announce(news, TTL)
+    started = asyncio.get_running_loop().time()
+    await quiet_swarm.until(observer, lambda view: view.servers.get(peer) == news)
+    assert asyncio.get_running_loop().time() - started < 1.0
+
+
 async def test_a_suspect_refutes_with_a_newer_record(swarm: GossipSwarm) -> None:
     members = await announced(swarm, 5)
     liar, victim, *others = members

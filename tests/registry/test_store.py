@@ -290,6 +290,29 @@ def test_a_newer_record_shows_a_hidden_peer_again(owner: Owner) -> None:
     assert store.unhide(owner.peer) is None
 
 
+def test_news_from_before_its_end_does_not_show_a_hidden_peer(owner: Owner) -> None:
+    store = RecordStore()
+    store.apply(owner.announce("a"), NOW)
+    store.hide(owner.peer, store.sequence(owner.peer) or 0, NOW + 5)
+    late = store.apply(owner.announce("b", at=NOW + 4), NOW + 6)
+    assert isinstance(late, Accepted)
+    assert late.doubtful and late.change is None
+    assert owner.peer not in store.view().servers
+    assert store.hidden_sequence(owner.peer) == late.announcement.sequence
+    again = owner.announce("b", at=NOW + 5.5)
+    assert change_of(store.apply(again, NOW + 6)) == Change("joined", owner.info("b"))
+
+
+def test_who_is_found_dead_is_hidden_with_all_issued_before(owner: Owner) -> None:
+    store = RecordStore()
+    store.apply(owner.announce("a"), NOW)
+    suspected = store.sequence(owner.peer) or 0
+    store.apply(owner.announce("b", at=NOW + 4), NOW + 4)
+    assert store.hide(owner.peer, suspected, NOW + 5, issued_before=NOW + 3) is None
+    change = store.hide(owner.peer, suspected, NOW + 5, issued_before=NOW + 4.5)
+    assert change == Change("left", owner.info("b"))
+
+
 def test_a_hidden_peer_that_withdraws_or_expires_changes_nothing(owner: Owner) -> None:
     store = RecordStore()
     store.apply(owner.announce("a"), NOW)

@@ -63,6 +63,63 @@ def test_time_does_not_run_past_the_horizon() -> None:
         clock.run(tick_for_ever(), horizon=50.0)
 
 
+def test_timers_of_one_moment_go_off_in_the_order_in_which_they_were_set() -> None:
+    rang: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(2.0, rang.append, "second")
+        first = loop.call_later(1.0, rang.append, "first")
+        loop.call_at(2.0, loop.call_later, 0.0, rang.append, "last")
+        loop.call_at(2.0, rang.append, "third")
+        never = loop.call_at(2.0, rang.append, "never")
+        never.cancel()
+        assert (never.cancelled(), first.cancelled(), first.when()) == (True, False, 1.0)
+        await asyncio.sleep(3.0)
+        first.cancel()  # too late
+        assert not first.cancelled()
+
+    clock.run(main())
+    assert rang == ["first", "second", "third", "last"]
+
+
+def test_a_timer_is_due_although_the_loop_is_never_idle() -> None:
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        loop.call_later(0.0, done.set_result, None)
+        while not done.done():
+            await asyncio.sleep(0)
+        return loop.time()
+
+    assert clock.run(main()) == 0.0
+
+
+def test_cancelled_timers_take_no_room_for_long() -> None:
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, clock.VirtualClockLoop)
+        for _ in range(1000):
+            loop.call_later(3600.0, print).cancel()
+        return len(loop._timers)
+
+    assert clock.run(main()) < 300
+
+
+def test_an_error_in_a_timer_is_reported_and_ends_nothing() -> None:
+    reported: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reported.append(repr(context["exception"])))
+        loop.call_later(1.0, int, "x")
+        await asyncio.sleep(2.0)
+
+    clock.run(main())
+    assert len(reported) == 1
+    assert "ValueError" in reported[0]
+
+
 @pytest.mark.virtual_time
 async def test_the_marker_gives_a_test_a_virtual_loop() -> None:
     assert isinstance(asyncio.get_running_loop(), clock.VirtualClockLoop)
