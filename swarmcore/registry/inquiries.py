@@ -32,7 +32,6 @@ MANY = 64
 """Inquiries under way from which on publicly suspected peers are given time to speak, and not called."""
 REFUTE = 2.0
 """Seconds in which one that lives hears of a public suspicion and is heard refuting it."""
-_LISTEN = 0.25
 MAX_OPEN = 1024
 """Inquiries under way, those included that wait for their turn; further suspicions are not looked into."""
 _ATTEMPTS = 2
@@ -137,11 +136,8 @@ class Inquiries:
     async def _speaks(self, peer: PeerId) -> bool:
         """Whether there is news of a publicly suspected peer in the time that it has to refute that."""
         held = self._replica.store.sequence(peer)
-        for _ in range(round(REFUTE / _LISTEN)):
-            await asyncio.sleep(_LISTEN)
-            if self._replica.store.sequence(peer) != held:
-                return True
-        return False
+        await asyncio.sleep(REFUTE)
+        return self._replica.store.sequence(peer) != held
 
     async def _answers(self, info: ServerInfo, suspected: int = 0) -> bool | None:
         """Whether a peer answers at any of its addresses; None when there is no way to ask it."""

@@ -104,6 +104,13 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
                 self._timers_cancelled -= 1
         return ran
 
+    def waits_for_time(self) -> bool:
+        """Whether any timer is set."""
+        while self._timers and not self._timers[0][2].pending:
+            heappop(self._timers)
+            self._timers_cancelled -= 1
+        return bool(self._timers)
+
     def pass_time(self) -> bool:
         """Move the clock to the next timer and run it; False when the loop has to wait in real time instead.
 
@@ -111,10 +118,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         """
         if self._threads_at_work:
             return False
-        while self._timers and not self._timers[0][2].pending:
-            heappop(self._timers)
-            self._timers_cancelled -= 1
-        if not self._timers:
+        if not self.waits_for_time():
             raise VirtualTimeError("every task waits and no timer is set: nothing can ever happen again")
         when = self._timers[0][0]
         if when > self._end:
@@ -223,7 +227,8 @@ class _JumpingSelector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         # The loop's own wake-up pipe needs no haste: what it announces is in the loop's queue already.
         self._turns += 1
-        if timeout is None or len(self._files) > 1 or self._turns % _LOOK_EVERY == 0:
+        last_hope = timeout is None and not self._loop.waits_for_time()
+        if last_hope or len(self._files) > 1 or self._turns % _LOOK_EVERY == 0:
             ready = self._selector.select(0)
             if ready:
                 return ready
