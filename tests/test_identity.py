@@ -116,6 +116,7 @@ def pem(key: Ed25519PrivateKey, password: bytes | None = None) -> bytes:
             "not Ed25519",
         ),
     ],
+    ids=["empty", "garbage", "cut off", "encrypted", "of another kind"],
 )
 def test_a_bad_key_file_is_left_alone_and_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "identity.pem"
