@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from swarmcore.sim.crowd import Crowd, _Hour
 
+SOON = 5.0
+"""Seconds after which no view should show the victims of the disaster."""
+
 _QUANTILES = (0.5, 0.9, 0.99)
 
 
@@ -27,6 +30,11 @@ def crowd_report(crowd: Crowd, hour: _Hour, report: Report) -> None:
     servers = [_registry_bytes(server.host) / crowd.seconds for server in hour.servers]
     clients = [_registry_bytes(client.host) / crowd.seconds for client in hour.clients]
     report.goals["no session gave up while every block had a holder"] = not report.problems
+    if hour.cleaning.servers or hour.cleaning.never:
+        seen_last = max((*hour.cleaning.servers, *hour.cleaning.clients), default=0.0)
+        report.goals[f"the dead were gone from every view within {SOON:g} s"] = (
+            not hour.cleaning.never and seen_last <= SOON
+        )
     report.data.update(
         finished=hour.finished,
         killed=hour.killed,
