@@ -86,13 +86,17 @@ def wait_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) 
         tasks.append(loop.create_task(coroutine))
         tasks[0].add_done_callback(functools.partial(_hand_over, answer))
 
+    def stop() -> None:
+        for task in tasks:
+            task.cancel()
+
     try:
         # Within, since it may be interrupted from the moment on that the work has begun.
         loop.call_soon_threadsafe(start)
         return answer.result()
     except BaseException:
         if not answer.done():
-            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            loop.call_soon_threadsafe(stop)
             concurrent.futures.wait([answer], timeout=CLEANUP_SECONDS)
         raise
 
