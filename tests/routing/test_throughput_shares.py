@@ -48,7 +48,7 @@ def test_servers_that_come_and_go_share_evenly_while_they_are_together(rng: Rand
         done = Counter[PeerId]()
         for _ in range(rng.randrange(100)):
             done.update(shares.next_chain(WHOLE).peers)
-            # Two at most: one for where they began, beside a slow one that may have left, one for where they are.
+            # Two at most: one for where they began, maybe beside one that has left; one for where they are.
             slack = 2 / slowest * (1 + 1e-9)
             seconds = [done[peer(m)] / t for m, t in throughputs.items()]
             assert max(seconds) - min(seconds) <= slack
