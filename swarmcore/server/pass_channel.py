@@ -12,20 +12,17 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import Weights, WeightsIntake
 from swarmcore.types import Span
 from swarmcore.wire.framing import Message
-from swarmcore.wire.passes import AdapterPart, AdapterWanted, InputsWanted, Rows
+from swarmcore.wire.passes import AdapterPart, AdapterWanted, InputsWanted, Rows, adapter_parts
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 
 PIECE_BYTES = 2 * 2**20
-"""Rows and gradients of weights go out in pieces of about so many bytes, before they are encoded."""
+"""Rows go out in pieces of at most about so many bytes, before they are encoded."""
 
 PIECES = 4
 """Rows go out in so many pieces at least, unless they are small: how far apart these arrive tells the client
 the rate of the link (`swarmcore.routing.link_codec`)."""
 
 SMALL_PIECE_BYTES = 2**14
-
-PIECE_TENSORS = 32
-"""Most gradients of weights in one message."""
 
 PIECE_TIMEOUT = 60.0
 """Seconds for the next piece to come: until then its pass takes room that others could have."""
@@ -157,13 +154,5 @@ class PassChannel:
 
     async def send_weights(self, tensors: Sequence[Tensor]) -> None:
         """Send gradients of an adapter's weights, as many to a message as fit well."""
-        first = 0
-        while True:
-            last, size = first, 0
-            while last < len(tensors) and last - first < PIECE_TENSORS and size < PIECE_BYTES:
-                size += tensors[last].data.nbytes
-                last += 1
-            await self._channel.send(AdapterPart(last=last == len(tensors)), *tensors[first:last])
-            if last == len(tensors):
-                return
-            first = last
+        for part, last in adapter_parts(tensors):
+            await self._channel.send(AdapterPart(last=last), *part)

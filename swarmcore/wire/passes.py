@@ -7,7 +7,15 @@ other, without padding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import attrs
+
+from swarmcore.wire.tensors import Tensor
+
+PART_BYTES = 2 * 2**20
+PART_TENSORS = 32
+"""About how much of an adapter goes into one `AdapterPart`."""
 
 FORWARD = "/swarmcore/forward/1"
 BACKWARD = "/swarmcore/backward/1"
@@ -126,3 +134,17 @@ class BackwardDone:
 
     seconds: float = 0.0
     receiving: float = 0.0
+
+
+def adapter_parts(tensors: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], bool]]:
+    """The tensors of one `AdapterPart` after the other, and whether it is the last; one at least."""
+    first = 0
+    while True:
+        end, size = first, 0
+        while end < len(tensors) and end - first < PART_TENSORS and size < PART_BYTES:
+            size += tensors[end].data.nbytes
+            end += 1
+        yield tensors[first:end], end == len(tensors)
+        if end == len(tensors):
+            return
+        first = end
