@@ -8,9 +8,9 @@ import pytest
 from swarmcore.errors import PeerIdentityError, ProtocolError
 from swarmcore.identity import Identity
 from swarmcore.wire.limits import Limits
+from swarmcore_transports.framed.settings import Settings
 from swarmcore_transports.tcp.handshake import (
     SecureChannel,
-    Settings,
     answer_hello,
     check_certificate,
     check_proof,

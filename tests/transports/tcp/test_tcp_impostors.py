@@ -20,10 +20,10 @@ from swarmcore.identity import Identity
 from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
+from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp import transport as transport_module
 from swarmcore_transports.tcp.endpoint import endpoint_of
-from swarmcore_transports.tcp.frames import Kind, encode_frame
 from swarmcore_transports.tcp.security import dialler_context, listener_context
 
 pytestmark = pytest.mark.every_loop

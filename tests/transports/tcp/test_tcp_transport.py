@@ -24,10 +24,10 @@ from swarmcore.identity import Identity
 from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
+from swarmcore_transports.framed import connection as connection_module
+from swarmcore_transports.framed.flow import MESSAGE_COST
 from swarmcore_transports.tcp import TcpTransport
-from swarmcore_transports.tcp import connection as connection_module
 from swarmcore_transports.tcp.endpoint import endpoint_of
-from swarmcore_transports.tcp.flow import MESSAGE_COST
 from swarmcore_transports.tcp.security import dialler_context
 
 pytestmark = pytest.mark.every_loop

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-import struct
 
 import attrs
 from cryptography import x509
@@ -19,42 +18,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from swarmcore.errors import AddressError, PeerIdentityError, ProtocolError
 from swarmcore.identity import Identity, peer_id, verify
 from swarmcore.types import PeerId, short
-from swarmcore.wire.limits import Limits
-from swarmcore_transports.tcp.flow import MIN_WINDOW, window_for
+from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
 from swarmcore_transports.tcp.security import ALPN
 
 CHALLENGE_BYTES = 32
 
 _DOMAIN = b"swarmcore tcp dialler proof 1\0"
-_SETTINGS = struct.Struct("<III")
 _SIGNATURE_BYTES = 64
 _KEY_BYTES = 32
-
-
-@attrs.frozen
-class Settings:
-    """What a side asks of the other."""
-
-    max_message: int
-    """Largest message it takes, in bytes."""
-    window: int
-    """Credit it grants when a stream opens, in bytes."""
-    heartbeat: float
-    """Seconds it may be left without any byte; whole milliseconds on the wire."""
-
-    @classmethod
-    def of(cls, limits: Limits) -> Settings:
-        return cls(min(limits.max_message, 2**32 - 1), window_for(limits.send_buffer), limits.keepalive)
-
-    def encode(self) -> bytes:
-        return _SETTINGS.pack(self.max_message, self.window, min(int(self.heartbeat * 1000), 2**32 - 1))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Settings:
-        max_message, window, heartbeat = _SETTINGS.unpack(data)
-        if window < MIN_WINDOW:
-            raise ProtocolError(f"the peer grants {window} bytes, fewer than {MIN_WINDOW}")
-        return cls(max_message, window, heartbeat / 1000)
 
 
 @attrs.frozen
@@ -103,7 +74,7 @@ def answer_hello(
     hello: bytes, identity: Identity, listener: PeerId, channel: SecureChannel, settings: Settings
 ) -> tuple[bytes, Settings]:
     """The dialler's proof, and the listener's settings. Raise `ProtocolError` on a malformed hello."""
-    if len(hello) != CHALLENGE_BYTES + _SETTINGS.size:
+    if len(hello) != CHALLENGE_BYTES + SETTINGS_BYTES:
         raise ProtocolError(f"a hello of {len(hello)} bytes")
     theirs = Settings.decode(hello[CHALLENGE_BYTES:])
     signature = identity.sign(channel.statement(hello[:CHALLENGE_BYTES], identity.peer, listener))
@@ -115,13 +86,13 @@ def check_proof(
     proof: bytes, challenge: bytes, listener: PeerId, channel: SecureChannel
 ) -> tuple[PeerId, Settings]:
     """The dialler's id and settings. Raise `PeerIdentityError` when it does not prove its id."""
-    if len(proof) != _KEY_BYTES + _SIGNATURE_BYTES + _SETTINGS.size:
+    if len(proof) != _KEY_BYTES + _SIGNATURE_BYTES + SETTINGS_BYTES:
         raise ProtocolError(f"a proof of {len(proof)} bytes")
-    key, signature = proof[:_KEY_BYTES], proof[_KEY_BYTES : -_SETTINGS.size]
+    key, signature = proof[:_KEY_BYTES], proof[_KEY_BYTES:-SETTINGS_BYTES]
     try:
         dialler = peer_id(Ed25519PublicKey.from_public_bytes(key))
     except (ValueError, AddressError) as exc:
         raise PeerIdentityError("the dialler's key is not an Ed25519 key") from exc
     if not verify(dialler, channel.statement(challenge, dialler, listener), signature):
         raise PeerIdentityError(f"the dialler did not prove that it is {short(dialler)}")
-    return dialler, Settings.decode(proof[-_SETTINGS.size :])
+    return dialler, Settings.decode(proof[-SETTINGS_BYTES:])

@@ -10,7 +10,6 @@ import secrets
 import select
 import socket
 import ssl
-from collections import Counter
 from collections.abc import Sequence
 
 from swarmcore.errors import (
@@ -24,10 +23,14 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.identity import Identity
-from swarmcore.transport import OnStream, Stream, Transport, serve_stream
+from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.tcp.connection import RETIRE_SECONDS, Connection
+from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
+from swarmcore_transports.framed.connections import Connections
+from swarmcore_transports.framed.frames import Kind, encode_frame
+from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.tcp.endpoint import (
     SCHEME,
     Endpoint,
@@ -36,27 +39,21 @@ from swarmcore_transports.tcp.endpoint import (
     endpoint_of,
     hang_up,
 )
-from swarmcore_transports.tcp.frames import Kind, encode_frame
 from swarmcore_transports.tcp.handshake import (
     CHALLENGE_BYTES,
     SecureChannel,
-    Settings,
     answer_hello,
     check_certificate,
     check_proof,
     make_hello,
 )
 from swarmcore_transports.tcp.listener import Listener
-from swarmcore_transports.tcp.pool import IdlePool
 from swarmcore_transports.tcp.security import dialler_context, listener_context
-from swarmcore_transports.tcp.stream import TcpStream
 
 logger = logging.getLogger(__name__)
 
 MAX_HALF_OPEN = 512
 """Most incoming handshakes at a time; a further one pushes out the oldest."""
-
-_IDLE_SECONDS = 60.0
 
 
 class TcpTransport(Transport):
@@ -81,41 +78,33 @@ class TcpTransport(Transport):
         self._dialler_context = dialler_context()
         self._listener_context: ssl.SSLContext | None = None
         self._certificate = b""
-        self._on_stream: OnStream | None = None
+        self._listening = False
         self._listeners: list[Listener] = []
-        self._connections: set[Connection] = set()
-        self._dialled: IdlePool[Connection] = IdlePool(per_peer=32, total=256, keep=_IDLE_SECONDS)
-        # The dialler decides how long a connection is kept; the listener only bounds their number.
-        self._accepted: IdlePool[Connection] = IdlePool(
-            per_peer=self.limits.max_calls_per_peer, total=self.limits.max_calls, keep=4 * _IDLE_SECONDS
-        )
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._connections = Connections(self.limits, _readable)
         # Tasks that bring a socket to TLS, either way. None is cancelled; `hang_up` ends it.
         self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
         # The incoming ones among them, oldest first, less those already hung up on.
         self._half_open: dict[asyncio.Task[None], socket.socket] = {}
-        self._handlers: set[asyncio.Task[None]] = set()
-        self._incoming: Counter[PeerId] = Counter()
         self._dials: set[asyncio.Timeout] = set()
-        self._all_lost: asyncio.Future[None] | None = None
         self._closed = False
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "listening" if self._listeners else "open"
-        connections = f"{len(self._connections)} connections, {len(self._dialled) + len(self._accepted)} idle"
+        connections = f"{len(self._connections)} connections, {self._connections.idle} idle"
         return f"<TcpTransport {short(self.identity.peer)} {state} · {connections}>"
 
     # --- listening ----------------------------------------------------------------------------------
 
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
         self._check_open()
-        if self._on_stream:
+        if self._listening:
             raise InputError("this transport listens already")
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['host:port']")
         endpoints = [Endpoint.parse(place) for place in self.listen_on]
         announced((), self.announce, self.identity.peer)  # a mistake there shows before anything is bound
-        self._on_stream = on_stream
+        self._listening = True
+        self._connections.serve(on_stream)
         bound: list[Endpoint] = []
         try:
             self._listener_context, self._certificate = await asyncio.to_thread(
@@ -127,7 +116,7 @@ class TcpTransport(Transport):
                 bound += listener.endpoints
         except BaseException:
             self._stop_listening()
-            self._on_stream = None
+            self._listening = False
             raise
         return announced(bound, self.announce, self.identity.peer)
 
@@ -173,9 +162,9 @@ class TcpTransport(Transport):
                 raise ProtocolError(f"{kind.name} before the proof")
             channel = SecureChannel.of(connection.transport.get_extra_info("ssl_object"), self._certificate)
             connection.establish(*check_proof(body, challenge, self.identity.peer, channel))
-            self.connection_idle(connection)
+            self._connections.connection_idle(connection)
 
-        connection = Connection(self, self.limits, greet, self._opened)
+        connection = Connection(self._connections, self.limits, greet, self._connections.opened)
         loop = asyncio.get_running_loop()
         seconds = self.limits.connect_timeout
         deadline = loop.time() + seconds
@@ -196,44 +185,14 @@ class TcpTransport(Transport):
             if connection.remote is None and not connection.error:
                 connection.fail(PeerUnreachableError("the dialler did not prove who it is"))
 
-    def _opened(self, connection: Connection) -> None:
-        remote = connection.remote
-        assert remote and self._on_stream
-        self._accepted.remove(connection)
-        # What runs on top refuses the first ones above its limit with a proper answer; here is the wall.
-        if self._incoming[remote] >= 2 * self.limits.max_calls_per_peer or (
-            len(self._handlers) >= 2 * self.limits.max_calls
-        ):
-            connection.retire("too many streams; close some first")
-            return
-        stream = TcpStream(connection, remote, self.limits)
-        task = asyncio.get_running_loop().create_task(self._handle(stream, self._on_stream))
-        self._handlers.add(task)
-        task.add_done_callback(self._handlers.discard)
-
-    async def _handle(self, stream: TcpStream, on_stream: OnStream) -> None:
-        self._incoming[stream.remote] += 1
-        try:
-            await serve_stream(stream, on_stream)
-        finally:
-            self._incoming[stream.remote] -= 1
-            if not self._incoming[stream.remote]:
-                del self._incoming[stream.remote]
-
     # --- dialling -----------------------------------------------------------------------------------
 
     async def open_stream(self, address: Address) -> Stream:
         self._check_open()
         endpoint = endpoint_of(address)
-        while connection := self._dialled.take(address.peer):
-            if connection.error is None and not _readable(connection):
-                break
-            # An idle connection with something to read is being closed by the other side.
-            connection.retire("the connection was idle")
-        else:
-            connection = await self._dial(endpoint, address.peer)
+        connection = self._connections.take(address.peer) or await self._dial(endpoint, address.peer)
         connection.write(encode_frame(Kind.OPEN))
-        return TcpStream(connection, address.peer, self.limits)
+        return FramedStream(connection, address.peer, self.limits)
 
     async def _dial(self, endpoint: Endpoint, peer: PeerId) -> Connection:
         def greet(connection: Connection, kind: Kind, body: bytes) -> None:
@@ -247,7 +206,7 @@ class TcpTransport(Transport):
             connection.write(encode_frame(Kind.PROOF, proof))
             connection.establish(peer, theirs)
 
-        connection = Connection(self, self.limits, greet)
+        connection = Connection(self._connections, self.limits, greet)
         seconds = self.limits.connect_timeout
         sock: socket.socket | None = None
         try:
@@ -313,45 +272,6 @@ class TcpTransport(Transport):
         task.add_done_callback(done)
         return task
 
-    # --- connections --------------------------------------------------------------------------------
-
-    def connection_made(self, connection: Connection) -> None:
-        self._connections.add(connection)
-        if self._closed:
-            connection.fail(PeerUnreachableError("the transport was closed"))
-
-    def connection_idle(self, connection: Connection) -> None:
-        """Keep it for the next stream."""
-        if self._closed or connection.error or connection.remote is None:
-            return
-        pool = self._accepted if connection.accepts else self._dialled
-        loop = asyncio.get_running_loop()
-        for evicted in pool.put(connection.remote, connection, loop.time()):
-            self._let_go(evicted)
-        if self._sweeper is None:
-            self._sweeper = loop.call_later(_IDLE_SECONDS, self._sweep)
-
-    def connection_lost(self, connection: Connection) -> None:
-        self._connections.discard(connection)
-        self._dialled.remove(connection)
-        self._accepted.remove(connection)
-        if not self._connections and self._all_lost and not self._all_lost.done():
-            self._all_lost.set_result(None)
-
-    def _let_go(self, idle: Connection) -> None:
-        if idle.accepts:
-            idle.dismiss()
-        else:
-            idle.retire("the connection was idle")
-
-    def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
-        for pool in (self._dialled, self._accepted):
-            for connection in pool.expire(loop.time()):
-                self._let_go(connection)
-        idle = len(self._dialled) + len(self._accepted)
-        self._sweeper = loop.call_later(_IDLE_SECONDS / 2, self._sweep) if idle else None
-
     # --- the end ------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -361,33 +281,13 @@ class TcpTransport(Transport):
     async def close(self) -> None:
         self._closed = True
         self._stop_listening()
-        if self._sweeper:
-            self._sweeper.cancel()
-            self._sweeper = None
         loop = asyncio.get_running_loop()
         for deadline in self._dials:
             deadline.reschedule(loop.time())
-        for connection in self._connections:
-            # Nobody is waiting for the last words on an idle one.
-            connection.retire("the transport was closed", patience=None if connection.stream else 0.0)
         for sock in self._handshakes.values():
             hang_up(sock)
-        for task in self._handlers:
-            task.cancel()
-        tasks = {*self._handshakes, *self._handlers} - {asyncio.current_task()}
-        try:
-            if tasks:
-                await asyncio.wait(tasks, timeout=RETIRE_SECONDS)
-            if self._connections:
-                # Each one cuts itself off when the other side does not let go in time.
-                self._all_lost = loop.create_future()
-                async with asyncio.timeout(2 * RETIRE_SECONDS):
-                    await self._all_lost
-        except TimeoutError:
-            logger.warning("%r: connections are still open", self)
-        finally:
-            for connection in tuple(self._connections):
-                connection.fail(PeerUnreachableError("the transport was closed"))
+        self._connections.begin_close()
+        await self._connections.finish_close(self._handshakes)
 
 
 def _readable(connection: Connection) -> bool:

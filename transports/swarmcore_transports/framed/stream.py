@@ -14,9 +14,9 @@ from swarmcore.errors import (
 from swarmcore.transport import Buffer, Stream
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.tcp.connection import Connection
-from swarmcore_transports.tcp.flow import MESSAGE_COST, Inbox, window_for
-from swarmcore_transports.tcp.frames import MAX_PART, Kind, encode_frame, message_header, split_message
+from swarmcore_transports.framed.connection import Connection
+from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox, window_for
+from swarmcore_transports.framed.frames import MAX_PART, Kind, encode_frame, message_header, split_message
 
 LINGER_SECONDS = 30.0
 """How long a closed stream waits for the other side to close it too, before the connection is given up."""
@@ -25,7 +25,7 @@ _JOIN = 64 * 1024
 """Messages up to this size are joined with their header: one copy is cheaper than another TLS record."""
 
 
-class TcpStream(Stream):
+class FramedStream(Stream):
     def __init__(self, connection: Connection, remote: PeerId, limits: Limits) -> None:
         self.remote = remote
         self.path = "direct"
@@ -56,7 +56,9 @@ class TcpStream(Stream):
             if self._ended
             else "open"
         )
-        return f"<TcpStream {short(self.remote)} {state} · {len(self._inbox)} unread · credit {self._credit}>"
+        return (
+            f"<FramedStream {short(self.remote)} {state} · {len(self._inbox)} unread · credit {self._credit}>"
+        )
 
     # --- the application's side -----------------------------------------------------------------------
 

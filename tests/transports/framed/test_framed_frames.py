@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmcore.errors import ProtocolError
-from swarmcore_transports.tcp.frames import (
+from swarmcore_transports.framed.frames import (
     MAX_PART,
     FrameReader,
     Kind,

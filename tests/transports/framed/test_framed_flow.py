@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import ProtocolError
-from swarmcore_transports.tcp.flow import MESSAGE_COST, Inbox, window_for
+from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox, window_for
 
 WINDOW = 16 * 1024
 

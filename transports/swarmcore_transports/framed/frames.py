@@ -1,4 +1,4 @@
-"""Frames inside one TLS connection, and the reader that receives messages straight into their own memory.
+"""Frames inside one connection, and the reader that receives messages straight into their own memory.
 
 A frame is ``u8 kind | u32 length | u32 value``, little-endian, and ``length`` bytes. A message travels as one
 ``MESSAGE`` frame whose value is the length of the whole message, and as many ``MORE`` frames as it takes:

@@ -1,4 +1,4 @@
-"""One TLS connection, one stream at a time: frames in and out, the proof of both ends, signs of life."""
+"""One connection, one stream at a time: frames in and out, the proof of both ends, signs of life."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from swarmcore.errors import ConnectionLostError, PeerUnreachableError, Protocol
 from swarmcore.transport import Buffer
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.tcp.frames import FrameReader, Kind, encode_frame
-from swarmcore_transports.tcp.handshake import Settings
+from swarmcore_transports.framed.frames import FrameReader, Kind, encode_frame
+from swarmcore_transports.framed.settings import Settings
 
 if TYPE_CHECKING:
-    from swarmcore_transports.tcp.stream import TcpStream
+    from swarmcore_transports.framed.stream import FramedStream
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ OnOpen = Callable[["Connection"], None]
 
 
 class Connection(asyncio.BufferedProtocol):
-    """The protocol of one socket, above TLS.
+    """The protocol of one byte pipe, whose ends are proven by a handshake frame or were proven before.
 
     Nothing but one handshake frame is taken until `establish`; after that, frames go to the stream. A
     connection always reads: memory is bounded by the credit each stream grants, never by a full socket.
@@ -74,7 +74,7 @@ class Connection(asyncio.BufferedProtocol):
         """Done when both ids are proven; fails with the reason when they are not."""
         self.remote: PeerId | None = None
         self.settings = Settings.of(limits)
-        self.stream: TcpStream | None = None
+        self.stream: FramedStream | None = None
         self.error: SwarmError | None = None
         """Why the connection can no longer be used; None while it can."""
 
@@ -269,7 +269,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- streams ------------------------------------------------------------------------------------
 
-    def carry(self, stream: TcpStream) -> None:
+    def carry(self, stream: FramedStream) -> None:
         """From now on this connection carries ``stream``."""
         self.stream = stream
         self._keep()

@@ -1,0 +1,157 @@
+"""All connections of one transport: those that carry a stream, those kept idle, and who handles streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection
+
+from swarmcore.errors import PeerUnreachableError
+from swarmcore.transport import OnStream, serve_stream
+from swarmcore.types import PeerId
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
+from swarmcore_transports.framed.pool import IdlePool
+from swarmcore_transports.framed.stream import FramedStream
+
+logger = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 60.0
+
+
+class Connections:
+    """The `Owner` of a transport's connections, dialled and accepted.
+
+    ``stale`` tells of an idle connection that its other side has most likely given up.
+    """
+
+    def __init__(self, limits: Limits, stale: Callable[[Connection], bool]) -> None:
+        self._limits = limits
+        self._stale = stale
+        self._on_stream: OnStream | None = None
+        self._all: set[Connection] = set()
+        self._dialled: IdlePool[Connection] = IdlePool(per_peer=32, total=256, keep=_IDLE_SECONDS)
+        # The dialler decides how long a connection is kept; the listener only bounds their number.
+        self._accepted: IdlePool[Connection] = IdlePool(
+            per_peer=limits.max_calls_per_peer, total=limits.max_calls, keep=4 * _IDLE_SECONDS
+        )
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._handlers: set[asyncio.Task[None]] = set()
+        self._incoming: Counter[PeerId] = Counter()
+        self._all_lost: asyncio.Future[None] | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def idle(self) -> int:
+        """How many carry no stream and are kept for the next one."""
+        return len(self._dialled) + len(self._accepted)
+
+    def serve(self, on_stream: OnStream) -> None:
+        """From now on, streams that remote peers open go to ``on_stream``."""
+        self._on_stream = on_stream
+
+    def take(self, peer: PeerId) -> Connection | None:
+        """An idle connection to ``peer`` that this side dialled, ready for another stream."""
+        while connection := self._dialled.take(peer):
+            if connection.error is None and not self._stale(connection):
+                return connection
+            connection.retire("the connection was idle")
+        return None
+
+    def opened(self, connection: Connection) -> None:
+        """The remote opened a stream on a connection that it dialled: handle it in a task of its own."""
+        remote = connection.remote
+        assert remote and self._on_stream
+        self._accepted.remove(connection)
+        # What runs on top refuses the first ones above its limit with a proper answer; here is the wall.
+        if self._incoming[remote] >= 2 * self._limits.max_calls_per_peer or (
+            len(self._handlers) >= 2 * self._limits.max_calls
+        ):
+            connection.retire("too many streams; close some first")
+            return
+        stream = FramedStream(connection, remote, self._limits)
+        task = asyncio.get_running_loop().create_task(self._handle(stream, self._on_stream))
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+
+    async def _handle(self, stream: FramedStream, on_stream: OnStream) -> None:
+        self._incoming[stream.remote] += 1
+        try:
+            await serve_stream(stream, on_stream)
+        finally:
+            self._incoming[stream.remote] -= 1
+            if not self._incoming[stream.remote]:
+                del self._incoming[stream.remote]
+
+    # --- what a connection tells its owner ------------------------------------------------------------
+
+    def connection_made(self, connection: Connection) -> None:
+        self._all.add(connection)
+        if self._closed:
+            connection.fail(PeerUnreachableError("the transport was closed"))
+
+    def connection_idle(self, connection: Connection) -> None:
+        if self._closed or connection.error or connection.remote is None:
+            return
+        pool = self._accepted if connection.accepts else self._dialled
+        loop = asyncio.get_running_loop()
+        for evicted in pool.put(connection.remote, connection, loop.time()):
+            _let_go(evicted)
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(_IDLE_SECONDS, self._sweep)
+
+    def connection_lost(self, connection: Connection) -> None:
+        self._all.discard(connection)
+        self._dialled.remove(connection)
+        self._accepted.remove(connection)
+        if not self._all and self._all_lost and not self._all_lost.done():
+            self._all_lost.set_result(None)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        for pool in (self._dialled, self._accepted):
+            for connection in pool.expire(loop.time()):
+                _let_go(connection)
+        self._sweeper = loop.call_later(_IDLE_SECONDS / 2, self._sweep) if self.idle else None
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def begin_close(self) -> None:
+        """Retire every connection and cancel every handler; new connections fail at once."""
+        self._closed = True
+        if self._sweeper:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for connection in tuple(self._all):
+            # Nobody is waiting for the last words on an idle one.
+            connection.retire("the transport was closed", patience=None if connection.stream else 0.0)
+        for task in self._handlers:
+            task.cancel()
+
+    async def finish_close(self, others: Collection[asyncio.Task[None]] = ()) -> None:
+        """Wait, for seconds at most, until the handlers and ``others`` are done and no connection is left."""
+        tasks = {*others, *self._handlers} - {asyncio.current_task()}
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=RETIRE_SECONDS)
+            if self._all:
+                # Each one cuts itself off when the other side does not let go in time.
+                self._all_lost = asyncio.get_running_loop().create_future()
+                async with asyncio.timeout(2 * RETIRE_SECONDS):
+                    await self._all_lost
+        except TimeoutError:
+            logger.warning("%d connections are still open", len(self._all))
+        finally:
+            for connection in tuple(self._all):
+                connection.fail(PeerUnreachableError("the transport was closed"))
+
+
+def _let_go(idle: Connection) -> None:
+    if idle.accepts:
+        idle.dismiss()
+    else:
+        idle.retire("the connection was idle")
