@@ -1,0 +1,12 @@
+"""Tests in network namespaces: skipped, with the reason, where none can be made."""
+
+from __future__ import annotations
+
+import pytest
+from netlab.netlab import unavailable
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_lab_can_be_built() -> None:
+    if reason := unavailable():
+        pytest.skip(f"no NAT lab: {reason}")
