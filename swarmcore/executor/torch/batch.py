@@ -86,12 +86,14 @@ def causal_mask(
         hidden = keys > queries
         if how.window:
             hidden |= keys <= queries - how.window
-        # The kernels take float32 masks at any dtype; a bias needs that precision.
         mask = torch.zeros(hidden.shape, dtype=torch.float32 if how.bias else dtype, device=device)
         mask = mask.masked_fill_(hidden, float("-inf")).view(1, 1, end - start, -1)
     if how.bias:
         bias = how.bias.keys(end)[..., first:]
         mask = bias if mask is None else mask + bias
+        if device.type != "cpu":
+            # CPUs take float32 masks at any dtype; kernels of GPUs refuse them, or misread them.
+            mask = mask.to(dtype)
     return mask
 
 

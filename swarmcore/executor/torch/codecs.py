@@ -58,7 +58,7 @@ class Int8Codec:
         target = DTYPES[dtype]
         limit = torch.finfo(target).max
         scales, quantised = _parts(memoryview(bytearray(data)) if data.readonly else data, count)
-        decoded = torch.empty(count, dtype=target)
+        decoded = torch.empty(count, dtype=target, device="cpu")
         for start in range(0, count, _CHUNK):
             chunk = quantised[start : start + _CHUNK].float()
             size = len(chunk)

@@ -48,6 +48,17 @@ def choose_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
         return torch.float32
     if device.type == "cpu":
         return torch.bfloat16
-    if own == torch.float16 or not torch.cuda.is_bf16_supported():
+    if own == torch.float16 or not _computes_bfloat16(device):
         return torch.float16
     return torch.bfloat16
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until ``device`` has computed all that it was given: a GPU is given work ahead of time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _computes_bfloat16(gpu: torch.device) -> bool:
+    with torch.cuda.device(gpu):  # torch asks the current one, and takes slow emulation for support
+        return torch.cuda.is_bf16_supported(including_emulation=False)

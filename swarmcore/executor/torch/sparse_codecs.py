@@ -49,6 +49,9 @@ OUTLIERS = 2
 _CHUNK_VALUES = 2**16
 """Values converted at a time, so that the float32 intermediates stay in the CPU's cache."""
 
+_CPU = torch.device("cpu")
+"""Said everywhere: a program may have made another device the default."""
+
 _FLOAT8_MAX = 448.0
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -97,7 +100,7 @@ class TopKCodec:
         for part in _parts(len(scales), block):
             where = _ascending(places[part], block) if kept <= block // 8 else _marked(places[part], kept)
             entries = values[part].float() * scales[part].float()
-            decoded.put(part, torch.zeros(len(where), block).scatter_(1, where, entries))
+            decoded.put(part, torch.zeros(len(where), block, device=_CPU).scatter_(1, where, entries))
         return decoded.data
 
     def encoded_nbytes(self, dtype: str, shape: tuple[int, ...]) -> int:
@@ -119,7 +122,8 @@ class MixedCodec:
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self._levels = torch.tensor([*(-level for level in reversed(LEVELS[bits])), *LEVELS[bits]])
+        levels = [*(-level for level in reversed(LEVELS[bits])), *LEVELS[bits]]
+        self._levels = torch.tensor(levels, device=_CPU)
         self._limits = (self._levels[1:] + self._levels[:-1]) / 2
 
     def __repr__(self) -> str:
@@ -150,7 +154,7 @@ class MixedCodec:
         decoded = _Decoded(dtype, math.prod(shape), block)
         for part in _parts(len(places), block):
             where = _ascending(places[part], block)
-            codes = torch.zeros(len(where), block, dtype=torch.int32)
+            codes = torch.zeros(len(where), block, dtype=torch.int32, device=_CPU)
             for bit in range(self.bits):
                 codes |= _unpack(planes[part, bit]).int() << bit
             rest = self._levels[codes].view(len(where), -1, SCALED) * scales[part].float().unsqueeze_(2)
@@ -175,7 +179,7 @@ class _Decoded:
     """Raw values of a dtype, filled block by block."""
 
     def __init__(self, dtype: str, count: int, block: int) -> None:
-        self._values = torch.empty(count, dtype=DTYPES[dtype])
+        self._values = torch.empty(count, dtype=DTYPES[dtype], device=_CPU)
         self._block = block
         self._limit = torch.finfo(DTYPES[dtype]).max
 
@@ -230,7 +234,8 @@ def _marked(bitmap: torch.Tensor, kept: int) -> torch.Tensor:
 
 
 def _bitmap(where: torch.Tensor, block: int) -> torch.Tensor:
-    return _pack(torch.zeros(len(where), block, dtype=torch.int32).scatter_(1, where, 1))
+    bits = torch.zeros(len(where), block, dtype=torch.int32, device=_CPU)
+    return _pack(bits.scatter_(1, where, 1))
 
 
 def _to_bfloat16(values: torch.Tensor) -> torch.Tensor:
@@ -245,7 +250,7 @@ def _root_mean_square(values: torch.Tensor) -> torch.Tensor:
     return largest * (values / largest.clamp_min(_SMALLEST)).square_().mean(-1, keepdim=True).sqrt_()
 
 
-_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=_CPU)
 
 
 def _pack(bits: torch.Tensor) -> torch.Tensor:
@@ -261,7 +266,7 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
 def _split(encoded: memoryview | bytearray, widths: tuple[int, ...]) -> list[torch.Tensor]:
     """The sections one after the other, as bytes ``[blocks, width]`` that share the memory."""
     if not encoded:  # torch cannot make a tensor of no bytes
-        return [torch.empty(0, width, dtype=torch.uint8) for width in widths]
+        return [torch.empty(0, width, dtype=torch.uint8, device=_CPU) for width in widths]
     readonly = isinstance(encoded, memoryview) and encoded.readonly
     whole = torch.frombuffer(bytearray(encoded) if readonly else encoded, dtype=torch.uint8)
     count = len(whole) // sum(widths)

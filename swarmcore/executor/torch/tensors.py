@@ -22,10 +22,15 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
         )
     data = tensor.decode().data
     if not data.nbytes:
-        return torch.empty(tensor.shape, dtype=dtype)
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     # torch warns about read-only memory, and could not keep it read-only.
     buffer = bytearray(data) if data.readonly else data
     return torch.frombuffer(buffer, dtype=dtype).view(tensor.shape)
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor of floats in another dtype, raw. Raise `KeyError` for one that is not a float's."""
+    return to_wire(tensor.name, to_torch(tensor).to(DTYPES[dtype]))
 
 
 def to_wire(name: str, values: torch.Tensor, codec: str = "raw") -> Tensor:
