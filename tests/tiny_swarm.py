@@ -22,8 +22,8 @@ from swarmcore.types import Span
 
 
 @contextmanager
-def served(folder: Path, *spans: str) -> Iterator[list[BlockServer]]:
-    """Servers of these blocks of a model, in float32, on the background loop; the first is the bootstrap."""
+def served(folder: Path, *spans: str, dtype: str = "float32") -> Iterator[list[BlockServer]]:
+    """Servers of these blocks of a model, on the background loop; the first is the bootstrap."""
     loop = background_loop()
     servers: list[BlockServer] = []
 
@@ -32,7 +32,7 @@ def served(folder: Path, *spans: str) -> Iterator[list[BlockServer]]:
         config = ServerConfig(
             model=str(folder),
             span=Span.parse(span),
-            dtype="float32",
+            dtype=dtype,
             cache_tokens=4096,
             throughput=1000.0,
             drain=0.0,

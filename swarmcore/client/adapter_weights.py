@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -24,10 +24,13 @@ class AdapterWeights:
     tensors: Mapping[int, tuple[Tensor, ...]] = attrs.field(factory=dict, repr=False)
     """The weights of each block, under their names on the wire; empty for an adapter of the servers."""
 
+    def tensors_of(self, blocks: Iterable[int]) -> list[Tensor]:
+        """The weights of ``blocks``, in their order."""
+        return [tensor for block in blocks for tensor in self.tensors.get(block, ())]
+
     async def send(self, channel: Channel, blocks: Sequence[int]) -> None:
         """Send the weights of ``blocks``. Raise `ProtocolError` when they are not the client's to send."""
         if not self.tensors:
             raise ProtocolError(f"the server asked for the weights of its own adapter {self.name.name!r}")
-        tensors = [tensor for block in blocks for tensor in self.tensors.get(block, ())]
-        for part, last in adapter_parts(tensors):
+        for part, last in adapter_parts(self.tensors_of(blocks)):
             await channel.send(AdapterPart(self.scaling, last=last), *part)

@@ -14,7 +14,7 @@ from swarmcore.client.bridge import Bridge
 from swarmcore.client.micro_batches import BatchRunner, Way, WayBack
 from swarmcore.client.packed_rows import PackedRows
 from swarmcore.client.passes import Batch
-from swarmcore.errors import InputError, ProtocolError, SpanError
+from swarmcore.errors import InputError, SpanError
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.executor.torch.tensors import to_torch
 from swarmcore.types import ModelInfo, Span
@@ -173,11 +173,7 @@ class _Journey:
         sums = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
         for each in back:
             for tensor in each.weights:
-                into = sums.get(tensor.name)
-                if into is None or tuple(into.shape) != tensor.shape:
-                    raise ProtocolError(
-                        f"a gradient came for {tensor.name!r}, which is none of the adapter's"
-                    )
+                into = sums[tensor.name]
                 into += to_torch(tensor).to(into.device, into.dtype)
         return list(sums.values())
 

@@ -19,7 +19,7 @@ from swarmcore.client.pass_codecs import PassCodecs
 from swarmcore.client.pass_room import Call, PassRoom
 from swarmcore.client.pass_speeds import Kind as PassKind
 from swarmcore.client.pass_speeds import Work
-from swarmcore.client.passes import Batch
+from swarmcore.client.passes import Batch, as_computed
 from swarmcore.client.planner import random_session_id
 from swarmcore.errors import (
     InputError,
@@ -202,14 +202,26 @@ class BatchRunner:
     # --- one micro-batch ---------------------------------------------------------------------------------
 
     async def _forward(self, span: Span, batch: Batch, inputs: Tensor, work: Work) -> Way:
+        passed, outputs = await self._through(span, batch, inputs, work, _Seeking(self, batch))
+        return Way(batch, tuple(passed), outputs)
+
+    async def _through(
+        self,
+        span: Span,
+        batch: Batch,
+        hidden: Tensor,
+        work: Work,
+        seeking: _Seeking,
+        stages: Sequence[Stage] = (),
+    ) -> tuple[list[Passed], Tensor]:
+        """The stages that it went through, and what came out; ``stages`` of ``span`` are tried first."""
         keep = work == "both" and self.options.keep
         passed: list[Passed] = []
-        seeking = _Seeking(self, batch)
-        hidden = inputs
         while (start := passed[-1].stage.span.end if passed else span.start) < span.end:
-            stages = await seeking.chain(Span(start, span.end), work)
+            stages = stages or await seeking.chain(Span(start, span.end), work)
             for stage in stages:
                 name = self._pass_id() if keep else ""
+                hidden = await as_computed(hidden, stage.server)
                 up, down = seeking.codecs(stage, "activations", hidden)
                 result = await seeking.attempt(
                     stage,
@@ -231,7 +243,8 @@ class BatchRunner:
                 self.codecs.done(stage.server.peer, "activations", hidden, result, seeking.now())
                 passed.append(Passed(stage, hidden, name if result.kept else "", up))
                 hidden = result.outputs
-        return Way(batch, tuple(passed), hidden)
+            stages = ()
+        return passed, hidden
 
     async def _backward(self, way: Way, gradients: Tensor, inputs: bool, weights: bool) -> WayBack:
         left = list(way.passed)
@@ -241,6 +254,7 @@ class BatchRunner:
         while left:
             passed = left[-1] = await self._sendable(left[-1])
             assert gradient is not None
+            gradient = await as_computed(gradient, passed.stage.server)
             up, down = seeking.codecs(passed.stage, "gradients", gradient)
             result = await seeking.attempt(
                 passed.stage,
@@ -272,12 +286,12 @@ class BatchRunner:
 
     async def _instead_of(self, lost: Passed, batch: Batch, seeking: _Seeking) -> list[Passed]:
         """Other stages to go back through; inputs of inner ones are computed again."""
-        stages = await seeking.chain(lost.stage.span, "backward")
-        if len(stages) == 1:
-            return [Passed(stages[0], lost.inputs, "", lost.codec)]
-        last = stages[-1]
-        way = await self._forward(Span(lost.stage.span.start, last.span.start), batch, lost.inputs, "both")
-        return [*way.passed, Passed(last, way.outputs, "")]
+        *inner, last = await seeking.chain(lost.stage.span, "backward")
+        if not inner:
+            return [Passed(last, lost.inputs, "", lost.codec)]
+        before = Span(lost.stage.span.start, last.span.start)
+        passed, hidden = await self._through(before, batch, lost.inputs, "both", seeking, inner)
+        return [*passed, Passed(last, hidden, "")]
 
     async def _sendable(self, passed: Passed) -> Passed:
         """As it is, or with inputs that its server can read: what they became on the way, raw."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Protocol
 from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
-from swarmcore.types import Address, ModelInfo
+from swarmcore.types import Address, ModelInfo, ServerInfo
 from swarmcore.wire.passes import (
     AdapterPart,
     AdapterWanted,
@@ -28,10 +29,12 @@ from swarmcore.wire.passes import (
     OpenForward,
     Rows,
 )
+from swarmcore.wire.row_intake import RowsIntake
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 
-PIECE_BYTES = 2**19
-"""Rows travel in pieces of about so many bytes before they are encoded."""
+PIECE_BYTES = 2**15
+"""Rows travel in pieces of about so many bytes before they are encoded. Small ones, since a server
+does not wait for the next one for ever, and all passes under way share what a slow link carries."""
 
 Done = TypeVar("Done", ForwardDone, BackwardDone)
 
@@ -105,11 +108,11 @@ async def forward(
         keep=keep,
         reproducible=batch.reproducible,
     )
-    answers = _Answers("outputs", batch.rows, model.hidden_size)
+    answers = _Answers(RowsIntake("outputs", batch.rows, model.hidden_size, ProtocolError))
     talk = _Pass(node, stage, batch, inputs, codec)
     done = await talk.run(FORWARD_PROTOCOL, opening, ("inputs", inputs, codec), answers, ForwardDone)
     up = Transfer(talk.sent, done.receiving)
-    return Forwarded(answers.whole(), done.kept, done.seconds, up, answers.transfer)
+    return Forwarded(answers.rows.whole(), done.kept, done.seconds, up, answers.transfer)
 
 
 async def backward(
@@ -145,54 +148,67 @@ async def backward(
         weights=wants_weights,
         reproducible=batch.reproducible,
     )
-    answers = _Answers("gradients", batch.rows if wants_inputs else 0, model.hidden_size)
+    rows = RowsIntake("gradients", batch.rows if wants_inputs else 0, model.hidden_size, ProtocolError)
+    wanted = (
+        batch.adapter.tensors_of(range(stage.span.start, stage.span.end))
+        if batch.adapter and wants_weights
+        else ()
+    )
+    answers = _Answers(rows, wanted)
     talk = _Pass(node, stage, batch, inputs, inputs_codec)
     done = await talk.run(BACKWARD_PROTOCOL, opening, ("gradients", gradients, codec), answers, BackwardDone)
-    found = answers.whole() if wants_inputs else None
+    found = rows.whole() if wants_inputs else None
     up = Transfer(talk.sent, done.receiving)
     return BackwardResult(found, tuple(answers.weights), done.seconds, up, answers.transfer)
 
 
-class _Answers:
-    """Puts the pieces of an answer together."""
+async def as_computed(rows: Tensor, server: ServerInfo) -> Tensor:
+    """Raw ``rows`` in the dtype that ``server`` computes in, where that is smaller.
 
-    def __init__(self, kind: str, rows: int, width: int) -> None:
+    Nothing is lost: it would round them itself. Its answers come in that dtype too.
+    """
+    if ITEM_BYTES.get(server.dtype, math.inf) >= ITEM_BYTES[rows.dtype] or server.dtype not in FLOATS:
+        return rows
+    try:
+        from swarmcore.executor.torch.tensors import cast
+    except ImportError:  # torch is not installed: they travel as they are
+        return rows
+    return await asyncio.to_thread(cast, rows, server.dtype)
+
+
+class _Answers:
+    """What comes in answer to a pass."""
+
+    def __init__(self, rows: RowsIntake, weights: Iterable[Tensor] = ()) -> None:
+        """Gradients are to come of all ``weights``."""
+        self.rows = rows
         self.weights: list[Tensor] = []
-        self._kind, self._rows, self._width = kind, rows, width
-        self._dtype = ""
-        self._values = bytearray()
-        self._received = 0
-        self._began = 0.0
+        self._wanted = {tensor.name: tensor.shape for tensor in weights}
+        self._began: float | None = None
         self.transfer = Transfer()
         """Of all pieces after the first, which may have waited for what was computed."""
 
     def arrived(self, hidden: Tensor, now: float) -> None:
         """A piece has come, still encoded."""
-        if not self._received:
+        if self._began is None:
             self._began = now
         else:
             self.transfer = Transfer(self.transfer.nbytes + hidden.data.nbytes, now - self._began)
 
-    def take(self, record: Rows, hidden: Tensor) -> None:
-        many, width = hidden.shape if len(hidden.shape) == 2 else (0, 0)
-        fits = record.first == self._received and many + record.first <= self._rows and width == self._width
-        known = hidden.dtype == (self._dtype or hidden.dtype) and hidden.dtype in FLOATS
-        if record.kind != self._kind or not fits or not known:
-            raise ProtocolError(
-                f"{many} rows of {record.kind} at {record.first}, {hidden.dtype}; expected {self._kind} from "
-                f"{self._received} of {self._rows}"
-            )
-        if not self._dtype:
-            self._dtype = hidden.dtype
-            self._values = bytearray(self._rows * self._width * ITEM_BYTES[hidden.dtype])
-        row = self._width * ITEM_BYTES[hidden.dtype]
-        self._values[row * record.first : row * (record.first + many)] = hidden.data
-        self._received += many
+    def take_weights(self, tensors: Iterable[Tensor]) -> None:
+        """Gradients of weights have come."""
+        for tensor in tensors:
+            if self._wanted.pop(tensor.name, None) != tensor.shape or tensor.dtype not in FLOATS:
+                raise ProtocolError(
+                    f"a gradient {list(tensor.shape)} of {tensor.name!r} came, which was not wanted"
+                )
+            self.weights.append(tensor)
 
-    def whole(self) -> Tensor:
-        if self._received < self._rows:
-            raise ProtocolError(f"the server sent {self._received} of {self._rows} rows of {self._kind}")
-        return Tensor("hidden", self._dtype, (self._rows, self._width), memoryview(self._values))
+    def check_complete(self) -> None:
+        """The server says that all has been sent."""
+        if not self.rows.complete or self._wanted:
+            missing = ", ".join(self._wanted) or self.rows.kind
+            raise ProtocolError(f"the server ended the pass without all that was wanted: {missing[:200]}")
 
 
 class _Pass:
@@ -224,6 +240,7 @@ class _Pass:
                     try:
                         while not isinstance(record := await self._next(channel, answers), end):
                             pass
+                        answers.check_complete()
                         return record
                     finally:
                         talking.cancel()
@@ -246,11 +263,11 @@ class _Pass:
             case Rows():
                 hidden = message.tensor("hidden")
                 answers.arrived(hidden, asyncio.get_running_loop().time())
+                answers.rows.check(record, hidden)
                 # What takes long to decode is decoded in a thread.
-                raw = hidden if hidden.codec == "raw" else await asyncio.to_thread(hidden.decode)
-                answers.take(record, raw)
+                answers.rows.add(hidden if hidden.codec == "raw" else await asyncio.to_thread(hidden.decode))
             case AdapterPart():
-                answers.weights += message.tensors
+                answers.take_weights(message.tensors)
             case InputsWanted():
                 self._to_send.put_nowait(partial(self._send_rows, "inputs", self._inputs, self._inputs_codec))
             case AdapterWanted() if self._batch.adapter is not None:

@@ -30,8 +30,11 @@ from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
 
-ARRIVAL_TIMEOUT = 60.0
+ARRIVAL_TIMEOUT = 600.0
 """Seconds in which a client has to send weights that it was asked for."""
+
+PART_TIMEOUT = 60.0
+"""Seconds for the next part of them to come."""
 
 MAX_OF_ONE_PEER = 8
 """Adapters kept for one peer: each change of its weights brings a new one, and the old are of little use."""
@@ -88,7 +91,15 @@ async def ask_for_weights(channel: Channel, span: Span, max_bytes: int) -> Weigh
     intake = WeightsIntake(span, max_bytes)
     await channel.send(AdapterWanted(tuple(range(span.start, span.end))))
     while True:
-        message = await channel.receive()
+        try:
+            async with asyncio.timeout(PART_TIMEOUT) as clock:
+                message = await channel.receive()
+        except TimeoutError as exc:
+            if not clock.expired():
+                raise
+            raise DeadlineExceededError(
+                f"nothing more of the adapter's weights came for {PART_TIMEOUT:.0f} s"
+            ) from exc
         if not isinstance(message.record, AdapterPart):
             raise ProtocolError(f"a {message.kind} came where an adapter's weights were asked for")
         if (whole := intake.take(message.record, message.tensors)) is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import attrs
+
 from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ProtocolError
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.checks import check_codec
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import Weights, WeightsIntake
 from swarmcore.types import Span
 from swarmcore.wire.framing import Message
 from swarmcore.wire.passes import AdapterPart, AdapterWanted, InputsWanted, Rows, adapter_parts
-from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
+from swarmcore.wire.row_intake import RowsIntake
+from swarmcore.wire.tensors import ITEM_BYTES, Tensor
 
 PIECE_BYTES = 2 * 2**20
 """Rows go out in pieces of at most about so many bytes, before they are encoded."""
@@ -25,68 +27,38 @@ the rate of the link (`swarmcore.routing.link_codec`)."""
 SMALL_PIECE_BYTES = 2**14
 
 PIECE_TIMEOUT = 60.0
-"""Seconds for the next piece to come: until then its pass takes room that others could have."""
+"""Seconds for something to come from a client that has rows to send: until then its passes take room that
+others could have."""
 
 
-class RowsIntake:
-    """Puts the pieces of one kind of rows together. Memory grows with what has come, not with what will."""
+@attrs.define(eq=False)
+class Sender:
+    """A client that sends rows of one pass or of several, which share its link in whatever order."""
 
-    def __init__(self, kind: str, rows: int, width: int) -> None:
-        self.kind = kind
-        self._rows, self._width = rows, width
-        self._received = 0
-        self._dtype = ""
-        self._values = bytearray()
-
-    @property
-    def complete(self) -> bool:
-        return self._received == self._rows
-
-    def check(self, record: Rows, hidden: Tensor) -> None:
-        """Raise `InvalidBatchError` unless these rows come next, in the form that is expected."""
-        if record.first != self._received:
-            raise InvalidBatchError(
-                f"rows of the {self.kind} from {record.first} on came where those from {self._received} on "
-                f"were expected"
-            )
-        rows = hidden.shape[0] if len(hidden.shape) == 2 else 0
-        if rows < 1 or hidden.shape[1] != self._width or self._received + rows > self._rows:
-            raise InvalidBatchError(
-                f"rows of the {self.kind} have shape {list(hidden.shape)}; expected {self._width} values in "
-                f"each of 1 to {self._rows - self._received} rows"
-            )
-        if hidden.dtype not in FLOATS or (self._dtype and hidden.dtype != self._dtype):
-            expected = self._dtype or ", ".join(FLOATS)
-            raise InvalidBatchError(f"rows of the {self.kind} are {hidden.dtype!r}; expected {expected}")
-        check_codec(hidden.codec)
-
-    def add(self, hidden: Tensor) -> None:
-        """Take in rows that were checked and decoded."""
-        self._dtype = hidden.dtype
-        self._values += hidden.data
-        self._received += hidden.shape[0]
-
-    def whole(self) -> Tensor:
-        """All rows, raw."""
-        return Tensor("hidden", self._dtype, (self._rows, self._width), memoryview(self._values))
+    heard: float
+    """When something came from it last, in loop time."""
 
 
 class PassChannel:
     """Receives what one pass needs, in whichever order it comes, and sends what comes of it."""
 
-    def __init__(self, channel: Channel, executor: BlockExecutor, rows: int) -> None:
+    def __init__(self, channel: Channel, executor: BlockExecutor, rows: int, sender: Sender) -> None:
+        """``sender`` is the same object for all passes of a client."""
         self._channel = channel
+        self._sender = sender
         self._executor = executor
         self._rows = rows
         self._intakes: dict[str, RowsIntake] = {}
         self._weights: WeightsIntake | None = None
-        self._opened = asyncio.get_running_loop().time()
+        self._opened = sender.heard = _now()
         self.receiving = 0.0
         """Seconds from the opening until the last rows that have come."""
 
     def expect(self, kind: str) -> None:
         """Rows of this kind are to come."""
-        self._intakes[kind] = RowsIntake(kind, self._rows, self._executor.model.hidden_size)
+        self._intakes[kind] = RowsIntake(
+            kind, self._rows, self._executor.model.hidden_size, InvalidBatchError
+        )
 
     async def ask_inputs(self) -> None:
         """Have the client send the inputs."""
@@ -113,16 +85,22 @@ class PassChannel:
         return intake.whole()
 
     async def _next(self) -> Weights | None:
-        try:
-            async with asyncio.timeout(PIECE_TIMEOUT) as clock:
-                message = await self._channel.receive()
-        except TimeoutError as exc:
-            if not clock.expired():
-                raise
-            raise DeadlineExceededError(
-                f"the client sent nothing for {PIECE_TIMEOUT:.0f} s, with rows still to come"
-            ) from exc
-        return await self._take(message)
+        quiet_since = _now()
+        while True:
+            try:
+                async with asyncio.timeout_at(quiet_since + PIECE_TIMEOUT) as clock:
+                    message = await self._channel.receive()
+            except TimeoutError as exc:
+                if not clock.expired():
+                    raise
+                if self._sender.heard > quiet_since:  # it is busy with others of its passes
+                    quiet_since = self._sender.heard
+                    continue
+                raise DeadlineExceededError(
+                    f"the client sent nothing for {PIECE_TIMEOUT:.0f} s, with rows still to come"
+                ) from exc
+            self._sender.heard = _now()
+            return await self._take(message)
 
     async def _take(self, message: Message) -> Weights | None:
         """Take in a message; return the weights that were asked for, once they are complete."""
@@ -131,7 +109,7 @@ class PassChannel:
             intake = self._intakes.get(record.kind)
             if intake is None or intake.complete:
                 raise InvalidBatchError(f"the client sent more {record.kind[:32]!r} than were asked for")
-            self.receiving = asyncio.get_running_loop().time() - self._opened
+            self.receiving = _now() - self._opened
             hidden = message.tensor("hidden")
             intake.check(record, hidden)
             intake.add(await self._executor.decode(hidden))
@@ -156,3 +134,7 @@ class PassChannel:
         """Send gradients of an adapter's weights, as many to a message as fit well."""
         for part, last in adapter_parts(tensors):
             await self._channel.send(AdapterPart(last=last), *part)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 from swarmcore.errors import (
     DeadlineExceededError,
@@ -24,8 +25,8 @@ from swarmcore.executor.passes import SequenceBatch
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
-from swarmcore.server.pass_channel import PassChannel
-from swarmcore.types import ModelInfo, Span
+from swarmcore.server.pass_channel import PassChannel, Sender
+from swarmcore.types import ModelInfo, PeerId, Span
 from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward
 from swarmcore.wire.tensors import Tensor
 
@@ -59,6 +60,7 @@ class PassService:
         self._engine = engine
         self._model = model
         self._adapters = adapters
+        self._senders: WeakValueDictionary[PeerId, Sender] = WeakValueDictionary()
 
     async def drain(self, seconds: float, *, keep: Span | None = None) -> None:
         """Refuse new passes, and wait for up to ``seconds`` until those under way are through.
@@ -121,11 +123,13 @@ class PassService:
         span = self._check(opening)
         deadline = min(opening.deadline, MAX_DEADLINE)
         clock = asyncio.timeout(deadline)
+        sender = self._senders.setdefault(channel.remote, Sender(asyncio.get_running_loop().time()))
         self.under_way += 1
         try:
             async with clock:
                 with self._engine.passes.admit(channel.remote, span, opening.lengths, deadline) as turn:
-                    yield turn, PassChannel(channel, self._engine.executor, sum(opening.lengths))
+                    rows = sum(opening.lengths)
+                    yield turn, PassChannel(channel, self._engine.executor, rows, sender)
             self.counters["passes_served"] += 1
         except TimeoutError as exc:
             if not clock.expired():

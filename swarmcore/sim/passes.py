@@ -100,7 +100,11 @@ class SimBackward(BackwardPass):
             hidden = self._batch.hidden if self._kept is None else self._kept.hidden
             self.gradients = self._model.backward(self._above, hidden, self._batch.span)
         if self._weights and isinstance(adapter, SimAdapter):
-            self.weights = tuple(empty(name, dtype, shape) for name, dtype, shape in adapter.layout)
+            self.weights = tuple(
+                empty(name, dtype, shape)
+                for name, dtype, shape in adapter.layout
+                if int(name.partition(".")[0]) in self._batch.span
+            )
 
     def close(self) -> None:
         if self._kept is not None:

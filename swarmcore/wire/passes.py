@@ -13,9 +13,10 @@ import attrs
 
 from swarmcore.wire.tensors import Tensor
 
-PART_BYTES = 2 * 2**20
+PART_BYTES = 2**17
 PART_TENSORS = 32
-"""About how much of an adapter goes into one `AdapterPart`."""
+"""About how much of an adapter goes into one `AdapterPart`; not much, so that on a slow link the next one
+comes in time."""
 
 FORWARD = "/swarmcore/forward/1"
 BACKWARD = "/swarmcore/backward/1"

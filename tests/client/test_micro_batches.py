@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import attrs
 import pytest
@@ -27,7 +28,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.executor.passes import SequenceBatch
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
-from swarmcore.routing.chain import FewestServers
+from swarmcore.routing.chain import Chain, FewestServers
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.link_codec import LinkCodec, Rung, Way
 from swarmcore.rpc.node import Node
@@ -259,6 +260,28 @@ async def test_a_server_dies_at_every_pass(way: str, nth: int) -> None:
         await Work.of(adapter=adapter_of()).check(runner)
         assert len(deaths) == 1 or begun <= nth + 1
         await asyncio.gather(*deaths)
+
+
+async def test_a_stage_that_two_servers_go_back_through_is_planned_once() -> None:
+    async with world_of("0:12") as world:
+        [whole] = world.servers.values()
+        runner, work = world.runner(), Work.of([(3, 1)])
+        ways = await runner.forward(WHOLE, work.batches, way_back=True)
+        await whole.die()
+        for blocks in ("0:4", "4:8", "8:12"):
+            await world.add(blocks)
+        planned: list[Span] = []
+        chain = runner.planner.chain
+
+        def noted(span: Span, **options: Any) -> Chain:
+            planned.append(span)
+            return chain(span, **options)
+
+        runner.planner.chain = noted  # type: ignore[method-assign]
+        [back] = await runner.backward(ways, work.gradients)
+        [(_, gradients, _)] = await work.expected()
+        assert back.gradients is not None and read_rows(back.gradients) == gradients
+        assert planned == [WHOLE]
 
 
 async def test_an_adapter_travels_once_to_each_server() -> None:

@@ -20,8 +20,11 @@ import swarmcore
 from swarmcore import sync
 from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.packed_rows import PackedRows
+from swarmcore.client.pass_codecs import PassCodecs
 from swarmcore.errors import InputError, InvalidBatchError, SpanError
+from swarmcore.routing.link_codec import Kind
 from swarmcore.training import LoraAdapter
+from swarmcore.types import PeerId, ServerInfo
 
 FAMILIES = ("llama", "qwen3", "gemma3", "mixtral", "bloom", "gpt2")
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
@@ -230,6 +233,45 @@ def test_it_can_be_made_reproducible(llama: Blocks) -> None:
             output = model.blocks(hidden)
             runs.append((output, *gradients(output, hidden, weight=torch.ones_like(output))))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_rows_travel_as_servers_compute_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 client of bfloat16 servers sends half the bytes, and not a bit is different."""
+    sent: list[int] = []
+    done = PassCodecs.done
+
+    def noted(codecs: PassCodecs, peer: PeerId, kind: Kind, rows: Any, result: Any, now: float) -> None:
+        sent.append(result.up.nbytes)
+        done(codecs, peer, kind, rows, result, now)
+
+    async def as_they_are(rows: Any, server: ServerInfo) -> Any:
+        return rows
+
+    monkeypatch.setattr(PassCodecs, "done", noted)
+    save_random_model(tiny_config("llama"), tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with (
+        served(tmp_path, "0:3", "3:5", dtype="bfloat16") as servers,
+        sync.connect(str(servers[0].node.addresses[0])) as swarm,
+    ):
+        options = PassOptions(reproducible=True)
+        model = swarm.load_model(str(tmp_path), dtype="float32", pass_options=options)
+        swarm.wait_for_blocks(model.info, timeout=30)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = inputs()
+            output = model.blocks(hidden)
+            return output, gradients(output, hidden, weight=inputs(1).detach())[0]
+
+        found = run()
+        assert {values.dtype for values in found} == {torch.float32}
+        values = BATCH * TOKENS * 64
+        assert sent == [2 * values] * 4
+        sent.clear()
+        monkeypatch.setattr("swarmcore.client.micro_batches.as_computed", as_they_are)
+        assert all(torch.equal(one, other) for one, other in zip(run(), found, strict=True))
+        # What comes from one server goes to the next as it came.
+        assert sent == [4 * values, 2 * values, 4 * values, 2 * values]
 
 
 def test_two_clients_at_once_get_what_each_gets_alone(llama: Blocks) -> None:

@@ -22,7 +22,7 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.passes import Adapter
 from swarmcore.server import adapters as module
-from swarmcore.server.adapters import AdapterStore, Ask, Weights, WeightsIntake
+from swarmcore.server.adapters import ARRIVAL_TIMEOUT, AdapterStore, Ask, Weights, WeightsIntake
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import tensor_of
@@ -79,7 +79,11 @@ async def test_many_that_need_one_adapter_ask_for_it_once() -> None:
 
 async def test_when_the_one_that_was_asked_fails_another_is() -> None:
     where = store()
-    gone, slow, good = Client(takes=1.0, fails=ConnectionLostError("gone")), Client(takes=100.0), Client()
+    gone, slow, good = (
+        Client(takes=1.0, fails=ConnectionLostError("gone")),
+        Client(takes=2 * ARRIVAL_TIMEOUT),
+        Client(),
+    )
     results = await asyncio.gather(
         *(get(where, ALICE, version(1), ask) for ask in (gone, slow, good)), return_exceptions=True
     )

@@ -13,13 +13,15 @@ from small_adapters import adapter_tensors, weights_of
 
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.passes import Batch, backward, forward
-from swarmcore.errors import (
-    AdapterNotFoundError,
-)
+from swarmcore.errors import AdapterNotFoundError
+from swarmcore.executor.pass_runner import PassLimits
+from swarmcore.executor.pass_turn import PassTurn
+from swarmcore.executor.passes import SequenceBatch
 from swarmcore.rpc.channel import Channel
 from swarmcore.server import pass_channel
 from swarmcore.server.adapters import Weights
 from swarmcore.testing.executor import COUNTING_MODEL
+from swarmcore.testing.faulty import Faults
 from swarmcore.testing.rows import hidden_states, read_rows, read_values
 from swarmcore.types import Span
 from swarmcore.wire import passes as wire
@@ -62,6 +64,25 @@ async def test_rows_travel_in_pieces_whatever_their_number(monkeypatch: pytest.M
         outputs, gradients, _ = await alone(rows, up, (20, 30))
         assert (read_rows(there.outputs), read_rows(back.gradients)) == (outputs, gradients)
         assert max(sizes) < 512 < 50 * 16
+
+
+async def test_pieces_come_in_time_when_many_passes_share_a_slow_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def echo(turn: PassTurn, batch: SequenceBatch, *, keep: str = "") -> tuple[Tensor, bool, float]:
+        return batch.hidden, False, 0.1
+
+    monkeypatch.setattr(PassTurn, "forward", echo)
+    rows = 2**16  # a MiB of them
+    given = Tensor("hidden", "float32", (rows, 4), memoryview(bytes(rows * 16)))
+    async with one_server(limits=PassLimits(max_tokens=rows)) as (swarm, server):
+        swarm.client_transport.faults = Faults(rate=2**15)
+        batch = Batch((rows,), timeout=900)
+        results = await asyncio.gather(
+            *(forward(swarm.client, COUNTING_MODEL, stage(server), batch, given) for _ in range(8))
+        )
+        assert all(result.outputs.shape == given.shape for result in results)
+        assert asyncio.get_running_loop().time() > 8 * rows * 16 / 2**15
 
 
 def _message_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -173,6 +194,3 @@ async def test_an_adapter_of_the_server_is_called_by_name() -> None:
         unknown = AdapterWeights(wire.AdapterName(name="prose"))
         with pytest.raises(AdapterNotFoundError, match="it serves poet"):
             await forward(swarm.client, COUNTING_MODEL, here, Batch(LENGTHS, unknown), hidden_states(rows))
-
-
-# --- refusals ----------------------------------------------------------------------------------------
