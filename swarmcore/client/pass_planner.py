@@ -80,6 +80,7 @@ class PassPlanner:
         except MissingBlocksError as exc:
             raise MissingBlocksError(
                 f"{exc.message}: {len(able)} servers take batches"
+                + (f" with the adapter {adapter!r}" if adapter else "")
                 + (f" ({', '.join(short(server.peer) for server in able[:4])})" if able else ""),
                 **exc.details,
             ) from None

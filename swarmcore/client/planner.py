@@ -13,6 +13,7 @@ from swarmcore.errors import (
     ConnectionLostError,
     DeadlineExceededError,
     InputError,
+    MissingBlocksError,
     PeerUnreachableError,
     SwarmError,
     TooManyCallsError,
@@ -62,18 +63,28 @@ class SwarmPlanner:
         before: PeerId | None = None,
     ) -> Chain:
         view = self._registry.view()
-        if self.adapter is not None and (name := self.adapter.name.name):
-            blocked = {*blocked, *(server.peer for server in view if name not in server.adapters)}
-        return self._router.plan(
-            view,
-            self._model,
-            span,
-            tokens=tokens,
-            blocked=blocked,
-            banned=self._health.banned(asyncio.get_running_loop().time()),
-            after=after,
-            before=before,
-        )
+        adapter = self.adapter.name.name if self.adapter is not None else ""
+        if adapter:
+            blocked = {*blocked, *(server.peer for server in view if adapter not in server.adapters)}
+        try:
+            return self._router.plan(
+                view,
+                self._model,
+                span,
+                tokens=tokens,
+                blocked=blocked,
+                banned=self._health.banned(asyncio.get_running_loop().time()),
+                after=after,
+                before=before,
+            )
+        except MissingBlocksError as exc:
+            if not adapter:
+                raise
+            raise MissingBlocksError(
+                f"only servers with the adapter {adapter!r} are used (serve --adapter {adapter}=FOLDER): "
+                f"{exc.message}",
+                **exc.details,
+            ) from None
 
     def compare(self, chain: Chain, *, tokens: int = 0) -> Comparison | None:
         router, view = self._router, self._registry.view()

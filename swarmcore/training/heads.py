@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from swarmcore.errors import AdapterError, InvalidBatchError, UnsupportedModelError
-
-Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
-"""Transformers' ``problem_type``."""
+from swarmcore.training.batch_checks import (
+    Problem,
+    check_classes,
+    check_sequence_labels,
+    check_shape,
+    problem_of,
+)
 
 
 class ClassificationHead(nn.Module):
@@ -88,6 +92,10 @@ class ClassificationHead(nn.Module):
     def num_labels(self) -> int:
         return self.linear.out_features
 
+    def check_labels(self, labels: torch.Tensor, batch: int, length: int) -> None:
+        """Raise `InvalidBatchError` unless `loss` can be computed with them, for token ids of that shape."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"{self.task}, {self.num_labels} labels"
 
@@ -120,7 +128,7 @@ class SequenceClassificationHead(ClassificationHead):
         if attention_mask is None:
             last = hidden[:, -1]
         else:
-            _check_shape("attention mask", attention_mask, tuple(hidden.shape[:2]))
+            check_shape("attention mask", attention_mask, tuple(hidden.shape[:2]))
             real = attention_mask.to(hidden.device) != 0
             if not bool(real.any(dim=1).all()):
                 raise InvalidBatchError("a sequence of the batch is all padding; leave it out")
@@ -135,24 +143,18 @@ class SequenceClassificationHead(ClassificationHead):
         ``labels`` are ``[batch]`` classes, or ``[batch, labels]`` values. Raise `InvalidBatchError` for
         another shape, and for classes that the head does not have.
         """
-        labels = labels.to(logits.device)
-        problem = self.problem or self._problem_of(labels)
+        self.check_labels(labels, len(logits))
+        logits, labels = logits.float(), labels.to(logits.device)
+        problem = self.problem or problem_of(labels, self.num_labels)
         if problem == "single_label_classification":
-            _check_classes(labels, (len(logits),), self.num_labels)
-            return functional.cross_entropy(logits.float(), labels.long())
-        if problem == "regression" and self.num_labels == 1:
-            _check_shape("labels", labels.view(-1), (len(logits),))
-            return functional.mse_loss(logits.float().view(-1), labels.float().view(-1))
-        _check_shape("labels", labels, tuple(logits.shape))
+            return functional.cross_entropy(logits, labels.long())
         if problem == "regression":
-            return functional.mse_loss(logits.float(), labels.float())
-        return functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
+            return functional.mse_loss(logits, labels.float().view_as(logits))
+        return functional.binary_cross_entropy_with_logits(logits, labels.float())
 
-    def _problem_of(self, labels: torch.Tensor) -> Problem:
-        if self.num_labels == 1:
-            return "regression"
-        whole = not labels.is_floating_point()
-        return "single_label_classification" if whole else "multi_label_classification"
+    def check_labels(self, labels: torch.Tensor, batch: int, length: int = 0) -> None:
+        problem = self.problem or problem_of(labels, self.num_labels)
+        check_sequence_labels(labels, batch, self.num_labels, problem)
 
 
 class TokenClassificationHead(ClassificationHead):
@@ -177,21 +179,9 @@ class TokenClassificationHead(ClassificationHead):
 
         Raise `InvalidBatchError` for another shape, and for classes that the head does not have.
         """
+        self.check_labels(labels, *logits.shape[:2])
         labels = labels.to(logits.device)
-        _check_classes(labels, tuple(logits.shape[:2]), self.num_labels)
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.long().flatten())
 
-
-def _check_shape(what: str, values: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(values.shape) != shape:
-        raise InvalidBatchError(f"the {what} must be {list(shape)} for this batch, got {list(values.shape)}")
-
-
-def _check_classes(labels: torch.Tensor, shape: tuple[int, ...], count: int) -> None:
-    _check_shape("labels", labels, shape)
-    known = (labels >= 0) & (labels < count) | (labels == -100)
-    if labels.is_floating_point() or not bool(known.all()):
-        raise InvalidBatchError(
-            f"labels must be whole numbers from 0 to {count - 1}, or -100 for none; make the head with as "
-            f"many labels as the data has"
-        )
+    def check_labels(self, labels: torch.Tensor, batch: int, length: int) -> None:
+        check_classes(labels, (batch, length), self.num_labels)

@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from swarmcore.errors import AdapterError
+from swarmcore.training.batch_checks import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a position that no loss is computed for."""
 
 
 class SoftPrompt(nn.Module):

@@ -29,11 +29,12 @@ from transformers.modeling_outputs import (
 
 from swarmcore.errors import AdapterError, InputError, InvalidBatchError
 from swarmcore.training.adapter import BlockAdapter
+from swarmcore.training.batch_checks import IGNORED, check_token_ids, check_token_labels
 from swarmcore.training.heads import ClassificationHead, SequenceClassificationHead
 from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.peft_format import load_adapter, save_adapter
 from swarmcore.training.prefix import PrefixAdapter
-from swarmcore.training.prompt import IGNORED, SoftPrompt
+from swarmcore.training.prompt import SoftPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,16 @@ class TunedModel(nn.Module):
         """Rows that the soft prompt takes before every sequence."""
         return 0 if self.prompt is None else self.prompt.tokens
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Transformers' ``Trainer`` asks: whether the loss is over the items of all accumulated batches when
+        their number is passed. That of a head is the mean of one batch."""
+        return self.head is None
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
     def extra_repr(self) -> str:
         return f"over {self.model.stack!r}"
 
@@ -104,6 +115,8 @@ class TunedModel(nn.Module):
         `RemoteBlocks.forward` raises.
         """
         self._check_batch(input_ids, attention_mask)
+        if self.head is not None and labels is not None:
+            self.head.check_labels(labels, *input_ids.shape)
         embeds, mask = self._enter(input_ids, attention_mask)
         options = {"use_cache": False, "inputs_embeds": embeds, "attention_mask": mask} | options
         with self._adapted():
@@ -168,7 +181,7 @@ class TunedModel(nn.Module):
             return CausalLMOutput(logits=cast(Any, logits[:, -length:]))
         if "logits_to_keep" in options:
             raise InputError("leave out logits_to_keep where there are labels: the loss is over all of them")
-        self._check_labels(labels, input_ids)
+        check_token_labels(labels, tuple(input_ids.shape), self._vocabulary)
         if self.prompt is not None:
             # The first token is predicted as well, after the last row of the prompt.
             options |= {"logits_to_keep": length + 1}
@@ -213,26 +226,12 @@ class TunedModel(nn.Module):
         return joined.gather(1, rows), extended.gather(1, sources)
 
     def _check_batch(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise InvalidBatchError(
-                f"token ids are [batch, length] and not empty; got {list(input_ids.shape)}"
-            )
+        check_token_ids(input_ids, self._vocabulary)
         if mask is not None and mask.shape != input_ids.shape:
             raise InvalidBatchError(
                 f"the attention mask must be {list(input_ids.shape)} for this batch, got "
                 f"{list(mask.shape)}; a soft prompt has no place in it"
             )
-
-    def _check_labels(self, labels: torch.Tensor, input_ids: torch.Tensor) -> None:
-        if labels.shape != input_ids.shape:
-            raise InvalidBatchError(
-                f"the labels must be {list(input_ids.shape)} for this batch, one for each token, got "
-                f"{list(labels.shape)}"
-            )
-        size = self.model.get_output_embeddings().weight.shape[0]
-        known = (labels == IGNORED) | (labels >= 0) & (labels < size)
-        if labels.is_floating_point() or not bool(known.all()):
-            raise InvalidBatchError(f"labels must be token ids from 0 to {size - 1}, or -100 for none")
 
     def _check_sizes(self) -> None:
         info = self.model.stack.model

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from swarmcore.client.blockless import final_norm
-from swarmcore.errors import InputError
+from swarmcore.errors import InputError, InvalidBatchError
+from swarmcore.training.batch_checks import check_token_ids
 from swarmcore.transformers.cache import PADDING, RemoteCache
 from swarmcore.transformers.remote import RemoteStack
 
@@ -114,10 +115,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
         given = signature.bind(self, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise InputError("pass either input_ids or inputs_embeds")
-        given_inputs = cast(torch.Tensor, ids if ids is not None else embeds)
-        shape, device = given_inputs.shape[:2], given_inputs.device
+        shape, device = _inputs_of(self, ids, embeds)
         cache = _cache_of(self.stack, given)
         columns = _columns(shape, given.get("position_ids"), cache, device)
         passage = Passage(
@@ -148,6 +146,22 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
         return cast(ModelOutput, output)
 
     return type(f"Remote{family.__name__}", (family,), {"forward": forward})
+
+
+def _inputs_of(
+    base: PreTrainedModel, ids: torch.Tensor | None, embeds: torch.Tensor | None
+) -> tuple[torch.Size, torch.device]:
+    """``[batch, length]`` of a call, and where its tensors are. Raise `InputError` for none."""
+    if ids is not None and embeds is None:
+        check_token_ids(ids, cast(nn.Embedding, base.get_input_embeddings()).num_embeddings)
+        return ids.shape, ids.device
+    if ids is not None or embeds is None:
+        raise InputError("pass either input_ids or inputs_embeds")
+    if embeds.dim() != 3 or not embeds.numel():
+        raise InvalidBatchError(
+            f"inputs_embeds are [batch, length, hidden size] and not empty; got {list(embeds.shape)}"
+        )
+    return embeds.shape[:2], embeds.device
 
 
 def _cache_of(stack: RemoteStack, given: dict[str, Any]) -> RemoteCache | None:

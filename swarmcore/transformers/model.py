@@ -14,13 +14,14 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.errors import InputError
+from swarmcore.training.batch_checks import check_sequence_labels, check_token_labels, problem_of
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.transformers.decoder import make_remote, only_last_rows
 from swarmcore.transformers.remote import RemoteStack
 from swarmcore.transformers.saving import save_parts
 
-EXPECTED_NEW_TOKENS = 256
-"""For how many tokens servers are asked to have room where a generation names no limit."""
+DEFAULT_NEW_TOKENS = 20
+"""How many Transformers generates where nobody names a limit."""
 
 
 class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
@@ -127,6 +128,8 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
         if given.get("output_hidden_states") is None and self.config.output_hidden_states:
             kwargs["output_hidden_states"] = True
         keep = given.get("logits_to_keep", 0)
+        if given.get("labels") is not None:
+            _check_labels(self, given)
         with only_last_rows(isinstance(keep, int) and keep == 1):
             return family.forward(self, *args, **kwargs)
 
@@ -136,9 +139,26 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
 
 def _expected_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:
     """What the sequences of a generation are expected to grow to."""
-    if length := kwargs.get("max_length") or config.max_length:
+    new = kwargs.get("max_new_tokens") or config.max_new_tokens  # it takes precedence
+    length = kwargs.get("max_length") or config.max_length
+    if length and not new:
         return int(length)
-    new = kwargs.get("max_new_tokens") or config.max_new_tokens or EXPECTED_NEW_TOKENS
     names = ("input_ids", "inputs", "inputs_embeds")
     prompt = args[0] if args else next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
-    return int(new) + (prompt.shape[1] if prompt is not None else 0)
+    return int(new or DEFAULT_NEW_TOKENS) + (prompt.shape[1] if prompt is not None else 0)
+
+
+def _check_labels(model: Any, given: Mapping[str, Any]) -> None:
+    """Raise `InvalidBatchError` for labels that are no labels of these inputs."""
+    labels, ids, embeds = given["labels"], given.get("input_ids"), given.get("inputs_embeds")
+    inputs = ids if ids is not None else embeds
+    if inputs is None:
+        return  # the base model says what is missing
+    batch, length = inputs.shape[:2]
+    if isinstance(model, GenerationMixin):
+        keep = given.get("logits_to_keep", 0)
+        rows = min(keep, length) or length if isinstance(keep, int) else len(keep)
+        check_token_labels(labels, (batch, rows), model.get_output_embeddings().weight.shape[0])
+    else:
+        problem = model.config.problem_type or problem_of(labels, model.num_labels)
+        check_sequence_labels(labels, batch, model.num_labels, problem)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,15 @@ from swarmcore.types import ModelInfo, Span
 if TYPE_CHECKING:
     from swarmcore.training.adapter import BlockAdapter
 
-_in_use: ContextVar[tuple[RemoteStack, BlockAdapter | str] | None] = ContextVar("_in_use", default=None)
+
+class _InThisThread(threading.local):
+    """What a thread uses in place of a stack's own adapter.
+
+    No context variable: tasks of the event loop keep copies of those, and with them an adapter that nobody
+    else has any more.
+    """
+
+    adapter: BlockAdapter | str | None = None
 
 
 class RemoteStack:
@@ -51,6 +59,7 @@ class RemoteStack:
             swarm.asynchronous.open_session, model, options=session_options
         )
         self._bridge = self._loop.run(self._bridged(pass_options))
+        self._in_this_thread = _InThisThread()
         self.blocks = RemoteBlocks(self._bridge, model, Span(0, model.blocks), adapter)
         """What runs batches without a cache, and carries gradients."""
         self._caches: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
@@ -60,9 +69,9 @@ class RemoteStack:
 
     @property
     def adapter(self) -> BlockAdapter | str | None:
-        """What is used now: that of `using`, or else its own."""
-        chosen = _in_use.get()
-        return chosen[1] if chosen is not None and chosen[0] is self else self.blocks.adapter
+        """What this thread uses now: that of `using`, or else the stack's own."""
+        chosen = self._in_this_thread.adapter
+        return self.blocks.adapter if chosen is None else chosen
 
     @property
     def prefix_tokens(self) -> int:
@@ -72,12 +81,12 @@ class RemoteStack:
 
     @contextmanager
     def using(self, adapter: BlockAdapter | str | None) -> Iterator[None]:
-        """Within it, in this thread, passes and new caches are of ``adapter``; None for its own one."""
-        token = _in_use.set(None if adapter is None else (self, adapter))
+        """Within it, in this thread, passes and new caches are of ``adapter``; None for the stack's own."""
+        before, self._in_this_thread.adapter = self._in_this_thread.adapter, adapter
         try:
             yield
         finally:
-            _in_use.reset(token)
+            self._in_this_thread.adapter = before
 
     def new_cache(self, expected_tokens: int = 0) -> RemoteCache:
         """An empty cache for some sequences, which are expected to grow to so many tokens."""
