@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from swarmcore.types import Span
 
 
 @contextmanager
-def served(folder: Path, *spans: str, dtype: str = "float32") -> Iterator[list[BlockServer]]:
+def served(
+    folder: Path, *spans: str, dtype: str = "float32", adapters: Mapping[str, str] | None = None
+) -> Iterator[list[BlockServer]]:
     """Servers of these blocks of a model, on the background loop; the first is the bootstrap."""
     loop = background_loop()
     servers: list[BlockServer] = []
@@ -37,6 +39,7 @@ def served(folder: Path, *spans: str, dtype: str = "float32") -> Iterator[list[B
             throughput=1000.0,
             drain=0.0,
             threads=1,
+            adapters=adapters or {},
         )
         bootstrap = [str(server.node.addresses[0]) for server in servers[:1]]
         network = NetworkConfig(transports={"tcp": ["127.0.0.1:0"]}, bootstrap=bootstrap)
