@@ -17,6 +17,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.training.local_steps.member import RunMember
+from swarmcore.training.local_steps.replica import Replica, State
 from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
 from swarmcore.types import PeerId
 
@@ -45,9 +46,12 @@ class Trainee:
     async def exchange(self, delta: torch.Tensor | None = None, samples: int = 1) -> RoundReport:
         """Deliver ``delta``, or what the parameters have changed by, and go on from what is current."""
         if delta is None:
-            delta = self.member.replica.parameters - self.parameters
+            delta = self.member.replica.state.parameters - self.parameters
         report = await self.member.exchange(delta, samples)
-        self.parameters = self.member.replica.parameters.clone()
+        state = self.member.replica.state
+        self.parameters = state.parameters.clone()
+        if self.member.arrived(state):
+            self.member.outgoing = None
         self.reports.append(report)
         return report
 
@@ -91,13 +95,10 @@ class TrainingRun:
         await node.start()
         registry = MemoryRegistry(node.peer, directory or self.directory)
         await registry.start()
-        member = RunMember(
-            node,
-            registry,
-            attrs.evolve(self.settings, **settings),
-            parameters.clone(),
-            rng=Random(self._random.random()),
-        )
+        own = attrs.evolve(self.settings, **settings)
+        terms = own.terms(len(parameters), "")
+        replica = Replica(terms, State.first(terms, parameters.clone()))
+        member = RunMember(node, registry, own, replica, rng=Random(self._random.random()))
         return Trainee(member, transport, registry, parameters.clone())
 
     async def join(
@@ -105,7 +106,7 @@ class TrainingRun:
     ) -> Trainee:
         trainee = await self.member(parameters, directory, **settings)
         await trainee.member.join()
-        trainee.parameters = trainee.member.replica.parameters.clone()
+        trainee.parameters = trainee.member.replica.state.parameters.clone()
         self.trainees.append(trainee)
         return trainee
 
@@ -135,8 +136,8 @@ class TrainingRun:
         first, *others = trainees if trainees is not None else self.trainees
         for other in others:
             assert other.member.replica.lineage == first.member.replica.lineage
-            assert torch.equal(other.member.replica.parameters, first.member.replica.parameters)
-            assert torch.equal(other.member.replica.velocity, first.member.replica.velocity)
+            assert torch.equal(other.member.replica.state.parameters, first.member.replica.state.parameters)
+            assert torch.equal(other.member.replica.state.velocity, first.member.replica.state.velocity)
 
 
 async def exchange_all(trainees: Sequence[Trainee], delta: float | None = None) -> None:

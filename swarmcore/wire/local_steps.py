@@ -50,6 +50,10 @@ class Contribution:
     delivery: int
     """Random number of the delivered delta: the peer's own means to know it again."""
     samples: int
+    length: float = 0.0
+    """Euclidean norm of the delta, as it travelled."""
+    signature: bytes = b""
+    """The peer's, for the round that it is in."""
 
 
 @attrs.frozen
@@ -63,6 +67,9 @@ class DeliverDelta:
     samples: int
     patience: float
     """Seconds after which the round has to end, whoever is missing."""
+    length: float = 0.0
+    signature: bytes = b""
+    """With ``length`` as in `Contribution`."""
 
 
 @attrs.frozen

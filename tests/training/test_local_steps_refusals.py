@@ -19,10 +19,11 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.torch.tensors import to_wire
 from swarmcore.registry.memory import MemoryRegistry
+from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import Traffic, encode, next_message
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL
-from swarmcore.training.local_steps.replica import Replica
+from swarmcore.training.local_steps.replica import Replica, State
 from swarmcore.types import Address, ServerInfo
 from swarmcore.wire.local_steps import DeliverDelta, Lineage, Piece, RunTerms
 
@@ -63,7 +64,7 @@ async def outsider(run: TrainingRun, target: Trainee, runs: tuple[str, ...], ter
     await node.start()
     registry = MemoryRegistry(node.peer, run.directory)
     await registry.announce(ServerInfo(node.peer, tuple(map(str, node.addresses)), runs=runs), 1e6)
-    return Partners(node, registry, Replica(terms, torch.zeros(terms.values)), Traffic())
+    return Partners(node, registry, Replica(terms, State.first(terms, torch.zeros(terms.values))), Traffic())
 
 
 RIGHT = RunTerms("test", 4, "", 0.7, 0.9)
@@ -162,7 +163,8 @@ async def test_a_peer_that_cannot_be_reached_may_not_take_part():
         node, _ = run.node(listen=False)
         await node.start()
         with pytest.raises(InputError, match="reachable"):
-            type(first.member)(node, MemoryRegistry(node.peer, run.directory), run.settings, torch.zeros(4))
+            registry = MemoryRegistry(node.peer, run.directory)
+            RunMember(node, registry, run.settings, first.member.replica)
 
 
 async def test_it_says_how_it_is(caplog: pytest.LogCaptureFixture):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
 from swarmcore.errors import StaleRoundError, StreamClosedError, SwarmError
-from swarmcore.training.local_steps.averaging import average, norm
+from swarmcore.training.local_steps.averaging import average, shares
 from swarmcore.training.local_steps.lineage import by_rank
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import encode, result_codec
 from swarmcore.training.local_steps.replica import Result
-from swarmcore.training.local_steps.round import Round
+from swarmcore.training.local_steps.round import Delivery, Round
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, GoTo, Lineage, RoundResult, Standing
 
@@ -76,12 +76,11 @@ class Coordinator:
     def deliver(
         self, lineage: Lineage, contribution: Contribution, values: torch.Tensor, patience: float
     ) -> Ending:
-        """Take a delta into the round; the future is how the round ends.
+        """Take a delta into the round; the future is how the round ends. Raise `StaleRoundError` as `check`.
 
-        Raise `StaleRoundError` as `check`, `DeltaError` for values that are not finite.
+        ``values`` are those that the contribution was signed for, which has been looked at.
         """
         self.check(lineage)
-        norm(values)
         if self._round is None or self._ending is None or self._round.lineage != lineage:
             self._cancel()
             self._round = Round(lineage, self._members)
@@ -135,14 +134,8 @@ class Coordinator:
                 return GoTo(preferred)
             if due:
                 break
-        deliveries = round.deliveries
-        mean, work = average(
-            [delivery.values for delivery in deliveries],
-            [delivery.contribution.samples for delivery in deliveries],
-        )
-        record = RoundResult(round.lineage, tuple(delivery.contribution for delivery in deliveries), work)
-        result = Result(record, tuple(encode(mean, self._codec)))
-        self._replica.apply(result)
+        result = await asyncio.to_thread(_result, round.lineage, round.deliveries, self._codec)
+        await self._replica.apply(result)
         return result
 
     async def _until_due(self, round: Round[torch.Tensor]) -> bool:
@@ -182,6 +175,13 @@ class Coordinator:
             if standings[peer].delivered and standings[peer].lineage == round.lineage:
                 return peer
         return None
+
+
+def _result(lineage: Lineage, deliveries: Sequence[Delivery[torch.Tensor]], codec: str) -> Result:
+    contributions = tuple(delivery.contribution for delivery in deliveries)
+    factors, work = shares([one.length for one in contributions], [one.samples for one in contributions])
+    mean = average([delivery.values for delivery in deliveries], factors)
+    return Result(RoundResult(lineage, contributions, work), tuple(encode(mean, codec)))
 
 
 def _look_at(ending: Ending) -> None:

@@ -14,18 +14,18 @@ from swarmcore.errors import DeltaError, InputError, RunMismatchError, StaleRoun
 from swarmcore.executor.torch.residuals import Residuals
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
-from swarmcore.training.local_steps.averaging import norm
+from swarmcore.training.local_steps.claims import MOST_SAMPLES, contribute
 from swarmcore.training.local_steps.coordinator import Coordinator
 from swarmcore.training.local_steps.deadline import within
 from swarmcore.training.local_steps.lineage import by_rank, is_better
+from swarmcore.training.local_steps.outgoing import Outgoing, prepare
 from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import Traffic, check_codec, decode, encode
-from swarmcore.training.local_steps.replica import Replica, Result
-from swarmcore.training.local_steps.serving import MOST_SAMPLES, Answering
+from swarmcore.training.local_steps.pieces import Traffic
+from swarmcore.training.local_steps.replica import Replica, Result, State
+from swarmcore.training.local_steps.serving import Answering
 from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
 from swarmcore.types import PeerId, ServerInfo, short
-from swarmcore.wire.local_steps import Contribution, DeliverDelta, GoTo, Lineage, RunTerms, Standing
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.local_steps import DeliverDelta, GoTo, Lineage, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ _IN_STEP = 10
 class RunMember:
     """Takes part in a run with a vector of parameters, float32.
 
-    ``node`` listens, ``registry`` is of that node and has been started; neither is closed here.
-    ``parameters`` are what the run begins with if nobody has begun it.
+    ``node`` listens, ``registry`` is of that node and has been started; neither is closed here. ``replica``
+    is what the run begins with if nobody has begun it, or what this peer had before.
     """
 
     def __init__(
@@ -48,26 +48,23 @@ class RunMember:
         node: Node,
         registry: Registry,
         settings: LocalStepsSettings,
-        parameters: torch.Tensor,
+        replica: Replica,
         *,
-        layout: str = "",
         rng: Random | None = None,
     ) -> None:
         if not node.addresses:
             raise InputError("a peer of a run has to be reachable: give its node a place to listen on")
-        check_codec(settings.codec)
-        if not len(parameters):
-            raise InputError("there are no parameters to train")
-        norm(parameters)
         self.node = node
         self.settings = settings
-        terms = RunTerms(settings.run, len(parameters), layout, settings.outer_lr, settings.momentum)
-        self.replica = Replica(terms, parameters)
+        self.replica = replica
         self.traffic = Traffic()
+        self.outgoing: Outgoing | None = None
+        """What was delivered last. Make it None when it has `arrived`, and the next delta is without it."""
         self.residuals = Residuals()
+        """Replaced and never changed."""
         self._registry = registry
         self._rng = rng or Random()
-        self._partners = Partners(node, registry, self.replica, self.traffic)
+        self._partners = Partners(node, registry, replica, self.traffic)
         self._coordinator = Coordinator(node.peer, self._partners, settings.codec)
         self._reported = Traffic()
         self._exchanging = False
@@ -100,12 +97,12 @@ class RunMember:
             await self._registry.withdraw()
             raise refusals[0]
         for peer in sorted(standings, key=lambda peer: _merit(standings[peer]), reverse=True):
-            said = standings[peer]
-            if said.lineage == self.replica.lineage:
+            lineage = standings[peer].lineage
+            if lineage == self.replica.lineage:
                 break
-            if not said.settled and not is_better(said.lineage, self.replica.lineage):
+            if not standings[peer].settled and not is_better(lineage, self.replica.lineage):
                 continue
-            if await self._catch_up(peer):
+            if self.replica.gives_way_to(lineage) and await self._catch_up(peer):
                 break
         self.replica.settled = True
         logger.info("%r has joined", self)
@@ -123,48 +120,58 @@ class RunMember:
     async def exchange(self, delta: torch.Tensor, samples: int) -> RoundReport:
         """Bring ``delta``, of the parameters before and after some local steps, into the run's next round.
 
-        The replica has then the current parameters. Returns when a round with this delta has ended, or when
-        it has not got into any of several; it is then as if it had not been tried. Raise `DeltaError` for
-        values that are not finite.
+        The replica has then the current parameters, and `outgoing` has `arrived` in them; or it has not got
+        into any of several rounds. If an earlier one is outgoing still, that is brought again, and ``delta``,
+        which has all of it and more, has to wait for the next exchange. When cancelled, what is outgoing may
+        arrive all the same. Raise `DeltaError` for values that are not finite.
         """
         if self._exchanging:
             raise InputError("an exchange is under way; wait for its end before the next")
         if not 0 < samples <= MOST_SAMPLES:
             raise InputError(f"a delta is of 1 sample or more; got {samples}")
-        norm(delta)
-        self._exchanging = True
         began = asyncio.get_running_loop().time()
-        before = self.residuals.state_dict()
-        contribution = Contribution(self.node.peer, self._rng.getrandbits(63), samples)
-        included = False
+        earlier = self.outgoing
+        self._exchanging = True
         try:
-            pieces = encode(delta, self.settings.codec, self.residuals)
-            included = await self._bring(contribution, pieces)
+            if earlier is None:
+                self.outgoing, self.residuals = await asyncio.to_thread(
+                    prepare, delta, samples, self.settings.codec, self.residuals, self._rng
+                )
+            if not self._has_arrived:
+                await self._bring()
         finally:
             self._exchanging = False
-            if not included:
-                self.residuals.load_state_dict(before)
+        included = earlier is None and self._has_arrived
         return self._report(included, asyncio.get_running_loop().time() - began)
 
-    async def _bring(self, contribution: Contribution, pieces: list[Tensor]) -> bool:
-        values = decode(pieces)
+    def arrived(self, state: State) -> Outgoing | None:
+        """What is outgoing, if it is in ``state``."""
+        one = self.outgoing
+        return one if one is not None and state.has(self.node.peer, one.delivery) else None
+
+    @property
+    def _has_arrived(self) -> bool:
+        return self.arrived(self.replica.state) is not None
+
+    async def _bring(self) -> None:
+        """Deliver what is outgoing, until it has arrived or has been tried in several rounds."""
+        assert self.outgoing is not None
+        values = await asyncio.to_thread(lambda one: one.values, self.outgoing)
         patience = self.settings.deadline
         useless: Counter[PeerId] = Counter()  # they go on from other parameters, but have no better ones
         for _ in range(_ATTEMPTS):
             lineage = self.replica.lineage
-            await self._try_round(lineage, contribution, pieces, values, patience, useless)
-            if self.replica.included.get(self.node.peer) == contribution:
-                return True
+            await self._try_round(lineage, self.outgoing, values, patience, useless)
+            if self._has_arrived:
+                return
             if self.replica.lineage != lineage:
                 patience = _IN_STEP * self.settings.deadline
         logger.warning("%r: its delta got into none of %d rounds; it is kept", self, _ATTEMPTS)
-        return False
 
     async def _try_round(
         self,
         lineage: Lineage,
-        contribution: Contribution,
-        pieces: list[Tensor],
+        outgoing: Outgoing,
         values: torch.Tensor,
         patience: float,
         useless: Counter[PeerId],
@@ -173,9 +180,11 @@ class RunMember:
 
         This peer itself is the last to be tried, and never fails.
         """
-        opening = DeliverDelta(
-            self.replica.terms, lineage, contribution.delivery, contribution.samples, patience
+        terms, delivery, samples = self.replica.terms, outgoing.delivery, outgoing.samples
+        own = contribute(
+            self.node.identity, terms, lineage, delivery=delivery, samples=samples, length=outgoing.length
         )
+        opening = DeliverDelta(terms, lineage, delivery, samples, patience, own.length, own.signature)
         waiting = deque(
             by_rank(self.settings.run, lineage.round, [peer for peer in self.alive if useless[peer] < 2])
         )
@@ -185,13 +194,11 @@ class RunMember:
             visits[peer] += 1
             try:
                 if peer == self.node.peer:
-                    ended = await asyncio.shield(
-                        self._coordinator.deliver(lineage, contribution, values, patience)
-                    )
+                    ended = await asyncio.shield(self._coordinator.deliver(lineage, own, values, patience))
                 else:
-                    ended = await self._partners.deliver(peer, opening, pieces)
+                    ended = await self._partners.deliver(peer, opening, outgoing.pieces)
                 if isinstance(ended, Result) and self.replica.lineage == lineage:
-                    self.replica.apply(ended)
+                    await self._partners.apply(peer, ended)
                 elif isinstance(ended, GoTo) and visits[ended.peer] < 2 and useless[ended.peer] < 2:
                     if peer == self.node.peer:  # to come back to when that fails
                         waiting.appendleft(peer)

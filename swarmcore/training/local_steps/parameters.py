@@ -30,6 +30,10 @@ class ParameterVector:
             if not isinstance(parameter, torch.Tensor) or not parameter.is_floating_point():
                 raise InputError(f"parameter {name} is no tensor of floats, and cannot be trained")
         self._parameters = [parameter for _, parameter in named]
+        self.count = sum(parameter.numel() for parameter in self._parameters)
+        """Values of all parameters together."""
+        if not self.count:
+            raise InputError("the parameters to train are empty")
         shapes = "\n".join(f"{name} {list(parameter.shape)}" for name, parameter in named)
         self.layout = hashlib.sha256(shapes.encode()).hexdigest()
 

@@ -7,16 +7,17 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 
-from swarmcore.errors import ProtocolError, StreamAbortedError, StreamClosedError, SwarmError
+from swarmcore.errors import DeltaError, ProtocolError, StreamAbortedError, StreamClosedError, SwarmError
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.deadline import within
 from swarmcore.training.local_steps.pieces import Traffic, decode, next_message, receive, send
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
-from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result
+from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result, State
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.local_steps import (
+    PIECE_VALUES,
     AskStanding,
     DeliverDelta,
     FetchState,
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 ASK_TIMEOUT = 3.0
 OPEN_TIMEOUT = 5.0
 CLOSING_TIME = 60.0
-"""Seconds beyond its patience in which a round has to end, transfers included."""
+"""Seconds beyond its patience in which a round has to end, and two more for each piece of the parameters."""
 
 
 class Partners:
@@ -47,18 +48,20 @@ class Partners:
         self.replica = replica
         self.traffic = traffic
         self.on_change: Callable[[], None] = lambda: None
+        self.distrusted: set[PeerId] = set()
+        """Peers that gave the result of a round which cannot be one. They are left out of everything."""
         self._node = node
         self._registry = registry
         self._catching_up = asyncio.Lock()
 
     @property
     def alive(self) -> frozenset[PeerId]:
-        """Peers of the run that the registry knows now, without this one."""
+        """Peers of the run that the registry knows now, without this one and those that are `distrusted`."""
         run = self.replica.terms.run
         return frozenset(
             info.peer
             for info in self._registry.view()
-            if run in info.runs and info.addresses and info.peer != self._node.peer
+            if run in info.runs and info.addresses and info.peer not in (self._node.peer, *self.distrusted)
         )
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -93,7 +96,7 @@ class Partners:
         `DeadlineExceededError` when the round should have ended long ago.
         """
         async with (
-            within(opening.patience + CLOSING_TIME, f"{short(peer)} did not end the round"),
+            within(opening.patience + self._closing_time, f"{short(peer)} did not end the round"),
             await self._open(peer, opening) as channel,
         ):
             with contextlib.suppress(StreamClosedError, StreamAbortedError):  # what is received says why
@@ -109,7 +112,7 @@ class Partners:
 
         Raise what the connection raises, `ProtocolError` and `DeltaError` for a state that is none.
         """
-        async with self._catching_up, within(CLOSING_TIME, f"{short(peer)} did not send its state"):
+        async with self._catching_up, within(self._closing_time, f"{short(peer)} did not send its state"):
             replica, before = self.replica, self.replica.lineage
             opening = FetchState(replica.terms, before.state)
             try:
@@ -118,16 +121,21 @@ class Partners:
                     if isinstance(record, ResultsFollow):
                         await self._apply_results(channel, record.count)
                     elif isinstance(record, StateFollows) and replica.gives_way_to(record.lineage):
-                        values = replica.terms.values
-                        parameters = decode(await receive(channel, values, self.traffic))
-                        velocity = decode(await receive(channel, values, self.traffic))
-                        if replica.gives_way_to(record.lineage):
-                            replica.adopt(record.lineage, parameters, velocity, record.included)
+                        await replica.adopt(await self._receive_state(channel, record))
             finally:
                 changed = replica.lineage != before
                 if changed:
                     self.on_change()
             return changed
+
+    async def apply(self, peer: PeerId, result: Result) -> None:
+        """Go on to a result that ``peer`` gave. Raise as `Replica.apply`."""
+        try:
+            await self.replica.apply(result)
+        except (ProtocolError, DeltaError) as exc:
+            self.distrusted.add(peer)
+            logger.warning("run %r: %s is left out from now on: %s", self.replica.terms.run, peer, exc)
+            raise
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:
         """``peer`` did not do as it should."""
@@ -141,13 +149,25 @@ class Partners:
             result = await self._receive_result(channel, (await next_message(channel)).record)
             # This peer may have got there by itself meanwhile.
             if self.replica.since(result.lineage.state) is None:
-                self.replica.apply(result)
+                await self.apply(channel.remote, result)
 
     async def _receive_result(self, channel: Channel, record: object) -> Result:
         if not isinstance(record, RoundResult):
             raise ProtocolError(f"a {type(record).__name__} came where the result of a round was expected")
         pieces = await receive(channel, self.replica.terms.values, self.traffic)
-        return Result(record, tuple(pieces))
+        return await asyncio.to_thread(Result, record, tuple(pieces))
+
+    async def _receive_state(self, channel: Channel, record: StateFollows) -> State:
+        parameters, velocity = [
+            await receive(channel, self.replica.terms.values, self.traffic) for _ in range(2)
+        ]
+        return await asyncio.to_thread(
+            lambda: State.of(record.lineage, decode(parameters), decode(velocity), record.included)
+        )
+
+    @property
+    def _closing_time(self) -> float:
+        return CLOSING_TIME + 2 * self.replica.terms.values / PIECE_VALUES
 
     async def _open(self, peer: PeerId, opening: DeliverDelta | FetchState) -> Channel:
         return await self._node.open(

@@ -43,9 +43,10 @@ def check_codec(codec: str) -> None:
 def result_codec(codec: str) -> str:
     """How the mean of deltas is encoded that come in ``codec``.
 
-    The entries that different peers have kept are different ones: the mean of sparse deltas goes as int8.
+    The entries that different peers have kept are different ones, and nobody sends later what an encoding of
+    the mean drops: the mean of sparse deltas goes as int8.
     """
-    return "int8" if codec.startswith("topk") else codec
+    return codec if codec.startswith(("raw", "int8")) else "int8"
 
 
 def encode(vector: torch.Tensor, codec: str, residuals: Residuals | None = None) -> list[Tensor]:
@@ -61,7 +62,7 @@ def encode(vector: torch.Tensor, codec: str, residuals: Residuals | None = None)
 
 
 def decode(pieces: Sequence[Tensor]) -> torch.Tensor:
-    """The inverse of `encode`. Raise what `Tensor.decode` raises."""
+    """The inverse of `encode`, a new tensor. Raise what `Tensor.decode` raises."""
     return torch.cat([to_torch(piece) for piece in pieces])
 
 

@@ -42,9 +42,6 @@ class Round(Generic[Values]):
     def __len__(self) -> int:
         return len(self._deliveries)
 
-    def __contains__(self, peer: PeerId) -> bool:
-        return peer in self._deliveries
-
     @property
     def missing(self) -> frozenset[PeerId]:
         """Members that have not delivered."""

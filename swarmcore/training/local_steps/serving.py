@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
+
+import torch
 
 from swarmcore.errors import (
     DeltaError,
     InputError,
     PeerNotAllowedError,
-    RunMismatchError,
     StaleRoundError,
     SwarmError,
 )
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
+from swarmcore.training.local_steps.averaging import norm
+from swarmcore.training.local_steps.claims import MOST_SAMPLES, is_sound
 from swarmcore.training.local_steps.coordinator import Coordinator
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import decode, encode, receive, send
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
 from swarmcore.training.local_steps.replica import Result
+from swarmcore.training.local_steps.settings import check_terms
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import (
     AskStanding,
@@ -34,6 +39,7 @@ from swarmcore.wire.local_steps import (
     Standing,
     StateFollows,
 )
+from swarmcore.wire.tensors import Tensor
 
 _BEAT = 2.0
 """Seconds between signs that a round is still open."""
@@ -41,8 +47,9 @@ _BEAT = 2.0
 _INTRODUCTION = 2.0
 """Seconds that a newcomer's announcement may take to arrive after its first call."""
 
-MOST_SAMPLES = 2**40
 MOST_PATIENCE = 24 * 3600.0
+_ROUNDING = 1e-3
+"""By so much, of itself, a norm may differ from one processor to the next."""
 
 
 class Answering:
@@ -69,25 +76,14 @@ class Answering:
 
     async def _check(self, peer: PeerId, terms: RunTerms) -> None:
         """Raise unless ``peer`` may take part, on terms that are the same as here."""
-        own = self._replica.terms
-        if terms.run != own.run:
-            raise RunMismatchError(
-                f"this peer takes part in the run {own.run!r}, not in {terms.run[:100]!r}; find the peers of "
-                f"that in the registry"
+        check_terms(self._replica.terms, terms)
+        if peer in self._partners.distrusted:
+            raise PeerNotAllowedError(
+                f"{peer} gave the result of a round that cannot be one, and is listened to no more"
             )
         if not await self._is_introduced(peer):
             raise PeerNotAllowedError(
-                f"only peers that announce the run {own.run!r} are listened to, and {peer} does not"
-            )
-        if (terms.values, terms.layout) != (own.values, own.layout):
-            raise DeltaError(
-                f"the run {own.run!r} trains {own.values} values (layout {own.layout[:8]}), and not "
-                f"{terms.values} ({terms.layout[:8]}): parameters need the same names, shapes and order"
-            )
-        if terms != own:
-            raise RunMismatchError(
-                f"the run {own.run!r} has outer_lr={own.outer_lr:g}, momentum={own.momentum:g}, and not "
-                f"{terms.outer_lr:g}, {terms.momentum:g}: all its peers need the same"
+                f"only peers that announce the run {terms.run!r} are listened to, and {peer} does not"
             )
 
     async def _is_introduced(self, peer: PeerId) -> bool:
@@ -107,8 +103,11 @@ class Answering:
                     raise StaleRoundError(f"your state could not be fetched: {exc.message}") from exc
         self._coordinator.check(opening.lineage)
         pieces = await receive(channel, self._replica.terms.values, self._partners.traffic)
-        contribution = Contribution(channel.remote, opening.delivery, opening.samples)
-        ending = self._coordinator.deliver(opening.lineage, contribution, decode(pieces), opening.patience)
+        contribution = Contribution(
+            channel.remote, opening.delivery, opening.samples, opening.length, opening.signature
+        )
+        values = await asyncio.to_thread(_values, pieces, contribution, opening)
+        ending = self._coordinator.deliver(opening.lineage, contribution, values, opening.patience)
         while not ending.done():
             await asyncio.wait([ending], timeout=_BEAT)
             if not ending.done():
@@ -120,18 +119,28 @@ class Answering:
             await self._send_result(channel, ended)
 
     async def _give(self, channel: Channel, opening: FetchState) -> None:
-        replica = self._replica
-        results = replica.since(opening.have)
-        parameters, velocity = replica.parameters, replica.velocity
-        if results is not None and sum(result.nbytes for result in results) <= 8 * len(parameters):
+        state, results = self._replica.state, self._replica.since(opening.have)
+        whole = 2 * state.parameters.nbytes
+        if results is not None and sum(result.nbytes for result in results) <= whole:
             await channel.send(ResultsFollow(len(results)))
             for result in results:
                 await self._send_result(channel, result)
             return
-        await channel.send(StateFollows(replica.lineage, tuple(replica.included.values())))
-        for vector in (parameters, velocity):
+        await channel.send(StateFollows(state.lineage, tuple(state.included.values())))
+        for vector in (state.parameters, state.velocity):
             await send(channel, encode(vector, "raw"), self._partners.traffic)
 
     async def _send_result(self, channel: Channel, result: Result) -> None:
         await channel.send(result.record)
         await send(channel, result.pieces, self._partners.traffic)
+
+
+def _values(pieces: Sequence[Tensor], contribution: Contribution, opening: DeliverDelta) -> torch.Tensor:
+    """The delta. Raise `DeltaError` unless it is finite, and what its contribution was signed for."""
+    values = decode(pieces)
+    length = norm(values, "the delta")
+    if abs(length - contribution.length) > _ROUNDING * length:
+        raise DeltaError(f"the delta has the norm {length:g}, and not {contribution.length:g}")
+    if not is_sound(contribution, opening.terms, opening.lineage):
+        raise DeltaError("the delta's signature is not its sender's for this round")
+    return values

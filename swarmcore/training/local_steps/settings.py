@@ -6,7 +6,8 @@ import math
 
 import attrs
 
-from swarmcore.errors import InputError
+from swarmcore.errors import DeltaError, InputError, RunMismatchError
+from swarmcore.wire.local_steps import RunTerms
 
 MAX_RUN_NAME = 100
 
@@ -42,6 +43,29 @@ class LocalStepsSettings:
         if not 0 < self.deadline <= 3600:
             raise InputError(f"deadline must be above 0, and 3600 s at most; got {self.deadline}")
 
+    def terms(self, values: int, layout: str) -> RunTerms:
+        """What peers have to agree on that train so many values, of that layout."""
+        return RunTerms(self.run, values, layout, self.outer_lr, self.momentum)
+
+
+def check_terms(own: RunTerms, others: RunTerms) -> None:
+    """Raise `RunMismatchError` or `DeltaError` unless what ``others`` are of fits with a run on ``own``."""
+    if others.run != own.run:
+        raise RunMismatchError(
+            f"this peer takes part in the run {own.run!r}, not in {others.run[:MAX_RUN_NAME]!r}; find the "
+            f"peers of that in the registry"
+        )
+    if (others.values, others.layout) != (own.values, own.layout):
+        raise DeltaError(
+            f"the run {own.run!r} trains {own.values} values (layout {own.layout[:8]}), and not "
+            f"{others.values} ({others.layout[:8]}): parameters need the same names, shapes and order"
+        )
+    if others != own:
+        raise RunMismatchError(
+            f"the run {own.run!r} has outer_lr={own.outer_lr:g}, momentum={own.momentum:g}, and not "
+            f"{others.outer_lr:g}, {others.momentum:g}: all its peers need the same"
+        )
+
 
 @attrs.frozen
 class RoundReport:
@@ -50,7 +74,7 @@ class RoundReport:
     round: int
     """Rounds of the run so far."""
     included: bool
-    """Whether this peer's delta is in the parameters; if not, it is kept for the next exchange."""
+    """Whether all that this peer has learned is in the parameters; the rest is kept for the next exchange."""
     peers: int
     """Whose deltas are in the last round."""
     samples: int
@@ -62,7 +86,7 @@ class RoundReport:
     received: int
 
     def __str__(self) -> str:
-        part = "" if self.included else ", without this one's delta"
+        part = "" if self.included else ", without all of this one's delta"
         return (
             f"round {self.round}: {self.peers} peers, {self.samples} samples{part}, in {self.seconds:.2f} s, "
             f"{self.sent / 1e6:.2f} MB sent, {self.received / 1e6:.2f} MB received"

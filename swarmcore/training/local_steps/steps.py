@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 
@@ -18,13 +18,17 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.run import NetworkConfig, listening
 from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.parameters import ParameterVector, Trained
-from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
+from swarmcore.training.local_steps.pieces import check_codec
+from swarmcore.training.local_steps.replica import Replica, State
+from swarmcore.training.local_steps.saved import SavedMember
+from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport, check_terms
 from swarmcore.types import PeerId
 
 OpenNetwork = Callable[[], AbstractAsyncContextManager[tuple[Node, Registry]]]
 """Opens a listening node with its registry, which is yet to be started."""
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 LISTEN = {"tcp": ("0.0.0.0:0",)}
 
@@ -68,7 +72,9 @@ class LocalSteps:
         self.settings = LocalStepsSettings(
             run=run, every=every, outer_lr=outer_lr, momentum=momentum, codec=codec, deadline=deadline
         )
+        check_codec(codec)
         self._parameters = ParameterVector(parameters)
+        self._terms = self.settings.terms(self._parameters.count, self._parameters.layout)
         config = NetworkConfig(
             transports=listen, announce=announce, bootstrap=bootstrap, allowed_peers=allowed_peers
         )
@@ -77,9 +83,11 @@ class LocalSteps:
         self._stack = AsyncExitStack()
         self._member: RunMember | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._saved: SavedMember | None = None
         self._base = torch.empty(0)
         self._steps = 0
         self._samples = 0
+        self._exchanging = False
 
     def __repr__(self) -> str:
         settings = self.settings
@@ -125,15 +133,59 @@ class LocalSteps:
             return None
         if asyncio.get_running_loop() is not self._loop:
             raise InputError("this LocalSteps was entered on another event loop; use step_sync() here")
-        delta = self._base - self._parameters.read()
-        return self._settle(delta, await self._joined.exchange(delta, self._samples))
+        member = self._joined
+        with self._one_exchange():
+            delta = await _to_its_end(self._learned, member)
+            report = await member.exchange(delta, self._samples)
+            await _to_its_end(self._go_on, member, delta)
+        return self._told(report)
 
     def step_sync(self, samples: int = 1) -> RoundReport | None:
         """`step` for code that cannot await, in any thread but the event loop's."""
         if not self._is_due(samples):
             return None
-        delta = self._base - self._parameters.read()
-        return self._settle(delta, self._wait(self._joined.exchange(delta, self._samples)))
+        member = self._joined
+        with self._one_exchange():
+            delta = self._learned(member)
+            report = self._wait(member.exchange(delta, self._samples))
+            self._go_on(member, delta)
+        return self._told(report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this peer has of the run, its own parameters included, for `load_state_dict` later.
+
+        Tensors, numbers and texts, which `torch.load` reads with ``weights_only``; four times the size of the
+        parameters, with a lossy codec five. Call it in ``on_round`` or between steps, in the thread of the
+        steps. Raise `InputError` before entering, and while an exchange is under way.
+        """
+        member = self._joined
+        if self._exchanging:
+            raise InputError("an exchange is under way: save in on_round, or between two steps")
+        return SavedMember(
+            terms=self._terms,
+            peer=member.node.peer,
+            state=member.replica.state,
+            residuals=member.residuals.state_dict(),
+            outgoing=member.outgoing,
+            base=self._base,
+            own=self._parameters.read(),
+            steps=self._steps,
+            samples=self._samples,
+        ).as_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict` on entering: with the same bits, if the run has not gone on meanwhile.
+
+        If others have trained on, their parameters are fetched, and what this peer had not exchanged yet is
+        added. Use the same ``identity``. Raise `CheckpointError` for what is no state, `RunMismatchError` or
+        `DeltaError` for one of another run, other settings of it or other parameters, `InputError` when
+        entered already.
+        """
+        if self._member is not None:
+            raise InputError("load the state before you enter the LocalSteps")
+        state = SavedMember.read(saved)
+        check_terms(self._terms, state.terms)
+        self._saved = state
 
     async def wait_for_peers(self, count: int, timeout: float = 60.0) -> None:
         """Until ``count`` peers take part, this one included. Raise `DeadlineExceededError`."""
@@ -164,17 +216,25 @@ class LocalSteps:
     async def _enter(self) -> None:
         if self._member is not None:
             raise InputError("this LocalSteps is entered already")
+        saved, self._saved = self._saved, None
         async with AsyncExitStack() as stack:
             node, registry = await stack.enter_async_context(self._network())
+            if saved is not None and saved.outgoing is not None and saved.peer != node.peer:
+                raise InputError(
+                    f"the saved state has a delta that was under way from {saved.peer}: use that identity"
+                )
+            replica = await asyncio.to_thread(self._replica, saved)
             await registry.start()
-            own = self._parameters.read()
-            member = RunMember(node, registry, self.settings, own, layout=self._parameters.layout)
+            member = RunMember(node, registry, self.settings, replica)
             stack.push_async_callback(member.leave)
+            if saved is not None:
+                member.outgoing = saved.outgoing
+                member.residuals.load_state_dict(saved.residuals)
             await member.join()
+            await _to_its_end(self._begin, member, saved)
             self._stack = stack.pop_all()
         self._member = member
         self._loop = asyncio.get_running_loop()
-        self._start_from(member.replica.parameters)
 
     async def _leave(self) -> None:
         await self._stack.aclose()
@@ -194,21 +254,60 @@ class LocalSteps:
         self._samples += samples
         return self._steps >= self.settings.every
 
-    def _settle(self, delta: torch.Tensor, report: RoundReport) -> RoundReport:
-        """Go on from the current parameters; what has not got into them is kept."""
-        self._start_from(self._joined.replica.parameters)
-        self._steps = 0
-        if report.included:
+    def _replica(self, saved: SavedMember | None) -> Replica:
+        if saved is not None:
+            return Replica(self._terms, saved.state, settled=True)
+        return Replica(self._terms, State.first(self._terms, self._parameters.read()))
+
+    def _begin(self, member: RunMember, saved: SavedMember | None) -> None:
+        if saved is None:
             self._samples = 0
-        else:
+            self._go_on(member, torch.zeros(1))
+            return
+        self._base, self._samples = saved.base, saved.samples
+        self._parameters.write(saved.own)
+        if member.replica.lineage != saved.state.lineage:
+            self._go_on(member, saved.base - saved.own)
+        self._steps = saved.steps
+
+    def _learned(self, member: RunMember) -> torch.Tensor:
+        """What the local steps have changed, and is not in the common parameters yet."""
+        delta = self._base - self._parameters.read()
+        if member.arrived(member.replica.state) is None:
+            return delta
+        # That of an exchange which was cancelled has got in all the same.
+        self._go_on(member, delta)
+        return self._base - self._parameters.read()
+
+    def _go_on(self, member: RunMember, delta: torch.Tensor) -> None:
+        """Go on from the current parameters; what of ``delta`` has not got into them is kept."""
+        state = member.replica.state
+        arrived = member.arrived(state)
+        if arrived is not None:
+            delta = delta - arrived.delta
+            self._samples -= arrived.samples
+        self._parameters.write(state.parameters)
+        self._base = self._parameters.read()  # as they were rounded
+        if delta.any():
             self._parameters.write(self._base - delta)
+        self._steps = 0
+        if arrived is not None:
+            member.outgoing = None
+
+    def _told(self, report: RoundReport) -> RoundReport:
         if self._on_round is not None:
             self._on_round(report)
         return report
 
-    def _start_from(self, values: torch.Tensor) -> None:
-        self._parameters.write(values)
-        self._base = self._parameters.read()  # as they were rounded
+    @contextmanager
+    def _one_exchange(self) -> Iterator[None]:
+        if self._exchanging:
+            raise InputError("an exchange is under way; wait for its end before the next step")
+        self._exchanging = True
+        try:
+            yield
+        finally:
+            self._exchanging = False
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         assert self._loop is not None
@@ -220,3 +319,13 @@ class LocalSteps:
             coroutine.close()
             raise InputError("a call that waits was made on the loop that it waits for; await step() there")
         return wait_on(self._loop, coroutine)
+
+
+async def _to_its_end(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """In a thread. When cancelled, wait for its end all the same: half-written parameters are of no use."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
