@@ -104,8 +104,8 @@ if TYPE_CHECKING:
 @click.option(
     "--activation-budget",
     metavar="BYTES",
-    help="Memory for activations that are kept between a client's forward and backward pass; 0 keeps none. "
-    "[default: a tenth of the free memory]",
+    help="Memory for activations of forward and backward passes: of those under way, and kept in between; 0 "
+    "keeps none. [default: a fifth of the free memory]",
 )
 @click.option(
     "--max-pass-tokens",

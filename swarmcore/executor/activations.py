@@ -1,10 +1,15 @@
-"""Activations of forward passes, kept for the backward passes that may follow. A plain object."""
+"""Memory for activations: of passes under way, and of forward passes that backward passes may follow.
+
+A plain object.
+"""
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
-from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
+from swarmcore.executor.passes import Adapter, BatchPass, ForwardPass, SequenceBatch
 from swarmcore.types import Span
 
 
@@ -18,11 +23,12 @@ class _Kept:
 
 
 class ActivationStore:
-    """At most ``budget`` bytes, each pass for ``ttl`` seconds; the oldest go first.
+    """At most ``budget`` bytes, each pass for ``ttl`` seconds; the oldest go first, and before passes that
+    compute and need the room.
 
     A kept pass goes to the first backward pass that names it. Callers see speed and nothing else: what is
     gone is computed again. A caller's passes are not dropped when its connections end: they belong to none of
-    them, and are soon gone by themselves. Passes that still compute are not counted.
+    them, and are soon gone by themselves.
     """
 
     def __init__(self, budget: int, *, ttl: float = 120.0) -> None:
@@ -31,28 +37,52 @@ class ActivationStore:
         self.nbytes = 0
         """What is kept now."""
         self._kept: dict[tuple[str, str], _Kept] = {}
-        self._per_token = 0.0
+        self._token_bytes = 0.0
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def learn(self, work: BatchPass) -> None:
+        """What activations take, as a pass has shown."""
+        self._token_bytes = work.token_bytes or self._token_bytes
+
+    def estimate(self, tokens: int, span: Span) -> int:
+        """Bytes of the activations of so many tokens in ``span``, as far as earlier ones tell."""
+        return math.ceil(self._token_bytes * tokens * len(span))
+
+    def tokens_within(self, nbytes: int, span: Span) -> int:
+        """How many tokens' activations fit; 1 as long as nothing is known."""
+        return max(1, int(nbytes / (self._token_bytes * len(span)))) if self._token_bytes else 1
+
+    def make_room(self, nbytes: int) -> None:
+        """Drop what is kept, the oldest first, until it fits beside ``nbytes`` of others."""
+        while self._kept and self.nbytes + nbytes > self.budget:
+            self._drop(next(iter(self._kept)))
+
     def worth_keeping(self, batch: SequenceBatch) -> bool:
         """Whether a batch's activations would fit at all, as far as earlier ones tell."""
-        return self.budget > 0 and self._per_token * batch.tokens * len(batch.span) <= self.budget
+        return self.budget > 0 and self.estimate(batch.tokens, batch.span) <= self.budget
 
-    def keep(self, caller: str, name: str, batch: SequenceBatch, forward: ForwardPass, now: float) -> bool:
+    def keep(
+        self,
+        caller: str,
+        name: str,
+        batch: SequenceBatch,
+        forward: ForwardPass,
+        now: float,
+        *,
+        under_way: int = 0,
+    ) -> bool:
         """Take over a pass that is through, or close it and return False when it does not fit.
 
-        A name that the caller has used before is forgotten.
+        Passes that are ``under_way`` take so many bytes. A name that the caller has used before is forgotten.
         """
         self._drop((caller, name))
         nbytes = forward.kept_bytes
-        self._per_token = nbytes / (batch.tokens * len(batch.span))
-        if nbytes > self.budget:
+        if nbytes + under_way > self.budget:
             forward.close()
             return False
-        while self.nbytes + nbytes > self.budget:
-            self._drop(next(iter(self._kept)))
+        self.make_room(nbytes + under_way)
         self._kept[caller, name] = _Kept(forward, _key(batch), batch.adapter, nbytes, now + self.ttl)
         self.nbytes += nbytes
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Literal
 
 import attrs
@@ -33,6 +34,10 @@ class QueuedPass:
     work: BatchPass
     answer: asyncio.Future[None]
     """Done when the last unit is."""
+    saves: bool = False
+    """Whether it computes activations that have to be held."""
+    nbytes: int = 0
+    """Memory of activations that it holds, or that is set aside for them."""
     begun: bool = False
     running: bool = False
     """Whether a unit of it computes now."""
@@ -54,8 +59,8 @@ class PassQueue:
 
     The caller that was given least of the executor's time goes next, with its oldest pass; one that comes
     anew starts level with the others, so that nobody saves up or pays for what is long past. No more than
-    ``max_under_way`` passes are begun at once, since each holds activations. ``max_tokens`` bounds the rows
-    of all passes that wait, receive or compute, and half of it those of one caller.
+    ``max_under_way`` passes are begun at once. ``max_tokens`` bounds the rows of all passes that wait,
+    receive or compute, and half of it those of one caller.
     """
 
     def __init__(self, *, max_under_way: int, max_tokens: int) -> None:
@@ -125,22 +130,30 @@ class PassQueue:
         if not line:
             self._waiting.pop(queued.caller, None)
 
-    def next(self) -> QueuedPass | None:
-        """Whose unit is to be computed now."""
-        full = self.under_way >= self.max_under_way
-        heads = [
-            head
-            for line in self._waiting.values()
-            if (head := next((each for each in line if each.begun or not full), None)) is not None
-        ]
-        if not heads:
+    def next(self, fits: Callable[[QueuedPass], bool] = lambda each: True) -> QueuedPass | None:
+        """Whose unit is to be computed now.
+
+        A pass whose turn it is to begin and that does not fit waits until others are through; none begins
+        before it.
+        """
+        chosen = self._chosen(full=self.under_way >= self.max_under_way)
+        if chosen is not None and not chosen.begun and not fits(chosen):
+            chosen = self._chosen(full=True)
+        if chosen is None:
             return None
-        chosen = min(heads, key=lambda head: self._spent[head.caller])
         self._level = max(self._level, self._spent[chosen.caller])
         for caller in [c for c, spent in self._spent.items() if spent <= self._level]:
             if caller not in self._waiting:
                 del self._spent[caller]
         return chosen
+
+    def _chosen(self, *, full: bool) -> QueuedPass | None:
+        heads = [
+            head
+            for line in self._waiting.values()
+            if (head := next((each for each in line if each.begun or not full), None)) is not None
+        ]
+        return min(heads, key=lambda head: self._spent[head.caller], default=None)
 
     def charge(self, queued: QueuedPass, seconds: float) -> None:
         """A unit of it has taken so long."""

@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 
 import attrs
 
-from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ServerDrainingError, SwarmError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InvalidBatchError,
+    ServerDrainingError,
+    ServerMemoryError,
+    SwarmError,
+)
 from swarmcore.executor.activations import ActivationStore
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.checks import check_held, check_timeout, draining
@@ -34,11 +40,15 @@ class PassLimits:
     queue_factor: int = 16
     """So many times as many are admitted at once, of all callers together; half of them of one caller."""
     max_under_way: int = 4
-    """Most passes that are begun: each holds activations, on the way back those of all its blocks."""
+    """Most passes that are begun at a time."""
     activation_budget: int = 256 * 2**20
-    """Bytes of activations that may be kept for backward passes to come; 0 for none."""
+    """Bytes of activations of passes under way, and of those kept for backward passes to come.
+
+    A pass that does not fit waits for its turn; one of several sequences that never would goes through in
+    parts. With 0 nothing is kept, and backward passes go a sequence at a time, one pass after the other.
+    """
     activation_ttl: float = 120.0
-    """Seconds for which they are kept at most."""
+    """Seconds for which activations are kept at most."""
 
 
 class PassRunner:
@@ -62,6 +72,11 @@ class PassRunner:
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
+
+    @property
+    def under_way_bytes(self) -> int:
+        """Memory of the activations of passes that compute, or are about to."""
+        return sum(turn.nbytes for turn in self._turns)
 
     def admit(self, caller: str, span: Span, lengths: tuple[int, ...], timeout: float) -> PassTurn:
         """Set room aside for a pass; use what is returned as a context manager, for as long as it takes.
@@ -134,12 +149,15 @@ class PassRunner:
 
     async def run_unit(self) -> None:
         """Compute one unit of the pass whose turn it is, if there is any."""
-        queued = self.queue.next()
+        queued = self.queue.next(self._fits)
         if queued is None:
             return
         began = _now()
         limit = self.pacing.unit_tokens(queued.kind, queued.lengths, self._stats.decode_seconds, began)
         queued.begun = queued.running = True
+        if queued.saves:
+            self._set_aside(queued)
+            limit = min(limit, self.kept.tokens_within(queued.nbytes, queued.span))
         self._computing = queued
         try:
             last = await queued.work.advance(limit)
@@ -153,6 +171,7 @@ class PassRunner:
             if queued.abandoned:
                 queued.work.close()
         seconds = _now() - began
+        self.kept.learn(queued.work)
         self.queue.charge(queued, seconds)
         self.pacing.note_unit(queued.kind, queued.lengths, limit, seconds)
         self._stats.note_unit(seconds)
@@ -161,6 +180,27 @@ class PassRunner:
             if not queued.answer.done():
                 queued.answer.set_result(None)
         self._changed.set()
+
+    def _fits(self, queued: QueuedPass) -> bool:
+        """Whether it may begin. What is kept makes room for what is to be kept; and where nothing else would
+        go on."""
+        if not queued.saves or not self.queue.under_way:
+            return True
+        kept = 0 if queued.kind == "forward" else self.kept.nbytes
+        return self._least(queued) + self.under_way_bytes + kept <= self.kept.budget
+
+    def _set_aside(self, queued: QueuedPass) -> None:
+        """Room for what it saves: for the whole pass if that is free, for a part of it at a time if not."""
+        others = self.under_way_bytes - queued.nbytes
+        free = self.kept.budget - self.kept.nbytes - others
+        whole = self.kept.estimate(queued.tokens, queued.span)
+        queued.nbytes = max(self._least(queued), min(whole, free))
+        self.kept.make_room(others + queued.nbytes)
+
+    def _least(self, queued: QueuedPass) -> int:
+        # Of a forward pass everything is to be kept; a backward pass can go sequence by sequence.
+        tokens = queued.tokens if queued.kind == "forward" else max(queued.lengths)
+        return self.kept.estimate(tokens, queued.span)
 
     # --- what turns ask for ------------------------------------------------------------------------------
 
@@ -176,7 +216,7 @@ class PassRunner:
     def begin_forward(self, batch: SequenceBatch, *, keep: bool) -> ForwardPass:
         """As `BlockExecutor.forward`."""
         with _translating():
-            return self._executor.forward(batch, keep=keep and self.kept.worth_keeping(batch))
+            return self._executor.forward(batch, keep=keep)
 
     def begin_backward(
         self,
@@ -187,7 +227,16 @@ class PassRunner:
         inputs: bool,
         weights: bool,
     ) -> BackwardPass:
-        """As `BlockExecutor.backward`."""
+        """As `BlockExecutor.backward`. Raise `ServerMemoryError` when a sequence is above the budget."""
+        longest = max(batch.lengths)
+        needed, budget = self.kept.estimate(longest, batch.span), self.kept.budget
+        if kept is None and 0 < budget < needed:
+            self._stats.passes_refused += 1
+            raise ServerMemoryError(
+                f"the activations of a sequence of {longest} tokens in {len(batch.span)} blocks take about "
+                f"{needed / 2**20:.0f} MiB, and this server has {budget / 2**20:.0f} MiB for them: send "
+                f"shorter sequences, or use servers with fewer blocks or a larger --activation-budget"
+            )
         with _translating():
             return self._executor.backward(batch, gradients, kept=kept, inputs=inputs, weights=weights)
 
@@ -216,7 +265,7 @@ class PassRunner:
 
     def keep(self, caller: str, name: str, batch: SequenceBatch, forward: ForwardPass) -> bool:
         """As `ActivationStore.keep`."""
-        kept = self.kept.keep(caller, name, batch, forward, _now())
+        kept = self.kept.keep(caller, name, batch, forward, _now(), under_way=self.under_way_bytes)
         self._watch_expiry()
         return kept
 
@@ -240,7 +289,7 @@ class PassRunner:
         self._watch_expiry()
 
     def __repr__(self) -> str:
-        return f"<PassRunner {self.queue!r} · {self.kept!r}>"
+        return f"<PassRunner {self.queue!r} · {self.under_way_bytes} bytes under way · {self.kept!r}>"
 
 
 @contextlib.contextmanager

@@ -39,6 +39,13 @@ class PassTurn:
         """Whether the executor holds anything for it, a unit that computes aside."""
         return self._queued is not None and not self._queued.abandoned
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of activations that it holds, or that is set aside for them."""
+        if self._kept is not None:
+            return self._kept.kept_bytes
+        return 0 if self._queued is None else self._queued.nbytes
+
     def reuse(self, name: str, batch: SequenceBatch) -> bool:
         """Whether activations are here that the caller had kept as ``name``; they are for `backward` then.
 
@@ -54,8 +61,9 @@ class PassTurn:
         `ServerDrainingError`. Cancelled, it leaves nothing behind.
         """
         self._check_not_ended()
-        work = self._runner.begin_forward(batch, keep=bool(keep))
-        await self._compute("forward", work)
+        saves = bool(keep) and self._runner.kept.worth_keeping(batch)
+        work = self._runner.begin_forward(batch, keep=saves)
+        await self._compute("forward", work, saves=saves)
         outputs = work.outputs
         kept = work.kept_bytes > 0 and self._runner.keep(self.caller, keep, batch, work)
         if not kept:
@@ -68,15 +76,23 @@ class PassTurn:
         """Return the pass, through and closed, with its results. Raise as `forward` does."""
         self._check_not_ended()
         work = self._runner.begin_backward(batch, gradients, self._kept, inputs=inputs, weights=weights)
+        nbytes, saves = self.nbytes, self._kept is None
         self._kept = None  # it is the pass's now
-        await self._compute("backward", work)
+        await self._compute("backward", work, saves=saves, nbytes=nbytes)
         work.close()
         return work
 
-    async def _compute(self, kind: Kind, work: BatchPass) -> None:
+    async def _compute(self, kind: Kind, work: BatchPass, *, saves: bool, nbytes: int = 0) -> None:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queued = QueuedPass(
-            caller=self.caller, kind=kind, span=self.span, lengths=self.lengths, work=work, answer=answer
+            caller=self.caller,
+            kind=kind,
+            span=self.span,
+            lengths=self.lengths,
+            work=work,
+            answer=answer,
+            saves=saves,
+            nbytes=nbytes,
         )
         await self._runner.compute(self._queued, self.deadline)
         self._queued = None

@@ -50,6 +50,9 @@ class BatchPass(ABC):
 
     seconds: float = 0.0
     """Time at work on it so far."""
+    token_bytes: float = 0.0
+    """Memory that activations of a token in a block turned out to take; 0 as long as that is not known, and
+    for a pass that computes none to be held."""
 
     @abstractmethod
     async def advance(self, max_tokens: int) -> bool:

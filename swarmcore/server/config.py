@@ -14,7 +14,7 @@ REBALANCE = 60.0
 """Seconds between two looks at the balance of the swarm."""
 
 ACTIVATION_BUDGET = 256 * 2**20
-"""Bytes of activations that are kept where the free memory is not known."""
+"""Bytes for activations where the free memory is not known."""
 
 MAX_ADAPTER_NAME = 64
 """Characters of an adapter's name: all of them are announced."""
@@ -91,8 +91,9 @@ class ServerConfig:
     adapter_budget: int = attrs.field(default=256 * 2**20, validator=_not_negative)
     """Bytes of adapters that clients bring and that are kept for them; 0 for taking none."""
     activation_budget: int | None = attrs.field(default=None, validator=_not_negative)
-    """Bytes of activations of forward passes that may be kept for backward passes to come; 0 for none, None
-    for `ACTIVATION_BUDGET`, or a tenth of the memory that is free after loading where that is known."""
+    """Bytes for activations of passes under way, and of forward passes that are kept for backward passes to
+    come; 0 for keeping none, None for `ACTIVATION_BUDGET`, or a fifth of the memory that is free after
+    loading where that is known. See `PassLimits.activation_budget`."""
     max_pass_tokens: int = attrs.field(default=8192, validator=_not_negative)
     """Most tokens of one batch that is run forward or back for a client; 0 when none is."""
     public_name: str = ""

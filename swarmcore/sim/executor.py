@@ -79,7 +79,14 @@ class SimExecutor(BlockExecutor):
         check_batch(self.model, self.span, batch, gradients)
         assert kept is None or isinstance(kept, SimForward)
         return SimBackward(
-            self._sim_model, batch, gradients, self._spend, kept, inputs=inputs, weights=weights
+            self._sim_model,
+            batch,
+            gradients,
+            self._spend,
+            kept,
+            inputs=inputs,
+            weights=weights,
+            row_bytes=self._costs.row_bytes,
         )
 
     async def _spend(self, load: BatchLoad, times: float) -> None:

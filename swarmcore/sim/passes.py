@@ -43,6 +43,7 @@ class SimForward(ForwardPass):
         self.hidden = batch.hidden
         self._model, self._batch, self._spend, self._keep = model, batch, spend, keep_row_bytes
         self._units = _Units(batch)
+        self.token_bytes = float(keep_row_bytes)
 
     async def advance(self, max_tokens: int) -> bool:
         load, self.through = self._units.next(max_tokens)
@@ -71,7 +72,10 @@ class SimBackward(BackwardPass):
         *,
         inputs: bool,
         weights: bool,
+        row_bytes: int,
     ) -> None:
+        """``row_bytes`` are what activations of a row take in a block."""
+        self.token_bytes = float(row_bytes)
         self._model, self._batch, self._spend, self._kept = model, batch, spend, kept
         self._above, self._inputs, self._weights = gradients, inputs, weights
         self._recompute = _Units(batch) if kept is None else None

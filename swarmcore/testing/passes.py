@@ -180,6 +180,8 @@ class CountingForward(ForwardPass):
         if self._rows is None:
             self._rows = split(self.batch.hidden, self.batch.lengths, "inputs")
         rows, width = self._rows, self.batch.hidden.shape[1]
+        if self._keep:
+            self.token_bytes = 4.0 * width
         for i in range(self._next, end):
             if self._keep:
                 self.inputs.setdefault(self._block, []).append(rows[i])
@@ -235,6 +237,7 @@ class CountingBackward(BackwardPass):
                 self._rows = split(self._given, self.batch.lengths, "gradients of the outputs")
             if not self._forward.through:
                 await self._forward.advance(max_tokens)
+                self.token_bytes = self._forward.token_bytes
                 return False
             end = _unit(self.batch.lengths, self._next, max_tokens)
             async with self._runner.unit(sum(self.batch.lengths[self._next : end])):

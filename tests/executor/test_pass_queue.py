@@ -142,5 +142,7 @@ async def test_names_are_used_again_and_batches_that_do_not_fit_are_not_kept() -
     found.close()
     assert not executor.passes
     small = ActivationStore(size - 1)
-    assert not small.keep("a", "x", BATCH, await through(), now=0.0)
+    large = await through()
+    small.learn(large)
+    assert not small.keep("a", "x", BATCH, large, now=0.0)
     assert not small.worth_keeping(BATCH) and not executor.passes

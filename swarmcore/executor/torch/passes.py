@@ -172,6 +172,7 @@ class TorchForward(_TorchPass, ForwardPass):
         if self._saved is not None:
             self._saved.add(current.hidden)
             self.kept_bytes = self._saved.total
+            self.token_bytes = self._saved.total / (self._row * len(self._batch.span))
             self._kept.append(current)
         self._current = None
         if self._exhausted:
@@ -220,6 +221,7 @@ class TorchBackward(_TorchPass, BackwardPass):
                 self._until = min(first, batch.span.end - 1)
         self._found: torch.Tensor | None = None
         self._sums: dict[str, torch.Tensor] = {}
+        self._saved: SavedBytes | None = None
 
     def _unit(self, held: HeldBlocks, max_tokens: int) -> bool:
         if self._given is None:
@@ -228,7 +230,7 @@ class TorchBackward(_TorchPass, BackwardPass):
             self._current = self._next(max_tokens)
         current, blocks = self._current, max(1, max_tokens // self._current.tokens)
         if not current.through:
-            current.forward(held, blocks)
+            self._compute_again(current, held, blocks)
             return False
         if not current.backward(blocks, self._until, self._sums, inputs=self._want_inputs):
             return False
@@ -241,6 +243,17 @@ class TorchBackward(_TorchPass, BackwardPass):
             return False
         self._finish()
         return True
+
+    def _compute_again(self, current: Microbatch, held: HeldBlocks, blocks: int) -> None:
+        if self.token_bytes:
+            current.forward(held, blocks)
+            return
+        if self._saved is None:
+            self._saved = SavedBytes(held, self._batch.span)
+        with self._saved.counting():
+            current.forward(held, blocks)
+        if current.through:
+            self.token_bytes = self._saved.total / (current.tokens * len(self._batch.span))
 
     def _begin(self) -> None:
         self._given = to_torch(self._encoded)

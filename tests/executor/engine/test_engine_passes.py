@@ -215,16 +215,48 @@ async def test_kept_activations_spare_work_and_change_nothing() -> None:
         assert not executor.passes
 
 
-@pytest.mark.parametrize(("budget", "kept"), [(0, 0), (12 * 8 * 16 - 1, 0), (2 * 12 * 8 * 16, 2)])
+@pytest.mark.parametrize(("budget", "kept"), [(0, 0), (12 * 8 * 16 - 1, 0), (5 * 12 * 4 * 16, 2)])
 async def test_activations_stay_within_their_budget(budget: int, kept: int) -> None:
     async with running(pass_limits=PassLimits(activation_budget=budget)) as (engine, executor):
         rows, up = some_rows(8), some_rows(8)
         for name in "abc":
-            await forward(engine, rows, (8,), keep=name)
+            await forward(engine, rows, (4, 4), keep=name)
         assert len(engine.passes.kept) == len(executor.passes) == kept
         assert engine.passes.kept.nbytes <= budget
-        found = [(await backward(engine, rows, up, (8,), kept=name))[1] for name in "abc"]
+        found = [(await backward(engine, rows, up, (4, 4), kept=name))[1] for name in "abc"]
         assert found == [False] * (3 - kept) + [True] * kept
+
+
+async def test_passes_under_way_take_turns_for_memory() -> None:
+    """Two backward passes of one sequence each do not fit at once, and what is kept makes room."""
+    one = 12 * 8 * 16
+    limits = PassLimits(activation_budget=one + one // 2)
+    async with running(pass_limits=limits) as (engine, executor):
+        rows, up = some_rows(8), some_rows(8)
+        right = await alone(rows, up, (8,))
+        await backward(engine, rows, up, (8,))  # to learn what passes take
+        await forward(engine, rows, (8,), keep="k")
+        executor.pass_seconds = 0.001
+        work = asyncio.gather(*(backward(engine, rows, up, (8,), caller=caller) for caller in "abc"))
+        most = 0
+        while not work.done():
+            most = max(most, engine.passes.under_way_bytes + engine.passes.kept.nbytes)
+            assert engine.passes.queue.under_way <= 1
+            await asyncio.sleep(0.004)
+        assert one <= most <= limits.activation_budget
+        assert [gradients for gradients, _ in await work] == [right[1]] * 3
+        assert not len(engine.passes.kept)
+
+
+async def test_a_backward_pass_above_the_budget_goes_in_parts_and_a_sequence_above_it_is_refused() -> None:
+    async with running(pass_limits=PassLimits(activation_budget=12 * 8 * 16)) as (engine, executor):
+        rows, up = some_rows(24), some_rows(24)
+        assert (await backward(engine, rows, up, (4,) * 6))[0] == (await alone(rows, up, (4,) * 6))[1]
+        assert {tokens for _, tokens in executor.units} == {4, 8}
+        with pytest.raises(ServerMemoryError, match=r"9 tokens in 12 blocks .* larger --activation-budget"):
+            await backward(engine, rows, up, (9, 8, 7))
+        outputs = await forward(engine, rows, (9, 8, 7), keep="k")
+        assert outputs == (await alone(rows, up, (9, 8, 7)))[0] and not executor.passes
 
 
 async def test_a_cancelled_pass_leaves_nothing_wherever_it_was() -> None:

@@ -134,6 +134,16 @@ async def test_memory_is_given_back_when_a_pass_is_closed(executor: TorchExecuto
         executor.backward(batch_of(), to_wire("hidden", GRADIENT), kept=forward)
 
 
+async def test_both_ways_tell_what_activations_take(executor: TorchExecutor) -> None:
+    forward = await through(executor.forward(batch_of(), keep=True), 100)
+    backward = await through(executor.backward(batch_of(), to_wire("hidden", GRADIENT)), 100)
+    assert forward.token_bytes == forward.kept_bytes / (3 * 11)
+    assert backward.token_bytes == pytest.approx(forward.token_bytes, rel=0.1)
+    forward.close()
+    nothing = await through(executor.forward(batch_of()), 100)
+    assert nothing.token_bytes == 0
+
+
 async def test_a_closed_executor_runs_no_passes(tiny_llama: Checkpoint) -> None:
     executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float32", threads=1)
     forward = executor.forward(batch_of())
