@@ -14,6 +14,7 @@ from rich.table import Table
 from swarmcore.bench.plain import PlainModel
 from swarmcore.client.options import SessionOptions
 from swarmcore.client.swarm import connect
+from swarmcore.errors import InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.session.laps import JournalMode
 from swarmcore.testing.fleet import split_blocks
@@ -157,7 +158,13 @@ class InferenceBench:
 
 @asynccontextmanager
 async def start_swarm(checkpoint: Checkpoint, size: int, *, dtype: str, threads: int) -> AsyncIterator[str]:
-    """``size`` server processes with the blocks split evenly; yields the address of one of them."""
+    """``size`` server processes with the blocks split evenly; yields the address of one of them.
+
+    Raise `InputError` for more servers than there are blocks.
+    """
+    info = checkpoint.info
+    if size > info.blocks:
+        raise InputError(f"{size} servers cannot share the {info.blocks} blocks of {info.name}; use fewer")
 
     async def server(span: Span, *more: str) -> ServerProcess:
         return await ServerProcess.start(
@@ -169,7 +176,7 @@ async def start_swarm(checkpoint: Checkpoint, size: int, *, dtype: str, threads:
         )
 
     async with AsyncExitStack() as stack:
-        first, *rest = split_blocks(checkpoint.info.blocks, size)
+        first, *rest = split_blocks(info.blocks, size)
         bootstrap = await stack.enter_async_context(await server(first))
         for span in rest:
             await stack.enter_async_context(await server(span, "--bootstrap", bootstrap.address))

@@ -16,6 +16,7 @@ from rich.table import Table
 from swarmcore.bench.inference import start_swarm
 from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.swarm import connect
+from swarmcore.errors import InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 
@@ -75,8 +76,14 @@ class TrainingBench:
     async def run(
         self, *, progress: Progress | None = None, remark: Callable[[str], None] = lambda text: None
     ) -> tuple[list[TrainingResult], FairnessResult]:
-        """Start the swarms, measure in turn, stop them. Takes a minute or two on a small machine."""
+        """Start the swarms, measure in turn, stop them. Takes a minute or two on a small machine.
+
+        Raise `InputError` for sequences longer than the model takes, or more servers than it has blocks.
+        """
         checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
+        positions = getattr(checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is not None and self.length > positions:
+            raise InputError(f"{checkpoint.name} takes {positions} tokens, not sequences of {self.length}")
         remark("loading the model, and starting the swarms")
         plain = await asyncio.to_thread(_PlainBlocks, checkpoint, self)
         times: dict[str, list[tuple[float, float]]] = {}

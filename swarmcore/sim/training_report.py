@@ -56,30 +56,17 @@ def _gain(found: dict[str, TrainingResult]) -> float:
 
 def _throughputs(runs: Sequence[TrainingResult]) -> Table:
     table = Table(title="tokens per second, there and back", title_justify="left")
-    names = (
-        "",
-        "measured",
-        "bound",
-        "part",
-        "under way",
-        "died",
-        "lost",
-        "twice",
-        "redone",
-        "extra",
-    )
-    for name in names:
-        table.add_column(name, justify="right" if name else "left")
+    table.add_column("", no_wrap=True)
+    for name in ("measured", "bound", "part", "died", "lost", "redone", "extra"):
+        table.add_column(name, justify="right")
     for run in runs:
         table.add_row(
             run.name,
             f"{run.tokens_per_second:,.0f}",
             f"{run.bound:,.0f}",
             f"{run.part:.1%}",
-            str(run.in_flight),
             str(run.deaths),
             str(run.lost),
-            str(run.doubled),
             str(run.redone),
             f"{max(run.extra, 0.0):.1%}",
         )
@@ -87,7 +74,8 @@ def _throughputs(runs: Sequence[TrainingResult]) -> Table:
 
 
 def _shares(run: TrainingResult) -> Table:
-    table = Table(title="shares of the work", title_justify="left")
+    title = f"shares of the work, {run.in_flight} micro-batches under way"
+    table = Table(title=title, title_justify="left")
     for name in ("blocks", "speed", "share", "by speed", "off by", "busy"):
         table.add_column(name, justify="right")
     for share in run.shares:

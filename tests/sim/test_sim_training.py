@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 
+from swarmcore.errors import InputError
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.hosts import Geography
 from swarmcore.sim.kinds import KINDS
@@ -15,7 +17,7 @@ from swarmcore.sim.link_times import link_times
 from swarmcore.sim.model import SimModel, batch_numbers
 from swarmcore.sim.scenario import Report, load_scenario
 from swarmcore.sim.trainer import MicroBatches, TrainingServer, TrainingSwarm
-from swarmcore.sim.training import Training
+from swarmcore.sim.training import Holder, Training
 from swarmcore.sim.training_links import LinkRun
 from swarmcore.sim.training_run import TrainingRun
 from swarmcore.sim.world import World
@@ -88,6 +90,25 @@ def test_the_bound_is_that_of_the_worst_block() -> None:
     servers = [TrainingServer(world, s, Span.parse(s), speed=speed) for s, speed in spans]
     assert TrainingSwarm(world, servers).bound(work) == pytest.approx(servers[0].rate(work))
     assert servers[0].rate(work) == pytest.approx(1 / (4 * costs.costs.seconds(20, work.load)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"stages": 0}, "1 or more"),
+        ({"stages": 31}, "31 stages cannot share 30 blocks"),
+        ({"speeds": ()}, "above 0"),
+        ({"speeds": (1.0, math.inf)}, "above 0"),
+        ({"links": (math.nan,)}, "above 0"),
+        ({"churn": -1.0}, "churn"),
+        ({"overlapping": (Holder(span="0:30", speed=0.0),)}, "above 0"),
+        ({"overlapping": (Holder(span="0:9"), Holder(span="10:30"))}, "hold blocks 0:30 together"),
+        ({"overlapping": (Holder(span="0:31"),)}, "and no others"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(wrong: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        Training(costs="bloom-7b1-paper", **wrong)
 
 
 @pytest.mark.parametrize(("mbits", "codec"), [(10.0, "raw"), (10.0, "mixed2"), (10.0, "auto")])

@@ -61,4 +61,4 @@ def wait_for(device: torch.device) -> None:
 
 def _computes_bfloat16(gpu: torch.device) -> bool:
     with torch.cuda.device(gpu):  # torch asks the current one, and takes slow emulation for support
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
