@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,26 +37,55 @@ Kind = Literal["cone", "symmetric"]
 ADDRESSES: dict[Host, str] = {"a": "10.1.0.2", "b": "10.2.0.2", "public": "11.0.0.1"}
 ROUTERS: dict[Host, str] = {"a": "11.0.0.2", "b": "11.0.0.3"}
 NOBODY = "11.0.0.254"
+PROGRAMS = {"ip": "iproute2", "nft": "nftables"}
 PREFIX = "netlab"
 PATIENCE = 10.0
+
+# The chains that miniupnpd fills, and what lets through what they redirect.
+PORT_MAPPING_RULES = """
+    insert rule ip home to_home ct status dnat accept
+    table inet filter {
+        chain miniupnpd { }
+        chain prerouting_miniupnpd { }
+        chain postrouting_miniupnpd { }
+        chain forward { type filter hook forward priority 0; jump miniupnpd; }
+        chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
+        chain postrouting { type nat hook postrouting priority 99; jump postrouting_miniupnpd; }
+    }
+"""
 
 
 class LabError(Exception):
     """A command that builds the network failed; the message has its output."""
 
 
-def unavailable() -> str | None:
-    """Why no lab can be built here, or None."""
+def unavailable(*, upnp: bool = False) -> str | None:
+    """Why no lab, or no lab whose routers map ports, can be built here, or None."""
     if not sys.platform.startswith("linux"):
         return "network namespaces need Linux"
     if os.geteuid() != 0:
         return "network namespaces need root"
+    needed = PROGRAMS | ({"miniupnpd": "miniupnpd"} if upnp else {})
     missing = [
         f"{program} (Debian package {package})"
-        for program, package in (("ip", "iproute2"), ("nft", "nftables"))
+        for program, package in needed.items()
         if shutil.which(program) is None
     ]
-    return f"missing: {', '.join(missing)}" if missing else None
+    if missing:
+        return f"missing: {', '.join(missing)}"
+    return _forbidden()
+
+
+@functools.cache
+def _forbidden() -> str | None:
+    """Root in a container often may not make namespaces: try it."""
+    name = f"{PREFIX}-{os.getpid()}-probe"
+    try:
+        _command("ip", "netns", "add", name)
+        _command("ip", "netns", "del", name)
+    except LabError as error:
+        return f"root may not make network namespaces here ({error})"
+    return None
 
 
 @attrs.define
@@ -62,6 +94,7 @@ class NatLab:
 
     run_id: str
     processes: list[asyncio.subprocess.Process] = attrs.field(factory=list)
+    watching: list[asyncio.Task[bytes]] = attrs.field(factory=list)
 
     def address(self, host: Host) -> str:
         return ADDRESSES[host]
@@ -74,8 +107,39 @@ class NatLab:
 
     async def run(self, host: Host, argv: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
         """Start a process on `host`, as `asyncio.create_subprocess_exec` does. It ends with the lab."""
+        return await self._start(self.namespace(host), argv, **options)
+
+    async def map_ports(self, home: Host) -> None:
+        """Let the router of `home` map ports when asked over UPnP: run miniupnpd in it."""
+        router = self.namespace(f"router-{home}")
+        _command("ip", "netns", "exec", router, "nft", "-f", "-", stdin=PORT_MAPPING_RULES)
+        pid_file = str(Path(tempfile.gettempdir(), f"{router}.pid"))
+        interfaces = ["-i", "wan", "-a", "lan", "-p", "5000"]
+        allowed = ["-S", "-A", "allow 1024-65535 0.0.0.0/0 1024-65535"]
+        argv = [
+            "miniupnpd",
+            "-d",
+            "-f",
+            "/dev/null",
+            "-P",
+            pid_file,
+            "-u",
+            str(uuid.uuid4()),
+            *interfaces,
+            *allowed,
+        ]
+        daemon = await self._start(router, argv, stderr=asyncio.subprocess.PIPE)
+        assert daemon.stderr is not None
+        async with asyncio.timeout(PATIENCE):
+            while line := await daemon.stderr.readline():
+                if b"HTTP listening" in line:
+                    self.watching.append(asyncio.create_task(daemon.stderr.read()))
+                    return
+        raise LabError("miniupnpd ended instead of listening")
+
+    async def _start(self, namespace: str, argv: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            "ip", "netns", "exec", self.namespace(host), *argv, start_new_session=True, **options
+            "ip", "netns", "exec", namespace, *argv, start_new_session=True, **options
         )
         self.processes.append(process)
         return process
@@ -103,8 +167,7 @@ async def nat_lab(kind_a: Kind = "cone", kind_b: Kind = "cone") -> AsyncIterator
     finally:
         lab.kill_processes()
         _remove(lab.run_id)
-        for process in lab.processes:
-            await process.wait()
+        await asyncio.gather(*lab.watching, *(process.wait() for process in lab.processes))
 
 
 def _build(lab: NatLab, kinds: dict[Host, Kind]) -> None:
@@ -167,6 +230,7 @@ def _remove(run_id: str) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             _command("ip", "netns", "del", name)
+            Path(tempfile.gettempdir(), f"{name}.pid").unlink(missing_ok=True)
 
 
 def _namespaces() -> list[str]:

@@ -67,6 +67,29 @@ async def test_nobody_gets_in_unasked():
         assert await asyncio.gather(*tries) == ["nothing"] * 4
 
 
+MAP_A_PORT = """
+import miniupnpc
+router = miniupnpc.UPnP()
+router.discoverdelay = 200
+print(router.discover())
+router.selectigd()
+router.addportmapping(4001, "TCP", router.lanaddr, 4001, "test", "", 60)
+print(router.externalipaddress(), flush=True)
+"""
+
+
+@pytest.mark.skipif(unavailable(upnp=True) is not None, reason=f"no UPnP lab: {unavailable(upnp=True)}")
+async def test_a_router_maps_a_port_when_asked():
+    pytest.importorskip("miniupnpc")
+    async with nat_lab() as lab:
+        await lab.map_ports("b")
+        asker = await lab.run("b", [sys.executable, "-c", MAP_A_PORT], stdout=PIPE)
+        assert (await asker.communicate())[0].split() == [b"1", lab.seen_as("b").encode()]
+        await serve(lab, "b")
+        address, _ = (await connect(lab, "a", lab.seen_as("b"))).split(":")
+        assert address == lab.seen_as("a")
+
+
 async def test_a_lab_leaves_nothing_and_clears_what_a_killed_run_left():
     killed = await asyncio.create_subprocess_exec(
         sys.executable,
