@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from random import Random
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import attrs
 import torch
 
 from swarmcore.identity import Identity
+from swarmcore.registry.base import Registry
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.testing.faulty import Faults, FaultyTransport
@@ -138,6 +140,27 @@ class TrainingRun:
             assert other.member.replica.lineage == first.member.replica.lineage
             assert torch.equal(other.member.replica.state.parameters, first.member.replica.state.parameters)
             assert torch.equal(other.member.replica.state.velocity, first.member.replica.state.velocity)
+
+
+class MemoryPlaces:
+    """One network in memory, on which `LocalSteps` open their nodes."""
+
+    def __init__(self) -> None:
+        self.directory = MemoryDirectory()
+        self._network = MemoryNetwork()
+        self._random = Random(3)
+
+    @asynccontextmanager
+    async def open(self, seed: int | None = None, delay: float = 0.0) -> AsyncIterator[tuple[Node, Registry]]:
+        """A node with the identity of that seed, or a new one, whose messages take ``delay`` seconds."""
+        secret = self._random.randbytes(32) if seed is None else bytes([seed]) * 32
+        identity = Identity.from_seed(secret)
+        registry = MemoryRegistry(identity.peer, self.directory)
+        inner = self._network.transport(identity)
+        transport = FaultyTransport(inner, self._random, Faults(delay=delay))
+        async with Node(identity, [transport]) as node:
+            yield node, registry
+            await registry.close()
 
 
 async def exchange_all(trainees: Sequence[Trainee], delta: float | None = None) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from random import Random
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from training_run import MemoryPlaces
 
 from swarmcore.errors import InputError
-from swarmcore.identity import Identity
 from swarmcore.registry.base import Registry
-from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
-from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.training import LocalSteps, RoundReport, StepReport, fit_sync
+from swarmcore.training.local_steps import replica
 
 Open = Callable[[], AbstractAsyncContextManager[tuple[Node, Registry]]]
 
@@ -26,17 +26,7 @@ Open = Callable[[], AbstractAsyncContextManager[tuple[Node, Registry]]]
 @pytest.fixture
 def network() -> Open:
     """Opens nodes of one network in memory."""
-    places, directory, random = MemoryNetwork(), MemoryDirectory(), Random(3)
-
-    @asynccontextmanager
-    async def open_network() -> AsyncIterator[tuple[Node, Registry]]:
-        identity = Identity.from_seed(random.randbytes(32))
-        registry = MemoryRegistry(identity.peer, directory)
-        async with Node(identity, [places.transport(identity)]) as node:
-            yield node, registry
-            await registry.close()
-
-    return open_network
+    return MemoryPlaces().open
 
 
 def model(seed: int = 0) -> nn.Linear:
@@ -82,6 +72,34 @@ async def test_every_h_th_step_exchanges(network: Open) -> None:
         assert torch.equal(mine.weight, theirs.weight)
         torch.testing.assert_close(mine.weight.detach(), begun - 3 * 6 / 9)
         assert one.bytes_sent + other.bytes_sent == one.bytes_received + other.bytes_received > 0
+
+
+@pytest.mark.virtual_time
+async def test_the_event_loop_does_no_arithmetic_of_a_round(
+    network: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def watch(place: object, name: str) -> None:
+        function = getattr(place, name)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            threads.append(threading.current_thread())
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(place, name, watched)
+
+    one, other = (LocalSteps(model(seed), run="r", every=1, codec="int8", network=network) for seed in (0, 1))
+    watch(torch.linalg, "vector_norm")
+    watch(torch, "cat")
+    watch(torch, "where")  # of the codec
+    watch(replica, "founding")
+    watch(replica, "following")
+    async with one, other:
+        entered = len(threads)
+        await asyncio.gather(one.step(), other.step())
+        assert len(threads) > entered > 0
+    assert threading.main_thread() not in threads
 
 
 @pytest.mark.virtual_time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 
+import attrs
 import pytest
 import torch
 from training_run import Trainee, TrainingRun, exchange_all
@@ -19,13 +20,15 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.torch.tensors import to_wire
 from swarmcore.registry.memory import MemoryRegistry
+from swarmcore.training.local_steps.claims import contribute
 from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import Traffic, encode, next_message
+from swarmcore.training.local_steps.pieces import Traffic, decode, encode, next_message
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL
-from swarmcore.training.local_steps.replica import Replica, State
+from swarmcore.training.local_steps.replica import Replica, Result, State
+from swarmcore.training.local_steps.round import Round
 from swarmcore.types import Address, ServerInfo
-from swarmcore.wire.local_steps import DeliverDelta, Lineage, Piece, RunTerms
+from swarmcore.wire.local_steps import DeliverDelta, GoTo, Lineage, Piece, RunTerms
 
 pytestmark = pytest.mark.virtual_time
 
@@ -56,6 +59,65 @@ async def test_a_delta_that_is_not_finite_is_refused():
         await exchange_all(run.trainees, 1.0)
         run.assert_same()
         assert {trainee.reports[-1].peers for trainee in run.trainees} == {2}
+
+
+@pytest.mark.parametrize(
+    ("claimed", "said"),
+    [({"length": 1.0}, "has the norm 2, and not 1"), ({"samples": 2}, "signature is not its sender's")],
+    ids=["length", "samples"],
+)
+async def test_a_delta_that_is_not_what_was_signed_is_refused(claimed: dict[str, float], said: str):
+    async with TrainingRun() as run:
+        one, other = await run.joined(2)
+        replica, node = one.member.replica, one.member.node
+        own = contribute(node.identity, replica.terms, replica.lineage, delivery=1, samples=1, length=2.0)
+        opening = DeliverDelta(replica.terms, replica.lineage, 1, 1, 5.0, own.length, own.signature)
+        with pytest.raises(DeltaError, match=said):
+            await one.member._partners.deliver(
+                other.peer, attrs.evolve(opening, **claimed), encode(torch.ones(4), "raw")
+            )
+
+
+def lie(liar: Trainee, factor: float, **claimed: object) -> None:
+    """Have a peer that coordinates a round give another mean than that of the deltas, and other claims."""
+    coordinator = liar.member._coordinator
+    honest = coordinator._conclude
+
+    async def conclude(round: Round[torch.Tensor]) -> Result | GoTo:
+        state = liar.member.replica.state
+        ended = await honest(round)
+        if isinstance(ended, GoTo):
+            return ended
+        liar.member.replica.state = state
+        mean = decode(ended.pieces) * factor
+        return Result(attrs.evolve(ended.record, **claimed), tuple(encode(mean, "raw")))
+
+    coordinator._conclude = conclude  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("factor", "claimed"),
+    [(1e6, {}), (math.nan, {}), (1.0, {"work": 10**9}), (1.0, {"contributions": ()})],
+    ids=["long", "nan", "work", "empty"],
+)
+async def test_a_coordinator_that_lies_is_left_out(
+    factor: float, claimed: dict[str, object], caplog: pytest.LogCaptureFixture
+):
+    async with TrainingRun(outer_lr=1.0, momentum=0.0) as run:
+        await run.joined(4)
+        liar = run.coordinator(0)
+        honest = [trainee for trainee in run.trainees if trainee is not liar]
+        lie(liar, factor, **claimed)
+        lying = asyncio.create_task(liar.exchange(torch.ones(4)))
+        await exchange_all(honest, 1.0)
+        lying.cancel()
+        run.assert_same(honest)
+        assert {(t.reports[-1].round, t.reports[-1].peers) for t in honest} == {(1, 3)}
+        assert honest[0].parameters.tolist() == [-1] * 4
+        assert all(trainee.member.alive == {t.peer for t in honest} for trainee in honest)
+        assert f"{liar.peer} is left out from now on" in caplog.text
+        with pytest.raises(PeerNotAllowedError, match="listened to no more"):
+            await liar.member._partners.catch_up(honest[0].peer)
 
 
 async def outsider(run: TrainingRun, target: Trainee, runs: tuple[str, ...], terms: RunTerms) -> Partners:
