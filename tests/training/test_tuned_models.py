@@ -11,11 +11,14 @@ import torch
 from peft import PeftModel
 from tiny_swarm import Tiny, tiny_swarm
 
+from swarmcore import PassOptions
 from swarmcore.errors import AdapterError, InputError, InvalidBatchError
 from swarmcore.training import (
+    FitReport,
     PrefixAdapter,
     SequenceClassificationHead,
     SoftPrompt,
+    StepReport,
     TokenClassificationHead,
     TunedModel,
     deep_prompt_tuning,
@@ -23,6 +26,7 @@ from swarmcore.training import (
     lora_tuning,
     prompt_tuning,
 )
+from swarmcore.transformers import AutoModelForCausalLM
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -168,6 +172,38 @@ def test_heads_are_trained_saved_and_loaded(llama: Tiny, kind: str, head_class: 
         again.generate(IDS)
 
 
+def test_a_run_that_was_stopped_ends_with_the_same_bits(llama: Tiny, tmp_path: Path) -> None:
+    options = PassOptions(reproducible=True, micro_batch_tokens=8)  # several micro-batches at once
+    model = AutoModelForCausalLM.from_pretrained(
+        llama.folder, swarm=llama.swarm, dtype="float32", pass_options=options
+    )
+
+    def loss(tuned: Any, rows: list[int]) -> torch.Tensor:
+        found: torch.Tensor = tuned(IDS[rows], MASK[rows], torch.tensor(rows) % 2).loss
+        return found
+
+    def fitted(seed: int, **more: Any) -> tuple[FitReport, list[torch.Tensor]]:
+        head = SequenceClassificationHead.for_model(model.config, 2, dropout=0.2, seed=3)
+        tuned = tuned_model("lora", model, head=head)
+        torch.manual_seed(seed)  # of the dropout, where a checkpoint has no other
+        report = fit_sync(
+            tuned, [0, 1, 2], list, loss, batch_size=1, accumulate=2, epochs=2, clip_norm=1.0, **more
+        )
+        return report, [weight.detach() for weight in tuned.parameters()]
+
+    def stop(step: StepReport) -> None:
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    expected = fitted(1)
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fitted(1, checkpoint=file, on_step=stop)
+    found = fitted(2, checkpoint=file)
+    assert found[0] == expected[0]
+    assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
+
+
 def test_two_over_one_model_do_not_meet(llama: Tiny) -> None:
     one, other = tuned_model("lora", llama.remote), tuned_model("deep prompt", llama.remote)
     alone = one(IDS, MASK).logits, other(IDS, MASK).logits
@@ -200,6 +236,7 @@ def test_what_cannot_work_is_refused(llama: Tiny, tmp_path: Path) -> None:
         (IDS, MASK, LABELS[:, 1:]),
         (IDS, MASK, LABELS + 128),
         (IDS, MASK, LABELS.float()),
+        (IDS + 128,),
     ):
         with pytest.raises(InvalidBatchError, match=r"must be|are \["):
             tuned(*batch)

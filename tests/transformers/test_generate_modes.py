@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,23 +172,41 @@ def test_a_second_turn_goes_on_with_the_cache(llama: Tiny) -> None:
     assert llama.sessions_end()
 
 
-def test_a_mode_of_the_user_that_repeats_and_selects(llama: Tiny) -> None:
-    """As contrastive search does: every candidate is tried in a sequence of its own."""
+CONTRASTIVE_SEARCH = """
+import torch
+from torch.nn.functional import cosine_similarity
 
-    def look_ahead(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        cache = kwargs["past_key_values"]
-        logits = model(input_ids, past_key_values=cache, use_cache=True).logits[:, -1]
-        for _ in range(4):
-            candidates = logits.topk(3).indices.view(-1, 1)
-            cache.batch_repeat_interleave(3)
-            ahead = model(candidates, past_key_values=cache, use_cache=True).logits[:, -1]
-            surest = ahead.max(1).values.view(-1, 3).argmax(1) + torch.arange(0, len(ahead), 3)
-            cache.batch_select_indices(surest)
-            input_ids, logits = torch.cat([input_ids, candidates[surest]], 1), ahead[surest]
-        return input_ids
+def generate(model, inputs, past_key_values=None, max_new_tokens=8, top_k=3, penalty_alpha=0.6, **options):
+    output = model.base_model(inputs, past_key_values=past_key_values, use_cache=True)
+    cache, seen = output.past_key_values, output.last_hidden_state
+    for _ in range(max_new_tokens):
+        likely, tokens = model.lm_head(seen[:, -1]).softmax(-1).topk(top_k)
+        cache.batch_repeat_interleave(top_k)
+        ahead = model.base_model(tokens.view(-1, 1), past_key_values=cache, use_cache=True).last_hidden_state
+        ahead = ahead.view(*tokens.shape, -1)
+        alike = cosine_similarity(ahead[:, :, None], seen[:, None], dim=-1).amax(-1)
+        best = ((1 - penalty_alpha) * likely - penalty_alpha * alike).argmax(1)
+        rows = torch.arange(len(best))
+        cache.batch_select_indices(rows * top_k + best)
+        seen = torch.cat([seen, ahead[rows, best][:, None]], 1)
+        inputs = torch.cat([inputs, tokens[rows, best][:, None]], 1)
+    return inputs
+"""
 
-    plain, remote = both(llama, input_ids=PROMPTS[:, 3:], custom_generate=look_ahead)
+
+def test_contrastive_search_by_a_program_in_a_folder(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Transformers' hub (arXiv 2202.06417): every candidate is tried in a sequence of its own."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    program = tmp_path / "contrastive" / "custom_generate" / "generate.py"
+    program.parent.mkdir(parents=True)
+    program.write_text(CONTRASTIVE_SEARCH)
+    search = {"custom_generate": str(tmp_path / "contrastive"), "trust_remote_code": True}
+    plain, remote = both(llama, inputs=PROMPTS[:, 3:], **search)
     assert torch.equal(plain, remote)
+    assert not torch.equal(plain, both(llama, inputs=PROMPTS[:, 3:], do_sample=False)[0])
     assert llama.sessions_end()
 
 

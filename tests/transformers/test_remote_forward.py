@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_swarm import Tiny, tiny_swarm
 
-from swarmcore.errors import InputError, UnsupportedModelError
+from swarmcore.errors import InputError, InvalidBatchError, UnsupportedModelError
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 IDS = torch.randint(3, 120, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -97,6 +97,36 @@ def test_inputs_that_cannot_work(llama: Tiny) -> None:
         llama.remote(IDS, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1, 1]] * 3))
     with pytest.raises(InputError, match="position_ids of shape"):
         llama.remote(IDS, position_ids=torch.arange(6)[None])
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"input_ids": IDS[0]}, r"\[batch, length\] and not empty; got \[7\]"),
+        ({"input_ids": IDS[:, :0]}, r"not empty; got \[3, 0\]"),
+        ({"input_ids": IDS + 128}, "from 0 to 127; use the tokenizer"),
+        ({"input_ids": IDS.float()}, "whole numbers"),
+        ({"inputs_embeds": torch.zeros(3, 64)}, r"hidden size\] and not empty; got \[3, 64\]"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels must be \[3, 7\] for this batch, got \[3, 6\]"),
+        ({"input_ids": IDS, "labels": IDS + 128}, "token ids from 0 to 127, or -100"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 3}, r"labels must be \[3, 3\]"),
+    ]
+    for inputs, message in bad:
+        with pytest.raises(InvalidBatchError, match=message):
+            llama.remote(**inputs)
+    with pytest.raises(InvalidBatchError, match="use the tokenizer"):
+        llama.remote.generate(IDS - 100, max_new_tokens=2)
+    assert llama.sessions_end()
+
+
+def test_labels_that_are_no_classes(llama: Tiny) -> None:
+    _, remote = classifiers(llama, pad_token_id=0)
+    bad: list[tuple[torch.Tensor, str]] = [
+        (torch.tensor([0, 1]), r"must be \[3\] for this batch, got \[2\]"),
+        (torch.tensor([0, 1, 3]), "from 0 to 2"),
+        (torch.tensor([0.5, 1.0, 0.0]), r"must be \[3, 3\]"),
+    ]
+    for labels, message in bad:
+        with pytest.raises(InvalidBatchError, match=message):
+            remote(IDS, labels=labels)
+    several = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]])
+    assert remote(IDS, labels=several).loss > 0
 
 
 def test_options_that_do_not_work(llama: Tiny) -> None:

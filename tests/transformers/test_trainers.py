@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification as PlainClassifier
 from transformers import Trainer, TrainingArguments, set_seed
 
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
-from swarmcore.training import prompt_tuning
+from swarmcore.training import SequenceClassificationHead, lora_tuning, prompt_tuning
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -72,6 +72,34 @@ def test_trainer_trains_a_head_as_on_the_plain_model(llama: Tiny, tmp_path: Path
     again = classifier(llama)
     trained(again, tmp_path / "remote", resume=True)
     torch.testing.assert_close(again.score.weight, remote.score.weight)
+
+
+@pytest.mark.parametrize("head", [None, SequenceClassificationHead])
+def test_trainer_trains_what_is_tuned_in_small_batches_as_in_large_ones(
+    llama: Tiny, head: Any, tmp_path: Path
+) -> None:
+    losses = []
+    data = DATA if head else [{**row, "labels": row["input_ids"]} for row in DATA]
+    for accumulated in (1, 2):
+        top = head.for_model(llama.remote.config, 3, seed=2) if head else None
+        tuned = lora_tuning(llama.remote, rank=2, head=top, seed=1)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=4 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            learning_rate=0.01,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=tuned, args=arguments, train_dataset=data)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        assert trainer.predict(data[:3]).predictions.shape == ((3, 3) if head else (3, 7, 128))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_accelerate_trains_a_soft_prompt(llama: Tiny) -> None:
