@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +21,25 @@ def hidden_with_adapter(
         embeds = adapter(model.get_input_embeddings()(ids))
         return base(inputs_embeds=embeds).last_hidden_state[:, adapter.tokens :]
     if isinstance(adapter, PrefixAdapter):
-        cache = DynamicCache(config=model.config)
-        for index, weight in enumerate(adapter.parameters()):
-            keys, values = weight[:, None].expand(2, len(ids), -1, -1, -1).transpose(2, 3)
-            cache.update(keys, values, index)
         mask = torch.ones(len(ids), adapter.prefix_tokens + ids.shape[1], dtype=torch.long)
+        cache = cache_with_prefix(model, adapter, len(ids))
         return base(input_ids=ids, past_key_values=cache, attention_mask=mask).last_hidden_state
+    with low_rank_updates(model, adapter):
+        return base(input_ids=ids).last_hidden_state
+
+
+def cache_with_prefix(model: Any, adapter: PrefixAdapter, batch: int) -> DynamicCache:
+    """What transformers has cached of so many sequences that begin with the prefix."""
+    cache = DynamicCache(config=model.config)
+    for index, weight in enumerate(adapter.parameters()):
+        keys, values = weight[:, None].expand(2, batch, -1, -1, -1).transpose(2, 3)
+        cache.update(keys, values, index)
+    return cache
+
+
+@contextmanager
+def low_rank_updates(model: Any, adapter: LoraAdapter) -> Iterator[None]:
+    """Within it, the projections of ``model`` are updated."""
     weights = adapter.named_weights()
     hooks = []
     for name in {name.rpartition(".")[0] for name in weights}:
@@ -36,10 +51,10 @@ def hidden_with_adapter(
             return output + adapter.scaling * inputs[0] @ down.T @ up.T
 
         block, _, path = name.partition(".")
-        blocks = getattr(base, "layers", None) or base.h
+        blocks = getattr(model.base_model, "layers", None) or model.base_model.h
         hooks.append(blocks[int(block)].get_submodule(path).register_forward_hook(update))
     try:
-        return base(input_ids=ids).last_hidden_state
+        yield
     finally:
         for hook in hooks:
             hook.remove()
