@@ -1,4 +1,4 @@
-"""``swarmcore status``: who serves which blocks."""
+"""``swarmcore status``: who serves which blocks, and who trains together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 @click.option("--once", is_flag=True, help="Print the present state and leave.")
 @standard
 def status(output: Output, bootstrap: tuple[str, ...], identity_file: str | None, once: bool) -> None:
-    """Show the swarm's servers, their blocks, load and cache, and what they are about to do, until Ctrl-C.
+    """Show the swarm's servers, their blocks, load and cache, and what they are about to do, and the members of
+    training runs, until Ctrl-C.
 
     Where stdout is no terminal it prints once. With --json: a line at every change, or one with --once.
     """
@@ -101,8 +102,12 @@ def describe(view: SwarmView, notes: Notes) -> dict[str, Any]:
                 "missing": [str(span) for span in uncovered(counts)],
             }
         )
-    servers = sorted(view, key=_by_span)
-    return {"models": models, "servers": [_server_values(server, notes) for server in servers]}
+    servers = [_server_values(server, notes) for server in sorted(view, key=_by_span)]
+    runs = [
+        {"name": name, "members": [member.peer for member in members]}
+        for name, members in view.runs().items()
+    ]
+    return {"models": models, "servers": servers, "runs": runs}
 
 
 def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
@@ -116,7 +121,8 @@ def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
 
 
 def render(view: SwarmView, notes: Notes) -> Group:
-    """The view as tables: one for each model, with what its servers said, then the peers without blocks."""
+    """The view as tables: one for each model, with what its servers said; then those who train, by runs, and
+    the peers that do neither."""
     from rich.console import Group
     from rich.text import Text
 
@@ -124,10 +130,14 @@ def render(view: SwarmView, notes: Notes) -> Group:
     for model in sorted(view.models().values(), key=lambda m: (m.name, m.fingerprint)):
         servers = view.serving(model.fingerprint)
         parts += [_model_line(view, model), _server_table(servers, model), *_notes(servers, notes), Text()]
-    without_blocks = [server for server in view if server.span is None]
+    for name, members in view.runs().items():
+        how_many = f"{len(members)} member" + ("s" if len(members) > 1 else "")
+        parts.append(
+            Text.assemble("training run ", (name, "bold"), f", {how_many}: ", (_names(members), "dim"))
+        )
+    without_blocks = [server for server in view if server.span is None and not server.runs]
     if without_blocks:
-        names = ", ".join(f"{short(server.peer)} {server.public_name}".strip() for server in without_blocks)
-        parts.append(Text(f"without blocks: {names}", style="dim"))
+        parts.append(Text(f"without blocks: {_names(without_blocks)}", style="dim"))
     if not parts:
         parts.append(Text("nobody serves anything yet"))
     return Group(*parts)
@@ -191,6 +201,10 @@ def _notes(servers: list[ServerInfo], notes: Notes) -> list[RenderableType]:
         for server in servers
         for note in notes.get(server.peer, ())
     ]
+
+
+def _names(servers: list[ServerInfo]) -> str:
+    return ", ".join(f"{short(server.peer)} {server.public_name}".strip() for server in servers)
 
 
 def _thousands(tokens: int) -> str:

@@ -42,6 +42,14 @@ class SwarmView:
         """The models of which someone announces blocks, by fingerprint."""
         return {s.model.fingerprint: s.model for s in self if s.model is not None}
 
+    def runs(self) -> dict[str, list[ServerInfo]]:
+        """Peers that take part in training runs, by the name of the run, both in order."""
+        members: dict[str, list[ServerInfo]] = {}
+        for info in sorted(self, key=lambda info: info.peer):
+            for run in set(info.runs):
+                members.setdefault(run, []).append(info)
+        return dict(sorted(members.items()))
+
 
 def _by_span(server: ServerInfo) -> tuple[int, int, PeerId]:
     # Spans compare as well, but ten times as slowly.

@@ -14,7 +14,7 @@ from swarmcore.cli.status import describe, render
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import SwarmView
-from swarmcore.types import ModelInfo, ServerInfo, Span
+from swarmcore.types import ModelInfo, ServerInfo, Span, short
 
 MODEL = ModelInfo(name="tiny", fingerprint="f" * 64, blocks=6, hidden_size=8)
 
@@ -140,6 +140,25 @@ def test_status_as_a_table():
     assert "25 % of 1000" in text
     assert "draining" in text
     assert "door" in text
+
+
+def test_status_lists_training_runs_with_their_members():
+    poet, both = server(None, runs=("poems",)), server(None, runs=("[red]prose", "poems"))
+    serves = server(Span(0, 6), runs=("poems",), public_name="attic")
+    swarm = view(poet, both, serves, server(None, public_name="door"))
+    members = sorted([poet.peer, both.peer, serves.peer])
+    assert describe(swarm, {})["runs"] == [
+        {"name": "[red]prose", "members": [both.peer]},
+        {"name": "poems", "members": members},
+    ]
+    text = printed(swarm, {}, 160)
+    assert f"training run [red]prose, 1 member: {short(both.peer)}\n" in text
+    line = next(line for line in text.splitlines() if "run poems, 3 members: " in line)
+    assert all(short(peer) in line for peer in members)
+    assert f"{short(serves.peer)} attic" in line
+    without = next(line for line in text.splitlines() if "without blocks" in line)
+    assert "door" in without
+    assert short(poet.peer) not in without
 
 
 def test_status_shows_moves_and_reasons_and_fits_80_columns():
