@@ -35,7 +35,7 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 @click.option("--once", is_flag=True, help="Print the present state and leave.")
 @standard
 def status(output: Output, bootstrap: tuple[str, ...], identity_file: str | None, once: bool) -> None:
-    """Show the swarm's servers, their blocks, load and cache, and what they are about to do, and the members of
+    """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
     training runs, until Ctrl-C.
 
     Where stdout is no terminal it prints once. With --json: a line at every change, or one with --once.
