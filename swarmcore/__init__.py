@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from swarmcore import errors, sync
     from swarmcore.client.blocks import RemoteBlocks
     from swarmcore.client.generation import BatchGeneration, Generation
-    from swarmcore.client.micro_batches import PassOptions
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.model_session import ModelSession
     from swarmcore.client.options import Failover, SessionOptions
+    from swarmcore.client.pass_options import PassOptions
     from swarmcore.client.session import InferenceSession
     from swarmcore.client.settings import GenerationSettings
     from swarmcore.client.swarm import Swarm, connect
@@ -50,7 +50,7 @@ _PLACES = {
     "Limits": "wire.limits",
     "ModelInfo": "types",
     "ModelSession": "client.model",
-    "PassOptions": "client.micro_batches",
+    "PassOptions": "client.pass_options",
     "PeerId": "types",
     "Registry": "registry.base",
     "RemoteBlocks": "client.model",

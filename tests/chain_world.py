@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 import attrs
 
 from swarmcore.client.adapter_weights import AdapterWeights
-from swarmcore.client.micro_batches import BatchRunner, PassOptions
+from swarmcore.client.micro_batches import BatchRunner
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.passes import Batch
 from swarmcore.client.planner import SwarmPlanner

@@ -14,7 +14,7 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.inference import start_swarm
-from swarmcore.client.micro_batches import PassOptions
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint

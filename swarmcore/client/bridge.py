@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarmcore.client.loop_thread import background_loop, wait_on
-from swarmcore.client.micro_batches import BatchRunner, PassOptions
+from swarmcore.client.micro_batches import BatchRunner
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.errors import InputError, StreamClosedError
 from swarmcore.types import ModelInfo
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ import attrs
 from swarmcore.client import passes
 from swarmcore.client.opening import located
 from swarmcore.client.pass_codecs import PassCodecs
+from swarmcore.client.pass_options import LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SERVER, PassOptions
 from swarmcore.client.pass_room import Call, PassRoom
 from swarmcore.client.pass_speeds import Kind as PassKind
 from swarmcore.client.pass_speeds import Work
@@ -42,11 +44,8 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 """Seconds between two attempts to find a server."""
 
-LEAST_IN_FLIGHT = 8
-MOST_IN_FLIGHT = 64
-PER_SERVER = 3
-"""Micro-batches under way for each server that takes batches: one computes, one is on its way there or back,
-and one makes up for the slower servers, which hold on to theirs for longer."""
+WARN_EVERY = 10.0
+"""Seconds between two warnings that batches wait."""
 
 Result = TypeVar("Result")
 Done = TypeVar("Done", passes.Forwarded, passes.BackwardResult)
@@ -75,31 +74,6 @@ class Planner(Protocol):
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:
         """A server failed a pass."""
-
-
-@attrs.frozen(kw_only=True)
-class PassOptions:
-    """How batches travel."""
-
-    micro_batch_tokens: int = attrs.field(default=1024, validator=attrs.validators.ge(1))
-    """Most tokens of one micro-batch; a longer sequence is one by itself."""
-    in_flight: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(attrs.validators.ge(1))
-    )
-    """Most micro-batches under way at a time, of all calls together; None for `PER_SERVER` times as many as
-    there are servers, from `LEAST_IN_FLIGHT` to `MOST_IN_FLIGHT`. Each is held in memory here."""
-    timeout: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
-    """Seconds for one pass of a micro-batch on one server, waiting included."""
-    patience: float = attrs.field(default=60.0, validator=attrs.validators.ge(0))
-    """Seconds to wait for a server that takes a micro-batch when there is none."""
-    codec: str = "raw"
-    """How rows are encoded on the way, as `SessionOptions.codec`; ``"auto"``: as each link allows, lossless
-    where it is fast enough to be hidden by the computation, see `LinkCodec`."""
-    keep: bool = True
-    """Whether servers may keep activations for the way back, where there is one."""
-    reproducible: bool = False
-    """Have servers compute in an order that depends on the batch alone: the same batch through servers of one
-    kind gives the same bits. Costs some speed."""
 
 
 @attrs.frozen(eq=False)
@@ -156,6 +130,7 @@ class BatchRunner:
         self.redone = 0
         """Stages that were done again because a server failed."""
         self._pass_id = pass_id
+        self._warned_at = -math.inf
         self._room = PassRoom(lambda: self.in_flight)
 
     def __repr__(self) -> str:
@@ -174,8 +149,9 @@ class BatchRunner:
         """Each batch with its inputs, raw ``[rows, hidden size]``, through ``span``.
 
         ``way_back`` says that `backward` will follow. Raise `MissingBlocksError` when for `PassOptions.
-        patience` seconds nobody takes a batch, the server's own `InputError` for one that no server can take,
-        and the last server's error when all have failed it.
+        patience` seconds nobody takes a batch, `InvalidBatchError` at once for one above every server's
+        limit, the server's own `InputError` for one that no server can take, and the last server's error when
+        all have failed it.
         """
         work: Work = "both" if way_back else "forward"
         return await self._at_once([self._forward(span, batch, inputs, work) for batch, inputs in batches])
@@ -197,6 +173,19 @@ class BatchRunner:
                 self._backward(way, gradient, inputs, weights)
                 for way, gradient in zip(ways, gradients, strict=True)
             ]
+        )
+
+    def note_wait(self, batch: Batch, reason: SwarmError, now: float) -> None:
+        """A micro-batch waits for a server. The first one of many warns."""
+        warn = now >= self._warned_at + WARN_EVERY
+        if warn:
+            self._warned_at = now
+        logger.log(
+            logging.WARNING if warn else logging.INFO,
+            "a batch of %d tokens waits for up to %.0f s: %s",
+            batch.rows,
+            self.options.patience,
+            reason,
         )
 
     # --- one micro-batch ---------------------------------------------------------------------------------
@@ -351,7 +340,7 @@ class _Seeking:
                     work=work,
                 )
             except MissingBlocksError as exc:
-                logger.info("a batch of %d tokens waits: %s", self._batch.rows, exc)
+                runner.note_wait(self._batch, exc, self.now())
                 await self._pause_before_giving_up(exc)
             else:
                 if chain.stages[0].server.peer not in self._avoid:
@@ -363,7 +352,9 @@ class _Seeking:
 
     async def _pause_before_giving_up(self, reason: SwarmError | None) -> None:
         if (left := self._give_up - self.now()) <= 0:
-            raise self._failure or reason or InternalError("a batch found no server, for no reason")
+            if reason is not None:
+                raise reason from self._failure
+            raise self._failure or InternalError("a batch found no server, for no reason")
         await asyncio.sleep(min(left, self._pause))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 

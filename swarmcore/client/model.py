@@ -22,8 +22,8 @@ from swarmcore.client.generation import (
     generate_pieces,
 )
 from swarmcore.client.local_parts import LocalParts
-from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.model_session import ModelSession
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.prompts import Prompt, encode_prompt, load_tokenizer
 from swarmcore.client.remote import SessionOpener
 from swarmcore.client.sampling import TokenChooser

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from swarmcore.client.pass_speeds import Kind, PassSpeeds, Work
 from swarmcore.client.planner import SwarmPlanner
-from swarmcore.errors import MissingBlocksError, SwarmError
+from swarmcore.errors import InvalidBatchError, MissingBlocksError, SwarmError
 from swarmcore.registry.base import Registry
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.health import PeerHealth
@@ -57,7 +57,7 @@ class PassPlanner:
 
         Servers of ``avoid``, and those banned, are gone without unless nobody else has the blocks. Those that
         take no batch of that size, or do not serve the ``adapter`` of that name, are never asked. Raise
-        `MissingBlocksError`.
+        `MissingBlocksError`, and `InvalidBatchError` when no server at all takes so many tokens at a time.
         """
         servers = self._online()
         # All keep their place, also those that this micro-batch goes without.
@@ -78,6 +78,14 @@ class PassPlanner:
         try:
             return self._shares.next_chain(span, amount, unable)
         except MissingBlocksError as exc:
+            most = max((server.pass_tokens for server in servers), default=0)
+            if tokens > most > 0:
+                raise InvalidBatchError(
+                    f"a micro-batch of {tokens} tokens, and the servers run {most} at most; "
+                    f"lower PassOptions.micro_batch_tokens and shorten what is longer, or raise the servers' "
+                    f"--max-pass-tokens",
+                    pass_tokens=most,
+                ) from None
             raise MissingBlocksError(
                 f"{exc.message}: {len(able)} servers take batches"
                 + (f" with the adapter {adapter!r}" if adapter else "")

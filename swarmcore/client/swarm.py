@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from swarmcore.client.adapter_weights import AdapterWeights
-from swarmcore.client.micro_batches import BatchRunner, PassOptions
+from swarmcore.client.micro_batches import BatchRunner
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from swarmcore.client.micro_batches import BatchRunner, PassOptions
+from swarmcore.client.micro_batches import BatchRunner
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.passes import Batch
 from swarmcore.errors import SwarmError
 from swarmcore.registry.gossip import GossipRegistry

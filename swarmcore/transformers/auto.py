@@ -11,9 +11,9 @@ import transformers
 
 from swarmcore import sync
 from swarmcore.client.blockless import load_without_blocks, with_blocks
-from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.model import load_generation_config
 from swarmcore.client.options import SessionOptions
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.errors import InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.executor.torch.device import DTYPE_NAMES

@@ -16,8 +16,8 @@ from swarmcore.client.adapter_snapshot import snapshot
 from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.client.bridge import Bridge
 from swarmcore.client.loop_thread import LoopThread
-from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.options import SessionOptions
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.types import ModelInfo, Span
 

@@ -11,7 +11,7 @@ import torch
 
 from swarmcore.client import passes
 from swarmcore.client.loop_thread import background_loop
-from swarmcore.client.micro_batches import PassOptions
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.types import PeerId
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]

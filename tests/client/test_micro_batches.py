@@ -12,11 +12,14 @@ from chain_world import WHOLE, WIDTH, Server, Work, adapter_of, world_of
 
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.pass_codecs import PassCodecs
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.passes import Batch
 from swarmcore.errors import (
     AdapterNotFoundError,
+    InputError,
     InvalidBatchError,
     MissingBlocksError,
+    UnavailableError,
     UnknownCodecError,
 )
 from swarmcore.routing.chain import Chain
@@ -180,6 +183,25 @@ async def test_patience_ends_when_nobody_has_the_blocks() -> None:
         assert asyncio.get_running_loop().time() - before == pytest.approx(3)
 
 
+async def test_when_all_have_gone_it_says_so_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    async with world_of("0:6", "6:12") as world:
+        runner, work = world.runner(patience=3), Work.of()
+        ways = await runner.forward(WHOLE, work.batches, way_back=True)
+        await next(server for server in world.servers.values() if server.engine.executor.span.start).die()
+        with pytest.raises(MissingBlocksError, match="share of block 6") as error:
+            await runner.backward(ways, work.gradients)
+        assert isinstance(error.value.__cause__, UnavailableError)
+        assert [record.levelname for record in caplog.records if "waits" in record.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"micro_batch_tokens": 0}, {"in_flight": 0}, {"timeout": 0.0}, {"patience": -1.0}]
+)
+async def test_options_that_cannot_work(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        PassOptions(**options)
+
+
 async def test_a_server_that_comes_late_is_waited_for() -> None:
     async with world_of("0:6") as world:
         work = asyncio.create_task(Work.of().check(world.runner(patience=30)))
@@ -204,8 +226,9 @@ async def test_what_no_server_can_take_is_refused_at_once() -> None:
 async def test_batches_that_are_too_large_or_want_an_unknown_adapter_find_nobody() -> None:
     async with world_of("0:12") as world:
         large = Work.of([(65,)])
-        with pytest.raises(MissingBlocksError, match="0 servers take"):
-            await world.runner(patience=0).forward(WHOLE, large.batches)
+        with pytest.raises(InvalidBatchError, match="65 tokens, and the servers run 64 at most") as error:
+            await world.runner().forward(WHOLE, large.batches)
+        assert error.value.pass_tokens == 64
         unknown = Work.of([(2,)], AdapterWeights(AdapterName(name="poems")))
         with pytest.raises((MissingBlocksError, AdapterNotFoundError)):
             await world.runner(patience=0).forward(WHOLE, unknown.batches)

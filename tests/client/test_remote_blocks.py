@@ -18,9 +18,9 @@ from torch import nn
 
 import swarmcore
 from swarmcore import sync
-from swarmcore.client.micro_batches import PassOptions
 from swarmcore.client.packed_rows import PackedRows
 from swarmcore.client.pass_codecs import PassCodecs
+from swarmcore.client.pass_options import PassOptions
 from swarmcore.errors import InputError, InvalidBatchError, SpanError
 from swarmcore.routing.link_codec import Kind
 from swarmcore.training import LoraAdapter
