@@ -91,6 +91,8 @@ class Transport(ABC):
 
     scheme: ClassVar[str]
     """The scheme of its addresses: ``"tcp"``, ``"libp2p"``, …"""
+    default_places: ClassVar[tuple[str, ...]] = ()
+    """Where a server listens that was not told where; none when no place works everywhere."""
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ import pytest
 from swarmcore.errors import AddressError
 from swarmcore.identity import Identity
 from swarmcore.types import Address
-from swarmcore_transports.tcp.endpoint import Endpoint, announced, endpoint_of, reachable_hosts
+from swarmcore_transports.own_addresses import reachable_hosts
+from swarmcore_transports.tcp.endpoint import Endpoint, announced, endpoint_of
 
 PEER = Identity.generate().peer
 
@@ -45,7 +46,7 @@ def test_a_wildcard_is_announced_as_own_addresses(wildcard: str) -> None:
 
 
 def test_loopback_is_announced_when_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarmcore_transports.tcp.endpoint.ifaddr.get_adapters", list)
+    monkeypatch.setattr("swarmcore_transports.own_addresses.ifaddr.get_adapters", list)
     assert reachable_hosts("0.0.0.0") == ["127.0.0.1"]
     assert reachable_hosts("::") == ["::1"]
 

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from swarmcore.errors import PeerUnreachableError
+from swarmcore.errors import PeerUnreachableError, SwarmError
 from swarmcore.transport import OnStream, serve_stream
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -119,6 +119,11 @@ class Connections:
         self._sweeper = loop.call_later(_IDLE_SECONDS / 2, self._sweep) if self.idle else None
 
     # --- the end --------------------------------------------------------------------------------------
+
+    def fail_all(self, error: SwarmError) -> None:
+        """Cut every connection at once; what uses them raises ``error``."""
+        for connection in tuple(self._all):
+            connection.fail(error)
 
     def begin_close(self) -> None:
         """Retire every connection and cancel every handler; new connections fail at once."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import ifaddr
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
+from swarmcore_transports.own_addresses import reachable_hosts
 
 SCHEME = "tcp"
 
@@ -130,35 +130,3 @@ def _announced(text: str, peer: PeerId) -> Address:
         address = Endpoint.parse(text).address(peer)
     endpoint_of(address)
     return address
-
-
-def reachable_hosts(host: str) -> list[str]:
-    """The addresses by which others reach a socket bound to ``host``.
-
-    For a wildcard: this machine's own addresses of that family, the one of the default route first; without
-    link-local ones, and loopback only when there is nothing else.
-    """
-    if host not in ("0.0.0.0", "::"):
-        return [host]
-    version = 6 if ":" in host else 4
-    own = []
-    for adapter in ifaddr.get_adapters():
-        for ip in adapter.ips:
-            text = ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
-            address = ipaddress.ip_address(text)
-            if address.version == version and not (address.is_loopback or address.is_link_local):
-                own.append(str(address))
-    first = _default_route(version)
-    own.sort(key=lambda address: address != first)
-    return own or ["::1" if version == 6 else "127.0.0.1"]
-
-
-def _default_route(version: int) -> str | None:
-    """The address this machine sends from; connecting a UDP socket asks the kernel and sends nothing."""
-    family, target = (socket.AF_INET6, "2001:db8::1") if version == 6 else (socket.AF_INET, "198.51.100.1")
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((target, 9))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])

@@ -64,6 +64,7 @@ class TcpTransport(Transport):
     """
 
     scheme = SCHEME
+    default_places = ("0.0.0.0:0",)
 
     def __init__(
         self,

@@ -1,0 +1,5 @@
+"""libp2p: TCP with Noise and Yamux, with relays and hole punching for peers behind routers."""
+
+from swarmcore_transports.libp2p.transport import Libp2pTransport
+
+__all__ = ["Libp2pTransport"]

@@ -1,0 +1,195 @@
+"""The trio side of the transport: one libp2p host, what it dials, and what it accepts."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Callable, Sequence
+
+import trio
+from libp2p import new_host
+from libp2p.abc import IHost, INetConn, INetStream
+from libp2p.connection_types import ConnectionType
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from multiaddr import Multiaddr
+
+from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableError
+from swarmcore.identity import Identity
+from swarmcore.types import PeerId, short
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.libp2p.multiaddrs import is_relayed
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = TProtocol("/swarmcore/stream/1")
+"""Our framed streams inside one libp2p stream each."""
+
+_CLOSE_SECONDS = 3.0
+
+OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
+"""Takes a stream that a peer opened, the peer, the path; sets the event when it has let the stream go."""
+
+
+class Host:
+    """Runs in the trio thread; every method but the constructor is called there."""
+
+    def __init__(self, identity: Identity, limits: Limits, on_stream: OnPipe) -> None:
+        key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
+        noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+        self.peer = identity.peer
+        self._limits = limits
+        self._on_stream = on_stream
+        self._dials: dict[ID, trio.Event] = {}
+        self.libp2p: IHost = new_host(
+            key_pair=key_pair,
+            sec_opt={NOISE: noise},
+            muxer_opt={TProtocol(YAMUX): Yamux},
+            resource_manager=_resources(limits),
+            connection_config=_connections(limits),
+            negotiate_timeout=max(1, int(limits.connect_timeout)),
+        )
+        network = self.libp2p.get_network()
+        assert isinstance(network, Swarm)
+        self.swarm: Swarm = network
+        self.swarm.retry_config = RetryConfig(max_retries=0)
+        self.swarm.auto_connector = _DialsNobody(self.swarm)
+
+    async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
+        """Live until ``stop``, then close every connection."""
+        self.libp2p.set_stream_handler(PROTOCOL, self._accept)
+        async with self.libp2p.run(listen_addrs=[]):
+            ready()
+            await stop.wait()
+            with trio.move_on_after(_CLOSE_SECONDS):
+                await self._close_connections()
+                await self.swarm.close()
+
+    async def _close_connections(self) -> None:
+        """All at a time: py-libp2p takes 200 ms for each."""
+        async with trio.open_nursery() as nursery:
+            for connection in self.swarm.get_connections():
+                nursery.start_soon(connection.close)
+
+    # --- listening ------------------------------------------------------------------------------------
+
+    async def listen(self, places: Sequence[Multiaddr]) -> list[Multiaddr]:
+        """Listen on every one of ``places`` and return where that is, ports found.
+
+        Raise `AddressInUseError` or `AddressError` when one cannot be listened on.
+        """
+        for place in places:
+            _check_free(place)
+            if not await self.swarm.listen(place):
+                raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
+        return [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
+
+    async def _accept(self, stream: INetStream) -> None:
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        released = trio.Event()
+        self._on_stream(stream, peer, self.path_of(stream), released)
+        await released.wait()
+
+    # --- dialling -------------------------------------------------------------------------------------
+
+    async def open(self, peer: PeerId, multiaddr: Multiaddr) -> tuple[INetStream, str]:
+        """A new stream to ``peer``, over a connection that is there or else one made at ``multiaddr``.
+
+        Returns it with its path. Several at a time to one peer make one connection.
+        """
+        libp2p_peer = ID.from_string(peer)
+        while not self._living(libp2p_peer):
+            dialling = self._dials.get(libp2p_peer)
+            if dialling is not None:
+                await dialling.wait()
+                continue
+            done = self._dials[libp2p_peer] = trio.Event()
+            try:
+                await self._dial(libp2p_peer, multiaddr)
+            finally:
+                del self._dials[libp2p_peer]
+                done.set()
+        stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])
+        return stream, self.path_of(stream)
+
+    async def _dial(self, peer: ID, multiaddr: Multiaddr) -> None:
+        if is_relayed(multiaddr):
+            raise PeerUnreachableError(f"{short(str(peer))} is behind a relay")
+        # Not by way of `connect`: that waits 250 ms for a second address which there is not.
+        await self.swarm.dial_addr(multiaddr, peer)
+
+    def _living(self, peer: ID) -> list[INetConn]:
+        return [connection for connection in self.swarm.get_connections(peer) if not connection.is_closed]
+
+    def path_of(self, stream: INetStream) -> str:
+        """``"direct"`` or ``"relayed"``, as in `Stream.path`."""
+        for connection in self.swarm.get_connections(stream.muxed_conn.peer_id):
+            if connection.muxed_conn is stream.muxed_conn:
+                relayed = connection.get_connection_type() is ConnectionType.RELAYED
+                return "relayed" if relayed else "direct"
+        return "direct"
+
+
+class _DialsNobody(AutoConnector):
+    """py-libp2p likes to connect to whomever it has heard of; here, to whom is decided above."""
+
+    async def maybe_connect(self) -> None:
+        return
+
+
+def _check_free(place: Multiaddr) -> None:
+    """py-libp2p shares its port with whoever asks: two servers on one port would each get half the calls."""
+    version = 6 if "ip6" in (protocol.name for protocol in place.protocols()) else 4
+    host, port = str(place.value_for_protocol(f"ip{version}")), int(place.value_for_protocol("tcp") or 0)
+    with socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if version == 6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE:
+                raise AddressInUseError(
+                    f"cannot listen on {place}: the port is in use; choose another, or 0 for any free one"
+                ) from exc
+            raise AddressError(f"cannot listen on {place}: {exc.strerror}") from exc
+
+
+def _connections(limits: Limits) -> ConnectionConfig:
+    return ConnectionConfig(
+        max_connections=limits.max_calls,
+        high_watermark=limits.max_calls,
+        min_connections=0,
+        low_watermark=0,
+        max_connections_per_peer=8,
+        inbound_upgrade_timeout=limits.connect_timeout,
+        outbound_upgrade_timeout=limits.connect_timeout,
+        outbound_stream_protocol_negotiation_timeout=max(1.0, limits.connect_timeout),
+        inbound_stream_protocol_negotiation_timeout=max(1.0, limits.connect_timeout),
+    )
+
+
+def _resources(limits: Limits) -> ResourceManager:
+    """Bounds that never bind before ours do, and none of the extras: no metrics, no pools, no rates."""
+    return ResourceManager(
+        limits=ResourceLimits(
+            max_connections=2 * limits.max_calls, max_memory_mb=2**20, max_streams=8 * limits.max_calls
+        ),
+        enable_metrics=False,
+        enable_connection_tracking=False,
+        enable_memory_limits=False,
+        enable_circuit_breaker=False,
+        enable_graceful_degradation=False,
+        enable_rate_limiting=False,
+    )

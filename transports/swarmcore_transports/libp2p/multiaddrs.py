@@ -1,0 +1,129 @@
+"""Libp2p's addresses and ours: ``libp2p:/ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…``."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+
+from swarmcore.errors import AddressError
+from swarmcore.types import Address, PeerId
+from swarmcore_transports.own_addresses import reachable_hosts
+
+SCHEME = "libp2p"
+
+Reach = Literal["loopback", "lan", "public", "relayed"]
+"""From where an address can be dialled, in the order in which addresses are tried."""
+
+
+def place(text: str) -> Multiaddr:
+    """Where to listen: ``/ip4/0.0.0.0/tcp/4001``, or for short ``0.0.0.0:4001`` or ``[::]:4001``.
+
+    Raise `AddressError` unless it is an IP address and a TCP port.
+    """
+    if not text.startswith("/"):
+        host, colon, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not colon or not port.isdecimal():
+            raise AddressError(f"cannot listen on {text!r}; expected /ip4/0.0.0.0/tcp/4001 or 0.0.0.0:4001")
+        text = f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"
+    found = parsed(text)
+    names = [protocol.name for protocol in found.protocols()]
+    if names not in (["ip4", "tcp"], ["ip6", "tcp"]):
+        raise AddressError(f"cannot listen on {text!r}: only /ip4/…/tcp/… and /ip6/…/tcp/… are served")
+    return found
+
+
+def parsed(text: str) -> Multiaddr:
+    """Raise `AddressError` when ``text`` is no multiaddr."""
+    try:
+        return Multiaddr(text)
+    except (MultiaddrError, ValueError) as exc:
+        raise AddressError(
+            f"{text!r} is not a libp2p address, such as /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…: {exc}"
+        ) from exc
+
+
+def to_address(multiaddr: Multiaddr, peer: PeerId) -> Address:
+    """The address of ``peer`` at ``multiaddr``, which may or may not name the peer at its end."""
+    text = str(multiaddr).removesuffix(f"/p2p/{peer}")
+    return Address(SCHEME, f"{text}/p2p", peer)
+
+
+def to_multiaddr(address: Address) -> Multiaddr:
+    """The multiaddr of ``address``, the peer at its end. Raise `AddressError` when it is none of ours."""
+    if address.scheme != SCHEME or not address.location.endswith("/p2p"):
+        raise AddressError(f"{str(address)!r} is not of the form libp2p:/ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…")
+    found = parsed(f"{address.location}/{address.peer}")
+    names = [protocol.name for protocol in found.protocols()]
+    if names[:2] not in (["ip4", "tcp"], ["ip6", "tcp"], ["dns", "tcp"], ["dns4", "tcp"], ["dns6", "tcp"]):
+        raise AddressError(f"{str(address)!r} cannot be dialled: only TCP, directly or through a relay, is")
+    if names[2:] not in (["p2p"], ["p2p", "p2p-circuit", "p2p"]):
+        raise AddressError(f"{str(address)!r} is neither a direct address nor one through a relay")
+    return found
+
+
+def announced_address(text: str, peer: PeerId) -> Address:
+    """What ``--announce`` says: a whole address, a multiaddr, or ``host:port``."""
+    if text.startswith(f"{SCHEME}:"):
+        address = Address.parse(text)
+        if address.peer != peer:
+            raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
+        to_multiaddr(address)
+        return address
+    address = to_address(parsed(text) if text.startswith("/") else place(text), peer)
+    to_multiaddr(address)
+    return address
+
+
+def spelt_out(bound: Iterable[Multiaddr]) -> list[Multiaddr]:
+    """The addresses by which others reach sockets bound to ``bound``: wildcards become our own addresses."""
+    found: dict[str, Multiaddr] = {}
+    for multiaddr in bound:
+        version, host, port = _socket(multiaddr)
+        for own in reachable_hosts(host):
+            text = f"/ip{version}/{own}/tcp/{port}"
+            found[text] = Multiaddr(text)
+    return list(found.values())
+
+
+def _socket(multiaddr: Multiaddr) -> tuple[int, str, int]:
+    version = 6 if "ip6" in (protocol.name for protocol in multiaddr.protocols()) else 4
+    host, port = multiaddr.value_for_protocol(f"ip{version}"), multiaddr.value_for_protocol("tcp")
+    return version, str(host), int(port or 0)
+
+
+def is_relayed(multiaddr: Multiaddr) -> bool:
+    """Whether it leads through a relay."""
+    return any(protocol.name == "p2p-circuit" for protocol in multiaddr.protocols())
+
+
+def relay_of(multiaddr: Multiaddr) -> tuple[Multiaddr, PeerId]:
+    """Where the relay of a relayed address is, and who it is."""
+    text = str(multiaddr).partition("/p2p-circuit")[0]
+    location, _, peer = text.rpartition("/p2p/")
+    return Multiaddr(location), PeerId(peer)
+
+
+def reach(multiaddr: Multiaddr) -> Reach:
+    """From where ``multiaddr`` can be dialled; a name counts as public."""
+    if is_relayed(multiaddr):
+        return "relayed"
+    names = [protocol.name for protocol in multiaddr.protocols()]
+    if names[0] not in ("ip4", "ip6"):
+        return "public"
+    host = ipaddress.ip_address(str(multiaddr.value_for_protocol(names[0])))
+    if host.is_loopback:
+        return "loopback"
+    return "public" if host.is_global else "lan"
+
+
+_ORDER: Sequence[Reach] = ("loopback", "lan", "public", "relayed")
+
+
+def preference(multiaddr: Multiaddr) -> int:
+    """Lower is tried first: this machine, the LAN, the Internet, a relay."""
+    return _ORDER.index(reach(multiaddr))

@@ -1,0 +1,271 @@
+"""A libp2p stream as asyncio sees it: a byte pipe with the face of an `asyncio.Transport`.
+
+Two tasks in trio move the bytes. Counters that only one side writes tell the other how far it is, so that the
+threads wake each other only when somebody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, cast
+
+import trio
+from libp2p.abc import INetStream
+
+from swarmcore.transport import Buffer
+from swarmcore_transports.libp2p.bridge import TrioThread
+from swarmcore_transports.libp2p.translation import translated
+
+_PIECE = 64 * 1024 - 12
+"""Most bytes written to the muxer at a time: one of its frames."""
+
+_READ_AHEAD = 1024 * 1024
+"""Bytes that may wait for asyncio before the stream is read no further."""
+
+_READ = 256 * 1024
+_WINDOW_POLL = 0.001
+_FLUSH_SECONDS = 2.0
+
+
+class StreamPipe(asyncio.Transport):
+    """``stream`` belongs to the pipe from now on. `start` begins to move bytes.
+
+    ``path`` says how they travel, as `Stream.path` does; ``released`` is set once the stream is let go. When
+    the pipe is aborted after ``silence`` seconds without a byte from the peer, the connection below is
+    dropped with it: nobody answers there.
+    """
+
+    def __init__(
+        self, thread: TrioThread, stream: INetStream, path: str, released: trio.Event, *, silence: float
+    ) -> None:
+        super().__init__()
+        self._thread = thread
+        self._stream = stream
+        self._path = path
+        self._released = released
+        self._silence = silence
+        self._loop = asyncio.get_running_loop()
+        self._protocol: asyncio.BufferedProtocol | None = None
+        self._heard_at = self._loop.time()
+        self._closing = False
+        # Out. asyncio adds to the queue and to `_queued`, trio takes and adds to `_written`.
+        self._queue: deque[bytes] = deque()
+        self._queued = 0
+        self._written = 0
+        self._high_water = 512 * 1024
+        self._writing_paused = False
+        self._writer_waits = False
+        self._something_to_write = trio.Event()
+        # In. trio adds to `_received`, asyncio to `_delivered`.
+        self._received = 0
+        self._delivered = 0
+        self._reader_waits = False
+        self._room_to_read = trio.Event()
+        self._reading_paused = False
+        self._undelivered: deque[bytes] = deque()
+        self._drop_connection = False
+        self._reader_scope = trio.CancelScope()
+
+    def start(self, protocol: asyncio.BufferedProtocol) -> None:
+        """Connect ``protocol`` and begin to move bytes."""
+        self._protocol = protocol
+        protocol.connection_made(self)
+        self._thread.start_soon(self._run)
+
+    # --- the asyncio side: asyncio.Transport ----------------------------------------------------------
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._path if name == "path" else default
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = cast(asyncio.BufferedProtocol, protocol)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._high_water = 512 * 1024 if high is None else high
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def write(self, data: Buffer) -> None:
+        self.writelines((data,))
+
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
+        if self._closing:
+            return
+        data = b"".join(list_of_data)
+        self._queue.append(data)
+        self._queued += len(data)
+        if self._writer_waits:
+            self._writer_waits = False
+            self._thread.post(self._wake_writer)
+        if not self._writing_paused and self._queued - self._written > self._high_water:
+            self._writing_paused = True
+            if self._protocol:
+                self._protocol.pause_writing()
+            if self._queued - self._written <= self._high_water:  # the writer may have looked just before
+                self._resume_writing()
+
+    def _resume_writing(self) -> None:
+        if self._writing_paused and self._queued - self._written <= self._high_water:
+            self._writing_paused = False
+            if self._protocol:
+                self._protocol.resume_writing()
+
+    def pause_reading(self) -> None:
+        """Keep what comes; once `_READ_AHEAD` bytes wait, the peer is made to wait as well."""
+        self._reading_paused = True
+
+    def resume_reading(self) -> None:
+        self._reading_paused = False
+        self._deliver_all()
+
+    def close(self) -> None:
+        """Close once everything is written; the protocol hears of it at once."""
+        self._end()
+
+    def abort(self) -> None:
+        """Let go at once. What is still queued leaves only if that is little and goes quickly."""
+        if not self._closing:
+            self._drop_connection = self._loop.time() - self._heard_at > self._silence
+            if self._drop_connection or self._queued - self._written > _PIECE:
+                self._queue.clear()
+        self._end()
+
+    def _end(self) -> None:
+        if not self._closing:
+            self._closing = True
+            if self._protocol is None:
+                self._thread.start_soon(self._release)
+            else:
+                self._thread.post(self._begin_end)
+                self._loop.call_soon(self._lost, None)
+
+    def _received_bytes(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        self._undelivered.append(data)
+        self._deliver_all()
+
+    def _deliver_all(self) -> None:
+        while self._undelivered and not self._reading_paused:
+            data = memoryview(self._undelivered.popleft())
+            self._delivered += len(data)
+            while data and self._protocol is not None and not self._closing:
+                buffer = memoryview(self._protocol.get_buffer(len(data)))
+                taken = min(len(buffer), len(data))
+                buffer[:taken] = data[:taken]
+                data = data[taken:]
+                self._protocol.buffer_updated(taken)
+        if self._reader_waits and self._received - self._delivered <= _READ_AHEAD // 2:
+            self._reader_waits = False
+            self._thread.post(self._wake_reader)
+
+    def _ended_by_peer(self) -> None:
+        if self._reading_paused:
+            return  # whoever paused it is about to find out by itself, or to abort
+        if self._protocol:
+            self._protocol.eof_received()
+        self._end()
+
+    def _lost(self, error: Exception | None) -> None:
+        protocol, self._protocol = self._protocol, None
+        if protocol:
+            protocol.connection_lost(error)
+        if not self._closing:
+            self._closing = True
+            self._thread.post(self._begin_end)
+
+    # --- the trio side --------------------------------------------------------------------------------
+
+    def _wake_writer(self) -> None:
+        self._something_to_write.set()
+
+    def _wake_reader(self) -> None:
+        self._room_to_read.set()
+
+    def _begin_end(self) -> None:
+        self._reader_scope.cancel()
+        self._wake_writer()
+
+    async def _run(self) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write_all)
+                with self._reader_scope:
+                    await self._read_all()
+                self._wake_writer()
+                # The writer is never cancelled in the middle of a piece: that would garble the whole
+                # connection, which other streams share. Where it cannot finish, the connection is stuck.
+                nursery.cancel_scope.deadline = trio.current_time() + _FLUSH_SECONDS
+            self._drop_connection |= nursery.cancel_scope.cancelled_caught
+        finally:
+            await self._release()
+
+    async def _release(self) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _FLUSH_SECONDS):
+            try:
+                if self._drop_connection:
+                    await self._stream.muxed_conn.close()
+                else:
+                    await self._stream.reset()
+            except Exception as exc:
+                self._thread.tell(self._lost, translated(exc))
+        self._released.set()
+
+    async def _read_all(self) -> None:
+        try:
+            while data := await self._stream.read(_READ):
+                self._received += len(data)
+                self._thread.tell(self._received_bytes, data)
+                while self._received - self._delivered > _READ_AHEAD:
+                    self._room_to_read = trio.Event()
+                    self._reader_waits = True
+                    if self._received - self._delivered > _READ_AHEAD:
+                        await self._room_to_read.wait()
+            self._thread.tell(self._ended_by_peer)
+        except EOFError:
+            self._thread.tell(self._ended_by_peer)
+        except Exception as exc:
+            self._thread.tell(self._lost, translated(exc))
+
+    async def _write_all(self) -> None:
+        try:
+            while True:
+                while self._queue:
+                    await self._write(self._take())
+                    if self._writing_paused and self._queued - self._written <= self._high_water // 2:
+                        self._thread.tell(self._resume_writing)
+                if self._closing:
+                    return
+                self._something_to_write = trio.Event()
+                self._writer_waits = True
+                if not self._queue and not self._closing:
+                    await self._something_to_write.wait()
+        except Exception as exc:
+            self._thread.tell(self._lost, translated(exc))
+
+    def _take(self) -> bytes:
+        """What to write next: one long buffer, or as many short ones as fit a frame of the muxer's."""
+        data = self._queue.popleft()
+        if len(data) >= _PIECE or not self._queue:
+            return data
+        batch, size = [data], len(data)
+        while self._queue and size + len(self._queue[0]) <= _PIECE:
+            batch.append(self._queue.popleft())
+            size += len(batch[-1])
+        return b"".join(batch)
+
+    async def _write(self, data: bytes) -> None:
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            await self._window(len(piece))
+            await self._stream.write(piece)
+            self._written += len(piece)
+
+    async def _window(self, size: int) -> None:
+        """Wait until the peer takes ``size`` bytes: py-libp2p itself gives a stream up after five seconds."""
+        muxed = self._stream.muxed_stream  # type: ignore[attr-defined]
+        # The muxer tells nobody when the window opens, so all that is left is to look.
+        while getattr(muxed, "send_window", size) < size and not getattr(muxed, "closed", False):  # noqa: ASYNC110
+            await trio.sleep(_WINDOW_POLL)

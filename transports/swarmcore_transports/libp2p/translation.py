@@ -1,0 +1,80 @@
+"""The one place where errors of trio and libp2p become errors of swarmcore."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import trio
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.exceptions import StreamFailure
+from libp2p.io.exceptions import IOException
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream.exceptions import StreamEOF, StreamError
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.transport.exceptions import OpenConnectionError, SecurityUpgradeFailure, UpgradeFailure
+
+from swarmcore.errors import (
+    ConnectionLostError,
+    InternalError,
+    PeerIdentityError,
+    PeerUnreachableError,
+    ProtocolError,
+    StreamClosedError,
+    SwarmError,
+)
+
+_IDENTITY_SIGNS = ("peer id mismatch", "does not match", "doesn't match", "does not correspond")
+
+
+_UNREACHABLE = (SwarmException, OpenConnectionError, OSError, trio.TooSlowError, BaseLibp2pError)
+
+
+def translated(error: BaseException) -> SwarmError:
+    """What ``error`` means to swarmcore. A `SwarmError` is returned as it is."""
+    error = _innermost(error)
+    if isinstance(error, SwarmError):
+        return error
+    chain = _chain(error)
+    text = _text(chain)
+    if any(sign in text.lower() for sign in _IDENTITY_SIGNS):
+        return PeerIdentityError(f"the peer that answered is not the one that was dialled: {text}")
+    if any(isinstance(link, SecurityUpgradeFailure) for link in chain):
+        return PeerIdentityError(f"what answers does not prove who it is by Noise: {text}")
+    if any(isinstance(link, UpgradeFailure | StreamFailure) for link in chain):
+        return ProtocolError(f"the peer does not speak what was asked: {text}")
+    if isinstance(error, StreamEOF):
+        return StreamClosedError("the peer has ended the stream")
+    if isinstance(error, StreamError | MuxedStreamError | IOException | trio.BrokenResourceError):
+        return ConnectionLostError(f"the connection broke: {text}")
+    if isinstance(error, _UNREACHABLE):
+        return PeerUnreachableError(f"cannot reach the peer: {text}")
+    if isinstance(error, trio.Cancelled):
+        return StreamClosedError("this transport is closed")
+    return InternalError(f"libp2p failed unexpectedly: {type(error).__name__}: {text}")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup) and error.exceptions:
+        error = error.exceptions[0]
+    return error
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in found:
+        found.append(link)
+        link = link.__cause__
+    return found
+
+
+def _text(chain: list[BaseException]) -> str:
+    """The first words of the chain that say something, and the reason at its end."""
+    for link in reversed(chain):
+        if isinstance(link, OSError) and link.errno:
+            return os.strerror(link.errno) if link.errno != errno.EINPROGRESS else "it does not answer"
+    for link in reversed(chain):
+        if str(link).strip():
+            return " ".join(str(link).split())[:300]
+    return type(chain[0]).__name__

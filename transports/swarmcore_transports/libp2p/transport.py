@@ -1,0 +1,215 @@
+"""The libp2p transport: TCP, Noise and Yamux in a trio thread, our framed streams above them in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import trio
+from libp2p.abc import INetStream
+
+from swarmcore.errors import (
+    AddressError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    InputError,
+    PeerUnreachableError,
+    ProtocolError,
+    StreamClosedError,
+    SwarmError,
+)
+from swarmcore.identity import Identity
+from swarmcore.transport import OnStream, Stream, Transport
+from swarmcore.types import Address, PeerId, short
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.framed.connection import Connection
+from swarmcore_transports.framed.connections import Connections
+from swarmcore_transports.framed.frames import Kind, encode_frame
+from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
+from swarmcore_transports.framed.stream import FramedStream
+from swarmcore_transports.libp2p.bridge import TrioThread
+from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.multiaddrs import (
+    SCHEME,
+    announced_address,
+    place,
+    spelt_out,
+    to_address,
+    to_multiaddr,
+)
+from swarmcore_transports.libp2p.pipe import StreamPipe
+
+logger = logging.getLogger(__name__)
+
+MAX_HALF_OPEN = 512
+"""Most incoming streams at a time that have not said their settings; a further one is dropped."""
+
+_START_SECONDS = 30.0
+
+
+class Libp2pTransport(Transport):
+    """Streams over libp2p; addresses are ``libp2p:/ip4/192.0.2.7/tcp/4001/p2p/<peer id>``.
+
+    ``listen_on`` and ``announce`` hold multiaddrs, or ``host:port`` for short; port 0 takes a free one. A
+    wildcard host is announced as this machine's own addresses.
+    """
+
+    scheme = SCHEME
+    default_places = ("/ip4/0.0.0.0/tcp/0",)
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        limits: Limits | None = None,
+        listen_on: Sequence[str] = (),
+        announce: Sequence[str] = (),
+    ) -> None:
+        super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
+        self._settings = Settings.of(self.limits)
+        self._host: Host | None = None
+        self._thread: TrioThread | None = None
+        self._starting = asyncio.Lock()
+        self._listening = False
+        self._connections = Connections(self.limits, _is_closing)
+        self._half_open: set[Connection] = set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "listening" if self._listening else "open"
+        connections = f"{len(self._connections)} connections, {self._connections.idle} idle"
+        return f"<Libp2pTransport {short(self.identity.peer)} {state} · {connections}>"
+
+    async def _started(self) -> tuple[TrioThread, Host]:
+        """The trio side, started on first use."""
+        async with self._starting:
+            self._check_open()
+            if self._thread is None or self._host is None:
+                host = Host(self.identity, self.limits, self._stream_arrived)
+
+                thread = TrioThread(
+                    host.run, name=f"libp2p-{self.identity.peer[-6:]}", on_crash=self._crashed
+                )
+                await thread.start(_START_SECONDS)
+                self._host, self._thread = host, thread
+            return self._thread, self._host
+
+    def _crashed(self, error: SwarmError) -> None:
+        logger.error("%r: %s", self, error)
+        self._connections.fail_all(error)
+
+    # --- listening ------------------------------------------------------------------------------------
+
+    async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
+        self._check_open()
+        if self._listening:
+            raise InputError("this transport listens already")
+        if not self.listen_on:
+            raise AddressError("no place to listen on; pass listen_on=['/ip4/0.0.0.0/tcp/4001']")
+        places = [place(text) for text in self.listen_on]
+        announced = tuple(announced_address(text, self.identity.peer) for text in self.announce)
+        thread, host = await self._started()
+        self._connections.serve(on_stream)
+        bound = await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")
+        self._listening = True
+        return announced or tuple(to_address(found, self.identity.peer) for found in spelt_out(bound))
+
+    def _stream_arrived(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
+        """Called in the trio thread."""
+        assert self._thread
+        self._thread.tell(self._accept, stream, peer, path, released)
+
+    def _accept(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
+        connection = Connection(
+            self._connections, self.limits, self._greeting(peer), self._connections.opened
+        )
+        pipe = self._pipe(stream, path, released)
+        if len(self._half_open) >= MAX_HALF_OPEN or not self._listening or self._closed:
+            pipe.abort()
+            return
+        self._half_open.add(connection)
+        connection.established.add_done_callback(lambda _: self._half_open.discard(connection))
+        pipe.start(connection)
+        connection.write(encode_frame(Kind.HELLO, self._settings.encode()))
+        asyncio.get_running_loop().call_later(self.limits.connect_timeout, _give_up, connection)
+
+    # --- dialling -------------------------------------------------------------------------------------
+
+    async def open_stream(self, address: Address) -> Stream:
+        self._check_open()
+        multiaddr = to_multiaddr(address)
+        connection = self._connections.take(address.peer)
+        if connection is None:
+            seconds = self.limits.connect_timeout
+            try:
+                async with asyncio.timeout(seconds):
+                    thread, host = await self._started()
+                    stream, path = await thread.call(
+                        host.open, address.peer, multiaddr, timeout=seconds, what=f"dialling {multiaddr}"
+                    )
+                    connection = await self._greet(stream, address.peer, path)
+            except (TimeoutError, DeadlineExceededError) as exc:
+                self._check_open()
+                raise PeerUnreachableError(
+                    f"{short(address.peer)} at {multiaddr} did not answer within {seconds:g} s"
+                ) from exc
+        connection.write(encode_frame(Kind.OPEN))
+        return FramedStream(connection, address.peer, self.limits)
+
+    async def _greet(self, stream: INetStream, peer: PeerId, path: str) -> Connection:
+        connection = Connection(self._connections, self.limits, self._greeting(peer))
+        pipe = self._pipe(stream, path, trio.Event())
+        try:
+            self._check_open()
+            pipe.start(connection)
+            connection.write(encode_frame(Kind.HELLO, self._settings.encode()))
+            await connection.established
+            if connection.error:
+                raise PeerUnreachableError(connection.error.message)
+        except BaseException:
+            connection.fail(PeerUnreachableError("the dial was given up"))
+            pipe.abort()
+            raise
+        return connection
+
+    # --- both -----------------------------------------------------------------------------------------
+
+    def _pipe(self, stream: INetStream, path: str, released: trio.Event) -> StreamPipe:
+        assert self._thread
+        return StreamPipe(self._thread, stream, path, released, silence=2 * self.limits.keepalive)
+
+    def _greeting(self, peer: PeerId) -> Callable[[Connection, Kind, bytes], None]:
+        """Noise has proven ``peer``: all that is left to say is what each side takes."""
+
+        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
+            if kind is not Kind.HELLO or len(body) != SETTINGS_BYTES:
+                raise ProtocolError(f"{kind.name} of {len(body)} bytes instead of a hello")
+            connection.establish(peer, Settings.decode(body))
+            if connection.accepts:
+                self._connections.connection_idle(connection)
+
+        return greet
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamClosedError("this transport is closed")
+
+    async def close(self) -> None:
+        self._closed = True
+        self._connections.begin_close()
+        await self._connections.finish_close()
+        async with self._starting:
+            if self._thread:
+                await self._thread.close()
+
+
+def _is_closing(connection: Connection) -> bool:
+    return connection.transport is None or connection.transport.is_closing()
+
+
+def _give_up(connection: Connection) -> None:
+    if connection.remote is None and not connection.error:
+        connection.fail(ConnectionLostError("the peer did not say its settings"))
