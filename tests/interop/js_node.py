@@ -17,7 +17,7 @@ from typing import Any, Self
 import pytest
 
 SOURCES = Path(__file__).parent
-FILES = ("node.mjs", "package.json", "package-lock.json")
+FILES = ("node.mjs", "stream.mjs", "package.json", "package-lock.json")
 INSTALL_TIMEOUT = 180.0
 START_TIMEOUT = 20.0
 CALL_TIMEOUT = 35.0
@@ -128,7 +128,7 @@ class JsNode:
         return str(await self._call("connect", addr=addr))
 
     async def dial(self, addr: str, protocol: str, sizes: Sequence[int]) -> None:
-        """Open a stream, send a frame of each size (bytes) and check that each comes back the same."""
+        """Open a swarmcore stream, send a message of each size (bytes), check that each is echoed."""
         await self._call("dial", addr=addr, protocol=protocol, sizes=list(sizes))
 
     async def put(self, key: str, value: bytes) -> None:

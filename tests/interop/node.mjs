@@ -15,10 +15,11 @@ import { identify, identifyPush } from '@libp2p/identify'
 import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
-import { byteStream, echo } from '@libp2p/utils'
 import { yamux } from '@libp2p/yamux'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
+
+import { checkEcho, echo, PROTOCOL } from './stream.mjs'
 
 // js-libp2p is written for Node 22; this is all that it misses on Node 20.
 Promise.withResolvers ??= function () {
@@ -27,10 +28,9 @@ Promise.withResolvers ??= function () {
   return deferred
 }
 
-const STREAM_PROTOCOL = '/swarmcore/stream/1'
 const NAMESPACE = 'swarmcore'
 const SEQUENCE_BYTES = 8
-const LENGTH_BYTES = 4
+const MAX_WINDOW_BYTES = 2 ** 24
 const CALL_TIMEOUT_MS = 30_000
 
 const { values: flags } = parseArgs({
@@ -77,7 +77,8 @@ const node = await createLibp2p({
   addresses: { listen: flags.listen, appendAnnounce: flags.announce },
   transports: [tcp(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
-  streamMuxers: [yamux()],
+  // By default a paused stream is reset at 4 MiB unread, less than the window that it grants.
+  streamMuxers: [yamux({ streamOptions: { maxReadBufferLength: 2 * MAX_WINDOW_BYTES } })],
   services: {
     identify: identify(),
     identifyPush: identifyPush(),
@@ -87,23 +88,7 @@ const node = await createLibp2p({
     ...(flags.dcutr && { dcutr: dcutr() })
   }
 })
-if (flags.echo) await node.handle(STREAM_PROTOCOL, stream => echo(stream), { runOnLimitedConnection: true })
-
-/** Send frames of these sizes, each after its length in four bytes, little-endian, and check their echoes. */
-async function exchange (stream, sizes) {
-  const bytes = byteStream(stream, { maxBufferSize: 2 * (LENGTH_BYTES + Math.max(...sizes)) })
-  const signal = AbortSignal.timeout(CALL_TIMEOUT_MS)
-  for (const [index, size] of sizes.entries()) {
-    const frame = Buffer.alloc(LENGTH_BYTES + size, index + 1)
-    frame.writeUInt32LE(size)
-    const [echoed] = await Promise.all([
-      bytes.read({ bytes: frame.byteLength, signal }),
-      bytes.write(frame, { signal })
-    ])
-    if (!frame.equals(echoed.subarray())) throw new Error(`the echo of ${size} bytes differs`)
-  }
-  await stream.close({ signal })
-}
+if (flags.echo) await node.handle(PROTOCOL, echo, { runOnLimitedConnection: true })
 
 function options () {
   return { signal: AbortSignal.timeout(CALL_TIMEOUT_MS), runOnLimitedConnection: true }
@@ -115,7 +100,7 @@ const calls = {
   connect: async ({ addr }) => (await node.dial(multiaddr(addr), options())).remoteAddr.toString(),
   dial: async ({ addr, protocol, sizes }) => {
     const stream = await node.dialProtocol(multiaddr(addr), protocol, options())
-    await exchange(stream, sizes)
+    await checkEcho(stream, sizes)
   },
   put: ({ key, value }) =>
     node.contentRouting.put(Buffer.from(key), Buffer.from(value, 'base64'), options()),
@@ -141,8 +126,9 @@ const calls = {
 async function answer ({ call, do: name, ...args }) {
   try {
     return { call, result: await calls[name](args) ?? null }
-  } catch (error) {
-    return { call, error: `${error.name}: ${error.message}` }
+  } catch (reason) {
+    const error = reason.error ?? reason // a stream that fails while it is written to rejects with its event
+    return { call, error: `${error.name ?? 'closed'}: ${error.message}` }
   }
 }
 
