@@ -44,7 +44,7 @@ def check_classes(labels: torch.Tensor, shape: tuple[int, ...], count: int) -> N
     if not _are_classes(labels, count):
         raise InvalidBatchError(
             f"labels must be whole numbers from 0 to {count - 1}, or {IGNORED} for none; make the head with "
-            f"as many labels as the data has"
+            f"as many labels as the data has (num_labels)"
         )
 
 
