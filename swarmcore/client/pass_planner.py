@@ -86,12 +86,10 @@ class PassPlanner:
                     f"--max-pass-tokens",
                     pass_tokens=most,
                 ) from None
-            raise MissingBlocksError(
-                f"{exc.message}: {len(able)} servers take batches"
-                + (f" with the adapter {adapter!r}" if adapter else "")
-                + (f" ({', '.join(short(server.peer) for server in able[:4])})" if able else ""),
-                **exc.details,
-            ) from None
+            such = f" with the adapter {adapter!r}" if adapter else ""
+            others = ", ".join(f"{short(server.peer)} {server.span}" for server in able[:4])
+            found = f"those that do hold other blocks: {others}" if able else "none that is online does"
+            raise MissingBlocksError(f"{exc.message}{such}; {found}", **exc.details) from None
 
     def worked(self, stage: Stage, kind: Kind, tokens: int, seconds: float) -> None:
         """A server was at work on a pass of ``tokens`` tokens for so many seconds."""

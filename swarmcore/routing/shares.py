@@ -95,7 +95,7 @@ class ThroughputShares:
                     offers.append((share, part, amount * share.seconds * len(part) / len(held)))
             if not offers:
                 raise MissingBlocksError(
-                    f"no server takes a share of block {position} of {self._model.name}",
+                    f"no server takes batches through block {position} of {self._model.name}",
                     ranges=[f"{position}:{position + 1}"],
                 )
             share, part, seconds = min(
