@@ -89,7 +89,7 @@ def test_a_name_that_no_server_has(poet: tuple[Path, str, LoraAdapter]) -> None:
             session_options=SessionOptions(patience=0.1),
         )
         swarm.wait_for_blocks(model.stack.model, timeout=30)
-        with pytest.raises(MissingBlocksError, match="0 servers take batches with the adapter 'painter'"):
+        with pytest.raises(MissingBlocksError, match=r"takes batches .* with the adapter 'painter'"):
             model(IDS)
         with pytest.raises(MissingBlocksError, match="serve --adapter painter=FOLDER"):
             model.generate(IDS, **LENGTH)
