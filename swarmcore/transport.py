@@ -106,6 +106,9 @@ class Transport(ABC):
         self.limits = limits or Limits()
         self.listen_on = tuple(listen_on)
         self.announce = tuple(announce)
+        self.on_addresses: Callable[[tuple[Address, ...]], None] = lambda addresses: None
+        """For whoever runs this transport to set: called with the addresses to announce whenever they are no
+        longer those that `listen` returned, as when a relay is found or lost."""
 
     @abstractmethod
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
@@ -113,6 +116,10 @@ class Transport(ABC):
 
         Raise `AddressInUseError` or `AddressError` when a place cannot be listened on.
         """
+
+    def preference(self, address: Address) -> int:
+        """Which of a peer's addresses to try first: the lowest, at equality the first announced."""
+        return 0
 
     @abstractmethod
     async def open_stream(self, address: Address) -> Stream:

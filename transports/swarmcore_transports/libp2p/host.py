@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p import new_host
@@ -25,11 +25,13 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
-from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableError
+from swarmcore.errors import AddressError, AddressInUseError
 from swarmcore.identity import Identity
-from swarmcore.types import PeerId, short
+from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.libp2p.multiaddrs import is_relayed
+from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
+from swarmcore_transports.libp2p.own import OwnAddresses
+from swarmcore_transports.libp2p.relaying import RelayClient
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ PROTOCOL = TProtocol("/swarmcore/stream/1")
 """Our framed streams inside one libp2p stream each."""
 
 _CLOSE_SECONDS = 3.0
+_RESET_SECONDS = 1.0
 
 OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
 """Takes a stream that a peer opened, the peer, the path; sets the event when it has let the stream go."""
@@ -45,11 +48,12 @@ OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
 class Host:
     """Runs in the trio thread; every method but the constructor is called there."""
 
-    def __init__(self, identity: Identity, limits: Limits, on_stream: OnPipe) -> None:
+    def __init__(self, identity: Identity, limits: Limits, own: OwnAddresses, on_stream: OnPipe) -> None:
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
         noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
         self.peer = identity.peer
-        self._limits = limits
+        self.own = own
+        self.limits = limits
         self._on_stream = on_stream
         self._dials: dict[ID, trio.Event] = {}
         self.libp2p: IHost = new_host(
@@ -59,16 +63,18 @@ class Host:
             resource_manager=_resources(limits),
             connection_config=_connections(limits),
             negotiate_timeout=max(1, int(limits.connect_timeout)),
+            addrs_factory=lambda candidates: own.all(),
         )
         network = self.libp2p.get_network()
         assert isinstance(network, Swarm)
         self.swarm: Swarm = network
         self.swarm.retry_config = RetryConfig(max_retries=0)
         self.swarm.auto_connector = _DialsNobody(self.swarm)
+        self.relays = RelayClient(self)
 
     async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
         """Live until ``stop``, then close every connection."""
-        self.libp2p.set_stream_handler(PROTOCOL, self._accept)
+        self.serve(PROTOCOL, self._accept)
         async with self.libp2p.run(listen_addrs=[]):
             ready()
             await stop.wait()
@@ -82,10 +88,23 @@ class Host:
             for connection in self.swarm.get_connections():
                 nursery.start_soon(connection.close)
 
+    def serve(self, protocol: TProtocol, handler: Callable[[INetStream], Awaitable[None]]) -> None:
+        """Give each incoming stream of ``protocol`` to ``handler``, whose errors end that stream alone."""
+
+        async def guarded(stream: INetStream) -> None:
+            try:
+                await handler(stream)
+            except Exception as exc:
+                logger.debug("%s of %s failed: %r", protocol, stream.muxed_conn.peer_id, exc)
+                with trio.move_on_after(_RESET_SECONDS, shield=True):
+                    await stream.reset()
+
+        self.libp2p.set_stream_handler(protocol, guarded)
+
     # --- listening ------------------------------------------------------------------------------------
 
-    async def listen(self, places: Sequence[Multiaddr]) -> list[Multiaddr]:
-        """Listen on every one of ``places`` and return where that is, ports found.
+    async def listen(self, places: Sequence[Multiaddr]) -> None:
+        """Listen on every one of ``places`` and put where that is into `own`, ports found, wildcards spelt out.
 
         Raise `AddressInUseError` or `AddressError` when one cannot be listened on.
         """
@@ -93,7 +112,8 @@ class Host:
             _check_free(place)
             if not await self.swarm.listen(place):
                 raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
-        return [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
+        bound = [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
+        self.own.put("listening", spelt_out(bound))
 
     async def _accept(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
@@ -109,7 +129,7 @@ class Host:
         Returns it with its path. Several at a time to one peer make one connection.
         """
         libp2p_peer = ID.from_string(peer)
-        while not self._living(libp2p_peer):
+        while not self.connections(libp2p_peer):
             dialling = self._dials.get(libp2p_peer)
             if dialling is not None:
                 await dialling.wait()
@@ -125,11 +145,13 @@ class Host:
 
     async def _dial(self, peer: ID, multiaddr: Multiaddr) -> None:
         if is_relayed(multiaddr):
-            raise PeerUnreachableError(f"{short(str(peer))} is behind a relay")
+            await self.relays.dial(peer, multiaddr)
+            return
         # Not by way of `connect`: that waits 250 ms for a second address which there is not.
         await self.swarm.dial_addr(multiaddr, peer)
 
-    def _living(self, peer: ID) -> list[INetConn]:
+    def connections(self, peer: ID) -> list[INetConn]:
+        """Those to ``peer`` that have not been closed."""
         return [connection for connection in self.swarm.get_connections(peer) if not connection.is_closed]
 
     def path_of(self, stream: INetStream) -> str:

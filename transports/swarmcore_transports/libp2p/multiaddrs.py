@@ -66,17 +66,18 @@ def to_multiaddr(address: Address) -> Multiaddr:
     return found
 
 
-def announced_address(text: str, peer: PeerId) -> Address:
-    """What ``--announce`` says: a whole address, a multiaddr, or ``host:port``."""
+def announced_multiaddr(text: str, peer: PeerId) -> Multiaddr:
+    """What ``--announce`` says, a whole address, a multiaddr, or ``host:port``, without the peer at its end.
+
+    Raise `AddressError` when it is malformed or names another peer.
+    """
     if text.startswith(f"{SCHEME}:"):
         address = Address.parse(text)
         if address.peer != peer:
             raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
-        to_multiaddr(address)
-        return address
-    address = to_address(parsed(text) if text.startswith("/") else place(text), peer)
-    to_multiaddr(address)
-    return address
+    else:
+        address = to_address(parsed(text) if text.startswith("/") else place(text), peer)
+    return parsed(str(to_multiaddr(address)).removesuffix(f"/p2p/{peer}"))
 
 
 def spelt_out(bound: Iterable[Multiaddr]) -> list[Multiaddr]:

@@ -32,12 +32,13 @@ from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import (
     SCHEME,
-    announced_address,
+    announced_multiaddr,
     place,
-    spelt_out,
+    preference,
     to_address,
     to_multiaddr,
 )
+from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.pipe import StreamPipe
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class Libp2pTransport(Transport):
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         self._settings = Settings.of(self.limits)
+        fixed = [announced_multiaddr(text, identity.peer) for text in announce]
+        self._own = OwnAddresses(identity.peer, fixed, self._own_changed)
         self._host: Host | None = None
         self._thread: TrioThread | None = None
         self._starting = asyncio.Lock()
@@ -86,7 +89,7 @@ class Libp2pTransport(Transport):
         async with self._starting:
             self._check_open()
             if self._thread is None or self._host is None:
-                host = Host(self.identity, self.limits, self._stream_arrived)
+                host = Host(self.identity, self.limits, self._own, self._stream_arrived)
 
                 thread = TrioThread(
                     host.run, name=f"libp2p-{self.identity.peer[-6:]}", on_crash=self._crashed
@@ -108,12 +111,26 @@ class Libp2pTransport(Transport):
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['/ip4/0.0.0.0/tcp/4001']")
         places = [place(text) for text in self.listen_on]
-        announced = tuple(announced_address(text, self.identity.peer) for text in self.announce)
         thread, host = await self._started()
         self._connections.serve(on_stream)
-        bound = await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")
+        await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")
         self._listening = True
-        return announced or tuple(to_address(found, self.identity.peer) for found in spelt_out(bound))
+        return self._addresses()
+
+    def _addresses(self) -> tuple[Address, ...]:
+        return tuple(to_address(own, self.identity.peer) for own in self._own.all())
+
+    def _own_changed(self) -> None:
+        """Called in the trio thread."""
+        if self._thread:
+            self._thread.tell(self._tell_addresses)
+
+    def _tell_addresses(self) -> None:
+        if self._listening and not self._closed:
+            self.on_addresses(self._addresses())
+
+    def preference(self, address: Address) -> int:
+        return preference(to_multiaddr(address))
 
     def _stream_arrived(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
         """Called in the trio thread."""

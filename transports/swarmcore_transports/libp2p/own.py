@@ -1,0 +1,46 @@
+"""By which addresses this peer can be reached, as far as it knows at the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from multiaddr import Multiaddr
+
+from swarmcore.types import PeerId
+from swarmcore_transports.libp2p.multiaddrs import preference
+
+Source = Literal["listening", "mapped", "verified", "relayed"]
+"""Where an address comes from: a socket here, a port that the router maps, an address at which another peer
+has reached this one, a relay that keeps a place for it."""
+
+
+class OwnAddresses:
+    """A plain object; ``on_change`` is called after every change of `all`.
+
+    Addresses are without this peer's id at their end. With ``fixed`` the others are known but not told.
+    """
+
+    def __init__(self, peer: PeerId, fixed: Sequence[Multiaddr], on_change: Callable[[], None]) -> None:
+        self.peer = peer
+        self._fixed = list(fixed)
+        self._on_change = on_change
+        self._of: dict[Source, list[Multiaddr]] = {}
+
+    def of(self, source: Source) -> list[Multiaddr]:
+        """Those that came from ``source``."""
+        return list(self._of.get(source, ()))
+
+    def put(self, source: Source, addresses: Iterable[Multiaddr]) -> None:
+        """Replace those of ``source``."""
+        before = self.all()
+        self._of[source] = list(addresses)
+        if self.all() != before:
+            self._on_change()
+
+    def all(self) -> list[Multiaddr]:
+        """Those to announce, in the order in which others should try them."""
+        if self._fixed:
+            return [*self._fixed, *self.of("relayed")]
+        known = {str(address): address for addresses in self._of.values() for address in addresses}
+        return sorted(known.values(), key=preference)
