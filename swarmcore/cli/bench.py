@@ -12,7 +12,7 @@ import click
 from swarmcore.cli import interrupt
 from swarmcore.cli.options import set_thread_environment, standard
 from swarmcore.cli.output import Output
-from swarmcore.errors import InputError
+from swarmcore.cli.values import parse_numbers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,8 +137,8 @@ def inference(
         model=model,
         dtype=dtype,
         threads=threads,
-        swarm_sizes=_numbers(servers, "--servers"),
-        client_counts=_numbers(clients, "--clients"),
+        swarm_sizes=parse_numbers("--servers", servers),
+        client_counts=parse_numbers("--clients", clients),
         tokens=tokens,
         rounds=rounds,
     )
@@ -192,7 +192,7 @@ def training(
         model=model,
         dtype=dtype,
         threads=threads,
-        swarm_sizes=_numbers(servers, "--servers"),
+        swarm_sizes=parse_numbers("--servers", servers),
         batch=batch,
         length=length,
         micro_batch_tokens=micro_batch,
@@ -326,13 +326,3 @@ def _show(output: Output, name: str, table: Table, **figures: Any) -> None:
     output.event(name, **figures)
     if not output.json_lines:
         Console().print(table)
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise InputError(f"{option} {text!r} is not a list of numbers above 0, such as 1,3")
-    return numbers

@@ -19,6 +19,17 @@ def parse_bytes(option: str, text: str) -> int:
     return int(float(match[1]) * _FACTORS[match[2].upper()])
 
 
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Numbers above 0, each once, from the form ``"1,3"``. Raise `InputError`."""
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option} {text!r} is not a list of numbers above 0, such as 1,3")
+    return numbers
+
+
 def parse_named_paths(option: str, values: Sequence[str]) -> dict[str, str]:
     """Paths by their names, from values of the form ``NAME=PATH``. Raise `InputError`."""
     found: dict[str, str] = {}

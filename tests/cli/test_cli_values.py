@@ -1,6 +1,6 @@
 import pytest
 
-from swarmcore.cli.values import parse_bytes, parse_named_paths
+from swarmcore.cli.values import parse_bytes, parse_named_paths, parse_numbers
 from swarmcore.errors import InputError
 
 
@@ -16,6 +16,13 @@ def test_numbers_of_bytes(text: str, count: int) -> None:
 def test_what_is_no_number_of_bytes(text: str) -> None:
     with pytest.raises(InputError, match="--budget"):
         parse_bytes("--budget", text)
+
+
+def test_lists_of_numbers() -> None:
+    assert parse_numbers("--servers", "3, 1,3") == (3, 1)
+    for wrong in ("", ",", "1,", "0", "1,-2", "one", "1.5"):
+        with pytest.raises(InputError, match="--servers"):
+            parse_numbers("--servers", wrong)
 
 
 def test_named_paths() -> None:
