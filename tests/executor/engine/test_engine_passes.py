@@ -98,21 +98,37 @@ async def test_passes_and_sessions_each_get_their_own_results() -> None:
         assert not executor.passes and engine.passes.queue.admitted_tokens == 0
 
 
-async def test_waiting_steps_go_before_units_and_at_most_one_unit_goes_between() -> None:
+@pytest.mark.parametrize(("sessions", "callers", "passes"), [(1, 1, 1), (1, 4, 6), (3, 4, 6)])
+async def test_waiting_steps_go_before_units_and_at_most_one_unit_goes_between(
+    sessions: int, callers: int, passes: int
+) -> None:
+    """However many passes wait, of however many callers, a step waits for one unit of one sequence."""
     async with running() as (engine, executor):
         executor.pass_seconds = 0.01
-        await engine.open("a", 1, 0, timeout=1.0)
-        rows = some_rows(40)
-        training = asyncio.create_task(forward(engine, some_rows(40), (10,) * 4))
-        for position in range(20):
-            await submit(engine, "a", position, rows[position : position + 1])
-        kinds = [kind for kind, _ in executor.units]
+
+        async def generate(session: str) -> None:
+            await engine.open(session, 1, 0, timeout=1.0)
+            rows = some_rows(20)
+            for position in range(20):
+                await submit(engine, session, position, rows[position : position + 1])
+
+        async def train(caller: str) -> None:
+            rows, lengths = some_rows(40), (10,) * 4
+            await forward(engine, rows, lengths, caller=caller, timeout=1000.0)
+            await backward(engine, rows, rows, lengths, caller=caller, timeout=1000.0)
+
+        training = [
+            asyncio.create_task(train(f"caller {number}")) for number in range(callers) for _ in range(passes)
+        ]
+        await asyncio.gather(*(generate(f"session {number}") for number in range(sessions)))
+        units = list(executor.units)
+        kinds = [kind for kind, _ in units]
         first, last = kinds.index("step"), len(kinds) - kinds[::-1].index("step")
-        between = kinds[first:last]
-        assert between.count("step") == 20
-        assert all(pair != ("unit", "unit") for pair in pairwise(between))
-        assert "unit" in between  # and passes are not starved
-        await training
+        between = units[first:last]
+        assert sum(tokens for kind, tokens in between if kind == "step") == 20 * sessions
+        assert all(pair != ("unit", "unit") for pair in pairwise(kinds[first:last]))
+        assert {tokens for kind, tokens in between if kind == "unit"} == {10}  # nor are passes starved
+        await asyncio.gather(*training)
 
 
 async def test_units_are_whole_batches_when_nobody_is_interactive_and_small_when_somebody_is() -> None:
