@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from swarmcore.client.loop_thread import background_loop, wait_on
 from swarmcore.client.micro_batches import BatchRunner
@@ -39,6 +39,9 @@ class Bridge:
 
     def __repr__(self) -> str:
         return f"<Bridge {self._model.name} · {self._runner or 'nothing run yet'}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # copies of a module go over the same connection
 
     def run(self, work: Callable[[BatchRunner], Coroutine[Any, Any, T]]) -> T:
         """Wait for ``work``. Raise `InputError` where waiting could never end."""

@@ -14,6 +14,7 @@ Section 2.2 of arXiv 2312.08361.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -46,8 +47,9 @@ class TunedModel(nn.Module):
     """A remote language model with a soft prompt, an adapter of its blocks, a head, or several of them.
 
     ``model`` is one of `swarmcore.transformers.AutoModelForCausalLM`; it is shared, not changed and not
-    closed: any number of tuned models may use one. It is no submodule, so that `parameters` and `state_dict`
-    have what is trained and nothing else. With a ``head``, the model's own head is not used.
+    closed: any number of tuned models, and their copies, may use one. It is no submodule, so that
+    `parameters` and `state_dict` have what is trained and nothing else. With a ``head``, the model's own
+    head is not used.
 
     Raise `InputError` for another kind of model, and `AdapterError` for parts made for another one.
     """
@@ -73,6 +75,12 @@ class TunedModel(nn.Module):
         self.adapter = adapter
         self.head = head
         self._check_sizes()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self._model)] = self._model  # shared by copies too
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def model(self) -> Any:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -66,6 +66,9 @@ class RemoteStack:
 
     def __repr__(self) -> str:
         return f"<RemoteStack {self.model.name} · {self.model.blocks} blocks · {self.swarm}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # copies of a model use the same swarm, and are closed with it
 
     @property
     def adapter(self) -> BlockAdapter | str | None:

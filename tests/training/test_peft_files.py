@@ -159,7 +159,7 @@ def test_an_irregular_choice_of_projections_is_named_one_by_one(tmp_path: Path) 
     torch.testing.assert_close(logits_of_peft(theirs), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
 def test_heads_go_both_ways(task: str, family: str, kind: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_swarm import Tiny, tiny_swarm
+from torch.optim.swa_utils import AveragedModel
 
 from swarmcore import PassOptions
 from swarmcore.errors import AdapterError, InputError, InvalidBatchError
@@ -213,6 +215,24 @@ def test_two_over_one_model_do_not_meet(llama: Tiny) -> None:
     assert torch.equal(second.logits, alone[1])
     assert len(one.state_dict()) == 20
     assert len(other.state_dict()) == 5
+
+
+def test_a_copy_has_parameters_of_its_own(llama: Tiny) -> None:
+    tuned = tuned_model("lora", llama.remote)
+    before = tuned(IDS, MASK).logits
+    average, copied = AveragedModel(tuned), copy.deepcopy(llama.remote)
+    blocks = llama.remote.blocks.adapted(tuned.adapter)[1:3]
+    same_blocks = copy.deepcopy(blocks)
+    hidden = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))
+    expected = blocks(hidden)
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.zero_()
+    assert torch.equal(average(IDS, MASK).logits, before)
+    assert average.module.model is llama.remote
+    assert torch.equal(copied(IDS).logits, tuned(IDS).logits)
+    assert torch.equal(same_blocks(hidden), expected)
+    assert not torch.equal(blocks(hidden), expected)
 
 
 def test_positions_move_on_where_they_are_learned(tmp_path: Path) -> None:
