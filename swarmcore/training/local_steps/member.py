@@ -20,7 +20,7 @@ from swarmcore.training.local_steps.deadline import within
 from swarmcore.training.local_steps.lineage import by_rank, is_better
 from swarmcore.training.local_steps.outgoing import Outgoing, prepare
 from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import Traffic
+from swarmcore.training.local_steps.pieces import Traffic, decode
 from swarmcore.training.local_steps.replica import Replica, Result, State
 from swarmcore.training.local_steps.serving import Answering
 from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
@@ -67,7 +67,6 @@ class RunMember:
         self._partners = Partners(node, registry, replica, self.traffic)
         self._coordinator = Coordinator(node.peer, self._partners, settings.codec)
         self._reported = Traffic()
-        self._exchanging = False
         Answering(node, self._partners, self._coordinator)
 
     def __repr__(self) -> str:
@@ -123,24 +122,19 @@ class RunMember:
         The replica has then the current parameters, and `outgoing` has `arrived` in them; or it has not got
         into any of several rounds. If an earlier one is outgoing still, that is brought again, and ``delta``,
         which has all of it and more, has to wait for the next exchange. When cancelled, what is outgoing may
-        arrive all the same. Raise `DeltaError` for values that are not finite.
+        arrive all the same. One at a time. Raise `DeltaError` for values that are not finite.
         """
-        if self._exchanging:
-            raise InputError("an exchange is under way; wait for its end before the next")
         if not 0 < samples <= MOST_SAMPLES:
             raise InputError(f"a delta is of 1 sample or more; got {samples}")
         began = asyncio.get_running_loop().time()
         earlier = self.outgoing
-        self._exchanging = True
-        try:
-            if earlier is None:
-                self.outgoing, self.residuals = await asyncio.to_thread(
-                    prepare, delta, samples, self.settings.codec, self.residuals, self._rng
-                )
-            if not self._has_arrived:
-                await self._bring()
-        finally:
-            self._exchanging = False
+        if earlier is None:
+            self.outgoing, self.residuals = await asyncio.to_thread(
+                prepare, delta, samples, self.settings.codec, self.residuals, self._rng
+            )
+        if not self._has_arrived:
+            assert self.outgoing is not None
+            await self._bring(self.outgoing)
         included = earlier is None and self._has_arrived
         return self._report(included, asyncio.get_running_loop().time() - began)
 
@@ -153,15 +147,14 @@ class RunMember:
     def _has_arrived(self) -> bool:
         return self.arrived(self.replica.state) is not None
 
-    async def _bring(self) -> None:
-        """Deliver what is outgoing, until it has arrived or has been tried in several rounds."""
-        assert self.outgoing is not None
-        values = await asyncio.to_thread(lambda one: one.values, self.outgoing)
+    async def _bring(self, outgoing: Outgoing) -> None:
+        """Deliver it, until it has arrived or has been tried in several rounds."""
+        values = await asyncio.to_thread(decode, outgoing.pieces)
         patience = self.settings.deadline
         useless: Counter[PeerId] = Counter()  # they go on from other parameters, but have no better ones
         for _ in range(_ATTEMPTS):
             lineage = self.replica.lineage
-            await self._try_round(lineage, self.outgoing, values, patience, useless)
+            await self._try_round(lineage, outgoing, values, patience, useless)
             if self._has_arrived:
                 return
             if self.replica.lineage != lineage:

@@ -30,11 +30,6 @@ class Outgoing:
     length: float
     """The norm of what is in ``pieces``."""
 
-    @property
-    def values(self) -> torch.Tensor:
-        """What others read from the pieces."""
-        return decode(self.pieces)
-
 
 def prepare(
     delta: torch.Tensor, samples: int, codec: str, residuals: Residuals, rng: Random

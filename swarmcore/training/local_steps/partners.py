@@ -58,11 +58,8 @@ class Partners:
     def alive(self) -> frozenset[PeerId]:
         """Peers of the run that the registry knows now, without this one and those that are `distrusted`."""
         run = self.replica.terms.run
-        return frozenset(
-            info.peer
-            for info in self._registry.view()
-            if run in info.runs and info.addresses and info.peer not in (self._node.peer, *self.distrusted)
-        )
+        found = {info.peer for info in self._registry.view() if run in info.runs and info.addresses}
+        return frozenset(found - self.distrusted - {self._node.peer})
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a change in the registry that makes ``condition`` true."""

@@ -10,6 +10,7 @@ import torch
 
 from swarmcore.errors import CheckpointError
 from swarmcore.training.local_steps.outgoing import Outgoing, restored
+from swarmcore.training.local_steps.pieces import decode
 from swarmcore.training.local_steps.replica import State
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, Lineage, RunTerms
@@ -51,7 +52,7 @@ class SavedMember:
             if one is None
             else {
                 "delta": one.delta,
-                "values": one.values,
+                "values": decode(one.pieces),
                 "samples": one.samples,
                 "delivery": one.delivery,
             },

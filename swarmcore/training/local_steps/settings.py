@@ -86,8 +86,9 @@ class RoundReport:
     received: int
 
     def __str__(self) -> str:
-        part = "" if self.included else ", without all of this one's delta"
+        peers = f"{self.peers} peer" + ("s" if self.peers != 1 else "")
+        part = "" if self.included else ", this one's delta kept for the next"
         return (
-            f"round {self.round}: {self.peers} peers, {self.samples} samples{part}, in {self.seconds:.2f} s, "
+            f"round {self.round}: {peers}, {self.samples} samples{part}, in {self.seconds:.2f} s, "
             f"{self.sent / 1e6:.2f} MB sent, {self.received / 1e6:.2f} MB received"
         )

@@ -47,7 +47,8 @@ class LocalSteps:
     ``bootstrap`` are addresses of members of the swarm; none for the first one. The peer listens on
     ``listen`` (transport schemes, each with its places; a free TCP port by default) and has to be reachable
     there.
-    ``allowed_peers`` closes the run to all others. ``network`` replaces all four.
+    ``allowed_peers`` closes the run to all others. ``identity`` is a new one by default; keep one for
+    a peer that is to come back with its `state_dict`. ``network`` replaces all these.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ class LocalSteps:
 
         Every ``every``-th call exchanges what was learned and sets the parameters; the others return None at
         once. Waits no longer than it takes all peers to deliver, and ``deadline`` seconds for those who do
-        not. Raise `DeltaError` when the parameters are not finite.
+        not. When cancelled, what was learned may get in all the same, and does so once: the next call sees to
+        that. Raise `DeltaError` when the parameters are not finite.
         """
         if not self._is_due(samples):
             return None
@@ -138,6 +140,7 @@ class LocalSteps:
             delta = await _to_its_end(self._learned, member)
             report = await member.exchange(delta, self._samples)
             await _to_its_end(self._go_on, member, delta)
+            self._steps = 0
         return self._told(report)
 
     def step_sync(self, samples: int = 1) -> RoundReport | None:
@@ -149,6 +152,7 @@ class LocalSteps:
             delta = self._learned(member)
             report = self._wait(member.exchange(delta, self._samples))
             self._go_on(member, delta)
+            self._steps = 0
         return self._told(report)
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,10 +180,10 @@ class LocalSteps:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a `state_dict` on entering: with the same bits, if the run has not gone on meanwhile.
 
-        If others have trained on, their parameters are fetched, and what this peer had not exchanged yet is
-        added. Use the same ``identity``. Raise `CheckpointError` for what is no state, `RunMismatchError` or
-        `DeltaError` for one of another run, other settings of it or other parameters, `InputError` when
-        entered already.
+        This peer's own parameters become the saved ones, too. If others have trained on, their parameters are
+        fetched, and what this peer had not exchanged yet is kept. Use the same ``identity``. Raise
+        `CheckpointError` for what is no state, `RunMismatchError` or `DeltaError` for one of another run,
+        other settings of it or other parameters, `InputError` when entered already.
         """
         if self._member is not None:
             raise InputError("load the state before you enter the LocalSteps")
@@ -216,7 +220,7 @@ class LocalSteps:
     async def _enter(self) -> None:
         if self._member is not None:
             raise InputError("this LocalSteps is entered already")
-        saved, self._saved = self._saved, None
+        saved = self._saved
         async with AsyncExitStack() as stack:
             node, registry = await stack.enter_async_context(self._network())
             if saved is not None and saved.outgoing is not None and saved.peer != node.peer:
@@ -233,7 +237,7 @@ class LocalSteps:
             await member.join()
             await _to_its_end(self._begin, member, saved)
             self._stack = stack.pop_all()
-        self._member = member
+        self._member, self._saved = member, None
         self._loop = asyncio.get_running_loop()
 
     async def _leave(self) -> None:
@@ -261,21 +265,20 @@ class LocalSteps:
 
     def _begin(self, member: RunMember, saved: SavedMember | None) -> None:
         if saved is None:
-            self._samples = 0
-            self._go_on(member, torch.zeros(1))
+            self._start_from(member.replica.state)
+            self._steps = self._samples = 0
             return
-        self._base, self._samples = saved.base, saved.samples
+        self._base, self._steps, self._samples = saved.base, saved.steps, saved.samples
         self._parameters.write(saved.own)
         if member.replica.lineage != saved.state.lineage:
             self._go_on(member, saved.base - saved.own)
-        self._steps = saved.steps
 
     def _learned(self, member: RunMember) -> torch.Tensor:
         """What the local steps have changed, and is not in the common parameters yet."""
         delta = self._base - self._parameters.read()
         if member.arrived(member.replica.state) is None:
             return delta
-        # That of an exchange which was cancelled has got in all the same.
+        # The exchange of some of it was cancelled, and it has got in all the same.
         self._go_on(member, delta)
         return self._base - self._parameters.read()
 
@@ -286,13 +289,14 @@ class LocalSteps:
         if arrived is not None:
             delta = delta - arrived.delta
             self._samples -= arrived.samples
-        self._parameters.write(state.parameters)
-        self._base = self._parameters.read()  # as they were rounded
+            member.outgoing = None
+        self._start_from(state)
         if delta.any():
             self._parameters.write(self._base - delta)
-        self._steps = 0
-        if arrived is not None:
-            member.outgoing = None
+
+    def _start_from(self, state: State) -> None:
+        self._parameters.write(state.parameters)
+        self._base = self._parameters.read()  # as they were rounded
 
     def _told(self, report: RoundReport) -> RoundReport:
         if self._on_round is not None:
