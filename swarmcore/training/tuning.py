@@ -117,7 +117,8 @@ class TunedModel(nn.Module):
         ``attention_mask`` is 0 for padding, at either end of a sequence. Without a head, ``labels`` are
         ``[batch, length]`` ids, -100 where none counts, and are shifted by one as Transformers does; with
         one they are as its `loss` takes them. The logits are those of the given tokens: a soft prompt has
-        none. ``options`` go to the model's own ``forward``; ``logits_to_keep`` needs ``labels`` left out.
+        none. ``options`` go to the model's own ``forward``; ``logits_to_keep`` needs ``labels`` left out, and
+        ``output_hidden_states`` gives those of a soft prompt too.
 
         Raise `InvalidBatchError` for masks and labels of wrong shapes or values, and what
         `RemoteBlocks.forward` raises.
@@ -130,8 +131,8 @@ class TunedModel(nn.Module):
         with self._adapted():
             if self.head is None:
                 return self._language(input_ids, labels, options)
-            hidden = self.model.base_model(**options).last_hidden_state
-        return self._classes(hidden[:, self.prompt_tokens :], attention_mask, labels)
+            output = self.model.base_model(**options)
+        return self._classes(output, attention_mask, labels)
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
@@ -185,8 +186,8 @@ class TunedModel(nn.Module):
         length = input_ids.shape[1]
         if labels is None:
             keep = options.pop("logits_to_keep", length)
-            logits = self.model(**options, logits_to_keep=keep).logits
-            return CausalLMOutput(logits=cast(Any, logits[:, -length:]))
+            output = self.model(**options, logits_to_keep=keep)
+            return CausalLMOutput(logits=output.logits[:, -length:], hidden_states=output.hidden_states)
         if "logits_to_keep" in options:
             raise InputError("leave out logits_to_keep where there are labels: the loss is over all of them")
         check_token_labels(labels, tuple(input_ids.shape), self._vocabulary)
@@ -195,20 +196,20 @@ class TunedModel(nn.Module):
             options |= {"logits_to_keep": length + 1}
             labels = torch.cat([labels.new_full((len(labels), 1), IGNORED), labels], dim=1)
         output = self.model(**options, labels=labels)
-        return CausalLMOutput(loss=output.loss, logits=output.logits[:, -length:])
+        return CausalLMOutput(
+            loss=output.loss, logits=output.logits[:, -length:], hidden_states=output.hidden_states
+        )
 
     def _classes(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
+        self, output: Any, mask: torch.Tensor | None, labels: torch.Tensor | None
     ) -> SequenceClassifierOutput | TokenClassifierOutput:
         head = cast(Any, self.head)
-        hidden = hidden.to(head.linear.weight.dtype)
-        if isinstance(head, SequenceClassificationHead):
-            logits = head(hidden, mask)
-            loss = None if labels is None else head.loss(logits, labels)
-            return SequenceClassifierOutput(loss=loss, logits=logits)
-        logits = head(hidden)
+        hidden = output.last_hidden_state[:, self.prompt_tokens :].to(head.linear.weight.dtype)
+        of_sequences = isinstance(head, SequenceClassificationHead)
+        logits = head(hidden, mask) if of_sequences else head(hidden)
         loss = None if labels is None else head.loss(logits, labels)
-        return TokenClassifierOutput(loss=loss, logits=logits)
+        kind = SequenceClassifierOutput if of_sequences else TokenClassifierOutput
+        return kind(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
     def _adapted(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.model.stack.using(self.adapter)

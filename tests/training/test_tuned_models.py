@@ -102,6 +102,8 @@ def test_losses_logits_and_gradients_are_those_of_peft(llama: Tiny, kind: str, t
     assert close(found.logits[real], expected.logits[:, -7:][real])
     assert close(tuned(IDS, MASK).logits[real], expected.logits[:, -7:][real])
     assert tuned(IDS, MASK, logits_to_keep=2).logits.shape == (3, 2, 128)
+    states = tuned(IDS, MASK, output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [(3, 7 + tuned.prompt_tokens, 64)] * 6
     expected.loss.backward()
     found.loss.backward()
     gradients = peft_gradients(kind, theirs, tuned)
