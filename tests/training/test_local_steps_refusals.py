@@ -17,6 +17,7 @@ from swarmcore.errors import (
     RunMismatchError,
     StaleRoundError,
     SwarmError,
+    TooManyCallsError,
 )
 from swarmcore.executor.torch.tensors import to_wire
 from swarmcore.registry.memory import MemoryRegistry
@@ -76,6 +77,20 @@ async def test_a_delta_that_is_not_what_was_signed_is_refused(claimed: dict[str,
             await one.member._partners.deliver(
                 other.peer, attrs.evolve(opening, **claimed), encode(torch.ones(4), "raw")
             )
+
+
+async def test_one_delta_at_a_time():
+    async with TrainingRun() as run:
+        one, other = await run.joined(2)
+        replica = one.member.replica
+        opening = DeliverDelta(replica.terms, replica.lineage, 1, 1, 5.0)
+        addresses = [Address.parse(str(address)) for address in other.member.node.addresses]
+        async with await one.member.node.open(addresses, LOCAL_STEPS_PROTOCOL, opening):
+            await asyncio.sleep(1)
+            with pytest.raises(TooManyCallsError, match="another delta of yours"):
+                await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
+        await exchange_all(run.trainees, 1.0)
+        assert one.reports[-1].peers == 2
 
 
 def lie(liar: Trainee, factor: float, **claimed: object) -> None:

@@ -149,12 +149,11 @@ class RunMember:
 
     async def _bring(self, outgoing: Outgoing) -> None:
         """Deliver it, until it has arrived or has been tried in several rounds."""
-        values = await asyncio.to_thread(decode, outgoing.pieces)
         patience = self.settings.deadline
         useless: Counter[PeerId] = Counter()  # they go on from other parameters, but have no better ones
         for _ in range(_ATTEMPTS):
             lineage = self.replica.lineage
-            await self._try_round(lineage, outgoing, values, patience, useless)
+            await self._try_round(lineage, outgoing, patience, useless)
             if self._has_arrived:
                 return
             if self.replica.lineage != lineage:
@@ -162,12 +161,7 @@ class RunMember:
         logger.warning("%r: its delta got into none of %d rounds; it is kept", self, _ATTEMPTS)
 
     async def _try_round(
-        self,
-        lineage: Lineage,
-        outgoing: Outgoing,
-        values: torch.Tensor,
-        patience: float,
-        useless: Counter[PeerId],
+        self, lineage: Lineage, outgoing: Outgoing, patience: float, useless: Counter[PeerId]
     ) -> None:
         """Deliver to the coordinator of the round from ``lineage``, or who follows it, until the round ends.
 
@@ -187,6 +181,7 @@ class RunMember:
             visits[peer] += 1
             try:
                 if peer == self.node.peer:
+                    values = await asyncio.to_thread(decode, outgoing.pieces)
                     ended = await asyncio.shield(self._coordinator.deliver(lineage, own, values, patience))
                 else:
                     ended = await self._partners.deliver(peer, opening, outgoing.pieces)

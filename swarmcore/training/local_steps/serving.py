@@ -14,13 +14,14 @@ from swarmcore.errors import (
     PeerNotAllowedError,
     StaleRoundError,
     SwarmError,
+    TooManyCallsError,
 )
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.averaging import norm
 from swarmcore.training.local_steps.claims import MOST_SAMPLES, is_sound
-from swarmcore.training.local_steps.coordinator import Coordinator
+from swarmcore.training.local_steps.coordinator import Coordinator, Ending
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import decode, encode, receive, send
 from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
@@ -59,6 +60,7 @@ class Answering:
         self._partners = partners
         self._coordinator = coordinator
         self._replica = partners.replica
+        self._delivering: set[PeerId] = set()
         node.serve(STANDING_METHOD, self._standing)
         node.serve_protocol(LOCAL_STEPS_PROTOCOL, self._serve)
 
@@ -102,12 +104,13 @@ class Answering:
                 if opening.lineage != self._replica.lineage:
                     raise StaleRoundError(f"your state could not be fetched: {exc.message}") from exc
         self._coordinator.check(opening.lineage)
-        pieces = await receive(channel, self._replica.terms.values, self._partners.traffic)
-        contribution = Contribution(
-            channel.remote, opening.delivery, opening.samples, opening.length, opening.signature
-        )
-        values = await asyncio.to_thread(_values, pieces, contribution, opening)
-        ending = self._coordinator.deliver(opening.lineage, contribution, values, opening.patience)
+        if channel.remote in self._delivering:  # each takes as much memory as the parameters
+            raise TooManyCallsError("another delta of yours is coming in; wait for it")
+        self._delivering.add(channel.remote)
+        try:
+            ending = await self._deliver(channel, opening)
+        finally:
+            self._delivering.discard(channel.remote)
         while not ending.done():
             await asyncio.wait([ending], timeout=_BEAT)
             if not ending.done():
@@ -117,6 +120,14 @@ class Answering:
             await channel.send(ended)
         else:
             await self._send_result(channel, ended)
+
+    async def _deliver(self, channel: Channel, opening: DeliverDelta) -> Ending:
+        pieces = await receive(channel, self._replica.terms.values, self._partners.traffic)
+        contribution = Contribution(
+            channel.remote, opening.delivery, opening.samples, opening.length, opening.signature
+        )
+        values = await asyncio.to_thread(_values, pieces, contribution, opening)
+        return self._coordinator.deliver(opening.lineage, contribution, values, opening.patience)
 
     async def _give(self, channel: Channel, opening: FetchState) -> None:
         state, results = self._replica.state, self._replica.since(opening.have)
