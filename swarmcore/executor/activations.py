@@ -42,6 +42,11 @@ class ActivationStore:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def known(self) -> bool:
+        """Whether any pass has shown yet what activations take."""
+        return self._token_bytes > 0
+
     def learn(self, work: BatchPass) -> None:
         """What activations take, as a pass has shown."""
         self._token_bytes = work.token_bytes or self._token_bytes
@@ -52,7 +57,7 @@ class ActivationStore:
 
     def tokens_within(self, nbytes: int, span: Span) -> int:
         """How many tokens' activations fit; 1 as long as nothing is known."""
-        return max(1, int(nbytes / (self._token_bytes * len(span)))) if self._token_bytes else 1
+        return max(1, int(nbytes / (self._token_bytes * len(span)))) if self.known else 1
 
     def make_room(self, nbytes: int) -> None:
         """Drop what is kept, the oldest first, until it fits beside ``nbytes`` of others."""

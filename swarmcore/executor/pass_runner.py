@@ -155,8 +155,7 @@ class PassRunner:
         began = _now()
         limit = self.pacing.unit_tokens(queued.kind, queued.lengths, self._stats.decode_seconds, began)
         queued.begun = queued.running = True
-        if queued.saves:
-            self._set_aside(queued)
+        if queued.saves and self._set_aside(queued):
             limit = min(limit, self.kept.tokens_within(queued.nbytes, queued.span))
         self._computing = queued
         try:
@@ -187,15 +186,23 @@ class PassRunner:
         if not queued.saves or not self.queue.under_way:
             return True
         kept = 0 if queued.kind == "forward" else self.kept.nbytes
-        return self._least(queued) + self.under_way_bytes + kept <= self.kept.budget
+        return self.kept.known and self._least(queued) + self.under_way_bytes + kept <= self.kept.budget
 
-    def _set_aside(self, queued: QueuedPass) -> None:
-        """Room for what it saves: for the whole pass if that is free, for a part of it at a time if not."""
+    def _set_aside(self, queued: QueuedPass) -> bool:
+        """Room for what it saves: for the whole pass if that is free, for a part of it at a time if not.
+
+        A forward pass of which not everything can be kept goes on without keeping any; False then.
+        """
         others = self.under_way_bytes - queued.nbytes
         free = self.kept.budget - self.kept.nbytes - others
         whole = self.kept.estimate(queued.tokens, queued.span)
+        if isinstance(queued.work, ForwardPass) and whole > self.kept.budget:
+            queued.work.forget()
+            queued.saves, queued.nbytes = False, 0
+            return False
         queued.nbytes = max(self._least(queued), min(whole, free))
         self.kept.make_room(others + queued.nbytes)
+        return True
 
     def _least(self, queued: QueuedPass) -> int:
         # Of a forward pass everything is to be kept; a backward pass can go sequence by sequence.

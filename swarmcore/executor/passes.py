@@ -78,6 +78,10 @@ class ForwardPass(BatchPass):
     kept_bytes: int = 0
     """Memory of the activations that it keeps until it is closed; grows with each unit."""
 
+    @abstractmethod
+    def forget(self) -> None:
+        """Keep no activations after all; those that it has are freed. Not while `advance` runs."""
+
 
 class BackwardPass(BatchPass):
     """Its results are `gradients` and `weights`."""

@@ -55,6 +55,9 @@ class SimForward(ForwardPass):
             self.outputs = self._model.forward(self.hidden, self._batch.span)
         return self.through
 
+    def forget(self) -> None:
+        self._keep = self.kept_bytes = 0
+
     def close(self) -> None:
         self.kept_bytes = 0
 

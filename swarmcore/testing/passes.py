@@ -195,6 +195,9 @@ class CountingForward(ForwardPass):
         self.outputs = hidden_states([row for sequence in rows for row in sequence])
         return True
 
+    def forget(self) -> None:
+        self.inputs, self._keep, self.kept_bytes = {}, False, 0
+
     def close(self) -> None:
         self.inputs, self._rows, self.kept_bytes = {}, None, 0
         if not self._closed:

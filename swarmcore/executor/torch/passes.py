@@ -180,6 +180,11 @@ class TorchForward(_TorchPass, ForwardPass):
             self._inputs = None
         return self._exhausted
 
+    def forget(self) -> None:
+        """As `ForwardPass.forget`; the microbatch that is on its way is not cut off."""
+        self._keep, self._saved, self.kept_bytes = False, None, 0
+        self._place.later(self._kept.clear)
+
     def take(self) -> list[Microbatch]:
         """The microbatches that were kept, in order; the pass is closed."""
         if not (self._keep and self._done) or self._closed:

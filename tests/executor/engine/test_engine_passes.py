@@ -25,6 +25,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.executor.pass_runner import PassLimits
 from swarmcore.executor.passes import BatchPass, SequenceBatch
 from swarmcore.testing.executor import CountingExecutor
+from swarmcore.testing.passes import CountingForward
 from swarmcore.testing.rows import Rows, hidden_states, read_rows
 from swarmcore.types import Span
 
@@ -262,6 +263,21 @@ async def test_passes_under_way_take_turns_for_memory() -> None:
         assert one <= most <= limits.activation_budget
         assert [gradients for gradients, _ in await work] == [right[1]] * 3
         assert not len(engine.passes.kept)
+
+
+async def test_forward_passes_that_turn_out_too_large_keep_nothing() -> None:
+    """At first nobody knows what they take."""
+    budget = 12 * 10 * 16
+    async with running(pass_limits=PassLimits(activation_budget=budget)) as (engine, executor):
+        executor.pass_seconds = 0.001
+        rows = some_rows(12)
+        work = asyncio.gather(*(forward(engine, rows, (4,) * 3, keep=name, caller=name) for name in "abc"))
+        while not work.done():
+            kept = sum(each.kept_bytes for each in executor.passes if isinstance(each, CountingForward))
+            assert kept <= budget
+            await asyncio.sleep(0.001)
+        assert await work == [(await alone(rows, rows, (4,) * 3))[0]] * 3
+        assert not executor.passes and max(tokens for _, tokens in executor.units) == 12
 
 
 async def test_a_backward_pass_above_the_budget_goes_in_parts_and_a_sequence_above_it_is_refused() -> None:

@@ -144,6 +144,19 @@ async def test_both_ways_tell_what_activations_take(executor: TorchExecutor) -> 
     assert nothing.token_bytes == 0
 
 
+async def test_a_forward_pass_may_forget_what_it_has_kept(executor: TorchExecutor) -> None:
+    plain = await through(executor.forward(batch_of()), 4)
+    forward = executor.forward(batch_of(), keep=True)
+    while not forward.kept_bytes:
+        assert not await forward.advance(4)
+    forward.forget()
+    await through(forward, 4)
+    assert forward.kept_bytes == 0 and not forward._kept
+    assert torch.equal(to_torch(forward.outputs), to_torch(plain.outputs))
+    with pytest.raises(InternalError, match="kept nothing"):
+        executor.backward(batch_of(), to_wire("hidden", GRADIENT), kept=forward)
+
+
 async def test_a_closed_executor_runs_no_passes(tiny_llama: Checkpoint) -> None:
     executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float32", threads=1)
     forward = executor.forward(batch_of())
