@@ -64,16 +64,15 @@ class ClassificationHead(nn.Module):
         return cls(
             config.hidden_size,
             num_labels,
-            name=cls.layer_name(config),
+            name=cls._layer_name(config),
             dropout=dropout,
             std=getattr(config, "initializer_range", 0.02),
             seed=seed,
         )
 
     @classmethod
-    def layer_name(cls, model_config: Any) -> str:
+    def _layer_name(cls, config: Any) -> str:
         """How the family's Transformers class calls the layer, or `UnsupportedModelError`."""
-        config = model_config.get_text_config(decoder=True)
         try:
             with torch.device("meta"):
                 model = cls._auto_class().from_config(config)

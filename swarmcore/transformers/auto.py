@@ -62,7 +62,8 @@ class _AutoRemoteModel:
         ``identity`` and left by the model's ``close()``; or ``swarm``, which stays open. ``dtype`` is that of
         the parts that are here. ``session_options`` say how generations travel, ``pass_options`` how batches
         without a cache do, with their gradients. ``adapter`` is one of the client's own for the blocks, or
-        the name of one that servers have. Further options are put into the config: ``num_labels``,
+        the name of one that servers have; its weights are none of the model's parameters
+        (`swarmcore.training.TunedModel` has them). Further options are put into the config: ``num_labels``,
         ``id2label``, ``pad_token_id`` and the like.
 
         Raise `InputError` for options that do not go together or are not in the config, what

@@ -63,8 +63,7 @@ def load_adapter(
             typed = {name: values.to(dtype) for name, values in weights.items()}
             adapter = LoraAdapter(typed, rank=config.rank, scaling=config.scaling, rslora=config.rslora)
         elif config.kind == PREFIX:
-            values = _read_prompt(tensors)
-            adapter = PrefixAdapter(unpack_prompt_embeddings(values, layout, layout.span(None)).to(dtype))
+            adapter = PrefixAdapter.from_prompt_embeddings(_read_prompt(tensors).to(dtype), model_config)
         else:
             values = _read_prompt(tensors)
             if values.dim() != 2 or values.shape[1] != layout.hidden_size:
