@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Collection, Sequence
 
 import torch
@@ -17,8 +16,6 @@ from swarmcore.training.local_steps.replica import Result
 from swarmcore.training.local_steps.round import Delivery, Round
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, GoTo, Lineage, RoundResult, Standing
-
-logger = logging.getLogger(__name__)
 
 _LOOK = 0.5
 """Seconds between looks at who is alive."""
@@ -109,19 +106,12 @@ class Coordinator:
 
     async def _run(self, round: Round[torch.Tensor], ending: Ending) -> None:
         try:
-            ended = await self._conclude(round)
-            if not ending.done():
-                ending.set_result(ended)
+            ending.set_result(await self._conclude(round))
         except SwarmError as exc:
-            if not ending.done():
-                ending.set_exception(exc)
-        except asyncio.CancelledError:
-            if not ending.done():
-                ending.set_exception(StreamClosedError("this peer no longer coordinates the round"))
-            raise
+            ending.set_exception(exc)
         finally:
             if not ending.done():
-                ending.set_exception(StreamClosedError("the coordinator of the round failed"))
+                ending.set_exception(StreamClosedError("this peer no longer coordinates the round"))
             if self._round is round:
                 self._round = self._ending = self._task = None
 
@@ -165,11 +155,8 @@ class Coordinator:
         standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
         ahead = [peer for peer, said in standings.items() if self._replica.gives_way_to(said.lineage)]
         for peer in sorted(ahead, key=lambda peer: (standings[peer].lineage.work, peer), reverse=True):
-            try:
-                await self._partners.catch_up(peer)
+            if await self._partners.try_to_catch_up(peer):
                 break
-            except SwarmError as exc:
-                self._partners.failed(peer, exc)
         rank = by_rank(self._replica.terms.run, round.lineage.round, {self._own, *standings})
         for peer in rank[: rank.index(self._own)]:
             if standings[peer].delivered and standings[peer].lineage == round.lineage:

@@ -101,7 +101,7 @@ class RunMember:
                 break
             if not standings[peer].settled and not is_better(lineage, self.replica.lineage):
                 continue
-            if self.replica.gives_way_to(lineage) and await self._catch_up(peer):
+            if self.replica.gives_way_to(lineage) and await self._partners.try_to_catch_up(peer):
                 break
         self.replica.settled = True
         logger.info("%r has joined", self)
@@ -192,18 +192,11 @@ class RunMember:
                         waiting.appendleft(peer)
                     waiting.appendleft(ended.peer)
             except StaleRoundError as exc:
-                if peer != self.node.peer and not await self._catch_up(peer):
+                if peer != self.node.peer and not await self._partners.try_to_catch_up(peer):
                     useless[peer] += 1
                 logger.debug("%r: %s", self, exc)
             except SwarmError as exc:
                 self._partners.failed(peer, exc)
-
-    async def _catch_up(self, peer: PeerId) -> bool:
-        try:
-            return await self._partners.catch_up(peer)
-        except SwarmError as exc:
-            self._partners.failed(peer, exc)
-            return False
 
     def _report(self, included: bool, seconds: float) -> RoundReport:
         last = self.replica.last

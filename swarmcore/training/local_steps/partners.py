@@ -125,6 +125,14 @@ class Partners:
                     self.on_change()
             return changed
 
+    async def try_to_catch_up(self, peer: PeerId) -> bool:
+        """As `catch_up`; False, and nothing raised, where that fails."""
+        try:
+            return await self.catch_up(peer)
+        except SwarmError as exc:
+            self.failed(peer, exc)
+            return False
+
     async def apply(self, peer: PeerId, result: Result) -> None:
         """Go on to a result that ``peer`` gave. Raise as `Replica.apply`."""
         try:
