@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
 import sys
 import threading
@@ -176,10 +177,10 @@ CONTRASTIVE_SEARCH = """
 import torch
 from torch.nn.functional import cosine_similarity
 
-def generate(model, inputs, past_key_values=None, max_new_tokens=8, top_k=3, penalty_alpha=0.6, **options):
-    output = model.base_model(inputs, past_key_values=past_key_values, use_cache=True)
+def generate(model, input_ids, top_k=3, penalty_alpha=0.6, **options):
+    output = model.base_model(input_ids, past_key_values=options.get("past_key_values"), use_cache=True)
     cache, seen = output.past_key_values, output.last_hidden_state
-    for _ in range(max_new_tokens):
+    for _ in range(8):
         likely, tokens = model.lm_head(seen[:, -1]).softmax(-1).topk(top_k)
         cache.batch_repeat_interleave(top_k)
         ahead = model.base_model(tokens.view(-1, 1), past_key_values=cache, use_cache=True).last_hidden_state
@@ -189,13 +190,14 @@ def generate(model, inputs, past_key_values=None, max_new_tokens=8, top_k=3, pen
         rows = torch.arange(len(best))
         cache.batch_select_indices(rows * top_k + best)
         seen = torch.cat([seen, ahead[rows, best][:, None]], 1)
-        inputs = torch.cat([inputs, tokens[rows, best][:, None]], 1)
-    return inputs
+        input_ids = torch.cat([input_ids, tokens[rows, best][:, None]], 1)
+    return input_ids
 """
 
 
-def test_contrastive_search_by_a_program_in_a_folder(
-    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["folder", "function"])
+def test_contrastive_search_by_a_program_of_the_user(
+    llama: Tiny, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Transformers' hub (arXiv 2202.06417): every candidate is tried in a sequence of its own."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -203,10 +205,12 @@ def test_contrastive_search_by_a_program_in_a_folder(
     program = tmp_path / "contrastive" / "custom_generate" / "generate.py"
     program.parent.mkdir(parents=True)
     program.write_text(CONTRASTIVE_SEARCH)
-    search = {"custom_generate": str(tmp_path / "contrastive"), "trust_remote_code": True}
-    plain, remote = both(llama, inputs=PROMPTS[:, 3:], **search)
+    search: dict[str, Any] = {"custom_generate": str(tmp_path / "contrastive"), "trust_remote_code": True}
+    if where == "function":
+        search = {"custom_generate": runpy.run_path(str(program))["generate"]}
+    plain, remote = both(llama, input_ids=PROMPTS[:, 3:], **search)
     assert torch.equal(plain, remote)
-    assert not torch.equal(plain, both(llama, inputs=PROMPTS[:, 3:], do_sample=False)[0])
+    assert not torch.equal(plain, both(llama, input_ids=PROMPTS[:, 3:], do_sample=False)[0])
     assert llama.sessions_end()
 
 
