@@ -15,6 +15,7 @@ from swarmcore_transports.framed.frames import FrameReader, Kind, encode_frame
 from swarmcore_transports.framed.settings import Settings
 
 if TYPE_CHECKING:
+    from swarmcore_transports.framed.moving import Move
     from swarmcore_transports.framed.stream import FramedStream
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class Owner(Protocol):
 
     def connection_lost(self, connection: Connection) -> None:
         """It is gone, or will be within seconds, and carries nothing any more."""
+
+    def connection_resumes(self, connection: Connection, token: bytes) -> None:
+        """The dialler wants the pipe of ``connection`` to carry the one of that ``token`` from now on."""
 
 
 Greet = Callable[["Connection", Kind, bytes], None]
@@ -74,6 +78,11 @@ class Connection(asyncio.BufferedProtocol):
         """Done when both ids are proven; fails with the reason when they are not."""
         self.remote: PeerId | None = None
         self.settings = Settings.of(limits)
+        self.token = b""
+        """By which both ends know this connection when it is moved to another pipe; empty if it cannot be."""
+        self.move: Move | None = None
+        self.resumed: asyncio.Future[None] = self._loop.create_future()
+        """Done when the listener agrees to a ``RESUME`` sent here."""
         self.stream: FramedStream | None = None
         self.error: SwarmError | None = None
         """Why the connection can no longer be used; None while it can."""
@@ -138,6 +147,9 @@ class Connection(asyncio.BufferedProtocol):
         if not self.established.done():
             self.established.set_exception(error)
             self.established.exception()  # seen here: nobody may be waiting any more
+        if not self.resumed.done():
+            self.resumed.set_exception(error)
+            self.resumed.exception()
         stream, self.stream = self.stream, None
         if stream:
             stream.connection_lost(error)
@@ -146,7 +158,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self.transport:
+        if self.move:
+            self.move.give_up()
+            self.move = None
+        elif self.transport:
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -241,6 +256,13 @@ class Connection(asyncio.BufferedProtocol):
             if self.stream or not self._on_open:
                 raise ProtocolError("a stream was opened out of turn")
             self._on_open(self)
+        elif kind is Kind.MOVE and self.move:
+            self.move.old_pipe_ended()
+        elif kind is Kind.RESUME and self.stream is None:
+            if self.accepts:
+                self._owner.connection_resumes(self, body)
+            elif not self.resumed.done():
+                self.resumed.set_result(None)
         elif kind is Kind.DISMISS and not self.accepts:
             if self.stream is None:
                 self.fail(ConnectionLostError(f"{self._name()} wants no idle connection"))
@@ -266,6 +288,31 @@ class Connection(asyncio.BufferedProtocol):
             self.fail(PeerUnreachableError(f"the peer refused the connection: {reason}"))
         else:
             self.fail(ConnectionLostError(f"{self._name()} dropped the connection: {reason}"))
+
+    # --- changing the pipe --------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """How the bytes travel, as in `Stream.path`."""
+        return str(self.transport.get_extra_info("path", "direct")) if self.transport else "direct"
+
+    def release(self) -> asyncio.Transport:
+        """Give the pipe away, to carry another connection; this one is over."""
+        pipe, self.transport = self.transport, None
+        assert pipe
+        self._end(ConnectionLostError("the connection gave its pipe to another one"))
+        self._owner.connection_lost(self)
+        return pipe
+
+    def switch_to(self, pipe: asyncio.Transport) -> None:
+        """Write to ``pipe`` from now on."""
+        self.transport = pipe
+        pipe.set_protocol(self)
+        pipe.set_write_buffer_limits(_WRITE_HIGH_WATER)
+        self._writing_paused = False
+        if self.stream:
+            self.stream.path = self.path
+            self.stream.wake()
 
     # --- streams ------------------------------------------------------------------------------------
 

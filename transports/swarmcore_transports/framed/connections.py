@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -12,6 +13,8 @@ from swarmcore.transport import OnStream, serve_stream
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
+from swarmcore_transports.framed.frames import Kind, encode_frame
+from swarmcore_transports.framed.moving import Move
 from swarmcore_transports.framed.pool import IdlePool
 from swarmcore_transports.framed.stream import FramedStream
 
@@ -110,6 +113,52 @@ class Connections:
         self._accepted.remove(connection)
         if not self._all and self._all_lost and not self._all_lost.done():
             self._all_lost.set_result(None)
+
+    def connection_resumes(self, connection: Connection, token: bytes) -> None:
+        for other in self._all:
+            if (
+                other.accepts
+                and other.remote == connection.remote
+                and other.token
+                and hmac.compare_digest(other.token, token)
+                and other.error is None
+                and other.move is None
+            ):
+                connection.write(encode_frame(Kind.RESUME))
+                other.move = Move(other, connection.release())
+                return
+        connection.retire("there is no such connection to go on with")
+
+    def relayed_to(self, peer: PeerId) -> list[Connection]:
+        """Connections that this side dialled and that carry a stream to ``peer`` by way of a relay.
+
+        Those that carry none are let go.
+        """
+        found = [
+            connection
+            for connection in self._all
+            if not connection.accepts
+            and connection.remote == peer
+            and connection.path == "relayed"
+            and connection.error is None
+        ]
+        for connection in found:
+            if connection.stream is None:
+                connection.retire("there is a direct way now")
+        return [connection for connection in found if connection.stream]
+
+    async def move(self, connection: Connection, fresh: Connection) -> None:
+        """Let the pipe of ``fresh``, just dialled to the same peer, carry ``connection`` from now on.
+
+        What goes wrong before the peer has agreed leaves ``connection`` where it is.
+        """
+        fresh.write(encode_frame(Kind.RESUME, connection.token))
+        await fresh.resumed
+        if connection.error or connection.move or connection.stream is None:
+            fresh.retire("the connection is gone")
+            return
+        connection.move = Move(connection, fresh.release())
+        connection.move.leave()
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

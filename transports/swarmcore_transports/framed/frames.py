@@ -36,9 +36,11 @@ class Kind(IntEnum):
     ABORT = 9  # body: the reason; the other side drops the connection
     HEARTBEAT = 10
     DISMISS = 11  # listener: the dialler should drop this idle connection; one that just sent OPEN is kept
+    RESUME = 12  # body: a connection's token; on a fresh pipe, which is to carry that connection from now on
+    MOVE = 13  # this side's last frame on the pipe: it goes on on the other one
 
 
-_WITH_BODY = (Kind.HELLO, Kind.PROOF, Kind.ABORT)
+_WITH_BODY = (Kind.HELLO, Kind.PROOF, Kind.ABORT, Kind.RESUME)
 
 
 def encode_frame(kind: Kind, body: bytes = b"", value: int = 0) -> bytes:

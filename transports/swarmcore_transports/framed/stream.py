@@ -28,7 +28,7 @@ _JOIN = 64 * 1024
 class FramedStream(Stream):
     def __init__(self, connection: Connection, remote: PeerId, limits: Limits) -> None:
         self.remote = remote
-        self.path = "direct"
+        self.path = connection.path
         self._connection = connection
         self._max_message = min(limits.max_message, connection.settings.max_message)
         self._part = min(MAX_PART, connection.settings.window // 2)

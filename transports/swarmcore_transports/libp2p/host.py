@@ -25,9 +25,9 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
-from swarmcore.errors import AddressError, AddressInUseError
+from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableError
 from swarmcore.identity import Identity
-from swarmcore.types import PeerId
+from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
 from swarmcore_transports.libp2p.own import OwnAddresses
@@ -48,14 +48,23 @@ OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
 class Host:
     """Runs in the trio thread; every method but the constructor is called there."""
 
-    def __init__(self, identity: Identity, limits: Limits, own: OwnAddresses, on_stream: OnPipe) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        limits: Limits,
+        own: OwnAddresses,
+        on_stream: OnPipe,
+        on_direct: Callable[[PeerId], None],
+    ) -> None:
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
         noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
         self.peer = identity.peer
         self.own = own
         self.limits = limits
         self._on_stream = on_stream
-        self._dials: dict[ID, trio.Event] = {}
+        self.on_direct = on_direct
+        """To be called when a peer that was reached through a relay is reached directly as well."""
+        self._dials: dict[Multiaddr, trio.Event] = {}
         self.libp2p: IHost = new_host(
             key_pair=key_pair,
             sec_opt={NOISE: noise},
@@ -96,7 +105,7 @@ class Host:
                 await handler(stream)
             except Exception as exc:
                 logger.debug("%s of %s failed: %r", protocol, stream.muxed_conn.peer_id, exc)
-                with trio.move_on_after(_RESET_SECONDS, shield=True):
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
                     await stream.reset()
 
         self.libp2p.set_stream_handler(protocol, guarded)
@@ -104,7 +113,7 @@ class Host:
     # --- listening ------------------------------------------------------------------------------------
 
     async def listen(self, places: Sequence[Multiaddr]) -> None:
-        """Listen on every one of ``places`` and put where that is into `own`, ports found, wildcards spelt out.
+        """Listen on every one of ``places``, and put into `own` where others reach that.
 
         Raise `AddressInUseError` or `AddressError` when one cannot be listened on.
         """
@@ -126,22 +135,39 @@ class Host:
     async def open(self, peer: PeerId, multiaddr: Multiaddr) -> tuple[INetStream, str]:
         """A new stream to ``peer``, over a connection that is there or else one made at ``multiaddr``.
 
-        Returns it with its path. Several at a time to one peer make one connection.
+        Returns it with its path. Several at a time to one address make one connection.
         """
         libp2p_peer = ID.from_string(peer)
         while not self.connections(libp2p_peer):
-            dialling = self._dials.get(libp2p_peer)
+            dialling = self._dials.get(multiaddr)
             if dialling is not None:
                 await dialling.wait()
                 continue
-            done = self._dials[libp2p_peer] = trio.Event()
+            done = self._dials[multiaddr] = trio.Event()
             try:
                 await self._dial(libp2p_peer, multiaddr)
             finally:
-                del self._dials[libp2p_peer]
+                del self._dials[multiaddr]
                 done.set()
         stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])
         return stream, self.path_of(stream)
+
+    async def open_direct(self, peer: PeerId) -> tuple[INetStream, str]:
+        """A new stream over a direct connection that is there already, and its path.
+
+        Raise `PeerUnreachableError` when there is none.
+        """
+        libp2p_peer = ID.from_string(peer)
+        if any(self._is_direct(connection) for connection in self.connections(libp2p_peer)):
+            stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])  # prefers direct connections
+            if (path := self.path_of(stream)) != "relayed":
+                return stream, path
+            await stream.reset()
+        raise PeerUnreachableError(f"there is no direct connection to {short(peer)}")
+
+    @staticmethod
+    def _is_direct(connection: INetConn) -> bool:
+        return connection.get_connection_type() is not ConnectionType.RELAYED
 
     async def _dial(self, peer: ID, multiaddr: Multiaddr) -> None:
         if is_relayed(multiaddr):

@@ -65,6 +65,7 @@ class StreamPipe(asyncio.Transport):
         self._room_to_read = trio.Event()
         self._reading_paused = False
         self._undelivered: deque[bytes] = deque()
+        self._peer_ended = False
         self._drop_connection = False
         self._reader_scope = trio.CancelScope()
 
@@ -152,6 +153,10 @@ class StreamPipe(asyncio.Transport):
             data = memoryview(self._undelivered.popleft())
             self._delivered += len(data)
             while data and self._protocol is not None and not self._closing:
+                if self._paused_by_protocol():
+                    self._undelivered.appendleft(bytes(data))
+                    self._delivered -= len(data)
+                    return
                 buffer = memoryview(self._protocol.get_buffer(len(data)))
                 taken = min(len(buffer), len(data))
                 buffer[:taken] = data[:taken]
@@ -161,12 +166,17 @@ class StreamPipe(asyncio.Transport):
             self._reader_waits = False
             self._thread.post(self._wake_reader)
 
+        if self._peer_ended and not self._undelivered and not self._closing:
+            if self._protocol:
+                self._protocol.eof_received()
+            self._end()
+
+    def _paused_by_protocol(self) -> bool:
+        return self._reading_paused
+
     def _ended_by_peer(self) -> None:
-        if self._reading_paused:
-            return  # whoever paused it is about to find out by itself, or to abort
-        if self._protocol:
-            self._protocol.eof_received()
-        self._end()
+        self._peer_ended = True
+        self._deliver_all()
 
     def _lost(self, error: Exception | None) -> None:
         protocol, self._protocol = self._protocol, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 
 import trio
@@ -26,6 +27,7 @@ from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
+from swarmcore_transports.framed.moving import TOKEN_BYTES
 from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.libp2p.bridge import TrioThread
@@ -77,6 +79,7 @@ class Libp2pTransport(Transport):
         self._listening = False
         self._connections = Connections(self.limits, _is_closing)
         self._half_open: set[Connection] = set()
+        self._moves: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -89,7 +92,7 @@ class Libp2pTransport(Transport):
         async with self._starting:
             self._check_open()
             if self._thread is None or self._host is None:
-                host = Host(self.identity, self.limits, self._own, self._stream_arrived)
+                host = Host(self.identity, self.limits, self._own, self._stream_arrived, self._direct_way)
 
                 thread = TrioThread(
                     host.run, name=f"libp2p-{self.identity.peer[-6:]}", on_crash=self._crashed
@@ -176,11 +179,12 @@ class Libp2pTransport(Transport):
 
     async def _greet(self, stream: INetStream, peer: PeerId, path: str) -> Connection:
         connection = Connection(self._connections, self.limits, self._greeting(peer))
+        connection.token = secrets.token_bytes(TOKEN_BYTES)
         pipe = self._pipe(stream, path, trio.Event())
         try:
             self._check_open()
             pipe.start(connection)
-            connection.write(encode_frame(Kind.HELLO, self._settings.encode()))
+            connection.write(encode_frame(Kind.HELLO, self._settings.encode() + connection.token))
             await connection.established
             if connection.error:
                 raise PeerUnreachableError(connection.error.message)
@@ -189,6 +193,36 @@ class Libp2pTransport(Transport):
             pipe.abort()
             raise
         return connection
+
+    # --- leaving relays -------------------------------------------------------------------------------
+
+    def _direct_way(self, peer: PeerId) -> None:
+        """Called in the trio thread when there is a direct connection to a peer that was reached by relay."""
+        if self._thread:
+            self._thread.tell(self._leave_relay, peer)
+
+    def _leave_relay(self, peer: PeerId) -> None:
+        for connection in self._connections.relayed_to(peer):
+            task = asyncio.get_running_loop().create_task(self._move(connection, peer))
+            self._moves.add(task)
+            task.add_done_callback(self._moves.discard)
+
+    async def _move(self, connection: Connection, peer: PeerId) -> None:
+        assert self._thread and self._host
+        seconds = self.limits.connect_timeout
+        fresh: Connection | None = None
+        try:
+            async with asyncio.timeout(seconds):
+                stream, path = await self._thread.call(
+                    self._host.open_direct, peer, timeout=seconds, what="leaving a relay"
+                )
+                fresh = await self._greet(stream, peer, path)
+                await self._connections.move(connection, fresh)
+            logger.info("%s is reached directly now: %s", short(peer), path)
+        except (TimeoutError, SwarmError) as exc:
+            logger.info("%s stays behind its relay: %s", short(peer), exc)
+            if fresh:
+                fresh.retire("the move took too long")
 
     # --- both -----------------------------------------------------------------------------------------
 
@@ -200,10 +234,11 @@ class Libp2pTransport(Transport):
         """Noise has proven ``peer``: all that is left to say is what each side takes."""
 
         def greet(connection: Connection, kind: Kind, body: bytes) -> None:
-            if kind is not Kind.HELLO or len(body) != SETTINGS_BYTES:
+            if kind is not Kind.HELLO or len(body) not in (SETTINGS_BYTES, SETTINGS_BYTES + TOKEN_BYTES):
                 raise ProtocolError(f"{kind.name} of {len(body)} bytes instead of a hello")
-            connection.establish(peer, Settings.decode(body))
+            connection.establish(peer, Settings.decode(body[:SETTINGS_BYTES]))
             if connection.accepts:
+                connection.token = body[SETTINGS_BYTES:]
                 self._connections.connection_idle(connection)
 
         return greet
@@ -216,8 +251,10 @@ class Libp2pTransport(Transport):
 
     async def close(self) -> None:
         self._closed = True
+        for task in self._moves:
+            task.cancel()
         self._connections.begin_close()
-        await self._connections.finish_close()
+        await self._connections.finish_close(self._moves)
         async with self._starting:
             if self._thread:
                 await self._thread.close()
