@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from swarmcore.errors import PeerUnreachableError, SwarmError
 from swarmcore.registry.partners import Partner, describe
+from swarmcore.rpc.racing import NoSuccess, first_success
 
 T = TypeVar("T")
 
@@ -29,28 +29,14 @@ async def first_answer(
     Those still under way at the end are cancelled, and an answer that comes second is given to ``dispose``.
     Raise `PeerUnreachableError`, naming all that was tried and why it failed, when there is no answer.
     """
-    waiting = deque(partners)
-    running: dict[asyncio.Task[T], Partner] = {}
     failures: list[str] = []
+
+    def failed(place: int, exc: SwarmError) -> None:
+        failures.append(f"{describe([partners[place]])} ({exc.message})")
+
+    attempts = [partial(attempt, partner) for partner in partners]
     try:
-        while waiting or running:
-            if waiting and len(running) < AT_ONCE:
-                partner = waiting.popleft()
-                running[asyncio.ensure_future(attempt(partner))] = partner
-            patience = STAGGER if waiting and len(running) < AT_ONCE else None
-            done, _ = await asyncio.wait(running, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=list(running).index):
-                try:
-                    answer = task.result()
-                except SwarmError as exc:
-                    failures.append(f"{describe([running.pop(task)])} ({exc.message})")
-                else:
-                    del running[task]
-                    return answer
-    finally:
-        for task in running:
-            task.cancel()
-        for late in await asyncio.gather(*running, return_exceptions=True):
-            if not isinstance(late, BaseException):
-                dispose(late)
-    raise PeerUnreachableError(f"none of the peers to join through answers: {'; '.join(failures)}")
+        return await first_success(attempts, stagger=STAGGER, at_once=AT_ONCE, failed=failed, dispose=dispose)
+    except NoSuccess:
+        reasons = "; ".join(failures)
+        raise PeerUnreachableError(f"none of the peers to join through answers: {reasons}") from None

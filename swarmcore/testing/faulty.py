@@ -55,6 +55,7 @@ class FaultyTransport(Transport):
         self._links: dict[PeerId, Link] = {}
         self._all_cut = False
         self._on_stream: OnStream | None = None
+        inner.on_addresses = lambda addresses: self.on_addresses(addresses)
 
     def partition(self, *peers: PeerId) -> None:
         """Let nothing pass between this side and ``peers`` (everybody when none is named) until `heal`.
@@ -82,6 +83,9 @@ class FaultyTransport(Transport):
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
         self._on_stream = on_stream
         return await self.inner.listen(self._accept)
+
+    def preference(self, address: Address) -> int:
+        return self.inner.preference(address)
 
     async def open_stream(self, address: Address) -> Stream:
         link = self._link(address.peer)
