@@ -128,7 +128,7 @@ class SavedBytes:
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor:
         self.add(tensor)
-        return tensor
+        return tensor.detach()  # a node that held on to its own output would never be freed
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

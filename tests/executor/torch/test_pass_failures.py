@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from swarmcore.executor.passes import SequenceBatch
 from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.microbatch import SavedBytes
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -132,6 +135,29 @@ async def test_memory_is_given_back_when_a_pass_is_closed(executor: TorchExecuto
     assert to_torch(forward.outputs).isfinite().all()
     with pytest.raises(InternalError, match="kept nothing"):
         executor.backward(batch_of(), to_wire("hidden", GRADIENT), kept=forward)
+
+
+async def test_kept_activations_are_freed_without_the_garbage_collector(
+    executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[weakref.ref[torch.Tensor]] = []
+    add = SavedBytes.add
+
+    def noted(self: SavedBytes, tensor: torch.Tensor) -> None:
+        if tensor.grad_fn is not None:
+            saved.append(weakref.ref(tensor))
+        add(self, tensor)
+
+    monkeypatch.setattr(SavedBytes, "add", noted)
+    gc.disable()
+    try:
+        forward = await through(executor.forward(batch_of(), keep=True), 100)
+        assert any(each() is not None for each in saved)
+        forward.close()
+        await executor.encode(forward.outputs, "raw+zstd")  # through the compute thread
+        assert not any(each() is not None for each in saved)
+    finally:
+        gc.enable()
 
 
 async def test_both_ways_tell_what_activations_take(executor: TorchExecutor) -> None:
