@@ -281,5 +281,7 @@ def test_what_cannot_work_is_refused(llama: Tiny, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no file for a prompt and an adapter"):
         both.save(tmp_path)
     head = SequenceClassificationHead.for_model(llama.remote.config, 2)
+    with pytest.raises(InvalidBatchError, match=r"labels must be \[3\] for this batch, got \[2\]"):
+        TunedModel(llama.remote, head=head)(IDS, MASK, torch.tensor([0, 1]))
     with pytest.raises(AdapterError, match="a head alone"):
         TunedModel(llama.remote, head=head).save(tmp_path)
