@@ -145,7 +145,7 @@ class TrioThread:
                     result = await function(*arguments)
                 except Exception as exc:
                     error = translated(exc)
-                    error.__cause__ = exc
+                    error.__cause__ = exc if error is not exc else exc.__cause__
             if scope.cancelled_caught:
                 error = StreamClosedError(f"{what} was given up")
             self.tell(_settle, outcome, error, result)

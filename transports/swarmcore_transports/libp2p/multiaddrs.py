@@ -47,6 +47,9 @@ def parsed(text: str) -> Multiaddr:
         ) from exc
 
 
+_DIALLED = (["ip4", "tcp"], ["ip6", "tcp"], ["dns", "tcp"], ["dns4", "tcp"], ["dns6", "tcp"])
+
+
 def to_address(multiaddr: Multiaddr, peer: PeerId) -> Address:
     """The address of ``peer`` at ``multiaddr``, which may or may not name the peer at its end."""
     text = str(multiaddr).removesuffix(f"/p2p/{peer}")
@@ -59,7 +62,7 @@ def to_multiaddr(address: Address) -> Multiaddr:
         raise AddressError(f"{str(address)!r} is not of the form libp2p:/ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…")
     found = parsed(f"{address.location}/{address.peer}")
     names = [protocol.name for protocol in found.protocols()]
-    if names[:2] not in (["ip4", "tcp"], ["ip6", "tcp"], ["dns", "tcp"], ["dns4", "tcp"], ["dns6", "tcp"]):
+    if names[:2] not in _DIALLED:
         raise AddressError(f"{str(address)!r} cannot be dialled: only TCP, directly or through a relay, is")
     if names[2:] not in (["p2p"], ["p2p", "p2p-circuit", "p2p"]):
         raise AddressError(f"{str(address)!r} is neither a direct address nor one through a relay")
@@ -97,6 +100,16 @@ def _socket(multiaddr: Multiaddr) -> tuple[int, str, int]:
     return version, str(host), int(port or 0)
 
 
+def on_host(host: str, port: int) -> Multiaddr:
+    """TCP ``port`` at the IP address ``host``."""
+    return Multiaddr(f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}")
+
+
+def port_of(multiaddr: Multiaddr) -> int:
+    """The TCP port that ``multiaddr`` begins with."""
+    return int(multiaddr.value_for_protocol("tcp") or 0)
+
+
 def is_relayed(multiaddr: Multiaddr) -> bool:
     """Whether it leads through a relay."""
     return any(protocol.name == "p2p-circuit" for protocol in multiaddr.protocols())
@@ -107,6 +120,35 @@ def relay_of(multiaddr: Multiaddr) -> tuple[Multiaddr, PeerId]:
     text = str(multiaddr).partition("/p2p-circuit")[0]
     location, _, peer = text.rpartition("/p2p/")
     return Multiaddr(location), PeerId(peer)
+
+
+def given_relay(text: str) -> tuple[Multiaddr, PeerId]:
+    """Where a relay is that somebody typed, as an address or a multiaddr, and who it is.
+
+    Raise `AddressError` when it is malformed, leads through a relay itself or lacks the peer id.
+    """
+    found = to_multiaddr(Address.parse(text if text.startswith(f"{SCHEME}:") else f"{SCHEME}:{text}"))
+    if is_relayed(found):
+        raise AddressError(f"{text!r} is not a relay: it leads through one itself")
+    return relay_of(found)
+
+
+_RELAY_ADDRESSES = 3
+
+
+def circuit_addresses(relay: PeerId, locations: Iterable[Multiaddr]) -> list[Multiaddr]:
+    """Addresses through ``relay``, by those of its ``locations`` that reach farthest, at most three.
+
+    Others than direct TCP ones are left out. Each ends in ``/p2p-circuit``, where the peer's id belongs.
+    """
+    found: dict[str, Multiaddr] = {}
+    for location in locations:
+        text = str(location).removesuffix(f"/p2p/{relay}")
+        if [protocol.name for protocol in Multiaddr(text).protocols()] in _DIALLED:
+            found[text] = Multiaddr(text)
+    widest = max(map(preference, found.values()), default=0)
+    usable = [text for text, location in found.items() if preference(location) == widest]
+    return [Multiaddr(f"{text}/p2p/{relay}/p2p-circuit") for text in usable[:_RELAY_ADDRESSES]]
 
 
 def reach(multiaddr: Multiaddr) -> Reach:

@@ -8,7 +8,7 @@ from typing import Literal
 from multiaddr import Multiaddr
 
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p.multiaddrs import preference
+from swarmcore_transports.libp2p.multiaddrs import preference, reach
 
 Source = Literal["listening", "mapped", "verified", "relayed"]
 """Where an address comes from: a socket here, a port that the router maps, an address at which another peer
@@ -26,6 +26,22 @@ class OwnAddresses:
         self._fixed = list(fixed)
         self._on_change = on_change
         self._of: dict[Source, list[Multiaddr]] = {}
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call ``watcher`` after every change of what any source gives, told to others or not."""
+        self._watchers.append(watcher)
+
+    @property
+    def public(self) -> bool:
+        """Whether everybody is known to reach this peer, or its owner says so.
+
+        An IPv6 address that is valid everywhere says nothing: routers of homes let nobody in by it.
+        """
+        said = [*self._fixed, *self.of("listening")]
+        return bool(self.of("verified")) or any(
+            reach(address) == "public" and not str(address).startswith("/ip6") for address in said
+        )
 
     def of(self, source: Source) -> list[Multiaddr]:
         """Those that came from ``source``."""
@@ -33,10 +49,15 @@ class OwnAddresses:
 
     def put(self, source: Source, addresses: Iterable[Multiaddr]) -> None:
         """Replace those of ``source``."""
+        addresses = list(addresses)
+        if addresses == self.of(source):
+            return
         before = self.all()
-        self._of[source] = list(addresses)
+        self._of[source] = addresses
         if self.all() != before:
             self._on_change()
+        for watcher in self._watchers:
+            watcher()
 
     def all(self) -> list[Multiaddr]:
         """Those to announce, in the order in which others should try them."""

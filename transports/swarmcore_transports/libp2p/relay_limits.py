@@ -84,9 +84,7 @@ class RelayAccounts:
     def drop(self, connected: Callable[[PeerId], bool], now: float) -> None:
         """Free the places that have run out, and those of peers that are not connected any more."""
         self._reservations = {
-            peer: place
-            for peer, place in self._reservations.items()
-            if now < place.until and connected(peer)
+            peer: place for peer, place in self._reservations.items() if now < place.until and connected(peer)
         }
 
     def reserve(self, peer: PeerId, host: str, now: float) -> None:

@@ -20,7 +20,10 @@ SHORTEST_TERM, LONGEST_TERM = 60.0, 86_400.0
 """A relay says until which time of day it keeps a place, and its clock may be wrong."""
 
 _KNOWN = 32
-"""Relays that are remembered; beyond it, the given ones and those known for longest stay."""
+"""Relays that are remembered at most, besides the given ones."""
+
+_FORGET_AFTER = 6
+"""Failures in a row after which a relay that is not near and was not given is forgotten."""
 
 
 @attrs.define
@@ -70,10 +73,11 @@ class RelayPlan:
                 relay.place = None
                 self._put_off(relay, now)
         for peer in near:
-            if peer not in self._relays and len(self._relays) < _KNOWN:
+            if peer not in self._relays and sum(not relay.given for relay in self._relays.values()) < _KNOWN:
                 self._relays[peer] = _Relay(given=False, near=True)
         for peer, relay in list(self._relays.items()):
-            if not (relay.given or relay.near or relay.asking) and relay.failures > _FORGET_AFTER:
+            forgettable = not (relay.given or relay.near or relay.asking)
+            if forgettable and (relay.failures == 0 or relay.failures > _FORGET_AFTER):
                 del self._relays[peer]
 
     def next(self, now: float) -> list[PeerId]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import trio
 from libp2p.abc import INetStream
-from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, Reservation, StopMessage
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as PeerMessage
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OK = to_proto_status(StatusCode.OK)
 _ANSWER_SECONDS = 10.0
 """How long a peer may take to say what it wants, or whether it takes a circuit."""
 
@@ -43,14 +43,16 @@ class RelayService:
         self._offers = offers
         self._accounts = RelayAccounts(limits)
         self._offered = False
+        self._changed = trio.Event()
 
     def __repr__(self) -> str:
         return f"<RelayService {'on' if self._offered else 'off'} · {self._accounts!r}>"
 
     async def run(self) -> None:
         """Offer the service whenever it is to be offered, and tell connected peers when that changes."""
+        self._host.own.watch(self._wake)
         while True:
-            changed = self._host.own.changed()
+            self._changed = trio.Event()
             if self._offers() != self._offered:
                 self._offered = not self._offered
                 if self._offered:
@@ -58,13 +60,16 @@ class RelayService:
                 else:
                     self._host.stop_serving(HOP)
                 await self._host.tell_protocols()
-            await changed.wait()
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
 
     async def _answer(self, stream: INetStream) -> None:
         try:
             with trio.fail_after(_ANSWER_SECONDS):
                 ask = await read_delimited_msg(stream, HopMessage)
-            if self._host.connection_of(stream).get_connection_type() is ConnectionType.RELAYED:
+            if self._host.path_of(stream) == "relayed":
                 raise Refusal(StatusCode.PERMISSION_DENIED)
             now = trio.current_time()
             self._accounts.drop(self._is_near, now)
@@ -83,9 +88,10 @@ class RelayService:
     def _is_near(self, peer: PeerId) -> bool:
         return bool(self._host.connections(ID.from_string(peer), direct=True))
 
-    def _host_of(self, stream: INetStream) -> str:
+    @staticmethod
+    def _host_of(stream: INetStream) -> str:
         """The IP address of the asker, or its id where that is not known."""
-        remote = self._host.connection_of(stream).muxed_conn.get_remote_address()
+        remote = stream.get_remote_address()
         return remote[0] if remote else str(stream.muxed_conn.peer_id)
 
     @staticmethod
@@ -146,7 +152,7 @@ class RelayService:
                 far = await self._host.libp2p.new_stream(target, [STOP])
                 await write_delimited_msg(far, message)
                 answer = await read_delimited_msg(far, StopMessage)
-            if answer.status != StatusCode.OK:
+            if answer.status != _OK:
                 raise Refusal(StatusCode.CONNECTION_FAILED)
         except BaseException as exc:
             if far:
@@ -170,5 +176,5 @@ class RelayService:
 
 
 async def _reset(stream: INetStream) -> None:
-    with trio.move_on_after(_RESET_SECONDS, shield=True):
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
         await stream.reset()
