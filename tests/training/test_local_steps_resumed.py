@@ -132,6 +132,22 @@ async def test_who_comes_back_late_keeps_what_it_had_not_exchanged() -> None:
             assert repr(mine.steps) == "<LocalSteps 'r' round 7 step 2/4 2 peers>"
 
 
+async def test_what_was_exchanged_after_saving_is_not_brought_again() -> None:
+    places = MemoryPlaces()
+    mine, theirs = peer(places, 1), peer(places, 2)
+    async with theirs.steps:
+        async with mine.steps:
+            await both(mine, theirs, 6)
+            saved = on_disk(mine.steps.state_dict())
+            assert not torch.equal(saved["own"], saved["base"])
+            await both(mine, theirs, 2)
+        mine = peer(places, 1)
+        mine.steps.load_state_dict(saved)
+        async with mine.steps:
+            assert repr(mine.steps) == "<LocalSteps 'r' round 2 step 0/4 2 peers>"
+            assert torch.equal(mine.parameter, theirs.parameter)
+
+
 async def test_what_is_not_of_this_run_is_not_loaded() -> None:
     places = MemoryPlaces()
     mine = peer(places, 1)

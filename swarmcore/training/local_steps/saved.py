@@ -36,6 +36,12 @@ class SavedMember:
     steps: int
     samples: int
 
+    def is_outdated(self, state: State) -> bool:
+        """Whether a delta of this peer is in ``state`` that was made after saving, and so had all of it."""
+        now, before = state.included.get(self.peer), self.state.included.get(self.peer)
+        known = [one.delivery for one in (before, self.outgoing) if one is not None]
+        return now is not None and now.delivery not in known
+
     def as_dict(self) -> dict[str, Any]:
         """Shares memory with what is never changed."""
         one, lineage = self.outgoing, self.state.lineage

@@ -181,9 +181,9 @@ class LocalSteps:
         """Go on from a `state_dict` on entering: with the same bits, if the run has not gone on meanwhile.
 
         This peer's own parameters become the saved ones, too. If others have trained on, their parameters are
-        fetched, and what this peer had not exchanged yet is kept. Use the same ``identity``. Raise
-        `CheckpointError` for what is no state, `RunMismatchError` or `DeltaError` for one of another run,
-        other settings of it or other parameters, `InputError` when entered already.
+        fetched, and what this peer had not exchanged yet is kept, unless it did so after saving. Use the same
+        ``identity``. Raise `CheckpointError` for what is no state, `RunMismatchError` or `DeltaError` for one
+        of another run, other settings of it or other parameters, `InputError` when entered already.
         """
         if self._member is not None:
             raise InputError("load the state before you enter the LocalSteps")
@@ -231,9 +231,6 @@ class LocalSteps:
             await registry.start()
             member = RunMember(node, registry, self.settings, replica)
             stack.push_async_callback(member.leave)
-            if saved is not None:
-                member.outgoing = saved.outgoing
-                member.residuals.load_state_dict(saved.residuals)
             await member.join()
             await _to_its_end(self._begin, member, saved)
             self._stack = stack.pop_all()
@@ -264,10 +261,12 @@ class LocalSteps:
         return Replica(self._terms, State.first(self._terms, self._parameters.read()))
 
     def _begin(self, member: RunMember, saved: SavedMember | None) -> None:
-        if saved is None:
+        if saved is None or saved.is_outdated(member.replica.state):
             self._start_from(member.replica.state)
             self._steps = self._samples = 0
             return
+        member.outgoing = saved.outgoing
+        member.residuals.load_state_dict(saved.residuals)
         self._base, self._steps, self._samples = saved.base, saved.steps, saved.samples
         self._parameters.write(saved.own)
         if member.replica.lineage != saved.state.lineage:
