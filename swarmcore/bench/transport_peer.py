@@ -1,6 +1,6 @@
 """The other end of the transport benchmark: ``python -m swarmcore.bench.transport_peer SCHEME PLACE``.
 
-Prints one line of JSON (its address and the port of the bare TLS socket) and serves until its stdin closes.
+Prints one line of JSON (its address and where its yardstick listens) and serves until its stdin closes.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import struct
 import sys
 import time
+from pathlib import Path
 
-from swarmcore.bench.bare_tls import serve_bare_tls
+from swarmcore.bench.yardstick import yardstick_of
 from swarmcore.errors import StreamClosedError
 from swarmcore.identity import Identity
 from swarmcore.transport import Stream, transport_class
@@ -22,7 +24,9 @@ ECHO = b"E"
 SINK = b"S"
 """First byte of a message that is thrown away."""
 MARK = b"M"
-"""A message that is answered with the process's CPU seconds so far, as a float64."""
+"""A message that is answered with what the process has used so far, a `USAGE`."""
+USAGE = struct.Struct("<dQ")
+"""CPU seconds, and bytes of memory that are resident now."""
 
 
 async def answer(stream: Stream) -> None:
@@ -33,13 +37,22 @@ async def answer(stream: Stream) -> None:
             if message[:1] == ECHO:
                 await stream.send(message)
             elif message[:1] == MARK:
-                await stream.send(struct.pack("<d", time.process_time()))
+                await stream.send(USAGE.pack(time.process_time(), resident_bytes()))
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
 
 
 async def serve(scheme: str, place: str) -> None:
     transport = transport_class(scheme)(Identity.generate(), listen_on=[place])
     addresses = await transport.listen(answer)
-    json.dump({"address": str(addresses[0]), "bare_tls_port": serve_bare_tls()}, sys.stdout)
+    yardstick = yardstick_of(scheme)
+    ready = {"address": str(addresses[0]), "yardstick": yardstick.serve() if yardstick else None}
+    json.dump(ready, sys.stdout)
     sys.stdout.write("\n")
     sys.stdout.flush()
     try:

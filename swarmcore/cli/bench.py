@@ -79,21 +79,29 @@ def bench() -> None:
 
 
 @bench.command()
-@click.argument("scheme", default="tcp")
+@click.option(
+    "--transport",
+    "transports",
+    default="tcp,memory",
+    show_default=True,
+    metavar="SCHEME,SCHEME",
+    help="Which to measure; memory is the one of the tests, within one process.",
+)
 @click.option(
     "--listen",
-    default="127.0.0.1:0",
-    show_default=True,
+    default="",
     metavar="PLACE",
-    help="Where the second process listens, in the transport's own notation.",
+    help="Where the second process listens, in the one transport's own notation. [default: loopback]",
 )
+@_rounds(5)
 @standard
-def transport(output: Output, scheme: str, listen: str) -> None:
-    """Measure transport SCHEME between two processes, beside a bare TLS socket in the same run."""
-    from swarmcore.bench.transport import bench_transport, transport_table
+def transport(output: Output, transports: str, listen: str, rounds: int) -> None:
+    """Measure transports between two processes, in turns, beside what each of them builds on."""
+    from swarmcore.bench.transport import Effort, bench_transports, transport_table
 
-    results = interrupt.run(bench_transport(scheme, place=listen))
-    _show(output, "transport", transport_table(scheme, results), scheme=scheme, results=results)
+    schemes = list(dict.fromkeys(filter(None, transports.split(","))))
+    results = interrupt.run(bench_transports(schemes, Effort(turns=rounds), place=listen))
+    _show(output, "transport", transport_table(results), results=results)
 
 
 @bench.command()
