@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -55,11 +56,11 @@ class Node:
         self.identity = identity
         self.limits = limits or Limits()
         self.allowed_peers = None if allowed_peers is None else frozenset(allowed_peers)
-        self.addresses: tuple[Address, ...] = ()
-        """Where others can dial this peer; empty before `start`, and for a pure client."""
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name: calls_in, calls_out, refused."""
         self._transports = {transport.scheme: transport for transport in transports}
+        self._addresses: dict[str, tuple[Address, ...]] = {}  # by scheme
+        self._readdressed = asyncio.Event()
         self._server = Server(self.limits)
         self._calls_in = 0
         self._calls_by_peer: Counter[PeerId] = Counter()
@@ -71,20 +72,35 @@ class Node:
     def peer(self) -> PeerId:
         return self.identity.peer
 
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where others can dial this peer now; empty before `start`, and for a pure client."""
+        return tuple(address for found in self._addresses.values() for address in found)
+
+    async def addresses_other_than(self, known: Sequence[Address]) -> tuple[Address, ...]:
+        """Wait until `addresses` are not ``known`` (any more); return them."""
+        while self.addresses == tuple(known):
+            await self._readdressed.wait()
+        return self.addresses
+
+    def _put_addresses(self, scheme: str, addresses: Sequence[Address]) -> None:
+        self._addresses[scheme] = tuple(addresses)
+        self._readdressed.set()
+        self._readdressed = asyncio.Event()
+
     async def start(self) -> None:
         """Listen on every transport that has a place to listen on.
 
         Raise `AddressInUseError` or `AddressError` when one cannot; the node is then closed.
         """
-        addresses: list[Address] = []
         try:
-            for transport in self._transports.values():
+            for scheme, transport in self._transports.items():
                 if transport.listen_on:
-                    addresses.extend(await transport.listen(self._accept))
+                    transport.on_addresses = partial(self._put_addresses, scheme)
+                    self._put_addresses(scheme, await transport.listen(self._accept))
         except BaseException:
             await self.close()
             raise
-        self.addresses = tuple(addresses)
 
     async def close(self) -> None:
         """Cancel the handlers, abort all streams, close the transports. Harmless when repeated.
@@ -136,7 +152,7 @@ class Node:
     ) -> Rep:
         """Call ``method`` on the peer at ``to`` and return its reply.
 
-        ``to`` may be several addresses of one peer: they are tried in the order of this node's transports.
+        ``to`` may be several addresses of one peer: see `swarmcore.rpc.dialing.dial` for who is tried when.
         Raise `PeerUnreachableError` when none answers, `UnknownTransportError` when this node has no
         transport for any of them, `DeadlineExceededError` after ``timeout`` seconds, the remote's own error
         when it failed (its ``origin`` is then the peer's id). Cancelling the call cancels the remote's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -34,7 +35,7 @@ from swarmcore.server.protocols import (
     PING_METHOD,
 )
 from swarmcore.server.rebalancing import Rebalancing
-from swarmcore.types import ServerInfo, ServerState, Span, short
+from swarmcore.types import Address, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 
 logger = logging.getLogger(__name__)
@@ -321,9 +322,19 @@ class BlockServer:
 
     async def _announce_changes(self) -> None:
         while True:
-            await asyncio.sleep(max(REFRESH, len(self.registry.view()) / LOAD_CHANGES))
+            await self._readdressed(within=max(REFRESH, len(self.registry.view()) / LOAD_CHANGES))
             if self._announced is None or _differs(self._announced, self.info):
                 await self._try_to_announce()
+
+    async def _readdressed(self, within: float) -> None:
+        """Wait until this server is reached at other addresses than those announced, or for so long."""
+        if self._announced is None:
+            await asyncio.sleep(within)
+            return
+        announced = tuple(map(Address.parse, self._announced.addresses))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self.node.addresses_other_than(announced)
 
     async def _try_to_announce(self) -> None:
         """As `_announce`; a failure is logged, and mended at the next refresh."""

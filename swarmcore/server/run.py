@@ -17,6 +17,7 @@ import attrs
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.placement.choice import join_span
+from swarmcore.registry.announcing import follow_addresses
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.rpc.method import Caller
@@ -94,6 +95,7 @@ async def run_server(
     progress: Progress | None = None,
     on_plan: Callable[[CapacityPlan], None] | None = None,
     on_online: Callable[[BlockServer], None] | None = None,
+    on_addresses: Callable[[tuple[str, ...]], None] | None = None,
     on_leaving: Callable[[BlockServer], None] | None = None,
 ) -> None:
     """Load the blocks, serve them until cancelled, then leave the swarm in good order.
@@ -133,6 +135,7 @@ async def run_server(
             version=version("swarmcore"),
         )
         await registry.announce(joining, config.announce_ttl)
+        following = asyncio.create_task(follow_addresses(node, registry, joining, config.announce_ttl))
         try:
             began = asyncio.get_running_loop().time()
             executor = await asyncio.to_thread(load_blocks, config, checkpoint, span, progress)
@@ -142,6 +145,8 @@ async def run_server(
         except BaseException:
             await registry.withdraw()
             raise
+        finally:
+            following.cancel()
         cache_tokens = config.cache_tokens or default_cache_tokens(executor, config.device)
         settings = config
         if settings.activation_budget is None:
@@ -161,7 +166,7 @@ async def run_server(
             if on_online is not None:
                 on_online(server)
             try:
-                await asyncio.get_running_loop().create_future()
+                await _report_addresses(node, on_addresses)
             except asyncio.CancelledError:
                 if on_leaving is not None:
                     on_leaving(server)
@@ -206,6 +211,7 @@ async def run_bootstrap(
     *,
     public_name: str = "",
     on_online: Callable[[ServerInfo], None] | None = None,
+    on_addresses: Callable[[tuple[str, ...]], None] | None = None,
 ) -> None:
     """Be a member of the swarm without blocks, for others to join through, until cancelled."""
     async with listening(identity, network) as (node, registry):
@@ -222,14 +228,26 @@ async def run_bootstrap(
             return Pong(request.payload)
 
         async def describe(request: InfoRequest, caller: Caller) -> InfoReply:
-            return InfoReply(info, asyncio.get_running_loop().time() - started_at)
+            current = attrs.evolve(info, addresses=tuple(map(str, node.addresses)))
+            return InfoReply(current, asyncio.get_running_loop().time() - started_at)
 
         node.serve(PING_METHOD, ping)
         node.serve(INFO_METHOD, describe)
         await registry.announce(info, BOOTSTRAP_TTL)
         if on_online is not None:
             on_online(info)
+        following = asyncio.create_task(follow_addresses(node, registry, info, BOOTSTRAP_TTL))
         try:
-            await asyncio.get_running_loop().create_future()
+            await _report_addresses(node, on_addresses)
         finally:
+            following.cancel()
             await registry.withdraw()
+
+
+async def _report_addresses(node: Node, on_addresses: Callable[[tuple[str, ...]], None] | None) -> None:
+    """Call ``on_addresses`` whenever the node is reached elsewhere; never ends."""
+    known = node.addresses
+    while True:
+        known = await node.addresses_other_than(known)
+        if on_addresses is not None:
+            on_addresses(tuple(map(str, known)))

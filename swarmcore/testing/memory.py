@@ -71,12 +71,33 @@ class MemoryTransport(Transport):
         self._closed = False
 
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
+        self._settle(self.listen_on)
+        self._on_stream = on_stream
+        return self._addresses()
+
+    def move(self, *places: str) -> None:
+        """Listen on ``places`` instead and tell `on_addresses`, as when the network changes.
+
+        Open streams stay open. Raise `AddressInUseError` when somebody listens there.
+        """
+        self._leave()
+        self._settle(places)
+        self.listen_on = places
+        self.on_addresses(self._addresses())
+
+    def _settle(self, places: Sequence[str]) -> None:
         listeners = self._network._listeners
-        for place in self.listen_on:
+        for place in places:
             if place in listeners:
                 raise AddressInUseError(f"somebody listens on memory://{place} already; choose another place")
-        self._on_stream = on_stream
-        listeners.update(dict.fromkeys(self.listen_on, self))
+        listeners.update(dict.fromkeys(places, self))
+
+    def _leave(self) -> None:
+        listeners = self._network._listeners
+        for place in [place for place, transport in listeners.items() if transport is self]:
+            del listeners[place]
+
+    def _addresses(self) -> tuple[Address, ...]:
         places = self.announce or self.listen_on
         return tuple(Address(self.scheme, f"//{place}", self.identity.peer) for place in places)
 
@@ -111,9 +132,7 @@ class MemoryTransport(Transport):
 
     async def _shut(self, seen_by_remote: SwarmError) -> None:
         self._closed = True
-        listeners = self._network._listeners
-        for place in [place for place, transport in listeners.items() if transport is self]:
-            del listeners[place]
+        self._leave()
         for stream in list(self._streams):
             stream._drop(StreamClosedError("this transport was closed"), seen_by_remote)
         tasks = self._tasks - {asyncio.current_task()}

@@ -18,7 +18,7 @@ from swarmcore.server.config import ServerConfig
 from swarmcore.server.loading import check_span
 from swarmcore.server.protocols import PING_METHOD
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, hidden_states
-from swarmcore.testing.memory import MemoryNetwork
+from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.messages import Ping
 
@@ -33,11 +33,13 @@ class Swarms:
     def __init__(self) -> None:
         self.network = MemoryNetwork()
         self.directory = MemoryDirectory()
+        self.transports: dict[PeerId, MemoryTransport] = {}
 
     @asynccontextmanager
     async def server(self, blocks: str = "0:12") -> AsyncIterator[BlockServer]:
         identity = Identity.generate()
-        async with Node(identity, [self.network.transport(identity)]) as node:
+        transport = self.transports[identity.peer] = self.network.transport(identity)
+        async with Node(identity, [transport]) as node:
             registry = MemoryRegistry(node.peer, self.directory)
             await registry.start()
             executor = CountingExecutor(Span.parse(blocks))
@@ -81,6 +83,16 @@ async def test_a_change_of_load_is_announced_within_seconds(swarms):
         await asyncio.sleep(6)
         assert next(iter(client.view())).cache_tokens_free == CACHE
         assert "online · 0 sessions · 400 of 400" in repr(server)
+
+
+async def test_other_addresses_are_announced_at_once(swarms):
+    async with swarms.server() as server, swarms.client() as client:
+        for place in "here", "there":
+            swarms.transports[server.node.peer].move(place)
+            await asyncio.sleep(0.01)
+            [info] = client.view()
+            assert info.addresses == (f"memory://{place}/{server.node.peer}",)
+            assert (await client.info(server.node.peer)).server == info
 
 
 async def test_a_server_describes_itself_when_asked(swarms):

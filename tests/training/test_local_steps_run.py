@@ -318,3 +318,15 @@ async def test_after_a_partition_the_side_with_more_work_goes_on(seen: bool):
 
 
 # --- peers that do not mean well, or do not fit -----------------------------------------------------------
+
+
+async def test_a_peer_that_moves_is_found_where_it_is():
+    async with TrainingRun(outer_lr=1.0, momentum=0.0) as run:
+        one, other = await run.joined(2)
+        one.transport.inner.move("there")
+        one.transport.break_connections()
+        await asyncio.sleep(0.01)
+        assert other.registry.view().servers[one.peer].addresses == (f"memory://there/{one.peer}",)
+        await exchange_all([one, other], 1.0)
+        run.assert_same()
+        assert one.reports[-1].peers == 2

@@ -12,6 +12,8 @@ import torch
 
 from swarmcore.errors import DeltaError, InputError, RunMismatchError, StaleRoundError, SwarmError
 from swarmcore.executor.torch.residuals import Residuals
+from swarmcore.registry.announcing import follow_addresses
+from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.claims import MOST_SAMPLES, contribute
@@ -67,6 +69,7 @@ class RunMember:
         self._partners = Partners(node, registry, replica, self.traffic)
         self._coordinator = Coordinator(node.peer, self._partners, settings.codec)
         self._reported = Traffic()
+        self._tasks = BackgroundTasks()
         Answering(node, self._partners, self._coordinator)
 
     def __repr__(self) -> str:
@@ -104,10 +107,13 @@ class RunMember:
             if self.replica.gives_way_to(lineage) and await self._partners.try_to_catch_up(peer):
                 break
         self.replica.settled = True
+        following = follow_addresses(self.node, self._registry, info, ANNOUNCE_TTL)
+        self._tasks.start(following, "announcing other addresses")
         logger.info("%r has joined", self)
 
     async def leave(self) -> None:
         """Say that this peer takes part no more. A round that is open here goes on elsewhere."""
+        await self._tasks.close()
         await self._registry.withdraw()
         await self._coordinator.close()
 
