@@ -21,7 +21,6 @@ from libp2p.peer.id import ID
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
@@ -29,9 +28,12 @@ from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableErr
 from swarmcore.identity import Identity
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
+from swarmcore_transports.libp2p import muxing
+from swarmcore_transports.libp2p.logs import demote_library
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
 from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.relaying import RelayClient
+from swarmcore_transports.libp2p.sockets import TcpSockets
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Host:
         on_stream: OnPipe,
         on_direct: Callable[[PeerId], None],
     ) -> None:
+        demote_library()
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
         noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
         self.peer = identity.peer
@@ -68,7 +71,8 @@ class Host:
         self.libp2p: IHost = new_host(
             key_pair=key_pair,
             sec_opt={NOISE: noise},
-            muxer_opt={TProtocol(YAMUX): Yamux},
+            muxer_opt={muxing.YAMUX: Yamux},
+            transports=[TcpSockets(limits)],
             resource_manager=_resources(limits),
             connection_config=_connections(limits),
             negotiate_timeout=max(1, int(limits.connect_timeout)),
@@ -79,6 +83,8 @@ class Host:
         self.swarm: Swarm = network
         self.swarm.retry_config = RetryConfig(max_retries=0)
         self.swarm.auto_connector = _DialsNobody(self.swarm)
+        muxing.install(self.swarm, limits)
+        self._guard_streams()
         self.relays = RelayClient(self)
 
     async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
@@ -95,7 +101,21 @@ class Host:
         """All at a time: py-libp2p takes 200 ms for each."""
         async with trio.open_nursery() as nursery:
             for connection in self.swarm.get_connections():
-                nursery.start_soon(connection.close)
+                nursery.start_soon(close_soon, connection)
+
+    def _guard_streams(self) -> None:
+        """py-libp2p ends the whole host when one stream goes wrong, as by a protocol name that is no text."""
+        inner = self.swarm.common_stream_handler
+
+        async def guarded(stream: INetStream) -> None:
+            try:
+                await inner(stream)
+            except Exception as exc:
+                logger.info("a stream of %s was dropped: %r", short(str(stream.muxed_conn.peer_id)), exc)
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
+                    await stream.reset()
+
+        self.swarm.set_stream_handler(guarded)
 
     def serve(self, protocol: TProtocol, handler: Callable[[INetStream], Awaitable[None]]) -> None:
         """Give each incoming stream of ``protocol`` to ``handler``, whose errors end that stream alone."""
@@ -174,7 +194,8 @@ class Host:
             await self.relays.dial(peer, multiaddr)
             return
         # Not by way of `connect`: that waits 250 ms for a second address which there is not.
-        await self.swarm.dial_addr(multiaddr, peer)
+        with trio.fail_after(self.limits.connect_timeout):  # the library waits for Noise forever
+            await self.swarm.dial_addr(multiaddr, peer)
 
     def connections(self, peer: ID) -> list[INetConn]:
         """Those to ``peer`` that have not been closed."""
@@ -187,6 +208,12 @@ class Host:
                 relayed = connection.get_connection_type() is ConnectionType.RELAYED
                 return "relayed" if relayed else "direct"
         return "direct"
+
+
+async def close_soon(connection: INetConn) -> None:
+    """Close ``connection`` within seconds, also when nobody answers there."""
+    with trio.move_on_after(_CLOSE_SECONDS):
+        await connection.close()
 
 
 class _DialsNobody(AutoConnector):

@@ -16,16 +16,16 @@ from libp2p.abc import INetStream
 
 from swarmcore.transport import Buffer
 from swarmcore_transports.libp2p.bridge import TrioThread
+from swarmcore_transports.libp2p.muxing import LARGEST_PAYLOAD
 from swarmcore_transports.libp2p.translation import translated
 
-_PIECE = 64 * 1024 - 12
-"""Most bytes written to the muxer at a time: one of its frames."""
+_PIECE = 4 * LARGEST_PAYLOAD
+"""Most bytes written to the muxer at a time."""
 
 _READ_AHEAD = 1024 * 1024
 """Bytes that may wait for asyncio before the stream is read no further."""
 
 _READ = 256 * 1024
-_WINDOW_POLL = 0.001
 _FLUSH_SECONDS = 2.0
 
 
@@ -205,10 +205,7 @@ class StreamPipe(asyncio.Transport):
                 with self._reader_scope:
                     await self._read_all()
                 self._wake_writer()
-                # The writer is never cancelled in the middle of a piece: that would garble the whole
-                # connection, which other streams share. Where it cannot finish, the connection is stuck.
                 nursery.cancel_scope.deadline = trio.current_time() + _FLUSH_SECONDS
-            self._drop_connection |= nursery.cancel_scope.cancelled_caught
         finally:
             await self._release()
 
@@ -256,7 +253,7 @@ class StreamPipe(asyncio.Transport):
             self._thread.tell(self._lost, translated(exc))
 
     def _take(self) -> bytes:
-        """What to write next: one long buffer, or as many short ones as fit a frame of the muxer's."""
+        """What to write next: one long buffer, or as many short ones as make a piece."""
         data = self._queue.popleft()
         if len(data) >= _PIECE or not self._queue:
             return data
@@ -267,15 +264,8 @@ class StreamPipe(asyncio.Transport):
         return b"".join(batch)
 
     async def _write(self, data: bytes) -> None:
+        view = memoryview(data)
         for start in range(0, len(data), _PIECE):
-            piece = data[start : start + _PIECE]
-            await self._window(len(piece))
-            await self._stream.write(piece)
+            piece = view[start : start + _PIECE]
+            await self._stream.write(cast(bytes, piece))  # which the muxer copies anyway
             self._written += len(piece)
-
-    async def _window(self, size: int) -> None:
-        """Wait until the peer takes ``size`` bytes: py-libp2p itself gives a stream up after five seconds."""
-        muxed = self._stream.muxed_stream  # type: ignore[attr-defined]
-        # The muxer tells nobody when the window opens, so all that is left is to look.
-        while getattr(muxed, "send_window", size) < size and not getattr(muxed, "closed", False):  # noqa: ASYNC110
-            await trio.sleep(_WINDOW_POLL)

@@ -1,0 +1,351 @@
+"""Yamux as py-libp2p has it, with one task that writes all frames.
+
+py-libp2p writes from whichever task has something to say. So its reader, which answers pings and opened
+streams, waits for the peer to read, and two peers that send much to each other both stop for good; and a
+write that is cancelled leaves half a frame behind, which ends every stream of the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from typing import Any, cast
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.custom_types import TProtocol
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID, Yamux, YamuxStream
+
+from swarmcore.types import short
+from swarmcore.wire.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+YAMUX = TProtocol(PROTOCOL_ID)
+
+_NOISE_MESSAGE = 65_519
+"""Most bytes that one message of Noise holds; what is written together is encrypted together."""
+
+_HEADER = struct.Struct("!BBHII")
+LARGEST_PAYLOAD = _NOISE_MESSAGE - _HEADER.size
+"""Most bytes of one stream that are sent in one frame."""
+
+_DATA, _PING, _GO_AWAY = 0, 2, 3
+_SYN = 1
+
+_DATA_ROOM = 256 * 1024
+"""Bytes of streams that wait for the socket before writers wait as well."""
+
+_CONTROL_ROOM = 64 * 1024
+"""Bytes of answers to the peer (to pings, to opened streams) that may wait until it reads them."""
+
+_MAX_UNREAD = 32 * 2**20
+"""Bytes of one connection that nobody here has read yet, before no more is taken from the peer."""
+
+_MAX_OUTGOING_STREAMS = 4096
+_FLUSH_SECONDS = 1.0
+_SILENT_TICKS = 3
+
+
+class _Watched:
+    """An attribute that py-libp2p sets on a stream, as a window that grows, and that wakes its writers."""
+
+    def __set_name__(self, owner: type[PatientStream], name: str) -> None:
+        self._name = name
+
+    def __get__(self, stream: PatientStream, owner: type[PatientStream]) -> Any:
+        return stream.__dict__[self._name]
+
+    def __set__(self, stream: PatientStream, value: Any) -> None:
+        stream.__dict__[self._name] = value
+        if "_changed" in stream.__dict__:
+            stream._changed.unpark_all()
+
+
+class PatientStream(YamuxStream):
+    """Waits for its window as long as it takes; py-libp2p resets a stream after five seconds of that."""
+
+    send_window = _Watched()
+    send_closed = _Watched()
+    closed = _Watched()
+
+    @classmethod
+    def made_of(cls, stream: YamuxStream) -> PatientStream:
+        """``stream`` itself, turned into one of these: py-libp2p makes it in the midst of its reading."""
+        stream.__class__ = cls
+        patient = cast(PatientStream, stream)
+        patient._changed = trio.lowlevel.ParkingLot()
+        return patient
+
+    _changed: trio.lowlevel.ParkingLot
+
+    async def write(self, data: bytes) -> None:
+        """Mends: gives up after five seconds, and looks at the window a hundred times a second till then."""
+        at = 0
+        while at < len(data):
+            while self.send_window <= 0 and not (self.closed or self.send_closed):
+                await self._changed.park()
+            if self.closed or self.send_closed:
+                raise MuxedStreamError("the stream is closed")
+            size = min(self.send_window, LARGEST_PAYLOAD, len(data) - at)
+            self.send_window -= size
+            header = _HEADER.pack(0, _DATA, 0, self.stream_id, size)
+            await self.conn._write_frame(header + data[at : at + size])
+            at += size
+
+    async def read(self, n: int | None = -1) -> bytes:
+        """Adds: a connection that takes no more for now hears that something has been read."""
+        data = await super().read(n)
+        cast(QueuedYamux, self.conn).has_read()
+        return data
+
+    async def reset(self) -> None:
+        """Mends: what nobody will read any more is kept for a minute."""
+        await super().reset()
+        if unread := self.conn.stream_buffers.get(self.stream_id):
+            unread.clear()
+            await self.conn._finalize_stream(self, fully_closed=True)
+        cast(QueuedYamux, self.conn).has_read()
+
+
+class QueuedYamux(Yamux):
+    """One connection. The peer is lost when it has been silent for three times `Limits.keepalive`."""
+
+    def __init__(self, secured_conn: ISecureConn, peer_id: ID, limits: Limits) -> None:
+        self._overheard = _Overheard(secured_conn)
+        super().__init__(cast(ISecureConn, self._overheard), peer_id, secured_conn.is_initiator)
+        # Of which the library has 256, and whoever needs one more waits without a deadline.
+        self.stream_backlog_semaphore = trio.Semaphore(_MAX_OUTGOING_STREAMS)
+        self._keepalive = limits.keepalive
+        self._max_incoming_streams = 4 * limits.max_calls_per_peer
+        self._frames: deque[bytes] = deque()
+        self._data_bytes = self._control_bytes = 0
+        self._writing = False
+        self._something_to_write = trio.lowlevel.ParkingLot()
+        self._room = trio.lowlevel.ParkingLot()
+        self._all_written = trio.lowlevel.ParkingLot()
+        self._some_was_read = trio.lowlevel.ParkingLot()
+        self._reading = trio.CancelScope()
+
+    async def start(self) -> None:
+        """Adds: the task that writes."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write_queue)
+            await super().start()
+            nursery.cancel_scope.cancel()
+
+    async def handle_incoming(self) -> None:
+        """Adds: another task may end it; the library reads on when it cannot write any more."""
+        with self._reading:
+            await super().handle_incoming()
+        if self._reading.cancelled_caught:
+            await self._cleanup_on_error()
+
+    def _hang_up(self, reason: str) -> None:
+        if not self.event_shutting_down.is_set():
+            logger.info("dropping the connection to %s: %s", short(str(self.peer_id)), reason)
+            self._reading.cancel()
+
+    # --- streams --------------------------------------------------------------------------------------
+
+    async def open_stream(self) -> YamuxStream:
+        """Adds: patience."""
+        return PatientStream.made_of(await super().open_stream())
+
+    async def accept_stream(self) -> IMuxedStream:
+        """Adds: patience, and a bound on the streams that a peer has open."""
+        while True:
+            stream = PatientStream.made_of(cast(YamuxStream, await super().accept_stream()))
+            if sum(not one.is_initiator for one in self.streams.values()) <= self._max_incoming_streams:
+                return stream
+            logger.info("%s opens too many streams; one was reset", short(str(self.peer_id)))
+            await stream.reset()
+
+    # --- out ------------------------------------------------------------------------------------------
+
+    async def _write_frame(self, data: bytes) -> None:
+        """Mends: writes at once and in the task that calls. Data waits for room, all else never waits.
+
+        Frames keep their order, since the end of a stream must not overtake its data.
+        """
+        kind = data[1]
+        while kind == _DATA and self._data_bytes >= _DATA_ROOM and not self.event_shutting_down.is_set():
+            await self._room.park()
+        if self._control_bytes > _CONTROL_ROOM:
+            self._hang_up("it does not read the answers to what it asks")
+        if self.event_shutting_down.is_set() or self._control_bytes > _CONTROL_ROOM:
+            raise ConnectionClosedError("the connection is closed")
+        self._count(data, len(data))
+        self._frames.append(data)
+        self._something_to_write.unpark()
+        if kind == _GO_AWAY:  # the socket is closed next, and what is still here would be lost
+            with trio.move_on_after(_FLUSH_SECONDS):
+                while self._frames or self._writing:
+                    await self._all_written.park()
+        await trio.lowlevel.checkpoint()
+
+    def _count(self, frame: bytes, size: int) -> None:
+        if frame[1] == _DATA:
+            self._data_bytes += size
+        else:
+            self._control_bytes += size
+
+    async def _write_queue(self) -> None:
+        try:
+            while True:
+                self._all_written.unpark_all()
+                while not self._frames:
+                    await self._something_to_write.park()
+                self._writing = True
+                while self._frames:
+                    await self.secured_conn.write(self._next_batch())
+                    if self._data_bytes < _DATA_ROOM:
+                        self._room.unpark_all()
+                self._writing = False
+        except Exception as exc:
+            self._hang_up(f"it cannot be written to: {exc!r}")
+        finally:
+            self._writing = False
+            self._frames.clear()
+            self._room.unpark_all()
+            self._all_written.unpark_all()
+
+    def _next_batch(self) -> bytes:
+        """As many frames as one message of Noise holds."""
+        batch: list[bytes] = []
+        size = 0
+        while self._frames and (not batch or size + len(self._frames[0]) <= _NOISE_MESSAGE):
+            frame = self._frames.popleft()
+            self._count(frame, -len(frame))
+            batch.append(frame)
+            size += len(frame)
+        return batch[0] if len(batch) == 1 else b"".join(batch)
+
+    # --- in -------------------------------------------------------------------------------------------
+
+    async def _read_data_body(self, length: int) -> bytes:
+        """Adds: back-pressure for the whole connection; a peer may ignore the windows of its streams."""
+        with trio.move_on_after(2 * self._keepalive) as patience:
+            while (unread := sum(map(len, self.stream_buffers.values()))) and unread + length > _MAX_UNREAD:
+                await self._some_was_read.park()
+        if patience.cancelled_caught:
+            logger.info(
+                "%s has sent %d MiB that nobody reads", short(str(self.peer_id)), _MAX_UNREAD // 2**20
+            )
+            raise trio.TooSlowError  # for which the library closes the connection
+        return await super()._read_data_body(length)
+
+    def has_read(self) -> None:
+        """Called by a stream when some of what has come was taken."""
+        self._some_was_read.unpark_all()
+
+    # --- signs of life --------------------------------------------------------------------------------
+
+    async def _measure_rtt_loop(self) -> None:
+        """Mends: pings each half minute, and lets a peer live that never answers.
+
+        Ticks are counted, as in `framed`: a process that was stopped does not take that for the peer's
+        silence. Any byte counts, since where the way is full, the answer to a ping comes late.
+        """
+        silent_ticks = 0
+        answered = self._ping_event
+        answered.set()
+        while not self.event_shutting_down.is_set():
+            if answered.is_set():
+                self._ping_id = (self._ping_id + 1) % 2**32
+                answered = self._ping_event = trio.Event()
+                self._ping_sent_time = trio.current_time()
+                try:
+                    await self._write_frame(_HEADER.pack(0, _PING, _SYN, 0, self._ping_id))
+                except ConnectionClosedError:
+                    return
+            with trio.move_on_after(self._keepalive):
+                await self.event_shutting_down.wait()
+            silent_ticks = 0 if self._overheard.heard else silent_ticks + 1
+            self._overheard.heard = False
+            if silent_ticks >= _SILENT_TICKS:
+                self._hang_up(f"it has been silent for {silent_ticks * self._keepalive:g} s")
+                return
+
+
+class _Overheard:
+    """A secured connection, and whether anything has come over it."""
+
+    def __init__(self, secured_conn: ISecureConn) -> None:
+        self._secured_conn = secured_conn
+        self.heard = True
+
+    async def read(self, n: int | None = None) -> bytes:
+        data = await self._secured_conn.read(n)
+        self.heard = True
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._secured_conn, name)
+
+
+class QueuedMuxer(MuxerMultistream):
+    """Agrees on yamux, and makes it `QueuedYamux`; the library's own makes `Yamux` whatever it was given."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__({YAMUX: QueuedYamux}, max(1, int(limits.connect_timeout)))
+        self._limits = limits
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Mends: the class of connections is written into the library's."""
+        await self.select_transport(conn)
+        return self._annotate_connection(QueuedYamux(conn, peer_id, self._limits), conn, YAMUX)
+
+
+def install(swarm: Swarm, limits: Limits) -> None:
+    """Let every connection of ``swarm`` be a `QueuedYamux`, unless py-libp2p is not as it was."""
+    if missing := _missing(swarm):
+        logger.warning(
+            "this version of py-libp2p has no %s: its own yamux is used, which may stop for good under load; "
+            "install libp2p 0.8",
+            ", ".join(missing),
+        )
+        return
+    swarm.upgrader.muxer_multistream = QueuedMuxer(limits)
+
+
+_METHODS = {
+    Yamux: "start handle_incoming open_stream accept_stream _write_frame _read_data_body _cleanup_on_error "
+    "_measure_rtt_loop _finalize_stream",
+    YamuxStream: "read write reset",
+    MuxerMultistream: "select_transport _annotate_connection",
+}
+_ATTRIBUTES = (
+    "secured_conn peer_id streams stream_buffers stream_backlog_semaphore event_shutting_down _ping_event "
+    "_ping_id _ping_sent_time"
+)
+
+
+def _missing(swarm: Swarm) -> list[str]:
+    """What the classes above rely on and this version of the library does not have."""
+    found = [
+        f"{one.__name__}.{name}"
+        for one, names in _METHODS.items()
+        for name in names.split()
+        if not callable(getattr(one, name, None))
+    ]
+    try:
+        connection = Yamux(cast(ISecureConn, None), ID(b""), True)
+        stream = YamuxStream(1, connection, True)
+    except Exception as exc:
+        return [*found, f"Yamux of the known shape ({exc!r})"]
+    found += [f"Yamux.{name}" for name in _ATTRIBUTES.split() if not hasattr(connection, name)]
+    found += [
+        f"YamuxStream.{name}"
+        for name in ("send_window", "send_closed", "closed", "stream_id", "is_initiator", "conn")
+        if not hasattr(stream, name)
+    ]
+    if not hasattr(getattr(swarm, "upgrader", None), "muxer_multistream"):
+        found.append("Swarm.upgrader.muxer_multistream")
+    return found

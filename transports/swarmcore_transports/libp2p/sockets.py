@@ -1,0 +1,69 @@
+"""TCP as py-libp2p has it, with sockets that are let go when their connection ends."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.transport.tcp.tcp import TCP, TCPListener
+from multiaddr import Multiaddr
+
+from swarmcore.wire.limits import Limits
+
+
+class TcpSockets(TCP):
+    """To be given to ``new_host``. No Nagle's delay: trio's sockets have none."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(dns_resolution_timeout=max(0.1, limits.connect_timeout / 3))
+        self._lost_after = 3 * limits.keepalive
+
+    def create_listener(self, handler_function: Callable[[ReadWriteCloser], Awaitable[None]]) -> TCPListener:
+        """Mends: the handler of a connection ends with the host, so each keeps its place among the most."""
+
+        async def until_closed(stream: ReadWriteCloser) -> None:
+            assert isinstance(stream, TrioTCPStream)
+            with trio.CancelScope() as scope:
+                await handler_function(_Socket(stream.stream, self._lost_after, scope))
+
+        return TCPListener(until_closed)
+
+    async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> RawConnection:
+        raw = await super()._dial_resolved(maddr, source)
+        assert isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream)
+        return RawConnection(_Socket(raw.stream.stream, self._lost_after), True)
+
+
+class _Socket(TrioTCPStream):
+    """Cancels ``handler`` when it is closed."""
+
+    def __init__(
+        self, stream: trio.SocketStream, lost_after: float, handler: trio.CancelScope | None = None
+    ) -> None:
+        super().__init__(stream)
+        self._handler = handler
+        with contextlib.suppress(OSError):  # the peer may have gone already
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * lost_after))
+        self.get_remote_address()  # remembered from now on: a lost socket has none
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Mends: IPv6 sockets, whose addresses have four parts, have none."""
+        if self._cached_remote_address is None:
+            with contextlib.suppress(OSError):
+                host, port = self.stream.socket.getpeername()[:2]
+                self._cached_remote_address = str(host), int(port)
+        return self._cached_remote_address
+
+    async def close(self) -> None:
+        # Shielded, as whoever closes during a handshake goes on to hand back what the connection held.
+        with trio.CancelScope(shield=True):
+            await super().close()
+        if self._handler:
+            self._handler.cancel()
