@@ -68,6 +68,8 @@ class RelayPlan:
         """``near`` are the relays that this peer is directly connected to. Places at others are lost."""
         near = set(near)
         for peer, relay in list(self._relays.items()):
+            if peer in near and not relay.near:
+                relay.not_before = min(relay.not_before, now)  # it may have been away when it was asked
             relay.near = peer in near
             if relay.place and (not relay.near or now >= relay.place.until):
                 relay.place = None
