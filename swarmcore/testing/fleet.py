@@ -58,6 +58,7 @@ class Fleet:
         spans: Sequence[Span],
         *,
         replicas: int = 2,
+        transport: str = "tcp",
         listen: str = "127.0.0.1:0",
         bootstrap: str | None = None,
         arguments: Sequence[str] = (),
@@ -68,7 +69,7 @@ class Fleet:
         self.bootstrap: ServerProcess | None = None
         self.members: dict[PeerId, Member] = {}
         """The servers that live: those that were killed or stopped are not among them."""
-        self._listen = listen
+        self._network = ("--transport", transport, "--listen", listen)
         self._outside = bootstrap
         self._arguments = ("--model", model, *arguments)
         self._background: set[asyncio.Task[object]] = set()
@@ -95,7 +96,8 @@ class Fleet:
         process = await self.nursery.start(
             "serve",
             *self._arguments,
-            *("--blocks", str(span), "--listen", self._listen),
+            *("--blocks", str(span)),
+            *self._network,
             *joined,
             *arguments,
         )
@@ -150,7 +152,7 @@ class Fleet:
     async def __aenter__(self) -> Self:
         try:
             if self._outside is None:
-                self.bootstrap = await self.nursery.start("bootstrap", "--listen", self._listen)
+                self.bootstrap = await self.nursery.start("bootstrap", *self._network)
             async with asyncio.TaskGroup() as group:
                 for span in self.spans:
                     for _ in range(self.replicas):

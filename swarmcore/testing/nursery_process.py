@@ -29,6 +29,9 @@ PRELOADED = (
 )
 """Importing these starts no thread, no event loop and no CUDA: none of that would survive a fork."""
 
+PRELOADED_EXTRAS = ("swarmcore_transports.libp2p",)
+"""Likewise, where what they need is installed."""
+
 
 class Nursery:
     """Forks servers, and tells of their ends. Everything is done in one thread, one thing at a time."""
@@ -106,6 +109,9 @@ class Nursery:
 if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
+    for name in PRELOADED_EXTRAS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     gc.freeze()  # what the collector never touches stays shared
     sys.stdout.write("ready\n")
     sys.stdout.flush()
