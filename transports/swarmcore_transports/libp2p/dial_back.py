@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 import trio
 from libp2p.abc import INetConn, INetStream
-from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
@@ -21,6 +20,7 @@ from multiaddr import Multiaddr
 from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId, short
 from swarmcore.wire.framing import decode_record, encode_record
+from swarmcore_transports.libp2p.connections import remote_host
 from swarmcore_transports.libp2p.multiaddrs import on_host, port_of, reach
 from swarmcore_transports.libp2p.reachability import Reachability
 
@@ -221,14 +221,6 @@ class DialBack:
             if connection is not None:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
                     await connection.close()
-
-
-def remote_host(connection: INetConn) -> str | None:
-    """The IP address at the other end, or None for a relayed connection."""
-    if connection.get_connection_type() is ConnectionType.RELAYED:
-        return None
-    remote = connection.muxed_conn.get_remote_address()  # type: ignore[attr-defined]
-    return str(remote[0]).removeprefix("::ffff:") if remote else None
 
 
 async def _write(stream: INetStream, record: DialBackRequest | DialBackReply) -> None:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Literal, cast
 
 import trio
 from libp2p import new_host
 from libp2p.abc import IHost, INetConn, INetStream
-from libp2p.connection_types import ConnectionType
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.identity.identify_push.identify_push import push_identify_to_peers
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableError
@@ -29,9 +36,14 @@ from swarmcore.identity import Identity
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p import muxing
+from swarmcore_transports.libp2p.connections import Notices, is_direct, is_outbound
+from swarmcore_transports.libp2p.dial_back import DialBack
+from swarmcore_transports.libp2p.hole_punch import HolePuncher
 from swarmcore_transports.libp2p.logs import demote_library
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
 from swarmcore_transports.libp2p.own import OwnAddresses
+from swarmcore_transports.libp2p.relay_limits import RelayLimits
+from swarmcore_transports.libp2p.relay_service import RelayService
 from swarmcore_transports.libp2p.relaying import RelayClient
 from swarmcore_transports.libp2p.sockets import TcpSockets
 
@@ -42,6 +54,10 @@ PROTOCOL = TProtocol("/swarmcore/stream/1")
 
 _CLOSE_SECONDS = 3.0
 _RESET_SECONDS = 1.0
+_TELL_SECONDS = 5.0
+
+Relaying = Literal["auto", "on", "off"]
+"""Whether to relay for others: ``"auto"`` does once this peer is known to be reachable by everybody."""
 
 OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
 """Takes a stream that a peer opened, the peer, the path; sets the event when it has let the stream go."""
@@ -57,6 +73,10 @@ class Host:
         own: OwnAddresses,
         on_stream: OnPipe,
         on_direct: Callable[[PeerId], None],
+        *,
+        relay: Relaying = "auto",
+        relay_limits: RelayLimits | None = None,
+        relays: Iterable[tuple[Multiaddr, PeerId]] = (),
     ) -> None:
         demote_library()
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
@@ -85,14 +105,30 @@ class Host:
         self.swarm.auto_connector = _DialsNobody(self.swarm)
         muxing.install(self.swarm, limits)
         self._guard_streams()
-        self.relays = RelayClient(self)
+        self.notices = Notices()
+        self.swarm.register_notifee(self.notices)
+        self.relays = RelayClient(self, relays)
+        offers = {"on": lambda: True, "off": lambda: False, "auto": lambda: own.public}[relay]
+        self._relay_service = RelayService(self, relay_limits or RelayLimits(), offers)
+        self.dial_back = DialBack(self)
+        self.hole_puncher = HolePuncher(self)
+        self._background: list[Callable[[], Awaitable[None]]] = [
+            self.relays.run,
+            self._relay_service.run,
+            self.dial_back.run,
+            self.hole_puncher.run,
+        ]
 
     async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
         """Live until ``stop``, then close every connection."""
         self.serve(PROTOCOL, self._accept)
         async with self.libp2p.run(listen_addrs=[]):
-            ready()
-            await stop.wait()
+            async with trio.open_nursery() as background:
+                for task in self._background:
+                    background.start_soon(task)
+                ready()
+                await stop.wait()
+                background.cancel_scope.cancel()
             with trio.move_on_after(_CLOSE_SECONDS):
                 await self._close_connections()
                 await self.swarm.close()
@@ -130,6 +166,19 @@ class Host:
 
         self.libp2p.set_stream_handler(protocol, guarded)
 
+    def stop_serving(self, protocol: TProtocol) -> None:
+        """Take no further streams of ``protocol``."""
+        assert isinstance(self.libp2p, BasicHost)
+        self.libp2p.remove_stream_handler(protocol)
+
+    async def tell_protocols(self) -> None:
+        """Say to every connected peer what this one speaks and where it is, as far as they listen."""
+        with trio.move_on_after(_TELL_SECONDS):
+            try:
+                await push_identify_to_peers(self.libp2p)
+            except Exception as exc:
+                logger.debug("not everybody was told what this peer speaks: %r", exc)
+
     # --- listening ------------------------------------------------------------------------------------
 
     async def listen(self, places: Sequence[Multiaddr]) -> None:
@@ -141,8 +190,7 @@ class Host:
             _check_free(place)
             if not await self.swarm.listen(place):
                 raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
-        bound = [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
-        self.own.put("listening", spelt_out(bound))
+        self.own.put("listening", spelt_out(self.bound()))
 
     async def _accept(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
@@ -158,19 +206,23 @@ class Host:
         Returns it with its path. Several at a time to one address make one connection.
         """
         libp2p_peer = ID.from_string(peer)
-        while not self.connections(libp2p_peer):
+        await self.connect(libp2p_peer, multiaddr)
+        stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])
+        return stream, self.path_of(stream)
+
+    async def connect(self, peer: ID, multiaddr: Multiaddr, *, direct: bool = False) -> None:
+        """Connect to ``peer`` at ``multiaddr`` unless there is a connection, with ``direct`` a direct one."""
+        while not self.connections(peer, direct=direct):
             dialling = self._dials.get(multiaddr)
             if dialling is not None:
                 await dialling.wait()
                 continue
             done = self._dials[multiaddr] = trio.Event()
             try:
-                await self._dial(libp2p_peer, multiaddr)
+                await self._dial(peer, multiaddr)
             finally:
                 del self._dials[multiaddr]
                 done.set()
-        stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])
-        return stream, self.path_of(stream)
 
     async def open_direct(self, peer: PeerId) -> tuple[INetStream, str]:
         """A new stream over a direct connection that is there already, and its path.
@@ -178,16 +230,12 @@ class Host:
         Raise `PeerUnreachableError` when there is none.
         """
         libp2p_peer = ID.from_string(peer)
-        if any(self._is_direct(connection) for connection in self.connections(libp2p_peer)):
+        if self.connections(libp2p_peer, direct=True):
             stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])  # prefers direct connections
             if (path := self.path_of(stream)) != "relayed":
                 return stream, path
             await stream.reset()
         raise PeerUnreachableError(f"there is no direct connection to {short(peer)}")
-
-    @staticmethod
-    def _is_direct(connection: INetConn) -> bool:
-        return connection.get_connection_type() is not ConnectionType.RELAYED
 
     async def _dial(self, peer: ID, multiaddr: Multiaddr) -> None:
         if is_relayed(multiaddr):
@@ -197,17 +245,63 @@ class Host:
         with trio.fail_after(self.limits.connect_timeout):  # the library waits for Noise forever
             await self.swarm.dial_addr(multiaddr, peer)
 
-    def connections(self, peer: ID) -> list[INetConn]:
-        """Those to ``peer`` that have not been closed."""
-        return [connection for connection in self.swarm.get_connections(peer) if not connection.is_closed]
+    async def dial_raw(self, multiaddr: Multiaddr, source: tuple[str, int] | None = None) -> RawConnection:
+        """Bytes to and from ``multiaddr``, nothing proven yet, sent from the local address ``source``."""
+        transport = cast(TCP, self.swarm.transport_manager.transport_for_dialing(multiaddr))
+        dialling = transport.dial_with_source(multiaddr, source) if source else transport.dial(multiaddr)
+        return cast(RawConnection, await dialling)
+
+    async def open_on(self, connection: INetConn, protocol: TProtocol) -> INetStream:
+        """A new stream of ``protocol`` over ``connection`` and no other."""
+        stream = await connection.new_stream()
+        try:
+            communicator = MultiselectCommunicator(stream)
+            await cast(BasicHost, self.libp2p).multiselect_client.select_one_of([protocol], communicator)
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
+                await stream.reset()
+            raise
+        stream.set_protocol(protocol)
+        return stream
+
+    def connections(self, peer: ID, *, direct: bool = False) -> list[INetConn]:
+        """Those to ``peer`` that have not been closed; with ``direct`` without the relayed ones."""
+        return [
+            connection
+            for connection in self.swarm.get_connections(peer)
+            if not connection.is_closed and (is_direct(connection) or not direct)
+        ]
+
+    def dialled(self, peer: ID) -> list[Multiaddr]:
+        """Where this peer has dialled those direct connections to ``peer`` that are open."""
+        return [
+            address
+            for connection in self.connections(peer, direct=True)
+            if is_outbound(connection)
+            for address in connection.get_transport_addresses()
+        ]
+
+    def speaks(self, peer: ID, protocol: TProtocol) -> bool:
+        """Whether ``peer`` has said that it speaks ``protocol``."""
+        try:
+            return protocol in self.libp2p.get_peerstore().get_protocols(peer)
+        except PeerStoreError:  # it has said nothing yet
+            return False
 
     def path_of(self, stream: INetStream) -> str:
-        """``"direct"`` or ``"relayed"``, as in `Stream.path`."""
-        for connection in self.swarm.get_connections(stream.muxed_conn.peer_id):
-            if connection.muxed_conn is stream.muxed_conn:
-                relayed = connection.get_connection_type() is ConnectionType.RELAYED
-                return "relayed" if relayed else "direct"
-        return "direct"
+        """``"direct"``, ``"hole-punched"`` or ``"relayed"``, as in `Stream.path`."""
+        connection = self.connection_of(stream)
+        if not is_direct(connection):
+            return "relayed"
+        return "hole-punched" if self.hole_puncher.is_punched(connection) else "direct"
+
+    def connection_of(self, stream: INetStream) -> INetConn:
+        """The connection that carries ``stream``."""
+        return cast(INetConn, cast(NetStream, stream).swarm_conn)
+
+    def bound(self) -> list[Multiaddr]:
+        """What the listening sockets are bound to, wildcards among it."""
+        return [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
 
 
 async def close_soon(connection: INetConn) -> None:

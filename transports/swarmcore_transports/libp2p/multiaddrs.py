@@ -105,6 +105,11 @@ def on_host(host: str, port: int) -> Multiaddr:
     return Multiaddr(f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}")
 
 
+def host_of(multiaddr: Multiaddr) -> str:
+    """The IP address that ``multiaddr`` begins with."""
+    return str(next(iter(multiaddr.values())))
+
+
 def port_of(multiaddr: Multiaddr) -> int:
     """The TCP port that ``multiaddr`` begins with."""
     return int(multiaddr.value_for_protocol("tcp") or 0)

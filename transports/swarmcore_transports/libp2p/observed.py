@@ -1,0 +1,69 @@
+"""The IP addresses by which peers outside see this one."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import trio
+from libp2p.abc import INetConn
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.pb.identify_pb2 import Identify
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+
+from swarmcore_transports.libp2p.connections import is_direct, is_outbound
+from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, reach
+
+if TYPE_CHECKING:
+    from swarmcore_transports.libp2p.host import Host
+
+logger = logging.getLogger(__name__)
+
+_WITNESSES = 3
+_ANSWER_SECONDS = 2.0
+_CLOSE_SECONDS = 1.0
+_MAX_MESSAGE = 64 * 1024
+
+
+class Observed:
+    """Asks the peers that this one has dialled, by the identify protocol; lives in trio.
+
+    The library keeps such observations for listening hosts only, and tells them once four peers agree.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._seen: WeakKeyDictionary[INetConn, str] = WeakKeyDictionary()
+
+    async def hosts(self, reaches: frozenset[Reach]) -> list[str]:
+        """What up to three peers say within two seconds, of ``reaches`` only; each is asked once."""
+        outbound = [
+            connection
+            for connection in self._host.swarm.get_connections()
+            if not connection.is_closed and is_direct(connection) and is_outbound(connection)
+        ]
+        asked = outbound[:_WITNESSES]
+        async with trio.open_nursery() as nursery:
+            for connection in asked:
+                if connection not in self._seen:
+                    nursery.start_soon(self._ask, connection)
+        found = dict.fromkeys(self._seen[connection] for connection in asked if self._seen.get(connection))
+        return [host for host in found if reach(Multiaddr(f"/ip{6 if ':' in host else 4}/{host}")) in reaches]
+
+    async def _ask(self, connection: INetConn) -> None:
+        with trio.move_on_after(_ANSWER_SECONDS):
+            try:
+                stream = await self._host.open_on(connection, IDENTIFY)
+                try:
+                    told = Identify.FromString(await read_varint_prefixed_bytes_limited(stream, _MAX_MESSAGE))
+                finally:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
+                        await stream.reset()
+                self._seen[connection] = host_of(Multiaddr(told.observed_addr)) if told.observed_addr else ""
+            except (MultiaddrError, ValueError) as exc:
+                logger.debug("a peer says nonsense of where it sees this one: %r", exc)
+            except Exception as exc:
+                logger.debug("a peer does not say where it sees this one: %r", exc)
