@@ -155,6 +155,6 @@ def _check_prefix(block: int, prefix: torch.Tensor, tokens: int, held: HeldBlock
     if not tokens or prefix.shape != (2, tokens, layer.heads, layer.key_size):
         raise AdapterError(
             f"the adapter's prefix of block {block} has shape {list(prefix.shape)}; expected "
-            f"[2, tokens, {layer.heads}, {layer.key_size}] with the same tokens for all blocks: it was made for "
-            f"another model"
+            f"[2, tokens, {layer.heads}, {layer.key_size}] with the same tokens for all blocks: it was made "
+            f"for another model"
         )
