@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,7 +15,7 @@ from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.notes import Notes, ask
 from swarmcore.cli.options import client_options, load_identity, standard
 from swarmcore.cli.output import Output
-from swarmcore.types import ModelInfo, ServerInfo, Span, short
+from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -56,12 +57,16 @@ async def _watch(
 
     async with connect(*bootstrap, identity=load_identity(identity_file)) as swarm:
         view, notes = swarm.view(), await ask(swarm)
-        output.event("status", **describe(view, notes))
+        output.event("status", **describe(view, notes, swarm.paths))
         if once and not output.json_lines:
-            Console().print(render(view, notes))
+            Console().print(render(view, notes, swarm.paths))
         if once:
             return
-        live = None if output.json_lines else Live(render(view, notes), auto_refresh=False, screen=False)
+        live = (
+            None
+            if output.json_lines
+            else Live(render(view, notes, swarm.paths), auto_refresh=False, screen=False)
+        )
         asking = asyncio.create_task(_ask_later(swarm))
         try:
             if live:
@@ -73,9 +78,9 @@ async def _watch(
                 if asking.done():
                     asking = asyncio.create_task(_ask_later(swarm))
                 if view.revision != seen or notes != heard:
-                    output.event("status", **describe(view, notes))
+                    output.event("status", **describe(view, notes, swarm.paths))
                     if live:
-                        live.update(render(view, notes), refresh=True)
+                        live.update(render(view, notes, swarm.paths), refresh=True)
         finally:
             asking.cancel()
             await asyncio.wait([asking])
@@ -88,8 +93,8 @@ async def _ask_later(swarm: Swarm) -> Notes:
     return await ask(swarm)
 
 
-def describe(view: SwarmView, notes: Notes) -> dict[str, Any]:
-    """The view, and what the servers said, as plain values for JSON."""
+def describe(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> dict[str, Any]:
+    """The view, what the servers said, and how each was reached, as plain values for JSON."""
     models = []
     for fingerprint, model in sorted(view.models().items()):
         counts = _coverage_online(view, model)
@@ -102,7 +107,10 @@ def describe(view: SwarmView, notes: Notes) -> dict[str, Any]:
                 "missing": [str(span) for span in uncovered(counts)],
             }
         )
-    servers = [_server_values(server, notes) for server in sorted(view, key=_by_span)]
+    servers = [
+        {**_server_values(server, notes), "path": paths.get(server.peer)}
+        for server in sorted(view, key=_by_span)
+    ]
     runs = [
         {"name": name, "members": [member.peer for member in members]}
         for name, members in view.runs().items()
@@ -120,16 +128,21 @@ def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
     return values
 
 
-def render(view: SwarmView, notes: Notes) -> Group:
+def render(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> Group:
     """The view as tables: one for each model, with what its servers said; then those who train, by runs, and
-    the peers that do neither."""
+    the peers that do neither. How servers are reached is a column unless all of them are reached directly."""
     from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = []
     for model in sorted(view.models().values(), key=lambda m: (m.name, m.fingerprint)):
         servers = view.serving(model.fingerprint)
-        parts += [_model_line(view, model), _server_table(servers, model), *_notes(servers, notes), Text()]
+        parts += [
+            _model_line(view, model),
+            _server_table(servers, model, paths),
+            *_notes(servers, notes),
+            Text(),
+        ]
     for name, members in view.runs().items():
         how_many = f"{len(members)} member" + ("s" if len(members) > 1 else "")
         parts.append(
@@ -161,7 +174,7 @@ def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
     return line
 
 
-def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType:
+def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[PeerId, str]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
@@ -171,6 +184,8 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType
         table.add_column(name, no_wrap=True, min_width=width)
     for name, width in (("sessions", 8), ("tok/s", 6), ("cache", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    if some_indirect := any(paths.get(server.peer, "direct") != "direct" for server in servers):
+        table.add_column("path", no_wrap=True, min_width=len("hole-punched"))
     table.add_column("name", overflow="fold")
     for server in servers:
         assert server.span is not None
@@ -187,6 +202,7 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo) -> RenderableType
             str(server.sessions),
             f"{server.throughput:,.0f}" if server.throughput else "-",
             cache,
+            *([paths.get(server.peer, "")] if some_indirect else []),
             Text(server.public_name[:24]),
         )
     return table

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -113,6 +113,11 @@ class Swarm:
     def view(self) -> SwarmView:
         """Who serves what, as known now."""
         return self.registry.view()
+
+    @property
+    def paths(self) -> Mapping[PeerId, str]:
+        """How peers called lately were reached: ``"direct"``, ``"hole-punched"`` or ``"relayed"``."""
+        return self.node.paths
 
     def chain(
         self, model: ModelInfo, *, tokens: int = 0, blocked: Collection[PeerId] = (), span: Span | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, cast
 
 from swarmcore.errors import (
@@ -35,6 +35,7 @@ from swarmcore.wire.tensors import Tensor
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT = 5.0
+_PATHS_KEPT = 1024
 
 
 class Node:
@@ -65,6 +66,7 @@ class Node:
         self._calls_in = 0
         self._calls_by_peer: Counter[PeerId] = Counter()
         self._calls_out = 0
+        self._paths: OrderedDict[PeerId, str] = OrderedDict()
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
         self._closed = False
 
@@ -101,6 +103,18 @@ class Node:
         except BaseException:
             await self.close()
             raise
+
+    async def find_neighbours(self, on_found: Callable[[tuple[Address, ...]], None]) -> None:
+        """Look for peers on the local network, over every transport that can, until closed.
+
+        Raise `InputError` when none can, `UnavailableError` when this machine does not let it.
+        """
+        able = [transport for transport in self._transports.values() if transport.finds_neighbours]
+        if not able:
+            ours = ", ".join(self._transports) or "no transport"
+            raise InputError(f"to find peers on the local network takes transport libp2p; there is {ours}")
+        for transport in able:
+            await transport.find_neighbours(on_found)
 
     async def close(self) -> None:
         """Cancel the handlers, abort all streams, close the transports. Harmless when repeated.
@@ -230,7 +244,17 @@ class Node:
         if not self._allows(peer):
             raise PeerNotAllowedError(f"{short(peer)} is not among the allowed peers of this closed swarm")
         self.counters["calls_out"] += 1
-        return await dial(self._transports, addresses, deadline)
+        stream = await dial(self._transports, addresses, deadline)
+        self._paths[peer] = stream.path
+        self._paths.move_to_end(peer)
+        if len(self._paths) > _PATHS_KEPT:
+            self._paths.popitem(last=False)
+        return stream
+
+    @property
+    def paths(self) -> Mapping[PeerId, str]:
+        """How each of the last thousand peers called was reached, as in `Stream.path`."""
+        return MappingProxyType(self._paths)
 
     def _allows(self, peer: PeerId) -> bool:
         return self.allowed_peers is None or peer in self.allowed_peers

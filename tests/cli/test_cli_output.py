@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping
 
 import pytest
 
@@ -14,7 +15,7 @@ from swarmcore.cli.status import describe, render
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import SwarmView
-from swarmcore.types import ModelInfo, ServerInfo, Span, short
+from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
 MODEL = ModelInfo(name="tiny", fingerprint="f" * 64, blocks=6, hidden_size=8)
 
@@ -105,7 +106,7 @@ def view(*servers: ServerInfo) -> SwarmView:
 
 def test_status_counts_only_servers_that_are_online():
     swarm = view(server(Span(0, 3)), server(Span(2, 6), state="joining"), server(None))
-    found = describe(swarm, {})
+    found = describe(swarm, {}, {})
     assert found["models"] == [
         {
             "name": "tiny",
@@ -119,11 +120,11 @@ def test_status_counts_only_servers_that_are_online():
     json.dumps(found)
 
 
-def printed(swarm: SwarmView, notes: Notes, width: int) -> str:
+def printed(swarm: SwarmView, notes: Notes, width: int, paths: Mapping[PeerId, str] | None = None) -> str:
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render(swarm, notes))
+    console.print(render(swarm, notes, paths or {}))
     return console.export_text()
 
 
@@ -147,7 +148,7 @@ def test_status_lists_training_runs_with_their_members():
     serves = server(Span(0, 6), runs=("poems",), public_name="attic")
     swarm = view(poet, both, serves, server(None, public_name="door"))
     members = sorted([poet.peer, both.peer, serves.peer])
-    assert describe(swarm, {})["runs"] == [
+    assert describe(swarm, {}, {})["runs"] == [
         {"name": "[red]prose", "members": [both.peer]},
         {"name": "poems", "members": members},
     ]
@@ -181,13 +182,27 @@ def test_status_shows_moves_and_reasons_and_fits_80_columns():
     assert "0 % of 131k" in row
     assert "attic" in row
     assert "placement: moving from 0:3 to 3:6: [red]nobody" in text
-    [values] = describe(view(mover), notes)["servers"]
+    [values] = describe(view(mover), notes, {})["servers"]
     assert (values["target"], values["throughput"], values["notes"]) == (
         "3:6",
         1234.5,
         list(notes[mover.peer]),
     )
     json.dumps(values)
+
+
+def test_how_servers_are_reached_is_shown_where_it_matters():
+    near, far = (
+        ServerInfo(Identity.generate().peer, (), model=MODEL, span=Span(0, 3), dtype="bfloat16")
+        for _ in range(2)
+    )
+    paths = {near.peer: "direct", far.peer: "hole-punched"}
+    text = printed(view(near, far), {}, 100, paths)
+    assert "hole-punched" in next(line for line in text.splitlines() if short(far.peer) in line)
+    assert "direct" in next(line for line in text.splitlines() if short(near.peer) in line)
+    assert "direct" not in printed(view(near), {}, 100, paths)
+    told = {values["peer"]: values["path"] for values in describe(view(near, far), {}, paths)["servers"]}
+    assert told == paths
 
 
 def test_what_strangers_say_cannot_upset_the_terminal():
