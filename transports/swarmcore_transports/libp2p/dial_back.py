@@ -97,16 +97,8 @@ class DialBack:
         self._asked_about: set[int] = set()
         self._woken = trio.Event()
         self.reachability = Reachability()
-
-    @property
-    def standing(self) -> str:
+        self.standing = "nobody has tried to reach this peer from outside"
         """Whether this peer is reached from outside, in words."""
-        verdict = self.reachability.verdict(trio.current_time())
-        if verdict is None:
-            return "nobody has tried to reach this peer from outside"
-        if not verdict:
-            return "not reachable from outside: no peer that tried got through"
-        return f"reachable from outside at {', '.join(map(str, self._host.own.of('verified')))}"
 
     # --- asking ---------------------------------------------------------------------------------------
 
@@ -123,9 +115,24 @@ class DialBack:
                 self.reachability.forget()
             if ports:
                 await self._ask_those_due(sorted(ports))
-            self._host.own.put("verified", self.reachability.verified(trio.current_time()))
+            self._tell()
             with trio.CancelScope(deadline=self.reachability.next_at(trio.current_time())):
                 await self._woken.wait()
+
+    def _tell(self) -> None:
+        now = trio.current_time()
+        verified = self.reachability.verified(now)
+        verdict = self.reachability.verdict(now)
+        if verdict is None:
+            standing = "nobody has tried to reach this peer from outside"
+        elif verdict:
+            standing = f"reachable from outside at {', '.join(map(str, verified))}"
+        else:
+            standing = "not reachable from outside: no peer that tried got through"
+        if standing != self.standing:
+            self.standing = standing
+            logger.info("%s is %s", short(self._host.peer), standing)
+        self._host.own.put("verified", verified)
 
     def _ports(self) -> set[int]:
         own = [*self._host.own.of("mapped"), *self._host.own.of("listening")]

@@ -42,8 +42,8 @@ MAX_ADDRESSES = 8
 
 _EXCHANGE_SECONDS = 5.0
 _ATTEMPT_SECONDS = 12.0
-_PLAIN_SECONDS = 1.5
-_PUNCH_SECONDS = 3.0
+_PLAIN_SECONDS = 1.0
+_PUNCH_SECONDS = 2.0
 _CONNECT_SECONDS = 1.5
 """One try: the kernel sends the first packet again after a second."""
 
