@@ -13,7 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
-from swarmcore.errors import MissingExtraError, StreamClosedError, UnavailableError, UnknownTransportError
+from swarmcore.errors import (
+    InputError,
+    MissingExtraError,
+    StreamClosedError,
+    UnavailableError,
+    UnknownTransportError,
+)
 from swarmcore.identity import Identity
 from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
@@ -93,6 +99,8 @@ class Transport(ABC):
     """The scheme of its addresses: ``"tcp"``, ``"libp2p"``, …"""
     default_places: ClassVar[tuple[str, ...]] = ()
     """Where a server listens that was not told where; none when no place works everywhere."""
+    finds_neighbours: ClassVar[bool] = False
+    """Whether `find_neighbours` works."""
 
     def __init__(
         self,
@@ -120,6 +128,23 @@ class Transport(ABC):
     def preference(self, address: Address) -> int:
         """Which of a peer's addresses to try first: the lowest, at equality the first announced."""
         return 0
+
+    @classmethod
+    def address_at(cls, place: str, peer: PeerId) -> Address:
+        """The address of ``peer`` at a place in the notation of ``announce``, such as ``example.org:4001``.
+
+        Raise `AddressError` when it is none.
+        """
+        location = place.removesuffix(f"/{peer}")
+        return Address(cls.scheme, location if location.startswith("/") else f"//{location}", peer)
+
+    async def find_neighbours(self, on_found: Callable[[tuple[Address, ...]], None]) -> None:
+        """Look for peers on the local network until closed, and let them find this one if it listens.
+
+        ``on_found`` gets the addresses of one peer at a time, which nobody has proven. Raise `InputError`
+        when this transport has no way to look, `UnavailableError` when this machine does not let it.
+        """
+        raise InputError(f"transport {self.scheme!r} does not find peers on the local network")
 
     @abstractmethod
     async def open_stream(self, address: Address) -> Stream:

@@ -32,6 +32,7 @@ from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.mdns import Mdns
 from swarmcore_transports.libp2p.multiaddrs import (
     SCHEME,
     announced_multiaddr,
@@ -60,6 +61,7 @@ class Libp2pTransport(Transport):
 
     scheme = SCHEME
     default_places = ("/ip4/0.0.0.0/tcp/0",)
+    finds_neighbours = True
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Libp2pTransport(Transport):
         self._settings = Settings.of(self.limits)
         fixed = [announced_multiaddr(text, identity.peer) for text in announce]
         self._own = OwnAddresses(identity.peer, fixed, self._own_changed)
+        self._mdns: Mdns | None = None
         self._host: Host | None = None
         self._thread: TrioThread | None = None
         self._starting = asyncio.Lock()
@@ -131,6 +134,19 @@ class Libp2pTransport(Transport):
     def _tell_addresses(self) -> None:
         if self._listening and not self._closed:
             self.on_addresses(self._addresses())
+            if self._mdns:
+                self._mdns.tell(self._own.of("listening"))
+
+    @classmethod
+    def address_at(cls, place: str, peer: PeerId) -> Address:
+        return to_address(announced_multiaddr(place, peer), peer)
+
+    async def find_neighbours(self, on_found: Callable[[tuple[Address, ...]], None]) -> None:
+        self._check_open()
+        if self._mdns:
+            raise InputError("this transport looks for neighbours already")
+        self._mdns = Mdns(self.identity.peer, on_found)
+        await self._mdns.start(self._own.of("listening"))
 
     def preference(self, address: Address) -> int:
         return preference(to_multiaddr(address))
@@ -251,6 +267,8 @@ class Libp2pTransport(Transport):
 
     async def close(self) -> None:
         self._closed = True
+        if self._mdns:
+            await self._mdns.close()
         for task in self._moves:
             task.cancel()
         self._connections.begin_close()
