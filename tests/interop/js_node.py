@@ -18,6 +18,7 @@ import pytest
 
 SOURCES = Path(__file__).parent
 FILES = ("node.mjs", "stream.mjs", "package.json", "package-lock.json")
+OLDEST_NODE = 20
 INSTALL_TIMEOUT = 180.0
 START_TIMEOUT = 20.0
 CALL_TIMEOUT = 35.0
@@ -30,11 +31,14 @@ def install(cache: Path) -> Path:
     """The folder of a runnable node: this one where ``npm ci`` was run in it, else a copy under ``cache``.
 
     The copy is made once and shared by the test processes that give the same ``cache``. Skips the test where
-    node or npm is missing.
+    node or npm is missing, or node is too old.
     """
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed: no js-libp2p node to test against")
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.removeprefix("v").partition(".")[0]) < OLDEST_NODE:
+        pytest.skip(f"js-libp2p needs Node {OLDEST_NODE} or newer; this is {version}")
     if (SOURCES / "node_modules").is_dir():
         return SOURCES
     folder = cache / "js-libp2p"
