@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 
 logger = logging.getLogger(__name__)
-
-_LIBRARY = "libp2p"
 
 
 class _Demoted(logging.Handler):
@@ -24,13 +23,16 @@ class _Demoted(logging.Handler):
 def demote_library() -> None:
     """From now on, nothing of py-libp2p is above DEBUG, and its talk about every frame is left out.
 
-    Unless somebody else has configured its logger, as ``LIBP2P_DEBUG`` in the environment does. Without
-    this, Python would print its warnings on stderr.
+    Without this, Python would print its warnings on stderr. Where ``LIBP2P_DEBUG`` is set in the environment,
+    the library logs as it says there.
     """
-    library = logging.getLogger(_LIBRARY)
-    if not library.handlers:
+    library = logging.getLogger("libp2p")
+    if not os.environ.get("LIBP2P_DEBUG") and not any(isinstance(one, _Demoted) for one in library.handlers):
         library.addHandler(_Demoted())
         library.setLevel(logging.INFO)
+    addresses = logging.getLogger("multiaddr")
+    if addresses.level == logging.NOTSET:
+        addresses.setLevel(logging.INFO)  # at DEBUG it tells of every byte of every address
     _bind_root_messages()
 
 

@@ -8,6 +8,7 @@ write that is cancelled leaves half a frame behind, which ends every stream of t
 from __future__ import annotations
 
 import logging
+import math
 import struct
 from collections import deque
 from typing import Any, cast
@@ -247,13 +248,17 @@ class QueuedYamux(Yamux):
 
     # --- signs of life --------------------------------------------------------------------------------
 
+    @property
+    def silent_for(self) -> float:
+        return trio.current_time() - self._overheard.heard_at
+
     async def _measure_rtt_loop(self) -> None:
         """Mends: pings each half minute, and lets a peer live that never answers.
 
         Ticks are counted, as in `framed`: a process that was stopped does not take that for the peer's
         silence. Any byte counts, since where the way is full, the answer to a ping comes late.
         """
-        silent_ticks = 0
+        silent_ticks, heard_at = 0, self._overheard.heard_at
         answered = self._ping_event
         answered.set()
         while not self.event_shutting_down.is_set():
@@ -267,23 +272,30 @@ class QueuedYamux(Yamux):
                     return
             with trio.move_on_after(self._keepalive):
                 await self.event_shutting_down.wait()
-            silent_ticks = 0 if self._overheard.heard else silent_ticks + 1
-            self._overheard.heard = False
+            silent_ticks = silent_ticks + 1 if self._overheard.heard_at == heard_at else 0
+            heard_at = self._overheard.heard_at
             if silent_ticks >= _SILENT_TICKS:
                 self._hang_up(f"it has been silent for {silent_ticks * self._keepalive:g} s")
                 return
 
 
+def silent_for(connection: IMuxedConn) -> float:
+    """Seconds since anything has come over ``connection``; a peer that lives answers pings."""
+    if isinstance(connection, QueuedYamux):
+        return connection.silent_for
+    return math.inf  # the library's own does not say
+
+
 class _Overheard:
-    """A secured connection, and whether anything has come over it."""
+    """A secured connection, and when anything last came over it."""
 
     def __init__(self, secured_conn: ISecureConn) -> None:
         self._secured_conn = secured_conn
-        self.heard = True
+        self.heard_at = trio.current_time()
 
     async def read(self, n: int | None = None) -> bytes:
         data = await self._secured_conn.read(n)
-        self.heard = True
+        self.heard_at = trio.current_time()
         return data
 
     def __getattr__(self, name: str) -> Any:

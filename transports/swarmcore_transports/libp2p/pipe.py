@@ -16,7 +16,7 @@ from libp2p.abc import INetStream
 
 from swarmcore.transport import Buffer
 from swarmcore_transports.libp2p.bridge import TrioThread
-from swarmcore_transports.libp2p.muxing import LARGEST_PAYLOAD
+from swarmcore_transports.libp2p.muxing import LARGEST_PAYLOAD, silent_for
 from swarmcore_transports.libp2p.translation import translated
 
 _PIECE = 4 * LARGEST_PAYLOAD
@@ -33,8 +33,8 @@ class StreamPipe(asyncio.Transport):
     """``stream`` belongs to the pipe from now on. `start` begins to move bytes.
 
     ``path`` says how they travel, as `Stream.path` does; ``released`` is set once the stream is let go. When
-    the pipe is aborted after ``silence`` seconds without a byte from the peer, the connection below is
-    dropped with it: nobody answers there.
+    the pipe is aborted after ``silence`` seconds without a byte from the peer, and no byte of another stream
+    has come either, the connection below is dropped with it: nobody answers there.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StreamPipe(asyncio.Transport):
         self._reading_paused = False
         self._undelivered: deque[bytes] = deque()
         self._peer_ended = False
-        self._drop_connection = False
+        self._was_silent = False
         self._reader_scope = trio.CancelScope()
 
     def start(self, protocol: asyncio.BufferedProtocol) -> None:
@@ -129,8 +129,8 @@ class StreamPipe(asyncio.Transport):
     def abort(self) -> None:
         """Let go at once. What is still queued leaves only if that is little and goes quickly."""
         if not self._closing:
-            self._drop_connection = self._loop.time() - self._heard_at > self._silence
-            if self._drop_connection or self._queued - self._written > _PIECE:
+            self._was_silent = self._loop.time() - self._heard_at > self._silence
+            if self._was_silent or self._queued - self._written > _PIECE:
                 self._queue.clear()
         self._end()
 
@@ -212,8 +212,9 @@ class StreamPipe(asyncio.Transport):
     async def _release(self) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _FLUSH_SECONDS):
             try:
-                if self._drop_connection:
-                    await self._stream.muxed_conn.close()
+                connection = self._stream.muxed_conn
+                if self._was_silent and silent_for(connection) > self._silence:
+                    await connection.close()
                 else:
                     await self._stream.reset()
             except Exception as exc:
