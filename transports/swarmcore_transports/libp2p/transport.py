@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 from collections.abc import Callable, Sequence
 
 import trio
 from libp2p.abc import INetStream
+from multiaddr import Multiaddr
 
 from swarmcore.errors import (
     AddressError,
@@ -31,11 +33,12 @@ from swarmcore_transports.framed.moving import TOKEN_BYTES
 from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.libp2p.bridge import TrioThread
-from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.host import Host, Relaying
 from swarmcore_transports.libp2p.mdns import Mdns
 from swarmcore_transports.libp2p.multiaddrs import (
     SCHEME,
     announced_multiaddr,
+    given_relay,
     place,
     preference,
     to_address,
@@ -43,6 +46,8 @@ from swarmcore_transports.libp2p.multiaddrs import (
 )
 from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.pipe import StreamPipe
+from swarmcore_transports.libp2p.port_mapping import PortMapper
+from swarmcore_transports.libp2p.relay_limits import RelayLimits
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,12 @@ class Libp2pTransport(Transport):
 
     ``listen_on`` and ``announce`` hold multiaddrs, or ``host:port`` for short; port 0 takes a free one. A
     wildcard host is announced as this machine's own addresses.
+
+    While it listens and is not known to be reachable by everybody, it keeps places at up to two circuit
+    relays (version 2): at those of ``relays``, addresses of peers, else at connected peers that relay.
+    ``relay`` says whether it relays for others, within ``relay_limits``; ``"auto"`` does once everybody is
+    known to reach it. With ``upnp`` it asks the router of a LAN on which it listens to let others in. Raise
+    `AddressError` when one of ``relays`` is malformed or relayed itself.
     """
 
     scheme = SCHEME
@@ -70,12 +81,20 @@ class Libp2pTransport(Transport):
         limits: Limits | None = None,
         listen_on: Sequence[str] = (),
         announce: Sequence[str] = (),
+        relay: Relaying = "auto",
+        relay_limits: RelayLimits | None = None,
+        relays: Sequence[str] = (),
+        upnp: bool = True,
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         self._settings = Settings.of(self.limits)
         fixed = [announced_multiaddr(text, identity.peer) for text in announce]
         self._own = OwnAddresses(identity.peer, fixed, self._own_changed)
+        self._relaying = relay
+        self._relay_limits = relay_limits
+        self._given_relays = [given_relay(text) for text in relays]
         self._mdns: Mdns | None = None
+        self._port_mapper = PortMapper(self._mapped, random.Random()) if upnp else None
         self._host: Host | None = None
         self._thread: TrioThread | None = None
         self._starting = asyncio.Lock()
@@ -95,8 +114,16 @@ class Libp2pTransport(Transport):
         async with self._starting:
             self._check_open()
             if self._thread is None or self._host is None:
-                host = Host(self.identity, self.limits, self._own, self._stream_arrived, self._direct_way)
-
+                host = Host(
+                    self.identity,
+                    self.limits,
+                    self._own,
+                    self._stream_arrived,
+                    self._direct_way,
+                    relay=self._relaying,
+                    relay_limits=self._relay_limits,
+                    relays=self._given_relays,
+                )
                 thread = TrioThread(
                     host.run, name=f"libp2p-{self.identity.peer[-6:]}", on_crash=self._crashed
                 )
@@ -121,6 +148,7 @@ class Libp2pTransport(Transport):
         self._connections.serve(on_stream)
         await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")
         self._listening = True
+        self._tell_listening()
         return self._addresses()
 
     def _addresses(self) -> tuple[Address, ...]:
@@ -134,8 +162,18 @@ class Libp2pTransport(Transport):
     def _tell_addresses(self) -> None:
         if self._listening and not self._closed:
             self.on_addresses(self._addresses())
-            if self._mdns:
-                self._mdns.tell(self._own.of("listening"))
+            self._tell_listening()
+
+    def _tell_listening(self) -> None:
+        listening = self._own.of("listening")
+        if self._mdns:
+            self._mdns.tell(listening)
+        if self._port_mapper:
+            self._port_mapper.tell(listening)
+
+    def _mapped(self, addresses: list[Multiaddr]) -> None:
+        if self._thread:
+            self._thread.post(self._own.put, "mapped", addresses)
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
@@ -269,6 +307,8 @@ class Libp2pTransport(Transport):
         self._closed = True
         if self._mdns:
             await self._mdns.close()
+        if self._port_mapper:
+            await self._port_mapper.close()
         for task in self._moves:
             task.cancel()
         self._connections.begin_close()
