@@ -65,7 +65,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     link: BaseException | None = error
     while link is not None and link not in found:
         found.append(link)
-        link = link.__cause__
+        link = link.__cause__ and _innermost(link.__cause__)
     return found
 
 
