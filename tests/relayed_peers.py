@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
+import pytest
+
+from swarmcore.errors import ConnectionLostError, StreamClosedError
 from swarmcore.identity import Identity
 from swarmcore.transport import Stream
 from swarmcore.types import Address
@@ -106,6 +109,14 @@ class RelayedPeers:
 async def check_echo(stream: Stream, *sizes: int) -> None:
     """Send a message of each size and compare what comes back."""
     for size in sizes:
-        message = bytes(range(251)) * (size // 251 + 1)
-        await stream.send(message[:size])
-        assert bytes(await stream.receive()) == message[:size]
+        message = (bytes(range(251)) * (size // 251 + 1))[:size]
+        async with asyncio.timeout(PATIENCE):
+            await stream.send(message)
+            assert bytes(await stream.receive()) == message
+
+
+async def check_end(stream: Stream) -> None:
+    """Wait until it turns out that ``stream`` is no more."""
+    with pytest.raises((ConnectionLostError, StreamClosedError)):
+        async with asyncio.timeout(PATIENCE):
+            await stream.receive()
