@@ -18,10 +18,11 @@ from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
-from swarmcore.errors import AddressError, MissingBlocksError, PeerUnreachableError
+from swarmcore.errors import AddressError, InputError, MissingBlocksError, PeerUnreachableError
 from swarmcore.identity import Identity, public_key
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
+from swarmcore.registry.neighbours import meet_neighbours
 from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.routing.chain import Chain, Router
 from swarmcore.routing.costs import ChainCost, CostModel
@@ -41,13 +42,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MDNS = "libp2p"  # the transport whose peers are found that way
+
 
 class Swarm:
     """What a client sees and does in a swarm. Made by `connect`; an async context manager.
 
     ``node`` and ``registry`` are owned: entering starts them, leaving closes them. The ``router`` is
     `LeastLatency` over ``latencies`` unless another is given; servers are pinged within ``pings``.
-    ``session_id`` makes up names of sessions, which nobody must be able to guess.
+    ``session_id`` makes up names of sessions, which nobody must be able to guess. With ``find_neighbours`` it
+    joins through members on the local network as well.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Swarm:
         rng: random.Random | None = None,
         session_id: Callable[[], str] = random_session_id,
         again: Callable[[], Swarm] | None = None,
+        find_neighbours: bool = False,
     ) -> None:
         self.again = again
         """Makes another connection to the same swarm, under another name; None when that is not known."""
@@ -79,6 +84,7 @@ class Swarm:
         self._pinger = Pinger(
             node, registry.view, self.latencies, self.health, rng=rng, admits=self._admits, limits=pings
         )
+        self._find_neighbours = find_neighbours
         self._tasks = BackgroundTasks()
         self._models: list[RemoteModel] = []
 
@@ -88,13 +94,25 @@ class Swarm:
     async def __aenter__(self) -> Self:
         try:
             await self.node.start()
-            await self.registry.start()
+            await self._join()
         except BaseException:
             await self.close()
             raise
         self._pinger.start()
         self._tasks.start(self._follow_health(), "peer health")
         return self
+
+    async def _join(self) -> None:
+        found = not self._find_neighbours or await meet_neighbours(self.node, self.registry)
+        try:
+            await self.registry.start()
+        except InputError as exc:
+            if found:
+                raise
+            raise PeerUnreachableError(
+                "no member of a swarm was found on the local network; start one there with --mdns, or give "
+                "the address of one elsewhere"
+            ) from exc
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -249,6 +267,7 @@ def connect(
     *bootstrap: str,
     identity: Identity | None = None,
     transports: Sequence[str] = (),
+    mdns: bool = False,
     allowed_servers: Collection[PeerId] | None = None,
     blocked_servers: Collection[PeerId] = (),
     max_hops: int | None = None,
@@ -256,19 +275,23 @@ def connect(
 ) -> Swarm:
     """A swarm that any of the ``bootstrap`` addresses is a member of. Use it as ``async with connect(…)``.
 
-    ``transports`` are schemes to have besides those of the bootstrap addresses. ``allowed_servers``, when
+    ``transports`` are schemes to have besides those of the bootstrap addresses. With ``mdns`` members are
+    looked for on the local network, too, over libp2p, and no address is needed. ``allowed_servers``, when
     given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
     most ``max_hops`` servers. Raise `AddressError` for a bad address or peer id,
     `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
     `PeerUnreachableError` when no bootstrap peer answers.
     """
-    if not bootstrap:
-        raise AddressError("connect needs the address of at least one member of the swarm")
+    if not bootstrap and not mdns:
+        raise AddressError(
+            "connect needs the address of at least one member of the swarm, or mdns=True to look for one on "
+            "the local network"
+        )
     addresses = [Address.parse(url) for url in bootstrap]
     for peer in (*(allowed_servers or ()), *blocked_servers):
         public_key(peer)
     identity = identity or Identity.generate()
-    schemes = dict.fromkeys([*(address.scheme for address in addresses), *transports])
+    schemes = dict.fromkeys([*(a.scheme for a in addresses), *transports, *([_MDNS] if mdns else [])])
     node = Node(
         identity, [transport_class(scheme)(identity, limits=limits) for scheme in schemes], limits=limits
     )
@@ -284,9 +307,17 @@ def connect(
         connect,
         *bootstrap,
         transports=transports,
+        mdns=mdns,
         allowed_servers=allowed_servers,
         blocked_servers=blocked_servers,
         max_hops=max_hops,
         limits=limits,
     )
-    return Swarm(node, WatchingRegistry(node, addresses), router=router, latencies=latencies, again=again)
+    return Swarm(
+        node,
+        WatchingRegistry(node, addresses),
+        router=router,
+        latencies=latencies,
+        again=again,
+        find_neighbours=mdns,
+    )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Literal
 
 import attrs
 
-from swarmcore.types import ModelInfo, PeerId, ServerInfo
+from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo
 
 
 @attrs.frozen
@@ -89,6 +89,13 @@ class Registry(ABC):
 
         Returns at once and may be called at any time, for any peer. A back end whose view cannot be behind
         the swarm has nothing to do, which is the default.
+        """
+
+    def introduce(self, addresses: Sequence[Address]) -> None:  # noqa: B027
+        """There may be further members at ``addresses``: join through them, or merge with their swarm.
+
+        Returns at once and may be called at any time; those who do not answer do no harm. The default is to
+        do nothing.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 
-from swarmcore.errors import InternalError, SwarmError, UnavailableError
+from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, UnavailableError
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
@@ -128,11 +128,17 @@ class GossipRegistry(Registry):
         Without bootstrap peers other than this one there is nobody to ask: this is the first member. Nobody
         is asked either when there are ``known`` records, from before, that still hold. Raise
         `PeerUnreachableError`, naming what was tried, when none answers; `start` may then be called again.
+        Peers that were only introduced need not answer.
         """
-        bootstrap = self._partners.bootstrap
-        self._rng.shuffle(bootstrap)
-        if bootstrap and not await self._replica.merge(known):
-            await first_answer(bootstrap, self._reconcile)
+        candidates = self._partners.candidates
+        self._rng.shuffle(candidates)
+        if candidates and not await self._replica.merge(known):
+            try:
+                await first_answer(candidates, self._reconcile)
+            except PeerUnreachableError as exc:
+                if self._partners.bootstrap:
+                    raise
+                logger.warning("a new swarm begins: %s", exc)
         self._started = True
         self._detector.start()
         self._tasks.start(self._pusher.run(), "registry pushes")
@@ -156,6 +162,14 @@ class GossipRegistry(Registry):
         if self._closed:
             raise UnavailableError("this registry is closed")
         self._publish(info, ttl)
+
+    def introduce(self, addresses: Sequence[Address]) -> None:
+        """Compare records with those peers at ``addresses`` that are not known as members: if they have a
+        swarm of their own, the two become one, within some intervals. Who does not answer is tried again
+        later, as a lost member is."""
+        for partner in self._partners.introduce(addresses):
+            if self._started:
+                self._tasks.start(self._reconcile_with_one([partner]), "registry introduction")
 
     async def withdraw(self) -> None:
         """Take the announcement back, and wait up to three seconds until the next peers know."""

@@ -37,7 +37,8 @@ class Partners:
 
     A peer that fails is left alone for ``backoff`` seconds, twice as long each further time, up to
     ``max_backoff``. Members whose records ended are remembered, the last `REMEMBERED` of them: when a network
-    split outlives all records, and the bootstrap peers are gone, they are the way back.
+    split outlives all records, and the bootstrap peers are gone, they are the way back. Peers that were
+    introduced count among them.
     """
 
     def __init__(
@@ -69,6 +70,23 @@ class Partners:
     def bootstrap(self) -> list[Partner]:
         """The bootstrap peers, oneself left out."""
         return list(self._bootstrap.values())
+
+    @property
+    def candidates(self) -> list[Partner]:
+        """Whom to join through: the bootstrap peers, and those that were introduced or lost."""
+        return [*self._bootstrap.values(), *(p for p in self._lost.values() if p.peer not in self._bootstrap)]
+
+    def introduce(self, addresses: Iterable[Address]) -> list[Partner]:
+        """Try peers at ``addresses`` as if they had been lost, unless they are live; return those."""
+        new = []
+        for partner in map(self._with_typed, group_by_peer(addresses)):
+            if partner.peer == self._own or partner.peer in self._live:
+                continue
+            if self._lost.get(partner.peer) != partner:
+                self._troubles.pop(partner.peer, None)  # new or moved: worth a new try
+                self._lose(partner)
+                new.append(partner)
+        return new
 
     def update(self, change: Change) -> None:
         """Follow a change of the view."""
@@ -127,13 +145,15 @@ class Partners:
 
     def reached_by(self, info: ServerInfo) -> Partner:
         """The ways to reach a peer that announces ``info``."""
-        announced = _announced(info.peer, info.addresses)
-        known = self._bootstrap.get(info.peer)
+        return self._with_typed(_announced(info.peer, info.addresses))
+
+    def _with_typed(self, partner: Partner) -> Partner:
+        known = self._bootstrap.get(partner.peer)
         if known is None:
-            return announced
+            return partner
         # The address that someone typed may work where the announced ones do not.
-        more = tuple(a for a in known.addresses if a not in announced.addresses)
-        return Partner(info.peer, announced.addresses + more)
+        more = tuple(a for a in known.addresses if a not in partner.addresses)
+        return Partner(partner.peer, partner.addresses + more)
 
     def _remember(self, peer: PeerId) -> None:
         partner = self._live.pop(peer, None)
@@ -143,7 +163,11 @@ class Partners:
         if last != peer:
             self._order[place] = last
             self._place[last] = place
-        self._lost[peer] = partner
+        self._lose(partner)
+
+    def _lose(self, partner: Partner) -> None:
+        self._lost.pop(partner.peer, None)
+        self._lost[partner.peer] = partner
         if len(self._lost) > REMEMBERED:
             oldest = next(iter(self._lost))
             del self._lost[oldest]

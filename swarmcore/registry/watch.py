@@ -76,19 +76,23 @@ class WatchingRegistry(Registry):
     async def start(self) -> None:
         """Read all records from the first bootstrap peer that answers, and follow it.
 
-        Raise `InputError` without bootstrap peers, `PeerUnreachableError`, naming what was tried, when none
-        answers; `start` may then be called again.
+        Raise `InputError` when there are neither bootstrap nor introduced peers, `PeerUnreachableError`,
+        naming what was tried, when none answers; `start` may then be called again.
         """
-        bootstrap = self._partners.bootstrap
-        if not bootstrap:
+        candidates = self._partners.candidates
+        if not candidates:
             raise InputError("a client needs the address of a member of the swarm to join through")
-        self._rng.shuffle(bootstrap)
-        self._channel = await first_answer(bootstrap, self._watch, dispose=_abandon)
+        self._rng.shuffle(candidates)
+        self._channel = await first_answer(candidates, self._watch, dispose=_abandon)
         self._tasks.start(self._follow(self._channel), "registry watch")
 
     async def close(self) -> None:
         self._replica.close()
         await self._tasks.close()
+
+    def introduce(self, addresses: Sequence[Address]) -> None:
+        """Peers at ``addresses`` are asked at the start, and when the member that is followed is lost."""
+        self._partners.introduce(addresses)
 
     async def announce(self, info: ServerInfo, ttl: float) -> None:
         """Raise `InputError`: only members announce."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -20,6 +20,7 @@ from swarmcore.placement.choice import join_span
 from swarmcore.registry.announcing import follow_addresses
 from swarmcore.registry.base import Registry
 from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.neighbours import PATIENCE, meet_neighbours
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import Weights
@@ -66,6 +67,11 @@ class NetworkConfig:
     """Addresses of members of the swarm; none for the first one."""
     allowed_peers: Collection[PeerId] | None = None
     """The only peers that may call this one; None for everyone."""
+    options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    """Keyword arguments for the constructors of transports, by scheme."""
+    find_neighbours: bool = False
+    """Whether to look for the swarm's members on the local network, and to be found there; see
+    `Transport.find_neighbours`. A server that knows no ``bootstrap`` joins through those it finds."""
 
 
 @asynccontextmanager
@@ -76,11 +82,16 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
     transports = []
     for scheme, listen_on in network.transports.items():
         announce = [url for url in network.announce if url.startswith(f"{scheme}:")]
-        transports.append(transport_class(scheme)(identity, listen_on=listen_on, announce=announce))
+        options = network.options.get(scheme, {})
+        transports.append(
+            transport_class(scheme)(identity, listen_on=listen_on, announce=announce, **options)
+        )
     node = Node(identity, transports, allowed_peers=network.allowed_peers)
     registry = GossipRegistry(node, [Address.parse(url) for url in network.bootstrap])
     try:
         await node.start()
+        if network.find_neighbours:
+            await meet_neighbours(node, registry, patience=0.0 if network.bootstrap else PATIENCE)
         yield node, registry
     finally:
         await registry.close()

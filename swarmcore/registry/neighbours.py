@@ -1,0 +1,34 @@
+"""Meeting a swarm on the local network."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from swarmcore.registry.base import Registry
+from swarmcore.rpc.node import Node
+from swarmcore.types import Address
+
+PATIENCE = 2.0
+"""Seconds to wait for neighbours where there is nobody else to join through."""
+_MORE = 0.3
+"""Seconds for others to answer after the first."""
+
+
+async def meet_neighbours(node: Node, registry: Registry, *, patience: float = PATIENCE) -> bool:
+    """Introduce to ``registry``, from now on, whom ``node`` finds on the local network.
+
+    Returns whether somebody was found within ``patience`` seconds. Raises as `Node.find_neighbours` does.
+    """
+    found = asyncio.Event()
+
+    def introduce(addresses: tuple[Address, ...]) -> None:
+        registry.introduce(addresses)
+        found.set()
+
+    await node.find_neighbours(introduce)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(patience):
+            await found.wait()
+            await asyncio.sleep(_MORE)
+    return found.is_set()
