@@ -79,6 +79,7 @@ class Host:
         relays: Iterable[tuple[Multiaddr, PeerId]] = (),
     ) -> None:
         demote_library()
+        self._sockets = TcpSockets(limits)
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
         noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
         self.peer = identity.peer
@@ -92,7 +93,7 @@ class Host:
             key_pair=key_pair,
             sec_opt={NOISE: noise},
             muxer_opt={muxing.YAMUX: Yamux},
-            transports=[TcpSockets(limits)],
+            transports=[self._sockets],
             resource_manager=_resources(limits),
             connection_config=_connections(limits),
             negotiate_timeout=max(1, int(limits.connect_timeout)),
@@ -122,16 +123,19 @@ class Host:
     async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
         """Live until ``stop``, then close every connection."""
         self.serve(PROTOCOL, self._accept)
-        async with self.libp2p.run(listen_addrs=[]):
-            async with trio.open_nursery() as background:
-                for task in self._background:
-                    background.start_soon(task)
-                ready()
-                await stop.wait()
-                background.cancel_scope.cancel()
-            with trio.move_on_after(_CLOSE_SECONDS):
-                await self._close_connections()
-                await self.swarm.close()
+        try:
+            async with self.libp2p.run(listen_addrs=[]):
+                async with trio.open_nursery() as background:
+                    for task in self._background:
+                        background.start_soon(task)
+                    ready()
+                    await stop.wait()
+                    background.cancel_scope.cancel()
+                with trio.move_on_after(_CLOSE_SECONDS):
+                    await self._close_connections()
+                    await self.swarm.close()
+        finally:
+            self._sockets.close_all()
 
     async def _close_connections(self) -> None:
         """All at a time: py-libp2p takes 200 ms for each."""

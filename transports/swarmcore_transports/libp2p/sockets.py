@@ -22,6 +22,7 @@ class TcpSockets(TCP):
     def __init__(self, limits: Limits) -> None:
         super().__init__(dns_resolution_timeout=max(0.1, limits.connect_timeout / 3))
         self._lost_after = 3 * limits.keepalive
+        self._open: set[_Socket] = set()
 
     def create_listener(self, handler_function: Callable[[ReadWriteCloser], Awaitable[None]]) -> TCPListener:
         """Mends: the handler of a connection ends with the host, so each keeps its place among the most."""
@@ -29,23 +30,39 @@ class TcpSockets(TCP):
         async def until_closed(stream: ReadWriteCloser) -> None:
             assert isinstance(stream, TrioTCPStream)
             with trio.CancelScope() as scope:
-                await handler_function(_Socket(stream.stream, self._lost_after, scope))
+                await handler_function(self._opened(stream.stream, scope))
 
         return TCPListener(until_closed)
 
     async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> RawConnection:
         raw = await super()._dial_resolved(maddr, source)
         assert isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream)
-        return RawConnection(_Socket(raw.stream.stream, self._lost_after), True)
+        return RawConnection(self._opened(raw.stream.stream), True)
+
+    def _opened(self, stream: trio.SocketStream, handler: trio.CancelScope | None = None) -> _Socket:
+        opened = _Socket(stream, self._lost_after, self._open.discard, handler)
+        self._open.add(opened)
+        return opened
+
+    def close_all(self) -> None:
+        """Close what is still open, without a word to those at the other ends: for use after a crash."""
+        for one in self._open:
+            one.stream.socket.close()
+        self._open.clear()
 
 
 class _Socket(TrioTCPStream):
-    """Cancels ``handler`` when it is closed."""
+    """Calls ``closed`` and cancels ``handler`` when it is closed."""
 
     def __init__(
-        self, stream: trio.SocketStream, lost_after: float, handler: trio.CancelScope | None = None
+        self,
+        stream: trio.SocketStream,
+        lost_after: float,
+        closed: Callable[[_Socket], None],
+        handler: trio.CancelScope | None,
     ) -> None:
         super().__init__(stream)
+        self._closed = closed
         self._handler = handler
         with contextlib.suppress(OSError):  # the peer may have gone already
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -65,5 +82,6 @@ class _Socket(TrioTCPStream):
         # Shielded, as whoever closes during a handshake goes on to hand back what the connection held.
         with trio.CancelScope(shield=True):
             await super().close()
+        self._closed(self)
         if self._handler:
             self._handler.cancel()
