@@ -195,9 +195,7 @@ class HolePuncher:
                 told = await _read(stream, HolePunch.CONNECT)
                 round_trip = trio.current_time() - asked_at
                 theirs = self._dialable(told.ObsAddrs, own)
-                if not theirs:
-                    raise PeerUnreachableError("the peer tells no address by which it is seen from outside")
-                await _write(stream, HolePunch.SYNC)
+                await _write(stream, HolePunch.SYNC)  # also when there is nothing to dial: the peer may
             await trio.sleep(round_trip / 2)
             if not await self._race(peer, theirs, responder=True):
                 # A symmetric router here is no obstacle where the peer can be dialled after all.

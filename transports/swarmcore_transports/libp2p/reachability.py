@@ -79,7 +79,8 @@ class Reachability:
 
     def verdict(self, now: float) -> bool | None:
         """Whether peers outside reach this one; None as long as none has tried."""
-        return bool(self.verified(now)) if self._answers else None
+        verified = self.verified(now)
+        return bool(verified) if self._answers else None
 
     def next_at(self, now: float) -> float:
         """When `to_ask` or `verified` will change by the passing of time alone."""

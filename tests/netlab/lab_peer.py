@@ -1,0 +1,133 @@
+"""A libp2p peer in a network namespace: a process that a test drives, one line of JSON for each call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+from netlab.netlab import Host, NatLab
+
+PATIENCE = 30.0
+_LONGEST_LINE = 2**20
+
+
+class LabPeer:
+    """Runs on ``host`` of ``lab`` until the lab ends. ``options`` are those of `Libp2pTransport`."""
+
+    def __init__(self, lab: NatLab, host: Host, **options: Any) -> None:
+        self._lab = lab
+        self._host = host
+        self._options = options
+
+    async def start(self) -> Self:
+        """Start it, listening where ``listen_on`` says."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        argv = [sys.executable, "-m", "netlab.lab_peer", json.dumps(self._options)]
+        self.process = await self._lab.run(
+            self._host, argv, stdin=PIPE, stdout=PIPE, env=environment, limit=_LONGEST_LINE
+        )
+        self.peer: str = await self._answer()
+        return self
+
+    async def call(self, name: str, *arguments: Any) -> Any:
+        """What the function ``name`` below returns for ``arguments``."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+        return await self._answer()
+
+    async def until(self, name: str, *arguments: Any, shows: Callable[[Any], object]) -> Any:
+        """Call ``name`` again and again until ``shows`` of the answer is true; that answer."""
+        async with asyncio.timeout(PATIENCE):
+            while not shows(answer := await self.call(name, *arguments)):
+                await asyncio.sleep(0.02)
+            return answer
+
+    async def _answer(self) -> Any:
+        assert self.process.stdout
+        async with asyncio.timeout(PATIENCE):
+            line = await self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the peer on {self._host} ended")
+        return json.loads(line)
+
+    async def kill(self) -> None:
+        """End it at once, without a word to its peers."""
+        self.process.kill()
+        await self.process.wait()
+
+    async def close(self) -> None:
+        """End it as a user would, and wait until it has."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        async with asyncio.timeout(PATIENCE):
+            await self.process.wait()
+
+
+async def _serve(options: dict[str, Any]) -> None:
+    from swarmcore.identity import Identity
+    from swarmcore.transport import Stream
+    from swarmcore.types import Address, PeerId
+    from swarmcore_transports.libp2p import Libp2pTransport
+
+    transport = Libp2pTransport(Identity.generate(), **options)
+    streams: list[Stream] = []
+
+    async def echo(stream: Stream) -> None:
+        while True:
+            await stream.send(await stream.receive())
+
+    async def addresses() -> list[str]:
+        return [str(address) for address in transport._addresses()]
+
+    async def open_stream(address: str) -> int:
+        streams.append(await transport.open_stream(Address.parse(address)))
+        return len(streams) - 1
+
+    async def path(number: int) -> str:
+        """Of the stream, after a message there and back."""
+        await streams[number].send(b"message")
+        assert bytes(await streams[number].receive()) == b"message"
+        return streams[number].path
+
+    async def connections(peer: str) -> list[str]:
+        from libp2p.peer.id import ID
+
+        assert transport._host
+        return [
+            str(one.get_connection_type().name) for one in transport._host.connections(ID.from_string(peer))
+        ]
+
+    async def standing(peer: str) -> str:
+        assert transport._host
+        return transport._host.hole_puncher.standing(PeerId(peer))
+
+    async def reached() -> str:
+        assert transport._host
+        return transport._host.dial_back.standing
+
+    functions: list[Callable[..., Awaitable[Any]]] = [
+        addresses,
+        open_stream,
+        path,
+        connections,
+        standing,
+        reached,
+    ]
+    calls = {function.__name__: function for function in functions}
+    if transport.listen_on:
+        await transport.listen(echo)
+    print(json.dumps(transport.identity.peer), flush=True)
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        name, *arguments = json.loads(line)
+        print(json.dumps(await calls[name](*arguments)), flush=True)
+    await transport.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(json.loads(sys.argv[1])))
