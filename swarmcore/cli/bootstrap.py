@@ -11,6 +11,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import load_identity, network_options, standard
 from swarmcore.cli.output import Output
+from swarmcore.cli.reached import Reached
 
 if TYPE_CHECKING:
     from swarmcore.types import ServerInfo
@@ -31,16 +32,20 @@ def bootstrap(
     from swarmcore.server.run import run_bootstrap
 
     identity = load_identity(identity_file)
+    reached = Reached(output)
 
     def on_online(info: ServerInfo) -> None:
         output.remark("online: others join with --bootstrap and this address:")
-        for address in info.addresses:
-            output.result(address)
+        reached.begin(info.addresses)
         output.event("online", peer=info.peer, addresses=info.addresses, pid=os.getpid())
 
     interrupt.run(
         run_bootstrap(
-            network_config(identity.peer, **network), identity, public_name=public_name, on_online=on_online
+            network_config(identity.peer, **network),
+            identity,
+            public_name=public_name,
+            on_online=on_online,
+            on_addresses=reached.change,
         ),
         interrupted_status=0,
         exit_with_stdin=exit_with_stdin,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swarmcore.errors import InputError
 from swarmcore.identity import public_key
+from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
 if TYPE_CHECKING:
     from swarmcore.server.run import NetworkConfig
 
-# Where a transport listens when the user does not say; others than these have no place that always works.
-_DEFAULT_PLACES = {"tcp": ("0.0.0.0:0",)}
+_LIBP2P = "libp2p"
+
+# /tmp/socket is no multiaddr: other transports' places may begin with a slash, too.
+_MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 
 
 def network_config(
@@ -24,6 +28,10 @@ def network_config(
     announce: Sequence[str],
     bootstrap: Sequence[str],
     allowed_peers: Sequence[str],
+    relay: str | None = None,
+    relay_peers: Sequence[str] = (),
+    no_upnp: bool = False,
+    mdns: bool = False,
 ) -> NetworkConfig:
     """Make the configuration of ``peer`` from the values of `network_options`.
 
@@ -37,30 +45,44 @@ def network_config(
         public_key(allowed)
     return NetworkConfig(
         transports={
-            scheme: places or _DEFAULT_PLACES.get(scheme, ())
+            scheme: places or transport_class(scheme).default_places
             for scheme, places in by_scheme(transports, listen).items()
         },
         announce=tuple(
-            _announced(scheme, place, peer)
+            str(transport_class(scheme).address_at(place, peer))
             for scheme, places in by_scheme(transports, announce).items()
             for place in places
         ),
         bootstrap=tuple(bootstrap),
         allowed_peers=frozenset(map(PeerId, allowed_peers)) or None,
+        options=_options(transports, relay, relay_peers, no_upnp, mdns),
+        find_neighbours=mdns,
     )
 
 
-def _announced(scheme: str, place: str, peer: PeerId) -> str:
-    """The whole address: people type ``example.org:4001``, others dial ``tcp://example.org:4001/12D3Koo…``."""
-    location = place.removesuffix(f"/{peer}")
-    return str(Address(scheme, location if location.startswith("/") else f"//{location}", peer))
+def _options(
+    transports: Sequence[str], relay: str | None, relay_peers: Sequence[str], no_upnp: bool, mdns: bool
+) -> dict[str, dict[str, Any]]:
+    """What libp2p is told. Raise `InputError` for a flag that concerns nobody here."""
+    given = {"--relay": relay, "--relay-peer": relay_peers, "--no-upnp": no_upnp, "--mdns": mdns}
+    flags = [flag for flag, value in given.items() if value]
+    if flags and _LIBP2P not in transports:
+        raise InputError(f"{', '.join(flags)}: only for transport {_LIBP2P}; add --transport {_LIBP2P}")
+    options: dict[str, Any] = {}
+    if relay is not None:
+        options["relay"] = relay
+    if relay_peers:
+        options["relays"] = tuple(relay_peers)
+    if no_upnp:
+        options["upnp"] = False
+    return {_LIBP2P: options} if options else {}
 
 
 def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Sort ``--listen`` or ``--announce`` values by transport: ``{"tcp": ("0.0.0.0:4001",)}``.
 
-    A value may carry its scheme (``tcp://…``); with one transport it need not. Raise `InputError` when a
-    value's transport cannot be told.
+    A value may carry its scheme (``tcp://…``); with one transport it need not, nor if it is a multiaddr
+    (``/ip4/…``), which is libp2p's. Raise `InputError` when a value's transport cannot be told.
     """
     schemes = list(dict.fromkeys(transports))
     found: dict[str, list[str]] = {scheme: [] for scheme in schemes}
@@ -68,6 +90,10 @@ def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tup
         scheme, colon, rest = place.partition(":")
         if colon and scheme in found:
             found[scheme].append(rest.removeprefix("//"))
+        elif _MULTIADDR.match(place):
+            if _LIBP2P not in found:
+                raise InputError(f"{place!r} is for transport {_LIBP2P!r}; add --transport {_LIBP2P}")
+            found[_LIBP2P].append(place)
         elif "://" in place:
             raise InputError(f"{place!r} is for transport {scheme!r}; add --transport {scheme}")
         elif len(schemes) == 1:

@@ -92,6 +92,22 @@ _identity = click.option(
     help="Private key of this peer, created on first use. Without it: a new identity each time.",
 )
 
+_mdns = click.option(
+    "--mdns",
+    is_flag=True,
+    is_eager=True,
+    help="Find peers on the local network (libp2p): no address has to be given.",
+)
+
+
+def _whom_to_ask(
+    context: click.Context, option: click.Parameter, addresses: tuple[str, ...]
+) -> tuple[str, ...]:
+    if not addresses and not context.params.get("mdns") and not context.resilient_parsing:
+        raise click.MissingParameter("Or look on the local network with --mdns.", context, option)
+    return addresses
+
+
 _LISTENING = (
     click.option(
         "--transport",
@@ -106,7 +122,7 @@ _LISTENING = (
         multiple=True,
         metavar="HOST:PORT",
         help="Where to listen; port 0 is any free one. With several transports: SCHEME://HOST:PORT. "
-        "[default: 0.0.0.0:0]",
+        "/ip4/0.0.0.0/tcp/4001 is for libp2p. [default: any free port of 0.0.0.0]",
     ),
     click.option(
         "--announce",
@@ -120,6 +136,22 @@ _LISTENING = (
         metavar="ADDRESS",
         help="Address of any peer of the swarm to join; repeat for several. Without it a swarm begins.",
     ),
+    _mdns,
+    click.option(
+        "--relay",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Relay for peers behind routers (libp2p); auto does once everybody is known to reach this peer. "
+        "[default: auto]",
+    ),
+    click.option(
+        "--relay-peer",
+        "relay_peers",
+        multiple=True,
+        metavar="ADDRESS",
+        help="Be reached through this relay, should a router be in the way (libp2p); repeat for several. "
+        "[default: members that relay]",
+    ),
+    click.option("--no-upnp", is_flag=True, help="Do not ask the router to map a port (libp2p)."),
     click.option(
         "--allow-peer",
         "allowed_peers",
@@ -139,10 +171,11 @@ _CLIENT = (
     click.option(
         "--bootstrap",
         multiple=True,
-        required=True,
+        callback=_whom_to_ask,
         metavar="ADDRESS",
-        help="Address of any peer of the swarm; repeat for several.",
+        help="Address of any peer of the swarm; repeat for several. Needed without --mdns.",
     ),
+    _mdns,
     _identity,
 )
 
@@ -268,6 +301,7 @@ class RemoteModelOptions:
     """The values of `remote_model_options`."""
 
     bootstrap: tuple[str, ...]
+    mdns: bool
     identity_file: str | None
     model: str | None
     revision: str | None

@@ -11,6 +11,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import load_identity, network_options, set_thread_environment, standard
 from swarmcore.cli.output import Output
+from swarmcore.cli.reached import Reached
 from swarmcore.cli.values import parse_bytes, parse_named_paths
 from swarmcore.errors import InputError
 from swarmcore.types import Span
@@ -181,6 +182,7 @@ def serve(
     network_settings = network_config(identity.peer, **network)
 
     grace = interrupt.GRACE
+    reached = Reached(output)
 
     def on_plan(plan: CapacityPlan) -> None:
         for reason in plan.reasons:
@@ -191,6 +193,7 @@ def serve(
         nonlocal grace
         grace = config.drain + interrupt.GRACE
         _report_online(output, server)
+        reached.begin(server.info.addresses)
 
     def on_leaving(server: BlockServer) -> None:
         sessions = server.inference.sessions
@@ -210,6 +213,7 @@ def serve(
                 progress=progress,
                 on_plan=on_plan,
                 on_online=on_online,
+                on_addresses=reached.change,
                 on_leaving=on_leaving,
             ),
             interrupted_status=0,
@@ -238,8 +242,6 @@ def _report_online(output: Output, server: BlockServer) -> None:
         f"online: blocks {info.span} of {info.model.blocks} of {info.model.name} in {info.dtype}, "
         f"cache for {info.cache_tokens} tokens. Others join with --bootstrap and this address:"
     )
-    for address in info.addresses:
-        output.result(address)
     output.event(
         "online",
         peer=info.peer,

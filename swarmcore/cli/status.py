@@ -35,27 +35,35 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 @client_options
 @click.option("--once", is_flag=True, help="Print the present state and leave.")
 @standard
-def status(output: Output, bootstrap: tuple[str, ...], identity_file: str | None, once: bool) -> None:
+def status(
+    output: Output, bootstrap: tuple[str, ...], mdns: bool, identity_file: str | None, once: bool
+) -> None:
     """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
     training runs, until Ctrl-C.
 
     Where stdout is no terminal it prints once. With --json: a line at every change, or one with --once.
     """
     interrupt.run(
-        _watch(output, bootstrap, identity_file, once=once or not (sys.stdout.isatty() or output.json_lines)),
+        _watch(
+            output,
+            bootstrap,
+            mdns,
+            identity_file,
+            once=once or not (sys.stdout.isatty() or output.json_lines),
+        ),
         interrupted_status=0,
     )
 
 
 async def _watch(
-    output: Output, bootstrap: tuple[str, ...], identity_file: str | None, *, once: bool
+    output: Output, bootstrap: tuple[str, ...], mdns: bool, identity_file: str | None, *, once: bool
 ) -> None:
     from rich.console import Console
     from rich.live import Live
 
     from swarmcore.client.swarm import connect
 
-    async with connect(*bootstrap, identity=load_identity(identity_file)) as swarm:
+    async with connect(*bootstrap, mdns=mdns, identity=load_identity(identity_file)) as swarm:
         view, notes = swarm.view(), await ask(swarm)
         output.event("status", **describe(view, notes, swarm.paths))
         if once and not output.json_lines:

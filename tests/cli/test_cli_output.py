@@ -48,6 +48,14 @@ def test_places_find_their_transport():
         by_scheme(["tcp", "ws"], ["h:1"])
 
 
+def test_multiaddrs_are_for_libp2p():
+    anywhere = "/ip4/0.0.0.0/tcp/4001"
+    assert by_scheme(["tcp", "libp2p"], [anywhere]) == {"tcp": (), "libp2p": (anywhere,)}
+    assert by_scheme(["unix"], ["/tmp/socket"]) == {"unix": ("/tmp/socket",)}
+    with pytest.raises(InputError, match="add --transport libp2p"):
+        by_scheme(["tcp"], [anywhere])
+
+
 def test_announced_places_become_whole_addresses():
     peer = Identity.generate().peer
     config = network_config(

@@ -61,6 +61,12 @@ def test_the_command_line_loads_no_model_library():
         (["bootstrap", "--bootstrap", "tcp://127.0.0.1:4001"], "does not end in a peer id"),
         (["bootstrap", "--allow-peer", "12D3KooWfriend"], "is not the peer id of an Ed25519 key"),
         (["status", "--once", "--bootstrap", "tcp://h:1"], "does not end in a peer id"),
+        (
+            ["bootstrap", "--mdns", "--relay", "on"],
+            "--relay, --mdns: only for transport libp2p; add --transport",
+        ),
+        (["bootstrap", "--no-upnp"], "--no-upnp: only for transport libp2p"),
+        (["bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0"], "add --transport libp2p"),
         (["generate", "--bootstrap", ADDRESS], "the prompt is empty"),
         (
             ["generate", "--bootstrap", ADDRESS, "--allow-server", "friend", "Hi"],

@@ -24,17 +24,24 @@ def place(text: str) -> Multiaddr:
 
     Raise `AddressError` unless it is an IP address and a TCP port.
     """
-    if not text.startswith("/"):
-        host, colon, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not colon or not port.isdecimal():
-            raise AddressError(f"cannot listen on {text!r}; expected /ip4/0.0.0.0/tcp/4001 or 0.0.0.0:4001")
-        text = f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"
-    found = parsed(text)
+    found = parsed(text if text.startswith("/") else _in_full(text))
     names = [protocol.name for protocol in found.protocols()]
     if names not in (["ip4", "tcp"], ["ip6", "tcp"]):
         raise AddressError(f"cannot listen on {text!r}: only /ip4/…/tcp/… and /ip6/…/tcp/… are served")
     return found
+
+
+def _in_full(text: str) -> str:
+    """``0.0.0.0:4001``, ``[::]:4001`` or ``example.org:4001`` as a multiaddr."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal():
+        raise AddressError(f"{text!r} is not a place; expected /ip4/0.0.0.0/tcp/4001 or 0.0.0.0:4001")
+    try:
+        kind = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError:
+        kind = "dns"
+    return f"/{kind}/{host}/tcp/{port}"
 
 
 def parsed(text: str) -> Multiaddr:
@@ -79,7 +86,7 @@ def announced_multiaddr(text: str, peer: PeerId) -> Multiaddr:
         if address.peer != peer:
             raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
     else:
-        address = to_address(parsed(text) if text.startswith("/") else place(text), peer)
+        address = to_address(parsed(text if text.startswith("/") else _in_full(text)), peer)
     return parsed(str(to_multiaddr(address)).removesuffix(f"/p2p/{peer}"))
 
 

@@ -1,0 +1,32 @@
+"""Telling the user where a peer is reached, at first and whenever that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from swarmcore.cli.output import Output
+
+
+class Reached:
+    """Prints addresses: the first ones as results, later ones as remarks."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._known: tuple[str, ...] = ()
+
+    def begin(self, addresses: Sequence[str]) -> None:
+        """What a peer that has come online gives to others."""
+        self._known = tuple(addresses)
+        for address in addresses:
+            self._output.result(address)
+
+    def change(self, addresses: tuple[str, ...]) -> None:
+        """From now on these; a line for each that is new, and for each that is lost."""
+        known, self._known = self._known, addresses
+        for address in addresses:
+            if address not in known:
+                self._output.remark(f"also reached at {address}")
+        for address in known:
+            if address not in addresses:
+                self._output.remark(f"no longer reached at {address}")
+        self._output.event("addresses", addresses=addresses)
