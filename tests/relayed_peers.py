@@ -85,19 +85,18 @@ class RelayedPeers:
         await self._stack.aclose()
 
     async def relay(self, identity: Identity | None = None, **options: Any) -> Peer:
-        options = {"relay": "on", "listen_on": [PLACE], **options}
-        return await self._listening(Peer(identity, **options))
+        return await self.listening(identity, **{"relay": "on", "listen_on": [PLACE], **options})
 
     async def server(self, *relays: Peer, **options: Any) -> Peer:
         """One that asks ``relays`` for places."""
         given: Sequence[str] = [str(relay.addresses[0]) for relay in relays]
-        return await self._listening(Peer(listen_on=[PLACE], relays=given, **options))
+        return await self.listening(listen_on=[PLACE], relays=given, **options)
 
     def client(self, **options: Any) -> Peer:
         return self._kept(Peer(**options))
 
-    async def _listening(self, peer: Peer) -> Peer:
-        self._kept(peer)
+    async def listening(self, identity: Identity | None = None, **options: Any) -> Peer:
+        peer = self._kept(Peer(identity, **options))
         await peer.listen()
         return peer
 

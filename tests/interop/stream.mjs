@@ -40,7 +40,8 @@ class FramedStream {
     settings.writeUInt32LE(HEARTBEAT_MS, 8)
     await this.send(Kind.HELLO, settings)
     const { kind, body } = await this.#receive()
-    if (kind !== Kind.HELLO || body.length !== SETTINGS_BYTES) throw new Error(`frame ${kind} instead of a hello`)
+    // A dialler of ours says behind its settings by which name it may move this stream to another connection.
+    if (kind !== Kind.HELLO || body.length < SETTINGS_BYTES) throw new Error(`frame ${kind} instead of a hello`)
     this.#credit = body.readUInt32LE(4)
     const interval = Math.min(HEARTBEAT_MS, body.readUInt32LE(8)) / 2
     this.#heartbeat = setInterval(() => { this.send(Kind.HEARTBEAT).catch(() => {}) }, interval)
