@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 from collections.abc import Callable, Sequence
 
 import trio
@@ -14,11 +13,9 @@ from multiaddr import Multiaddr
 
 from swarmcore.errors import (
     AddressError,
-    ConnectionLostError,
     DeadlineExceededError,
     InputError,
     PeerUnreachableError,
-    ProtocolError,
     StreamClosedError,
     SwarmError,
 )
@@ -29,8 +26,7 @@ from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
-from swarmcore_transports.framed.moving import TOKEN_BYTES
-from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
+from swarmcore_transports.framed.greeting import Greeter
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.host import Host, Relaying
@@ -50,9 +46,6 @@ from swarmcore_transports.libp2p.port_mapping import PortMapper
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
 
 logger = logging.getLogger(__name__)
-
-MAX_HALF_OPEN = 512
-"""Most incoming streams at a time that have not said their settings; a further one is dropped."""
 
 _START_SECONDS = 30.0
 
@@ -87,7 +80,6 @@ class Libp2pTransport(Transport):
         upnp: bool = True,
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
-        self._settings = Settings.of(self.limits)
         fixed = [announced_multiaddr(text, identity.peer) for text in announce]
         self._own = OwnAddresses(identity.peer, fixed, self._own_changed)
         self._relaying = relay
@@ -100,7 +92,7 @@ class Libp2pTransport(Transport):
         self._starting = asyncio.Lock()
         self._listening = False
         self._connections = Connections(self.limits, _is_closing)
-        self._half_open: set[Connection] = set()
+        self._greeter = Greeter(self._connections, self.limits)
         self._moves: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -130,6 +122,10 @@ class Libp2pTransport(Transport):
                 await thread.start(_START_SECONDS)
                 self._host, self._thread = host, thread
             return self._thread, self._host
+
+    async def trio_side(self) -> tuple[TrioThread, Host]:
+        """The trio thread and its host, for what else runs on them; started on first use."""
+        return await self._started()
 
     def _crashed(self, error: SwarmError) -> None:
         logger.error("%r: %s", self, error)
@@ -195,18 +191,11 @@ class Libp2pTransport(Transport):
         self._thread.tell(self._accept, stream, peer, path, released)
 
     def _accept(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
-        connection = Connection(
-            self._connections, self.limits, self._greeting(peer), self._connections.opened
-        )
         pipe = self._pipe(stream, path, released)
-        if len(self._half_open) >= MAX_HALF_OPEN or not self._listening or self._closed:
+        if self._listening and not self._closed:
+            self._greeter.accepted(pipe, peer)
+        else:
             pipe.abort()
-            return
-        self._half_open.add(connection)
-        connection.established.add_done_callback(lambda _: self._half_open.discard(connection))
-        pipe.start(connection)
-        connection.write(encode_frame(Kind.HELLO, self._settings.encode()))
-        asyncio.get_running_loop().call_later(self.limits.connect_timeout, _give_up, connection)
 
     # --- dialling -------------------------------------------------------------------------------------
 
@@ -232,21 +221,13 @@ class Libp2pTransport(Transport):
         return FramedStream(connection, address.peer, self.limits)
 
     async def _greet(self, stream: INetStream, peer: PeerId, path: str) -> Connection:
-        connection = Connection(self._connections, self.limits, self._greeting(peer))
-        connection.token = secrets.token_bytes(TOKEN_BYTES)
         pipe = self._pipe(stream, path, trio.Event())
         try:
             self._check_open()
-            pipe.start(connection)
-            connection.write(encode_frame(Kind.HELLO, self._settings.encode() + connection.token))
-            await connection.established
-            if connection.error:
-                raise PeerUnreachableError(connection.error.message)
+            return await self._greeter.dialled(pipe, peer)
         except BaseException:
-            connection.fail(PeerUnreachableError("the dial was given up"))
             pipe.abort()
             raise
-        return connection
 
     # --- leaving relays -------------------------------------------------------------------------------
 
@@ -284,19 +265,6 @@ class Libp2pTransport(Transport):
         assert self._thread
         return StreamPipe(self._thread, stream, path, released, silence=2 * self.limits.keepalive)
 
-    def _greeting(self, peer: PeerId) -> Callable[[Connection, Kind, bytes], None]:
-        """Noise has proven ``peer``: all that is left to say is what each side takes."""
-
-        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
-            if kind is not Kind.HELLO or len(body) not in (SETTINGS_BYTES, SETTINGS_BYTES + TOKEN_BYTES):
-                raise ProtocolError(f"{kind.name} of {len(body)} bytes instead of a hello")
-            connection.establish(peer, Settings.decode(body[:SETTINGS_BYTES]))
-            if connection.accepts:
-                connection.token = body[SETTINGS_BYTES:]
-                self._connections.connection_idle(connection)
-
-        return greet
-
     # --- the end --------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -320,8 +288,3 @@ class Libp2pTransport(Transport):
 
 def _is_closing(connection: Connection) -> bool:
     return connection.transport is None or connection.transport.is_closing()
-
-
-def _give_up(connection: Connection) -> None:
-    if connection.remote is None and not connection.error:
-        connection.fail(ConnectionLostError("the peer did not say its settings"))
