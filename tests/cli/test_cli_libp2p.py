@@ -13,7 +13,7 @@ from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.transport import transport_class
 
-pytest.importorskip("libp2p", reason="the extra libp2p is not installed")
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
 PEER = Identity.from_seed(b"p" * 32).peer
 RELAY = f"/ip4/192.0.2.7/tcp/4001/p2p/{Identity.from_seed(b'r' * 32).peer}"
