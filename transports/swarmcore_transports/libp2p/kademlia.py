@@ -1,0 +1,196 @@
+"""The serving half of the DHT: py-libp2p's Kademlia on the transport's host, under our protocol's name.
+
+The library offers no name but its own, so it is given a view of the host that translates it. It bounds what a
+node stores for others hardly at all; here every store is bounded, and each entry of an index expires.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence, Sized
+from typing import TYPE_CHECKING, Any, cast
+
+import trio
+from libp2p.abc import IHost, INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.kad_dht.common import PROTOCOL_ID
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Record
+from libp2p.kad_dht.provider_store import ProviderRecord, ProviderStore
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.records.validator import NamespacedValidator, Validator
+from multiaddr import Multiaddr
+
+from swarmcore.registry.records import SignedRecord
+from swarmcore.registry.store import Drop
+from swarmcore_transports.libp2p.dht_records import (
+    INDEX_KEY_BYTES,
+    NAMESPACE,
+    RefusedValue,
+    ValueRules,
+    latest,
+    sequence_of,
+)
+
+if TYPE_CHECKING:
+    from swarmcore_transports.libp2p.host import Host
+
+KAD = TProtocol("/swarmcore/kad/1.0.0")
+
+LISTED_FOR = 3600.0
+"""Seconds for which an entry of an index is kept that is not renewed."""
+
+_LISTED_PER_KEY = 512
+_INDEX_KEYS = 8192
+_STREAM_SECONDS = 30.0
+_INCOMING = 64  # streams served at a time
+_ENTRIES_OF_A_PEER = 200  # in ten seconds
+_ADDRESSES = 8
+_NEWCOMERS = 256
+
+
+class Kademlia(KadDHT):
+    """Serves what others ask. It is not run as a service: its own upkeep and look-ups are not used.
+
+    ``heard`` is called with every record that passes ``rules`` as others store it here.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        rules: ValueRules,
+        capacity: int,
+        *,
+        serving: bool,
+        heard: Callable[[SignedRecord], None],
+    ) -> None:
+        values = _Values(rules, capacity, heard)
+        super().__init__(
+            cast(IHost, _NamedHost(host)),
+            DHTMode.SERVER if serving else DHTMode.CLIENT,
+            validator=NamespacedValidator({NAMESPACE: values}, strict_validation=True),
+            validator_changed=True,
+            strict_validation=True,
+        )
+        self._rules = rules
+        self.provider_store = Listings(self.host, self.peer_routing)
+        self._provider_rate_max = _ENTRIES_OF_A_PEER
+        self._inbound_limiter = trio.CapacityLimiter(_INCOMING)
+        values.stored = self.value_store.store
+        self._tell_newcomer, self.newcomers = trio.open_memory_channel[ID](_NEWCOMERS)
+        """Those that have asked something, and may serve the DHT themselves."""
+
+    async def add_peer(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
+        """Called with whoever asks something. The library takes them all into its table, clients, too, at
+        whom records would be lost; here they are only named to `newcomers`."""
+        if not self.routing_table.peer_in_table(peer_id):
+            with contextlib.suppress(trio.WouldBlock):
+                self._tell_newcomer.send_nowait(peer_id)
+        return False
+
+    def store_own(self, key: bytes, value: bytes) -> None:
+        """Keep ``value`` here, for others to read."""
+        self.value_store.put_record(key, Record(key=key, value=value))
+
+    def list_own(self, key: bytes, addresses: Sequence[Multiaddr]) -> None:
+        """List this peer under ``key`` of an index here."""
+        self.provider_store.add_provider(key, PeerInfo(self.local_peer_id, list(addresses)))
+
+    def stored(self, key: bytes) -> bytes | None:
+        """What is kept here under ``key``."""
+        record = self.value_store.get(key)
+        return record.value if record is not None else None
+
+    def expire(self, now: float) -> None:
+        """Let go of records and entries of indices that have ended by ``now``, seconds since the epoch."""
+        for key, (record, _) in list(self.value_store.store.items()):
+            if self._rules.ended(record.value, now):
+                self.value_store.remove(key)
+        self.provider_store.cleanup_expired()
+
+
+class _Values(Validator):
+    def __init__(self, rules: ValueRules, capacity: int, heard: Callable[[SignedRecord], None]) -> None:
+        self.stored: Sized = ()
+        self._rules = rules
+        self._capacity = capacity
+        self._heard = heard
+
+    def validate(self, key: str, value: bytes) -> None:
+        if len(self.stored) >= self._capacity:
+            self._rules.dropped[Drop.FULL] += 1
+            raise RefusedValue(Drop.FULL)
+        self._heard(self._rules.check(key.encode(), value, time.time()))
+
+    def select(self, key: str, values: list[bytes]) -> int:
+        """Of what is held and what is offered, in this order."""
+        best = latest(values)
+        if sequence_of(values[best]) > sequence_of(values[-1]):
+            self._rules.dropped[Drop.REPLAYED] += 1
+        return best
+
+
+class Listings(ProviderStore):
+    """Who is listed under the keys of the indices.
+
+    The library keeps twenty a key, the first ones, for two days, and any number of keys. Here a key keeps the
+    latest `_LISTED_PER_KEY` for `LISTED_FOR` seconds, and there are at most `_INDEX_KEYS` keys.
+    """
+
+    def add_provider(self, key: bytes, provider: PeerInfo) -> None:
+        if len(key) != INDEX_KEY_BYTES or (key not in self.providers and len(self.providers) >= _INDEX_KEYS):
+            return
+        listed = self.providers.setdefault(key, {})
+        listed.pop(str(provider.peer_id), None)
+        if len(listed) >= _LISTED_PER_KEY:
+            del listed[next(iter(listed))]  # the one that has not been renewed for longest
+        addresses = provider.addrs[:_ADDRESSES]
+        listed[str(provider.peer_id)] = ProviderRecord(PeerInfo(provider.peer_id, addresses), time.time())
+
+    def get_providers(self, key: bytes) -> list[PeerInfo]:
+        since = time.time() - LISTED_FOR
+        return [
+            record.provider_info
+            for record in self.providers.get(key, {}).values()
+            if record.timestamp > since
+        ]
+
+    def cleanup_expired(self) -> None:
+        since = time.time() - LISTED_FOR
+        for key, listed in list(self.providers.items()):
+            kept = {peer: record for peer, record in listed.items() if record.timestamp > since}
+            if kept:
+                self.providers[key] = kept
+            else:
+                del self.providers[key]
+
+
+class _NamedHost:
+    """The host as the library sees it: its protocol goes by our name, and each stream has its time."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host.libp2p, name)
+
+    def set_stream_handler(
+        self, protocol: TProtocol, handler: Callable[[INetStream], Awaitable[None]]
+    ) -> None:
+        async def serve(stream: INetStream) -> None:
+            with trio.fail_after(_STREAM_SECONDS):
+                await handler(stream)
+
+        self._host.serve(_ours(protocol), serve)
+
+    def remove_stream_handler(self, protocol: TProtocol) -> None:
+        self._host.stop_serving(_ours(protocol))
+
+    async def new_stream(self, peer: ID, protocols: Sequence[TProtocol]) -> INetStream:
+        return await self._host.libp2p.new_stream(peer, [_ours(protocol) for protocol in protocols])
+
+
+def _ours(protocol: TProtocol) -> TProtocol:
+    return KAD if protocol == PROTOCOL_ID else protocol
