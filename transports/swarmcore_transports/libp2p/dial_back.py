@@ -150,18 +150,18 @@ class DialBack:
                 nursery.start_soon(self._ask_one, peer, outside[peer], ports)
 
     async def _ask_one(self, peer: PeerId, connection: INetConn, ports: list[int]) -> None:
+        now = trio.current_time()
         try:
             reply = await self.ask(connection, ports)
+            tried = [on_host(reply.host, port) for port in ports]
+            if reach(tried[0]) != "public":
+                raise PeerUnreachableError(f"it sees this peer at {reply.host}, which is not public")
+            reached = [on_host(reply.host, port) for port in ports if port in reply.reached]
         except Exception as exc:
             logger.debug("%s does not dial back: %r", short(peer), exc)
-            self.reachability.silent(peer, trio.current_time())
-            return
-        if reach(on_host(reply.host, 1)) != "public":
-            self.reachability.silent(peer, trio.current_time())
-            return
-        tried = [on_host(reply.host, port) for port in ports]
-        reached = [on_host(reply.host, port) for port in reply.reached]
-        self.reachability.answered(peer, tried, reached, trio.current_time())
+            self.reachability.silent(peer, now)
+        else:
+            self.reachability.answered(peer, tried, reached, now)
 
     async def ask(self, connection: INetConn, ports: list[int]) -> DialBackReply:
         """Have the peer of ``connection`` dial back at ``ports``.

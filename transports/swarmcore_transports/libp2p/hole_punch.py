@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -22,12 +23,11 @@ from libp2p.relay.circuit_v2.dcutr import PROTOCOL_ID as DCUTR
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError
 from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.connections import is_direct, is_outbound
-from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, port_of, reach
+from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, port_of, reach, told_address
 from swarmcore_transports.libp2p.observed import Observed
 from swarmcore_transports.libp2p.translation import translated
 from swarmcore_transports.libp2p.upgrades import Upgrades
@@ -337,19 +337,9 @@ def _kept_port(version: int) -> socket.socket:
 
 def _usable(told: Iterable[bytes], reaches: frozenset[Reach]) -> list[Multiaddr]:
     """The TCP addresses among ``told`` that are within ``reaches``; the rest is ignored."""
-    found: dict[str, Multiaddr] = {}
-    for data in told:
-        try:
-            address = Multiaddr(data)
-            names = [protocol.name for protocol in address.protocols()]
-            if names[:2] not in (["ip4", "tcp"], ["ip6", "tcp"]) or names[2:] not in ([], ["p2p"]):
-                continue
-            address = on_host(host_of(address), port_of(address))
-            if reach(address) in reaches and port_of(address):
-                found[str(address)] = address
-        except (MultiaddrError, ValueError):
-            continue
-    return list(found.values())[:MAX_ADDRESSES]
+    parsed = (told_address(data) for data in told)
+    usable = (address for address in parsed if address and port_of(address) and reach(address) in reaches)
+    return list(islice(dict.fromkeys(usable), MAX_ADDRESSES))
 
 
 async def _write(

@@ -117,6 +117,18 @@ def host_of(multiaddr: Multiaddr) -> str:
     return str(next(iter(multiaddr.values())))
 
 
+def told_address(data: bytes) -> Multiaddr | None:
+    """The IP address and TCP port that a peer told as ``data``, without a peer id; None if it is none."""
+    try:
+        address = Multiaddr(data)
+        names = [protocol.name for protocol in address.protocols()]
+        if names[:2] in (["ip4", "tcp"], ["ip6", "tcp"]) and names[2:] in ([], ["p2p"]):
+            return on_host(host_of(address), port_of(address))
+    except Exception:  # for malformed bytes the library raises whatever comes
+        pass
+    return None
+
+
 def port_of(multiaddr: Multiaddr) -> int:
     """The TCP port that ``multiaddr`` begins with."""
     return int(multiaddr.value_for_protocol("tcp") or 0)

@@ -11,11 +11,9 @@ from libp2p.abc import INetConn
 from libp2p.identity.identify.identify import ID as IDENTIFY
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
-from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from swarmcore_transports.libp2p.connections import is_direct, is_outbound
-from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, reach
+from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, reach, told_address
 
 if TYPE_CHECKING:
     from swarmcore_transports.libp2p.host import Host
@@ -51,7 +49,7 @@ class Observed:
                 if connection not in self._seen:
                     nursery.start_soon(self._ask, connection)
         found = dict.fromkeys(self._seen[connection] for connection in asked if self._seen.get(connection))
-        return [host for host in found if reach(Multiaddr(f"/ip{6 if ':' in host else 4}/{host}")) in reaches]
+        return [host for host in found if reach(on_host(host, 1)) in reaches]
 
     async def _ask(self, connection: INetConn) -> None:
         with trio.move_on_after(_ANSWER_SECONDS):
@@ -62,8 +60,7 @@ class Observed:
                 finally:
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
                         await stream.reset()
-                self._seen[connection] = host_of(Multiaddr(told.observed_addr)) if told.observed_addr else ""
-            except (MultiaddrError, ValueError) as exc:
-                logger.debug("a peer says nonsense of where it sees this one: %r", exc)
+                seen = told_address(told.observed_addr)
+                self._seen[connection] = host_of(seen) if seen else ""
             except Exception as exc:
                 logger.debug("a peer does not say where it sees this one: %r", exc)
