@@ -18,7 +18,7 @@ from swarmcore_transports.libp2p import Libp2pTransport
 from swarmcore_transports.libp2p.dht_options import DhtOptions
 from swarmcore_transports.libp2p.dht_registry import DhtRegistry
 
-QUICK = DhtOptions(refresh=2.0, reread=2.0, upkeep=1.0, timeout=2.0)
+QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=1.5)
 
 
 class DhtSwarm(RegistrySwarm):

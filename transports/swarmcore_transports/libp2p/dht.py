@@ -62,6 +62,7 @@ class Dht:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._meet_newcomers, nursery)
             nursery.start_soon(self._expire)
+            nursery.start_soon(self.lookups.exchanges.run)
             nursery.start_soon(self._explore)
             if self._serving:
                 nursery.start_soon(self._host.tell_protocols)
@@ -108,7 +109,7 @@ class Dht:
             node = ID.from_string(peer)
             self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(LISTED_FOR))
             try:
-                await self.lookups.connect(node, addresses)
+                await self.lookups.exchanges.connect(node, addresses)
             except Exception as exc:
                 failures.append(f"{short(peer)}: {translated(exc).message}")
                 return

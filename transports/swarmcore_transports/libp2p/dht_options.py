@@ -14,7 +14,7 @@ class DhtOptions:
 
     replicas: int = 8
     """Nodes that hold a record and an entry of an index: those nearest to its key."""
-    read_width: int = 4
+    read_width: int = 3
     """Of these, nodes that have to answer before a look-up ends."""
     parallel: int = 4
     """Nodes asked at a time by one look-up."""

@@ -12,29 +12,22 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 import trio
-import varint  # type: ignore[import-untyped]
-from libp2p.abc import INetStream
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
-from libp2p.peer.peerstore import PeerStoreError
-from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
 from swarmcore.types import short
 from swarmcore_transports.libp2p.dht_options import DhtOptions
+from swarmcore_transports.libp2p.exchanges import Exchanges
 from swarmcore_transports.libp2p.host import Host
-from swarmcore_transports.libp2p.kademlia import KAD, Kademlia
-from swarmcore_transports.libp2p.multiaddrs import preference
+from swarmcore_transports.libp2p.kademlia import Kademlia
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_SECONDS = 1.0
-_MAX_REPLY = 2**20
 _MAX_CLOSER = 20
 _MAX_ADDRESSES = 8
 _MAX_ASKED = 64  # nodes by one look-up
-_DIALLED = 3  # addresses of a node
 _HINT_SECONDS = 3600  # for which an address heard of is remembered
 _SHUNNED_SECONDS = 30.0  # for which a node that did not answer is left alone
 
@@ -57,7 +50,9 @@ class Lookups:
         self._table = kademlia.routing_table
         self._options = options
         self._slots = trio.CapacityLimiter(options.lookups * options.parallel)
+        self.exchanges = Exchanges(host, options.timeout)
         self._shunned: dict[ID, float] = {}
+        self._failures: dict[ID, float] = {}
         self.asked = 0
         """Messages sent so far."""
         self.silent = 0
@@ -116,66 +111,41 @@ class Lookups:
         async with self._slots:
             with trio.move_on_after(self._options.timeout):
                 try:
-                    reply = await self._exchange(node, message)
+                    if message.type == Message.ADD_PROVIDER:
+                        await self.exchanges.tell(node, message)
+                        reply = message
+                    else:
+                        reply = await self.exchanges.exchange(node, message)
                 except Exception as exc:
                     logger.debug("%s does not answer: %r", short(str(node)), exc)
-        if reply is None:
+        if reply is not None:
+            self._failures.pop(node, None)
+            if not self._table.peer_in_table(node):
+                await self.learn(node)
+        else:
             self.silent += 1
             if message.type != Message.PUT_VALUE:  # which is refused without a word
-                self._table.remove_peer(node)
-                self._shun(node)
-        elif not self._table.peer_in_table(node):
-            await self.learn(node)
+                self._failed(node)
         return reply
 
-    def _shun(self, node: ID) -> None:
+    def _failed(self, node: ID) -> None:
+        """Leave ``node`` alone for a while when it has no connection left, or is silent again."""
         now = trio.current_time()
-        self._shunned = {other: until for other, until in self._shunned.items() if until > now}
+        if self._host.connections(node) and node not in self._failures:
+            self._failures[node] = now
+            return
+        self._table.remove_peer(node)
+        for times in (self._failures, self._shunned):
+            for other in [other for other, at in times.items() if at < now - _SHUNNED_SECONDS]:
+                del times[other]
         self._shunned[node] = now + _SHUNNED_SECONDS
 
     async def learn(self, node: ID) -> None:
         """Take ``node``, which serves the DHT, into the routing table."""
         self._shunned.pop(node, None)
-        addresses = self._addresses(node)
+        addresses = self.exchanges.addresses(node)
         if addresses:
             await self._table.add_peer(PeerInfo(node, list(addresses)), skip_server_mode_check=True)
-
-    async def _exchange(self, node: ID, message: Message) -> Message:
-        stream = await self._open(node)
-        try:
-            data = message.SerializeToString()
-            await stream.write(varint.encode(len(data)) + data)
-            if message.type == Message.ADD_PROVIDER:
-                return message  # others do not confirm it
-            reply = Message()
-            reply.ParseFromString(await read_varint_prefixed_bytes_limited(stream, _MAX_REPLY))
-            return reply
-        finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
-                await stream.close()
-
-    async def _open(self, node: ID) -> INetStream:
-        if not self._host.connections(node):
-            await self.connect(node, self._addresses(node))
-        return await self._host.libp2p.new_stream(node, [KAD])
-
-    async def connect(self, node: ID, addresses: Iterable[Multiaddr]) -> None:
-        """Connect to ``node`` at the first of its ``addresses`` that answers; raise the last error."""
-        error: Exception = PeerStoreError("no address of it is known")
-        for address in sorted(addresses, key=preference)[:_DIALLED]:
-            try:
-                with trio.fail_after(self._options.timeout / 2):
-                    await self._host.connect(node, address)
-                return
-            except Exception as exc:
-                error = exc
-        raise error
-
-    def _addresses(self, node: ID) -> Sequence[Multiaddr]:
-        try:
-            return self._host.libp2p.get_peerstore().addrs(node)
-        except PeerStoreError:
-            return ()
 
     # --- values and indices ---------------------------------------------------------------------------
 
