@@ -14,14 +14,6 @@ public in Python's `ipaddress`, so the code under test takes it for what it play
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-import os
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -30,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import attrs
+from netlab.namespaces import PATIENCE, Lab, LabError, built, command, ip, link, why_not
 
 Host = Literal["a", "b", "public"]
 Kind = Literal["cone", "symmetric"]
@@ -38,8 +31,6 @@ ADDRESSES: dict[Host, str] = {"a": "10.1.0.2", "b": "10.2.0.2", "public": "11.0.
 ROUTERS: dict[Host, str] = {"a": "11.0.0.2", "b": "11.0.0.3"}
 NOBODY = "11.0.0.254"
 PROGRAMS = {"ip": "iproute2", "nft": "nftables"}
-PREFIX = "netlab"
-PATIENCE = 10.0
 
 # The chains that miniupnpd fills, and what lets through what they redirect.
 PORT_MAPPING_RULES = """
@@ -55,46 +46,14 @@ PORT_MAPPING_RULES = """
 """
 
 
-class LabError(Exception):
-    """A command that builds the network failed; the message has its output."""
-
-
 def unavailable(*, upnp: bool = False) -> str | None:
     """Why no lab, or no lab whose routers map ports, can be built here, or None."""
-    if not sys.platform.startswith("linux"):
-        return "network namespaces need Linux"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    needed = PROGRAMS | ({"miniupnpd": "miniupnpd"} if upnp else {})
-    missing = [
-        f"{program} (Debian package {package})"
-        for program, package in needed.items()
-        if shutil.which(program) is None
-    ]
-    if missing:
-        return f"missing: {', '.join(missing)}"
-    return _forbidden()
-
-
-@functools.cache
-def _forbidden() -> str | None:
-    """Root in a container often may not make namespaces: try it."""
-    name = f"{PREFIX}-{os.getpid()}-probe"
-    try:
-        _command("ip", "netns", "add", name)
-        _command("ip", "netns", "del", name)
-    except LabError as error:
-        return f"root may not make network namespaces here ({error})"
-    return None
+    return why_not(PROGRAMS | ({"miniupnpd": "miniupnpd"} if upnp else {}))
 
 
 @attrs.define
-class NatLab:
+class NatLab(Lab):
     """A built network. `address` is what a host calls itself, `seen_as` what the public host sees of it."""
-
-    run_id: str
-    processes: list[asyncio.subprocess.Process] = attrs.field(factory=list)
-    watching: list[asyncio.Task[bytes]] = attrs.field(factory=list)
 
     def address(self, host: Host) -> str:
         return ADDRESSES[host]
@@ -102,17 +61,14 @@ class NatLab:
     def seen_as(self, host: Host) -> str:
         return ROUTERS.get(host, ADDRESSES[host])
 
-    def namespace(self, name: str) -> str:
-        return f"{self.run_id}-{name}"
-
     async def run(self, host: Host, argv: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
         """Start a process on `host`, as `asyncio.create_subprocess_exec` does. It ends with the lab."""
-        return await self._start(self.namespace(host), argv, **options)
+        return await self.start(self.namespace(host), argv, **options)
 
     async def map_ports(self, home: Host) -> None:
         """Let the router of `home` map ports when asked over UPnP: run miniupnpd in it."""
         router = self.namespace(f"router-{home}")
-        _command("ip", "netns", "exec", router, "nft", "-f", "-", stdin=PORT_MAPPING_RULES)
+        command("ip", "netns", "exec", router, "nft", "-f", "-", stdin=PORT_MAPPING_RULES)
         pid_file = str(Path(tempfile.gettempdir(), f"{router}.pid"))
         interfaces = ["-i", "wan", "-a", "lan", "-p", "5000"]
         allowed = ["-S", "-A", "allow 1024-65535 0.0.0.0/0 1024-65535"]
@@ -128,7 +84,7 @@ class NatLab:
             *interfaces,
             *allowed,
         ]
-        daemon = await self._start(router, argv, stderr=asyncio.subprocess.PIPE)
+        daemon = await self.start(router, argv, stderr=asyncio.subprocess.PIPE)
         assert daemon.stderr is not None
         async with asyncio.timeout(PATIENCE):
             while line := await daemon.stderr.readline():
@@ -137,61 +93,35 @@ class NatLab:
                     return
         raise LabError("miniupnpd ended instead of listening")
 
-    async def _start(self, namespace: str, argv: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            "ip", "netns", "exec", namespace, *argv, start_new_session=True, **options
-        )
-        self.processes.append(process)
-        return process
-
-    def kill_processes(self) -> None:
-        for process in self.processes:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-
 
 @asynccontextmanager
 async def nat_lab(kind_a: Kind = "cone", kind_b: Kind = "cone") -> AsyncIterator[NatLab]:
-    """Build the network, and remove it with every process in it on the way out, whatever happened inside.
-
-    Building takes about a tenth of a second, and blocks: a cancelled test leaves nothing half made.
-    """
+    """Build the network, and remove it with every process in it on the way out; see `built`."""
     if reason := unavailable():
         raise LabError(reason)
-    _remove_leftovers()
-    lab = NatLab(f"{PREFIX}-{os.getpid()}-{secrets.token_hex(3)}")
-    try:
-        _build(lab, {"a": kind_a, "b": kind_b})
+    lab = NatLab()
+    async with built(lab, lambda: _build(lab, {"a": kind_a, "b": kind_b})):
         yield lab
-    finally:
-        lab.kill_processes()
-        _remove(lab.run_id)
-        await asyncio.gather(*lab.watching, *(process.wait() for process in lab.processes))
 
 
 def _build(lab: NatLab, kinds: dict[Host, Kind]) -> None:
     switch, public = lab.namespace("switch"), lab.namespace("public")
     names = ("switch", "public", "router-a", "router-b", "a", "b")
-    _ip("", [f"netns add {lab.namespace(name)}" for name in names])
-    _ip(switch, ["link add bridge type bridge", "link set bridge up"])
+    ip("", [f"netns add {lab.namespace(name)}" for name in names])
+    ip(switch, ["link add bridge type bridge", "link set bridge up"])
     for name in ("public", "router-a", "router-b"):
-        _link(lab.namespace(name), "wan", switch, f"to-{name}")
-        _ip(switch, [f"link set to-{name} master bridge up"])
-    _ip(public, _on_the_internet(ADDRESSES["public"]))
+        link(lab.namespace(name), "wan", switch, f"to-{name}")
+        ip(switch, [f"link set to-{name} master bridge up"])
+    ip(public, _on_the_internet(ADDRESSES["public"]))
     for home, kind in kinds.items():
         inside, router = lab.namespace(home), lab.namespace(f"router-{home}")
         gateway = ADDRESSES[home].rpartition(".")[0] + ".1"
-        _link(router, "lan", inside, "wan")
-        _ip(router, [*_on_the_internet(ROUTERS[home]), f"addr add {gateway}/24 dev lan", "link set lan up"])
-        _ip(inside, [f"addr add {ADDRESSES[home]}/24 dev wan", "link set lo up", "link set wan up"])
-        _ip(inside, [f"route add default via {gateway}"])
-        _command("ip", "netns", "exec", router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        _command("ip", "netns", "exec", router, "nft", "-f", "-", stdin=_router_rules(kind))
-
-
-def _link(here: str, device: str, there: str, its_device: str) -> None:
-    _ip("", [f"link add {device} netns {here} type veth peer name {its_device} netns {there}"])
+        link(router, "lan", inside, "wan")
+        ip(router, [*_on_the_internet(ROUTERS[home]), f"addr add {gateway}/24 dev lan", "link set lan up"])
+        ip(inside, [f"addr add {ADDRESSES[home]}/24 dev wan", "link set lo up", "link set wan up"])
+        ip(inside, [f"route add default via {gateway}"])
+        command("ip", "netns", "exec", router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        command("ip", "netns", "exec", router, "nft", "-f", "-", stdin=_router_rules(kind))
 
 
 def _on_the_internet(address: str) -> list[str]:
@@ -214,37 +144,3 @@ def _router_rules(kind: Kind) -> str:
             chain to_home {{ type filter hook forward priority 0; {answers_only} }}
         }}
     """
-
-
-def _remove_leftovers() -> None:
-    """Remove the networks of test runs that were killed: the process named in their names is gone."""
-    for run_id in {"-".join(name.split("-")[:3]) for name in _namespaces()}:
-        if not Path("/proc", run_id.split("-")[1]).exists():
-            _remove(run_id)
-
-
-def _remove(run_id: str) -> None:
-    for name in _namespaces():
-        if name.startswith(f"{run_id}-"):
-            for pid in _command("ip", "netns", "pids", name).split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            _command("ip", "netns", "del", name)
-            Path(tempfile.gettempdir(), f"{name}.pid").unlink(missing_ok=True)
-
-
-def _namespaces() -> list[str]:
-    listed = [line.split()[0] for line in _command("ip", "netns", "list").splitlines()]
-    return [name for name in listed if name.startswith(f"{PREFIX}-")]
-
-
-def _ip(namespace: str, commands: list[str]) -> None:
-    where = ["-n", namespace] if namespace else []
-    _command("ip", *where, "-batch", "-", stdin="\n".join(commands))
-
-
-def _command(*argv: str, stdin: str = "") -> str:
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    if done.returncode:
-        raise LabError(f"{' '.join(argv)}: {done.stderr.strip()}")
-    return done.stdout

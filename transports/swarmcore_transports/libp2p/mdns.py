@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from multiaddr import Multiaddr
 from zeroconf import Error as ZeroconfError
-from zeroconf import IPVersion, ServiceStateChange, Zeroconf
+from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from swarmcore.errors import AddressError, UnavailableError
 from swarmcore.types import Address, PeerId, short
-from swarmcore_transports.libp2p.multiaddrs import is_relayed, parsed, to_address, to_multiaddr
+from swarmcore_transports.libp2p.multiaddrs import is_relayed, parsed, reach, to_address, to_multiaddr
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,17 @@ class Mdns:
         told = "told of" if self._told else "not told of"
         return f"<Mdns {short(self._peer)} {told} · {len(self._found)} found>"
 
-    async def start(self, own: Iterable[Multiaddr]) -> None:
+    async def start(self, own: Sequence[Multiaddr]) -> None:
         """Begin to look, and to tell of this peer at ``own`` addresses.
 
-        Raise `UnavailableError` where this machine does not let us use multicast.
+        A peer that is reached on loopback alone stays on loopback. Raise `UnavailableError` where this
+        machine does not let us use multicast.
         """
+        alone = own and all(reach(address) == "loopback" for address in own)
         try:
-            self._zeroconf = AsyncZeroconf(ip_version=IPVersion.V4Only)
+            self._zeroconf = AsyncZeroconf(
+                interfaces=["127.0.0.1"] if alone else InterfaceChoice.All, ip_version=IPVersion.V4Only
+            )
             await self._zeroconf.zeroconf.async_wait_for_start()
             self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE, handlers=[self._changed])
         except (OSError, ZeroconfError) as exc:
@@ -128,7 +132,7 @@ class Mdns:
             return
         if name == self._name or name in self._asking or len(self._asking) >= MAX_ASKING:
             return
-        if len(self._found) >= MAX_PEERS and name not in self._found:
+        if name not in self._found and len(self._found) + len(self._asking) >= MAX_PEERS:
             return
         task = self._asking[name] = asyncio.create_task(self._ask(zeroconf, name), name=f"mDNS {name}")
         task.add_done_callback(lambda _: self._asking.pop(name, None))
