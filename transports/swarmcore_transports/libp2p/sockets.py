@@ -14,6 +14,7 @@ from libp2p.transport.tcp.tcp import TCP, TCPListener
 from multiaddr import Multiaddr
 
 from swarmcore.wire.limits import Limits
+from swarmcore_transports.libp2p.multiaddrs import host_of, port_of
 
 
 class TcpSockets(TCP):
@@ -35,7 +36,9 @@ class TcpSockets(TCP):
         return TCPListener(until_closed)
 
     async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> RawConnection:
-        raw = await super()._dial_resolved(maddr, source)
+        if source is not None:
+            return RawConnection(self._opened(await _connected(maddr, source)), True)
+        raw = await super()._dial_resolved(maddr)
         assert isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream)
         return RawConnection(self._opened(raw.stream.stream), True)
 
@@ -49,6 +52,21 @@ class TcpSockets(TCP):
         for one in self._open:
             one.stream.socket.close()
         self._open.clear()
+
+
+async def _connected(target: Multiaddr, source: tuple[str, int]) -> trio.SocketStream:
+    """Mends: a dial from ``source``, which may be where the host listens, leaks a socket when cancelled."""
+    connecting = trio.socket.socket(socket.AF_INET6 if ":" in source[0] else socket.AF_INET)
+    try:
+        connecting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):
+            connecting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        await connecting.bind(source)
+        await connecting.connect((host_of(target), port_of(target)))
+    except BaseException:
+        connecting.close()
+        raise
+    return trio.SocketStream(connecting)
 
 
 class _Socket(TrioTCPStream):
