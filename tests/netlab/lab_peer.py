@@ -88,6 +88,12 @@ async def _serve(options: dict[str, Any]) -> None:
         streams.append(await transport.open_stream(Address.parse(address)))
         return len(streams) - 1
 
+    async def exchange(number: int, sizes: list[int]) -> None:
+        """Send a message of each size over the stream, and compare what comes back."""
+        for size in sizes:
+            await streams[number].send(bytes(size))
+            assert bytes(await streams[number].receive()) == bytes(size)
+
     async def path(number: int) -> str:
         """Of the stream, after a message there and back."""
         await streams[number].send(b"message")
@@ -113,6 +119,7 @@ async def _serve(options: dict[str, Any]) -> None:
     functions: list[Callable[..., Awaitable[Any]]] = [
         addresses,
         open_stream,
+        exchange,
         path,
         connections,
         standing,

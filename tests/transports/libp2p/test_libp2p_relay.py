@@ -120,7 +120,7 @@ async def test_a_circuit_ends_at_its_bytes(peers: RelayedPeers):
 
 
 async def test_a_circuit_ends_at_its_time(peers: RelayedPeers):
-    relay = await peers.relay(relay_limits=RelayLimits(circuit_seconds=0.3))
+    relay = await peers.relay(relay_limits=RelayLimits(circuit_seconds=1.5))
     server = await peers.server(relay)
     (address,) = await server.through(relay)
     stream = await peers.client().transport.open_stream(address)
@@ -175,6 +175,16 @@ async def test_a_relay_that_is_gone(peers: RelayedPeers):
     await relay.transport.close()
     with pytest.raises(PeerUnreachableError, match=r"cannot reach .* the relay of .*refused"):
         await peers.client().transport.open_stream(through(relay, Identity.generate().peer))
+
+
+async def test_a_relay_has_the_peers_that_it_relays_for_next_to_it(peers: RelayedPeers):
+    relay = await peers.relay()
+    server = await peers.server(relay)
+    (address,) = await server.through(relay)
+    stream = await relay.transport.open_stream(address)  # over the connection that there is
+    assert stream.path == "direct"
+    with pytest.raises(PeerUnreachableError, match="through this very peer, and has left"):
+        await relay.transport.open_stream(through(relay, Identity.generate().peer))
 
 
 async def test_nobody_takes_a_place_in_the_name_of_another(peers: RelayedPeers):

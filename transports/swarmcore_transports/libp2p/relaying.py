@@ -24,7 +24,7 @@ from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_ms
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from swarmcore.errors import PeerUnreachableError
+from swarmcore.errors import PeerIdentityError, PeerUnreachableError
 from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, relay_of
 from swarmcore_transports.libp2p.relay_plan import RelayPlan
@@ -62,7 +62,7 @@ class RelayClient:
 
     def __init__(self, host: Host, given: Iterable[tuple[Multiaddr, PeerId]] = ()) -> None:
         self._host = host
-        self._locations = {relay: location for location, relay in given}
+        self._locations = {relay: location for location, relay in given if relay != host.peer}
         self._plan = RelayPlan(self._locations, random.Random())
 
     def __repr__(self) -> str:
@@ -170,6 +170,11 @@ class RelayClient:
         another peer than ``peer`` is behind it.
         """
         location, relay = relay_of(multiaddr)
+        if relay == self._host.peer:
+            raise PeerUnreachableError(
+                f"{short(str(peer))} is reached through this very peer, and has left it; "
+                f"look its addresses up anew"
+            )
         relay_id = ID.from_string(relay)
         ask = HopMessage(type=HopMessage.CONNECT, peer=PeerMessage(id=peer.to_bytes()))
         try:
@@ -188,11 +193,17 @@ class RelayClient:
                 await self._host.libp2p.upgrade_outbound_connection(raw, peer)
         except BaseException as exc:
             await _reset(stream)
-            if isinstance(exc, trio.TooSlowError):
-                raise PeerUnreachableError(
-                    f"{short(str(peer))} did not answer through the relay {short(relay)}"
-                ) from exc
-            raise
+            if not isinstance(exc, Exception):
+                raise
+            error = translated(exc)
+            if isinstance(error, PeerIdentityError):
+                raise
+            late = isinstance(exc, trio.TooSlowError)
+            reason = f"no answer within {self._host.limits.connect_timeout:g} s" if late else error.message
+            raise PeerUnreachableError(
+                f"the relay {short(relay)} has connected {short(str(peer))}, but then: {reason}; try again, "
+                f"or by another relay"
+            ) from exc
 
     async def _ask(self, relay: ID, message: HopMessage) -> tuple[INetStream, HopMessage]:
         """What ``relay`` says, and on which stream. Raise `PeerUnreachableError` if it refuses."""
