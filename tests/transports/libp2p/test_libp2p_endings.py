@@ -190,7 +190,7 @@ async def test_connections_give_their_places_back() -> None:
         async with transport() as dialler:
             stream = await dialler.open_stream(address)
             await stream.send(b"still room")
-            assert await stream.receive() == b"still room"
+            assert bytes(await stream.receive()) == b"still room"
 
 
 async def test_a_crash_ends_everything_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +204,7 @@ async def test_a_crash_ends_everything_with_its_reason(caplog: pytest.LogCapture
         with caplog.at_level(logging.ERROR):
             dialler._thread.start_soon(crash)
             async with asyncio.timeout(10):
-                errors = await asyncio.gather(*receivers, return_exceptions=True)
+                errors: list[object] = [*await asyncio.gather(*receivers, return_exceptions=True)]
         errors += await asyncio.gather(
             streams[0].send(b""), dialler.open_stream(address), return_exceptions=True
         )
@@ -240,7 +240,7 @@ async def test_many_streams_at_once() -> None:
     async def call(dialler: Libp2pTransport, address: Address, n: int) -> Stream:
         stream = await dialler.open_stream(address)
         await stream.send(b"%d" % n)
-        assert await stream.receive() == b"%d" % n
+        assert bytes(await stream.receive()) == b"%d" % n
         return stream
 
     async with listening(limits) as (_, address), transport(limits) as dialler:

@@ -212,7 +212,7 @@ async def served(host: IHost, address: Address) -> None:
 
 async def still_serves(listener: Listener, peer: RawPeer) -> None:
     await listener.stream.send(b"are you there?")
-    assert await listener.stream.receive() == b"are you there?"
+    assert bytes(await listener.stream.receive()) == b"are you there?"
     await peer.run(served, listener.address)
 
 

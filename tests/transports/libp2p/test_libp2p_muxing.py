@@ -25,14 +25,14 @@ from swarmcore_transports.libp2p.muxing import PatientStream, QueuedYamux
 
 LIMITS = Limits(max_calls_per_peer=256, keepalive=3.0)
 PEER = ID(b"peer")
-DATA, WINDOW, PING = 0, 1, 2
+DATA, WINDOW, PING, GO_AWAY = 0, 1, 2, 3
 SYN = 1
 
 
 class Pipe:
     """What a muxer takes for a secured connection."""
 
-    def __init__(self, stream: trio.StapledStream[Any, Any], is_initiator: bool) -> None:
+    def __init__(self, stream: trio.StapledStream, is_initiator: bool) -> None:
         self.stream = stream
         self.is_initiator = is_initiator
 
@@ -78,7 +78,7 @@ async def pair(
 @asynccontextmanager
 async def raw_peer(
     limits: Limits = LIMITS,
-) -> AsyncIterator[tuple[trio.StapledStream[Any, Any], QueuedYamux]]:
+) -> AsyncIterator[tuple[trio.StapledStream, QueuedYamux]]:
     """A muxer, and the bytes of whoever is at its other end."""
     left, right = memory_stream_pair()
     muxer = QueuedYamux(Pipe(right, False), PEER, limits)  # type: ignore[arg-type]
@@ -175,6 +175,27 @@ def test_a_reader_may_rest_for_minutes() -> None:
     virtual(main)
 
 
+def test_small_messages_cause_no_frames_back() -> None:
+    async def main() -> None:
+        async with raw_peer() as (peer, muxer):
+            await peer.send_all(header(WINDOW, SYN, 1, 0))
+            stream = await muxer.accept_stream()
+            for _ in range(100):
+                await peer.send_all(header(DATA, 0, 1, 1000) + bytes(1000))
+                assert await stream.read(2000) == bytes(1000)
+            await trio.sleep(1)
+            # A ping and the acknowledgement of the stream.
+            assert len(await peer.receive_some()) == 24
+            for _ in range(100):
+                await peer.send_all(header(DATA, 0, 1, 1000) + bytes(1000))
+                await stream.read(2000)
+            await trio.sleep(1)
+            update = await peer.receive_some()
+            assert len(update) == 12 and update[1] == WINDOW
+
+    virtual(main)
+
+
 def test_many_streams_at_once() -> None:
     async def main() -> None:
         async def echo() -> None:
@@ -238,14 +259,21 @@ async def _fails(write: Callable[[bytes], Awaitable[None]], data: bytes) -> None
         await write(data)
 
 
-def test_what_was_written_before_a_close_arrives() -> None:
+def test_what_was_written_before_a_close_leaves_first() -> None:
     async def main() -> None:
-        async with pair() as (left, right):
-            stream = await left.open_stream()
+        left, right = lockstep_stream_pair()
+        muxer = QueuedYamux(Pipe(right, False), PEER, LIMITS)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(muxer.start)
+            await muxer.event_started.wait()
+            await left.send_all(header(WINDOW, SYN, 1, 0))
+            stream = await muxer.accept_stream()
             await stream.write(b"last words")
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(left.close)
-                assert await (await right.accept_stream()).read(100) == b"last words"
+            nursery.start_soon(muxer.close)
+            received = b""
+            while data := await left.receive_some():
+                received += bytes(data)
+            assert received.endswith(header(DATA, 0, 1, 10) + b"last words" + header(GO_AWAY, 0, 0, 0))
 
     virtual(main)
 

@@ -31,11 +31,14 @@ logger = logging.getLogger(__name__)
 YAMUX = TProtocol(PROTOCOL_ID)
 
 _NOISE_MESSAGE = 65_519
-"""Most bytes that one message of Noise holds; what is written together is encrypted together."""
+"""Most bytes that one message of Noise holds."""
+
+_BATCH = 2 * _NOISE_MESSAGE
+"""Bytes of frames that are encrypted and written together."""
 
 _HEADER = struct.Struct("!BBHII")
-LARGEST_PAYLOAD = _NOISE_MESSAGE - _HEADER.size
-"""Most bytes of one stream that are sent in one frame."""
+LARGEST_PAYLOAD = _BATCH - _HEADER.size
+"""Most bytes of one stream that are sent in one frame: 64 KB messages fit, with what is around them."""
 
 _DATA, _PING, _GO_AWAY = 0, 2, 3
 _SYN = 1
@@ -105,6 +108,12 @@ class PatientStream(YamuxStream):
         data = await super().read(n)
         cast(QueuedYamux, self.conn).has_read()
         return data
+
+    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
+        """Mends: grants what was read each time, a frame for each message; half a window is soon enough."""
+        unread = len(self.conn.stream_buffers.get(self.stream_id, b""))
+        if self.target_recv_window - self.recv_window - unread >= self.target_recv_window // 2:
+            await super()._auto_tune_and_send_window_update()
 
     async def reset(self) -> None:
         """Mends: what nobody will read any more is kept for a minute."""
@@ -218,10 +227,10 @@ class QueuedYamux(Yamux):
             self._all_written.unpark_all()
 
     def _next_batch(self) -> bytes:
-        """As many frames as one message of Noise holds."""
+        """As many frames as are written together."""
         batch: list[bytes] = []
         size = 0
-        while self._frames and (not batch or size + len(self._frames[0]) <= _NOISE_MESSAGE):
+        while self._frames and (not batch or size + len(self._frames[0]) <= _BATCH):
             frame = self._frames.popleft()
             self._count(frame, -len(frame))
             batch.append(frame)
@@ -330,12 +339,15 @@ def install(swarm: Swarm, limits: Limits) -> None:
 _METHODS = {
     Yamux: "start handle_incoming open_stream accept_stream _write_frame _read_data_body _cleanup_on_error "
     "_measure_rtt_loop _finalize_stream",
-    YamuxStream: "read write reset",
+    YamuxStream: "read write reset _auto_tune_and_send_window_update",
     MuxerMultistream: "select_transport _annotate_connection",
 }
 _ATTRIBUTES = (
     "secured_conn peer_id streams stream_buffers stream_backlog_semaphore event_shutting_down _ping_event "
     "_ping_id _ping_sent_time"
+)
+_STREAM_ATTRIBUTES = (
+    "conn stream_id is_initiator send_window send_closed closed recv_window target_recv_window"
 )
 
 
@@ -353,11 +365,7 @@ def _missing(swarm: Swarm) -> list[str]:
     except Exception as exc:
         return [*found, f"Yamux of the known shape ({exc!r})"]
     found += [f"Yamux.{name}" for name in _ATTRIBUTES.split() if not hasattr(connection, name)]
-    found += [
-        f"YamuxStream.{name}"
-        for name in ("send_window", "send_closed", "closed", "stream_id", "is_initiator", "conn")
-        if not hasattr(stream, name)
-    ]
+    found += [f"YamuxStream.{name}" for name in _STREAM_ATTRIBUTES.split() if not hasattr(stream, name)]
     if not hasattr(getattr(swarm, "upgrader", None), "muxer_multistream"):
         found.append("Swarm.upgrader.muxer_multistream")
     return found

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import trio
 from libp2p.abc import INetStream
+from libp2p.network.stream.net_stream import NetStream
 
 from swarmcore.transport import Buffer
 from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.muxing import LARGEST_PAYLOAD, silent_for
 from swarmcore_transports.libp2p.translation import translated
 
-_PIECE = 4 * LARGEST_PAYLOAD
+_PIECE = 2 * LARGEST_PAYLOAD
 """Most bytes written to the muxer at a time."""
 
 _READ_AHEAD = 1024 * 1024
@@ -43,6 +44,8 @@ class StreamPipe(asyncio.Transport):
         super().__init__()
         self._thread = thread
         self._stream = stream
+        # Bytes go straight to the muxer: what is in between takes a lock for each read and write.
+        self._muxed = cast(NetStream, stream).muxed_stream
         self._path = path
         self._released = released
         self._silence = silence
@@ -223,7 +226,7 @@ class StreamPipe(asyncio.Transport):
 
     async def _read_all(self) -> None:
         try:
-            while data := await self._stream.read(_READ):
+            while data := await self._muxed.read(_READ):
                 self._received += len(data)
                 self._thread.tell(self._received_bytes, data)
                 while self._received - self._delivered > _READ_AHEAD:
@@ -268,5 +271,5 @@ class StreamPipe(asyncio.Transport):
         view = memoryview(data)
         for start in range(0, len(data), _PIECE):
             piece = view[start : start + _PIECE]
-            await self._stream.write(cast(bytes, piece))  # which the muxer copies anyway
+            await self._muxed.write(cast(bytes, piece))  # which the muxer copies anyway
             self._written += len(piece)
