@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from typing import Any, Self
 
 import pytest
@@ -78,11 +77,11 @@ class RelayedPeers:
     """Makes peers, and closes them all when the ``async with`` block is left."""
 
     async def __aenter__(self) -> Self:
-        self._stack = AsyncExitStack()
+        self._peers: list[Peer] = []
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._stack.aclose()
+        await asyncio.gather(*(peer.transport.close() for peer in self._peers))
 
     async def relay(self, identity: Identity | None = None, **options: Any) -> Peer:
         return await self.listening(identity, **{"relay": "on", "listen_on": [PLACE], **options})
@@ -101,7 +100,7 @@ class RelayedPeers:
         return peer
 
     def _kept(self, peer: Peer) -> Peer:
-        self._stack.push_async_callback(peer.transport.close)
+        self._peers.append(peer)
         return peer
 
 

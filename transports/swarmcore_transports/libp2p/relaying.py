@@ -64,6 +64,7 @@ class RelayClient:
         self._host = host
         self._locations = {relay: location for location, relay in given if relay != host.peer}
         self._plan = RelayPlan(self._locations, random.Random())
+        self._woken = trio.Event()
 
     def __repr__(self) -> str:
         return f"<RelayClient {self._plan!r}>"
@@ -73,8 +74,11 @@ class RelayClient:
     async def run(self) -> None:
         """Keep places, and their addresses in `OwnAddresses`, while this peer listens and is not public."""
         self._host.serve(STOP, self._take)
+        self._host.own.watch(self._wake)
+        self._host.notices.on_disconnected.append(lambda connection: self._wake())
         async with trio.open_nursery() as nursery:
             while True:
+                self._woken = trio.Event()
                 now = trio.current_time()
                 self._plan.see(self._near(), now)
                 wanted = bool(self._host.own.of("listening")) and not self._host.own.public
@@ -82,7 +86,11 @@ class RelayClient:
                     for relay in self._plan.next(now):
                         nursery.start_soon(self._keep, relay)
                 self._tell(wanted)
-                await trio.sleep(_LOOK_SECONDS)
+                with trio.move_on_after(_LOOK_SECONDS):
+                    await self._woken.wait()
+
+    def _wake(self) -> None:
+        self._woken.set()
 
     def _tell(self, wanted: bool) -> None:
         places = self._plan.places().values() if wanted else ()
