@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
+from swarmcore.errors import InputError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.rpc import Node
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
-from swarmcore.types import Address
+from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 from swarmcore_transports.libp2p import Libp2pTransport
 from swarmcore_transports.libp2p.dht_options import DhtOptions
 from swarmcore_transports.libp2p.dht_registry import DhtRegistry
 
-QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=1.5)
+QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=4.0)
 
 
 class DhtSwarm(RegistrySwarm):
@@ -27,6 +29,8 @@ class DhtSwarm(RegistrySwarm):
     def __init__(self, options: DhtOptions = QUICK) -> None:
         self.options = options
         self.members: list[Member] = []
+        self.bootstrap: tuple[str, ...] = ()
+        """What the first member joins through."""
 
     async def join(self, identity: Identity | None = None) -> Member:
         return await self._start(identity or Identity.generate(), ["127.0.0.1:0"])
@@ -36,7 +40,8 @@ class DhtSwarm(RegistrySwarm):
         return await self._start(Identity.generate(), [])
 
     async def _start(self, identity: Identity, listen_on: list[str]) -> Member:
-        bootstrap = next((member.addresses for member in reversed(self.members) if member.addresses), ())
+        known = (member.addresses for member in reversed(self.members) if member.addresses)
+        bootstrap = next(known, self.bootstrap)
         transport = Libp2pTransport(identity, listen_on=listen_on)
         node = Node(identity, [transport])
         await node.start()
@@ -56,14 +61,68 @@ class DhtSwarm(RegistrySwarm):
         await asyncio.gather(*(self.crash(member) for member in list(self.members)))
 
 
-@pytest.fixture
-async def swarm() -> AsyncIterator[DhtSwarm]:
-    async with aclosing(DhtSwarm()) as swarm:
-        yield swarm
-
-
 class TestDhtRegistry(RegistryContract):
     @pytest.fixture
     async def swarm(self) -> AsyncIterator[RegistrySwarm]:
         async with aclosing(DhtSwarm()) as swarm:
             yield swarm
+
+
+MODEL = ModelInfo("tiny", "f" * 16, 16, 64)
+
+
+def serving(member: Member, start: int, **fields: Any) -> ServerInfo:
+    return member.info(model=MODEL, span=Span(start, start + 4), **fields)
+
+
+async def test_a_swarm_goes_on_when_half_of_its_nodes_vanish() -> None:
+    async with aclosing(DhtSwarm()) as swarm:
+        members = [await swarm.join() for _ in range(12)]
+        lasting, doomed = members[::2], members[1::2]
+        for member in lasting:
+            await member.registry.announce(serving(member, 4 * (member.identity.peer[-1] < "a")), 6.0)
+        for member in doomed:
+            await member.registry.announce(serving(member, 8), 6.0)
+        observer = lasting[0]
+        await swarm.until(observer, lambda view: len(view.serving(MODEL.fingerprint)) == 12)
+        await asyncio.gather(*(swarm.crash(member) for member in doomed))
+        await swarm.until(
+            observer, lambda view: set(view.servers) == {member.identity.peer for member in lasting}
+        )
+        client = await swarm.watch()
+        assert {info.peer for info in client.registry.view()} == {m.identity.peer for m in lasting}
+        await lasting[-1].registry.announce(serving(lasting[-1], 12), 6.0)
+        await swarm.until(client, lambda view: view.servers[lasting[-1].identity.peer].span == Span(12, 16))
+
+
+async def test_a_suspect_that_does_not_answer_leaves_the_view_and_one_that_does_stays() -> None:
+    async with aclosing(DhtSwarm()) as swarm:
+        one, other = await swarm.join(), await swarm.join()
+        await one.registry.announce(one.info(), 3000.0)
+        await other.registry.announce(other.info(), 3000.0)
+        client = await swarm.watch()
+        await swarm.until_known(client, one.info(), other.info())
+        await swarm.crash(one)
+        for member in (one, other):
+            client.registry.suspect(member.identity.peer)
+        await swarm.until_known(client, other.info())
+
+
+async def test_a_client_is_no_node_and_announces_nothing() -> None:
+    async with aclosing(DhtSwarm()) as swarm:
+        one = await swarm.join()
+        client = await swarm.watch()
+        with pytest.raises(InputError, match="does not listen"):
+            await client.registry.announce(client.info(), swarm.ttl)
+        await one.registry.announce(one.info(), swarm.ttl)
+        await swarm.until_known(client, one.info())
+        assert "0 nodes" in repr(one.registry)
+
+
+async def test_a_bootstrap_peer_that_is_gone_is_named() -> None:
+    async with aclosing(DhtSwarm()) as swarm:
+        one = await swarm.join()
+        await swarm.crash(one)
+        swarm.bootstrap = one.addresses
+        with pytest.raises(PeerUnreachableError, match="no bootstrap peer serves the DHT"):
+            await swarm.join()

@@ -16,7 +16,7 @@ from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.partners import Partners, group_by_peer
 from swarmcore.registry.records import Announcement, RecordIssuer, SignedRecord, decode_announcement
 from swarmcore.registry.replica import Replica
-from swarmcore.registry.store import Drop, RecordStore
+from swarmcore.registry.store import Accepted, Drop, RecordStore
 from swarmcore.rpc import Node
 from swarmcore.types import Address, PeerId, ServerInfo, short
 from swarmcore_transports.libp2p.bridge import TrioThread
@@ -51,10 +51,10 @@ T = TypeVar("T")
 class DhtRegistry(Registry):
     """A node of the DHT on the host of ``transport``, one of those of ``node``.
 
-    Each peer's record is stored under its own key, at the nodes nearest to that. Indices list who serves which
-    part of which model, and a directory lists a few servers of every model. The view is put together from
-    these in the background, every ``options.refresh`` seconds; what is stored at this node is seen at once.
-    With ``models``, fingerprints, it holds the servers of these models only.
+    Each peer's record is stored under its own key, at the nodes nearest to that. Indices list who serves
+    which part of which model, and a directory lists a few servers of every model. The view is put together
+    from these in the background, every ``options.refresh`` seconds; what is stored at this node is seen at
+    once. With ``models``, fingerprints, it holds the servers of these models only.
 
     ``node`` is neither started nor closed here; when it listens this peer serves the DHT, else it is a client
     of it. ``announce`` keeps the record fresh by itself (every third of its ttl) until `withdraw` or `close`.
@@ -278,7 +278,6 @@ class DhtRegistry(Registry):
     async def _read(self, peer: PeerId) -> None:
         assert self._dht
         values = await self._look_up(self._dht.values, peer)
-        self._read_at[peer] = asyncio.get_running_loop().time()
         for value in set(values or ()):
             try:
                 record = self._rules.check(record_key(peer), value, self._wall_clock())
@@ -309,7 +308,9 @@ class DhtRegistry(Registry):
             return
         if said.peer == self.node.peer and said.sequence > self._issuer.last_sequence:
             self._supersede(said.sequence)
-        self._replica.apply(record)
+        outcome = self._replica.apply(record)
+        if isinstance(outcome, Accepted) or outcome is Drop.KNOWN:
+            self._read_at[said.peer] = asyncio.get_running_loop().time()
 
     def _concerns(self, said: Announcement) -> bool:
         if self._models is None or said.peer in self.view().servers or said.info is None:

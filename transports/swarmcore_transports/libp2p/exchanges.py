@@ -55,7 +55,7 @@ class Exchanges:
                     await one.stream.close()
 
     async def exchange(self, node: ID, message: Message) -> Message:
-        """The answer of ``node``. Raise whatever libp2p raises when there is none; it is not bounded in time."""
+        """The answer of ``node``, however long it takes. Raise whatever libp2p raises when there is none."""
         now = trio.current_time()
         kept = self._idle.pop(node, None)
         if kept is not None and kept.opened > now - _OLDEST:
