@@ -7,6 +7,8 @@ import socket
 
 import ifaddr
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
 
 def reachable_hosts(host: str) -> list[str]:
     """The addresses by which others reach a socket bound to ``host``.
@@ -27,6 +29,18 @@ def reachable_hosts(host: str) -> list[str]:
     first = _default_route(version)
     own.sort(key=lambda address: address != first)
     return own or ["::1" if version == 6 else "127.0.0.1"]
+
+
+def own_networks() -> list[Network]:
+    """The networks that this machine has an address in, loopback and link-local ones left out."""
+    found: dict[Network, None] = {}
+    for adapter in ifaddr.get_adapters():
+        for ip in adapter.ips:
+            text = ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
+            network = ipaddress.ip_network(f"{text}/{ip.network_prefix}", strict=False)
+            if not (network.is_loopback or network.is_link_local):
+                found[network] = None
+    return list(found)
 
 
 def _default_route(version: int) -> str | None:

@@ -36,7 +36,6 @@ from swarmcore_transports.libp2p.multiaddrs import (
     announced_multiaddr,
     given_relay,
     place,
-    preference,
     to_address,
     to_multiaddr,
 )
@@ -44,6 +43,7 @@ from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.port_mapping import PortMapper
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
+from swarmcore_transports.libp2p.vicinity import Vicinity
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Libp2pTransport(Transport):
         self._relay_limits = relay_limits
         self._given_relays = [given_relay(text) for text in relays]
         self._mdns: Mdns | None = None
+        self._vicinity = Vicinity()
         self._port_mapper = PortMapper(self._mapped, random.Random()) if upnp else None
         self._host: Host | None = None
         self._thread: TrioThread | None = None
@@ -183,7 +184,7 @@ class Libp2pTransport(Transport):
         await self._mdns.start(self._own.of("listening"))
 
     def preference(self, address: Address) -> int:
-        return preference(to_multiaddr(address))
+        return self._vicinity.preference(address, asyncio.get_running_loop().time())
 
     def _stream_arrived(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
         """Called in the trio thread."""
