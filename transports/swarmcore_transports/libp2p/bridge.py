@@ -125,12 +125,18 @@ class TrioThread:
     # --- from asyncio to trio -------------------------------------------------------------------------
 
     async def call(
-        self, function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts, timeout: float, what: str
+        self,
+        function: Callable[[*Ts], Awaitable[T]],
+        *arguments: *Ts,
+        timeout: float,
+        what: str,
+        unwanted: Callable[[T], Awaitable[None]] | None = None,
     ) -> T:
         """Await ``function(*arguments)`` in trio.
 
         ``timeout`` seconds bound it, after which it is cancelled there and `DeadlineExceededError` names
-        ``what``. Cancelling this cancels it as well. Raise what it raises, translated.
+        ``what``. Cancelling this cancels it as well. Raise what it raises, translated. What it returns too
+        late for either is given to ``unwanted``, in trio, which may not raise.
         """
         self._check_running()
         loop = asyncio.get_running_loop()
@@ -148,23 +154,33 @@ class TrioThread:
                     error.__cause__ = exc if error is not exc else exc.__cause__
             if scope.cancelled_caught:
                 error = StreamClosedError(f"{what} was given up")
-            self.tell(_settle, outcome, error, result)
+            self.tell(settle, error, result)
+
+        def settle(error: SwarmError | None, result: Any) -> None:
+            if outcome.done() and error is None and unwanted:
+                self.start_soon(unwanted, result)
+            _settle(outcome, error, result)
 
         def begin() -> None:
             assert self._nursery
             self._nursery.start_soon(run)
 
+        taken = False
         self._calls.add(outcome)
         try:
             self.post(begin)
             async with asyncio.timeout(timeout):
-                return await outcome
+                returned = await outcome
+                taken = True
+                return returned
         except TimeoutError as exc:
             raise DeadlineExceededError(f"{what} took longer than {timeout:g} s") from exc
         finally:
             self._calls.discard(outcome)
             if not outcome.done() or outcome.cancelled():
                 self.post(scope.cancel)
+            elif not taken and unwanted and outcome.exception() is None:
+                self.start_soon(unwanted, outcome.result())
 
     def start_soon(self, function: Callable[[*Ts], Awaitable[None]], *arguments: *Ts) -> None:
         """Run ``function`` in trio's background. It may not raise: that would be a crash of everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -213,6 +214,11 @@ class Host:
         await self.connect(libp2p_peer, multiaddr)
         stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])
         return stream, self.path_of(stream)
+
+    async def drop(self, opened: tuple[INetStream, str]) -> None:
+        """Reset a stream that `open` has opened and nobody waits for any more."""
+        with trio.move_on_after(_RESET_SECONDS), contextlib.suppress(Exception):
+            await opened[0].reset()
 
     async def connect(self, peer: ID, multiaddr: Multiaddr, *, direct: bool = False) -> None:
         """Connect to ``peer`` at ``multiaddr`` unless there is a connection, with ``direct`` a direct one."""

@@ -210,7 +210,12 @@ class Libp2pTransport(Transport):
                 async with asyncio.timeout(seconds):
                     thread, host = await self._started()
                     stream, path = await thread.call(
-                        host.open, address.peer, multiaddr, timeout=seconds, what=f"dialling {multiaddr}"
+                        host.open,
+                        address.peer,
+                        multiaddr,
+                        timeout=seconds,
+                        what=f"dialling {multiaddr}",
+                        unwanted=host.drop,
                     )
                     connection = await self._greet(stream, address.peer, path)
             except (TimeoutError, DeadlineExceededError) as exc:
