@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 import trio
@@ -89,7 +88,7 @@ class Dht:
     async def _expire(self) -> None:
         while True:
             await trio.sleep(_EXPIRE_SECONDS)
-            self._kademlia.expire(time.time())
+            self._kademlia.expire()
 
     async def _explore(self) -> None:
         """Look for the nodes next to this one, whose neighbour it becomes by asking them."""

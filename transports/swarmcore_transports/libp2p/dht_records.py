@@ -132,11 +132,14 @@ class ValueRules:
             raise RefusedValue(Drop.FORGED)
         return record
 
-    def ended(self, value: bytes, now: float) -> bool:
-        """Whether ``value``, which passed `check` before, is no longer to be held."""
+    def held_until(self, value: bytes, now: float) -> float:
+        """When ``value``, sound and received at ``now``, is to be let go of.
+
+        As for all records its ttl runs from receipt, so that clocks need not agree, but never past `end_of`.
+        """
         header = _SEQUENCE_BYTES + _SIGNATURE_BYTES
         said = decode_announcement(SignedRecord(value[header:], value[_SEQUENCE_BYTES:header]))
-        return now >= self.end_of(said)
+        return min(now + said.ttl, self.end_of(said))
 
     def end_of(self, said: Announcement) -> float:
         """When nobody holds ``said`` any longer, however far its owner's clock is behind."""

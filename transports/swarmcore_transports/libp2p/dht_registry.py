@@ -95,7 +95,7 @@ class DhtRegistry(Registry):
         self._replica = Replica(store, Partners(node.peer, (), self._rng), wall_clock)
         self._tasks = BackgroundTasks()
         self._lookups = asyncio.Semaphore(options.lookups)
-        self._read_at: dict[PeerId, float] = {}
+        self._read_again: dict[PeerId, float] = {}
         self._suspected: set[PeerId] = set()
         self._announced: tuple[ServerInfo, float] | None = None
         self._current: tuple[SignedRecord, list[bytes]] | None = None
@@ -270,8 +270,8 @@ class DhtRegistry(Registry):
     async def _read_all(self, peers: Iterable[PeerId]) -> None:
         """Read the records of ``peers``, but for those read lately."""
         now = asyncio.get_running_loop().time()
-        self._read_at = {peer: at for peer, at in self._read_at.items() if at > now - self._options.reread}
-        due = [peer for peer in peers if peer not in self._read_at and peer != self.node.peer]
+        self._read_again = {peer: due for peer, due in self._read_again.items() if due > now}
+        due = [peer for peer in peers if peer not in self._read_again and peer != self.node.peer]
         self._rng.shuffle(due)
         await asyncio.gather(*(self._read(peer) for peer in due[: self._options.capacity]))
 
@@ -310,7 +310,8 @@ class DhtRegistry(Registry):
             self._supersede(said.sequence)
         outcome = self._replica.apply(record)
         if isinstance(outcome, Accepted) or outcome is Drop.KNOWN:
-            self._read_at[said.peer] = asyncio.get_running_loop().time()
+            again = min(self._options.reread, said.ttl / 3)
+            self._read_again[said.peer] = asyncio.get_running_loop().time() + again
 
     def _concerns(self, said: Announcement) -> bool:
         if self._models is None or said.peer in self.view().servers or said.info is None:

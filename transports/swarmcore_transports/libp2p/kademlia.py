@@ -18,6 +18,7 @@ from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Record
 from libp2p.kad_dht.provider_store import ProviderRecord, ProviderStore
+from libp2p.kad_dht.value_store import ValueStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
@@ -74,7 +75,7 @@ class Kademlia(KadDHT):
             validator_changed=True,
             strict_validation=True,
         )
-        self._rules = rules
+        self.value_store = Records(self.host, self.local_peer_id, rules)
         self.provider_store = Listings(self.host, self.peer_routing)
         self._provider_rate_max = _ENTRIES_OF_A_PEER
         self._inbound_limiter = trio.CapacityLimiter(_INCOMING)
@@ -103,12 +104,22 @@ class Kademlia(KadDHT):
         record = self.value_store.get(key)
         return record.value if record is not None else None
 
-    def expire(self, now: float) -> None:
-        """Let go of records and entries of indices that have ended by ``now``, seconds since the epoch."""
-        for key, (record, _) in list(self.value_store.store.items()):
-            if self._rules.ended(record.value, now):
-                self.value_store.remove(key)
+    def expire(self) -> None:
+        """Let go of records and entries of indices that have ended."""
+        self.value_store.cleanup_expired()
         self.provider_store.cleanup_expired()
+
+
+class Records(ValueStore):
+    """What others may read here: each record for its own ttl, where the library keeps all for a day."""
+
+    def __init__(self, host: IHost, local_peer_id: ID, rules: ValueRules) -> None:
+        super().__init__(host, local_peer_id)
+        self._rules = rules
+
+    def put_record(self, key: bytes, record: Record) -> None:
+        super().put_record(key, record)
+        self.store[key] = (record, self._rules.held_until(record.value, time.time()))
 
 
 class _Values(Validator):
