@@ -160,9 +160,10 @@ class StreamPipe(asyncio.Transport):
                     self._undelivered.appendleft(bytes(data))
                     self._delivered -= len(data)
                     return
-                buffer = memoryview(self._protocol.get_buffer(len(data)))
-                taken = min(len(buffer), len(data))
-                buffer[:taken] = data[:taken]
+                # Let go of before the next is asked for: a buffer that is looked at cannot grow.
+                with memoryview(self._protocol.get_buffer(len(data))) as buffer:
+                    taken = min(len(buffer), len(data))
+                    buffer[:taken] = data[:taken]
                 data = data[taken:]
                 self._protocol.buffer_updated(taken)
         if self._reader_waits and self._received - self._delivered <= _READ_AHEAD // 2:
