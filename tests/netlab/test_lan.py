@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from netlab.lan import Lan, lan
 
-pytest.importorskip("libp2p", reason="the extra libp2p is not installed")
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
 PATIENCE = 20.0
 BOOTSTRAP = ["bootstrap", "--transport", "libp2p", "--mdns", "--no-upnp"]

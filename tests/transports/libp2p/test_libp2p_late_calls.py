@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 import trio
 
 from swarmcore.errors import SwarmError

@@ -11,6 +11,9 @@ from contextlib import AsyncExitStack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 from multiaddr import Multiaddr
 from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf

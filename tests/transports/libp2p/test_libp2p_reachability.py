@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 from multiaddr import Multiaddr
 
 from swarmcore.types import PeerId

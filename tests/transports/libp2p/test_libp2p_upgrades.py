@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 from swarmcore.types import PeerId
 from swarmcore_transports.libp2p import upgrades
 from swarmcore_transports.libp2p.upgrades import ATTEMPTS, BACKOFF_SECONDS, PAUSE_SECONDS, Upgrades

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 
+import pytest
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.libp2p import Libp2pTransport
