@@ -86,6 +86,10 @@ class MissingBlocksError(UnavailableError):
     """No server holds some of the model's blocks. ``ranges`` lists them as ``"start:end"``."""
 
 
+class MissingHeadError(UnavailableError):
+    """No peer makes texts of the model for clients that have no part of it."""
+
+
 class AdapterNotFoundError(UnavailableError):
     """The server has no adapter of that name. Another one may."""
 

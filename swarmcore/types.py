@@ -137,6 +137,8 @@ class ServerInfo:
     """Names of the adapters that it serves."""
     runs: tuple[str, ...] = ()
     """Names of the training runs that it takes part in."""
+    heads: tuple[ModelInfo, ...] = ()
+    """Models that it generates text of for clients that have no part of them."""
     incarnation: int = 0
     """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from swarmcore.client.loop_thread import background_loop
 from swarmcore.identity import Identity
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.head_limits import HeadLimits
 from swarmcore.server.run import NetworkConfig, run_server
 from swarmcore.transformers import AutoModelForCausalLM
 from swarmcore.types import Span
@@ -23,13 +25,20 @@ from swarmcore.types import Span
 
 @contextmanager
 def served(
-    folder: Path, *spans: str, dtype: str = "float32", adapters: Mapping[str, str] | None = None
+    folder: Path,
+    *spans: str,
+    dtype: str = "float32",
+    adapters: Mapping[str, str] | None = None,
+    heads: Sequence[HeadLimits | None] = (),
 ) -> Iterator[list[BlockServer]]:
-    """Servers of these blocks of a model, on the background loop; the first is the bootstrap."""
+    """Servers of these blocks of a model, on the background loop; the first is the bootstrap.
+
+    The first of them are head peers within the limits of ``heads``.
+    """
     loop = background_loop()
     servers: list[BlockServer] = []
 
-    async def start(span: str) -> asyncio.Task[None]:
+    async def start(span: str, head: HeadLimits | None) -> asyncio.Task[None]:
         online: asyncio.Future[BlockServer] = asyncio.get_running_loop().create_future()
         config = ServerConfig(
             model=str(folder),
@@ -40,6 +49,7 @@ def served(
             drain=0.0,
             threads=1,
             adapters=adapters or {},
+            head=head,
         )
         bootstrap = [str(server.node.addresses[0]) for server in servers[:1]]
         network = NetworkConfig(transports={"tcp": ["127.0.0.1:0"]}, bootstrap=bootstrap)
@@ -56,8 +66,8 @@ def served(
         await asyncio.wait([task])
 
     with ExitStack() as stack:
-        for span in spans:
-            task = loop.run(start(span))
+        for span, head in zip_longest(spans, heads):
+            task = loop.run(start(span, head))
             stack.callback(lambda task: loop.run(stop(task)), task)
         yield servers
 

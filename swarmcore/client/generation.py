@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import nullcontext
-from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 
 from swarmcore.client.compute import ModelCompute
 from swarmcore.client.model_session import ModelSession
+from swarmcore.client.pieces import GeneratedPieces
 from swarmcore.client.prompts import EncodedPrompt
 from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.text import StopStrings, TextStream
@@ -93,6 +93,8 @@ async def generate_pieces(
     run.started = now()
     try:
         run.continuations = await prepare()
+        if all(continuation.finish_reason for continuation in run.continuations):
+            return
         async with open_session(run.continuations) if session is None else nullcontext(session) as used:
             with used.used():
                 run.chain = used.chain
@@ -109,7 +111,7 @@ async def _laps(
 ) -> AsyncGenerator[tuple[int, str], None]:
     continuations = run.continuations
     last_position = (compute.parts.max_positions or 2**62) - 1
-    new = session.reuse([continuation.prompt.tokens for continuation in continuations])
+    new = session.reuse([continuation.prompt.tokens + continuation.tokens for continuation in continuations])
     hidden = await session.embed(new)
     running = list(enumerate(continuations))
     while running:
@@ -131,32 +133,12 @@ async def _laps(
         new = [[] if c.finish_reason else c.tokens[-1:] for c in continuations]
 
 
-class _GenerationBase(Generic[Piece]):
-    """An asynchronous iterator of pieces that can be asked, at any time, how it goes."""
+class _GenerationBase(GeneratedPieces[Piece]):
+    """Pieces of a `GenerationRun`. Closing it closes the session that was opened for it."""
 
     def __init__(self, run: GenerationRun, pieces: AsyncGenerator[Piece, None]) -> None:
-        # The generator knows the run, not this object: when the last reference to this one goes, in the
-        # middle of a loop that was left, the event loop closes the generator at once.
+        super().__init__(pieces)
         self._run = run
-        self._pieces = pieces
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Piece:
-        return await self._pieces.__anext__()
-
-    async def aclose(self) -> None:
-        """End it here; a session that was opened for it is closed. Harmless when it has ended."""
-        await self._pieces.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     @property
     def seconds(self) -> float:

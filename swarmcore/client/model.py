@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
 from swarmcore.client.adapter_snapshot import snapshot
@@ -24,7 +25,7 @@ from swarmcore.client.generation import (
 from swarmcore.client.local_parts import LocalParts
 from swarmcore.client.model_session import ModelSession
 from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.prompts import Prompt, encode_prompt, load_tokenizer
+from swarmcore.client.prompts import EncodedPrompt, Prompt, check_tokens, encode_prompt, load_tokenizer
 from swarmcore.client.remote import SessionOpener
 from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.session import SessionOptions
@@ -189,13 +190,20 @@ class RemoteModel:
         self._sessions.add(session)
         return session
 
+    async def encode(
+        self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> EncodedPrompt:
+        """The tokens of a prompt, which `generate` takes in its place. Raises as that does for prompts."""
+        return await self._compute.run(self._encode, prompt, chat_template_kwargs)
+
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | EncodedPrompt,
         *,
         session: ModelSession | None = None,
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
+        so_far: Sequence[int] = (),
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Continue a text, or answer chat messages: iterate over its pieces as they come, or await it whole.
@@ -208,11 +216,16 @@ class RemoteModel:
         with the session's tokens is not sent again. Without one, a session is opened and closed here, with
         ``adapter`` and ``soft_prompt`` as in `session`.
 
+        ``so_far`` are the tokens of an answer that broke off, to the same prompt with the same settings: it
+        goes on where that was, greedy or with the same seed with what would have come next. The pieces are of
+        what follows; `Generation.tokens` are all.
+
         Raise `InputError` at once for settings out of range, and at the first piece for a prompt that does
         not work; then whatever opening and stepping a session raise.
         """
         run = GenerationRun()
-        pieces = self._pieces(run, [prompt], GenerationSettings(**options), session, adapter, soft_prompt)
+        settings = GenerationSettings(**options)
+        pieces = self._pieces(run, [prompt], settings, session, adapter, soft_prompt, so_far)
         return Generation(run, pieces)
 
     def generate_batch(
@@ -242,11 +255,12 @@ class RemoteModel:
     def _pieces(
         self,
         run: GenerationRun,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | EncodedPrompt],
         settings: GenerationSettings,
         session: ModelSession | None,
         adapter: BlockAdapter | str | None,
         soft_prompt: SoftPrompt | None,
+        so_far: Sequence[int] = (),
     ) -> AsyncGenerator[tuple[int, str], None]:
         if session is not None and (adapter is not None or soft_prompt is not None):
             raise InputError("a session has its adapter and soft prompt for life; pass them to model.session")
@@ -257,7 +271,13 @@ class RemoteModel:
             )
 
         async def prepare() -> list[Continuation]:
-            return await self._compute.run(self._continuations, prompts, settings)
+            continuations = await self._compute.run(self._continuations, prompts, settings)
+            if so_far:
+                await self._compute.run(_take_up, continuations[0], so_far, self._compute.parts.vocab_size)
+                # Seconds, for thousands of tokens: not in the thread that all generations share.
+                skip = continuations[0].chooser.skip
+                await asyncio.to_thread(skip, len(so_far), self._compute.parts.vocab_size)
+            return continuations
 
         def open_session(continuations: list[Continuation]) -> ModelSession:
             longest = max(continuation.max_length for continuation in continuations)
@@ -267,18 +287,15 @@ class RemoteModel:
 
         return generate_pieces(run, self._compute, prepare, session, open_session)
 
-    def _continuations(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Continuation]:
+    def _continuations(
+        self, prompts: Sequence[Prompt | EncodedPrompt], settings: GenerationSettings
+    ) -> list[Continuation]:
         settings = settings.with_defaults(self.generation_config)
         return [self._continuation(prompt, settings.for_prompt(i)) for i, prompt in enumerate(prompts)]
 
-    def _continuation(self, prompt: Prompt, settings: GenerationSettings) -> Continuation:
+    def _continuation(self, prompt: Prompt | EncodedPrompt, settings: GenerationSettings) -> Continuation:
         parts = self._compute.parts
-        encoded = encode_prompt(
-            self.tokenizer,
-            prompt,
-            vocab_size=parts.vocab_size,
-            chat_template_kwargs=settings.chat_template_kwargs,
-        )
+        encoded = self._encode(prompt, settings.chat_template_kwargs)
         length, limit = len(encoded.tokens), parts.max_positions
         if limit is not None and length >= limit:
             raise InputError(
@@ -301,12 +318,30 @@ class RemoteModel:
             stops=StopStrings(settings.stops),
         )
 
+    def _encode(
+        self, prompt: Prompt | EncodedPrompt, chat_template_kwargs: Mapping[str, Any] | None
+    ) -> EncodedPrompt:
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            vocab_size=self._compute.parts.vocab_size,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+
     def _decode(self, tokens: list[int]) -> str:
         # The text as the model wrote it: spaces before punctuation are not "cleaned up".
         text: str = self.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def _take_up(continuation: Continuation, so_far: Sequence[int], vocab_size: int) -> None:
+    check_tokens(so_far, vocab_size)
+    for token in so_far:
+        if continuation.finish_reason is not None:
+            raise InputError("so_far goes on after what ends the text: it is of another prompt or settings")
+        continuation.take(token)
 
 
 def _token_ids(value: int | Sequence[int] | None) -> list[int]:

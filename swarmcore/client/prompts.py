@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
-
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text to continue; chat messages (``{"role": "user", "content": "…"}``) to answer; or token ids."""
 
@@ -42,14 +41,16 @@ def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
+    prompt: Prompt | EncodedPrompt,
     *,
     vocab_size: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> EncodedPrompt:
     """Raise `InputError` for an empty prompt, ids outside the vocabulary, and messages that cannot be
     put into the model's chat template."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, EncodedPrompt):
+        encoded = prompt
+    elif isinstance(prompt, str):
         tokens = list(tokenizer(prompt)["input_ids"])
         if not tokens and tokenizer.bos_token_id is not None:
             tokens = [tokenizer.bos_token_id]

@@ -52,6 +52,16 @@ class TokenChooser:
             self._history[self._length] = token
         self._length += 1
 
+    def skip(self, choices: int, vocabulary: int) -> None:
+        """Draw so many times as `choose` does, so that the next choice is that of a run that got so far.
+
+        How much chance a choice uses up depends on the size of the vocabulary alone.
+        """
+        if self._generator is not None:
+            even = torch.ones(1, vocabulary)
+            for _ in range(choices):
+                torch.multinomial(even, 1, generator=self._generator)
+
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from ``[vocabulary]`` logits in float32, which may be overwritten."""
         scores = logits[None]

@@ -9,19 +9,24 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 from swarmcore.client.adapter_weights import AdapterWeights
+from swarmcore.client.heads import HeadChoice
 from swarmcore.client.micro_batches import BatchRunner
 from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
+from swarmcore.client.settings import GenerationOptions, GenerationSettings
+from swarmcore.client.thin import PATIENCE, ThinGeneration, ThinRun, generate_at_heads
+from swarmcore.client.thin_request import open_generation
 from swarmcore.errors import AddressError, InputError, MissingBlocksError, PeerUnreachableError
 from swarmcore.identity import Identity, public_key
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
+from swarmcore.registry.choice import RegistryKind, dht_registry
 from swarmcore.registry.neighbours import meet_neighbours
 from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.routing.chain import Chain, Router
@@ -38,6 +43,7 @@ from swarmcore.wire.messages import InfoReply, InfoRequest
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
+    from swarmcore.client.prompts import Prompt
     from swarmcore.executor.torch.checkpoint import Progress
 
 logger = logging.getLogger(__name__)
@@ -48,10 +54,11 @@ _MDNS = "libp2p"  # the transport whose peers are found that way
 class Swarm:
     """What a client sees and does in a swarm. Made by `connect`; an async context manager.
 
-    ``node`` and ``registry`` are owned: entering starts them, leaving closes them. The ``router`` is
-    `LeastLatency` over ``latencies`` unless another is given; servers are pinged within ``pings``.
-    ``session_id`` makes up names of sessions, which nobody must be able to guess. With ``find_neighbours`` it
-    joins through members on the local network as well.
+    ``node`` and ``registry`` are owned: entering starts them, leaving closes them; not so with ``owned``
+    false, for a client inside of a peer that runs them. The ``router`` is `LeastLatency` over ``latencies``
+    unless another is given; servers are pinged within ``pings``. ``session_id`` makes up names of sessions,
+    which nobody must be able to guess. With ``find_neighbours`` it joins through members on the local network
+    as well.
     """
 
     def __init__(
@@ -66,10 +73,12 @@ class Swarm:
         session_id: Callable[[], str] = random_session_id,
         again: Callable[[], Swarm] | None = None,
         find_neighbours: bool = False,
+        owned: bool = True,
     ) -> None:
         self.again = again
         """Makes another connection to the same swarm, under another name; None when that is not known."""
-        rng = rng or random.Random()
+        self._rng = rng = rng or random.Random()
+        self._owned = owned
         self.node = node
         self.registry = registry
         self._session_id = session_id
@@ -93,8 +102,9 @@ class Swarm:
 
     async def __aenter__(self) -> Self:
         try:
-            await self.node.start()
-            await self._join()
+            if self._owned:
+                await self.node.start()
+                await self._join()
         except BaseException:
             await self.close()
             raise
@@ -125,8 +135,9 @@ class Swarm:
             await self._models.pop().close()
         await self._pinger.close()
         await self._tasks.close()
-        await self.registry.close()
-        await self.node.close()
+        if self._owned:
+            await self.registry.close()
+            await self.node.close()
 
     def view(self) -> SwarmView:
         """Who serves what, as known now."""
@@ -209,6 +220,33 @@ class Swarm:
         planner = PassPlanner(self.registry, self.health, model, sessions, admits=self._admits)
         return BatchRunner(self.node, planner, model, options, pass_id=self._session_id)
 
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        adapter: str = "",
+        patience: float = PATIENCE,
+        **options: Unpack[GenerationOptions],
+    ) -> ThinGeneration:
+        """Continue a text, or answer chat messages, without torch and without any part of the model: a *head
+        peer*, which was started with ``--serve-head``, runs tokenizer, embeddings, head and sampling.
+
+        Iterate over its pieces as they come, or await it whole. ``model`` is a name or fingerprint, and may
+        be left out where head peers offer only one; ``adapter`` is the name of one that servers have.
+        ``options`` are those of `RemoteModel.generate`, but for ``logits_processors`` and
+        ``chat_template_kwargs``. When the head peer fails, another one goes on with the same tokens; before
+        the first of them each is tried once, later they are looked for for ``patience`` seconds.
+
+        Raise `InputError` at once for settings out of range, and at the first piece for what the model does
+        not take; `MissingHeadError` when nobody makes texts of the model, `BusyError` when all who do have no
+        time, or else what the last of them raised.
+        """
+        request = open_generation(prompt, GenerationSettings(**options), adapter=adapter, rng=self._rng)
+        choice = HeadChoice(model, self._rng, admits=self._admits)
+        run = ThinRun(self.node, self.registry, self.health, choice, patience)
+        return ThinGeneration(run, generate_at_heads(run, request))
+
     async def load_model(
         self,
         name_or_path: str,
@@ -268,6 +306,7 @@ def connect(
     identity: Identity | None = None,
     transports: Sequence[str] = (),
     mdns: bool = False,
+    registry: RegistryKind = "gossip",
     allowed_servers: Collection[PeerId] | None = None,
     blocked_servers: Collection[PeerId] = (),
     max_hops: int | None = None,
@@ -276,7 +315,8 @@ def connect(
     """A swarm that any of the ``bootstrap`` addresses is a member of. Use it as ``async with connect(…)``.
 
     ``transports`` are schemes to have besides those of the bootstrap addresses. With ``mdns`` members are
-    looked for on the local network, too, over libp2p, and no address is needed. ``allowed_servers``, when
+    looked for on the local network, too, over libp2p, and no address is needed. ``registry`` is the one that
+    the swarm's members run. ``allowed_servers``, when
     given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
     most ``max_hops`` servers. Raise `AddressError` for a bad address or peer id,
     `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
@@ -292,9 +332,8 @@ def connect(
         public_key(peer)
     identity = identity or Identity.generate()
     schemes = dict.fromkeys([*(a.scheme for a in addresses), *transports, *([_MDNS] if mdns else [])])
-    node = Node(
-        identity, [transport_class(scheme)(identity, limits=limits) for scheme in schemes], limits=limits
-    )
+    backends = [transport_class(scheme)(identity, limits=limits) for scheme in schemes]
+    node = Node(identity, backends, limits=limits)
     latencies = Latencies()
     router = LeastLatency(
         random.Random(),
@@ -308,6 +347,7 @@ def connect(
         *bootstrap,
         transports=transports,
         mdns=mdns,
+        registry=registry,
         allowed_servers=allowed_servers,
         blocked_servers=blocked_servers,
         max_hops=max_hops,
@@ -315,7 +355,7 @@ def connect(
     )
     return Swarm(
         node,
-        WatchingRegistry(node, addresses),
+        dht_registry(node, backends, addresses) if registry == "dht" else WatchingRegistry(node, addresses),
         router=router,
         latencies=latencies,
         again=again,

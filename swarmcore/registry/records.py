@@ -25,6 +25,7 @@ MAX_TEXT = 256
 MAX_BLOCKS = 100_000
 MAX_RTTS = 16
 MAX_RUNS = 16
+MAX_HEADS = 4
 
 # What a record says and whether it is sound depends on its bytes alone. Each arrives by several ways, and at
 # every member where many run in one process.
@@ -137,10 +138,12 @@ def check_info(info: ServerInfo, peer: PeerId) -> None:
         raise InputError(f"{len(info.runs)} training runs announced, more than {MAX_RUNS}")
     for run in info.runs:
         _check_text("name of a run", run)
-    if info.model is not None:
-        _check_fields(info.model)
-        if info.model.blocks > MAX_BLOCKS:
-            raise InputError(f"a model of {info.model.blocks} blocks is above the limit of {MAX_BLOCKS}")
+    if len(info.heads) > MAX_HEADS:
+        raise InputError(f"text of {len(info.heads)} models offered, more than {MAX_HEADS}")
+    for model in (*info.heads, *([info.model] if info.model is not None else [])):
+        _check_fields(model)
+        if model.blocks > MAX_BLOCKS:
+            raise InputError(f"a model of {model.blocks} blocks is above the limit of {MAX_BLOCKS}")
     for span in (info.span, info.target):
         if span is not None and (info.model is None or not 0 <= span.start < span.end <= info.model.blocks):
             raise InputError(f"blocks {span} are not within an announced model")

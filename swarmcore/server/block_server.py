@@ -23,6 +23,7 @@ from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.head import HeadService
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.neighbours import Neighbours
@@ -57,7 +58,7 @@ class BlockServer:
     took to load a block, ``read_adapter`` reads the weights of some blocks from an adapter's folder. With an
     ``rng`` it measures round trips to servers that may follow it, and moves to other blocks, looking as often
     as `ServerConfig.rebalance_interval` says; without one it does neither. ``incarnation`` is to differ from
-    one start to the next.
+    one start to the next. A ``head``, which serves already, is announced, and leaves with the server.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class BlockServer:
         read_adapter: Callable[[str, Span], Awaitable[Weights]] | None = None,
         rng: random.Random | None = None,
         incarnation: int = 0,
+        head: HeadService | None = None,
     ) -> None:
         self.config = config
         self.node = node
@@ -80,6 +82,8 @@ class BlockServer:
         self.executor = executor
         self.speed = speed or ServerSpeed(stated=config.throughput if _is_number(config.throughput) else 0.0)
         self.incarnation = incarnation
+        self.head = head
+        """What makes texts here for clients that have no part of the model."""
         self.engine = Engine(
             executor,
             cache_tokens=cache_tokens,
@@ -142,6 +146,7 @@ class BlockServer:
             pinned=self._rebalancing is None,
             pass_tokens=self.config.max_pass_tokens,
             adapters=self.adapters.names,
+            heads=(self.head.model.info,) if self.head is not None else (),
             incarnation=self.incarnation,
             public_name=self.config.public_name,
             version=VERSION,
@@ -212,7 +217,17 @@ class BlockServer:
         self.state, self.target = "draining", None
         await self._try_to_announce()
         logger.info("%r", self)
-        return await self._drain(None)
+        open_sessions, _ = await asyncio.gather(self._drain(None), self._leave_as_head())
+        return open_sessions
+
+    async def _leave_as_head(self) -> None:
+        """Send clients to other head peers at once, where there are any; else let their texts end here."""
+        if self.head is None:
+            return
+        model = self.head.model.info
+        others = any(model in info.heads and info.peer != self.node.peer for info in self.registry.view())
+        await self.head.drain(0.0 if others else self.config.drain)
+        await self.head.close()
 
     async def close(self) -> None:
         """Withdraw, refuse new sessions, end those that are open. Harmless when repeated."""
@@ -357,6 +372,8 @@ class BlockServer:
 
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
         services = self.inference.counters + self.passes.counters + self.adapters.counters
+        if self.head is not None:
+            services += self.head.counters
         counters = {**self.engine.counters, **services, "moves": self.moves}
         uptime = asyncio.get_running_loop().time() - self._started_at
         return InfoReply(

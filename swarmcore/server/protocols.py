@@ -1,8 +1,16 @@
-"""The protocols a block server speaks, as the rpc layer knows them."""
+"""The protocols that servers speak, as the rpc layer knows them."""
 
 from __future__ import annotations
 
 from swarmcore.rpc.method import Method, Protocol
+from swarmcore.wire.generate import (
+    GENERATE,
+    GenerationEnded,
+    GenerationStarted,
+    OpenGeneration,
+    TextPiece,
+    TokensTaken,
+)
 from swarmcore.wire.messages import (
     INFERENCE,
     INFO,
@@ -65,6 +73,12 @@ BACKWARD_PROTOCOL = Protocol(
     openings=(OpenBackward,),
     to_acceptor=(Rows, AdapterPart),
     to_opener=(InputsWanted, AdapterWanted, Rows, AdapterPart, BackwardDone),
+)
+GENERATE_PROTOCOL = Protocol(
+    name=GENERATE,
+    openings=(OpenGeneration,),
+    to_acceptor=(TokensTaken,),
+    to_opener=(GenerationStarted, TextPiece, GenerationEnded),
 )
 INFO_METHOD = Method(name=INFO, request=InfoRequest, reply=InfoReply)
 PING_METHOD = Method(name=PING, request=Ping, reply=Pong)

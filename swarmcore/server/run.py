@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from swarmcore.identity import Identity
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.announcing import follow_addresses
 from swarmcore.registry.base import Registry
+from swarmcore.registry.choice import RegistryKind, dht_registry
 from swarmcore.registry.gossip import GossipRegistry
 from swarmcore.registry.neighbours import PATIENCE, meet_neighbours
 from swarmcore.rpc.method import Caller
@@ -26,6 +27,8 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import Weights
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
+from swarmcore.server.head import HeadService
+from swarmcore.server.head_model import HeadConfig, serving_head
 from swarmcore.server.loading import (
     check_span,
     default_activation_budget,
@@ -69,6 +72,8 @@ class NetworkConfig:
     """The only peers that may call this one; None for everyone."""
     options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     """Keyword arguments for the constructors of transports, by scheme."""
+    registry: RegistryKind = "gossip"
+    """How its members know of each other; all of a swarm have to agree."""
     find_neighbours: bool = False
     """Whether to look for the swarm's members on the local network, and to be found there; see
     `Transport.find_neighbours`. A server that knows no ``bootstrap`` joins through those it finds."""
@@ -87,7 +92,12 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
             transport_class(scheme)(identity, listen_on=listen_on, announce=announce, **options)
         )
     node = Node(identity, transports, allowed_peers=network.allowed_peers)
-    registry = GossipRegistry(node, [Address.parse(url) for url in network.bootstrap])
+    bootstrap = [Address.parse(url) for url in network.bootstrap]
+    registry: Registry
+    if network.registry == "dht":
+        registry = dht_registry(node, transports, bootstrap)
+    else:
+        registry = GossipRegistry(node, bootstrap)
     try:
         await node.start()
         if network.find_neighbours:
@@ -117,11 +127,14 @@ async def run_server(
     wrong.
     """
     rng = random.Random()
-    async with listening(identity, network) as (node, registry):
+    async with AsyncExitStack() as stack:
+        node, registry = await stack.enter_async_context(listening(identity, network))
         checkpoint = await asyncio.to_thread(open_model, config, progress)
         model = checkpoint.info
         if config.span is not None:
             check_span(config.span, model.blocks, model.name)
+        # Before the memory that is left for blocks is looked at.
+        head = await stack.enter_async_context(_head(config, node, registry, progress))
         plan = await asyncio.to_thread(plan_blocks, config, checkpoint)
         if on_plan is not None:
             on_plan(plan)
@@ -173,6 +186,7 @@ async def run_server(
             read_adapter=partial(_read_adapter, checkpoint),
             rng=rng,
             incarnation=joining.incarnation,
+            head=head,
         ) as server:
             if on_online is not None:
                 on_online(server)
@@ -183,6 +197,24 @@ async def run_server(
                     on_leaving(server)
                 await server.leave()
                 raise
+
+
+@asynccontextmanager
+async def _head(
+    config: ServerConfig, node: Node, registry: Registry, progress: Progress | None
+) -> AsyncIterator[HeadService | None]:
+    if config.head is None:
+        yield None
+        return
+    head = HeadConfig(
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        threads=config.threads,
+        limits=config.head,
+    )
+    async with serving_head(head, node, registry, progress=progress) as service:
+        yield service
 
 
 async def _read_adapter(checkpoint: Checkpoint, folder: str, span: Span) -> Weights:
@@ -221,16 +253,26 @@ async def run_bootstrap(
     identity: Identity,
     *,
     public_name: str = "",
+    head: HeadConfig | None = None,
+    progress: Progress | None = None,
     on_online: Callable[[ServerInfo], None] | None = None,
     on_addresses: Callable[[tuple[str, ...]], None] | None = None,
 ) -> None:
-    """Be a member of the swarm without blocks, for others to join through, until cancelled."""
-    async with listening(identity, network) as (node, registry):
+    """Be a member of the swarm without blocks, for others to join through, until cancelled.
+
+    With ``head`` it also makes texts of a model, whose blocks others hold, for clients without a part of it.
+    """
+    async with AsyncExitStack() as stack:
+        node, registry = await stack.enter_async_context(listening(identity, network))
         await registry.start()
+        service = None
+        if head is not None:
+            service = await stack.enter_async_context(serving_head(head, node, registry, progress=progress))
         started_at = asyncio.get_running_loop().time()
         info = ServerInfo(
             peer=node.peer,
             addresses=tuple(map(str, node.addresses)),
+            heads=(service.model.info,) if service is not None else (),
             public_name=public_name,
             version=version("swarmcore"),
         )
@@ -240,7 +282,9 @@ async def run_bootstrap(
 
         async def describe(request: InfoRequest, caller: Caller) -> InfoReply:
             current = attrs.evolve(info, addresses=tuple(map(str, node.addresses)))
-            return InfoReply(current, asyncio.get_running_loop().time() - started_at)
+            counters = service.counters if service is not None else {}
+            uptime = asyncio.get_running_loop().time() - started_at
+            return InfoReply(current, uptime, {name: float(count) for name, count in counters.items()})
 
         node.serve(PING_METHOD, ping)
         node.serve(INFO_METHOD, describe)

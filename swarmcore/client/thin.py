@@ -1,0 +1,259 @@
+"""Text for a client without torch: a head peer makes it, and another one goes on when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from swarmcore.client.heads import HeadChoice
+from swarmcore.client.pieces import GeneratedPieces
+from swarmcore.errors import (
+    BusyError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    MissingHeadError,
+    PeerUnreachableError,
+    ProtocolError,
+    RemoteFaultError,
+    StreamClosedError,
+    SwarmError,
+    UnavailableError,
+    UnknownTransportError,
+)
+from swarmcore.registry.base import Registry
+from swarmcore.routing.health import PeerHealth
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.server.protocols import GENERATE_PROTOCOL
+from swarmcore.types import Address, PeerId, ServerInfo, short
+from swarmcore.wire.generate import (
+    AHEAD,
+    GenerationEnded,
+    GenerationStarted,
+    OpenGeneration,
+    TextPiece,
+    TokensTaken,
+)
+
+if TYPE_CHECKING:
+    from swarmcore.client.generation import FinishReason
+
+PATIENCE = 60.0
+"""Seconds for which a text that broke off waits for a head peer that goes on with it."""
+
+PIECE_TIMEOUT = 180.0
+"""Seconds without a word from a head peer after which it counts as lost: the text may wait for its turn, and
+for servers that take over from others."""
+
+PAUSE = 1.0
+"""Seconds between two looks for a head peer that goes on, unless those that are there say when to come."""
+
+
+@attrs.define(eq=False)
+class ThinRun:
+    """How a generation goes, kept up while it runs, and what it is made with."""
+
+    node: Node
+    registry: Registry
+    health: PeerHealth
+    choice: HeadChoice
+    patience: float
+    head: PeerId | None = None
+    tokens: list[int] = attrs.field(factory=list)
+    prompt_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    failovers: int = 0
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class ThinGeneration(GeneratedPieces[str]):
+    """Text that a head peer makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
+
+    It starts with the first piece that is asked for, and goes at most `AHEAD` tokens ahead of the pieces that
+    are taken. Leaving the loop early ends it; so does `aclose`.
+    """
+
+    def __init__(self, run: ThinRun, pieces: AsyncGenerator[str, None]) -> None:
+        super().__init__(pieces)
+        self._run = run
+
+    def __await__(self) -> Generator[Any, None, str]:
+        """The whole text, or what is left of it."""
+        return self._text().__await__()
+
+    async def _text(self) -> str:
+        return "".join([piece async for piece in self])
+
+    @property
+    def head(self) -> PeerId | None:
+        """The head peer that makes it now; None before it starts."""
+        return self._run.head
+
+    @property
+    def failovers(self) -> int:
+        """How often another head peer has gone on with it."""
+        return self._run.failovers
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that came so far, the one that ended the text included."""
+        return list(self._run.tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self._run.tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 before it starts."""
+        return self._run.prompt_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it has not."""
+        return self._run.finish_reason
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the end, or to now; by the event loop's clock."""
+        run = self._run
+        if run.started is None:
+            return 0.0
+        return (asyncio.get_running_loop().time() if run.ended is None else run.ended) - run.started
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From the start to the first piece of text; None before it."""
+        run = self._run
+        return None if run.started is None or run.first_token is None else run.first_token - run.started
+
+    def __repr__(self) -> str:
+        run = self._run
+        state = run.finish_reason or ("not started" if run.started is None else "running")
+        head = short(run.head) if run.head is not None else "no head peer"
+        return f"<ThinGeneration {len(run.tokens)} tokens · {state} · {head}>"
+
+
+async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[str, None]:
+    """The pieces of a text, by one head peer after the other until one has made it whole."""
+    now = asyncio.get_running_loop().time
+    run.started = now()
+    tried: set[PeerId] = set()
+    errors: list[SwarmError] = []
+    give_up = None
+    try:
+        while run.finish_reason is None:
+            banned = run.health.banned(now())
+            head = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
+            if head is None:
+                if not run.tokens or (give_up is not None and now() >= give_up):
+                    raise _why_none(run.choice, errors)
+                await _pause(run.registry, errors, give_up)
+                tried.clear()
+                continue
+            before = len(run.tokens)
+            run.failovers += before > 0
+            try:
+                # Passing on what another generator makes: it is to be closed when this one is.
+                async with aclosing(_at_head(run, head, request)) as pieces:
+                    async for piece in pieces:
+                        run.first_token = run.first_token or now()
+                        yield piece
+            except (UnavailableError, BusyError, UnknownTransportError) as exc:
+                if len(run.tokens) > before:
+                    tried, errors, give_up = set(), [], None
+                _blame(run, head.peer, exc)
+                tried.add(head.peer)
+                errors.append(exc)
+                give_up = now() + run.patience if give_up is None else give_up
+    finally:
+        run.ended = now()
+
+
+async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> AsyncGenerator[str, None]:
+    """Let ``head`` go on with the text, to its end if it lives that long."""
+    run.head = head.peer
+    opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.tokens))
+    addresses = [Address.parse(url) for url in head.addresses]
+    async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
+        taken = told = 0
+        while True:
+            record = await _next(channel)
+            if isinstance(record, GenerationStarted):
+                run.prompt_tokens = record.prompt_tokens
+            elif isinstance(record, TextPiece):
+                run.tokens += record.tokens
+                taken += len(record.tokens)
+                yield record.text
+                if taken - told >= AHEAD // 4:
+                    await channel.send(TokensTaken(taken))
+                    told = taken
+            else:
+                run.finish_reason = _reason(record)
+                run.tokens += record.tokens
+                run.health.succeeded(head.peer)
+                return
+
+
+async def _next(channel: Channel) -> Any:
+    try:
+        async with asyncio.timeout(PIECE_TIMEOUT) as clock:
+            return (await channel.receive()).record
+    except TimeoutError as exc:
+        if not clock.expired():
+            raise
+        raise DeadlineExceededError(
+            f"head peer {short(channel.remote)} said nothing for {PIECE_TIMEOUT:.0f} s"
+        ) from exc
+    except StreamClosedError as exc:
+        raise ConnectionLostError(f"head peer {short(channel.remote)} ended before the text did") from exc
+
+
+def _reason(record: GenerationEnded) -> FinishReason:
+    reasons: dict[str, FinishReason] = {"eos": "eos", "stop": "stop", "length": "length"}
+    if record.reason not in reasons:
+        raise ProtocolError(f"a text ended for an unknown reason: {record.reason[:40]!r}")
+    return reasons[record.reason]
+
+
+def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
+    """Avoid a head peer that fell silent or failed, not one that said why it cannot."""
+    here = error.origin is None and not isinstance(error, UnknownTransportError)
+    if here or isinstance(error, RemoteFaultError | ProtocolError):
+        run.health.failed(peer, asyncio.get_running_loop().time(), error.message)
+    if here and isinstance(error, ConnectionLostError | PeerUnreachableError | DeadlineExceededError):
+        run.registry.suspect(peer)
+
+
+def _why_none(choice: HeadChoice, errors: list[SwarmError]) -> SwarmError:
+    """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
+    if not errors:
+        of = f" of {choice.model}" if choice.model else ""
+        return MissingHeadError(
+            f"no peer of this swarm makes texts{of} for clients without a part of the model; start one: "
+            f"swarmcore serve --serve-head, or swarmcore bootstrap --serve-head --model MODEL"
+        )
+    busy: list[SwarmError] = [error for error in errors if isinstance(error, BusyError)]
+    return (busy or errors)[-1]
+
+
+async def _pause(registry: Registry, errors: list[SwarmError], give_up: float | None) -> None:
+    """Wait for a head peer that is not known yet, or until one that was busy may have time."""
+    loop = asyncio.get_running_loop()
+    waits = [wait for error in errors if isinstance(wait := error.details.get("retry_after"), int | float)]
+    seconds = min([max(PAUSE, wait) for wait in waits], default=PAUSE)
+    if give_up is not None:
+        seconds = min(seconds, max(0.0, give_up - loop.time()))
+    try:
+        async with asyncio.timeout(seconds):
+            async for change in registry.changes():
+                if change.info.heads and change.kind != "left":
+                    return
+    except TimeoutError:
+        return

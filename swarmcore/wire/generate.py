@@ -1,0 +1,96 @@
+"""The records of the generate protocol: a head peer makes texts for clients that have no part of the model.
+
+One channel for each text. The client opens it with the prompt and the settings; the head peer answers when
+the text's turn has come, then sends it piece by piece, then says how it ended. What a text is, its tokens
+say: with those of one that broke off, another head peer goes on where it was.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+GENERATE = "/swarmcore/generate/1"
+
+AHEAD = 64
+"""Tokens that a head peer sends beyond those that the client says it has taken."""
+
+
+@attrs.frozen
+class ChatMessage:
+    """What one side of a conversation said."""
+
+    role: str
+    """``"system"``, ``"user"``, ``"assistant"``, or what else the model's chat template knows."""
+    content: str
+
+
+@attrs.frozen
+class OpenGeneration:
+    """Client to head peer, first message: continue a text, or answer messages.
+
+    Exactly one of ``text``, ``messages`` and ``tokens`` is the prompt. Settings are those of
+    `swarmcore.client.settings.GenerationSettings`, by the same names; None is the model's own.
+    """
+
+    model: str = ""
+    """Fingerprint or name of the model; empty for the one that the peer generates for."""
+    text: str | None = None
+    messages: tuple[ChatMessage, ...] = ()
+    tokens: tuple[int, ...] = ()
+    so_far: tuple[int, ...] = ()
+    """Tokens of the answer that the client has already, from a generation with the same prompt and settings;
+    they count towards ``max_new_tokens``."""
+    adapter: str = ""
+    """Name of an adapter that servers have."""
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    min_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@attrs.frozen
+class GenerationStarted:
+    """Head peer to client: the text's turn has come, and its prompt is understood."""
+
+    fingerprint: str
+    """Of the model that makes the text."""
+    prompt_tokens: int
+
+
+@attrs.frozen
+class TextPiece:
+    """Head peer to client: what is certain now of the text, and the tokens up to there that were not sent
+    before."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@attrs.frozen
+class TokensTaken:
+    """Client to head peer: so many tokens, of this channel's, have been taken by whoever reads the text.
+
+    The head peer stops `AHEAD` tokens beyond.
+    """
+
+    tokens: int
+
+
+@attrs.frozen
+class GenerationEnded:
+    """Head peer to client, last message: the text is complete."""
+
+    reason: str
+    """``"eos"``, ``"stop"`` or ``"length"``."""
+    tokens: tuple[int, ...] = ()
+    """Tokens at the end that made no text, such as the one that ended it."""
+    new_tokens: int = 0
+    """Tokens of the whole answer, those the client came with included."""
+    seconds: float = 0.0
+    """Time that it took here, without waiting for its turn."""
