@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
-from swarmcore.errors import InputError, InternalError, SwarmError, UnavailableError
+from multiaddr import Multiaddr
+
+from swarmcore.errors import InputError, InternalError, PeerUnreachableError, SwarmError, UnavailableError
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
@@ -44,6 +47,11 @@ _MODELS = 256  # followed at most where all are
 _INQUIRIES = 16  # at a time about peers found dead
 _CONTEST_PAUSE = 1.0
 
+_INTRODUCED = 16  # peers remembered
+
+Entrance = tuple[PeerId, Sequence[Multiaddr]]
+"""A peer and where it may be."""
+
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -58,7 +66,8 @@ class DhtRegistry(Registry):
 
     ``node`` is neither started nor closed here; when it listens this peer serves the DHT, else it is a client
     of it. ``announce`` keeps the record fresh by itself (every third of its ttl) until `withdraw` or `close`.
-    Raise `InputError` for a bootstrap address of another transport.
+    Raise `InputError` when all bootstrap addresses are those of other
+    transports.
     """
 
     def __init__(
@@ -73,16 +82,13 @@ class DhtRegistry(Registry):
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         options = options or DhtOptions()
-        for address in bootstrap:
-            if address.scheme != SCHEME:
-                raise InputError(f"the registry dht is joined through libp2p addresses only, not {address}")
+        usable = [address for address in bootstrap if address.scheme == SCHEME]
+        if bootstrap and not usable:
+            raise InputError(f"the registry dht is joined through a libp2p address, not {bootstrap[0]}")
         self.node = node
         self._transport = transport
-        self._bootstrap = [
-            (partner.peer, [to_multiaddr(address) for address in partner.addresses])
-            for partner in group_by_peer(bootstrap)
-            if partner.peer != node.peer
-        ]
+        self._bootstrap = self._entrances(usable)
+        self._introduced: deque[Entrance] = deque(maxlen=_INTRODUCED)
         self._models = None if models is None else frozenset(models)
         self._options = options
         self._rng = rng or Random()
@@ -117,23 +123,52 @@ class DhtRegistry(Registry):
     async def start(self) -> None:
         """Join the DHT, put the first view together, and keep both up in the background.
 
-        Raise `PeerUnreachableError`, naming what was tried, when no bootstrap peer answers.
+        Raise `PeerUnreachableError`, naming what was tried, when no bootstrap peer answers, and `InputError`
+        when this is a client that knows none.
         """
         if self._closed:
             raise UnavailableError("this registry is closed")
+        if not self._bootstrap and not self._introduced and not self.node.addresses:
+            raise InputError("a client needs the address of a member of the swarm to join through")
         if self._dht is None:
             thread, host = await self._transport.trio_side()
             serving = bool(self.node.addresses)
             dht = Dht(host, self._rules, self._options, serving=serving, heard=self._stored_here)
             self._thread, self._dht = thread, dht
             thread.start_soon(dht.run)
-        assert self._thread
-        await self._thread.call(
-            self._dht.join, self._bootstrap, timeout=_START_SECONDS, what="joining the DHT"
-        )
+        try:
+            await self._join([*self._bootstrap, *self._introduced])
+        except PeerUnreachableError as exc:
+            if self._bootstrap or not self.node.addresses:
+                raise
+            logger.warning("a new swarm begins: %s", exc)
         await self._look_around()
         self._tasks.start(self._follow(), "view of the DHT")
         self._tasks.start(self._publish_forever(), "own record in the DHT")
+
+    async def _join(self, entrances: Sequence[Entrance]) -> None:
+        assert self._thread and self._dht
+        await self._thread.call(self._dht.join, entrances, timeout=_START_SECONDS, what="joining the DHT")
+
+    def introduce(self, addresses: Sequence[Address]) -> None:
+        """Peers at ``addresses`` are met at the start, or at once after it, and whenever no node is left."""
+        entrances = self._entrances([address for address in addresses if address.scheme == SCHEME])
+        self._introduced.extend(entrances)
+        if self._dht is not None and entrances:
+            self._tasks.start(self._join_again(entrances), "introduction to the DHT")
+
+    async def _join_again(self, entrances: Sequence[Entrance]) -> None:
+        try:
+            await self._join(entrances)
+        except SwarmError as exc:
+            logger.info("could not join the DHT again: %s", exc)
+
+    def _entrances(self, addresses: Iterable[Address]) -> list[Entrance]:
+        return [
+            (partner.peer, [to_multiaddr(address) for address in partner.addresses])
+            for partner in group_by_peer(addresses)
+            if partner.peer != self.node.peer
+        ]
 
     async def close(self) -> None:
         self._closed = True
@@ -246,6 +281,8 @@ class DhtRegistry(Registry):
         while True:
             await asyncio.sleep(self._options.refresh * self._rng.uniform(0.75, 1.25))
             self._inquire_about_hidden()
+            if self._dht and not self._dht.nodes and (self._bootstrap or self._introduced):
+                await self._join_again([*self._bootstrap, *self._introduced])
             try:
                 await self._look_around()
             except SwarmError as exc:
