@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
@@ -17,6 +17,9 @@ from swarmcore.errors import InputError, SwarmError
 from swarmcore.identity import Identity
 from swarmcore.session.laps import JournalMode
 from swarmcore.types import PeerId
+
+if TYPE_CHECKING:
+    from swarmcore.registry.choice import RegistryKind
 
 Option = Callable[[Any], Any]
 """A decorator of click's, or one made of several."""
@@ -100,6 +103,16 @@ _mdns = click.option(
 )
 
 
+_registry = click.option(
+    "--registry",
+    type=click.Choice(["gossip", "dht"]),
+    default="gossip",
+    show_default=True,
+    help="How the swarm's peers know of each other, the same at all of them; dht (libp2p) is for very large "
+    "swarms.",
+)
+
+
 def _whom_to_ask(
     context: click.Context, option: click.Parameter, addresses: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -137,6 +150,7 @@ _LISTENING = (
         help="Address of any peer of the swarm to join; repeat for several. Without it a swarm begins.",
     ),
     _mdns,
+    _registry,
     click.option(
         "--relay",
         type=click.Choice(["auto", "on", "off"]),
@@ -176,6 +190,7 @@ _CLIENT = (
         help="Address of any peer of the swarm; repeat for several. Needed without --mdns.",
     ),
     _mdns,
+    _registry,
     _identity,
 )
 
@@ -302,6 +317,7 @@ class RemoteModelOptions:
 
     bootstrap: tuple[str, ...]
     mdns: bool
+    registry: RegistryKind
     identity_file: str | None
     model: str | None
     revision: str | None

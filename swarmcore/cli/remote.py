@@ -35,6 +35,7 @@ async def remote_model(
     async with connect(
         *options.bootstrap,
         mdns=options.mdns,
+        registry=options.registry,
         identity=load_identity(options.identity_file),
         allowed_servers=options.allowed_servers or None,
         blocked_servers=options.blocked_servers,

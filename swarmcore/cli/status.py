@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from swarmcore.client.swarm import Swarm
     from swarmcore.registry.base import SwarmView
+    from swarmcore.registry.choice import RegistryKind
 
 _REFRESH = 0.5  # seconds between two looks at the view
 _ASK_AGAIN = 10.0  # seconds between two rounds of asking the servers what they are about to do
@@ -36,7 +37,12 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 @click.option("--once", is_flag=True, help="Print the present state and leave.")
 @standard
 def status(
-    output: Output, bootstrap: tuple[str, ...], mdns: bool, identity_file: str | None, once: bool
+    output: Output,
+    bootstrap: tuple[str, ...],
+    mdns: bool,
+    registry: RegistryKind,
+    identity_file: str | None,
+    once: bool,
 ) -> None:
     """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
     training runs, until Ctrl-C.
@@ -48,6 +54,7 @@ def status(
             output,
             bootstrap,
             mdns,
+            registry,
             identity_file,
             once=once or not (sys.stdout.isatty() or output.json_lines),
         ),
@@ -56,14 +63,21 @@ def status(
 
 
 async def _watch(
-    output: Output, bootstrap: tuple[str, ...], mdns: bool, identity_file: str | None, *, once: bool
+    output: Output,
+    bootstrap: tuple[str, ...],
+    mdns: bool,
+    registry: RegistryKind,
+    identity_file: str | None,
+    *,
+    once: bool,
 ) -> None:
     from rich.console import Console
     from rich.live import Live
 
     from swarmcore.client.swarm import connect
 
-    async with connect(*bootstrap, mdns=mdns, identity=load_identity(identity_file)) as swarm:
+    identity = load_identity(identity_file)
+    async with connect(*bootstrap, mdns=mdns, registry=registry, identity=identity) as swarm:
         view, notes = swarm.view(), await ask(swarm)
         output.event("status", **describe(view, notes, swarm.paths))
         if once and not output.json_lines:
