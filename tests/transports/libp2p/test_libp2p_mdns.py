@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import pytest
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 from hypothesis import given
 from hypothesis import strategies as st
 

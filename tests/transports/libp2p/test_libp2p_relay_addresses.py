@@ -10,7 +10,7 @@ from multiaddr import Multiaddr
 
 from swarmcore.identity import Identity
 from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, given_relay
-from swarmcore_transports.libp2p.own import OwnAddresses
+from swarmcore_transports.libp2p.own import MOST, OwnAddresses
 
 RELAY = Identity.generate().peer
 PEER = Identity.generate().peer
@@ -61,3 +61,13 @@ def test_watchers_hear_of_changes_that_are_not_told_to_others():
     addresses.put("verified", [Multiaddr(PUBLIC)])
     addresses.put("verified", [Multiaddr(PUBLIC)])
     assert heard == [[Multiaddr(PUBLIC)]]
+
+
+def test_on_a_machine_with_many_networks_there_is_room_for_the_addresses_that_matter():
+    lans = [f"/ip4/172.{n}.0.1/tcp/1" for n in range(17, 31)]
+    addresses = own(*lans)
+    assert list(map(str, addresses.all())) == lans[:MOST]
+    addresses.put("mapped", [Multiaddr(PUBLIC)])
+    relayed = Multiaddr(f"{PUBLIC}/p2p/{RELAY}/p2p-circuit")
+    addresses.put("relayed", [relayed])
+    assert list(map(str, addresses.all())) == [*lans[: MOST - 2], PUBLIC, str(relayed)]

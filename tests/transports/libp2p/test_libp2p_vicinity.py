@@ -8,6 +8,10 @@ import pytest
 
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
+import pytest
+
+pytest.importorskip("libp2p", reason="needs the extra libp2p")
+
 from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.libp2p import Libp2pTransport

@@ -14,6 +14,9 @@ Source = Literal["listening", "mapped", "verified", "relayed"]
 """Where an address comes from: a socket here, a port that the router maps, an address at which another peer
 has reached this one, a relay that keeps a place for it."""
 
+MOST = 12
+"""Addresses to announce, so that they fit into a record. A machine with containers has a LAN for each."""
+
 
 class OwnAddresses:
     """A plain object; ``on_change`` is called after every change of `all`.
@@ -60,8 +63,14 @@ class OwnAddresses:
             watcher()
 
     def all(self) -> list[Multiaddr]:
-        """Those to announce, in the order in which others should try them."""
+        """Those to announce, in the order in which others should try them.
+
+        At most `MOST` and those given at the start; above that the last ones of LANs are left out.
+        """
         if self._fixed:
             return [*self._fixed, *self.of("relayed")]
         known = {str(address): address for addresses in self._of.values() for address in addresses}
-        return sorted(known.values(), key=preference)
+        lan = [text for text, address in known.items() if reach(address) == "lan"]
+        for text in lan[max(0, len(lan) - (len(known) - MOST)) :] if len(known) > MOST else ():
+            del known[text]
+        return sorted(known.values(), key=preference)[:MOST]
