@@ -19,6 +19,9 @@ FIRST_RETRY, LAST_RETRY = 1.0, 60.0
 SHORTEST_TERM, LONGEST_TERM = 60.0, 86_400.0
 """A relay says until which time of day it keeps a place, and its clock may be wrong."""
 
+_HELD_AGAINST = 2
+"""Failures in a row that still count when a relay has come back."""
+
 _KNOWN = 32
 """Relays that are remembered at most, besides the given ones."""
 
@@ -66,10 +69,12 @@ class RelayPlan:
 
     def see(self, near: Iterable[PeerId], now: float) -> None:
         """``near`` are the relays that this peer is directly connected to. Places at others are lost."""
-        near = set(near)
+        near = dict.fromkeys(near)
         for peer, relay in list(self._relays.items()):
             if peer in near and not relay.near:
-                relay.not_before = min(relay.not_before, now)  # it may have been away when it was asked
+                # It may have been away when it was asked.
+                relay.not_before = min(relay.not_before, now)
+                relay.failures = min(relay.failures, _HELD_AGAINST)
             relay.near = peer in near
             if relay.place and (not relay.near or now >= relay.place.until):
                 relay.place = None
