@@ -80,7 +80,7 @@ print(router.externalipaddress(), flush=True)
 
 @pytest.mark.skipif(unavailable(upnp=True) is not None, reason=f"no UPnP lab: {unavailable(upnp=True)}")
 async def test_a_router_maps_a_port_when_asked():
-    pytest.importorskip("miniupnpc")
+    pytest.importorskip("miniupnpc", reason="needs the extra libp2p")
     async with nat_lab() as lab:
         await lab.map_ports("b")
         asker = await lab.run("b", [sys.executable, "-c", MAP_A_PORT], stdout=PIPE)
