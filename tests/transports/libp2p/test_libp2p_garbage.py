@@ -6,6 +6,7 @@ import logging
 import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -20,6 +21,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from raw_libp2p import RawPeer, connect, cut, raw_peer
 
 from swarmcore.identity import Identity
@@ -81,9 +83,10 @@ def noise(size: int) -> bytes:
 async def say(connection: INetConn, *data: bytes, end: str = "reset") -> None:
     """Send ``data`` on a new stream, in pieces, before anything is agreed."""
     stream: Any = await connection.muxed_conn.open_stream()
-    for piece in data:
-        await stream.write(piece)
-        await trio.sleep(0.002)
+    with suppress(MuxedStreamError):  # the other side has had enough of it
+        for piece in data:
+            await stream.write(piece)
+            await trio.sleep(0.002)
     if end:
         await getattr(stream, end)()
 
@@ -243,9 +246,9 @@ async def test_garbage_to_each_protocol(protocol: str, listener: Listener, peer:
                     )
                 except MultiselectClientError:
                     return  # it is not served at the moment
-                if payload:
+                with suppress(StreamError):  # the other side has had enough of it
                     await stream.write(payload)
-                await getattr(stream, end, trio.lowlevel.checkpoint)()
+                    await getattr(stream, end, trio.lowlevel.checkpoint)()
         await trio.sleep(0.01)
         await cut(connection)
 
