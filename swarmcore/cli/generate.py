@@ -11,6 +11,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options, standard
 from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
+from swarmcore.cli.thin import generate_thin, torch_is_missing
 from swarmcore.errors import InputError
 
 
@@ -18,6 +19,7 @@ from swarmcore.errors import InputError
 @click.argument("prompt", nargs=-1)
 @click.option("--chat", "as_chat", is_flag=True, help="Put PROMPT to the model as a chat message.")
 @click.option("--system", metavar="TEXT", help="System message; implies --chat.")
+@click.option("--thin", is_flag=True, help="Let a head peer make the text; that needs no torch here.")
 @remote_model_options
 @sampling_options
 @standard
@@ -26,6 +28,7 @@ def generate(
     prompt: tuple[str, ...],
     as_chat: bool,
     system: str | None,
+    thin: bool,
     remote: RemoteModelOptions,
     sampling: dict[str, Any],
 ) -> None:
@@ -36,8 +39,11 @@ def generate(
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    chat = as_chat or system is not None
-    interrupt.run(_generate(output, remote, messages if chat else text, sampling))
+    asked = messages if as_chat or system is not None else text
+    if not thin and torch_is_missing():
+        output.remark("torch is not installed here: a head peer makes the text, as with --thin")
+        thin = True
+    interrupt.run((generate_thin if thin else _generate)(output, remote, asked, sampling))
 
 
 async def _generate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from swarmcore.cli import interrupt
+from swarmcore.cli.head import head_options
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import load_identity, network_options, set_thread_environment, standard
 from swarmcore.cli.output import Output
@@ -19,6 +20,7 @@ from swarmcore.types import Span
 if TYPE_CHECKING:
     from swarmcore.placement.capacity import CapacityPlan
     from swarmcore.server.block_server import BlockServer
+    from swarmcore.server.head_limits import HeadLimits
 
 
 @click.command()
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
     help="Most tokens of a batch that is run forward or back for fine-tuning; 0 runs none.",
 )
 @click.option("--name", "public_name", default="", metavar="TEXT", help="Name shown to others in the status.")
+@head_options
 @network_options
 @standard
 def serve(
@@ -140,6 +143,7 @@ def serve(
     activation_budget: str | None,
     max_pass_tokens: int,
     public_name: str,
+    head: HeadLimits | None,
     exit_with_stdin: bool,
     identity_file: str | None,
     **network: Any,
@@ -175,6 +179,7 @@ def serve(
             parse_bytes("--activation-budget", activation_budget) if activation_budget is not None else None
         ),
         max_pass_tokens=max_pass_tokens,
+        head=head,
         public_name=public_name,
     )
 
