@@ -1,0 +1,62 @@
+"""Where peers meet for WebRTC: ``webrtc://host:port/<peer id>``, or ``webrtc:wss://…`` with TLS."""
+
+from __future__ import annotations
+
+import re
+
+import attrs
+
+from swarmcore.errors import AddressError
+from swarmcore.types import Address, PeerId
+
+SCHEME = "webrtc"
+PATH = "/swarmcore/signalling/1"
+"""Where on its host a signalling service answers."""
+
+_SERVICE = re.compile(
+    r"(?:(?P<scheme>wss?):)?(?://)?(?P<host>\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+):(?P<port>\d{1,5})/?"
+)
+
+
+@attrs.frozen
+class Service:
+    """A signalling service."""
+
+    host: str
+    """A name or a literal address, IPv6 without brackets."""
+    port: int
+    tls: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Service:
+        """Read ``host:port``, ``ws://host:port`` or ``wss://host:port``. Raise `AddressError` on all else."""
+        match = _SERVICE.fullmatch(text)
+        if not match or int(match["port"]) > 65535:
+            raise AddressError(
+                f"{text!r} is not a signalling service; expected HOST:PORT, or wss://HOST:PORT for TLS"
+            )
+        host = match["host"].removeprefix("[").removesuffix("]")
+        return cls(host, int(match["port"]), match["scheme"] == "wss")
+
+    @property
+    def url(self) -> str:
+        """Where a WebSocket to it is opened."""
+        return f"{'wss' if self.tls else 'ws'}://{self._netloc}{PATH}"
+
+    def address(self, peer: PeerId) -> Address:
+        """The address of ``peer``, who listens at this service."""
+        return Address(SCHEME, f"{'wss:' if self.tls else ''}//{self._netloc}", peer)
+
+    @property
+    def _netloc(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{'wss://' if self.tls else ''}{self._netloc}"
+
+
+def service_of(address: Address) -> Service:
+    """Where the peer of ``address`` is met. Raise `AddressError` when it is no address of WebRTC."""
+    if address.scheme != SCHEME:
+        raise AddressError(f"{str(address)!r} is no address of WebRTC; expected webrtc://HOST:PORT/<peer id>")
+    return Service.parse(address.location)

@@ -1,0 +1,158 @@
+"""A peer's connection to a signalling service, made anew whenever it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+from collections.abc import Callable
+
+import aiohttp
+
+from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
+from swarmcore.identity import Identity
+from swarmcore.types import PeerId, short
+from swarmcore_transports.webrtc.locations import Service
+from swarmcore_transports.webrtc.signals import (
+    MAX_SIGNAL,
+    Absent,
+    Challenge,
+    Envelope,
+    Registered,
+    Signal,
+    decode,
+    encode,
+    registration,
+)
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT = 20.0
+_RETRY_SECONDS = (0.5, 30.0)
+_SEND_TIMEOUT = 5.0
+
+OnSignal = Callable[["SignallingClient", Envelope | Absent], None]
+"""Told what comes; the signatures of envelopes are yet to be checked."""
+
+
+class SignallingClient:
+    """Registers ``identity`` at ``service``; `run` keeps that up until it is cancelled."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        service: Service,
+        on_signal: OnSignal,
+        *,
+        timeout: float,
+        tls: ssl.SSLContext | None = None,
+        rng: random.Random,
+    ) -> None:
+        self.service = service
+        self._identity = identity
+        self._on_signal = on_signal
+        self._timeout = timeout
+        self._tls = tls
+        self._rng = rng
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._registered = asyncio.Event()
+        self._failure: SwarmError | None = None
+        self._failed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<SignallingClient {self.service} {'registered' if self.registered else 'away'}>"
+
+    @property
+    def registered(self) -> bool:
+        return self._registered.is_set()
+
+    async def run(self) -> None:
+        """Connect, again and again."""
+        delay = _RETRY_SECONDS[0]
+        while True:
+            try:
+                await self._connect()
+                delay = _RETRY_SECONDS[0]
+            except (aiohttp.ClientError, OSError, TimeoutError, SwarmError) as exc:
+                reason = str(exc) or f"no answer within {self._timeout:g} s"
+                self._failure = PeerUnreachableError(f"signalling service {self.service}: {reason}")
+                self._failed.set()
+                logger.debug("%s", self._failure)
+            self._registered.clear()
+            await asyncio.sleep(delay * self._rng.uniform(0.75, 1.25))
+            delay = min(2 * delay, _RETRY_SECONDS[1])
+
+    async def ready(self) -> None:
+        """Wait until registered; raise why the last attempt failed when it did."""
+        if self.registered:
+            return
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._registered, self._failed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self.registered and self._failure:
+            raise PeerUnreachableError(self._failure.message)
+
+    async def send(self, envelope: Envelope) -> None:
+        """Hand ``envelope`` to the service. Raise `PeerUnreachableError` when it does not take it."""
+        await self.ready()
+        assert self._socket
+        try:
+            async with asyncio.timeout(_SEND_TIMEOUT):
+                await self._socket.send_str(encode(envelope))
+        except (ConnectionError, TimeoutError, aiohttp.ClientError) as exc:
+            raise PeerUnreachableError(f"signalling service {self.service} is gone: {exc}") from exc
+
+    async def _connect(self) -> None:
+        timeout = aiohttp.ClientTimeout(sock_connect=self._timeout)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            async with asyncio.timeout(self._timeout) as deadline:
+                connecting = session.ws_connect(
+                    self.service.url, heartbeat=_HEARTBEAT, max_msg_size=MAX_SIGNAL, ssl=self._tls or True
+                )
+                async with connecting as socket:
+                    await self._register(socket)
+                    deadline.reschedule(None)
+                    self._socket = socket
+                    self._failed.clear()
+                    self._failure = None
+                    self._registered.set()
+                    await self._receive(socket)
+
+    async def _register(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        challenge = await self._next(socket)
+        if not isinstance(challenge, Challenge):
+            raise ProtocolError("it does not begin with a challenge")
+        await socket.send_str(encode(registration(self._identity, challenge)))
+        if not isinstance(await self._next(socket), Registered):
+            raise ProtocolError("it does not take the registration")
+
+    async def _next(self, socket: aiohttp.ClientWebSocketResponse) -> Signal:
+        message = await socket.receive()
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            raise ProtocolError(f"it hung up: {message.extra or message.type.name.lower()}")
+        return decode(message.data)
+
+    async def _receive(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        async for message in socket:
+            if message.type is not aiohttp.WSMsgType.TEXT:
+                continue
+            try:
+                signal = decode(message.data)
+                if not isinstance(signal, Envelope | Absent):
+                    raise ProtocolError(f"a {type(signal).__name__} out of turn")
+            except SwarmError as exc:
+                logger.info("dropped what came from signalling service %s: %s", self.service, exc)
+                continue
+            self._on_signal(self, signal)
+        raise ProtocolError("it hung up")
+
+
+def absent(signal: Absent) -> PeerUnreachableError:
+    """What an `Absent` means to whoever dials."""
+    return PeerUnreachableError(
+        f"{short(PeerId(signal.receiver))} cannot be reached by signalling: {signal.reason[:200]}"
+    )

@@ -1,0 +1,208 @@
+"""The meeting point: passes envelopes between the peers that are connected to it, and keeps nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import secrets
+import ssl
+from collections import Counter
+
+import attrs
+from aiohttp import WSMsgType, web
+
+from swarmcore.errors import AddressError, AddressInUseError, ProtocolError, SwarmError
+from swarmcore.types import PeerId, short
+from swarmcore_transports.webrtc.locations import PATH, Service
+from swarmcore_transports.webrtc.rate_limit import RateLimit
+from swarmcore_transports.webrtc.signals import (
+    MAX_SIGNAL,
+    NONCE_BYTES,
+    Absent,
+    Challenge,
+    Envelope,
+    Register,
+    Registered,
+    Signal,
+    decode,
+    encode,
+    registered_peer,
+)
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT = 20.0
+_SEND_TIMEOUT = 5.0
+
+
+@attrs.frozen
+class ServiceLimits:
+    """What one signalling service bears."""
+
+    peers: int = 10_000
+    """Peers connected at a time."""
+    unproven: int = 512
+    """Connections at a time that have not proven who they are."""
+    rate: float = 20.0
+    """Envelopes a second that one peer may send, on average."""
+    burst: float = 200.0
+    """And at once: an exchange with many candidates, several times over."""
+    waiting: int = 256
+    """Envelopes that wait for one slow peer; for a further one the sender hears that it is absent."""
+    proof_timeout: float = 10.0
+
+
+@attrs.define(eq=False)
+class _Registration:
+    """A connected peer: its socket, and what waits to be sent to it."""
+
+    peer: PeerId
+    socket: web.WebSocketResponse
+    waiting: asyncio.Queue[Signal]
+    limit: RateLimit
+
+
+class SignallingService:
+    """Peers connect by WebSocket at ``/swarmcore/signalling/1``; of one peer, the last connection counts.
+
+    What a peer sends faster than its rate is dropped and counted in `counters`.
+    """
+
+    def __init__(self, limits: ServiceLimits | None = None) -> None:
+        self._limits = limits or ServiceLimits()
+        self._peers: dict[PeerId, _Registration] = {}
+        self._unproven = 0
+        self._runner: web.AppRunner | None = None
+        self.counters: Counter[str] = Counter()
+        """What happened since the start, by name: registered, passed, absent, dropped, refused."""
+
+    def __repr__(self) -> str:
+        return f"<SignallingService {len(self._peers)} peers · {self.counters['passed']} passed>"
+
+    async def start(self, place: Service, tls: ssl.SSLContext | None = None) -> Service:
+        """Listen at ``place`` and return where that is, its port found.
+
+        Raise `AddressInUseError` or `AddressError` when it cannot be listened on.
+        """
+        application = web.Application()
+        application.router.add_get(PATH, self._connected)
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, place.host, place.port, ssl_context=tls)
+        starting = asyncio.ensure_future(site.start())
+        try:
+            await asyncio.shield(starting)  # cancelled in the midst of it, asyncio forgets its sockets
+        except asyncio.CancelledError:
+            await asyncio.wait([starting])
+            await self.close()
+            raise
+        except OSError as exc:
+            await self.close()
+            if exc.errno == errno.EADDRINUSE:
+                raise AddressInUseError(
+                    f"cannot serve signalling on {place}: the port is in use; choose another, or 0 for any"
+                ) from exc
+            raise AddressError(f"cannot serve signalling on {place}: {exc.strerror or exc}") from exc
+        port = int(self._runner.addresses[0][1])
+        return attrs.evolve(place, port=port, tls=tls is not None)
+
+    async def close(self) -> None:
+        """Hang up on everybody. Harmless when repeated."""
+        for registration in tuple(self._peers.values()):
+            await registration.socket.close()
+        if self._runner:
+            await self._runner.cleanup()
+            self._runner = None
+
+    # --- one connection -------------------------------------------------------------------------------
+
+    async def _connected(self, request: web.Request) -> web.StreamResponse:
+        if self._unproven >= self._limits.unproven or len(self._peers) >= self._limits.peers:
+            self.counters["refused"] += 1
+            raise web.HTTPServiceUnavailable(reason="this signalling service is full")
+        socket = web.WebSocketResponse(heartbeat=_HEARTBEAT, max_msg_size=MAX_SIGNAL)
+        await socket.prepare(request)
+        try:
+            peer = await self._proven(socket)
+        except (SwarmError, TimeoutError) as exc:
+            self.counters["refused"] += 1
+            await socket.close(code=4003, message=str(exc).encode()[:120] or b"too slow")
+            return socket
+        limit = RateLimit(self._limits.rate, self._limits.burst)
+        registration = _Registration(peer, socket, asyncio.Queue(self._limits.waiting), limit)
+        before, self._peers[peer] = self._peers.get(peer), registration
+        if before:
+            await before.socket.close(code=4001, message=b"the peer has connected again")
+        self.counters["registered"] += 1
+        sender = asyncio.create_task(self._send_waiting(registration))
+        try:
+            registration.waiting.put_nowait(Registered())
+            await self._receive(registration)
+        finally:
+            sender.cancel()
+            if self._peers.get(peer) is registration:
+                del self._peers[peer]
+            await socket.close()
+        return socket
+
+    async def _proven(self, socket: web.WebSocketResponse) -> PeerId:
+        """Let the peer sign a challenge. Raise `PeerIdentityError`, `ProtocolError` or TimeoutError."""
+        self._unproven += 1
+        try:
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            async with asyncio.timeout(self._limits.proof_timeout):
+                await socket.send_str(encode(Challenge(nonce)))
+                message = await socket.receive()
+            if message.type is not WSMsgType.TEXT:
+                raise ProtocolError("the peer did not register")
+            register = decode(message.data)
+            if not isinstance(register, Register):
+                raise ProtocolError("the peer did not register first")
+            return registered_peer(register, nonce)
+        except ConnectionError as exc:
+            raise ProtocolError("the peer hung up") from exc
+        finally:
+            self._unproven -= 1
+
+    async def _receive(self, registration: _Registration) -> None:
+        loop = asyncio.get_running_loop()
+        async for message in registration.socket:
+            if message.type is not WSMsgType.TEXT or not registration.limit.take(loop.time()):
+                self.counters["dropped"] += 1
+                continue
+            try:
+                envelope = decode(message.data)
+            except ProtocolError as exc:
+                self.counters["dropped"] += 1
+                logger.debug("%s: %s", short(registration.peer), exc)
+                continue
+            if not isinstance(envelope, Envelope) or envelope.sender != registration.peer:
+                self.counters["dropped"] += 1
+                continue
+            self._pass(envelope, registration)
+
+    def _pass(self, envelope: Envelope, sender: _Registration) -> None:
+        receiver = self._peers.get(PeerId(envelope.receiver))
+        try:
+            if receiver is None:
+                raise LookupError("it is not connected to this signalling service")
+            receiver.waiting.put_nowait(envelope)
+            self.counters["passed"] += 1
+        except (LookupError, asyncio.QueueFull) as exc:
+            self.counters["absent"] += 1
+            reason = str(exc) or "it gets more than it can take"
+            with contextlib.suppress(asyncio.QueueFull):
+                sender.waiting.put_nowait(Absent(envelope.receiver, envelope.exchange, reason))
+
+    async def _send_waiting(self, registration: _Registration) -> None:
+        """Send to a peer what waits for it; one that does not take it in time is hung up on."""
+        try:
+            while True:
+                signal = await registration.waiting.get()
+                async with asyncio.timeout(_SEND_TIMEOUT):
+                    await registration.socket.send_str(encode(signal))
+        except (ConnectionError, TimeoutError) as exc:
+            logger.debug("%s is gone: %r", short(registration.peer), exc)
+            await registration.socket.close()

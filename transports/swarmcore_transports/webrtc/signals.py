@@ -1,0 +1,125 @@
+"""What travels between a peer and a signalling service: JSON, one text message each, and signed envelopes.
+
+A description says by which certificate (its DTLS fingerprint) and by which candidates a peer is reached. It
+is signed by the peer's identity, together with whom it is for and to which exchange it belongs: a service
+that changes, swaps or misdirects one is noticed, and cannot sit in the middle. It sees who talks to whom.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from swarmcore.errors import PeerIdentityError, ProtocolError
+from swarmcore.identity import Identity, verify
+from swarmcore.types import PeerId, short
+
+EXCHANGE_BYTES = 16
+"""Length of the random name of an exchange: one offer, its answer, and the candidates of both."""
+
+NONCE_BYTES = 32
+
+MAX_SIGNAL = 64 * 1024
+"""Most bytes of one message."""
+
+MAX_BODY = 32 * 1024
+"""Most characters of a description."""
+
+_DESCRIPTION_DOMAIN = b"swarmcore webrtc description 1\0"
+_REGISTRATION_DOMAIN = b"swarmcore webrtc registration 1\0"
+
+Kind = Literal["offer", "answer", "candidate", "refusal"]
+
+
+class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
+    """The service's first words: sign this."""
+
+    nonce: bytes
+
+
+class Register(msgspec.Struct, frozen=True, tag="register"):
+    """The peer's: who it is."""
+
+    peer: str
+    signature: bytes
+
+
+class Registered(msgspec.Struct, frozen=True, tag="registered"):
+    """The service knows the peer and passes to it what others send."""
+
+
+class Absent(msgspec.Struct, frozen=True, tag="absent"):
+    """The receiver of an envelope is not here, or gets more than it can take."""
+
+    receiver: str
+    exchange: bytes
+    reason: str
+
+
+class Envelope(msgspec.Struct, frozen=True, tag="envelope"):
+    """One signed piece of an exchange between two peers."""
+
+    sender: str
+    receiver: str
+    exchange: bytes
+    kind: Kind
+    body: str
+    """SDP, an ICE candidate in SDP's notation, or the reason of a refusal."""
+    signature: bytes = b""
+
+    def statement(self) -> bytes:
+        """What is signed: each part behind its length, four bytes, the lowest first."""
+        texts = (self.sender, self.receiver, self.kind, self.body)
+        parts = (self.exchange, *(text.encode() for text in texts))
+        return _DESCRIPTION_DOMAIN + b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+    def check(self, receiver: PeerId) -> None:
+        """Raise `ProtocolError` when it cannot be, `PeerIdentityError` when its sender did not sign it so."""
+        if len(self.exchange) != EXCHANGE_BYTES or len(self.body) > MAX_BODY:
+            raise ProtocolError("an envelope of an impossible shape came by signalling")
+        if self.receiver != receiver:
+            raise PeerIdentityError(f"an envelope for {short(self.receiver)} was delivered here")
+        if not verify(self.sender, self.statement(), self.signature):
+            raise PeerIdentityError(
+                f"{short(self.sender)} did not sign what came in its name: the signalling service, or "
+                f"someone before it, has changed it"
+            )
+
+
+Signal = Challenge | Register | Registered | Absent | Envelope
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Signal] = msgspec.json.Decoder(Signal)
+
+
+def encode(signal: Signal) -> str:
+    return _encoder.encode(signal).decode()
+
+
+def decode(text: str) -> Signal:
+    """Raise `ProtocolError` when ``text`` is too long or no signal."""
+    if len(text) > MAX_SIGNAL:
+        raise ProtocolError(f"a signalling message of {len(text)} characters, more than {MAX_SIGNAL}")
+    try:
+        return _decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeError) as exc:
+        raise ProtocolError(f"what came by signalling is no message of ours: {exc}") from exc
+
+
+def sealed(identity: Identity, receiver: PeerId, exchange: bytes, kind: Kind, body: str) -> Envelope:
+    """An envelope signed by ``identity``."""
+    plain = Envelope(identity.peer, receiver, exchange, kind, body)
+    return msgspec.structs.replace(plain, signature=identity.sign(plain.statement()))
+
+
+def registration(identity: Identity, challenge: Challenge) -> Register:
+    """The answer to a service's challenge."""
+    return Register(identity.peer, identity.sign(_REGISTRATION_DOMAIN + challenge.nonce))
+
+
+def registered_peer(register: Register, nonce: bytes) -> PeerId:
+    """Who registers. Raise `PeerIdentityError` unless it signed ``nonce``."""
+    if not verify(register.peer, _REGISTRATION_DOMAIN + nonce, register.signature):
+        raise PeerIdentityError("the peer did not prove who it is")
+    return PeerId(register.peer)
