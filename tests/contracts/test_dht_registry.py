@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -11,14 +12,19 @@ import pytest
 
 from swarmcore.errors import InputError, PeerUnreachableError
 from swarmcore.identity import Identity
+from swarmcore.registry.records import RecordIssuer, RecordLimits
+from swarmcore.registry.store import Drop
 from swarmcore.rpc import Node
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 from swarmcore_transports.libp2p import Libp2pTransport
+from swarmcore_transports.libp2p.dht import Dht
 from swarmcore_transports.libp2p.dht_options import DhtOptions
+from swarmcore_transports.libp2p.dht_records import ValueRules, encode_value, record_key
 from swarmcore_transports.libp2p.dht_registry import DhtRegistry
+from swarmcore_transports.libp2p.multiaddrs import to_multiaddr
 
 QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=4.0)
 
@@ -124,3 +130,28 @@ async def test_a_bootstrap_peer_that_is_gone_is_named() -> None:
         swarm.bootstrap = one.addresses
         with pytest.raises(PeerUnreachableError, match="no bootstrap peer serves the DHT"):
             await swarm.join()
+
+
+async def test_forged_and_stale_records_are_not_stored_and_counted() -> None:
+    async with aclosing(DhtSwarm()) as swarm:
+        victim, client = await swarm.join(), await swarm.watch()
+        assert isinstance(victim.registry, DhtRegistry)
+        await victim.registry.announce(victim.info(sessions=1), 60.0)
+        mallory = Libp2pTransport(Identity.generate())
+        thread, host = await mallory.trio_side()
+        dht = Dht(host, ValueRules(RecordLimits()), QUICK, serving=False, heard=lambda record: None)
+        address = Address.parse(victim.addresses[0])
+        await thread.call(dht.join, [(address.peer, [to_multiaddr(address)])], timeout=10.0, what="joining")
+        own, key = victim.identity, record_key(victim.identity.peer)
+        yesterday = RecordIssuer(own, lambda: time.time() - 86400).announce(victim.info(), 60.0)
+        former = RecordIssuer(own, lambda: time.time() - 10).announce(victim.info(), 60.0)
+        sound = encode_value(RecordIssuer(own, lambda: time.time() + 1).announce(victim.info(), 60.0))
+        lies = [encode_value(yesterday), encode_value(former), sound[:-1] + b"!", sound + bytes(2**17)]
+        for lie in lies:
+            stored = await thread.call(
+                dht.lookups.spread, key, lie, lambda held: True, timeout=10.0, what="lying"
+            )
+            assert stored == 0
+        await mallory.close()
+        assert victim.registry.dropped.keys() == {Drop.EXPIRED, Drop.REPLAYED, Drop.FORGED, Drop.OVERSIZED}
+        await swarm.until_known(client, victim.info(sessions=1))
