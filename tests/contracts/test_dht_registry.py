@@ -30,7 +30,7 @@ QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=4.0)
 
 
 class DhtSwarm(RegistrySwarm):
-    ttl, patience = 2.5, 30.0  # in real time
+    ttl, patience = 2.0, 30.0  # in real time
 
     def __init__(self, options: DhtOptions = QUICK) -> None:
         self.options = options

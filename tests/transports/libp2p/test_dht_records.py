@@ -62,7 +62,7 @@ def test_keys_are_short_enough_and_differ() -> None:
     ("spoil", "drop"),
     [
         (lambda value: value[:8] + bytes(64) + value[72:], Drop.FORGED),
-        (lambda value: value[:-1] + bytes([value[-1] ^ 1]), Drop.FORGED),
+        (lambda value: value.replace(b"zzzz", b"zzzy"), Drop.FORGED),
         (lambda value: (2**63).to_bytes(8, "big") + value[8:], Drop.MALFORMED),
         (lambda value: value[:40], Drop.MALFORMED),
         (lambda value: b"", Drop.MALFORMED),
@@ -72,7 +72,7 @@ def test_keys_are_short_enough_and_differ() -> None:
 )
 def test_a_spoilt_value_is_refused_and_counted(spoil: Callable[[bytes], bytes], drop: Drop) -> None:
     value = encode_value(issue(ServerInfo(OWNER.peer, (), public_name="z" * 40)))
-    assert refusal(spoil(value)) in (drop, Drop.MALFORMED)
+    assert refusal(spoil(value)) is drop
 
 
 def test_a_value_under_anothers_key_is_forged() -> None:

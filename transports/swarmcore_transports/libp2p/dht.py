@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _IDENTIFY_SECONDS = (0.02, 0.1, 0.3, 1.0, 3.0)
 """Pauses in which a newcomer says what it speaks."""
 _EXPIRE_SECONDS = 60.0
+_PAUSE_SECONDS = 5.0
 
 
 class Dht:
@@ -59,10 +60,8 @@ class Dht:
     async def run(self) -> None:
         """Live until `stop`."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._meet_newcomers, nursery)
-            nursery.start_soon(self._expire)
-            nursery.start_soon(self.lookups.exchanges.run)
-            nursery.start_soon(self._explore)
+            for task in (self._meet_newcomers, self._expire, self._explore, self.lookups.exchanges.run):
+                nursery.start_soon(_again_when_failed, task)
             if self._serving:
                 nursery.start_soon(self._host.tell_protocols)
             await self._stopped.wait()
@@ -73,9 +72,9 @@ class Dht:
     def stop(self) -> None:
         self._stopped.set()
 
-    async def _meet_newcomers(self, nursery: trio.Nursery) -> None:
-        async with self._kademlia.newcomers as newcomers:
-            async for peer in newcomers:
+    async def _meet_newcomers(self) -> None:
+        async with trio.open_nursery() as nursery:
+            async for peer in self._kademlia.newcomers:
                 nursery.start_soon(self._meet, peer)
 
     async def _meet(self, peer: ID) -> None:
@@ -115,6 +114,8 @@ class Dht:
             own = self._host.libp2p.get_id().to_bytes()
             if await self.lookups.ask(node, Message(type=Message.FIND_NODE, key=own)) is None:
                 failures.append(f"{short(peer)}: it does not speak {KAD}")
+                return
+            await self.lookups.learn(node)
 
         async with trio.open_nursery() as nursery:
             for peer, addresses in bootstrap:
@@ -161,3 +162,13 @@ class Dht:
         self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(LISTED_FOR))
         own = self._host.libp2p.get_id().to_bytes()
         return await self.lookups.ask(node, Message(type=Message.FIND_NODE, key=own)) is not None
+
+
+async def _again_when_failed(task: Callable[[], Awaitable[None]]) -> None:
+    """Run ``task``, which never ends by itself: what is raised here would end the whole transport."""
+    while True:
+        try:
+            await task()
+        except Exception:
+            logger.exception("the upkeep of the DHT failed")
+        await trio.sleep(_PAUSE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -52,7 +53,7 @@ class Exchanges:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
                 for one in self._idle.values():
-                    await one.stream.close()
+                    await _close(one.stream)
 
     async def exchange(self, node: ID, message: Message) -> Message:
         """The answer of ``node``, however long it takes. Raise whatever libp2p raises when there is none."""
@@ -122,8 +123,6 @@ def _framed(message: Message) -> bytes:
 
 
 async def _close(stream: INetStream) -> None:
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
-        try:
-            await stream.close()
-        except Exception:
-            await stream.reset()
+    scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS)
+    with scope, contextlib.suppress(Exception):  # it may be closed, or its connection lost
+        await stream.close()

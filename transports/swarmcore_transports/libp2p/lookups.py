@@ -120,8 +120,7 @@ class Lookups:
                     logger.debug("%s does not answer: %r", short(str(node)), exc)
         if reply is not None:
             self._failures.pop(node, None)
-            if not self._table.peer_in_table(node):
-                await self.learn(node)
+            self._kademlia.name(node)
         else:
             self.silent += 1
             if message.type != Message.PUT_VALUE:  # which is refused without a word
