@@ -66,7 +66,8 @@ class JsNodeError(Exception):
 class JsNode:
     """A running node; leave the ``async with`` block to stop it.
 
-    ``flags`` are those of node.mjs, such as ``"--relay"`` and ``"--dht"``. Every call raises
+    ``flags`` are those of node.mjs, such as ``"--relay"`` and ``"--dht"``; ``within`` is a command that runs
+    the one behind it, as ``ip netns exec`` does. Every call raises
     :class:`JsNodeError` with the node's own error, or once the node has ended, and :class:`TimeoutError` when
     it does not answer.
     """
@@ -76,8 +77,9 @@ class JsNode:
     addrs: list[str]
     """Where it listens, as multiaddrs that end in its peer id."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, within: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._within = within
         self._flags = flags
         self._numbers = count(1)
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -85,6 +87,7 @@ class JsNode:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
+            *self._within,
             "node",
             "node.mjs",
             *self._flags,
