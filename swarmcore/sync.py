@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from swarmcore.client import model as _model
     from swarmcore.client import model_session as _model_session
     from swarmcore.client import swarm as _swarm
+    from swarmcore.client import thin as _thin
     from swarmcore.client.blocks import RemoteBlocks
     from swarmcore.client.generation import FinishReason
+    from swarmcore.client.pieces import GeneratedPieces
     from swarmcore.client.prompts import Prompt
     from swarmcore.client.settings import GenerationOptions
     from swarmcore.registry.base import SwarmView
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from swarmcore.routing.costs import ChainCost
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
-    from swarmcore.types import ModelInfo
+    from swarmcore.types import ModelInfo, PeerId
 
 Piece = TypeVar("Piece", covariant=True)
 
@@ -83,6 +85,13 @@ class Swarm(Closing):
     def load_model(self, name_or_path: str, **options: Any) -> Model:
         """As `swarmcore.Swarm.load_model`; ``progress`` is called in another thread."""
         return Model(self.loop, self.loop.run(self.asynchronous.load_model(name_or_path, **options)))
+
+    def generate(
+        self, prompt: Prompt, *, model: str = "", adapter: str = "", **options: Unpack[GenerationOptions]
+    ) -> ThinGeneration:
+        """As `swarmcore.Swarm.generate`. Iterate over the pieces, or take `ThinGeneration.text`."""
+        generation = self.asynchronous.generate(prompt, model=model, adapter=adapter, **options)
+        return ThinGeneration(self.loop, generation)
 
     def view(self) -> SwarmView:
         return self.asynchronous.view()
@@ -219,7 +228,7 @@ class Pieces(Generic[Piece]):
     """An iterator over what an asynchronous generator makes, one piece for each turn."""
 
     def __init__(
-        self, loop: LoopThread, pieces: AsyncGenerator[Piece, None] | _generation.Generation
+        self, loop: LoopThread, pieces: AsyncGenerator[Piece, None] | GeneratedPieces[Piece]
     ) -> None:
         self._loop = loop
         self._pieces: Any = pieces
@@ -271,6 +280,37 @@ class Generation(Pieces[str]):
     @property
     def chain(self) -> Chain:
         return self.asynchronous.chain
+
+    def __repr__(self) -> str:
+        return repr(self.asynchronous)
+
+
+class ThinGeneration(Pieces[str]):
+    """`swarmcore.client.thin.ThinGeneration`, waiting."""
+
+    def __init__(self, loop: LoopThread, generation: _thin.ThinGeneration) -> None:
+        super().__init__(loop, generation)
+        self.asynchronous = generation
+
+    def text(self) -> str:
+        """The whole text, or what is left of it."""
+        return "".join(self)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.asynchronous.tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.asynchronous.finish_reason
+
+    @property
+    def seconds(self) -> float:
+        return self.asynchronous.seconds
+
+    @property
+    def head(self) -> PeerId | None:
+        return self.asynchronous.head
 
     def __repr__(self) -> str:
         return repr(self.asynchronous)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,8 @@ class ThinRun:
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
     failovers: int = 0
+    now: Callable[[], float] | None = None
+    """The clock of the loop that it runs on, by which these times are."""
     started: float | None = None
     first_token: float | None = None
     ended: float | None = None
@@ -123,9 +125,9 @@ class ThinGeneration(GeneratedPieces[str]):
     def seconds(self) -> float:
         """From the start to the end, or to now; by the event loop's clock."""
         run = self._run
-        if run.started is None:
+        if run.started is None or run.now is None:
             return 0.0
-        return (asyncio.get_running_loop().time() if run.ended is None else run.ended) - run.started
+        return (run.now() if run.ended is None else run.ended) - run.started
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -142,7 +144,7 @@ class ThinGeneration(GeneratedPieces[str]):
 
 async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[str, None]:
     """The pieces of a text, by one head peer after the other until one has made it whole."""
-    now = asyncio.get_running_loop().time
+    run.now = now = asyncio.get_running_loop().time
     run.started = now()
     tried: set[PeerId] = set()
     errors: list[SwarmError] = []

@@ -1,0 +1,119 @@
+"""Texts in an environment without torch: what ``pip install swarmcore`` brings, and no more."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_swarm import served
+
+from swarmcore import sync
+from swarmcore.server.head_limits import HeadLimits
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import asyncio, importlib.util, sys
+import swarmcore
+
+async def main(address):
+    async with swarmcore.connect(address) as swarm:
+        async for piece in swarm.generate("The sea", max_new_tokens=12):
+            print(piece, end="")
+
+assert importlib.util.find_spec("torch") is None
+asyncio.run(main(sys.argv[1]))
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+"""
+
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with this checkout and its base dependencies; takes some seconds."""
+    folder = tmp_path_factory.mktemp("thin")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    into = [*PIP, "--python", python, "install", "--no-compile"]
+    # A copy, since building leaves things in the folder it is built from.
+    source = folder / "source"
+    for name in ("swarmcore", "transports"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    with subprocess.Popen(build, stdout=subprocess.DEVNULL) as building:
+        needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        quick = ["--retries", "1", "--timeout", "5", "-c", ROOT / "constraints.txt"]
+        installed = subprocess.run([*into, *quick, *needed], capture_output=True, text=True, check=False)
+    if re.search("connection|resolve|Retrying", installed.stderr, re.IGNORECASE) and installed.returncode:
+        pytest.skip(f"the package index cannot be reached: {installed.stderr.strip().splitlines()[-1]}")
+    assert installed.returncode == 0, installed.stderr
+    assert building.returncode == 0
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*into, "--no-deps", wheel], check=True)
+    return python
+
+
+@pytest.fixture(scope="module")
+def address(llama_folder: Path) -> Iterator[str]:
+    with served(llama_folder, "0:3", heads=[HeadLimits()]) as servers:
+        yield str(servers[0].node.addresses[0])
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd="/"
+    )
+
+
+def test_text_without_torch(python: Path, address: str) -> None:
+    expected = sync_text(address)
+    done = run(python, "-c", PROGRAM, address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == expected
+    words = ("generate", "--bootstrap", address, "--max-new-tokens", "12", "The sea")
+    command = run(python, "-m", "swarmcore", *words)
+    assert command.returncode == 0
+    assert command.stdout == expected + "\n"
+    assert command.stderr == "torch is not installed here: a head peer makes the text, as with --thin\n"
+
+
+def sync_text(address: str) -> str:
+    with sync.connect(address) as swarm:
+        return swarm.generate("The sea", max_new_tokens=12).text()
+
+
+def test_waiting_for_text_is_that_of_plain_transformers(address: str, plain_tokens) -> None:
+    with sync.connect(address) as swarm:
+        generation = swarm.generate("The sea", max_new_tokens=12)
+        pieces = list(generation)
+        assert len(pieces) > 1
+        assert generation.tokens == plain_tokens("The sea", 12)
+        assert generation.finish_reason == "length"
+        assert generation.seconds > 0
+        assert generation.head in swarm.view().servers
+        sampled = swarm.generate("The sea", max_new_tokens=12, temperature=0.9, seed=3, top_k=0)
+        sampled.text()
+        assert sampled.tokens == plain_tokens("The sea", 12, seed=3, temperature=0.9, top_k=0)
+        chat = swarm.generate([{"role": "user", "content": "Hi"}], max_new_tokens=8)
+        chat.text()
+        assert chat.tokens == plain_tokens("<user>Hi\n<assistant>", 8)
+
+
+def test_the_way_of_a_thin_client_imports_no_torch(address: str) -> None:
+    program = PROGRAM.replace('assert importlib.util.find_spec("torch") is None\n', "")
+    assert "find_spec" not in program
+    done = run(sys.executable, "-c", program, address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
