@@ -17,7 +17,13 @@ from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.partners import Partners, group_by_peer
-from swarmcore.registry.records import Announcement, RecordIssuer, SignedRecord, decode_announcement
+from swarmcore.registry.records import (
+    Announcement,
+    RecordIssuer,
+    SignedRecord,
+    decode_announcement,
+    without_load,
+)
 from swarmcore.registry.replica import Replica
 from swarmcore.registry.store import Accepted, Drop, RecordStore
 from swarmcore.rpc import Node
@@ -190,7 +196,8 @@ class DhtRegistry(Registry):
     async def announce(self, info: ServerInfo, ttl: float) -> None:
         """Publish ``info`` and keep it fresh until it is replaced or withdrawn, or the registry is closed.
 
-        Returns once it can be read from this node; the others get it in the background. Raise `InputError`
+        Returns once it can be read from this node; the others get it in the background, news of nothing but
+        this peer's load within ``options.upkeep`` seconds. Raise `InputError`
         when it may not be announced by this peer, or ``ttl`` or its size is over the limit, or this peer does
         not listen.
         """
@@ -198,7 +205,8 @@ class DhtRegistry(Registry):
             raise UnavailableError("this registry is closed")
         if not self.node.addresses:
             raise InputError("a peer that does not listen cannot be listed in the DHT")
-        self._issue(info, ttl)
+        before = self._announced[0] if self._announced else None
+        self._issue(info, ttl, urgent=before is None or without_load(before) != without_load(info))
 
     async def withdraw(self) -> None:
         """Take the announcement back, and wait up to three seconds until the nodes that hold it know."""
@@ -216,7 +224,7 @@ class DhtRegistry(Registry):
         except TimeoutError:
             logger.debug("the withdrawal has not reached all nodes yet")
 
-    def _issue(self, info: ServerInfo, ttl: float) -> None:
+    def _issue(self, info: ServerInfo, ttl: float, *, urgent: bool = True) -> None:
         record = self._issuer.announce(info, ttl)
         self._announced = (info, ttl)
         outcome = self._replica.apply(record)
@@ -229,7 +237,8 @@ class DhtRegistry(Registry):
         if self._in_directory(info):
             listings.append(directory_key())
         self._keep(record, listings)
-        self._news.set()
+        if urgent:
+            self._news.set()
         if self._refresh is not None:
             self._refresh.cancel()
         if not self._closed:

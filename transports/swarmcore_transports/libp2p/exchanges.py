@@ -52,7 +52,7 @@ class Exchanges:
                     await _close(self._idle.pop(node).stream)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
-                for one in self._idle.values():
+                for one in list(self._idle.values()):
                     await _close(one.stream)
 
     async def exchange(self, node: ID, message: Message) -> Message:

@@ -182,17 +182,13 @@ class Lookups:
         ``recently`` says when each was told, and is updated; after ``again`` seconds a node is told again.
         Returns how many of the nearest have been told.
         """
-        found = await self.find(Message(type=Message.GET_PROVIDERS, key=key), self._options.replicas)
+        found = await self.find(Message(type=Message.FIND_NODE, key=key), self._options.replicas)
         now, own = trio.current_time(), self._host.libp2p.get_id()
         addresses = [address.to_bytes() for address in self._host.own.all()]
         message = Message(type=Message.ADD_PROVIDER, key=key)
         message.providerPeers.add(id=own.to_bytes(), addrs=addresses)
         nodes = found.nodes[: self._options.replicas]
-        lacking = [
-            node
-            for node in nodes
-            if recently.get(node, now - again) <= now - again or not _lists(found.replies[node], own)
-        ]
+        lacking = [node for node in nodes if recently.get(node, now - again) <= now - again]
         told = await self._tell(lacking, message)
         for node in list(recently):
             if node not in nodes:
@@ -212,10 +208,6 @@ class Lookups:
                 for node in nodes[start : start + self._options.parallel]:
                     nursery.start_soon(tell, node)
         return taken
-
-
-def _lists(reply: Message, peer: ID) -> bool:
-    return any(said.id == peer.to_bytes() for said in reply.providerPeers)
 
 
 def _nearness(key: bytes) -> Callable[[ID], int]:
