@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from swarmcore.client.session import InferenceSession
     from swarmcore.client.settings import GenerationSettings
     from swarmcore.client.swarm import Swarm, connect
+    from swarmcore.client.thin import ThinGeneration
     from swarmcore.errors import SwarmError
     from swarmcore.executor.base import BlockExecutor
     from swarmcore.identity import Identity
@@ -63,6 +64,7 @@ _PLACES = {
     "Swarm": "client.swarm",
     "SwarmError": "errors",
     "SwarmView": "registry.base",
+    "ThinGeneration": "client.thin",
     "Transport": "transport",
     "connect": "client.swarm",
 }
@@ -97,6 +99,7 @@ __all__ = [
     "Swarm",
     "SwarmError",
     "SwarmView",
+    "ThinGeneration",
     "Transport",
     "connect",
     "errors",

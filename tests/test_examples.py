@@ -30,6 +30,7 @@ async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
     server = await start(
         "run_server.py",
         *(*model, "--transport", "tcp", "--blocks", "0:30", "--listen", "127.0.0.1:0", "--threads", "1"),
+        "--serve-head",
     )
     running = [server]
     try:
@@ -44,6 +45,13 @@ async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
         said, _ = await chat.communicate(b"What is the capital of France?\n")
         assert chat.returncode == 0
         assert said.strip()
+
+        thin = await start("thin_client.py", address, "--chat", "--max-new-tokens", "8")
+        running.append(thin)
+        same, _ = await thin.communicate(b"What is the capital of France?\n")
+        assert thin.returncode == 0
+        assert same.strip()
+        assert same.strip() in said
 
         assert embedded.stdout is not None
         _, _, place = (await embedded.stdout.readline()).decode().strip().rpartition(" ")

@@ -68,6 +68,7 @@ def test_without_torch_the_error_says_what_to_install() -> None:
     [
         "serve --model somewhere --listen 127.0.0.1:0",
         "convert a.gguf somewhere",
+        "bootstrap --serve-head --model somewhere --listen 127.0.0.1:0",
         "bench inference",
     ],
 )

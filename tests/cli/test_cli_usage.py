@@ -68,6 +68,8 @@ def test_the_command_line_loads_no_model_library():
         (["bootstrap", "--no-upnp"], "--no-upnp: only for transport libp2p"),
         (["bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0"], "add --transport libp2p"),
         (["generate", "--bootstrap", ADDRESS], "the prompt is empty"),
+        (["bootstrap", "--serve-head"], "--serve-head and --model go together"),
+        (["bootstrap", "--model", "somewhere"], "--serve-head and --model go together"),
         (
             ["generate", "--bootstrap", ADDRESS, "--allow-server", "friend", "Hi"],
             "'friend' is not the peer id",

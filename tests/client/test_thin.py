@@ -71,6 +71,16 @@ async def test_a_text_goes_no_further_than_it_is_read() -> None:
                 break
 
 
+async def test_a_reader_that_comes_back_late_finds_the_rest() -> None:
+    async with head_swarm(CountingText()) as swarm:
+        generation = swarm.client.generate("ab", max_new_tokens=200)
+        pieces = [await anext(generation) for _ in range(20)]
+        await asyncio.sleep(100)
+        assert swarm.heads[0].model.under_way == 0
+        pieces += [piece async for piece in generation]
+        assert "".join(pieces) == said(counted("ab", 200))
+
+
 @pytest.mark.parametrize("moment", [0.0, 0.05, 0.15, 0.5, 0.95])
 async def test_another_head_peer_goes_on_when_one_dies(moment: float) -> None:
     async with head_swarm(CountingText(), CountingText()) as swarm:
