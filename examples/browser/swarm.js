@@ -1,0 +1,214 @@
+/** A swarm as a page sees it: its servers, the round trip to each, and text from those that make it for others. */
+import { Connection } from './connection.js'
+import { SwarmError } from './errors.js'
+import { short } from './identity.js'
+import { Records, pageAddress } from './records.js'
+import { Channel, call } from './rpc.js'
+import { Signalling, parseAddress } from './signalling.js'
+
+const CALL_TIMEOUT = 10
+const SILENCE = 20 // a member that is watched says something every 5 s
+const PIECE_TIMEOUT = 180 // a text may wait for its turn, and for servers that take over from others
+const RETRY_MS = 2000
+const DIGEST = new Uint8Array(256 * 8) // no hash of ours: all that the member has is news
+const AHEAD = 64 // tokens that a head peer sends before it wants to hear that they were taken
+
+/** Fires `changed` when `servers` do, and `state` when the member it follows is lost or found (`detail` is text). */
+export class Swarm extends EventTarget {
+  #identity
+  #iceServers
+  #entry
+  #records = new Records()
+  #signalling = new Map()
+  #connections = new Map()
+  #watched
+  #closed = false
+
+  constructor (identity, iceServers = []) {
+    super()
+    this.#identity = identity
+    this.#iceServers = iceServers
+  }
+
+  /** Join through any member, by its address `webrtc://host:port/<peer id>`. */
+  async join (address) {
+    this.#entry = parseAddress(address)
+    const channel = await this.#watch(this.#entry)
+    this.#follow(channel)
+  }
+
+  /** What peers announce of themselves: `ServerInfo`s as plain objects. */
+  get servers () {
+    return this.#records.infos
+  }
+
+  /** Peers that make text for a page. */
+  get heads () {
+    return this.servers.filter(info => info.heads?.length && info.state === 'online' && pageAddress(info))
+  }
+
+  /** Milliseconds from sending a few bytes to a server until they are back. */
+  async ping (info) {
+    const stream = await this.#openStream(info)
+    const began = performance.now()
+    await call(stream, '/swarmcore/ping/1', 'Ping', { payload: Uint8Array.of(1) }, 'Pong', CALL_TIMEOUT)
+    return performance.now() - began
+  }
+
+  /**
+   * Yield the pieces of the answer to `messages`, a chat as `[{role, content}]`. When a head peer is lost, another one
+   * goes on with the text. `options` are further fields of the record `OpenGeneration`.
+   */
+  async * generate (messages, options = {}) {
+    const tokens = []
+    let tried = new Set()
+    let failure = new SwarmError('MissingHeadError', 'no peer of this swarm makes text for pages; start one with ' +
+      '--serve-head and --transport webrtc')
+    for (;;) {
+      const head = this.heads.find(info => !tried.has(info.peer))
+      if (head == null) throw failure
+      tried.add(head.peer)
+      const before = tokens.length
+      try {
+        yield * this.#generateAt(head, { ...options, messages }, tokens)
+        return
+      } catch (error) {
+        if (error.name === 'InputError') throw error
+        failure = error
+        if (tokens.length > before) tried = new Set([head.peer])
+      }
+    }
+  }
+
+  close () {
+    this.#closed = true
+    this.#watched?.abort('the page has left')
+    for (const connection of this.#connections.values()) connection.then(one => one.close(), () => {})
+    for (const signalling of this.#signalling.values()) signalling.then(one => one.close(), () => {})
+  }
+
+  // --- texts ---------------------------------------------------------------------------------------------
+
+  /** Add what comes to `tokens`, those that are there being the beginning of the answer. */
+  async * #generateAt (head, request, tokens) {
+    const stream = await this.#openStream(head)
+    const opening = { ...request, so_far: [...tokens] }
+    const channel = await Channel.open(stream, '/swarmcore/generate/1', 'OpenGeneration', opening)
+    let taken = 0
+    let told = 0
+    try {
+      for (;;) {
+        const { kind, record } = await channel.receive(PIECE_TIMEOUT)
+        if (kind === 'GenerationEnded') return
+        if (kind !== 'TextPiece') continue // it has started
+        tokens.push(...record.tokens)
+        taken += record.tokens.length
+        yield record.text
+        if (taken - told >= AHEAD / 4) {
+          await channel.send('TokensTaken', { tokens: taken })
+          told = taken
+        }
+      }
+    } finally {
+      channel.close()
+    }
+  }
+
+  // --- the registry --------------------------------------------------------------------------------------
+
+  /** A channel on which a member tells what it knows, all of that already read. */
+  async #watch (address) {
+    const stream = await this.#stream(address)
+    const channel = await Channel.open(stream, '/swarmcore/registry/watch/1', 'WatchRecords', { hashes: DIGEST })
+    while (!await this.#readBatch(channel));
+    return channel
+  }
+
+  async #follow (channel) {
+    while (!this.#closed) {
+      this.#watched = channel
+      try {
+        for (;;) await this.#readBatch(channel)
+      } catch (error) {
+        channel.abort('the page turned away')
+        if (this.#closed) return
+        this.#tell('state', `lost sight of the swarm: ${error.message}`)
+      }
+      channel = await this.#anotherMember()
+    }
+  }
+
+  async #readBatch (channel) {
+    const { record } = await channel.receive(SILENCE)
+    await this.#records.take(record.records ?? [])
+    this.#inquire(record.suspected ?? new Uint8Array())
+    this.#tell('changed')
+    return record.complete !== false
+  }
+
+  /** See for ourselves whether those who may be dead are; whom a page cannot ask, it takes the member's word for. */
+  #inquire (entries) {
+    const view = new DataView(entries.buffer, entries.byteOffset, entries.length)
+    for (let at = 0; at + 16 <= entries.length; at += 16) {
+      const suspect = this.#records.numbered(Number(view.getBigUint64(at + 8, true)))
+      if (suspect == null) continue
+      const alive = pageAddress(suspect) ? this.ping(suspect) : Promise.reject(new Error('no address for a page'))
+      alive.catch(() => {
+        this.#records.hide(suspect.peer)
+        this.#tell('changed')
+      })
+    }
+  }
+
+  async #anotherMember () {
+    for (;;) {
+      const addresses = [this.#entry, ...this.servers.flatMap(info => pageAddress(info) ?? [])]
+      for (const address of addresses) {
+        try {
+          const channel = await this.#watch(address)
+          this.#tell('state', `following ${short(address.peer)}`)
+          return channel
+        } catch (error) {
+          console.info(`${short(address.peer)}:`, error)
+          if (this.#closed) throw error
+        }
+      }
+      await new Promise(resolve => setTimeout(resolve, RETRY_MS))
+    }
+  }
+
+  #tell (type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }))
+  }
+
+  // --- connections ---------------------------------------------------------------------------------------
+
+  #openStream (info) {
+    const address = pageAddress(info)
+    if (address) return this.#stream(address)
+    throw new SwarmError('UnknownTransportError', `${short(info.peer)} has no address that a page can reach`)
+  }
+
+  async #stream ({ url, peer }) {
+    if (this.#closed) throw new SwarmError('StreamClosedError', 'the page has left this swarm')
+    const usable = connection => connection.alive
+    const connection = await once(this.#connections, peer, usable, async () => {
+      const registered = signalling => signalling.open
+      const signalling = await once(this.#signalling, url, registered, () => Signalling.connect(url, this.#identity))
+      return Connection.dial(peer, signalling, this.#iceServers)
+    })
+    return connection.openStream()
+  }
+}
+
+/** What is kept in `made` under `key`, or is being made; made anew when it failed, or is not `usable` any more. */
+async function once (made, key, usable, make) {
+  const before = made.get(key)
+  const there = await before?.catch(() => null)
+  if (there && usable(there)) return there
+  if (made.get(key) === before) {
+    there?.close()
+    made.set(key, make())
+  }
+  return made.get(key)
+}

@@ -1,0 +1,186 @@
+"""A page in Chromium as a peer of a swarm of real servers. Without Chromium these tests are skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import chromium
+import msgspec
+import pytest
+import pytest_asyncio
+
+import swarmcore
+from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.processes import ServerProcess
+
+pytest.importorskip("aiortc", reason="needs the extra webrtc")
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.skipif(
+        chromium.installed() is None, reason="chromium is not installed: no browser to test with"
+    ),
+]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
+SCREENSHOT = os.environ.get("SWARMCORE_SCREENSHOT")
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+TCP = ("--transport", "tcp", "--listen", "tcp://127.0.0.1:0")
+BOTH = (*TCP, "--transport", "webrtc", "--listen", "webrtc://127.0.0.1:0")
+JOINED = """
+    const [{ Swarm }, { Identity }] = await Promise.all([import('/swarm.js'), import('/identity.js')]);
+    const swarm = new Swarm(await Identity.generate());
+    await swarm.join(address);
+    const generate = async options => {
+      let text = '';
+      for await (const piece of swarm.generate(question, options)) text += piece;
+      return text;
+    };
+"""
+ROWS = (
+    "[...document.querySelectorAll('#servers tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def servers(nursery: ServerNursery, smollm2_folder: Path) -> AsyncIterator[list[ServerProcess]]:
+    """A head peer with blocks, a server that a page can reach, and one that it cannot."""
+    model = ("--model", str(smollm2_folder), "--dtype", "float32", "--threads", "1", "--cache-tokens", "2048")
+    async with AsyncExitStack() as stack:
+        head = ("--blocks", "0:10", "--serve-head", "--name", "head")
+        first = await stack.enter_async_context(await nursery.start("serve", *model, *BOTH, *head))
+        join = ("--bootstrap", first.address)
+        others = await asyncio.gather(
+            nursery.start("serve", *model, *BOTH, "--blocks", "10:20", *join),
+            nursery.start("serve", *model, *TCP, "--blocks", "20:30", *join),
+        )
+        for server in others:
+            await stack.enter_async_context(server)
+        yield [first, *others]
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    """Where the page is served."""
+    command = [sys.executable, str(EXAMPLE / "serve.py"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def page(site: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[chromium.Page]:
+    async with chromium.Page(tmp_path_factory.mktemp("chromium")) as page:
+        await page.open(site)
+        await page.until("document.getElementById('own')?.textContent")
+        yield page
+
+
+def webrtc_address(server: ServerProcess) -> str:
+    addresses: list[str] = server.online["addresses"]
+    return next(address for address in addresses if address.startswith("webrtc:"))
+
+
+async def test_page_lists_servers_measures_and_chats(
+    page: chromium.Page, site: str, servers: list[ServerProcess]
+) -> None:
+    await page.open(f"{site}#{webrtc_address(servers[0])}")
+    measured = f"{ROWS}.filter(cells => cells[4].endsWith(' ms')).length === 2"
+    await page.until(f"{ROWS}.length === 3 && {measured}")
+    seen = {cells[2]: cells for cells in await page.run(f"return {ROWS}")}
+    assert set(seen) == {"0:10", "10:20", "20:30"}
+    assert seen["0:10"][0].endswith(" head")
+    assert seen["20:30"][4] == "no address for pages"
+
+    await page.until("!document.querySelector('#chat button').disabled")
+    await page.run(
+        """
+        const talk = document.getElementById('talk');
+        window.lengths = new Set();
+        new MutationObserver(() => window.lengths.add(talk.textContent.length))
+          .observe(talk, { childList: true, subtree: true, characterData: true });
+        document.querySelector('#chat input').value = question[0].content;
+        document.getElementById('chat').requestSubmit();
+        """,
+        question=QUESTION,
+    )
+    await page.until("window.lengths.size > 5")  # it comes piece by piece
+    await page.until("!document.querySelector('#chat button').disabled", 60)
+    assert "Paris" in await page.run("return document.querySelector('#talk .assistant').textContent")
+    if SCREENSHOT:
+        await asyncio.to_thread(Path(SCREENSHOT).write_bytes, await page.screenshot())
+
+
+async def test_same_text_as_for_a_client_in_python(page: chromium.Page, servers: list[ServerProcess]) -> None:
+    script = (
+        JOINED
+        + "try { return await generate({ temperature: 0, max_new_tokens: 24 }) } finally { swarm.close() }"
+    )
+    said = await page.run(script, address=webrtc_address(servers[0]), question=QUESTION)
+    async with swarmcore.connect(servers[0].address) as swarm:
+        assert said == await swarm.generate(QUESTION, temperature=0.0, max_new_tokens=24)
+
+
+async def test_refused_request_says_why(page: chromium.Page, servers: list[ServerProcess]) -> None:
+    script = JOINED + "try { await generate({ temperature: -1 }) } finally { swarm.close() }"
+    with pytest.raises(AssertionError, match=r"InputError: .*temperature"):
+        await page.run(script, address=webrtc_address(servers[0]), question=QUESTION)
+
+
+async def test_garbage_from_a_page_harms_nobody(page: chromium.Page, servers: list[ServerProcess]) -> None:
+    nonsense = (Path(__file__).parent / "nonsense.js").read_text()
+    assert await page.run(nonsense, address=webrtc_address(servers[1])) == 11
+    assert servers[1].returncode is None
+    assert "Traceback" not in servers[1].log
+
+
+async def test_wrong_peer_id_is_refused(page: chromium.Page, servers: list[ServerProcess]) -> None:
+    """The signalling service of a server is asked for a peer that is not there."""
+    elsewhere = webrtc_address(servers[0]).replace(servers[0].peer, swarmcore.Identity.generate().peer)
+    with pytest.raises(AssertionError, match=r"PeerUnreachableError: .* cannot be reached"):
+        await page.run(JOINED, address=elsewhere)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [True, False, 0, 127, 128, -1, -32, -33, -129, 65535, 65536, 2**32, -(2**40), 2**53 - 1],
+        [0.5, -1e300, "", "é" * 20, "x" * 70_000, "\u2028"],
+        {"a": {"b": [[], {}]}, **{str(number): number for number in range(20)}},
+        list(range(70_000)),
+    ],
+    ids=["nil", "integers", "floats and texts", "maps", "long"],
+)
+async def test_msgpack_is_that_of_python(page: chromium.Page, value: Any) -> None:
+    """What Python packs is read, and what the page packs is read by Python, as the same value."""
+    packed = list(msgspec.msgpack.encode(value))
+    again = await page.run(
+        "const { decode, encode } = await import('/msgpack.js');"
+        "return [...encode(decode(Uint8Array.from(packed)))]",
+        packed=packed,
+    )
+    assert msgspec.msgpack.decode(bytes(again)) == value
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(b"", b"\xc1", b"\xa1\xff", b"\x01\x02", b"\x81\x01\x01", b"\xd4\x01\x01", b"\xcf\x01"),
+        *(b"\x91" * 100, b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff\x01", b"\xc6\xff\xff\xff\xff"),
+    ],
+    ids=bytes.hex,
+)
+async def test_what_is_no_msgpack_is_refused(page: chromium.Page, bad: bytes) -> None:
+    script = "const { decode } = await import('/msgpack.js'); decode(Uint8Array.from(bad))"
+    with pytest.raises(AssertionError, match="ProtocolError: a malformed record"):
+        await page.run(script, bad=list(bad))
