@@ -9,6 +9,7 @@ import pytest
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.output import Output
 from swarmcore.cli.reached import Reached
+from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.transport import transport_class
@@ -69,3 +70,12 @@ def test_addresses_that_come_and_go_are_told(capsys: pytest.CaptureFixture[str])
         "also reached at libp2p:relayed",
         "no longer reached at libp2p:mapped",
     ]
+
+
+def test_the_dht_is_a_registry_of_libp2p_only() -> None:
+    assert config().registry == "gossip"
+    assert config(registry="dht").registry == "dht"
+    with pytest.raises(InputError, match="add --transport libp2p"):
+        config(transports=["tcp"], registry="dht")
+    with pytest.raises(InputError, match="needs the transport libp2p"):
+        connect(f"tcp://192.0.2.7:4001/{PEER}", registry="dht")

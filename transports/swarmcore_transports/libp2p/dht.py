@@ -150,7 +150,11 @@ class Dht:
 
     async def values(self, peer: PeerId) -> list[bytes]:
         """What is stored as the record of ``peer``; anything may be among it."""
-        return await self.lookups.values(record_key(peer))
+        return await self.lookups.values(record_key(peer), self._options.read_width)
+
+    async def glance(self, peer: PeerId) -> list[bytes]:
+        """As `values`, but what one of the nodes has."""
+        return await self.lookups.values(record_key(peer), 1)
 
     async def listed(self, key: bytes) -> list[PeerId]:
         """Who is listed under ``key`` of an index."""

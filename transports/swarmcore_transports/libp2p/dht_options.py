@@ -26,8 +26,8 @@ class DhtOptions:
     """Most seconds for a look-up; what it has found by then counts."""
     refresh: float = 15.0
     """Seconds between looks at the indices; a client sees a newcomer as late as this."""
-    reread: float = 30.0
-    """Seconds after which the record of a peer in the view is read again."""
+    reread: float = 100.0
+    """Seconds after which the record of a peer in the view is read again; at most a third of its ttl."""
     upkeep: float = 30.0
     """Seconds between looks at who is nearest to this peer's own keys now; those that lack them get them."""
     limits: RecordLimits = attrs.field(factory=RecordLimits)

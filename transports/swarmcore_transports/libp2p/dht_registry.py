@@ -322,8 +322,15 @@ class DhtRegistry(Registry):
         await asyncio.gather(*(self._read(peer) for peer in due[: self._options.capacity]))
 
     async def _read(self, peer: PeerId) -> None:
+        """Take what is stored of ``peer``; of one that is known, from one node if that has news."""
         assert self._dht
-        values = await self._look_up(self._dht.values, peer)
+        known = self._replica.store.sequence(peer)
+        if known is not None:
+            self._take_values(peer, await self._look_up(self._dht.glance, peer))
+        if known is None or known == self._replica.store.sequence(peer):
+            self._take_values(peer, await self._look_up(self._dht.values, peer))
+
+    def _take_values(self, peer: PeerId, values: list[bytes] | None) -> None:
         for value in set(values or ()):
             try:
                 record = self._rules.check(record_key(peer), value, self._wall_clock())

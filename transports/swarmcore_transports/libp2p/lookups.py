@@ -148,9 +148,9 @@ class Lookups:
 
     # --- values and indices ---------------------------------------------------------------------------
 
-    async def values(self, key: bytes) -> list[bytes]:
-        """What the nodes nearest to ``key``, this one included, hold under it. Anything may be among it."""
-        found = await self.find(Message(type=Message.GET_VALUE, key=key), self._options.read_width)
+    async def values(self, key: bytes, width: int) -> list[bytes]:
+        """What the ``width`` nodes nearest to ``key``, and this one, hold under it; it may be anything."""
+        found = await self.find(Message(type=Message.GET_VALUE, key=key), width)
         held = [reply.record.value for reply in found.replies.values() if reply.record.value]
         own = self._kademlia.stored(key)
         return [*held, own] if own is not None else held
