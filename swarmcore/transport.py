@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
@@ -124,6 +124,20 @@ class Transport(ABC):
 
         Raise `AddressInUseError` or `AddressError` when a place cannot be listened on.
         """
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """The swarm is closed: do nothing by itself for others than ``peers``, such as relaying.
+
+        Called before `listen`. Streams of others are accepted still: whoever handles them refuses them with
+        a reason.
+        """
+
+    def notes(self) -> Sequence[str]:
+        """What whoever runs this transport should know about how it is reached, a sentence each.
+
+        Nothing when all is as it should be.
+        """
+        return ()
 
     def preference(self, address: Address) -> int:
         """Which of a peer's addresses to try first: the lowest, at equality the first announced."""

@@ -60,6 +60,9 @@ class Node:
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name: calls_in, calls_out, refused."""
         self._transports = {transport.scheme: transport for transport in transports}
+        if self.allowed_peers is not None:
+            for transport in transports:
+                transport.allow_only(self.allowed_peers)
         self._addresses: dict[str, tuple[Address, ...]] = {}  # by scheme
         self._readdressed = asyncio.Event()
         self._server = Server(self.limits)
@@ -78,6 +81,11 @@ class Node:
     def addresses(self) -> tuple[Address, ...]:
         """Where others can dial this peer now; empty before `start`, and for a pure client."""
         return tuple(address for found in self._addresses.values() for address in found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its transports have to say about how this peer is reached; see `Transport.notes`."""
+        return tuple(note for transport in self._transports.values() for note in transport.notes())
 
     async def addresses_other_than(self, known: Sequence[Address]) -> tuple[Address, ...]:
         """Wait until `addresses` are not ``known`` (any more); return them."""

@@ -159,13 +159,15 @@ class BlockServer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What it is about to do and why, in words."""
+        """What it is about to do and why, and how it is reached where that could be better, in words."""
         if self.state == "draining":
             return ("leaving: it takes no new sessions",)
         adapters = (f"adapters: {', '.join(self.adapters.names)}",) if self.adapters.names else ()
         if self._rebalancing is not None:
-            return (self._rebalancing.note, *adapters)
-        return ("placement: it stays on its blocks, as it was told", *adapters)
+            placement = self._rebalancing.note
+        else:
+            placement = "placement: it stays on its blocks, as it was told"
+        return (placement, *adapters, *self.node.notes)
 
     def __repr__(self) -> str:
         model = self.executor.model

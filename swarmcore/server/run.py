@@ -284,7 +284,8 @@ async def run_bootstrap(
             current = attrs.evolve(info, addresses=tuple(map(str, node.addresses)))
             counters = service.counters if service is not None else {}
             uptime = asyncio.get_running_loop().time() - started_at
-            return InfoReply(current, uptime, {name: float(count) for name, count in counters.items()})
+            counted = {name: float(count) for name, count in counters.items()}
+            return InfoReply(current, uptime, counted, node.notes)
 
         node.serve(PING_METHOD, ping)
         node.serve(INFO_METHOD, describe)

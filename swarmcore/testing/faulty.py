@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Any
 
@@ -83,6 +84,12 @@ class FaultyTransport(Transport):
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
         self._on_stream = on_stream
         return await self.inner.listen(self._accept)
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self.inner.allow_only(peers)
+
+    def notes(self) -> Sequence[str]:
+        return self.inner.notes()
 
     def preference(self, address: Address) -> int:
         return self.inner.preference(address)

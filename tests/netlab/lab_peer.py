@@ -116,6 +116,9 @@ async def _serve(options: dict[str, Any]) -> None:
         assert transport._host
         return transport._host.dial_back.standing
 
+    async def notes() -> list[str]:
+        return list(transport.notes())
+
     functions: list[Callable[..., Awaitable[Any]]] = [
         addresses,
         open_stream,
@@ -124,6 +127,7 @@ async def _serve(options: dict[str, Any]) -> None:
         connections,
         standing,
         reached,
+        notes,
     ]
     calls = {function.__name__: function for function in functions}
     if transport.listen_on:

@@ -57,8 +57,12 @@ async def test_a_home_behind_a_symmetric_router_stays_relayed_and_all_know_how_t
         assert await client.call("path", stream) == "relayed"
         assert await client.call("connections", server.peer) == ["RELAYED"]
         assert "not reachable" in await server.until("reached", shows=tried)
+        assert await server.call("notes") == [
+            "libp2p: reached through relays only: not reachable from outside: no peer that tried got through"
+        ]
         said = await relay.until("reached", shows=tried)
         assert said == "reachable from outside at /ip4/11.0.0.1/tcp/4001"
+        assert await relay.call("notes") == []
 
 
 TAKE_A_PORT = """

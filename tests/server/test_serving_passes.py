@@ -66,7 +66,9 @@ async def test_what_it_can_do_is_announced_and_what_it_did_is_counted() -> None:
     async with served("0:12", **settings) as (server, swarm):
         [info] = swarm.view()
         assert (info.pass_tokens, info.adapters) == (100, ("poet",))
-        assert "adapters: poet" in server.notes
+        assert server.notes[1:] == ("adapters: poet",)
+        server.node._transports["memory"].notes = lambda: ["memory: out of reach"]  # type: ignore[method-assign]
+        assert server.notes[1:] == ("adapters: poet", "memory: out of reach")
         batch, here = Batch((2, 4), AdapterWeights(AdapterName(name="poet"))), stage(server, "0:12")
         await forward(swarm.node, COUNTING_MODEL, here, batch, ROWS, keep=KEEP)
         await backward(swarm.node, COUNTING_MODEL, here, batch, ROWS, ROWS, kept=KEEP)

@@ -19,7 +19,9 @@ def give_up(plan: Upgrades, peer: PeerId, now: float) -> float:
         assert plan.next_at() == now + backoff
         now += backoff
     assert plan.take(now) == [peer]
+    assert plan.given_up() == []
     assert plan.failed(peer, "closed", now)
+    assert plan.given_up() == ["closed"]
     return now
 
 

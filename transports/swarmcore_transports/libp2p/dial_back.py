@@ -190,6 +190,8 @@ class DialBack:
             at = remote_host(self._host.connection_of(stream))
             if at is None:
                 reply = DialBackReply(refused="only those that are connected directly are dialled back")
+            elif not self._host.allows(PeerId(str(peer))):
+                reply = DialBackReply(refused="this swarm is closed; ask its owner to be allowed")
             elif refused := self._rates.admit(PeerId(str(peer)), at, trio.current_time()):
                 reply = DialBackReply(refused=refused)
             else:

@@ -82,6 +82,10 @@ class HolePuncher:
         """What is being tried, or why ``peer`` stays relayed; empty when it is not relayed."""
         return self._upgrades.standing(peer)
 
+    def given_up(self) -> list[str]:
+        """Why peers stay relayed for now, a reason for each."""
+        return self._upgrades.given_up()
+
     def is_punched(self, connection: INetConn) -> bool:
         """Whether ``connection`` came about by hole punching."""
         return connection in self._punched

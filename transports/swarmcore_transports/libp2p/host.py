@@ -74,6 +74,7 @@ class Host:
         own: OwnAddresses,
         on_stream: OnPipe,
         on_direct: Callable[[PeerId], None],
+        allows: Callable[[PeerId], bool],
         *,
         relay: Relaying = "auto",
         relay_limits: RelayLimits | None = None,
@@ -89,6 +90,8 @@ class Host:
         self._on_stream = on_stream
         self.on_direct = on_direct
         """To be called when a peer that was reached through a relay is reached directly as well."""
+        self.allows = allows
+        """Whether a peer may use what this one offers to others, relaying and dialling back."""
         self._dials: dict[Multiaddr, trio.Event] = {}
         self.libp2p: IHost = new_host(
             key_pair=key_pair,

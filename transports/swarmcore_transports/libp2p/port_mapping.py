@@ -52,6 +52,8 @@ class PortMapper:
         self._router: UpnpRouter | None = None
         self._external: dict[int, int] = {}
         self._task: asyncio.Task[None] | None = None
+        self.refusal = ""
+        """Why the router lets nobody in; empty while it does, or before it was asked."""
 
     def __repr__(self) -> str:
         return (
@@ -95,10 +97,12 @@ class PortMapper:
                 if self._listening:
                     self._router = self._router or await _in_thread(UpnpRouter.find)
                 if self._router:
+                    self.refusal = ""
                     self._found(await self._map_all(self._router))
                     wait = RENEWAL_SECONDS
             except (RouterError, TimeoutError) as exc:
-                logger.info("the router maps no port: %s", exc or "it does not answer")
+                self.refusal = f"the router maps no port: {str(exc) or 'it does not answer'}"
+                logger.info("%s", self.refusal)
                 self._router = None
                 self._found([])
             except Exception:
@@ -125,7 +129,8 @@ class PortMapper:
         outside = [on_host(router.external_host, port) for port in self._external.values()]
         public = [address for address in outside if reach(address) == "public"]
         if len(public) < len(outside):
-            logger.info("the router is behind another one: %s is not a public address", router.external_host)
+            self.refusal = f"the router is behind another one: {router.external_host} is not a public address"
+            logger.info("%s", self.refusal)
         return public
 
     async def _map(self, router: UpnpRouter, port: int) -> None:

@@ -36,7 +36,10 @@ _PIECE = 64 * 1024
 
 
 class RelayService:
-    """Relays for others while ``offers()`` is true; what it gives is bounded by ``limits``. Lives in trio."""
+    """Relays for others while ``offers()`` is true; what it gives is bounded by ``limits``. Lives in trio.
+
+    Neither places nor circuits are for peers that the host does not allow.
+    """
 
     def __init__(self, host: Host, limits: RelayLimits, offers: Callable[[], bool]) -> None:
         self._host = host
@@ -66,10 +69,11 @@ class RelayService:
         self._changed.set()
 
     async def _answer(self, stream: INetStream) -> None:
+        asker = PeerId(str(stream.muxed_conn.peer_id))
         try:
             with trio.fail_after(_ANSWER_SECONDS):
                 ask = await read_delimited_msg(stream, HopMessage)
-            if self._host.path_of(stream) == "relayed":
+            if self._host.path_of(stream) == "relayed" or not self._host.allows(asker):
                 raise Refusal(StatusCode.PERMISSION_DENIED)
             now = trio.current_time()
             self._accounts.drop(self._is_near, now)
@@ -80,8 +84,7 @@ class RelayService:
             else:
                 raise Refusal(StatusCode.MALFORMED_MESSAGE)
         except Refusal as refusal:
-            asker = short(str(stream.muxed_conn.peer_id))
-            logger.debug("%s is refused a relay: %s", asker, refusal.status.name)
+            logger.debug("%s is refused a relay: %s", short(asker), refusal.status.name)
             await self._say(stream, HopMessage(type=HopMessage.STATUS), refusal.status)
             await stream.close()
 

@@ -48,7 +48,8 @@ _REFUSALS = {
     StatusCode.NO_RESERVATION: "it keeps no place for that peer, which is gone or uses another relay by now; "
     "look its addresses up anew",
     StatusCode.RESOURCE_LIMIT_EXCEEDED: "it has no room for a further circuit; try later or by another relay",
-    StatusCode.PERMISSION_DENIED: "it does not relay for this peer; use another relay",
+    StatusCode.PERMISSION_DENIED: "it does not relay for this peer; have its owner allow it "
+    "(--allow-peer), or use another relay",
     StatusCode.CONNECTION_FAILED: "the peer behind it did not answer; it may be leaving",
     StatusCode.RESERVATION_REFUSED: "it has no free place; use another relay",
 }
@@ -65,6 +66,8 @@ class RelayClient:
         self._locations = {relay: location for location, relay in given if relay != host.peer}
         self._plan = RelayPlan(self._locations, random.Random())
         self._woken = trio.Event()
+        self.refusal = ""
+        """Why the last relay that was asked gave no place; empty when it did."""
 
     def __repr__(self) -> str:
         return f"<RelayClient {self._plan!r}>"
@@ -112,9 +115,11 @@ class RelayClient:
                 addresses, seconds = await self._reserve(relay)
         except Exception as exc:
             reason = f"no answer within {_ANSWER_SECONDS:g} s" if isinstance(exc, trio.TooSlowError) else exc
-            logger.info("no place at the relay %s: %s", short(relay), reason)
+            self.refusal = f"no place at the relay {short(relay)}: {reason}"
+            logger.info("%s", self.refusal)
             self._plan.refused(relay, trio.current_time())
         else:
+            self.refusal = ""
             logger.info("the relay %s keeps a place for %g s", short(relay), seconds)
             self._plan.granted(relay, addresses, seconds, trio.current_time())
         self._tell(not self._host.own.public)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import trio
 from libp2p.abc import INetStream
@@ -41,6 +41,7 @@ from swarmcore_transports.libp2p.multiaddrs import (
     to_address,
     to_multiaddr,
 )
+from swarmcore_transports.libp2p.notes import standing_notes
 from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.port_mapping import PortMapper
@@ -94,6 +95,7 @@ class Libp2pTransport(Transport):
         self._thread: TrioThread | None = None
         self._starting = asyncio.Lock()
         self._listening = False
+        self._allowed: Collection[PeerId] | None = None
         self._connections = Connections(self.limits, _is_closing)
         self._greeter = Greeter(self._connections, self.limits)
         self._moves: set[asyncio.Task[None]] = set()
@@ -115,6 +117,7 @@ class Libp2pTransport(Transport):
                     self._own,
                     self._stream_arrived,
                     self._direct_way,
+                    self._allows,
                     relay=self._relaying,
                     relay_limits=self._relay_limits,
                     relays=self._given_relays,
@@ -179,6 +182,19 @@ class Libp2pTransport(Transport):
     def _mapped(self, addresses: list[Multiaddr]) -> None:
         if self._thread:
             self._thread.post(self._own.put, "mapped", addresses)
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self._allowed = frozenset(peers)
+
+    def _allows(self, peer: PeerId) -> bool:
+        """Called in the trio thread."""
+        return self._allowed is None or peer in self._allowed
+
+    def notes(self) -> Sequence[str]:
+        if not self._host or not self._listening:
+            return ()
+        mapping = self._port_mapper.refusal if self._port_mapper else ""
+        return [f"{SCHEME}: {note}" for note in standing_notes(self._host, mapping)]
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:

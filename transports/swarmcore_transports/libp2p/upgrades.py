@@ -103,6 +103,14 @@ class Upgrades:
             return f"relayed; a direct connection failed {upgrade.failed} times so far: {upgrade.reason}"
         return "relayed; a direct connection is being tried"
 
+    def given_up(self) -> list[str]:
+        """Why peers stay relayed after `ATTEMPTS`, a reason for each. May be called in any thread."""
+        return [
+            upgrade.reason
+            for upgrade in list(self._of.values())
+            if upgrade.relayed and upgrade.failed and upgrade.failed % ATTEMPTS == 0
+        ]
+
     def _waiting(self) -> Iterable[tuple[PeerId, Upgrade]]:
         return [
             (peer, upgrade) for peer, upgrade in self._of.items() if upgrade.relayed and not upgrade.running
