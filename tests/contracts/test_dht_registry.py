@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.registry.records import RecordIssuer, RecordLimits
 from swarmcore.registry.store import Drop
 from swarmcore.rpc import Node
+from swarmcore.server.run import NetworkConfig, run_bootstrap
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 
@@ -156,3 +158,19 @@ async def test_forged_and_stale_records_are_not_stored_and_counted() -> None:
         await mallory.close()
         assert victim.registry.dropped.keys() == {Drop.EXPIRED, Drop.REPLAYED, Drop.FORGED, Drop.OVERSIZED}
         await swarm.until_known(client, victim.info(sessions=1))
+
+
+async def test_a_bootstrap_peer_and_a_client_of_the_dht() -> None:
+    online: asyncio.Future[ServerInfo] = asyncio.get_running_loop().create_future()
+    network = NetworkConfig(transports={"libp2p": ["127.0.0.1:0"]}, registry="dht")
+    running = asyncio.create_task(
+        run_bootstrap(network, Identity.generate(), public_name="meeting point", on_online=online.set_result)
+    )
+    try:
+        async with asyncio.timeout(DhtSwarm.patience):
+            info = await online
+            async with connect(*info.addresses, registry="dht") as client:
+                assert dict(client.view().servers) == {info.peer: info}
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
