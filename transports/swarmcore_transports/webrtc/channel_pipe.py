@@ -13,6 +13,9 @@ from swarmcore_transports.webrtc.engine import DataChannel
 _PIECE = 32 * 1024
 """Bytes of one message of the channel: what every implementation takes, and a browser gets in one event."""
 
+_MOST_UNDELIVERED = 16 * 2**20
+"""Bytes that may wait while reading is paused; a peer that keeps to its credit never comes near."""
+
 
 class ChannelPipe(asyncio.Transport):
     """``channel`` is open and belongs to the pipe from now on; `start` begins to move bytes.
@@ -33,7 +36,10 @@ class ChannelPipe(asyncio.Transport):
         self._writing_paused = False
         self._reading_paused = True  # until it starts
         self._undelivered: deque[bytes] = deque()
+        self._waiting = 0
         self._peer_ended = False
+        self.heard_at = self._loop.time()
+        """When the peer was last heard on this channel, on the loop's clock."""
         channel.use(self)
 
     def start(self, protocol: asyncio.BufferedProtocol) -> None:
@@ -85,15 +91,23 @@ class ChannelPipe(asyncio.Transport):
 
     def message_received(self, data: bytes) -> None:
         """The channel has brought ``data``."""
+        self.heard_at = self._loop.time()
+        if self._closing:
+            return
         self._undelivered.append(data)
+        self._waiting += len(data)
         self._deliver()
+        if self._waiting > _MOST_UNDELIVERED:
+            self.abort()
 
     def _deliver(self) -> None:
         while self._undelivered and not self._reading_paused:
             data = memoryview(self._undelivered.popleft())
+            self._waiting -= len(data)
             while data and self._protocol is not None and not self._closing:
                 if self._paused_by_protocol():
                     self._undelivered.appendleft(bytes(data))
+                    self._waiting += len(data)
                     return
                 buffer = memoryview(self._protocol.get_buffer(len(data)))
                 taken = min(len(buffer), len(data))
@@ -120,6 +134,7 @@ class ChannelPipe(asyncio.Transport):
     def abort(self) -> None:
         if not self._closing:
             self._closing = True
+            self._undelivered.clear()
             self._on_end(self)
             self._channel.close()
             self._loop.call_soon(self._lost)

@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import attrs
 from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
 from aiortc.exceptions import InvalidStateError
-from aiortc.rtcconfiguration import RTCBundlePolicy
+from aiortc.rtcconfiguration import RTCBundlePolicy, RTCIceTransportPolicy
 
 from swarmcore.errors import ConnectionLostError, ProtocolError, SwarmError
+from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
+from swarmcore_transports.webrtc.descriptions import check_description
+from swarmcore_transports.webrtc.ice import IceServer
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +26,6 @@ CHANNEL_LABEL = "/swarmcore/stream/1"
 
 _MOST_EARLY = 64
 """Messages that may come on a channel before it is used: a peer's hello, and what goes with it."""
-
-
-@attrs.frozen
-class IceServer:
-    """A STUN or TURN server."""
-
-    url: str
-    """``stun:host:port``, ``turn:host:port``, with ``?transport=tcp`` if need be."""
-    user: str | None = None
-    password: str | None = attrs.field(default=None, repr=False)
 
 
 class ChannelUser(Protocol):
@@ -131,7 +123,7 @@ class PeerConnection(ABC):
     @property
     @abstractmethod
     def path(self) -> str:
-        """``"direct"`` or ``"relayed"``, as `Stream.path`."""
+        """As `Stream.path`: direct, hole-punched or relayed (by a TURN server). Known once connected."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -147,8 +139,12 @@ class AiortcChannel(DataChannel):
         channel.on("close", self._ended)
 
     def _received(self, data: bytes | str) -> None:
-        if isinstance(data, bytes):  # text is nothing that our streams send
+        if isinstance(data, bytes):
             self._message(data)
+        else:  # nothing that our streams send
+            logger.debug("a channel was closed on which text came")
+            self.close()
+            self._ended()
 
     @property
     def queued(self) -> int:
@@ -168,12 +164,17 @@ class AiortcChannel(DataChannel):
 class AiortcConnection(PeerConnection):
     """`RTCPeerConnection` of aiortc."""
 
-    def __init__(self, ice: Sequence[IceServer]) -> None:
+    def __init__(self, ice: Sequence[IceServer], *, relay_only: bool = False) -> None:
+        """``ice`` are at most one STUN and one TURN server: aiortc uses no more."""
         super().__init__()
         servers = [RTCIceServer(one.url, one.user, one.password) for one in ice]
+        policy = RTCIceTransportPolicy.RELAY if relay_only else RTCIceTransportPolicy.ALL
         self._connection = RTCPeerConnection(
-            RTCConfiguration(iceServers=servers, bundlePolicy=RTCBundlePolicy.MAX_BUNDLE)
+            RTCConfiguration(
+                iceServers=servers, bundlePolicy=RTCBundlePolicy.MAX_BUNDLE, iceTransportPolicy=policy
+            )
         )
+        self._path = "direct"
         self._connection.on("datachannel", self._arrived)
         self._connection.on("connectionstatechange", self._state_changed)
         loop = asyncio.get_running_loop()
@@ -181,6 +182,7 @@ class AiortcConnection(PeerConnection):
         self._connected: asyncio.Future[None] = loop.create_future()
         # Agreed on by both sides without a word: an offer needs one channel, and this one is open at once.
         self._first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
+        self._first.on("close", lambda: self.on_lost("the peer has ended it"))
 
     def _arrived(self, channel: Any) -> None:
         self.on_channel(AiortcChannel(channel))
@@ -188,6 +190,7 @@ class AiortcConnection(PeerConnection):
     def _state_changed(self) -> None:
         state = self._connection.connectionState
         if state == "connected" and not self._connected.done():
+            self._path = path_of(self._nominated())
             self._connected.set_result(None)
         elif state in ("failed", "closed"):
             reason = "no path to it was found" if not self._connected.done() else "the connection broke"
@@ -209,9 +212,10 @@ class AiortcConnection(PeerConnection):
         await self._take(answer, "answer")
 
     async def _take(self, sdp: str, kind: str) -> None:
+        check_description(sdp)
         try:
             await self._connection.setRemoteDescription(RTCSessionDescription(sdp, kind))
-        except (ValueError, KeyError, IndexError, AttributeError, AssertionError, InvalidStateError) as exc:
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, InvalidStateError) as exc:
             raise ProtocolError(f"the peer sent an {kind} that cannot be read: {exc!r}") from exc
 
     async def connected(self) -> None:
@@ -241,7 +245,12 @@ class AiortcConnection(PeerConnection):
 
     @property
     def path(self) -> str:
-        return "direct"
+        return self._path
+
+    def _nominated(self) -> CandidatePair | None:
+        """Of aioice, which aiortc does not show; gone once the connection is closed."""
+        sctp = self._connection.sctp
+        return sctp.transport.transport._connection._nominated.get(1) if sctp else None
 
     async def close(self) -> None:
         if self._closing is None:  # aiortc fails when it is asked twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import ssl
@@ -59,6 +60,8 @@ class SignallingClient:
         self._registered = asyncio.Event()
         self._failure: SwarmError | None = None
         self._failed = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._failed_at = 0.0
 
     def __repr__(self) -> str:
         return f"<SignallingClient {self.service} {'registered' if self.registered else 'away'}>"
@@ -77,16 +80,26 @@ class SignallingClient:
             except (aiohttp.ClientError, OSError, TimeoutError, SwarmError) as exc:
                 reason = str(exc) or f"no answer within {self._timeout:g} s"
                 self._failure = PeerUnreachableError(f"signalling service {self.service}: {reason}")
+                self._failed_at = asyncio.get_running_loop().time()
                 self._failed.set()
                 logger.debug("%s", self._failure)
             self._registered.clear()
-            await asyncio.sleep(delay * self._rng.uniform(0.75, 1.25))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay * self._rng.uniform(0.75, 1.25)):
+                    await self._wanted.wait()
+            self._wanted.clear()
             delay = min(2 * delay, _RETRY_SECONDS[1])
 
     async def ready(self) -> None:
-        """Wait until registered; raise why the last attempt failed when it did."""
+        """Wait until registered. Raise `PeerUnreachableError` when an attempt just failed, or the next does.
+
+        Between attempts, the next one is made at once.
+        """
         if self.registered:
             return
+        if self._failed.is_set() and asyncio.get_running_loop().time() - self._failed_at > _RETRY_SECONDS[0]:
+            self._failed.clear()
+            self._wanted.set()
         waits = [asyncio.ensure_future(event.wait()) for event in (self._registered, self._failed)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

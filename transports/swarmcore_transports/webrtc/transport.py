@@ -7,8 +7,9 @@ import logging
 import random
 import secrets
 import ssl
+from collections import Counter
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -21,6 +22,7 @@ from swarmcore.errors import (
     ProtocolError,
     StreamClosedError,
     SwarmError,
+    TooManyCallsError,
 )
 from swarmcore.identity import Identity
 from swarmcore.transport import OnStream, Stream, Transport
@@ -32,10 +34,12 @@ from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.greeting import Greeter
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.webrtc.channel_pipe import ChannelPipe
-from swarmcore_transports.webrtc.engine import AiortcConnection, DataChannel, IceServer, PeerConnection
+from swarmcore_transports.webrtc.engine import AiortcConnection, DataChannel
+from swarmcore_transports.webrtc.ice import IceServer, IceServers
+from swarmcore_transports.webrtc.links import Link, Links
 from swarmcore_transports.webrtc.locations import SCHEME, Service, service_of
 from swarmcore_transports.webrtc.signalling_client import SignallingClient, absent
+from swarmcore_transports.webrtc.signalling_clients import SignallingClients
 from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
 from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Absent, Envelope, sealed
 
@@ -46,16 +50,10 @@ _CLOSE_SECONDS = 5.0
 MAX_ANSWERING = 64
 """Most offers of others that are being answered at a time; further ones are refused."""
 
+MAX_ANSWERING_PEER = 4
+"""And of one peer."""
 
-@attrs.define(eq=False)
-class _Link:
-    """The connection to one peer: being made, or made."""
-
-    peer: PeerId
-    connection: PeerConnection
-    exchange: bytes
-    answer: asyncio.Future[str]
-    pipes: set[ChannelPipe] = attrs.field(factory=set)
+_REMEMBERED_OFFERS = 4096
 
 
 class WebRtcTransport(Transport):
@@ -65,9 +63,10 @@ class WebRtcTransport(Transport):
 
     ``listen_on`` says where this peer can be met: ``host:port`` runs a signalling service there,
     ``ws://host:port`` or ``wss://host:port`` registers at one that others run. ``announce`` replaces the
-    addresses of services run here. ``ice`` are STUN and TURN servers, without which only peers are reached
-    that see each other. ``tls`` secures the services run here, ``trusted`` says which foreign ones to
-    believe; by default those that the system does.
+    addresses of services run here. ``ice`` are STUN and TURN servers, or how they are written (see
+    `IceServer.parse`), without which only peers are reached that see each other; with ``relay_only`` nothing
+    but a TURN server ever learns where this peer is. ``tls`` secures the services run here, ``trusted`` says
+    which foreign ones to believe; by default those that the system does.
     """
 
     scheme = SCHEME
@@ -80,24 +79,32 @@ class WebRtcTransport(Transport):
         limits: Limits | None = None,
         listen_on: Sequence[str] = (),
         announce: Sequence[str] = (),
-        ice: Sequence[IceServer] = (),
+        ice: Sequence[IceServer | str] = (),
+        relay_only: bool = False,
         tls: ssl.SSLContext | None = None,
         trusted: ssl.SSLContext | None = None,
         service_limits: ServiceLimits | None = None,
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
-        self._ice = tuple(ice)
+        self._ice = IceServers(ice)
+        if relay_only and not self._ice.can_relay:
+            raise AddressError("relay-only needs a TURN server; name one as turn:USER:PASSWORD@HOST:PORT")
+        self._relay_only = relay_only
         self._tls = tls
         self._trusted = trusted
         self._service_limits = service_limits
         self._listening = False
         self._services: list[SignallingService] = []
-        self._clients: dict[Service, tuple[SignallingClient, asyncio.Task[None]]] = {}
-        self._connecting: dict[PeerId, asyncio.Task[_Link]] = {}
-        self._links: dict[PeerId, _Link] = {}
-        self._exchanges: dict[bytes, _Link] = {}
+        self._clients = SignallingClients(self._make_client)
+        self._connecting: dict[tuple[PeerId, Service], asyncio.Task[Link]] = {}
+        self._links = Links(self.limits, self._in_background)
+        self._exchanges: dict[bytes, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answering = 0
+        self._answering: Counter[PeerId] = Counter()
+        self._offers: dict[bytes, None] = {}  # seen lately, the oldest first
+        self.counters: Counter[str] = Counter()
+        """What was dropped since the start, by name: forged, repeated and ignored signals, and offers
+        that came faster than they could be refused."""
         self._connections = Connections(self.limits, _is_closing)
         self._greeter = Greeter(self._connections, self.limits)
         self._closed = False
@@ -121,8 +128,8 @@ class WebRtcTransport(Transport):
         self._listening = True
         try:
             met = [await self._serve(Service.parse(place)) for place in own]
-            clients = [self._client(attrs.evolve(one, host=_reached(one.host)[0])) for one in met]
-            clients += [self._client(one) for one in foreign]
+            clients = [self._clients.keep(attrs.evolve(one, host=_reached(one.host))) for one in met]
+            clients += [self._clients.keep(one) for one in foreign]
             async with asyncio.timeout(self.limits.connect_timeout):
                 for client in clients[: len(met)]:
                     await client.ready()
@@ -160,18 +167,15 @@ class WebRtcTransport(Transport):
             for waiting in waits:
                 waiting.cancel()
 
-    def _client(self, service: Service) -> SignallingClient:
-        if service not in self._clients:
-            client = SignallingClient(
-                self.identity,
-                service,
-                self._signalled,
-                timeout=self.limits.connect_timeout,
-                tls=self._trusted,
-                rng=random.Random(),
-            )
-            self._clients[service] = client, asyncio.create_task(client.run())
-        return self._clients[service][0]
+    def _make_client(self, service: Service) -> SignallingClient:
+        return SignallingClient(
+            self.identity,
+            service,
+            self._signalled,
+            timeout=self.limits.connect_timeout,
+            tls=self._trusted,
+            rng=random.Random(),
+        )
 
     # --- signalling -----------------------------------------------------------------------------------
 
@@ -189,89 +193,98 @@ class WebRtcTransport(Transport):
                     f"date, or the signalling service misdirects"
                 )
         except SwarmError as exc:
+            self.counters["forged"] += 1
             logger.info("signalling service %s: %s", client.service, exc)
             if link:
                 _fail(link.answer, exc)
             return
         if signal.kind == "offer":
-            self._in_background(self._answer(client, signal))
-        elif link is None:
-            return
-        elif signal.kind == "answer" and not link.answer.done():
+            self._offered(client, signal)
+        elif link is None or link.answer.done():
+            self.counters["ignored"] += 1
+        elif signal.kind == "answer":
             link.answer.set_result(signal.body)
         elif signal.kind == "refusal":
             reason = signal.body[:200]
             _fail(link.answer, PeerUnreachableError(f"{short(link.peer)} refuses: {reason}"))
 
-    async def _answer(self, client: SignallingClient, offer: Envelope) -> None:
+    def _offered(self, client: SignallingClient, offer: Envelope) -> None:
         peer = PeerId(offer.sender)
+        if offer.exchange in self._offers or peer == self.identity.peer:
+            self.counters["repeated"] += 1
+            return
+        if len(self._tasks) >= 4 * MAX_ANSWERING:
+            self.counters["overflow"] += 1
+            return
+        self._offers[offer.exchange] = None
+        if len(self._offers) > _REMEMBERED_OFFERS:
+            del self._offers[next(iter(self._offers))]
         refusal = ""
         if not self._listening or self._closed:
             refusal = "this peer takes no connections"
-        elif self._answering >= MAX_ANSWERING:
+        elif (
+            self._answering.total() >= MAX_ANSWERING
+            or self._answering[peer] >= MAX_ANSWERING_PEER
+            or self._links.full
+        ):
             refusal = "this peer is answering too many others; try again later"
-        if refusal:
-            await self._send(client, sealed(self.identity, peer, offer.exchange, "refusal", refusal))
-            return
-        self._answering += 1
-        link = self._new_link(peer, offer.exchange)
+        self._in_background(
+            self._reply(client, offer, "refusal", refusal) if refusal else self._answer(client, offer)
+        )
+
+    async def _answer(self, client: SignallingClient, offer: Envelope) -> None:
+        peer = PeerId(offer.sender)
+        self._answering[peer] += 1
+        link: Link | None = None
         try:
             async with asyncio.timeout(self.limits.connect_timeout):
+                link = await self._new_link(peer, offer.exchange)
                 answer = await link.connection.answer(offer.body)
-                await self._send(client, sealed(self.identity, peer, offer.exchange, "answer", answer))
+                await self._reply(client, offer, "answer", answer)
                 await link.connection.connected()
-            self._connected(link)
+            self._links.add(link)
         except (SwarmError, TimeoutError) as exc:
             logger.debug("no connection from %s: %r", short(peer), exc)
-            if isinstance(exc, ProtocolError):
-                await self._send(client, sealed(self.identity, peer, offer.exchange, "refusal", exc.message))
-            await link.connection.close()
+            if isinstance(exc, ProtocolError | PeerUnreachableError):
+                await self._reply(client, offer, "refusal", exc.message)
+            if link:
+                await link.connection.close()
         except BaseException:
-            await link.connection.close()
+            if link:
+                await link.connection.close()
             raise
         finally:
-            self._answering -= 1
+            self._answering[peer] -= 1
+            if not self._answering[peer]:
+                del self._answering[peer]
 
-    async def _send(self, client: SignallingClient, envelope: Envelope) -> None:
+    async def _reply(
+        self, client: SignallingClient, offer: Envelope, kind: Literal["answer", "refusal"], body: str
+    ) -> None:
         try:
-            await client.send(envelope)
+            await client.send(sealed(self.identity, PeerId(offer.sender), offer.exchange, kind, body))
         except SwarmError as exc:
             logger.debug("%s", exc)
 
     # --- links ----------------------------------------------------------------------------------------
 
-    def _new_link(self, peer: PeerId, exchange: bytes) -> _Link:
+    async def _new_link(self, peer: PeerId, exchange: bytes) -> Link:
+        ice = await self._ice.choose()
+        if self._relay_only and not any(one.relays for one in ice):
+            raise PeerUnreachableError("only a relay may be used, and no TURN server answers")
         loop = asyncio.get_running_loop()
-        link = _Link(peer, AiortcConnection(self._ice), exchange, loop.create_future())
-        link.connection.on_channel = lambda channel: self._channel_arrived(link, channel)
-        link.connection.on_lost = lambda reason: self._lost(link, reason)
+        connection = AiortcConnection(ice, relay_only=self._relay_only)
+        link = Link(peer, connection, exchange, loop.create_future())
+        connection.on_channel = lambda channel: self._channel_arrived(link, channel)
+        connection.on_lost = lambda reason: self._links.lost(link, reason)
         return link
 
-    def _connected(self, link: _Link) -> None:
-        before = self._links.get(link.peer)
-        self._links[link.peer] = link
-        if before and not before.pipes:
-            self._in_background(before.connection.close())
-
-    def _lost(self, link: _Link, reason: str) -> None:
-        if self._links.get(link.peer) is link:
-            del self._links[link.peer]
-            logger.info("the connection to %s is gone: %s", short(link.peer), reason)
-        for pipe in tuple(link.pipes):
-            pipe.abort()
-        self._in_background(link.connection.close())
-
-    def _channel_arrived(self, link: _Link, channel: DataChannel) -> None:
-        pipe = self._pipe(link, channel)
-        if self._listening and not self._closed:
+    def _channel_arrived(self, link: Link, channel: DataChannel) -> None:
+        pipe = self._links.pipe(link, channel)
+        if pipe and self._listening and not self._closed:
             self._greeter.accepted(pipe, link.peer)
-        else:
+        elif pipe:
             pipe.abort()
-
-    def _pipe(self, link: _Link, channel: DataChannel) -> ChannelPipe:
-        pipe = ChannelPipe(channel, link.connection.path, link.pipes.discard)
-        link.pipes.add(pipe)
-        return pipe
 
     # --- dialling -------------------------------------------------------------------------------------
 
@@ -284,9 +297,9 @@ class WebRtcTransport(Transport):
             seconds = self.limits.connect_timeout
             try:
                 async with asyncio.timeout(seconds):
-                    link = self._links.get(peer) or await self._link_to(peer, service)
-                    channel = await link.connection.open_channel()
-                    connection = await self._greeter.dialled(self._pipe(link, channel), peer)
+                    connection = await self._dialled_again(peer)
+                    if connection is None:
+                        connection = await self._open(await self._link_to(peer, service))
             except TimeoutError as exc:
                 self._check_open()
                 raise PeerUnreachableError(
@@ -295,12 +308,32 @@ class WebRtcTransport(Transport):
         connection.write(encode_frame(Kind.OPEN))
         return FramedStream(connection, peer, self.limits)
 
-    async def _link_to(self, peer: PeerId, service: Service) -> _Link:
-        """One exchange at a time for each peer, whoever waits for it or stops waiting."""
-        task = self._connecting.get(peer)
+    async def _open(self, link: Link) -> Connection:
+        pipe = self._links.pipe(link, await link.connection.open_channel())
+        if pipe is None:
+            raise TooManyCallsError(f"too many streams to {short(link.peer)}; close some first")
+        return await self._greeter.dialled(pipe, link.peer)
+
+    async def _dialled_again(self, peer: PeerId) -> Connection | None:
+        """Another channel of the link there is. None when there is none, or it is found dead."""
+        link = self._links.get(peer)
+        if link is None:
+            return None
+        try:
+            async with asyncio.timeout(min(self.limits.keepalive, self.limits.connect_timeout / 2)):
+                return await self._open(link)
+        except (ConnectionLostError, PeerUnreachableError, TimeoutError) as exc:
+            self._check_open()
+            self._links.lost(link, f"it took no further channel: {exc!r}")
+            return None
+
+    async def _link_to(self, peer: PeerId, service: Service) -> Link:
+        """One exchange at a time for each peer and service, whoever waits for it or stops waiting."""
+        key = peer, service
+        task = self._connecting.get(key)
         if task is None:
-            task = self._connecting[peer] = asyncio.create_task(self._dial(peer, service))
-            task.add_done_callback(lambda _: self._connecting.pop(peer, None))
+            task = self._connecting[key] = asyncio.create_task(self._dial(peer, service))
+            task.add_done_callback(lambda _: self._connecting.pop(key, None))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -311,28 +344,30 @@ class WebRtcTransport(Transport):
             self._check_open()
             raise type(exc)(exc.message, **exc.details) from exc
 
-    async def _dial(self, peer: PeerId, service: Service) -> _Link:
-        link = self._new_link(peer, secrets.token_bytes(EXCHANGE_BYTES))
-        self._exchanges[link.exchange] = link
+    async def _dial(self, peer: PeerId, service: Service) -> Link:
+        link: Link | None = None
         try:
-            async with asyncio.timeout(self.limits.connect_timeout):
-                client = self._client(service)
-                offer = await link.connection.offer()
-                await client.send(sealed(self.identity, peer, link.exchange, "offer", offer))
-                await link.connection.accept(await link.answer)
-                await link.connection.connected()
-        except ConnectionLostError as exc:
-            await link.connection.close()
-            raise PeerUnreachableError(f"cannot reach {short(peer)}: {exc.message}") from exc
-        except TimeoutError as exc:
-            await link.connection.close()
-            raise PeerUnreachableError(f"{short(peer)} did not answer by {service} in time") from exc
-        except BaseException:
-            await link.connection.close()
+            with self._clients.using(service) as client:
+                async with asyncio.timeout(self.limits.connect_timeout):
+                    link = await self._new_link(peer, secrets.token_bytes(EXCHANGE_BYTES))
+                    self._exchanges[link.exchange] = link
+                    offer = await link.connection.offer()
+                    await client.send(sealed(self.identity, peer, link.exchange, "offer", offer))
+                    await link.connection.accept(await link.answer)
+                    await link.connection.connected()
+        except BaseException as exc:
+            if link:
+                await link.connection.close()
+            if isinstance(exc, ConnectionLostError):
+                self._ice.forget()
+                raise PeerUnreachableError(f"cannot reach {short(peer)}: {exc.message}") from exc
+            if isinstance(exc, TimeoutError):
+                raise PeerUnreachableError(f"{short(peer)} did not answer by {service} in time") from exc
             raise
         finally:
-            del self._exchanges[link.exchange]
-        self._connected(link)
+            if link:
+                del self._exchanges[link.exchange]
+        self._links.add(link)
         return link
 
     # --- the end --------------------------------------------------------------------------------------
@@ -355,14 +390,12 @@ class WebRtcTransport(Transport):
         self._closed = True
         self._connections.begin_close()
         await self._connections.finish_close()
-        tasks = [*self._connecting.values(), *self._tasks, *(task for _, task in self._clients.values())]
+        tasks = [*self._connecting.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
-        self._clients.clear()
-        links, self._links = list(self._links.values()), {}
-        await asyncio.gather(*(link.connection.close() for link in links))
+        await asyncio.gather(self._clients.close(), self._links.close(), self._ice.close())
         for service in self._services:
             await service.close()
         self._services.clear()
@@ -380,8 +413,8 @@ def _fail(future: asyncio.Future[str], error: SwarmError) -> None:
         future.exception()  # seen here: the dial may have been given up
 
 
-def _reached(host: str) -> list[str]:
-    return ["127.0.0.1"] if host == "0.0.0.0" else ["::1"] if host == "::" else [host]
+def _reached(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _location(text: str, peer: PeerId) -> str:

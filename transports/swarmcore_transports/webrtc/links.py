@@ -1,0 +1,124 @@
+"""The connections to other peers, by peer: made, in use, idle, lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import attrs
+
+from swarmcore.types import PeerId, short
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.webrtc.channel_pipe import ChannelPipe
+from swarmcore_transports.webrtc.engine import DataChannel, PeerConnection
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 90.0
+"""How long a connection without a channel is kept; channels themselves are kept for a minute."""
+
+
+@attrs.define(eq=False)
+class Link:
+    """The connection to one peer: being made, or made."""
+
+    peer: PeerId
+    connection: PeerConnection
+    exchange: bytes
+    answer: asyncio.Future[str]
+    """The SDP of the peer, if this side has dialled."""
+    pipes: set[ChannelPipe] = attrs.field(factory=set)
+    idle_since: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Link {short(self.peer)} · {self.connection.path} · {len(self.pipes)} channels>"
+
+
+class Links:
+    """At most one link for each peer is for new channels: the latest. Those before it live as long as their
+    channels; one without channels is closed after `IDLE_SECONDS`.
+    """
+
+    def __init__(self, limits: Limits, in_background: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+        self._most = limits.max_calls
+        self._most_channels = 2 * limits.max_calls_per_peer
+        self._silence = 2 * limits.keepalive
+        self._in_background = in_background
+        self._current: dict[PeerId, Link] = {}
+        self._all: set[Link] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self.refused_channels = 0
+        """Channels of peers that had too many."""
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def full(self) -> bool:
+        """Whether no peer should be answered any more."""
+        return len(self._all) >= self._most
+
+    def get(self, peer: PeerId) -> Link | None:
+        """The link on which new channels to ``peer`` are opened."""
+        return self._current.get(peer)
+
+    def add(self, link: Link) -> None:
+        """``link`` is connected."""
+        loop = asyncio.get_running_loop()
+        link.idle_since = loop.time()
+        self._all.add(link)
+        before, self._current[link.peer] = self._current.get(link.peer), link
+        if before and not before.pipes:
+            self.lost(before, "there is a newer one")
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(IDLE_SECONDS, self._sweep)
+
+    def pipe(self, link: Link, channel: DataChannel) -> ChannelPipe | None:
+        """A pipe over ``channel`` of ``link``; None, and the channel closed, when the peer has too many."""
+        if len(link.pipes) >= self._most_channels:
+            self.refused_channels += 1
+            channel.close()
+            return None
+        pipe = ChannelPipe(channel, link.connection.path, lambda ended: self._pipe_ended(link, ended))
+        link.pipes.add(pipe)
+        return pipe
+
+    def lost(self, link: Link, reason: str) -> None:
+        """``link`` is of no use any more: end what goes over it. Harmless when repeated."""
+        if self._current.get(link.peer) is link:
+            del self._current[link.peer]
+            logger.info("the connection to %s is gone: %s", short(link.peer), reason)
+        self._all.discard(link)
+        for pipe in tuple(link.pipes):
+            link.pipes.discard(pipe)
+            pipe.abort()
+        self._in_background(link.connection.close())
+
+    def _pipe_ended(self, link: Link, pipe: ChannelPipe) -> None:
+        """A pipe that long heard nothing was cut for that; if no other hears the peer, nobody is there."""
+        if pipe not in link.pipes:
+            return
+        link.pipes.discard(pipe)
+        now = asyncio.get_running_loop().time()
+        link.idle_since = now
+        if now - max(one.heard_at for one in (pipe, *link.pipes)) > self._silence:
+            self.lost(link, "the peer is silent")
+        elif not link.pipes and self._current.get(link.peer) is not link:
+            self.lost(link, "there is a newer one")
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        for link in tuple(self._all):
+            if not link.pipes and loop.time() - link.idle_since >= IDLE_SECONDS:
+                self.lost(link, "it was idle")
+        self._sweeper = loop.call_later(IDLE_SECONDS / 3, self._sweep) if self._all else None
+
+    async def close(self) -> None:
+        """Close all."""
+        if self._sweeper:
+            self._sweeper.cancel()
+        links, self._all = self._all, set()
+        self._current.clear()
+        await asyncio.gather(*(link.connection.close() for link in links))
