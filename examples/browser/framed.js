@@ -15,7 +15,7 @@ const MESSAGE_COST = 256
 const WINDOW = 2 ** 21
 /** So that any message fits the window as a whole: credit is then granted when a message is taken, and at no other time. */
 const MAX_MESSAGE = WINDOW - MESSAGE_COST
-const KEEPALIVE = 10_000
+const KEEPALIVE = 2000 // three times that without a byte, and the connection is lost
 const PIECE = 2 ** 14 // what every browser sends as one message of a channel
 const HIGH_WATER = 2 ** 20
 const OPEN_TIMEOUT = 10
@@ -211,23 +211,33 @@ export class FramedStream {
   }
 }
 
-/** Cuts what comes into frames. */
+/** Cuts what comes into frames. It is joined once for each frame, however small the pieces are. */
 class FrameReader {
-  #rest = new Uint8Array()
+  #pieces = []
+  #held = 0
+  #needed = HEADER
+  #rest
 
   /** The frames that are whole now. */
   read (data) {
-    this.#rest = joined([this.#rest, data])
+    this.#pieces.push(data)
+    this.#held += data.length
     const frames = []
+    if (this.#held < this.#needed) return frames
+    this.#rest = joined(this.#pieces)
     for (let frame; (frame = this.#next()) != null;) frames.push(frame)
+    this.#pieces = [this.#rest]
+    this.#held = this.#rest.length
     return frames
   }
 
   #next () {
+    this.#needed = HEADER
     if (this.#rest.length < HEADER) return null
     const header = new DataView(this.#rest.buffer, this.#rest.byteOffset)
     const end = HEADER + header.getUint32(1, true)
     if (end > HEADER + MAX_PART) throw violation(`a frame of ${end} bytes`)
+    this.#needed = end
     if (this.#rest.length < end) return null
     const frame = { kind: header.getUint8(0), value: header.getUint32(5, true), body: this.#rest.slice(HEADER, end) }
     this.#rest = this.#rest.subarray(end)

@@ -9,6 +9,7 @@ const MAX_NEW_TOKENS = 256
 const [own, state, servers, head, talk] = ['own', 'state', 'servers', 'head', 'talk'].map(id => document.getElementById(id))
 const { join, chat } = document.forms
 const roundTrips = new Map()
+const measuring = new Set()
 const messages = []
 let swarm
 let answering = false
@@ -50,11 +51,15 @@ function iceServers (text) {
 
 function measure () {
   for (const info of swarm?.servers ?? []) {
-    if (!pageAddress(info)) continue
+    if (!pageAddress(info) || measuring.has(info.peer)) continue
+    measuring.add(info.peer)
     swarm.ping(info)
       .then(milliseconds => roundTrips.set(info.peer, `${milliseconds.toFixed(1)} ms`))
       .catch(error => roundTrips.set(info.peer, error.name))
-      .finally(draw)
+      .finally(() => {
+        measuring.delete(info.peer)
+        draw()
+      })
   }
 }
 

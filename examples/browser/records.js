@@ -5,6 +5,7 @@ import { decode } from './msgpack.js'
 
 const DOMAIN = new TextEncoder().encode('swarmcore registry record 1\0')
 const MAX_PEERS = 10_000
+const MAX_TTL = 3600
 
 export class Records {
   #known = new Map()
@@ -45,8 +46,9 @@ export class Records {
     const known = this.#known.get(peer)
     if (known ? known.sequence >= sequence : this.#known.size >= MAX_PEERS) return
     if (!await verify(peer, Uint8Array.of(...DOMAIN, ...payload), signature)) throw new Error('it is not signed')
-    if (info != null && (info.peer !== peer || !Array.isArray(info.addresses))) throw new Error('it is malformed')
-    this.#known.set(peer, { sequence, info, until: performance.now() + 1000 * ttl })
+    const sound = info == null || (info.peer === peer && Array.isArray(info.addresses))
+    if (!sound || !(ttl > 0)) throw new Error('it is malformed')
+    this.#known.set(peer, { sequence, info, until: performance.now() + 1000 * Math.min(ttl, MAX_TTL) })
   }
 }
 

@@ -94,7 +94,9 @@ export class Signalling {
     }
     const meant = signal.receiver === this.#identity.peer && signal.sender === exchange.peer
     if (!meant || !await verify(signal.sender, statement(signal), unbase64(signal.signature))) {
-      throw new SwarmError('PeerIdentityError', `${peer} did not sign what came in its name`)
+      exchange.reject(new SwarmError('PeerIdentityError', `${peer} did not sign what came in its name; the ` +
+        'signalling service misdirects, or has changed it'))
+      return
     }
     if (signal.kind === 'answer') exchange.resolve(signal.body)
     if (signal.kind === 'refusal') {

@@ -1,12 +1,13 @@
 /** A swarm as a page sees it: its servers, the round trip to each, and text from those that make it for others. */
 import { Connection } from './connection.js'
-import { SwarmError } from './errors.js'
+import { SwarmError, within } from './errors.js'
 import { short } from './identity.js'
 import { Records, pageAddress } from './records.js'
 import { Channel, call } from './rpc.js'
 import { Signalling, parseAddress } from './signalling.js'
 
 const CALL_TIMEOUT = 10
+const CHECK_TIMEOUT = 5
 const SILENCE = 20 // a member that is watched says something every 5 s
 const PIECE_TIMEOUT = 180 // a text may wait for its turn, and for servers that take over from others
 const RETRY_MS = 2000
@@ -99,7 +100,10 @@ export class Swarm extends EventTarget {
     try {
       for (;;) {
         const { kind, record } = await channel.receive(PIECE_TIMEOUT)
-        if (kind === 'GenerationEnded') return
+        if (kind === 'GenerationEnded') {
+          channel.close()
+          return
+        }
         if (kind !== 'TextPiece') continue // it has started
         tokens.push(...record.tokens)
         taken += record.tokens.length
@@ -110,7 +114,7 @@ export class Swarm extends EventTarget {
         }
       }
     } finally {
-      channel.close()
+      channel.abort('nobody reads the text any more')
     }
   }
 
@@ -152,8 +156,8 @@ export class Swarm extends EventTarget {
     for (let at = 0; at + 16 <= entries.length; at += 16) {
       const suspect = this.#records.numbered(Number(view.getBigUint64(at + 8, true)))
       if (suspect == null) continue
-      const alive = pageAddress(suspect) ? this.ping(suspect) : Promise.reject(new Error('no address for a page'))
-      alive.catch(() => {
+      const asked = pageAddress(suspect) ? this.ping(suspect) : Promise.reject(new Error('no address for a page'))
+      within(CHECK_TIMEOUT, asked, 'a sign of life').catch(() => {
         this.#records.hide(suspect.peer)
         this.#tell('changed')
       })

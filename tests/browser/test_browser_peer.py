@@ -17,10 +17,14 @@ import pytest
 import pytest_asyncio
 
 import swarmcore
+from swarmcore import Identity
 from swarmcore.testing.nursery import ServerNursery
 from swarmcore.testing.processes import ServerProcess
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
+from swarmcore_transports.webrtc.locations import Service
+from swarmcore_transports.webrtc.signalling_service import SignallingService
+from swarmcore_transports.webrtc.signals import sealed
 
 pytestmark = [
     pytest.mark.e2e,
@@ -145,9 +149,77 @@ async def test_garbage_from_a_page_harms_nobody(page: chromium.Page, servers: li
 
 async def test_wrong_peer_id_is_refused(page: chromium.Page, servers: list[ServerProcess]) -> None:
     """The signalling service of a server is asked for a peer that is not there."""
-    elsewhere = webrtc_address(servers[0]).replace(servers[0].peer, swarmcore.Identity.generate().peer)
+    elsewhere = webrtc_address(servers[0]).replace(servers[0].peer, Identity.generate().peer)
     with pytest.raises(AssertionError, match=r"PeerUnreachableError: .* cannot be reached"):
         await page.run(JOINED, address=elsewhere)
+
+
+class Forging(SignallingService):
+    """Answers offers itself, in the name of whoever they are for."""
+
+    def _pass(self, envelope: Any, sender: Any) -> None:
+        answer = sealed(Identity.generate(), envelope.sender, envelope.exchange, "answer", envelope.body)
+        sender.waiting.put_nowait(msgspec.structs.replace(answer, sender=envelope.receiver))
+
+
+async def test_signalling_service_cannot_answer_for_others(page: chromium.Page) -> None:
+    service = Forging()
+    place = await service.start(Service("127.0.0.1", 0))
+    try:
+        with pytest.raises(AssertionError, match=r"PeerIdentityError: .* did not sign"):
+            await page.run(JOINED, address=str(place.address(Identity.generate().peer)))
+    finally:
+        await service.close()
+
+
+async def test_identity_is_kept_by_the_browser(page: chromium.Page, site: str) -> None:
+    """But for a second page, which is another peer."""
+    own = "document.getElementById('own')?.textContent"
+    await page.open(site)
+    before = await page.until(own)
+    await page.open(site)
+    assert await page.until(own) == before
+    second = "const { Identity } = await import('/identity.js'); return (await Identity.ofThisBrowser()).peer"
+    assert await page.run(second) != before
+
+
+async def test_head_peer_dies_while_the_page_reads(
+    page: chromium.Page, nursery: ServerNursery, servers: list[ServerProcess], smollm2_folder: Path
+) -> None:
+    """Another one goes on with the same text, and the dead one is listed no more."""
+    gateway = await nursery.start(
+        *("bootstrap", "--serve-head", "--model", str(smollm2_folder), "--dtype", "float32"),
+        *(*BOTH, "--bootstrap", servers[0].address),
+    )
+    beginning = """
+        const heads = () => Object.getOwnPropertyDescriptor(Swarm.prototype, 'heads').get.call(swarm);
+        const before = other => other.peer === gateway ? -1 : 1;
+        Object.defineProperty(swarm, 'heads', { get: () => heads().sort(before) });
+        while (swarm.heads[0]?.peer !== gateway || swarm.heads.length < 2) {
+          await new Promise(resolve => swarm.addEventListener('changed', resolve, { once: true }));
+        }
+        const pieces = swarm.generate(question, { temperature: 0, max_new_tokens: 60, min_new_tokens: 60 });
+        window.state = { swarm, pieces, text: (await pieces.next()).value };
+    """
+    rest = """
+        const { swarm, pieces } = window.state;
+        let { text } = window.state;
+        for await (const piece of pieces) text += piece;
+        while (swarm.servers.some(({ peer }) => peer === gateway)) {
+          await new Promise(resolve => swarm.addEventListener('changed', resolve, { once: true }));
+        }
+        swarm.close();
+        return text;
+    """
+    try:
+        address = webrtc_address(servers[0])
+        await page.run(JOINED + beginning, address=address, question=QUESTION, gateway=gateway.peer)
+    finally:
+        await gateway.kill()
+    said = await page.run(rest, gateway=gateway.peer)
+    async with swarmcore.connect(servers[0].address) as swarm:
+        options = {"temperature": 0.0, "max_new_tokens": 60, "min_new_tokens": 60}
+        assert said == await swarm.generate(QUESTION, **options)
 
 
 @pytest.mark.parametrize(
