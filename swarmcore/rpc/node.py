@@ -23,9 +23,10 @@ from swarmcore.errors import (
 from swarmcore.identity import Identity
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
+from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
 from swarmcore.rpc.method import Caller, Method, Protocol, Rep, Req
 from swarmcore.rpc.serving import Server
-from swarmcore.transport import Stream, Transport
+from swarmcore.transport import Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.failure import Failure, to_error
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
@@ -71,6 +72,8 @@ class Node:
         self._calls_out = 0
         self._paths: OrderedDict[PeerId, str] = OrderedDict()
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
+        self._own_streams: set[MemoryStream] = set()
+        self._own_tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
@@ -137,6 +140,11 @@ class Node:
             _, late = await asyncio.wait(serving, timeout=_CLOSE_TIMEOUT)
             if late:
                 logger.warning("%r: %d handlers did not end when they were cancelled", self, len(late))
+        for stream in list(self._own_streams):
+            stream.abort("this node is closed")
+        own = self._own_tasks - {asyncio.current_task()}
+        if own:
+            await asyncio.wait(own, timeout=_CLOSE_TIMEOUT)
         await asyncio.gather(*(transport.close() for transport in self._transports.values()))
 
     async def __aenter__(self) -> Node:
@@ -252,6 +260,8 @@ class Node:
         if not self._allows(peer):
             raise PeerNotAllowedError(f"{short(peer)} is not among the allowed peers of this closed swarm")
         self.counters["calls_out"] += 1
+        if peer == self.peer:
+            return self._dial_itself()
         stream = await dial(self._transports, addresses, deadline)
         self._paths[peer] = stream.path
         self._paths.move_to_end(peer)
@@ -259,13 +269,22 @@ class Node:
             self._paths.popitem(last=False)
         return stream
 
+    def _dial_itself(self) -> Stream:
+        """A stream inside the process: the way out and back in need not be open, as behind most routers."""
+        end = StreamEnd(self.peer, self.limits, self._own_streams)
+        near, far = stream_pair(end, end)
+        task = asyncio.create_task(serve_stream(far, self._accept), name="stream of a peer with itself")
+        self._own_tasks.add(task)
+        task.add_done_callback(self._own_tasks.discard)
+        return near
+
     @property
     def paths(self) -> Mapping[PeerId, str]:
         """How each of the last thousand peers called was reached, as in `Stream.path`."""
         return MappingProxyType(self._paths)
 
     def _allows(self, peer: PeerId) -> bool:
-        return self.allowed_peers is None or peer in self.allowed_peers
+        return self.allowed_peers is None or peer in self.allowed_peers or peer == self.peer
 
     async def _accept(self, stream: Stream) -> None:
         task = asyncio.current_task()

@@ -18,8 +18,9 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.rpc.dialing import STAGGER, dial
+from swarmcore.rpc.memory_stream import StreamEnd, stream_pair
 from swarmcore.testing import MemoryNetwork
-from swarmcore.testing.memory import MemoryStream, MemoryTransport
+from swarmcore.testing.memory import MemoryTransport
 from swarmcore.transport import Stream
 from swarmcore.types import Address
 
@@ -58,8 +59,7 @@ class Slow(MemoryTransport):
                 raise
         if isinstance(error, SwarmError):
             raise error
-        stream = MemoryStream(self, address.peer)
-        stream._join(MemoryStream(self, ME.peer))
+        stream, _ = stream_pair(*(StreamEnd(peer, self.limits, set()) for peer in (ME.peer, address.peer)))
         stream.path = place
         self.opened.append(stream)
         return stream

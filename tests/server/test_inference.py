@@ -16,9 +16,10 @@ from counting_servers import (
 
 from swarmcore.identity import Identity
 from swarmcore.routing.chain import Stage
+from swarmcore.rpc.memory_stream import MemoryStream
 from swarmcore.rpc.node import Node
 from swarmcore.testing.executor import hidden_states, read_rows
-from swarmcore.testing.memory import MemoryNetwork, MemoryStream
+from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import PeerId, Span
 
 
@@ -83,7 +84,7 @@ async def test_a_token_over_n_servers_costs_n_plus_one_messages(network, client,
     send = MemoryStream.send
 
     async def counted(self: MemoryStream, *buffers) -> None:
-        sent[self._transport.identity.peer, self.remote] += 1
+        sent[self._end.peer, self.remote] += 1
         await send(self, *buffers)
 
     async with (
