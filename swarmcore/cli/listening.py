@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swarmcore.cli.webrtc import SCHEME as _WEBRTC
+from swarmcore.cli.webrtc import webrtc_options
 from swarmcore.errors import InputError
 from swarmcore.identity import public_key
 from swarmcore.transport import transport_class
@@ -34,6 +36,7 @@ def network_config(
     no_upnp: bool = False,
     mdns: bool = False,
     registry: RegistryKind = "gossip",
+    **webrtc: Any,
 ) -> NetworkConfig:
     """Make the configuration of ``peer`` from the values of `network_options`.
 
@@ -59,13 +62,23 @@ def network_config(
         ),
         bootstrap=tuple(bootstrap),
         allowed_peers=frozenset(map(PeerId, allowed_peers)) or None,
-        options=_options(transports, relay, relay_peers, no_upnp, mdns),
+        options=_libp2p_options(transports, relay, relay_peers, no_upnp, mdns)
+        | _webrtc_options(transports, webrtc),
         registry=registry,
         find_neighbours=mdns,
     )
 
 
-def _options(
+def _webrtc_options(transports: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What WebRTC is told. Raise `InputError` for a flag that concerns nobody here."""
+    flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if flags and _WEBRTC not in transports:
+        raise InputError(f"{', '.join(flags)}: only for transport {_WEBRTC}; add --transport {_WEBRTC}")
+    options = webrtc_options(**given)
+    return {_WEBRTC: options} if options else {}
+
+
+def _libp2p_options(
     transports: Sequence[str], relay: str | None, relay_peers: Sequence[str], no_upnp: bool, mdns: bool
 ) -> dict[str, dict[str, Any]]:
     """What libp2p is told. Raise `InputError` for a flag that concerns nobody here."""

@@ -13,6 +13,7 @@ import attrs
 import click
 
 from swarmcore.cli.output import Output
+from swarmcore.cli.webrtc import CLIENT_OPTIONS, LISTENING_OPTIONS, SCHEME, webrtc_options
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.identity import Identity
 from swarmcore.session.laps import JournalMode
@@ -166,6 +167,7 @@ _LISTENING = (
         "[default: members that relay]",
     ),
     click.option("--no-upnp", is_flag=True, help="Do not ask the router to map a port (libp2p)."),
+    *LISTENING_OPTIONS,
     click.option(
         "--allow-peer",
         "allowed_peers",
@@ -191,6 +193,7 @@ _CLIENT = (
     ),
     _mdns,
     _registry,
+    *CLIENT_OPTIONS,
     _identity,
 )
 
@@ -318,6 +321,10 @@ class RemoteModelOptions:
     bootstrap: tuple[str, ...]
     mdns: bool
     registry: RegistryKind
+    ice: tuple[str, ...]
+    ice_file: str | None
+    ice_relay_only: bool
+    signalling_ca: str | None
     identity_file: str | None
     model: str | None
     revision: str | None
@@ -331,6 +338,16 @@ class RemoteModelOptions:
     patience: float
     route: bool
     wait: float
+
+    @property
+    def transport_options(self) -> dict[str, dict[str, Any]]:
+        """As `connect` takes them."""
+        return transport_options(
+            ice=self.ice,
+            ice_file=self.ice_file,
+            ice_relay_only=self.ice_relay_only,
+            signalling_ca=self.signalling_ca,
+        )
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -351,6 +368,12 @@ sampling_options = _gathering("sampling", _given, _SAMPLING)
 
 The command gets as ``sampling`` the keyword arguments of `RemoteModel.generate` that were given.
 """
+
+
+def transport_options(**webrtc: Any) -> dict[str, dict[str, Any]]:
+    """From the values of `client_options` that concern one transport to what `connect` takes."""
+    options = webrtc_options(**webrtc)
+    return {SCHEME: options} if options else {}
 
 
 def load_identity(file: str | None) -> Identity:

@@ -36,6 +36,7 @@ async def remote_model(
         *options.bootstrap,
         mdns=options.mdns,
         registry=options.registry,
+        transport_options=options.transport_options,
         identity=load_identity(options.identity_file),
         allowed_servers=options.allowed_servers or None,
         blocked_servers=options.blocked_servers,

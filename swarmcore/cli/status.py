@@ -13,7 +13,7 @@ import click
 from swarmcore.cli import interrupt
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.notes import Notes, ask
-from swarmcore.cli.options import client_options, load_identity, standard
+from swarmcore.cli.options import client_options, load_identity, standard, transport_options
 from swarmcore.cli.output import Output
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
@@ -43,6 +43,7 @@ def status(
     registry: RegistryKind,
     identity_file: str | None,
     once: bool,
+    **webrtc: Any,
 ) -> None:
     """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
     training runs, until Ctrl-C.
@@ -56,6 +57,7 @@ def status(
             mdns,
             registry,
             identity_file,
+            transport_options(**webrtc),
             once=once or not (sys.stdout.isatty() or output.json_lines),
         ),
         interrupted_status=0,
@@ -68,6 +70,7 @@ async def _watch(
     mdns: bool,
     registry: RegistryKind,
     identity_file: str | None,
+    options: dict[str, dict[str, Any]],
     *,
     once: bool,
 ) -> None:
@@ -77,7 +80,9 @@ async def _watch(
     from swarmcore.client.swarm import connect
 
     identity = load_identity(identity_file)
-    async with connect(*bootstrap, mdns=mdns, registry=registry, identity=identity) as swarm:
+    async with connect(
+        *bootstrap, mdns=mdns, registry=registry, identity=identity, transport_options=options
+    ) as swarm:
         view, notes = swarm.view(), await ask(swarm)
         output.event("status", **describe(view, notes, swarm.paths))
         if once and not output.json_lines:

@@ -28,6 +28,7 @@ async def generate_thin(
             *remote.bootstrap,
             mdns=remote.mdns,
             registry=remote.registry,
+            transport_options=remote.transport_options,
             identity=load_identity(remote.identity_file),
             allowed_servers=remote.allowed_servers or None,
             blocked_servers=remote.blocked_servers,

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.heads import HeadChoice
@@ -305,6 +305,7 @@ def connect(
     *bootstrap: str,
     identity: Identity | None = None,
     transports: Sequence[str] = (),
+    transport_options: Mapping[str, Mapping[str, Any]] | None = None,
     mdns: bool = False,
     registry: RegistryKind = "gossip",
     allowed_servers: Collection[PeerId] | None = None,
@@ -314,9 +315,10 @@ def connect(
 ) -> Swarm:
     """A swarm that any of the ``bootstrap`` addresses is a member of. Use it as ``async with connect(…)``.
 
-    ``transports`` are schemes to have besides those of the bootstrap addresses. With ``mdns`` members are
-    looked for on the local network, too, over libp2p, and no address is needed. ``registry`` is the one that
-    the swarm's members run. ``allowed_servers``, when
+    ``transports`` are schemes to have besides those of the bootstrap addresses, ``transport_options`` the
+    keyword arguments of their constructors, by scheme (what is named there, the swarm has, too). With
+    ``mdns`` members are looked for on the local network, too, over libp2p, and no address is needed.
+    ``registry`` is the one that the swarm's members run. ``allowed_servers``, when
     given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
     most ``max_hops`` servers. Raise `AddressError` for a bad address or peer id,
     `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
@@ -331,8 +333,13 @@ def connect(
     for peer in (*(allowed_servers or ()), *blocked_servers):
         public_key(peer)
     identity = identity or Identity.generate()
-    schemes = dict.fromkeys([*(a.scheme for a in addresses), *transports, *([_MDNS] if mdns else [])])
-    backends = [transport_class(scheme)(identity, limits=limits) for scheme in schemes]
+    options = transport_options or {}
+    schemes = dict.fromkeys(
+        [*(a.scheme for a in addresses), *transports, *options, *([_MDNS] if mdns else [])]
+    )
+    backends = [
+        transport_class(scheme)(identity, limits=limits, **options.get(scheme, {})) for scheme in schemes
+    ]
     node = Node(identity, backends, limits=limits)
     latencies = Latencies()
     router = LeastLatency(
@@ -346,6 +353,7 @@ def connect(
         connect,
         *bootstrap,
         transports=transports,
+        transport_options=transport_options,
         mdns=mdns,
         registry=registry,
         allowed_servers=allowed_servers,

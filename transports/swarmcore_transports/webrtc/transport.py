@@ -113,6 +113,10 @@ class WebRtcTransport(Transport):
         state = "closed" if self._closed else "listening" if self._listening else "open"
         return f"<WebRtcTransport {short(self.identity.peer)} {state} · {len(self._links)} peers>"
 
+    @classmethod
+    def address_at(cls, place: str, peer: PeerId) -> Address:
+        return Service.parse(_location(place, peer).removesuffix(f"/{peer}")).address(peer)
+
     # --- listening ------------------------------------------------------------------------------------
 
     async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:

@@ -1,0 +1,111 @@
+"""The options that concern WebRTC: how to get through routers, and whom to believe to be a meeting point."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swarmcore.errors import InputError
+
+SCHEME = "webrtc"
+
+CLIENT_OPTIONS = (
+    click.option(
+        "--ice",
+        multiple=True,
+        metavar="SERVER",
+        help="STUN or TURN server for the way through routers (WebRTC): stun:HOST:PORT, "
+        "turn:USER:PASSWORD@HOST:PORT or turn-secret:SECRET@HOST:PORT, with ?transport=tcp if need be; "
+        "repeat for several, of which those are used that answer.",
+    ),
+    click.option(
+        "--ice-file",
+        metavar="FILE",
+        help="The same from a file that only its owner may read, one a line: passwords are not for command "
+        "lines.",
+    ),
+    click.option(
+        "--ice-relay-only",
+        is_flag=True,
+        help="Talk by way of TURN servers alone (WebRTC): others do not learn this machine's address.",
+    ),
+    click.option(
+        "--signalling-ca",
+        metavar="FILE",
+        help="Certificates (PEM) to believe of meeting points with TLS. [default: the system's]",
+    ),
+)
+"""What every peer takes that may dial."""
+
+LISTENING_OPTIONS = (
+    *CLIENT_OPTIONS,
+    click.option(
+        "--signalling-cert",
+        metavar="FILE",
+        help="Certificate chain (PEM) of the meeting point run here (WebRTC); with it, TLS.",
+    ),
+    click.option("--signalling-key", metavar="FILE", help="The key of --signalling-cert (PEM)."),
+)
+"""What every listening peer takes besides."""
+
+
+def webrtc_options(
+    *,
+    ice: Sequence[str] = (),
+    ice_file: str | None = None,
+    ice_relay_only: bool = False,
+    signalling_ca: str | None = None,
+    signalling_cert: str | None = None,
+    signalling_key: str | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments of the transport that were given. Raise `InputError` for what cannot be read."""
+    options: dict[str, Any] = {}
+    if servers := (*ice, *(read_ice_file(ice_file) if ice_file is not None else ())):
+        options["ice"] = servers
+    if ice_relay_only:
+        options["relay_only"] = True
+    if signalling_ca is not None:
+        options["trusted"] = _context(ssl.Purpose.SERVER_AUTH, signalling_ca)
+    if signalling_cert is not None:
+        options["tls"] = _context(ssl.Purpose.CLIENT_AUTH, signalling_cert, signalling_key)
+    elif signalling_key is not None:
+        raise InputError("--signalling-key belongs to a certificate; name it with --signalling-cert")
+    return options
+
+
+def read_ice_file(file: str) -> tuple[str, ...]:
+    """The servers in ``file``, one a line; empty lines and those that begin with # are passed over.
+
+    Raise `InputError` when it cannot be read, or others than its owner can read it.
+    """
+    path = Path(file).expanduser()
+    try:
+        if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise InputError(f"ICE file {path} can be read by other users; run: chmod 600 {path}")
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
+        raise InputError(f"ICE file {path} cannot be read: {reason}") from exc
+    servers = tuple(line for line in lines if line and not line.startswith("#"))
+    if not servers:
+        raise InputError(f"ICE file {path} names no server; write one a line, such as stun:HOST:PORT")
+    return servers
+
+
+def _context(purpose: ssl.Purpose, file: str, key: str | None = None) -> ssl.SSLContext:
+    try:
+        if purpose is ssl.Purpose.SERVER_AUTH:
+            return ssl.create_default_context(purpose, cafile=file)
+        context = ssl.create_default_context(purpose)
+        context.load_cert_chain(file, key)
+        return context
+    except (OSError, ValueError) as exc:  # ssl.SSLError is an OSError
+        raise InputError(
+            f"the certificate {file}{f' with key {key}' if key else ''} cannot be used: {exc}"
+        ) from exc
