@@ -167,7 +167,8 @@ class BlockServer:
             placement = self._rebalancing.note
         else:
             placement = "placement: it stays on its blocks, as it was told"
-        return (placement, *adapters, *self.node.notes)
+        head = (self.head.note,) if self.head is not None else ()
+        return (placement, *adapters, *head, *self.node.notes)
 
     def __repr__(self) -> str:
         model = self.executor.model
