@@ -1,4 +1,4 @@
-"""A libp2p peer in a network namespace: a process that a test drives, one line of JSON for each call."""
+"""A peer in a network namespace: a process that a test drives, one line of JSON for each call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ _LONGEST_LINE = 2**20
 
 
 class LabPeer:
-    """Runs on ``host`` of ``lab`` until the lab ends. ``options`` are those of `Libp2pTransport`."""
+    """Runs on ``host`` of ``lab`` until the lab ends.
 
-    def __init__(self, lab: NatLab, host: Host, **options: Any) -> None:
+    ``options`` are those of the transport ``scheme``; ``keepalive`` is one of `Limits`.
+    """
+
+    def __init__(self, lab: NatLab, host: Host, *, scheme: str = "libp2p", **options: Any) -> None:
         self._lab = lab
         self._host = host
-        self._options = options
+        self._options = options | {"scheme": scheme}
 
     async def start(self) -> Self:
         """Start it, listening where ``listen_on`` says."""
@@ -69,20 +72,25 @@ class LabPeer:
 
 
 async def _serve(options: dict[str, Any]) -> None:
+    from swarmcore.errors import SwarmError
     from swarmcore.identity import Identity
-    from swarmcore.transport import Stream
+    from swarmcore.transport import Stream, transport_class
     from swarmcore.types import Address, PeerId
-    from swarmcore_transports.libp2p import Libp2pTransport
+    from swarmcore.wire.limits import Limits
 
-    transport = Libp2pTransport(Identity.generate(), **options)
+    make: Callable[..., Any] = transport_class(options.pop("scheme"))
+    limits = Limits(keepalive=options.pop("keepalive", Limits().keepalive))
+    transport = make(Identity.generate(), limits=limits, **options)
     streams: list[Stream] = []
+    listening: list[Address] = []
 
     async def echo(stream: Stream) -> None:
         while True:
             await stream.send(await stream.receive())
 
     async def addresses() -> list[str]:
-        return [str(address) for address in transport._addresses()]
+        found = transport._addresses() if hasattr(transport, "_addresses") else listening
+        return [str(address) for address in found]
 
     async def open_stream(address: str) -> int:
         streams.append(await transport.open_stream(Address.parse(address)))
@@ -93,6 +101,14 @@ async def _serve(options: dict[str, Any]) -> None:
         for size in sizes:
             await streams[number].send(bytes(size))
             assert bytes(await streams[number].receive()) == bytes(size)
+
+    async def end(number: int) -> str:
+        """How the stream ends, once it does."""
+        try:
+            await streams[number].receive()
+        except SwarmError as exc:
+            return type(exc).__name__
+        return "a message"
 
     async def path(number: int) -> str:
         """Of the stream, after a message there and back."""
@@ -124,6 +140,7 @@ async def _serve(options: dict[str, Any]) -> None:
         open_stream,
         exchange,
         path,
+        end,
         connections,
         standing,
         reached,
@@ -131,7 +148,7 @@ async def _serve(options: dict[str, Any]) -> None:
     ]
     calls = {function.__name__: function for function in functions}
     if transport.listen_on:
-        await transport.listen(echo)
+        listening += await transport.listen(echo)
     print(json.dumps(transport.identity.peer), flush=True)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):

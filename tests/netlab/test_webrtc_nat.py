@@ -1,0 +1,72 @@
+"""WebRTC peers behind routers: punched through, or relayed by a TURN server, and what goes on when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from netlab.lab_peer import LabPeer
+from netlab.netlab import ADDRESSES, Kind, NatLab, nat_lab
+from netlab.turn import PLACE, SECRET, turn_server, unavailable
+
+pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no TURN server: {unavailable()}")
+
+STUN, TURN = f"stun:{PLACE}", f"turn-secret:{SECRET}@{PLACE}"
+MESSAGES = [1, 16 * 1024, 512 * 1024]
+
+
+async def meeting_point(lab: NatLab) -> tuple[LabPeer, str]:
+    """A public peer, and its signalling service in the notation of ``listen_on``."""
+    public = await LabPeer(lab, "public", scheme="webrtc", listen_on=["11.0.0.1:4001"]).start()
+    return public, f"ws://{ADDRESSES['public']}:4001"
+
+
+async def homes(lab: NatLab, place: str, *ice: str, **options: object) -> tuple[LabPeer, LabPeer, str]:
+    """A server behind router a that is met at ``place``, a client behind b, and the server's address."""
+    server, client = await asyncio.gather(
+        LabPeer(lab, "a", scheme="webrtc", listen_on=[place], ice=ice, **options).start(),
+        LabPeer(lab, "b", scheme="webrtc", ice=ice, **options).start(),
+    )
+    [address] = await server.call("addresses")
+    return server, client, address
+
+
+async def test_two_homes_punch_through_and_need_the_meeting_point_no_longer():
+    async with nat_lab() as lab:
+        stun = await turn_server(lab)
+        public, place = await meeting_point(lab)
+        _, client, address = await homes(lab, place, f"stun:{ADDRESSES['public']}:1", STUN)
+        stream = await client.call("open_stream", address)
+        assert await client.call("path", stream) == "hole-punched"
+        await public.kill()
+        stun.kill()
+        await client.call("exchange", stream, MESSAGES)
+        another = await client.call("open_stream", address)
+        await client.call("exchange", another, MESSAGES)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "cone"])
+async def test_a_turn_server_relays_where_no_hole_can_be_punched_or_none_may(kind: Kind):
+    async with nat_lab(kind, kind) as lab:
+        turn = await turn_server(lab)
+        _, place = await meeting_point(lab)
+        _, client, address = await homes(lab, place, STUN, TURN, relay_only=kind == "cone", keepalive=0.3)
+        stream = await client.call("open_stream", address)
+        assert await client.call("path", stream) == "relayed"
+        await client.call("exchange", stream, MESSAGES)
+        turn.kill()
+        await turn.wait()
+        assert await client.call("end", stream) == "ConnectionLostError"
+        await turn_server(lab)
+        again = await client.call("open_stream", address)
+        assert await client.call("path", again) == "relayed"
+
+
+async def test_a_home_reaches_a_public_peer_directly():
+    async with nat_lab() as lab:
+        public, _ = await meeting_point(lab)
+        client = await LabPeer(lab, "a", scheme="webrtc").start()
+        [address] = await public.call("addresses")
+        stream = await client.call("open_stream", address)
+        assert await client.call("path", stream) == "direct"
