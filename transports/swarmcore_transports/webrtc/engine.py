@@ -182,7 +182,8 @@ class AiortcConnection(PeerConnection):
         self._connected: asyncio.Future[None] = loop.create_future()
         # Agreed on by both sides without a word: an offer needs one channel, and this one is open at once.
         self._first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
-        self._first.on("close", lambda: self.on_lost("the peer has ended it"))
+        # Not from inside: aiortc is closing one channel after the other, and must not find one closed meanwhile.
+        self._first.on("close", lambda: loop.call_soon(lambda: self.on_lost("the peer has ended it")))
 
     def _arrived(self, channel: Any) -> None:
         self.on_channel(AiortcChannel(channel))
