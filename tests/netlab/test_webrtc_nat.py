@@ -1,4 +1,4 @@
-"""WebRTC peers behind routers: punched through, or relayed by a TURN server, and what goes on when it dies."""
+"""WebRTC peers behind routers: punched through, or relayed by TURN, and what goes on when a server dies."""
 
 from __future__ import annotations
 

@@ -68,8 +68,10 @@ def test_a_plugin_whose_library_is_missing(install) -> None:  # type: ignore[no-
         transport_class("broken")
 
 
-def test_a_backend_of_ours_whose_library_is_missing_names_its_extra(install, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    install("webrtc", "webrtc_plugin:Rtc", webrtc_plugin="import a_library_that_is_not_there\n")
+def test_a_backend_of_ours_whose_library_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [one for one in sys.modules if one.startswith("swarmcore_transports.webrtc")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "aiortc", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'swarmcore\[webrtc\]'"):
         transport_class("webrtc")
 
