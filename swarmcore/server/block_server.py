@@ -220,17 +220,11 @@ class BlockServer:
         self.state, self.target = "draining", None
         await self._try_to_announce()
         logger.info("%r", self)
-        open_sessions, _ = await asyncio.gather(self._drain(None), self._leave_as_head())
-        return open_sessions
-
-    async def _leave_as_head(self) -> None:
-        """Send clients to other head peers at once, where there are any; else let their texts end here."""
         if self.head is None:
-            return
-        model = self.head.model.info
-        others = any(model in info.heads and info.peer != self.node.peer for info in self.registry.view())
-        await self.head.drain(0.0 if others else self.config.drain)
-        await self.head.close()
+            return await self._drain(None)
+        texts = self.head.leave(self.registry.view(), self.node.peer, self.config.drain)
+        open_sessions, _ = await asyncio.gather(self._drain(None), texts)
+        return open_sessions
 
     async def close(self) -> None:
         """Withdraw, refuse new sessions, end those that are open. Harmless when repeated."""

@@ -20,6 +20,7 @@ from swarmcore.errors import (
     SwarmError,
     UnavailableError,
 )
+from swarmcore.registry.base import SwarmView
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.head_limits import HeadLimits
 from swarmcore.server.head_queue import HeadQueue
@@ -106,6 +107,13 @@ class HeadService:
             async with asyncio.timeout(seconds):
                 await self._all_left()
         return len(self._stays)
+
+    async def leave(self, view: SwarmView, own: PeerId, seconds: float) -> None:
+        """Send the clients to other head peers of ``view`` at once; where there are none, let their texts end
+        here, for up to ``seconds``."""
+        others = any(self.model.info in server.heads for server in view if server.peer != own)
+        await self.drain(0.0 if others else seconds)
+        await self.close()
 
     async def close(self) -> None:
         """Send the clients that are here elsewhere; they go on there. Harmless when repeated."""
