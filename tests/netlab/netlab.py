@@ -65,6 +65,13 @@ class NatLab(Lab):
         """Start a process on `host`, as `asyncio.create_subprocess_exec` does. It ends with the lab."""
         return await self.start(self.namespace(host), argv, **options)
 
+    def move(self, home: Host, address: str) -> None:
+        """Give `home` another address in its LAN, as if it had joined another one: the old one is gone."""
+        inside = self.namespace(home)
+        gateway = ADDRESSES[home].rpartition(".")[0] + ".1"
+        ip(inside, ["addr flush dev wan", f"addr add {address}/24 dev wan"])
+        ip(inside, [f"route add default via {gateway}"])
+
     async def map_ports(self, home: Host) -> None:
         """Let the router of `home` map ports when asked over UPnP: run miniupnpd in it."""
         router = self.namespace(f"router-{home}")

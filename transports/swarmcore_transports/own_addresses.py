@@ -31,6 +31,15 @@ def reachable_hosts(host: str) -> list[str]:
     return own or ["::1" if version == 6 else "127.0.0.1"]
 
 
+def own_hosts() -> frozenset[str]:
+    """Every IP address of this machine, those of loopback and of single links among it."""
+    return frozenset(
+        ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
+        for adapter in ifaddr.get_adapters()
+        for ip in adapter.ips
+    )
+
+
 def own_networks() -> list[Network]:
     """The networks that this machine has an address in, loopback and link-local ones left out."""
     found: dict[Network, None] = {}

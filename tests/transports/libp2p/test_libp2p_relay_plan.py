@@ -82,6 +82,16 @@ def test_a_refusal_is_waited_out_longer_each_time():
     assert LAST_RETRY / 2 <= waits[-1] <= LAST_RETRY
 
 
+def test_on_another_network_a_relay_that_refused_is_asked_at_once():
+    relays = plan(A)
+    for now in (0, 100, 200):
+        assert relays.next(now) == [A]
+        relays.refused(A, now)
+    assert relays.next(200) == []
+    relays.again(200)
+    assert relays.next(200) == [A]
+
+
 def test_a_place_is_lost_with_the_connection_and_another_relay_taken():
     relays = plan()
     relays.see([A, B, C], 0)

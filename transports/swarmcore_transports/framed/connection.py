@@ -194,6 +194,11 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = self._spoke = False
         self._timer = self._loop.call_later(self._interval, self._tick)
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds without a word from the other side; one that lives speaks in every keep-alive time."""
+        return self._silent_ticks * self._interval
+
     def _name(self) -> str:
         return f"peer {short(self.remote)}" if self.remote else "the peer"
 

@@ -119,6 +119,11 @@ class DialBack:
             with trio.CancelScope(deadline=self.reachability.next_at(trio.current_time())):
                 await self._woken.wait()
 
+    def again(self) -> None:
+        """This machine is on another network: what peers have found out before is no longer so."""
+        self.reachability.forget()
+        self._woken.set()
+
     def _tell(self) -> None:
         now = trio.current_time()
         verified = self.reachability.verified(now)

@@ -136,12 +136,16 @@ class HolePuncher:
             self._upgrades.relayed(PeerId(str(peer)), now)
             self._woken.set()
 
+    def again(self) -> None:
+        """This machine is on another network: try anew whatever has failed."""
+        self._upgrades.again(trio.current_time())
+        self._woken.set()
+
     def _own_changed(self) -> None:
         own = self._own_addresses(self.reaches)
         if own != self._seen_own:
             self._seen_own = own
-            self._upgrades.again(trio.current_time())
-            self._woken.set()
+            self.again()
 
     def _relayed(self, peer: ID) -> INetConn | None:
         connections = self._host.connections(peer)

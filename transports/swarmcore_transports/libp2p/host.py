@@ -16,6 +16,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.host.exceptions import StreamFailure
 from libp2p.identity.identify_push.identify_push import push_identify_to_peers
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -24,6 +25,7 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
+from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -42,6 +44,7 @@ from swarmcore_transports.libp2p.dial_back import DialBack
 from swarmcore_transports.libp2p.hole_punch import HolePuncher
 from swarmcore_transports.libp2p.logs import demote_library
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
+from swarmcore_transports.libp2p.network_watch import NetworkWatch
 from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
 from swarmcore_transports.libp2p.relay_service import RelayService
@@ -118,6 +121,7 @@ class Host:
         self.dial_back = DialBack(self)
         self.hole_puncher = HolePuncher(self)
         self._background: list[Callable[[], Awaitable[None]]] = [
+            NetworkWatch(self._network_changed).run,
             self.relays.run,
             self._relay_service.run,
             self.dial_back.run,
@@ -200,6 +204,16 @@ class Host:
                 raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
         self.own.put("listening", spelt_out(self.bound()))
 
+    def _network_changed(self, gone: frozenset[str]) -> None:
+        """This machine has other IP addresses than before, those that are ``gone`` no more."""
+        cut = self._sockets.cut(gone)
+        logger.info("the addresses of this machine have changed; %d connections are cut", cut)
+        self.own.put("listening", spelt_out(self.bound()))
+        self.relays.again()
+        if gone:
+            self.dial_back.again()
+            self.hole_puncher.again()
+
     async def _accept(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
         released = trio.Event()
@@ -214,9 +228,32 @@ class Host:
         Returns it with its path. Several at a time to one address make one connection.
         """
         libp2p_peer = ID.from_string(peer)
+        if known := self._answering(libp2p_peer):
+            # The peer may be at `multiaddr` now and no more at the other end of a connection that is silent.
+            with trio.move_on_after(muxing.SILENT_KEEPALIVES * self.limits.keepalive):
+                try:
+                    return await self._open(libp2p_peer)
+                except Exception:
+                    if not all(connection.is_closed for connection in known):
+                        raise
         await self.connect(libp2p_peer, multiaddr)
-        stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])
+        return await self._open(libp2p_peer)
+
+    async def _open(self, peer: ID) -> tuple[INetStream, str]:
+        stream = await self.new_stream(peer, PROTOCOL)
         return stream, self.path_of(stream)
+
+    async def new_stream(self, peer: ID, protocol: TProtocol) -> INetStream:
+        """A new stream over a connection that is there: a live one, direct if there is such a one."""
+        there = self.connections(peer)
+        if len(there) <= 1:
+            return await self.libp2p.new_stream(peer, [protocol])
+        live = self._answering(peer, direct=True) or self._answering(peer) or there
+        heard_last = min(live, key=lambda connection: muxing.silent_for(connection.muxed_conn))
+        try:
+            return await self.open_on(heard_last, protocol)
+        except MultiselectClientError as exc:
+            raise StreamFailure(str(exc)) from exc
 
     async def drop(self, opened: tuple[INetStream, str]) -> None:
         """Reset a stream that `open` has opened and nobody waits for any more."""
@@ -224,8 +261,11 @@ class Host:
             await opened[0].reset()
 
     async def connect(self, peer: ID, multiaddr: Multiaddr, *, direct: bool = False) -> None:
-        """Connect to ``peer`` at ``multiaddr`` unless there is a connection, with ``direct`` a direct one."""
-        while not self.connections(peer, direct=direct):
+        """Connect to ``peer`` at ``multiaddr`` unless there is a connection, with ``direct`` a direct one.
+
+        One over which nothing has come for some time does not count: the peer may be on another network now.
+        """
+        while not self._answering(peer, direct=direct):
             dialling = self._dials.get(multiaddr)
             if dialling is not None:
                 await dialling.wait()
@@ -244,7 +284,7 @@ class Host:
         """
         libp2p_peer = ID.from_string(peer)
         if self.connections(libp2p_peer, direct=True):
-            stream = await self.libp2p.new_stream(libp2p_peer, [PROTOCOL])  # prefers direct connections
+            stream = await self.new_stream(libp2p_peer, PROTOCOL)
             if (path := self.path_of(stream)) != "relayed":
                 return stream, path
             await stream.reset()
@@ -283,6 +323,14 @@ class Host:
             connection
             for connection in self.swarm.get_connections(peer)
             if not connection.is_closed and (is_direct(connection) or not direct)
+        ]
+
+    def _answering(self, peer: ID, *, direct: bool = False) -> list[INetConn]:
+        """Those of `connections` over which something has come lately, pings at least."""
+        return [
+            connection
+            for connection in self.connections(peer, direct=direct)
+            if not muxing.is_silent(connection.muxed_conn)
         ]
 
     def dialled(self, peer: ID) -> list[Multiaddr]:

@@ -56,6 +56,9 @@ _MAX_OUTGOING_STREAMS = 4096
 _FLUSH_SECONDS = 1.0
 _SILENT_TICKS = 3
 
+SILENT_KEEPALIVES = 1.5
+"""Times `Limits.keepalive` without a word before nothing new is begun; a peer that lives is heard in each."""
+
 
 class _Watched:
     """An attribute that py-libp2p sets on a stream, as a window that grows, and that wakes its writers."""
@@ -258,6 +261,10 @@ class QueuedYamux(Yamux):
     # --- signs of life --------------------------------------------------------------------------------
 
     @property
+    def is_silent(self) -> bool:
+        return self.silent_for > SILENT_KEEPALIVES * self._keepalive
+
+    @property
     def silent_for(self) -> float:
         return trio.current_time() - self._overheard.heard_at
 
@@ -293,6 +300,11 @@ def silent_for(connection: IMuxedConn) -> float:
     if isinstance(connection, QueuedYamux):
         return connection.silent_for
     return math.inf  # the library's own does not say
+
+
+def is_silent(connection: IMuxedConn) -> bool:
+    """Whether nothing has come over ``connection`` for so long that it had better not be used any more."""
+    return isinstance(connection, QueuedYamux) and connection.is_silent
 
 
 class _Overheard:

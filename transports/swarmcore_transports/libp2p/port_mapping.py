@@ -94,6 +94,10 @@ class PortMapper:
             self._changed.clear()
             wait = _RETRY_SECONDS
             try:
+                if self._router and self._router.lan_host not in map(host_of, self._listening):
+                    # Another network: what that router keeps for this machine ends with its lease.
+                    self._router, self._external = None, {}
+                    self._found([])
                 if self._listening:
                     self._router = self._router or await _in_thread(UpnpRouter.find)
                 if self._router:

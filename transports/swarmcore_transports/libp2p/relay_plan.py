@@ -87,6 +87,11 @@ class RelayPlan:
             if forgettable and (relay.failures == 0 or relay.failures > _FORGET_AFTER):
                 del self._relays[peer]
 
+    def again(self, now: float) -> None:
+        """What went wrong before says nothing any more: own addresses have changed."""
+        for relay in self._relays.values():
+            relay.not_before, relay.failures = min(relay.not_before, now), 0
+
     def next(self, now: float) -> list[PeerId]:
         """Whom to ask now; each is to be answered by `granted` or `refused`."""
         due = [

@@ -152,7 +152,7 @@ class RelayService:
         far: INetStream | None = None
         try:
             with trio.fail_after(_ANSWER_SECONDS):
-                far = await self._host.libp2p.new_stream(target, [STOP])
+                far = await self._host.new_stream(target, STOP)
                 await write_delimited_msg(far, message)
                 answer = await read_delimited_msg(far, StopMessage)
             if answer.status != _OK:

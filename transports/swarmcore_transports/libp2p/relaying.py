@@ -92,6 +92,11 @@ class RelayClient:
                 with trio.move_on_after(_LOOK_SECONDS):
                     await self._woken.wait()
 
+    def again(self) -> None:
+        """This machine is on another network: relays that could not be reached may be by now."""
+        self._plan.again(trio.current_time())
+        self._wake()
+
     def _wake(self) -> None:
         self._woken.set()
 
@@ -224,7 +229,7 @@ class RelayClient:
         stream: INetStream | None = None
         try:
             with trio.fail_after(_ANSWER_SECONDS):
-                stream = await self._host.libp2p.new_stream(relay, [HOP])
+                stream = await self._host.new_stream(relay, HOP)
                 await write_delimited_msg(stream, message)
                 answer = await read_delimited_msg(stream, HopMessage)
             if answer.status != _OK:

@@ -41,6 +41,7 @@ from swarmcore_transports.libp2p.multiaddrs import (
     to_address,
     to_multiaddr,
 )
+from swarmcore_transports.libp2p.muxing import SILENT_KEEPALIVES
 from swarmcore_transports.libp2p.notes import standing_notes
 from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.pipe import StreamPipe
@@ -96,7 +97,7 @@ class Libp2pTransport(Transport):
         self._starting = asyncio.Lock()
         self._listening = False
         self._allowed: Collection[PeerId] | None = None
-        self._connections = Connections(self.limits, _is_closing)
+        self._connections = Connections(self.limits, self._is_stale)
         self._greeter = Greeter(self._connections, self.limits)
         self._moves: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -250,6 +251,11 @@ class Libp2pTransport(Transport):
         connection.write(encode_frame(Kind.OPEN))
         return FramedStream(connection, address.peer, self.limits)
 
+    def _is_stale(self, connection: Connection) -> bool:
+        if connection.transport is None or connection.transport.is_closing():
+            return True
+        return connection.silent_for > SILENT_KEEPALIVES * self.limits.keepalive
+
     async def _greet(self, stream: INetStream, peer: PeerId, path: str) -> Connection:
         pipe = self._pipe(stream, path, trio.Event())
         try:
@@ -314,7 +320,3 @@ class Libp2pTransport(Transport):
         async with self._starting:
             if self._thread:
                 await self._thread.close()
-
-
-def _is_closing(connection: Connection) -> bool:
-    return connection.transport is None or connection.transport.is_closing()

@@ -84,9 +84,10 @@ class Upgrades:
 
     def again(self, now: float) -> None:
         """Own addresses have changed: what has failed may succeed now."""
-        for _, upgrade in self._waiting():
-            upgrade.due = min(upgrade.due, now)
-            upgrade.failed = 0
+        for upgrade in self._of.values():
+            if not upgrade.running:
+                upgrade.due = min(upgrade.due, now)
+                upgrade.failed = 0
 
     def next_at(self) -> float:
         """When `take` will have somebody."""

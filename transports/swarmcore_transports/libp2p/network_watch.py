@@ -1,0 +1,44 @@
+"""Notices that this machine is on another network than before: another Wi-Fi, a cable, a VPN."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from swarmcore_transports.own_addresses import own_hosts
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 2.0
+"""Systems tell of it in ways of their own; to look takes half a millisecond on all of them."""
+
+
+class NetworkWatch:
+    """Calls ``on_change`` when this machine has other IP addresses than before, with those that are gone."""
+
+    def __init__(
+        self,
+        on_change: Callable[[frozenset[str]], None],
+        look: Callable[[], frozenset[str]] = own_hosts,
+    ) -> None:
+        self._on_change = on_change
+        self._look = look
+
+    async def run(self) -> None:
+        """Look until cancelled. Lives in trio."""
+        known = self._seen(frozenset())
+        while True:
+            await trio.sleep(_LOOK_SECONDS)
+            found = self._seen(known)
+            if found != known:
+                gone, known = known - found, found
+                self._on_change(gone)
+
+    def _seen(self, known: frozenset[str]) -> frozenset[str]:
+        try:
+            return self._look()
+        except OSError as exc:
+            logger.debug("this machine does not tell its addresses: %r", exc)
+            return known
