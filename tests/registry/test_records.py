@@ -139,6 +139,9 @@ def test_only_oneself_can_be_announced(identity_of: IdentityOf) -> None:
         {"model": None},
         {"model": attrs.evolve(MODEL, blocks=10**9)},
         {"model": attrs.evolve(MODEL, name="two\nlines")},
+        {"heads": (MODEL,) * 5},
+        {"heads": (attrs.evolve(MODEL, name="two\nlines"),)},
+        {"heads": (attrs.evolve(MODEL, blocks=10**9),)},
     ],
     ids=str,
 )
