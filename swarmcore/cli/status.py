@@ -150,14 +150,16 @@ def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
     values["model"] = server.model.name if server.model else None
     values["span"] = str(server.span) if server.span else None
     values["target"] = str(server.target) if server.target else None
+    values["heads"] = [model.name for model in server.heads]
     values["rtts"] = {rtt.peer: rtt.seconds for rtt in server.rtts}
     values["notes"] = list(notes.get(server.peer, ()))
     return values
 
 
 def render(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> Group:
-    """The view as tables: one for each model, with what its servers said; then those who train, by runs, and
-    the peers that do neither. How servers are reached is a column unless all of them are reached directly."""
+    """The view as tables: one for each model, with what its servers said; then those who train, by runs,
+    those who make texts for others, and the peers that do none of it. How servers are reached is a column
+    unless all of them are reached directly."""
     from rich.console import Group
     from rich.text import Text
 
@@ -175,7 +177,11 @@ def render(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> Group:
         parts.append(
             Text.assemble("training run ", (name, "bold"), f", {how_many}: ", (_names(members), "dim"))
         )
-    without_blocks = [server for server in view if server.span is None and not server.runs]
+    for model, heads in view.heads():
+        parts.append(
+            Text.assemble("texts of ", (model.name, "bold"), " for thin clients: ", (_names(heads), "dim"))
+        )
+    without_blocks = [s for s in view if s.span is None and not s.runs and not s.heads]
     if without_blocks:
         parts.append(Text(f"without blocks: {_names(without_blocks)}", style="dim"))
     if not parts:

@@ -42,6 +42,14 @@ class SwarmView:
         """The models of which someone announces blocks, by fingerprint."""
         return {s.model.fingerprint: s.model for s in self if s.model is not None}
 
+    def heads(self) -> list[tuple[ModelInfo, list[ServerInfo]]]:
+        """The models that peers make texts of for clients without a part of them, each with these peers."""
+        found: dict[str, tuple[ModelInfo, list[ServerInfo]]] = {}
+        for info in sorted(self, key=lambda info: info.peer):
+            for model in info.heads:
+                found.setdefault(model.fingerprint, (model, []))[1].append(info)
+        return [found[fingerprint] for fingerprint in sorted(found)]
+
     def runs(self) -> dict[str, list[ServerInfo]]:
         """Peers that take part in training runs, by the name of the run, both in order."""
         members: dict[str, list[ServerInfo]] = {}

@@ -170,6 +170,18 @@ def test_status_lists_training_runs_with_their_members():
     assert short(poet.peer) not in without
 
 
+def test_status_lists_head_peers_by_model():
+    gateway, serves = server(None, heads=(MODEL,)), server(Span(0, 6), heads=(MODEL,), public_name="attic")
+    swarm = view(gateway, serves)
+    servers = describe(swarm, {}, {})["servers"]
+    assert [each["heads"] for each in servers] == [[MODEL.name]] * 2
+    text = printed(swarm, {}, 160)
+    line = next(line for line in text.splitlines() if f"texts of {MODEL.name} for thin clients: " in line)
+    assert short(gateway.peer) in line
+    assert f"{short(serves.peer)} attic" in line
+    assert "without blocks" not in text
+
+
 def test_status_shows_moves_and_reasons_and_fits_80_columns():
     mover = server(
         Span(0, 3),
