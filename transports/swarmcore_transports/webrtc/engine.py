@@ -17,6 +17,7 @@ from swarmcore.errors import ConnectionLostError, ProtocolError, SwarmError
 from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
 from swarmcore_transports.webrtc.descriptions import check_description
 from swarmcore_transports.webrtc.ice import IceServer
+from swarmcore_transports.webrtc.sctp import quick_data_channels
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +182,9 @@ class AiortcConnection(PeerConnection):
         self._closing: asyncio.Future[None] | None = None
         self._connected: asyncio.Future[None] = loop.create_future()
         # Agreed on by both sides without a word: an offer needs one channel, and this one is open at once.
-        self._first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
-        # Not from inside: aiortc is closing one channel after the other, and must not find one closed meanwhile.
+        with quick_data_channels():
+            self._first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
+        # Not from inside: aiortc closes one channel after the other, and must not find one closed meanwhile.
         self._first.on("close", lambda: loop.call_soon(lambda: self.on_lost("the peer has ended it")))
 
     def _arrived(self, channel: Any) -> None:

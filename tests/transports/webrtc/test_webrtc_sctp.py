@@ -1,0 +1,312 @@
+"""Two SCTP associations over a link in memory, with a delay, a rate, a queue and losses, on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import attrs
+import pytest
+
+pytest.importorskip("aiortc")
+
+from aiortc import RTCPeerConnection, rtcsctptransport
+from aiortc.rtcdatachannel import RTCDataChannel, RTCDataChannelParameters
+from aiortc.rtcsctptransport import DataChunk, RTCSctpCapabilities, RTCSctpTransport
+
+from swarmcore_transports.webrtc import sctp
+from swarmcore_transports.webrtc.sctp import QuickSctpTransport, missing_parts, quick_data_channels
+
+pytestmark = pytest.mark.virtual_time
+
+DELAY = 0.025
+DATA = 0
+SACK = 3
+
+
+@attrs.define(eq=False, slots=False)
+class Wire:
+    """Stands for DTLS: carries datagrams to ``other``, one every ``size / rate`` seconds."""
+
+    _role: str
+    rate: float = float("inf")
+    queue: float = 0.1
+    drops: Callable[[bytes], bool] = lambda data: False
+    late: Callable[[], float] = lambda: 0.0
+    state: str = "connected"
+    other: Wire | None = None
+    receiver: Any = None
+    sent: list[bytes] = attrs.field(factory=list)
+    dropped: int = 0
+    _free_at: float = 0.0
+    _tasks: set[asyncio.Task[None]] = attrs.field(factory=set)
+
+    def _register_data_receiver(self, receiver: Any) -> None:
+        self.receiver = receiver
+
+    def _unregister_data_receiver(self, receiver: Any) -> None:
+        self.receiver = None
+
+    async def _send_data(self, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        self.sent.append(data)
+        start = max(loop.time(), self._free_at)
+        if self.drops(data) or start - loop.time() > self.queue:
+            self.dropped += 1
+            return
+        self._free_at = start + len(data) / self.rate
+        loop.call_at(self._free_at + DELAY + self.late(), self._arrive, data)
+
+    def _arrive(self, data: bytes) -> None:
+        assert self.other is not None
+        if self.other.receiver is not None:
+            task = asyncio.get_running_loop().create_task(self.other.receiver._handle_data(data))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        task.result()
+
+    def count(self, chunk_type: int) -> int:
+        return sum(1 for data in self.sent if data[12] == chunk_type)
+
+
+@attrs.define
+class End:
+    wire: Wire
+    transport: RTCSctpTransport
+    channel: RTCDataChannel
+    received: asyncio.Queue[bytes] = attrs.field(factory=asyncio.Queue)
+
+
+@asynccontextmanager
+async def associated(
+    first: type[RTCSctpTransport] = QuickSctpTransport, second: type[RTCSctpTransport] = QuickSctpTransport
+) -> AsyncIterator[tuple[End, End]]:
+    wires = Wire("client"), Wire("server")
+    wires[0].other, wires[1].other = wires[1], wires[0]
+    ends = []
+    for wire, made in zip(wires, (first, second), strict=True):
+        transport = made(cast(Any, wire))
+        channel = RTCDataChannel(transport, RTCDataChannelParameters(label="x", negotiated=True, id=0))
+        end = End(wire, transport, channel)
+        channel.on("message", end.received.put_nowait)
+        ends.append(end)
+    for end in ends:
+        await end.transport.start(RTCSctpCapabilities(maxMessageSize=262144), 5000)
+    async with asyncio.timeout(60):
+        while not all(end.channel.readyState == "open" for end in ends):
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(1)
+    try:
+        yield ends[0], ends[1]
+    finally:
+        for end in ends:
+            await end.transport.stop()
+
+
+async def deliver(sender: End, receiver: End, size: int, count: int = 1) -> float:
+    """Seconds until ``count`` messages have arrived whole."""
+    start = asyncio.get_running_loop().time()
+    messages = [random.Random(n).randbytes(size) for n in range(count)]
+    for message in messages:
+        sender.channel.send(message)
+    async with asyncio.timeout(120):
+        for message in messages:
+            assert await receiver.received.get() == message
+    return asyncio.get_running_loop().time() - start
+
+
+def numbered(numbers: set[int], chunk_type: int = DATA) -> Callable[[bytes], bool]:
+    """Drops the packets of ``chunk_type`` that are sent as these, counted from 0."""
+    seen = -1
+
+    def drops(data: bytes) -> bool:
+        nonlocal seen
+        seen += data[12] == chunk_type
+        return data[12] == chunk_type and seen in numbers
+
+    return drops
+
+
+async def test_a_hidden_state_takes_one_way_and_not_a_round_trip_more() -> None:
+    async with associated() as (one, two):
+        assert await deliver(one, two, 16 * 1024) < 1.25 * DELAY
+        assert await deliver(two, one, 16 * 1024) < 1.25 * DELAY
+
+
+async def test_the_window_opens_within_a_few_round_trips() -> None:
+    async with associated() as (one, two):
+        assert await deliver(one, two, 32 * 1024, 8) < 12 * DELAY
+        assert await deliver(one, two, 32 * 1024, 8) < 3 * DELAY
+
+
+async def test_understands_the_library_as_it_is() -> None:
+    async with associated(QuickSctpTransport, RTCSctpTransport) as (one, two):
+        await deliver(one, two, 32 * 1024, 20)
+        await deliver(two, one, 32 * 1024, 20)
+
+
+@pytest.mark.parametrize("lost", [{14}, {13, 14}, set(range(5, 15))], ids=["last", "last two", "last ten"])
+async def test_a_lost_tail_costs_a_few_round_trips(lost: set[int]) -> None:
+    async with associated() as (one, two):
+        await deliver(one, two, 1000)  # so that the round trip is known
+        one.wire.drops = numbered(lost)
+        assert await deliver(one, two, 16 * 1024) < 12 * DELAY
+        assert one.wire.dropped == len(lost)
+
+
+async def test_a_loss_in_the_middle_is_mended_by_what_came_after_it() -> None:
+    async with associated() as (one, two):
+        one.wire.drops = numbered({3})
+        before = one.wire.count(DATA)
+        assert await deliver(one, two, 16 * 1024) < 3.5 * DELAY
+        assert one.wire.count(DATA) - before == 15 + 1
+
+
+async def test_few_packets_in_flight_are_enough_to_notice_a_loss() -> None:
+    async with associated() as (one, two):
+        await deliver(one, two, 1000)
+        one.wire.drops = numbered({0})
+        assert await deliver(one, two, 2000) < 4 * DELAY
+
+
+async def test_a_retransmission_that_is_lost_too_is_noticed() -> None:
+    async with associated() as (one, two):
+        await deliver(one, two, 32 * 1024, 8)
+        one.wire.drops = numbered({0, 29, 30, 31})
+        assert await deliver(one, two, 32 * 1024, 8) < 0.6
+
+
+async def test_a_dead_link_is_tried_less_and_less_often() -> None:
+    async with associated() as (one, two):
+        await deliver(one, two, 1000)
+        one.wire.drops = lambda data: True
+        before = one.wire.count(DATA)
+        one.channel.send(bytes(16 * 1024))
+        await asyncio.sleep(60)
+        assert 15 < one.wire.count(DATA) - before < 40
+        one.wire.drops = lambda data: False
+        async with asyncio.timeout(60):
+            assert len(await two.received.get()) == 16 * 1024
+
+
+async def test_reordered_packets_are_not_taken_for_lost_for_ever() -> None:
+    async with associated() as (one, two):
+        packets = itertools.count()
+        one.wire.late = lambda: 0.005 if next(packets) % 6 == 0 else 0.0
+        await deliver(one, two, 32 * 1024, 4)
+        before = one.wire.count(DATA)
+        await deliver(one, two, 32 * 1024, 30)
+        assert one.wire.count(DATA) - before < 1.05 * 30 * 29
+
+
+async def test_a_slow_link_with_a_small_queue_is_kept_busy() -> None:
+    async with associated() as (one, two):
+        for end in (one, two):
+            end.wire.rate = 125_000
+        assert await deliver(one, two, 32 * 1024, 32) < 1.3 * 32 * 32 * 1024 / 125_000
+        assert one.wire.dropped < 0.1 * one.wire.count(DATA)
+        took = await deliver(one, two, 16 * 1024, 1)
+        assert took < 5 * 16 * 1024 / 125_000
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_losses_both_ways_corrupt_and_stop_nothing(seed: int) -> None:
+    async with associated() as (one, two):
+        for number, end in enumerate((one, two)):
+            chance = random.Random(2 * seed + number)
+            end.wire.drops = lambda data, chance=chance: chance.random() < 0.1  # type: ignore[misc]
+        await asyncio.gather(deliver(one, two, 32 * 1024, 10), deliver(two, one, 32 * 1024, 10))
+
+
+async def test_every_second_packet_is_acknowledged_and_every_end_of_a_message() -> None:
+    async with associated() as (one, two):
+        before = two.wire.count(SACK)
+        await deliver(one, two, 100)
+        assert two.wire.count(SACK) - before == 1
+        await deliver(one, two, 32 * 1024, 8)
+        await asyncio.sleep(1)
+        assert two.wire.count(SACK) - before - 1 <= 8 * 16
+        assert one.transport._flight_size == 0
+
+
+async def test_no_more_is_in_flight_than_the_peer_has_room_for() -> None:
+    async with associated() as (one, two):
+        await deliver(one, two, 32 * 1024, 60)
+        assert one.transport._cwnd > 256 * 1024
+        two.transport._advertised_rwnd = 16 * 1024
+        await deliver(one, two, 1000)  # which tells how little room there is
+        await asyncio.sleep(1)
+        most = 0
+        send = one.wire._send_data
+
+        async def watched(data: bytes) -> None:
+            nonlocal most
+            most = max(most, one.transport._flight_size)
+            await send(data)
+
+        one.wire._send_data = watched  # type: ignore[method-assign]
+        await deliver(one, two, 10_000, 30)
+        assert most <= 17 * 1024 + rtcsctptransport.USERDATA_MAX_LENGTH
+
+
+async def test_a_message_without_an_end_is_held_to_a_bound(caplog: pytest.LogCaptureFixture) -> None:
+    async with associated() as (one, two):
+        tsn = one.transport._local_tsn
+        for number in range(3000):
+            chunk = DataChunk(flags=2 if number == 0 else 0)
+            chunk.tsn, chunk.user_data = tsn + number, bytes(1000)
+            await two.transport._receive_data_chunk(chunk)
+        held = sum(len(stream.reassembly) for stream in two.transport._inbound_streams.values())
+        assert held < 1500
+        assert two.transport.state == "closed"
+        assert "never ended" in caplog.text
+
+
+async def test_acknowledgements_of_what_was_never_sent_change_nothing() -> None:
+    async with associated() as (one, two):
+        sack = rtcsctptransport.SackChunk()
+        sack.cumulative_tsn, sack.advertised_rwnd = one.transport._local_tsn + 5, 1 << 20
+        await one.transport._receive_sack_chunk(sack)
+        sack.cumulative_tsn = one.transport._last_sacked_tsn
+        sack.gaps = [(65535, 1), (1, 65535), (0, 0)] * 300
+        await one.transport._receive_sack_chunk(sack)
+        await deliver(one, two, 32 * 1024, 2)
+
+
+async def test_a_peer_connection_made_within_gets_it_and_no_other_does() -> None:
+    quick, plain = RTCPeerConnection(), RTCPeerConnection()
+    with quick_data_channels():
+        quick.createDataChannel("x")
+    plain.createDataChannel("x")
+    assert type(quick.sctp) is QuickSctpTransport
+    assert type(plain.sctp) is RTCSctpTransport
+    await quick.close()
+    await plain.close()
+
+
+async def test_a_library_of_another_shape_is_left_alone_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(RTCSctpTransport, "_data_channel_flush")
+    monkeypatch.setattr(RTCSctpTransport, "_transmit", lambda self, budget: None)
+    monkeypatch.setattr("aiortc.__version__", "9.9")
+    assert missing_parts(RTCSctpTransport, DataChunk) == ["_transmit", "_data_channel_flush"]
+    sctp._unexpected.cache_clear()
+    try:
+        for _ in range(2):
+            connection = RTCPeerConnection()
+            with quick_data_channels(), caplog.at_level(logging.WARNING):
+                connection.createDataChannel("x", negotiated=True, id=0)
+            assert type(connection.sctp) is RTCSctpTransport
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "aiortc 9.9" in caplog.text
+    finally:
+        sctp._unexpected.cache_clear()
