@@ -14,7 +14,10 @@ const RETRY_MS = 2000
 const DIGEST = new Uint8Array(256 * 8) // no hash of ours: all that the member has is news
 const AHEAD = 64 // tokens that a head peer sends before it wants to hear that they were taken
 
-/** Fires `changed` when `servers` do, and `state` when the member it follows is lost or found (`detail` is text). */
+/**
+ * Fires `changed` when `servers` do; `state` when the member it follows is lost or found, `detail` says so; `head` when
+ * a peer begins or goes on with a text, `detail` is its id.
+ */
 export class Swarm extends EventTarget {
   #identity
   #iceServers
@@ -70,6 +73,7 @@ export class Swarm extends EventTarget {
       if (head == null) throw failure
       tried.add(head.peer)
       const before = tokens.length
+      this.#tell('head', head.peer)
       try {
         yield * this.#generateAt(head, { ...options, messages }, tokens)
         return

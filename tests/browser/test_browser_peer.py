@@ -198,27 +198,30 @@ async def test_head_peer_dies_while_the_page_reads(
         while (swarm.heads[0]?.peer !== gateway || swarm.heads.length < 2) {
           await new Promise(resolve => swarm.addEventListener('changed', resolve, { once: true }));
         }
-        const pieces = swarm.generate(question, { temperature: 0, max_new_tokens: 60, min_new_tokens: 60 });
-        window.state = { swarm, pieces, text: (await pieces.next()).value };
+        const makers = [];
+        swarm.addEventListener('head', event => makers.push(event.detail));
+        const pieces = swarm.generate(question, { temperature: 0, max_new_tokens: 32, min_new_tokens: 32 });
+        window.state = { swarm, pieces, makers, text: (await pieces.next()).value };
     """
     rest = """
-        const { swarm, pieces } = window.state;
+        const { swarm, pieces, makers } = window.state;
         let { text } = window.state;
         for await (const piece of pieces) text += piece;
         while (swarm.servers.some(({ peer }) => peer === gateway)) {
           await new Promise(resolve => swarm.addEventListener('changed', resolve, { once: true }));
         }
         swarm.close();
-        return text;
+        return [text, makers];
     """
     try:
         address = webrtc_address(servers[0])
         await page.run(JOINED + beginning, address=address, question=QUESTION, gateway=gateway.peer)
     finally:
         await gateway.kill()
-    said = await page.run(rest, gateway=gateway.peer)
+    said, makers = await page.run(rest, gateway=gateway.peer)
+    assert makers == [gateway.peer, servers[0].peer]
     async with swarmcore.connect(servers[0].address) as swarm:
-        options = {"temperature": 0.0, "max_new_tokens": 60, "min_new_tokens": 60}
+        options = {"temperature": 0.0, "max_new_tokens": 32, "min_new_tokens": 32}
         assert said == await swarm.generate(QUESTION, **options)
 
 
