@@ -7,7 +7,7 @@ import { Channel, call } from './rpc.js'
 import { Signalling, parseAddress } from './signalling.js'
 
 const CALL_TIMEOUT = 10
-const CHECK_TIMEOUT = 5
+const CHECK_TIMEOUT = 3
 const SILENCE = 20 // a member that is watched says something every 5 s
 const PIECE_TIMEOUT = 180 // a text may wait for its turn, and for servers that take over from others
 const RETRY_MS = 2000
@@ -163,6 +163,7 @@ export class Swarm extends EventTarget {
       const asked = pageAddress(suspect) ? this.ping(suspect) : Promise.reject(new Error('no address for a page'))
       within(CHECK_TIMEOUT, asked, 'a sign of life').catch(() => {
         this.#records.hide(suspect.peer)
+        this.#connections.get(suspect.peer)?.then(connection => connection.close(), () => {})
         this.#tell('changed')
       })
     }
