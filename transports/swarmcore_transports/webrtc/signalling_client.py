@@ -76,13 +76,14 @@ class SignallingClient:
         while True:
             try:
                 await self._connect()
-                delay = _RETRY_SECONDS[0]
             except (aiohttp.ClientError, OSError, TimeoutError, SwarmError) as exc:
                 reason = str(exc) or f"no answer within {self._timeout:g} s"
                 self._failure = PeerUnreachableError(f"signalling service {self.service}: {reason}")
                 self._failed_at = asyncio.get_running_loop().time()
                 self._failed.set()
                 logger.debug("%s", self._failure)
+            if self.registered:  # it was there until now, and may be back soon
+                delay = _RETRY_SECONDS[0]
             self._registered.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay * self._rng.uniform(0.75, 1.25)):

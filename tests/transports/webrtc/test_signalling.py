@@ -1,0 +1,328 @@
+"""Two peers and the services between them: dead, slow, malicious, or back again."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from swarmcore.errors import PeerIdentityError, PeerUnreachableError, ProtocolError
+from swarmcore.identity import Identity
+from swarmcore.transport import Stream
+from swarmcore.types import Address
+from swarmcore.wire.limits import Limits
+
+webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
+from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
+from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
+from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
+
+HERE = Service("127.0.0.1", 0)
+LIMITS = Limits(connect_timeout=5.0)
+HASTY = Limits(connect_timeout=0.5)
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        await stream.send(await stream.receive())
+
+
+@asynccontextmanager
+async def met_at(*services: Service, **options: Any) -> AsyncIterator[tuple[Any, list[Address]]]:
+    """A peer that listens by way of ``services``, and its addresses."""
+    options = {"limits": LIMITS} | options
+    peer = webrtc.WebRtcTransport(
+        Identity.generate(), listen_on=[f"ws://{one}" for one in services], **options
+    )
+    try:
+        yield peer, list(await peer.listen(echo))
+    finally:
+        await peer.close()
+
+
+@asynccontextmanager
+async def service(kind: Callable[[], SignallingService] = SignallingService, at: Service = HERE) -> Any:
+    running = kind()
+    running.place = await running.start(at)  # type: ignore[attr-defined]
+    try:
+        yield running
+    finally:
+        await running.close()
+
+
+@asynccontextmanager
+async def dialler(limits: Limits = LIMITS, **options: Any) -> AsyncIterator[Any]:
+    transport = webrtc.WebRtcTransport(Identity.generate(), limits=limits, **options)
+    try:
+        yield transport
+    finally:
+        await transport.close()
+
+
+async def exchanged(transport: Any, address: Address) -> None:
+    stream = await transport.open_stream(address)
+    await stream.send(b"there and back")
+    assert bytes(await stream.receive()) == b"there and back"
+    await stream.close()
+
+
+class Passing(SignallingService):
+    """Passes each envelope as often as `altered` yields one."""
+
+    def altered(self, envelope: Envelope) -> list[Envelope]:
+        return [envelope]
+
+    def _pass(self, envelope: Envelope, sender: Any) -> None:
+        for one in self.altered(envelope):
+            super()._pass(one, sender)
+
+
+class Dropping(Passing):
+    def altered(self, envelope: Envelope) -> list[Envelope]:
+        return []
+
+
+class Repeating(Passing):
+    def altered(self, envelope: Envelope) -> list[Envelope]:
+        return [envelope] * 20
+
+
+class Rewriting(Passing):
+    """Puts a fingerprint of its own into every answer."""
+
+    def altered(self, envelope: Envelope) -> list[Envelope]:
+        body = envelope.body.replace("a=fingerprint:sha-256 ", "a=fingerprint:sha-256 00:")
+        return [msgspec.structs.replace(envelope, body=body)]
+
+
+class Misdirecting(Passing):
+    """Hands an answer to the answerer's own offers to somebody else: gives back what came, to its sender."""
+
+    def altered(self, envelope: Envelope) -> list[Envelope]:
+        if envelope.kind == "answer":
+            return [msgspec.structs.replace(envelope, sender=envelope.receiver, receiver=envelope.receiver)]
+        return [envelope]
+
+
+class Late(Passing):
+    """Passes answers after a while, in another order than they came."""
+
+    def _pass(self, envelope: Envelope, sender: Any) -> None:
+        asyncio.get_running_loop().call_later(0.1, super()._pass, envelope, sender)
+
+
+async def test_a_service_that_drops_ends_in_a_deadline():
+    async with service(Dropping) as dropping, met_at(dropping.place) as (_, [address]), dialler(HASTY) as a:
+        with pytest.raises(PeerUnreachableError, match="did not answer"):
+            await a.open_stream(address)
+        if a._connecting:
+            await asyncio.wait(a._connecting.values())
+        assert not a._exchanges and not len(a._links)
+
+
+@pytest.mark.parametrize("kind", [Repeating, Late])
+async def test_repeated_and_late_envelopes_do_no_harm(kind: type[Passing]):
+    async with service(kind) as odd, met_at(odd.place) as (listener, [address]), dialler() as a:
+        await exchanged(a, address)
+        assert len(listener._links) == 1
+        if kind is Repeating:
+            assert listener.counters["repeated"] == 19
+
+
+@pytest.mark.parametrize("kind", [Rewriting, Misdirecting])
+async def test_a_service_that_lies_is_noticed(kind: type[Passing]):
+    async with service(kind) as lying, met_at(lying.place) as (listener, [address]), dialler(HASTY) as a:
+        with pytest.raises((PeerIdentityError, PeerUnreachableError)):
+            await a.open_stream(address)
+        assert a.counters["forged"] + listener.counters["forged"] >= 1
+        assert not len(listener._links)
+
+
+async def test_an_offer_played_back_later_is_not_answered_again():
+    heard: list[Envelope] = []
+
+    class Recording(Passing):
+        def altered(self, envelope: Envelope) -> list[Envelope]:
+            heard.append(envelope)
+            return [envelope]
+
+    async with (
+        service(Recording) as recording,
+        met_at(recording.place) as (listener, [address]),
+        dialler() as a,
+    ):
+        await exchanged(a, address)
+        again = next(one for one in heard if one.kind == "offer")
+        listener._signalled(None, again)
+        assert listener.counters["repeated"] == 1
+        assert not listener._answering
+
+
+async def test_who_is_absent_is_told_at_once():
+    async with service() as meeting, dialler(Limits(connect_timeout=60.0)) as a:
+        nobody = meeting.place.address(Identity.generate().peer)
+        async with asyncio.timeout(5):
+            with pytest.raises(PeerUnreachableError, match="not connected to this signalling service"):
+                await a.open_stream(nobody)
+
+
+async def test_who_takes_no_connections_refuses_at_once():
+    async with service() as meeting, dialler(Limits(connect_timeout=60.0)) as a, dialler() as deaf:
+        deaf._clients.keep(meeting.place)
+        await deaf._clients.keep(meeting.place).ready()
+        async with asyncio.timeout(5):
+            with pytest.raises(PeerUnreachableError, match="takes no connections"):
+                await a.open_stream(meeting.place.address(deaf.identity.peer))
+
+
+def garbage() -> list[str]:
+    whole = "m=application 9 x webrtc-datachannel\na=fingerprint:x\na=ice-ufrag:x\na=ice-pwd:x\n"
+    return [
+        "",
+        "garbage",
+        "v=0\n" + whole,
+        whole,
+        whole.replace("9 x", "x 9"),
+        "v=0\no=\nt=\n" + whole + "a=\n",
+    ]
+
+
+@pytest.mark.parametrize("body", garbage())
+async def test_offers_that_cannot_be_read_are_refused(body: str):
+    async with service() as meeting, met_at(meeting.place) as (listener, [address]), dialler() as a:
+        with a._clients.using(service_of(address)) as client:
+            link = await a._new_link(address.peer, b"e" * EXCHANGE_BYTES)
+            a._exchanges[link.exchange] = link
+            await client.send(sealed(a.identity, address.peer, link.exchange, "offer", body))
+            with pytest.raises(PeerUnreachableError, match="refuses: the peer sent"):
+                async with asyncio.timeout(5):
+                    await link.answer
+            await link.connection.close()
+        assert not listener._answering
+
+
+@pytest.mark.parametrize("body", garbage())
+async def test_answers_that_cannot_be_read_end_the_dial(body: str):
+    async with service() as meeting, dialler() as a, dialler() as b:
+
+        def answer(client: Any, offer: Envelope) -> None:
+            b._in_background(b._reply(client, offer, "answer", body))
+
+        b._offered = answer
+        await b._clients.keep(meeting.place).ready()
+        with pytest.raises(ProtocolError):
+            await a.open_stream(meeting.place.address(b.identity.peer))
+
+
+async def test_offers_beyond_the_bounds_are_refused_and_then_dropped(monkeypatch: pytest.MonkeyPatch):
+    from swarmcore_transports.webrtc import transport as module
+
+    monkeypatch.setattr(module, "MAX_ANSWERING", 2)
+    me, flooder = Identity.generate(), Identity.generate()
+    target = webrtc.WebRtcTransport(me, limits=HASTY)
+    target._listening = True
+    sent: list[str] = []
+
+    class Client:
+        async def send(self, envelope: Envelope) -> None:
+            sent.append(envelope.kind)
+
+    for number in range(20):
+        offer = sealed(flooder, me.peer, number.to_bytes(EXCHANGE_BYTES, "big"), "offer", "garbage")
+        target._signalled(Client(), offer)
+    assert target.counters["overflow"] == 12
+    assert len(target._tasks) == 8
+    while target._tasks:
+        await asyncio.wait(target._tasks)
+    assert sent == ["refusal"] * 8
+    await target.close()
+
+
+async def test_a_dead_service_is_skipped_and_one_that_returns_is_used_again():
+    async with service() as living, service() as dying:
+        second = dying.place
+        async with met_at(living.place, dying.place) as (listener, [address, other]):
+            await dying.close()
+            async with dialler() as a, dialler() as b:
+                with pytest.raises(PeerUnreachableError, match="signalling service"):
+                    await a.open_stream(other)
+                await exchanged(a, address)
+                async with service(at=second) as returned:
+                    async with asyncio.timeout(5):
+                        await listener._clients.keep(second)._registered.wait()
+                    assert returned.counters["registered"] >= 1
+                    await exchanged(b, other)
+
+
+async def test_a_peer_starts_while_one_of_its_services_is_dead():
+    async with service() as living:
+        async with service() as dead:
+            pass
+        async with met_at(dead.place, living.place) as (_, [_, address]), dialler() as a:
+            await exchanged(a, address)
+        with pytest.raises(PeerUnreachableError):
+            async with met_at(dead.place):
+                pass
+
+
+async def test_connections_outlive_the_service():
+    async with service() as meeting, met_at(meeting.place) as (_, [address]), dialler() as a:
+        stream = await a.open_stream(address)
+        await meeting.close()
+        await stream.send(b"still there")
+        assert bytes(await stream.receive()) == b"still there"
+        await exchanged(a, address)
+
+
+def certificate(folder: Path) -> Path:
+    """Of 127.0.0.1, signed by itself, with its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "meeting point")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "both.pem"
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file.write_bytes(pem + made.public_bytes(Encoding.PEM))
+    return file
+
+
+async def test_a_service_with_a_certificate_of_its_own(tmp_path: Path):
+    file = certificate(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(file)
+    trusted = ssl.create_default_context(cafile=str(file))
+    listener = webrtc.WebRtcTransport(
+        Identity.generate(), limits=LIMITS, listen_on=["127.0.0.1:0"], tls=tls, trusted=trusted
+    )
+    [address] = await listener.listen(echo)
+    assert str(address).startswith("webrtc:wss://127.0.0.1:")
+    async with dialler(trusted=trusted) as a, dialler() as suspicious:
+        await exchanged(a, address)
+        with pytest.raises(PeerUnreachableError, match=r"(?i)certificate"):
+            await suspicious.open_stream(address)
+    await listener.close()
