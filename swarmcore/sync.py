@@ -93,6 +93,9 @@ class Swarm(Closing):
         generation = self.asynchronous.generate(prompt, model=model, adapter=adapter, **options)
         return ThinGeneration(self.loop, generation)
 
+    def chat(self, *, system: str | None = None, model: str = "") -> Chat:
+        return Chat(self.loop, self.asynchronous.chat(system=system, model=model))
+
     def view(self) -> SwarmView:
         return self.asynchronous.view()
 
@@ -317,9 +320,9 @@ class ThinGeneration(Pieces[str]):
 
 
 class Chat(Closing):
-    """`swarmcore.client.chat.Chat`, waiting."""
+    """A `swarmcore.client.chat.Conversation`, waiting."""
 
-    def __init__(self, loop: LoopThread, chat: _chat.Chat) -> None:
+    def __init__(self, loop: LoopThread, chat: _chat.Conversation[Any]) -> None:
         self._loop = loop
         self._chat = chat
 

@@ -17,24 +17,29 @@ from swarmcore.cli.options import (
 )
 from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
+from swarmcore.cli.thin import thin_here, thin_swarm
 from swarmcore.cli.turns import turns
 from swarmcore.errors import SwarmError
 
 if TYPE_CHECKING:
-    from swarmcore.client.chat import Chat
+    from swarmcore.client.chat import Conversation
 
 
 @click.command()
 @click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--thin", is_flag=True, help="Let a head peer make the answers; that needs no torch here.")
 @remote_model_options
 @sampling_options
 @standard
-def chat(output: Output, system: str | None, remote: RemoteModelOptions, sampling: dict[str, Any]) -> None:
+def chat(
+    output: Output, system: str | None, thin: bool, remote: RemoteModelOptions, sampling: dict[str, Any]
+) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves.
 
     Where stdin is no terminal each of its lines is a turn.
     """
-    interrupt.run(_converse(output, system, remote, sampling))
+    converse = _converse_thin if thin_here(output, thin) else _converse
+    interrupt.run(converse(output, system, remote, sampling))
 
 
 async def _converse(
@@ -51,7 +56,19 @@ async def _converse(
                 await _turn(output, conversation, text, sampling)
 
 
-async def _turn(output: Output, conversation: Chat, text: str, sampling: dict[str, Any]) -> None:
+async def _converse_thin(
+    output: Output, system: str | None, remote: RemoteModelOptions, sampling: dict[str, Any]
+) -> None:
+    async with thin_swarm(remote) as swarm:
+        output.remark("Head peers answer. Ctrl-C stops an answer, Ctrl-D leaves.")
+        output.event("ready", model=remote.model or "", chain="")
+        conversation = swarm.chat(system=system, model=remote.model or "")
+        async with conversation, aclosing(turns()) as said:
+            async for text in said:
+                await _turn(output, conversation, text, sampling)
+
+
+async def _turn(output: Output, conversation: Conversation[Any], text: str, sampling: dict[str, Any]) -> None:
     """Show the answer; an error of the swarm ends this turn only."""
     answer: list[str] = []
 
@@ -77,5 +94,14 @@ async def _turn(output: Output, conversation: Chat, text: str, sampling: dict[st
         finish_reason=made.finish_reason if made and whole else "interrupted",
         prompt_tokens=made.prompt_tokens if made else 0,
         new_tokens=made.new_tokens if made else 0,
-        chain=str(made.chain) if made else "",
+        **_made_by(conversation),
     )
+
+
+def _made_by(conversation: Conversation[Any]) -> dict[str, str]:
+    from swarmcore.client.chat import ThinChat
+
+    made = conversation.generation
+    if isinstance(conversation, ThinChat):
+        return {"head": (made.head or "") if made else ""}
+    return {"chain": str(made.chain) if made else ""}

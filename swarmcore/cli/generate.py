@@ -11,7 +11,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options, standard
 from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
-from swarmcore.cli.thin import generate_thin, torch_is_missing
+from swarmcore.cli.thin import generate_thin, thin_here
 from swarmcore.errors import InputError
 
 
@@ -40,10 +40,8 @@ def generate(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     asked = messages if as_chat or system is not None else text
-    if not thin and torch_is_missing():
-        output.remark("torch is not installed here: a head peer makes the text, as with --thin")
-        thin = True
-    interrupt.run((generate_thin if thin else _generate)(output, remote, asked, sampling))
+    make = generate_thin if thin_here(output, thin) else _generate
+    interrupt.run(make(output, remote, asked, sampling))
 
 
 async def _generate(

@@ -1,17 +1,39 @@
-"""``swarmcore generate`` without torch: a head peer makes the text."""
+"""``swarmcore generate`` and ``chat`` without torch: head peers make the text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swarmcore.cli.options import RemoteModelOptions, load_identity
 from swarmcore.cli.output import Output
 
+if TYPE_CHECKING:
+    from swarmcore.client.swarm import Swarm
 
-def torch_is_missing() -> bool:
-    return find_spec("torch") is None
+
+def thin_here(output: Output, thin: bool) -> bool:
+    """Whether head peers make the text: when asked for, and where there is no torch to do otherwise."""
+    if not thin and find_spec("torch") is None:
+        output.remark("torch is not installed here: a head peer makes the text, as with --thin")
+        return True
+    return thin
+
+
+def thin_swarm(remote: RemoteModelOptions) -> Swarm:
+    """The swarm to enter, for one who has no part of a model."""
+    from swarmcore.client.swarm import connect
+
+    return connect(
+        *remote.bootstrap,
+        mdns=remote.mdns,
+        registry=remote.registry,
+        transport_options=remote.transport_options,
+        identity=load_identity(remote.identity_file),
+        allowed_servers=remote.allowed_servers or None,
+        blocked_servers=remote.blocked_servers,
+    )
 
 
 async def generate_thin(
@@ -21,18 +43,8 @@ async def generate_thin(
     sampling: dict[str, Any],
 ) -> None:
     """Show the text that a head peer of the swarm makes."""
-    from swarmcore.client.swarm import connect
-
     async with (
-        connect(
-            *remote.bootstrap,
-            mdns=remote.mdns,
-            registry=remote.registry,
-            transport_options=remote.transport_options,
-            identity=load_identity(remote.identity_file),
-            allowed_servers=remote.allowed_servers or None,
-            blocked_servers=remote.blocked_servers,
-        ) as swarm,
+        thin_swarm(remote) as swarm,
         swarm.generate(prompt, model=remote.model or "", patience=remote.patience, **sampling) as generation,
     ):
         pieces = []

@@ -1,12 +1,14 @@
-"""A conversation with a model, over one session."""
+"""Conversations: over one session with a model, or with head peers."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
+from swarmcore.client.pieces import GeneratedPieces
 from swarmcore.client.settings import GenerationOptions
 from swarmcore.errors import InputError, SwarmError
 
@@ -14,24 +16,22 @@ if TYPE_CHECKING:
     from swarmcore.client.generation import Generation
     from swarmcore.client.model import RemoteModel
     from swarmcore.client.model_session import ModelSession
+    from swarmcore.client.swarm import Swarm
+    from swarmcore.client.thin import ThinGeneration
+
+Made = TypeVar("Made", bound=GeneratedPieces[str])
 
 
-class Chat:
-    """Turns of a user and a model. Made by `RemoteModel.chat`; leaving it frees the caches on the servers.
+class Conversation(ABC, Generic[Made]):
+    """Turns of a user and a model, and what was said in them."""
 
-    Nothing that was said is computed again, as long as the servers of the session live; when one is gone, the
-    next turn opens another session; so it does after any other error but a mistaken input.
-    """
-
-    def __init__(self, model: RemoteModel, system: str | None) -> None:
+    def __init__(self, system: str | None) -> None:
         self.messages: list[dict[str, Any]] = []
         """What was said so far, as the model's chat template takes it. You may change it between turns."""
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self.generation: Generation | None = None
-        """How the latest answer is made: its tokens, chain, times; None before its session is open."""
-        self._model = model
-        self._session: ModelSession | None = None
+        self.generation: Made | None = None
+        """How the latest answer is made: its tokens, times and more; None before it has begun."""
         self._answer: AsyncGenerator[str, None] | None = None
 
     def say(self, text: str, **options: Unpack[GenerationOptions]) -> AsyncGenerator[str, None]:
@@ -44,11 +44,11 @@ class Chat:
         return self._answer
 
     async def close(self) -> None:
-        """Free the caches on the servers; the messages stay, and another turn opens a new session."""
+        """Let go of what was opened; the messages stay, and there may be another turn."""
         answer, self._answer = self._answer, None
         if answer is not None:
             await answer.aclose()
-        await self._close_session()
+        await self._let_go()
 
     async def __aenter__(self) -> Self:
         return self
@@ -57,6 +57,13 @@ class Chat:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.close()
+
+    @abstractmethod
+    async def _generate(self, options: GenerationOptions) -> Made:
+        """Begin the answer to `messages`."""
+
+    async def _let_go(self) -> None:
+        """Close what outlives a turn."""
 
     async def _answering(
         self, text: str, previous: AsyncGenerator[str, None] | None, options: GenerationOptions
@@ -67,9 +74,7 @@ class Chat:
         self.generation = None
         self.messages.append({"role": "user", "content": text})
         try:
-            if self._session is None:
-                self._session = await self._model.session().open()
-            self.generation = self._model.generate(list(self.messages), session=self._session, **options)
+            self.generation = await self._generate(options)
             async with aclosing(self.generation) as pieces:
                 async for piece in pieces:
                     said.append(piece)
@@ -77,7 +82,7 @@ class Chat:
         except InputError:
             raise
         except SwarmError:
-            await self._close_session()
+            await self._let_go()
             raise
         finally:
             if said:
@@ -85,7 +90,40 @@ class Chat:
             else:
                 self.messages.pop()
 
-    async def _close_session(self) -> None:
+
+class Chat(Conversation["Generation"]):
+    """Turns of a user and a model. Made by `RemoteModel.chat`; leaving it frees the caches on the servers.
+
+    Nothing that was said is computed again, as long as the servers of the session live; when one is gone, the
+    next turn opens another session; so it does after any other error but a mistaken input.
+    """
+
+    def __init__(self, model: RemoteModel, system: str | None) -> None:
+        super().__init__(system)
+        self._model = model
+        self._session: ModelSession | None = None
+
+    async def _generate(self, options: GenerationOptions) -> Generation:
+        if self._session is None:
+            self._session = await self._model.session().open()
+        return self._model.generate(list(self.messages), session=self._session, **options)
+
+    async def _let_go(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+class ThinChat(Conversation["ThinGeneration"]):
+    """Turns of a user and a model that head peers run. Made by `Swarm.chat`.
+
+    Head peers keep nothing from one turn to the next: each is computed from the first message on.
+    """
+
+    def __init__(self, swarm: Swarm, system: str | None, model: str) -> None:
+        super().__init__(system)
+        self._swarm = swarm
+        self._name = model
+
+    async def _generate(self, options: GenerationOptions) -> ThinGeneration:
+        return self._swarm.generate(list(self.messages), model=self._name, **options)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from swarmcore.client.adapter_weights import AdapterWeights
+from swarmcore.client.chat import ThinChat
 from swarmcore.client.heads import HeadChoice
 from swarmcore.client.micro_batches import BatchRunner
 from swarmcore.client.pass_options import PassOptions
@@ -246,6 +247,10 @@ class Swarm:
         choice = HeadChoice(model, self._rng, admits=self._admits)
         run = ThinRun(self.node, self.registry, self.health, choice, patience)
         return ThinGeneration(run, generate_at_heads(run, request))
+
+    def chat(self, *, system: str | None = None, model: str = "") -> ThinChat:
+        """A conversation in which head peers answer: ``async for piece in chat.say("Hello")``."""
+        return ThinChat(self, system, model)
 
     async def load_model(
         self,

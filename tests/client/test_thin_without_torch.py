@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -70,10 +71,10 @@ def address(llama_folder: Path) -> Iterator[str]:
         yield str(servers[0].node.addresses[0])
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, said: str = "") -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd="/"
+        command, input=said, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd="/"
     )
 
 
@@ -87,6 +88,19 @@ def test_text_without_torch(python: Path, address: str) -> None:
     assert command.returncode == 0
     assert command.stdout == expected + "\n"
     assert command.stderr == "torch is not installed here: a head peer makes the text, as with --thin\n"
+
+
+def test_a_chat_without_torch(python: Path, address: str) -> None:
+    with sync.connect(address) as swarm, swarm.chat(system="Be brief.") as chat:
+        expected = ["".join(chat.say(text, max_new_tokens=6)) for text in ("Hi", "And?")]
+        assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 2]
+    options = ("--system", "Be brief.", "--max-new-tokens", "6", "--json")
+    done = run(python, "-m", "swarmcore", "chat", "--bootstrap", address, *options, said="Hi\nAnd?\n")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = [event for event in events if event["event"] == "answer"]
+    assert [answer["text"] for answer in answers] == expected
+    assert all(address.endswith(answer["head"]) for answer in answers)
 
 
 def sync_text(address: str) -> str:
