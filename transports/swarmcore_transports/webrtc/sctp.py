@@ -1,18 +1,17 @@
 """SCTP of aiortc made quick on long links: its window, its loss recovery, and when it acknowledges.
 
-aiortc starts with 3 packets and bursts 4, notices a lost tail after a second or more, and halves nothing
-but what its burst limit leaves. What is here instead: a larger first window with pacing (`congestion`), loss
-detection by time (RACK, with a tail loss probe, RFC 8985), and an acknowledgement for every second packet
-and for every end of a message. The wire format is SCTP's as before, so the peer may be anything.
+aiortc starts with 3 packets, bursts 4, and notices a lost tail after a second or more. What is here instead:
+a larger first window with pacing (`congestion`), loss detection by time (RACK, with a tail loss probe, RFC
+8985), and an acknowledgement for every second packet and for every end of a message (`sctp_receiver`). The
+wire format is SCTP's as before, so the peer may be anything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,73 +19,24 @@ import aiortc
 from aiortc import rtcpeerconnection, rtcsctptransport
 from aiortc.rtcsctptransport import DataChunk, RTCSctpTransport, SackChunk
 
+from swarmcore_transports.webrtc.aiortc_shape import missing_parts
 from swarmcore_transports.webrtc.congestion import CongestionWindow
+from swarmcore_transports.webrtc.sctp_receiver import ACK_DELAY, TSN_MODULO, QuickReceiver, at_or_after
 
 logger = logging.getLogger(__name__)
 
 _FIRST_RTO = 1.0
 _LEAST_RTO_SLACK = 0.2
 _MOST_RTO = 60.0
-_ACK_DELAY = 0.02
-_MODULO = 2**32
-_MOST_GAPS = 256
-_LAST_FRAGMENT = 0x01
 
 _CONNECTIONS: Any = rtcpeerconnection
 
-_METHODS = {
-    "_transmit": ["self"],
-    "_receive_sack_chunk": ["self", "chunk"],
-    "_receive_data_chunk": ["self", "chunk"],
-    "_mark_received": ["self", "tsn"],
-    "_send_sack": ["self"],
-    "_send_chunk": ["self", "chunk"],
-    "_set_state": ["self", "state"],
-    "_update_rto": ["self", "R"],
-    "_t1_expired": ["self"],
-    "_t3_cancel": ["self"],
-    "_maybe_abandon": ["self", "chunk"],
-    "_update_advanced_peer_ack_point": ["self"],
-    "_data_channel_flush": ["self"],
-    "_flight_size_increase": ["self", "chunk"],
-    "_flight_size_decrease": ["self", "chunk"],
-    "_abort": ["self"],
-}
-_ATTRIBUTES = {
-    "_advertised_rwnd",
-    "_association_state",
-    "_cwnd",
-    "_flight_size",
-    "_forward_tsn_chunk",
-    "_last_received_tsn",
-    "_last_sacked_tsn",
-    "_local_tsn",
-    "_outbound_queue",
-    "_rto",
-    "_rttvar",
-    "_sack_duplicates",
-    "_sack_misordered",
-    "_sack_needed",
-    "_sent_queue",
-    "_srtt",
-}
-_CHUNK_FIELDS = {
-    "_abandoned",
-    "_acked",
-    "_book_size",
-    "_in_flight",
-    "_retransmit",
-    "_sent_count",
-    "_sent_time",
-}
 
-
-class QuickSctpTransport(RTCSctpTransport):
+class QuickSctpTransport(QuickReceiver):
     """`RTCSctpTransport` with another sender's and receiver's behaviour, the same association."""
 
     def __init__(self, transport: Any, port: int = 5000) -> None:
         super().__init__(transport, port)
-        self._clock = asyncio.get_running_loop()
         self._rto = _FIRST_RTO
         self._window = CongestionWindow(rtcsctptransport.USERDATA_MAX_LENGTH)
         self._peer_window = self._advertised_rwnd
@@ -97,6 +47,7 @@ class QuickSctpTransport(RTCSctpTransport):
         self._highest_acked = self._last_sacked_tsn
         self._reorders = False
         self._some_lost = False
+        self._mend_at_once = False
         self._some_abandoned = False
         self._reorder_deadline: float | None = None
         # The probe and the timeout that follows it.
@@ -108,11 +59,6 @@ class QuickSctpTransport(RTCSctpTransport):
         self._idle_since: float | None = None
         self._sending = False
         self._send_again = False
-        # Receiving.
-        self._sack_at_once = False
-        self._packets_to_sack = 0
-        self._sack_timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def _set_state(self, state: Any) -> None:
         if state is self.State.ESTABLISHED and self._association_state is not state:
@@ -126,10 +72,10 @@ class QuickSctpTransport(RTCSctpTransport):
     def _t3_cancel(self) -> None:
         """Called when the association ends: the base's T3 never runs here."""
         super()._t3_cancel()
-        for timer in (self._loss_timer, self._pace_timer, self._sack_timer):
+        for timer in (self._loss_timer, self._pace_timer):
             if timer is not None:
                 timer.cancel()
-        self._loss_timer = self._pace_timer = self._sack_timer = None
+        self._loss_timer = self._pace_timer = None
 
     def _update_rto(self, R: float) -> None:
         super()._update_rto(R)
@@ -141,7 +87,8 @@ class QuickSctpTransport(RTCSctpTransport):
 
     async def _transmit(self) -> None:
         self._send_again = True
-        if self._sending:  # a send over TURN may wait, and this is called again meanwhile
+        # A send over TURN may wait, and this is called again meanwhile.
+        if self._sending or self._association_state is self.State.CLOSED:
             return
         self._sending = True
         try:
@@ -150,8 +97,8 @@ class QuickSctpTransport(RTCSctpTransport):
                 await self._send_what_fits()
         finally:
             self._sending = False
-        self._cwnd = self._window.size
-        self._set_loss_timer()
+            self._cwnd = self._window.size
+            self._set_loss_timer()
 
     async def _send_on(self) -> None:
         await self._transmit()
@@ -164,9 +111,10 @@ class QuickSctpTransport(RTCSctpTransport):
         if self._some_lost:
             lost = [chunk for chunk in self._sent_queue if chunk._retransmit]
             for chunk in lost:
-                if not self._may_send(self._window.size):
+                if not self._mend_at_once and not self._may_send(self._window.size):
                     return
                 if chunk._retransmit:
+                    self._mend_at_once = False
                     await self._send_data(chunk)
             self._some_lost = False
         if self._outbound_queue and self._idle_since is not None:
@@ -205,8 +153,8 @@ class QuickSctpTransport(RTCSctpTransport):
     # What the peer acknowledges
 
     async def _receive_sack_chunk(self, chunk: SackChunk) -> None:
-        acknowledged = (chunk.cumulative_tsn - self._last_sacked_tsn) % _MODULO
-        if acknowledged > (self._local_tsn - 1 - self._last_sacked_tsn) % _MODULO:
+        acknowledged = (chunk.cumulative_tsn - self._last_sacked_tsn) % TSN_MODULO
+        if acknowledged > (self._local_tsn - 1 - self._last_sacked_tsn) % TSN_MODULO:
             return  # older than what was heard, or of what was never sent
         now = self._clock.time()
         self._last_sacked_tsn = chunk.cumulative_tsn
@@ -226,7 +174,7 @@ class QuickSctpTransport(RTCSctpTransport):
         """Chunks that ``sack`` is the first to acknowledge; those below its cumulative TSN are let go."""
         arrived: list[DataChunk] = []
         queue, base = self._sent_queue, sack.cumulative_tsn
-        while queue and _at_or_after(base, queue[0].tsn):
+        while queue and at_or_after(base, queue[0].tsn):
             chunk = queue.popleft()
             self._flight_size_decrease(chunk)
             if not chunk._acked:
@@ -235,7 +183,7 @@ class QuickSctpTransport(RTCSctpTransport):
             gaps = iter(sorted(sack.gaps))
             first, last = next(gaps)
             for chunk in queue:
-                offset = (chunk.tsn - base) % _MODULO
+                offset = (chunk.tsn - base) % TSN_MODULO
                 while offset > last:
                     if (gap := next(gaps, None)) is None:
                         return arrived
@@ -259,7 +207,7 @@ class QuickSctpTransport(RTCSctpTransport):
                 self._window.lost(now, now)
             if chunk._sent_time >= newest_at:
                 newest, newest_at = chunk, chunk._sent_time
-            if _at_or_after(chunk.tsn, self._highest_acked):
+            if at_or_after(chunk.tsn, self._highest_acked):
                 self._highest_acked = chunk.tsn
             elif chunk._sent_count == 1:
                 self._reorders = True
@@ -287,7 +235,7 @@ class QuickSctpTransport(RTCSctpTransport):
                 if chunk._sent_count == 1:
                     break  # so did all that follow
                 continue
-            older = chunk._sent_time < self._newest_sent_at or _at_or_after(self._highest_acked, chunk.tsn)
+            older = chunk._sent_time < self._newest_sent_at or at_or_after(self._highest_acked, chunk.tsn)
             if chunk._acked or not chunk._in_flight or not older:
                 continue
             due = chunk._sent_time + self._newest_rtt + patience
@@ -297,6 +245,7 @@ class QuickSctpTransport(RTCSctpTransport):
                 latest_lost = max(latest_lost, chunk._sent_time)
                 self._lose(chunk)
         if latest_lost >= 0:
+            self._mend_at_once = True  # what the reader waits for does not wait for the window to drain
             self._window.lost(latest_lost, now)
 
     def _lose(self, chunk: DataChunk) -> None:
@@ -319,7 +268,7 @@ class QuickSctpTransport(RTCSctpTransport):
                 self._progress_at + self._rto * 2.0 ** max(0, self._timeouts - 1),
                 self._progress_at + _MOST_RTO,
             )
-        probe_after = max(2 * self._srtt, self._srtt + 4 * self._rttvar) + _ACK_DELAY
+        probe_after = max(2 * self._srtt, self._srtt + 4 * self._rttvar) + ACK_DELAY
         return self._progress_at + min(probe_after, self._rto)
 
     def _set_loss_timer(self) -> None:
@@ -368,75 +317,6 @@ class QuickSctpTransport(RTCSctpTransport):
         self._update_advanced_peer_ack_point()
         self._soon(self._send_on)
 
-    def _soon(self, send: Callable[[], Any]) -> None:
-        async def guarded() -> None:
-            with contextlib.suppress(ConnectionError):  # DTLS is closed: nothing is sent any more
-                await send()
-
-        task = self._clock.create_task(guarded())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    # Receiving
-
-    async def _receive_data_chunk(self, chunk: DataChunk) -> None:
-        assert self._last_received_tsn is not None
-        expected = chunk.tsn == (self._last_received_tsn + 1) % _MODULO
-        if self._advertised_rwnd <= 0:
-            if not expected:
-                return  # beyond the window: it is sent again once there is room
-            if self._advertised_rwnd < -rtcsctptransport.LOCAL_MAX_MESSAGE_SIZE:
-                logger.warning("a peer's message never ended: its data channels are closed")
-                await self._abort()
-                self._set_state(self.State.CLOSED)
-                return
-        if not expected or self._sack_misordered or chunk.flags & _LAST_FRAGMENT:
-            self._sack_at_once = True
-        await super()._receive_data_chunk(chunk)
-
-    def _mark_received(self, tsn: int) -> bool:
-        """As the base does, in a time that does not grow with what is missing."""
-        assert self._last_received_tsn is not None
-        following = (self._last_received_tsn + 1) % _MODULO
-        if not _at_or_after(tsn, following) or tsn in self._sack_misordered:
-            self._sack_duplicates.append(tsn)
-            return True
-        if tsn != following:
-            self._sack_misordered.add(tsn)
-            return False
-        while True:
-            self._last_received_tsn = following
-            following = (following + 1) % _MODULO
-            if following not in self._sack_misordered:
-                return False
-            self._sack_misordered.remove(following)
-
-    async def _send_sack(self) -> None:
-        """Called for every packet with data."""
-        self._packets_to_sack += 1
-        if self._packets_to_sack >= 2 or self._sack_at_once:
-            await self._send_sack_now()
-        else:
-            self._sack_needed = False
-            if self._sack_timer is None:
-                self._sack_timer = self._clock.call_later(_ACK_DELAY, self._sack_delayed)
-
-    async def _send_sack_now(self) -> None:
-        self._packets_to_sack = 0
-        self._sack_at_once = False
-        del self._sack_duplicates[_MOST_GAPS:]
-        await super()._send_sack()
-
-    def _sack_delayed(self) -> None:
-        self._sack_timer = None
-        if self._packets_to_sack:
-            self._soon(self._send_sack_now)
-
-
-def _at_or_after(one: int, other: int) -> bool:
-    """Of two TSNs, which wrap around."""
-    return (one - other) % _MODULO < _MODULO // 2
-
 
 @contextlib.contextmanager
 def quick_data_channels() -> Iterator[None]:
@@ -469,23 +349,3 @@ def _unexpected() -> bool:
             ", ".join(missing),
         )
     return bool(missing)
-
-
-def missing_parts(transport: type, chunk: type) -> list[str]:
-    """What of aiortc that `QuickSctpTransport` builds on is not there, or takes other arguments."""
-    missing = []
-    for name, parameters in _METHODS.items():
-        method = getattr(transport, name, None)
-        if method is None or list(inspect.signature(method).parameters) != parameters:
-            missing.append(name)
-    made = set(transport.__init__.__code__.co_names)  # type: ignore[misc]
-    missing += sorted(_ATTRIBUTES - made)
-    missing += sorted(_CHUNK_FIELDS - set(getattr(chunk, "__annotations__", ())))
-    missing += [
-        name
-        for name in ("USERDATA_MAX_LENGTH", "LOCAL_MAX_MESSAGE_SIZE")
-        if not hasattr(rtcsctptransport, name)
-    ]
-    if not hasattr(_CONNECTIONS, "RTCSctpTransport"):
-        missing.append("rtcpeerconnection.RTCSctpTransport")
-    return missing
