@@ -39,7 +39,10 @@ class Address:
         """Raise `AddressError` when the scheme or the peer id at the end is missing."""
         scheme, colon, rest = url.partition(":")
         if not colon or not _SCHEME.fullmatch(scheme):
-            raise AddressError(f"address {url!r} has no transport scheme; expected tcp://host:port/<peer id>")
+            raise AddressError(
+                f"address {url!r} has no transport scheme; expected tcp://host:port/<peer id>, "
+                f"or libp2p: before a multiaddr"
+            )
         location, _, peer = rest.rpartition("/")
         if not _PEER_ID.fullmatch(peer):
             raise AddressError(

@@ -82,7 +82,7 @@ async def test_neither_side_takes_another_peer_for_the_one_it_dials(js_libp2p: P
     server = await peers.listening(listen_on=[PLACE])
     somebody = Identity.generate().peer
     async with JsNode(js_libp2p, "--echo") as node:
-        with pytest.raises(PeerIdentityError, match="not the one that was dialled"):
+        with pytest.raises(PeerIdentityError, match=f"not the one that was dialled, but {node.id}"):
             await peers.client().transport.open_stream(address_of(node, somebody))
         with pytest.raises(JsNodeError, match=somebody):
             await node.ping(multiaddr_of(server).replace(server.id, somebody))

@@ -57,6 +57,7 @@ PROTOCOL = TProtocol("/swarmcore/stream/1")
 """Our framed streams inside one libp2p stream each."""
 
 _CLOSE_SECONDS = 3.0
+_LISTEN_SECONDS = 3.0
 _RESET_SECONDS = 1.0
 _TELL_SECONDS = 5.0
 
@@ -200,7 +201,11 @@ class Host:
         """
         for place in places:
             _check_free(place)
-            if not await self.swarm.listen(place):
+            # Shielded, as it leaks a socket when it is cancelled; for an IP address it takes milliseconds.
+            listens = False
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _LISTEN_SECONDS):
+                listens = await self.swarm.listen(place)
+            if not listens:
                 raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
         self.own.put("listening", spelt_out(self.bound()))
 

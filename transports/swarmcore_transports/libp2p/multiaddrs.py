@@ -50,7 +50,8 @@ def parsed(text: str) -> Multiaddr:
         return Multiaddr(text)
     except (MultiaddrError, ValueError) as exc:
         raise AddressError(
-            f"{text!r} is not a libp2p address, such as /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…: {exc}"
+            f"{text!r} is not a libp2p address, such as /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…: "
+            f"{getattr(exc, 'message', exc)}"
         ) from exc
 
 

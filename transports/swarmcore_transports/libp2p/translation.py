@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
@@ -26,6 +27,9 @@ from swarmcore.errors import (
 
 _IDENTITY_SIGNS = ("peer id mismatch", "does not match", "doesn't match", "does not correspond")
 
+_OTHER_PEER = re.compile(r"remote_peer_id_from_pubkey=(\w+)")
+_UNKNOWN_PROTOCOL = "not supported"
+_NO_SUCH_NAME = "IP address not found in multiaddr"
 
 _UNREACHABLE = (SwarmException, OpenConnectionError, OSError, trio.TooSlowError, BaseLibp2pError)
 
@@ -38,15 +42,32 @@ def translated(error: BaseException) -> SwarmError:
     chain = _chain(error)
     text = _text(chain)
     if any(sign in text.lower() for sign in _IDENTITY_SIGNS):
-        return PeerIdentityError(f"the peer that answered is not the one that was dialled: {text}")
+        found = _OTHER_PEER.search(text)
+        other = found[1] if found else "another"
+        return PeerIdentityError(
+            f"the peer that answered is not the one that was dialled, but {other}: it has a new key, or "
+            f"another one has its place; ask for the new address"
+        )
     if any(isinstance(link, SecurityUpgradeFailure) for link in chain):
-        return PeerIdentityError(f"what answers does not prove who it is by Noise: {text}")
+        return PeerIdentityError(
+            f"what answers does not prove who it is by Noise; is it a libp2p peer, at this port? {text}"
+        )
+    if any(isinstance(link, StreamFailure) for link in chain) and _UNKNOWN_PROTOCOL not in text:
+        return PeerUnreachableError(
+            f"the connection broke before the peer took the stream: {text}; try again"
+        )
     if any(isinstance(link, UpgradeFailure | StreamFailure) for link in chain):
-        return ProtocolError(f"the peer does not speak what was asked: {text}")
+        return ProtocolError(
+            f"the peer does not speak what was asked; is it a peer of swarmcore, in this version? {text}"
+        )
     if isinstance(error, StreamEOF):
         return StreamClosedError("the peer has ended the stream")
     if isinstance(error, StreamError | MuxedStreamError | IOException | trio.BrokenResourceError):
         return ConnectionLostError(f"the connection broke: {text}")
+    if _NO_SUCH_NAME in text:
+        return PeerUnreachableError(
+            "no address is known for that name; check its spelling and the connection"
+        )
     if isinstance(error, _UNREACHABLE):
         return PeerUnreachableError(f"cannot reach the peer: {text}")
     if isinstance(error, trio.Cancelled):
