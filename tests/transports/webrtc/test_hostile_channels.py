@@ -1,0 +1,226 @@
+"""Peers that are connected and misbehave, or are gone without a word."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from swarmcore.errors import ConnectionLostError
+from swarmcore.identity import Identity
+from swarmcore.transport import Stream
+from swarmcore.wire.limits import Limits
+
+webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
+from swarmcore_transports.framed.frames import Kind, encode_frame, message_header  # noqa: E402
+from swarmcore_transports.framed.settings import Settings  # noqa: E402
+from swarmcore_transports.webrtc.channel_pipe import ChannelPipe  # noqa: E402
+from swarmcore_transports.webrtc.engine import DataChannel  # noqa: E402
+from swarmcore_transports.webrtc.signalling_clients import MAX_IDLE, SignallingClients  # noqa: E402
+
+LIMITS = Limits(max_message=2**20, max_calls_per_peer=4, keepalive=0.3, send_buffer=64 * 1024)
+
+
+async def hold(stream: Stream) -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        await stream.send(await stream.receive())
+
+
+@asynccontextmanager
+async def pair(on_stream: Any = echo, limits: Limits = LIMITS) -> AsyncIterator[tuple[Any, Any, Any]]:
+    """A listener, a peer that dials it, and the listener's address."""
+    listener = webrtc.WebRtcTransport(Identity.generate(), limits=limits, listen_on=["127.0.0.1:0"])
+    peer = webrtc.WebRtcTransport(Identity.generate(), limits=limits)
+    try:
+        [address] = await listener.listen(on_stream)
+        yield listener, peer, address
+    finally:
+        await asyncio.gather(listener.close(), peer.close())
+
+
+class Watch:
+    """Uses a channel, and keeps what comes."""
+
+    def __init__(self, channel: DataChannel) -> None:
+        self.channel = channel
+        self.got = bytearray()
+        self.closed = asyncio.Event()
+        channel.use(self)
+
+    def message_received(self, data: bytes) -> None:
+        self.got += data
+
+    def queue_low(self) -> None: ...
+
+    def channel_closed(self) -> None:
+        self.closed.set()
+
+
+async def raw(peer: Any, address: Any) -> Watch:
+    """A channel to ``address`` on which nothing has been said."""
+    link = peer._links.get(address.peer) or await peer._link_to(
+        address.peer, webrtc.transport.service_of(address)
+    )
+    return Watch(await link.connection.open_channel())
+
+
+HELLO = encode_frame(Kind.HELLO, Settings.of(LIMITS).encode() + bytes(16))
+OPENED = HELLO + encode_frame(Kind.OPEN)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"garbage" * 100, b""),
+        (encode_frame(Kind.OPEN), b"instead of a hello"),
+        (OPENED + message_header(LIMITS.max_message + 1), b"above the limit of 1048576"),
+        (OPENED + (message_header(0) * 1000), b"more than it was granted"),
+        (OPENED + (message_header(30_000) + bytes(30_000)) * 8, b"more than it was granted"),
+    ],
+)
+async def test_what_breaks_the_rules_of_a_stream_ends_its_channel(said: bytes, reason: bytes) -> None:
+    async with pair(hold) as (_, peer, address):
+        channel = await raw(peer, address)
+        for start in range(0, len(said), 16 * 1024):
+            channel.channel.send(said[start : start + 16 * 1024])
+        async with asyncio.timeout(5):
+            await channel.closed.wait()
+        assert reason in channel.got
+        stream = await peer.open_stream(address)  # the link lives
+        stream.abort("done")
+
+
+async def test_text_ends_a_channel() -> None:
+    async with pair() as (_, peer, address):
+        channel = await raw(peer, address)
+        channel.channel._channel.send("text")  # type: ignore[attr-defined]
+        async with asyncio.timeout(5):
+            await channel.closed.wait()
+
+
+async def test_a_peer_opens_no_more_channels_than_its_share() -> None:
+    async with pair() as (listener, peer, address):
+        channels = [await raw(peer, address) for _ in range(2 * LIMITS.max_calls_per_peer + 3)]
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(channel.closed.wait() for channel in channels[-3:]))
+        assert listener._links.refused_channels == 3
+        assert not any(channel.closed.is_set() for channel in channels[:-3])
+
+
+async def test_a_peer_that_falls_silent_is_lost_with_all_its_channels() -> None:
+    async with pair() as (listener, peer, address):
+        streams = [await peer.open_stream(address) for _ in range(3)]
+        [link] = listener._links._all
+        mute(link.connection)
+        async with asyncio.timeout(10):
+            for stream in streams:
+                with pytest.raises(ConnectionLostError, match="silent"):
+                    await stream.receive()
+        assert not len(peer._links)
+
+
+async def test_a_peer_whose_link_went_dead_is_dialled_anew() -> None:
+    async with pair() as (listener, peer, address):
+        first = await peer.open_stream(address)
+        before = peer._links.get(address.peer)
+        [link] = listener._links._all
+        mute(link.connection)
+        stream = await peer.open_stream(address)
+        await stream.send(b"again")
+        assert bytes(await stream.receive()) == b"again"
+        assert peer._links.get(address.peer) is not before
+        with pytest.raises(ConnectionLostError):
+            await first.receive()
+
+
+def mute(connection: Any) -> None:
+    """Nothing that it sends leaves any more, and nothing that comes is heard."""
+
+    async def nothing(*_: object) -> None: ...
+
+    sctp = connection._connection.sctp
+    sctp.transport._send_data = nothing
+    sctp._handle_data = nothing
+
+
+async def test_a_peer_that_ends_its_connection_is_let_go_at_once() -> None:
+    async with pair(limits=Limits(keepalive=60.0)) as (listener, peer, address):
+        stream = await peer.open_stream(address)
+        [link] = listener._links._all
+        await link.connection.close()
+        async with asyncio.timeout(5):
+            with pytest.raises(ConnectionLostError):
+                await stream.receive()
+
+
+class Channel(DataChannel):
+    """One that goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = False
+
+    @property
+    def queued(self) -> int:
+        return 0
+
+    def set_low(self, amount: int) -> None: ...
+
+    def send(self, data: bytes) -> None: ...
+
+    def close(self) -> None:
+        self.ended = True
+
+
+async def test_what_comes_while_reading_is_paused_is_bounded() -> None:
+    channel, ended = Channel(), []
+    pipe = ChannelPipe(channel, "direct", ended.append)
+    piece = bytes(2**16)
+    for _ in range(300):
+        pipe.message_received(piece)
+    assert channel.ended and ended == [pipe]
+    assert not pipe._undelivered
+
+
+async def test_what_comes_before_a_channel_is_used_is_bounded() -> None:
+    channel = Channel()
+    for _ in range(1000):
+        channel._message(b"early")
+    assert channel.ended and len(channel._early) <= 64
+
+
+class _Client:
+    def __init__(self) -> None:
+        self.running = False
+
+    async def run(self) -> None:
+        self.running = True
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.running = False
+
+
+@pytest.mark.virtual_time
+async def test_clients_of_services_are_closed_when_unused_and_bounded_in_number() -> None:
+    make: Callable[[Any], Any] = lambda service: _Client()  # noqa: E731
+    clients = SignallingClients(make)
+    kept = clients.keep("kept")  # type: ignore[arg-type]
+    with clients.using("used") as used:  # type: ignore[arg-type]
+        for number in range(MAX_IDLE + 5):
+            with clients.using(str(number)):  # type: ignore[arg-type]
+                await asyncio.sleep(0.01)
+        assert len(clients) == MAX_IDLE + 2
+        await asyncio.sleep(200.0)
+        assert len(clients) == 2
+    await asyncio.sleep(200.0)
+    assert (kept.running, used.running, len(clients)) == (True, False, 1)  # type: ignore[attr-defined]
+    await clients.close()
+    assert not kept.running  # type: ignore[attr-defined]
