@@ -15,7 +15,7 @@ from aiortc.rtcconfiguration import RTCBundlePolicy, RTCIceTransportPolicy
 
 from swarmcore.errors import ConnectionLostError, ProtocolError, SwarmError
 from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
-from swarmcore_transports.webrtc.descriptions import check_description
+from swarmcore_transports.webrtc.descriptions import check_description, without_names
 from swarmcore_transports.webrtc.ice import IceServer
 from swarmcore_transports.webrtc.sctp import quick_data_channels
 
@@ -217,7 +217,7 @@ class AiortcConnection(PeerConnection):
     async def _take(self, sdp: str, kind: str) -> None:
         check_description(sdp)
         try:
-            await self._connection.setRemoteDescription(RTCSessionDescription(sdp, kind))
+            await self._connection.setRemoteDescription(RTCSessionDescription(without_names(sdp), kind))
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError, InvalidStateError) as exc:
             raise ProtocolError(f"the peer sent an {kind} that cannot be read: {exc!r}") from exc
 
