@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -167,6 +167,8 @@ async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGener
                     async for piece in pieces:
                         run.first_token = run.first_token or now()
                         yield piece
+            except StreamClosedError:
+                raise  # the swarm was closed on this side
             except (UnavailableError, BusyError, UnknownTransportError) as exc:
                 if len(run.tokens) > before:
                     tried, errors, give_up = set(), [], None
@@ -194,7 +196,8 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
                 taken += len(record.tokens)
                 yield record.text
                 if taken - told >= AHEAD // 4:
-                    await channel.send(TokensTaken(taken))
+                    with suppress(StreamClosedError):  # what comes next says why it is closed
+                        await channel.send(TokensTaken(taken))
                     told = taken
             else:
                 run.finish_reason = _reason(record)
@@ -257,5 +260,6 @@ async def _pause(registry: Registry, errors: list[SwarmError], give_up: float | 
             async for change in registry.changes():
                 if change.info.heads and change.kind != "left":
                     return
+            await asyncio.sleep(seconds)  # the registry is closed
     except TimeoutError:
         return

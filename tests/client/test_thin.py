@@ -20,6 +20,7 @@ from swarmcore.errors import (
     MissingBlocksError,
     MissingHeadError,
     PeerUnreachableError,
+    StreamClosedError,
     UnavailableError,
 )
 from swarmcore.registry.base import SwarmView
@@ -138,6 +139,18 @@ async def test_patience_ends() -> None:
             await text
         assert 19 < asyncio.get_running_loop().time() - began < 22
         assert generation.new_tokens == 5, "what came is there"
+
+
+async def test_closing_the_swarm_ends_its_texts() -> None:
+    async with head_swarm(CountingText()) as swarm:
+        other = await swarm.another_client()
+        text = asyncio.ensure_future(_whole(other.generate("ab", max_new_tokens=100)))
+        await asyncio.sleep(0.55)
+        began = asyncio.get_running_loop().time()
+        await other.close()
+        with pytest.raises(StreamClosedError):
+            await text
+        assert asyncio.get_running_loop().time() - began <= 1.01, "not all of its patience"
 
 
 async def test_before_there_is_text_each_is_tried_once() -> None:
