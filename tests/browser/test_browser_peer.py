@@ -221,8 +221,8 @@ async def test_head_peer_dies_while_the_page_reads(
     said, makers = await page.run(rest, gateway=gateway.peer)
     assert makers == [gateway.peer, servers[0].peer]
     async with swarmcore.connect(servers[0].address) as swarm:
-        options = {"temperature": 0.0, "max_new_tokens": 32, "min_new_tokens": 32}
-        assert said == await swarm.generate(QUESTION, **options)
+        plain = swarm.generate(QUESTION, temperature=0.0, max_new_tokens=32, min_new_tokens=32)
+        assert said == await plain
 
 
 @pytest.mark.parametrize(
