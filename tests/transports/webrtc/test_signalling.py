@@ -22,6 +22,7 @@ from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
+from swarmcore_transports.webrtc.offers import MAX_ANSWERING, MAX_ANSWERING_PEER, Offers  # noqa: E402
 from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
 from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
 
@@ -163,7 +164,7 @@ async def test_an_offer_played_back_later_is_not_answered_again():
         again = next(one for one in heard if one.kind == "offer")
         listener._signalled(None, again)
         assert listener.counters["repeated"] == 1
-        assert not listener._answering
+        assert not len(listener._offers)
 
 
 async def test_who_is_absent_is_told_at_once():
@@ -206,7 +207,7 @@ async def test_offers_that_cannot_be_read_are_refused(body: str):
                 async with asyncio.timeout(5):
                     await link.answer
             await link.connection.close()
-        assert not listener._answering
+        assert not len(listener._offers)
 
 
 @pytest.mark.parametrize("body", garbage())
@@ -222,28 +223,38 @@ async def test_answers_that_cannot_be_read_end_the_dial(body: str):
             await a.open_stream(meeting.place.address(b.identity.peer))
 
 
-async def test_offers_beyond_the_bounds_are_refused_and_then_dropped(monkeypatch: pytest.MonkeyPatch):
-    from swarmcore_transports.webrtc import transport as module
-
-    monkeypatch.setattr(module, "MAX_ANSWERING", 2)
-    me, flooder = Identity.generate(), Identity.generate()
+async def test_offers_beyond_the_bounds_are_refused_and_then_dropped():
+    me = Identity.generate()
     target = webrtc.WebRtcTransport(me, limits=HASTY)
     target._listening = True
     sent: list[str] = []
 
     class Client:
         async def send(self, envelope: Envelope) -> None:
-            sent.append(envelope.kind)
+            sent.append(envelope.body)
 
-    for number in range(20):
-        offer = sealed(flooder, me.peer, number.to_bytes(EXCHANGE_BYTES, "big"), "offer", "garbage")
-        target._signalled(Client(), offer)
-    assert target.counters["overflow"] == 12
-    assert len(target._tasks) == 8
+    flooders = [Identity.generate() for _ in range(4)]
+    for number in range(300):
+        exchange = number.to_bytes(EXCHANGE_BYTES, "big")
+        target._signalled(Client(), sealed(flooders[number % 4], me.peer, exchange, "offer", "garbage"))
+    assert target.counters["overflow"] == 300 - 4 * MAX_ANSWERING
+    assert len(target._offers) == 4 * MAX_ANSWERING_PEER
     while target._tasks:
         await asyncio.wait(target._tasks)
-    assert sent == ["refusal"] * 8
+    assert len([body for body in sent if "too many others" in body]) == 4 * MAX_ANSWERING - len(flooders) * 4
+    assert not len(target._offers)
     await target.close()
+
+
+def test_offers_are_answered_once_and_some_at_a_time():
+    offers = Offers(most=3, most_of_peer=2)
+    assert offers.is_new(b"a") and not offers.is_new(b"a")
+    assert [offers.begin(peer) for peer in "aaabb"] == [True, True, False, True, False]
+    offers.end("a")
+    assert offers.begin("b") and len(offers) == 3
+    for number in range(10_000):
+        offers.is_new(number.to_bytes(16, "big"))
+    assert len(offers._seen) == 4096
 
 
 async def test_a_dead_service_is_skipped_and_one_that_returns_is_used_again():

@@ -38,6 +38,10 @@ class Service:
         host = match["host"].removeprefix("[").removesuffix("]")
         return cls(host, int(match["port"]), match["scheme"] == "wss")
 
+    def from_here(self) -> Service:
+        """Where the machine reaches it that runs it, should it listen on all addresses."""
+        return attrs.evolve(self, host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host))
+
     @property
     def url(self) -> str:
         """Where a WebSocket to it is opened."""
@@ -60,3 +64,13 @@ def service_of(address: Address) -> Service:
     if address.scheme != SCHEME:
         raise AddressError(f"{str(address)!r} is no address of WebRTC; expected webrtc://HOST:PORT/<peer id>")
     return Service.parse(address.location)
+
+
+def announced_location(text: str, peer: PeerId) -> str:
+    """What ``--announce`` says, a whole address or ``host:port``, without the peer."""
+    if not text.startswith(f"{SCHEME}:"):
+        return text
+    address = Address.parse(text)
+    if address.peer != peer:
+        raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
+    return address.location

@@ -37,7 +37,8 @@ from swarmcore_transports.own_addresses import reachable_hosts
 from swarmcore_transports.webrtc.engine import AiortcConnection, DataChannel
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
 from swarmcore_transports.webrtc.links import Link, Links
-from swarmcore_transports.webrtc.locations import SCHEME, Service, service_of
+from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_location, service_of
+from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Offers
 from swarmcore_transports.webrtc.signalling_client import SignallingClient, absent
 from swarmcore_transports.webrtc.signalling_clients import SignallingClients
 from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
@@ -47,13 +48,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
 
-MAX_ANSWERING = 64
-"""Most offers of others that are being answered at a time; further ones are refused."""
-
-MAX_ANSWERING_PEER = 4
-"""And of one peer."""
-
-_REMEMBERED_OFFERS = 4096
+_MAX_TASKS = 4 * MAX_ANSWERING
 
 
 class WebRtcTransport(Transport):
@@ -100,8 +95,7 @@ class WebRtcTransport(Transport):
         self._links = Links(self.limits, self._in_background)
         self._exchanges: dict[bytes, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answering: Counter[PeerId] = Counter()
-        self._offers: dict[bytes, None] = {}  # seen lately, the oldest first
+        self._offers = Offers()
         self.counters: Counter[str] = Counter()
         """What was dropped since the start, by name: forged, repeated and ignored signals, and offers
         that came faster than they could be refused."""
@@ -115,7 +109,7 @@ class WebRtcTransport(Transport):
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
-        return Service.parse(_location(place, peer).removesuffix(f"/{peer}")).address(peer)
+        return Service.parse(announced_location(place, peer).removesuffix(f"/{peer}")).address(peer)
 
     # --- listening ------------------------------------------------------------------------------------
 
@@ -125,14 +119,14 @@ class WebRtcTransport(Transport):
             raise InputError("this transport listens already")
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['host:port']")
-        announce = [Service.parse(_location(text, self.identity.peer)) for text in self.announce]
+        announce = [Service.parse(announced_location(text, self.identity.peer)) for text in self.announce]
         own = [place for place in self.listen_on if "://" not in place]
         foreign = [Service.parse(place) for place in self.listen_on if "://" in place]
         self._connections.serve(on_stream)
         self._listening = True
         try:
             met = [await self._serve(Service.parse(place)) for place in own]
-            clients = [self._clients.keep(attrs.evolve(one, host=_reached(one.host))) for one in met]
+            clients = [self._clients.keep(one.from_here()) for one in met]
             clients += [self._clients.keep(one) for one in foreign]
             async with asyncio.timeout(self.limits.connect_timeout):
                 for client in clients[: len(met)]:
@@ -214,31 +208,20 @@ class WebRtcTransport(Transport):
 
     def _offered(self, client: SignallingClient, offer: Envelope) -> None:
         peer = PeerId(offer.sender)
-        if offer.exchange in self._offers or peer == self.identity.peer:
-            self.counters["repeated"] += 1
-            return
-        if len(self._tasks) >= 4 * MAX_ANSWERING:
+        if len(self._tasks) >= _MAX_TASKS:
             self.counters["overflow"] += 1
-            return
-        self._offers[offer.exchange] = None
-        if len(self._offers) > _REMEMBERED_OFFERS:
-            del self._offers[next(iter(self._offers))]
-        refusal = ""
-        if not self._listening or self._closed:
-            refusal = "this peer takes no connections"
-        elif (
-            self._answering.total() >= MAX_ANSWERING
-            or self._answering[peer] >= MAX_ANSWERING_PEER
-            or self._links.full
-        ):
-            refusal = "this peer is answering too many others; try again later"
-        self._in_background(
-            self._reply(client, offer, "refusal", refusal) if refusal else self._answer(client, offer)
-        )
+        elif peer == self.identity.peer or not self._offers.is_new(offer.exchange):
+            self.counters["repeated"] += 1
+        elif not self._listening or self._closed:
+            self._in_background(self._reply(client, offer, "refusal", "this peer takes no connections"))
+        elif self._links.full or not self._offers.begin(peer):
+            busy = "this peer is answering too many others; try again later"
+            self._in_background(self._reply(client, offer, "refusal", busy))
+        else:
+            self._in_background(self._answer(client, offer))
 
     async def _answer(self, client: SignallingClient, offer: Envelope) -> None:
         peer = PeerId(offer.sender)
-        self._answering[peer] += 1
         link: Link | None = None
         try:
             async with asyncio.timeout(self.limits.connect_timeout):
@@ -258,9 +241,7 @@ class WebRtcTransport(Transport):
                 await link.connection.close()
             raise
         finally:
-            self._answering[peer] -= 1
-            if not self._answering[peer]:
-                del self._answering[peer]
+            self._offers.end(peer)
 
     async def _reply(
         self, client: SignallingClient, offer: Envelope, kind: Literal["answer", "refusal"], body: str
@@ -415,17 +396,3 @@ def _fail(future: asyncio.Future[str], error: SwarmError) -> None:
     if not future.done():
         future.set_exception(error)
         future.exception()  # seen here: the dial may have been given up
-
-
-def _reached(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _location(text: str, peer: PeerId) -> str:
-    """What ``--announce`` says, a whole address or ``host:port``, without the peer."""
-    if not text.startswith(f"{SCHEME}:"):
-        return text
-    address = Address.parse(text)
-    if address.peer != peer:
-        raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
-    return address.location
