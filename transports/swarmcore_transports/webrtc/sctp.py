@@ -55,6 +55,7 @@ class QuickSctpTransport(QuickReceiver):
         self._timeouts = 0
         self._probed: int | None = None
         self._loss_timer: asyncio.TimerHandle | None = None
+        self._loss_timer_at = 0.0
         self._pace_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._sending = False
@@ -277,9 +278,10 @@ class QuickSctpTransport(QuickReceiver):
         if deadline is None or self._association_state is self.State.CLOSED:
             return
         if self._loss_timer is not None:
-            if self._loss_timer.when() <= deadline:
+            if self._loss_timer_at <= deadline:
                 return
             self._loss_timer.cancel()
+        self._loss_timer_at = deadline  # uvloop's handles do not tell it where the delay is nought
         self._loss_timer = self._clock.call_at(deadline, self._loss_timer_fired)
 
     def _loss_timer_fired(self) -> None:
