@@ -8,6 +8,8 @@ INITIAL_PACKETS = 16
 """Of the first flight: as many bytes as some 13 packets of TCP, which starts with 10 (RFC 6928)."""
 
 _LEAST_PACKETS = 4
+_SEGMENT = 1460
+"""Bytes by which the window grows where TCP's grows by a segment, for an equal share with smaller packets."""
 _BETA = 0.7
 _CUBIC = 0.4
 _RENO_FRIENDLY = 3 * (1 - _BETA) / (1 + _BETA)
@@ -39,14 +41,13 @@ class CongestionWindow:
     def sent(self, count: int, flight: int, now: float) -> None:
         """``count`` bytes left, and ``flight`` are in flight with them."""
         self._budget -= count
-        needed = 2 * flight if self.size < self._threshold else flight + self.packet
-        if needed > self.size:
+        if 2 * flight > self.size:
             self._filled_at = now
 
     def acknowledged(self, count: int, sent_at: float, rtt: float, now: float) -> None:
         """``count`` bytes arrived, the latest of which left at ``sent_at``.
 
-        The window grows only where it was used, and not by what left before it was last cut.
+        The window grows only where half of it was used, and not by what left before it was last cut.
         """
         elapsed, self._last_ack = min(now - self._last_ack, rtt), now
         if sent_at < self._cut_at or sent_at > self._filled_at:
@@ -55,9 +56,9 @@ class CongestionWindow:
             self.size += min(count, 2 * self.packet)
             return
         self._avoiding += elapsed
-        self._reno_size += _RENO_FRIENDLY * self.packet * count / self.size
-        until_regained = (self._size_before_cut / self.packet * (1 - _BETA) / _CUBIC) ** (1 / 3)
-        cubic = self._size_before_cut + _CUBIC * (self._avoiding + rtt - until_regained) ** 3 * self.packet
+        self._reno_size += _RENO_FRIENDLY * _SEGMENT * count / self.size
+        until_regained = (self._size_before_cut / _SEGMENT * (1 - _BETA) / _CUBIC) ** (1 / 3)
+        cubic = self._size_before_cut + _CUBIC * (self._avoiding + rtt - until_regained) ** 3 * _SEGMENT
         step = (min(cubic, 1.5 * self.size) - self.size) * count / self.size
         self.size = int(max(self.size + step, self.size, self._reno_size))
 
