@@ -121,7 +121,7 @@ async def test_a_peer_that_falls_silent_is_lost_with_all_its_channels() -> None:
         mute(link.connection)
         async with asyncio.timeout(10):
             for stream in streams:
-                with pytest.raises(ConnectionLostError, match="silent"):
+                with pytest.raises(ConnectionLostError):
                     await stream.receive()
         assert not len(peer._links)
 
