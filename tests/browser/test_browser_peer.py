@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import chromium
 import msgspec
 import pytest
 import pytest_asyncio
@@ -22,6 +21,8 @@ from swarmcore.testing.nursery import ServerNursery
 from swarmcore.testing.processes import ServerProcess
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
+import chromium
+
 from swarmcore_transports.webrtc.locations import Service
 from swarmcore_transports.webrtc.signalling_service import SignallingService
 from swarmcore_transports.webrtc.signals import sealed
@@ -138,6 +139,28 @@ async def test_refused_request_says_why(page: chromium.Page, servers: list[Serve
     script = JOINED + "try { await generate({ temperature: -1 }) } finally { swarm.close() }"
     with pytest.raises(AssertionError, match=r"InputError: .*temperature"):
         await page.run(script, address=webrtc_address(servers[0]), question=QUESTION)
+
+
+async def test_long_messages_both_ways(page: chromium.Page, servers: list[ServerProcess]) -> None:
+    """Several at a time, each in several frames that wait for credit."""
+    script = """
+        const names = ['connection', 'identity', 'rpc', 'signalling'];
+        const [{ Connection }, { Identity }, { call }, { Signalling, parseAddress }] =
+          await Promise.all(names.map(name => import(`/${name}.js`)));
+        const { url, peer } = parseAddress(address);
+        const signalling = await Signalling.connect(url, await Identity.generate());
+        const connection = await Connection.dial(peer, signalling);
+        const echo = async seed => {
+          const payload = Uint8Array.from({ length: 900_000 }, (_, i) => (i * seed) % 251);
+          const stream = await connection.openStream();
+          const reply = await call(stream, '/swarmcore/ping/1', 'Ping', { payload }, 'Pong', 20);
+          return payload.every((byte, i) => reply.payload[i] === byte);
+        };
+        const same = await Promise.all([1, 2, 3].map(echo));
+        connection.close();
+        return same;
+    """
+    assert await page.run(script, address=webrtc_address(servers[1])) == [True] * 3
 
 
 async def test_garbage_from_a_page_harms_nobody(page: chromium.Page, servers: list[ServerProcess]) -> None:
