@@ -125,7 +125,7 @@ class Transport(ABC):
         Raise `AddressInUseError` or `AddressError` when a place cannot be listened on.
         """
 
-    def allow_only(self, peers: Collection[PeerId]) -> None:
+    def allow_only(self, peers: Collection[PeerId]) -> None:  # noqa: B027 - most have nothing to do
         """The swarm is closed: do nothing by itself for others than ``peers``, such as relaying.
 
         Called before `listen`. Streams of others are accepted still: whoever handles them refuses them with

@@ -1,5 +1,7 @@
 import pytest
 
+pytest.importorskip("aiortc", reason="needs the extra webrtc")
+
 from swarmcore_transports.webrtc.congestion import INITIAL_PACKETS, CongestionWindow
 
 PACKET = 1000
