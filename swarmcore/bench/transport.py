@@ -23,7 +23,7 @@ from swarmcore.types import Address
 
 _START_TIMEOUT = 30.0
 _KB, _MB = 1024, 2**20
-_LOOPBACK = {"tcp": "127.0.0.1:0", "libp2p": "/ip4/127.0.0.1/tcp/0"}
+_LOOPBACK = {"tcp": "127.0.0.1:0", "libp2p": "/ip4/127.0.0.1/tcp/0", "webrtc": "127.0.0.1:0"}
 _SIZES = {"4 KB": 4 * _KB, "64 KB": 64 * _KB, "1 MiB": _MB}
 
 
