@@ -16,6 +16,7 @@ from libp2p.abc import INetStream
 from libp2p.network.stream.net_stream import NetStream
 
 from swarmcore.transport import Buffer
+from swarmcore_transports.framed.delivery import hand_over
 from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.muxing import LARGEST_PAYLOAD, silent_for
 from swarmcore_transports.libp2p.translation import translated
@@ -153,19 +154,13 @@ class StreamPipe(asyncio.Transport):
 
     def _deliver_all(self) -> None:
         while self._undelivered and not self._reading_paused:
-            data = memoryview(self._undelivered.popleft())
+            data = self._undelivered.popleft()
             self._delivered += len(data)
-            while data and self._protocol is not None and not self._closing:
-                if self._paused_by_protocol():
-                    self._undelivered.appendleft(bytes(data))
-                    self._delivered -= len(data)
-                    return
-                # Let go of before the next is asked for: a buffer that is looked at cannot grow.
-                with memoryview(self._protocol.get_buffer(len(data))) as buffer:
-                    taken = min(len(buffer), len(data))
-                    buffer[:taken] = data[:taken]
-                data = data[taken:]
-                self._protocol.buffer_updated(taken)
+            rest = hand_over(data, self._taker)
+            if rest and self._protocol is not None and not self._closing:  # it has paused
+                self._undelivered.appendleft(rest)
+                self._delivered -= len(rest)
+                return
         if self._reader_waits and self._received - self._delivered <= _READ_AHEAD // 2:
             self._reader_waits = False
             self._thread.post(self._wake_reader)
@@ -175,8 +170,8 @@ class StreamPipe(asyncio.Transport):
                 self._protocol.eof_received()
             self._end()
 
-    def _paused_by_protocol(self) -> bool:
-        return self._reading_paused
+    def _taker(self) -> asyncio.BufferedProtocol | None:
+        return None if self._reading_paused or self._closing else self._protocol
 
     def _ended_by_peer(self) -> None:
         self._peer_ended = True

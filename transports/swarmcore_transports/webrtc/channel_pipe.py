@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from swarmcore.transport import Buffer
+from swarmcore_transports.framed.delivery import hand_over
 from swarmcore_transports.webrtc.engine import DataChannel
 
 _PIECE = 32 * 1024
@@ -102,25 +103,20 @@ class ChannelPipe(asyncio.Transport):
 
     def _deliver(self) -> None:
         while self._undelivered and not self._reading_paused:
-            data = memoryview(self._undelivered.popleft())
+            data = self._undelivered.popleft()
             self._waiting -= len(data)
-            while data and self._protocol is not None and not self._closing:
-                if self._paused_by_protocol():
-                    self._undelivered.appendleft(bytes(data))
-                    self._waiting += len(data)
-                    return
-                buffer = memoryview(self._protocol.get_buffer(len(data)))
-                taken = min(len(buffer), len(data))
-                buffer[:taken] = data[:taken]
-                data = data[taken:]
-                self._protocol.buffer_updated(taken)
+            rest = hand_over(data, self._taker)
+            if rest and self._protocol is not None and not self._closing:  # it has paused
+                self._undelivered.appendleft(rest)
+                self._waiting += len(rest)
+                return
         if self._peer_ended and not self._undelivered and not self._closing:
             if self._protocol:
                 self._protocol.eof_received()
             self.abort()
 
-    def _paused_by_protocol(self) -> bool:
-        return self._reading_paused
+    def _taker(self) -> asyncio.BufferedProtocol | None:
+        return None if self._reading_paused or self._closing else self._protocol
 
     def channel_closed(self) -> None:
         """The peer has closed the channel, or it broke."""
