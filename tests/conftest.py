@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import xdist_groups
 
 from swarmcore.testing.clock import VirtualClockLoop
 from swarmcore.testing.nursery import ServerNursery
@@ -38,19 +39,19 @@ def _uvloop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-FLEET_FOLDERS = ("chaos", "e2e")
-"""Tests that share running servers: all in one process, also where the suite is run by several."""
-
 DELAYS = pytest.StashKey[dict[str, list[float]]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep together, under pytest-xdist, what shares expensive fixtures: fleets of servers, else files."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        name = "fleet" if item.path.parent.name in FLEET_FOLDERS else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
+    """Where several processes run the suite, begin with what takes longest: none is to be left with it."""
+    if config.pluginmanager.hasplugin("xdist"):
+        long = {xdist_groups.group_of(item.nodeid) for item in items if item.get_closest_marker("e2e")}
+        items.sort(key=lambda item: xdist_groups.order(xdist_groups.group_of(item.nodeid), long))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return xdist_groups.scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

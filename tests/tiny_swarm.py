@@ -30,10 +30,11 @@ def served(
     dtype: str = "float32",
     adapters: Mapping[str, str] | None = None,
     heads: Sequence[HeadLimits | None] = (),
+    transport: str = "tcp",
 ) -> Iterator[list[BlockServer]]:
     """Servers of these blocks of a model, on the background loop; the first is the bootstrap.
 
-    The first of them are head peers within the limits of ``heads``.
+    The first of them are head peers within the limits of ``heads``. ``transport`` is what they meet over.
     """
     loop = background_loop()
     servers: list[BlockServer] = []
@@ -52,7 +53,7 @@ def served(
             head=head,
         )
         bootstrap = [str(server.node.addresses[0]) for server in servers[:1]]
-        network = NetworkConfig(transports={"tcp": ["127.0.0.1:0"]}, bootstrap=bootstrap)
+        network = NetworkConfig(transports={transport: ["127.0.0.1:0"]}, bootstrap=bootstrap)
         running = run_server(config, network, Identity.generate(), on_online=online.set_result)
         task = asyncio.create_task(running)
         await asyncio.wait([task, online], return_when=asyncio.FIRST_COMPLETED)

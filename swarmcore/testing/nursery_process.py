@@ -29,7 +29,7 @@ PRELOADED = (
 )
 """Importing these starts no thread, no event loop and no CUDA: none of that would survive a fork."""
 
-PRELOADED_EXTRAS = ("swarmcore_transports.libp2p",)
+PRELOADED_EXTRAS = ("swarmcore_transports.libp2p", "swarmcore_transports.webrtc")
 """Likewise, where what they need is installed."""
 
 

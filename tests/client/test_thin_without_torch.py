@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny_swarm import served
 
 from swarmcore import sync
@@ -39,12 +42,9 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with this checkout and its base dependencies; takes some seconds."""
-    folder = tmp_path_factory.mktemp("thin")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    into = [*PIP, "--python", python, "install", "--no-compile"]
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This checkout, built."""
+    folder = tmp_path_factory.mktemp("built")
     # A copy, since building leaves things in the folder it is built from.
     source = folder / "source"
     for name in ("swarmcore", "transports"):
@@ -52,16 +52,71 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
-    with subprocess.Popen(build, stdout=subprocess.DEVNULL) as building:
-        needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-        quick = ["--retries", "1", "--timeout", "5", "-c", ROOT / "constraints.txt"]
-        installed = subprocess.run([*into, *quick, *needed], capture_output=True, text=True, check=False)
+    subprocess.run(build, stdout=subprocess.DEVNULL, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def environment(folder: Path) -> Path:
+    """The interpreter of a new one, with nothing in it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def install(python: Path, *what: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*PIP, "--python", python, "install", "--no-compile", *what]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """The interpreter of an environment with this checkout and its base dependencies; takes some seconds."""
+    python = environment(tmp_path_factory.mktemp("thin") / "venv")
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    installed = install(python, "--retries", "1", "--timeout", "5", "-c", ROOT / "constraints.txt", *needed)
     if re.search("connection|resolve|Retrying", installed.stderr, re.IGNORECASE) and installed.returncode:
         pytest.skip(f"the package index cannot be reached: {installed.stderr.strip().splitlines()[-1]}")
     assert installed.returncode == 0, installed.stderr
-    assert building.returncode == 0
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*into, "--no-deps", wheel], check=True)
+    assert install(python, "--no-deps", wheel).returncode == 0
+    return python
+
+
+def needed_with(extra: str) -> set[str]:
+    """The distributions that ``pip install swarmcore[EXTRA]`` brings, as far as they are installed here."""
+    found: set[str] = set()
+    waiting = {("swarmcore", ""), ("swarmcore", extra)}
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        name, option = waiting.pop()
+        seen.add((name, option))
+        found.add(name)
+        for text in metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": option}):
+                wanted = canonicalize_name(requirement.name)
+                waiting |= {(wanted, each) for each in ("", *requirement.extras)} - seen
+    return found - {"swarmcore"}
+
+
+@pytest.fixture(scope="module", params=["libp2p", "webrtc"])
+def extra(request: pytest.FixtureRequest) -> str:
+    """One that brings a transport."""
+    name: str = request.param
+    pytest.importorskip({"webrtc": "aiortc"}.get(name, name), reason=f"needs the extra {name}")
+    return name
+
+
+@pytest.fixture(scope="module")
+def python_with(extra: str, tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """As `python`, with an extra. Links to what is installed here save most of the time."""
+    python = environment(tmp_path_factory.mktemp(extra) / "venv")
+    (packages,) = python.parent.parent.glob("lib/*/site-packages")
+    for name in needed_with(extra):
+        files = metadata.distribution(name).files or ()
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(metadata.distribution(name).locate_file(top))
+    assert install(python, "--no-deps", wheel).returncode == 0
     return python
 
 
@@ -88,6 +143,15 @@ def test_text_without_torch(python: Path, address: str) -> None:
     assert command.returncode == 0
     assert command.stdout == expected + "\n"
     assert command.stderr == "torch is not installed here: a head peer makes the text, as with --thin\n"
+
+
+def test_text_without_torch_over_other_transports(python_with: Path, extra: str, llama_folder: Path) -> None:
+    with served(llama_folder, "0:3", heads=[HeadLimits()], transport=extra) as servers:
+        address = str(servers[0].node.addresses[0])
+        assert address.startswith(f"{extra}:")
+        done = run(python_with, "-c", PROGRAM, address)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == sync_text(address)
 
 
 def test_a_chat_without_torch(python: Path, address: str) -> None:

@@ -1,0 +1,184 @@
+"""The signalling service, and those who misuse it: each is refused or dropped, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from swarmcore.identity import Identity
+from swarmcore.types import PeerId
+
+pytest.importorskip("aiortc", reason="needs the extra webrtc")
+import aiohttp
+from raw_signalling import connected, registered
+
+from swarmcore_transports.webrtc.locations import Service
+from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
+from swarmcore_transports.webrtc.signals import (
+    EXCHANGE_BYTES,
+    MAX_SIGNAL,
+    Absent,
+    Challenge,
+    Register,
+    Registered,
+    encode,
+    registration,
+    sealed,
+)
+
+EXCHANGE = bytes(EXCHANGE_BYTES)
+
+
+@asynccontextmanager
+async def service(**limits: Any) -> AsyncIterator[tuple[SignallingService, Service]]:
+    running = SignallingService(ServiceLimits(**limits))
+    try:
+        yield running, await running.start(Service("127.0.0.1", 0))
+    finally:
+        await running.close()
+
+
+async def passes(place: Service) -> None:
+    """Two peers who do nothing wrong are served."""
+    async with registered(place) as one, registered(place) as other:
+        await one.send(other.peer, EXCHANGE, "offer", "hello")
+        assert (await other.receive()).exchange == EXCHANGE
+
+
+async def code_of(socket: aiohttp.ClientWebSocketResponse) -> int | None:
+    """With what the service hangs up."""
+    async with asyncio.timeout(5):
+        async for _ in socket:
+            pass
+    return socket.close_code
+
+
+FIRST_WORDS = {
+    "garbage": "garbage",
+    "bytes": b"\xff" * 100,
+    "out of turn": encode(Registered()),
+    "another's signature": encode(Register(Identity.generate().peer, bytes(64))),
+    "signed for another challenge": encode(registration(Identity.generate(), Challenge(bytes(32)))),
+    "no peer": encode(Register("nobody", b"")),
+}
+
+
+@pytest.mark.parametrize("words", FIRST_WORDS.values(), ids=FIRST_WORDS.keys())
+async def test_who_does_not_prove_an_identity_is_hung_up_on(words: str | bytes) -> None:
+    async with service() as (running, place), connected(place) as socket:
+        await (socket.send_str(words) if isinstance(words, str) else socket.send_bytes(words))
+        assert await code_of(socket) == 4003
+        assert running.counters == {"refused": 1}
+        await passes(place)
+
+
+async def test_who_says_nothing_is_hung_up_on() -> None:
+    async with service(proof_timeout=0.1) as (running, place), connected(place) as socket:
+        assert await code_of(socket) == 4003
+        assert running.counters == {"refused": 1}
+
+
+@pytest.mark.parametrize("limit", ["unproven", "peers"])
+async def test_beyond_a_number_of_connections_the_next_is_refused_until_one_ends(limit: str) -> None:
+    enter = connected if limit == "unproven" else registered
+    async with service(**{limit: 2}) as (running, place):
+        async with AsyncExitStack() as stack:
+            for _ in range(2):
+                await stack.enter_async_context(enter(place))
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="full"):
+                async with connected(place):
+                    pass
+            assert running.counters["refused"] == 1
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    return await passes(place)
+                except aiohttp.WSServerHandshakeError:  # it has yet to notice that they are gone
+                    await asyncio.sleep(0.01)
+
+
+async def test_envelopes_faster_than_the_rate_are_dropped() -> None:
+    async with (
+        service(rate=0.001, burst=5.0) as (running, place),
+        registered(place) as one,
+        registered(place) as other,
+    ):
+        for number in range(100):
+            await one.send(other.peer, number.to_bytes(EXCHANGE_BYTES, "big"), "offer", "x")
+        await other.send(one.peer, EXCHANGE, "answer", "enough")
+        assert (await one.receive()).exchange == EXCHANGE
+        numbers = [int.from_bytes((await other.receive()).exchange, "big") for _ in range(5)]
+        assert numbers == list(range(5))
+        async with asyncio.timeout(5):
+            while running.counters["dropped"] < 95:
+                await asyncio.sleep(0.01)
+        assert running.counters["passed"] == 6
+
+
+async def test_what_a_registered_peer_may_not_say_is_dropped_and_it_stays() -> None:
+    async with service() as (running, place), registered(place) as one, registered(place) as other:
+        anothers = sealed(Identity.generate(), other.peer, EXCHANGE, "offer", "in the name of a third")
+        wrong = ["", "garbage", "[1]", encode(Registered()), encode(anothers), '{"type":"envelope"}']
+        for words in wrong:
+            await one.socket.send_str(words)
+        await one.socket.send_bytes(b"bytes")
+        await one.send(other.peer, EXCHANGE, "offer", "the first that counts")
+        signal = await other.receive()
+        assert not isinstance(signal, Absent) and signal.body == "the first that counts"
+        assert running.counters["dropped"] == len(wrong) + 1
+
+
+async def test_a_message_above_the_limit_ends_the_connection() -> None:
+    async with service() as (_, place), registered(place) as one:
+        await one.socket.send_str(" " * (MAX_SIGNAL + 1))
+        assert await code_of(one.socket) == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+        await passes(place)
+
+
+async def test_for_a_peer_that_does_not_read_there_is_a_bound() -> None:
+    """Then its senders hear that it gets more than it can take; others are served all the while."""
+    async with (
+        service(waiting=4, rate=1e6, burst=1e6) as (running, place),
+        registered(place) as one,
+        registered(place) as deaf,
+    ):
+        refusal = asyncio.create_task(one.receive())
+        body = "x" * 30_000
+        while not refusal.done():
+            await one.send(deaf.peer, EXCHANGE, "offer", body)
+            await asyncio.sleep(0)
+        signal = refusal.result()
+        assert isinstance(signal, Absent)
+        assert (signal.receiver, signal.exchange) == (deaf.peer, EXCHANGE)
+        assert "more than it can take" in signal.reason
+        assert running.counters["absent"] >= 1
+        await passes(place)
+
+
+async def test_of_one_peer_the_last_connection_counts() -> None:
+    identity = Identity.generate()
+    async with (
+        service() as (running, place),
+        registered(place, identity) as before,
+        registered(place, identity) as now,
+        registered(place) as other,
+    ):
+        assert await code_of(before.socket) == 4001
+        await other.send(identity.peer, EXCHANGE, "offer", "hello")
+        assert (await now.receive()).exchange == EXCHANGE
+        assert running.counters["registered"] == 3
+
+
+@pytest.mark.parametrize(
+    "receiver", [Identity.generate().peer, "nobody", ""], ids=["away", "no peer", "empty"]
+)
+async def test_what_is_for_nobody_here_comes_back(receiver: str) -> None:
+    async with service() as (_, place), registered(place) as one:
+        await one.send(PeerId(receiver), EXCHANGE, "offer", "hello")
+        signal = await one.receive()
+        assert isinstance(signal, Absent) and signal.receiver == receiver
+        assert "not connected" in signal.reason
