@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import attrs
 
 from swarmcore.errors import ProtocolError
@@ -30,6 +32,35 @@ def check_description(sdp: str) -> None:
             raise ProtocolError(f"the peer sent a description without {needed[2:-1]}")
 
 
+def check_restart(before: str, sdp: str) -> None:
+    """Raise `ProtocolError` unless ``sdp`` goes on with the association that ``before`` describes.
+
+    Only the first description of a peer is signed by its identity: its certificate must stay.
+    """
+    if fingerprints(before) != fingerprints(sdp):
+        raise ProtocolError("the peer changed its certificate in the midst of a connection")
+    for name in ("mid", "sctp-port"):
+        if attribute(before, name) != attribute(sdp, name):
+            raise ProtocolError(f"the peer changed the {name} of a connection")
+    [media] = [line for line in sdp.splitlines() if line.startswith("m=")]
+    if media.split()[1:2] == ["0"]:
+        raise ProtocolError("the peer ended a connection that it should restart")
+
+
+def attribute(sdp: str, name: str) -> str:
+    """The value of the first attribute ``name``, or nothing."""
+    start = f"a={name}:"
+    return next((line[len(start) :].strip() for line in sdp.splitlines() if line.startswith(start)), "")
+
+
+def fingerprints(sdp: str) -> frozenset[str]:
+    """Of the peer's certificates, with the name of the hash."""
+    start = "a=fingerprint:"
+    return frozenset(
+        line[len(start) :].strip().lower() for line in sdp.splitlines() if line.startswith(start)
+    )
+
+
 def without_names(sdp: str) -> str:
     """``sdp`` without the candidates that are names, which browsers give in place of addresses of their LAN.
 
@@ -41,6 +72,30 @@ def without_names(sdp: str) -> str:
     if len(kept) < len(lines):
         kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
     return "".join(kept)
+
+
+def with_usable_candidates(sdp: str) -> str:
+    """As `without_names`, and without all other candidates that are not `is_usable`."""
+    lines = sdp.splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("a=candidate:") or is_usable(line[2:])]
+    if len(kept) < len(lines):
+        kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
+    return "".join(kept)
+
+
+def is_usable(candidate: str) -> bool:
+    """Whether ``candidate`` (``candidate:…``) is a literal address for UDP.
+
+    libwebrtc would look up any name at a stranger's word, and connect to any port of TCP.
+    """
+    fields = candidate.split()
+    if not candidate.startswith("candidate:") or len(fields) < 8 or fields[2].lower() != "udp":
+        return False
+    try:
+        ipaddress.ip_address(fields[4])
+    except ValueError:
+        return False
+    return True
 
 
 def is_named(candidate: str) -> bool:

@@ -67,7 +67,9 @@ class WebRtcTransport(Transport):
     addresses of services run here. ``ice`` are STUN and TURN servers, or how they are written (see
     `IceServer.parse`), without which only peers are reached that see each other; with ``relay_only`` nothing
     but a TURN server ever learns where this peer is. ``tls`` secures the services run here, ``trusted`` says
-    which foreign ones to believe; by default those that the system does.
+    which foreign ones to believe; by default those that the system does. ``engine`` is the WebRTC
+    implementation: ``"aiortc"``; ``"wrtc"`` (libwebrtc, extra ``wrtc``), which moves bytes faster; or
+    ``"auto"``, wrtc where it is installed.
     """
 
     scheme = SCHEME
