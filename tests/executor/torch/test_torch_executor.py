@@ -18,6 +18,7 @@ from swarmcore.errors import (
 from swarmcore.executor.base import Segment, SequenceId, Slice
 from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
+from swarmcore.executor.torch.packing import PackedLinear
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -111,7 +112,11 @@ async def test_outputs_that_overflow_are_that_slice_s_error(tiny_llama: Checkpoi
     assert executor._held is not None
     for block in executor._held.models[0]._base.layers:
         for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
-            linear.weight.data.fill_(1.0)
+            ones = torch.ones(linear.out_features, linear.in_features, dtype=torch.float16)
+            if isinstance(linear, PackedLinear):  # where the CPU multiplies in 16 bits
+                linear.packed = torch.ops.mkldnn._reorder_linear_weight(ones, None)
+            else:
+                linear.weight.data.copy_(ones)
     loud = torch.full((1, WIDTH), 6e4)
     quiet = torch.zeros(1, WIDTH)
     results = await executor.step([step_of(executor, loud, (0, 0, 1)), step_of(executor, quiet, (1, 0, 1))])

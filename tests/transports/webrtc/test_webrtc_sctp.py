@@ -20,7 +20,7 @@ from aiortc.rtcdatachannel import RTCDataChannel, RTCDataChannelParameters
 from aiortc.rtcsctptransport import DataChunk, RTCSctpCapabilities, RTCSctpTransport
 
 from swarmcore_transports.webrtc import sctp
-from swarmcore_transports.webrtc.aiortc_shape import missing_parts
+from swarmcore_transports.webrtc.aiortc_shape import missing_of_sctp
 from swarmcore_transports.webrtc.sctp import QuickSctpTransport, quick_data_channels
 
 pytestmark = pytest.mark.virtual_time
@@ -313,7 +313,7 @@ async def test_a_library_of_another_shape_is_left_alone_with_a_warning(
     monkeypatch.delattr(RTCSctpTransport, "_data_channel_flush")
     monkeypatch.setattr(RTCSctpTransport, "_transmit", lambda self, budget: None)
     monkeypatch.setattr("aiortc.__version__", "9.9")
-    assert missing_parts(RTCSctpTransport, DataChunk) == ["_transmit", "_data_channel_flush"]
+    assert missing_of_sctp(RTCSctpTransport, DataChunk) == ["_transmit", "_data_channel_flush"]
     sctp._unexpected.cache_clear()
     try:
         for _ in range(2):

@@ -301,6 +301,11 @@ class Connection(asyncio.BufferedProtocol):
         """How the bytes travel, as in `Stream.path`."""
         return str(self.transport.get_extra_info("path", "direct")) if self.transport else "direct"
 
+    def path_changed(self) -> None:
+        """The pipe is the same, and its bytes travel another way."""
+        if self.stream:
+            self.stream.path = self.path
+
     def release(self) -> asyncio.Transport:
         """Give the pipe away, to carry another connection; this one is over."""
         pipe, self.transport = self.transport, None
@@ -315,8 +320,8 @@ class Connection(asyncio.BufferedProtocol):
         pipe.set_protocol(self)
         pipe.set_write_buffer_limits(_WRITE_HIGH_WATER)
         self._writing_paused = False
+        self.path_changed()
         if self.stream:
-            self.stream.path = self.path
             self.stream.wake()
 
     # --- streams ------------------------------------------------------------------------------------

@@ -44,12 +44,12 @@ from swarmcore_transports.libp2p.dial_back import DialBack
 from swarmcore_transports.libp2p.hole_punch import HolePuncher
 from swarmcore_transports.libp2p.logs import demote_library
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
-from swarmcore_transports.libp2p.network_watch import NetworkWatch
 from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
 from swarmcore_transports.libp2p.relay_service import RelayService
 from swarmcore_transports.libp2p.relaying import RelayClient
 from swarmcore_transports.libp2p.sockets import TcpSockets
+from swarmcore_transports.network_watch import NetworkWatch
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Host:
         self.dial_back = DialBack(self)
         self.hole_puncher = HolePuncher(self)
         self._background: list[Callable[[], Awaitable[None]]] = [
-            NetworkWatch(self._network_changed).run,
+            NetworkWatch(self._network_changed, trio.sleep).run,
             self.relays.run,
             self._relay_service.run,
             self.dial_back.run,

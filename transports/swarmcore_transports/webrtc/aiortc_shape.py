@@ -1,10 +1,15 @@
-"""What our SCTP builds on in aiortc, none of which the library promises to keep."""
+"""What we build on in aiortc and aioice, none of which the libraries promise to keep, and how it gets in."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from aiortc import rtcpeerconnection, rtcsctptransport
+from aioice import Connection
+from aioice.ice import relayed_candidate
+from aiortc import RTCIceGatherer, RTCIceTransport, rtcpeerconnection, rtcsctptransport
 from aiortc.rtcsctptransport import InboundStream
 
 _METHODS = {
@@ -61,16 +66,47 @@ _CHUNK_FIELDS = {
 }
 
 
-def missing_parts(transport: type, chunk: type) -> list[str]:
+_AGENT_METHODS = {
+    "_check_list_maybe_complete": ["self"],
+    "_check_list_maybe_fail": ["self"],
+    "_pair_remote_candidate": ["self", "remote_candidate"],
+    "_remote_candidates_expected": ["self"],
+    "check_start": ["self", "pair"],
+    "check_state": ["self", "pair", "state"],
+    "gather_candidates": ["self"],
+    "sort_check_list": ["self"],
+}
+_AGENT_ATTRIBUTES = {
+    "_check_list_done",
+    "_closing",
+    "_early_checks_done",
+    "_local_candidates",
+    "_nominated",
+    "_protocols",
+    "_queue",
+    "_remote_candidates",
+}
+_RELAYED_PARAMETERS = [
+    "component",
+    "hide_related_address",
+    "protocol_factory",
+    "turn_server",
+    "turn_username",
+    "turn_password",
+    "turn_ssl",
+    "turn_transport",
+]
+_ICE_TRANSPORT_METHODS = {
+    "_monitor": ["self"],
+    "_RTCIceTransport__setState": ["self", "state"],
+    "stop": ["self"],
+}
+
+
+def missing_of_sctp(transport: type, chunk: type) -> list[str]:
     """What of aiortc that our SCTP builds on is not there, or takes other arguments."""
-    missing = []
-    for owner, methods in ((transport, _METHODS), (InboundStream, _STREAM_METHODS)):
-        for name, parameters in methods.items():
-            method = getattr(owner, name, None)
-            if method is None or list(inspect.signature(method).parameters) != parameters:
-                missing.append(name)
-    made = set(transport.__init__.__code__.co_names)  # type: ignore[misc]
-    missing += sorted(_ATTRIBUTES - made)
+    missing = _changed(transport, _METHODS) + _changed(InboundStream, _STREAM_METHODS)
+    missing += _not_made(transport, _ATTRIBUTES)
     missing += sorted(_CHUNK_FIELDS - set(getattr(chunk, "__annotations__", ())))
     missing += [
         name
@@ -80,3 +116,46 @@ def missing_parts(transport: type, chunk: type) -> list[str]:
     if not hasattr(rtcpeerconnection, "RTCSctpTransport"):
         missing.append("rtcpeerconnection.RTCSctpTransport")
     return missing
+
+
+def missing_of_ice() -> list[str]:
+    """What of aiortc and aioice that our ICE builds on is not there, or takes other arguments."""
+    missing = _changed(Connection, _AGENT_METHODS) + _changed(RTCIceTransport, _ICE_TRANSPORT_METHODS)
+    missing += _not_made(Connection, _AGENT_ATTRIBUTES)
+    missing += _not_made(RTCIceTransport, {"_connection", "_recv", "_send"})
+    missing += _not_made(RTCIceGatherer, {"_connection"})
+    if list(inspect.signature(relayed_candidate).parameters) != _RELAYED_PARAMETERS:
+        missing.append("relayed_candidate")
+    return missing
+
+
+def _changed(owner: type, methods: dict[str, list[str]]) -> list[str]:
+    found: dict[str, Callable[..., Any] | None] = {name: getattr(owner, name, None) for name in methods}
+    return [
+        name
+        for name, method in found.items()
+        if method is None or list(inspect.signature(method).parameters) != methods[name]
+    ]
+
+
+def _not_made(owner: type, attributes: set[str]) -> list[str]:
+    """Those that the initialiser does not name."""
+    return sorted(attributes - set(owner.__init__.__code__.co_names))  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def built_with(**parts: Any) -> Iterator[None]:
+    """Within, an `RTCPeerConnection` is made of ``parts``, by the names that aiortc's module has for them.
+
+    It names its classes in private methods and takes no others. Replacing the names around the one call that
+    uses them leaves every other peer connection of the process alone: only for code without an ``await``.
+    """
+    module: Any = rtcpeerconnection
+    originals = {name: getattr(module, name) for name in parts}
+    try:
+        for name, part in parts.items():
+            setattr(module, name, part)
+        yield
+    finally:
+        for name, part in originals.items():
+            setattr(module, name, part)

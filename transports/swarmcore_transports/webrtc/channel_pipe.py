@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from swarmcore.transport import Buffer
+from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.delivery import hand_over
 from swarmcore_transports.webrtc.engine import DataChannel
 
@@ -25,7 +26,9 @@ class ChannelPipe(asyncio.Transport):
     the credit that the streams above grant.
     """
 
-    def __init__(self, channel: DataChannel, path: str, on_end: Callable[[ChannelPipe], None]) -> None:
+    def __init__(
+        self, channel: DataChannel, path: Callable[[], str], on_end: Callable[[ChannelPipe], None]
+    ) -> None:
         super().__init__()
         self._channel = channel
         self._path = path
@@ -50,7 +53,12 @@ class ChannelPipe(asyncio.Transport):
         self.resume_reading()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._path if name == "path" else default
+        return self._path() if name == "path" else default
+
+    def path_changed(self) -> None:
+        """The way that the bytes travel is another one from now on."""
+        if isinstance(self._protocol, Connection):
+            self._protocol.path_changed()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = cast(asyncio.BufferedProtocol, protocol)

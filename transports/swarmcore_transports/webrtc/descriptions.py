@@ -1,6 +1,10 @@
-"""What is looked at in a peer's SDP before a WebRTC implementation parses it."""
+"""What is looked at in SDP, before a WebRTC implementation parses it and for what it does not do itself."""
 
 from __future__ import annotations
+
+import ipaddress
+
+import attrs
 
 from swarmcore.errors import ProtocolError
 
@@ -28,6 +32,35 @@ def check_description(sdp: str) -> None:
             raise ProtocolError(f"the peer sent a description without {needed[2:-1]}")
 
 
+def check_restart(before: str, sdp: str) -> None:
+    """Raise `ProtocolError` unless ``sdp`` goes on with the association that ``before`` describes.
+
+    Only the first description of a peer is signed by its identity: its certificate must stay.
+    """
+    if fingerprints(before) != fingerprints(sdp):
+        raise ProtocolError("the peer changed its certificate in the midst of a connection")
+    for name in ("mid", "sctp-port"):
+        if attribute(before, name) != attribute(sdp, name):
+            raise ProtocolError(f"the peer changed the {name} of a connection")
+    [media] = [line for line in sdp.splitlines() if line.startswith("m=")]
+    if media.split()[1:2] == ["0"]:
+        raise ProtocolError("the peer ended a connection that it should restart")
+
+
+def attribute(sdp: str, name: str) -> str:
+    """The value of the first attribute ``name``, or nothing."""
+    start = f"a={name}:"
+    return next((line[len(start) :].strip() for line in sdp.splitlines() if line.startswith(start)), "")
+
+
+def fingerprints(sdp: str) -> frozenset[str]:
+    """Of the peer's certificates, with the name of the hash."""
+    start = "a=fingerprint:"
+    return frozenset(
+        line[len(start) :].strip().lower() for line in sdp.splitlines() if line.startswith(start)
+    )
+
+
 def without_names(sdp: str) -> str:
     """``sdp`` without the candidates that are names, which browsers give in place of addresses of their LAN.
 
@@ -35,12 +68,75 @@ def without_names(sdp: str) -> str:
     owner reaches us all the same, and its checks then tell where from: so the list counts as unfinished.
     """
     lines = sdp.splitlines(keepends=True)
-    kept = [line for line in lines if not _is_named(line)]
+    kept = [line for line in lines if not is_named(line.removeprefix("a="))]
     if len(kept) < len(lines):
         kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
     return "".join(kept)
 
 
-def _is_named(line: str) -> bool:
-    fields = line.split()
-    return line.startswith("a=candidate:") and len(fields) > 4 and fields[4].endswith(".local")
+def with_usable_candidates(sdp: str) -> str:
+    """As `without_names`, and without all other candidates that are not `is_usable`."""
+    lines = sdp.splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("a=candidate:") or is_usable(line[2:])]
+    if len(kept) < len(lines):
+        kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
+    return "".join(kept)
+
+
+def is_usable(candidate: str) -> bool:
+    """Whether ``candidate`` (``candidate:…``) is a literal address for UDP.
+
+    libwebrtc would look up any name at a stranger's word, and connect to any port of TCP.
+    """
+    fields = candidate.split()
+    if not candidate.startswith("candidate:") or len(fields) < 8 or fields[2].lower() != "udp":
+        return False
+    try:
+        ipaddress.ip_address(fields[4])
+    except ValueError:
+        return False
+    return True
+
+
+def is_named(candidate: str) -> bool:
+    """Whether ``candidate`` (``candidate:…``) has a name of mDNS in place of an address."""
+    fields = candidate.split()
+    return candidate.startswith("candidate:") and len(fields) > 4 and fields[4].endswith(".local")
+
+
+@attrs.frozen
+class IceParameters:
+    """What a description says of ICE."""
+
+    username: str
+    password: str
+    candidates: tuple[str, ...] = ()
+    """In SDP's notation, ``candidate:…``."""
+    complete: bool = False
+    """Whether there are no more."""
+
+
+def ice_parameters(sdp: str) -> IceParameters:
+    """Read them from a description of one media section. Raise ValueError when credentials are missing."""
+    values: dict[str, list[str]] = {}
+    for line in sdp.splitlines():
+        name, _, value = line.removeprefix("a=").partition(":")
+        if line.startswith("a="):
+            values.setdefault(name, []).append(value)
+    username, password = values.get("ice-ufrag", [""])[0], values.get("ice-pwd", [""])[0]
+    if not (4 <= len(username) <= 256 and 22 <= len(password) <= 256):
+        raise ValueError("ICE credentials are missing, or of impossible lengths")
+    candidates = tuple(f"candidate:{value}" for value in values.get("candidate", []))
+    return IceParameters(username, password, candidates, "end-of-candidates" in values)
+
+
+def with_ice(sdp: str, parameters: IceParameters) -> str:
+    """The description ``sdp`` with other ICE ``parameters``: that of a restart."""
+    names = ("ice-ufrag", "ice-pwd", "candidate", "end-of-candidates")
+    kept = [
+        line for line in sdp.splitlines() if line.removeprefix("a=").partition(":")[0].strip() not in names
+    ]
+    added = [f"a=ice-ufrag:{parameters.username}", f"a=ice-pwd:{parameters.password}"]
+    added += [f"a={candidate}" for candidate in parameters.candidates]
+    added += ["a=end-of-candidates"] if parameters.complete else []
+    return "".join(f"{line}\r\n" for line in [*kept, *added])

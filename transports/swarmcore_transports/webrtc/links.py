@@ -13,8 +13,12 @@ from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.webrtc.channel_pipe import ChannelPipe
 from swarmcore_transports.webrtc.engine import DataChannel, PeerConnection
+from swarmcore_transports.webrtc.locations import Service
+from swarmcore_transports.webrtc.rate_limit import RateLimit
 
 logger = logging.getLogger(__name__)
+
+_RESTART_RATE, _RESTART_BURST = 0.5, 8.0
 
 IDLE_SECONDS = 90.0
 """How long a connection without a channel is kept; channels themselves are kept for a minute."""
@@ -27,10 +31,19 @@ class Link:
     peer: PeerId
     connection: PeerConnection
     exchange: bytes
-    answer: asyncio.Future[str]
-    """The SDP of the peer, if this side has dialled."""
+    """The name under which the two sides have signalled, and do so for a new path."""
+    dialled: Service | None = None
+    """Where this side has met the peer; None when the peer has dialled."""
     pipes: set[ChannelPipe] = attrs.field(factory=set)
     idle_since: float = 0.0
+    restarting: bool = False
+    restarted_at: float = float("-inf")
+    limit: RateLimit = attrs.field(factory=lambda: RateLimit(_RESTART_RATE, _RESTART_BURST))
+    """How often the peer may ask for a new path."""
+
+    def silent_for(self, now: float) -> float:
+        """Seconds without a word from the peer on any channel; 0 when there is no channel to hear it on."""
+        return now - max((pipe.heard_at for pipe in self.pipes), default=now)
 
     def __repr__(self) -> str:
         return f"<Link {short(self.peer)} · {self.connection.path} · {len(self.pipes)} channels>"
@@ -38,14 +51,20 @@ class Link:
 
 class Links:
     """At most one link for each peer is for new channels: the latest. Those before it live as long as their
-    channels; one without channels is closed after `IDLE_SECONDS`.
+    channels; one without channels is closed after `IDLE_SECONDS`. ``on_lost`` is told of each that ends.
     """
 
-    def __init__(self, limits: Limits, in_background: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        in_background: Callable[[Coroutine[Any, Any, None]], None],
+        on_lost: Callable[[Link], None] = lambda link: None,
+    ) -> None:
         self._most = limits.max_calls
         self._most_channels = 2 * limits.max_calls_per_peer
         self._silence = 2 * limits.keepalive
         self._in_background = in_background
+        self._on_lost = on_lost
         self._current: dict[PeerId, Link] = {}
         self._all: set[Link] = set()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -64,6 +83,14 @@ class Links:
         """The link on which new channels to ``peer`` are opened."""
         return self._current.get(peer)
 
+    def current(self) -> list[Link]:
+        """The links for new channels, one for each peer."""
+        return list(self._current.values())
+
+    def of_exchange(self, name: bytes) -> Link | None:
+        """The connected link that was made in the exchange ``name``."""
+        return next((link for link in self._all if link.exchange == name), None)
+
     def add(self, link: Link) -> None:
         """``link`` is connected."""
         loop = asyncio.get_running_loop()
@@ -81,9 +108,15 @@ class Links:
             self.refused_channels += 1
             channel.close()
             return None
-        pipe = ChannelPipe(channel, link.connection.path, lambda ended: self._pipe_ended(link, ended))
+        pipe = ChannelPipe(channel, lambda: link.connection.path, lambda ended: self._pipe_ended(link, ended))
         link.pipes.add(pipe)
         return pipe
+
+    def moved(self, link: Link) -> None:
+        """The bytes of ``link`` travel another way from now on."""
+        logger.info("another path to %s: %s", short(link.peer), link.connection.path)
+        for pipe in link.pipes:
+            pipe.path_changed()
 
     def lost(self, link: Link, reason: str) -> None:
         """``link`` is of no use any more: end what goes over it. Harmless when repeated."""
@@ -91,6 +124,7 @@ class Links:
             del self._current[link.peer]
             logger.info("the connection to %s is gone: %s", short(link.peer), reason)
         self._all.discard(link)
+        self._on_lost(link)
         for pipe in tuple(link.pipes):
             link.pipes.discard(pipe)
             pipe.abort()
@@ -120,5 +154,7 @@ class Links:
         if self._sweeper:
             self._sweeper.cancel()
         links, self._all = self._all, set()
+        for link in links:
+            self._on_lost(link)
         self._current.clear()
         await asyncio.gather(*(link.connection.close() for link in links))

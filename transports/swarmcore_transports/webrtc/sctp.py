@@ -16,10 +16,10 @@ from functools import cache
 from typing import Any
 
 import aiortc
-from aiortc import rtcpeerconnection, rtcsctptransport
+from aiortc import rtcsctptransport
 from aiortc.rtcsctptransport import DataChunk, RTCSctpTransport, SackChunk
 
-from swarmcore_transports.webrtc.aiortc_shape import missing_parts
+from swarmcore_transports.webrtc.aiortc_shape import built_with, missing_of_sctp
 from swarmcore_transports.webrtc.congestion import CongestionWindow
 from swarmcore_transports.webrtc.sctp_receiver import ACK_DELAY, TSN_MODULO, QuickReceiver, at_or_after
 
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 _FIRST_RTO = 1.0
 _LEAST_RTO_SLACK = 0.2
 _MOST_RTO = 60.0
-
-_CONNECTIONS: Any = rtcpeerconnection
 
 
 class QuickSctpTransport(QuickReceiver):
@@ -83,6 +81,20 @@ class QuickSctpTransport(QuickReceiver):
         assert self._srtt is not None and self._rttvar is not None
         # As Linux: the slack lies above the round trip, since a peer may delay its acknowledgement as long.
         self._rto = min(self._srtt + max(4 * self._rttvar, _LEAST_RTO_SLACK), _MOST_RTO)
+
+    def path_changed(self) -> None:
+        """Packets take another way from now on, of which nothing is known: send at once what is missing."""
+        now = self._clock.time()
+        self._window = CongestionWindow(rtcsctptransport.USERDATA_MAX_LENGTH)
+        self._least_rtt = float("inf")
+        self._timeouts = 0
+        self._rto = _FIRST_RTO
+        self._progress_at = now
+        for chunk in self._sent_queue:
+            if not chunk._acked:
+                self._lose(chunk)
+        self._update_advanced_peer_ack_point()
+        self._soon(self._send_on)
 
     # Sending
 
@@ -330,19 +342,13 @@ def quick_data_channels() -> Iterator[None]:
     if _unexpected():
         yield
         return
-    # A peer connection names the class in a private method and takes no other: replacing the name around the
-    # one call that uses it leaves every other peer connection of the process alone.
-    original = _CONNECTIONS.RTCSctpTransport
-    _CONNECTIONS.RTCSctpTransport = QuickSctpTransport
-    try:
+    with built_with(RTCSctpTransport=QuickSctpTransport):
         yield
-    finally:
-        _CONNECTIONS.RTCSctpTransport = original
 
 
 @cache
 def _unexpected() -> bool:
-    missing = missing_parts(RTCSctpTransport, DataChunk)
+    missing = missing_of_sctp(RTCSctpTransport, DataChunk)
     if missing:
         logger.warning(
             "aiortc %s has changed what makes data channels quick on long links (%s): they are slow until "

@@ -15,6 +15,7 @@ from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.identity import Identity
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.locations import Service
+from swarmcore_transports.webrtc.rate_limit import RateLimit
 from swarmcore_transports.webrtc.signals import (
     MAX_SIGNAL,
     Absent,
@@ -30,6 +31,8 @@ from swarmcore_transports.webrtc.signals import (
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT = 20.0
+_HANGING_UP = aiohttp.ClientWSTimeout(ws_close=1.0)
+_RATE, _BURST = 200.0, 1000.0
 _RETRY_SECONDS = (0.5, 30.0)
 _SEND_TIMEOUT = 5.0
 
@@ -62,6 +65,10 @@ class SignallingClient:
         self._failed = asyncio.Event()
         self._wanted = asyncio.Event()
         self._failed_at = 0.0
+        self._connecting: asyncio.Task[None] | None = None
+        self._limit = RateLimit(_RATE, _BURST)
+        self.dropped = 0
+        """What came faster than it is looked at: some 200 a second."""
 
     def __repr__(self) -> str:
         return f"<SignallingClient {self.service} {'registered' if self.registered else 'away'}>"
@@ -74,14 +81,20 @@ class SignallingClient:
         """Connect, again and again."""
         delay = _RETRY_SECONDS[0]
         while True:
+            self._connecting = asyncio.create_task(self._connect())
             try:
-                await self._connect()
+                await asyncio.wait([self._connecting])
+                if not self._connecting.cancelled():
+                    self._connecting.result()
             except (aiohttp.ClientError, OSError, TimeoutError, SwarmError) as exc:
                 reason = str(exc) or f"no answer within {self._timeout:g} s"
                 self._failure = PeerUnreachableError(f"signalling service {self.service}: {reason}")
                 self._failed_at = asyncio.get_running_loop().time()
                 self._failed.set()
                 logger.debug("%s", self._failure)
+            finally:
+                self._connecting.cancel()
+                await asyncio.wait([self._connecting])
             if self.registered:  # it was there until now, and may be back soon
                 delay = _RETRY_SECONDS[0]
             self._registered.clear()
@@ -90,6 +103,12 @@ class SignallingClient:
                     await self._wanted.wait()
             self._wanted.clear()
             delay = min(2 * delay, _RETRY_SECONDS[1])
+
+    def reconnect(self) -> None:
+        """Connect anew at once: this machine has other addresses than before."""
+        self._wanted.set()
+        if self._connecting:
+            self._connecting.cancel()
 
     async def ready(self) -> None:
         """Wait until registered. Raise `PeerUnreachableError` when an attempt just failed, or the next does.
@@ -125,7 +144,11 @@ class SignallingClient:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             async with asyncio.timeout(self._timeout) as deadline:
                 connecting = session.ws_connect(
-                    self.service.url, heartbeat=_HEARTBEAT, max_msg_size=MAX_SIGNAL, ssl=self._tls or True
+                    self.service.url,
+                    heartbeat=_HEARTBEAT,
+                    timeout=_HANGING_UP,
+                    max_msg_size=MAX_SIGNAL,
+                    ssl=self._tls or True,
                 )
                 async with connecting as socket:
                     await self._register(socket)
@@ -151,8 +174,12 @@ class SignallingClient:
         return decode(message.data)
 
     async def _receive(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        loop = asyncio.get_running_loop()
         async for message in socket:
             if message.type is not aiohttp.WSMsgType.TEXT:
+                continue
+            if not self._limit.take(loop.time()):
+                self.dropped += 1
                 continue
             try:
                 signal = decode(message.data)

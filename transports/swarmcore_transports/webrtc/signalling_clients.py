@@ -57,6 +57,11 @@ class SignallingClients:
             entry.used_at = loop.time()
             self._close_idle()
 
+    def reconnect(self) -> None:
+        """Connect to all of them anew."""
+        for entry in self._entries.values():
+            entry.client.reconnect()
+
     def _entry(self, service: Service) -> _Entry:
         if service not in self._entries:
             client = self._make(service)

@@ -29,7 +29,10 @@ MAX_BODY = 32 * 1024
 _DESCRIPTION_DOMAIN = b"swarmcore webrtc description 1\0"
 _REGISTRATION_DOMAIN = b"swarmcore webrtc registration 1\0"
 
-Kind = Literal["offer", "answer", "candidate", "refusal"]
+Kind = Literal["offer", "restart", "answer", "candidate", "refusal"]
+
+NO_MORE = "end-of-candidates"
+"""The last line of a body of candidates."""
 
 
 class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
@@ -65,7 +68,8 @@ class Envelope(msgspec.Struct, frozen=True, tag="envelope"):
     exchange: bytes
     kind: Kind
     body: str
-    """SDP, an ICE candidate in SDP's notation, or the reason of a refusal."""
+    """SDP; ICE candidates in SDP's notation, a line each, with `NO_MORE` behind the last; or the reason of a
+    refusal. A ``restart`` is an offer for the connection that was made in the same exchange."""
     signature: bytes = b""
 
     def statement(self) -> bytes:
@@ -97,10 +101,10 @@ def encode(signal: Signal) -> str:
     return _encoder.encode(signal).decode()
 
 
-def decode(text: str) -> Signal:
+def decode(text: str | bytes) -> Signal:
     """Raise `ProtocolError` when ``text`` is too long or no signal."""
     if len(text) > MAX_SIGNAL:
-        raise ProtocolError(f"a signalling message of {len(text)} characters, more than {MAX_SIGNAL}")
+        raise ProtocolError(f"a signalling message of length {len(text)}, above {MAX_SIGNAL}")
     try:
         return _decoder.decode(text)
     except (msgspec.MsgspecError, UnicodeError) as exc:

@@ -8,7 +8,7 @@ import random
 import secrets
 import ssl
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -17,7 +17,6 @@ from swarmcore.errors import (
     AddressError,
     ConnectionLostError,
     InputError,
-    PeerIdentityError,
     PeerUnreachableError,
     ProtocolError,
     StreamClosedError,
@@ -34,19 +33,26 @@ from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.greeting import Greeter
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.webrtc.engine import AiortcConnection, DataChannel
+from swarmcore_transports.webrtc.engine import DataChannel, Engine, PeerConnection, connection_class
+from swarmcore_transports.webrtc.exchange import Exchange, Route
+from swarmcore_transports.webrtc.exchanges import Exchanges
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
 from swarmcore_transports.webrtc.links import Link, Links
 from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_location, service_of
 from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Offers
-from swarmcore_transports.webrtc.signalling_client import SignallingClient, absent
+from swarmcore_transports.webrtc.passing import Passing
+from swarmcore_transports.webrtc.restarts import Restarts
+from swarmcore_transports.webrtc.signalling_client import SignallingClient
 from swarmcore_transports.webrtc.signalling_clients import SignallingClients
 from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
-from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Absent, Envelope, sealed
+from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
+
+_FURTHER_SECONDS = 0.7
+"""How long the answer to an offer is waited for before it goes by third peers as well."""
 
 _MAX_TASKS = 4 * MAX_ANSWERING
 
@@ -61,7 +67,9 @@ class WebRtcTransport(Transport):
     addresses of services run here. ``ice`` are STUN and TURN servers, or how they are written (see
     `IceServer.parse`), without which only peers are reached that see each other; with ``relay_only`` nothing
     but a TURN server ever learns where this peer is. ``tls`` secures the services run here, ``trusted`` says
-    which foreign ones to believe; by default those that the system does.
+    which foreign ones to believe; by default those that the system does. ``engine`` is the WebRTC
+    implementation: ``"aiortc"``; ``"wrtc"`` (libwebrtc, extra ``wrtc``), which moves bytes faster; or
+    ``"auto"``, wrtc where it is installed.
     """
 
     scheme = SCHEME
@@ -79,12 +87,14 @@ class WebRtcTransport(Transport):
         tls: ssl.SSLContext | None = None,
         trusted: ssl.SSLContext | None = None,
         service_limits: ServiceLimits | None = None,
+        engine: Engine = "aiortc",
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         self._ice = IceServers(ice)
         if relay_only and not self._ice.can_relay:
             raise AddressError("relay-only needs a TURN server; name one as turn:USER:PASSWORD@HOST:PORT")
         self._relay_only = relay_only
+        self._connection_class = connection_class(engine)
         self._tls = tls
         self._trusted = trusted
         self._service_limits = service_limits
@@ -92,13 +102,21 @@ class WebRtcTransport(Transport):
         self._services: list[SignallingService] = []
         self._clients = SignallingClients(self._make_client)
         self._connecting: dict[tuple[PeerId, Service], asyncio.Task[Link]] = {}
-        self._links = Links(self.limits, self._in_background)
-        self._exchanges: dict[bytes, Link] = {}
+        self._met: Sequence[Service] = ()
+        self._announced: Sequence[Service] = ()
+        self._foreign: Sequence[Service] = ()
+        self._links = Links(self.limits, self._in_background, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
         self._offers = Offers()
         self.counters: Counter[str] = Counter()
-        """What was dropped since the start, by name: forged, repeated and ignored signals, and offers
-        that came faster than they could be refused."""
+        """What happened since the start, by name. Dropped: ``forged``, ``repeated`` and ``ignored`` signals,
+        ``overflow`` of offers faster than they could be refused, ``dropped`` ones that peers wanted passed
+        on. ``passed`` on were others, ``absent`` was their receiver."""
+        self._exchanges = Exchanges(identity, self._offers, self.counters, self._offered, self._restart_asked)
+        self._passing = Passing(identity.peer, self._links, self._exchanges.signalled, self.counters)
+        self._restarts = Restarts(
+            self._links, self.limits, self._new_path, self._network_changed, self._in_background
+        )
         self._connections = Connections(self.limits, _is_closing)
         self._greeter = Greeter(self._connections, self.limits)
         self._closed = False
@@ -110,6 +128,9 @@ class WebRtcTransport(Transport):
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
         return Service.parse(announced_location(place, peer).removesuffix(f"/{peer}")).address(peer)
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self._passing.allow_only(peers)
 
     # --- listening ------------------------------------------------------------------------------------
 
@@ -139,10 +160,14 @@ class WebRtcTransport(Transport):
         except BaseException:
             await self.close()
             raise
-        spelt_out = announce or [
-            attrs.evolve(one, host=host) for one in met for host in reachable_hosts(one.host)
+        self._met, self._announced, self._foreign = met, announce, foreign
+        return self._addresses()
+
+    def _addresses(self) -> tuple[Address, ...]:
+        spelt_out = self._announced or [
+            attrs.evolve(one, host=host) for one in self._met for host in reachable_hosts(one.host)
         ]
-        return tuple(one.address(self.identity.peer) for one in [*spelt_out, *foreign])
+        return tuple(one.address(self.identity.peer) for one in [*spelt_out, *self._foreign])
 
     async def _serve(self, place: Service) -> Service:
         service = SignallingService(self._service_limits)
@@ -169,7 +194,7 @@ class WebRtcTransport(Transport):
         return SignallingClient(
             self.identity,
             service,
-            self._signalled,
+            self._exchanges.signalled,
             timeout=self.limits.connect_timeout,
             tls=self._trusted,
             rng=random.Random(),
@@ -177,92 +202,101 @@ class WebRtcTransport(Transport):
 
     # --- signalling -----------------------------------------------------------------------------------
 
-    def _signalled(self, client: SignallingClient, signal: Envelope | Absent) -> None:
-        link = self._exchanges.get(signal.exchange)
-        if isinstance(signal, Absent):
-            if link and signal.receiver == link.peer:
-                _fail(link.answer, absent(signal))
-            return
-        try:
-            signal.check(self.identity.peer)
-            if link and signal.sender != link.peer:
-                raise PeerIdentityError(
-                    f"dialled {short(link.peer)}, and {short(signal.sender)} answered; the address is out of "
-                    f"date, or the signalling service misdirects"
-                )
-        except SwarmError as exc:
-            self.counters["forged"] += 1
-            logger.info("signalling service %s: %s", client.service, exc)
-            if link:
-                _fail(link.answer, exc)
-            return
-        if signal.kind == "offer":
-            self._offered(client, signal)
-        elif link is None or link.answer.done():
-            self.counters["ignored"] += 1
-        elif signal.kind == "answer":
-            link.answer.set_result(signal.body)
-        elif signal.kind == "refusal":
-            reason = signal.body[:200]
-            _fail(link.answer, PeerUnreachableError(f"{short(link.peer)} refuses: {reason}"))
+    def _new_exchange(self, peer: PeerId, name: bytes, connection: PeerConnection) -> Exchange:
+        exchange = Exchange(
+            self.identity,
+            peer,
+            name,
+            connection,
+            self._in_background,
+            lambda: self._passing.routes_to(peer),
+        )
+        self._exchanges.begin(exchange)
+        return exchange
 
-    def _offered(self, client: SignallingClient, offer: Envelope) -> None:
+    def _offered(self, route: Route, offer: Envelope) -> None:
         peer = PeerId(offer.sender)
         if len(self._tasks) >= _MAX_TASKS:
             self.counters["overflow"] += 1
-        elif peer == self.identity.peer or not self._offers.is_new(offer.exchange):
-            self.counters["repeated"] += 1
+            self._exchanges.end(offer.exchange)
         elif not self._listening or self._closed:
-            self._in_background(self._reply(client, offer, "refusal", "this peer takes no connections"))
+            self._refuse(route, offer, "this peer takes no connections")
         elif self._links.full or not self._offers.begin(peer):
-            busy = "this peer is answering too many others; try again later"
-            self._in_background(self._reply(client, offer, "refusal", busy))
+            self._refuse(route, offer, "this peer is answering too many others; try again later")
         else:
-            self._in_background(self._answer(client, offer))
+            self._in_background(self._answer(route, offer))
 
-    async def _answer(self, client: SignallingClient, offer: Envelope) -> None:
+    async def _answer(self, route: Route, offer: Envelope) -> None:
         peer = PeerId(offer.sender)
         link: Link | None = None
         try:
             async with asyncio.timeout(self.limits.connect_timeout):
                 link = await self._new_link(peer, offer.exchange)
-                answer = await link.connection.answer(offer.body)
-                await self._reply(client, offer, "answer", answer)
+                exchange = self._new_exchange(peer, offer.exchange, link.connection)
+                exchange.add_route(route)
+                exchange.say("answer", await link.connection.answer(offer.body))
+                exchange.peer_described()
                 await link.connection.connected()
-            self._links.add(link)
-        except (SwarmError, TimeoutError) as exc:
+            self._connected(link)
+        except BaseException as exc:
+            self._exchanges.end(offer.exchange)
+            if link:
+                await link.connection.close()
+            if not isinstance(exc, SwarmError | TimeoutError):
+                raise
             logger.debug("no connection from %s: %r", short(peer), exc)
             if isinstance(exc, ProtocolError | PeerUnreachableError):
-                await self._reply(client, offer, "refusal", exc.message)
-            if link:
-                await link.connection.close()
-        except BaseException:
-            if link:
-                await link.connection.close()
-            raise
+                self._refuse(route, offer, exc.message)
         finally:
             self._offers.end(peer)
 
-    async def _reply(
-        self, client: SignallingClient, offer: Envelope, kind: Literal["answer", "refusal"], body: str
-    ) -> None:
+    def _restart_asked(self, route: Route, offer: Envelope, exchange: Exchange | None) -> None:
+        link = self._links.of_exchange(offer.exchange)
+        if exchange is None or link is None or link.dialled:
+            self._refuse(route, offer, "there is no such connection any more")
+        elif not link.limit.take(asyncio.get_running_loop().time()):
+            self.counters["overflow"] += 1
+        else:
+            self._in_background(self._answer_restart(route, offer, link))
+
+    async def _answer_restart(self, route: Route, offer: Envelope, link: Link) -> None:
         try:
-            await client.send(sealed(self.identity, PeerId(offer.sender), offer.exchange, kind, body))
-        except SwarmError as exc:
-            logger.debug("%s", exc)
+            async with asyncio.timeout(self.limits.connect_timeout):
+                exchange = self._new_exchange(link.peer, link.exchange, link.connection)
+                exchange.add_route(route)
+                exchange.say("answer", await link.connection.answer(offer.body))
+                exchange.peer_described()
+        except (SwarmError, TimeoutError) as exc:
+            logger.info("no other path to %s: %r", short(link.peer), exc)
+            self._refuse(route, offer, exc.message if isinstance(exc, SwarmError) else "too slow")
+
+    def _refuse(self, route: Route, offer: Envelope, reason: str) -> None:
+        if offer.kind == "offer":
+            self._exchanges.end(offer.exchange)
+        envelope = sealed(self.identity, PeerId(offer.sender), offer.exchange, "refusal", reason)
+        self._in_background(_sent(route, envelope))
 
     # --- links ----------------------------------------------------------------------------------------
 
-    async def _new_link(self, peer: PeerId, exchange: bytes) -> Link:
+    async def _new_link(self, peer: PeerId, exchange: bytes, dialled: Service | None = None) -> Link:
+        self._restarts.start()
         ice = await self._ice.choose()
         if self._relay_only and not any(one.relays for one in ice):
             raise PeerUnreachableError("only a relay may be used, and no TURN server answers")
-        loop = asyncio.get_running_loop()
-        connection = AiortcConnection(ice, relay_only=self._relay_only)
-        link = Link(peer, connection, exchange, loop.create_future())
+        connection = self._connection_class(ice, relay_only=self._relay_only)
+        link = Link(peer, connection, exchange, dialled)
         connection.on_channel = lambda channel: self._channel_arrived(link, channel)
         connection.on_lost = lambda reason: self._links.lost(link, reason)
+        connection.on_moved = lambda: self._links.moved(link)
         return link
+
+    def _connected(self, link: Link) -> None:
+        self._links.add(link)
+        self._passing.attach(link)
+
+    def _link_lost(self, link: Link) -> None:
+        self._exchanges.end(link.exchange)
+        self._passing.detach(link)
 
     def _channel_arrived(self, link: Link, channel: DataChannel) -> None:
         pipe = self._links.pipe(link, channel)
@@ -270,6 +304,21 @@ class WebRtcTransport(Transport):
             self._greeter.accepted(pipe, link.peer)
         elif pipe:
             pipe.abort()
+
+    async def _new_path(self, link: Link) -> None:
+        """Restart ICE of ``link``, which this side has dialled. Raise a `SwarmError` when nobody answers."""
+        assert link.dialled
+        with self._clients.using(link.dialled) as client:
+            offer = await link.connection.restart()
+            exchange = self._new_exchange(link.peer, link.exchange, link.connection)
+            await self._agreed(exchange, client, "restart", offer)
+
+    def _network_changed(self, gone: frozenset[str]) -> None:
+        self._ice.forget()
+        if gone:
+            self._clients.reconnect()
+        if self._listening and not self._closed:
+            self.on_addresses(self._addresses())
 
     # --- dialling -------------------------------------------------------------------------------------
 
@@ -330,17 +379,17 @@ class WebRtcTransport(Transport):
             raise type(exc)(exc.message, **exc.details) from exc
 
     async def _dial(self, peer: PeerId, service: Service) -> Link:
+        name = secrets.token_bytes(EXCHANGE_BYTES)
         link: Link | None = None
         try:
             with self._clients.using(service) as client:
                 async with asyncio.timeout(self.limits.connect_timeout):
-                    link = await self._new_link(peer, secrets.token_bytes(EXCHANGE_BYTES))
-                    self._exchanges[link.exchange] = link
-                    offer = await link.connection.offer()
-                    await client.send(sealed(self.identity, peer, link.exchange, "offer", offer))
-                    await link.connection.accept(await link.answer)
+                    link = await self._new_link(peer, name, service)
+                    exchange = self._new_exchange(peer, name, link.connection)
+                    await self._agreed(exchange, client, "offer", await link.connection.offer())
                     await link.connection.connected()
         except BaseException as exc:
+            self._exchanges.end(name)
             if link:
                 await link.connection.close()
             if isinstance(exc, ConnectionLostError):
@@ -349,11 +398,22 @@ class WebRtcTransport(Transport):
             if isinstance(exc, TimeoutError):
                 raise PeerUnreachableError(f"{short(peer)} did not answer by {service} in time") from exc
             raise
-        finally:
-            if link:
-                del self._exchanges[link.exchange]
-        self._links.add(link)
+        self._connected(link)
         return link
+
+    async def _agreed(
+        self, exchange: Exchange, client: SignallingClient, kind: Literal["offer", "restart"], offer: str
+    ) -> None:
+        """Send ``offer``, by third peers too if no answer comes soon; give the answer to the connection."""
+        exchange.say(kind, offer)
+        exchange.add_route(client)
+        widening = asyncio.get_running_loop().call_later(_FURTHER_SECONDS, exchange.widen)
+        try:
+            answer = await exchange.answer
+        finally:
+            widening.cancel()
+        await exchange.connection.accept(answer)
+        exchange.peer_described()
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -380,7 +440,9 @@ class WebRtcTransport(Transport):
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
-        await asyncio.gather(self._clients.close(), self._links.close(), self._ice.close())
+        await asyncio.gather(
+            self._restarts.close(), self._clients.close(), self._links.close(), self._ice.close()
+        )
         for service in self._services:
             await service.close()
         self._services.clear()
@@ -392,7 +454,8 @@ def _is_closing(connection: Connection) -> bool:
     return connection.transport is None or connection.transport.is_closing()
 
 
-def _fail(future: asyncio.Future[str], error: SwarmError) -> None:
-    if not future.done():
-        future.set_exception(error)
-        future.exception()  # seen here: the dial may have been given up
+async def _sent(route: Route, envelope: Envelope) -> None:
+    try:
+        await route.send(envelope)
+    except SwarmError as exc:
+        logger.debug("%r: %s", route, exc)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-
-import trio
+from collections.abc import Awaitable, Callable
 
 from swarmcore_transports.own_addresses import own_hosts
 
@@ -16,21 +14,26 @@ _LOOK_SECONDS = 2.0
 
 
 class NetworkWatch:
-    """Calls ``on_change`` when this machine has other IP addresses than before, with those that are gone."""
+    """Calls ``on_change`` when this machine has other IP addresses than before, with those that are gone.
+
+    ``sleep`` is that of the event loop in which it runs: asyncio's or trio's.
+    """
 
     def __init__(
         self,
         on_change: Callable[[frozenset[str]], None],
+        sleep: Callable[[float], Awaitable[None]],
         look: Callable[[], frozenset[str]] = own_hosts,
     ) -> None:
         self._on_change = on_change
+        self._sleep = sleep
         self._look = look
 
     async def run(self) -> None:
-        """Look until cancelled. Lives in trio."""
+        """Look until cancelled."""
         known = self._seen(frozenset())
         while True:
-            await trio.sleep(_LOOK_SECONDS)
+            await self._sleep(_LOOK_SECONDS)
             found = self._seen(known)
             if found != known:
                 gone, known = known - found, found

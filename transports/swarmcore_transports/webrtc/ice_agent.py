@@ -1,0 +1,158 @@
+"""ICE that trickles: candidates of this machine are told at once, those of servers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Sequence
+
+from aioice import Candidate, Connection, TransportPolicy, stun
+from aioice.candidate import candidate_foundation, candidate_priority
+from aioice.ice import CandidatePair, StunProtocol, relayed_candidate
+
+from swarmcore_transports.webrtc.ice import IceServer
+
+logger = logging.getLogger(__name__)
+
+SERVER_SECONDS = 5.0
+"""How long STUN and TURN servers are waited for."""
+
+RELAY_PATIENCE = 0.75
+"""Seconds for which paths through a TURN server stand back for direct ones: the first that works is taken."""
+
+
+class TricklingAgent(Connection):
+    """aioice's side of a connection, which gathers in the background.
+
+    `gather_candidates` returns with what this machine knows by itself; with ``relay_only``, with the first
+    candidate of a TURN server. ``on_candidate`` is called with each that a server brings, and with None at
+    the end. STUN servers are asked over IPv6 as well.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[IceServer],
+        on_candidate: Callable[[Candidate | None], None],
+        *,
+        relay_only: bool = False,
+        controlling: bool = False,
+    ) -> None:
+        policy = TransportPolicy.RELAY if relay_only else TransportPolicy.ALL
+        super().__init__(controlling, transport_policy=policy)
+        self._servers = tuple(servers)
+        self._relay_only = relay_only
+        self._on_candidate = on_candidate
+        self._some_found = asyncio.Event()
+        self._asking: asyncio.Task[None] | None = None
+        self.gathering = True
+        """Whether more candidates may come."""
+
+    async def gather_candidates(self) -> None:
+        await super().gather_candidates()  # it knows of no servers
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_servers())
+        if not self._local_candidates:
+            await self._some_found.wait()
+
+    async def _ask_servers(self) -> None:
+        bases = list(self._protocols)
+        asking = [asyncio.create_task(self._relayed(one)) for one in self._servers if one.relays]
+        asking += [
+            asyncio.create_task(self._reflexive(base, one))
+            for base in bases
+            for one in self._servers
+            if not (one.relays or self._relay_only)
+        ]
+        try:
+            if asking:
+                await asyncio.wait(asking, timeout=SERVER_SECONDS)
+        finally:
+            for task in asking:
+                task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        self.gathering = False
+        self._some_found.set()
+        self._on_candidate(None)
+        if self._early_checks_done and not self._check_list_maybe_complete():
+            self._check_list_maybe_fail()
+
+    async def _relayed(self, server: IceServer) -> None:
+        try:
+            candidate, protocol = await relayed_candidate(
+                component=1,
+                hide_related_address=self._relay_only,
+                protocol_factory=lambda: StunProtocol(self),
+                turn_server=(server.host, server.port),
+                turn_username=server.user,
+                turn_password=server.password,
+                turn_ssl=server.scheme == "turns",
+                turn_transport=server.transport,
+            )
+        except (OSError, stun.TransactionError, ValueError) as exc:
+            logger.info("TURN server %s relays nothing: %s", server, str(exc) or type(exc).__name__)
+            return
+        self._protocols.append(protocol)
+        self._found(candidate)
+        if not self._check_list_done:
+            for remote in self._remote_candidates:
+                self._pair_remote_candidate(remote)
+            self.sort_check_list()
+
+    async def _reflexive(self, base: StunProtocol, server: IceServer) -> None:
+        inside = base.local_candidate
+        try:
+            request = stun.Message(stun.Method.BINDING, stun.Class.REQUEST)
+            response, _ = await base.request(request, await _address(server, inside.host))
+            host, port = response.attributes["XOR-MAPPED-ADDRESS"][:2]
+        except (OSError, stun.TransactionError, LookupError, ValueError) as exc:
+            logger.debug("STUN server %s tells nothing to %s: %r", server, inside.host, exc)
+            return
+        if (host, port) != (inside.host, inside.port):
+            self._found(
+                Candidate(
+                    foundation=candidate_foundation("srflx", "udp", inside.host),
+                    component=1,
+                    transport="udp",
+                    priority=candidate_priority(1, "srflx"),
+                    host=host,
+                    port=port,
+                    type="srflx",
+                    related_address=inside.host,
+                    related_port=inside.port,
+                )
+            )
+
+    def _found(self, candidate: Candidate) -> None:
+        self._local_candidates.append(candidate)
+        self._some_found.set()
+        self._on_candidate(candidate)
+
+    def _remote_candidates_expected(self) -> bool:
+        """Asked before the base gives up: more of our own may come as well."""
+        return self.gathering or super()._remote_candidates_expected()
+
+    async def check_start(self, pair: CandidatePair) -> None:
+        if self.ice_controlling and _relayed(pair) and not self._relay_only:
+            self.check_state(pair, CandidatePair.State.IN_PROGRESS)
+            await asyncio.sleep(RELAY_PATIENCE)
+        await super().check_start(pair)
+
+    async def close(self) -> None:
+        if self._asking:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+        await super().close()
+
+
+def _relayed(pair: CandidatePair) -> bool:
+    return "relay" in (pair.local_candidate.type, pair.remote_candidate.type)
+
+
+async def _address(server: IceServer, asked_from: str) -> tuple[str, int]:
+    """An address of ``server`` of the same family as ``asked_from``. Raise OSError when it has none."""
+    family = socket.AF_INET6 if ipaddress.ip_address(asked_from).version == 6 else socket.AF_INET
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(server.host, server.port, family=family, type=socket.SOCK_DGRAM)
+    return str(found[0][4][0]), server.port
