@@ -187,3 +187,22 @@ async def test_an_answer_after_the_deadline_is_counted_and_the_next_dial_is_a_ne
     finally:
         await listener.close()
         await late.close()
+
+
+async def test_a_service_that_redirects_leads_nowhere() -> None:
+    """Else whoever names a service makes us fetch from anywhere, also within our own network."""
+    fetched = asyncio.Event()
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        fetched.set()
+        return web.Response()
+
+    async with site(elsewhere) as inside:
+
+        async def redirect(request: web.Request) -> web.Response:
+            raise web.HTTPFound(f"http://{inside}{request.path}")
+
+        async with site(redirect) as service, dialler() as a:
+            with pytest.raises(PeerUnreachableError, match=f"signalling service {service}: "):
+                await a.open_stream(somebody(service))
+            assert not fetched.is_set()

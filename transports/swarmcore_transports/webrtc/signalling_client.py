@@ -141,7 +141,9 @@ class SignallingClient:
 
     async def _connect(self) -> None:
         timeout = aiohttp.ClientTimeout(sock_connect=self._timeout)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        tracing = aiohttp.TraceConfig()
+        tracing.on_request_redirect.append(_refuse_redirect)
+        async with aiohttp.ClientSession(timeout=timeout, trace_configs=[tracing]) as session:
             async with asyncio.timeout(self._timeout) as deadline:
                 connecting = session.ws_connect(
                     self.service.url,
@@ -197,3 +199,8 @@ def absent(signal: Absent) -> PeerUnreachableError:
     return PeerUnreachableError(
         f"{short(PeerId(signal.receiver))} cannot be reached by signalling: {signal.reason[:200]}"
     )
+
+
+async def _refuse_redirect(*_: object) -> None:
+    """Followed, a service that others name could have us fetch from anywhere in our own network."""
+    raise ProtocolError("it redirects elsewhere")
