@@ -105,7 +105,14 @@ def _context(purpose: ssl.Purpose, file: str, key: str | None = None) -> ssl.SSL
         context = ssl.create_default_context(purpose)
         context.load_cert_chain(file, key)
         return context
-    except (OSError, ValueError) as exc:  # ssl.SSLError is an OSError
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, ssl.SSLError):  # its own words are those of OpenSSL
+            lacks = "no certificate" if purpose is ssl.Purpose.SERVER_AUTH else "no certificate and its key"
+            reason = f"there is {lacks} (PEM) in it"
+            if purpose is ssl.Purpose.CLIENT_AUTH and key is None:
+                reason += "; name a key that is in a file of its own with --signalling-key"
+        else:
+            reason = (isinstance(exc, OSError) and exc.strerror) or str(exc)
         raise InputError(
-            f"the certificate {file}{f' with key {key}' if key else ''} cannot be used: {exc}"
+            f"the certificate {file}{f' with key {key}' if key else ''} cannot be used: {reason}"
         ) from exc

@@ -71,6 +71,16 @@ def test_what_cannot_be_used_is_refused(given: dict[str, Any], says: str) -> Non
         config(**given)
 
 
+def test_a_certificate_without_its_key_says_how_to_name_that(tmp_path: Path) -> None:
+    file = private(tmp_path / "cert.pem", "no certificate")
+    with pytest.raises(InputError, match="in a file of its own with --signalling-key"):
+        config(signalling_cert=file)
+    with pytest.raises(InputError, match="no certificate and its key"):
+        config(signalling_cert=file, signalling_key=file)
+    with pytest.raises(InputError, match=r"no certificate \(PEM\)"):
+        config(signalling_ca=file)
+
+
 def test_a_file_of_credentials_is_for_its_owner_only(tmp_path: Path) -> None:
     file = private(tmp_path / "ice", STUN)
     assert read_ice_file(file) == (STUN,)
