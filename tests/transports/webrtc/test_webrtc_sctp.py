@@ -285,6 +285,19 @@ async def test_what_follows_a_gap_is_held_to_a_bound() -> None:
         assert two.transport.state == "connected"
 
 
+@pytest.mark.parametrize("made", [QuickSctpTransport, RTCSctpTransport])
+async def test_the_end_of_one_channel_may_close_the_others(made: type[RTCSctpTransport]) -> None:
+    async with associated(made, made) as (one, _):
+        other = RTCDataChannel(one.transport, RTCDataChannelParameters(label="y", negotiated=True, id=1))
+        one.channel.on("close", other.close)
+        if made is RTCSctpTransport:
+            with pytest.raises(KeyError):  # what the override is for
+                await one.transport.stop()
+        else:
+            await one.transport.stop()
+        assert (one.channel.readyState, other.readyState) == ("closed", "closed")
+
+
 async def test_acknowledgements_of_what_was_never_sent_change_nothing() -> None:
     async with associated() as (one, two):
         sack = rtcsctptransport.SackChunk()

@@ -64,6 +64,11 @@ class QuickSctpTransport(QuickReceiver):
             self._peer_window = self._ssthresh  # where the base keeps what INIT advertised
         super()._set_state(state)
 
+    def _data_channel_closed(self, stream_id: int) -> None:
+        """Called for each channel when the association ends: who hears of one may have closed another."""
+        if stream_id in self._data_channels:
+            super()._data_channel_closed(stream_id)
+
     def _t1_expired(self) -> None:
         self._rto = min(2 * self._rto, _MOST_RTO)  # the base does not back off, which a short RTO needs
         super()._t1_expired()
