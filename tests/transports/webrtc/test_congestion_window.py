@@ -38,6 +38,22 @@ def test_doubles_each_round_trip_until_something_is_lost() -> None:
     assert cut < window.size < cut + 3 * PACKET
 
 
+def test_doubles_however_few_acknowledgements_tell_of_what_arrived() -> None:
+    window = CongestionWindow(PACKET)
+    for sent in range(INITIAL_PACKETS):
+        window.sent(PACKET, (sent + 1) * PACKET, 0.0)
+    for _ in range(2):
+        window.acknowledged(INITIAL_PACKETS // 2 * PACKET, 0.0, RTT, RTT)
+    assert window.size == 2 * INITIAL_PACKETS * PACKET
+
+
+def test_one_acknowledgement_of_very_much_does_not_open_the_window_at_once() -> None:
+    window = CongestionWindow(PACKET)
+    window.sent(PACKET, window.size, 0.0)
+    window.acknowledged(100 * INITIAL_PACKETS * PACKET, 0.0, RTT, RTT)
+    assert window.size == 2 * INITIAL_PACKETS * PACKET
+
+
 def test_losses_of_one_flight_cut_once() -> None:
     window = CongestionWindow(PACKET)
     window.lost(0.0, 1.0)

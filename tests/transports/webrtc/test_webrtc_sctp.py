@@ -231,11 +231,30 @@ async def test_every_second_packet_is_acknowledged_and_every_end_of_a_message() 
     async with associated() as (one, two):
         before = two.wire.count(SACK)
         await deliver(one, two, 100)
+        await asyncio.sleep(DELAY)
         assert two.wire.count(SACK) - before == 1
         await deliver(one, two, 32 * 1024, 8)
         await asyncio.sleep(1)
         assert two.wire.count(SACK) - before - 1 <= 8 * 16
         assert one.transport._flight_size == 0
+
+
+async def test_packets_that_come_together_take_few_acknowledgements_once_the_window_is_open() -> None:
+    async with associated() as (one, two):
+
+        async def acknowledgements_of_15_packets() -> int:
+            before = two.wire.count(SACK)
+            await deliver(one, two, 16 * 1024)
+            await asyncio.sleep(1)
+            assert one.transport._flight_size == 0
+            return two.wire.count(SACK) - before
+
+        assert await acknowledgements_of_15_packets() == 8
+        await deliver(one, two, 32 * 1024, 8)
+        await asyncio.sleep(1)
+        assert await acknowledgements_of_15_packets() == 2
+        one.wire.rate = 125_000  # now they come one by one
+        assert await acknowledgements_of_15_packets() >= 8
 
 
 async def test_no_more_is_in_flight_than_the_peer_has_room_for() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from aioice import Connection
-from aioice.ice import relayed_candidate
+from aioice.ice import StunProtocol, relayed_candidate
 from aiortc import RTCIceGatherer, RTCIceTransport, rtcpeerconnection, rtcsctptransport
 from aiortc.rtcsctptransport import InboundStream
 
@@ -88,6 +88,7 @@ _AGENT_ATTRIBUTES = {
     "_queue",
     "_remote_candidates",
 }
+_PROTOCOL_METHODS = {"datagram_received": ["self", "data", "addr"]}
 _RELAYED_PARAMETERS = [
     "component",
     "hide_related_address",
@@ -123,6 +124,7 @@ def missing_of_sctp(transport: type, chunk: type) -> list[str]:
 def missing_of_ice() -> list[str]:
     """What of aiortc and aioice that our ICE builds on is not there, or takes other arguments."""
     missing = _changed(Connection, _AGENT_METHODS) + _changed(RTCIceTransport, _ICE_TRANSPORT_METHODS)
+    missing += _changed(StunProtocol, _PROTOCOL_METHODS)
     missing += _not_made(Connection, _AGENT_ATTRIBUTES)
     missing += _not_made(RTCIceTransport, {"_connection", "_recv", "_send"})
     missing += _not_made(RTCIceGatherer, {"_connection"})

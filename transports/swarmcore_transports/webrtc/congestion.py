@@ -53,7 +53,7 @@ class CongestionWindow:
         if sent_at < self._cut_at or sent_at > self._filled_at:
             return
         if self.size < self._threshold:
-            self.size += min(count, 2 * self.packet)
+            self.size += min(count, INITIAL_PACKETS * self.packet)
             return
         self._avoiding += elapsed
         self._reno_size += _RENO_FRIENDLY * _SEGMENT * count / self.size

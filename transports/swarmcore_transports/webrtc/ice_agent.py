@@ -12,6 +12,7 @@ from aioice import Candidate, Connection, TransportPolicy, stun
 from aioice.candidate import candidate_foundation, candidate_priority
 from aioice.ice import CandidatePair, StunProtocol, relayed_candidate
 
+from swarmcore_transports.webrtc.batched_reads import read_in_batches
 from swarmcore_transports.webrtc.ice import IceServer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class TricklingAgent(Connection):
     async def gather_candidates(self) -> None:
         await super().gather_candidates()  # it knows of no servers
         if self._asking is None:
+            for protocol in self._protocols:
+                read_in_batches(protocol, protocol.transport)
             self._asking = asyncio.create_task(self._ask_servers())
         if not self._local_candidates:
             await self._some_found.wait()

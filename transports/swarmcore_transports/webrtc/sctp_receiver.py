@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 ACK_DELAY = 0.02
 """Seconds for which a packet may wait for the next, so that both are acknowledged at once."""
 
+_MOST_TO_SACK = 8
+"""Packets that one acknowledgement is for when they come together; every second when they come one by one."""
+
+_FIRST_PACKETS = 128
+"""Packets of which every second is acknowledged in any case: by acknowledgements a sender's window opens."""
+
 TSN_MODULO = 2**32
 _MOST_DUPLICATES = 256
 _MOST_MISORDERED = 2048
@@ -59,6 +65,8 @@ class QuickReceiver(RTCSctpTransport):
         self._clock = asyncio.get_running_loop()
         self._sack_at_once = False
         self._packets_to_sack = 0
+        self._packets_taken = 0
+        self._sack_soon = False
         self._sack_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -111,12 +119,21 @@ class QuickReceiver(RTCSctpTransport):
     async def _send_sack(self) -> None:
         """Called for every packet with data."""
         self._packets_to_sack += 1
-        if self._packets_to_sack >= 2 or self._sack_at_once:
+        self._packets_taken += 1
+        self._sack_needed = False
+        if self._packets_to_sack >= (2 if self._packets_taken < _FIRST_PACKETS else _MOST_TO_SACK):
             await self._send_sack_now()
-        else:
-            self._sack_needed = False
-            if self._sack_timer is None:
-                self._sack_timer = self._clock.call_later(ACK_DELAY, self._sack_delayed)
+        elif self._packets_to_sack >= 2 or self._sack_at_once:
+            if not self._sack_soon:
+                self._sack_soon = True
+                self._clock.call_soon(self._batch_ended)
+        elif self._sack_timer is None:
+            self._sack_timer = self._clock.call_later(ACK_DELAY, self._sack_delayed)
+
+    def _batch_ended(self) -> None:
+        """What had come together has been taken: the event loop has got on to something else."""
+        self._sack_soon = False
+        self._sack_waiting()
 
     async def _send_sack_now(self) -> None:
         self._packets_to_sack = 0
@@ -126,7 +143,10 @@ class QuickReceiver(RTCSctpTransport):
 
     def _sack_delayed(self) -> None:
         self._sack_timer = None
-        if self._packets_to_sack:
+        self._sack_waiting()
+
+    def _sack_waiting(self) -> None:
+        if self._packets_to_sack and self._association_state is not self.State.CLOSED:
             self._soon(self._send_sack_now)
 
     def _soon(self, send: Callable[[], Any]) -> None:
