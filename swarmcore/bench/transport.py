@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import statistics
 import sys
 import time
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import attrs
 from rich.table import Table
 
-from swarmcore.bench.transport_peer import ECHO, MARK, SINK, USAGE, answer
+from swarmcore.bench.contender import Contender, contenders, place_at
+from swarmcore.bench.figures import Figure, figures_table
+from swarmcore.bench.transport_peer import ECHO, SINK, answer, second_process, usage
 from swarmcore.bench.yardstick import Yardstick, yardstick_of
-from swarmcore.errors import InputError, RemoteFaultError
 from swarmcore.identity import Identity
 from swarmcore.testing.memory import MemoryNetwork
-from swarmcore.transport import Stream, Transport, transport_class
+from swarmcore.transport import Stream, Transport
 from swarmcore.types import Address
 
-_START_TIMEOUT = 30.0
 _KB, _MB = 1024, 2**20
-_LOOPBACK = {"tcp": "127.0.0.1:0", "libp2p": "/ip4/127.0.0.1/tcp/0", "webrtc": "127.0.0.1:0"}
 _SIZES = {"4 KB": 4 * _KB, "64 KB": 64 * _KB, "1 MiB": _MB}
 
 
@@ -41,27 +40,16 @@ class Effort:
     """Opened in a turn, once each closed before the next, once side by side."""
 
 
-@attrs.frozen
-class Figure:
-    """One measured figure of one transport."""
-
-    name: str
-    value: float
-    unit: str
-    """``"ms"``, ``"MB/s"``, ``"ms/MB"``, ``"KB"`` or ``"ratio"``."""
-
-
 @attrs.define
-class _Contender:
-    """A transport under measurement: this process's end, and what it knows of the other's."""
+class _Measured:
+    """A contender under measurement: this process's end, and what it knows of the other's."""
 
-    scheme: str
     make: Callable[[], Transport]
     address: Address
     shared: bool
     """Whether both ends are in this process."""
-    yardstick: Yardstick | None
-    yardstick_place: str
+    yardstick: Yardstick | None = None
+    yardstick_place: str = ""
     samples: dict[tuple[str, str], list[float]] = attrs.Factory(dict)
 
     def add(self, name: str, unit: str, value: float) -> None:
@@ -74,116 +62,78 @@ class _Contender:
 
 
 async def bench_transports(
-    schemes: Sequence[str], effort: Effort | None = None, *, place: str = ""
+    names: Sequence[str], effort: Effort | None = None, *, place: str = ""
 ) -> dict[str, list[Figure]]:
-    """Measure the installed transports ``schemes``, and ``"memory"``, the one of the tests, in turns.
+    """Measure the installed transports ``names``, and ``"memory"``, the one of the tests, in turns.
 
-    ``place`` is where the second process listens, for one scheme in its own notation; loopback by default.
-    CPU times are those of both processes. Raise `UnknownTransportError` or `MissingExtraError` when there is
-    no such transport, `InputError` for a place with several.
+    A name is a scheme or, for one of several engines, ``"scheme:engine"``. ``place`` is where the second
+    process listens, for one transport in its own notation; loopback by default. CPU times are those of both
+    processes. Raise `UnknownTransportError` or `MissingExtraError` when there is no such transport,
+    `InputError` when it has no such engine, or for a place with several transports.
     """
-    if place and len(schemes) > 1:
-        raise InputError(f"{place!r} could be a place of any of {', '.join(schemes)}; measure one at a time")
     effort = effort or Effort()
     async with contextlib.AsyncExitStack() as stack:
-        contenders = [await stack.enter_async_context(_contender(scheme, place)) for scheme in schemes]
+        measured = {
+            str(contender): await stack.enter_async_context(_second_end(contender, place))
+            for contender in contenders(names, place=place)
+        }
         for _ in range(effort.turns):
-            for contender in contenders:
-                await _turn(contender, effort)
-    return {contender.scheme: contender.figures() for contender in contenders}
+            for one in measured.values():
+                await _turn(one, effort)
+    return {name: one.figures() for name, one in measured.items()}
 
 
 def transport_table(results: dict[str, list[Figure]]) -> Table:
     """The figures as people read them: a row each, a column for each transport."""
-    yardsticks = [(scheme, yardstick_of(scheme)) for scheme in results]
-    table = Table(
+    schemes = dict.fromkeys(Contender.parse(name).scheme for name in results)
+    yardsticks = [(scheme, yardstick_of(scheme)) for scheme in schemes]
+    return figures_table(
+        results,
         title="transports, two processes on one machine",
         caption="; ".join(f"{scheme}'s yardstick: a {found.name}" for scheme, found in yardsticks if found),
     )
-    table.add_column("measured")
-    for scheme in results:
-        table.add_column(scheme, justify="right")
-    table.add_column("unit")
-    rows = {(figure.name, figure.unit): None for figures in results.values() for figure in figures}
-    values = {
-        (scheme, figure.name): figure.value for scheme, figures in results.items() for figure in figures
-    }
-    for name, unit in rows:
-        cells = [_cell(values.get((scheme, name)), unit) for scheme in results]
-        table.add_row(name, *cells, unit)
-    return table
-
-
-def _cell(value: float | None, unit: str) -> str:
-    return "" if value is None else f"{value:,.{0 if unit in ('MB/s', 'KB') else 2}f}"
 
 
 @contextlib.asynccontextmanager
-async def _contender(scheme: str, place: str) -> AsyncIterator[_Contender]:
-    if scheme == "memory":
+async def _second_end(contender: Contender, place: str) -> AsyncIterator[_Measured]:
+    if contender.scheme == "memory":
         network = MemoryNetwork()
         listener = network.transport(Identity.generate())
         address = (await listener.listen(answer))[0]
         try:
-            yield _Contender(
-                scheme, lambda: network.transport(Identity.generate(), listen=False), address, True, None, ""
-            )
+            yield _Measured(lambda: network.transport(Identity.generate(), listen=False), address, True)
         finally:
             await listener.close()
         return
-    backend = transport_class(scheme)
-    async with _peer(scheme, place or _LOOPBACK.get(scheme, "")) as (address, yardstick_place):
-        yield _Contender(
-            scheme,
-            lambda: backend(Identity.generate()),
-            address,
-            False,
-            yardstick_of(scheme) if yardstick_place else None,
-            yardstick_place,
-        )
+    await contender.make().close()  # what is wrong with it is better said here than by the other process
+    place = place or place_at(contender.scheme, "127.0.0.1")
+    async with second_process(contender, place, _start) as (address, yardstick_place):
+        yardstick = yardstick_of(contender.scheme) if yardstick_place else None
+        yield _Measured(contender.make, address, False, yardstick, yardstick_place)
 
 
-@contextlib.asynccontextmanager
-async def _peer(scheme: str, place: str) -> AsyncIterator[tuple[Address, str]]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "swarmcore.bench.transport_peer", scheme, place),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert process.stdin and process.stdout
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT)
-        if not line:
-            raise RemoteFaultError("the benchmark's second process ended at once; its message is above")
-        ready = json.loads(line)
-        yield Address.parse(ready["address"]), ready["yardstick"] or ""
-    finally:
-        process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), _START_TIMEOUT)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+async def _start(*arguments: str) -> Process:
+    return await asyncio.create_subprocess_exec(sys.executable, *arguments, stdin=PIPE, stdout=PIPE)
 
 
-async def _turn(contender: _Contender, effort: Effort) -> None:
-    transport = contender.make()
+async def _turn(measured: _Measured, effort: Effort) -> None:
+    transport = measured.make()
     try:
         started = time.perf_counter()
-        stream = await transport.open_stream(contender.address)
-        await _usage(stream)
-        contender.add("connect, until the first answer", "ms", 1e3 * (time.perf_counter() - started))
+        stream = await transport.open_stream(measured.address)
+        await usage(stream)
+        measured.add("connect, until the first answer", "ms", 1e3 * (time.perf_counter() - started))
         for name in ("4 KB", "64 KB"):
-            await _round_trips(contender, stream, name, effort.round_trips)
+            await _round_trips(measured, stream, name, effort.round_trips)
         for name in ("64 KB", "1 MiB"):
-            await _rate(contender, stream, name, max(1, effort.megabytes * _MB // _SIZES[name]))
-        await _streams(contender, transport, stream, effort.streams)
+            await _rate(measured, stream, name, max(1, effort.megabytes * _MB // _SIZES[name]))
+        await _streams(measured, transport, stream, effort.streams)
         await stream.close()
     finally:
         await transport.close()
 
 
-async def _round_trips(contender: _Contender, stream: Stream, name: str, count: int) -> None:
+async def _round_trips(measured: _Measured, stream: Stream, name: str, count: int) -> None:
     message = ECHO + bytes(_SIZES[name] - 1)
     times = []
     for _ in range(count):
@@ -192,39 +142,39 @@ async def _round_trips(contender: _Contender, stream: Stream, name: str, count: 
         await stream.receive()
         times.append(time.perf_counter() - started)
     ours = 1e3 * statistics.median(times)
-    contender.add(f"{name} round trip, median", "ms", ours)
-    contender.add(f"{name} round trip, 95th percentile", "ms", 1e3 * statistics.quantiles(times, n=20)[-1])
-    if yardstick := contender.yardstick:
-        bare = await asyncio.to_thread(yardstick.round_trips, contender.yardstick_place, _SIZES[name], count)
-        contender.add(
+    measured.add(f"{name} round trip, median", "ms", ours)
+    measured.add(f"{name} round trip, 95th percentile", "ms", 1e3 * statistics.quantiles(times, n=20)[-1])
+    if yardstick := measured.yardstick:
+        bare = await asyncio.to_thread(yardstick.round_trips, measured.yardstick_place, _SIZES[name], count)
+        measured.add(
             f"{name} round trip, added to the yardstick's", "ms", ours - 1e3 * statistics.median(bare)
         )
 
 
-async def _rate(contender: _Contender, stream: Stream, name: str, count: int) -> None:
+async def _rate(measured: _Measured, stream: Stream, name: str, count: int) -> None:
     size = _SIZES[name]
     body = memoryview(bytearray(size - 1))
-    before, cpu = await _usage(stream), time.process_time()
+    before, cpu = await usage(stream), time.process_time()
     started = time.perf_counter()
     for _ in range(count):
         await stream.send(SINK, body)
-    after = await _usage(stream)
+    after = await usage(stream)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     rate = size * count / seconds
-    contender.add(f"{name} messages", "MB/s", rate / 1e6)
-    both = cpu if contender.shared else cpu + after[0] - before[0]
-    contender.add(f"{name} messages, CPU of both sides", "ms/MB", 1e3 * both / (size * count / 1e6))
-    if yardstick := contender.yardstick:
-        bare = await asyncio.to_thread(yardstick.rate, contender.yardstick_place, size, count)
-        contender.add(f"{name} messages, over the yardstick's", "ratio", rate / bare)
+    measured.add(f"{name} messages", "MB/s", rate / 1e6)
+    both = cpu if measured.shared else cpu + after[0] - before[0]
+    measured.add(f"{name} messages, CPU of both sides", "ms/MB", 1e3 * both / (size * count / 1e6))
+    if yardstick := measured.yardstick:
+        bare = await asyncio.to_thread(yardstick.rate, measured.yardstick_place, size, count)
+        measured.add(f"{name} messages, over the yardstick's", "ratio", rate / bare)
 
 
-async def _streams(contender: _Contender, transport: Transport, control: Stream, count: int) -> None:
+async def _streams(measured: _Measured, transport: Transport, control: Stream, count: int) -> None:
     """Streams to a known peer: each closed before the next, then all of them kept open."""
 
     async def opened() -> Stream:
-        stream = await transport.open_stream(contender.address)
-        await _usage(stream)
+        stream = await transport.open_stream(measured.address)
+        await usage(stream)
         return stream
 
     async def one_by_one() -> None:
@@ -237,12 +187,12 @@ async def _streams(contender: _Contender, transport: Transport, control: Stream,
         for _ in range(count):
             held.append(await opened())
 
-    before = await _usage(control)
-    contender.add("another stream, the last one closed", "ms", await _milliseconds(one_by_one) / count)
-    contender.add("another stream, the others open", "ms", await _milliseconds(side_by_side) / count)
-    memory = (await _usage(control))[1] - before[1]
-    if not contender.shared:
-        contender.add("memory of the other side for an open stream", "KB", max(0.0, memory / count / _KB))
+    before = await usage(control)
+    measured.add("another stream, the last one closed", "ms", await _milliseconds(one_by_one) / count)
+    measured.add("another stream, the others open", "ms", await _milliseconds(side_by_side) / count)
+    memory = (await usage(control))[1] - before[1]
+    if not measured.shared:
+        measured.add("memory of the other side for an open stream", "KB", max(0.0, memory / count / _KB))
     for stream in held:
         await stream.close()
 
@@ -251,9 +201,3 @@ async def _milliseconds(work: Callable[[], Awaitable[None]]) -> float:
     started = time.perf_counter()
     await work()
     return 1e3 * (time.perf_counter() - started)
-
-
-async def _usage(stream: Stream) -> tuple[float, int]:
-    await stream.send(MARK)
-    cpu, memory = USAGE.unpack(await stream.receive())
-    return cpu, memory

@@ -1,4 +1,4 @@
-"""The other end of the transport benchmark: ``python -m swarmcore.bench.transport_peer SCHEME PLACE``.
+"""The other end of the transport benchmark: ``python -m swarmcore.bench.transport_peer CONTENDER PLACE``.
 
 Prints one line of JSON (its address and where its yardstick listens) and serves until its stdin closes.
 """
@@ -12,12 +12,15 @@ import resource
 import struct
 import sys
 import time
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+from swarmcore.bench.contender import Contender
 from swarmcore.bench.yardstick import yardstick_of
-from swarmcore.errors import StreamClosedError
-from swarmcore.identity import Identity
-from swarmcore.transport import Stream, transport_class
+from swarmcore.errors import RemoteFaultError, StreamClosedError
+from swarmcore.transport import Stream
+from swarmcore.types import Address
 
 ECHO = b"E"
 """First byte of a message that is sent back as it is."""
@@ -27,6 +30,40 @@ MARK = b"M"
 """A message that is answered with what the process has used so far, a `USAGE`."""
 USAGE = struct.Struct("<dQ")
 """CPU seconds, and bytes of memory that are resident now."""
+
+_START_TIMEOUT = 30.0
+
+
+@contextlib.asynccontextmanager
+async def second_process(
+    contender: Contender, place: str, start: Callable[..., Awaitable[Process]]
+) -> AsyncIterator[tuple[Address, str]]:
+    """The other end in a process of its own: its address, and where its yardstick listens, "" for none.
+
+    ``start`` starts this Python with the arguments that it is given, and with pipes for stdin and stdout.
+    """
+    process = await start("-m", __spec__.name, str(contender), place)
+    assert process.stdin and process.stdout
+    try:
+        line = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT)
+        if not line:
+            raise RemoteFaultError("the benchmark's second process ended at once; its message is above")
+        ready = json.loads(line)
+        yield Address.parse(ready["address"]), ready["yardstick"] or ""
+        process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _START_TIMEOUT)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def usage(stream: Stream) -> tuple[float, int]:
+    """What the other end has used so far, of CPU seconds and memory, once all sent before has arrived."""
+    await stream.send(MARK)
+    cpu, memory = USAGE.unpack(await stream.receive())
+    return cpu, memory
 
 
 async def answer(stream: Stream) -> None:
@@ -47,10 +84,11 @@ def resident_bytes() -> int:
     return 0
 
 
-async def serve(scheme: str, place: str) -> None:
-    transport = transport_class(scheme)(Identity.generate(), listen_on=[place])
+async def serve(name: str, place: str) -> None:
+    contender = Contender.parse(name)
+    transport = contender.make([place])
     addresses = await transport.listen(answer)
-    yardstick = yardstick_of(scheme)
+    yardstick = yardstick_of(contender.scheme)
     ready = {"address": str(addresses[0]), "yardstick": yardstick.serve() if yardstick else None}
     json.dump(ready, sys.stdout)
     sys.stdout.write("\n")

@@ -85,7 +85,8 @@ def bench() -> None:
     default="tcp,memory",
     show_default=True,
     metavar="SCHEME,SCHEME",
-    help="Which to measure; memory is the one of the tests, within one process.",
+    help="Which to measure; SCHEME:ENGINE for one engine of a transport. memory is the one of the tests, "
+    "within one process.",
 )
 @click.option(
     "--listen",
@@ -93,15 +94,45 @@ def bench() -> None:
     metavar="PLACE",
     help="Where the second process listens, in the one transport's own notation. [default: loopback]",
 )
+@click.option(
+    "--delay",
+    type=float,
+    metavar="MS",
+    help="Measure over an emulated link of so many milliseconds one way. Needs Linux and root.",
+)
+@click.option("--loss", type=float, metavar="PERCENT", help="Of packets that the link loses, each way.")
+@click.option("--rate", type=float, metavar="MBIT", help="Megabits per second of the link, each way.")
 @_rounds(5)
 @standard
-def transport(output: Output, transports: str, listen: str, rounds: int) -> None:
-    """Measure transports between two processes, in turns, beside what each of them builds on."""
-    from swarmcore.bench.transport import Effort, bench_transports, transport_table
+def transport(
+    output: Output,
+    transports: str,
+    listen: str,
+    delay: float | None,
+    loss: float | None,
+    rate: float | None,
+    rounds: int,
+) -> None:
+    """Measure transports between two processes, in turns, beside what each of them builds on.
 
-    schemes = list(dict.fromkeys(filter(None, transports.split(","))))
-    results = interrupt.run(bench_transports(schemes, Effort(turns=rounds), place=listen))
-    _show(output, "transport", transport_table(results), results=results)
+    With --delay, --loss or --rate the processes are on two hosts of their own, joined by such a link, and
+    round trips are what is measured, as shares of tcp's where that is among the transports.
+    """
+    names = list(filter(None, transports.split(",")))
+    if delay is None and loss is None and rate is None:
+        from swarmcore.bench.transport import Effort, bench_transports, transport_table
+
+        results = interrupt.run(bench_transports(names, Effort(turns=rounds), place=listen))
+        _show(output, "transport", transport_table(results), results=results)
+    else:
+        from swarmcore.bench.link_dialler import LinkEffort
+        from swarmcore.bench.long_link import Link
+        from swarmcore.bench.transport_over_link import bench_over_link, link_table
+
+        link = Link(delay or 0.0, loss or 0.0, rate)
+        measuring = bench_over_link(names, link, LinkEffort(turns=rounds), place=listen)
+        report = interrupt.run(measuring, grace=10.0)
+        _show(output, "transport", link_table(link, report), link=link, report=report)
 
 
 @bench.command()

@@ -74,6 +74,14 @@ def test_the_command_line_loads_no_model_library():
             "'friend' is not the peer id",
         ),
         (["generate", "--bootstrap", ADDRESS, "--block-server", "foe", "Hi"], "'foe' is not the peer id"),
+        (["bench", "transport", "--transport", ","], "nothing to measure; name transports"),
+        (["bench", "transport", "--transport", "tcp:"], "'tcp:' is not of the form SCHEME or SCHEME:ENGINE"),
+        (["bench", "transport", "--transport", "tcp:fast"], "transport tcp has no engines to choose from"),
+        (["bench", "transport", "--listen", "127.0.0.1:0"], "could be a place of any of tcp, memory"),
+        (["bench", "transport", "--delay", "-1"], "a delay of -1 ms is below 0"),
+        (["bench", "transport", "--loss", "200"], "a loss of 200 % is not from 0 to 50"),
+        (["bench", "transport", "--rate", "0"], "a rate of 0 Mbit/s is not above 0"),
+        (["bench", "transport", "--delay", "5"], "memory is within one process and passes no link"),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what(arguments, message):
@@ -90,6 +98,14 @@ def test_a_swarm_that_does_not_answer_is_no_fault_of_the_input():
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_link_that_cannot_be_emulated_is_no_fault_of_the_input(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    result = invoke("bench", "transport", "--transport", "tcp", "--delay", "25")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no link can be emulated here: network namespaces need root; ")
 
 
 def test_with_json_an_error_is_an_event_too():

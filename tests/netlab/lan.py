@@ -8,11 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-from netlab.namespaces import Lab, LabError, built, ip, link, why_not
+
+from swarmcore.bench.namespaces import Network, built, ip, join, why_not
+from swarmcore.errors import UnavailableError
 
 
 @attrs.define
-class Lan(Lab):
+class Lan(Network):
     """A built network. Hosts are numbered from 0."""
 
     def address(self, host: int) -> str:
@@ -27,7 +29,7 @@ class Lan(Lab):
 async def lan(hosts: int) -> AsyncIterator[Lan]:
     """Build the network, and remove it with every process in it on the way out; see `built`."""
     if reason := why_not():
-        raise LabError(reason)
+        raise UnavailableError(reason)
     lab = Lan()
     async with built(lab, lambda: _build(lab, hosts)):
         yield lab
@@ -40,6 +42,6 @@ def _build(lab: Lan, hosts: int) -> None:
     ip(switch, ["link add bridge type bridge mcast_snooping 0", "link set bridge up"])
     for host in range(hosts):
         inside = lab.namespace(str(host))
-        link(inside, "lan", switch, f"to-{host}")
+        join(inside, "lan", switch, f"to-{host}")
         ip(switch, [f"link set to-{host} master bridge up"])
         ip(inside, [f"addr add {lab.address(host)}/24 dev lan", "link set lo up", "link set lan up"])

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import attrs
-from netlab.namespaces import PATIENCE, Lab, LabError, built, command, ip, link, why_not
+
+from swarmcore.bench.namespaces import Network, built, command, ip, join, why_not
+from swarmcore.errors import UnavailableError
 
 Host = Literal["a", "b", "public"]
 Kind = Literal["cone", "symmetric"]
@@ -31,6 +33,7 @@ ADDRESSES: dict[Host, str] = {"a": "10.1.0.2", "b": "10.2.0.2", "public": "11.0.
 ROUTERS: dict[Host, str] = {"a": "11.0.0.2", "b": "11.0.0.3"}
 NOBODY = "11.0.0.254"
 PROGRAMS = {"ip": "iproute2", "nft": "nftables"}
+PATIENCE = 10.0
 
 # The chains that miniupnpd fills, and what lets through what they redirect.
 PORT_MAPPING_RULES = """
@@ -52,8 +55,13 @@ def unavailable(*, upnp: bool = False) -> str | None:
 
 
 @attrs.define
-class NatLab(Lab):
-    """A built network. `address` is what a host calls itself, `seen_as` what the public host sees of it."""
+class NatLab(Network):
+    """A built network. `address` is what a host calls itself, `seen_as` what the public host sees of it.
+
+    `folder` is for files of the programs in it.
+    """
+
+    folder: Path = attrs.field(kw_only=True)
 
     def address(self, host: Host) -> str:
         return ADDRESSES[host]
@@ -76,7 +84,7 @@ class NatLab(Lab):
         """Let the router of `home` map ports when asked over UPnP: run miniupnpd in it."""
         router = self.namespace(f"router-{home}")
         command("ip", "netns", "exec", router, "nft", "-f", "-", stdin=PORT_MAPPING_RULES)
-        pid_file = str(Path(tempfile.gettempdir(), f"{router}.pid"))
+        pid_file = str(self.folder / f"{router}.pid")
         interfaces = ["-i", "wan", "-a", "lan", "-p", "5000"]
         allowed = ["-S", "-A", "allow 1024-65535 0.0.0.0/0 1024-65535"]
         argv = [
@@ -98,17 +106,18 @@ class NatLab(Lab):
                 if b"HTTP listening" in line:
                     self.watching.append(asyncio.create_task(daemon.stderr.read()))
                     return
-        raise LabError("miniupnpd ended instead of listening")
+        raise UnavailableError("miniupnpd ended instead of listening")
 
 
 @asynccontextmanager
 async def nat_lab(kind_a: Kind = "cone", kind_b: Kind = "cone") -> AsyncIterator[NatLab]:
     """Build the network, and remove it with every process in it on the way out; see `built`."""
     if reason := unavailable():
-        raise LabError(reason)
-    lab = NatLab()
-    async with built(lab, lambda: _build(lab, {"a": kind_a, "b": kind_b})):
-        yield lab
+        raise UnavailableError(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        lab = NatLab(folder=Path(folder))
+        async with built(lab, lambda: _build(lab, {"a": kind_a, "b": kind_b})):
+            yield lab
 
 
 def _build(lab: NatLab, kinds: dict[Host, Kind]) -> None:
@@ -117,13 +126,13 @@ def _build(lab: NatLab, kinds: dict[Host, Kind]) -> None:
     ip("", [f"netns add {lab.namespace(name)}" for name in names])
     ip(switch, ["link add bridge type bridge", "link set bridge up"])
     for name in ("public", "router-a", "router-b"):
-        link(lab.namespace(name), "wan", switch, f"to-{name}")
+        join(lab.namespace(name), "wan", switch, f"to-{name}")
         ip(switch, [f"link set to-{name} master bridge up"])
     ip(public, _on_the_internet(ADDRESSES["public"]))
     for home, kind in kinds.items():
         inside, router = lab.namespace(home), lab.namespace(f"router-{home}")
         gateway = ADDRESSES[home].rpartition(".")[0] + ".1"
-        link(router, "lan", inside, "wan")
+        join(router, "lan", inside, "wan")
         ip(router, [*_on_the_internet(ROUTERS[home]), f"addr add {gateway}/24 dev lan", "link set lan up"])
         ip(inside, [f"addr add {ADDRESSES[home]}/24 dev wan", "link set lo up", "link set wan up"])
         ip(inside, [f"route add default via {gateway}"])

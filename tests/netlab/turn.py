@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from asyncio.subprocess import PIPE
-from pathlib import Path
 
-from netlab.namespaces import PATIENCE, LabError, why_not
-from netlab.netlab import ADDRESSES, PROGRAMS, NatLab
+from netlab.netlab import ADDRESSES, PATIENCE, PROGRAMS, NatLab
+
+from swarmcore.bench.namespaces import why_not
+from swarmcore.errors import UnavailableError
 
 SECRET = "shared with the server"
 PLACE = f"{ADDRESSES['public']}:3478"
@@ -21,10 +21,9 @@ def unavailable() -> str | None:
 
 async def turn_server(lab: NatLab) -> asyncio.subprocess.Process:
     """Start it; it lets in who knows `SECRET`."""
-    folder = Path(tempfile.gettempdir(), lab.namespace("public"))
     argv = ["turnserver", "-n", "-L", ADDRESSES["public"], "--use-auth-secret", "--realm", "lab", "--no-cli"]
     argv += [f"--static-auth-secret={SECRET}", "--no-tls", "--no-dtls", "--log-file", "stdout"]
-    argv += ["--pidfile", f"{folder}.pid", "--userdb", f"{folder}.db"]
+    argv += ["--pidfile", str(lab.folder / "turnserver.pid"), "--userdb", str(lab.folder / "turnserver.db")]
     server = await lab.run("public", argv, stdout=PIPE, stderr=asyncio.subprocess.STDOUT)
     assert server.stdout
     async with asyncio.timeout(PATIENCE):
@@ -32,4 +31,4 @@ async def turn_server(lab: NatLab) -> asyncio.subprocess.Process:
             if b"Total General servers" in line:
                 lab.watching.append(asyncio.create_task(server.stdout.read()))
                 return server
-    raise LabError("turnserver ended instead of listening")
+    raise UnavailableError("turnserver ended instead of listening")
