@@ -68,8 +68,8 @@ class WebRtcTransport(Transport):
     `IceServer.parse`), without which only peers are reached that see each other; with ``relay_only`` nothing
     but a TURN server ever learns where this peer is. ``tls`` secures the services run here, ``trusted`` says
     which foreign ones to believe; by default those that the system does. ``engine`` is the WebRTC
-    implementation: ``"aiortc"``; ``"wrtc"`` (libwebrtc, extra ``wrtc``), which moves bytes faster; or
-    ``"auto"``, wrtc where it is installed.
+    implementation: ``"aiortc"``, quick over long links; ``"wrtc"`` (libwebrtc, extra ``wrtc``), which moves
+    more bytes a second; or ``"auto"``, aiortc where it is installed.
     """
 
     scheme = SCHEME
@@ -87,7 +87,7 @@ class WebRtcTransport(Transport):
         tls: ssl.SSLContext | None = None,
         trusted: ssl.SSLContext | None = None,
         service_limits: ServiceLimits | None = None,
-        engine: Engine = "aiortc",
+        engine: Engine = "auto",
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         self._ice = IceServers(ice)
