@@ -17,7 +17,7 @@ pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2
 pytestmark = pytest.mark.e2e
 
 PROMPT = "The sea was calm that morning, and the old fisherman"
-TOKENS = 12
+TOKENS = 40
 RELAY_PORT = 4001
 LISTEN = ("--transport", "libp2p", "--listen")
 

@@ -69,7 +69,7 @@ class WebRtcTransport(Transport):
     but a TURN server ever learns where this peer is. ``tls`` secures the services run here, ``trusted`` says
     which foreign ones to believe; by default those that the system does. ``engine`` is the WebRTC
     implementation: ``"aiortc"``, quick over long links; ``"wrtc"`` (libwebrtc, extra ``wrtc``), which moves
-    more bytes a second; or ``"auto"``, aiortc where it is installed.
+    more bytes a second; or ``"auto"``, whichever is better for tokens: aiortc.
     """
 
     scheme = SCHEME
