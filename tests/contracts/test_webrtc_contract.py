@@ -15,7 +15,7 @@ from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-transport_module = pytest.importorskip("swarmcore_transports.webrtc.transport")
+meeting_points = pytest.importorskip("swarmcore_transports.webrtc.meeting_points")
 signalling_service = pytest.importorskip("swarmcore_transports.webrtc.signalling_service")
 signals = pytest.importorskip("swarmcore_transports.webrtc.signals")
 locations = pytest.importorskip("swarmcore_transports.webrtc.locations")
@@ -41,7 +41,7 @@ class _OverWebRtc(TransportContract):
 
     @pytest.fixture(autouse=True)
     def malicious_service(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transport_module, "SignallingService", Malicious)
+        monkeypatch.setattr(meeting_points, "SignallingService", Malicious)
 
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
         return webrtc.WebRtcTransport(identity, limits=limits, listen_on=listen_on, engine=self.engine)

@@ -132,7 +132,7 @@ class Chattering(SignallingService):
 
 
 async def test_what_a_service_says_of_its_own_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webrtc.transport, "SignallingService", Chattering)
+    monkeypatch.setattr(webrtc.meeting_points, "SignallingService", Chattering)
     listener = webrtc.WebRtcTransport(Identity.generate(), limits=LIMITS, listen_on=["127.0.0.1:0"])
     try:
         [address] = await listener.listen(echo)

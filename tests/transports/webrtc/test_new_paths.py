@@ -70,7 +70,7 @@ async def test_peers_that_share_a_third_need_no_service() -> None:
         both = [await one.open_stream(meeting) for one in (listener, dialler)]
         for stream in both:
             await exchanged(stream, 10)
-        for service in listener._services:
+        for service in listener._meeting_points.services:
             await service.close()
         stream = await dialler.open_stream(address)
         assert stream.remote == address.peer
@@ -99,7 +99,7 @@ async def test_in_a_closed_swarm_nothing_is_passed_on_for_others() -> None:
         [address] = await listener.listen(echo)
         for one in (listener, dialler):
             await exchanged(await one.open_stream(meeting), 10)
-        for service in listener._services:
+        for service in listener._meeting_points.services:
             await service.close()
         with pytest.raises(PeerUnreachableError):
             await dialler.open_stream(address)

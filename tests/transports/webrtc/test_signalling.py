@@ -207,7 +207,7 @@ async def test_offers_that_cannot_be_read_are_refused(body: str):
     async with service() as meeting, met_at(meeting.place) as (listener, [address]), dialler() as a:
         with a._clients.using(service_of(address)) as client:
             link = await a._new_link(address.peer, b"e" * EXCHANGE_BYTES)
-            exchange = a._new_exchange(address.peer, link.exchange, link.connection)
+            exchange = a._new_exchange(link)
             await client.send(sealed(a.identity, address.peer, link.exchange, "offer", body))
             with pytest.raises(PeerUnreachableError, match="refuses: the peer sent"):
                 async with asyncio.timeout(5):

@@ -21,6 +21,7 @@ from swarmcore_transports.webrtc.descriptions import (
     check_description,
     ice_parameters,
     is_named,
+    username_of,
     with_ice,
     without_names,
 )
@@ -193,16 +194,14 @@ class AiortcConnection(PeerConnection):
 
     async def _move_to(self, parameters: IceParameters) -> None:
         assert self._transport
-        agent = self._transport.agents[-1]
         self._peer_username = parameters.username
         for candidate in parameters.candidates:
             await self.add_candidate(candidate)
-        self._transport.move_to(agent, parameters.username, parameters.password)
+        self._transport.move_to(parameters.username, parameters.password)
 
     async def add_candidate(self, candidate: str) -> None:
-        agent = self._transport.agents[-1] if self._transport else self._agent_in_use()
-        words = candidate.split()
-        if "ufrag" in words[:-1] and words[words.index("ufrag") + 1] != self._peer_username:
+        agent = self._transport.newest if self._transport else self._agent_in_use()
+        if username_of(candidate) not in (None, self._peer_username):
             return
         with contextlib.suppress(ValueError, LookupError, AssertionError):  # nonsense, or after the end
             if not candidate:

@@ -81,8 +81,9 @@ class RestartableIceTransport(RTCIceTransport):
         await agent.gather_candidates()
         return agent
 
-    def move_to(self, agent: TricklingAgent, username: str, password: str) -> None:
-        """Look for a path to who has these credentials, and take it when there is one."""
+    def move_to(self, username: str, password: str) -> None:
+        """Look for a path from `newest` to who has these credentials, and take it when there is one."""
+        agent = self.newest
         agent.remote_username, agent.remote_password = username, password
         self._moving = asyncio.create_task(self._move_to(agent))
 
@@ -112,10 +113,10 @@ class RestartableIceTransport(RTCIceTransport):
         await super().stop()
 
     @property
-    def agents(self) -> tuple[TricklingAgent, ...]:
-        """The one in use, and the one that is to replace it."""
+    def newest(self) -> TricklingAgent:
+        """The agent that is to take over, else the one in use: what a peer says is for it."""
         first: Any = self._connection  # as `TricklingGatherer` has made it
-        return (first, self._next) if self._next else (first,)
+        return self._next or first
 
 
 @contextlib.contextmanager

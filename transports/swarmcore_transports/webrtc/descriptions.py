@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 
 import attrs
 
@@ -35,7 +36,7 @@ def check_description(sdp: str) -> None:
 def check_restart(before: str, sdp: str) -> None:
     """Raise `ProtocolError` unless ``sdp`` goes on with the association that ``before`` describes.
 
-    Only the first description of a peer is signed by its identity: its certificate must stay.
+    Channels stay as they are, and so must what they were made with.
     """
     if fingerprints(before) != fingerprints(sdp):
         raise ProtocolError("the peer changed its certificate in the midst of a connection")
@@ -67,17 +68,17 @@ def without_names(sdp: str) -> str:
     Each would be looked up by multicast, for a second at a stranger's word, before there is an answer. Their
     owner reaches us all the same, and its checks then tell where from: so the list counts as unfinished.
     """
-    lines = sdp.splitlines(keepends=True)
-    kept = [line for line in lines if not is_named(line.removeprefix("a="))]
-    if len(kept) < len(lines):
-        kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
-    return "".join(kept)
+    return _with_candidates(sdp, lambda candidate: not is_named(candidate))
 
 
 def with_usable_candidates(sdp: str) -> str:
     """As `without_names`, and without all other candidates that are not `is_usable`."""
+    return _with_candidates(sdp, is_usable)
+
+
+def _with_candidates(sdp: str, wanted: Callable[[str], bool]) -> str:
     lines = sdp.splitlines(keepends=True)
-    kept = [line for line in lines if not line.startswith("a=candidate:") or is_usable(line[2:])]
+    kept = [line for line in lines if not line.startswith("a=candidate:") or wanted(line[2:])]
     if len(kept) < len(lines):
         kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
     return "".join(kept)
@@ -104,6 +105,14 @@ def is_named(candidate: str) -> bool:
     return candidate.startswith("candidate:") and len(fields) > 4 and fields[4].endswith(".local")
 
 
+def username_of(candidate: str) -> str | None:
+    """The ``ufrag`` of the description that ``candidate`` (``candidate:…``) belongs to, if it says so."""
+    words = candidate.split()
+    return next(
+        (value for name, value in zip(words[8::2], words[9::2], strict=False) if name == "ufrag"), None
+    )
+
+
 @attrs.frozen
 class IceParameters:
     """What a description says of ICE."""
@@ -118,16 +127,13 @@ class IceParameters:
 
 def ice_parameters(sdp: str) -> IceParameters:
     """Read them from a description of one media section. Raise ValueError when credentials are missing."""
-    values: dict[str, list[str]] = {}
-    for line in sdp.splitlines():
-        name, _, value = line.removeprefix("a=").partition(":")
-        if line.startswith("a="):
-            values.setdefault(name, []).append(value)
-    username, password = values.get("ice-ufrag", [""])[0], values.get("ice-pwd", [""])[0]
+    username, password = attribute(sdp, "ice-ufrag"), attribute(sdp, "ice-pwd")
     if not (4 <= len(username) <= 256 and 22 <= len(password) <= 256):
         raise ValueError("ICE credentials are missing, or of impossible lengths")
-    candidates = tuple(f"candidate:{value}" for value in values.get("candidate", []))
-    return IceParameters(username, password, candidates, "end-of-candidates" in values)
+    lines = sdp.splitlines()
+    candidates = tuple(line[2:] for line in lines if line.startswith("a=candidate:"))
+    complete = any(line.startswith("a=end-of-candidates") for line in lines)
+    return IceParameters(username, password, candidates, complete)
 
 
 def with_ice(sdp: str, parameters: IceParameters) -> str:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 MAX_ROUTES = 8
 """Most ways by which the envelopes of one exchange go."""
 
+_FURTHER_SECONDS = 0.7
+"""How long the answer to an offer is waited for before it goes by further routes as well."""
+
 _LONGEST_CANDIDATE = 512
 
 
@@ -78,6 +81,27 @@ class Exchange:
     def __repr__(self) -> str:
         heard = f"{self._heard_count} candidates heard"
         return f"<Exchange with {short(self.peer)} · {len(self._said)} said · {heard}>"
+
+    async def agree(self, kind: Literal["offer", "restart"], offer: str, route: Route) -> None:
+        """Send ``offer`` by ``route``, by the further ones too if no answer comes soon, and take the answer.
+
+        Raise the `SwarmError` that says why there is none, and what `PeerConnection.accept` raises.
+        """
+        self.say(kind, offer)
+        self.add_route(route)
+        widening = asyncio.get_running_loop().call_later(_FURTHER_SECONDS, self.widen)
+        try:
+            answer = await self.answer
+        finally:
+            widening.cancel()
+        await self.connection.accept(answer)
+        self.peer_described()
+
+    async def answer_offer(self, offer: str, route: Route) -> None:
+        """Take ``offer`` and send the answer by ``route``. Raise what `PeerConnection.answer` raises."""
+        self.add_route(route)
+        self.say("answer", await self.connection.answer(offer))
+        self.peer_described()
 
     # --- out ------------------------------------------------------------------------------------------
 

@@ -20,15 +20,14 @@ _MOST_EARLY = 16
 """Envelopes of an exchange that may come before it has begun here."""
 
 OnOffer = Callable[[Route, Envelope], None]
-OnRestart = Callable[[Route, Envelope, Exchange | None], None]
 
 
 class Exchanges:
     """The exchanges under way, and those of living connections, by name.
 
     ``on_offer`` gets each offer once, and sees to it that its exchange begins or ends; ``on_restart`` gets
-    each restart, with the exchange it belongs to if there is such a connection to its sender. `counters`
-    count what is dropped: ``forged``, ``repeated``, ``ignored``.
+    each restart, whether or not there is such a connection. `counters` count what is
+    dropped: ``forged``, ``repeated``, ``ignored``.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Exchanges:
         offers: Offers,
         counters: Counter[str],
         on_offer: OnOffer,
-        on_restart: OnRestart,
+        on_restart: OnOffer,
     ) -> None:
         self._identity = identity
         self._offers = offers
@@ -102,7 +101,7 @@ class Exchanges:
             if exchange:  # the peer tries another way: so does what is said to it
                 exchange.add_route(route)
         elif signal.kind == "restart":
-            self._on_restart(route, signal, exchange)
+            self._on_restart(route, signal)
         elif exchange is None and signal.exchange not in self._early:
             self._early[signal.exchange] = []  # its candidates may come before there is a connection
             self._on_offer(route, signal)

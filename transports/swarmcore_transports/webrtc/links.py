@@ -134,10 +134,11 @@ class Links:
         """A pipe that long heard nothing was cut for that; if no other hears the peer, nobody is there."""
         if pipe not in link.pipes:
             return
-        link.pipes.discard(pipe)
         now = asyncio.get_running_loop().time()
+        silence = link.silent_for(now)
+        link.pipes.discard(pipe)
         link.idle_since = now
-        if now - max(one.heard_at for one in (pipe, *link.pipes)) > self._silence:
+        if silence > self._silence:
             self.lost(link, "the peer is silent")
         elif not link.pipes and self._current.get(link.peer) is not link:
             self.lost(link, "there is a newer one")

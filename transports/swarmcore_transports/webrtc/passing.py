@@ -12,12 +12,13 @@ from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.exchange import MAX_ROUTES, Route
 from swarmcore_transports.webrtc.links import Link, Links
 from swarmcore_transports.webrtc.rate_limit import RateLimit
-from swarmcore_transports.webrtc.signals import Absent, Envelope, Signal, decode, encode
+from swarmcore_transports.webrtc.signalling_service import ServiceLimits
+from swarmcore_transports.webrtc.signals import Absent, Envelope, Signal, decode_passed, encode
 
 logger = logging.getLogger(__name__)
 
-RATE, BURST = 20.0, 200.0
-"""Envelopes a second that one peer may have passed on, on average and at once; as at a signalling service."""
+_LIMITS = ServiceLimits()
+"""What one peer may have passed on is as much as at a signalling service."""
 
 _MOST_QUEUED = 256 * 1024
 """Bytes that may wait for one slow peer; for a further envelope the sender hears that it is absent."""
@@ -30,7 +31,7 @@ class PeerRoute:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.limit = RateLimit(RATE, BURST)
+        self.limit = RateLimit(_LIMITS.rate, _LIMITS.burst)
 
     def __repr__(self) -> str:
         return f"<PeerRoute through {short(self._link.peer)}>"
@@ -87,9 +88,7 @@ class Passing:
             self._counters["dropped"] += 1
             return
         try:
-            signal = decode(data)
-            if not isinstance(signal, Envelope | Absent):
-                raise ProtocolError(f"a {type(signal).__name__} from a peer")
+            signal = decode_passed(data)
         except ProtocolError as exc:
             self._counters["dropped"] += 1
             logger.debug("%s: %s", short(link.peer), exc)

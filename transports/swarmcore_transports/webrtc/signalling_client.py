@@ -24,6 +24,7 @@ from swarmcore_transports.webrtc.signals import (
     Registered,
     Signal,
     decode,
+    decode_passed,
     encode,
     registration,
 )
@@ -184,9 +185,7 @@ class SignallingClient:
                 self.dropped += 1
                 continue
             try:
-                signal = decode(message.data)
-                if not isinstance(signal, Envelope | Absent):
-                    raise ProtocolError(f"a {type(signal).__name__} out of turn")
+                signal = decode_passed(message.data)
             except SwarmError as exc:
                 logger.info("dropped what came from signalling service %s: %s", self.service, exc)
                 continue

@@ -111,6 +111,14 @@ def decode(text: str | bytes) -> Signal:
         raise ProtocolError(f"what came by signalling is no message of ours: {exc}") from exc
 
 
+def decode_passed(text: str | bytes) -> Envelope | Absent:
+    """What somebody passes on, or the news that it could not. Raise `ProtocolError` for all else."""
+    signal = decode(text)
+    if not isinstance(signal, Envelope | Absent):
+        raise ProtocolError(f"a {type(signal).__name__} out of turn")
+    return signal
+
+
 def sealed(identity: Identity, receiver: PeerId, exchange: bytes, kind: Kind, body: str) -> Envelope:
     """An envelope signed by ``identity``."""
     plain = Envelope(identity.peer, receiver, exchange, kind, body)

@@ -9,9 +9,7 @@ import secrets
 import ssl
 from collections import Counter
 from collections.abc import Collection, Coroutine, Sequence
-from typing import Any, Literal
-
-import attrs
+from typing import Any
 
 from swarmcore.errors import (
     AddressError,
@@ -32,27 +30,24 @@ from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.greeting import Greeter
 from swarmcore_transports.framed.stream import FramedStream
-from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.webrtc.engine import DataChannel, Engine, PeerConnection, connection_class
+from swarmcore_transports.webrtc.engine import DataChannel, Engine, connection_class
 from swarmcore_transports.webrtc.exchange import Exchange, Route
 from swarmcore_transports.webrtc.exchanges import Exchanges
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
 from swarmcore_transports.webrtc.links import Link, Links
 from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_location, service_of
+from swarmcore_transports.webrtc.meeting_points import MeetingPoints
 from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Offers
 from swarmcore_transports.webrtc.passing import Passing
 from swarmcore_transports.webrtc.restarts import Restarts
 from swarmcore_transports.webrtc.signalling_client import SignallingClient
 from swarmcore_transports.webrtc.signalling_clients import SignallingClients
-from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
+from swarmcore_transports.webrtc.signalling_service import ServiceLimits
 from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
-
-_FURTHER_SECONDS = 0.7
-"""How long the answer to an offer is waited for before it goes by third peers as well."""
 
 _MAX_TASKS = 4 * MAX_ANSWERING
 
@@ -95,16 +90,11 @@ class WebRtcTransport(Transport):
             raise AddressError("relay-only needs a TURN server; name one as turn:USER:PASSWORD@HOST:PORT")
         self._relay_only = relay_only
         self._connection_class = connection_class(engine)
-        self._tls = tls
         self._trusted = trusted
-        self._service_limits = service_limits
         self._listening = False
-        self._services: list[SignallingService] = []
         self._clients = SignallingClients(self._make_client)
+        self._meeting_points = MeetingPoints(identity.peer, self._clients, tls, service_limits)
         self._connecting: dict[tuple[PeerId, Service], asyncio.Task[Link]] = {}
-        self._met: Sequence[Service] = ()
-        self._announced: Sequence[Service] = ()
-        self._foreign: Sequence[Service] = ()
         self._links = Links(self.limits, self._in_background, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
         self._offers = Offers()
@@ -140,55 +130,15 @@ class WebRtcTransport(Transport):
             raise InputError("this transport listens already")
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['host:port']")
-        announce = [Service.parse(announced_location(text, self.identity.peer)) for text in self.announce]
-        own = [place for place in self.listen_on if "://" not in place]
-        foreign = [Service.parse(place) for place in self.listen_on if "://" in place]
+        self._meeting_points.choose(self.listen_on, self.announce)
         self._connections.serve(on_stream)
         self._listening = True
         try:
-            met = [await self._serve(Service.parse(place)) for place in own]
-            clients = [self._clients.keep(one.from_here()) for one in met]
-            clients += [self._clients.keep(one) for one in foreign]
-            async with asyncio.timeout(self.limits.connect_timeout):
-                for client in clients[: len(met)]:
-                    await client.ready()
-                if foreign and not met:
-                    await self._any_ready(clients)
-        except TimeoutError as exc:
-            await self.close()
-            raise AddressError("no signalling service answers; check that one runs there") from exc
+            await self._meeting_points.open(self.limits.connect_timeout)
         except BaseException:
             await self.close()
             raise
-        self._met, self._announced, self._foreign = met, announce, foreign
-        return self._addresses()
-
-    def _addresses(self) -> tuple[Address, ...]:
-        spelt_out = self._announced or [
-            attrs.evolve(one, host=host) for one in self._met for host in reachable_hosts(one.host)
-        ]
-        return tuple(one.address(self.identity.peer) for one in [*spelt_out, *self._foreign])
-
-    async def _serve(self, place: Service) -> Service:
-        service = SignallingService(self._service_limits)
-        found = await service.start(place, self._tls)
-        self._services.append(service)
-        return found
-
-    async def _any_ready(self, clients: Sequence[SignallingClient]) -> None:
-        """One living service will do; the others are tried on."""
-        waits = [asyncio.ensure_future(client.ready()) for client in clients]
-        try:
-            for wait in asyncio.as_completed(waits):
-                try:
-                    await wait
-                    return
-                except SwarmError as exc:
-                    failure = exc
-            raise failure
-        finally:
-            for waiting in waits:
-                waiting.cancel()
+        return self._meeting_points.addresses()
 
     def _make_client(self, service: Service) -> SignallingClient:
         return SignallingClient(
@@ -202,14 +152,14 @@ class WebRtcTransport(Transport):
 
     # --- signalling -----------------------------------------------------------------------------------
 
-    def _new_exchange(self, peer: PeerId, name: bytes, connection: PeerConnection) -> Exchange:
+    def _new_exchange(self, link: Link) -> Exchange:
         exchange = Exchange(
             self.identity,
-            peer,
-            name,
-            connection,
+            link.peer,
+            link.exchange,
+            link.connection,
             self._in_background,
-            lambda: self._passing.routes_to(peer),
+            lambda: self._passing.routes_to(link.peer),
         )
         self._exchanges.begin(exchange)
         return exchange
@@ -232,10 +182,7 @@ class WebRtcTransport(Transport):
         try:
             async with asyncio.timeout(self.limits.connect_timeout):
                 link = await self._new_link(peer, offer.exchange)
-                exchange = self._new_exchange(peer, offer.exchange, link.connection)
-                exchange.add_route(route)
-                exchange.say("answer", await link.connection.answer(offer.body))
-                exchange.peer_described()
+                await self._new_exchange(link).answer_offer(offer.body, route)
                 await link.connection.connected()
             self._connected(link)
         except BaseException as exc:
@@ -250,9 +197,9 @@ class WebRtcTransport(Transport):
         finally:
             self._offers.end(peer)
 
-    def _restart_asked(self, route: Route, offer: Envelope, exchange: Exchange | None) -> None:
+    def _restart_asked(self, route: Route, offer: Envelope) -> None:
         link = self._links.of_exchange(offer.exchange)
-        if exchange is None or link is None or link.dialled:
+        if link is None or link.peer != offer.sender or link.dialled:
             self._refuse(route, offer, "there is no such connection any more")
         elif not link.limit.take(asyncio.get_running_loop().time()):
             self.counters["overflow"] += 1
@@ -262,10 +209,7 @@ class WebRtcTransport(Transport):
     async def _answer_restart(self, route: Route, offer: Envelope, link: Link) -> None:
         try:
             async with asyncio.timeout(self.limits.connect_timeout):
-                exchange = self._new_exchange(link.peer, link.exchange, link.connection)
-                exchange.add_route(route)
-                exchange.say("answer", await link.connection.answer(offer.body))
-                exchange.peer_described()
+                await self._new_exchange(link).answer_offer(offer.body, route)
         except (SwarmError, TimeoutError) as exc:
             logger.info("no other path to %s: %r", short(link.peer), exc)
             self._refuse(route, offer, exc.message if isinstance(exc, SwarmError) else "too slow")
@@ -309,16 +253,15 @@ class WebRtcTransport(Transport):
         """Restart ICE of ``link``, which this side has dialled. Raise a `SwarmError` when nobody answers."""
         assert link.dialled
         with self._clients.using(link.dialled) as client:
-            offer = await link.connection.restart()
-            exchange = self._new_exchange(link.peer, link.exchange, link.connection)
-            await self._agreed(exchange, client, "restart", offer)
+            exchange = self._new_exchange(link)  # before its candidates are found
+            await exchange.agree("restart", await link.connection.restart(), client)
 
     def _network_changed(self, gone: frozenset[str]) -> None:
         self._ice.forget()
         if gone:
             self._clients.reconnect()
         if self._listening and not self._closed:
-            self.on_addresses(self._addresses())
+            self.on_addresses(self._meeting_points.addresses())
 
     # --- dialling -------------------------------------------------------------------------------------
 
@@ -385,8 +328,8 @@ class WebRtcTransport(Transport):
             with self._clients.using(service) as client:
                 async with asyncio.timeout(self.limits.connect_timeout):
                     link = await self._new_link(peer, name, service)
-                    exchange = self._new_exchange(peer, name, link.connection)
-                    await self._agreed(exchange, client, "offer", await link.connection.offer())
+                    exchange = self._new_exchange(link)
+                    await exchange.agree("offer", await link.connection.offer(), client)
                     await link.connection.connected()
         except BaseException as exc:
             self._exchanges.end(name)
@@ -400,20 +343,6 @@ class WebRtcTransport(Transport):
             raise
         self._connected(link)
         return link
-
-    async def _agreed(
-        self, exchange: Exchange, client: SignallingClient, kind: Literal["offer", "restart"], offer: str
-    ) -> None:
-        """Send ``offer``, by third peers too if no answer comes soon; give the answer to the connection."""
-        exchange.say(kind, offer)
-        exchange.add_route(client)
-        widening = asyncio.get_running_loop().call_later(_FURTHER_SECONDS, exchange.widen)
-        try:
-            answer = await exchange.answer
-        finally:
-            widening.cancel()
-        await exchange.connection.accept(answer)
-        exchange.peer_described()
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -443,9 +372,7 @@ class WebRtcTransport(Transport):
         await asyncio.gather(
             self._restarts.close(), self._clients.close(), self._links.close(), self._ice.close()
         )
-        for service in self._services:
-            await service.close()
-        self._services.clear()
+        await self._meeting_points.close()
         while self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
 

@@ -16,11 +16,11 @@ from swarmcore.errors import ConnectionLostError, ProtocolError
 from swarmcore_transports.own_addresses import own_networks
 from swarmcore_transports.webrtc.candidates import Candidate, path_of
 from swarmcore_transports.webrtc.descriptions import (
-    MAX_CANDIDATES,
     attribute,
     check_description,
     check_restart,
     is_usable,
+    username_of,
     with_usable_candidates,
 )
 from swarmcore_transports.webrtc.engine import CHANNEL_LABEL, DataChannel, PeerConnection
@@ -74,7 +74,6 @@ class WrtcConnection(PeerConnection):
         self._returned = False  # the latest description was
         self._gathered = asyncio.Event()
         self._remote = ""
-        self._early: list[str] = []
         on = self._connection.on
         on("icecandidate", self._candidate_found)
         on("connectionstatechange", lambda event: self._state_changed())
@@ -164,18 +163,12 @@ class WrtcConnection(PeerConnection):
         except (webrtc.RTCException, ValueError, TypeError) as exc:
             raise ProtocolError(f"the peer sent an {kind} that cannot be used: {exc}") from exc
         self._remote = sdp
-        early, self._early = self._early, []
-        for candidate in early:
-            await self.add_candidate(candidate)
 
     async def add_candidate(self, candidate: str) -> None:
         if not candidate or not is_usable(candidate) or self._closed:
             return
-        ufrag = _ufrag_of(candidate)
-        if not self._remote or (ufrag and ufrag != attribute(self._remote, "ice-ufrag")):
-            # Perhaps of a description that is on its way: that of a restart comes by another channel.
-            if len(self._early) < MAX_CANDIDATES:
-                self._early.append(candidate)
+        ufrag = username_of(candidate)
+        if ufrag not in (None, attribute(self._remote, "ice-ufrag")):
             return
         try:
             await self._unless_closed(
@@ -266,13 +259,6 @@ class WrtcConnection(PeerConnection):
             self._connected.exception()
         for channel in tuple(self._channels):
             channel.ended()
-
-
-def _ufrag_of(candidate: str) -> str | None:
-    words = candidate.split()
-    return next(
-        (value for name, value in zip(words[8::2], words[9::2], strict=False) if name == "ufrag"), None
-    )
 
 
 @functools.cache

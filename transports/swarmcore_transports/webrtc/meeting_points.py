@@ -1,0 +1,107 @@
+"""Where a listening peer can be met: signalling services that it runs, and those where it registers."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+
+import attrs
+
+from swarmcore.errors import AddressError, SwarmError
+from swarmcore.types import Address, PeerId
+from swarmcore_transports.own_addresses import reachable_hosts
+from swarmcore_transports.webrtc.locations import Service, announced_location
+from swarmcore_transports.webrtc.signalling_client import SignallingClient
+from swarmcore_transports.webrtc.signalling_clients import SignallingClients
+from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
+
+
+class MeetingPoints:
+    """Those of ``peer``, who registers at all of them by ``clients``.
+
+    ``tls`` and ``limits`` are for the services that are run here.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        clients: SignallingClients,
+        tls: ssl.SSLContext | None = None,
+        limits: ServiceLimits | None = None,
+    ) -> None:
+        self._peer = peer
+        self._clients = clients
+        self._tls = tls
+        self._limits = limits
+        self._announced: list[Service] = []
+        self._places: list[str] = []
+        self._own: list[Service] = []
+        self._foreign: list[Service] = []
+        self.services: list[SignallingService] = []
+        """Those that run here."""
+
+    def choose(self, places: Sequence[str], announce: Sequence[str]) -> None:
+        """Be met at ``places``: a service is to run at each ``host:port``, each ``ws://…`` is another's.
+
+        ``announce`` replaces the addresses of those that run here. Raise `AddressError` for what is neither,
+        except for a ``host:port``, of which `open` says so.
+        """
+        self._announced = [Service.parse(announced_location(text, self._peer)) for text in announce]
+        self._places = [place for place in places if "://" not in place]
+        self._foreign = [Service.parse(place) for place in places if "://" in place]
+
+    async def open(self, timeout: float) -> None:
+        """Run the services that are to run here, and register at all of those that were chosen.
+
+        Return when the own ones know this peer; where there are none, when one of the others does. Raise
+        `AddressError` when nobody does within ``timeout`` seconds, or what the first to fail raises. What has
+        been opened stays to be closed.
+        """
+        for place in self._places:
+            self._own.append(await self._serve(Service.parse(place)))
+        own = [self._clients.keep(one.from_here()) for one in self._own]
+        foreign = [self._clients.keep(one) for one in self._foreign]
+        try:
+            async with asyncio.timeout(timeout):
+                for client in own:
+                    await client.ready()
+                if foreign and not own:
+                    await _any_ready(foreign)
+        except TimeoutError as exc:
+            raise AddressError("no signalling service answers; check that one runs there") from exc
+
+    async def _serve(self, place: Service) -> Service:
+        service = SignallingService(self._limits)
+        found = await service.start(place, self._tls)
+        self.services.append(service)
+        return found
+
+    def addresses(self) -> tuple[Address, ...]:
+        """Those to announce, by the addresses that this machine has now."""
+        own = self._announced or [
+            attrs.evolve(one, host=host) for one in self._own for host in reachable_hosts(one.host)
+        ]
+        return tuple(one.address(self._peer) for one in [*own, *self._foreign])
+
+    async def close(self) -> None:
+        """Run no service any more."""
+        for service in self.services:
+            await service.close()
+        self.services.clear()
+
+
+async def _any_ready(clients: Sequence[SignallingClient]) -> None:
+    """One living service will do; the others are tried on."""
+    waits = [asyncio.ensure_future(client.ready()) for client in clients]
+    try:
+        for wait in asyncio.as_completed(waits):
+            try:
+                await wait
+                return
+            except SwarmError as exc:
+                failure = exc
+        raise failure
+    finally:
+        for waiting in waits:
+            waiting.cancel()
