@@ -15,6 +15,8 @@ from swarmcore.transport import Stream
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
+from webrtc_peers import echo  # noqa: E402
+
 from swarmcore_transports.framed.frames import Kind, encode_frame, message_header  # noqa: E402
 from swarmcore_transports.framed.settings import Settings  # noqa: E402
 from swarmcore_transports.webrtc.channel_pipe import ChannelPipe  # noqa: E402
@@ -26,11 +28,6 @@ LIMITS = Limits(max_message=2**20, max_calls_per_peer=4, keepalive=0.3, send_buf
 
 async def hold(stream: Stream) -> None:
     await asyncio.get_running_loop().create_future()
-
-
-async def echo(stream: Stream) -> None:
-    while True:
-        await stream.send(await stream.receive())
 
 
 @asynccontextmanager

@@ -5,52 +5,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError
-from swarmcore.identity import Identity
-from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from raw_signalling import RawPeer, registered  # noqa: E402
+from webrtc_peers import dialler, listening, service  # noqa: E402
 
 from swarmcore_transports.webrtc.descriptions import MAX_CANDIDATES, MAX_LINES  # noqa: E402
-from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
+from swarmcore_transports.webrtc.locations import service_of  # noqa: E402
 from swarmcore_transports.webrtc.offers import MAX_ANSWERING_PEER  # noqa: E402
-from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
 from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Absent  # noqa: E402
-
-LIMITS = Limits(connect_timeout=5.0)
-
-
-async def echo(stream: Stream) -> None:
-    while True:
-        await stream.send(await stream.receive())
-
-
-@asynccontextmanager
-async def listening(limits: Limits = LIMITS) -> AsyncIterator[tuple[Any, Address]]:
-    listener = webrtc.WebRtcTransport(Identity.generate(), limits=limits, listen_on=["127.0.0.1:0"])
-    try:
-        [address] = await listener.listen(echo)
-        yield listener, address
-    finally:
-        await listener.close()
-
-
-@asynccontextmanager
-async def dialler(limits: Limits = LIMITS) -> AsyncIterator[Any]:
-    transport = webrtc.WebRtcTransport(Identity.generate(), limits=limits)
-    try:
-        yield transport
-    finally:
-        await transport.close()
 
 
 async def serves(address: Address) -> None:
@@ -115,39 +87,35 @@ async def test_an_offer_of_too_much_is_refused_at_once(nowhere: int, fields: Any
         assert kind == "refusal" and says in reason
 
 
+@asynccontextmanager
+async def asked(seconds: float) -> AsyncIterator[tuple[asyncio.Task[Any], Callable[[str], Awaitable[None]]]]:
+    """A transport that dials a raw peer, as a task, and what sends the answer to its offer."""
+    async with (
+        service() as meeting,
+        registered(meeting.place) as peer,
+        dialler(Limits(connect_timeout=seconds)) as a,
+    ):
+        dialling = asyncio.create_task(a.open_stream(meeting.place.address(peer.peer)))
+        offered = await peer.receive()
+        assert not isinstance(offered, Absent)
+        yield dialling, lambda body: peer.send(a.identity.peer, offered.exchange, "answer", body)
+
+
 @pytest.mark.parametrize(("fields", "says"), TOO_MUCH.values(), ids=TOO_MUCH.keys())
 async def test_an_answer_of_too_much_ends_the_dial(nowhere: int, fields: Any, says: str) -> None:
-    service = SignallingService()
-    try:
-        place = await service.start(Service("127.0.0.1", 0))
-        async with registered(place) as peer, dialler(Limits(connect_timeout=60.0)) as a:
-            dialling = asyncio.create_task(a.open_stream(place.address(peer.peer)))
-            asked = await peer.receive()
-            assert not isinstance(asked, Absent)
-            await peer.send(
-                a.identity.peer, asked.exchange, "answer", description(nowhere, setup="active", **fields)
-            )
-            with pytest.raises(ProtocolError, match=says):
-                async with asyncio.timeout(5):
-                    await dialling
-    finally:
-        await service.close()
+    async with asked(60.0) as (dialling, answer):
+        await answer(description(nowhere, setup="active", **fields))
+        with pytest.raises(ProtocolError, match=says):
+            async with asyncio.timeout(5):
+                await dialling
 
 
 async def test_a_peer_that_answers_and_is_nowhere_ends_in_a_deadline(nowhere: int) -> None:
-    service = SignallingService()
-    try:
-        place = await service.start(Service("127.0.0.1", 0))
-        async with registered(place) as peer, dialler(Limits(connect_timeout=1.0)) as a:
-            dialling = asyncio.create_task(a.open_stream(place.address(peer.peer)))
-            asked = await peer.receive()
-            assert not isinstance(asked, Absent)
-            await peer.send(a.identity.peer, asked.exchange, "answer", description(nowhere, setup="active"))
-            with pytest.raises(PeerUnreachableError):
-                async with asyncio.timeout(5):
-                    await dialling
-    finally:
-        await service.close()
+    async with asked(1.0) as (dialling, answer):
+        await answer(description(nowhere, setup="active"))
+        with pytest.raises(PeerUnreachableError):
+            async with asyncio.timeout(5):
+                await dialling
 
 
 async def test_offers_of_who_never_comes_hold_no_place_for_long(nowhere: int) -> None:

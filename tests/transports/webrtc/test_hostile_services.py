@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from swarmcore.wire.limits import Limits
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from aiohttp import web  # noqa: E402
 from raw_signalling import admit, say, site, talking  # noqa: E402
+from webrtc_peers import HASTY, LIMITS, dialler, echo  # noqa: E402
 
 from swarmcore_transports.webrtc.locations import Service  # noqa: E402
 from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
@@ -30,23 +29,6 @@ from swarmcore_transports.webrtc.signals import (  # noqa: E402
     Registered,
     sealed,
 )
-
-LIMITS = Limits(connect_timeout=5.0)
-HASTY = Limits(connect_timeout=0.5)
-
-
-async def echo(stream: Stream) -> None:
-    while True:
-        await stream.send(await stream.receive())
-
-
-@asynccontextmanager
-async def dialler(limits: Limits = LIMITS) -> AsyncIterator[Any]:
-    transport = webrtc.WebRtcTransport(Identity.generate(), limits=limits)
-    try:
-        yield transport
-    finally:
-        await transport.close()
 
 
 def somebody(service: Service) -> Address:

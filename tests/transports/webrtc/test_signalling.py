@@ -6,7 +6,7 @@ import asyncio
 import datetime
 import ipaddress
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,16 @@ import pytest
 
 from swarmcore.errors import PeerIdentityError, PeerUnreachableError, ProtocolError
 from swarmcore.identity import Identity
-from swarmcore.transport import Stream
 from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
+from webrtc_peers import HASTY, LIMITS, dialler, echo, service  # noqa: E402
+
 from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
 from swarmcore_transports.webrtc.offers import MAX_ANSWERING, MAX_ANSWERING_PEER, Offers  # noqa: E402
 from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
 from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
-
-HERE = Service("127.0.0.1", 0)
-LIMITS = Limits(connect_timeout=5.0)
-HASTY = Limits(connect_timeout=0.5)
-
-
-async def echo(stream: Stream) -> None:
-    while True:
-        await stream.send(await stream.receive())
 
 
 @asynccontextmanager
@@ -47,25 +39,6 @@ async def met_at(*services: Service, **options: Any) -> AsyncIterator[tuple[Any,
         yield peer, list(await peer.listen(echo))
     finally:
         await peer.close()
-
-
-@asynccontextmanager
-async def service(kind: Callable[[], SignallingService] = SignallingService, at: Service = HERE) -> Any:
-    running = kind()
-    running.place = await running.start(at)  # type: ignore[attr-defined]
-    try:
-        yield running
-    finally:
-        await running.close()
-
-
-@asynccontextmanager
-async def dialler(limits: Limits = LIMITS, **options: Any) -> AsyncIterator[Any]:
-    transport = webrtc.WebRtcTransport(Identity.generate(), limits=limits, **options)
-    try:
-        yield transport
-    finally:
-        await transport.close()
 
 
 async def exchanged(transport: Any, address: Address) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import ssl
+from collections import Counter
 from collections.abc import Callable
 
 import aiohttp
@@ -42,7 +43,10 @@ OnSignal = Callable[["SignallingClient", Envelope | Absent], None]
 
 
 class SignallingClient:
-    """Registers ``identity`` at ``service``; `run` keeps that up until it is cancelled."""
+    """Registers ``identity`` at ``service``; `run` keeps that up until it is cancelled.
+
+    What comes faster than it can be looked at is dropped and counted in ``counters`` as ``overflow``.
+    """
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class SignallingClient:
         timeout: float,
         tls: ssl.SSLContext | None = None,
         rng: random.Random,
+        counters: Counter[str],
     ) -> None:
         self.service = service
         self._identity = identity
@@ -60,6 +65,7 @@ class SignallingClient:
         self._timeout = timeout
         self._tls = tls
         self._rng = rng
+        self._counters = counters
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._registered = asyncio.Event()
         self._failure: SwarmError | None = None
@@ -68,8 +74,6 @@ class SignallingClient:
         self._failed_at = 0.0
         self._connecting: asyncio.Task[None] | None = None
         self._limit = RateLimit(_RATE, _BURST)
-        self.dropped = 0
-        """What came faster than it is looked at: some 200 a second."""
 
     def __repr__(self) -> str:
         return f"<SignallingClient {self.service} {'registered' if self.registered else 'away'}>"
@@ -182,7 +186,7 @@ class SignallingClient:
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue
             if not self._limit.take(loop.time()):
-                self.dropped += 1
+                self._counters["overflow"] += 1
                 continue
             try:
                 signal = decode_passed(message.data)

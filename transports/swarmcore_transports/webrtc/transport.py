@@ -100,7 +100,7 @@ class WebRtcTransport(Transport):
         self._offers = Offers()
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name. Dropped: ``forged``, ``repeated`` and ``ignored`` signals,
-        ``overflow`` of offers faster than they could be refused, ``dropped`` ones that peers wanted passed
+        ``overflow`` of what came faster than it could be looked at, ``dropped`` ones that peers wanted passed
         on. ``passed`` on were others, ``absent`` was their receiver."""
         self._exchanges = Exchanges(identity, self._offers, self.counters, self._offered, self._restart_asked)
         self._passing = Passing(identity.peer, self._links, self._exchanges.signalled, self.counters)
@@ -148,6 +148,7 @@ class WebRtcTransport(Transport):
             timeout=self.limits.connect_timeout,
             tls=self._trusted,
             rng=random.Random(),
+            counters=self.counters,
         )
 
     # --- signalling -----------------------------------------------------------------------------------
