@@ -93,7 +93,10 @@ class AiortcConnection(PeerConnection):
         first.on("close", lambda: loop.call_soon(lambda: self.on_lost("the peer has ended it")))
         self._signals = AiortcChannel(first)
         assert self._connection.sctp
-        transport = self._connection.sctp.transport.transport
+        self._sctp = self._connection.sctp
+        if isinstance(self._sctp, QuickSctpTransport):
+            self._sctp.on_unanswered = lambda: self.on_unanswered()
+        transport = self._sctp.transport.transport
         self._transport = transport if isinstance(transport, RestartableIceTransport) else None
         if self._transport:
             self._transport.on_moved = self._moved
@@ -110,8 +113,8 @@ class AiortcConnection(PeerConnection):
 
     def _moved(self) -> None:
         self._path = path_of(self._nominated())
-        if isinstance(self._connection.sctp, QuickSctpTransport):
-            self._connection.sctp.path_changed()
+        if isinstance(self._sctp, QuickSctpTransport):
+            self._sctp.path_changed()
         self.on_moved()
 
     def _state_changed(self) -> None:
@@ -235,6 +238,10 @@ class AiortcConnection(PeerConnection):
         return usable
 
     @property
+    def unanswered(self) -> bool:
+        return isinstance(self._sctp, QuickSctpTransport) and self._sctp.unanswered
+
+    @property
     def path(self) -> str:
         return self._path
 
@@ -244,8 +251,7 @@ class AiortcConnection(PeerConnection):
         return pair
 
     def _agent_in_use(self) -> Any:
-        assert self._connection.sctp
-        return self._connection.sctp.transport.transport._connection
+        return self._sctp.transport.transport._connection
 
     async def close(self) -> None:
         if self._closing is None:  # aiortc fails when it is asked twice

@@ -73,6 +73,7 @@ _AGENT_METHODS = {
     "_check_list_maybe_fail": ["self"],
     "_pair_remote_candidate": ["self", "remote_candidate"],
     "_remote_candidates_expected": ["self"],
+    "build_request": ["self", "pair", "nominate"],
     "check_start": ["self", "pair"],
     "check_state": ["self", "pair", "state"],
     "gather_candidates": ["self"],
@@ -88,7 +89,11 @@ _AGENT_ATTRIBUTES = {
     "_queue",
     "_remote_candidates",
 }
-_PROTOCOL_METHODS = {"datagram_received": ["self", "data", "addr"]}
+_PROTOCOL_METHODS = {
+    "datagram_received": ["self", "data", "addr"],
+    "error_received": ["self", "exc"],
+    "request": ["self", "request", "addr", "integrity_key", "retransmissions"],
+}
 _RELAYED_PARAMETERS = [
     "component",
     "hide_related_address",

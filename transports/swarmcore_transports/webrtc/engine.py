@@ -95,6 +95,8 @@ class PeerConnection(ABC):
         """The peer has opened a channel."""
         self.on_lost: Callable[[str], None] = lambda reason: None
         """The connection is gone for good. May be called more than once."""
+        self.on_unanswered: Callable[[], None] = lambda: None
+        """`unanswered` has become true."""
         self.on_moved: Callable[[], None] = lambda: None
         """Another path is used than before."""
         self.on_candidate: Callable[[str], None] = lambda candidate: None
@@ -142,6 +144,12 @@ class PeerConnection(ABC):
     @abstractmethod
     async def open_channel(self) -> DataChannel:
         """A new channel, open. Raise `ConnectionLostError` when the connection is gone."""
+
+    @property
+    @abstractmethod
+    def unanswered(self) -> bool:
+        """Whether the peer's side acknowledges nothing any more: for a second or longer, and until it does.
+        What the peer's program makes of it is another matter. Never of a connection without traffic."""
 
     @property
     @abstractmethod

@@ -14,6 +14,7 @@ from aioice.ice import CandidatePair, StunProtocol, relayed_candidate
 
 from swarmcore_transports.webrtc.batched_reads import read_in_batches
 from swarmcore_transports.webrtc.ice import IceServer
+from swarmcore_transports.webrtc.refused_datagrams import watch_refusals
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class TricklingAgent(Connection):
 
     `gather_candidates` returns with what this machine knows by itself; with ``relay_only``, with the first
     candidate of a TURN server. ``on_candidate`` is called with each that a server brings, and with None at
-    the end. STUN servers are asked over IPv6 as well.
+    the end. STUN servers are asked over IPv6 as well. Once connected, it closes when the peer's port is found
+    to be closed.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class TricklingAgent(Connection):
         self._on_candidate = on_candidate
         self._some_found = asyncio.Event()
         self._asking: asyncio.Task[None] | None = None
+        self._asking_peer: asyncio.Task[None] | None = None
+        self._refusals = 0
         self.gathering = True
         """Whether more candidates may come."""
 
@@ -142,10 +146,45 @@ class TricklingAgent(Connection):
             await asyncio.sleep(RELAY_PATIENCE)
         await super().check_start(pair)
 
+    # --- a peer whose port is closed ------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        await super().connect()
+        for pair in self._nominated.values():
+            watch_refusals(pair.protocol, pair.protocol.transport, self._refused)
+
+    def _refused(self, host: str, port: int) -> None:
+        pairs = [pair for pair in self._nominated.values() if pair.remote_addr == (host, port)]
+        if pairs and not self._closing:
+            self._refusals += 1
+            if self._asking_peer is None:
+                self._asking_peer = asyncio.create_task(self._ask_peer(pairs[0]))
+
+    async def _ask_peer(self, pair: CandidatePair) -> None:
+        """Take the peer for gone if it is silent, and said to be gone once more (consent: RFC 7675)."""
+        before = self._refusals
+        assert self.remote_password is not None
+        try:
+            await pair.protocol.request(
+                self.build_request(pair, nominate=False),
+                pair.remote_addr,
+                integrity_key=self.remote_password.encode(),
+                retransmissions=0,
+            )
+            gone = False
+        except stun.TransactionError as exc:
+            gone = isinstance(exc, stun.TransactionTimeout) and self._refusals > before
+        self._asking_peer = None
+        if gone:
+            logger.info("%s:%s is closed", *pair.remote_addr)
+            await self.close()
+
     async def close(self) -> None:
-        if self._asking:
-            self._asking.cancel()
-            await asyncio.wait([self._asking])
+        tasks = [task for task in (self._asking, self._asking_peer) if task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         await super().close()
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from swarmcore.errors import ConnectionLostError, SwarmError
+from swarmcore.errors import ConnectionLostError, PeerUnreachableError, SwarmError
 from swarmcore.types import short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.network_watch import NetworkWatch
@@ -18,8 +18,15 @@ logger = logging.getLogger(__name__)
 SILENCE = 1.5
 """After how many keep-alive times without a word a new path is looked for; a stream ends after three."""
 
+_AGAIN = 5.0
+"""Seconds before a new path is looked for again where nothing is acknowledged."""
+
+_LAST_CHANCE = 1.0
+"""Seconds for which a peer that signalling does not find may still be heard on the old path."""
+
 RestartOf = Callable[[Link], Coroutine[Any, Any, None]]
-"""Finds a new path. Raises a `SwarmError` when there is none; `ConnectionLostError`: there will be none."""
+"""Finds a new path. Raises a `SwarmError` when there is none; `ConnectionLostError`: there will be none;
+`PeerUnreachableError`: it could not even be asked for."""
 
 
 class Restarts:
@@ -67,6 +74,11 @@ class Restarts:
                 if min(link.silent_for(now), now - link.restarted_at) > patience:
                     self.begin(link, "its peer is silent")
 
+    def unanswered(self, link: Link) -> None:
+        """The peer acknowledges nothing: the path is broken, or the peer is gone."""
+        if asyncio.get_running_loop().time() - link.restarted_at > _AGAIN:
+            self.begin(link, "nothing is acknowledged")
+
     def begin(self, link: Link, reason: str) -> None:
         """Look for a new path for ``link``, if this side has dialled it and does not do so already."""
         if link.dialled and not link.restarting:
@@ -81,6 +93,12 @@ class Restarts:
                 await self._restart(link)
         except ConnectionLostError as exc:
             self._links.lost(link, exc.message)
+        except PeerUnreachableError as exc:
+            logger.info("no other path to %s: %r", short(link.peer), exc)
+            if link.connection.unanswered:
+                await asyncio.sleep(_LAST_CHANCE)
+                if link.connection.unanswered:
+                    self._links.lost(link, exc.message)
         except (SwarmError, TimeoutError) as exc:
             logger.info("no other path to %s: %r", short(link.peer), exc)
         finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _FIRST_RTO = 1.0
 _LEAST_RTO_SLACK = 0.2
 _MOST_RTO = 60.0
+_UNANSWERED = 3
+"""Timeouts in a row, the probe being the first: about a second on most paths."""
 
 
 class QuickSctpTransport(QuickReceiver):
@@ -51,6 +53,8 @@ class QuickSctpTransport(QuickReceiver):
         # The probe and the timeout that follows it.
         self._progress_at = 0.0
         self._timeouts = 0
+        self.on_unanswered: Callable[[], None] = lambda: None
+        """Called when `unanswered` has become true."""
         self._probed: int | None = None
         self._loss_timer: asyncio.TimerHandle | None = None
         self._loss_timer_at = 0.0
@@ -86,6 +90,11 @@ class QuickSctpTransport(QuickReceiver):
         assert self._srtt is not None and self._rttvar is not None
         # As Linux: the slack lies above the round trip, since a peer may delay its acknowledgement as long.
         self._rto = min(self._srtt + max(4 * self._rttvar, _LEAST_RTO_SLACK), _MOST_RTO)
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether several timeouts have passed without any acknowledgement."""
+        return self._timeouts >= _UNANSWERED
 
     def path_changed(self) -> None:
         """Packets take another way from now on, of which nothing is known: send at once what is missing."""
@@ -335,6 +344,8 @@ class QuickSctpTransport(QuickReceiver):
                 self._lose(chunk)
         self._update_advanced_peer_ack_point()
         self._soon(self._send_on)
+        if self._timeouts == _UNANSWERED:
+            self.on_unanswered()
 
 
 @contextlib.contextmanager

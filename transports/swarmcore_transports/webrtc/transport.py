@@ -232,6 +232,7 @@ class WebRtcTransport(Transport):
         link = Link(peer, connection, exchange, dialled)
         connection.on_channel = lambda channel: self._channel_arrived(link, channel)
         connection.on_lost = lambda reason: self._links.lost(link, reason)
+        connection.on_unanswered = lambda: self._restarts.unanswered(link)
         connection.on_moved = lambda: self._links.moved(link)
         return link
 

@@ -200,6 +200,8 @@ class WrtcConnection(PeerConnection):
         state = self._connection.connection_state
         if state == "connected" and not self._connected.done():
             self._connected.set_result(None)
+        elif state == "disconnected":
+            self.on_unanswered()
         elif state == "failed" and self._connection.signaling_state == "stable":
             # Else a restart is under way, which finds another path, or fails in turn.
             self._has_lost("the connection broke" if self._connected.done() else "no path to it was found")
@@ -228,6 +230,10 @@ class WrtcConnection(PeerConnection):
             channel.close()
             raise
         return channel
+
+    @property
+    def unanswered(self) -> bool:
+        return not self._closed and self._connection.connection_state == "disconnected"
 
     @property
     def path(self) -> str:
