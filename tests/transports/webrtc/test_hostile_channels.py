@@ -62,7 +62,7 @@ class Watch:
 
 async def raw(peer: Any, address: Any) -> Watch:
     """A channel to ``address`` on which nothing has been said."""
-    link = peer._links.get(address.peer) or await peer._link_to(
+    link = peer._links.get(address.peer) or await peer._dials.link_to(
         address.peer, webrtc.transport.service_of(address)
     )
     return Watch(await link.connection.open_channel())
@@ -207,7 +207,7 @@ class _Client:
 
 @pytest.mark.virtual_time
 async def test_clients_of_services_are_closed_when_unused_and_bounded_in_number() -> None:
-    make: Callable[[Any], Any] = lambda service: _Client()  # noqa: E731
+    make: Callable[[Any], Any] = lambda service, own: _Client()  # noqa: E731
     clients = SignallingClients(make)
     kept = clients.keep("kept")  # type: ignore[arg-type]
     with clients.using("used") as used:  # type: ignore[arg-type]

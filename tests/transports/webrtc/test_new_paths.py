@@ -76,13 +76,24 @@ async def test_in_a_closed_swarm_nothing_is_passed_on_for_others() -> None:
         dialler(listen_on=["127.0.0.1:0"]) as listener,
         dialler() as a,
     ):
-        third.allow_only([listener.identity.peer])
         [meeting] = await third.listen(echo)
         [address] = await listener.listen(echo)
         for one in (listener, a):
             await exchanged(await one.open_stream(meeting), 10)
+        third.allow_only([listener.identity.peer])
         for service in listener._meeting_points.services:
             await service.close()
         with pytest.raises(PeerUnreachableError):
             await a.open_stream(address)
         assert third.counters["passed"] == 0
+
+
+async def test_in_a_closed_swarm_others_do_not_meet_here() -> None:
+    async with dialler(listen_on=["127.0.0.1:0"]) as listener, dialler() as friend, dialler() as stranger:
+        listener.allow_only([friend.identity.peer])
+        [address] = await listener.listen(echo)
+        await exchanged(await friend.open_stream(address), 10)
+        with pytest.raises(PeerUnreachableError, match="this swarm is closed"):
+            await stranger.open_stream(address)
+        [service] = listener._meeting_points.services
+        assert service.counters["refused"] == 1

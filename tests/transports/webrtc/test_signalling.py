@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -97,8 +93,8 @@ async def test_a_service_that_drops_ends_in_a_deadline():
     async with service(Dropping) as dropping, met_at(dropping.place) as (_, [address]), dialler(HASTY) as a:
         with pytest.raises(PeerUnreachableError, match="did not answer"):
             await a.open_stream(address)
-        if a._connecting:
-            await asyncio.wait(a._connecting.values())
+        if a._dials:
+            await asyncio.wait(a._dials._running)
         assert not a._exchanges and not len(a._links)
 
 
@@ -272,49 +268,3 @@ async def test_connections_outlive_the_service():
         await stream.send(b"still there")
         assert bytes(await stream.receive()) == b"still there"
         await exchanged(a, address)
-
-
-def certificate(folder: Path) -> Path:
-    """Of 127.0.0.1, signed by itself, with its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "meeting point")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
-        .sign(key, hashes.SHA256())
-    )
-    file = folder / "both.pem"
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    file.write_bytes(pem + made.public_bytes(Encoding.PEM))
-    return file
-
-
-async def test_a_service_with_a_certificate_of_its_own(tmp_path: Path):
-    file = certificate(tmp_path)
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(file)
-    trusted = ssl.create_default_context(cafile=str(file))
-    listener = webrtc.WebRtcTransport(
-        Identity.generate(), limits=LIMITS, listen_on=["127.0.0.1:0"], tls=tls, trusted=trusted
-    )
-    [address] = await listener.listen(echo)
-    assert str(address).startswith("webrtc:wss://127.0.0.1:")
-    async with dialler(trusted=trusted) as a, dialler() as suspicious:
-        await exchanged(a, address)
-        with pytest.raises(PeerUnreachableError, match=r"(?i)certificate"):
-            await suspicious.open_stream(address)
-    await listener.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 
@@ -34,12 +34,19 @@ class MeetingPoints:
         self._clients = clients
         self._tls = tls
         self._limits = limits
+        self._allowed: frozenset[PeerId] | None = None
         self._announced: list[Service] = []
         self._places: list[str] = []
         self._own: list[Service] = []
         self._foreign: list[Service] = []
         self.services: list[SignallingService] = []
         """Those that run here."""
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """Let only these meet at the services that run here, and this peer itself."""
+        self._allowed = frozenset({*peers, self._peer})
+        for service in self.services:
+            service.allow_only(self._allowed)
 
     def choose(self, places: Sequence[str], announce: Sequence[str]) -> None:
         """Be met at ``places``: a service is to run at each ``host:port``, each ``ws://…`` is another's.
@@ -60,7 +67,7 @@ class MeetingPoints:
         """
         for place in self._places:
             self._own.append(await self._serve(Service.parse(place)))
-        own = [self._clients.keep(one.from_here()) for one in self._own]
+        own = [self._clients.keep(one.from_here(), own=True) for one in self._own]
         foreign = [self._clients.keep(one) for one in self._foreign]
         try:
             async with asyncio.timeout(timeout):
@@ -73,6 +80,8 @@ class MeetingPoints:
 
     async def _serve(self, place: Service) -> Service:
         service = SignallingService(self._limits)
+        if self._allowed is not None:
+            service.allow_only(self._allowed)
         found = await service.start(place, self._tls)
         self.services.append(service)
         return found

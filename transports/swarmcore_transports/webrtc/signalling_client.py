@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import ssl
 from collections import Counter
@@ -45,7 +46,8 @@ OnSignal = Callable[["SignallingClient", Envelope | Absent], None]
 class SignallingClient:
     """Registers ``identity`` at ``service``; `run` keeps that up until it is cancelled.
 
-    What comes faster than it can be looked at is dropped and counted in ``counters`` as ``overflow``.
+    ``tls`` says whose certificates to believe: True those that the system does, False all. What comes faster
+    than it can be looked at is dropped and counted in ``counters`` as ``overflow``.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class SignallingClient:
         on_signal: OnSignal,
         *,
         timeout: float,
-        tls: ssl.SSLContext | None = None,
+        tls: ssl.SSLContext | bool = True,
         rng: random.Random,
         counters: Counter[str],
     ) -> None:
@@ -92,7 +94,7 @@ class SignallingClient:
                 if not self._connecting.cancelled():
                     self._connecting.result()
             except (aiohttp.ClientError, OSError, TimeoutError, SwarmError) as exc:
-                reason = str(exc) or f"no answer within {self._timeout:g} s"
+                reason = _reason(exc) or f"no answer within {self._timeout:g} s"
                 self._failure = PeerUnreachableError(f"signalling service {self.service}: {reason}")
                 self._failed_at = asyncio.get_running_loop().time()
                 self._failed.set()
@@ -155,7 +157,7 @@ class SignallingClient:
                     heartbeat=_HEARTBEAT,
                     timeout=_HANGING_UP,
                     max_msg_size=MAX_SIGNAL,
-                    ssl=self._tls or True,
+                    ssl=self._tls,
                 )
                 async with connecting as socket:
                     await self._register(socket)
@@ -202,6 +204,17 @@ def absent(signal: Absent) -> PeerUnreachableError:
     return PeerUnreachableError(
         f"{short(PeerId(signal.receiver))} cannot be reached by signalling: {signal.reason[:200]}"
     )
+
+
+def _reason(exc: Exception) -> str:
+    """What aiohttp says without the parameters it was called with."""
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not to be believed: {exc.certificate_error}"
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        error = exc.os_error  # asyncio puts its own words in it, such as "Connect call failed"
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        return f"it cannot be connected to: {reason}"
+    return str(exc)
 
 
 async def _refuse_redirect(*_: object) -> None:

@@ -28,9 +28,10 @@ class _Entry:
 
 
 class SignallingClients:
-    """Makes a client for each service with ``make``, and runs it."""
+    """Makes a client for each service with ``make``, and runs it. ``make`` is told whether the service is
+    one that this process runs itself."""
 
-    def __init__(self, make: Callable[[Service], SignallingClient]) -> None:
+    def __init__(self, make: Callable[[Service, bool], SignallingClient]) -> None:
         self._make = make
         self._entries: dict[Service, _Entry] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -38,9 +39,9 @@ class SignallingClients:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, service: Service) -> SignallingClient:
+    def keep(self, service: Service, *, own: bool = False) -> SignallingClient:
         """The client for ``service``, which stays until the end: others are to meet this peer there."""
-        entry = self._entry(service)
+        entry = self._entry(service, own)
         entry.kept = True
         return entry.client
 
@@ -62,9 +63,9 @@ class SignallingClients:
         for entry in self._entries.values():
             entry.client.reconnect()
 
-    def _entry(self, service: Service) -> _Entry:
+    def _entry(self, service: Service, own: bool = False) -> _Entry:
         if service not in self._entries:
-            client = self._make(service)
+            client = self._make(service, own)
             self._entries[service] = _Entry(client, asyncio.create_task(client.run()))
         return self._entries[service]
 

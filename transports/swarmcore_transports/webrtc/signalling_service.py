@@ -9,11 +9,13 @@ import logging
 import secrets
 import ssl
 from collections import Counter
+from collections.abc import Collection
 
 import attrs
 from aiohttp import WSMsgType, web
+from aiohttp.http_exceptions import HttpProcessingError
 
-from swarmcore.errors import AddressError, AddressInUseError, ProtocolError, SwarmError
+from swarmcore.errors import AddressError, AddressInUseError, PeerNotAllowedError, ProtocolError, SwarmError
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.locations import PATH, Service
 from swarmcore_transports.webrtc.rate_limit import RateLimit
@@ -32,6 +34,9 @@ from swarmcore_transports.webrtc.signals import (
 )
 
 logger = logging.getLogger(__name__)
+
+_http_logger = logger.getChild("http")
+_http_logger.addFilter(lambda record: not _of_bad_request(record))
 
 _HEARTBEAT = 20.0
 _SEND_TIMEOUT = 5.0
@@ -74,12 +79,17 @@ class SignallingService:
         self._limits = limits or ServiceLimits()
         self._peers: dict[PeerId, _Registration] = {}
         self._unproven = 0
+        self._allowed: frozenset[PeerId] | None = None
         self._runner: web.AppRunner | None = None
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name: registered, passed, absent, dropped, refused."""
 
     def __repr__(self) -> str:
         return f"<SignallingService {len(self._peers)} peers · {self.counters['passed']} passed>"
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """Let no others register from now on."""
+        self._allowed = frozenset(peers)
 
     async def start(self, place: Service, tls: ssl.SSLContext | None = None) -> Service:
         """Listen at ``place`` and return where that is, its port found.
@@ -88,7 +98,9 @@ class SignallingService:
         """
         application = web.Application()
         application.router.add_get(PATH, self._connected)
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            application, access_log=None, logger=_http_logger, handle_signals=False, shutdown_timeout=1.0
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, place.host, place.port, ssl_context=tls)
         starting = asyncio.ensure_future(site.start())
@@ -148,7 +160,7 @@ class SignallingService:
         return socket
 
     async def _proven(self, socket: web.WebSocketResponse) -> PeerId:
-        """Let the peer sign a challenge. Raise `PeerIdentityError`, `ProtocolError` or TimeoutError."""
+        """Let the peer sign a challenge. Raise a `SwarmError` or TimeoutError when it is not let in."""
         self._unproven += 1
         try:
             nonce = secrets.token_bytes(NONCE_BYTES)
@@ -160,7 +172,10 @@ class SignallingService:
             register = decode(message.data)
             if not isinstance(register, Register):
                 raise ProtocolError("the peer did not register first")
-            return registered_peer(register, nonce)
+            peer = registered_peer(register, nonce)
+            if self._allowed is not None and peer not in self._allowed:
+                raise PeerNotAllowedError("this swarm is closed; ask its owner to allow this peer")
+            return peer
         except ConnectionError as exc:
             raise ProtocolError("the peer hung up") from exc
         finally:
@@ -206,3 +221,8 @@ class SignallingService:
         except (ConnectionError, TimeoutError) as exc:
             logger.debug("%s is gone: %r", short(registration.peer), exc)
             await registration.socket.close()
+
+
+def _of_bad_request(record: logging.LogRecord) -> bool:
+    """aiohttp answers those by itself, and logs a traceback of each: anybody could fill the log."""
+    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)

@@ -30,6 +30,7 @@ from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.greeting import Greeter
 from swarmcore_transports.framed.stream import FramedStream
+from swarmcore_transports.webrtc.dials import Dials
 from swarmcore_transports.webrtc.engine import DataChannel, Engine, connection_class
 from swarmcore_transports.webrtc.exchange import Exchange, Route
 from swarmcore_transports.webrtc.exchanges import Exchanges
@@ -94,7 +95,7 @@ class WebRtcTransport(Transport):
         self._listening = False
         self._clients = SignallingClients(self._make_client)
         self._meeting_points = MeetingPoints(identity.peer, self._clients, tls, service_limits)
-        self._connecting: dict[tuple[PeerId, Service], asyncio.Task[Link]] = {}
+        self._dials = Dials(self._dial, self.limits.connect_timeout)
         self._links = Links(self.limits, self._in_background, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
         self._offers = Offers()
@@ -121,6 +122,7 @@ class WebRtcTransport(Transport):
 
     def allow_only(self, peers: Collection[PeerId]) -> None:
         self._passing.allow_only(peers)
+        self._meeting_points.allow_only(peers)
 
     # --- listening ------------------------------------------------------------------------------------
 
@@ -140,13 +142,15 @@ class WebRtcTransport(Transport):
             raise
         return self._meeting_points.addresses()
 
-    def _make_client(self, service: Service) -> SignallingClient:
+    def _make_client(self, service: Service, own: bool) -> SignallingClient:
+        # A certificate for a domain is none for 127.0.0.1, where one's own service is.
+        trusted = False if own else self._trusted or True
         return SignallingClient(
             self.identity,
             service,
             self._exchanges.signalled,
             timeout=self.limits.connect_timeout,
-            tls=self._trusted,
+            tls=trusted,
             rng=random.Random(),
             counters=self.counters,
         )
@@ -278,7 +282,7 @@ class WebRtcTransport(Transport):
                 async with asyncio.timeout(seconds):
                     connection = await self._dialled_again(peer)
                     if connection is None:
-                        connection = await self._open(await self._link_to(peer, service))
+                        connection = await self._open(await self._dials.link_to(peer, service))
             except TimeoutError as exc:
                 self._check_open()
                 raise PeerUnreachableError(
@@ -305,23 +309,6 @@ class WebRtcTransport(Transport):
             self._check_open()
             self._links.lost(link, f"it took no further channel: {exc!r}")
             return None
-
-    async def _link_to(self, peer: PeerId, service: Service) -> Link:
-        """One exchange at a time for each peer and service, whoever waits for it or stops waiting."""
-        key = peer, service
-        task = self._connecting.get(key)
-        if task is None:
-            task = self._connecting[key] = asyncio.create_task(self._dial(peer, service))
-            task.add_done_callback(lambda _: self._connecting.pop(key, None))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():  # by `close`, not by who waits here
-                self._check_open()
-            raise
-        except SwarmError as exc:
-            self._check_open()
-            raise type(exc)(exc.message, **exc.details) from exc
 
     async def _dial(self, peer: PeerId, service: Service) -> Link:
         name = secrets.token_bytes(EXCHANGE_BYTES)
@@ -366,9 +353,10 @@ class WebRtcTransport(Transport):
         self._closed = True
         self._connections.begin_close()
         await self._connections.finish_close()
-        tasks = [*self._connecting.values(), *self._tasks]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
+        await self._dials.close()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
         await asyncio.gather(
