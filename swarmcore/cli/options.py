@@ -325,6 +325,7 @@ class RemoteModelOptions:
     ice_file: str | None
     ice_relay_only: bool
     signalling_ca: str | None
+    webrtc_engine: str | None
     identity_file: str | None
     model: str | None
     revision: str | None
@@ -347,6 +348,7 @@ class RemoteModelOptions:
             ice_file=self.ice_file,
             ice_relay_only=self.ice_relay_only,
             signalling_ca=self.signalling_ca,
+            webrtc_engine=self.webrtc_engine,
         )
 
 

@@ -40,8 +40,8 @@ def test_without_options_everything_is_left_to_the_transport() -> None:
 
 def test_every_option_arrives(tmp_path: Path) -> None:
     file = private(tmp_path / "ice", f"# ours\n\n{TURN}\n")
-    options = config(ice=(STUN,), ice_file=file, ice_relay_only=True).options
-    assert options == {"webrtc": {"ice": (STUN, TURN), "relay_only": True}}
+    options = config(ice=(STUN,), ice_file=file, ice_relay_only=True, webrtc_engine="aiortc").options
+    assert options == {"webrtc": {"ice": (STUN, TURN), "relay_only": True, "engine": "aiortc"}}
     transport_class("webrtc")(Identity.generate(), **options["webrtc"])  # takes them all
 
 
@@ -60,6 +60,7 @@ def test_a_client_has_the_transport_that_it_was_given_options_for() -> None:
     ("given", "says"),
     [
         ({"transports": ["tcp"], "ice": (STUN,)}, "--ice: only for transport webrtc"),
+        ({"transports": ["tcp"], "webrtc_engine": "wrtc"}, "--webrtc-engine: only for transport webrtc"),
         ({"ice_file": "nowhere"}, "nowhere cannot be read: No such file"),
         ({"signalling_key": "key.pem"}, "--signalling-cert"),
         ({"signalling_cert": "nowhere.pem"}, "nowhere.pem cannot be used"),
