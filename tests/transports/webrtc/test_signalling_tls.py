@@ -21,6 +21,7 @@ from cryptography import x509  # noqa: E402
 from cryptography.hazmat.primitives import hashes  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat  # noqa: E402
+from raw_signalling import registered  # noqa: E402
 from webrtc_peers import dialler, echo, service  # noqa: E402
 
 from swarmcore_transports.webrtc.locations import Service  # noqa: E402
@@ -95,6 +96,24 @@ async def test_where_nobody_listens_it_says_so() -> None:
             ) as told:
                 await a.open_stream(nowhere)
         assert "ssl" not in str(told.value)
+
+
+UPGRADE = (
+    b"GET /swarmcore/signalling/1 HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+async def test_who_hangs_up_at_once_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with service() as running:
+        for _ in range(20):
+            _, writer = await asyncio.open_connection("127.0.0.1", running.place.port)
+            writer.write(UPGRADE)
+            writer.close()
+            await writer.wait_closed()
+        async with registered(running.place):  # who comes after them is served
+            assert running.counters["registered"] == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_requests_that_are_none_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -156,7 +156,8 @@ class AiortcConnection(PeerConnection):
     def _local_description(self) -> str:
         sdp = str(self._connection.localDescription.sdp)
         if self._relay_only and "a=candidate:" not in sdp:
-            raise PeerUnreachableError("only a relay may be used, and no TURN server gives one")
+            reason = getattr(self._agent_in_use(), "relay_failure", None) or "no TURN server answers"
+            raise PeerUnreachableError(f"only a relay may be used, and there is none: {reason}")
         return sdp
 
     async def _take(self, sdp: str, kind: str) -> None:

@@ -51,6 +51,8 @@ class TricklingAgent(Connection):
         self._asking: asyncio.Task[None] | None = None
         self._asking_peer: asyncio.Task[None] | None = None
         self._refusals = 0
+        self.relay_failure: str | None = None
+        """Why the latest TURN server that failed relays nothing."""
         self.gathering = True
         """Whether more candidates may come."""
 
@@ -98,7 +100,8 @@ class TricklingAgent(Connection):
                 turn_transport=server.transport,
             )
         except (OSError, stun.TransactionError, ValueError) as exc:
-            logger.info("TURN server %s relays nothing: %s", server, str(exc) or type(exc).__name__)
+            self.relay_failure = f"TURN server {server}: {str(exc) or 'no answer'}"
+            logger.info("no relay by %s", self.relay_failure)
             return
         self._protocols.append(protocol)
         self._found(candidate)

@@ -36,7 +36,7 @@ from swarmcore_transports.webrtc.signals import (
 logger = logging.getLogger(__name__)
 
 _http_logger = logger.getChild("http")
-_http_logger.addFilter(lambda record: not _of_bad_request(record))
+_http_logger.addFilter(lambda record: not _of_no_concern(record))
 
 _HEARTBEAT = 20.0
 _SEND_TIMEOUT = 5.0
@@ -223,6 +223,7 @@ class SignallingService:
             await registration.socket.close()
 
 
-def _of_bad_request(record: logging.LogRecord) -> bool:
-    """aiohttp answers those by itself, and logs a traceback of each: anybody could fill the log."""
-    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
+def _of_no_concern(record: logging.LogRecord) -> bool:
+    """Whether it is the traceback of a request that was none, or of who hung up: anybody could fill the log."""
+    error = record.exc_info[1] if record.exc_info else None
+    return isinstance(error, HttpProcessingError | ConnectionError)
