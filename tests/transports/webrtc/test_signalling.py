@@ -27,10 +27,8 @@ from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed
 @asynccontextmanager
 async def met_at(*services: Service, **options: Any) -> AsyncIterator[tuple[Any, list[Address]]]:
     """A peer that listens by way of ``services``, and its addresses."""
-    options = {"limits": LIMITS} | options
-    peer = webrtc.WebRtcTransport(
-        Identity.generate(), listen_on=[f"ws://{one}" for one in services], **options
-    )
+    options = {"limits": LIMITS, "identity": Identity.generate()} | options
+    peer = webrtc.WebRtcTransport(listen_on=[f"ws://{one}" for one in services], **options)
     try:
         yield peer, list(await peer.listen(echo))
     finally:
@@ -248,6 +246,19 @@ async def test_a_dead_service_is_skipped_and_one_that_returns_is_used_again():
                         await listener._clients.keep(second)._registered.wait()
                     assert returned.counters["registered"] >= 1
                     await exchanged(b, other)
+
+
+async def test_two_programs_with_one_identity_are_told_of_it(caplog: pytest.LogCaptureFixture):
+    identity = Identity.generate()
+    async with (
+        service() as meeting,
+        met_at(meeting.place, identity=identity),
+        met_at(meeting.place, identity=identity),
+        asyncio.timeout(10),
+    ):
+        while "give each an identity of its own" not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert str(identity.peer) in caplog.text
 
 
 async def test_a_peer_starts_while_one_of_its_services_is_dead():

@@ -21,6 +21,7 @@ from swarmcore_transports.webrtc.signalling_service import ServiceLimits, Signal
 from swarmcore_transports.webrtc.signals import (
     EXCHANGE_BYTES,
     MAX_SIGNAL,
+    REPLACED,
     Absent,
     Challenge,
     Register,
@@ -167,7 +168,8 @@ async def test_of_one_peer_the_last_connection_counts() -> None:
         registered(place, identity) as now,
         registered(place) as other,
     ):
-        await code_of(before.socket)
+        last = await before.socket.receive(timeout=10.0)
+        assert (last.type, last.data) == (aiohttp.WSMsgType.CLOSE, REPLACED)
         await other.send(identity.peer, EXCHANGE, "offer", "hello")
         assert (await now.receive()).exchange == EXCHANGE
         assert running.counters["registered"] == 3

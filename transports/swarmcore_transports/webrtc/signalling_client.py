@@ -20,6 +20,7 @@ from swarmcore_transports.webrtc.locations import Service
 from swarmcore_transports.webrtc.rate_limit import RateLimit
 from swarmcore_transports.webrtc.signals import (
     MAX_SIGNAL,
+    REPLACED,
     Absent,
     Challenge,
     Envelope,
@@ -38,6 +39,12 @@ _HANGING_UP = aiohttp.ClientWSTimeout(ws_close=1.0)
 _RATE, _BURST = 200.0, 1000.0
 _RETRY_SECONDS = (0.5, 30.0)
 _SEND_TIMEOUT = 5.0
+_ENDS = {
+    aiohttp.WSMsgType.CLOSE,
+    aiohttp.WSMsgType.CLOSING,
+    aiohttp.WSMsgType.CLOSED,
+    aiohttp.WSMsgType.ERROR,
+}
 
 OnSignal = Callable[["SignallingClient", Envelope | Absent], None]
 """Told what comes; the signatures of envelopes are yet to be checked."""
@@ -74,6 +81,7 @@ class SignallingClient:
         self._failed = asyncio.Event()
         self._wanted = asyncio.Event()
         self._failed_at = 0.0
+        self._replaced = False
         self._connecting: asyncio.Task[None] | None = None
         self._limit = RateLimit(_RATE, _BURST)
 
@@ -102,9 +110,17 @@ class SignallingClient:
             finally:
                 self._connecting.cancel()
                 await asyncio.wait([self._connecting])
-            if self.registered:  # it was there until now, and may be back soon
+            if self._replaced:
+                logger.warning(
+                    "another program meets its peers at %s under the identity of this one, %s; give each an "
+                    "identity of its own",
+                    self.service,
+                    self._identity.peer,
+                )
+            elif self.registered:  # it was there until now, and may be back soon
                 delay = _RETRY_SECONDS[0]
             self._registered.clear()
+            self._replaced = False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay * self._rng.uniform(0.75, 1.25)):
                     await self._wanted.wait()
@@ -184,7 +200,11 @@ class SignallingClient:
 
     async def _receive(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         loop = asyncio.get_running_loop()
-        async for message in socket:
+        while True:
+            message = await socket.receive()
+            if message.type in _ENDS:
+                self._replaced = message.data == REPLACED
+                raise ProtocolError(f"it hung up{f': {message.extra}' if message.extra else ''}")
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue
             if not self._limit.take(loop.time()):
@@ -196,7 +216,6 @@ class SignallingClient:
                 logger.info("dropped what came from signalling service %s: %s", self.service, exc)
                 continue
             self._on_signal(self, signal)
-        raise ProtocolError("it hung up")
 
 
 def absent(signal: Absent) -> PeerUnreachableError:

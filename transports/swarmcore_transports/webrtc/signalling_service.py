@@ -22,6 +22,7 @@ from swarmcore_transports.webrtc.rate_limit import RateLimit
 from swarmcore_transports.webrtc.signals import (
     MAX_SIGNAL,
     NONCE_BYTES,
+    REPLACED,
     Absent,
     Challenge,
     Envelope,
@@ -40,6 +41,7 @@ _http_logger.addFilter(lambda record: not _of_no_concern(record))
 
 _HEARTBEAT = 20.0
 _SEND_TIMEOUT = 5.0
+_REFUSED = 4003
 
 
 @attrs.frozen
@@ -140,13 +142,13 @@ class SignallingService:
             peer = await self._proven(socket)
         except (SwarmError, TimeoutError) as exc:
             self.counters["refused"] += 1
-            await socket.close(code=4003, message=str(exc).encode()[:120] or b"too slow")
+            await socket.close(code=_REFUSED, message=str(exc).encode()[:120] or b"too slow")
             return socket
         limit = RateLimit(self._limits.rate, self._limits.burst)
         registration = _Registration(peer, socket, asyncio.Queue(self._limits.waiting), limit)
         before, self._peers[peer] = self._peers.get(peer), registration
         if before:
-            await before.socket.close(code=4001, message=b"the peer has connected again")
+            await before.socket.close(code=REPLACED, message=b"the peer has connected again")
         self.counters["registered"] += 1
         sender = asyncio.create_task(self._send_waiting(registration))
         try:
@@ -224,6 +226,6 @@ class SignallingService:
 
 
 def _of_no_concern(record: logging.LogRecord) -> bool:
-    """Whether it is the traceback of a request that was none, or of who hung up: anybody could fill the log."""
+    """Whether it is the traceback of what anybody could fill the log with: no request, or hanging up."""
     error = record.exc_info[1] if record.exc_info else None
     return isinstance(error, HttpProcessingError | ConnectionError)

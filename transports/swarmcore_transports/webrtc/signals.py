@@ -20,6 +20,9 @@ EXCHANGE_BYTES = 16
 
 NONCE_BYTES = 32
 
+REPLACED = 4001
+"""The code with which a service hangs up on a peer that has connected to it once more."""
+
 MAX_SIGNAL = 64 * 1024
 """Most bytes of one message."""
 
