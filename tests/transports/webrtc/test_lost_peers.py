@@ -9,10 +9,12 @@ import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from swarmcore.errors import ConnectionLostError
+from swarmcore.transport import Stream
 from swarmcore.types import Address
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
@@ -66,15 +68,25 @@ async def echoing_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, A
         await process.wait()
 
 
+async def opened(transport: Any, address: Address) -> Stream:
+    """A stream over which something has been said."""
+    stream: Stream = await transport.open_stream(address)
+    await stream.send(b"one")
+    assert await stream.receive() == b"one"
+    return stream
+
+
+async def is_lost(stream: Stream) -> None:
+    await stream.send(b"two")
+    with pytest.raises(ConnectionLostError):
+        await stream.receive()
+
+
 async def test_a_peer_whose_port_is_closed_is_lost_once_something_is_sent() -> None:
     async with echoing_process() as (process, address), dialler(PATIENT) as a:
-        stream = await a.open_stream(address)
-        await stream.send(b"one")
-        assert await stream.receive() == b"one"
+        stream = await opened(a, address)
         process.kill()
-        await stream.send(b"two")
-        with pytest.raises(ConnectionLostError):
-            await stream.receive()
+        await is_lost(stream)
         assert a._restarts.begun == 0
         assert not a._links.current()
 
@@ -85,22 +97,16 @@ async def test_a_peer_that_nobody_tells_of_is_lost_when_signalling_does_not_find
     """As where a firewall drops what would tell that the port is closed."""
     monkeypatch.setattr(ice_agent, "watch_refusals", lambda *_: None)
     async with echoing_process() as (process, address), dialler(PATIENT) as a:
-        stream = await a.open_stream(address)
-        await stream.send(b"one")
-        assert await stream.receive() == b"one"
+        stream = await opened(a, address)
         process.kill()
-        await stream.send(b"two")
-        with pytest.raises(ConnectionLostError):
-            await stream.receive()
+        await is_lost(stream)
         assert a._restarts.begun == 1
         assert not a._links.current()
 
 
 async def test_a_peer_that_only_pauses_is_kept() -> None:
     async with echoing_process() as (process, address), dialler(PATIENT) as a:
-        stream = await a.open_stream(address)
-        await stream.send(b"one")
-        assert await stream.receive() == b"one"
+        stream = await opened(a, address)
         [link] = a._links.current()
         unanswered, told = asyncio.Event(), link.connection.on_unanswered
         link.connection.on_unanswered = lambda: (told(), unanswered.set())
@@ -116,9 +122,7 @@ async def test_a_peer_that_only_pauses_is_kept() -> None:
 
 async def test_a_forged_refusal_ends_nothing() -> None:
     async with listening() as (_, address), dialler() as a:
-        stream = await a.open_stream(address)
-        await stream.send(b"one")
-        assert await stream.receive() == b"one"
+        stream = await opened(a, address)
         [link] = a._links.current()
         agent = link.connection._agent_in_use()
         [pair] = agent._nominated.values()
