@@ -113,6 +113,8 @@ def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tup
                 raise InputError(f"{place!r} is for transport {_LIBP2P!r}; add --transport {_LIBP2P}")
             found[_LIBP2P].append(place)
         elif "://" in place:
+            if _WEBRTC in found and scheme in ("ws", "wss"):
+                raise InputError(f"{place!r} is where WebRTC peers meet; write {_WEBRTC}:{place}")
             raise InputError(f"{place!r} is for transport {scheme!r}; add --transport {scheme}")
         elif len(schemes) == 1:
             found[schemes[0]].append(place)

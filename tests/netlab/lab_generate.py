@@ -1,6 +1,7 @@
-"""A client in a home of the lab: ``python lab_generate.py MODEL TOKENS PROMPT BOOTSTRAP``.
+"""A client in a home of the lab: ``python lab_generate.py MODEL TOKENS PROMPT BOOTSTRAP OPTIONS``.
 
-A line of JSON for each piece of text, and for how the server is reached, asked anew before each token.
+OPTIONS are those of the transports, in JSON. A line of JSON for each piece of text, and for how the server is
+reached, asked anew before each token.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ def say(**values: object) -> None:
     sys.stdout.flush()
 
 
-async def main(folder: str, tokens: str, prompt: str, bootstrap: str) -> None:
-    async with swarmcore.connect(bootstrap) as swarm:
+async def main(folder: str, tokens: str, prompt: str, bootstrap: str, options: str) -> None:
+    async with swarmcore.connect(bootstrap, transport_options=json.loads(options)) as swarm:
         model = await swarm.load_model(folder, dtype="float32", threads=1)
         await swarm.wait_for_blocks(model.info, timeout=60)
         async with model.session() as session:

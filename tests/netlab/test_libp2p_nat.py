@@ -42,6 +42,9 @@ async def test_two_homes_punch_through_and_no_longer_need_the_relay():
         stream = await client.call("open_stream", address)
         assert await client.until("path", stream, shows=lambda path: path != "relayed") == "hole-punched"
         assert await client.call("standing", server.peer) == ""
+        # It shows the new path from when the client has left the old one; what goes there and back after
+        # that has found the server gone from there, too.
+        await client.call("exchange", stream, [1])
         await relay.kill()
         assert await client.call("path", stream) == "hole-punched"
         assert await client.call("path", await client.call("open_stream", address)) == "hole-punched"
