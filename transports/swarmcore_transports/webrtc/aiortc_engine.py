@@ -34,14 +34,21 @@ logger = logging.getLogger(__name__)
 
 
 class AiortcChannel(DataChannel):
-    """`RTCDataChannel` of aiortc."""
+    """`RTCDataChannel` of aiortc. What is sent before it is open waits here."""
 
     def __init__(self, channel: Any) -> None:
         super().__init__()
         self._channel = channel
+        self._waiting: list[bytes] = []
+        channel.on("open", self._open)
         channel.on("message", self._received)
         channel.on("bufferedamountlow", self._low)
         channel.on("close", self._ended)
+
+    def _open(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for data in waiting:
+            self.send(data)
 
     def _received(self, data: bytes | str) -> None:
         if isinstance(data, bytes):
@@ -53,12 +60,15 @@ class AiortcChannel(DataChannel):
 
     @property
     def queued(self) -> int:
-        return int(self._channel.bufferedAmount)
+        return int(self._channel.bufferedAmount) + sum(map(len, self._waiting))
 
     def set_low(self, amount: int) -> None:
         self._channel.bufferedAmountLowThreshold = amount
 
     def send(self, data: bytes) -> None:
+        if self._channel.readyState == "connecting":
+            self._waiting.append(data)
+            return
         with contextlib.suppress(InvalidStateError):
             self._channel.send(data)
 
