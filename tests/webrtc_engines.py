@@ -89,12 +89,11 @@ class Pair:
         await asyncio.gather(self.dialler.connected(), self.listener.connected())
 
     async def restart(self) -> None:
-        """Exchange for a new path, and wait until both use it."""
+        """Exchange for a new path, and wait until the dialler uses it. The listener may follow its data."""
         for event in self.moved.values():
             event.clear()
         await self.exchange(self.dialler.restart)
-        for event in self.moved.values():
-            await event.wait()
+        await self.moved[self.dialler].wait()
 
     async def channel(self, opener: PeerConnection) -> tuple[Messages, Messages]:
         """A new one that ``opener`` opens: its end, and that of the other side."""
@@ -147,10 +146,10 @@ async def nothing_left() -> AsyncIterator[None]:
         left = asyncio.all_tasks() - before
         if left:
             _, left = await asyncio.wait(left, timeout=DEADLINE)
-        assert not left
+        assert not left, left
         for _ in range(3):
             gc.collect()
             await asyncio.sleep(0)
-        assert not complaints
+        assert not complaints, complaints
     finally:
         loop.set_exception_handler(None)

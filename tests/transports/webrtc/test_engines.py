@@ -9,12 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from swarmcore.errors import ConnectionLostError
-
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from webrtc_engines import ENGINES, Messages, Pair, pair  # noqa: E402
+from webrtc_engines import ENGINES, Messages, Pair, pair
 
-from swarmcore_transports.webrtc.engine import Engine  # noqa: E402
+from swarmcore_transports.webrtc.engine import Engine
 
 Engines = tuple[Engine, Engine]
 
@@ -108,7 +106,12 @@ async def test_the_first_channel_is_there_at_once_and_keeps_what_comes_early(eng
 
 
 class Traffic:
-    """Messages without end from ``sender``, each of which has to come to ``receiver`` in its turn."""
+    """Messages without end from ``sender``, each of which has to come to ``receiver`` in its turn.
+
+    As with the credit of streams, not more than `WINDOW` are under way.
+    """
+
+    WINDOW = 20
 
     def __init__(self, sender: Messages, receiver: Messages, seed: int) -> None:
         self._ends = sender, receiver
@@ -116,6 +119,7 @@ class Traffic:
         self._sent = 0
         self._enough = False
         self.arrived = 0
+        self._credit = asyncio.Semaphore(self.WINDOW)
         self.progress = asyncio.Event()
 
     async def run(self) -> None:
@@ -133,14 +137,10 @@ class Traffic:
 
     async def _send(self) -> None:
         sender, rng = self._ends[0], random.Random(self._seed)
-        sender.channel.set_low(PIECES[-1])
         while not self._enough:
+            await self._credit.acquire()
             sender.channel.send(rng.randbytes(rng.choice(PIECES)))
             self._sent += 1
-            await asyncio.sleep(0)
-            if sender.channel.queued > 4 * PIECES[-1]:
-                sender.low.clear()
-                await sender.low.wait()
         sender.channel.send(b"the end")
 
     async def _receive(self) -> None:
@@ -148,6 +148,7 @@ class Traffic:
         while (message := await receiver.next()) != b"the end":
             assert message == rng.randbytes(rng.choice(PIECES))
             self.arrived += 1
+            self._credit.release()
             self.progress.set()
 
 
@@ -160,6 +161,7 @@ async def test_a_restart_in_the_midst_of_traffic_loses_nothing(engines: Engines)
         for _ in range(3):
             await asyncio.gather(*(flow.further() for flow in flows))
             await found.restart()
+            await found.moved[found.listener].wait()
             await asyncio.gather(*(flow.further() for flow in flows))
         for flow in flows:
             flow.stop()

@@ -18,6 +18,7 @@ from swarmcore_transports.webrtc.aiortc_ice import RestartableIceTransport, rest
 from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
 from swarmcore_transports.webrtc.descriptions import (
     IceParameters,
+    attribute,
     check_description,
     ice_parameters,
     is_named,
@@ -155,8 +156,8 @@ class AiortcConnection(PeerConnection):
 
     async def accept(self, answer: str) -> None:
         if self._connected.done():
-            parameters = self._checked(answer, "answer")
-            await self._move_to(parameters)
+            check_description(answer)
+            await self._move_to(ice_parameters(answer))
         else:
             await self._take(answer, "answer")
 
@@ -167,18 +168,12 @@ class AiortcConnection(PeerConnection):
         return sdp
 
     async def _take(self, sdp: str, kind: str) -> None:
-        self._peer_username = self._checked(sdp, kind).username
+        check_description(sdp)
+        self._peer_username = attribute(sdp, "ice-ufrag")
         try:
             await self._connection.setRemoteDescription(RTCSessionDescription(without_names(sdp), kind))
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError, InvalidStateError) as exc:
-            raise _unreadable(kind, exc) from exc
-
-    def _checked(self, sdp: str, kind: str) -> IceParameters:
-        check_description(sdp)
-        try:
-            return ice_parameters(sdp)
-        except ValueError as exc:
-            raise _unreadable(kind, exc) from exc
+            raise ProtocolError(f"the peer sent an {kind} that cannot be read: {exc!r}") from exc
 
     async def connected(self) -> None:
         await asyncio.shield(self._connected)
@@ -190,9 +185,9 @@ class AiortcConnection(PeerConnection):
         return with_ice(self._connection.localDescription.sdp, _parameters(agent))
 
     async def _answer_restart(self, offer: str) -> str:
-        parameters = self._checked(offer, "offer")
+        check_description(offer)
         agent = await self._gather_anew()
-        await self._move_to(parameters)
+        await self._move_to(ice_parameters(offer))
         return with_ice(self._connection.localDescription.sdp, _parameters(agent))
 
     async def _gather_anew(self) -> TricklingAgent:
@@ -266,7 +261,3 @@ class AiortcConnection(PeerConnection):
 def _parameters(agent: TricklingAgent) -> IceParameters:
     candidates = tuple(f"candidate:{one.to_sdp()}" for one in agent.local_candidates)
     return IceParameters(agent.local_username, agent.local_password, candidates, complete=not agent.gathering)
-
-
-def _unreadable(kind: str, exc: Exception) -> ProtocolError:
-    return ProtocolError(f"the peer sent an {kind} that cannot be read: {exc!r}")
