@@ -18,6 +18,7 @@ from swarmcore_transports.webrtc.aiortc_ice import RestartableIceTransport, rest
 from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
 from swarmcore_transports.webrtc.descriptions import (
     IceParameters,
+    attribute,
     check_description,
     ice_parameters,
     is_named,
@@ -34,14 +35,21 @@ logger = logging.getLogger(__name__)
 
 
 class AiortcChannel(DataChannel):
-    """`RTCDataChannel` of aiortc."""
+    """`RTCDataChannel` of aiortc. What is sent before it is open waits here."""
 
     def __init__(self, channel: Any) -> None:
         super().__init__()
         self._channel = channel
+        self._waiting: list[bytes] = []
+        channel.on("open", self._open)
         channel.on("message", self._received)
         channel.on("bufferedamountlow", self._low)
         channel.on("close", self._ended)
+
+    def _open(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for data in waiting:
+            self.send(data)
 
     def _received(self, data: bytes | str) -> None:
         if isinstance(data, bytes):
@@ -53,12 +61,15 @@ class AiortcChannel(DataChannel):
 
     @property
     def queued(self) -> int:
-        return int(self._channel.bufferedAmount)
+        return int(self._channel.bufferedAmount) + sum(map(len, self._waiting))
 
     def set_low(self, amount: int) -> None:
         self._channel.bufferedAmountLowThreshold = amount
 
     def send(self, data: bytes) -> None:
+        if self._channel.readyState == "connecting":
+            self._waiting.append(data)
+            return
         with contextlib.suppress(InvalidStateError):
             self._channel.send(data)
 
@@ -148,8 +159,8 @@ class AiortcConnection(PeerConnection):
 
     async def accept(self, answer: str) -> None:
         if self._connected.done():
-            parameters = self._checked(answer, "answer")
-            await self._move_to(parameters)
+            check_description(answer)
+            await self._move_to(ice_parameters(answer))
         else:
             await self._take(answer, "answer")
 
@@ -161,18 +172,12 @@ class AiortcConnection(PeerConnection):
         return sdp
 
     async def _take(self, sdp: str, kind: str) -> None:
-        self._peer_username = self._checked(sdp, kind).username
+        check_description(sdp)
+        self._peer_username = attribute(sdp, "ice-ufrag")
         try:
             await self._connection.setRemoteDescription(RTCSessionDescription(without_names(sdp), kind))
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError, InvalidStateError) as exc:
-            raise _unreadable(kind, exc) from exc
-
-    def _checked(self, sdp: str, kind: str) -> IceParameters:
-        check_description(sdp)
-        try:
-            return ice_parameters(sdp)
-        except ValueError as exc:
-            raise _unreadable(kind, exc) from exc
+            raise ProtocolError(f"the peer sent an {kind} that cannot be read: {exc!r}") from exc
 
     async def connected(self) -> None:
         await asyncio.shield(self._connected)
@@ -184,9 +189,9 @@ class AiortcConnection(PeerConnection):
         return with_ice(self._connection.localDescription.sdp, _parameters(agent))
 
     async def _answer_restart(self, offer: str) -> str:
-        parameters = self._checked(offer, "offer")
+        check_description(offer)
         agent = await self._gather_anew()
-        await self._move_to(parameters)
+        await self._move_to(ice_parameters(offer))
         return with_ice(self._connection.localDescription.sdp, _parameters(agent))
 
     async def _gather_anew(self) -> TricklingAgent:
@@ -263,7 +268,3 @@ class AiortcConnection(PeerConnection):
 def _parameters(agent: TricklingAgent) -> IceParameters:
     candidates = tuple(f"candidate:{one.to_sdp()}" for one in agent.local_candidates)
     return IceParameters(agent.local_username, agent.local_password, candidates, complete=not agent.gathering)
-
-
-def _unreadable(kind: str, exc: Exception) -> ProtocolError:
-    return ProtocolError(f"the peer sent an {kind} that cannot be read: {exc!r}")

@@ -28,9 +28,14 @@ def check_description(sdp: str) -> None:
     candidates = sum(line.startswith("a=candidate:") for line in lines)
     if candidates > MAX_CANDIDATES:
         raise ProtocolError(f"the peer sent {candidates} candidates, more than {MAX_CANDIDATES}")
+    if media[0].split()[1:2] == ["0"]:
+        raise ProtocolError("the peer sent a description of an association that it refuses, or ends")
     for needed in ("a=fingerprint:", "a=ice-ufrag:", "a=ice-pwd:"):
         if not any(line.startswith(needed) for line in lines):
             raise ProtocolError(f"the peer sent a description without {needed[2:-1]}")
+    username, password = attribute(sdp, "ice-ufrag"), attribute(sdp, "ice-pwd")
+    if not (4 <= len(username) <= 256 and 22 <= len(password) <= 256):
+        raise ProtocolError("the peer sent a description with ICE credentials of impossible lengths")
 
 
 def check_restart(before: str, sdp: str) -> None:
@@ -43,9 +48,6 @@ def check_restart(before: str, sdp: str) -> None:
     for name in ("mid", "sctp-port"):
         if attribute(before, name) != attribute(sdp, name):
             raise ProtocolError(f"the peer changed the {name} of a connection")
-    [media] = [line for line in sdp.splitlines() if line.startswith("m=")]
-    if media.split()[1:2] == ["0"]:
-        raise ProtocolError("the peer ended a connection that it should restart")
 
 
 def attribute(sdp: str, name: str) -> str:
@@ -126,14 +128,11 @@ class IceParameters:
 
 
 def ice_parameters(sdp: str) -> IceParameters:
-    """Read them from a description of one media section. Raise ValueError when credentials are missing."""
-    username, password = attribute(sdp, "ice-ufrag"), attribute(sdp, "ice-pwd")
-    if not (4 <= len(username) <= 256 and 22 <= len(password) <= 256):
-        raise ValueError("ICE credentials are missing, or of impossible lengths")
+    """Read them from a description that `check_description` lets pass."""
     lines = sdp.splitlines()
     candidates = tuple(line[2:] for line in lines if line.startswith("a=candidate:"))
     complete = any(line.startswith("a=end-of-candidates") for line in lines)
-    return IceParameters(username, password, candidates, complete)
+    return IceParameters(attribute(sdp, "ice-ufrag"), attribute(sdp, "ice-pwd"), candidates, complete)
 
 
 def with_ice(sdp: str, parameters: IceParameters) -> str:

@@ -74,6 +74,7 @@ class WrtcConnection(PeerConnection):
         self._returned = False  # the latest description was
         self._gathered = asyncio.Event()
         self._remote = ""
+        self._ice: webrtc.RTCIceTransport | None = None
         on = self._connection.on
         on("icecandidate", self._candidate_found)
         on("connectionstatechange", lambda event: self._state_changed())
@@ -120,6 +121,7 @@ class WrtcConnection(PeerConnection):
             self._returned = False
             self._gathered.clear()
             await self._unless_closed(self._connection.set_local_description(description))
+            self._watch_path()
         except webrtc.RTCException as exc:
             raise ConnectionLostError(f"the connection makes no description any more: {exc}") from exc
         try:
@@ -206,6 +208,16 @@ class WrtcConnection(PeerConnection):
             # Else a restart is under way, which finds another path, or fails in turn.
             self._has_lost("the connection broke" if self._connected.done() else "no path to it was found")
 
+    def _watch_path(self) -> None:
+        """There is something to watch once there is a description."""
+        if self._ice is None and (sctp := self._connection.sctp):
+            self._ice = sctp.transport.ice_transport
+            self._ice.on("selectedcandidatepairchange", lambda event: self._path_changed())
+
+    def _path_changed(self) -> None:
+        if self._connected.done() and not self._lost and not self._closed:
+            self.on_moved()
+
     def _has_lost(self, reason: str) -> None:
         if self._closed:
             return
@@ -242,8 +254,7 @@ class WrtcConnection(PeerConnection):
         return self._path
 
     def _pair(self) -> _Pair | None:
-        sctp = self._connection.sctp
-        pair = sctp.transport.ice_transport.get_selected_candidate_pair() if sctp else None
+        pair = self._ice.get_selected_candidate_pair() if self._ice else None
         if pair is None:
             return None
         local, remote = pair.local, pair.remote
