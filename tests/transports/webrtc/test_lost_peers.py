@@ -91,6 +91,15 @@ async def test_a_peer_whose_port_is_closed_is_lost_once_something_is_sent() -> N
         assert not a._links.current()
 
 
+async def test_a_peer_whose_signalling_service_goes_with_it_is_lost_at_once() -> None:
+    async with echoing_process() as (process, address), dialler(PATIENT) as a:
+        stream = await opened(a, address)
+        process.kill()
+        with pytest.raises(ConnectionLostError):
+            await stream.receive()
+        assert not a._links.current()
+
+
 async def test_a_peer_that_nobody_tells_of_is_lost_when_signalling_does_not_find_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

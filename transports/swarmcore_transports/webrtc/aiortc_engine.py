@@ -247,6 +247,10 @@ class AiortcConnection(PeerConnection):
     def unanswered(self) -> bool:
         return isinstance(self._sctp, QuickSctpTransport) and self._sctp.unanswered
 
+    def ask_peer(self) -> None:
+        if isinstance(agent := self._agent_in_use(), TricklingAgent):
+            agent.ask_peer()
+
     @property
     def path(self) -> str:
         return self._path

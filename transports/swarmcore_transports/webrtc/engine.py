@@ -151,6 +151,9 @@ class PeerConnection(ABC):
         """Whether the peer's side acknowledges nothing any more: for a second or longer, and until it does.
         What the peer's program makes of it is another matter. Never of a connection without traffic."""
 
+    def ask_peer(self) -> None:  # noqa: B027 - most do so by themselves, and in their own time
+        """There is reason to think that the peer is gone: find out now."""
+
     @property
     @abstractmethod
     def path(self) -> str:

@@ -157,11 +157,14 @@ class TricklingAgent(Connection):
             watch_refusals(pair.protocol, pair.protocol.transport, self._refused)
 
     def _refused(self, host: str, port: int) -> None:
-        pairs = [pair for pair in self._nominated.values() if pair.remote_addr == (host, port)]
-        if pairs and not self._closing:
+        if any(pair.remote_addr == (host, port) for pair in self._nominated.values()):
             self._refusals += 1
-            if self._asking_peer is None:
-                self._asking_peer = asyncio.create_task(self._ask_peer(pairs[0]))
+            self.ask_peer()
+
+    def ask_peer(self) -> None:
+        """Find out whether the peer's port is closed. Harmless when repeated."""
+        if self._asking_peer is None and self._nominated and not self._closing:
+            self._asking_peer = asyncio.create_task(self._ask_peer(*self._nominated.values()))
 
     async def _ask_peer(self, pair: CandidatePair) -> None:
         """Take the peer for gone if it is silent, and said to be gone once more (consent: RFC 7675)."""

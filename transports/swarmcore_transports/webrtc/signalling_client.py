@@ -53,8 +53,9 @@ OnSignal = Callable[["SignallingClient", Envelope | Absent], None]
 class SignallingClient:
     """Registers ``identity`` at ``service``; `run` keeps that up until it is cancelled.
 
-    ``tls`` says whose certificates to believe: True those that the system does, False all. What comes faster
-    than it can be looked at is dropped and counted in ``counters`` as ``overflow``.
+    ``tls`` says whose certificates to believe: True those that the system does, False all. ``on_hung_up`` is
+    called when the service is gone. What comes faster than it can be looked at is dropped and counted in
+    ``counters`` as ``overflow``.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SignallingClient:
         *,
         timeout: float,
         tls: ssl.SSLContext | bool = True,
+        on_hung_up: Callable[[Service], None] = lambda service: None,
         rng: random.Random,
         counters: Counter[str],
     ) -> None:
@@ -73,6 +75,7 @@ class SignallingClient:
         self._on_signal = on_signal
         self._timeout = timeout
         self._tls = tls
+        self._on_hung_up = on_hung_up
         self._rng = rng
         self._counters = counters
         self._socket: aiohttp.ClientWebSocketResponse | None = None
@@ -119,6 +122,7 @@ class SignallingClient:
                 )
             elif self.registered:  # it was there until now, and may be back soon
                 delay = _RETRY_SECONDS[0]
+                self._on_hung_up(self.service)
             self._registered.clear()
             self._replaced = False
             with contextlib.suppress(TimeoutError):

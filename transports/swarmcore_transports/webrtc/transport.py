@@ -151,9 +151,16 @@ class WebRtcTransport(Transport):
             self._exchanges.signalled,
             timeout=self.limits.connect_timeout,
             tls=trusted,
+            on_hung_up=self._service_gone,
             rng=random.Random(),
             counters=self.counters,
         )
+
+    def _service_gone(self, service: Service) -> None:
+        """It may have run in the same process as the peer that was met there."""
+        for link in self._links.current():
+            if link.dialled == service:
+                link.connection.ask_peer()
 
     # --- signalling -----------------------------------------------------------------------------------
 
