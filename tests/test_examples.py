@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from byte_tokenizer import byte_tokenizer
+from tiny_models import save_random_model, tiny_config
+
+import swarmcore
 
 pytestmark = pytest.mark.e2e
 
@@ -69,6 +73,36 @@ async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
             if process.returncode is None:
                 process.kill()
             await process.communicate()
+
+
+async def test_a_server_is_met_over_webrtc(tmp_path: Path):
+    pytest.importorskip("aiortc", reason="needs the extra webrtc")
+    config = tiny_config("llama")
+    config.vocab_size = 257  # of the tokenizer
+    plain, tokenizer = save_random_model(config, tmp_path), byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    server = await start(
+        "run_server.py",
+        *("--model", str(tmp_path), "--transport", "webrtc", "--blocks", "0:5", "--listen", "127.0.0.1:0"),
+        *("--dtype", "float32", "--threads", "1", "--throughput", "100"),
+    )
+    try:
+        assert server.stdout is not None
+        address = (await server.stdout.readline()).decode().strip()
+        assert address.startswith("webrtc://127.0.0.1:")
+        async with swarmcore.connect(address) as swarm:
+            model = await swarm.load_model(str(tmp_path), dtype="float32", threads=1)
+            generation = model.generate("Hello", max_new_tokens=6)
+            await generation
+        server.send_signal(signal.SIGINT)
+        assert await server.wait() == 0
+    finally:
+        if server.returncode is None:
+            server.kill()
+        await server.communicate()
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    expected = plain.generate(ids, max_new_tokens=6, do_sample=False)
+    assert generation.tokens == expected[0, ids.shape[1] :].tolist()
 
 
 async def test_the_demo_loses_a_server_and_says_what_a_plain_run_does(smollm2_folder: Path):

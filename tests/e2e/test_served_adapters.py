@@ -42,7 +42,7 @@ async def test_what_is_in_a_file_does_what_the_client_s_own_would(
             await blocks.forward_async(hidden)
             for blocks in (model.blocks, model.blocks.adapted("poet"), model.blocks.adapted(mine))
         ]
-        torch.testing.assert_close(by_name, own, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(by_name, own, rtol=1e-4, atol=1e-4)
         assert (by_name - plain).abs().max() > 0.01
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import pytest
 
 from swarmcore.errors import ConnectionLostError
@@ -17,6 +18,7 @@ from swarmcore.wire.limits import Limits
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_peers import echo  # noqa: E402
 
+from swarmcore_transports.framed import greeting  # noqa: E402
 from swarmcore_transports.framed.frames import Kind, encode_frame, message_header  # noqa: E402
 from swarmcore_transports.framed.settings import Settings  # noqa: E402
 from swarmcore_transports.webrtc.channel_pipe import ChannelPipe  # noqa: E402
@@ -109,6 +111,37 @@ async def test_a_peer_opens_no_more_channels_than_its_share() -> None:
             await asyncio.gather(*(channel.closed.wait() for channel in channels[-3:]))
         assert listener._links.refused_channels == 3
         assert not any(channel.closed.is_set() for channel in channels[:-3])
+
+
+async def test_a_channel_on_which_nothing_is_said_is_hung_up_on() -> None:
+    limits = attrs.evolve(LIMITS, connect_timeout=2.0, keepalive=60.0)
+    async with pair(limits=limits) as (listener, peer, address):
+        channels = [await raw(peer, address) for _ in range(3)]
+        assert listener._greeter.half_open
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(channel.closed.wait() for channel in channels))
+        assert not listener._greeter.half_open
+        [link] = listener._links._all
+        assert not link.pipes
+        stream = await peer.open_stream(address)  # the link lives
+        await stream.send(b"there and back")
+        assert bytes(await stream.receive()) == b"there and back"
+
+
+async def test_channels_on_which_nothing_is_said_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "MAX_HALF_OPEN", 3)
+    limits = attrs.evolve(LIMITS, connect_timeout=60.0, keepalive=60.0)
+    async with pair(limits=limits) as (listener, peer, address):
+        silent = [await raw(peer, address) for _ in range(3)]
+        one_more = await raw(peer, address)
+        async with asyncio.timeout(5):
+            await one_more.closed.wait()
+        assert listener._greeter.half_open == 3
+        assert not any(channel.closed.is_set() for channel in silent)
+        silent[0].channel.send(HELLO)  # which makes room
+        stream = await peer.open_stream(address)
+        await stream.send(b"there and back")
+        assert bytes(await stream.receive()) == b"there and back"
 
 
 async def test_a_peer_that_falls_silent_is_lost_with_all_its_channels() -> None:

@@ -58,9 +58,9 @@ def description(port: int, *, setup: str = "actpass", candidates: int = 1, more:
     )
 
 
-async def offer(peer: RawPeer, address: Address, body: str) -> tuple[str, str]:
+async def offer(peer: RawPeer, address: Address, body: str, exchange: bytes = b"") -> tuple[str, str]:
     """The kind and the text of what comes back."""
-    exchange = secrets.token_bytes(EXCHANGE_BYTES)
+    exchange = exchange or secrets.token_bytes(EXCHANGE_BYTES)
     await peer.send(address.peer, exchange, "offer", body)
     while True:
         reply = await peer.receive()
@@ -132,6 +132,31 @@ async def test_offers_of_who_never_comes_hold_no_place_for_long(nowhere: int) ->
             await serves(address)
             while not await answered(peer, address, body):
                 await asyncio.sleep(0.1)
+
+
+async def test_a_flood_of_candidates_is_dropped_and_counted(nowhere: int) -> None:
+    envelopes, lines = 5 * MAX_CANDIDATES, 40
+    async with (
+        listening(Limits(connect_timeout=60.0)) as (listener, address),
+        registered(service_of(address)) as peer,
+    ):
+        exchange = secrets.token_bytes(EXCHANGE_BYTES)
+        body = description(nowhere).replace("a=end-of-candidates\r\n", "")
+        assert (await offer(peer, address, body, exchange))[0] == "answer"
+        for host in range(envelopes):
+            flood = [f"candidate:1 1 udp 1 127.0.1.{host} {9 + port} typ host" for port in range(lines)]
+            flood[0] = "candidate:" + "9" * 600
+            await peer.send(address.peer, exchange, "candidate", "\n".join(flood))
+        # What is sent after them is answered when they have been looked at.
+        assert await offer(peer, address, description(nowhere, candidates=MAX_CANDIDATES + 1))
+        taken = envelopes * lines - listener.counters["ignored"]
+        assert taken == MAX_CANDIDATES + 1
+        under_way = listener._exchanges._by_name[exchange]
+        assert not under_way._heard and len(under_way._known) < envelopes
+        agent = under_way.connection._agent_in_use()
+        assert len(agent.remote_candidates) == 1 + taken
+        assert len(agent._check_list) <= len(agent.remote_candidates) * len(agent.local_candidates)
+        await serves(address)
 
 
 async def answered(peer: RawPeer, address: Address, body: str) -> bool:

@@ -102,7 +102,7 @@ async def test_repeated_and_late_envelopes_do_no_harm(kind: type[Passing]):
         await exchanged(a, address)
         assert len(listener._links) == 1
         if kind is Repeating:
-            assert listener.counters["repeated"] in (19, 38)  # the offer, and that no candidates follow
+            assert listener.counters["repeated"] >= 19  # the offer's; those of what follows are yet to come
 
 
 @pytest.mark.parametrize("kind", [Rewriting, Misdirecting])

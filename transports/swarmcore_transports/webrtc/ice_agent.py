@@ -13,6 +13,7 @@ from aioice.candidate import candidate_foundation, candidate_priority
 from aioice.ice import CandidatePair, StunProtocol, relayed_candidate
 
 from swarmcore_transports.webrtc.batched_reads import read_in_batches
+from swarmcore_transports.webrtc.descriptions import MAX_CANDIDATES
 from swarmcore_transports.webrtc.ice import IceServer
 from swarmcore_transports.webrtc.refused_datagrams import watch_refusals
 
@@ -24,14 +25,17 @@ SERVER_SECONDS = 5.0
 RELAY_PATIENCE = 0.75
 """Seconds for which paths through a TURN server stand back for direct ones: the first that works is taken."""
 
+MAX_REMOTE = 3 * MAX_CANDIDATES
+"""Most addresses at which the peer is looked for: described, told later, and where its checks come from."""
+
 
 class TricklingAgent(Connection):
     """aioice's side of a connection, which gathers in the background.
 
     `gather_candidates` returns with what this machine knows by itself; with ``relay_only``, with the first
     candidate of a TURN server. ``on_candidate`` is called with each that a server brings, and with None at
-    the end. STUN servers are asked over IPv6 as well. Once connected, it closes when the peer's port is found
-    to be closed.
+    the end. STUN servers are asked over IPv6 as well. Checks of a peer from ever more addresses are dropped
+    beyond `MAX_REMOTE`. Once connected, it closes when the peer's port is found to be closed.
     """
 
     def __init__(
@@ -142,6 +146,12 @@ class TricklingAgent(Connection):
     def _remote_candidates_expected(self) -> bool:
         """Asked before the base gives up: more of our own may come as well."""
         return self.gathering or super()._remote_candidates_expected()
+
+    def check_incoming(self, message: stun.Message, addr: tuple[str, int], protocol: StunProtocol) -> None:
+        if len(self._remote_candidates) < MAX_REMOTE or any(
+            (one.host, one.port) == addr for one in self._remote_candidates
+        ):
+            super().check_incoming(message, addr, protocol)
 
     async def check_start(self, pair: CandidatePair) -> None:
         if self.ice_controlling and _relayed(pair) and not self._relay_only:
