@@ -89,11 +89,10 @@ class Pair:
         await asyncio.gather(self.dialler.connected(), self.listener.connected())
 
     async def restart(self) -> None:
-        """Exchange for a new path, and wait until the dialler uses it. The listener may follow its data."""
+        """Exchange for a new path. Whether it is taken while the old one works, and when, shows in `moved`."""
         for event in self.moved.values():
             event.clear()
         await self.exchange(self.dialler.restart)
-        await self.moved[self.dialler].wait()
 
     async def channel(self, opener: PeerConnection) -> tuple[Messages, Messages]:
         """A new one that ``opener`` opens: its end, and that of the other side."""

@@ -167,7 +167,6 @@ async def test_what_is_no_description_is_named_so_and_does_no_harm(
         with pytest.raises(ProtocolError):
             await found.dialler.accept(spoil(answer))
         await found.dialler.accept(answer)
-        await found.moved[found.dialler].wait()
         await there_and_back(*await found.channel(found.listener))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from aioice import Candidate
@@ -13,7 +14,7 @@ from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSession
 from aiortc.exceptions import InvalidStateError
 from aiortc.rtcconfiguration import RTCBundlePolicy, RTCIceTransportPolicy
 
-from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError, SwarmError
+from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError
 from swarmcore_transports.webrtc.aiortc_ice import RestartableIceTransport, restartable_ice
 from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
 from swarmcore_transports.webrtc.descriptions import (
@@ -41,12 +42,21 @@ class AiortcChannel(DataChannel):
         super().__init__()
         self._channel = channel
         self._waiting: list[bytes] = []
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if channel.readyState == "open":
+            self._opened.set_result(None)
         channel.on("open", self._open)
         channel.on("message", self._received)
         channel.on("bufferedamountlow", self._low)
-        channel.on("close", self._ended)
+        channel.on("close", self.ended)
+
+    async def opened(self) -> None:
+        """Wait until it is open. Raise `ConnectionLostError` when it was closed instead."""
+        await asyncio.shield(self._opened)
 
     def _open(self) -> None:
+        if not self._opened.done():
+            self._opened.set_result(None)
         waiting, self._waiting = self._waiting, []
         for data in waiting:
             self.send(data)
@@ -57,7 +67,7 @@ class AiortcChannel(DataChannel):
         else:  # nothing that we send
             logger.debug("a channel was closed on which text came")
             self.close()
-            self._ended()
+            self.ended()
 
     @property
     def queued(self) -> int:
@@ -67,11 +77,21 @@ class AiortcChannel(DataChannel):
         self._channel.bufferedAmountLowThreshold = amount
 
     def send(self, data: bytes) -> None:
-        if self._channel.readyState == "connecting":
+        if self._channel.readyState == "connecting" and not self._closed:
             self._waiting.append(data)
             return
         with contextlib.suppress(InvalidStateError):
             self._channel.send(data)
+
+    def ended(self) -> None:
+        """The channel is closed, by whomever. Harmless when repeated."""
+        if self._closed:
+            return
+        self._waiting.clear()
+        if not self._opened.done():
+            self._opened.set_exception(ConnectionLostError("the connection was closed"))
+            self._opened.exception()  # seen here: nobody may wait
+        self._ended()
 
     def close(self) -> None:
         self._channel.close()
@@ -91,18 +111,21 @@ class AiortcConnection(PeerConnection):
                 iceServers=servers, bundlePolicy=RTCBundlePolicy.MAX_BUNDLE, iceTransportPolicy=policy
             )
         )
-        self._connection.on("datachannel", lambda channel: self.on_channel(AiortcChannel(channel)))
+        self._connection.on("datachannel", lambda channel: self.on_channel(self._watched(channel)))
         self._connection.on("connectionstatechange", self._state_changed)
         loop = asyncio.get_running_loop()
         self._closing: asyncio.Future[None] | None = None
+        self._lost: str | None = None
+        self._describing = asyncio.Lock()
+        self._channels: weakref.WeakSet[AiortcChannel] = weakref.WeakSet()
         self._connected: asyncio.Future[None] = loop.create_future()
         self._path = "direct"
         self._peer_username = ""
         with restartable_ice(self._make_agent), quick_data_channels():
             first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
         # Not from inside: aiortc closes one channel after the other, and must not find one closed meanwhile.
-        first.on("close", lambda: loop.call_soon(lambda: self.on_lost("the peer has ended it")))
-        self._signals = AiortcChannel(first)
+        first.on("close", lambda: loop.call_soon(self._has_lost, "the peer has ended it"))
+        self._signals = self._watched(first)
         assert self._connection.sctp
         self._sctp = self._connection.sctp
         if isinstance(self._sctp, QuickSctpTransport):
@@ -134,35 +157,66 @@ class AiortcConnection(PeerConnection):
             self._path = path_of(self._nominated())
             self._connected.set_result(None)
         elif state in ("failed", "closed"):
-            reason = "no path to it was found" if not self._connected.done() else "the connection broke"
-            if not self._connected.done():
-                self._connected.set_exception(ConnectionLostError(reason))
-                self._connected.exception()
+            self._has_lost("the connection broke" if self._connected.done() else "no path to it was found")
+
+    def _has_lost(self, reason: str) -> None:
+        if self._closing is None:
+            self._end(reason)
             self.on_lost(reason)
+
+    def _end(self, reason: str) -> None:
+        """Nobody waits any more for what cannot come."""
+        self._lost = reason
+        if not self._connected.done():
+            self._connected.set_exception(ConnectionLostError(reason))
+            self._connected.exception()  # seen here: nobody may wait
+        for channel in tuple(self._channels):
+            channel.ended()
+
+    def _check_open(self) -> None:
+        if self._closing or self._lost:
+            raise ConnectionLostError(self._lost or "the connection is closed")
 
     @property
     def signals(self) -> DataChannel:
         return self._signals
 
+    def _watched(self, channel: Any) -> AiortcChannel:
+        watched = AiortcChannel(channel)
+        self._channels.add(watched)
+        return watched
+
+    @contextlib.asynccontextmanager
+    async def _one_at_a_time(self) -> AsyncIterator[None]:
+        """What is said of the connection; `close` waits for it, lest it be left behind."""
+        self._check_open()
+        async with self._describing:
+            self._check_open()
+            yield
+            self._check_open()
+
     # --- the first path -------------------------------------------------------------------------------
 
     async def offer(self) -> str:
-        await self._connection.setLocalDescription(await self._connection.createOffer())
+        async with self._one_at_a_time():
+            await self._connection.setLocalDescription(await self._connection.createOffer())
         return self._local_description()
 
     async def answer(self, offer: str) -> str:
-        if self._connected.done():
-            return await self._answer_restart(offer)
-        await self._take(offer, "offer")
-        await self._connection.setLocalDescription(await self._connection.createAnswer())
+        async with self._one_at_a_time():
+            if self._connected.done():
+                return await self._answer_restart(offer)
+            await self._take(offer, "offer")
+            await self._connection.setLocalDescription(await self._connection.createAnswer())
         return self._local_description()
 
     async def accept(self, answer: str) -> None:
-        if self._connected.done():
-            check_description(answer)
-            await self._move_to(ice_parameters(answer))
-        else:
-            await self._take(answer, "answer")
+        async with self._one_at_a_time():
+            if self._connected.done():
+                check_description(answer)
+                await self._move_to(ice_parameters(answer))
+            else:
+                await self._take(answer, "answer")
 
     def _local_description(self) -> str:
         sdp = str(self._connection.localDescription.sdp)
@@ -185,7 +239,8 @@ class AiortcConnection(PeerConnection):
     # --- a new path -----------------------------------------------------------------------------------
 
     async def restart(self) -> str:
-        agent = await self._gather_anew()
+        async with self._one_at_a_time():
+            agent = await self._gather_anew()
         return with_ice(self._connection.localDescription.sdp, _parameters(agent))
 
     async def _answer_restart(self, offer: str) -> str:
@@ -197,8 +252,6 @@ class AiortcConnection(PeerConnection):
     async def _gather_anew(self) -> TricklingAgent:
         if self._transport is None:
             raise ConnectionLostError("this version of aiortc cannot restart ICE")
-        if self._connection.connectionState in ("failed", "closed"):
-            raise ConnectionLostError("the connection is gone")
         return await self._transport.gather_anew()
 
     async def _move_to(self, parameters: IceParameters) -> None:
@@ -222,26 +275,17 @@ class AiortcConnection(PeerConnection):
     # --- channels -------------------------------------------------------------------------------------
 
     async def open_channel(self) -> DataChannel:
+        self._check_open()
         try:
-            channel = self._connection.createDataChannel(CHANNEL_LABEL)
+            channel = self._watched(self._connection.createDataChannel(CHANNEL_LABEL))
         except InvalidStateError as exc:
             raise ConnectionLostError("the connection is closed") from exc
-        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def settle(error: SwarmError | None) -> None:
-            if not opened.done():
-                opened.set_exception(error) if error else opened.set_result(None)
-
-        channel.on("open", lambda: settle(None))
-        channel.on("close", lambda: settle(ConnectionLostError("the connection was closed")))
-        usable = AiortcChannel(channel)  # before it opens: what the peer says first must not be missed
         try:
-            if channel.readyState != "open":
-                await opened
+            await channel.opened()
         except BaseException:
             channel.close()
             raise
-        return usable
+        return channel
 
     @property
     def unanswered(self) -> bool:
@@ -265,8 +309,15 @@ class AiortcConnection(PeerConnection):
 
     async def close(self) -> None:
         if self._closing is None:  # aiortc fails when it is asked twice
-            self._closing = asyncio.ensure_future(self._connection.close())
+            self._closing = asyncio.ensure_future(self._close())
         await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._end(self._lost or "the connection was closed")
+        if self._transport:
+            self._transport.newest.hurry()
+        async with self._describing:
+            await self._connection.close()
 
 
 def _parameters(agent: TricklingAgent) -> IceParameters:

@@ -129,6 +129,7 @@ class PeerConnection(ABC):
         """An offer that restarts ICE: new candidates, from the addresses that this machine has now.
 
         Channels and what is under way on them stay; until `accept` has found a new path, the old one is used.
+        libwebrtc may stay with the old one for as long as that works.
         Raise `ConnectionLostError` when the connection is gone.
         """
 

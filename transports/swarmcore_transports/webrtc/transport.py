@@ -216,12 +216,13 @@ class WebRtcTransport(Transport):
         elif not link.limit.take(asyncio.get_running_loop().time()):
             self.counters["overflow"] += 1
         else:
-            self._in_background(self._answer_restart(route, offer, link))
+            exchange = self._new_exchange(link)  # at once: the candidates that follow are for it
+            self._in_background(self._answer_restart(route, offer, link, exchange))
 
-    async def _answer_restart(self, route: Route, offer: Envelope, link: Link) -> None:
+    async def _answer_restart(self, route: Route, offer: Envelope, link: Link, exchange: Exchange) -> None:
         try:
             async with asyncio.timeout(self.limits.connect_timeout):
-                await self._new_exchange(link).answer_offer(offer.body, route)
+                await exchange.answer_offer(offer.body, route)
         except (SwarmError, TimeoutError) as exc:
             logger.info("no other path to %s: %r", short(link.peer), exc)
             self._refuse(route, offer, exc.message if isinstance(exc, SwarmError) else "too slow")

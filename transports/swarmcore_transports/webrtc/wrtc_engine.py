@@ -156,6 +156,7 @@ class WrtcConnection(PeerConnection):
                 self.on_candidate(found.candidate)
 
     async def _take(self, kind: Literal["offer", "answer"], sdp: str) -> None:
+        self._check_open()
         check_description(sdp)
         if self._remote:
             check_restart(self._remote, sdp)
