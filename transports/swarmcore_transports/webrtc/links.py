@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import attrs
 
@@ -57,16 +56,15 @@ class Links:
     def __init__(
         self,
         limits: Limits,
-        in_background: Callable[[Coroutine[Any, Any, None]], None],
         on_lost: Callable[[Link], None] = lambda link: None,
     ) -> None:
         self._most = limits.max_calls
         self._most_channels = 2 * limits.max_calls_per_peer
         self._silence = 2 * limits.keepalive
-        self._in_background = in_background
         self._on_lost = on_lost
         self._current: dict[PeerId, Link] = {}
         self._all: set[Link] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self.refused_channels = 0
         """Channels of peers that had too many."""
@@ -128,7 +126,14 @@ class Links:
         for pipe in tuple(link.pipes):
             link.pipes.discard(pipe)
             pipe.abort()
-        self._in_background(link.connection.close())
+        closing = asyncio.create_task(link.connection.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closed)
+
+    def _closed(self, closing: asyncio.Task[None]) -> None:
+        self._closing.discard(closing)
+        if not closing.cancelled() and (exc := closing.exception()):
+            logger.error("a connection was not closed in order", exc_info=exc)
 
     def _pipe_ended(self, link: Link, pipe: ChannelPipe) -> None:
         """A pipe that long heard nothing was cut for that; if no other hears the peer, nobody is there."""
@@ -151,11 +156,11 @@ class Links:
         self._sweeper = loop.call_later(IDLE_SECONDS / 3, self._sweep) if self._all else None
 
     async def close(self) -> None:
-        """Close all."""
+        """Close all, and wait for those that are being closed."""
         if self._sweeper:
             self._sweeper.cancel()
         links, self._all = self._all, set()
         for link in links:
             self._on_lost(link)
         self._current.clear()
-        await asyncio.gather(*(link.connection.close() for link in links))
+        await asyncio.gather(*(link.connection.close() for link in links), *self._closing)

@@ -96,7 +96,7 @@ class WebRtcTransport(Transport):
         self._clients = SignallingClients(self._make_client)
         self._meeting_points = MeetingPoints(identity.peer, self._clients, tls, service_limits)
         self._dials = Dials(self._dial, self.limits.connect_timeout)
-        self._links = Links(self.limits, self._in_background, self._link_lost)
+        self._links = Links(self.limits, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
         self._offers = Offers()
         self.counters: Counter[str] = Counter()
