@@ -34,6 +34,8 @@ help:
 
 setup: $(VENV)/.installed
 
+# Modules are compiled once, and not in each of the hundreds of processes that tests start.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python -m pytest $(or $(ARGS),$(EVERYTHING))
 

@@ -155,6 +155,9 @@ def test_what_the_page_says_works(page: Path, tmp_path: Path, request: pytest.Fi
 RUN_PROGRAMS = """
 import contextlib, io, runpy, sys
 
+from swarmcore.imports import keep_imports
+
+keep_imports()
 address, *programs = sys.argv[1:]
 for program in programs:
     sys.argv = [program, address]

@@ -17,12 +17,14 @@ from swarmcore.cli.interrupt import Interrupted
 from swarmcore.cli.serve import serve
 from swarmcore.cli.sim import sim
 from swarmcore.cli.status import status
+from swarmcore.imports import keep_imports
 
 
 class CommandGroup(click.Group):
     """Ends an interrupted command at once: all is closed, and Python takes a second to tear torch down."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        keep_imports()
         try:
             return super().invoke(ctx)
         except Interrupted as exc:

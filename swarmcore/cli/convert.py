@@ -10,6 +10,7 @@ import click
 from swarmcore.cli import interrupt
 from swarmcore.cli.options import standard
 from swarmcore.cli.output import Output
+from swarmcore.imports import import_large
 
 
 @click.command()
@@ -37,6 +38,7 @@ def convert(
 async def _convert(
     output: Output, model: str, target: Path | None, revision: str | None, cache_dir: Path | None
 ) -> None:
+    import_large("swarmcore.executor.torch.checkpoint")
     from swarmcore.executor.torch import checkpoint as checkpoints
 
     with output.progress() as progress:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from swarmcore.client.blockless import final_norm, load_without_blocks
+from swarmcore.imports import import_large
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,6 +56,7 @@ class LocalParts:
         the tensors is missing or has the wrong shape, `UnsupportedModelError` when the family is not a causal
         language model that transformers knows.
         """
+        import_large("transformers.modeling_utils")
         from transformers import AutoModelForCausalLM
 
         model = load_without_blocks(

@@ -25,6 +25,7 @@ from swarmcore.client.thin import PATIENCE, ThinGeneration, ThinRun, generate_at
 from swarmcore.client.thin_request import open_generation
 from swarmcore.errors import AddressError, InputError, MissingBlocksError, PeerUnreachableError
 from swarmcore.identity import Identity, public_key
+from swarmcore.imports import import_large
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.choice import RegistryKind, dht_registry
@@ -272,6 +273,7 @@ class Swarm:
         `ModelNotFoundError`, `CheckpointError`, and `MissingExtraError` without the extra ``torch``. Servers
         are looked for when a session opens, not here.
         """
+        import_large("swarmcore.client.model")
         from swarmcore.client.model import RemoteModel
 
         model = await RemoteModel.load(

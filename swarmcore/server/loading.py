@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from swarmcore.errors import SpanError
 from swarmcore.executor.base import BlockExecutor
+from swarmcore.imports import import_large
 from swarmcore.placement.capacity import DEFAULT_CACHE_TOKENS, CapacityPlan, plan_capacity
 from swarmcore.server.adapters import Weights
 from swarmcore.server.config import ServerConfig
@@ -25,6 +26,7 @@ MAX_DEFAULT_CACHE_TOKENS = 131_072
 
 def open_model(config: ServerConfig, progress: Progress | None) -> Checkpoint:
     """Find the model; raises as `open_checkpoint` does."""
+    import_large("swarmcore.executor.torch.checkpoint")
     from swarmcore.executor.torch.checkpoint import open_checkpoint
 
     return open_checkpoint(config.model, revision=config.revision, progress=progress)
@@ -50,6 +52,7 @@ def load_blocks(
     config: ServerConfig, checkpoint: Checkpoint, span: Span, progress: Progress | None
 ) -> BlockExecutor:
     """Load blocks ``span``; raises as `TorchExecutor.load` does."""
+    import_large("swarmcore.executor.torch.executor")
     from swarmcore.executor.torch.executor import TorchExecutor
 
     return TorchExecutor.load(

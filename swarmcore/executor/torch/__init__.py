@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from swarmcore.errors import MissingExtraError
+from swarmcore.imports import import_large
 
 
 def _installed(name: str) -> bool:
@@ -17,3 +18,5 @@ if _missing:
     raise MissingExtraError(
         f"running a model, or a part of one, needs {', '.join(_missing)}: pip install 'swarmcore[torch]'"
     )
+
+import_large("torch")

@@ -13,6 +13,7 @@ import torch
 from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint.cache import storage_errors
 from swarmcore.executor.torch.checkpoint.progress import Progress
+from swarmcore.imports import import_large
 from swarmcore.types import JsonDict, ModelInfo
 
 if TYPE_CHECKING:
@@ -60,11 +61,12 @@ class Checkpoint(ABC):
 
 def load_config(folder: Path, name: str) -> tuple[PretrainedConfig, JsonDict]:
     """The config in ``folder``, as transformers has it and as it is. Code that comes with it is never run."""
-    from transformers import AutoConfig
-
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{name} has no config.json: it is not a model in the transformers format")
     raw = read_json(folder / "config.json")
+    import_large("transformers.models.auto.configuration_auto")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True), raw
     except (ValueError, KeyError) as exc:

@@ -35,6 +35,7 @@ from swarmcore.executor.torch.checkpoint.fingerprint import (
 from swarmcore.executor.torch.checkpoint.folder import MARKER, Marker, weight_files
 from swarmcore.executor.torch.checkpoint.progress import Progress, no_progress
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.imports import import_large
 
 LAYOUT = "gguf-bfloat16-1"
 """What a conversion writes. Part of the fingerprint: count it up when a file would give other tensors."""
@@ -128,6 +129,7 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
 
 
 def _convert(source: Path, part: Path, progress: Progress) -> None:
+    import_large("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     doing, size = f"converting {source.name}", source.stat().st_size
