@@ -28,6 +28,10 @@ from swarmcore_transports.webrtc.descriptions import (  # noqa: E402
         ("turns:u:hush@h", "turns:h:5349?transport=tcp", "u", "hush", None),
         ("turn-secret:s:t@h", "turn:h:3478?transport=udp", None, None, "s:t"),
         ("turns-secret:s@h", "turns:h:5349?transport=tcp", None, None, "s"),
+        ("stun:[::1]", "stun:[::1]:3478", None, None, None),
+        ("stun:[2001:DB8::1]:99", "stun:[2001:DB8::1]:99", None, None, None),
+        ("turn:u:hush@[::ffff:192.0.2.1]", "turn:[::ffff:192.0.2.1]:3478?transport=udp", "u", "hush", None),
+        ("turns:u:[p]@[2001:db8::1]:99", "turns:[2001:db8::1]:99?transport=tcp", "u", "[p]", None),
     ],
 )
 def test_servers_as_they_are_written(text, url, user, password, secret):
@@ -48,7 +52,13 @@ def test_servers_as_they_are_written(text, url, user, password, secret):
         "stun:u:hush@h",
         "stun:h?transport=tcp",
         "stun-secret:hush@h",
-        "stun:[2001:db8::1]:3478",
+        "stun:[]",
+        "stun:[h]",
+        "stun:[192.0.2.1]:3478",
+        "stun:[2001:db8::1",
+        "stun:2001:db8::1]:3478",
+        "stun:[2001:db8:::1]:3478",
+        "stun:[fe80::1%eth0]:3478",
         "turn:h:3478",
         "turn:u@h",
         "turn:u:@h",
@@ -62,6 +72,13 @@ def test_servers_as_they_are_written(text, url, user, password, secret):
 )
 def test_nonsense_is_refused_without_repeating_credentials(text):
     with pytest.raises(AddressError) as raised:
+        ice.IceServer.parse(text)
+    assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["stun:2001:db8::1", "turn:u:hush@2001:db8::1:3478", "turn-secret:hush@::1"])
+def test_an_address_of_ipv6_needs_brackets(text):
+    with pytest.raises(AddressError, match=r"in brackets, as in \[2001:db8::1\]:3478") as raised:
         ice.IceServer.parse(text)
     assert "hush" not in str(raised.value)
 

@@ -104,7 +104,8 @@ class AiortcConnection(PeerConnection):
         super().__init__(ice, relay_only=relay_only)
         self._ice = tuple(ice)
         self._relay_only = relay_only
-        servers = [RTCIceServer(one.url, one.user, one.password) for one in ice]
+        # Asked by aiortc's own ICE only, which our agents replace where they can; it reads no [::1].
+        servers = [RTCIceServer(one.url, one.user, one.password) for one in ice if ":" not in one.host]
         policy = RTCIceTransportPolicy.RELAY if relay_only else RTCIceTransportPolicy.ALL
         self._connection = RTCPeerConnection(
             RTCConfiguration(

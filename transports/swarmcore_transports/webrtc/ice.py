@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import ipaddress
 import logging
 import re
 import ssl
@@ -30,7 +31,7 @@ _RETRANSMIT_SECONDS = (0.0, 0.2, 0.4, 0.8)
 
 _FORM = "stun:HOST:PORT, turn:USER:PASSWORD@HOST:PORT or turn-secret:SECRET@HOST:PORT"
 _PLACE = re.compile(
-    r"(?P<host>[A-Za-z0-9._-]+)(?::(?P<port>\d{1,5}))?(?:\?transport=(?P<transport>udp|tcp))?"
+    r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?(?:\?transport=(?P<transport>udp|tcp))?"
 )
 _PORTS = {"stun": 3478, "turn": 3478, "turns": 5349}
 
@@ -41,7 +42,7 @@ class IceServer:
 
     scheme: Literal["stun", "turn", "turns"]
     host: str
-    """A name, or a literal IPv4 address."""
+    """A name or a literal address, IPv6 without brackets."""
     port: int
     transport: Literal["udp", "tcp"] = "udp"
     """How it is reached; what a TURN server relays is UDP in any case."""
@@ -55,8 +56,9 @@ class IceServer:
         """Read ``stun:host:port``, ``turn:user:password@host:port`` or ``turn-secret:secret@host:port``.
 
         ``turns`` and ``turns-secret`` are TURN over TLS; ``?transport=tcp`` may follow the port of TURN, the
-        port may be left out. A password may have any characters, a user name no colon. Raise `AddressError`,
-        which does not repeat credentials, on all else.
+        port may be left out. A literal IPv6 address is in brackets: ``stun:[2001:db8::1]:3478``. A password
+        may have any characters, a user name no colon. Raise `AddressError`, which does not repeat
+        credentials, on all else.
         """
         kind, _, rest = text.strip().partition(":")
         login, at, place = rest.rpartition("@")
@@ -65,8 +67,11 @@ class IceServer:
         shown = f"{kind}:{'…@' if at else ''}{place}"
         if scheme not in _PORTS or (kind != scheme and scheme == "stun"):
             raise AddressError(f"an ICE server must be {_FORM}; what was given is none of them")
-        if "[" in place:
-            raise AddressError(f"{shown!r}: name an ICE server of IPv6 by its host name, not by its address")
+        if place.count(":") > 1 and "[" not in place:
+            raise AddressError(f"{shown!r}: an IPv6 address goes in brackets, as in [2001:db8::1]:3478")
+        host = match["host"].strip("[]") if match else ""
+        if match and match["host"] != host and not _is_ipv6(host):
+            raise AddressError(f"{shown!r}: {host!r} is not an IPv6 address")
         if not match or not 0 < int(match["port"] or _PORTS[scheme]) < 65536:
             raise AddressError(f"{shown!r} is not an ICE server; expected {_FORM}")
         user: str | None = None
@@ -87,7 +92,7 @@ class IceServer:
         if scheme == "turns" and transport != "tcp":
             raise AddressError(f"{shown!r}: TURN over TLS needs TCP")
         port = int(match["port"] or _PORTS[scheme])
-        return cls(scheme, match["host"], port, transport, user, password, secret)  # type: ignore[arg-type]
+        return cls(scheme, host, port, transport, user, password, secret)  # type: ignore[arg-type]
 
     @property
     def relays(self) -> bool:
@@ -96,7 +101,8 @@ class IceServer:
     @property
     def url(self) -> str:
         """As in RFC 7064 and 7065."""
-        place = f"{self.scheme}:{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        place = f"{self.scheme}:{host}:{self.port}"
         return f"{place}?transport={self.transport}" if self.relays else place
 
     def __str__(self) -> str:
@@ -109,6 +115,13 @@ class IceServer:
         user = f"{int(now) + CREDENTIAL_SECONDS}:swarmcore"
         digest = hmac.digest(self.secret.encode(), user.encode(), "sha1")
         return attrs.evolve(self, user=user, password=base64.b64encode(digest).decode(), secret=None)
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
 
 
 class IceServers:
