@@ -73,6 +73,8 @@ _AGENT_METHODS = {
     "_check_list_maybe_fail": ["self"],
     "_pair_remote_candidate": ["self", "remote_candidate"],
     "_remote_candidates_expected": ["self"],
+    "build_request": ["self", "pair", "nominate"],
+    "check_incoming": ["self", "message", "addr", "protocol"],
     "check_start": ["self", "pair"],
     "check_state": ["self", "pair", "state"],
     "gather_candidates": ["self"],
@@ -88,7 +90,10 @@ _AGENT_ATTRIBUTES = {
     "_queue",
     "_remote_candidates",
 }
-_PROTOCOL_METHODS = {"datagram_received": ["self", "data", "addr"]}
+_PROTOCOL_METHODS = {
+    "datagram_received": ["self", "data", "addr"],
+    "send_stun": ["self", "message", "addr"],
+}
 _RELAYED_PARAMETERS = [
     "component",
     "hide_related_address",

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 from aioice import Candidate, Connection, TransportPolicy, stun
 from aioice.candidate import candidate_foundation, candidate_priority
@@ -47,6 +48,7 @@ class TricklingAgent(Connection):
         self._on_candidate = on_candidate
         self._some_found = asyncio.Event()
         self._asking: asyncio.Task[None] | None = None
+        self._asked: WeakKeyDictionary[CandidatePair, stun.Message] = WeakKeyDictionary()
         self.gathering = True
         """Whether more candidates may come."""
 
@@ -145,6 +147,21 @@ class TricklingAgent(Connection):
             self.check_state(pair, CandidatePair.State.IN_PROGRESS)
             await asyncio.sleep(RELAY_PATIENCE)
         await super().check_start(pair)
+
+    def build_request(self, pair: CandidatePair, nominate: bool) -> stun.Message:
+        request = self._asked[pair] = super().build_request(pair, nominate)
+        return request
+
+    def check_incoming(self, message: stun.Message, addr: tuple[str, int], protocol: StunProtocol) -> None:
+        """The peer's check came through: one of ours that its router turned away before it is said again.
+
+        Once for each check, and without waiting for the half second after which it is repeated anyway.
+        """
+        super().check_incoming(message, addr, protocol)
+        for pair in self._check_list:
+            met = pair.protocol is protocol and pair.remote_addr == addr
+            if met and pair.state is CandidatePair.State.IN_PROGRESS and pair in self._asked:
+                protocol.send_stun(self._asked.pop(pair), addr)
 
     async def close(self) -> None:
         if self._asking:
