@@ -9,9 +9,10 @@ from netlab.lab_peer import PATIENCE, LabPeer
 from netlab.netlab import Host, nat_lab
 from netlab.test_webrtc_nat import STUN, homes, meeting_point
 from netlab.turn import turn_server, unavailable
-from webrtc_engines import ENGINES
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
+from webrtc_engines import ENGINES
+
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no STUN server: {unavailable()}")
 
 KEEPALIVE = {"aiortc": 1.5, "wrtc": 4.0}
