@@ -172,7 +172,7 @@ async def test_what_is_no_description_is_named_so_and_does_no_harm(
 
 @pytest.mark.parametrize("some", range(3))
 async def test_garbled_descriptions_are_taken_or_refused(engine: Engine, some: int) -> None:
-    for seed in range(10 * some, 10 * some + 10):
+    for seed in range(5 * some, 5 * some + 5):
         async with pair(engine, engine) as found:
             with suppress(ProtocolError):
                 await found.listener.answer(garbled(await found.dialler.offer(), seed))
