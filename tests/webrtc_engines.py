@@ -89,7 +89,7 @@ class Pair:
         await asyncio.gather(self.dialler.connected(), self.listener.connected())
 
     async def restart(self) -> None:
-        """Exchange for a new path. Whether it is taken, and when, shows in `moved`."""
+        """Exchange for a new path. When it is taken, if it is while the old one works, shows in `moved`."""
         for event in self.moved.values():
             event.clear()
         await self.exchange(self.dialler.restart)

@@ -15,7 +15,7 @@ const MESSAGE_COST = 256
 const WINDOW = 2 ** 21
 /** So that any message fits the window as a whole: credit is then granted when a message is taken, and at no other time. */
 const MAX_MESSAGE = WINDOW - MESSAGE_COST
-const KEEPALIVE = 2000 // three times that without a byte, and the connection is lost
+export const KEEPALIVE = 2000 // three times that without a byte, and the connection is lost
 const PIECE = 2 ** 14 // what every browser sends as one message of a channel
 const HIGH_WATER = 2 ** 20
 const OPEN_TIMEOUT = 10
@@ -57,6 +57,16 @@ export class FramedStream {
       throw error
     }
     return stream
+  }
+
+  /** Whether nothing more comes of it. */
+  get ended () {
+    return this.#closed || this.#ended || this.#error != null
+  }
+
+  /** Milliseconds since the peer was heard on it. */
+  get silence () {
+    return performance.now() - this.#heard
   }
 
   /** Send one message, once there is credit for it. */

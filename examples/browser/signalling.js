@@ -11,6 +11,7 @@ const DESCRIPTION = 'swarmcore webrtc description 1\0'
 const REGISTRATION = 'swarmcore webrtc registration 1\0'
 const TIMEOUT = 10
 const MOST_CANDIDATES = 33
+const NO_MORE = 'end-of-candidates'
 const ADDRESS = /^webrtc:(?:(wss?):)?\/\/([^/\s]+)\/(12D3Koo[1-9A-HJ-NP-Za-km-z]{45})$/
 const encoder = new TextEncoder()
 
@@ -28,15 +29,18 @@ export class Signalling {
   #identity
   #socket
   #exchanges = new Map()
+  #sending = Promise.resolve()
+  #arriving = Promise.resolve()
 
   constructor (identity, socket) {
     this.#identity = identity
     this.#socket = socket
-    socket.onmessage = event => {
-      this.#arrived(event.data).catch(error => console.warn('dropped what came by signalling:', error))
+    socket.onmessage = event => { // one after the other, though each is looked at for a while
+      this.#arriving = this.#arriving.then(() => this.#arrived(event.data))
+        .catch(error => console.warn('dropped what came by signalling:', error))
     }
     socket.onclose = () => {
-      for (const { reject } of this.#exchanges.values()) reject(gone(socket.url))
+      for (const exchange of this.#exchanges.values()) exchange.fail(gone(socket.url))
     }
   }
 
@@ -65,32 +69,30 @@ export class Signalling {
     return this.#socket.readyState === WebSocket.OPEN
   }
 
-  /**
-   * Send `offer`, a description, to `peer`, and wait for the description it answers. `onCandidate` gets each further
-   * candidate of the peer's, also after that, until the exchange is given up with `forget(peer)`.
-   */
-  async exchange (peer, offer, onCandidate = () => {}) {
-    const name = base64(crypto.getRandomValues(new Uint8Array(16)))
-    const envelope = { sender: this.#identity.peer, receiver: peer, exchange: name, kind: 'offer', body: offer }
-    const signature = base64(await this.#identity.sign(statement(envelope)))
-    if (!this.open) throw gone(this.#socket.url)
-    const answer = new Promise((resolve, reject) => this.#exchanges.set(name, { peer, resolve, reject, onCandidate }))
-    this.#socket.send(JSON.stringify({ type: 'envelope', ...envelope, signature }))
-    try {
-      return await within(TIMEOUT, answer, `the answer of ${short(peer)}`)
-    } catch (error) {
-      this.#exchanges.delete(name)
-      throw error
-    }
+  /** An exchange with `peer`, in place of an earlier one of that `name`: a restart goes by the name of its offer. */
+  begin (peer, name = base64(crypto.getRandomValues(new Uint8Array(16)))) {
+    const exchange = new Exchange(peer, name, (kind, body) => this.#send(peer, name, kind, body))
+    this.#exchanges.set(name, exchange)
+    return exchange
   }
 
-  /** No more candidates of `peer` are wanted. */
-  forget (peer) {
-    for (const [name, exchange] of this.#exchanges) if (exchange.peer === peer) this.#exchanges.delete(name)
+  /** Nothing more that comes for `exchange` is wanted. */
+  end (exchange) {
+    if (this.#exchanges.get(exchange.name) === exchange) this.#exchanges.delete(exchange.name)
   }
 
   close () {
     this.#socket.close()
+  }
+
+  /** All in the order in which it is said, though each is signed for a while. */
+  #send (peer, name, kind, body) {
+    const envelope = { sender: this.#identity.peer, receiver: peer, exchange: name, kind, body }
+    this.#sending = this.#sending.then(async () => {
+      const signature = base64(await this.#identity.sign(statement(envelope)))
+      if (this.open) this.#socket.send(JSON.stringify({ type: 'envelope', ...envelope, signature }))
+      else this.#exchanges.get(name)?.fail(gone(this.#socket.url))
+    })
   }
 
   async #arrived (text) {
@@ -99,21 +101,78 @@ export class Signalling {
     if (exchange == null) return
     const peer = short(exchange.peer)
     if (signal.type === 'absent') {
-      exchange.reject(new SwarmError('PeerUnreachableError', `${peer} cannot be reached: ${signal.reason}`))
+      exchange.fail(new SwarmError('PeerUnreachableError', `${peer} cannot be reached: ${signal.reason}`))
       return
     }
     const meant = signal.receiver === this.#identity.peer && signal.sender === exchange.peer
     if (!meant || !await verify(signal.sender, statement(signal), unbase64(signal.signature))) {
-      exchange.reject(new SwarmError('PeerIdentityError', `${peer} did not sign what came in its name; the ` +
+      exchange.fail(new SwarmError('PeerIdentityError', `${peer} did not sign what came in its name; the ` +
         'signalling service misdirects, or has changed it'))
       return
     }
-    if (signal.kind === 'answer') exchange.resolve(signal.body)
-    if (signal.kind === 'candidate') signal.body.split('\n').slice(0, MOST_CANDIDATES).forEach(exchange.onCandidate)
-    if (signal.kind === 'refusal') {
-      exchange.reject(new SwarmError('PeerUnreachableError', `${peer} refuses: ${signal.body.slice(0, 200)}`))
+    exchange.heard(signal.kind, signal.body)
+  }
+}
+
+/** What two peers say to make a connection, or a new path for it. */
+class Exchange {
+  #send
+  #answer
+  #resolve
+  #described = false
+  #found = []
+  #early = []
+  #take = candidate => this.#early.push(candidate)
+
+  constructor (peer, name, send) {
+    this.peer = peer
+    this.name = name
+    this.#send = send
+    this.#answer = new Promise((resolve, reject) => {
+      this.#resolve = resolve
+      this.fail = reject
+    })
+    this.#answer.catch(() => {}) // it may fail before anyone waits for it
+  }
+
+  /** Send a description, as `offer` or `restart`, and return the one that the peer answers. */
+  async agree (kind, description) {
+    this.#send(kind, description)
+    this.#described = true
+    this.#found = this.#found.filter(line => line === NO_MORE || !description.includes(line))
+    this.#tell()
+    return within(TIMEOUT, this.#answer, `the answer of ${short(this.peer)}`)
+  }
+
+  /** Send one of our candidates behind the description that it belongs to; null: there are no more. */
+  found (candidate) {
+    if (candidate?.candidate === '') return // the end of a part, of which there is but one
+    this.#found.push(candidate ? named(candidate) : NO_MORE)
+    if (this.#described && this.#found.length === 1) queueMicrotask(() => this.#tell())
+  }
+
+  /** From now on `take` gets the peer's candidates; first those that have come already. */
+  onCandidate (take) {
+    this.#take = take
+    this.#early.forEach(take)
+  }
+
+  heard (kind, body) {
+    if (kind === 'answer') this.#resolve(body)
+    if (kind === 'candidate') body.split('\n').slice(0, MOST_CANDIDATES).forEach(line => this.#take(line))
+    if (kind === 'refusal') {
+      this.fail(new SwarmError('PeerUnreachableError', `${short(this.peer)} refuses: ${body.slice(0, 200)}`))
     }
   }
+
+  #tell () {
+    if (this.#found.length > 0) this.#send('candidate', this.#found.splice(0).join('\n'))
+  }
+}
+
+/** A candidate in the notation of SDP, with the description that it belongs to. */
+function named ({ candidate, usernameFragment }) {
+  return / ufrag /.test(candidate) || !usernameFragment ? candidate : `${candidate} ufrag ${usernameFragment}`
 }
 
 /** What is signed of an envelope: each part behind its length. */

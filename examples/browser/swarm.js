@@ -27,11 +27,16 @@ export class Swarm extends EventTarget {
   #connections = new Map()
   #watched
   #closed = false
+  #listening = new AbortController()
 
   constructor (identity, iceServers = []) {
     super()
     this.#identity = identity
     this.#iceServers = iceServers
+    const { signal } = this.#listening
+    for (const [network, type] of [[globalThis, 'online'], [navigator.connection, 'change']]) {
+      network?.addEventListener(type, () => this.moved(), { signal })
+    }
   }
 
   /** Join through any member, by its address `webrtc://host:port/<peer id>`. */
@@ -85,8 +90,16 @@ export class Swarm extends EventTarget {
     }
   }
 
+  /** The machine is on another network: look for new paths to all peers. What is under way goes on. */
+  async moved () {
+    for (const signalling of this.#signalling.values()) signalling.then(one => one.close(), () => {})
+    const restarts = [...this.#connections.values()].map(async one => (await one).restart())
+    for (const { reason } of await Promise.allSettled(restarts)) if (reason) console.info('no other path:', reason)
+  }
+
   close () {
     this.#closed = true
+    this.#listening.abort()
     this.#watched?.abort('the page has left')
     for (const connection of this.#connections.values()) connection.then(one => one.close(), () => {})
     for (const signalling of this.#signalling.values()) signalling.then(one => one.close(), () => {})
@@ -202,11 +215,15 @@ export class Swarm extends EventTarget {
     if (this.#closed) throw new SwarmError('StreamClosedError', 'the page has left this swarm')
     const usable = connection => connection.alive
     const connection = await once(this.#connections, peer, usable, async () => {
-      const registered = signalling => signalling.open
-      const signalling = await once(this.#signalling, url, registered, () => Signalling.connect(url, this.#identity))
-      return Connection.dial(peer, signalling, this.#iceServers)
+      const meet = () => this.#meet(url)
+      return Connection.dial(peer, await meet(), this.#iceServers, meet)
     })
     return connection.openStream()
+  }
+
+  #meet (url) {
+    const registered = signalling => signalling.open
+    return once(this.#signalling, url, registered, () => Signalling.connect(url, this.#identity))
   }
 }
 

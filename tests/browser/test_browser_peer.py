@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -161,6 +162,147 @@ async def test_long_messages_both_ways(page: chromium.Page, servers: list[Server
         return same;
     """
     assert await page.run(script, address=webrtc_address(servers[1])) == [True] * 3
+
+
+ECHO = """
+    const names = ['connection', 'identity', 'rpc', 'signalling'];
+    const [{ Connection }, { Identity }, { call }, { Signalling, parseAddress }] =
+      await Promise.all(names.map(name => import(`/${name}.js`)));
+    const Plain = RTCPeerConnection;
+    let rtc;
+    window.RTCPeerConnection = class extends Plain { constructor (...all) { super(...all); rtc = this; } };
+    const { url, peer } = parseAddress(address);
+    const signalling = await Signalling.connect(url, await Identity.generate());
+    const connection = await Connection.dial(peer, signalling);
+    window.RTCPeerConnection = Plain;
+    const ufrags = () => [rtc.localDescription, rtc.remoteDescription]
+      .map(({ sdp }) => /a=ice-ufrag:(\\S+)/.exec(sdp)[1]);
+    const echo = async seed => {
+      const payload = Uint8Array.from({ length: 900_000 }, (_, i) => (i * seed) % 251);
+      const stream = await connection.openStream();
+      const reply = await call(stream, '/swarmcore/ping/1', 'Ping', { payload }, 'Pong', 20);
+      return payload.every((byte, i) => reply.payload[i] === byte);
+    };
+"""
+
+
+async def test_candidates_follow_the_offer(page: chromium.Page, servers: list[ServerProcess]) -> None:
+    """The offer is not held back for them."""
+    sent = """
+        const sent = [];
+        const send = WebSocket.prototype.send;
+        WebSocket.prototype.send = function (text) {
+          sent.push(JSON.parse(text));
+          return send.call(this, text);
+        };
+    """
+    rest = """
+        WebSocket.prototype.send = send;
+        connection.close();
+        return sent.filter(({ type }) => type === 'envelope').map(({ kind, body }) => [kind, body]);
+    """
+    await_end = "while (!sent.some(({ body }) => body?.endsWith('end-of-candidates'))) await echo(1);"
+    envelopes = await page.run(sent + ECHO + await_end + rest, address=webrtc_address(servers[1]))
+    kinds = [kind for kind, _ in envelopes]
+    assert kinds == ["offer"] + (len(kinds) - 1) * ["candidate"]
+    offer = envelopes[0][1]
+    assert "a=candidate:" not in offer
+    [ufrag] = [line.partition(":")[2] for line in offer.splitlines() if line.startswith("a=ice-ufrag:")]
+    lines = [line for _, body in envelopes[1:] for line in body.split("\n")]
+    assert lines.pop() == "end-of-candidates"
+    assert lines
+    assert all(line.startswith("candidate:") and f" ufrag {ufrag}" in line for line in lines)
+
+
+async def test_streams_go_on_when_a_page_restarts_ice(
+    page: chromium.Page, servers: list[ServerProcess]
+) -> None:
+    script = """
+        let enough = false;
+        let echoes = 0;
+        const talk = async seed => {
+          let same = true;
+          for (; !enough; echoes++) same = await echo(seed) && same;
+          return same;
+        };
+        const talking = Promise.all([talk(1), talk(2)]);
+        const seen = [ufrags()];
+        for (let i = 0; i < 3; i++) {
+          await connection.restart();
+          seen.push(ufrags());
+          const before = echoes;
+          while (echoes < before + 4) await new Promise(resolve => setTimeout(resolve, 20));
+        }
+        enough = true;
+        const same = await talking;
+        connection.close();
+        return [same, seen];
+    """
+    same, seen = await page.run(ECHO + script, address=webrtc_address(servers[1]))
+    assert same == [True, True]
+    for ours_or_theirs in zip(*seen, strict=True):
+        assert len(set(ours_or_theirs)) == 4
+
+
+async def test_a_page_looks_for_a_path_when_the_peer_is_silent(
+    page: chromium.Page, servers: list[ServerProcess]
+) -> None:
+    begin = """
+        const stream = await connection.openStream();
+        window.silent = { connection, rtc, echo, ufrags, stream, before: ufrags() };
+    """
+    rest = """
+        const { connection, rtc, echo, ufrags, stream, before } = window.silent;
+        while (rtc.signalingState !== 'stable') {
+          await new Promise(resolve => rtc.addEventListener('signalingstatechange', resolve, { once: true }));
+        }
+        const after = ufrags();
+        const same = await echo(3);
+        const ended = stream.ended;
+        connection.close();
+        return [same, ended, before.every((ufrag, i) => ufrag !== after[i])];
+    """
+    await page.run(ECHO + begin, address=webrtc_address(servers[1]))
+    servers[1].signal(signal.SIGSTOP)
+    try:
+        await page.until("window.silent.rtc.signalingState === 'have-local-offer'")
+    finally:
+        servers[1].signal(signal.SIGCONT)
+    assert await page.run(rest) == [True, False, True]
+
+
+async def test_a_text_goes_on_when_the_machine_changes_its_network(
+    page: chromium.Page, servers: list[ServerProcess]
+) -> None:
+    """The same head peer goes on, and the chat works afterwards."""
+    script = """
+        const restarted = [];
+        const createOffer = RTCPeerConnection.prototype.createOffer;
+        RTCPeerConnection.prototype.createOffer = function (options) {
+          if (options?.iceRestart) restarted.push(this);
+          return createOffer.call(this, options);
+        };
+        const makers = [];
+        swarm.addEventListener('head', event => makers.push(event.detail));
+        const pieces = swarm.generate(question, { temperature: 0, max_new_tokens: 24, min_new_tokens: 24 });
+        let text = (await pieces.next()).value;
+        dispatchEvent(new Event('online'));
+        for await (const piece of pieces) text += piece;
+        while (restarted.length === 0 || restarted.some(rtc => rtc.signalingState !== 'stable')) {
+          await new Promise(resolve => setTimeout(resolve, 20));
+        }
+        RTCPeerConnection.prototype.createOffer = createOffer;
+        const again = await generate({ temperature: 0, max_new_tokens: 24, min_new_tokens: 24 });
+        const states = restarted.map(rtc => rtc.connectionState);
+        swarm.close();
+        return [text, again, makers, states];
+    """
+    text, again, makers, states = await page.run(
+        JOINED + script, address=webrtc_address(servers[0]), question=QUESTION
+    )
+    assert text == again
+    assert makers == [servers[0].peer] * 2
+    assert set(states) == {"connected"}
 
 
 async def test_garbage_from_a_page_harms_nobody(page: chromium.Page, servers: list[ServerProcess]) -> None:

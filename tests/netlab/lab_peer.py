@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from netlab.netlab import Host, NatLab
 
+from swarmcore.transport import Stream
+
 PATIENCE = 30.0
 _LONGEST_LINE = 2**20
 
@@ -71,10 +73,51 @@ class LabPeer:
             await self.process.wait()
 
 
+class Flow:
+    """Numbered messages over ``stream`` and back, without end until `stop`."""
+
+    _UNDER_WAY = 8
+    _SIZE = 30_000
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._room = asyncio.Semaphore(self._UNDER_WAY)
+        self._enough = False
+        self.back = 0
+        self._done = asyncio.gather(self._send(), self._receive())
+
+    def so_far(self) -> int:
+        if self._done.done():
+            self._done.result()
+        return self.back
+
+    async def stop(self) -> int:
+        self._enough = True
+        await self._done
+        return self.back
+
+    async def _send(self) -> None:
+        number = 0
+        while not self._enough:
+            await self._room.acquire()
+            await self._stream.send(self._message(number))
+            number += 1
+        await self._stream.send(b"the end")
+
+    async def _receive(self) -> None:
+        while (message := bytes(await self._stream.receive())) != b"the end":
+            assert message == self._message(self.back)
+            self.back += 1
+            self._room.release()
+
+    def _message(self, number: int) -> bytes:
+        return number.to_bytes(8, "little") + bytes([number % 251]) * self._SIZE
+
+
 async def _serve(options: dict[str, Any]) -> None:
     from swarmcore.errors import SwarmError
     from swarmcore.identity import Identity
-    from swarmcore.transport import Stream, transport_class
+    from swarmcore.transport import transport_class
     from swarmcore.types import Address, PeerId
     from swarmcore.wire.limits import Limits
 
@@ -82,6 +125,7 @@ async def _serve(options: dict[str, Any]) -> None:
     limits = Limits(keepalive=options.pop("keepalive", Limits().keepalive))
     transport = make(Identity.generate(), limits=limits, **options)
     streams: list[Stream] = []
+    flows: dict[int, Flow] = {}
     listening: list[Address] = []
 
     async def echo(stream: Stream) -> None:
@@ -101,6 +145,21 @@ async def _serve(options: dict[str, Any]) -> None:
         for size in sizes:
             await streams[number].send(bytes(size))
             assert bytes(await streams[number].receive()) == bytes(size)
+
+    async def flow(number: int) -> None:
+        """Send messages over the stream from now on, some of them under way at a time, and check the echo."""
+        flows[number] = Flow(streams[number])
+
+    async def flowed(number: int) -> int:
+        """How many messages have come back. Raise what has ended the flow, if something has."""
+        return flows[number].so_far()
+
+    async def stop(number: int) -> int:
+        """Send no more; how many messages have come back, once all have."""
+        return await flows[number].stop()
+
+    async def restarts() -> int:
+        return int(transport._restarts.begun)
 
     async def end(number: int) -> str:
         """How the stream ends, once it does."""
@@ -140,6 +199,10 @@ async def _serve(options: dict[str, Any]) -> None:
         open_stream,
         exchange,
         path,
+        flow,
+        flowed,
+        stop,
+        restarts,
         end,
         connections,
         standing,

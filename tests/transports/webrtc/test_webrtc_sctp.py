@@ -28,6 +28,7 @@ pytestmark = pytest.mark.virtual_time
 DELAY = 0.025
 DATA = 0
 SACK = 3
+HEARTBEAT, HEARTBEAT_ACK = 4, 5
 
 
 @attrs.define(eq=False, slots=False)
@@ -357,3 +358,12 @@ async def test_a_library_of_another_shape_is_left_alone_with_a_warning(
         assert "aiortc 9.9" in caplog.text
     finally:
         sctp._unexpected.cache_clear()
+
+
+async def test_who_has_nothing_to_say_is_heard_on_a_new_path_all_the_same() -> None:
+    async with associated() as (a, b):
+        before = a.wire.count(DATA)
+        cast(QuickSctpTransport, a.transport).path_changed()
+        await asyncio.sleep(1)
+        assert a.wire.count(HEARTBEAT) == b.wire.count(HEARTBEAT_ACK) == 1
+        assert a.wire.count(DATA) == before

@@ -19,7 +19,6 @@ from swarmcore_transports.webrtc.aiortc_ice import RestartableIceTransport, rest
 from swarmcore_transports.webrtc.candidates import CandidatePair, path_of
 from swarmcore_transports.webrtc.descriptions import (
     IceParameters,
-    attribute,
     check_description,
     ice_parameters,
     is_named,
@@ -122,6 +121,8 @@ class AiortcConnection(PeerConnection):
         self._connected: asyncio.Future[None] = loop.create_future()
         self._path = "direct"
         self._peer_username = ""
+        self._left_out = False
+        """Whether a candidate of the latest description was, so that their end is not the end."""
         with restartable_ice(self._make_agent), quick_data_channels():
             first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
         # Not from inside: aiortc closes one channel after the other, and must not find one closed meanwhile.
@@ -228,7 +229,9 @@ class AiortcConnection(PeerConnection):
 
     async def _take(self, sdp: str, kind: str) -> None:
         check_description(sdp)
-        self._peer_username = attribute(sdp, "ice-ufrag")
+        parameters = ice_parameters(sdp)
+        self._peer_username = parameters.username
+        self._left_out = any(map(is_named, parameters.candidates))
         try:
             await self._connection.setRemoteDescription(RTCSessionDescription(without_names(sdp), kind))
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError, InvalidStateError) as exc:
@@ -258,6 +261,7 @@ class AiortcConnection(PeerConnection):
     async def _move_to(self, parameters: IceParameters) -> None:
         assert self._transport
         self._peer_username = parameters.username
+        self._left_out = False
         for candidate in parameters.candidates:
             await self.add_candidate(candidate)
         self._transport.move_to(parameters.username, parameters.password)
@@ -267,9 +271,12 @@ class AiortcConnection(PeerConnection):
         if username_of(candidate) not in (None, self._peer_username):
             return
         with contextlib.suppress(ValueError, LookupError, AssertionError):  # nonsense, or after the end
-            if not candidate:
-                await agent.add_remote_candidate(None)
-            elif not is_named(candidate):
+            if is_named(candidate):
+                self._left_out = True
+            elif not candidate:
+                if not self._left_out:
+                    await agent.add_remote_candidate(None)
+            else:
                 parsed = Candidate.from_sdp(candidate.removeprefix("a=").removeprefix("candidate:"))
                 await agent.add_remote_candidate(parsed)
 

@@ -74,12 +74,14 @@ _AGENT_METHODS = {
     "_pair_remote_candidate": ["self", "remote_candidate"],
     "_remote_candidates_expected": ["self"],
     "build_request": ["self", "pair", "nominate"],
+    "check_incoming": ["self", "message", "addr", "protocol"],
     "check_start": ["self", "pair"],
     "check_state": ["self", "pair", "state"],
     "gather_candidates": ["self"],
     "sort_check_list": ["self"],
 }
 _AGENT_ATTRIBUTES = {
+    "_check_list",
     "_check_list_done",
     "_closing",
     "_early_checks_done",
@@ -93,6 +95,7 @@ _PROTOCOL_METHODS = {
     "datagram_received": ["self", "data", "addr"],
     "error_received": ["self", "exc"],
     "request": ["self", "request", "addr", "integrity_key", "retransmissions"],
+    "send_stun": ["self", "message", "addr"],
 }
 _RELAYED_PARAMETERS = [
     "component",

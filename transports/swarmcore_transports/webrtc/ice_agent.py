@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 from aioice import Candidate, Connection, TransportPolicy, stun
 from aioice.candidate import candidate_foundation, candidate_priority
@@ -57,6 +58,7 @@ class TricklingAgent(Connection):
         self._refusals = 0
         self.relay_failure: str | None = None
         """Why the latest TURN server that failed relays nothing."""
+        self._asked: WeakKeyDictionary[CandidatePair, stun.Message] = WeakKeyDictionary()
         self.gathering = True
         """Whether more candidates may come."""
 
@@ -151,17 +153,29 @@ class TricklingAgent(Connection):
         """Asked before the base gives up: more of our own may come as well."""
         return self.gathering or super()._remote_candidates_expected()
 
-    def check_incoming(self, message: stun.Message, addr: tuple[str, int], protocol: StunProtocol) -> None:
-        if len(self._remote_candidates) < MAX_REMOTE or any(
-            (one.host, one.port) == addr for one in self._remote_candidates
-        ):
-            super().check_incoming(message, addr, protocol)
-
     async def check_start(self, pair: CandidatePair) -> None:
         if self.ice_controlling and _relayed(pair) and not self._relay_only:
             self.check_state(pair, CandidatePair.State.IN_PROGRESS)
             await asyncio.sleep(RELAY_PATIENCE)
         await super().check_start(pair)
+
+    def build_request(self, pair: CandidatePair, nominate: bool) -> stun.Message:
+        request = self._asked[pair] = super().build_request(pair, nominate)
+        return request
+
+    def check_incoming(self, message: stun.Message, addr: tuple[str, int], protocol: StunProtocol) -> None:
+        """The peer's check came through: one of ours that its router turned away before it is said again.
+
+        Once for each check, and without waiting for the half second after which it is repeated anyway.
+        """
+        known = any((one.host, one.port) == addr for one in self._remote_candidates)
+        if not known and len(self._remote_candidates) >= MAX_REMOTE:
+            return
+        super().check_incoming(message, addr, protocol)
+        for pair in self._check_list:
+            met = pair.protocol is protocol and pair.remote_addr == addr
+            if met and pair.state is CandidatePair.State.IN_PROGRESS and pair in self._asked:
+                protocol.send_stun(self._asked.pop(pair), addr)
 
     # --- a peer whose port is closed ------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiortc
 from aiortc import rtcsctptransport
-from aiortc.rtcsctptransport import DataChunk, RTCSctpTransport, SackChunk
+from aiortc.rtcsctptransport import DataChunk, HeartbeatChunk, RTCSctpTransport, SackChunk
 
 from swarmcore_transports.webrtc.aiortc_shape import built_with, missing_of_sctp
 from swarmcore_transports.webrtc.congestion import CongestionWindow
@@ -30,6 +30,9 @@ _LEAST_RTO_SLACK = 0.2
 _MOST_RTO = 60.0
 _UNANSWERED = 3
 """Timeouts in a row, the probe being the first: about a second on most paths."""
+
+_HEARTBEAT_INFO = 1
+"""The parameter of a heartbeat that comes back with its answer, whatever is in it."""
 
 
 class QuickSctpTransport(QuickReceiver):
@@ -108,7 +111,18 @@ class QuickSctpTransport(QuickReceiver):
             if not chunk._acked:
                 self._lose(chunk)
         self._update_advanced_peer_ack_point()
-        self._soon(self._send_on)
+        self._soon(self._say_where)
+
+    async def _say_where(self) -> None:
+        """Send something by the new path, though nothing be missing, and then what is.
+
+        A libwebrtc over there stays with the old path, where nobody listens, until it hears by the new one.
+        """
+        if self._association_state is self.State.ESTABLISHED:
+            heartbeat = HeartbeatChunk()
+            heartbeat.params = [(_HEARTBEAT_INFO, b"path")]
+            await self._send_chunk(heartbeat)
+        await self._send_on()
 
     # Sending
 
