@@ -21,6 +21,9 @@ SILENCE = 1.5
 _AGAIN = 5.0
 """Seconds before a new path is looked for again where nothing is acknowledged."""
 
+_LEAST_PATIENCE = 1.0
+"""Seconds for which an answer is waited for; as long as a keep-alive time, where that is longer."""
+
 _LAST_CHANCE = 1.0
 """Seconds for which a peer that signalling does not find may still be heard on the old path."""
 
@@ -49,6 +52,7 @@ class Restarts:
         self._on_network = on_network
         self._in_background = in_background
         self._tasks: list[asyncio.Task[None]] = []
+        self._asking: dict[Link, asyncio.Task[None]] = {}
         self.begun = 0
         """Restarts since the start."""
 
@@ -63,7 +67,7 @@ class Restarts:
         now = asyncio.get_running_loop().time()
         for link in self._links.current():
             if gone or link.silent_for(now) > self._limits.keepalive:
-                self.begin(link, "this machine has changed its network")
+                self.begin(link, "this machine has changed its network", anew=True)
 
     async def _listen_for_silence(self) -> None:
         loop = asyncio.get_running_loop()
@@ -79,31 +83,54 @@ class Restarts:
         if asyncio.get_running_loop().time() - link.restarted_at > _AGAIN:
             self.begin(link, "nothing is acknowledged")
 
-    def begin(self, link: Link, reason: str) -> None:
-        """Look for a new path for ``link``, if this side has dialled it and does not do so already."""
+    def begin(self, link: Link, reason: str, *, anew: bool = False) -> None:
+        """Look for a new path for ``link``, if this side has dialled it.
+
+        If that is done already it goes on; with ``anew`` what was asked so far is forgotten.
+        """
         if link.dialled and not link.restarting:
             link.restarting = True
             self.begun += 1
             logger.info("looking for another path to %s: %s", short(link.peer), reason)
             self._in_background(self._find_path(link))
+        elif anew and link in self._asking:
+            self._asking[link].cancel()
 
     async def _find_path(self, link: Link) -> None:
+        """Ask until there is an answer, or the old path works again."""
         try:
-            async with asyncio.timeout(self._limits.connect_timeout):
-                await self._restart(link)
-        except ConnectionLostError as exc:
-            self._links.lost(link, exc.message)
-        except PeerUnreachableError as exc:
-            logger.info("no other path to %s: %r", short(link.peer), exc)
-            if link.connection.unanswered:
-                await asyncio.sleep(_LAST_CHANCE)
-                if link.connection.unanswered:
-                    self._links.lost(link, exc.message)
-        except (SwarmError, TimeoutError) as exc:
-            logger.info("no other path to %s: %r", short(link.peer), exc)
+            while link in self._links.current() and not await self._settled(link):
+                pass
         finally:
             link.restarting = False
             link.restarted_at = asyncio.get_running_loop().time()
+
+    async def _settled(self, link: Link) -> bool:
+        """Ask for a new path; whether that need not be done again."""
+        asking = self._asking[link] = asyncio.create_task(self._restart(link))
+        try:
+            await asyncio.wait([asking], timeout=max(self._limits.keepalive, _LEAST_PATIENCE))
+            forgotten = asking.cancelled()
+        finally:
+            del self._asking[link]
+            asking.cancel()
+            await asyncio.wait([asking])
+        if forgotten:
+            return False
+        failure = TimeoutError("no answer") if asking.cancelled() else asking.exception()
+        if failure is None:
+            return True
+        if not isinstance(failure, SwarmError | TimeoutError):
+            raise failure
+        logger.info("no other path to %s: %s", short(link.peer), failure)
+        if isinstance(failure, PeerUnreachableError):
+            await asyncio.sleep(_LAST_CHANCE)
+        if isinstance(failure, ConnectionLostError) or (
+            isinstance(failure, PeerUnreachableError) and link.connection.unanswered
+        ):
+            self._links.lost(link, failure.message)
+        now = asyncio.get_running_loop().time()
+        return not link.connection.unanswered and link.silent_for(now) < self._limits.keepalive
 
     async def close(self) -> None:
         """Watch no more."""
