@@ -28,7 +28,7 @@ async def home_with_a_server(lab: NatLab, folder: Path) -> tuple[Process, str]:
 async def test_the_relay_dies_once_the_hole_is_punched_and_nothing_stops(smollm2_folder, plain_smollm2):
     async with nat_lab("cone", "cone") as lab:
         relay, address = await home_with_a_server(lab, smollm2_folder)
-        client = await generate(lab, smollm2_folder, address)
+        client = await generate(lab, smollm2_folder, address, 40)
         said: list[dict[str, Any]] = []
         while not said or said[-1].get("path") != "hole-punched":
             line = await pieces(client, 1)
@@ -39,13 +39,13 @@ async def test_the_relay_dies_once_the_hole_is_punched_and_nothing_stops(smollm2
         said += await pieces(client)
         assert said.pop() == {"done": True}
         assert said[-1]["path"] == "hole-punched"
-        assert "".join(line["piece"] for line in said) == plain_text(plain_smollm2, smollm2_folder)
+        assert "".join(line["piece"] for line in said) == plain_text(plain_smollm2, smollm2_folder, 40)
 
 
 async def test_symmetric_routers_leave_it_relayed_and_the_text_is_the_same(smollm2_folder, plain_smollm2):
     async with nat_lab("symmetric", "symmetric") as lab:
         _, address = await home_with_a_server(lab, smollm2_folder)
-        said = await pieces(await generate(lab, smollm2_folder, address))
+        said = await pieces(await generate(lab, smollm2_folder, address, 8))
         assert said.pop() == {"done": True}
         assert {line["path"] for line in said} == {"relayed"}
-        assert "".join(line["piece"] for line in said) == plain_text(plain_smollm2, smollm2_folder)
+        assert "".join(line["piece"] for line in said) == plain_text(plain_smollm2, smollm2_folder, 8)

@@ -18,6 +18,9 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no STUN serv
 KEEPALIVE = {"aiortc": 1.5, "wrtc": 4.0}
 """Three times that is what a stream survives. libwebrtc waits longer before it sends again what was lost."""
 
+MOVES = {"aiortc": 2, "wrtc": 1}
+"""How often a home moves; with libwebrtc it takes seconds each time."""
+
 NEW: dict[Host, str] = {"a": "10.1.0.77", "b": "10.2.0.77"}
 
 
@@ -39,12 +42,13 @@ async def test_a_stream_goes_on_when_a_home_moves(moving: Host, engine: str) -> 
         _, client, address = await homes(lab, place, STUN, keepalive=KEEPALIVE[engine], engine=engine)
         stream = await client.call("open_stream", address)
         await client.call("flow", stream)
-        for new in (NEW[moving], NEW[moving].replace("77", "78")):
+        new = [NEW[moving], NEW[moving].replace("77", "78")][: MOVES[engine]]
+        for address_there in new:
             await more(client, stream)
-            lab.move(moving, new)
+            lab.move(moving, address_there)
             await more(client, stream)
-        assert await client.call("stop", stream) > 40
+        assert await client.call("stop", stream) > 20 * len(new)
         assert await client.call("path", stream) == "hole-punched"
-        assert await client.call("restarts") >= 2
+        assert await client.call("restarts") >= len(new)
         another = await client.call("open_stream", address)
         await client.call("exchange", another, [1, 70_000])

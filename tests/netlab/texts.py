@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 from netlab.netlab import Host, NatLab
 
 PROMPT = "The sea was calm that morning, and the old fisherman"
-TOKENS = 40
 
 RUN_SERVER = Path(__file__).parents[2] / "examples" / "run_server.py"
 
@@ -43,14 +43,16 @@ async def online(lab: NatLab, host: Host, *program: str) -> tuple[Process, str]:
     raise AssertionError(f"{program} ended with status {await process.wait()}")
 
 
-async def generate(lab: NatLab, folder: Path, bootstrap: str, **transport_options: Any) -> Process:
+async def generate(
+    lab: NatLab, folder: Path, bootstrap: str, tokens: int, **transport_options: Any
+) -> Process:
     """A client in home b, whose lines `pieces` reads."""
     program = str(Path(__file__).with_name("lab_generate.py"))
     argv = [
         sys.executable,
         program,
         str(folder),
-        str(TOKENS),
+        str(tokens),
         PROMPT,
         bootstrap,
         json.dumps(transport_options),
@@ -58,8 +60,8 @@ async def generate(lab: NatLab, folder: Path, bootstrap: str, **transport_option
     return await lab.run("b", argv, stdout=PIPE)
 
 
-async def pieces(process: Process, count: int = TOKENS + 1) -> list[dict[str, Any]]:
-    """The next lines of a client, up to its end."""
+async def pieces(process: Process, count: float = math.inf) -> list[dict[str, Any]]:
+    """The next lines of a client, at most up to its end."""
     assert process.stdout
     found = []
     async with asyncio.timeout(90):
@@ -68,11 +70,11 @@ async def pieces(process: Process, count: int = TOKENS + 1) -> list[dict[str, An
     return found
 
 
-def plain_text(plain: Any, folder: Path) -> str:
+def plain_text(plain: Any, folder: Path, tokens: int) -> str:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt")
-    output = plain.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
+    output = plain.generate(**ids, max_new_tokens=tokens, do_sample=False)
     text: str = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
     return text
