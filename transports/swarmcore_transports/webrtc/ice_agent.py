@@ -58,7 +58,7 @@ class TricklingAgent(Connection):
         self._refusals = 0
         self.relay_failure: str | None = None
         """Why the latest TURN server that failed relays nothing."""
-        self._asked: WeakKeyDictionary[CandidatePair, stun.Message] = WeakKeyDictionary()
+        self._checks: WeakKeyDictionary[CandidatePair, stun.Message] = WeakKeyDictionary()
         self.gathering = True
         """Whether more candidates may come."""
 
@@ -160,7 +160,7 @@ class TricklingAgent(Connection):
         await super().check_start(pair)
 
     def build_request(self, pair: CandidatePair, nominate: bool) -> stun.Message:
-        request = self._asked[pair] = super().build_request(pair, nominate)
+        request = self._checks[pair] = super().build_request(pair, nominate)
         return request
 
     def check_incoming(self, message: stun.Message, addr: tuple[str, int], protocol: StunProtocol) -> None:
@@ -174,8 +174,8 @@ class TricklingAgent(Connection):
         super().check_incoming(message, addr, protocol)
         for pair in self._check_list:
             met = pair.protocol is protocol and pair.remote_addr == addr
-            if met and pair.state is CandidatePair.State.IN_PROGRESS and pair in self._asked:
-                protocol.send_stun(self._asked.pop(pair), addr)
+            if met and pair.state is CandidatePair.State.IN_PROGRESS and pair in self._checks:
+                protocol.send_stun(self._checks.pop(pair), addr)
 
     # --- a peer whose port is closed ------------------------------------------------------------------
 
