@@ -187,3 +187,15 @@ async def test_who_is_given_up_while_it_opens_a_channel_leaves_none(engine: Engi
         sender.channel.send(b"for the one that is there")
         assert await receiver.next() == b"for the one that is there"
         assert found.arrived[found.listener].empty()
+
+
+async def test_what_is_sent_while_dtls_is_being_closed_is_lost_in_silence() -> None:
+    async with pair("aiortc", "aiortc") as found:
+        await found.connect()
+        await found.channel(found.dialler)
+        sctp = found.dialler._sctp  # type: ignore[attr-defined]
+        sctp.transport._ssl.shutdown()
+        with pytest.raises(ConnectionError):
+            await sctp._say_where()
+        sctp._soon(sctp._say_where)
+        found.dialler.signals.send(b"too late")

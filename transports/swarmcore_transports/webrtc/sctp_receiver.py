@@ -10,6 +10,7 @@ from typing import Any
 
 from aiortc import rtcsctptransport
 from aiortc.rtcsctptransport import DataChunk, InboundStream, RTCSctpTransport
+from OpenSSL import SSL
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,12 @@ class QuickReceiver(RTCSctpTransport):
     def _sack_waiting(self) -> None:
         if self._packets_to_sack and self._association_state is not self.State.CLOSED:
             self._soon(self._send_sack_now)
+
+    async def _send_chunk(self, chunk: Any) -> None:
+        try:
+            await super()._send_chunk(chunk)
+        except SSL.Error as exc:  # while DTLS is being closed, which aiortc's state does not show yet
+            raise ConnectionError("DTLS is closed") from exc
 
     def _soon(self, send: Callable[[], Any]) -> None:
         async def guarded() -> None:
