@@ -15,6 +15,9 @@ pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2
 pytestmark = pytest.mark.e2e
 
 RELAY_PORT = 4001
+LONG = 100
+"""Tokens that last until a hole is punched, though the first attempt fail."""
+
 LISTEN = ("--transport", "libp2p", "--listen")
 
 
@@ -28,7 +31,7 @@ async def home_with_a_server(lab: NatLab, folder: Path) -> tuple[Process, str]:
 async def test_the_relay_dies_once_the_hole_is_punched_and_nothing_stops(smollm2_folder, plain_smollm2):
     async with nat_lab("cone", "cone") as lab:
         relay, address = await home_with_a_server(lab, smollm2_folder)
-        client = await generate(lab, smollm2_folder, address, 40)
+        client = await generate(lab, smollm2_folder, address, LONG)
         said: list[dict[str, Any]] = []
         while not said or said[-1].get("path") != "hole-punched":
             line = await pieces(client, 1)
@@ -39,7 +42,7 @@ async def test_the_relay_dies_once_the_hole_is_punched_and_nothing_stops(smollm2
         said += await pieces(client)
         assert said.pop() == {"done": True}
         assert said[-1]["path"] == "hole-punched"
-        assert "".join(line["piece"] for line in said) == plain_text(plain_smollm2, smollm2_folder, 40)
+        assert "".join(line["piece"] for line in said) == plain_text(plain_smollm2, smollm2_folder, LONG)
 
 
 async def test_symmetric_routers_leave_it_relayed_and_the_text_is_the_same(smollm2_folder, plain_smollm2):
