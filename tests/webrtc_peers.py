@@ -24,6 +24,14 @@ async def echo(stream: Stream) -> None:
         await stream.send(await stream.receive())
 
 
+async def exchanged(transport: Any, address: Address) -> None:
+    """Say something at ``address``, and hear it come back."""
+    stream = await transport.open_stream(address)
+    await stream.send(b"there and back")
+    assert bytes(await stream.receive()) == b"there and back"
+    await stream.close()
+
+
 @asynccontextmanager
 async def dialler(limits: Limits = LIMITS, **options: Any) -> AsyncIterator[Any]:
     """A transport, closed in the end."""

@@ -16,7 +16,7 @@ from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from webrtc_peers import HASTY, LIMITS, dialler, echo, service  # noqa: E402
+from webrtc_peers import HASTY, LIMITS, dialler, echo, exchanged, service  # noqa: E402
 
 from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
 from swarmcore_transports.webrtc.offers import MAX_ANSWERING, MAX_ANSWERING_PEER, Offers  # noqa: E402
@@ -33,13 +33,6 @@ async def met_at(*services: Service, **options: Any) -> AsyncIterator[tuple[Any,
         yield peer, list(await peer.listen(echo))
     finally:
         await peer.close()
-
-
-async def exchanged(transport: Any, address: Address) -> None:
-    stream = await transport.open_stream(address)
-    await stream.send(b"there and back")
-    assert bytes(await stream.receive()) == b"there and back"
-    await stream.close()
 
 
 class Passing(SignallingService):

@@ -9,7 +9,6 @@ import logging
 import socket
 import ssl
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,15 +21,9 @@ from cryptography.hazmat.primitives import hashes  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat  # noqa: E402
 from raw_signalling import registered  # noqa: E402
-from webrtc_peers import dialler, echo, service  # noqa: E402
+from webrtc_peers import dialler, echo, exchanged, service  # noqa: E402
 
 from swarmcore_transports.webrtc.locations import Service  # noqa: E402
-
-
-async def exchanged(transport: Any, address: Any) -> None:
-    stream = await transport.open_stream(address)
-    await stream.send(b"there and back")
-    assert bytes(await stream.receive()) == b"there and back"
 
 
 def certificate(folder: Path, subject: x509.GeneralName) -> Path:

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from swarmcore_transports.webrtc.borrowed_socket import borrowed, datagram_socket
+
 _MOST_AT_ONCE = 32
 _LARGEST = 65536
 
@@ -18,15 +20,14 @@ def read_in_batches(protocol: asyncio.DatagramProtocol, transport: asyncio.BaseT
 
     A transport without a socket of its own, such as one through a TURN server, is left as it is.
     """
-    own = transport.get_extra_info("socket")
-    if own is None or own.type != socket.SOCK_DGRAM:
+    own = datagram_socket(transport)
+    if own is None:
         return
     take: Received = protocol.datagram_received
 
     def received(data: bytes, sender: tuple[Any, ...]) -> None:
         take(data, sender)
-        # It lives for this call only, and never closes what belongs to the transport.
-        reader = socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
+        reader = borrowed(own)
         try:
             for _ in range(_MOST_AT_ONCE - 1):
                 if transport.is_closing():

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from swarmcore_transports.webrtc.borrowed_socket import borrowed, datagram_socket
+
 # From linux/in.h and linux/in6.h; `socket` names them in newer versions of Python only.
 _TELL = {
     socket.AF_INET: (socket.IPPROTO_IP, 11),
@@ -28,8 +30,8 @@ def watch_refusals(
     An ICMP message says so, which anybody can forge: take it for a hint. Nothing is told on other systems
     than Linux, nor of a transport without a socket of its own, such as one through a TURN server.
     """
-    own = transport.get_extra_info("socket")
-    if sys.platform != "linux" or own is None or own.type != socket.SOCK_DGRAM or own.family not in _TELL:
+    own = datagram_socket(transport)
+    if sys.platform != "linux" or own is None or own.family not in _TELL:
         return
     report = protocol.error_received
 
@@ -40,29 +42,24 @@ def watch_refusals(
         report(exc)
 
     protocol.error_received = error_received  # type: ignore[method-assign]
-    borrowed = _borrowed(own)
+    same = borrowed(own)
     try:
-        borrowed.setsockopt(*_TELL[own.family], 1)
+        same.setsockopt(*_TELL[own.family], 1)
     finally:
-        borrowed.detach()
+        same.detach()
 
 
 def _refused(own: Any) -> list[tuple[str, int]]:
     found = []
-    borrowed = _borrowed(own)
+    same = borrowed(own)
     try:
         for _ in range(_MOST_AT_ONCE):
-            _, notes, _, address = borrowed.recvmsg(0, 512, _MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+            _, notes, _, address = same.recvmsg(0, 512, _MSG_ERRQUEUE | socket.MSG_DONTWAIT)
             errors = [int.from_bytes(note[:4], sys.byteorder) for _, _, note in notes]
             if errno.ECONNREFUSED in errors:
                 found.append((str(address[0]), int(address[1])))
     except OSError:  # it is empty, or the socket is closed
         pass
     finally:
-        borrowed.detach()
+        same.detach()
     return found
-
-
-def _borrowed(own: Any) -> socket.socket:
-    """The same socket with all its methods: what a transport shows lacks some. To be detached."""
-    return socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
