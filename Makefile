@@ -51,7 +51,7 @@ soak: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/swarmcore bench soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist swarmcore.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pyenv and the like leave shims that exist but do not run, so every candidate is tried.
@@ -69,7 +69,8 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing swarmcore and what it needs into $(VENV) (torch is large: the first time takes minutes)"
-	@rm -rf swarmcore.egg-info
+	@rm -rf *.egg-info
+	@$(PIP) uninstall -y swarmcore 2>/dev/null # what the distribution was called
 	@$(PIP) install -c constraints.txt pip setuptools
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev,wrtc]'
 	@if scripts/prepare-libp2p $(BIN)/python; then \
@@ -77,7 +78,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	        echo "note: the libp2p transport is left out, pip could not install it; TCP and all else works without it"; \
 	fi
 # Left here it would go stale, and shadow the installed entry points in programs that are started from this folder.
-	@rm -rf swarmcore.egg-info
+	@rm -rf *.egg-info
 	@touch $@
 
 # Without its dependencies: only the file inside is wanted, not the tool that it is a plugin of.

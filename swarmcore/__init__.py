@@ -110,9 +110,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from swarmcore.distribution import version
 
-        return version("swarmcore")
+        return version()
     place = _PLACES.get(name)
     if place is None:
         raise AttributeError(f"module 'swarmcore' has no attribute {name!r}")

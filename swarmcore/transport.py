@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
+from swarmcore.distribution import install_command
 from swarmcore.errors import (
     InputError,
     MissingExtraError,
@@ -209,7 +210,7 @@ def transport_class(scheme: str) -> type[Transport]:
     if scheme not in installed:
         names = ", ".join(sorted(installed)) or "none"
         hint = (
-            f"; install it with: pip install 'swarmcore[{scheme}]'"
+            f"; install it with: {install_command(scheme)}"
             if scheme in _EXTRAS
             else "; a plugin that provides it may need to be installed"
         )
@@ -217,7 +218,7 @@ def transport_class(scheme: str) -> type[Transport]:
     try:
         loaded = installed[scheme].load()
     except ImportError as exc:
-        cure = f"; install it with: pip install 'swarmcore[{scheme}]'" if scheme in _EXTRAS else ""
+        cure = f"; install it with: {install_command(scheme)}" if scheme in _EXTRAS else ""
         raise MissingExtraError(f"transport {scheme!r} needs {exc.name or exc}{cure}") from exc
     if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
         raise UnknownTransportError(f"entry point {installed[scheme].value!r} is not a Transport subclass")

@@ -60,7 +60,7 @@ def test_without_torch_the_error_says_what_to_install() -> None:
         "try: swarmcore.RemoteModel\n"
         "except swarmcore.errors.MissingExtraError as exc: print(exc)"
     )
-    assert "pip install 'swarmcore[torch]'" in in_a_fresh_process(program)
+    assert "pip install 'swarmcore-llm[torch]'" in in_a_fresh_process(program)
 
 
 @pytest.mark.parametrize(
@@ -81,5 +81,5 @@ def test_commands_without_torch_say_what_to_install(command: str) -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == [
-        "error: running a model, or a part of one, needs torch: pip install 'swarmcore[torch]'"
+        "error: running a model, or a part of one, needs torch: pip install 'swarmcore-llm[torch]'"
     ]

@@ -17,6 +17,7 @@ from swarmcore.cli.interrupt import Interrupted
 from swarmcore.cli.serve import serve
 from swarmcore.cli.sim import sim
 from swarmcore.cli.status import status
+from swarmcore.distribution import NAME
 from swarmcore.imports import keep_imports
 
 
@@ -36,7 +37,7 @@ class CommandGroup(click.Group):
 @click.group(
     cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.version_option(package_name="swarmcore", message="swarmcore %(version)s")
+@click.version_option(package_name=NAME, message="swarmcore %(version)s")
 def main() -> None:
     """Run language models too big for one machine on many machines over the Internet."""
 

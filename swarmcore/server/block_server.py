@@ -8,12 +8,12 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from functools import partial
-from importlib.metadata import version
 from types import TracebackType
 from typing import Self, TypeGuard
 
 import attrs
 
+from swarmcore.distribution import version
 from swarmcore.errors import AdapterError, InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.engine import Engine
@@ -41,7 +41,7 @@ from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 
 logger = logging.getLogger(__name__)
 
-VERSION = version("swarmcore")
+VERSION = version()
 
 REFRESH = 5.0
 """Seconds between looks at whether load or cache have changed enough to be announced."""

@@ -6,9 +6,9 @@ caller has set the environment that it reads.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from swarmcore.distribution import version
 from swarmcore.errors import SpanError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.imports import import_large
@@ -104,7 +104,7 @@ def speed_file(config: ServerConfig, checkpoint: Checkpoint) -> SpeedFile:
         "dtype": DTYPE_NAMES[choose_dtype(config.dtype, text, parse_device(config.device))],
         "device": device_name(config.device),
         "threads": str(config.threads or torch.get_num_threads()),
-        "swarmcore": version("swarmcore"),
+        "swarmcore": version(),
         "torch": str(torch.__version__),
     }
     return SpeedFile(cache_folder() / "speed", key)

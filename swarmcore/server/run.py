@@ -9,11 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from swarmcore.distribution import version
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.placement.choice import join_span
@@ -156,7 +156,7 @@ async def run_server(
             pinned=config.rebalance_interval == 0,
             incarnation=time.time_ns() // 1_000_000,
             public_name=config.public_name,
-            version=version("swarmcore"),
+            version=version(),
         )
         await registry.announce(joining, config.announce_ttl)
         following = asyncio.create_task(follow_addresses(node, registry, joining, config.announce_ttl))
@@ -274,7 +274,7 @@ async def run_bootstrap(
             addresses=tuple(map(str, node.addresses)),
             heads=(service.model.info,) if service is not None else (),
             public_name=public_name,
-            version=version("swarmcore"),
+            version=version(),
         )
 
         async def ping(request: Ping, caller: Caller) -> Pong:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swarmcore.distribution import install_command
 from swarmcore.errors import InputError, MissingExtraError, StorageError
 
 if TYPE_CHECKING:
@@ -48,7 +49,5 @@ def _figure_class() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise MissingExtraError(
-            "plots need matplotlib; install it with: pip install 'swarmcore[sim]'"
-        ) from exc
+        raise MissingExtraError(f"plots need matplotlib; install it with: {install_command('sim')}") from exc
     return Figure

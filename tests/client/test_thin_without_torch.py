@@ -1,4 +1,4 @@
-"""Texts in an environment without torch: what ``pip install swarmcore`` brings, and no more."""
+"""Texts in an environment without torch: what swarmcore brings without extras, and no more."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from tiny_swarm import served
 
 from swarmcore import sync
+from swarmcore.distribution import NAME
 from swarmcore.server.head_limits import HeadLimits
 
 ROOT = Path(__file__).parents[2]
@@ -82,9 +83,9 @@ def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 
 
 def needed_with(extra: str) -> set[str]:
-    """The distributions that ``pip install swarmcore[EXTRA]`` brings, as far as they are installed here."""
+    """The distributions that an install with ``extra`` brings, as far as they are installed here."""
     found: set[str] = set()
-    waiting = {("swarmcore", ""), ("swarmcore", extra)}
+    waiting = {(NAME, ""), (NAME, extra)}
     seen: set[tuple[str, str]] = set()
     while waiting:
         name, option = waiting.pop()
@@ -95,7 +96,7 @@ def needed_with(extra: str) -> set[str]:
             if requirement.marker is None or requirement.marker.evaluate({"extra": option}):
                 wanted = canonicalize_name(requirement.name)
                 waiting |= {(wanted, each) for each in ("", *requirement.extras)} - seen
-    return found - {"swarmcore"}
+    return found - {NAME}
 
 
 @pytest.fixture(scope="module", params=["libp2p", "webrtc"])

@@ -86,7 +86,7 @@ def test_a_plot_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = CliRunner().invoke(main, ["sim", "failures", "--plot", str(tmp_path / "out.png")])
     assert done.exit_code == 2
-    assert "swarmcore[sim]" in done.stderr
+    assert "swarmcore-llm[sim]" in done.stderr
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_run() -> None:

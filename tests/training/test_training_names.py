@@ -25,7 +25,7 @@ def test_every_public_name_is_there(name: str) -> None:
             "import swarmcore.errors, swarmcore.training\n"
             "try: swarmcore.training.LoraAdapter\n"
             "except swarmcore.errors.MissingExtraError as exc: print(exc)",
-            "running a model, or a part of one, needs torch: pip install 'swarmcore[torch]'",
+            "running a model, or a part of one, needs torch: pip install 'swarmcore-llm[torch]'",
         ),
     ],
 )

@@ -47,7 +47,9 @@ def test_a_scheme_of_ours_that_is_not_installed_names_its_extra(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("swarmcore.transport.entry_points", lambda group: [])
-    with pytest.raises(UnknownTransportError, match=rf"installed: none.*pip install 'swarmcore\[{scheme}\]'"):
+    with pytest.raises(
+        UnknownTransportError, match=rf"installed: none.*pip install 'swarmcore-llm\[{scheme}\]'"
+    ):
         transport_class(scheme)
 
 
@@ -72,7 +74,7 @@ def test_a_backend_of_ours_whose_library_is_missing_names_its_extra(monkeypatch:
     for name in [one for one in sys.modules if one.startswith("swarmcore_transports.webrtc")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "aiortc", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'swarmcore\[webrtc\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'swarmcore-llm\[webrtc\]'"):
         transport_class("webrtc")
 
 

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from swarmcore.distribution import install_command
 from swarmcore.errors import MissingExtraError
 from swarmcore.imports import import_large
 
@@ -16,7 +17,7 @@ def _installed(name: str) -> bool:
 _missing = [name for name in ("torch", "transformers", "safetensors", "tokenizers") if not _installed(name)]
 if _missing:
     raise MissingExtraError(
-        f"running a model, or a part of one, needs {', '.join(_missing)}: pip install 'swarmcore[torch]'"
+        f"running a model, or a part of one, needs {', '.join(_missing)}: {install_command('torch')}"
     )
 
 import_large("torch")

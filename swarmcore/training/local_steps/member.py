@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from importlib.metadata import version
 from random import Random
 
 import torch
 
+from swarmcore.distribution import version
 from swarmcore.errors import DeltaError, InputError, RunMismatchError, StaleRoundError, SwarmError
 from swarmcore.executor.torch.residuals import Residuals
 from swarmcore.registry.announcing import follow_addresses
@@ -90,7 +90,7 @@ class RunMember:
         Raise `RunMismatchError` or `DeltaError` when they train something else, or in another way.
         """
         addresses = tuple(map(str, self.node.addresses))
-        info = ServerInfo(self.node.peer, addresses, runs=(self.settings.run,), version=version("swarmcore"))
+        info = ServerInfo(self.node.peer, addresses, runs=(self.settings.run,), version=version())
         await self._registry.announce(info, ANNOUNCE_TTL)
         answers = await self._partners.ask(self._partners.alive)
         standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}

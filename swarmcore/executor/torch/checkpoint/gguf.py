@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from swarmcore.distribution import install_command
 from swarmcore.errors import (
     CheckpointError,
     MissingExtraError,
@@ -115,7 +116,7 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
         raise
     except ImportError as exc:
         raise MissingExtraError(
-            f"a package for reading GGUF is missing; pip install 'swarmcore[torch]' ({one_line(exc)})"
+            f"a package for reading GGUF is missing; {install_command('torch')} ({one_line(exc)})"
         ) from exc
     except Exception as exc:
         if "not supported" in str(exc):
