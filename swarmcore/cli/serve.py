@@ -58,7 +58,9 @@ if TYPE_CHECKING:
     metavar="N",
     help="Most tokens computed in one pass; more is faster for prompts, slower for those who decode.",
 )
-@click.option("--threads", type=int, metavar="N", help="Compute threads. [default: torch's choice]")
+@click.option(
+    "--threads", type=int, metavar="N", help="Compute threads. [default: the fastest number, measured]"
+)
 @click.option(
     "--throughput",
     default="auto",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -28,6 +30,10 @@ T = TypeVar("T")
 
 MAX_ROWS = 64
 """Rows of one head product; more wait for the next one. It bounds the memory that logits take."""
+
+
+_HEAD_REPEATS = 5
+"""How often logits of one row are made with each number of threads that is tried."""
 
 
 @attrs.define(eq=False)
@@ -56,6 +62,7 @@ class ModelCompute:
 
     def __init__(self, threads: int | None = None) -> None:
         self._pool = ThreadPoolExecutor(1, "swarmcore-client", initializer=_use_threads, initargs=(threads,))
+        self._threads = threads
         self._parts: LocalParts | None = None
         self._waiting: list[_Job] = []
         self._running: asyncio.Future[None] | None = None
@@ -72,6 +79,8 @@ class ModelCompute:
     async def load(self, load: Callable[[], LocalParts]) -> None:
         """Load the parts that all later work uses, in the thread."""
         self._parts = await self.run(load)
+        if self._threads is None:
+            await self.run(_choose_threads, self._parts)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the thread, between batches."""
@@ -160,6 +169,26 @@ def _future() -> asyncio.Future[Any]:
 def _use_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _choose_threads(parts: LocalParts) -> None:
+    """Let this thread have as many threads of torch as make logits of one row fastest.
+
+    Half as many are tried for as long as that is faster: on few cores, waking them and waiting for them can
+    cost more than they bring.
+    """
+    row = torch.zeros(1, parts.hidden_size, dtype=parts.dtype)
+    threads, fastest = torch.get_num_threads(), math.inf
+    choice = threads
+    while choice >= 1:
+        torch.set_num_threads(choice)
+        seconds = min(timeit.repeat(lambda: parts.logits(row), repeat=_HEAD_REPEATS, number=1))
+        if seconds >= fastest:
+            break
+        threads, fastest = choice, seconds
+        choice //= 2
+    torch.set_num_threads(threads)
 
 
 def _translated(error: BaseException) -> SwarmError:

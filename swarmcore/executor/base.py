@@ -8,7 +8,7 @@ from typing import Literal, NewType
 
 import attrs
 
-from swarmcore.errors import AdapterError, InvalidBatchError, SwarmError
+from swarmcore.errors import AdapterError, InternalError, InvalidBatchError, SwarmError
 from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
@@ -70,6 +70,15 @@ class BlockExecutor(ABC):
     """Bytes of attention cache that one token takes, over all blocks of the span."""
     page: int
     """Cache is allocated in multiples of this many tokens for each sequence."""
+    thread_choices: tuple[int, ...] = ()
+    """Numbers of compute threads to choose from, most first; none where there is nothing to choose."""
+
+    def use_threads(self, decode: int, forward: int) -> None:
+        """Compute steps of few tokens with ``decode`` threads, and all else with ``forward`` threads.
+
+        Both are of `thread_choices`. Holds from the next step on.
+        """
+        raise InternalError(f"{type(self).__name__} has no choice of threads")
 
     @abstractmethod
     async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:

@@ -71,7 +71,7 @@ class ServerConfig:
     max_batch_tokens: int = attrs.field(default=512, validator=_positive)
     """Most tokens in one pass through the blocks: larger is faster for prompts, slower for who decodes."""
     threads: int | None = attrs.field(default=None, validator=_positive)
-    """Compute threads; None for torch's own choice."""
+    """Compute threads; None: as many as a short measurement finds fastest, at most torch's own choice."""
     idle_timeout: float = attrs.field(default=600.0, validator=_positive)
     """Seconds without a step after which a session is closed."""
     admission_timeout: float = attrs.field(default=30.0, validator=_positive)

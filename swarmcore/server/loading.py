@@ -103,7 +103,7 @@ def speed_file(config: ServerConfig, checkpoint: Checkpoint) -> SpeedFile:
         "model": checkpoint.info.fingerprint,
         "dtype": DTYPE_NAMES[choose_dtype(config.dtype, text, parse_device(config.device))],
         "device": device_name(config.device),
-        "threads": str(config.threads or torch.get_num_threads()),
+        "threads": str(config.threads or f"best of {torch.get_num_threads()}"),
         "swarmcore": version(),
         "torch": str(torch.__version__),
     }

@@ -52,6 +52,10 @@ class ComputeSpeed:
     """Steps of one token per second."""
     forward_rps: float
     """Tokens per second when there are many in one pass."""
+    decode_threads: int = 0
+    """Compute threads with which few tokens go fastest; 0 where there was nothing to choose."""
+    forward_threads: int = 0
+    """Compute threads with which many tokens go fastest."""
 
 
 @attrs.frozen
@@ -74,26 +78,36 @@ class ServerSpeed:
         if self.stated:
             return f"{self.stated:,.0f} tokens/s through {blocks} blocks, as stated"
         network = f"{self.network_rps:,.0f} tokens/s by network" if self.network_rps else "network unknown"
+        speed = self.compute
+        threads = ""
+        if speed.decode_threads:
+            threads = f", with {speed.decode_threads} and {speed.forward_threads} threads"
         return (
-            f"{self.compute.decode_rps / blocks:,.1f} decode steps/s and "
-            f"{self.compute.forward_rps / blocks:,.0f} tokens/s through {blocks} blocks; {network}"
+            f"{speed.decode_rps / blocks:,.1f} decode steps/s and "
+            f"{speed.forward_rps / blocks:,.0f} tokens/s through {blocks} blocks{threads}; {network}"
         )
 
 
 async def measure_compute(executor: BlockExecutor) -> ComputeSpeed:
     """Run a prompt and single tokens through all blocks of ``executor``, which nobody else uses yet.
 
-    Takes a second or two, more where one pass takes longer than that.
+    Where it has a choice of threads, the fastest are found for both, and used from then on. Takes a second or
+    two for each number of threads that is tried, more where one pass takes longer than that.
     """
     executor.reserve(_SCRATCH, -(-(PREFILL_TOKENS + 1) // executor.page) * executor.page)
     try:
-        forward = await _pass_seconds(executor, 0, PREFILL_TOKENS)
-        decode = await _pass_seconds(executor, PREFILL_TOKENS, 1)
+        forward, forward_threads = await _fastest(executor, 0, PREFILL_TOKENS)
+        decode, decode_threads = await _fastest(executor, PREFILL_TOKENS, 1)
     finally:
         executor.release(_SCRATCH)
+    if decode_threads:
+        executor.use_threads(decode_threads, forward_threads)
     blocks = len(executor.span)
     return ComputeSpeed(
-        blocks / decode if decode > 0 else 0.0, PREFILL_TOKENS * blocks / forward if forward > 0 else 0.0
+        blocks / decode if decode > 0 else 0.0,
+        PREFILL_TOKENS * blocks / forward if forward > 0 else 0.0,
+        decode_threads,
+        forward_threads,
     )
 
 
@@ -108,6 +122,22 @@ async def measure_network(
     chosen = rng.sample(others, min(MAX_PEERS, len(others)))
     rates = [await _rate_to(node, server) for server in chosen]
     return max(rates, default=0.0) / token_bytes
+
+
+async def _fastest(executor: BlockExecutor, start: int, count: int) -> tuple[float, int]:
+    """The seconds of `_pass_seconds` with the best number of threads, and that number; 0: no choice.
+
+    Fewer are tried for as long as that makes it faster: waking and joining threads for each small operation
+    can cost more than they bring.
+    """
+    best, threads = math.inf, 0
+    for choice in executor.thread_choices:
+        executor.use_threads(choice, choice)
+        seconds = await _pass_seconds(executor, start, count)
+        if seconds >= best:
+            break
+        best, threads = seconds, choice
+    return (best, threads) if threads else (await _pass_seconds(executor, start, count), 0)
 
 
 async def _pass_seconds(executor: BlockExecutor, start: int, count: int) -> float:

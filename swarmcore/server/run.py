@@ -164,8 +164,7 @@ async def run_server(
             began = asyncio.get_running_loop().time()
             executor = await asyncio.to_thread(load_blocks, config, checkpoint, span, progress)
             loading = asyncio.get_running_loop().time() - began
-            if not speed.stated:
-                speed = await _measure(speed, kept, executor, node, registry, rng)
+            speed = await _measure(speed, kept, executor, node, registry, rng)
         except BaseException:
             await registry.withdraw()
             raise
@@ -237,12 +236,23 @@ async def _measure(
     registry: Registry,
     rng: random.Random,
 ) -> ServerSpeed:
-    """Measure what is not known; the network is not kept, as it may be another one at the next start."""
+    """Measure what is not known; the network is not kept, as it may be another one at the next start.
+
+    Where the speed is stated, only the number of compute threads is found out.
+    """
     compute = known.compute
+    if known.stated:
+        if not executor.thread_choices:
+            return known
+        compute = kept.read() or compute
     if not compute.forward_rps:
         compute = await measure_compute(executor)
         if compute.decode_rps and compute.forward_rps:
             kept.write(compute)
+    elif compute.decode_threads:
+        executor.use_threads(compute.decode_threads, compute.forward_threads)
+    if known.stated:
+        return known
     token_bytes = executor.model.hidden_size * ITEM_BYTES[executor.dtype]
     network_rps = await measure_network(node, list(registry.view()), token_bytes, rng)
     return ServerSpeed(compute, network_rps)

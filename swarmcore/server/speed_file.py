@@ -55,11 +55,13 @@ class SpeedFile:
         fresh = 0 <= self.wall_clock() - record.measured_at < MAX_AGE
         if record.key != dict(self.key) or not fresh:
             return None
-        return ComputeSpeed(record.decode_rps, record.forward_rps)
+        return ComputeSpeed(
+            record.decode_rps, record.forward_rps, record.decode_threads, record.forward_threads
+        )
 
     def write(self, speed: ComputeSpeed) -> None:
         """Keep ``speed``, all or nothing. A disk that refuses costs a warning: it is measured again then."""
-        record = _Record(dict(self.key), speed.decode_rps, speed.forward_rps, self.wall_clock())
+        record = _Record(key=dict(self.key), measured_at=self.wall_clock(), **attrs.asdict(speed))
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,3 +78,5 @@ class _Record(msgspec.Struct):
     decode_rps: Annotated[float, msgspec.Meta(gt=0)]
     forward_rps: Annotated[float, msgspec.Meta(gt=0)]
     measured_at: float = 0.0
+    decode_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    forward_threads: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def counted(llama_folder: Path, tmp_path: Path) -> Counted:
 
 @pytest.fixture
 async def compute(counted: Counted):
-    compute = ModelCompute()
+    compute = ModelCompute(1)
     await compute.load(lambda: counted)
     yield compute
     counted.leave.set()
@@ -161,3 +162,34 @@ async def test_waiting_work_fails_when_it_is_closed(compute, counted):
         await waiting
     with pytest.raises(SessionLostError):
         await compute.embed([1], [0])
+
+
+class SlowerWithThreads:
+    """Each further thread of torch makes its logits take 5 ms longer."""
+
+    dtype = torch.float32
+    hidden_size = 64
+
+    def __init__(self):
+        self.tried = []
+
+    def logits(self, hidden):
+        threads = torch.get_num_threads()
+        if threads not in self.tried:
+            self.tried.append(threads)
+        time.sleep(0.005 * threads)
+
+
+async def test_the_head_gets_as_many_threads_as_make_it_fastest():
+    chosen, given = ModelCompute(), ModelCompute(3)
+    parts = SlowerWithThreads()
+    try:
+        await chosen.run(torch.set_num_threads, 4)
+        await chosen.load(lambda: parts)
+        assert parts.tried == [4, 2, 1]
+        assert await chosen.run(torch.get_num_threads) == 1
+        await given.load(lambda: parts)
+        assert await given.run(torch.get_num_threads) == 3
+    finally:
+        await chosen.close()
+        await given.close()

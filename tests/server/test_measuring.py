@@ -34,7 +34,7 @@ from swarmcore.types import ServerInfo, Span
 from swarmcore.wire.messages import Ping, Pong
 from swarmcore.wire.tensors import Tensor
 
-SPEED = ComputeSpeed(decode_rps=120.5, forward_rps=9000.25)
+SPEED = ComputeSpeed(decode_rps=120.5, forward_rps=9000.25, decode_threads=1, forward_threads=2)
 KEY = {"model": "f" * 32, "device": "a CPU", "version": "1"}
 
 
@@ -60,6 +60,35 @@ async def test_computation_is_measured_per_block_and_leaves_nothing():
 @pytest.mark.virtual_time
 async def test_an_executor_that_takes_no_time_has_no_known_speed():
     assert await measure_compute(CountingExecutor()) == ComputeSpeed(0.0, 0.0)
+
+
+class ThreadedExecutor(SlowExecutor):
+    """Takes 2 ms more for a pass with each further thread, and shares out what its tokens cost."""
+
+    thread_choices = (4, 2, 1)
+
+    def __init__(self, span: Span) -> None:
+        super().__init__(span)
+        self.threads = (0, 0)
+
+    def use_threads(self, decode: int, forward: int) -> None:
+        self.threads = (decode, forward)
+
+    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+        tokens = sum(part.tokens for part in batch)
+        threads = self.threads[0 if tokens == 1 else 1]
+        await asyncio.sleep(0.002 * threads + 0.001 * tokens / threads)
+        return await CountingExecutor.step(self, batch)
+
+
+@pytest.mark.virtual_time
+async def test_the_best_number_of_threads_is_found_for_single_tokens_and_for_many():
+    executor = ThreadedExecutor(Span(0, 6))
+    speed = await measure_compute(executor)
+    assert executor.threads == (speed.decode_threads, speed.forward_threads) == (1, 4)
+    assert speed.decode_rps == pytest.approx(6 / 0.003)
+    assert speed.forward_rps == pytest.approx(128 * 6 / 0.040)
+    assert "with 1 and 4 threads" in ServerSpeed(speed).describe(6)
 
 
 @asynccontextmanager

@@ -39,6 +39,9 @@ from swarmcore.wire.tensors import Tensor
 Loader = Callable[[Span, Progress | None], SpanModel]
 """Loads blocks of the executor's model, in its dtype, on its device. Blocks; runs in a thread."""
 
+DECODE_TOKENS = 32
+"""Steps of at most this many tokens are computed with the threads that are best for one token."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,7 +54,8 @@ class TorchExecutor(BlockExecutor):
     ) -> None:
         """``load`` gives more blocks when the span changes.
 
-        ``threads`` is how many threads torch may use for one operation; None leaves it as it is.
+        ``threads`` is how many threads torch may use for one operation; None leaves it to `use_threads`, and
+        to torch before that.
         """
         layout = span_model.layout
         self.model = model
@@ -67,11 +71,14 @@ class TorchExecutor(BlockExecutor):
         self._changing: threading.Event | None = None
         self._sequences = Sequences()
         self._hooks = Hooks()
-        threads = threads or torch.get_num_threads()
-        self._slices = SliceRunner(model, layout, self._sequences, self._hooks, threads, self.max_positions)
+        self._threads = threads or torch.get_num_threads()
+        self._decode_threads = self._forward_threads = self._threads
+        if threads is None and self._device.type == "cpu":
+            self.thread_choices = _halves(self._threads)
+        self._slices = SliceRunner(model, layout, self._sequences, self._hooks, self.max_positions)
         self._workplace = Workplace(self._run_unit, self._later, self._device, self._dtype)
         self._compute = ThreadPoolExecutor(
-            1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(threads,)
+            1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(self._threads,)
         )
         # One thread of torch's only, so that the steps that go on meanwhile are hardly slowed down.
         self._loading = ThreadPoolExecutor(
@@ -108,6 +115,9 @@ class TorchExecutor(BlockExecutor):
     async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
         """As `BlockExecutor.step`. The slices of one batch may belong to one sequence, in order."""
         return await self._in_compute_thread(self._step, batch)
+
+    def use_threads(self, decode: int, forward: int) -> None:
+        self._decode_threads, self._forward_threads = decode, forward
 
     async def encode(self, tensor: Tensor, codec: str) -> Tensor:
         return await self._in_compute_thread(tensor.encode, codec)
@@ -163,6 +173,7 @@ class TorchExecutor(BlockExecutor):
     def _compute_unit(self, unit: Unit, batch: CheckedBatch) -> bool:
         blocks = self._blocks()
         blocks.check(batch.span)
+        self._take_threads(self._forward_threads)
         if batch.adapter is not None:
             self._hooks.install(batch.adapter, blocks)
         return unit(blocks)
@@ -286,12 +297,28 @@ class TorchExecutor(BlockExecutor):
     def _step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
         if self._held is None:
             return [InternalError("the executor was closed before the step was computed") for _ in batch]
-        return self._slices.run(self._held, batch)
+        few = sum(part.tokens for part in batch) <= DECODE_TOKENS
+        self._take_threads(self._decode_threads if few else self._forward_threads)
+        return self._slices.run(self._held, batch, self._threads)
+
+    def _take_threads(self, threads: int) -> None:
+        if threads != self._threads:
+            torch.set_num_threads(threads)
+            self._threads = threads
 
     def _blocks(self) -> HeldBlocks:
         if self._held is None:
             raise InternalError("the executor is closed")
         return self._held
+
+
+def _halves(threads: int) -> tuple[int, ...]:
+    """``threads``, half of them, and so on down to one; nothing where that is no choice."""
+    choices = []
+    while threads >= 1:
+        choices.append(threads)
+        threads //= 2
+    return tuple(choices) if len(choices) > 1 else ()
 
 
 def _missing(span: Span, stays: Span | None) -> list[Span]:

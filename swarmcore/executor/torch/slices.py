@@ -31,13 +31,12 @@ class SliceRunner:
         layout: CacheLayout,
         sequences: Sequences,
         hooks: Hooks,
-        threads: int,
         max_positions: int | None,
     ) -> None:
         self._model, self._sequences, self._hooks = model, sequences, hooks
         self._device, self._dtype = layout.device, layout.dtype
         self._dtype_name = DTYPE_NAMES[layout.dtype]
-        self._threads, self._max_positions = threads, max_positions
+        self._max_positions = max_positions
         self._stacks = StackCache(layout.dtype)
         self.decoded: dict[int, tuple[weakref.ref[Tensor], torch.Tensor]] = {}
         """Steps that are run in several slices, by identity."""
@@ -47,8 +46,8 @@ class SliceRunner:
         self.decoded.clear()
 
     @torch.inference_mode()
-    def run(self, blocks: HeldBlocks, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
-        """As `BlockExecutor.step`."""
+    def run(self, blocks: HeldBlocks, batch: Sequence[Slice], threads: int) -> list[Tensor | SwarmError]:
+        """As `BlockExecutor.step`; ``threads`` is what this thread has for one operation."""
         results: list[Tensor | SwarmError | None] = [None] * len(batch)
         accepted: list[_Accepted] = []
         pieces: list[tuple[SequenceCache, int, int]] = []
@@ -70,7 +69,7 @@ class SliceRunner:
             part = accepted[0].piece.span
             packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
             updates = self._updates(blocks, accepted)
-            ragged = RaggedBatch(pieces, self._device, threads=self._threads, updates=updates)
+            ragged = RaggedBatch(pieces, self._device, threads=threads, updates=updates)
             output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
             # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
             # another sequence. It also waits for the GPU: what is handed out has been computed.

@@ -270,3 +270,30 @@ async def test_only_caches_that_several_go_on_with_are_copied(executor: TorchExe
     assert before[2].capacity == before[2].length == 64
     with pytest.raises(SessionLostError):
         await executor.reorder([*ids, SequenceId(9)], [0, 1, 2, 3, 4])
+
+
+async def test_few_tokens_and_many_are_computed_with_their_own_numbers_of_threads(
+    tiny_llama: Checkpoint,
+) -> None:
+    executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float32")
+    threads: list[int] = []
+    run_slices = executor._slices.run
+
+    def spy(*args: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return run_slices(*args)
+
+    executor._slices.run = spy  # type: ignore[method-assign]
+    try:
+        assert executor.thread_choices[:1] in ((), (torch.get_num_threads(),))
+        executor.use_threads(1, 2)
+        await run(executor, step_of(executor, rows(64), (0, 0, 64)))
+        await run(executor, step_of(executor, rows(1), (0, 64, 1)))
+        await run(executor, step_of(executor, rows(64), (0, 65, 64)))
+        assert threads == [2, 1, 2]
+    finally:
+        await executor.close()
+
+
+async def test_a_given_number_of_threads_leaves_no_choice(executor: TorchExecutor) -> None:
+    assert executor.thread_choices == ()
