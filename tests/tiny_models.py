@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 128
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -23,7 +23,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 2,
 }
 _IDS = {"eos_token_id": 1, "bos_token_id": 2}
-_HEADS_OF_16 = {**_SIZES, "head_dim": 16}
+_HEADS_OF_16 = {**SIZES, "head_dim": 16}
 _SLIDING = {**_HEADS_OF_16, "sliding_window": 8}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _LONG = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
@@ -41,48 +41,49 @@ def _rope(kind: str, factor: float, **parameters: Any) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _SIZES),
-    "llama-tied": ("llama", {**_SIZES, "tie_word_embeddings": True}),
-    "llama-linear": ("llama", {**_SIZES, "rope_parameters": _rope("linear", 2.0)}),
-    "llama-dynamic": ("llama", {**_SIZES, "rope_parameters": _rope("dynamic", 2.0)}),
-    "llama-llama3": ("llama", {**_SIZES, "rope_parameters": _rope("llama3", 8.0, **_LLAMA3)}),
+    "llama": ("llama", SIZES),
+    "llama-tied": ("llama", {**SIZES, "tie_word_embeddings": True}),
+    "llama-linear": ("llama", {**SIZES, "rope_parameters": _rope("linear", 2.0)}),
+    "llama-dynamic": ("llama", {**SIZES, "rope_parameters": _rope("dynamic", 2.0)}),
+    "llama-llama3": ("llama", {**SIZES, "rope_parameters": _rope("llama3", 8.0, **_LLAMA3)}),
     "llama-yarn": (
         "llama",
-        {**_SIZES, "rope_parameters": _rope("yarn", 4.0, original_max_position_embeddings=64)},
+        {**SIZES, "rope_parameters": _rope("yarn", 4.0, original_max_position_embeddings=64)},
     ),
     "mistral": ("mistral", _SLIDING),
-    "qwen2": ("qwen2", _SIZES),
+    "qwen2": ("qwen2", SIZES),
     "qwen2-sliding": (
         "qwen2",
-        {**_SIZES, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        {**SIZES, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ),
     "qwen3": ("qwen3", _HEADS_OF_16),
     "gemma2": ("gemma2", {**_SLIDING, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {**_SLIDING, "num_hidden_layers": 7}),
-    "mixtral": ("mixtral", {**_SIZES, "num_local_experts": 4, "output_router_logits": True}),
+    "mixtral": ("mixtral", {**SIZES, "num_local_experts": 4, "output_router_logits": True}),
     "qwen3_moe": (
         "qwen3_moe",
         {**_HEADS_OF_16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
         | {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
     ),
     "gpt_oss": ("gpt_oss", {**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "phi3": ("phi3", {**_SIZES, "sliding_window": 8}),
+    "phi3": ("phi3", {**SIZES, "sliding_window": 8}),
+    "phimoe": ("phimoe", {**SIZES, "sliding_window": 8, "num_local_experts": 2}),
     "phi3-longrope": (
         "phi3",
         {
-            **_SIZES,
+            **SIZES,
             "original_max_position_embeddings": 64,
             "rope_parameters": _rope("longrope", 4.0, **_LONG),
         },
     ),
-    "olmo2": ("olmo2", _SIZES),
+    "olmo2": ("olmo2", SIZES),
     "granite": (
         "granite",
-        {**_SIZES, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 8.0},
+        {**SIZES, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 8.0},
     ),
     "deepseek_v3": (
         "deepseek_v3",
-        {**_SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 2}
+        {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 2}
         | {"topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 2}
         | {"kv_lora_rank": 16, "q_lora_rank": 16}
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
@@ -96,7 +97,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 256, **_IDS}
         | {"scale_attn_by_inverse_layer_idx": True},
     ),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 5, "n_head": 4, **_IDS}),
     "falcon-7b": ("falcon", {**_FALCON, "multi_query": True, "parallel_attn": True, "alibi": False}),
     "falcon-40b": ("falcon", {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),

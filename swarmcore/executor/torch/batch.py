@@ -39,6 +39,8 @@ class Attention(NamedTuple):
     scale: float
     window: int | None = None
     """A token sees itself and the ``window - 1`` tokens before it."""
+    chunk: int | None = None
+    """A token sees those before it from the last position on that is divisible by ``chunk``."""
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """One more score for each head, ``[heads]``, that takes part in the softmax and has no value."""
@@ -48,6 +50,11 @@ class Attention(NamedTuple):
     def explicit(self) -> bool:
         """Whether scores have to be computed step by step, since no fused kernel takes all of it."""
         return self.softcap is not None or self.sinks is not None
+
+    def first_key(self, position: int) -> int:
+        """The earliest position that a token at ``position`` sees, or any token after it."""
+        first = max(0, position + 1 - self.window) if self.window else 0
+        return max(first, position - position % self.chunk) if self.chunk else first
 
 
 class Batch(Protocol):
@@ -66,19 +73,14 @@ class Batch(Protocol):
         """
 
 
-def first_key(start: int, window: int | None) -> int:
-    """The earliest position that any token from position ``start`` on sees."""
-    return max(0, start + 1 - window) if window else 0
-
-
 def causal_mask(
     start: int, end: int, how: Attention, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """What is added to the scores of the tokens ``start:end``, ``[1, 1 or heads, tokens, keys]``.
 
-    The keys are those from `first_key` on. None when nothing is added.
+    The keys are those from ``how.first_key(start)`` on. None when nothing is added.
     """
-    first = first_key(start, how.window)
+    first = how.first_key(start)
     mask = None
     if end - start > 1:
         queries = torch.arange(start, end, device=device).unsqueeze(1)
@@ -86,6 +88,8 @@ def causal_mask(
         hidden = keys > queries
         if how.window:
             hidden |= keys <= queries - how.window
+        if how.chunk:
+            hidden |= keys < queries - queries % how.chunk
         mask = torch.zeros(hidden.shape, dtype=torch.float32 if how.bias else dtype, device=device)
         mask = mask.masked_fill_(hidden, float("-inf")).view(1, 1, end - start, -1)
     if how.bias:
@@ -113,7 +117,7 @@ class _Piece:
 
         Made once for all layers that attend alike. ``rows`` is how many heads share a mask when stacked.
         """
-        label = (how.window, how.bias, rows)
+        label = (how.window, how.chunk, how.bias, rows)
         if label not in self._masks:
             self._masks[label] = self._make_mask(how, rows, device, dtype)
         return self._masks[label]
@@ -194,9 +198,9 @@ class RaggedBatch:
         try:
             for piece, row in zip(self._pieces, queries, strict=True):
                 keys, values = piece.keys[layer], piece.values[layer]
-                if how.window and piece.end > how.window:
-                    keys = keys.narrow(2, piece.end - how.window, how.window)
-                    values = values.narrow(2, piece.end - how.window, how.window)
+                if first := how.first_key(piece.start):
+                    keys = keys.narrow(2, first, piece.end - first)
+                    values = values.narrow(2, first, piece.end - first)
                 if self._threads > 1 and (keys.numel() < _SERIAL_VALUES) != serial:
                     serial = not serial
                     torch.set_num_threads(1 if serial else self._threads)
@@ -222,7 +226,7 @@ def _attend_piece(
     heads, count, size = query.shape[1:]
     kv_heads = keys.shape[1]
     rows = heads // kv_heads
-    if first := first_key(piece.start, how.window):
+    if first := how.first_key(piece.start):
         keys, values = keys[:, :, first:], values[:, :, first:]
     if how.explicit:
         output = attend_explicitly(query, keys, values, piece.mask(how, 1, query.device, query.dtype), how)
@@ -232,8 +236,7 @@ def _attend_piece(
         output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=how.scale)
         output = output.reshape(1, heads, count, -1)
     else:
-        windowed = how.window is not None and piece.end > how.window
-        causal = piece.start == 0 and not windowed and how.bias is None
+        causal = piece.start == 0 and not how.first_key(piece.end - 1) and how.bias is None
         mask = None if causal else piece.mask(how, 1, query.device, query.dtype)
         output = scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=causal, scale=how.scale, enable_gqa=rows > 1

@@ -25,7 +25,7 @@ _NOT_PER_LAYER = {
     "architectures",
     "_name_or_path",
 }
-_SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def cut_config(config: Any, span: Span) -> Any:
@@ -70,7 +70,7 @@ def check_servable(config: Any, name: str) -> None:
     if other:
         raise UnsupportedModelError(
             f"{name} ({config.model_type}) has layers of type {', '.join(sorted(other))}; "
-            f"only full and sliding attention are served"
+            f"only full, sliding and chunked attention are served"
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} ({config.model_type}) is not a decoder-only model")

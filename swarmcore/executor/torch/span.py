@@ -24,6 +24,7 @@ from swarmcore.executor.torch.cut import (
 )
 from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
+from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.executor.torch.targets import Updates
 from swarmcore.types import Span
@@ -94,11 +95,14 @@ class SpanModel:
         config = self._base.config
         hidden = torch.randn(1, 1, config.hidden_size, dtype=dtype, device=device)
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        probe = _Probe(config)
+        probe = _Probe()
         layers = layer_list(self._base)
         blocks = getattr(self._base, layers)
         try:
+            if config.model_type not in REPLACE_ATTENTION:  # those know what their tokens see
+                config._attn_implementation = PROBE
             self.forward(hidden, position_ids, probe)
+            config._attn_implementation = NAME
             setattr(self._base, layers, nn.ModuleList())
             unchanged = self.forward(hidden, position_ids, probe)
         except SwarmError as exc:
@@ -124,20 +128,15 @@ class SpanModel:
 class _Probe:
     """A batch that attends to nothing and notes what each layer would store."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.updates: Updates | None = None
-        self._layer_types = getattr(config, "layer_types", None)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         if layer in self.shapes:
             raise UnsupportedModelError("a block attends twice")
-        if self._layer_types and (self._layer_types[layer] == "sliding_attention") != (
-            how.window is not None
-        ):
-            raise UnsupportedModelError("the window of its sliding attention is not passed to the attention")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         _, heads, tokens, _ = query.shape
         return query.new_zeros(1, tokens, heads, value.shape[3])

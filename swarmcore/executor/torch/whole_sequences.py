@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from swarmcore.executor.torch.batch import Attention, attend_explicitly, causal_mask, first_key
+from swarmcore.executor.torch.batch import Attention, attend_explicitly, causal_mask
 from swarmcore.executor.torch.targets import Updates
 
 
@@ -61,11 +61,11 @@ class WholeSequences:
     ) -> torch.Tensor:
         """All are ``[sequences, heads, tokens, size]``, and so is the result."""
         end = keys.shape[2]
-        if start := first_key(self._before, how.window):
+        if start := how.first_key(self._before):
             keys, values = keys[:, :, start:], values[:, :, start:]
         if how.explicit:
             return attend_explicitly(queries, keys, values, self._mask(queries, how), how)
-        causal = not self._before and how.bias is None and (how.window is None or end <= how.window)
+        causal = not self._before and how.bias is None and not how.first_key(end - 1)
         mask = None if causal else self._mask(queries, how)
         return scaled_dot_product_attention(
             queries,
@@ -80,7 +80,7 @@ class WholeSequences:
     def _mask(self, queries: torch.Tensor, how: Attention) -> torch.Tensor | None:
         """Made once for all layers that attend alike, and all sequences of one length."""
         length = queries.shape[2]
-        label = (how.window, how.bias, length)
+        label = (how.window, how.chunk, how.bias, length)
         if label not in self._masks:
             self._masks[label] = causal_mask(
                 self._before, self._before + length, how, queries.device, queries.dtype

@@ -76,18 +76,8 @@ def test_missing_tensor(tiny_llama_folder: Path, tmp_path: Path) -> None:
 
 
 def test_model_with_other_than_attention_layers(tmp_path: Path) -> None:
-    checkpoint = save(
-        tmp_path,
-        "llama4_text",
-        **{
-            **TINY,
-            "intermediate_size_mlp": 32,
-            "num_local_experts": 2,
-            "head_dim": 16,
-            "attention_chunk_size": 8,
-        },
-    )
-    with pytest.raises(UnsupportedModelError, match="chunked_attention"):
+    checkpoint = save(tmp_path, "lfm2", **TINY, layer_types=["conv", "full_attention"] * 2)
+    with pytest.raises(UnsupportedModelError, match="layers of type conv"):
         TorchExecutor.load(checkpoint, Span(0, 2))
 
 
