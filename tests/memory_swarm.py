@@ -24,6 +24,7 @@ from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.inference import InferenceService
+from swarmcore.server.kept_memory import KEPT_BUDGET, KeptMemory
 from swarmcore.server.passes import PassService
 from swarmcore.server.protocols import (
     BACKWARD_PROTOCOL,
@@ -119,6 +120,7 @@ class Swarm:
         cache: int = CACHE,
         limits: PassLimits | None = None,
         adapter_budget: int = ADAPTER_BUDGET,
+        kept_budget: int = KEPT_BUDGET,
     ) -> Server:
         identity = identity or self._identity()
         transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
@@ -129,7 +131,13 @@ class Swarm:
         await engine.start()
         adapters = AdapterStore(executor, adapter_budget)
         service = InferenceService(
-            engine, COUNTING_MODEL, executor.span, node, admission_timeout=0.5, adapters=adapters
+            engine,
+            COUNTING_MODEL,
+            executor.span,
+            node,
+            admission_timeout=0.5,
+            adapters=adapters,
+            kept=KeptMemory(kept_budget),
         )
         passes = PassService(engine, COUNTING_MODEL, executor.span, adapters)
         node.serve_protocol(INFERENCE_PROTOCOL, service.serve)

@@ -17,6 +17,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.client_link import ClientLink
+from swarmcore.server.kept_memory import KeptMemory
 from swarmcore.server.next_stage import NextStage, join
 from swarmcore.server.pushers import Pushers
 from swarmcore.session.journal import Entry, KeptOutputs
@@ -64,6 +65,13 @@ class _Answer:
     codec: str
     output: asyncio.Future[Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes once it is there; before that it is work in line."""
+        if not self.output.done() or self.output.cancelled() or self.output.exception() is not None:
+            return 0
+        return self.output.result().data.nbytes
+
 
 class HostedSession:
     """A client's session on this server; lives as long as the client's channel.
@@ -83,6 +91,7 @@ class HostedSession:
         client: Channel,
         pushers: Pushers,
         counters: Counter[str],
+        kept: KeptMemory,
     ) -> None:
         self.session = session
         self.span = span
@@ -93,7 +102,10 @@ class HostedSession:
         self._next = NextStage(node, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
-        self._kept = KeptOutputs(sequences)
+        self._outputs_kept = KeptOutputs(sequences)
+        self._kept = kept
+        self._answers_keeping = kept.open(client.remote, self._drop_answers)
+        self._outputs_keeping = kept.open(client.remote, self._drop_outputs)
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: dict[asyncio.Future[Tensor], None] = {}
@@ -168,6 +180,8 @@ class HostedSession:
         self.pushers.close()
         # Before anything is awaited, so that the cache is free whatever else comes.
         self._engine.close_session(self.session)
+        self._kept.close(self._answers_keeping)
+        self._kept.close(self._outputs_keeping)
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -225,6 +239,17 @@ class HostedSession:
     def _settled(self, step: Step, output: asyncio.Future[Tensor]) -> None:
         if output.cancelled() or output.exception() is not None:
             self._ledger.forget(step)
+        if not self._closed:
+            answers = sum(answer.nbytes for answer in self._ledger.answers)
+            self._kept.resize(self._answers_keeping, answers)
+
+    def _drop_answers(self) -> None:
+        self._counters["answers_dropped"] += 1
+        self._ledger.drop_answers(lambda answer: answer.nbytes > 0)
+
+    def _drop_outputs(self) -> None:
+        self._counters["outputs_dropped"] += 1
+        self._outputs_kept.drop()
 
     def _done(self, output: asyncio.Future[Tensor]) -> None:
         self._outputs.pop(output, None)
@@ -249,8 +274,9 @@ class HostedSession:
             await self._deliver(step, hidden)
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
                 entry = Entry(step.step, step.starts, step.lengths, step.sources)
-                self._kept.settle(step.settled)
-                self._kept.keep(entry, hidden, settled=step.replay)
+                self._outputs_kept.settle(step.settled)
+                self._outputs_kept.keep(entry, hidden, settled=step.replay)
+                self._kept.resize(self._outputs_keeping, self._outputs_kept.nbytes)
         except SwarmError as exc:
             await self._report(step.step, exc, step.attempt)
         except Exception:
@@ -300,12 +326,20 @@ class HostedSession:
             if not order.chain:
                 raise InvalidStepError("a replay has to name the stage that it is for")
             self._check_chain(order.chain)
-            self._kept.settle(order.settled)
-            rows = self._kept.rows(order.starts, order.lengths)
+            self._check_size(order.lengths)
+            self._outputs_kept.settle(order.settled)
+            rows = self._outputs_kept.rows(order.starts, order.lengths)
             await self._next.push(order.chain[0], step, rows.encode(order.codec))
             self._counters["replays_sent"] += 1
         except SwarmError as exc:
             await self._report(order.step, exc)
+
+    def _check_size(self, lengths: Sequence[int]) -> None:
+        """Sequences may share rows: what is put together is bounded by what a step may have."""
+        if not 0 < sum(lengths) <= self._engine.max_step_tokens:
+            raise InvalidStepError(
+                f"a replay of {sum(lengths)} tokens; expected 1 to {self._engine.max_step_tokens}"
+            )
 
     async def _hand_over(self, order: HandOver) -> None:
         try:

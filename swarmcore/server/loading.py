@@ -81,6 +81,13 @@ def default_activation_budget(device: str) -> int:
     return free_memory(device) // 5
 
 
+def default_kept_budget() -> int:
+    """Bytes for what sessions keep beside the cache: a tenth of the memory that is free now."""
+    from swarmcore.executor.torch.sizing import free_memory
+
+    return free_memory("cpu") // 10
+
+
 def read_adapter(folder: str, checkpoint: Checkpoint, span: Span) -> Weights:
     """The weights of an adapter in PEFT's format for the blocks ``span``. Raise `AdapterError`."""
     from swarmcore.executor.torch.tensors import to_wire

@@ -33,6 +33,7 @@ from swarmcore.server.loading import (
     check_span,
     default_activation_budget,
     default_cache_tokens,
+    default_kept_budget,
     load_blocks,
     open_model,
     plan_blocks,
@@ -174,6 +175,8 @@ async def run_server(
         settings = config
         if settings.activation_budget is None:
             settings = attrs.evolve(config, activation_budget=default_activation_budget(config.device))
+        if settings.kept_budget is None:
+            settings = attrs.evolve(settings, kept_budget=default_kept_budget())
         async with BlockServer(
             settings,
             node,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 
-from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
+from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.wire.tensors import Tensor
 
 COMPACT_NBYTES = 16 << 20
@@ -58,6 +58,8 @@ class Lane:
     def __init__(self, sequences: int) -> None:
         self._runs: list[list[_Run]] = [[] for _ in range(sequences)]
         self._room = COMPACT_NBYTES
+        self.counted_nbytes = 0
+        """At least `nbytes`, without looking for what is left of each tensor."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -81,6 +83,7 @@ class Lane:
                 self._runs[sequence].append(_Run(start, count, rows, first_row))
                 first_row += count
         self._room -= rows.data.nbytes
+        self.counted_nbytes += rows.data.nbytes
         if self._room < 0:
             self._compact()
 
@@ -140,7 +143,8 @@ class Lane:
                 with contextlib.suppress(SwarmError):  # it cannot be decoded: whoever reads it will be told
                     copies[key] = run.copied()
         self._runs = [[copies.get(id(run), run) for run in runs] for runs in self._runs]
-        self._room = max(self.nbytes, COMPACT_NBYTES)
+        self.counted_nbytes = self.nbytes
+        self._room = max(self.counted_nbytes, COMPACT_NBYTES)
 
     def __repr__(self) -> str:
         return f"<Lane {','.join(map(str, self.lengths))} rows>"
@@ -149,15 +153,29 @@ class Lane:
 class KeptOutputs:
     """What a server keeps of a session's outputs for a `Replay`: as the settled steps have left them.
 
-    A step that is computed here may never come home; until it has, what it does is only noted.
+    A step that is computed here may never come home; until it has, what it does is only noted. Once it is
+    `drop`ped, nothing is kept any more.
     """
 
     def __init__(self, sequences: int) -> None:
-        self._lane = Lane(sequences)
+        self._lane: Lane | None = Lane(sequences)
         self._open: deque[tuple[Entry, Tensor]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept, or somewhat more."""
+        settled = self._lane.counted_nbytes if self._lane is not None else 0
+        return settled + sum(rows.data.nbytes for _, rows in self._open)
+
+    def drop(self) -> None:
+        """Forget everything, for good."""
+        self._lane = None
+        self._open.clear()
 
     def keep(self, entry: Entry, rows: Tensor, *, settled: bool = False) -> None:
         """The outputs of a step, ``[sum(lengths), width]``; of a replay, which is of ``settled`` tokens."""
+        if self._lane is None:
+            return
         if settled:
             self._lane.apply(entry, rows)
         else:
@@ -167,11 +185,15 @@ class KeptOutputs:
 
     def settle(self, below: int) -> None:
         """All steps with a lower number have come home, or were given up and are overwritten."""
-        while self._open and self._open[0][0].step < below:
+        while self._lane is not None and self._open and self._open[0][0].step < below:
             self._lane.apply(*self._open.popleft())
 
     def rows(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """As `Lane.rows`."""
+        """As `Lane.rows`. Raise `SessionLostError` when it was dropped."""
+        if self._lane is None:
+            raise SessionLostError(
+                "what the session had computed here had to make room; replay it from the stage before"
+            )
         return self._lane.rows(starts, lengths)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import attrs
 
-from swarmcore.errors import InvalidStepError
+from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.wire.messages import Step
 
 Answer = TypeVar("Answer")
@@ -17,7 +18,8 @@ class _Seen(Generic[Answer]):
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     sources: tuple[int, ...]
-    answer: Answer
+    answer: Answer | None
+    """None when it had to make room."""
     attempt: int
 
 
@@ -42,7 +44,8 @@ class StepLedger(Generic[Answer]):
     def repeated(self, step: Step) -> Answer | None:
         """The answer of this step if it came before, else None.
 
-        Raise `InvalidStepError` when its number was used for other tokens, or is too old to be remembered.
+        Raise `InvalidStepError` when its number was used for other tokens, or is too old to be remembered,
+        `SessionLostError` when its answer was dropped.
         """
         seen = self._seen.get(step.step)
         if seen is None:
@@ -57,8 +60,24 @@ class StepLedger(Generic[Answer]):
                 f"step {step.step} came again with other positions: {step.starts} + {step.lengths} "
                 f"after {seen.starts} + {seen.lengths}"
             )
+        if seen.answer is None:
+            raise SessionLostError(
+                f"the answer to step {step.step} had to make room here, and its tokens cannot be computed "
+                f"twice; replay the session"
+            )
         seen.attempt = max(seen.attempt, step.attempt)
         return seen.answer
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The answers that are remembered."""
+        return [seen.answer for seen in self._seen.values() if seen.answer is not None]
+
+    def drop_answers(self, which: Callable[[Answer], bool]) -> None:
+        """Forget answers, and that their steps came not."""
+        for seen in self._seen.values():
+            if seen.answer is not None and which(seen.answer):
+                seen.answer = None
 
     def remember(self, step: Step, answer: Answer) -> None:
         """Keep the answer of a new step; forget those that are settled, and the oldest one past the depth."""

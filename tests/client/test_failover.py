@@ -141,6 +141,28 @@ async def test_a_server_that_loses_the_way_to_the_next_one_is_carried_for() -> N
         await quiet(swarm)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@MODES
+async def test_what_servers_had_no_room_to_keep_is_made_anew(journal: str, stage: int) -> None:
+    async with swarm_of() as swarm:
+        for blocks in TWICE:
+            await swarm.add(blocks, kept_budget=8)
+        session = await swarm.open(journal=journal)
+        run = Run.of(session)
+        for _ in range(3):
+            await run.step(4)
+        serving = [swarm.serving(session, each) for each in range(3)]
+        assert all(server.service.counters["answers_dropped"] for server in serving)
+        assert all(server.service.kept.nbytes <= 8 for server in serving)
+        await serving[stage].kill()
+        await run.step(4)
+        await run.step(1)
+        assert session.failovers >= 1
+        await session.close()
+        await quiet(swarm)
+        assert not any(server.service.kept.nbytes for server in swarm.servers if not server.dead)
+
+
 @MODES
 async def test_a_server_that_forgot_its_session_gets_it_back(journal: str) -> None:
     async with swarm_of("0:4", "4:8", "8:12") as swarm:

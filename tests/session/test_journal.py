@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.errors import InvalidStepError, ProtocolError
+from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError
 from swarmcore.session.journal import MAX_OPEN, Entry, Journal, KeptOutputs, Lane
 from swarmcore.testing.executor import hidden_states, read_rows
 from swarmcore.wire.tensors import Tensor
@@ -213,3 +213,16 @@ def test_outputs_of_steps_that_never_come_home_are_given_up_in_their_order():
     assert values_of(kept.rows([0], [1])) == [2]
     kept.settle(MAX_OPEN + 3)
     assert values_of(kept.rows([0], [1])) == [MAX_OPEN + 2]
+
+
+def test_outputs_that_were_dropped_are_lost_and_take_nothing():
+    kept = KeptOutputs(1)
+    kept.keep(Entry(0, (0,), (2,)), rows_of(1, 2))
+    kept.settle(1)
+    kept.keep(Entry(1, (2,), (1,)), rows_of(3))
+    assert kept.nbytes == 3 * rows_of(1).data.nbytes
+    kept.drop()
+    kept.keep(Entry(2, (3,), (1,)), rows_of(4))
+    assert kept.nbytes == 0
+    with pytest.raises(SessionLostError, match="make room"):
+        kept.rows((0,), (2,))

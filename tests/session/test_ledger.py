@@ -1,7 +1,7 @@
 import attrs
 import pytest
 
-from swarmcore.errors import InvalidStepError
+from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.session.ledger import StepLedger
 from swarmcore.wire.messages import Step
 
@@ -74,3 +74,15 @@ def test_what_was_sent_before_is_outdated():
     assert not ledger.outdated(step(2))
     ledger.repeated(attrs.evolve(step(1), attempt=3))
     assert ledger.outdated(attrs.evolve(step(1), attempt=2))
+
+
+def test_a_step_whose_answer_was_dropped_is_not_computed_twice():
+    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger.remember(step(0), "large")
+    ledger.remember(step(1), "small")
+    assert ledger.answers == ["large", "small"]
+    ledger.drop_answers(lambda answer: answer == "large")
+    assert ledger.answers == ["small"]
+    with pytest.raises(SessionLostError, match="had to make room"):
+        ledger.repeated(step(0))
+    assert ledger.repeated(step(1)) == "small"

@@ -160,6 +160,8 @@ class SliceRunner:
         if piece.reply == "last":
             ends = torch.tensor([segment.count for segment in piece.segments]).cumsum(0) - 1
             rows = rows[ends.to(rows.device)]
+        elif 2 * rows.nbytes < rows.untyped_storage().nbytes():
+            rows = rows.clone()  # who keeps it should not keep the whole batch
         try:
             return to_wire("hidden", rows, piece.codec)
         except SwarmError as exc:
