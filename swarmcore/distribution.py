@@ -1,4 +1,4 @@
-"""What this package is called on an index, where ``swarmcore``, as which it is imported, is somebody else's."""
+"""What this package is called on an index, where ``swarmcore``, its name in imports, is somebody else's."""
 
 from __future__ import annotations
 

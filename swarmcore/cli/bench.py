@@ -360,8 +360,8 @@ def _measured(output: Output, run: Callable[..., Coroutine[Any, Any, T]]) -> T:
 
 def _show(output: Output, name: str, table: Table, **figures: Any) -> None:
     """The figures as an event for programs, or as a table for people."""
-    from rich.console import Console
+    from swarmcore.cli.console import PrintableConsole
 
     output.event(name, **figures)
     if not output.json_lines:
-        Console().print(table)
+        PrintableConsole().print(table)

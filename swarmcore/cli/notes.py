@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swarmcore.errors import SwarmError
+from swarmcore.printable import printable_line
 from swarmcore.types import PeerId, ServerInfo
 
 if TYPE_CHECKING:
@@ -34,14 +35,8 @@ async def ask(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> Notes:
             try:
                 reply = await swarm.info(server.peer, timeout=timeout)
             except SwarmError as exc:
-                return (f"does not answer: {readable(str(exc))}",)
-        return [readable(note) for note in reply.notes[:MOST_NOTES]]
+                return (f"does not answer: {printable_line(str(exc), MOST_CHARACTERS)}",)
+        return [printable_line(note, MOST_CHARACTERS) for note in reply.notes[:MOST_NOTES]]
 
     answers = await asyncio.gather(*map(one, asked))
     return {server.peer: notes for server, notes in zip(asked, answers, strict=True)}
-
-
-def readable(text: str) -> str:
-    """What a stranger said, cut to a bearable length and free of what would upset a terminal."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:MOST_CHARACTERS]

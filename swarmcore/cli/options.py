@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from traceback import format_exception
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,11 +18,16 @@ from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import CLIENT_OPTIONS, LISTENING_OPTIONS, SCHEME, webrtc_options
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.printable import printable, printable_line
 from swarmcore.session.laps import JournalMode
 from swarmcore.types import PeerId
 
 if TYPE_CHECKING:
     from swarmcore.registry.choice import RegistryKind
+
+MAX_ERROR = 4000
+MAX_LOG_LINE = 2000
+"""Characters that are shown of one error and of one message in the log."""
 
 Option = Callable[[Any], Any]
 """A decorator of click's, or one made of several."""
@@ -33,7 +40,7 @@ class Failure(click.ClickException):
         super().__init__(one_line(error))
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"error: {self.message}", err=True)
+        click.echo(f"error: {printable(self.message)}", err=True)
 
 
 class InputFailure(Failure):
@@ -44,7 +51,7 @@ class InputFailure(Failure):
 
 def one_line(error: SwarmError) -> str:
     """The message without line breaks, whatever library it began in."""
-    return " ".join(str(error).split())
+    return printable_line(str(error), MAX_ERROR)
 
 
 def standard(command: Callable[..., Any]) -> Callable[..., None]:
@@ -66,6 +73,7 @@ def standard(command: Callable[..., Any]) -> Callable[..., None]:
     def wrapped(json_lines: bool, log_level: str, debug: bool, **options: Any) -> None:
         output = Output(json_lines=json_lines)
         _configure_logging(log_level)
+        sys.excepthook = _show_traceback
         try:
             command(output, **options)
         except SwarmError as exc:
@@ -77,13 +85,26 @@ def standard(command: Callable[..., Any]) -> Callable[..., None]:
     return wrapped
 
 
+class PrintableFormatter(logging.Formatter):
+    """One line for each record, and tracebacks below it; nothing in either that a terminal acts upon."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable_line(record.message, MAX_LOG_LINE)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return printable(super().formatException(ei))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What Python shows of an exception that nobody handles, printable."""
+    click.echo(printable("".join(format_exception(kind, error, traceback))), err=True, nl=False)
+
+
 def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # The model libraries' own bars would fight with ours over the terminal.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

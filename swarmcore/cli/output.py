@@ -11,10 +11,14 @@ import click
 import msgspec
 
 from swarmcore.cli.progress import BYTES, JsonProgress, PlainProgress, ProgressReport, TerminalProgress
+from swarmcore.printable import printable, printable_json
 
 
 class Output:
-    """Results go to stdout, remarks and progress to stderr; with ``json_lines`` only events, to stdout."""
+    """Results go to stdout, remarks and progress to stderr; with ``json_lines`` only events, to stdout.
+
+    Much of it was said by strangers: it is made `printable` here, whoever said it.
+    """
 
     def __init__(self, *, json_lines: bool = False) -> None:
         self.json_lines = json_lines
@@ -22,25 +26,26 @@ class Output:
     def result(self, text: str) -> None:
         """What the command was run for, as a person reads it; nothing in JSON mode."""
         if not self.json_lines:
-            click.echo(text)
+            click.echo(printable(text))
 
     def piece(self, text: str) -> None:
         """A part of a streamed text, shown at once; a ``piece`` event in JSON mode."""
         if self.json_lines:
             self.event("piece", text=text)
         else:
-            click.echo(text, nl=False)
+            click.echo(printable(text), nl=False)
 
     def remark(self, text: str) -> None:
         """By the way, for a person; nothing in JSON mode."""
         if not self.json_lines:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def event(self, name: str, **fields: Any) -> None:
         """One JSON line with ``"event": name``, flushed; nothing for people."""
         if self.json_lines:
             # The standard library would write an infinite time to wait as Infinity, which is not JSON.
-            click.echo(msgspec.json.encode({"event": name, **fields}, enc_hook=str))
+            encoded = msgspec.json.encode({"event": name, **fields}, enc_hook=str)
+            click.echo(printable_json(encoded.decode()).encode())
 
     def progress(self, unit: str = BYTES) -> AbstractContextManager[ProgressReport]:
         """A progress report, shown while the context lasts."""

@@ -64,7 +64,6 @@ class TerminalProgress(ProgressReport):
             self._stop()
 
     def _start(self) -> Progress:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -76,17 +75,19 @@ class TerminalProgress(ProgressReport):
             TransferSpeedColumn,
         )
 
+        from swarmcore.cli.console import PrintableConsole
+
         counting: list[ProgressColumn]
         if self._unit == BYTES:
             counting = [DownloadColumn(), TransferSpeedColumn()]
         else:
             counting = [MofNCompleteColumn(), TextColumn(self._unit)]
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             *counting,
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=PrintableConsole(stderr=True),
             transient=True,
         )
         self._bars.start()

@@ -33,8 +33,7 @@ def sim(output: Output, scenario: str, seed: int, plot_file: str | None) -> None
     balance          the paper's ablation of load balancing, under churn
     training         batches shared out by speed, failures, two chains beside one, codecs by link
     """
-    from rich.console import Console
-
+    from swarmcore.cli.console import PrintableConsole
     from swarmcore.sim.kinds import KINDS
     from swarmcore.sim.plot import check_plot_file, save_plot
     from swarmcore.sim.scenario import load_scenario
@@ -60,7 +59,7 @@ def sim(output: Output, scenario: str, seed: int, plot_file: str | None) -> None
         data=report.data,
     )
     if not output.json_lines:
-        console = Console()
+        console = PrintableConsole()
         for table in report.tables:
             console.print(table)
     for goal, reached in report.goals.items():

@@ -74,9 +74,9 @@ async def _watch(
     *,
     once: bool,
 ) -> None:
-    from rich.console import Console
     from rich.live import Live
 
+    from swarmcore.cli.console import PrintableConsole
     from swarmcore.client.swarm import connect
 
     identity = load_identity(identity_file)
@@ -86,13 +86,18 @@ async def _watch(
         view, notes = swarm.view(), await ask(swarm)
         output.event("status", **describe(view, notes, swarm.paths))
         if once and not output.json_lines:
-            Console().print(render(view, notes, swarm.paths))
+            PrintableConsole().print(render(view, notes, swarm.paths))
         if once:
             return
         live = (
             None
             if output.json_lines
-            else Live(render(view, notes, swarm.paths), auto_refresh=False, screen=False)
+            else Live(
+                render(view, notes, swarm.paths),
+                console=PrintableConsole(),
+                auto_refresh=False,
+                screen=False,
+            )
         )
         asking = asyncio.create_task(_ask_later(swarm))
         try:

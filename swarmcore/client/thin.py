@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,20 @@ from swarmcore.wire.generate import (
 if TYPE_CHECKING:
     from swarmcore.client.generation import FinishReason
 
+logger = logging.getLogger(__name__)
+
 PATIENCE = 60.0
 """Seconds for which a text that broke off waits for a head peer that goes on with it."""
 
 PIECE_TIMEOUT = 180.0
 """Seconds without a word from a head peer after which it counts as lost: the text may wait for its turn, and
 for servers that take over from others."""
+
+MOST_CHARACTERS = 1024
+"""Characters of text for each token: a head peer that sends more is lying, no tokenizer has longer ones."""
+
+MOST_EMPTY_PIECES = 64
+"""Pieces of one text that bring no token: some hold the end of what was certain only later."""
 
 PAUSE = 1.0
 """Seconds between two looks for a head peer that goes on, unless those that are there say when to come."""
@@ -67,6 +76,9 @@ class ThinRun:
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
     failovers: int = 0
+    characters: int = 0
+    """Of the text so far."""
+    empty_pieces: int = 0
     now: Callable[[], float] | None = None
     """The clock of the loop that it runs on, by which these times are."""
     started: float | None = None
@@ -187,23 +199,52 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
     addresses = [Address.parse(url) for url in head.addresses]
     async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
         taken = told = 0
+        started = False
         while True:
             record = await _next(channel)
             if isinstance(record, GenerationStarted):
+                if started:
+                    raise ProtocolError("the head peer began the text twice")
+                started = True
                 run.prompt_tokens = record.prompt_tokens
             elif isinstance(record, TextPiece):
-                run.tokens += record.tokens
+                whole = _take(run, record, request.max_new_tokens)
                 taken += len(record.tokens)
                 yield record.text
+                if not whole:
+                    why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
+                    logger.warning("the text of head peer %s was cut: %s", short(head.peer), why)
+                    run.health.failed(head.peer, asyncio.get_running_loop().time(), why)
+                    run.finish_reason = "length"
+                    return
                 if taken - told >= AHEAD // 4:
                     with suppress(StreamClosedError):  # what comes next says why it is closed
                         await channel.send(TokensTaken(taken))
                     told = taken
             else:
                 run.finish_reason = _reason(record)
-                run.tokens += record.tokens
+                run.tokens += record.tokens[: request.max_new_tokens - len(run.tokens)]
                 run.health.succeeded(head.peer)
                 return
+
+
+def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
+    """Take in a piece; False when it has more tokens than were asked for, of which it then is the last.
+
+    Raise `ProtocolError` when its text is too long for its tokens, or too many pieces have none.
+    """
+    room = most - len(run.tokens)
+    characters = run.characters + len(piece.text)
+    empty = run.empty_pieces + (not piece.tokens)
+    tokens = min(len(run.tokens) + len(piece.tokens), most)
+    if characters > MOST_CHARACTERS * (tokens + 1) or empty > MOST_EMPTY_PIECES:
+        raise ProtocolError(
+            f"the head peer sent {characters} characters of text, {empty} pieces of it without a token, for "
+            f"{tokens} tokens"
+        )
+    run.characters, run.empty_pieces = characters, empty
+    run.tokens += piece.tokens[:room]
+    return len(piece.tokens) <= room
 
 
 async def _next(channel: Channel) -> Any:

@@ -10,6 +10,7 @@ import attrs
 import msgspec
 
 from swarmcore.errors import ProtocolError, RemoteFaultError, SwarmError, error_classes
+from swarmcore.printable import printable_line
 from swarmcore.types import PeerId, short
 from swarmcore.wire.framing import decode_record, encode_record
 
@@ -43,8 +44,11 @@ def to_failure(error: SwarmError) -> Failure:
 
 
 def to_error(failure: Failure, peer: PeerId) -> SwarmError:
-    """The error that ``failure`` stands for; `RemoteFaultError` when its class is unknown here."""
-    message = failure.message[:MAX_TEXT]
+    """The error that ``failure`` stands for; `RemoteFaultError` when its class is unknown here.
+
+    Its message is one printable line: errors end up in logs and on terminals.
+    """
+    message = printable_line(failure.message, MAX_TEXT)
     cls = error_classes().get(failure.error)
     if cls is None:
         cls = RemoteFaultError

@@ -2,13 +2,18 @@
 
 import io
 import json
+import logging
 from collections.abc import Mapping
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
+from swarmcore.cli.console import PrintableConsole
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.listening import by_scheme, network_config
-from swarmcore.cli.notes import Notes, readable
+from swarmcore.cli.notes import Notes
+from swarmcore.cli.options import Failure, PrintableFormatter
 from swarmcore.cli.output import Output
 from swarmcore.cli.progress import JsonProgress, PlainProgress
 from swarmcore.cli.status import describe, render
@@ -225,13 +230,53 @@ def test_how_servers_are_reached_is_shown_where_it_matters():
     assert told == paths
 
 
-def test_what_strangers_say_cannot_upset_the_terminal():
-    assert readable("a\x1b[2Jb\nc\t\u202ed") == "a [2Jb c d"
-    assert len(readable("x" * 10_000)) == 300
-
-
 def test_events_are_json_whatever_is_in_them(capsys: pytest.CaptureFixture[str]) -> None:
     Output(json_lines=True).event("error", message="Überlauf", details={"retry_after": float("inf")})
     line = capsys.readouterr().out
     expected = {"event": "error", "message": "Überlauf", "details": {"retry_after": None}}
     assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == expected
+
+
+HOSTILE = "a\x1b]52;c;cm0=\x07b\x9b2Jc\u202ed"
+SHOWN = "a^[]52;c;cm0=^Gb<U+009B>2Jc<U+202E>d"
+
+
+def test_what_strangers_say_cannot_act_upon_the_terminal(capsys):
+    output = Output()
+    output.result(HOSTILE)
+    output.piece(HOSTILE)
+    output.remark(HOSTILE)
+    Failure(InputError(HOSTILE)).show()
+    out, err = capsys.readouterr()
+    assert out == f"{SHOWN}\n{SHOWN}"
+    assert err == f"{SHOWN}\nerror: {SHOWN}\n"
+    Output(json_lines=True).event("piece", text=HOSTILE)
+    line = capsys.readouterr().out
+    assert json.loads(line) == {"event": "piece", "text": HOSTILE}
+    assert line.strip().isascii()
+
+
+def test_tables_and_bars_show_what_strangers_say_as_it_is():
+    file = io.StringIO()
+    console = PrintableConsole(file=file, force_terminal=True, width=120)
+    table = Table(title=Text(HOSTILE))
+    table.add_column("name")
+    table.add_row(Text(HOSTILE))
+    console.print(table, Text(HOSTILE, style="red"))
+    shown = file.getvalue().replace("^G", "")  # rich itself leaves out the bell
+    assert shown.count(SHOWN.replace("^G", "")) == 2
+    assert "\x1b[31m" in shown
+    assert "\x1b]52" not in shown
+
+
+def test_a_log_line_is_one_line(caplog):
+    formatter = PrintableFormatter("%(levelname)s %(message)s")
+    record = logging.LogRecord("x", logging.INFO, "x.py", 1, "said %s\nand more", (HOSTILE,), None)
+    assert formatter.format(record) == f"INFO said {SHOWN} and more"
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError as exc:
+        record.exc_info = (type(exc), exc, exc.__traceback__)
+    first, *trace = formatter.format(record).split("\n")
+    assert first == f"INFO said {SHOWN} and more"
+    assert trace[-1] == f"ValueError: {SHOWN}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError, SwarmError
+from swarmcore.printable import printable_line
 from swarmcore.transport import Buffer
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
@@ -252,7 +253,7 @@ class Connection(asyncio.BufferedProtocol):
             ):  # both have retired it, and neither is interested in the other's last words
                 self._cut()
         elif kind is Kind.ABORT:
-            self._aborted(body.decode(errors="replace")[:_MAX_REASON])
+            self._aborted(printable_line(body.decode(errors="replace"), _MAX_REASON))
         elif self.remote is None:
             self._greet(self, kind, body)
         elif kind is Kind.HEARTBEAT:
