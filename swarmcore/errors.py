@@ -117,6 +117,13 @@ class TooManyCallsError(BusyError):
     """The peer already runs as many calls as it allows."""
 
 
+class ResourceLimitError(BusyError):
+    """What was asked for would take more of the peer than it lets one peer, or all together, have at a time.
+
+    ``resource`` (such as ``"bytes"``), ``scope`` and ``limit`` name the bound.
+    """
+
+
 class ServerMemoryError(BusyError):
     """The server ran out of memory. Smaller micro-batches may fit, or another server."""
 

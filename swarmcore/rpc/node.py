@@ -21,6 +21,7 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.identity import Identity
+from swarmcore.resources import ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
 from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
@@ -44,7 +45,8 @@ class Node:
 
     ``allowed_peers`` closes the swarm: the node neither answers nor calls anybody else.
     ``limits.max_calls`` and ``max_calls_per_peer`` bound what remote peers have open here; above them they
-    get `TooManyCallsError`.
+    get `TooManyCallsError`. ``resources`` bounds what they make this process hold; it is shared with the
+    transports, and with whatever else serves peers here.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Node:
         *,
         limits: Limits | None = None,
         allowed_peers: Collection[PeerId] | None = None,
+        resources: ResourceManager | None = None,
     ) -> None:
         self.identity = identity
         self.limits = limits or Limits()
@@ -61,6 +64,9 @@ class Node:
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name: calls_in, calls_out, refused."""
         self._transports = {transport.scheme: transport for transport in transports}
+        self.resources = resources or ResourceManager()
+        for transport in transports:
+            transport.resources = self.resources
         if self.allowed_peers is not None:
             for transport in transports:
                 transport.allow_only(self.allowed_peers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.cut import build_on_meta, cut_config, layer_list
 from swarmcore.executor.torch.device import DTYPES, choose_dtype, parse_device
 from swarmcore.placement.capacity import BlockNeeds
+from swarmcore.resources import limits as resources
 from swarmcore.types import Span
 
 
@@ -45,7 +45,7 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(parse_device(device))
         return int(free)
-    return min(_available_memory(), _control_group_room())
+    return resources.free_memory()
 
 
 def device_name(device: str) -> str:
@@ -75,23 +75,3 @@ def _cached_values(config: Any) -> int:
         return int(heads * (config.qk_nope_head_dim + rotated + config.v_head_dim))
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(2 * (getattr(config, "num_key_value_heads", None) or heads) * size)
-
-
-def _available_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):  # unlike what is free, it counts the page cache
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _control_group_room() -> int:
-    """What a container's limit leaves, or a very large number."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        return max(0, int(limit) - int(used))
-    except (OSError, ValueError):
-        return 2**63

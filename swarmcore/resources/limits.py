@@ -1,0 +1,151 @@
+"""How much of the machine remote peers may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import attrs
+
+if sys.platform != "win32":
+    import resource
+
+_MIB = 2**20
+
+
+@attrs.frozen
+class Bounds:
+    """The most of one resource that may be in use at a time, by scope."""
+
+    system: int
+    """All peers together."""
+    peer: int
+    """One peer that has proven its id."""
+    unproven: int
+    """All together that have not proven an id yet."""
+    protocol: int
+    """One protocol or method, for all peers together."""
+
+
+@attrs.frozen
+class Machine:
+    """What there is to divide."""
+
+    descriptors: int
+    """File descriptors that this process may still open."""
+    memory: int
+    """Bytes that this process may still take."""
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This process now: its limits and what it uses already."""
+        return cls(max(0, descriptor_limit() - open_descriptors()), free_memory())
+
+
+@attrs.frozen
+class ResourceLimits:
+    """Bounds on everything that a `ResourceManager` counts."""
+
+    bytes: Bounds
+    streams: Bounds
+    descriptors: Bounds
+    dials: Bounds
+
+    @classmethod
+    def of(cls, machine: Machine) -> ResourceLimits:
+        """Bounds that leave ``machine`` room for its own work.
+
+        An eighth of the memory, between 256 MiB and 4 GiB, is for what remote peers send; one peer gets half
+        of that, and 256 MiB at most. A quarter of the descriptors, 256 at most, stays for files and dials of
+        our own; of the rest, one peer gets a half at most, as do all together that are not proven.
+        """
+        held = min(max(machine.memory // 8, 256 * _MIB), 4096 * _MIB)
+        of_peer = min(held // 2, 256 * _MIB)
+        sockets = max(machine.descriptors - min(machine.descriptors // 4, 256), 8)
+        return cls(
+            bytes=Bounds(held, of_peer, held // 8, held),
+            streams=Bounds(4096, 256, 512, 4096),
+            descriptors=Bounds(sockets, min(sockets // 2, 512), min(sockets // 2, 512), sockets),
+            dials=Bounds(256, 16, 16, 256),
+        )
+
+
+def raise_descriptor_limit(most: int = 65_536) -> int:
+    """Raise this process's soft limit of open files to the hard one, up to ``most``; return what it is then.
+
+    For programs, at their start: a library leaves the limits of its process alone.
+    """
+    if sys.platform == "win32":
+        return descriptor_limit()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError):  # some systems allow less than they say
+            return soft
+    return descriptor_limit()
+
+
+def descriptor_limit() -> int:
+    """How many files this process may have open."""
+    if sys.platform == "win32":
+        return 8192
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if soft == resource.RLIM_INFINITY else soft
+
+
+def open_descriptors() -> int:
+    """How many files this process has open; a guess where the system does not say."""
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a list is all that is wanted
+    except OSError:
+        return 64
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, of its container and of its own limits."""
+    return max(0, min(_of_machine(), _of_container(), _of_process()))
+
+
+def _of_machine() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # unlike what is free, it counts the page cache
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2**33
+
+
+def _of_container() -> int:
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**63
+
+
+def _of_process() -> int:
+    if sys.platform == "win32":
+        return 2**63
+    room = 2**63
+    for limit, used in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            room = min(room, soft - _status(used))
+    return room
+
+
+def _status(field: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
