@@ -1,5 +1,18 @@
-"""``python -m swarmcore`` is the command line."""
+"""The command line, as ``swarmcore`` and as ``python -m swarmcore``."""
 
-from swarmcore.cli import main
+from __future__ import annotations
 
-main(prog_name="swarmcore")
+import sys
+
+
+def run() -> None:
+    """Run the command; Ctrl-C ends it without a traceback also while its modules are imported."""
+    try:
+        from swarmcore.cli import main
+    except KeyboardInterrupt:
+        sys.exit(130)
+    main(prog_name="swarmcore")
+
+
+if __name__ == "__main__":
+    run()

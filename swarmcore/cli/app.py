@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -22,7 +23,16 @@ from swarmcore.imports import keep_imports
 
 
 class CommandGroup(click.Group):
-    """Ends an interrupted command at once: all is closed, and Python takes a second to tear torch down."""
+    """Ends an interrupted command at once: all is closed, and Python takes a second to tear torch down.
+
+    Characters that the terminal's encoding lacks are shown as ``?``.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         keep_imports()

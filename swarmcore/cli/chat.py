@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.exceptions import Exit
 
 from swarmcore.cli import interrupt
 from swarmcore.cli.options import (
@@ -24,6 +26,11 @@ from swarmcore.errors import SwarmError
 if TYPE_CHECKING:
     from swarmcore.client.chat import Conversation
 
+_COMMANDS = """\
+/new   begin a new conversation
+/bye   leave, as Ctrl-D does
+What begins with another character, a blank for instance, is said to the model."""
+
 
 @click.command()
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -36,7 +43,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves.
 
-    Where stdin is no terminal each of its lines is a turn.
+    Where stdin is no terminal each of its lines is a turn, and the command fails if one of them does.
     """
     converse = _converse_thin if thin_here(output, thin) else _converse
     interrupt.run(converse(output, system, remote, sampling))
@@ -51,9 +58,8 @@ async def _converse(
         output.event("ready", model=model.info.name, chain=str(chain))
         if remote.route:
             show_route(output, swarm, model.info, chain)
-        async with model.chat(system=system) as conversation, aclosing(turns()) as said:
-            async for text in said:
-                await _turn(output, conversation, text, sampling)
+        async with model.chat(system=system) as conversation:
+            await _turns(output, conversation, sampling)
 
 
 async def _converse_thin(
@@ -62,14 +68,31 @@ async def _converse_thin(
     async with thin_swarm(remote) as swarm:
         output.remark("Head peers answer. Ctrl-C stops an answer, Ctrl-D leaves.")
         output.event("ready", model=remote.model or "", chain="")
-        conversation = swarm.chat(system=system, model=remote.model or "")
-        async with conversation, aclosing(turns()) as said:
-            async for text in said:
-                await _turn(output, conversation, text, sampling)
+        async with swarm.chat(system=system, model=remote.model or "") as conversation:
+            await _turns(output, conversation, sampling)
 
 
-async def _turn(output: Output, conversation: Conversation[Any], text: str, sampling: dict[str, Any]) -> None:
-    """Show the answer; an error of the swarm ends this turn only."""
+async def _turns(output: Output, conversation: Conversation[Any], sampling: dict[str, Any]) -> None:
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    beginning = list(conversation.messages)
+    failed = False
+    async with aclosing(turns()) as said:
+        async for text in said:
+            if not typed or not text.startswith("/"):
+                failed |= not await _turn(output, conversation, text, sampling)
+            elif text.strip() == "/new":
+                conversation.messages[:] = beginning
+                output.remark("a new conversation")
+            elif text.strip() in ("/bye", "/exit", "/quit"):
+                return
+            else:
+                output.remark(_COMMANDS)
+    if failed and not typed:
+        raise Exit(1)
+
+
+async def _turn(output: Output, conversation: Conversation[Any], text: str, sampling: dict[str, Any]) -> bool:
+    """Show the answer; an error of the swarm ends this turn only. Return whether there was none."""
     answer: list[str] = []
 
     async def show() -> None:
@@ -85,7 +108,7 @@ async def _turn(output: Output, conversation: Conversation[Any], text: str, samp
             output.result("")
         output.remark(f"error: {one_line(exc)}")
         output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
-        return
+        return False
     output.result("" if whole else " …")
     made = conversation.generation
     output.event(
@@ -96,6 +119,7 @@ async def _turn(output: Output, conversation: Conversation[Any], text: str, samp
         new_tokens=made.new_tokens if made else 0,
         **_made_by(conversation),
     )
+    return True
 
 
 def _made_by(conversation: Conversation[Any]) -> dict[str, str]:

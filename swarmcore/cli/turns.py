@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import stat
 import sys
 from collections.abc import AsyncGenerator
+from typing import BinaryIO
 
 _PROMPT = "> "
 _LONGEST_LINE = 2**20
@@ -14,7 +16,14 @@ _LONGEST_LINE = 2**20
 
 def turns() -> AsyncGenerator[str, None]:
     """Each line that is not blank, until Ctrl-D, Ctrl-C at an empty prompt, or the end of the file."""
-    return _typed() if sys.stdin.isatty() else _piped()
+    if sys.stdin is None:
+        return _read(io.BytesIO())
+    if sys.stdin.isatty():
+        return _typed()
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    # No event loop waits for what else there is, files and /dev/null among it.
+    waits = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+    return _piped() if waits else _read(sys.stdin.buffer)
 
 
 async def _typed() -> AsyncGenerator[str, None]:
@@ -35,12 +44,13 @@ async def _typed() -> AsyncGenerator[str, None]:
             yield line
 
 
+async def _read(file: BinaryIO) -> AsyncGenerator[str, None]:
+    while line := file.readline(_LONGEST_LINE).decode(errors="replace"):
+        if line.strip():
+            yield line.strip()
+
+
 async def _piped() -> AsyncGenerator[str, None]:
-    if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
-        for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
-        return
     reader = asyncio.StreamReader(limit=_LONGEST_LINE)
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pexpect
@@ -29,6 +30,13 @@ def test_generate_from_arguments_and_from_stdin(start, client):
     assert stdin.end("The capital of France is")[:2] == (0, last["text"] + "\n")
 
 
+def test_status_on_a_terminal_of_few_characters(start, whole_model_server):
+    process = start("status", "--once", "--bootstrap", whole_model_server, PYTHONIOENCODING="ascii")
+    status, stdout, stderr = process.end()
+    assert (status, stderr) == (0, "")
+    assert "111111" in stdout
+
+
 def test_status_shows_the_server(start, whole_model_server):
     status, stdout, _ = start("status", "--once", "--bootstrap", whole_model_server).end()
     assert status == 0
@@ -45,11 +53,25 @@ def test_chat_from_a_pipe_keeps_what_was_said(start, client):
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
 
 
+def test_chat_with_nothing_to_read_ends(start, client):
+    status, stdout, stderr = start("chat", *client, stdin=subprocess.DEVNULL).end()
+    assert (status, stdout) == (0, "")
+    assert "Traceback" not in stderr
+
+
+def test_a_piped_chat_whose_turn_fails_is_a_failure(start, client):
+    status, _, stderr = start("chat", *client, "--max-new-tokens", "4").end("word " * 9000 + "\n")
+    assert status == 1
+    assert "error: " in stderr
+
+
 def test_chat_on_a_terminal(client):
     arguments = ["-m", "swarmcore", "chat", *client, "--max-new-tokens", "2000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     with pexpect.spawn(sys.executable, arguments, env=environment, timeout=60, encoding="utf-8") as terminal:
         terminal.expect("Ctrl-D leaves")
+        terminal.sendline("/help")
+        terminal.expect("is said to the model.*2004h")
         terminal.sendline("Story!")
         terminal.expect("[a-z]+ [a-z]+ [a-z]+")
         terminal.sendintr()  # stops the answer, not the program
@@ -57,6 +79,9 @@ def test_chat_on_a_terminal(client):
         terminal.sendline(QUESTION)
         terminal.expect("Paris")
         terminal.expect("2004h")  # the prompt has the terminal
+        terminal.sendline("/new")
+        terminal.expect("a new conversation")
+        terminal.expect("2004h")
         terminal.sendeof()
         terminal.expect(pexpect.EOF)
         terminal.close()

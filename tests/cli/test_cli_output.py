@@ -44,6 +44,11 @@ def test_a_character_shows_the_least_covered_of_its_blocks(counts, width, bar):
     assert coverage_bar(counts, width) == bar
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "koi8-r"])
+def test_a_bar_is_plain_where_the_terminal_lacks_its_characters(encoding):
+    assert coverage_bar([0, 1, 2, 3, 4, 5], 6, encoding) == ".12344"
+
+
 def test_places_find_their_transport():
     assert by_scheme(["tcp"], ["0.0.0.0:4001", "[::]:4001"]) == {"tcp": ("0.0.0.0:4001", "[::]:4001")}
     assert by_scheme(["tcp", "ws"], ["ws://h:80", "tcp://h:1"]) == {"tcp": ("h:1",), "ws": ("h:80",)}

@@ -21,12 +21,19 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
-    """``cache_dir``, or ``$SWARMCORE_CACHE``, or ``~/.cache/swarmcore``. It need not exist yet."""
-    if cache_dir is not None:
-        return cache_dir.expanduser()
-    if named := os.environ.get("SWARMCORE_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "swarmcore"
+    """``cache_dir``, or ``$SWARMCORE_CACHE``, or ``~/.cache/swarmcore``. It need not exist yet.
+
+    Raise `StorageError` where that is in the home of somebody who has none.
+    """
+    folder = cache_dir or os.environ.get("SWARMCORE_CACHE")
+    try:
+        if folder:
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swarmcore"
+    except RuntimeError as exc:
+        raise StorageError(
+            f"there is no place for the model cache ({exc}); set SWARMCORE_CACHE to a folder"
+        ) from exc
 
 
 def gigabytes(size: int) -> str:

@@ -61,6 +61,7 @@ def _download(requirement: str, target: Path, progress: Progress) -> None:
             "pip",
             "--disable-pip-version-check",
             "--no-input",
+            "--no-color",
             "download",
             "--quiet",
         ]
