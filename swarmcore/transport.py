@@ -117,8 +117,8 @@ class Transport(ABC):
         self.listen_on = tuple(listen_on)
         self.announce = tuple(announce)
         self.resources = ResourceManager()
-        """What remote peers hold here. Whoever runs several transports sets one for all of them, before they are
-        used."""
+        """What remote peers hold here. Whoever runs several transports sets one for all of them before they
+        are used."""
         self.on_addresses: Callable[[tuple[Address, ...]], None] = lambda addresses: None
         """For whoever runs this transport to set: called with the addresses to announce whenever they are no
         longer those that `listen` returned, as when a relay is found or lost."""
