@@ -10,18 +10,17 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import ClassVar
 
-from swarmcore.distribution import install_command
 from swarmcore.errors import (
     InputError,
-    MissingExtraError,
     StreamClosedError,
     UnavailableError,
     UnknownTransportError,
 )
 from swarmcore.identity import Identity
+from swarmcore.plugins import PluginGroup
 from swarmcore.resources import ResourceManager
 from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
@@ -31,10 +30,13 @@ logger = logging.getLogger(__name__)
 Buffer = bytes | bytearray | memoryview
 """What `Stream.send` takes. A memoryview must be C-contiguous and of format ``"B"``."""
 
-ENTRY_POINT_GROUP = "swarmcore.transports"
-
-_EXTRAS = frozenset({"libp2p", "webrtc"})
-"""Schemes whose backends need the extra of the same name."""
+TRANSPORTS = PluginGroup(
+    "transport",
+    "swarmcore.transports",
+    extras={"libp2p": "libp2p", "webrtc": "webrtc"},
+    unknown=UnknownTransportError,
+)
+"""The installed backends; the name of each is its scheme."""
 
 
 class Stream(ABC):
@@ -201,7 +203,7 @@ async def serve_stream(stream: Stream, on_stream: OnStream) -> None:
 
 def installed_transports() -> dict[str, EntryPoint]:
     """The installed transport backends by scheme."""
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    return TRANSPORTS.installed()
 
 
 def transport_class(scheme: str) -> type[Transport]:
@@ -210,20 +212,8 @@ def transport_class(scheme: str) -> type[Transport]:
     Raise `UnknownTransportError` when none is installed, listing those that are, and `MissingExtraError`
     when the backend is there but a library it needs is not.
     """
-    installed = installed_transports()
-    if scheme not in installed:
-        names = ", ".join(sorted(installed)) or "none"
-        hint = (
-            f"; install it with: {install_command(scheme)}"
-            if scheme in _EXTRAS
-            else "; a plugin that provides it may need to be installed"
-        )
-        raise UnknownTransportError(f"no transport for {scheme!r} (installed: {names}){hint}")
-    try:
-        loaded = installed[scheme].load()
-    except ImportError as exc:
-        cure = f"; install it with: {install_command(scheme)}" if scheme in _EXTRAS else ""
-        raise MissingExtraError(f"transport {scheme!r} needs {exc.name or exc}{cure}") from exc
+    loaded = TRANSPORTS.load(scheme)
     if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
-        raise UnknownTransportError(f"entry point {installed[scheme].value!r} is not a Transport subclass")
+        value = TRANSPORTS.installed()[scheme].value
+        raise UnknownTransportError(f"entry point {value!r} is not a Transport subclass")
     return loaded

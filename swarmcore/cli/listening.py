@@ -14,7 +14,6 @@ from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
 if TYPE_CHECKING:
-    from swarmcore.registry.choice import RegistryKind
     from swarmcore.server.run import NetworkConfig
 
 _LIBP2P = "libp2p"
@@ -35,7 +34,7 @@ def network_config(
     relay_peers: Sequence[str] = (),
     no_upnp: bool = False,
     mdns: bool = False,
-    registry: RegistryKind = "gossip",
+    registry: str = "gossip",
     **webrtc: Any,
 ) -> NetworkConfig:
     """Make the configuration of ``peer`` from the values of `network_options`.
@@ -48,8 +47,6 @@ def network_config(
         Address.parse(address)
     for allowed in allowed_peers:
         public_key(allowed)
-    if registry == "dht" and _LIBP2P not in transports:
-        raise InputError(f"--registry dht needs the transport {_LIBP2P}; add --transport {_LIBP2P}")
     return NetworkConfig(
         transports={
             scheme: places or transport_class(scheme).default_places

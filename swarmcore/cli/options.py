@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from traceback import format_exception
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import click
@@ -21,9 +21,6 @@ from swarmcore.identity import Identity
 from swarmcore.printable import printable, printable_line
 from swarmcore.session.laps import JournalMode
 from swarmcore.types import PeerId
-
-if TYPE_CHECKING:
-    from swarmcore.registry.choice import RegistryKind
 
 MAX_ERROR = 4000
 MAX_LOG_LINE = 2000
@@ -127,11 +124,11 @@ _mdns = click.option(
 
 _registry = click.option(
     "--registry",
-    type=click.Choice(["gossip", "dht"]),
     default="gossip",
     show_default=True,
-    help="How the swarm's peers know of each other, the same at all of them; dht (libp2p) is for very large "
-    "swarms.",
+    metavar="NAME",
+    help="How the swarm's peers know of each other, the same at all of them: gossip, dht (libp2p; for very "
+    "large swarms), or one that a plug-in brings.",
 )
 
 
@@ -341,7 +338,7 @@ class RemoteModelOptions:
 
     bootstrap: tuple[str, ...]
     mdns: bool
-    registry: RegistryKind
+    registry: str
     ice: tuple[str, ...]
     ice_file: str | None
     ice_relay_only: bool

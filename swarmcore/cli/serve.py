@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Type of weights and computation; auto is the checkpoint's own.",
 )
+@click.option(
+    "--executor",
+    default="torch",
+    show_default=True,
+    metavar="NAME",
+    help="What computes the blocks: torch, or one that a plug-in brings.",
+)
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N.")
 @click.option(
     "--cache-tokens",
@@ -131,6 +138,7 @@ def serve(
     blocks: str | None,
     num_blocks: int | None,
     dtype: str,
+    executor: str,
     device: str,
     cache_tokens: int | None,
     max_batch_tokens: int,
@@ -167,6 +175,7 @@ def serve(
         span=Span.parse(blocks) if blocks is not None else None,
         num_blocks=num_blocks,
         dtype=dtype,
+        executor=executor,
         device=device,
         cache_tokens=cache_tokens,
         max_batch_tokens=max_batch_tokens,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from swarmcore.client.swarm import Swarm
     from swarmcore.registry.base import SwarmView
-    from swarmcore.registry.choice import RegistryKind
 
 _REFRESH = 0.5  # seconds between two looks at the view
 _ASK_AGAIN = 10.0  # seconds between two rounds of asking the servers what they are about to do
@@ -40,7 +39,7 @@ def status(
     output: Output,
     bootstrap: tuple[str, ...],
     mdns: bool,
-    registry: RegistryKind,
+    registry: str,
     identity_file: str | None,
     once: bool,
     **webrtc: Any,
@@ -68,7 +67,7 @@ async def _watch(
     output: Output,
     bootstrap: tuple[str, ...],
     mdns: bool,
-    registry: RegistryKind,
+    registry: str,
     identity_file: str | None,
     options: dict[str, dict[str, Any]],
     *,

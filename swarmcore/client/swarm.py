@@ -28,9 +28,8 @@ from swarmcore.identity import Identity, public_key
 from swarmcore.imports import import_large
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
-from swarmcore.registry.choice import RegistryKind, dht_registry
+from swarmcore.registry.choice import RegistryChoice, make_registry
 from swarmcore.registry.neighbours import meet_neighbours
-from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.routing.chain import Chain, Router
 from swarmcore.routing.costs import ChainCost, CostModel
 from swarmcore.routing.health import PeerHealth
@@ -314,7 +313,7 @@ def connect(
     transports: Sequence[str] = (),
     transport_options: Mapping[str, Mapping[str, Any]] | None = None,
     mdns: bool = False,
-    registry: RegistryKind = "gossip",
+    registry: RegistryChoice = "gossip",
     allowed_servers: Collection[PeerId] | None = None,
     blocked_servers: Collection[PeerId] = (),
     max_hops: int | None = None,
@@ -325,7 +324,7 @@ def connect(
     ``transports`` are schemes to have besides those of the bootstrap addresses, ``transport_options`` the
     keyword arguments of their constructors, by scheme (what is named there, the swarm has, too). With
     ``mdns`` members are looked for on the local network, too, over libp2p, and no address is needed.
-    ``registry`` is the one that the swarm's members run. ``allowed_servers``, when
+    ``registry`` is the one that the swarm's members run, by its name or itself. ``allowed_servers``, when
     given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
     most ``max_hops`` servers. Raise `AddressError` for a bad address or peer id,
     `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
@@ -370,7 +369,7 @@ def connect(
     )
     return Swarm(
         node,
-        dht_registry(node, backends, addresses) if registry == "dht" else WatchingRegistry(node, addresses),
+        make_registry(registry, node, addresses, member=False),
         router=router,
         latencies=latencies,
         again=again,

@@ -66,30 +66,50 @@ def _by_span(server: ServerInfo) -> tuple[int, int, PeerId]:
 
 
 class Registry(ABC):
-    """Soft state with expiry: what each peer announces of itself, signed by that peer."""
+    """Soft state with expiry: what each peer announces of itself, signed by that peer.
+
+    A back end is installed under the entry-point group ``swarmcore.registries``, as a
+    `swarmcore.registry.choice.RegistryFactory`; `swarmcore.testing.registry_contract` holds it to what is
+    said here.
+    """
 
     @abstractmethod
     async def announce(self, info: ServerInfo, ttl: float) -> None:
-        """Publish ``info``, replacing what this peer announced before; it expires after ``ttl`` seconds.
+        """Publish ``info``, replacing what this peer announced before, and keep it published.
 
-        Announce again well before that (a third of ``ttl`` is usual). Raise `InputError` when ``info.peer``
-        is not this peer.
+        The own view has it when this returns, the others soon after. The registry refreshes it by itself
+        (a third of ``ttl`` is usual) until `withdraw` or `close`; from the last refresh it holds for ``ttl``
+        seconds, so that a peer that died is out of every view by then. Announcing the same again is no
+        change: it makes no new revision. An identity that comes back after a crash supersedes what it had
+        announced before.
+
+        Raise `InputError` when ``info.peer`` is not this peer or ``ttl`` is not above 0; nothing is announced
+        then.
         """
 
     @abstractmethod
     async def withdraw(self) -> None:
-        """Take back this peer's announcement: others see it leave at once, not at its expiry."""
+        """Take back this peer's announcement: others see it leave at once, not at its expiry.
+
+        Harmless when nothing is announced; it may be announced again afterwards.
+        """
 
     @abstractmethod
     def view(self) -> SwarmView:
-        """What is known now. Never waits; may lag behind the swarm by a propagation delay."""
+        """What is known now. Never waits; may lag behind the swarm by a propagation delay.
+
+        A view never changes: ``servers`` refuses to be written to, and what comes later is in another view,
+        whose ``revision`` is above this one's. Once `start` has returned, it has what the member that was
+        joined through knew. After `close` the last one can still be read.
+        """
 
     @abstractmethod
     def changes(self) -> AsyncIterator[Change]:
-        """Every change from now on, until the registry is closed.
+        """Every change from the call on, in order, until the registry is closed; then what still waits.
 
-        A reader too slow for its bounded queue is not dropped: it skips intermediate changes of a peer and
-        gets the latest one.
+        Changes tell the view: joined, then any number of updates, then left, for each peer. A reader too slow
+        for its bounded queue (`swarmcore.registry.changes.READER_BOUND`, which `ChangeFeed` keeps) is not
+        dropped: it skips intermediate changes of a peer and gets the latest one.
         """
 
     def suspect(self, peer: PeerId) -> None:  # noqa: B027
@@ -112,4 +132,7 @@ class Registry(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Stop; does not withdraw. Harmless when repeated."""
+        """Stop, and end all readers of changes. Harmless when repeated.
+
+        It does not withdraw: what was announced holds for the rest of its ``ttl`` elsewhere.
+        """

@@ -1,34 +1,54 @@
-"""Which back end of the registry a peer runs."""
+"""Which back end of the registry a peer runs: one that is installed, by name, or one that is passed in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol
 
 from swarmcore.errors import InputError
+from swarmcore.plugins import PluginGroup
 from swarmcore.registry.base import Registry
+from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.watch import WatchingRegistry
 from swarmcore.rpc.node import Node
-from swarmcore.transport import Transport
 from swarmcore.types import Address
 
-RegistryKind = Literal["gossip", "dht"]
-"""All peers of a swarm have to agree: members of the one do not see those of the other."""
+REGISTRIES = PluginGroup("registry", "swarmcore.registries", extras={"dht": "libp2p"})
+"""The installed back ends; each entry point is a `RegistryFactory`."""
 
 
-@runtime_checkable
-class CarriesDht(Protocol):
-    """A transport whose peers form a distributed hash table."""
+class RegistryFactory(Protocol):
+    """Makes the registry of one peer: what a back end is installed as."""
 
-    def dht_registry(self, node: Node, bootstrap: Sequence[Address]) -> Registry:
-        """A registry of ``node`` over it, yet to be started. Raise `InputError` for addresses not its own."""
+    def __call__(self, node: Node, bootstrap: Sequence[Address], *, member: bool) -> Registry:
+        """The registry of ``node``, yet to be started, which will join through ``bootstrap``.
+
+        ``node`` is neither started nor closed by it, and has the transports that the registry may use. A
+        ``member`` listens, announces itself and may be joined through; another one is a client, which reads.
+        Raise `InputError` when these transports or addresses will not do.
+        """
 
 
-def dht_registry(node: Node, transports: Sequence[Transport], bootstrap: Sequence[Address]) -> Registry:
-    """The DHT registry of ``node``, over the one of its ``transports`` that has a DHT.
+RegistryChoice = str | RegistryFactory
+"""The name of a back end that is installed, or one itself. All peers of a swarm have to agree: members of
+one do not see those of another."""
 
-    Raise `InputError` when none has.
+
+def make_registry(
+    choice: RegistryChoice, node: Node, bootstrap: Sequence[Address], *, member: bool
+) -> Registry:
+    """The registry of ``node``, yet to be started.
+
+    Raise `InputError` when no such back end is installed, or it cannot work over the node's transports, and
+    `MissingExtraError` when it needs a library that is not there.
     """
-    for transport in transports:
-        if isinstance(transport, CarriesDht):
-            return transport.dht_registry(node, bootstrap)
-    raise InputError("the registry dht needs the transport libp2p: add it, or choose the registry gossip")
+    factory = REGISTRIES.load(choice) if isinstance(choice, str) else choice
+    registry = factory(node, bootstrap, member=member) if callable(factory) else factory
+    if not isinstance(registry, Registry):
+        raise InputError(f"registry {choice!r} does not make a Registry, but {type(registry).__name__}")
+    return registry
+
+
+def gossip(node: Node, bootstrap: Sequence[Address], *, member: bool) -> Registry:
+    """The registry that is built in: members gossip, clients follow one of them."""
+    return GossipRegistry(node, bootstrap) if member else WatchingRegistry(node, bootstrap)

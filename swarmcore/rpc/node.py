@@ -87,6 +87,10 @@ class Node:
         return self.identity.peer
 
     @property
+    def transports(self) -> tuple[Transport, ...]:
+        return tuple(self._transports.values())
+
+    @property
     def addresses(self) -> tuple[Address, ...]:
         """Where others can dial this peer now; empty before `start`, and for a pure client."""
         return tuple(address for found in self._addresses.values() for address in found)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from swarmcore.errors import InputError
+from swarmcore.executor.loader import BlockLoader
 from swarmcore.server.head_limits import HeadLimits
 from swarmcore.types import Span
 
@@ -62,6 +63,8 @@ class ServerConfig:
     """Blocks to hold; None for those that the swarm serves worst."""
     num_blocks: int | None = attrs.field(default=None, validator=_positive)
     """How many blocks to hold; None for as many as fit. ``span`` goes before it."""
+    executor: str | type[BlockLoader] = "torch"
+    """What computes the blocks: the name of a back end that is installed, or one itself."""
     dtype: str = "auto"
     device: str = "cpu"
     cache_tokens: int | None = attrs.field(default=None, validator=_positive)

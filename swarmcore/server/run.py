@@ -19,8 +19,7 @@ from swarmcore.identity import Identity
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.announcing import follow_addresses
 from swarmcore.registry.base import Registry
-from swarmcore.registry.choice import RegistryKind, dht_registry
-from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.choice import RegistryChoice, make_registry
 from swarmcore.registry.neighbours import PATIENCE, meet_neighbours
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
@@ -34,7 +33,6 @@ from swarmcore.server.loading import (
     default_activation_budget,
     default_cache_tokens,
     default_kept_budget,
-    load_blocks,
     open_model,
     plan_blocks,
     read_adapter,
@@ -50,7 +48,7 @@ from swarmcore.wire.tensors import ITEM_BYTES
 
 if TYPE_CHECKING:
     from swarmcore.executor.base import BlockExecutor
-    from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
+    from swarmcore.executor.loader import BlockLoader, Progress
     from swarmcore.placement.capacity import CapacityPlan
 
 logger = logging.getLogger(__name__)
@@ -73,8 +71,8 @@ class NetworkConfig:
     """The only peers that may call this one; None for everyone."""
     options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     """Keyword arguments for the constructors of transports, by scheme."""
-    registry: RegistryKind = "gossip"
-    """How its members know of each other; all of a swarm have to agree."""
+    registry: RegistryChoice = "gossip"
+    """How its members know of each other: a back end, or its name. All of a swarm have to agree."""
     find_neighbours: bool = False
     """Whether to look for the swarm's members on the local network, and to be found there; see
     `Transport.find_neighbours`. A server that knows no ``bootstrap`` joins through those it finds."""
@@ -94,11 +92,7 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
         )
     node = Node(identity, transports, allowed_peers=network.allowed_peers)
     bootstrap = [Address.parse(url) for url in network.bootstrap]
-    registry: Registry
-    if network.registry == "dht":
-        registry = dht_registry(node, transports, bootstrap)
-    else:
-        registry = GossipRegistry(node, bootstrap)
+    registry = make_registry(network.registry, node, bootstrap, member=True)
     try:
         await node.start()
         if network.find_neighbours:
@@ -130,20 +124,20 @@ async def run_server(
     rng = random.Random()
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
-        checkpoint = await asyncio.to_thread(open_model, config, progress)
-        model = checkpoint.info
+        loader = await asyncio.to_thread(open_model, config, progress)
+        model = loader.model
         if config.span is not None:
             check_span(config.span, model.blocks, model.name)
         # Before the memory that is left for blocks is looked at.
         head = await stack.enter_async_context(_head(config, node, registry, progress))
-        plan = await asyncio.to_thread(plan_blocks, config, checkpoint)
+        plan = await asyncio.to_thread(plan_blocks, config, loader)
         if on_plan is not None:
             on_plan(plan)
-        kept = await asyncio.to_thread(speed_file, config, checkpoint)
+        kept = await asyncio.to_thread(speed_file, config, loader)
         await registry.start()
         span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
         for folder in config.adapters.values():  # better refused now than once the blocks are loaded
-            await _read_adapter(checkpoint, folder, span)
+            await _read_adapter(loader, folder, span)
         speed = _known_speed(config, kept)
         joining = ServerInfo(
             peer=node.peer,
@@ -163,7 +157,7 @@ async def run_server(
         following = asyncio.create_task(follow_addresses(node, registry, joining, config.announce_ttl))
         try:
             began = asyncio.get_running_loop().time()
-            executor = await asyncio.to_thread(load_blocks, config, checkpoint, span, progress)
+            executor = await asyncio.to_thread(loader.load, span, progress=progress)
             loading = asyncio.get_running_loop().time() - began
             speed = await _measure(speed, kept, executor, node, registry, rng)
         except BaseException:
@@ -171,10 +165,10 @@ async def run_server(
             raise
         finally:
             following.cancel()
-        cache_tokens = config.cache_tokens or default_cache_tokens(executor, config.device)
+        cache_tokens = config.cache_tokens or default_cache_tokens(executor, loader)
         settings = config
         if settings.activation_budget is None:
-            settings = attrs.evolve(config, activation_budget=default_activation_budget(config.device))
+            settings = attrs.evolve(config, activation_budget=default_activation_budget(loader))
         if settings.kept_budget is None:
             settings = attrs.evolve(settings, kept_budget=default_kept_budget())
         async with BlockServer(
@@ -185,7 +179,7 @@ async def run_server(
             cache_tokens=cache_tokens,
             speed=speed,
             seconds_per_block=loading / len(span),
-            read_adapter=partial(_read_adapter, checkpoint),
+            read_adapter=partial(_read_adapter, loader),
             rng=rng,
             incarnation=joining.incarnation,
             head=head,
@@ -219,8 +213,8 @@ async def _head(
         yield service
 
 
-async def _read_adapter(checkpoint: Checkpoint, folder: str, span: Span) -> Weights:
-    return await asyncio.to_thread(read_adapter, folder, checkpoint, span)
+async def _read_adapter(loader: BlockLoader, folder: str, span: Span) -> Weights:
+    return await asyncio.to_thread(read_adapter, folder, loader.config, span)
 
 
 def _known_speed(config: ServerConfig, kept: SpeedFile) -> ServerSpeed:

@@ -38,7 +38,7 @@ async def test_blocks_compute_with_what_is_in_the_file(kind: str, tmp_path: Path
     hidden = model.get_input_embeddings()(ids)[0].detach()
     for span in (Span(0, 2), Span(2, 5)):  # two servers
         executor = TorchExecutor.load(checkpoint, span, dtype="float32", threads=1)
-        weights = read_adapter(str(tmp_path / "adapter"), checkpoint, span)
+        weights = read_adapter(str(tmp_path / "adapter"), checkpoint.config, span)
         ready = await executor.load_adapter(weights.tensors, weights.scaling)
         batch = SequenceBatch(span, (7,), to_wire("hidden", hidden), ready)
         hidden = to_torch((await through(executor.forward(batch), 100)).outputs).clone()

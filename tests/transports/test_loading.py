@@ -46,7 +46,7 @@ def test_an_unknown_scheme_lists_those_installed() -> None:
 def test_a_scheme_of_ours_that_is_not_installed_names_its_extra(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmcore.transport.entry_points", lambda group: [])
+    monkeypatch.setattr("swarmcore.plugins.entry_points", lambda group: [])
     with pytest.raises(
         UnknownTransportError, match=rf"installed: none.*pip install 'swarmcore-llm\[{scheme}\]'"
     ):

@@ -62,6 +62,17 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
+def dht_registry(node: Node, bootstrap: Sequence[Address], *, member: bool) -> DhtRegistry:
+    """The registry of ``node`` over the DHT of its libp2p transport; one that listens serves the DHT.
+
+    Raise `InputError` when it has no such transport, and as `DhtRegistry` does.
+    """
+    for transport in node.transports:
+        if isinstance(transport, Libp2pTransport):
+            return DhtRegistry(node, transport, bootstrap)
+    raise InputError(f"the registry dht needs the transport {SCHEME}: add it, or choose the registry gossip")
+
+
 class DhtRegistry(Registry):
     """A node of the DHT on the host of ``transport``, one of those of ``node``.
 

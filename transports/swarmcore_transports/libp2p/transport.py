@@ -20,8 +20,6 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.identity import Identity
-from swarmcore.registry.base import Registry
-from swarmcore.rpc.node import Node
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
@@ -133,12 +131,6 @@ class Libp2pTransport(Transport):
     async def trio_side(self) -> tuple[TrioThread, Host]:
         """The trio thread and its host, for what else runs on them; started on first use."""
         return await self._started()
-
-    def dht_registry(self, node: Node, bootstrap: Sequence[Address]) -> Registry:
-        """A registry of ``node``, which has this transport, over the DHT of libp2p; yet to be started."""
-        from swarmcore_transports.libp2p.dht_registry import DhtRegistry
-
-        return DhtRegistry(node, self, bootstrap)
 
     def _crashed(self, error: SwarmError) -> None:
         logger.error("%r: %s", self, error)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import Lock
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, bytes done, bytes in all)``, from any thread but never from two at once.
-
-0 in all means that the total is not known. What it raises ends the work.
-"""
+from swarmcore.executor.loader import Progress as Progress
 
 
 def no_progress(what: str, done: int, total: int) -> None:
