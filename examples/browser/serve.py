@@ -26,7 +26,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080, help="0 is any free one")
     port = parser.parse_args().port
     folder = Path(__file__).parent
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(Page, directory=folder)) as server:
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Page, directory=folder))
+    except OSError as error:
+        parser.exit(1, f"cannot listen on port {port}: {error.strerror}; choose another one with --port\n")
+    with server:
         print(f"http://localhost:{server.server_port}/", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
