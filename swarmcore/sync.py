@@ -53,7 +53,7 @@ def connect(*bootstrap: str, **options: Any) -> Swarm:
     from swarmcore.client import swarm
 
     async def entered() -> _swarm.Swarm:
-        return await swarm.connect(*bootstrap, **options).__aenter__()
+        return await swarm.connect(*bootstrap, **options)
 
     loop = background_loop()
     return Swarm(loop, loop.run(entered()))

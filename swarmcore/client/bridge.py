@@ -84,7 +84,7 @@ class Bridge:
             return self._swarm
         async with self._joining:
             if self._joined is None:
-                self._joined = await self._swarm.again().__aenter__()
+                self._joined = await self._swarm.again()
             return self._joined
 
 

@@ -75,6 +75,7 @@ class InferenceSession:
         self.model = model
         self.sequences = sequences
         self.options = options
+        self._node = node
         self._pipeline = Pipeline(node, model, opened, sequences=sequences, options=options)
         self._pipeline.on_draining = self._on_draining
         self._mender = Mender(self._pipeline, planner)
@@ -131,6 +132,7 @@ class InferenceSession:
         `BusyError` when there were replacements and none would do. The session then stands where it was, and
         the step may be tried again; without a journal the session has ended.
         """
+        self._node.check_loop()
         if self._broken is not None:
             raise self._broken
         if self._step is not None:

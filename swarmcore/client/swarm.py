@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -53,9 +53,10 @@ _MDNS = "libp2p"  # the transport whose peers are found that way
 
 
 class Swarm:
-    """What a client sees and does in a swarm. Made by `connect`; an async context manager.
+    """What a client sees and does in a swarm. Made by `connect`, and then joined: ``async with connect(…) as
+    swarm``, which closes it at the end, or ``swarm = await connect(…)``, after which you close it.
 
-    ``node`` and ``registry`` are owned: entering starts them, leaving closes them; not so with ``owned``
+    ``node`` and ``registry`` are owned: joining starts them, `close` closes them; not so with ``owned``
     false, for a client inside of a peer that runs them. The ``router`` is `LeastLatency` over ``latencies``
     unless another is given; servers are pinged within ``pings``. ``session_id`` makes up names of sessions,
     which nobody must be able to guess. With ``find_neighbours`` it joins through members on the local network
@@ -97,11 +98,22 @@ class Swarm:
         self._find_neighbours = find_neighbours
         self._tasks = BackgroundTasks()
         self._models: list[RemoteModel] = []
+        self._joined = self._closed = False
 
     def __repr__(self) -> str:
-        return f"<Swarm {len(self.registry.view())} peers seen by {short(self.node.peer)}>"
+        state = f"{len(self.registry.view())} peers seen" if self._joined else "not joined"
+        return f"<Swarm {'closed' if self._closed else state} by {short(self.node.peer)}>"
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        """Join; the swarm, to be closed in the end."""
+        return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
+        if self._closed:
+            raise InputError("this swarm is closed; connect again")
+        if self._joined:
+            self.node.check_loop()
+            return self
         try:
             if self._owned:
                 await self.node.start()
@@ -109,9 +121,17 @@ class Swarm:
         except BaseException:
             await self.close()
             raise
+        self._joined = True
         self._pinger.start()
         self._tasks.start(self._follow_health(), "peer health")
         return self
+
+    def _check_joined(self) -> None:
+        if not self._joined:
+            raise InputError(
+                "this swarm was never joined: write async with swarmcore.connect(…) as swarm, or "
+                "swarm = await swarmcore.connect(…)"
+            )
 
     async def _join(self) -> None:
         found = not self._find_neighbours or await meet_neighbours(self.node, self.registry)
@@ -132,6 +152,7 @@ class Swarm:
 
     async def close(self) -> None:
         """Close every session's connections, and the models loaded here. Harmless when repeated."""
+        self._closed = True
         while self._models:
             await self._models.pop().close()
         await self._pinger.close()
@@ -141,7 +162,8 @@ class Swarm:
             await self.node.close()
 
     def view(self) -> SwarmView:
-        """Who serves what, as known now."""
+        """Who serves what, as known now. Raise `InputError`, as all else does, when it was never joined."""
+        self._check_joined()
         return self.registry.view()
 
     @property
@@ -174,6 +196,8 @@ class Swarm:
 
         Raise `MissingBlocksError` when some are still missing after ``timeout`` seconds.
         """
+        self._check_joined()
+        self.node.check_loop()
         changes = self.registry.changes()
         try:
             async with asyncio.timeout(timeout):
@@ -201,6 +225,8 @@ class Swarm:
         frozen weights. The first session of a model waits for up to a second
         until its servers have been pinged. Raises as `swarmcore.client.session.open_session` does.
         """
+        self._check_joined()
+        self.node.check_loop()
         await self._pinger.look_at(model)
         planner = SwarmPlanner(
             self.registry,
@@ -217,6 +243,7 @@ class Swarm:
 
     def batch_runner(self, model: ModelInfo, options: PassOptions | None = None) -> BatchRunner:
         """What runs batches through blocks of ``model`` and back, without torch."""
+        self._check_joined()
         sessions = SwarmPlanner(self.registry, self.router, self.health, model, session_id=self._session_id)
         planner = PassPlanner(self.registry, self.health, model, sessions, admits=self._admits)
         return BatchRunner(self.node, planner, model, options, pass_id=self._session_id)
@@ -243,6 +270,7 @@ class Swarm:
         not take; `MissingHeadError` when nobody makes texts of the model, `BusyError` when all who do have no
         time, or else what the last of them raised.
         """
+        self._check_joined()
         request = open_generation(prompt, GenerationSettings(**options), adapter=adapter, rng=self._rng)
         choice = HeadChoice(model, self._rng, admits=self._admits)
         run = ThinRun(self.node, self.registry, self.health, choice, patience)
@@ -250,6 +278,7 @@ class Swarm:
 
     def chat(self, *, system: str | None = None, model: str = "") -> ThinChat:
         """A conversation in which head peers answer: ``async for piece in chat.say("Hello")``."""
+        self._check_joined()
         return ThinChat(self, system, model)
 
     async def load_model(
@@ -272,6 +301,8 @@ class Swarm:
         `ModelNotFoundError`, `CheckpointError`, and `MissingExtraError` without the extra ``torch``. Servers
         are looked for when a session opens, not here.
         """
+        self._check_joined()
+        self.node.check_loop()
         import_large("swarmcore.client.model")
         from swarmcore.client.model import RemoteModel
 
@@ -319,7 +350,8 @@ def connect(
     max_hops: int | None = None,
     limits: Limits | None = None,
 ) -> Swarm:
-    """A swarm that any of the ``bootstrap`` addresses is a member of. Use it as ``async with connect(…)``.
+    """A swarm that any of the ``bootstrap`` addresses is a member of. Join it: ``async with connect(…) as
+    swarm``, or ``swarm = await connect(…)``.
 
     ``transports`` are schemes to have besides those of the bootstrap addresses, ``transport_options`` the
     keyword arguments of their constructors, by scheme (what is named there, the swarm has, too). With
@@ -327,7 +359,7 @@ def connect(
     ``registry`` is the one that the swarm's members run, by its name or itself. ``allowed_servers``, when
     given, are the only peers whose blocks are used; those of ``blocked_servers`` never are. Chains have at
     most ``max_hops`` servers. Raise `AddressError` for a bad address or peer id,
-    `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; entering raises
+    `UnknownTransportError` and `MissingExtraError` for a transport that is not installed; joining raises
     `PeerUnreachableError` when no bootstrap peer answers.
     """
     if not bootstrap and not mdns:

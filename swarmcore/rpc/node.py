@@ -81,6 +81,7 @@ class Node:
         self._own_streams: set[MemoryStream] = set()
         self._own_tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def peer(self) -> PeerId:
@@ -116,6 +117,7 @@ class Node:
 
         Raise `AddressInUseError` or `AddressError` when one cannot; the node is then closed.
         """
+        self.check_loop()
         try:
             for scheme, transport in self._transports.items():
                 if transport.listen_on:
@@ -124,6 +126,17 @@ class Node:
         except BaseException:
             await self.close()
             raise
+
+    def check_loop(self) -> None:
+        """Raise `InputError` on another event loop than the first one: there, awaiting it would never end."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise InputError(
+                "this swarm was joined on another event loop, and can be used on that one only; elsewhere "
+                "use swarmcore.sync, or asyncio.run_coroutine_threadsafe with the loop that it was joined on"
+            )
 
     async def find_neighbours(self, on_found: Callable[[tuple[Address, ...]], None]) -> None:
         """Look for peers on the local network, over every transport that can, until closed.
@@ -264,6 +277,7 @@ class Node:
         self._calls_out -= 1
 
     async def _dial(self, to: Address | Sequence[Address], deadline: float) -> Stream:
+        self.check_loop()
         if self._closed:
             raise StreamClosedError("this node is closed")
         peer, addresses = one_peer(to)
