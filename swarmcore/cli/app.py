@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -31,7 +32,8 @@ class CommandGroup(click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
+                with contextlib.suppress(OSError):  # it was a file, and has become a pipe underneath
+                    stream.reconfigure(errors="replace")
         return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
