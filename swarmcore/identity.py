@@ -50,8 +50,8 @@ class Identity:
         Raise `IdentityFileError` when the file is no Ed25519 key, is open to other users, or cannot be read
         or created.
         """
-        path = Path(path).expanduser()
         try:
+            path = Path(path).expanduser()
             if not path.exists():
                 _create_key_file(path)
             if not path.is_file():
@@ -63,6 +63,8 @@ class Identity:
                     f"identity file {path} can be read by other users; run: chmod 600 {path}"
                 )
             pem = path.read_bytes()
+        except RuntimeError as exc:
+            raise IdentityFileError(f"identity file {path} is in a home that there is not: {exc}") from exc
         except OSError as exc:
             raise IdentityFileError(
                 f"identity file {path} can be neither read nor created: {exc.strerror or exc}; name another, "

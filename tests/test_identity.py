@@ -139,6 +139,11 @@ def test_a_place_where_no_file_can_be(tmp_path: Path) -> None:
             Identity.load_or_create(tmp_path / "identity.pem")
 
 
+def test_a_home_that_there_is_not() -> None:
+    with pytest.raises(IdentityFileError, match="in a home that there is not"):
+        Identity.load_or_create("~no-such-user/key")
+
+
 def test_processes_that_start_together_agree_on_one_key(tmp_path: Path) -> None:
     path = tmp_path / "identity.pem"
     program = (

@@ -93,13 +93,14 @@ def read_ice_file(file: str) -> tuple[str, ...]:
 
     Raise `InputError` when it cannot be read, or others than its owner can read it.
     """
-    path = Path(file).expanduser()
+    path = Path(file)
     try:
+        path = path.expanduser()
         if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise InputError(f"ICE file {path} can be read by other users; run: chmod 600 {path}")
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
+    except (OSError, RuntimeError, UnicodeDecodeError) as exc:
+        reason = "it is no text" if isinstance(exc, UnicodeDecodeError) else getattr(exc, "strerror", exc)
         raise InputError(f"ICE file {path} cannot be read: {reason}") from exc
     servers = tuple(line for line in lines if line and not line.startswith("#"))
     if not servers:

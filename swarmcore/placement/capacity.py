@@ -64,7 +64,8 @@ def plan_capacity(
     ]
     if wanted is not None:
         chosen = min(wanted, blocks)
-        reasons.append(f"{chosen} of {blocks} blocks, as asked for")
+        more = "" if chosen == wanted else f"; {wanted} were asked for, and the model has no more"
+        reasons.append(f"{chosen} of {blocks} blocks{more or ', as asked for'}")
         if chosen > fit:
             reasons.append(f"warning: only {fit} seem to fit; expect the machine to run out of memory")
         return CapacityPlan(chosen, tuple(reasons))

@@ -43,6 +43,12 @@ def test_a_number_asked_for_is_taken(wanted):
     assert any("warning: only 7 seem to fit" in reason for reason in plan.reasons) == (wanted > 7)
 
 
+def test_more_than_the_model_has_are_all_it_has():
+    plan = plan_capacity(NEEDS, memory_free=2 * GIB, blocks=30, wanted=31)
+    assert plan.blocks == 30
+    assert "30 of 30 blocks; 31 were asked for, and the model has no more" in plan.reasons
+
+
 def test_a_machine_without_room_for_a_block_is_told_what_would_help():
     with pytest.raises(InputError, match=r"not one block fits: it takes 242 MiB .* --num-blocks 1"):
         plan_capacity(NEEDS, memory_free=200 * MIB, blocks=30)

