@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from swarmcore.errors import InternalError, UnsupportedModelError
 from swarmcore.executor.torch.batch import Attention, Batch
-from swarmcore.executor.torch.masks import FULL, PROBE, Mask
+from swarmcore.executor.torch.masks import BIDIRECTIONAL, FULL, PROBE, Mask, OtherMask
 
 NAME = "swarmcore_ragged"
 """Our function's name in ``AttentionInterface``."""
@@ -104,7 +104,7 @@ def probing_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Mask | torch.Tensor | None,
+    attention_mask: Mask | OtherMask | torch.Tensor | None,
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -113,10 +113,10 @@ def probing_attention(
         # As transformers' sdpa decides where it is given no mask.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not causal:
-            raise UnsupportedModelError(
-                "its tokens attend to tokens after them (bidirectional attention), which is not served"
-            )
+            raise UnsupportedModelError(BIDIRECTIONAL)
         attention_mask = FULL
+    if isinstance(attention_mask, OtherMask):
+        raise UnsupportedModelError(attention_mask.why)
     if isinstance(attention_mask, Mask):
         setattr(module, _MASK, attention_mask)
         attention_mask = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarmcore.errors import UnsupportedModelError
 from swarmcore.types import Span
@@ -56,12 +56,35 @@ def build_on_meta(config: Any) -> Any:
         raise UnsupportedModelError(f"no model of type {config.model_type!r} can be built: {exc}") from exc
 
 
+def find_base(model: Any) -> tuple[str, Any]:
+    """The part of a causal language model that runs its blocks, and its path in there.
+
+    That is the base model, or what the base model only wraps (OPT's decoder). Raise `UnsupportedModelError`
+    when no such part holds its blocks in a list.
+    """
+    path, base = "", model
+    while _layer_list(base) is None:
+        inner = [(name, child) for name, child in base.named_children() if isinstance(child, PreTrainedModel)]
+        if len(inner) != 1:
+            raise UnsupportedModelError(f"{type(model).__name__} keeps its blocks in no list of modules")
+        [(name, base)] = inner
+        path = f"{path}.{name}" if path else name
+    return path, base
+
+
 def layer_list(base: Any) -> str:
     """The name of the module list that holds the blocks of a base model."""
+    name = _layer_list(base)
+    if name is None:
+        raise UnsupportedModelError(f"{type(base).__name__} keeps its blocks in no list of modules")
+    return name
+
+
+def _layer_list(base: Any) -> str | None:
     for name, child in base.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == base.config.num_hidden_layers:
             return str(name)
-    raise UnsupportedModelError(f"{type(base).__name__} keeps its blocks in no list of modules")
+    return None
 
 
 def check_servable(config: Any, name: str) -> None:
@@ -87,7 +110,7 @@ def copy_layer_traits(config: Any, span: Span, base: Any, name: str) -> None:
     Some families derive plain values from a layer's index (GPT-2 may scale attention by it). Raise
     `UnsupportedModelError` when a layer has other tensors or modules than the one it stands for.
     """
-    whole_base = build_on_meta(_without_vocabulary(copy.deepcopy(config))).base_model
+    whole_base = find_base(build_on_meta(_without_vocabulary(copy.deepcopy(config))))[1]
     blocks = getattr(whole_base, layer_list(whole_base))
     for index, layer in enumerate(getattr(base, layer_list(base))):
         whole = dict(blocks[span.start + index].named_modules())
@@ -110,5 +133,7 @@ def _tensors(layer: nn.Module) -> dict[str, torch.Size]:
 def _without_vocabulary(config: Any) -> Any:
     config.tie_word_embeddings = False
     config.vocab_size = 8
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:  # some families insist on having one
+            setattr(config, name, 0)
     return config

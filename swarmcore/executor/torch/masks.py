@@ -8,7 +8,7 @@ reaches the attention of a layer is what that layer is to see, whatever name the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
@@ -22,8 +22,25 @@ PROBE = "swarmcore_probe"
 _POSITIONS = (*range(9), 63, 64, 65, 1023, 1024, 4095, 4096, 4097, 131_071)
 
 
+class _Description:
+    """Takes the place of a mask on its way to the attention; whoever does anything to it is refused."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _changed()
+
+    def __getitem__(self, index: object) -> NoReturn:
+        _changed()
+
+    def __add__(self, other: object) -> NoReturn:
+        _changed()
+
+    __radd__ = __mul__ = __rmul__ = __invert__ = __add__
+
+
 @attrs.frozen
-class Mask:
+class Mask(_Description):
     """A causal mask: every token sees itself and those before it, or some of them."""
 
     window: int | None = None
@@ -40,48 +57,51 @@ class Mask:
             seen = seen & (query // self.chunk == key // self.chunk)
         return seen
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _changed()
 
-    def __getitem__(self, index: object) -> Any:
-        raise _changed()
+@attrs.frozen
+class OtherMask(_Description):
+    """A mask that is not served. A family may make it and not use it."""
+
+    why: str
 
 
 FULL = Mask()
 
 
-def _changed() -> UnsupportedModelError:
-    return UnsupportedModelError("its layers change the attention mask, which is not served")
+BIDIRECTIONAL = "its tokens attend to tokens after them (bidirectional attention), which is not served"
 
 
-def describe_mask(mask_function: Callable[..., Any], local_size: int | None = None, **others: Any) -> Mask:
+def describe_mask(
+    mask_function: Callable[..., Any], local_size: int | None = None, **others: Any
+) -> Mask | OtherMask:
     """What transformers calls for a mask under `PROBE`.
 
     ``mask_function`` says of a batch row, a head, a query's and a key's position whether one sees the other.
-    Raise `UnsupportedModelError` for masks other than causal ones, with a window or in chunks at most.
     """
-    near = [] if local_size is None else [local_size * turn + step for turn in (1, 2) for step in (-1, 0, 1)]
-    positions = torch.tensor(sorted({*_POSITIONS, *(place for place in near if place >= 0)}))
+    sizes = [local_size] if local_size else []
+    near = [size * turn + step for size in sizes for turn in (1, 2) for step in (-1, 0, 1)]
+    positions = torch.tensor(sorted({*_POSITIONS, *near}))
     query, key = positions[:, None], positions[None, :]
     zero = torch.zeros((), dtype=torch.long)
     try:
         seen = torch.as_tensor(mask_function(zero, zero, query, key)).expand(len(positions), -1)
     except Exception as exc:  # any code of the family's
-        raise UnsupportedModelError(
+        return OtherMask(
             f"its attention mask depends on more than the positions of tokens, which is not served: {exc!r}"
-        ) from exc
-    kinds = [FULL] if local_size is None else [FULL, Mask(window=local_size), Mask(chunk=local_size)]
-    for mask in kinds:
+        )
+    windows, chunks = [Mask(window=size) for size in sizes], [Mask(chunk=size) for size in sizes]
+    for mask in (FULL, *windows, *chunks):
         if torch.equal(seen, mask.sees(query, key)):
             return mask
-    bidirectional = bool((seen & (key > query)).any())
-    raise UnsupportedModelError(
-        "its tokens attend to tokens after them (bidirectional attention), which is not served"
-        if bidirectional
-        else "its attention mask is neither causal nor a sliding window nor in chunks, which is not served"
+    if bool((seen & (key > query)).any()):
+        return OtherMask(BIDIRECTIONAL)
+    return OtherMask(
+        "its attention mask is neither causal nor a sliding window nor in chunks, which is not served"
     )
+
+
+def _changed() -> NoReturn:
+    raise UnsupportedModelError("its layers change the attention mask, which is not served")
 
 
 AttentionMaskInterface.register(PROBE, describe_mask)

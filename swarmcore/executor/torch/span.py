@@ -20,12 +20,14 @@ from swarmcore.executor.torch.cut import (
     check_servable,
     copy_layer_traits,
     cut_config,
+    find_base,
     layer_list,
 )
 from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packing import pack_linears
+from swarmcore.executor.torch.self_test import check_span
 from swarmcore.executor.torch.targets import Updates
 from swarmcore.types import Span
 
@@ -152,9 +154,21 @@ def load_span(
 ) -> SpanModel:
     """Read the tensors of ``span`` and make a model of them. Blocks for as long as that takes.
 
-    Raise `SpanError` for blocks that the model does not have, `UnsupportedModelError` for a family that
-    cannot be served, `CheckpointError` for missing or misshapen tensors, and what `Checkpoint.read` raises.
+    Before that, `self_test` has it tried in small. Raise `SpanError` for blocks that the model does not have,
+    `UnsupportedModelError` for a family that cannot be served or does not pass, `CheckpointError` for missing
+    or misshapen tensors, and what `Checkpoint.read` raises.
     """
+    check_span(checkpoint, span, _load_small)
+    return _load(checkpoint, span, dtype, device, progress)
+
+
+def _load_small(checkpoint: Checkpoint, span: Span) -> SpanModel:
+    return _load(checkpoint, span, torch.float32, torch.device("cpu"), None)
+
+
+def _load(
+    checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> SpanModel:
     name, config = checkpoint.name, checkpoint.config
     text = config.get_text_config(decoder=True)
     blocks = text.num_hidden_layers
@@ -163,7 +177,8 @@ def load_span(
     check_servable(text, name)
     cut = cut_config(text, span)
     empty = build_on_meta(cut)
-    prefix, layers = empty.base_model_prefix, layer_list(empty.base_model)
+    prefix, empty_base = find_base(empty)
+    layers = layer_list(empty_base)
     sources = _block_tensors(checkpoint, layers, blocks, span)
     tensors = checkpoint.read(sources, progress=progress)
     state = {
@@ -182,7 +197,7 @@ def load_span(
             f"blocks {span} of {name} lack {len(wrong)} tensors or have them in another shape, such as "
             f"{wrong[0]}; the checkpoint is incomplete or not the one its config describes"
         )
-    base = model.base_model
+    base = model.get_submodule(prefix)
     copy_layer_traits(text, span, base, name)
     _keep_only_blocks(base, layers)
     base.config._attn_implementation = NAME

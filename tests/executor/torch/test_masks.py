@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from transformers.masking_utils import (
 )
 
 from swarmcore.errors import UnsupportedModelError
-from swarmcore.executor.torch.attention import NAME, computing, ragged_attention
+from swarmcore.executor.torch.attention import NAME, computing, probing_attention, ragged_attention
 from swarmcore.executor.torch.batch import Attention, causal_mask
 from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.masks import FULL, Mask, describe_mask
+from swarmcore.executor.torch.masks import FULL, Mask, OtherMask, describe_mask
 from swarmcore.types import Span
 
 
@@ -41,6 +42,7 @@ def test_transformers_masks_are_described() -> None:
         (bidirectional_mask_function, None, "tokens after them"),
         (sliding_window_bidirectional_mask_function(8), 8, "tokens after them"),
         (sliding_window_causal_mask_function(8), None, "neither causal"),
+        (sliding_window_causal_mask_function(0), 0, "neither causal"),
         (sliding_window_causal_mask_function(8), 9, "neither causal"),
         (
             or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 4))),
@@ -50,8 +52,11 @@ def test_transformers_masks_are_described() -> None:
     ],
 )
 def test_other_masks_are_refused(function: Any, size: int | None, why: str) -> None:
+    mask = describe_mask(function, size)
+    assert isinstance(mask, OtherMask) and why in mask.why
+    rows = torch.ones(1, 1, 1, 4)
     with pytest.raises(UnsupportedModelError, match=why):
-        describe_mask(function, size)
+        probing_attention(torch.nn.Module(), rows, rows, rows, mask)
 
 
 @pytest.mark.parametrize("mask", [FULL, Mask(window=3), Mask(chunk=4)], ids=str)
@@ -106,6 +111,15 @@ def test_families_whose_masks_are_not_served(
     save_random_model(AutoConfig.for_model(family, **{**SIZES, **settings}), tmp_path)
     with pytest.raises(UnsupportedModelError, match=why):
         TorchExecutor.load(open_checkpoint(str(tmp_path)), Span(0, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m + torch.ones(1), lambda m: torch.ones(1) + m, lambda m: m[:, 0], lambda m: m.to("cpu")],
+)
+def test_what_changes_a_mask_is_refused(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="change the attention mask"):
+        change(FULL)
 
 
 def test_no_masks_are_made_for_steps() -> None:

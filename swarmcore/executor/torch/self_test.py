@@ -1,0 +1,177 @@
+"""The numeric self-test: a span is served only when it computes what the family's own model does.
+
+It is made on a small random model of the checkpoint's kind (`Reference`), so that it takes a moment and no
+memory to speak of, whatever the size of the model. The span of it is loaded as any other and takes two
+sequences in ragged batches (prefill, chunks, decode steps, past every window); what comes out of each block
+is compared with the whole model of transformers. All of it depends on the config alone, so a test that was
+passed is remembered for this config and these versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+
+import swarmcore
+from swarmcore.errors import UnsupportedModelError
+from swarmcore.executor.torch.batch import Batch, RaggedBatch
+from swarmcore.executor.torch.checkpoint import Checkpoint
+from swarmcore.executor.torch.checkpoint.cache import cache_folder, write_file
+from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
+from swarmcore.executor.torch.reference import LENGTHS, Reference
+from swarmcore.executor.torch.whole_sequences import WholeSequences
+from swarmcore.types import Span
+
+TOLERANCE = 1e-3
+"""Largest difference, in standard deviations of what is compared. Rounding makes 1e-5."""
+
+_STEPS = (((0, 0, 5), (1, 0, 3)), ((1, 3, 9), (0, 5, 11)), ((0, 11, 12), (1, 9, 10)), ((0, 12, 13),))
+"""Batches of (sequence, start, end): both prefills, chunks of both, decode steps."""
+
+_remembered: set[str] = set()
+_reference: tuple[str, Reference] | None = None
+_one_at_a_time = threading.Lock()
+
+
+class Blocks(Protocol):
+    """A span that was loaded, as far as it is tested."""
+
+    layout: CacheLayout
+
+    def block(self, number: int) -> nn.Module: ...
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch) -> torch.Tensor: ...
+
+
+def check_span(checkpoint: Checkpoint, span: Span, load: Callable[[Checkpoint, Span], Blocks]) -> None:
+    """Raise `UnsupportedModelError` when ``span``, as ``load`` makes it, computes other than the whole model.
+
+    ``load`` is given a small checkpoint of the same kind, to be loaded in float32 on the CPU. Returns at once
+    when this test has been passed before.
+    """
+
+    def test(reference: Reference) -> str | None:
+        return _difference(reference, span, load(reference, span))
+
+    check(checkpoint, f"blocks {span}", test)
+
+
+def check(checkpoint: Checkpoint, part: str, test: Callable[[Reference], str | None]) -> None:
+    """Have ``part`` of a model tested, unless that was done before with these versions.
+
+    ``test`` says what differs from the reference. Raise `UnsupportedModelError` when something does.
+    """
+    global _reference
+    model = _key(checkpoint.config.to_dict(), *_versions())
+    passed = _key(model, part)
+    record = cache_folder() / "tested" / passed
+    with _one_at_a_time:
+        if passed in _remembered:
+            return
+        if not record.is_file():
+            if _reference is None or _reference[0] != model:
+                _reference = None  # its memory first
+                _reference = model, Reference(checkpoint)
+            if difference := test(_reference[1]):
+                raise UnsupportedModelError(
+                    f"{checkpoint.name} ({_reference[1].config.model_type}) is not served: its {part} would "
+                    f"differ from what transformers {transformers.__version__} computes: {difference}"
+                )
+            with contextlib.suppress(OSError):  # then it is tested again next time
+                write_file(record, b"")
+        _remembered.add(passed)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """Of all that takes part in a test; of our own code its hash, which a clone changes more often."""
+    code = hashlib.sha256()
+    package = Path(swarmcore.__file__).parent
+    for file in sorted([*package.glob("executor/torch/**/*.py"), *package.glob("client/*.py")]):
+        code.update(file.read_bytes())
+    return swarmcore.__version__, code.hexdigest(), torch.__version__, transformers.__version__
+
+
+@torch.inference_mode()
+def _difference(reference: Reference, span: Span, blocks: Blocks) -> str | None:
+    caches = [SequenceCache(blocks.layout) for _ in LENGTHS]
+    seen: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for step in _STEPS:
+        batch = RaggedBatch(
+            [(caches[number], start, end - start) for number, start, end in step], torch.device("cpu")
+        )
+        outputs = _outputs(reference, span, blocks, step, batch)
+        for block, rows in outputs.items():
+            for (number, _, _), part in zip(step, torch.split(rows, batch.counts), strict=True):
+                seen.setdefault((block, number), []).append(part)
+    for block in range(span.start, span.end):
+        for number in range(len(LENGTHS)):
+            if found := compare(
+                torch.cat(seen[block, number]),
+                reference.hidden[number][block + 1],
+                reference.hidden[number][block],
+            ):
+                return f"block {block} is off by {found}"
+    whole = WholeSequences(LENGTHS, torch.device("cpu"))
+    everything = [(number, 0, length) for number, length in enumerate(LENGTHS)]
+    last = _outputs(reference, span, blocks, everything, whole)[span.end - 1]
+    for hidden, rows in zip(reference.hidden, torch.split(last, list(LENGTHS)), strict=True):
+        if found := compare(rows, hidden[span.end], hidden[span.start]):
+            return f"a forward pass is off by {found}"
+    return None
+
+
+def _outputs(
+    reference: Reference,
+    span: Span,
+    blocks: Blocks,
+    step: Sequence[tuple[int, int, int]],
+    batch: RaggedBatch | WholeSequences,
+) -> dict[int, torch.Tensor]:
+    """What comes out of each block, ``[tokens, hidden size]``."""
+    entering = torch.cat([reference.hidden[number][span.start][start:end] for number, start, end in step])
+    found: dict[int, torch.Tensor] = {}
+
+    def note(number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found[number] = (output if isinstance(output, torch.Tensor) else output[0])[0].clone()
+
+    hooks = [
+        blocks.block(number).register_forward_hook(functools.partial(note, number))
+        for number in range(span.start, span.end)
+    ]
+    try:
+        found[span.end - 1] = blocks.forward(entering[None], batch.position_ids, batch)[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def compare(ours: torch.Tensor, expected: torch.Tensor, entering: torch.Tensor | None = None) -> str | None:
+    """What is wrong with ``ours``, ``[tokens, size]``; None when it is ``expected`` but for rounding.
+
+    ``entering`` is what was added to: the scale is that of what was done to it.
+    """
+    if ours.shape != expected.shape:
+        return f"its shape: {list(ours.shape)}, not {list(expected.shape)}"
+    change = expected if entering is None else expected - entering
+    scale = change.std().clamp_min(1e-6)
+    errors = (ours - expected).abs().amax(-1) / scale
+    if bool((errors <= TOLERANCE).all()):  # no NaN passes
+        return None
+    token = int((~(errors <= TOLERANCE)).nonzero()[0])
+    return f"{errors.max():.2g} standard deviations, from token {token} of {len(errors)} on"
