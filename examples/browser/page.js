@@ -26,8 +26,9 @@ chat.onsubmit = event => {
 }
 setInterval(measure, PING_MS)
 if (location.hash.startsWith('#webrtc:')) {
+  // Whoever made the link chose the swarm: to enter it is for the one who reads this to decide.
   join.address.value = decodeURIComponent(location.hash.slice(1))
-  join.requestSubmit()
+  show('This link leads to a swarm. Press Join to enter it: its members will see your network address.')
 }
 
 async function enter () {

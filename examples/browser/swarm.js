@@ -13,6 +13,9 @@ const PIECE_TIMEOUT = 180 // a text may wait for its turn, and for servers that 
 const RETRY_MS = 2000
 const DIGEST = new Uint8Array(256 * 8) // no hash of ours: all that the member has is news
 const AHEAD = 64 // tokens that a head peer sends before it wants to hear that they were taken
+const MAX_NEW_TOKENS = 256 // of an answer where the page asks for no other number
+const MOST_CHARACTERS = 1024 // of text for each token: no tokenizer has longer ones
+const MOST_EMPTY_PIECES = 64 // of one text that bring no token
 
 /**
  * Fires `changed` when `servers` do; `state` when the member it follows is lost or found, `detail` says so; `head` when
@@ -110,10 +113,12 @@ export class Swarm extends EventTarget {
   /** Add what comes to `tokens`, those that are there being the beginning of the answer. */
   async * #generateAt (head, request, tokens) {
     const stream = await this.#openStream(head)
-    const opening = { ...request, so_far: [...tokens] }
+    const most = request.max_new_tokens ?? MAX_NEW_TOKENS
+    const opening = { ...request, max_new_tokens: most, so_far: [...tokens] }
     const channel = await Channel.open(stream, '/swarmcore/generate/1', 'OpenGeneration', opening)
     let taken = 0
     let told = 0
+    let [characters, empty] = [0, 0]
     try {
       for (;;) {
         const { kind, record } = await channel.receive(PIECE_TIMEOUT)
@@ -122,9 +127,16 @@ export class Swarm extends EventTarget {
           return
         }
         if (kind !== 'TextPiece') continue // it has started
-        tokens.push(...record.tokens)
         taken += record.tokens.length
+        characters += record.text.length
+        if (record.tokens.length === 0) empty++
+        if (empty > MOST_EMPTY_PIECES || characters > MOST_CHARACTERS * (taken + 1)) {
+          throw new SwarmError('ProtocolError', 'the head peer sends text for no tokens')
+        }
+        const room = most - tokens.length
+        tokens.push(...record.tokens.slice(0, room))
         yield record.text
+        if (record.tokens.length > room) return // it does not stop by itself
         if (taken - told >= AHEAD / 4) {
           await channel.send('TokensTaken', { tokens: taken })
           told = taken

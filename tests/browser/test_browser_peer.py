@@ -100,6 +100,9 @@ async def test_page_lists_servers_measures_and_chats(
     page: chromium.Page, site: str, servers: list[ServerProcess]
 ) -> None:
     await page.open(f"{site}#{webrtc_address(servers[0])}")
+    await page.until("document.getElementById('state').textContent.includes('Press Join')")
+    assert await page.run(f"return {ROWS}.length") == 0, "a link does not join by itself"
+    await page.run("document.forms.join.requestSubmit()")
     measured = f"{ROWS}.filter(cells => cells[4].endsWith(' ms')).length === 2"
     await page.until(f"{ROWS}.length === 3 && {measured}")
     seen = {cells[2]: cells for cells in await page.run(f"return {ROWS}")}
