@@ -18,13 +18,13 @@ from swarmcore.executor.engine import Engine
 from swarmcore.executor.pass_runner import PassLimits
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
+from swarmcore.resources import ResourceManager
 from swarmcore.routing.chain import FewestServers, Router
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.inference import InferenceService
-from swarmcore.server.kept_memory import KEPT_BUDGET, KeptMemory
 from swarmcore.server.passes import PassService
 from swarmcore.server.protocols import (
     BACKWARD_PROTOCOL,
@@ -120,11 +120,11 @@ class Swarm:
         cache: int = CACHE,
         limits: PassLimits | None = None,
         adapter_budget: int = ADAPTER_BUDGET,
-        kept_budget: int = KEPT_BUDGET,
+        resources: ResourceManager | None = None,
     ) -> Server:
         identity = identity or self._identity()
         transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
-        node = Node(identity, [transport])
+        node = Node(identity, [transport], resources=resources)
         await node.start()
         executor = CountingExecutor(Span.parse(blocks))
         engine = Engine(executor, cache_tokens=cache, pass_limits=limits)
@@ -137,7 +137,6 @@ class Swarm:
             node,
             admission_timeout=0.5,
             adapters=adapters,
-            kept=KeptMemory(kept_budget),
         )
         passes = PassService(engine, COUNTING_MODEL, executor.span, adapters)
         node.serve_protocol(INFERENCE_PROTOCOL, service.serve)

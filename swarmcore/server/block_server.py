@@ -25,7 +25,6 @@ from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.head import HeadService
 from swarmcore.server.inference import InferenceService
-from swarmcore.server.kept_memory import KEPT_BUDGET, KeptMemory
 from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.neighbours import Neighbours
 from swarmcore.server.passes import PassService, pass_limits
@@ -100,7 +99,6 @@ class BlockServer:
             node,
             admission_timeout=config.admission_timeout,
             adapters=self.adapters,
-            kept=KeptMemory(KEPT_BUDGET if config.kept_budget is None else config.kept_budget),
         )
         self.passes = PassService(self.engine, executor.model, executor.span, self.adapters)
         self.state: ServerState = "joining"

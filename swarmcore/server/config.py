@@ -98,10 +98,6 @@ class ServerConfig:
     """Bytes for activations of passes under way, and of forward passes that are kept for backward passes to
     come; 0 for keeping none, None for `ACTIVATION_BUDGET`, or a fifth of the memory that is free after
     loading where that is known. See `PassLimits.activation_budget`."""
-    kept_budget: int | None = attrs.field(default=None, validator=_not_negative)
-    """Bytes of answers and outputs that sessions keep for steps and replays that are asked for again; None
-    for `KEPT_BUDGET`, or a tenth of the memory that is free after loading where that is known. What does not
-    fit is dropped, and a client that asks for it replays its session."""
     max_pass_tokens: int = attrs.field(default=8192, validator=_not_negative)
     """Most tokens of one batch that is run forward or back for a client; 0 when none is."""
     head: HeadLimits | None = None

@@ -17,7 +17,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.client_link import ClientLink
-from swarmcore.server.kept_memory import KeptMemory
+from swarmcore.server.kept import Kept
 from swarmcore.server.next_stage import NextStage, join
 from swarmcore.server.pushers import Pushers
 from swarmcore.session.journal import Entry, KeptOutputs
@@ -91,7 +91,6 @@ class HostedSession:
         client: Channel,
         pushers: Pushers,
         counters: Counter[str],
-        kept: KeptMemory,
     ) -> None:
         self.session = session
         self.span = span
@@ -102,10 +101,9 @@ class HostedSession:
         self._next = NextStage(node, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
-        self._outputs_kept = KeptOutputs(sequences)
-        self._kept = kept
-        self._answers_keeping = kept.open(client.remote, self._drop_answers)
-        self._outputs_keeping = kept.open(client.remote, self._drop_outputs)
+        self._kept_outputs = KeptOutputs(sequences)
+        self._answers_held = Kept(node.resources, client.remote, self._drop_answers)
+        self._outputs_held = Kept(node.resources, client.remote, self._drop_outputs)
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: dict[asyncio.Future[Tensor], None] = {}
@@ -180,8 +178,8 @@ class HostedSession:
         self.pushers.close()
         # Before anything is awaited, so that the cache is free whatever else comes.
         self._engine.close_session(self.session)
-        self._kept.close(self._answers_keeping)
-        self._kept.close(self._outputs_keeping)
+        self._answers_held.close()
+        self._outputs_held.close()
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -240,8 +238,7 @@ class HostedSession:
         if output.cancelled() or output.exception() is not None:
             self._ledger.forget(step)
         if not self._closed:
-            answers = sum(answer.nbytes for answer in self._ledger.answers)
-            self._kept.resize(self._answers_keeping, answers)
+            self._answers_held.resize(sum(answer.nbytes for answer in self._ledger.answers))
 
     def _drop_answers(self) -> None:
         self._counters["answers_dropped"] += 1
@@ -249,7 +246,7 @@ class HostedSession:
 
     def _drop_outputs(self) -> None:
         self._counters["outputs_dropped"] += 1
-        self._outputs_kept.drop()
+        self._kept_outputs.drop()
 
     def _done(self, output: asyncio.Future[Tensor]) -> None:
         self._outputs.pop(output, None)
@@ -274,9 +271,9 @@ class HostedSession:
             await self._deliver(step, hidden)
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
                 entry = Entry(step.step, step.starts, step.lengths, step.sources)
-                self._outputs_kept.settle(step.settled)
-                self._outputs_kept.keep(entry, hidden, settled=step.replay)
-                self._kept.resize(self._outputs_keeping, self._outputs_kept.nbytes)
+                self._kept_outputs.settle(step.settled)
+                self._kept_outputs.keep(entry, hidden, settled=step.replay)
+                self._outputs_held.resize(self._kept_outputs.nbytes)
         except SwarmError as exc:
             await self._report(step.step, exc, step.attempt)
         except Exception:
@@ -327,8 +324,8 @@ class HostedSession:
                 raise InvalidStepError("a replay has to name the stage that it is for")
             self._check_chain(order.chain)
             self._check_size(order.lengths)
-            self._outputs_kept.settle(order.settled)
-            rows = self._outputs_kept.rows(order.starts, order.lengths)
+            self._kept_outputs.settle(order.settled)
+            rows = self._kept_outputs.rows(order.starts, order.lengths)
             await self._next.push(order.chain[0], step, rows.encode(order.codec))
             self._counters["replays_sent"] += 1
         except SwarmError as exc:

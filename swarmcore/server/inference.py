@@ -22,7 +22,6 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, ask_for_weights
 from swarmcore.server.hosted_session import HostedSession
-from swarmcore.server.kept_memory import KeptMemory
 from swarmcore.server.pushers import Pushers
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.messages import JoinSession, OpenSession, SessionOpened
@@ -50,9 +49,8 @@ class InferenceService:
         *,
         admission_timeout: float,
         adapters: AdapterStore | None = None,
-        kept: KeptMemory | None = None,
     ) -> None:
-        """Without ``adapters`` no session has one. ``kept`` bounds what sessions keep beside the cache."""
+        """Without ``adapters`` no session has one."""
         self.draining = False
         self.counters: Counter[str] = Counter()
         self._engine = engine
@@ -61,7 +59,6 @@ class InferenceService:
         self._node = node
         self._admission_timeout = admission_timeout
         self._adapters = adapters or AdapterStore(engine.executor, 0)
-        self.kept = kept or KeptMemory()
         self._sessions: dict[str, HostedSession] = {}
         self._stays: dict[str, asyncio.Timeout] = {}
         self._awaited: dict[str, set[asyncio.Future[HostedSession]]] = {}
@@ -141,7 +138,6 @@ class InferenceService:
             client=channel,
             pushers=Pushers(opening.pushers),
             counters=self.counters,
-            kept=self.kept,
         )
         stay = asyncio.timeout(None)
         try:

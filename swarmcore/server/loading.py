@@ -60,13 +60,6 @@ def default_activation_budget(loader: BlockLoader) -> int:
     return loader.free_memory() // 5
 
 
-def default_kept_budget() -> int:
-    """Bytes for what sessions keep beside the cache: a tenth of the memory that is free now."""
-    from swarmcore.executor.torch.sizing import free_memory
-
-    return free_memory("cpu") // 10
-
-
 def read_adapter(folder: str, config: Any, span: Span) -> Weights:
     """The weights of an adapter in PEFT's format for the blocks ``span`` of a model with this ``config``.
 

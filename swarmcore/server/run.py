@@ -32,7 +32,6 @@ from swarmcore.server.loading import (
     check_span,
     default_activation_budget,
     default_cache_tokens,
-    default_kept_budget,
     open_model,
     plan_blocks,
     read_adapter,
@@ -169,8 +168,6 @@ async def run_server(
         settings = config
         if settings.activation_budget is None:
             settings = attrs.evolve(config, activation_budget=default_activation_budget(loader))
-        if settings.kept_budget is None:
-            settings = attrs.evolve(settings, kept_budget=default_kept_budget())
         async with BlockServer(
             settings,
             node,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import attrs
 import pytest
 from memory_swarm import Run, quiet, swarm_of
 
@@ -13,6 +14,7 @@ from swarmcore.errors import (
     RemoteFaultError,
     UnavailableError,
 )
+from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.testing.executor import hidden_states
 from swarmcore.types import Span
@@ -146,21 +148,23 @@ async def test_a_server_that_loses_the_way_to_the_next_one_is_carried_for() -> N
 async def test_what_servers_had_no_room_to_keep_is_made_anew(journal: str, stage: int) -> None:
     async with swarm_of() as swarm:
         for blocks in TWICE:
-            await swarm.add(blocks, kept_budget=8)
+            limits = ResourceLimits.of(Machine(1024, 2**30))
+            limits = attrs.evolve(limits, bytes=Bounds(2**30, 8, 2**30, 2**30))
+            await swarm.add(blocks, resources=ResourceManager(limits))
         session = await swarm.open(journal=journal)
         run = Run.of(session)
         for _ in range(3):
             await run.step(4)
         serving = [swarm.serving(session, each) for each in range(3)]
         assert all(server.service.counters["answers_dropped"] for server in serving)
-        assert all(server.service.kept.nbytes <= 8 for server in serving)
+        assert all(server.node.resources.used(Resource.BYTES) <= 8 for server in serving)
         await serving[stage].kill()
         await run.step(4)
         await run.step(1)
         assert session.failovers >= 1
         await session.close()
         await quiet(swarm)
-        assert not any(server.service.kept.nbytes for server in swarm.servers if not server.dead)
+        assert not any(server.node.resources.used(Resource.BYTES) for server in swarm.servers)
 
 
 @MODES
