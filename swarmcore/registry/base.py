@@ -112,6 +112,11 @@ class Registry(ABC):
         dropped: it skips intermediate changes of a peer and gets the latest one.
         """
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its operator should know of this peer's place in the swarm, in words; usually nothing."""
+        return ()
+
     def suspect(self, peer: PeerId) -> None:  # noqa: B027
         """``peer`` does not answer: see whether it is dead, and if so take it out of the view.
 

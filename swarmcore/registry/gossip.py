@@ -12,7 +12,7 @@ from random import Random
 
 from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, UnavailableError
 from swarmcore.registry.background import BackgroundTasks
-from swarmcore.registry.base import Registry, SwarmView
+from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.detection import FailureDetector
 from swarmcore.registry.joining import first_answer
@@ -23,16 +23,18 @@ from swarmcore.registry.messages import (
     LIFELINE,
     REPORT,
     WATCH,
+    CheckAlive,
     CompareDigests,
     DigestsCompared,
     ExchangeRecords,
     RecordsExchanged,
 )
+from swarmcore.registry.namesake import Namesake, Verdict
 from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.partners import Partner, Partners
 from swarmcore.registry.pushing import Pusher
 from swarmcore.registry.reconcile import answer_compare, answer_exchange, reconcile
-from swarmcore.registry.records import RecordIssuer, SignedRecord, without_load
+from swarmcore.registry.records import RecordIssuer, SignedRecord, check_info, without_load
 from swarmcore.registry.replica import Replica
 from swarmcore.registry.store import Accepted, Drop, RecordStore
 from swarmcore.registry.suspicion import Suspected
@@ -96,7 +98,8 @@ class GossipRegistry(Registry):
             refute=self._refute,
         )
         self._replica.on_accepted = self._on_accepted
-        self._replica.on_change = self._detector.update
+        self._replica.on_change = self._on_change
+        self._namesake = Namesake()
         self._pusher = Pusher(node, self._partners, options, self._detector.suspect)
         self._watchers = Watchers(store, node.limits)
         self._announced: tuple[ServerInfo, float] | None = None
@@ -116,6 +119,10 @@ class GossipRegistry(Registry):
         return (
             f"<GossipRegistry {short(self.node.peer)} {self._replica.store!r} {len(self._watchers)} watching>"
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self._namesake.note,) if self._namesake.note else ()
 
     @property
     def dropped(self) -> Mapping[Drop, int]:
@@ -161,7 +168,28 @@ class GossipRegistry(Registry):
         """
         if self._closed:
             raise UnavailableError("this registry is closed")
+        if self._namesake.shown is not None:
+            check_info(info, self.node.peer)
+            self._announced = info, ttl
+            return
+        if self._announced is None:
+            self._look_for_namesake()
         self._publish(info, ttl)
+
+    def _look_for_namesake(self) -> None:
+        """Whoever is known under this peer's id: a life of its own that has ended, or another process?"""
+        before = self._replica.store.info(self.node.peer)
+        if before is not None and before.addresses:
+            self._tasks.start(self._call_namesake(before), "registry namesake")
+
+    async def _call_namesake(self, info: ServerInfo) -> None:
+        addresses = [Address.parse(url) for url in info.addresses]
+        if not set(addresses).isdisjoint(self.node.addresses):
+            return
+        with contextlib.suppress(SwarmError):
+            await self.node.call(addresses, CHECK, CheckAlive(0), timeout=self._options.check_timeout)
+            self._namesake.answered(info)
+            logger.warning("%s", self._namesake.note)
 
     def introduce(self, addresses: Sequence[Address]) -> None:
         """Compare records with those peers at ``addresses`` that are not known as members: if they have a
@@ -178,6 +206,8 @@ class GossipRegistry(Registry):
         self._announced = None
         if self._refresh is not None:
             self._refresh.cancel()
+        if self._namesake.shown is not None:  # what is announced is not this process
+            return
         withdrawal = self._issuer.withdraw()
         self._replica.apply(withdrawal)
         with contextlib.suppress(TimeoutError):
@@ -199,6 +229,7 @@ class GossipRegistry(Registry):
 
     def _publish(self, info: ServerInfo, ttl: float, *, refuting: bool = False) -> None:
         record = self._issuer.announce(info, ttl)
+        self._namesake.announced(self._issuer.last_sequence)
         before = self._announced[0] if self._announced is not None else None
         self._announced = (info, ttl)
         outcome = self._replica.apply(record)
@@ -246,9 +277,20 @@ class GossipRegistry(Registry):
             return
         # A record of our own that we did not issue: from before a restart, or from another process.
         self._issuer.supersede(said.sequence)
-        if self._announced is not None:
-            logger.warning("another process announces itself as %s; give each its own identity", said.peer)
+        if self._announced is None:
+            return
+        known = self._namesake.note
+        if self._namesake.heard(said, self._announced[0]) is Verdict.ANNOUNCE:
             self._publish_again(_CONTEST_PAUSE)
+        elif self._refresh is not None:
+            self._refresh.cancel()
+        if self._namesake.note not in ("", known):
+            logger.warning("%s", self._namesake.note)
+
+    def _on_change(self, change: Change) -> None:
+        self._detector.update(change)
+        if change.kind == "left" and change.info.peer == self.node.peer and self._namesake.shown is not None:
+            self._publish_again(0.0)  # the process that was shown has gone
 
     # --- gossip ---------------------------------------------------------------------------------------
 

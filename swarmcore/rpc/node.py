@@ -284,7 +284,7 @@ class Node:
         if not self._allows(peer):
             raise PeerNotAllowedError(f"{short(peer)} is not among the allowed peers of this closed swarm")
         self.counters["calls_out"] += 1
-        if peer == self.peer:
+        if peer == self.peer and not self._elsewhere(addresses):
             return self._dial_itself()
         stream = await dial(self._transports, addresses, deadline)
         self._paths[peer] = stream.path
@@ -292,6 +292,10 @@ class Node:
         if len(self._paths) > _PATHS_KEPT:
             self._paths.popitem(last=False)
         return stream
+
+    def _elsewhere(self, addresses: Sequence[Address]) -> bool:
+        """Whether this peer's id is meant to be found where this process does not listen."""
+        return bool(self.addresses) and not set(addresses) & set(self.addresses)
 
     def _dial_itself(self) -> Stream:
         """A stream inside the process: the way out and back in need not be open, as behind most routers."""

@@ -168,7 +168,7 @@ class BlockServer:
         else:
             placement = "placement: it stays on its blocks, as it was told"
         head = (self.head.note,) if self.head is not None else ()
-        return (placement, *adapters, *head, *self.node.notes)
+        return (*self.registry.notes, placement, *adapters, *head, *self.node.notes)
 
     def __repr__(self) -> str:
         model = self.executor.model

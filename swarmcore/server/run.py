@@ -289,7 +289,7 @@ async def run_bootstrap(
             counters = service.counters if service is not None else {}
             uptime = asyncio.get_running_loop().time() - started_at
             counted = {name: float(count) for name, count in counters.items()}
-            return InfoReply(current, uptime, counted, node.notes)
+            return InfoReply(current, uptime, counted, (*registry.notes, *node.notes))
 
         node.serve(PING_METHOD, ping)
         node.serve(INFO_METHOD, describe)
