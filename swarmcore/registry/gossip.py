@@ -187,7 +187,8 @@ class GossipRegistry(Registry):
         if not set(addresses).isdisjoint(self.node.addresses):
             return
         with contextlib.suppress(SwarmError):
-            await self.node.call(addresses, CHECK, CheckAlive(0), timeout=self._options.check_timeout)
+            timeout = self._options.check_timeout
+            await self.node.call(addresses, CHECK, CheckAlive(), timeout=timeout, elsewhere=True)
             self._namesake.answered(info)
             logger.warning("%s", self._namesake.note)
 

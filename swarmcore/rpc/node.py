@@ -202,6 +202,7 @@ class Node:
         request: Req,
         *,
         timeout: float = 10.0,
+        elsewhere: bool = False,
     ) -> Rep:
         """Call ``method`` on the peer at ``to`` and return its reply.
 
@@ -209,10 +210,11 @@ class Node:
         Raise `PeerUnreachableError` when none answers, `UnknownTransportError` when this node has no
         transport for any of them, `DeadlineExceededError` after ``timeout`` seconds, the remote's own error
         when it failed (its ``origin`` is then the peer's id). Cancelling the call cancels the remote's
-        handler.
+        handler. A peer that calls itself does so inside the process; with ``elsewhere`` the addresses are
+        dialled all the same, to see who else answers to its id.
         """
         deadline = asyncio.get_running_loop().time() + timeout
-        stream = await self._dial(to, deadline)
+        stream = await self._dial(to, deadline, elsewhere=elsewhere)
         self._calls_out += 1
         try:
             async with asyncio.timeout_at(deadline) as clock:
@@ -276,7 +278,9 @@ class Node:
     def _channel_closed(self) -> None:
         self._calls_out -= 1
 
-    async def _dial(self, to: Address | Sequence[Address], deadline: float) -> Stream:
+    async def _dial(
+        self, to: Address | Sequence[Address], deadline: float, *, elsewhere: bool = False
+    ) -> Stream:
         self.check_loop()
         if self._closed:
             raise StreamClosedError("this node is closed")
@@ -284,7 +288,7 @@ class Node:
         if not self._allows(peer):
             raise PeerNotAllowedError(f"{short(peer)} is not among the allowed peers of this closed swarm")
         self.counters["calls_out"] += 1
-        if peer == self.peer and not self._elsewhere(addresses):
+        if peer == self.peer and not elsewhere:
             return self._dial_itself()
         stream = await dial(self._transports, addresses, deadline)
         self._paths[peer] = stream.path
@@ -292,10 +296,6 @@ class Node:
         if len(self._paths) > _PATHS_KEPT:
             self._paths.popitem(last=False)
         return stream
-
-    def _elsewhere(self, addresses: Sequence[Address]) -> bool:
-        """Whether this peer's id is meant to be found where this process does not listen."""
-        return bool(self.addresses) and not set(addresses) & set(self.addresses)
 
     def _dial_itself(self) -> Stream:
         """A stream inside the process: the way out and back in need not be open, as behind most routers."""
