@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,9 +55,16 @@ class LocalParts:
         ``dtype`` is ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's own (but
         not float16, at which CPUs are slow). Raise `InputError` for another, `CheckpointError` when one of
         the tensors is missing or has the wrong shape, `UnsupportedModelError` when the family is not a causal
-        language model that transformers knows.
+        language model that transformers knows, or `self_test` finds that it would compute something else.
         """
         import_large("transformers.modeling_utils")
+        from swarmcore.client.self_test import check_parts
+
+        check_parts(checkpoint, functools.partial(cls._load, dtype="float32", progress=None))
+        return cls._load(checkpoint, dtype=dtype, progress=progress)
+
+    @classmethod
+    def _load(cls, checkpoint: Checkpoint, *, dtype: str, progress: Progress | None) -> LocalParts:
         from transformers import AutoModelForCausalLM
 
         model = load_without_blocks(
