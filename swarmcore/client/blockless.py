@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from swarmcore.errors import CheckpointError, UnsupportedModelError
-from swarmcore.executor.torch.checkpoint.base import missing_tensors
+from swarmcore.errors import UnsupportedModelError
+from swarmcore.executor.torch.checkpoint.base import missing_tensors, one_line
+from swarmcore.executor.torch.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.device import choose_dtype
+from swarmcore.executor.torch.loading import load_state
+from swarmcore.executor.torch.structure import Structure, structure_of
+from swarmcore.executor.torch.tensor_names import TextTensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-"""Names that families give to the norm between the last block and the head."""
-
 _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 """Lists in a config that must have one entry for each layer."""
-
-_BLOCK_TENSOR = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 
 Build = Callable[["PretrainedConfig"], "PreTrainedModel"]
 """Such as ``AutoModelForCausalLM.from_config``: raises ValueError for a family that has no such model."""
@@ -40,62 +38,58 @@ def load_without_blocks(
     dtype: str = "auto",
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Structure]:
     """Embeddings, final norm and head of ``checkpoint``; nothing else is read. Frozen, in evaluation mode.
+
+    With it comes where its blocks would be, and which of its modules come after them.
 
     ``settings`` are put into the config first. A head that the checkpoint does not have, as of a classifier
     that is yet to be trained, is initialised as Transformers does, and can be trained. Raise `InputError`
     for an unknown dtype, `CheckpointError` when a tensor is missing or has the wrong shape,
     `UnsupportedModelError` when ``build`` has no ``what`` of this family.
     """
+    text = checkpoint.config.get_text_config(decoder=True)
+    check_servable(text, checkpoint.name)
+    structure = structure_of(text)
     config = without_blocks(checkpoint.config)
     for name, value in (settings or {}).items():
         setattr(config, name, value)
-    own = config if getattr(config, "dtype", None) is not None else checkpoint.config
-    wanted = choose_dtype(dtype, own, torch.device("cpu"))
+    wanted = choose_dtype(dtype, config, torch.device("cpu"))
     with quiet_transformers(lambda share: None):
         try:
             with torch.device("meta"):
                 skeleton = build(config)
-        except (ValueError, KeyError, AttributeError, TypeError) as exc:
+        except Exception as exc:  # each family checks its config in its own way
             raise UnsupportedModelError(
-                f"{checkpoint.name} ({config.model_type}) is no {what} that transformers can build: {exc}"
+                f"{checkpoint.name} ({config.model_type}) is no {what} that transformers can build: "
+                f"{one_line(exc)}"
             ) from exc
-        found = _find_tensors(skeleton, checkpoint.names())
-        tensors = checkpoint.read(list(found), progress=progress)
-        state = {key: tensors.pop(name).to(wanted) for name, key in found.items()}
-        try:
-            model, loaded = type(skeleton).from_pretrained(
-                None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
-            )
-        except (RuntimeError, ValueError) as exc:
-            raise CheckpointError(f"the tensors of {checkpoint.name} do not fit its config: {exc}") from exc
+    tensors = TextTensors.of(checkpoint, structure)
+    found = tensors.find(skeleton.state_dict(), structure.base)
+    wanted_keys = {key for key, _ in skeleton.named_parameters() if not _is_new_head(skeleton, key)}
+    if not wanted_keys <= set(found.values()):
+        # Old names of this family, which transformers itself will translate.
+        found |= {name: name for name in tensors.others(found)}
+    elif unexpected := tensors.unexpected(found, skeleton):
+        raise unexpected_tensors(checkpoint.name, unexpected)
+    data = checkpoint.read(list(found), progress=progress)
+    check_plain(checkpoint.name, data, tensors.whole_numbers(found, skeleton))
+    state = {key: _in_dtype(data.pop(name), wanted) for name, key in found.items()}
+    model, loaded = load_state(type(skeleton), config, state, wanted, checkpoint.name)
     new = {name for name in loaded["missing_keys"] if _is_new_head(model, name)}
     if missing := set(loaded["missing_keys"]) - new:
         raise missing_tensors(checkpoint.name, missing)
     model.eval().requires_grad_(False)
     for name in new:
         model.get_parameter(name).requires_grad_(True)
-    return model
-
-
-def final_norm(model: PreTrainedModel) -> str:
-    """The name of the norm between the last block and the head, in the base model of ``model``.
-
-    Raise `UnsupportedModelError` when there is none of a known name.
-    """
-    base = model.base_model
-    name = next((n for n in _FINAL_NORMS if isinstance(getattr(base, n, None), nn.Module)), None)
-    if name is None or base is model:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no final norm of a known name before its head"
-        )
-    return name
+    return model, structure
 
 
 def without_blocks(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of the text model's config with no layers."""
-    config = copy.deepcopy(config.get_text_config(decoder=True))
+    whole, config = config, copy.deepcopy(config.get_text_config(decoder=True))
+    if getattr(whole, "tie_word_embeddings", False):
+        config.tie_word_embeddings = True  # a larger model around it may say so in its own part alone
     config.num_hidden_layers = 0
     for name in _PER_LAYER_LISTS:
         if getattr(config, name, None):
@@ -121,20 +115,5 @@ def _is_new_head(model: PreTrainedModel, name: str) -> bool:
     return not in_base and model.get_output_embeddings() is None
 
 
-def _find_tensors(skeleton: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
-    """Which tensors of the checkpoint to read, and the name to load each under."""
-    candidates = {name for name in names if not _BLOCK_TENSOR.search(name)}
-    prefix = f"{skeleton.base_model_prefix}."
-    found: dict[str, str] = {}
-    for key in skeleton.state_dict():
-        # Some checkpoints are of the base model alone, some of a larger model around the text model.
-        forms = (key, key.removeprefix(prefix))
-        nested = (name for name in sorted(candidates) if name.endswith(tuple(f".{form}" for form in forms)))
-        match = next((name for name in (*forms, *nested) if name in candidates), None)
-        if match is not None:
-            found[match] = key
-    wanted = {key for key, _ in skeleton.named_parameters() if not _is_new_head(skeleton, key)}
-    if not wanted <= set(found.values()):
-        # Old names of this family, which transformers itself will translate.
-        found |= {name: name for name in candidates if name not in found}
-    return found
+def _in_dtype(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return data.to(dtype) if data.is_floating_point() else data

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from swarmcore.client.blockless import final_norm, load_without_blocks
+from swarmcore.client.blockless import load_without_blocks
 from swarmcore.imports import import_large
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
+    from swarmcore.executor.torch.structure import Structure
 
 
 class LocalParts:
@@ -27,12 +28,13 @@ class LocalParts:
     several threads at once.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        base = model.base_model
-        name = final_norm(model)
-        norm = getattr(base, name)
-        setattr(base, name, nn.Identity())
-        setattr(model, model.base_model_prefix, _AfterBlocks(norm))
+    def __init__(self, model: PreTrainedModel, structure: Structure) -> None:
+        """``model`` has no blocks; ``structure`` says where they would be."""
+        base = cast(Any, model.get_submodule(structure.base))
+        after = nn.Sequential(*(base.get_submodule(name) for name in structure.after))
+        for name in structure.after:
+            setattr(base, name, nn.Identity())
+        model.set_submodule(structure.base, _AfterBlocks(after))
         self.config: PretrainedConfig = model.config
         self.dtype: torch.dtype = model.dtype
         self.hidden_size = int(model.config.hidden_size)
@@ -67,14 +69,14 @@ class LocalParts:
     def _load(cls, checkpoint: Checkpoint, *, dtype: str, progress: Progress | None) -> LocalParts:
         from transformers import AutoModelForCausalLM
 
-        model = load_without_blocks(
+        model, structure = load_without_blocks(
             checkpoint,
             AutoModelForCausalLM.from_config,
             what="causal language model",
             dtype=dtype,
             progress=progress,
         )
-        return cls(model)
+        return cls(model, structure)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -127,14 +129,14 @@ class LocalParts:
 
 
 class _AfterBlocks(nn.Module):
-    """Takes the base model's place before the head: norms what came out of the last block."""
+    """Takes the base model's place before the head: does what that does after its last block."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, after: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
+        self.after = after
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _BaseOutput:
-        return _BaseOutput(self.norm(inputs_embeds))
+        return _BaseOutput(self.after(inputs_embeds))
 
 
 class _BaseOutput:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swarmcore.errors import AdapterError, SpanError
-from swarmcore.executor.torch.cut import build_on_meta, layer_list
+from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list
 from swarmcore.types import Span
 
 ALL_LINEAR = "all-linear"
@@ -73,9 +73,9 @@ class ModelLayout:
                 "the config has no blocks; pass the config of the whole model, RemoteModel.whole_config"
             )
         model = build_on_meta(config)
-        base = model.base_model
+        base_path, base = find_base(model)
+        path = f"{base_path}.{layer_list(base)}"
         blocks = getattr(base, layer_list(base))
-        path = next(name for name, module in model.named_modules() if module is blocks)
         projections, others = [], set()
         for index, block in enumerate(blocks):
             for name, module in block.named_modules():

@@ -110,7 +110,7 @@ class _AutoRemoteModel:
             raise InputError(
                 f"{', '.join(unknown)}: neither an option of from_pretrained here, nor in the model's config"
             )
-        model = load_without_blocks(
+        model, _ = load_without_blocks(
             checkpoint,
             cls._auto.from_config,
             what=cls._what,

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from swarmcore.client.blockless import final_norm
-from swarmcore.errors import InputError, InvalidBatchError
+from swarmcore.errors import InputError, InvalidBatchError, UnsupportedModelError
+from swarmcore.executor.torch.structure import structure_of
 from swarmcore.training.batch_checks import check_token_ids
 from swarmcore.transformers.cache import PADDING, RemoteCache
 from swarmcore.transformers.remote import RemoteStack
@@ -90,9 +90,12 @@ def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
     """Have the base model of ``model``, which has no layers, send hidden states through ``stack``.
 
     All that the family does before its first block, and after its last one, is done by its own code. Raise
-    `UnsupportedModelError` when its final norm, in front of which the blocks are put, is not known.
+    `UnsupportedModelError` when it does nothing after its blocks, since they are put in front of that.
     """
-    norm = model.base_model.get_submodule(final_norm(model))
+    structure = structure_of(model.config)
+    if not structure.after:
+        raise UnsupportedModelError(f"{type(model).__name__} has nothing between its blocks and its head")
+    norm = model.get_submodule(f"{structure.base}.{structure.after[0]}")
     norm.register_forward_pre_hook(_through_blocks)
     base = cast(Any, model.base_model)
     base.__class__ = _remote_base(cast(Any, type(base)))

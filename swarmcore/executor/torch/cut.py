@@ -1,9 +1,4 @@
-"""Cutting a model to some of its blocks: the config, and what the layers must keep of the whole model.
-
-A family's own base model is built with as many layers as the span has. What a layer is depends on its index
-in many families (a list in the config, a rule in the code), so each layer of the cut model is compared to the
-layer it stands for, built on the ``meta`` device where tensors take no memory.
-"""
+"""Cutting a model to some of its blocks: the config, and a class of models that have these blocks only."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarmcore.errors import UnsupportedModelError
+from swarmcore.executor.torch.checkpoint.base import one_line
 from swarmcore.types import Span
 
 _NOT_PER_LAYER = {
@@ -35,13 +31,6 @@ def cut_config(config: Any, span: Span) -> Any:
     for key, value in vars(config).items():
         if key not in _NOT_PER_LAYER and isinstance(value, list | tuple) and len(value) == layers:
             setattr(cut, key, type(value)(value[span.start : span.end]))
-    if getattr(config, "first_k_dense_replace", None):
-        cut.first_k_dense_replace = max(0, config.first_k_dense_replace - span.start)
-    if isinstance(getattr(config, "mlp_only_layers", None), list):
-        sparse_step = getattr(config, "decoder_sparse_step", 1) or 1
-        dense = {i for i in range(layers) if (i + 1) % sparse_step} | set(config.mlp_only_layers)
-        cut.mlp_only_layers = [i - span.start for i in sorted(dense) if i in span]
-        cut.decoder_sparse_step = 1
     cut.num_hidden_layers = len(span)
     cut.return_dict, cut.output_attentions, cut.output_hidden_states = True, False, False
     return _without_vocabulary(cut)
@@ -52,8 +41,10 @@ def build_on_meta(config: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as exc:
-        raise UnsupportedModelError(f"no model of type {config.model_type!r} can be built: {exc}") from exc
+    except Exception as exc:  # each family checks its config in its own way
+        raise UnsupportedModelError(
+            f"no model of type {config.model_type!r} can be built: {one_line(exc)}"
+        ) from exc
 
 
 def find_base(model: Any) -> tuple[str, Any]:
@@ -97,37 +88,36 @@ def check_servable(config: Any, name: str) -> None:
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} ({config.model_type}) is not a decoder-only model")
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "an unknown method")
-        raise UnsupportedModelError(
-            f"the weights of {name} are quantised ({method}); use its bfloat16, float16 or float32 checkpoint"
-        )
 
 
-def copy_layer_traits(config: Any, span: Span, base: Any, name: str) -> None:
-    """Give the layers of the cut model ``base`` the traits that they have in the whole model.
+def whole_config(config: Any) -> Any:
+    """The text config ``config`` for a model of all its blocks, with a token vocabulary."""
+    return _without_vocabulary(copy.deepcopy(config))
 
-    Some families derive plain values from a layer's index (GPT-2 may scale attention by it). Raise
-    `UnsupportedModelError` when a layer has other tensors or modules than the one it stands for.
+
+def cut_class(family: Any, path: str, layers: str, span: Span) -> Any:
+    """A subclass of the causal language model ``family`` with the blocks ``span`` of its config only.
+
+    They are those of the whole model: what a block is depends on its index in many families. ``layers`` is
+    the name of the list of blocks in the module at ``path``.
     """
-    whole_base = find_base(build_on_meta(_without_vocabulary(copy.deepcopy(config))))[1]
-    blocks = getattr(whole_base, layer_list(whole_base))
-    for index, layer in enumerate(getattr(base, layer_list(base))):
-        whole = dict(blocks[span.start + index].named_modules())
-        mine = dict(layer.named_modules())
-        if whole.keys() != mine.keys() or _tensors(blocks[span.start + index]) != _tensors(layer):
-            raise UnsupportedModelError(
-                f"block {span.start + index} of {name} ({config.model_type}) depends on its place among "
-                f"the others in a way that is not served"
-            )
-        for path, module in mine.items():
-            for key, value in vars(whole[path]).items():
-                if key != "layer_idx" and isinstance(value, int | float | str | None) and key in vars(module):
-                    setattr(module, key, value)
 
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, config, *args, **kwargs)
+        base, cut = self.get_submodule(path), cut_config(config, span)
+        blocks = getattr(base, layers)[span.start : span.end]
+        setattr(base, layers, nn.ModuleList(blocks))
+        for module in base.modules():
+            if getattr(module, "config", None) is base.config and module is not base:
+                module.config = cut
+        for module in blocks.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx -= span.start
+        base.config = cut
 
-def _tensors(layer: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in layer.state_dict().items()}
+    # Under the name of its family, by which the library's loader knows what to convert.
+    body = {"__init__": __init__, "__module__": family.__module__, "__qualname__": family.__qualname__}
+    return type(family.__name__, (family,), body)
 
 
 def _without_vocabulary(config: Any) -> Any:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from swarmcore.executor.torch.checkpoint import Checkpoint
-from swarmcore.executor.torch.cut import build_on_meta, cut_config, layer_list
+from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list, whole_config
 from swarmcore.executor.torch.device import DTYPES, choose_dtype, parse_device
 from swarmcore.placement.capacity import BlockNeeds
 from swarmcore.resources import limits as resources
-from swarmcore.types import Span
 
 
 def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int) -> BlockNeeds:
@@ -63,7 +62,7 @@ def device_name(device: str) -> str:
 
 def _largest_block(config: Any) -> int:
     """How many parameters the largest block has: in some families not all are alike."""
-    base = build_on_meta(cut_config(config, Span(0, config.num_hidden_layers))).base_model
+    _, base = find_base(build_on_meta(whole_config(config)))
     blocks = getattr(base, layer_list(base))
     return max(sum(int(parameter.numel()) for parameter in block.parameters()) for block in blocks)
 

@@ -14,24 +14,25 @@ from swarmcore.errors import CheckpointError, SpanError, SwarmError, Unsupported
 from swarmcore.executor.torch.attention import NAME, computing
 from swarmcore.executor.torch.batch import Attention, Batch
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.executor.torch.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.executor.torch.cut import (
     build_on_meta,
     check_servable,
-    copy_layer_traits,
+    cut_class,
     cut_config,
-    find_base,
     layer_list,
+    whole_config,
 )
 from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
+from swarmcore.executor.torch.loading import load_state
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.executor.torch.self_test import check_span
+from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.targets import Updates
+from swarmcore.executor.torch.tensor_names import is_computed, text_tower, whole_numbers
 from swarmcore.types import Span
-
-_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|video|speech|encoder|mtp")
 
 
 class SpanModel:
@@ -175,31 +176,32 @@ def _load(
     if not 0 <= span.start < span.end <= blocks:
         raise SpanError(f"blocks {span} are not in {name}, which has blocks 0:{blocks}")
     check_servable(text, name)
-    cut = cut_config(text, span)
-    empty = build_on_meta(cut)
-    prefix, empty_base = find_base(empty)
-    layers = layer_list(empty_base)
-    sources = _block_tensors(checkpoint, layers, blocks, span)
-    tensors = checkpoint.read(sources, progress=progress)
+    structure, whole = structure_of(text), whole_config(text)
+    empty = build_on_meta(whole)
+    blocks_path = f"{structure.base}.{structure.layers}"
+    names = _block_tensors(checkpoint, structure.layers, span)
+    tensors = checkpoint.read(names, progress=progress)
+    tensors = {key: data for key, data in tensors.items() if not is_computed(key, data)}
+    integers = {key for key, data in empty.state_dict().items() if not data.is_floating_point()}
+    check_plain(name, tensors, whole_numbers(tensors, integers))
     state = {
-        f"{prefix}.{layers}.{index - span.start}.{rest}": tensors.pop(source)
-        for source, (index, rest) in sources.items()
+        f"{blocks_path}.{index - span.start}.{rest}": tensors.pop(key)
+        for key, (index, rest) in names.items()
+        if key in tensors
     }
-    with quiet_transformers(lambda share: None):
-        # The library's own loader: it knows how checkpoints differ from modules (fused experts, old names).
-        model, report = type(empty).from_pretrained(
-            None, config=cut, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    wrong = [key for key in report["missing_keys"] if f"{layers}." in key]
+    family = cut_class(type(empty), structure.base, structure.layers, span)
+    model, report = load_state(family, whole, state, dtype, name)
+    if unexpected := [key for key in report["unexpected_keys"] if not is_computed(key)]:
+        raise unexpected_tensors(name, unexpected)
+    wrong = [key for key in report["missing_keys"] if key.startswith(f"{blocks_path}.")]
     wrong += [entry[0] for entry in report.get("mismatched_keys", ())]
     if wrong:
         raise CheckpointError(
             f"blocks {span} of {name} lack {len(wrong)} tensors or have them in another shape, such as "
             f"{wrong[0]}; the checkpoint is incomplete or not the one its config describes"
         )
-    base = model.get_submodule(prefix)
-    copy_layer_traits(text, span, base, name)
-    _keep_only_blocks(base, layers)
+    base = model.get_submodule(structure.base)
+    _keep_only_blocks(base, structure)
     base.config._attn_implementation = NAME
     base.eval().requires_grad_(False).to(device)
     if replace := REPLACE_ATTENTION.get(text.model_type):
@@ -209,27 +211,18 @@ def _load(
     return SpanModel(base, span, name, device, dtype)
 
 
-def _block_tensors(
-    checkpoint: Checkpoint, layers: str, blocks: int, span: Span
-) -> dict[str, tuple[int, str]]:
+def _block_tensors(checkpoint: Checkpoint, layers: str, span: Span) -> dict[str, tuple[int, str]]:
     """The checkpoint's tensors of the span, with the block each belongs to and its name in there."""
-    pattern = re.compile(rf"(.*\.)?{layers}\.(\d+)\.(.+)")
-    by_tower: dict[str, dict[str, tuple[int, str]]] = {}
-    for tensor in checkpoint.names():
-        if match := pattern.fullmatch(tensor):
-            by_tower.setdefault(match[1] or "", {})[tensor] = int(match[2]), match[3]
-    candidates = [tower for tower in by_tower if not _OTHER_TOWERS.search(tower)]
-    if not candidates:
-        raise CheckpointError(f"{checkpoint.name} has no tensors named {layers}.0.… for its {blocks} blocks")
-    tower = by_tower[max(candidates, key=lambda tower: len(by_tower[tower]))]
-    return {tensor: place for tensor, place in tower.items() if place[0] in span}
+    pattern = re.compile(rf"{re.escape(text_tower(checkpoint, layers))}{layers}\.(\d+)\.(.+)")
+    matches = ((name, pattern.fullmatch(name)) for name in checkpoint.names())
+    return {name: (int(match[1]), match[2]) for name, match in matches if match and int(match[1]) in span}
 
 
-def _keep_only_blocks(base: Any, layers: str) -> None:
+def _keep_only_blocks(base: Any, structure: Structure) -> None:
     """Take out embeddings and final norm: hidden states come in and go out as they are between blocks."""
     tokens = base.get_input_embeddings()
     for name, child in list(base.named_children()):
-        if name != layers and any(True for _ in child.parameters()):
+        if name in structure.after or (name != structure.layers and any(True for _ in child.parameters())):
             positional = isinstance(child, nn.Embedding) and child is not tokens
             setattr(base, name, _NoPositions() if positional else nn.Identity())
     if hasattr(base, "embedding_multiplier"):
@@ -241,8 +234,9 @@ def _keep_only_blocks(base: Any, layers: str) -> None:
 class _NoPositions(nn.Module):
     """In place of learned position embeddings, which the client has added: adds nothing, in any dtype."""
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((), device=position_ids.device)
+    def forward(self, *args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return torch.zeros((), device=next(given).device)
 
 
 def _fixed_positions(config: Any) -> int | None:
@@ -256,6 +250,7 @@ def _fixed_positions(config: Any) -> int | None:
     limits = [
         kind.get("original_max_position_embeddings") or config.max_position_embeddings
         for kind in kinds
-        if "dynamic" in kind.get("rope_type", "") or kind.get("rope_type") == "longrope"
+        if "dynamic" in kind.get("rope_type", "")
+        or (kind.get("rope_type") == "longrope" and kind.get("short_factor") != kind.get("long_factor"))
     ]
     return min(limits, default=None)

@@ -104,17 +104,19 @@ def append(folder: Path) -> None:
 
 
 def garbage(folder: Path) -> None:
+    first_shard(folder).write_bytes(b"PK\x03\x04 an archive, not tensors")
+
+
+def lfs_pointer(folder: Path) -> None:
     first_shard(folder).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\n")
+
+
+def lfs_pointer_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid")
 
 
 def remove_shard(folder: Path) -> None:
     first_shard(folder).unlink()
-
-
-def lie_in_index(folder: Path) -> None:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"]["model.invented"] = first_shard(folder).name
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def leave_folder_in_index(folder: Path) -> None:
@@ -136,6 +138,66 @@ def no_weights(folder: Path) -> None:
         path.unlink()
 
 
+def test_what_an_index_promises_is_missed_by_who_needs_it(model_copy: Path, tmp_path: Path) -> None:
+    """Published indexes name tensors of heads that their files do not have; transformers minds nothing."""
+    index = json.loads((model_copy / "model.safetensors.index.json").read_text())
+    index["weight_map"]["mtp.fc.weight"] = first_shard(model_copy).name
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(str(model_copy), cache_dir=tmp_path)
+    assert "mtp.fc.weight" not in checkpoint.names()
+    with pytest.raises(CheckpointError, match=r"no tensor mtp\.fc\.weight"):
+        checkpoint.read(["mtp.fc.weight"])
+
+
+def test_shards_in_a_folder_below(model_copy: Path, tmp_path: Path) -> None:
+    whole = open_checkpoint(str(model_copy), cache_dir=tmp_path)
+    index = json.loads((model_copy / "model.safetensors.index.json").read_text())
+    (model_copy / "weights").mkdir()
+    for shard in list(model_copy.glob("*.safetensors")):
+        shard.rename(model_copy / "weights" / shard.name)
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    moved = open_checkpoint(str(model_copy), cache_dir=tmp_path)
+    assert set(moved.names()) == set(whole.names())
+    assert moved.info.fingerprint == whole.info.fingerprint
+    assert len(moved.read(moved.names())) == len(moved.names())
+
+
+def test_a_config_with_infinity(model_copy: Path, tmp_path: Path) -> None:
+    """Python's JSON writes it, and so do published configs (``time_step_limit``)."""
+    edit_config(model_copy, time_step_limit=[0.0, float("inf")])
+    assert open_checkpoint(str(model_copy), cache_dir=tmp_path).config.time_step_limit == [0.0, float("inf")]
+
+
+def test_the_dtype_of_the_weights_where_the_config_names_none(model_copy: Path, tmp_path: Path) -> None:
+    edit_config(model_copy, dtype=..., torch_dtype=...)
+    assert open_checkpoint(str(model_copy), cache_dir=tmp_path).config.dtype == torch.float32
+    edit_config(model_copy, dtype="float16")
+    assert open_checkpoint(str(model_copy), cache_dir=tmp_path).config.dtype == torch.float16
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_no_model(model_copy: Path, tmp_path: Path, whole: bool) -> None:
+    """Beside a whole model, transformers would put it on top."""
+    (model_copy / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    if not whole:
+        (model_copy / "config.json").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"PEFT adapter.*name org/base as the model"):
+        open_checkpoint(str(model_copy), cache_dir=tmp_path)
+
+
+def test_weights_under_a_name_of_their_own(model_copy: Path, tmp_path: Path) -> None:
+    edit_config(model_copy, transformers_weights="other.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"other\.safetensors.*transformers_weights"):
+        open_checkpoint(str(model_copy), cache_dir=tmp_path)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Set fields of config.json; an ellipsis takes one out."""
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -145,7 +207,8 @@ def no_weights(folder: Path) -> None:
         (append, r"model-00001.*is damaged: \d+ bytes, expected \d+"),
         (garbage, r"model-00001.*is not a safetensors file"),
         (remove_shard, r"model-00001.*is missing"),
-        (lie_in_index, r"lacks the tensor model.invented"),
+        (lfs_pointer, r"model-00001.*is a git-lfs pointer.*git lfs pull"),
+        (lfs_pointer_index, r"index.json is a git-lfs pointer.*git lfs pull"),
         (leave_folder_in_index, r"'../secret.safetensors' is not the name"),
         (garbage_index, r"index.json is damaged"),
         (pickles, r"pytorch_model.bin.*convert it to safetensors"),

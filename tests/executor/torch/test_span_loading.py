@@ -87,12 +87,6 @@ def test_family_that_does_not_use_the_attention_interface(tmp_path: Path) -> Non
         TorchExecutor.load(checkpoint, Span(0, 1))
 
 
-def test_quantised_checkpoint(tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_llama.config, "quantization_config", {"quant_method": "fp8"}, raising=False)
-    with pytest.raises(UnsupportedModelError, match="quantised \\(fp8\\)"):
-        TorchExecutor.load(tiny_llama, Span(0, 1))
-
-
 def test_repr_and_accounting(tiny_llama: Checkpoint) -> None:
     executor = TorchExecutor.load(tiny_llama, Span(1, 3), dtype="bfloat16")
     assert repr(executor).endswith("1:3 bfloat16 on cpu · 0 sequences>")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import torch
 
 from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint.cache import storage_errors
+from swarmcore.executor.torch.checkpoint.header import LFS_POINTER, lfs_pointer
 from swarmcore.executor.torch.checkpoint.progress import Progress
 from swarmcore.imports import import_large
 from swarmcore.types import JsonDict, ModelInfo
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+"""Of PEFT: says that the weights beside it are an adapter's."""
 
 
 class Checkpoint(ABC):
@@ -34,6 +37,8 @@ class Checkpoint(ABC):
     folder: Path
     """Local folder with config.json, the tokenizer's files and generation_config.json."""
     config: PretrainedConfig
+    raw_config: JsonDict
+    """What config.json says, as it is there."""
     info: ModelInfo
 
     @abstractmethod
@@ -55,12 +60,18 @@ class Checkpoint(ABC):
         is full, `ModelHubError` when a download cannot be finished (what was read is kept).
         """
 
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of the first tensor of real numbers in the checkpoint; None when that is not known."""
+        return None
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.info.fingerprint[:12]} · {self.info.blocks} blocks>"
 
 
 def load_config(folder: Path, name: str) -> tuple[PretrainedConfig, JsonDict]:
     """The config in ``folder``, as transformers has it and as it is. Code that comes with it is never run."""
+    if (folder / ADAPTER).is_file():
+        raise _adapter(folder, name)
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{name} has no config.json: it is not a model in the transformers format")
     raw = read_json(folder / "config.json")
@@ -68,20 +79,51 @@ def load_config(folder: Path, name: str) -> tuple[PretrainedConfig, JsonDict]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True), raw
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError) as exc:
         raise UnsupportedModelError(f"transformers does not know what {name} is: {one_line(exc)}") from exc
     except Exception as exc:  # each family checks its config in its own way
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(exc)}") from exc
+    if (file := raw.get("transformers_weights")) not in (None, WEIGHTS, INDEX):
+        raise UnsupportedModelError(
+            f"the config of {name} names {file} for its weights (transformers_weights); call it {WEIGHTS}"
+        )
+    return config, raw
+
+
+def _adapter(folder: Path, name: str) -> UnsupportedModelError:
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
+    return UnsupportedModelError(
+        f"{name} holds a PEFT adapter ({ADAPTER}), which transformers would put on top of the weights; name "
+        f"{base} as the model and load the adapter on its own, or merge it (PEFT's merge_and_unload)"
+    )
 
 
 def read_json(path: Path) -> JsonDict:
+    """The object in a JSON file, as Python's own reader has it: what it writes may say Infinity and NaN."""
     with storage_errors("reading the model", path):
         content = path.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise lfs_pointer(path)
     try:
-        return msgspec.json.decode(content, type=JsonDict)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} is damaged: {exc}") from exc
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no object")
+    return found
+
+
+def settle_dtype(checkpoint: Checkpoint) -> None:
+    """Make the config name the dtype of the weights: that of the whole model, else the one they are in.
+
+    As transformers has it for ``dtype="auto"``. Configs of older models, and those of the text part of a
+    larger model, often name none.
+    """
+    config = checkpoint.config
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "dtype", None) is None:
+        text.dtype = getattr(config, "dtype", None) or checkpoint.stored_dtype()
 
 
 def describe(name: str, config: PretrainedConfig, fingerprint: str) -> ModelInfo:

@@ -6,6 +6,7 @@ A file is an 8-byte little-endian header length, that much JSON, then the tensor
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,6 +14,9 @@ import msgspec
 import torch
 
 from swarmcore.errors import CheckpointError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that git checked out without its content, where git-lfs is not installed."""
 
 MAX_HEADER = 100 * 1024 * 1024
 """The format's own limit on a header's length, in bytes."""
@@ -59,6 +63,8 @@ def header_length(prefix: bytes, file: str, size: int) -> int:
     """
     if len(prefix) < 8:
         raise CheckpointError(f"{file} is truncated: {size} bytes, too few for a safetensors file")
+    if prefix[:8] == LFS_POINTER[:8]:
+        raise lfs_pointer(file)
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER or length < 2:
         raise CheckpointError(
@@ -112,6 +118,14 @@ def _entry(name: str, raw: dict[str, Any], base: int) -> Entry:
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{name} has {end - start} bytes, its shape {list(shape)} and dtype say otherwise")
     return Entry(name, dtype, shape, base + start, base + end)
+
+
+def lfs_pointer(file: Path | str) -> CheckpointError:
+    """The error for a file that is only a git-lfs pointer."""
+    return CheckpointError(
+        f"{file} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in its "
+        f"folder, or download the model with `hf download`"
+    )
 
 
 def view_as(data: torch.Tensor, entry: Entry) -> torch.Tensor:

@@ -47,7 +47,7 @@ class Repository(msgspec.Struct, frozen=True):
     model: str
     commit: str
     files: dict[str, HubFile]
-    """The files of its top folder."""
+    """The files of its top folder, and weights in folders below it."""
 
     def remote(self, file: str, endpoint: str | None = None) -> RemoteFile:
         """Where to download ``file``."""
@@ -123,8 +123,12 @@ def _ask(model: str, revision: str | None, endpoint: str | None) -> Repository:
         ) from exc
     if not info.sha or not _SHA1.fullmatch(info.sha):
         raise ValueError("its answer names no commit")
-    top = [file for file in info.siblings or () if Path(file.rfilename).name == file.rfilename]
-    return Repository(model, info.sha, {file.rfilename: _listed(file) for file in top})
+    used = [file for file in info.siblings or () if _is_used(file.rfilename)]
+    return Repository(model, info.sha, {file.rfilename: _listed(file) for file in used})
+
+
+def _is_used(file: str) -> bool:
+    return Path(file).name == file or file.endswith(".safetensors")
 
 
 def _listed(file: RepoSibling) -> HubFile:

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from swarmcore.errors import CheckpointError
 from swarmcore.executor.torch.checkpoint.base import (
+    ADAPTER,
     INDEX,
     WEIGHTS,
     Checkpoint,
@@ -36,12 +37,13 @@ from swarmcore.executor.torch.checkpoint.folder import (
 from swarmcore.executor.torch.checkpoint.header import Entry, header_length, parse_header
 from swarmcore.executor.torch.checkpoint.hub import Repository, hub_folder, repository_folder, resolve
 from swarmcore.executor.torch.checkpoint.progress import Counter, Progress, no_progress
+from swarmcore.executor.torch.checkpoint.quantized import QUANTIZATION_FILES
 from swarmcore.executor.torch.checkpoint.ranges import Range, length
 from swarmcore.executor.torch.checkpoint.sparse import SparseFile
 
 SMALL_FILES = frozenset(
     {
-        "config.json", "generation_config.json", INDEX,
+        "config.json", "generation_config.json", INDEX, ADAPTER, *QUANTIZATION_FILES,
         "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
         "chat_template.jinja", "chat_template.json",
@@ -75,14 +77,14 @@ class HubCheckpoint(Checkpoint):
         self._repository = resolve(model, revision, cache, endpoint)
         self.folder = repository_folder(model, cache, endpoint) / "snapshots" / self._repository.commit
         files = self._repository.files
-        if WEIGHTS not in files and INDEX not in files:
+        if not files.keys() & {WEIGHTS, INDEX, ADAPTER}:
             raise _not_loadable(model, files)
         self._download_small_files(progress)
+        self.config, self.raw_config = load_config(self.folder, model)
         self._shards: dict[str, _Shard] = {}
         self._weight_map = self._map_weights(progress)
         weights = [self._shard(file).sha256(progress) for file in sorted(set(self._weight_map.values()))]
-        self.config, raw = load_config(self.folder, model)
-        fingerprint = model_fingerprint(raw, weights)
+        fingerprint = model_fingerprint(self.raw_config, weights)
         self.info = describe(model, self.config, fingerprint)
 
     @property
@@ -92,6 +94,10 @@ class HubCheckpoint(Checkpoint):
 
     def names(self) -> Collection[str]:
         return self._weight_map.keys()
+
+    def stored_dtype(self) -> torch.dtype | None:
+        entries = self._shard(next(iter(self._weight_map.values()))).entries(None)
+        return next((entry.dtype for entry in entries.values() if entry.dtype.is_floating_point), None)
 
     def nbytes(self, names: Collection[str]) -> int:
         return sum(entry.nbytes for entries in self._select(names, None).values() for entry in entries)

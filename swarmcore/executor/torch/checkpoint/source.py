@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError
-from swarmcore.executor.torch.checkpoint.base import INDEX, WEIGHTS, Checkpoint
+from swarmcore.executor.torch.checkpoint.base import INDEX, WEIGHTS, Checkpoint, settle_dtype
 from swarmcore.executor.torch.checkpoint.cache import cache_folder, storage_errors
 from swarmcore.executor.torch.checkpoint.folder import FolderCheckpoint
 from swarmcore.executor.torch.checkpoint.gguf import convert as convert_gguf
 from swarmcore.executor.torch.checkpoint.gguf import converted, is_gguf
 from swarmcore.executor.torch.checkpoint.progress import Progress
 from swarmcore.executor.torch.checkpoint.pypi import find_gguf
+from swarmcore.executor.torch.checkpoint.quantized import plain
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -29,13 +30,20 @@ def open_checkpoint(
 
     ``source`` is a folder in the transformers format, a GGUF file or a folder with one, ``pypi:PACKAGE``
     for a GGUF in a Python package, or a hub id (``org/name``), of which ``revision`` is a branch, tag or
-    commit. A GGUF is converted first, once. Blocks: run it in a thread.
+    commit. A GGUF is converted first, once; what is quantised otherwise is dequantised as it is read, where
+    that is a plain product. Blocks: run it in a thread.
 
     Raise `ModelNotFoundError` when there is no such model, `InputError` for a revision of what is on no hub,
     `CheckpointError` when it is damaged or incomplete, `UnsupportedModelError` when transformers does not
-    know it, `StorageError` when the cache cannot be written.
+    know it or its weights are packed in a way that is not undone, `StorageError` when the cache cannot be
+    written.
     """
-    cache = cache_folder(cache_dir)
+    found = _open(source, revision, cache_folder(cache_dir), progress)
+    settle_dtype(found)
+    return plain(found)
+
+
+def _open(source: str, revision: str | None, cache: Path, progress: Progress | None) -> Checkpoint:
     path = _find(source, cache, progress)
     if revision is not None and (source.startswith("pypi:") or path.exists()):
         raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")

@@ -1,0 +1,31 @@
+"""Transformers' own loader: it knows how checkpoints differ from modules (fused experts, old names)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from swarmcore.errors import CheckpointError, MissingExtraError
+from swarmcore.executor.torch.checkpoint.base import one_line
+from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+
+
+def load_state(
+    family: Any, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, name: str
+) -> tuple[Any, dict[str, Any]]:
+    """A model of the class ``family`` with these tensors, and what the loader says of them.
+
+    That is ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``. Raise `CheckpointError` when they
+    do not fit the config.
+    """
+    with quiet_transformers(lambda share: None):
+        try:
+            model, report = family.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+        except ImportError as exc:
+            raise MissingExtraError(f"transformers needs a package to load {name}: {one_line(exc)}") from exc
+        except Exception as exc:  # whatever the family's own classes raise
+            raise CheckpointError(f"the tensors of {name} do not fit its config: {one_line(exc)}") from exc
+    return model, report
