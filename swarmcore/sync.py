@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 from swarmcore.client.loop_thread import LoopThread, background_loop
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -32,9 +34,12 @@ if TYPE_CHECKING:
     from swarmcore.client import thin as _thin
     from swarmcore.client.blocks import RemoteBlocks
     from swarmcore.client.generation import FinishReason
+    from swarmcore.client.options import SessionOptions
+    from swarmcore.client.pass_options import PassOptions
     from swarmcore.client.pieces import GeneratedPieces
     from swarmcore.client.prompts import Prompt
     from swarmcore.client.settings import GenerationOptions
+    from swarmcore.executor.loader import Progress
     from swarmcore.registry.base import SwarmView
     from swarmcore.routing.chain import Chain
     from swarmcore.routing.costs import ChainCost
@@ -82,9 +87,30 @@ class Swarm(Closing):
         self.asynchronous = swarm
         loop.opened(self)
 
-    def load_model(self, name_or_path: str, **options: Any) -> Model:
+    def load_model(
+        self,
+        name_or_path: str | None = None,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        threads: int | None = None,
+        cache_dir: Path | None = None,
+        session_options: SessionOptions | None = None,
+        pass_options: PassOptions | None = None,
+        progress: Progress | None = None,
+    ) -> Model:
         """As `swarmcore.Swarm.load_model`; ``progress`` is called in another thread."""
-        return Model(self.loop, self.loop.run(self.asynchronous.load_model(name_or_path, **options)))
+        loading = self.asynchronous.load_model(
+            name_or_path,
+            dtype=dtype,
+            revision=revision,
+            threads=threads,
+            cache_dir=cache_dir,
+            session_options=session_options,
+            pass_options=pass_options,
+            progress=progress,
+        )
+        return Model(self.loop, self.loop.run(loading))
 
     def generate(
         self, prompt: Prompt, *, model: str = "", adapter: str = "", **options: Unpack[GenerationOptions]

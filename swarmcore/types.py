@@ -94,6 +94,9 @@ class ModelInfo:
     """Number of transformer blocks in the whole model."""
     hidden_size: int
     """Width of the hidden states that pass between blocks."""
+    source: str = attrs.field(default="", eq=False)
+    """Where others find it, as whoever announces it was told: ``pypi:PACKAGE`` or a hub id, empty for files
+    of its own. A claim like the name; see `swarmcore.sources`."""
 
 
 @attrs.frozen

@@ -219,7 +219,7 @@ _REMOTE_MODEL = (
     click.option(
         "--model",
         metavar="MODEL",
-        help="What the servers were started with: hub id, folder or GGUF file. "
+        help="Hub id, folder or GGUF file, or the name that the swarm has for it. "
         "[default: the one model that the swarm serves]",
     ),
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model."),

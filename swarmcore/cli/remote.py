@@ -12,7 +12,6 @@ import attrs
 
 from swarmcore.cli.options import RemoteModelOptions, load_identity, set_thread_environment
 from swarmcore.cli.output import Output
-from swarmcore.errors import InputError, MissingBlocksError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
@@ -42,29 +41,23 @@ async def remote_model(
         blocked_servers=options.blocked_servers,
         max_hops=options.max_hops,
     ) as swarm:
-        name = options.model or _the_only_model(swarm)
+        served = swarm.served(options.model)
+        if served is not None and served.sources:
+            output.remark(f"the swarm serves {served.info.name}: loading {served.sources[0]}")
         with output.progress() as progress:
-            try:
-                model = await swarm.load_model(
-                    name,
-                    dtype=options.dtype,
-                    revision=options.revision,
-                    threads=options.threads,
-                    session_options=SessionOptions(
-                        codec=options.codec,
-                        journal=options.journal,
-                        patience=options.patience,
-                        on_failover=partial(_show_failover, output),
-                    ),
-                    progress=progress,
-                )
-            except ModelNotFoundError as exc:
-                if options.model is not None:
-                    raise
-                # Servers announce a model's name, which need not be where anyone finds its files.
-                raise ModelNotFoundError(
-                    f"the swarm serves {name}; say with --model in which folder, GGUF file or hub id it is"
-                ) from exc
+            model = await swarm.load_model(
+                options.model,
+                dtype=options.dtype,
+                revision=options.revision,
+                threads=options.threads,
+                session_options=SessionOptions(
+                    codec=options.codec,
+                    journal=options.journal,
+                    patience=options.patience,
+                    on_failover=partial(_show_failover, output),
+                ),
+                progress=progress,
+            )
         await swarm.wait_for_blocks(model.info, timeout=options.wait)
         yield swarm, model
 
@@ -94,17 +87,3 @@ def _show_failover(output: Output, failover: Failover) -> None:
     # The text that is being streamed may have left the cursor in the middle of a line.
     output.remark(f"{chr(10) if sys.stdout.isatty() else ''}{failover}")
     output.event("failover", **attrs.asdict(failover))
-
-
-def _the_only_model(swarm: Swarm) -> str:
-    names = sorted({model.name for model in swarm.view().models().values()})
-    if not names:
-        raise MissingBlocksError(
-            "nobody in this swarm serves a model yet; start: swarmcore serve --model MODEL", ranges=[]
-        )
-    if len(names) > 1:
-        raise InputError(
-            f"the swarm serves {', '.join(names)}; say with --model in which folder, GGUF file or hub id the "
-            f"one you want is"
-        )
-    return names[0]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from random import Random
 
+from swarmcore.client.served_models import called
 from swarmcore.errors import InputError
 from swarmcore.registry.base import SwarmView
-from swarmcore.types import ModelInfo, PeerId, ServerInfo
+from swarmcore.sources import is_called
+from swarmcore.types import PeerId, ServerInfo
 
 
 class HeadChoice:
     """Picks head peers of one model, any of them as soon as another; those that leave or are banned last.
 
-    ``model`` is a name or a fingerprint, or empty for the only one there is. From the first pick on it is the
-    one with that fingerprint. ``admits`` says which peers may be used at all.
+    ``model`` is a name, a source or a fingerprint, or empty for the only one there is. From the first pick on
+    it is the one with that fingerprint. ``admits`` says which peers may be used at all.
     """
 
     def __init__(
@@ -35,13 +37,13 @@ class HeadChoice:
             (server, model)
             for server in sorted(view, key=lambda server: server.peer)
             for model in server.heads
-            if self.model in ("", model.fingerprint, model.name) and self._admits(server.peer)
+            if (not self.model or is_called(model, self.model)) and self._admits(server.peer)
         ]
         found = {model.fingerprint: model for _, model in offers}
         if len(found) > 1:
             raise InputError(
-                f"head peers of this swarm make texts of {', '.join(map(_called, found.values()))}; say with "
-                f"model which, by name or fingerprint"
+                f"head peers of this swarm make texts of {', '.join(map(called, found.values()))}; say with "
+                f"model which, by name, source or fingerprint"
             )
         able = [server for server, _ in offers if server.peer not in tried]
         if not able:
@@ -49,7 +51,3 @@ class HeadChoice:
         (self.model,) = found
         self._rng.shuffle(able)
         return min(able, key=lambda server: (server.peer in banned, server.state == "draining"))
-
-
-def _called(model: ModelInfo) -> str:
-    return f"{model.name} ({model.fingerprint[:12]})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.prompts import EncodedPrompt, Prompt, check_tokens, encode_prompt, load_tokenizer
 from swarmcore.client.remote import SessionOpener
 from swarmcore.client.sampling import TokenChooser
+from swarmcore.client.served_models import open_served
 from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.text import StopStrings, TextStream
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from swarmcore.client.swarm import Swarm
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteModel:
@@ -85,7 +89,7 @@ class RemoteModel:
     async def load(
         cls,
         swarm: Swarm,
-        name_or_path: str,
+        name_or_path: str | None,
         *,
         dtype: str = "auto",
         revision: str | None = None,
@@ -96,6 +100,13 @@ class RemoteModel:
         progress: Progress | None = None,
     ) -> RemoteModel:
         """What `Swarm.load_model` does. ``progress`` is called in another thread."""
+        served = swarm.served(name_or_path)
+        if served is not None:
+            logger.info("loading %s from %s", served, " or ".join(map(str, served.sources)) or "nowhere")
+            find = functools.partial(open_served, served)
+        else:
+            assert name_or_path is not None
+            find = functools.partial(open_checkpoint, name_or_path)
         compute = ModelCompute(threads)
         stopping = threading.Event()
 
@@ -107,9 +118,7 @@ class RemoteModel:
 
         try:
             checkpoint = await compute.run(
-                functools.partial(
-                    open_checkpoint, name_or_path, revision=revision, cache_dir=cache_dir, progress=report
-                )
+                functools.partial(find, revision=revision, cache_dir=cache_dir, progress=report)
             )
             open_session = functools.partial(swarm.open_session, checkpoint.info, options=session_options)
             model = await cls.from_checkpoint(

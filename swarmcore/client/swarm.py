@@ -19,6 +19,7 @@ from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.planner import SwarmPlanner, random_session_id
+from swarmcore.client.served_models import ServedModel, find_served
 from swarmcore.client.session import InferenceSession, SessionOptions, open_session
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.thin import PATIENCE, ThinGeneration, ThinRun, generate_at_heads
@@ -283,7 +284,7 @@ class Swarm:
 
     async def load_model(
         self,
-        name_or_path: str,
+        name_or_path: str | None = None,
         *,
         dtype: str = "auto",
         revision: str | None = None,
@@ -295,11 +296,15 @@ class Swarm:
     ) -> RemoteModel:
         """Load embeddings, head and tokenizer of a model, for its blocks to be run by the swarm.
 
-        ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id.
+        ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id; or the name or
+        fingerprint of a model that the swarm serves; or None for the only one that it serves. The latter two
+        are loaded from the public place that their servers name, if what is there has their fingerprint.
+
         ``session_options`` say how the model's sessions travel: deadlines, codec, chunks of prompts;
         ``pass_options`` the same of batches through `RemoteModel.blocks`. Raise
-        `ModelNotFoundError`, `CheckpointError`, and `MissingExtraError` without the extra ``torch``. Servers
-        are looked for when a session opens, not here.
+        `ModelNotFoundError`, `CheckpointError`, `ModelMismatchError`, `MissingBlocksError` when nobody serves
+        a model that could be meant, and `MissingExtraError` without the extra ``torch``. Servers of all its
+        blocks are looked for when a session opens, not here.
         """
         self._check_joined()
         self.node.check_loop()
@@ -319,6 +324,14 @@ class Swarm:
         )
         self._models.append(model)
         return model
+
+    def served(self, name: str | None = None) -> ServedModel | None:
+        """The model of the swarm that ``name`` stands for, as `load_model` finds it.
+
+        None when ``name`` is not of the swarm's, but a source of its own. Raise `MissingBlocksError` when no
+        model is served, `InputError` when it takes a name to tell which.
+        """
+        return find_served(self.view(), name, admits=self._admits)
 
     async def info(self, peer: PeerId, *, timeout: float = 5.0) -> InfoReply:
         """Ask a server of the view about itself. Raise `PeerUnreachableError` when it is not in the view."""

@@ -12,6 +12,7 @@ import attrs
 
 from swarmcore.client.heads import HeadChoice
 from swarmcore.client.pieces import GeneratedPieces
+from swarmcore.client.served_models import called
 from swarmcore.errors import (
     BusyError,
     ConnectionLostError,
@@ -167,7 +168,7 @@ async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGener
             head = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
             if head is None:
                 if not run.tokens or (give_up is not None and now() >= give_up):
-                    raise _why_none(run.choice, errors)
+                    raise _why_none(run, errors)
                 await _pause(run.registry, errors, give_up)
                 tried.clear()
                 continue
@@ -277,10 +278,16 @@ def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
         run.registry.suspect(peer)
 
 
-def _why_none(choice: HeadChoice, errors: list[SwarmError]) -> SwarmError:
+def _why_none(run: ThinRun, errors: list[SwarmError]) -> SwarmError:
     """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
     if not errors:
-        of = f" of {choice.model}" if choice.model else ""
+        of = f" of {run.choice.model}" if run.choice.model else ""
+        offered = ", ".join(called(model) for model, _ in run.registry.view().heads())
+        if offered:
+            return MissingHeadError(
+                f"no peer that this client may use makes texts{of} for clients without a part of the model; "
+                f"in this swarm they are made of {offered}"
+            )
         return MissingHeadError(
             f"no peer of this swarm makes texts{of} for clients without a part of the model; start one: "
             f"swarmcore serve --serve-head, or swarmcore bootstrap --serve-head --model MODEL"

@@ -63,10 +63,12 @@ def explain_missing(
                 f"{model.name} ({model.fingerprint[:12]}); load the same files on both sides"
             )
     ranges = [str(span) for span in missing]
+    served = sorted({m.name for m in view.models().values() if m.fingerprint != model.fingerprint})
+    others = f"; this swarm serves {', '.join(served)}" if served else ""
     # The name is what servers announce; it need not be where anyone finds the files.
     commands = "; ".join(f"swarmcore serve --model MODEL --blocks {span} --bootstrap …" for span in ranges)
     return MissingBlocksError(
         f"no server{' that this client may use' if chosen else ''} holds blocks {', '.join(ranges)} of "
-        f"{model.name}; start: {commands} (MODEL: the hub id, folder or GGUF file of {model.name})",
+        f"{model.name}; start: {commands} (MODEL: the hub id, folder or GGUF file of {model.name}){others}",
         ranges=ranges,
     )

@@ -36,6 +36,7 @@ from swarmcore.server.protocols import (
     PING_METHOD,
 )
 from swarmcore.server.rebalancing import Rebalancing
+from swarmcore.sources import announced_source
 from swarmcore.types import Address, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 
@@ -101,6 +102,7 @@ class BlockServer:
             adapters=self.adapters,
         )
         self.passes = PassService(self.engine, executor.model, executor.span, self.adapters)
+        self._model = attrs.evolve(executor.model, source=announced_source(config.model, config.revision))
         self.state: ServerState = "joining"
         self.span = executor.span
         """Blocks that sessions may be opened on; while nothing can be served, those that are loaded."""
@@ -131,7 +133,7 @@ class BlockServer:
             peer=self.node.peer,
             addresses=tuple(map(str, self.node.addresses)),
             state=self.state,
-            model=self.executor.model,
+            model=self._model,
             span=self.span,
             dtype=self.executor.dtype,
             cache_tokens=self.engine.cache_tokens,
@@ -146,7 +148,7 @@ class BlockServer:
             pinned=self._rebalancing is None,
             pass_tokens=self.config.max_pass_tokens,
             adapters=self.adapters.names,
-            heads=(self.head.model.info,) if self.head is not None else (),
+            heads=(self.head.announced,) if self.head is not None else (),
             incarnation=self.incarnation,
             public_name=self.config.public_name,
             version=VERSION,

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Protocol, Self, Unpack
 
+import attrs
+
 from swarmcore.client.prompts import EncodedPrompt, Prompt
 from swarmcore.client.settings import GenerationOptions
 from swarmcore.errors import (
@@ -79,8 +81,10 @@ class HeadService:
     Every text has a session of its own, as any client's: servers that fail are replaced under it.
     """
 
-    def __init__(self, model: TextModel, limits: HeadLimits | None = None) -> None:
+    def __init__(self, model: TextModel, limits: HeadLimits | None = None, *, source: str = "") -> None:
         self.model = model
+        self.announced = attrs.evolve(model.info, source=source)
+        """What others are told of the model."""
         self.limits = limits or HeadLimits()
         self.queue = HeadQueue(at_once=self.limits.at_once, waiting=self.limits.waiting)
         self.draining = False

@@ -14,6 +14,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.head import HeadService
 from swarmcore.server.head_limits import HeadLimits
 from swarmcore.server.protocols import GENERATE_PROTOCOL
+from swarmcore.sources import announced_source
 
 if TYPE_CHECKING:
     from swarmcore.executor.torch.checkpoint import Progress
@@ -49,7 +50,7 @@ async def serving_head(
             threads=config.threads,
             progress=progress,
         )
-        service = HeadService(model, config.limits)
+        service = HeadService(model, config.limits, source=announced_source(config.model, config.revision))
         node.serve_protocol(GENERATE_PROTOCOL, service.serve)
         try:
             yield service

@@ -40,6 +40,7 @@ from swarmcore.server.loading import (
 from swarmcore.server.measuring import ServerSpeed, measure_compute, measure_network
 from swarmcore.server.protocols import INFO_METHOD, PING_METHOD
 from swarmcore.server.speed_file import SpeedFile
+from swarmcore.sources import announced_source
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId, ServerInfo, Span
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
@@ -124,7 +125,7 @@ async def run_server(
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
         loader = await asyncio.to_thread(open_model, config, progress)
-        model = loader.model
+        model = attrs.evolve(loader.model, source=announced_source(config.model, config.revision))
         if config.span is not None:
             check_span(config.span, model.blocks, model.name)
         # Before the memory that is left for blocks is looked at.
@@ -276,7 +277,7 @@ async def run_bootstrap(
         info = ServerInfo(
             peer=node.peer,
             addresses=tuple(map(str, node.addresses)),
-            heads=(service.model.info,) if service is not None else (),
+            heads=(service.announced,) if service is not None else (),
             public_name=public_name,
             version=version(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from swarmcore.client.blockless import load_without_blocks, with_blocks
 from swarmcore.client.model import load_generation_config
 from swarmcore.client.options import SessionOptions
 from swarmcore.client.pass_options import PassOptions
+from swarmcore.client.served_models import may_be_served, open_served
 from swarmcore.errors import InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.executor.torch.device import DTYPE_NAMES
@@ -54,7 +56,7 @@ class _AutoRemoteModel:
         progress: Progress | None = None,
         **config: Any,
     ) -> Any:
-        """The model of that folder, GGUF file or hub id, its blocks those that servers of the swarm hold.
+        """The model of that folder, GGUF file, hub id, or name that the swarm has for it, its blocks remote.
 
         Or the model that ``save_pretrained`` wrote the trained parts of into that folder, with them.
 
@@ -78,15 +80,18 @@ class _AutoRemoteModel:
         saved = read_saved_parts(Path(name_or_path))
         if saved is not None:
             name_or_path, config = saved.model, {**saved.config, **config}
-        checkpoint = open_checkpoint(
-            str(name_or_path), revision=revision, cache_dir=cache_dir, progress=progress
-        )
-        model = cls._local_parts(checkpoint, _dtype_name(dtype), config, progress)
-        model.config._name_or_path = str(name_or_path)
-        if saved is not None:
-            saved.put_into(model, checkpoint.info)
-        connected = swarm or sync.connect(*addresses, identity=identity)
+        connected, served = swarm, None
         try:
+            if may_be_served(str(name_or_path)):
+                connected = connected or sync.connect(*addresses, identity=identity)
+                served = connected.asynchronous.served(str(name_or_path))
+            find = partial(open_served, served) if served else partial(open_checkpoint, str(name_or_path))
+            checkpoint = find(revision=revision, cache_dir=cache_dir, progress=progress)
+            model = cls._local_parts(checkpoint, _dtype_name(dtype), config, progress)
+            model.config._name_or_path = str(name_or_path)
+            if saved is not None:
+                saved.put_into(model, checkpoint.info)
+            connected = connected or sync.connect(*addresses, identity=identity)
             stack = RemoteStack(
                 connected,
                 checkpoint.info,
@@ -97,7 +102,7 @@ class _AutoRemoteModel:
             )
             return remote_model(model, stack)
         except BaseException:
-            if swarm is None:
+            if swarm is None and connected is not None:
                 connected.close()
             raise
 
