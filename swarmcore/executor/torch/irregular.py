@@ -1,14 +1,23 @@
-"""Families that do not attend through transformers' ``AttentionInterface``, by model type."""
+"""Families that need code of their own to run on a ragged batch, by model type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from swarmcore.executor.torch import bloom, falcon
+from swarmcore.executor.torch import bloom, ctrl, diffllama, falcon, mpt, own_products, xglm
 
 REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {
     "bloom": bloom.replace_attention,
+    "codegen": own_products.replace_gptj,
+    "ctrl": ctrl.replace_attention,
+    "diffllama": diffllama.replace_attention,
     "falcon": falcon.replace_attention,
+    "gpt_neo": own_products.replace_gpt_neo,
+    "gpt_neox_japanese": own_products.replace_gpt_neox_japanese,
+    "gptj": own_products.replace_gptj,
+    "mpt": mpt.replace_attention,
+    "openai-gpt": own_products.replace_openai_gpt,
+    "xglm": xglm.replace_attention,
 }
-"""Given a base model, replaces the attention of its blocks by one that calls the current batch."""
+"""Given a base model, has its blocks call the current batch."""

@@ -150,6 +150,14 @@ def test_the_small_config_of_a_small_model_keeps_its_widths(family: str) -> None
         ("bloom", {"hidden_size": 14336, "n_layer": 6, "n_head": 112}),
         ("falcon", {"num_hidden_layers": 4}),
         ("phi3", {"sliding_window": 2047}),
+        ("codegen", {}),
+        ("ctrl", {"n_layer": 6}),
+        ("diffllama", {}),
+        ("gpt_neo", {}),
+        ("gptj", {}),
+        ("mpt", {}),
+        ("openai-gpt", {}),
+        ("xglm", {}),
     ],
 )
 def test_a_large_model_is_tried_in_small(model_type: str, settings: dict[str, Any]) -> None:

@@ -82,9 +82,9 @@ def test_model_with_other_than_attention_layers(tmp_path: Path) -> None:
 
 
 def test_family_that_does_not_use_the_attention_interface(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, "codegen", vocab_size=32, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    with pytest.raises(UnsupportedModelError, match="codegen"):
-        TorchExecutor.load(checkpoint, Span(0, 1))
+    sizes = {"vocab_size": 32, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 32}
+    with pytest.raises(UnsupportedModelError, match="xlnet"):
+        TorchExecutor.load(save(tmp_path, "xlnet", **sizes), Span(0, 1))
 
 
 def test_repr_and_accounting(tiny_llama: Checkpoint) -> None:
