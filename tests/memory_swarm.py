@@ -31,6 +31,7 @@ from swarmcore.server.protocols import (
     FORWARD_PROTOCOL,
     INFERENCE_PROTOCOL,
     PING_METHOD,
+    SESSION_STATE_METHOD,
 )
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, Rows, hidden_states, read_rows
 from swarmcore.testing.faulty import Faults, FaultyTransport
@@ -143,6 +144,7 @@ class Swarm:
         node.serve_protocol(FORWARD_PROTOCOL, passes.forward)
         node.serve_protocol(BACKWARD_PROTOCOL, passes.backward)
         node.serve(PING_METHOD, _pong)
+        node.serve(SESSION_STATE_METHOD, service.state)
         registry = MemoryRegistry(node.peer, self.directory)
         await registry.start()
         server = Server(node, transport, executor, engine, service, passes, adapters, registry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
@@ -28,9 +28,15 @@ class AdapterWeights:
         """The weights of ``blocks``, in their order."""
         return [tensor for block in blocks for tensor in self.tensors.get(block, ())]
 
-    async def send(self, channel: Channel, blocks: Sequence[int]) -> None:
-        """Send the weights of ``blocks``. Raise `ProtocolError` when they are not the client's to send."""
+    async def send(
+        self, channel: Channel, blocks: Sequence[int], *, progressed: Callable[[], None] = lambda: None
+    ) -> None:
+        """Send the weights of ``blocks``; ``progressed`` is called after each part.
+
+        Raise `ProtocolError` when they are not the client's to send.
+        """
         if not self.tensors:
             raise ProtocolError(f"the server asked for the weights of its own adapter {self.name.name!r}")
         for part, last in adapter_parts(self.tensors_of(blocks)):
             await channel.send(AdapterPart(self.scaling, last=last), *part)
+            progressed()

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Collection, Sequence
 
 from swarmcore.client.opening import OpenStage, Planner, Refusals, located, open_chain, open_stages
 from swarmcore.client.options import Failover
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
-from swarmcore.client.replaying import replay
+from swarmcore.client.replaying import REPLAY_ROWS, replay
 from swarmcore.errors import (
     DeadlineExceededError,
     MissingBlocksError,
+    ServerMemoryError,
     SessionLostError,
     SwarmError,
 )
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.moving import differences
+from swarmcore.session.patience import MAX_FAILURES, RetryPolicy
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.messages import Admit, CachesTaken, HandOver, HandOverFailed, Hop
@@ -28,17 +31,15 @@ from swarmcore.wire.messages import Admit, CachesTaken, HandOver, HandOverFailed
 logger = logging.getLogger(__name__)
 
 LATE_COPY = 5.0
-"""Seconds without any copy after which a server that still owes some is given up, although it lives."""
+"""Seconds without any copy after which a server that still owes some is given up, although it lives, if
+somebody else has its blocks."""
+
+SHORTEST_REPLAY = 16
+"""Rows of a replay in one piece, at least, however little memory a server has."""
 
 HAND_OVER_TIMEOUT = 60.0
-"""Seconds in which a server that leaves has to hand its caches over; its session waits meanwhile."""
-
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 2.0
-"""Seconds between two attempts to find servers."""
-
-MAX_FAILOVERS = 32
-"""Failovers within one lap: a step that brings down every server it comes to must not go on for ever."""
+"""Seconds without progress after which a server that leaves cannot hand its caches over; its session waits
+meanwhile."""
 
 
 class Mender:
@@ -49,13 +50,36 @@ class Mender:
         self._pipeline = pipeline
         self._planner = planner
         self._fresh: set[LiveStage] = set()
-        self._budget = MAX_FAILOVERS
+        self._retries = RetryPolicy(pipeline.options.patience)
+        self._replay_rows = REPLAY_ROWS
         pipeline.on_blame = planner.failed
+        pipeline.alone = self.alone
 
     def begin_lap(self) -> None:
         """Every stage has all that is settled; what is sent from now on passes through all of them."""
         self._fresh.clear()
-        self._budget = MAX_FAILOVERS
+        self._retries.succeeded()
+
+    def landed(self) -> None:
+        """A step came home."""
+        self._retries.succeeded()
+
+    def alone(self, stage: LiveStage) -> bool:
+        """Whether nobody else has the blocks of a stage."""
+        try:
+            self._planner.plan(Span(stage.start, stage.end), blocked=frozenset([stage.peer]))
+        except SwarmError:
+            return True
+        return False
+
+    async def pause_after(self, error: SwarmError, where: LiveStage) -> None:
+        """Leave a server alone for a while that has no room, memory or time for a step; raise ``error`` when
+        it has been so for `SessionOptions.patience` seconds."""
+        pause = self._retries.failed(asyncio.get_running_loop().time(), error)
+        if pause == math.inf:
+            raise self._gave_up(located(where, error))
+        logger.info("%s: %s; again in %.1f s", where, error, pause)
+        await asyncio.sleep(pause)
 
     async def mend(self) -> None:
         """Replace stages until none is failed.
@@ -65,29 +89,29 @@ class Mender:
         """
         loop = asyncio.get_running_loop()
         pipeline = self._pipeline
-        give_up, pause = loop.time() + pipeline.options.patience, FIRST_PAUSE
         while (found := pipeline.failed) is not None:
             lost = pipeline.stages[found[0] : found[1] + 1]
             reason = lost[0].failure
             assert reason is not None
             if pipeline.options.journal == "off":
                 raise located(lost[0], reason)
-            if self._budget == 0:
-                raise located(lost[0], reason, f"after {MAX_FAILOVERS} failovers in one step")
             try:
-                replaced = await self._rebuild(*found, reason)
+                if await self._rebuild(*found, reason):
+                    self._retries.replaced()
+                    continue
+                failed = next((each for each in pipeline.stages if each.failure), None)
+                error = failed.failure if failed is not None else None
             except SwarmError as exc:
-                if loop.time() + pause > give_up:
-                    raise _gave_up(exc, pipeline.options.patience, reason) from exc
-                if not isinstance(exc, MissingBlocksError):
-                    self._budget -= 1
-                logger.info("no replacement for %s yet: %s", _names(lost), exc)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                error = exc
+            if error is None:
                 continue
-            self._budget -= 1
-            if replaced:
-                give_up, pause = loop.time() + pipeline.options.patience, FIRST_PAUSE
+            if isinstance(error, ServerMemoryError):
+                self._replay_rows = max(self._replay_rows // 4, SHORTEST_REPLAY)
+            pause = self._retries.failed(loop.time(), error)
+            if pause == math.inf:
+                raise self._gave_up(error, reason) from error
+            logger.info("no replacement for %s yet: %s", _names(lost), error)
+            await asyncio.sleep(pause)
 
     async def resend(self, flights: Collection[Flight]) -> None:
         """Send steps under way again, from the last place that is known to have them, under their numbers.
@@ -178,7 +202,7 @@ class Mender:
         replayed = False
         try:
             await self._introduce(stages[-1])
-            replayed = await replay(pipeline, first, stages)
+            replayed = await replay(pipeline, first, stages, rows=self._replay_rows)
         finally:
             if not replayed:
                 for stage in stages:
@@ -199,7 +223,8 @@ class Mender:
         def known() -> bool:
             return pipeline.journal.complete(block) or before.failure is not None
 
-        if not await pipeline.wait(known, timeout=LATE_COPY):
+        patience = pipeline.options.step_timeout if self.alone(before) else LATE_COPY
+        if not await pipeline.wait(known, timeout=patience):
             pipeline.fail(before, DeadlineExceededError("it does not send copies of its outputs"))
         return not before.failure
 
@@ -237,6 +262,7 @@ class Mender:
             before=_hop_of(stages, last + 1),
             blocked=blocked,
             heir_of=heir_of,
+            hasty=True,
         )
 
     async def _open_given(self, first: int, last: int, chain: Chain) -> list[OpenStage]:
@@ -284,6 +310,18 @@ class Mender:
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)
 
+    def _gave_up(self, error: SwarmError, reason: SwarmError | None = None) -> SwarmError:
+        """``error`` as the caller is told of it, when there is to be no further attempt."""
+        failures = self._retries.failures
+        told = f"{error.message}; gave up after {self._pipeline.options.patience:.0f} s"
+        if failures > MAX_FAILURES:
+            told = f"{error.message}; gave up after {failures} failures in one step"
+        if reason is not None:
+            told += f" of looking for a replacement ({reason.message})" * (reason.message != error.message)
+        gave_up = type(error)(told, **error.details)
+        gave_up.origin = error.origin
+        return gave_up
+
     def _tell(
         self,
         lost: Sequence[LiveStage],
@@ -327,10 +365,3 @@ def _same_blocks(some: Sequence[Stage], others: Sequence[Stage]) -> bool:
 
 def _shutting_down() -> SwarmError:
     return SessionLostError("the server is shutting down")
-
-
-def _gave_up(error: SwarmError, patience: float, reason: SwarmError) -> SwarmError:
-    return type(error)(
-        f"{error.message}; gave up after {patience:.0f} s of looking for a replacement ({reason.message})",
-        **error.details,
-    )

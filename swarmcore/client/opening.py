@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import attrs
@@ -12,16 +12,24 @@ import attrs
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError
 from swarmcore.routing.chain import Chain, Stage
+from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
 from swarmcore.types import Address, ModelInfo, PeerId, Span, short
-from swarmcore.wire.messages import Hop, OpenSession, SessionOpened
+from swarmcore.wire.messages import Hop, OpenSession, Ping, SessionOpened
 from swarmcore.wire.passes import AdapterWanted
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+ASK_AFTER = 0.5
+"""Seconds without an answer to an opening after which a server is asked whether it lives, again and again."""
+
+UNHURRIED = 3.0
+"""Seconds that it has to answer that at least when the session is new; it may be starting up. In the middle
+of a session only as long as is usual for it."""
+
 MOST_ATTEMPTS = 8
 """Chains that are tried when their servers refuse at once: many may have died in the same moment."""
 
@@ -95,12 +103,13 @@ async def open_chain(
     blocked: Collection[PeerId] = (),
     heir_of: PeerId | None = None,
     attempts: int = ATTEMPTS,
+    hasty: bool = False,
 ) -> list[OpenStage]:
     """Open a session on every server of a chain for ``span``, all at once, between two other stages.
 
     Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
-    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses or does not
-    answer is avoided in the next of ``attempts``, each of ``timeout`` seconds; until so many have passed
+    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses or falls
+    silent, ``hasty`` for how long by what is usual for it, is avoided in the next of ``attempts``, each of ``timeout`` seconds; until so many have passed
     since the first, there may be up to `MOST_ATTEMPTS`. Raise what `Planner.plan` raises when there is no
     chain, and the last server's error when no other chain is left or the attempts are used up.
     """
@@ -135,6 +144,7 @@ async def open_chain(
             after=after,
             before=before,
             heir_of=heir_of,
+            hasty=hasty,
         )
         if not isinstance(opened, Refusals):
             return opened
@@ -161,6 +171,7 @@ async def open_stages(
     after: Hop | None = None,
     before: Hop | None = None,
     heir_of: PeerId | None = None,
+    hasty: bool = False,
 ) -> list[OpenStage] | Refusals:
     """Open a session on every server of this one chain, or on none of them; as `open_chain` otherwise."""
     hops = [_hop(stage, planner.session_id()) for stage in chain.stages]
@@ -178,6 +189,7 @@ async def open_stages(
         sequences=sequences,
         reserve=reserve,
         timeout=timeout,
+        least=0.0 if hasty else UNHURRIED,
     )
     opened = [result for result in results if isinstance(result, OpenStage)]
     if len(opened) == len(chain):
@@ -215,9 +227,16 @@ async def _open_all(
     sequences: int,
     reserve: int,
     timeout: float,
+    least: float,
 ) -> list[OpenStage | SwarmError]:
+    now = asyncio.get_running_loop().time
+
     async def open_one(
-        stage: Stage, hop: Hop, next_hop: Hop | None, pushers: tuple[PeerId, ...]
+        stage: Stage,
+        hop: Hop,
+        next_hop: Hop | None,
+        pushers: tuple[PeerId, ...],
+        progressed: Callable[[], None],
     ) -> OpenStage:
         opening = OpenSession(
             hop.session,
@@ -235,7 +254,8 @@ async def _open_all(
         try:
             granted = (await channel.receive()).record
             if isinstance(granted, AdapterWanted) and adapter is not None:
-                await adapter.send(channel, [block for block in granted.blocks if block in stage.span])
+                blocks = [block for block in granted.blocks if block in stage.span]
+                await adapter.send(channel, blocks, progressed=progressed)
                 granted = (await channel.receive()).record
             if not isinstance(granted, SessionOpened):
                 raise ProtocolError(
@@ -249,13 +269,28 @@ async def _open_all(
     async def guarded(
         stage: Stage, hop: Hop, next_hop: Hop | None, pushers: tuple[PeerId, ...]
     ) -> OpenStage | SwarmError:
+        silent: list[SwarmError] = []
+
+        async def watch() -> None:
+            silent.append(await _silence(node, hop, least))
+            clock.reschedule(now())
+
+        clock = asyncio.timeout(timeout)
+        watching: asyncio.Task[None] | None = None
         try:
-            async with asyncio.timeout(timeout):
-                return await open_one(stage, hop, next_hop, pushers)
+            async with clock:
+                watching = asyncio.create_task(watch(), name="session opening watch")
+                return await open_one(
+                    stage, hop, next_hop, pushers, lambda: clock.reschedule(now() + timeout)
+                )
         except TimeoutError:
-            return DeadlineExceededError(f"no session was granted in {timeout:.0f} s")
+            return (*silent, DeadlineExceededError(f"no session was granted in {timeout:.0f} s"))[0]
         except SwarmError as exc:
             return exc
+        finally:
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
 
     tasks = [
         asyncio.create_task(guarded(stage, hop, next_hop, admitted), name="session opening")
@@ -269,3 +304,22 @@ async def _open_all(
             if isinstance(result, OpenStage):
                 result.channel.abort("the session was not opened")
         raise
+
+
+async def _silence(node: Node, hop: Hop, least: float) -> SwarmError:
+    """Ask the server of ``hop`` whether it lives for as long as it does; return what it is when it does not.
+
+    What keeps it from being asked is not for this to say: the opening itself ends in the same error.
+    """
+    addresses = [Address.parse(url) for url in hop.addresses]
+    pause = ASK_AFTER
+    while True:
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 8 * ASK_AFTER)
+        try:
+            await ask(node, addresses, PING_METHOD, Ping(), least=least)
+        except DeadlineExceededError as exc:
+            if exc.origin is None:
+                return exc
+        except SwarmError as exc:
+            logger.debug("%s could not be asked whether it lives: %s", short(hop.peer), exc)

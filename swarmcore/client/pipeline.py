@@ -11,19 +11,29 @@ import attrs
 
 from swarmcore.client.opening import OpenStage
 from swarmcore.client.options import SessionOptions
-from swarmcore.errors import DeadlineExceededError, ProtocolError, RemoteFaultError, SwarmError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    ProtocolError,
+    RemoteFaultError,
+    SessionLostError,
+    SwarmError,
+)
 from swarmcore.routing.chain import Chain
+from swarmcore.rpc.asking import ask
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import PING_METHOD
+from swarmcore.rpc.response_times import ResponseTime
+from swarmcore.server.protocols import SESSION_STATE_METHOD
 from swarmcore.session.journal import Journal
 from swarmcore.session.laps import Chunk, SessionLaps
+from swarmcore.session.patience import StepPatience
 from swarmcore.types import Address, ModelInfo, PeerId
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
+    AskSession,
     Draining,
     HandOverFailed,
-    Ping,
+    SessionState,
     Step,
     StepFailed,
     StepForwarded,
@@ -33,11 +43,13 @@ from swarmcore.wire.tensors import FLOATS, Tensor
 
 logger = logging.getLogger(__name__)
 
-SILENCE = 1.0
-"""Seconds without any word from a stage after which all of them are asked whether they are alive."""
+SHORTEST_SILENCE = 0.25
+LONGEST_SILENCE = 1.0
+"""Seconds without any word from a stage after which all of them are asked how far they are; between these
+bounds it is what is usual between two words, and then twice as long each time."""
 
-PING_TIMEOUT = 3.0
-"""Seconds that a stage has to answer that."""
+LEAST_UNDER_LOAD = 1.0
+"""Seconds that a stage has to answer that while prompts or replays fill the way to it."""
 
 
 @attrs.define(eq=False)
@@ -58,10 +70,21 @@ class LiveStage:
     """Steps come from the session, and from the stage before when they are carried."""
     clock: asyncio.TimerHandle | None = None
     """Runs while something is being sent."""
+    asking: asyncio.Task[None] | None = None
+    """Asks it how far it is."""
+    state: SessionState | None = None
+    """What it answered last; None when it never has, as servers of older versions."""
+    silent_since: float | None = None
+    """When it was first asked without an answer."""
 
     @property
     def peer(self) -> PeerId:
         return self.opened.hop.peer
+
+    @property
+    def holds(self) -> bool:
+        """Whether it says that it has a step of the session, and is there."""
+        return self.silent_since is None and self.state is not None and self.state.holds
 
     @property
     def start(self) -> int:
@@ -121,12 +144,20 @@ class Pipeline:
         self.stages = [self._listening(stage) for stage in opened]
         self.flights: dict[int, Flight] = {}
         self._progress = 0
+        self._gaps = ResponseTime()
+        self._latest_word = asyncio.get_running_loop().time()
+        self._rows_sent = 0
+        self.patience = StepPatience(self._latest_word, options.step_timeout)
+        """Told of all progress; whoever waits for a flight asks it what to do."""
         self._awaited: tuple[Callable[[], bool], asyncio.Future[None]] | None = None
         self.on_blame: Callable[[PeerId, SwarmError], None] = lambda peer, error: None
         self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
-        self._prober: asyncio.Task[None] | None = None
+        self.alone: Callable[[LiveStage], bool] = lambda stage: False
+        """Whether nobody else has the blocks of a stage."""
         self._closing: set[asyncio.Task[None]] = set()
         self._keep_lanes()
+        for stage in self.stages:
+            self._acquaint(stage)
 
     @property
     def chain(self) -> Chain:
@@ -167,6 +198,8 @@ class Pipeline:
             flight.attempt += 1
         for stage in before:
             self._dismiss(stage)
+        for stage in stages:
+            self._acquaint(stage)
         return stages
 
     # --- sending -----------------------------------------------------------------------------------------
@@ -184,6 +217,7 @@ class Pipeline:
     async def send(self, index: int, flight: Flight, hidden: Tensor) -> None:
         """Send a step to one stage. A failure is that stage's, and is not raised."""
         stage, options = self.stages[index], self.options
+        self._rows_sent += flight.chunk.rows
         step: Step = self.laps.step_for(
             index,
             flight.chunk,
@@ -194,10 +228,14 @@ class Pipeline:
         )
         await self.tell(stage, step, hidden)
 
+    def stuck_at(self, flight: Flight) -> LiveStage:
+        """The stage behind which the flight is not known to have come."""
+        return next(stage for stage in self.stages if stage.end > flight.reached)
+
     def blame_stuck(self, flight: Flight, error: SwarmError) -> None:
         """The stage where the flight got no further has failed."""
-        index = next(i for i, stage in enumerate(self.stages) if stage.end > flight.reached)
-        stage = self.stages[index]
+        stage = self.stuck_at(flight)
+        index = self.stages.index(stage)
         self.fail(stage, error)
         if stage.start > flight.sent and not stage.proven:
             # Nothing has ever come through to this one: it may be the one before that lets nothing pass.
@@ -207,8 +245,8 @@ class Pipeline:
         """Send anything to a stage. A failure is that stage's, and is not raised."""
         loop = asyncio.get_running_loop()
         async with stage.sending:
-            until = loop.time() + self.options.step_timeout
-            stage.clock = loop.call_later(SILENCE, self._sends_slowly, stage, until)
+            patience = StepPatience(loop.time(), self.options.step_timeout)
+            stage.clock = loop.call_later(LONGEST_SILENCE, self._sends_slowly, stage, patience)
             try:
                 await stage.opened.channel.send(record, *tensors)
             except SwarmError as exc:
@@ -218,11 +256,15 @@ class Pipeline:
             finally:
                 stage.clock.cancel()
 
-    def _sends_slowly(self, stage: LiveStage, until: float) -> None:
+    def _sends_slowly(self, stage: LiveStage, patience: StepPatience) -> None:
         loop = asyncio.get_running_loop()
-        stage.clock = loop.call_later(SILENCE, self._sends_slowly, stage, until)
-        self._probe()
-        if loop.time() >= until:
+        stage.clock = loop.call_later(LONGEST_SILENCE, self._sends_slowly, stage, patience)
+        self._ask_all()
+        if self._latest_word > loop.time() - LONGEST_SILENCE:
+            patience.progressed(loop.time())
+        # Where nobody else has its blocks, that the way to it is slow is a reason to wait while it answers.
+        answers = stage.state is not None and stage.silent_since is None
+        if patience.look(loop.time(), held=answers, alone=answers and self.alone(stage)) in _LOST:
             self.fail(stage, DeadlineExceededError("it does not take in a step"))
 
     def forget(self, flight: Flight) -> None:
@@ -235,25 +277,28 @@ class Pipeline:
     async def wait(self, done: Callable[[], bool], *, timeout: float) -> bool:
         """Wait until ``done``; False when there was no progress, of whatever kind, for ``timeout`` seconds.
 
-        When there is none, stages are asked whether they are alive; those that do not answer have failed.
+        When there is none, stages are asked how far they are: what they compute meanwhile is progress, too.
+        Those that do not answer have failed, unless nobody else has their blocks.
         """
         loop = asyncio.get_running_loop()
         seen, latest = self._progress, loop.time()
+        silence = first = min(max(self._gaps.timeout, SHORTEST_SILENCE), LONGEST_SILENCE)
         while not done():
             waiter: asyncio.Future[None] = loop.create_future()
             self._awaited = done, waiter
-            clock = loop.call_later(min(SILENCE, timeout), _wake, waiter)
+            clock = loop.call_later(min(silence, timeout), _wake, waiter)
             try:
                 await waiter
             finally:
                 self._awaited = None
                 clock.cancel()
             if self._progress != seen:
-                seen, latest = self._progress, loop.time()
+                seen, latest, silence = self._progress, loop.time(), first
             elif loop.time() - latest >= timeout:
                 return done()
             else:
-                self._probe()
+                self._ask_all()
+                silence = min(2 * silence, LONGEST_SILENCE)
         return True
 
     def look(self) -> None:
@@ -262,25 +307,72 @@ class Pipeline:
             _wake(self._awaited[1])
 
     def _progressed(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._awaited is not None:  # else it is the caller's thinking that took the time
+            self._gaps.measured(now - self._latest_word)
+        self._latest_word = now
+        self.patience.progressed(now)
         self._progress += 1
         self.look()
 
-    def _probe(self) -> None:
-        if self._prober is None or self._prober.done():
-            self._prober = asyncio.create_task(self._ping_all(), name="session probe")
+    # --- asking ------------------------------------------------------------------------------------------
 
-    async def _ping_all(self) -> None:
-        await asyncio.gather(*(self._ping(stage) for stage in self.stages if not stage.failure))
+    def _ask_all(self) -> None:
+        for stage in self.stages:
+            if not stage.failure and (stage.asking is None or stage.asking.done()):
+                stage.asking = asyncio.create_task(self._ask(stage), name="session probe")
 
-    async def _ping(self, stage: LiveStage) -> None:
-        addresses = [Address.parse(url) for url in stage.opened.hop.addresses]
+    def _acquaint(self, stage: LiveStage) -> None:
+        """Learn how fast a new stage answers while it is well, so that it can be judged when it is not."""
+        if not self.node.response_times.of(stage.peer).known:
+            stage.asking = asyncio.create_task(self._ask(stage), name="session probe")
+
+    async def _ask(self, stage: LiveStage) -> None:
+        hop, began = stage.opened.hop, asyncio.get_running_loop().time()
+        addresses = [Address.parse(url) for url in hop.addresses]
+        hasty = self.options.journal != "off" and not self._under_load()
+        least = 0.0 if hasty else LEAST_UNDER_LOAD
         try:
-            await self.node.call(addresses, PING_METHOD, Ping(), timeout=PING_TIMEOUT)
-        except DeadlineExceededError:
-            self.fail(stage, DeadlineExceededError(f"no sign of life for {PING_TIMEOUT:.0f} s"))
+            state = await ask(
+                self.node, addresses, SESSION_STATE_METHOD, AskSession(hop.session), least=least
+            )
+        except DeadlineExceededError as exc:
+            if exc.origin is None:
+                self._silent(stage, began, exc)
         except SwarmError as exc:
             # Its stream still stands: whether a second connection can be made is another matter.
-            logger.debug("%s could not be asked whether it is alive: %s", stage, exc)
+            logger.debug("%s could not be asked how far it is: %s", stage, exc)
+            if exc.origin is not None:
+                stage.silent_since = None
+        else:
+            stage.silent_since = None
+            self._told(stage, state)
+
+    def _silent(self, stage: LiveStage, since: float, error: SwarmError) -> None:
+        """It is replaced by whoever else has its blocks; if nobody has, it may come back."""
+        stage.silent_since = since if stage.silent_since is None else stage.silent_since
+        silence = asyncio.get_running_loop().time() - stage.silent_since
+        if silence >= self.options.patience or not self.alone(stage):
+            self.fail(stage, error)
+
+    def _told(self, stage: LiveStage, state: SessionState) -> None:
+        """Take note of how far a stage is; what it has not been sent it cannot have computed."""
+        before, stage.state = stage.state, state
+        if not state.known:
+            self.fail(stage, SessionLostError("it no longer has the session"), blame=False)
+        elif before is None:
+            return
+        elif before.rows < state.rows <= self._rows_sent:
+            self._progressed()
+        elif before.work < state.work and state.holds and not state.waits_for_room:
+            self.patience.others_progressed(asyncio.get_running_loop().time())
+
+    def _under_load(self) -> bool:
+        """Whether more is under way than single tokens, so that answers may be held up by it."""
+        most = len(self.laps.positions)
+        return any(flight.chunk.rows > most for flight in self.flights.values()) or any(
+            stage.sending.locked() for stage in self.stages
+        )
 
     # --- receiving ---------------------------------------------------------------------------------------
 
@@ -372,20 +464,22 @@ class Pipeline:
 
     def _dismiss(self, stage: LiveStage) -> None:
         """Let go of a stage that is no longer of the chain."""
-        if stage.listener is not None:
-            stage.listener.cancel()
+        for each in (stage.listener, stage.asking):
+            if each is not None:
+                each.cancel()
         task = asyncio.create_task(stage.opened.channel.close(), name="session stage closing")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """End the session on every server."""
-        if self._prober is not None:
-            self._prober.cancel()
         listeners = [stage.listener for stage in self.stages if stage.listener is not None]
         for stage in self.stages:
             self._dismiss(stage)
         await asyncio.gather(*listeners, *self._closing, return_exceptions=True)
+
+
+_LOST = frozenset({"replace", "give up"})
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

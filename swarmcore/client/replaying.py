@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
@@ -14,10 +15,12 @@ REPLAY_ROWS = 1024
 REPLAYS_IN_FLIGHT = 4
 
 
-async def replay(pipeline: Pipeline, first: int, stages: Sequence[LiveStage]) -> bool:
+async def replay(
+    pipeline: Pipeline, first: int, stages: Sequence[LiveStage], *, rows: int = REPLAY_ROWS
+) -> bool:
     """Fill the caches of new ``stages``, of which the first is number ``first``, up to what is settled.
 
-    False when one that takes part has failed.
+    In pieces of ``rows`` at most. False when one that takes part has failed.
     """
     end = stages[-1].end
     positions = missing_from = pipeline.laps.positions
@@ -26,8 +29,8 @@ async def replay(pipeline: Pipeline, first: int, stages: Sequence[LiveStage]) ->
         missing_from = pipeline.journal.rebuild(end, positions)
     laps, inner = pipeline.laps, [stage.start for stage in stages[1:]]
     nothing = (0,) * len(positions)
-    known = laps.replay(nothing, missing_from, until=end, reply="none", chunk_rows=REPLAY_ROWS)
-    unknown = laps.replay(missing_from, positions, until=end, reply="all", chunk_rows=REPLAY_ROWS)
+    known = laps.replay(nothing, missing_from, until=end, reply="none", chunk_rows=rows)
+    unknown = laps.replay(missing_from, positions, until=end, reply="all", chunk_rows=rows)
     pieces = [(chunk, inner) for chunk in known] + [(chunk, [*inner, end]) for chunk in unknown]
     flights: list[Flight] = []
     try:
@@ -80,8 +83,13 @@ async def _landed(pipeline: Pipeline, flight: Flight, first: int, stages: Sequen
     def settled() -> bool:
         return flight.done or flight.error is not None or any(stage.failure for stage in taking_part)
 
-    if not await pipeline.wait(settled, timeout=pipeline.options.step_timeout):
-        pipeline.blame_stuck(flight, DeadlineExceededError("it did not rebuild its caches in time"))
-    elif flight.error is not None:
+    loop, patience = asyncio.get_running_loop(), pipeline.options.step_timeout
+    while not await pipeline.wait(settled, timeout=patience):
+        stage = pipeline.stuck_at(flight)
+        verdict = pipeline.patience.look(loop.time(), held=stage.holds, alone=pipeline.alone(stage))
+        if verdict in ("replace", "give up"):
+            pipeline.blame_stuck(flight, DeadlineExceededError("it did not rebuild its caches in time"))
+            break
+    if flight.error is not None:
         pipeline.fail(flight.refused_by or stages[-1], flight.error)
     return flight.done

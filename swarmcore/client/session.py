@@ -21,6 +21,7 @@ from swarmcore.errors import (
     DeadlineExceededError,
     InputError,
     InvalidStepError,
+    ServerMemoryError,
     SessionLostError,
     SwarmError,
     TooManyCallsError,
@@ -29,6 +30,7 @@ from swarmcore.routing.chain import Chain
 from swarmcore.routing.moving import MovePolicy
 from swarmcore.rpc.node import Node
 from swarmcore.session.laps import Chunk, Lap, Reply
+from swarmcore.session.patience import ALONE
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
 
@@ -38,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT = 8
 """Prefill chunks of one session under way in the chain."""
-
-NUDGES = 3
-"""How often a step without progress is sent again before the stage where it is stuck counts as lost."""
 
 LOOK_INTERVAL = 5.0
 """Seconds between two looks for a better chain."""
@@ -211,12 +210,11 @@ class InferenceSession:
         """Send the chunks, a few at a time, and take what comes home; replace stages that fail meanwhile."""
         pipeline = self._pipeline
         waiting, outputs = deque(lap.chunks), list[Tensor]()
-        resent, nudges = False, 0
-        patience = self.options.step_timeout / (NUDGES + 1)
+        resent = False
+        pipeline.patience.progressed(asyncio.get_running_loop().time())
         while True:
             while flying and flying[0].done:
                 outputs.append(self._land(flying.popleft()))
-                nudges = 0
             if not waiting and not flying:
                 return outputs
             resent = resent and bool(flying)
@@ -225,26 +223,41 @@ class InferenceSession:
                 await self._mender.resend(flying)
                 resent = bool(flying)
             elif flying and flying[0].error is not None:
-                self._judge(flying[0])
+                if await self._judge(flying[0]):
+                    await self._mender.resend(flying)
+                    resent = True
             elif waiting and len(flying) < CHUNKS_IN_FLIGHT and not resent:
                 # What is sent again goes another way than what follows it: the one has to be home first.
                 chunk = waiting.popleft()
                 rows = _rows(hidden, chunk).encode(self.options.codec)
                 flying.append(pipeline.begin(chunk, rows))
                 await pipeline.send(0, flying[-1], rows)
-            elif not await pipeline.wait(partial(self._has_news, flying), timeout=patience):
-                nudges += 1
-                if nudges <= NUDGES and self.options.journal != "off":
+            elif not await pipeline.wait(
+                partial(self._has_news, flying), timeout=pipeline.patience.look_after
+            ):
+                if self._look_after(flying[0]):
                     await self._mender.resend(flying)
                     resent = True
-                elif nudges > NUDGES:
-                    error = DeadlineExceededError(
-                        f"a step got no further in {self.options.step_timeout:.0f} s"
-                    )
-                    pipeline.blame_stuck(flying[0], error)
 
     def _has_news(self, flying: Sequence[Flight]) -> bool:
         return flying[0].done or flying[0].error is not None or self._pipeline.failed is not None
+
+    def _look_after(self, flight: Flight) -> bool:
+        """Deal with a flight that gets no further; whether it is to be sent again.
+
+        Raise `DeadlineExceededError` when nobody but the server that holds it has the blocks.
+        """
+        pipeline, now = self._pipeline, asyncio.get_running_loop().time()
+        stage = pipeline.stuck_at(flight)
+        alone = pipeline.alone(stage)
+        verdict = pipeline.patience.look(now, held=stage.holds, alone=alone)
+        seconds = self.options.step_timeout * (ALONE if verdict == "give up" else 1)
+        error = DeadlineExceededError(f"a step got no further in {seconds:.0f} s")
+        if verdict == "give up":
+            raise located(stage, error, "it answers, and nobody else has its blocks")
+        if verdict == "replace":
+            pipeline.blame_stuck(flight, error)
+        return verdict == "resend" and self.options.journal != "off"
 
     def _land(self, flight: Flight) -> Tensor:
         """The chunk is home: from now on it is part of what is replayed."""
@@ -252,6 +265,7 @@ class InferenceSession:
         pipeline.laps.settle(flight.chunk)
         pipeline.journal.settle(flight.chunk.entry)
         pipeline.flights.pop(flight.chunk.step)
+        self._mender.landed()
         for stage in pipeline.stages:
             if not stage.proven:
                 stage.proven = True
@@ -259,14 +273,23 @@ class InferenceSession:
         assert flight.output is not None
         return flight.output
 
-    def _judge(self, flight: Flight) -> None:
-        """A server refused a step, or failed on it: raise what only the caller can deal with."""
+    async def _judge(self, flight: Flight) -> bool:
+        """A server refused a step, or failed on it: raise what only the caller can deal with.
+
+        True when the step is to be sent again: the server had no memory or time for it, nobody else has its
+        blocks, and its caches are as they were.
+        """
         error, stage = flight.error, flight.refused_by
         assert error is not None and stage is not None
         flight.error = None
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
+        passing = isinstance(error, ServerMemoryError | DeadlineExceededError)
+        if passing and self.options.journal != "off" and self._pipeline.alone(stage):
+            await self._mender.pause_after(error, stage)
+            return stage in self._pipeline.stages and stage.failure is None
         self._pipeline.fail(stage, error)
+        return False
 
     # --- servers that leave ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from swarmcore.executor.base import BlockExecutor, Slice
 from swarmcore.executor.faults import translated
 from swarmcore.executor.gathering import Gathering
 from swarmcore.executor.pass_runner import PassRunner
+from swarmcore.executor.prefill_pacing import PrefillPacing
 from swarmcore.executor.scheduler import Batch, Scheduler
 from swarmcore.executor.session import SessionStep
 from swarmcore.executor.stats import EngineStats
@@ -42,6 +43,7 @@ class BatchLoop:
         self._gathering = gathering
         self._stats = stats
         self._changed = changed
+        self._pacing = PrefillPacing()
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -67,6 +69,7 @@ class BatchLoop:
                 await self._run_batch()
             if self._passes_wait and not self._stopping:
                 await self._passes.run_unit()
+                self._table.worked(_now())
 
     @property
     def _passes_wait(self) -> bool:
@@ -75,6 +78,7 @@ class BatchLoop:
     async def _run_batch(self) -> None:
         self._passes.pacing.stepped(_now())
         await self._gather()
+        self._scheduler.prefill_rows = self._pacing.rows(_now(), self._stats.decode_seconds)
         batch = self._table.schedule(_now())
         if batch.steps:
             await self._run(batch)
@@ -103,6 +107,13 @@ class BatchLoop:
         results = [errors.get(number) or next(computed) for number in range(len(batch.slices))]
         now = _now()
         self._stats.note_batch(batch.tokens, now - started, batch.decode_only)
+        self._pacing.note_batch(
+            batch.tokens,
+            now - started,
+            decodes=any(step.decode for step in batch.steps),
+            prefills=not batch.decode_only,
+            now=now,
+        )
         for step in self._table.landed(batch, results, now):
             try:
                 encoded = await self._executor.encode(step.result(), step.codec)

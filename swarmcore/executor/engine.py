@@ -133,6 +133,19 @@ class Engine:
         """Cached tokens of each sequence, of steps that are done. Raise `SessionLostError`."""
         return tuple(self._table[session].lengths)
 
+    @property
+    def work(self) -> int:
+        """Grows with every batch, unit of a pass and piece of cache that is dealt with."""
+        return self.stats.batches + self.stats.pass_units + self._transfer.pieces
+
+    def computed(self, session: str) -> int:
+        """Rows of the session computed so far, those of steps under way included. Raise `SessionLostError`."""
+        return self._table[session].computed
+
+    def waits_for_room(self, session: str) -> bool:
+        """Whether the session's steps wait for room in the cache. Raise `SessionLostError`."""
+        return self._table[session].holding.growth is not None
+
     def __repr__(self) -> str:
         return (
             f"<Engine {self.executor.span} · {self.sessions} sessions · cache "
@@ -240,8 +253,8 @@ class Engine:
         Steps of a session run in the order of the calls, so the next may be put in line before the result of
         the one before it is there. Cancelling the future withdraws the step. What is wrong with a step raises
         here, at once: `SessionLostError`, `InvalidStepError`, `UnknownCodecError`, and `TooManyCallsError`
-        when too much waits. The future raises `DeadlineExceededError` after ``timeout`` seconds,
-        `CacheFullError` when there was no room for it in that time, `SessionLostError` when the session was
+        when too much waits. The future raises `DeadlineExceededError` after ``timeout`` seconds in which
+        the engine got nothing done, `CacheFullError` when there was no room for it in that time, `SessionLostError` when the session was
         ended, or the executor's own error. The session is then as long as it was before the step, but for
         sequences that the step had begun to roll back: those end at the step's start. Steps in line that
         build on the failed one fail like it. A step that fails when its caches have been reordered ends the
@@ -257,7 +270,7 @@ class Engine:
                 raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
             self._check_line(found, hidden.shape[0])
             now = self._now()
-            deadline = now + check_timeout(timeout)
+            timeout = check_timeout(timeout)
         except SwarmError:
             self.stats.refusals += 1
             raise
@@ -269,12 +282,13 @@ class Engine:
             hidden,
             reply,
             codec,
-            deadline,
+            now + timeout,
             order,
             adapter=found.adapter,
             session=found,
             answer=answer,
             submitted=now,
+            timeout=timeout,
         )
         answer.add_done_callback(partial(self._answered, step))
         if step.decode:
@@ -326,7 +340,8 @@ class Engine:
         turn = CacheImport(
             session=found,
             segments=(segment,),
-            deadline=now + check_timeout(timeout),
+            timeout=(timeout := check_timeout(timeout)),
+            deadline=now + timeout,
             tensors=tensors,
             answer=answer,
             begin=self._transfer.begin,

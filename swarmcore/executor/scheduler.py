@@ -12,6 +12,10 @@ from swarmcore.executor.base import Slice
 from swarmcore.executor.steps import PendingStep
 from swarmcore.types import Span
 
+SHORT = 2
+"""A prefill with no more rows left than so many batches have is finished before the next one has a turn: of
+several that come at once, as when sessions are replayed here, most are through early."""
+
 PREFILL_SHARE = 8
 """One row in so many is kept for prefill, and one batch in so many for a span that has only prefill."""
 
@@ -55,7 +59,7 @@ class Scheduler(Generic[StepT]):
     """Packs pending steps into batches of at most ``max_batch_tokens`` rows, each of one span.
 
     Decode steps (one token for each sequence) come first, in the order they were added; prefills share what
-    is left, a chunk each in turn, and have an eighth of every batch to themselves, so that neither kind
+    is left, long ones a chunk each in turn, and have an eighth of every batch to themselves, so that neither kind
     starves the other. Spans take turns, those with decode steps first; one that was passed over eight times
     comes before all others. A batch holds at most one slice of a step. Steps of one session have to be added
     one after the other, each when the one before it is done.
@@ -67,6 +71,8 @@ class Scheduler(Generic[StepT]):
                 f"max_batch_tokens is {max_batch_tokens}; a batch needs room for 2 tokens or more"
             )
         self.max_batch_tokens = max_batch_tokens
+        self.prefill_rows = max_batch_tokens
+        """Most rows of prefill in the next batch, whatever room there is."""
         self._lines: dict[Span, _Line[StepT]] = {}
 
     def __len__(self) -> int:
@@ -119,20 +125,22 @@ class Scheduler(Generic[StepT]):
             if step.left > room and batch.steps:
                 break
             self._take(batch, step, room, line.decode)
+        left = min(self.max_batch_tokens - batch.tokens, max(self.prefill_rows, 1))
         for step in list(line.prefill):
-            room = self.max_batch_tokens - batch.tokens
-            if not room:
+            if not left:
                 break
-            self._take(batch, step, room, line.prefill)
+            left -= self._take(batch, step, left, line.prefill)
 
-    def _take(self, batch: Batch[StepT], step: StepT, room: int, steps: dict[StepT, None]) -> None:
+    def _take(self, batch: Batch[StepT], step: StepT, room: int, steps: dict[StepT, None]) -> int:
         part = step.take(room)
-        del steps[step]
-        if step.left:
-            steps[step] = None
+        if not step.left or step.left > SHORT * self.max_batch_tokens:
+            del steps[step]
+            if step.left:
+                steps[step] = None
         batch.steps.append(step)
         batch.slices.append(part)
         batch.tokens += part.tokens
+        return part.tokens
 
     def _drop_empty(self, span: Span, line: _Line[StepT]) -> None:
         if not line.decode and not line.prefill:

@@ -25,6 +25,8 @@ class SessionStep(PendingStep):
     session: EngineSession
     answer: asyncio.Future[Tensor]
     submitted: float
+    timeout: float
+    """Seconds after which it fails while the engine gets nothing done; see `deadline`."""
     done: bool = False
     """Whether it was answered, failed or cancelled; its last slice may still be computing then."""
     reordered: bool = False
@@ -37,6 +39,7 @@ class CacheImport:
 
     session: EngineSession
     segments: tuple[Segment]
+    timeout: float
     deadline: float
     tensors: Sequence[Tensor]
     answer: asyncio.Future[None]
@@ -111,6 +114,8 @@ class EngineSession:
         """Whether the executor works on its caches: ``active`` is in the batch that runs now, or caches are
         imported or exported."""
         self.closed = False
+        self.computed = 0
+        """Rows computed or imported so far, those of unfinished steps included."""
         self.reserved = list(holding.pages)
         """Pages of the budget, for each sequence, that the executor was told of."""
 

@@ -48,6 +48,9 @@ from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
 
+EXTENDED_EVERY = 1.0
+"""Seconds for which deadlines may be behind: to move all of them takes time."""
+
 
 class SessionTable:
     """Joins the budget, the scheduler and the sessions; reserves and releases the executor's caches."""
@@ -72,6 +75,7 @@ class SessionTable:
         self._scheduler = scheduler
         self._stats = stats
         self._next_sequence = 0
+        self._extended_at = -math.inf
 
     def __getitem__(self, name: str) -> EngineSession:
         try:
@@ -287,9 +291,12 @@ class SessionTable:
     ) -> list[SessionStep]:
         """Take in a batch's results; return the steps that are computed and still have to be encoded."""
         joined = []
-        for step, result in zip(batch.steps, results, strict=True):
+        self.worked(now)
+        for step, part, result in zip(batch.steps, batch.slices, results, strict=True):
             session = step.session
             session.computing = False
+            if not isinstance(result, SwarmError):
+                session.computed += part.tokens
             if session.closed:
                 self._free(session, now)
             elif step.done:
@@ -302,6 +309,20 @@ class SessionTable:
                 else:
                     joined.append(step)
         return joined
+
+    def worked(self, now: float) -> None:
+        """The executor got something done: the time of steps that wait for it begins anew.
+
+        So a server that is slow computes what it has taken in; one that hangs says so in time. For those that
+        wait for room in the cache nothing changes.
+        """
+        if now < self._extended_at + EXTENDED_EVERY:
+            return
+        self._extended_at = now
+        for session in self.sessions.values():
+            if session.holding.growth is None:
+                for turn in session.line:
+                    turn.deadline = max(turn.deadline, now + turn.timeout)
 
     def _put(self, step: SessionStep, result: Tensor, now: float) -> bool:
         try:
@@ -317,9 +338,11 @@ class SessionTable:
     def imported(self, turn: CacheImport, error: SwarmError | None, now: float) -> None:
         """The executor has taken in a piece of cache, or failed to."""
         self.let_go(turn.session, now)
+        self.worked(now)
         if error is not None:
             self.fail(turn, error, now)
         elif not turn.done:
+            turn.session.computed += turn.rows
             self._finish(turn)
             if not turn.answer.done():
                 turn.answer.set_result(None)

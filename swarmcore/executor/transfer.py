@@ -39,6 +39,8 @@ class CacheTransfer:
         self._table = table
         self._changed = changed
         self._imports: set[asyncio.Task[None]] = set()
+        self.pieces = 0
+        """Pieces of cache that went out or came in so far."""
 
     async def export(self, session: EngineSession, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
         """As `Engine.export_cache`."""
@@ -56,6 +58,7 @@ class CacheTransfer:
                     tensors = await self._executor.export_cache(sequence, start, count)
                     if session.closed:
                         raise SessionLostError(f"session {session.name[:8]} ended while it was exported")
+                    self.pieces += 1
                     yield CacheChunk(index, start, count, tensors)
         finally:
             self._table.let_go(session, _now())
@@ -89,6 +92,7 @@ class CacheTransfer:
         except Exception as exc:
             log.exception("the executor failed to take in %d tokens of attention cache", segment.count)
             error = translated(exc)
+        self.pieces += 1
         self._table.imported(turn, error, _now())
         self._settle()
 

@@ -26,6 +26,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
 from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
 from swarmcore.rpc.method import Caller, Method, Protocol, Rep, Req
+from swarmcore.rpc.response_times import ResponseTimes
 from swarmcore.rpc.serving import Server
 from swarmcore.transport import Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
@@ -63,6 +64,8 @@ class Node:
         self.allowed_peers = None if allowed_peers is None else frozenset(allowed_peers)
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name: calls_in, calls_out, refused."""
+        self.response_times = ResponseTimes()
+        """What `swarmcore.rpc.asking.ask` has learned of other peers."""
         self._transports = {transport.scheme: transport for transport in transports}
         self.resources = resources or ResourceManager()
         for transport in transports:

@@ -34,6 +34,7 @@ from swarmcore.server.protocols import (
     INFERENCE_PROTOCOL,
     INFO_METHOD,
     PING_METHOD,
+    SESSION_STATE_METHOD,
 )
 from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.sources import announced_source
@@ -192,6 +193,7 @@ class BlockServer:
         await self._load_adapters()
         await self.engine.start()
         self.node.serve(PING_METHOD, self._ping)
+        self.node.serve(SESSION_STATE_METHOD, self.inference.state)
         self.node.serve(INFO_METHOD, self._info)
         self.node.serve_protocol(INFERENCE_PROTOCOL, self.inference.serve)
         self.node.serve_protocol(FORWARD_PROTOCOL, self.passes.forward)

@@ -22,7 +22,7 @@ from swarmcore.server.next_stage import NextStage, join
 from swarmcore.server.pushers import Pushers
 from swarmcore.session.journal import Entry, KeptOutputs
 from swarmcore.session.ledger import StepLedger
-from swarmcore.types import Span, short
+from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
@@ -34,6 +34,7 @@ from swarmcore.wire.messages import (
     HandOverFailed,
     Hop,
     Replay,
+    SessionState,
     Step,
     StepFailed,
     StepForwarded,
@@ -54,7 +55,7 @@ CACHE_PART_NBYTES = 4 << 20
 """Most bytes of attention cache in one message of a hand-over."""
 
 HAND_OVER_TIMEOUT = 60.0
-"""Seconds for the caches of one session to get across."""
+"""Seconds for a part of the caches of a session to get across."""
 
 
 @attrs.frozen
@@ -107,6 +108,8 @@ class HostedSession:
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: dict[asyncio.Future[Tensor], None] = {}
+        self._under_way = 0
+        """Steps and orders taken in and not dealt with."""
         self._closed = False
         self._leaving: float | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -115,6 +118,21 @@ class HostedSession:
         return (
             f"<HostedSession {self.session[:8]} [{self.span}] of {short(self._client.client)} · "
             f"{self._jobs.qsize()} steps in flight>"
+        )
+
+    @property
+    def client(self) -> PeerId:
+        return self._client.client
+
+    @property
+    def state(self) -> SessionState:
+        """How far its steps are."""
+        return SessionState(
+            known=True,
+            holds=self._under_way > 0,
+            waits_for_room=self._engine.waits_for_room(self.session),
+            rows=self._engine.computed(self.session),
+            work=self._engine.work,
         )
 
     def start(self) -> None:
@@ -145,6 +163,7 @@ class HostedSession:
         chain = record.chain if isinstance(record, Step | Replay) else ()
         self._next.give_up_unless(chain[0] if chain else None)
         await self._room.acquire()
+        self._under_way += 1
         if self._closed:
             raise SessionLostError(f"session {self.session[:8]} was closed")
         if hidden is not None:
@@ -263,6 +282,7 @@ class HostedSession:
             except Exception:
                 logger.exception("session %s failed unexpectedly", self.session[:8])
             finally:
+                self._under_way -= 1
                 self._room.release()
 
     async def _finish(self, step: Step, output: asyncio.Future[Tensor], fresh: bool) -> None:
@@ -342,12 +362,13 @@ class HostedSession:
         try:
             if order.hop.session == self.session:
                 raise InvalidStepError("a session cannot be handed over to itself")
-            async with asyncio.timeout(HAND_OVER_TIMEOUT):
+            async with asyncio.timeout(HAND_OVER_TIMEOUT) as clock:
                 chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
                 async with aclosing(chunks), await join(self._node, order.hop) as channel:
                     async for chunk in chunks:
                         part = CachePart(chunk.sequence, chunk.start, chunk.count)
                         await channel.send(part, *chunk.tensors)
+                        clock.reschedule(asyncio.get_running_loop().time() + HAND_OVER_TIMEOUT)
                     await channel.send(CachePart(0, 0, 0, last=True))
             self._counters["sessions_handed_over"] += 1
         except TimeoutError:
@@ -372,4 +393,4 @@ class HostedSession:
 
 
 def _too_slow() -> SwarmError:
-    return SessionLostError(f"the caches did not get across in {HAND_OVER_TIMEOUT:.0f} s")
+    return SessionLostError(f"a part of the caches did not get across in {HAND_OVER_TIMEOUT:.0f} s")

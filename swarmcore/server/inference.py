@@ -19,12 +19,13 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.engine import Engine
 from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, ask_for_weights
 from swarmcore.server.hosted_session import HostedSession
 from swarmcore.server.pushers import Pushers
 from swarmcore.types import ModelInfo, Span
-from swarmcore.wire.messages import JoinSession, OpenSession, SessionOpened
+from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ class InferenceService:
     def sessions(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
+
+    async def state(self, request: AskSession, caller: Caller) -> SessionState:
+        """Serve `SESSION_STATE_METHOD`: tell a client of its session, and of nobody else's."""
+        session = self._sessions.get(request.session)
+        if session is None or session.client != caller.peer:
+            return SessionState(known=False)
+        try:
+            return session.state
+        except SessionLostError:
+            return SessionState(known=False)
 
     async def drain(self, seconds: float, *, keep: Span | None = None) -> int:
         """Ask clients to move their sessions elsewhere, and wait for up to ``seconds`` until they have.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 
 from swarmcore.errors import DeadlineExceededError, SwarmError
+from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
+from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
 from swarmcore.types import Address, short
-from swarmcore.wire.messages import CachePart, Hop, JoinSession, Step
+from swarmcore.wire.messages import CachePart, Hop, JoinSession, Ping, Step
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
@@ -20,7 +22,8 @@ DIAL_TIMEOUT = 5.0
 """Seconds to reach the next server of a chain before the client is asked to carry the hop."""
 
 PUSH_TIMEOUT = 20.0
-"""Seconds in which the next server has to take in one step."""
+"""Seconds in which the next server has to take in one step, or else to show that it lives: it may be at work
+on those before."""
 
 
 async def join(node: Node, hop: Hop) -> Channel:
@@ -47,8 +50,12 @@ class NextStage:
         """Send to ``hop``. Raise `UnavailableError` or `DeadlineExceededError` when it cannot be done."""
         channel = await self._channel_to(hop)
         try:
-            async with asyncio.timeout(PUSH_TIMEOUT):
-                await channel.send(record, tensor)
+            async with asyncio.timeout(PUSH_TIMEOUT) as clock:
+                watch = asyncio.create_task(self._prolong(clock, hop), name="session push watch")
+                try:
+                    await channel.send(record, tensor)
+                finally:
+                    watch.cancel()
         except TimeoutError as exc:
             # Part of the message may be on its way: nothing can follow it.
             channel.abort("the stage took too long to take in a step")
@@ -61,6 +68,19 @@ class NextStage:
         """Drop a push that hangs when the chain goes on elsewhere: the client knows of a failure by now."""
         if self._channel is not None and hop is not None and hop.session != self._session:
             self._channel.abort("the session goes on elsewhere")
+
+    async def _prolong(self, clock: asyncio.Timeout, hop: Hop) -> None:
+        """Give the next server more time whenever it shows that it lives."""
+        addresses = [Address.parse(url) for url in hop.addresses]
+        while True:
+            await asyncio.sleep(PUSH_TIMEOUT / 2)
+            try:
+                await ask(self._node, addresses, PING_METHOD, Ping(), least=PUSH_TIMEOUT / 10)
+            except SwarmError as exc:
+                if exc.origin is None:
+                    continue
+            with contextlib.suppress(RuntimeError):  # it is too late
+                clock.reschedule(asyncio.get_running_loop().time() + PUSH_TIMEOUT)
 
     async def close(self) -> None:
         channel, self._channel = self._channel, None

@@ -15,7 +15,9 @@ from swarmcore.wire.messages import (
     INFERENCE,
     INFO,
     PING,
+    SESSION_STATE,
     Admit,
+    AskSession,
     CachePart,
     CachesTaken,
     Draining,
@@ -29,6 +31,7 @@ from swarmcore.wire.messages import (
     Pong,
     Replay,
     SessionOpened,
+    SessionState,
     Step,
     StepFailed,
     StepForwarded,
@@ -82,3 +85,4 @@ GENERATE_PROTOCOL = Protocol(
 )
 INFO_METHOD = Method(name=INFO, request=InfoRequest, reply=InfoReply)
 PING_METHOD = Method(name=PING, request=Ping, reply=Pong)
+SESSION_STATE_METHOD = Method(name=SESSION_STATE, request=AskSession, reply=SessionState)

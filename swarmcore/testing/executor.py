@@ -48,6 +48,8 @@ class CountingExecutor(BlockExecutor):
         """When set, each batch waits for this event before it computes."""
         self.failures: deque[Exception] = deque()
         """Raised by the next calls of `step`, one each."""
+        self.step_seconds = 0.0
+        """Loop time that each row of a batch takes."""
         self.loading: asyncio.Event | None = None
         """When set, `change_span` waits for this event before it has loaded."""
         self.load_failures: deque[Exception] = deque()
@@ -95,6 +97,8 @@ class CountingExecutor(BlockExecutor):
             self.units.append(("step", sum(part.tokens for part in batch)))
             if self.gate is not None:
                 await self.gate.wait()
+            if self.step_seconds:
+                await asyncio.sleep(self.step_seconds * sum(part.tokens for part in batch))
             if self.failures:
                 raise self.failures.popleft()
             return [self._run(part) for part in batch]

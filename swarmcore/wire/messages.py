@@ -11,6 +11,7 @@ from swarmcore.wire.passes import AdapterName
 INFERENCE = "/swarmcore/inference/1"
 INFO = "/swarmcore/info/1"
 PING = "/swarmcore/ping/1"
+SESSION_STATE = "/swarmcore/session-state/1"
 
 
 @attrs.frozen
@@ -203,6 +204,29 @@ class CachesTaken:
     """Server to client: the session's caches have arrived; each sequence has so many tokens."""
 
     lengths: tuple[int, ...]
+
+
+@attrs.frozen
+class AskSession:
+    """Client to server, a call: how far are the steps of my session? To be answered at once."""
+
+    session: str
+
+
+@attrs.frozen
+class SessionState:
+    """Server to client: what there is of a session that the caller has opened."""
+
+    known: bool
+    """False when the server has no such session of the caller's (any more)."""
+    holds: bool = False
+    """Whether steps of it are here: in line, being computed, or on their way out."""
+    waits_for_room: bool = False
+    """Whether they wait for room in the attention cache."""
+    rows: int = 0
+    """Rows of the session that were computed so far; grows while a long step computes."""
+    work: int = 0
+    """Grows with all that the server gets done, for whomever."""
 
 
 @attrs.frozen
