@@ -16,7 +16,6 @@ from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
 from swarmcore.client.replaying import REPLAY_ROWS, replay
 from swarmcore.errors import (
     DeadlineExceededError,
-    MissingBlocksError,
     ServerMemoryError,
     SessionLostError,
     SwarmError,

@@ -108,10 +108,11 @@ async def open_chain(
     """Open a session on every server of a chain for ``span``, all at once, between two other stages.
 
     Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
-    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses or falls
-    silent, ``hasty`` for how long by what is usual for it, is avoided in the next of ``attempts``, each of ``timeout`` seconds; until so many have passed
-    since the first, there may be up to `MOST_ATTEMPTS`. Raise what `Planner.plan` raises when there is no
-    chain, and the last server's error when no other chain is left or the attempts are used up.
+    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses, or falls
+    silent for longer than is usual for it (if ``hasty``, else than a server takes to start), is avoided in
+    the next of ``attempts``, each of ``timeout`` seconds; until so many have passed since the first, there
+    may be up to `MOST_ATTEMPTS`. Raise what `Planner.plan` raises when there is no chain, and the last
+    server's error when no other chain is left or the attempts are used up.
     """
     avoided = set(blocked)
     failure: SwarmError | None = None

@@ -232,12 +232,13 @@ class InferenceSession:
                 rows = _rows(hidden, chunk).encode(self.options.codec)
                 flying.append(pipeline.begin(chunk, rows))
                 await pipeline.send(0, flying[-1], rows)
-            elif not await pipeline.wait(
-                partial(self._has_news, flying), timeout=pipeline.patience.look_after
-            ):
-                if self._look_after(flying[0]):
-                    await self._mender.resend(flying)
-                    resent = True
+            elif not await self._news(flying) and self._look_after(flying[0]):
+                await self._mender.resend(flying)
+                resent = True
+
+    async def _news(self, flying: Sequence[Flight]) -> bool:
+        timeout = self._pipeline.patience.look_after
+        return await self._pipeline.wait(partial(self._has_news, flying), timeout=timeout)
 
     def _has_news(self, flying: Sequence[Flight]) -> bool:
         return flying[0].done or flying[0].error is not None or self._pipeline.failed is not None

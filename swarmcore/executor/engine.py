@@ -139,7 +139,7 @@ class Engine:
         return self.stats.batches + self.stats.pass_units + self._transfer.pieces
 
     def computed(self, session: str) -> int:
-        """Rows of the session computed so far, those of steps under way included. Raise `SessionLostError`."""
+        """Rows of the session computed so far, those of unfinished steps too. Raise `SessionLostError`."""
         return self._table[session].computed
 
     def waits_for_room(self, session: str) -> bool:
@@ -254,11 +254,12 @@ class Engine:
         the one before it is there. Cancelling the future withdraws the step. What is wrong with a step raises
         here, at once: `SessionLostError`, `InvalidStepError`, `UnknownCodecError`, and `TooManyCallsError`
         when too much waits. The future raises `DeadlineExceededError` after ``timeout`` seconds in which
-        the engine got nothing done, `CacheFullError` when there was no room for it in that time, `SessionLostError` when the session was
-        ended, or the executor's own error. The session is then as long as it was before the step, but for
-        sequences that the step had begun to roll back: those end at the step's start. Steps in line that
-        build on the failed one fail like it. A step that fails when its caches have been reordered ends the
-        session with `SessionLostError`: what it holds is not what its client takes it for.
+        the engine got nothing done, `CacheFullError` when there was no room for it in that time,
+        `SessionLostError` when the session was ended, or the executor's own error. The session is then as
+        long as it was before the step, but for sequences that the step had begun to roll back: those end at
+        the step's start. Steps in line that build on the failed one fail like it. A step that fails when its
+        caches have been reordered ends the session with `SessionLostError`: what it holds is not what its
+        client takes it for.
         """
         found = self._table[session]
         try:

@@ -59,10 +59,10 @@ class Scheduler(Generic[StepT]):
     """Packs pending steps into batches of at most ``max_batch_tokens`` rows, each of one span.
 
     Decode steps (one token for each sequence) come first, in the order they were added; prefills share what
-    is left, long ones a chunk each in turn, and have an eighth of every batch to themselves, so that neither kind
-    starves the other. Spans take turns, those with decode steps first; one that was passed over eight times
-    comes before all others. A batch holds at most one slice of a step. Steps of one session have to be added
-    one after the other, each when the one before it is done.
+    is left, long ones a chunk each in turn, and have an eighth of every batch to themselves, so that neither
+    kind starves the other. Spans take turns, those with decode steps first; one that was passed over eight
+    times comes before all others. A batch holds at most one slice of a step. Steps of one session have to be
+    added one after the other, each when the one before it is done.
     """
 
     def __init__(self, max_batch_tokens: int = 512) -> None:

@@ -69,6 +69,8 @@ class RecordBatch:
     """Whether the watcher now has everything the sender has."""
     suspected: bytes = b""
     """Entries of records whose owners are suspected to be dead: for the watcher to see for itself."""
+    clock: float = 0.0
+    """Seconds since the epoch on the sender's clock; 0 from peers that do not tell."""
 
 
 @attrs.frozen

@@ -84,6 +84,12 @@ def decode_announcement(record: SignedRecord) -> Announcement:
     return announcement
 
 
+def issued_at(record: SignedRecord) -> float | None:
+    """When ``record`` says that it was issued, in seconds since the epoch; None when it is malformed."""
+    announcement = _decode(record.payload)
+    return None if isinstance(announcement, str) else announcement.issued
+
+
 @lru_cache(maxsize=_REMEMBERED)
 def _decode(payload: bytes) -> Announcement | str:
     try:

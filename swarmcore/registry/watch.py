@@ -13,12 +13,14 @@ from swarmcore.errors import DeadlineExceededError, InputError, PeerUnreachableE
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.clock import SwarmClock, how_far_off
 from swarmcore.registry.digest import unpack_entries
 from swarmcore.registry.inquiries import Inquiries
 from swarmcore.registry.joining import AT_ONCE, first_answer
 from swarmcore.registry.messages import REPORT, WATCH, RecordBatch, ReportSuspect, WatchRecords
 from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.partners import Partner, Partners
+from swarmcore.registry.records import SignedRecord, issued_at
 from swarmcore.registry.replica import Replica
 from swarmcore.registry.store import Drop, RecordStore
 from swarmcore.registry.watchers import HEARTBEAT
@@ -40,6 +42,9 @@ class WatchingRegistry(Registry):
     news, not invent any. A server that others suspect to be dead is called from here before it leaves the
     view, so that one to which only this client has no way is out of it as well. Parameters are those of
     `GossipRegistry`.
+
+    Records say when they were issued. Where none holds by this machine's clock and some do by that of the
+    member, that one is gone by, and a warning names the difference.
     """
 
     def __init__(
@@ -57,7 +62,11 @@ class WatchingRegistry(Registry):
         self._rng = rng or Random()
         self._partners = Partners(node.peer, bootstrap, self._rng, backoff=1.0)
         store = RecordStore(limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers)
-        self._replica = Replica(store, self._partners, wall_clock)
+        self._clock = SwarmClock(
+            wall_clock, lambda: asyncio.get_running_loop().time(), options.limits.max_skew
+        )
+        self._clock_warned = False
+        self._replica = Replica(store, self._partners, self._clock)
         self._channel: Channel | None = None
         self._tasks = BackgroundTasks()
         self._inquiries = Inquiries(
@@ -131,8 +140,10 @@ class WatchingRegistry(Registry):
         try:
             channel = await self.node.open(partner.addresses, WATCH, opening, timeout=self._timeout)
             try:
+                read: list[SignedRecord] = []
                 while not (batch := await self._read(channel)).complete:
-                    pass
+                    read += batch.records
+                await self._judge_clock([*read, *batch.records], batch.clock, partner.peer)
             except BaseException:
                 _abandon(channel)
                 raise
@@ -156,8 +167,42 @@ class WatchingRegistry(Registry):
             raise DeadlineExceededError(
                 f"{short(channel.remote)} sent no sign of life for {silence:g} s"
             ) from exc
+        if batch.clock:
+            self._clock.heard(batch.clock)
+            if self._clock.followed:
+                self._warn_of_clock(batch.clock, channel.remote, "the swarm is seen by that one meanwhile")
         await self._replica.merge(batch.records)
         return batch
+
+    async def _judge_clock(self, read: Sequence[SignedRecord], told: float, member: PeerId) -> None:
+        """Find out whose clock is wrong when no record of a member that was just read holds here."""
+        issued = [at for at in map(issued_at, read) if at is not None]
+        if self.view().servers or not issued:
+            return
+        # One who does not tell the time has records that were issued not long ago.
+        if not self._clock.differs(time := told or max(issued)):
+            return
+        taken = []
+        if told:
+            self._clock.follow(told)
+            taken = await self._replica.merge(read)
+            if not taken:
+                self._clock.release()
+        self._warn_of_clock(
+            time,
+            member,
+            "the swarm is seen by that one meanwhile" if taken else "nothing that it tells holds",
+        )
+
+    def _warn_of_clock(self, told: float, member: PeerId, consequence: str) -> None:
+        if not self._clock_warned:
+            self._clock_warned = True
+            logger.warning(
+                "this machine's clock is %s that of %s, so %s: set the clock",
+                how_far_off(self._clock.own() - told),
+                short(member),
+                consequence,
+            )
 
     async def _follow(self, channel: Channel) -> None:
         while True:

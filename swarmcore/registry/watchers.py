@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from swarmcore.errors import DeadlineExceededError, TooManyCallsError, UnavailableError
 from swarmcore.registry.digest import Key, key_of, pack_entries
@@ -29,8 +30,9 @@ class Watchers:
     capacity, and a watcher that accepts nothing for `STALL` seconds is dropped.
     """
 
-    def __init__(self, store: RecordStore, limits: Limits) -> None:
+    def __init__(self, store: RecordStore, limits: Limits, wall_clock: Callable[[], float]) -> None:
         self._store = store
+        self._wall_clock = wall_clock
         self._batch = records_per_message(limits, store.limits)
         self._watchers: dict[_Watcher, None] = {}
         self._closed = False
@@ -65,7 +67,7 @@ class Watchers:
         self._watchers[watcher] = None
         try:
             while not self._closed:
-                batch = watcher.take(self._batch)
+                batch = watcher.take(self._batch, self._wall_clock())
                 try:
                     async with asyncio.timeout(STALL):
                         await channel.send(batch)
@@ -90,7 +92,7 @@ class _Watcher:
         self.suspected = suspected
         self.wake = asyncio.Event()
 
-    def take(self, count: int) -> RecordBatch:
+    def take(self, count: int, clock: float) -> RecordBatch:
         self.wake.clear()
         records = tuple(self.waiting.pop(owner) for owner in list(self.waiting)[:count])
         complete = not self.waiting
@@ -98,7 +100,7 @@ class _Watcher:
         if complete:  # a suspicion is of use to those only who have the record
             suspected = pack_entries(self.suspected.items())
             self.suspected.clear()
-        return RecordBatch(records, complete, suspected)
+        return RecordBatch(records, complete, suspected, clock)
 
     async def wait(self, seconds: float) -> None:
         """Until something urgent is there to send, for ``seconds`` at most."""

@@ -61,9 +61,11 @@ class GossipSwarm(RegistrySwarm):
         identity = identity or self._new_identity()
         return await self._start(identity, bootstrap, watching=False)
 
-    async def watch(self, bootstrap: Sequence[str] | None = None) -> Member:
+    async def watch(self, bootstrap: Sequence[str] | None = None, *, clock_off: float = 0.0) -> Member:
         """A new client with a `WatchingRegistry`."""
-        return await self._start(self._new_identity(), bootstrap, watching=True)
+        identity = self._new_identity()
+        self.clock_off[identity.peer] = clock_off
+        return await self._start(identity, bootstrap, watching=True)
 
     async def crash(self, member: Member) -> None:
         self.members.remove(member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_who_is_missing_is_looked_for_often_and_does_not_count_as_a_failure() ->
     assert 30 <= len(tried) <= 40 and 57 < tried[-1] <= 60
     assert policy.failures == 0
     assert tried[0] == 0.1
-    assert max(b - a for a, b in zip(tried, tried[1:], strict=False)) == pytest.approx(2.0)
+    assert max(later - earlier for earlier, later in pairwise(tried)) == pytest.approx(2.0)
 
 
 def test_failures_in_one_step_have_an_end_whoever_takes_over() -> None:
