@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 import click
 
+from swarmcore.cli.log_lines import LineFilter, PrintableFormatter
 from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import CLIENT_OPTIONS, LISTENING_OPTIONS, SCHEME, webrtc_options
 from swarmcore.errors import InputError, SwarmError
@@ -23,8 +24,7 @@ from swarmcore.session.laps import JournalMode
 from swarmcore.types import PeerId
 
 MAX_ERROR = 4000
-MAX_LOG_LINE = 2000
-"""Characters that are shown of one error and of one message in the log."""
+"""Characters that are shown of one error."""
 
 Option = Callable[[Any], Any]
 """A decorator of click's, or one made of several."""
@@ -82,17 +82,6 @@ def standard(command: Callable[..., Any]) -> Callable[..., None]:
     return wrapped
 
 
-class PrintableFormatter(logging.Formatter):
-    """One line for each record, and tracebacks below it; nothing in either that a terminal acts upon."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable_line(record.message, MAX_LOG_LINE)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:
-        return printable(super().formatException(ei))
-
-
 def _show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """What Python shows of an exception that nobody handles, printable."""
     click.echo(printable("".join(format_exception(kind, error, traceback))), err=True, nl=False)
@@ -100,6 +89,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, traceback: 
 
 def _configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(LineFilter())
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # The model libraries' own bars would fight with ours over the terminal.

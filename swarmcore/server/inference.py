@@ -23,7 +23,7 @@ from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, ask_for_weights
 from swarmcore.server.hosted_session import HostedSession
-from swarmcore.server.pushers import Pushers
+from swarmcore.server.pushers import Pushers, check_pushers
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 
@@ -176,6 +176,7 @@ class InferenceService:
             self._session_ended.set()
 
     async def _join(self, channel: Channel, opening: JoinSession) -> None:
+        _check_id(opening.session)
         session = self._sessions.get(opening.session) or await self._arrival(opening.session)
         async with session.pushers.entered(channel.remote):
             await _take_messages(channel, session, from_client=False)
@@ -208,9 +209,16 @@ class InferenceService:
             raise SpanError(
                 f"blocks {opening.start}:{opening.end} are not all here: this server holds {self.span}"
             )
-        if not _SESSION.fullmatch(opening.session) or opening.session in self._sessions:
+        _check_id(opening.session)
+        if opening.session in self._sessions:
             raise InvalidStepError("a session id is 32 hex digits, random, and used once")
+        check_pushers(opening.pushers or ())
         return Span(opening.start, opening.end)
+
+
+def _check_id(session: str) -> None:
+    if not _SESSION.fullmatch(session):
+        raise InvalidStepError("a session id is 32 hex digits, random, and used once")
 
 
 async def _take_messages(channel: Channel, session: HostedSession, *, from_client: bool) -> None:

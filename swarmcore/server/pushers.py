@@ -12,6 +12,15 @@ from swarmcore.types import PeerId, short
 ADMISSION_TIMEOUT = 10.0
 """Seconds that a stage may be ahead of the client's word that it comes before this one now."""
 
+MAX_PUSHERS = 16
+"""Peers that a client may let in at a time: the stage before, and one that hands its caches over."""
+
+
+def check_pushers(allowed: Collection[PeerId]) -> None:
+    """Raise `InvalidStepError` for more peers than ever come before one stage."""
+    if len(allowed) > MAX_PUSHERS:
+        raise InvalidStepError(f"{len(allowed)} peers may not push into one session; {MAX_PUSHERS} at most")
+
 
 class Pushers:
     """The peers that the client of one session lets push into it, and those that are doing so.
@@ -34,7 +43,8 @@ class Pushers:
         return self._allowed is None or peer in self._allowed
 
     def change(self, allowed: Collection[PeerId]) -> None:
-        """Let in ``allowed`` from now on, and show out whoever else is in."""
+        """Let in ``allowed`` from now on, and show out whoever else is in. Raise as `check_pushers` does."""
+        check_pushers(allowed)
         self._allowed = frozenset(allowed)
         self._changed.set()
         self._show_out([stay for stay, peer in self._stays.items() if not self.may(peer)])

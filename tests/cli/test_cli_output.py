@@ -12,8 +12,9 @@ from rich.text import Text
 from swarmcore.cli.console import PrintableConsole
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.listening import by_scheme, network_config
+from swarmcore.cli.log_lines import LineFilter, LineLimit, PrintableFormatter
 from swarmcore.cli.notes import Notes
-from swarmcore.cli.options import Failure, PrintableFormatter
+from swarmcore.cli.options import Failure
 from swarmcore.cli.output import Output
 from swarmcore.cli.progress import JsonProgress, PlainProgress
 from swarmcore.cli.status import describe, render
@@ -285,3 +286,28 @@ def test_a_log_line_is_one_line(caplog):
     first, *trace = formatter.format(record).split("\n")
     assert first == f"INFO said {SHOWN} and more"
     assert trace[-1] == f"ValueError: {SHOWN}"
+
+
+def test_lines_of_a_kind_are_bounded_whoever_causes_them():
+    limit = LineLimit(burst=3, per_minute=60)
+    assert [limit.take("a", 0.0) for _ in range(5)] == [0, 0, 0, None, None]
+    assert limit.take("b", 0.0) == 0
+    assert limit.take("a", 1.0) == 2
+    assert limit.take("a", 1.0) is None
+    assert [limit.take("a", 100.0) for _ in range(4)] == [1, 0, 0, None]
+    for number in range(3000):
+        limit.take(number, 100.0)
+    assert len(limit._kinds) <= 1024
+
+
+def test_the_log_says_how_many_lines_it_left_out():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(LineFilter(LineLimit(burst=2, per_minute=60)))
+    logger = logging.Logger("strangers")
+    logger.addHandler(handler)
+    for number in range(5):
+        record = logger.makeRecord("strangers", logging.WARNING, "here.py", 7, "line %d", (number,), None)
+        record.created = 10.0 if number < 4 else 12.0
+        logger.handle(record)
+    assert stream.getvalue().splitlines() == ["line 0", "line 1", "line 4 (2 more like it were left out)"]
