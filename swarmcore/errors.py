@@ -184,7 +184,7 @@ class CheckpointError(InputError):
 
 
 class UnsupportedModelError(InputError):
-    """The model's architecture cannot be served by this executor."""
+    """The model's architecture, or what its files ask for, is nothing that can be done here."""
 
 
 class SpanError(InputError):

@@ -158,8 +158,16 @@ class Model:
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.config: PretrainedConfig = model.config
         self.whole_config: PretrainedConfig = model.whole_config
-        self.generation_config: GenerationConfig = model.generation_config
         self.info: ModelInfo = model.info
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """As `swarmcore.RemoteModel.generation_config`."""
+        return self._model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self._model.generation_config = config
 
     def generate(
         self,

@@ -84,7 +84,7 @@ class CountingText:
         self, prompt: EncodedPrompt, *, adapter: str | None = None, so_far: Sequence[int] = (), **options: Any
     ) -> CountedText:
         first = sum(prompt.tokens) + (options["seed"] or 0)
-        return CountedText(self, first, so_far, options["max_new_tokens"])
+        return CountedText(self, first, so_far, options["max_new_tokens"] or 256)
 
 
 @attrs.define(eq=False)

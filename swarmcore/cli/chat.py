@@ -21,6 +21,7 @@ from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
 from swarmcore.cli.thin import thin_here, thin_swarm
 from swarmcore.cli.turns import turns
+from swarmcore.client.settings import GenerationSettings
 from swarmcore.errors import SwarmError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def chat(
 
     Where stdin is no terminal each of its lines is a turn, and the command fails if one of them does.
     """
+    GenerationSettings.of(sampling)  # what cannot work is said before anything is loaded
     converse = _converse_thin if thin_here(output, thin) else _converse
     interrupt.run(converse(output, system, remote, sampling))
 

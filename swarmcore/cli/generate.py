@@ -12,6 +12,8 @@ from swarmcore.cli.options import RemoteModelOptions, remote_model_options, samp
 from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
 from swarmcore.cli.thin import generate_thin, thin_here
+from swarmcore.client.prompts import checked_prompt
+from swarmcore.client.settings import GenerationSettings
 from swarmcore.errors import InputError
 
 
@@ -40,6 +42,8 @@ def generate(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     asked = messages if as_chat or system is not None else text
+    checked_prompt(asked)  # what cannot work is said before anything is loaded
+    GenerationSettings.of(sampling)
     make = generate_thin if thin_here(output, thin) else _generate
     interrupt.run(make(output, remote, asked, sampling))
 

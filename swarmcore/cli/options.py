@@ -271,7 +271,12 @@ _REMOTE_MODEL = (
 )
 
 _SAMPLING = (
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tokens of an answer at most; without it 256, or as many as the model's own settings say.",
+    ),
     click.option(
         "--temperature", type=click.FloatRange(min=0), metavar="T", help="0 always takes the likeliest token."
     ),

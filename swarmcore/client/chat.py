@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
 from swarmcore.client.pieces import GeneratedPieces
-from swarmcore.client.settings import GenerationOptions
+from swarmcore.client.prompts import check_text
+from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.errors import InputError, SwarmError
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ class Conversation(ABC, Generic[Made]):
         """The pieces of the model's answer. ``options`` as in `RemoteModel.generate`.
 
         An answer that is left early stays in `messages` as far as it came; when nothing came, what was asked
-        leaves them, too.
+        leaves them, too. Raise `InputError` at once for settings out of range, and for what is no text.
         """
+        if not isinstance(text, str):
+            raise InputError(f"what is said in a chat is a text; got {type(text).__name__} {text!r:.80}")
+        check_text("the text", text)
+        GenerationSettings.of(options)
         self._answer = self._answering(text, self._answer, options)
         return self._answer
 

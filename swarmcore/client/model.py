@@ -23,6 +23,13 @@ from swarmcore.client.generation import (
     GenerationRun,
     generate_pieces,
 )
+from swarmcore.client.generation_config import (
+    check_generation_config,
+    end_of_text,
+    load_generation_config,
+    logits_processors,
+    most_tokens,
+)
 from swarmcore.client.local_parts import LocalParts
 from swarmcore.client.model_session import ModelSession
 from swarmcore.client.pass_options import PassOptions
@@ -32,8 +39,8 @@ from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.served_models import open_served
 from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
-from swarmcore.client.text import StopStrings, TextStream
-from swarmcore.errors import AdapterError, CheckpointError, InputError
+from swarmcore.client.text import StopStrings, TextStream, kinds_of
+from swarmcore.errors import AdapterError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.types import ModelInfo, Span
 
@@ -233,7 +240,7 @@ class RemoteModel:
         not work; then whatever opening and stepping a session raise.
         """
         run = GenerationRun()
-        settings = GenerationSettings(**options)
+        settings = GenerationSettings.of(options)
         pieces = self._pieces(run, [prompt], settings, session, adapter, soft_prompt, so_far)
         return Generation(run, pieces)
 
@@ -251,10 +258,13 @@ class RemoteModel:
         Iterate over ``(index of the prompt, piece of its text)``, or await the list of whole texts. A
         ``session`` must have as many sequences as there are prompts. Otherwise as `generate`.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise InputError("generate_batch takes a list of prompts, at least one; for one use generate")
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise InputError(
+                f"generate_batch takes a list of prompts, at least one, and no array, whose rows may be "
+                f"padded; for one prompt use generate; got {type(prompts).__name__}"
+            )
         run = GenerationRun()
-        pieces = self._pieces(run, prompts, GenerationSettings(**options), session, adapter, soft_prompt)
+        pieces = self._pieces(run, prompts, GenerationSettings.of(options), session, adapter, soft_prompt)
         return BatchGeneration(run, pieces)
 
     def chat(self, *, system: str | None = None) -> Chat:
@@ -299,7 +309,7 @@ class RemoteModel:
     def _continuations(
         self, prompts: Sequence[Prompt | EncodedPrompt], settings: GenerationSettings
     ) -> list[Continuation]:
-        settings = settings.with_defaults(self.generation_config)
+        check_generation_config(self.generation_config, self.info.name)
         return [self._continuation(prompt, settings.for_prompt(i)) for i, prompt in enumerate(prompts)]
 
     def _continuation(self, prompt: Prompt | EncodedPrompt, settings: GenerationSettings) -> Continuation:
@@ -311,20 +321,20 @@ class RemoteModel:
                 f"the prompt has {length} tokens, and the model takes {limit} in all; shorten it to leave "
                 f"room for an answer"
             )
-        end = length + settings.max_new_tokens
-        eos = _token_ids(self.generation_config.eos_token_id)
+        own = self.generation_config
+        end = most_tokens(own, settings, length)
+        max_length = end if limit is None else min(end, limit)
+        processors = logits_processors(
+            own, settings, encoded.tokens, max_length=max_length, model_config=parts.config
+        )
+        stops = settings.stops or own.stop_strings or ()
         return Continuation(
             encoded,
-            max_length=end if limit is None else min(end, limit),
-            eos=frozenset(eos),
-            chooser=TokenChooser(
-                settings,
-                encoded.tokens,
-                eos=eos,
-                suppressed=_token_ids(self.generation_config.suppress_tokens),
-            ),
-            text=TextStream(self._decode, encoded.context),
-            stops=StopStrings(settings.stops),
+            max_length=max_length,
+            eos=frozenset(end_of_text(own)),
+            chooser=TokenChooser(encoded.tokens, processors, greedy=settings.greedy, seed=settings.seed),
+            text=TextStream(self._decode, encoded.context, kinds_of(self.tokenizer, self._decode)),
+            stops=StopStrings([stops] if isinstance(stops, str) else stops),
         )
 
     def _encode(
@@ -351,18 +361,3 @@ def _take_up(continuation: Continuation, so_far: Sequence[int], vocab_size: int)
         if continuation.finish_reason is not None:
             raise InputError("so_far goes on after what ends the text: it is of another prompt or settings")
         continuation.take(token)
-
-
-def _token_ids(value: int | Sequence[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
-
-
-def load_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    if not (checkpoint.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_model_config(checkpoint.config)
-    try:
-        return GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"generation_config.json of {checkpoint.name} cannot be read: {exc}") from exc

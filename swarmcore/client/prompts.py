@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -13,18 +14,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""Text to continue; chat messages (``{"role": "user", "content": "…"}``) to answer; or token ids."""
 
-_CONTEXT = 6
-"""Tokens at a prompt's end that its continuation's first characters may depend on."""
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""Text to continue; chat messages (``{"role": "user", "content": "…"}``) to answer; or token ids, also in an
+array of PyTorch or NumPy with one dimension, or with two and a single row."""
+
+
+_WHAT_IT_IS = (
+    "a prompt is a text, a list of token ids, or a list of messages such as "
+    '{"role": "user", "content": "Hello"}'
+)
 
 
 @attrs.frozen
 class EncodedPrompt:
     tokens: list[int]
     context: list[int]
-    """The last tokens of the text that the generated one continues; none for an answer in a chat."""
+    """The tokens that the generated text continues; none for an answer in a chat."""
 
 
 def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
@@ -46,35 +52,84 @@ def encode_prompt(
     vocab_size: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> EncodedPrompt:
-    """Raise `InputError` for an empty prompt, ids outside the vocabulary, and messages that cannot be
-    put into the model's chat template."""
-    if isinstance(prompt, EncodedPrompt):
-        encoded = prompt
-    elif isinstance(prompt, str):
-        tokens = list(tokenizer(prompt)["input_ids"])
+    """Raise `InputError` as `checked_prompt` does, for an empty prompt, ids outside the vocabulary, and
+    messages that cannot be put into the model's chat template."""
+    checked = prompt if isinstance(prompt, EncodedPrompt) else checked_prompt(prompt)
+    if isinstance(checked, EncodedPrompt):
+        encoded = checked
+    elif isinstance(checked, str):
+        tokens = list(tokenizer(checked)["input_ids"])
         if not tokens and tokenizer.bos_token_id is not None:
             tokens = [tokenizer.bos_token_id]
-        encoded = EncodedPrompt(tokens, tokens[-_CONTEXT:])
-    elif prompt and all(isinstance(item, Mapping) for item in prompt):
-        encoded = EncodedPrompt(_chat_tokens(tokenizer, prompt, chat_template_kwargs or {}), [])
-    elif all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
-        tokens = [int(item) for item in prompt if isinstance(item, int)]
-        encoded = EncodedPrompt(tokens, tokens[-_CONTEXT:])
+        encoded = EncodedPrompt(tokens, tokens)
+    elif checked and isinstance(checked[0], Mapping):
+        encoded = EncodedPrompt(_chat_tokens(tokenizer, checked, chat_template_kwargs or {}), [])
     else:
-        raise InputError(
-            f"a prompt is a text, a list of messages such as "
-            f'{{"role": "user", "content": "Hello"}}, or a list of token ids; got {prompt!r:.80}'
-        )
+        tokens = [token for token in checked if isinstance(token, int)]
+        encoded = EncodedPrompt(tokens, tokens)
     check_tokens(encoded.tokens, vocab_size)
     if not encoded.tokens:
         raise InputError("the prompt is empty, and this model has no token to begin a text with")
     return encoded
 
 
+def checked_prompt(prompt: Any) -> str | list[Mapping[str, Any]] | list[int]:
+    """The prompt as plain values. Raise `InputError`, saying what a prompt is, for anything else."""
+    values = prompt
+    if isinstance(prompt, str):
+        check_text("the prompt", prompt)
+        return prompt
+    if hasattr(values, "tolist") and not isinstance(values, memoryview):
+        values = values.tolist()
+    if isinstance(values, list | tuple) and len(values) == 1 and isinstance(values[0], list | tuple):
+        values = values[0]  # a batch of one, as tokenizers make it
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray | memoryview):
+        if values and all(isinstance(item, Mapping) for item in values):
+            return [_checked_message(message) for message in values]
+        if all(isinstance(item, Integral) and not isinstance(item, bool) for item in values):
+            return [int(item) for item in values]
+    raise InputError(f"{_WHAT_IT_IS}; got {_shown(prompt)}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `InputError` for text that cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InputError(f"{name} has half a character (a lone surrogate) at {exc.start}") from exc
+
+
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     """Raise `InputError` for ids outside the vocabulary."""
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        raise InputError(f"token ids must be from 0 to {vocab_size - 1}; got {min(tokens)} to {max(tokens)}")
+        raise InputError(
+            f"token ids must be from 0 to {vocab_size - 1}, the model's last one; got {min(tokens)} to "
+            f"{max(tokens)}"
+        )
+
+
+def _checked_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    # What goes with a message that has no content, such as calls of tools, is for the chat template to know.
+    if not isinstance(message.get("role"), str) or (content is None and set(message) <= {"role", "content"}):
+        raise InputError(f"{_WHAT_IT_IS}; got the message {_shown(message)}")
+    if isinstance(content, bytes | bytearray | memoryview):
+        raise InputError(f"the content of a message is text; got {_shown(content)}")
+    for name in ("role", "content"):
+        if isinstance(text := message.get(name), str):
+            check_text(f"a message's {name}", text)
+    return message
+
+
+def _shown(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    kind = type(value).__name__
+    text = f"{kind} of shape {tuple(shape)}" if shape is not None else f"{kind} {value!r:.80}"
+    if isinstance(value, Mapping) and "input_ids" in value:
+        return f"{kind}: pass its input_ids"
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
+        return f"{text}: several prompts are for generate_batch"
+    return text
 
 
 def _chat_tokens(

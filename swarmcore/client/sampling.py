@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation import logits_process
+from transformers import LogitsProcessorList, SynthIDTextWatermarkLogitsProcessor
 
-from swarmcore.client.settings import GenerationSettings
+from swarmcore.errors import InputError, RemoteFaultError
 
 
 class TokenChooser:
@@ -19,22 +18,18 @@ class TokenChooser:
     """
 
     def __init__(
-        self,
-        settings: GenerationSettings,
-        prompt: Sequence[int],
-        *,
-        eos: Sequence[int] = (),
-        suppressed: Sequence[int] = (),
+        self, prompt: Sequence[int], processors: LogitsProcessorList, *, greedy: bool, seed: int | None = None
     ) -> None:
-        self.processors = _processors(settings, len(prompt), eos, suppressed)
+        """``processors`` are of this sequence alone. Without a ``seed`` it draws others every time."""
+        self.processors = processors
         self._generator: torch.Generator | None = None
-        if not settings.greedy:
+        if not greedy:
             self._generator = torch.Generator()
-            if settings.seed is None:
+            if seed is None:
                 self._generator.seed()
             else:
-                self._generator.manual_seed(settings.seed)
-        self._history = torch.tensor(prompt) if self.processors else torch.empty(0, dtype=torch.long)
+                self._generator.manual_seed(seed)
+        self._history = torch.tensor(prompt) if processors else torch.empty(0, dtype=torch.long)
         self._length = len(prompt)
 
     @property
@@ -53,56 +48,52 @@ class TokenChooser:
         self._length += 1
 
     def skip(self, choices: int, vocabulary: int) -> None:
-        """Draw so many times as `choose` does, so that the next choice is that of a run that got so far.
+        """Pass over the choices of the last so many tokens: the next one is that of a run that got so far.
 
         How much chance a choice uses up depends on the size of the vocabulary alone.
         """
-        if self._generator is not None:
-            even = torch.ones(1, vocabulary)
-            for _ in range(choices):
+        remembering = [p for p in self.processors if isinstance(p, SynthIDTextWatermarkLogitsProcessor)]
+        even = torch.ones(1, vocabulary)
+        for left in range(choices, 0, -1):
+            for processor in remembering:
+                processor(self._history[None, : self._length - left], even.clone())
+            if self._generator is not None:
                 torch.multinomial(even, 1, generator=self._generator)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token, from ``[vocabulary]`` logits in float32, which may be overwritten."""
+        """The next token, from ``[vocabulary]`` logits in float32, which may be overwritten.
+
+        Raise `RemoteFaultError` when they are no numbers, `InputError` when processors forbid every token.
+        """
         scores = logits[None]
         if self.processors:
             scores = self.processors(self._history[None, : self._length], scores)
-        if self._generator is None:
-            return int(scores.argmax(-1))
+        best, token = scores.max(-1)
+        _check(best.item())
+        if self._generator is None or best == math.inf:
+            return int(token)
         probabilities = torch.softmax(scores, -1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
-    """One token for each row of ``[rows, vocabulary]`` logits in float32."""
+    """One token for each row of ``[rows, vocabulary]`` logits in float32. Raise as `TokenChooser.choose`."""
     if all(chooser.takes_the_likeliest for chooser in choosers):
-        likeliest: list[int] = logits.argmax(-1).tolist()
+        best, tokens = logits.max(-1)
+        for value in best.tolist():
+            _check(value)
+        likeliest: list[int] = tokens.tolist()
         return likeliest
     return [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
 
 
-def _processors(
-    settings: GenerationSettings, prompt_length: int, eos: Sequence[int], suppressed: Sequence[int]
-) -> LogitsProcessorList:
-    """In the order in which transformers' ``generate`` applies them."""
-    found: list[Any] = []
-    if settings.repetition_penalty is not None and settings.repetition_penalty != 1.0:
-        found.append(logits_process.RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)))
-    if settings.no_repeat_ngram_size:
-        found.append(logits_process.NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
-    if settings.min_new_tokens and eos:
-        minimum = logits_process.MinNewTokensLengthLogitsProcessor
-        found.append(minimum(prompt_length, settings.min_new_tokens, list(eos)))
-    if suppressed:
-        found.append(logits_process.SuppressTokensLogitsProcessor(list(suppressed)))
-    found.extend(settings.logits_processors)
-    if settings.temperature:
-        if settings.temperature != 1.0:
-            found.append(logits_process.TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            found.append(logits_process.TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None and settings.top_p < 1.0:
-            found.append(logits_process.TopPLogitsWarper(float(settings.top_p)))
-        if settings.min_p:
-            found.append(logits_process.MinPLogitsWarper(float(settings.min_p)))
-    return LogitsProcessorList(found)
+def _check(best: float) -> None:
+    if math.isnan(best):
+        raise RemoteFaultError(
+            "the model gave no numbers (NaN) for the next token: a server's results are damaged, or the "
+            "weights do not fit the dtype that they run in"
+        )
+    if best == -math.inf:
+        raise InputError(
+            "the logits processors left no token to choose: one of them at least has to stay possible"
+        )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import difflib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import attrs
 
+from swarmcore.client.generation_config import FOLLOWED_FIELDS
+from swarmcore.client.prompts import check_text
 from swarmcore.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
 
 LogitsProcessor = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 """Token ids so far ``[1, tokens]`` and scores ``[1, vocabulary]`` in, scores out: as in transformers."""
@@ -21,7 +23,7 @@ LogitsProcessor = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 class GenerationOptions(TypedDict, total=False):
     """The fields of `GenerationSettings`, as keyword arguments."""
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -35,6 +37,44 @@ class GenerationOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
 
 
+_MOST = 2**63 - 1
+
+DEFAULT_NEW_TOKENS = 256
+"""Tokens of an answer at most where nobody says how many."""
+
+_LEAST_TEMPERATURE = 1e-30
+_MOST_TEMPERATURE = 1e6
+"""Beyond these logits divided by the temperature are no longer numbers in float32, or all the same."""
+
+_INSTEAD = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens, which counts the tokens of the answer alone",
+    "do_sample": "temperature: above 0 it samples, without one the choice is greedy",
+    "num_beams": "a session's `sources` for a beam search of your own, or generate of swarmcore.transformers",
+    "num_return_sequences": "generate_batch, with the prompt as often as there are to be answers",
+    "n": "generate_batch, with the prompt as often as there are to be answers",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "logits_processor": "logits_processors",
+    "streamer": "a loop over the generation, whose pieces come as they are made",
+    "stopping_criteria": "a loop over the generation, which ends when it is left",
+}
+"""What there is for options that other libraries have."""
+
+
+def _number(value: Any) -> Any:
+    """Numbers of any library as Python's own; the rest as it is."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _numeric() -> Any:
+    return attrs.field(default=None, converter=_number)
+
+
 @attrs.frozen(kw_only=True)
 class GenerationSettings:
     """Settings of one generation. A penalty or filter left at None is the model's own, as its
@@ -43,51 +83,74 @@ class GenerationSettings:
     Raise `InputError` for a value out of its range.
     """
 
-    max_new_tokens: int = 256
-    """Tokens after which the text ends, if nothing ends it before."""
-    temperature: float | None = None
+    max_new_tokens: int | None = _numeric()
+    """Tokens after which the text ends, if nothing ends it before. None: 256, or fewer where the model's own
+    ``max_new_tokens`` or ``max_length`` say so."""
+    temperature: float | None = _numeric()
     """0 or None: greedy, always the likeliest token. Above 0: sample from the logits divided by it."""
-    top_k: int | None = None
+    top_k: int | None = _numeric()
     """Sample from the k likeliest tokens only; 0 is off."""
-    top_p: float | None = None
+    top_p: float | None = _numeric()
     """Sample from the likeliest tokens that together have this probability; 1 is off."""
-    min_p: float | None = None
+    min_p: float | None = _numeric()
     """Sample from tokens at least this many times as likely as the likeliest; 0 is off."""
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = _numeric()
     """Above 1 makes tokens that were there before less likely, in greedy choice too; 1 is off."""
-    no_repeat_ngram_size: int | None = None
+    no_repeat_ngram_size: int | None = _numeric()
     """No run of this many tokens occurs twice; 0 is off."""
-    min_new_tokens: int | None = None
+    min_new_tokens: int | None = _numeric()
     """The end-of-text token is not chosen before this many."""
     stop: str | Sequence[str] | None = None
-    """The text ends before the first of these strings."""
-    seed: int | None = None
+    """The text ends before the first of these strings. Without any: the model's own
+    ``stop_strings``."""
+    seed: int | None = _numeric()
     """Makes sampling repeatable; None is another one every time. Prompt ``i`` of a batch has ``seed + i``."""
     logits_processors: Sequence[LogitsProcessor] = ()
-    """Your own, applied after the penalties and before the temperature."""
+    """Your own, applied after the penalties and before the temperature; one of a type that is there already
+    takes its place."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Passed on to the tokenizer's ``apply_chat_template``."""
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerationSettings:
+        """The settings that a caller's keyword arguments name. Raise `InputError` for a name that is none,
+        with what may have been meant."""
+        names = [field.name for field in attrs.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise InputError(f"generate has no option {name!r}; {_hint(name, names)}")
+        return cls(**options)
+
     def __attrs_post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, 1, math.inf, "a whole number, 1 or more", whole=True)
-        _check("temperature", self.temperature, 0, math.inf, "0 (greedy) or more")
-        _check("top_k", self.top_k, 0, math.inf, "a whole number, 0 (off) or more", whole=True)
+        counting = [("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0)]
+        for name, least in counting:
+            off = " (off)" if name in ("top_k", "no_repeat_ngram_size") else ""
+            _check(
+                name, getattr(self, name), least, _MOST, f"a whole number, {least}{off} or more", whole=True
+            )
+        _check("seed", self.seed, 0, _MOST, "a whole number from 0 to 2**63 - 1", whole=True)
+        _check("temperature", self.temperature, 0, _MOST_TEMPERATURE, "0 (greedy) or more, up to a million")
         _check("top_p", self.top_p, 0, 1, "from 0 to 1 (off)")
         _check("min_p", self.min_p, 0, 1, "from 0 (off) to 1")
-        _check("repetition_penalty", self.repetition_penalty, 1e-6, math.inf, "above 0; 1 is off")
-        _check(
-            "no_repeat_ngram_size",
-            self.no_repeat_ngram_size,
-            0,
-            math.inf,
-            "a whole number, 0 (off) or more",
-            whole=True,
-        )
-        _check("min_new_tokens", self.min_new_tokens, 0, math.inf, "a whole number, 0 or more", whole=True)
-        _check("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1", whole=True)
-        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise InputError(f"stop must be a text or a list of texts, none of them empty; got {self.stop!r}")
+        _check("repetition_penalty", self.repetition_penalty, 1e-6, 1e6, "above 0, up to a million; 1 is off")
+        if not isinstance(self.stop, str | Sequence | None) or not all(
+            isinstance(stop, str) and stop for stop in self.stops
+        ):
+            raise InputError(
+                f"stop must be a text or a list of texts, none of them empty; got {self.stop!r:.80}"
+            )
+        for stop in self.stops:
+            check_text("stop", stop)
+        if not isinstance(self.logits_processors, Sequence) or not all(map(callable, self.logits_processors)):
+            raise InputError(
+                f"logits_processors must be a list of functions of (ids, scores); got "
+                f"{self.logits_processors!r:.80}"
+            )
+        if not isinstance(self.chat_template_kwargs, Mapping | None):
+            raise InputError(
+                f"chat_template_kwargs must be a dict of keyword arguments; got "
+                f"{self.chat_template_kwargs!r:.80}"
+            )
         filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature is None and filters:
             raise InputError(
@@ -97,28 +160,34 @@ class GenerationSettings:
 
     @property
     def greedy(self) -> bool:
-        return not self.temperature
+        return self.temperature is None or self.temperature < _LEAST_TEMPERATURE
+
+    @property
+    def most_new_tokens(self) -> int:
+        """Tokens of the answer at most, whatever the model's own settings are."""
+        return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    def with_defaults(self, config: GenerationConfig) -> GenerationSettings:
-        """These settings, with those of a model's generation config where they are None."""
-        names = ["repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"]
-        if not self.greedy:
-            names += ["top_k", "top_p", "min_p"]
-        own: dict[str, Any] = {n: getattr(config, n, None) for n in names if getattr(self, n) is None}
-        return attrs.evolve(self, **own)
 
     def for_prompt(self, index: int) -> GenerationSettings:
         """These settings for one prompt of a batch: each is sampled with a seed of its own."""
         return self if self.seed is None else attrs.evolve(self, seed=(self.seed + index) % 2**63)
 
 
+def _hint(name: str, names: Sequence[str]) -> str:
+    if name in _INSTEAD:
+        return f"there is {_INSTEAD[name]}"
+    if name in FOLLOWED_FIELDS:
+        return f"it is a field of the model's own settings: model.generation_config.{name}"
+    close = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+
+
 def _check(name: str, value: Any, low: float, high: float, allowed: str, *, whole: bool = False) -> None:
-    if value is None and name != "max_new_tokens":
+    if value is None:
         return
     number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or value == math.inf:
-        raise InputError(f"{name} must be {allowed}; got {value!r}")
+    if not number or not low <= value <= high:
+        raise InputError(f"{name} must be {allowed}; got {value!r:.80}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import random
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
@@ -272,7 +273,7 @@ class Swarm:
         time, or else what the last of them raised.
         """
         self._check_joined()
-        request = open_generation(prompt, GenerationSettings(**options), adapter=adapter, rng=self._rng)
+        request = open_generation(prompt, GenerationSettings.of(options), adapter=adapter, rng=self._rng)
         choice = HeadChoice(model, self._rng, admits=self._admits)
         run = ThinRun(self.node, self.registry, self.health, choice, patience)
         return ThinGeneration(run, generate_at_heads(run, request))
@@ -284,7 +285,7 @@ class Swarm:
 
     async def load_model(
         self,
-        name_or_path: str | None = None,
+        name_or_path: str | os.PathLike[str] | None = None,
         *,
         dtype: str = "auto",
         revision: str | None = None,
@@ -311,9 +312,11 @@ class Swarm:
         import_large("swarmcore.client.model")
         from swarmcore.client.model import RemoteModel
 
+        if not isinstance(name_or_path, str | os.PathLike | None):
+            raise InputError(f"a model is named by a text or a path; got {name_or_path!r:.80}")
         model = await RemoteModel.load(
             self,
-            name_or_path,
+            None if name_or_path is None else os.fspath(name_or_path),
             dtype=dtype,
             revision=revision,
             threads=threads,

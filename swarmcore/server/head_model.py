@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from swarmcore.client.generation_config import check_generation_config
 from swarmcore.client.swarm import Swarm
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
@@ -40,7 +41,8 @@ async def serving_head(
     """Make texts for others over ``node`` while the context lasts; at its end they are sent elsewhere.
 
     The sessions are those of a client on the same node, which knows the swarm by ``registry``; both are left
-    open. Raises as `Swarm.load_model` does.
+    open. Raises as `Swarm.load_model` does, and `UnsupportedModelError` for a model whose generation config
+    asks for what cannot be done here.
     """
     async with Swarm(node, registry, owned=False) as swarm:
         model = await swarm.load_model(
@@ -50,6 +52,7 @@ async def serving_head(
             threads=config.threads,
             progress=progress,
         )
+        check_generation_config(model.generation_config, config.model)
         service = HeadService(model, config.limits, source=announced_source(config.model, config.revision))
         node.serve_protocol(GENERATE_PROTOCOL, service.serve)
         try:

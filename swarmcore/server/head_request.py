@@ -6,6 +6,7 @@ from typing import Any
 
 from swarmcore.client.prompts import Prompt
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
+from swarmcore.client.thin_request import check_head_settings
 from swarmcore.errors import InputError, UnavailableError
 from swarmcore.server.config import MAX_ADAPTER_NAME
 from swarmcore.server.head_limits import HeadLimits
@@ -13,12 +14,6 @@ from swarmcore.wire.generate import OpenGeneration
 
 CHARACTERS_PER_TOKEN = 32
 """A prompt with more characters for each token that it may have is refused before it is made into tokens."""
-
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_NGRAM = 64
-TEMPERATURES = (0.01, 100.0)
-"""Bounds on what costs a head peer time in every token, or leaves no probabilities to choose by."""
 
 _SETTINGS = (
     "max_new_tokens",
@@ -78,7 +73,9 @@ def settings_of(request: OpenGeneration, limits: HeadLimits) -> GenerationOption
     """The settings, checked. Raise `InputError` for one out of its range, which it names, and
     `UnavailableError` for an answer longer than the peer makes."""
     options: Any = {name: getattr(request, name) for name in _SETTINGS}
-    GenerationSettings(**options)
+    if request.default_length and request.max_new_tokens <= limits.new_tokens:
+        options["max_new_tokens"] = None
+    check_head_settings(GenerationSettings(**options))
     if request.max_new_tokens > limits.new_tokens:
         raise UnavailableError(
             f"max_new_tokens of {request.max_new_tokens} is more than this head peer makes of one text: "
@@ -87,17 +84,6 @@ def settings_of(request: OpenGeneration, limits: HeadLimits) -> GenerationOption
         )
     if len(request.so_far) > request.max_new_tokens:
         raise InputError(f"so_far has {len(request.so_far)} tokens, more than max_new_tokens")
-    if len(request.stop) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in request.stop):
-        raise InputError(
-            f"stop: a head peer takes {MAX_STOPS} texts of {MAX_STOP_CHARACTERS} characters at most"
-        )
-    if (request.no_repeat_ngram_size or 0) > MAX_NGRAM:
-        raise InputError(f"no_repeat_ngram_size must be at most {MAX_NGRAM} at a head peer")
-    low, high = TEMPERATURES
-    if request.temperature and not low <= request.temperature <= high:
-        raise InputError(
-            f"temperature must be 0 (greedy) or {low} to {high} at a head peer; got {request.temperature}"
-        )
     if len(request.adapter) > MAX_ADAPTER_NAME:
         raise InputError(f"adapter: a name has {MAX_ADAPTER_NAME} characters at most")
     found: GenerationOptions = options

@@ -12,7 +12,7 @@ import transformers
 
 from swarmcore import sync
 from swarmcore.client.blockless import load_without_blocks, with_blocks
-from swarmcore.client.model import load_generation_config
+from swarmcore.client.generation_config import load_generation_config
 from swarmcore.client.options import SessionOptions
 from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.served_models import may_be_served, open_served

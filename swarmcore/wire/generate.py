@@ -11,6 +11,11 @@ import attrs
 
 GENERATE = "/swarmcore/generate/1"
 
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_NGRAM = 64
+"""Bounds on what costs a head peer time in every token."""
+
 AHEAD = 64
 """Tokens that a head peer sends beyond those that the client says it has taken."""
 
@@ -51,7 +56,10 @@ class OpenGeneration:
     no_repeat_ngram_size: int | None = None
     min_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    """None of them: the model's own."""
     seed: int | None = None
+    default_length: bool = False
+    """``max_new_tokens`` is nobody's wish: the text ends sooner where the model's own settings say so."""
 
 
 @attrs.frozen

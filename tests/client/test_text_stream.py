@@ -98,7 +98,7 @@ def test_decoding_does_not_grow_with_the_text():
         return "x" * len(tokens)
 
     assert "".join(stream(decode, [1] * 500)) == "x" * 500
-    assert longest == 2
+    assert longest <= 32
 
 
 def stopped(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 from head_swarm import COUNTING, CountingText, counted, head_swarm, said
 
@@ -194,8 +195,8 @@ async def test_a_limit_of_one_is_not_that_of_another() -> None:
 
 async def test_what_cannot_work_anywhere_is_asked_once() -> None:
     async with head_swarm(CountingText(), CountingText()) as swarm:
-        with pytest.raises(InputError, match="no_repeat_ngram_size must be at most 64"):
-            await swarm.client.generate("ab", no_repeat_ngram_size=100)
+        with pytest.raises(InputError, match="adapter: a name has 64 characters at most"):
+            await swarm.client.generate("ab", adapter="x" * 65)
         assert sum(head.node.counters["calls_in"] for head in swarm.heads) == 1
 
 
@@ -288,22 +289,31 @@ def test_what_is_asked_for() -> None:
     assert request("Hi", temperature=1.0, seed=3).seed == 3
     assert request("Hi", temperature=1.0).seed > 0
     assert request("").text == ""
+    assert request(np.array([[1, 2]])).tokens == (1, 2)
+    assert (request("Hi").max_new_tokens, request("Hi").default_length) == (256, True)
+    assert not request("Hi", max_new_tokens=256).default_length
 
 
 @pytest.mark.parametrize(
     ("prompt", "options", "says"),
     [
-        ([], {}, "a prompt is"),
+        ([], {}, "the prompt is empty"),
+        ([-1], {}, "token ids must be"),
+        ([2**40], {}, "token ids must be"),
+        (b"Hi", {}, "a prompt is"),
         (["Hi"], {}, "a prompt is"),
         ([True], {}, "a prompt is"),
         ({"role": "user", "content": "Hi"}, {}, "a prompt is"),
         (None, {}, "a prompt is"),
-        ([{"role": "user"}], {}, "a role and a content"),
+        ([{"role": "user"}], {}, "a prompt is"),
         ([{"role": "user", "content": [{"type": "text"}]}], {}, "a role and a content"),
         ([{"role": "user", "content": "Hi", "name": "Ann"}], {}, "a role and a content"),
         ("\ud800", {}, "prompt has half a character"),
         ([{"role": "user", "content": "\ud800"}], {}, "content has half a character"),
         ("Hi", {"stop": "\ud800"}, "stop has half a character"),
+        ("Hi", {"stop": ["x"] * 17}, "stop: a head peer takes 16"),
+        ("Hi", {"stop": "x" * 257}, "stop: .* 256 characters"),
+        ("Hi", {"no_repeat_ngram_size": 65}, "no_repeat_ngram_size must be"),
         ("Hi", {"logits_processors": [print]}, "logits_processors"),
         ("Hi", {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
     ],

@@ -81,7 +81,7 @@ async def test_it_goes_on_after_the_tokens_that_a_client_has() -> None:
         ({"max_new_tokens": 0}, InputError, "max_new_tokens must be"),
         ({"max_new_tokens": 257}, UnavailableError, "max_new_tokens of 257 .* 256"),
         ({"temperature": -1.0}, InputError, "temperature must be"),
-        ({"temperature": 1e-9}, InputError, "temperature must be"),
+        ({"temperature": 1e9}, InputError, "temperature must be"),
         ({"temperature": float("nan")}, InputError, "temperature must be"),
         ({"top_p": 2.0, "temperature": 1.0}, InputError, "top_p must be"),
         ({"top_k": 5}, InputError, "top_k only matter"),
