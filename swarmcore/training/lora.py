@@ -26,14 +26,23 @@ class LoraAdapter(BlockAdapter):
     """Of most of its projections; a file may give some of them another one."""
     rslora: bool
     """Whether `scaling` is alpha over the square root of the rank instead of over the rank."""
+    dropout: float
+    """PEFT's ``lora_dropout`` of a file; servers draw none, so that it has to be 0 where it is trained."""
 
     def __init__(
-        self, weights: Mapping[str, torch.Tensor], *, rank: int, scaling: float, rslora: bool = False
+        self,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        rank: int,
+        scaling: float,
+        rslora: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         """Of weights under their names on the wire; `for_model` makes new ones."""
         super().__init__(scaling=scaling)
         self.rank = rank
         self.rslora = rslora
+        self.dropout = dropout
         for name, values in weights.items():
             self._add_weight(name, values)
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 import torch
 from torch import nn
 from transformers.modeling_outputs import (
-    CausalLMOutput,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -36,20 +37,22 @@ from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.peft_format import load_adapter, save_adapter
 from swarmcore.training.prefix import PrefixAdapter
 from swarmcore.training.prompt import SoftPrompt
+from swarmcore.training.tuned_face import TunedFace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TunedOutput: TypeAlias = CausalLMOutput | SequenceClassifierOutput | TokenClassifierOutput
+TunedOutput: TypeAlias = CausalLMOutputWithPast | SequenceClassifierOutput | TokenClassifierOutput
 
 
-class TunedModel(nn.Module):
+class TunedModel(TunedFace):
     """A remote language model with a soft prompt, an adapter of its blocks, a head, or several of them.
 
     ``model`` is one of `swarmcore.transformers.AutoModelForCausalLM`; it is shared, not changed and not
     closed: any number of tuned models, and their copies, may use one. It is no submodule, so that
     `parameters` and `state_dict` have what is trained and nothing else. With a ``head``, the model's own
-    head is not used.
+    head is not used. It is a ``PreTrainedModel`` for those who ask (Transformers' ``Trainer``, TRL,
+    pipelines), with the model's config and generation config.
 
     Raise `InputError` for another kind of model, and `AdapterError` for parts made for another one.
     """
@@ -62,7 +65,7 @@ class TunedModel(nn.Module):
         adapter: BlockAdapter | None = None,
         head: ClassificationHead | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # that of PreTrainedModel writes into the config, which is the model's
         if not hasattr(model, "stack") or model.get_output_embeddings() is None:
             raise InputError(
                 f"a {type(model).__name__} cannot be tuned here; pass a model of "
@@ -93,26 +96,22 @@ class TunedModel(nn.Module):
         return 0 if self.prompt is None else self.prompt.tokens
 
     @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Transformers' ``Trainer`` asks: whether the loss is over the items of all accumulated batches when
-        their number is passed. That of a head is the mean of one batch."""
-        return self.head is None
-
-    @property
     def _vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().num_embeddings)
+        return len(self.model.get_input_embeddings().weight)
 
     def extra_repr(self) -> str:
         return f"over {self.model.stack!r}"
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **options: Any,
-    ) -> TunedOutput:
-        """Logits, and with ``labels`` the loss, for token ids ``[batch, length]``.
+    ) -> TunedOutput | tuple[Any, ...]:
+        """Logits, and with ``labels`` the loss, for token ids ``[batch, length]`` or their embeddings.
 
         ``attention_mask`` is 0 for padding, at either end of a sequence. Without a head, ``labels`` are
         ``[batch, length]`` ids, -100 where none counts, and are shifted by one as Transformers does; with
@@ -120,19 +119,20 @@ class TunedModel(nn.Module):
         none. ``options`` go to the model's own ``forward``; ``logits_to_keep`` needs ``labels`` left out, and
         ``output_hidden_states`` gives those of a soft prompt too.
 
-        Raise `InvalidBatchError` for masks and labels of wrong shapes or values, and what
+        Raise `InvalidBatchError` for masks and labels of wrong shapes or values, `InputError` for what does
+        not go together with a soft prompt, `AdapterError` where dropout is asked of the servers, and what
         `RemoteBlocks.forward` raises.
         """
-        self._check_batch(input_ids, attention_mask)
+        as_tuple = options.pop("return_dict", True) is False
+        shape = self._check_inputs(input_ids, inputs_embeds, attention_mask)
         if self.head is not None and labels is not None:
-            self.head.check_labels(labels, *input_ids.shape)
-        embeds, mask = self._enter(input_ids, attention_mask)
-        options = {"use_cache": False, "inputs_embeds": embeds, "attention_mask": mask} | options
-        with self._adapted():
-            if self.head is None:
-                return self._language(input_ids, labels, options)
-            output = self.model.base_model(**options)
-        return self._classes(output, attention_mask, labels)
+            self.head.check_labels(labels, *shape)
+        given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **options}
+        if self.head is None:
+            output: Any = self._language(input_ids, attention_mask, labels, shape, given)
+        else:
+            output = self._classes(self._states(input_ids, attention_mask, **given), attention_mask, labels)
+        return output.to_tuple() if as_tuple else output
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
@@ -144,12 +144,12 @@ class TunedModel(nn.Module):
         """
         if self.head is not None:
             raise InputError("a model with a classification head generates no text; leave the head out")
-        self._check_batch(input_ids, attention_mask)
+        self._check_inputs(input_ids, None, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         options |= {"input_ids": input_ids, "attention_mask": mask}
         with torch.no_grad(), self._adapted():
             if self.prompt is not None:
-                embeds, mask_of_both = self._enter(input_ids, mask)
+                embeds, mask_of_both = self._enter(self.model.get_input_embeddings()(input_ids), mask)
                 options |= {"inputs_embeds": embeds, "attention_mask": mask_of_both}
             return self.model.generate(**options)
 
@@ -180,46 +180,92 @@ class TunedModel(nn.Module):
             return cls(model, prompt=loaded.adapter, head=loaded.head)
         return cls(model, adapter=loaded.adapter, head=loaded.head)
 
+    def _states(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **options: Any,
+    ) -> BaseModelOutputWithPast:
+        """As a base model's: hidden states after the final norm, of the given tokens."""
+        shape = self._check_inputs(input_ids, inputs_embeds, attention_mask)
+        with self._adapted():
+            output = self.model.base_model(
+                **self._inputs(input_ids, attention_mask, {"inputs_embeds": inputs_embeds} | options)
+            )
+        output["last_hidden_state"] = output.last_hidden_state[:, -shape[1] :]
+        return cast(BaseModelOutputWithPast, output)
+
     def _language(
-        self, input_ids: torch.Tensor, labels: torch.Tensor | None, options: dict[str, Any]
-    ) -> CausalLMOutput:
-        length = input_ids.shape[1]
+        self,
+        input_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        shape: tuple[int, int],
+        options: dict[str, Any],
+    ) -> CausalLMOutputWithPast:
+        length = shape[1]
         if labels is None:
-            keep = options.pop("logits_to_keep", length)
-            output = self.model(**options, logits_to_keep=keep)
-            return CausalLMOutput(logits=output.logits[:, -length:], hidden_states=output.hidden_states)
-        if "logits_to_keep" in options:
+            options.setdefault("logits_to_keep", length)
+        elif "logits_to_keep" in options:
             raise InputError("leave out logits_to_keep where there are labels: the loss is over all of them")
-        check_token_labels(labels, tuple(input_ids.shape), self._vocabulary)
-        if self.prompt is not None:
-            # The first token is predicted as well, after the last row of the prompt.
-            options |= {"logits_to_keep": length + 1}
-            labels = torch.cat([labels.new_full((len(labels), 1), IGNORED), labels], dim=1)
-        output = self.model(**options, labels=labels)
-        return CausalLMOutput(
-            loss=output.loss, logits=output.logits[:, -length:], hidden_states=output.hidden_states
+        else:
+            check_token_labels(labels, shape, self._vocabulary)
+            if self.prompt is not None:
+                # The first token is predicted as well, after the last row of the prompt.
+                options |= {"logits_to_keep": length + 1}
+                labels = torch.cat([labels.new_full((len(labels), 1), IGNORED), labels], dim=1)
+        with self._adapted():
+            output = self.model(**self._inputs(input_ids, mask, options), labels=labels)
+        return CausalLMOutputWithPast(
+            loss=output.loss,
+            logits=output.logits[:, -length:],
+            hidden_states=output.hidden_states,
+            past_key_values=output.past_key_values,
         )
 
     def _classes(
         self, output: Any, mask: torch.Tensor | None, labels: torch.Tensor | None
     ) -> SequenceClassifierOutput | TokenClassifierOutput:
         head = cast(Any, self.head)
-        hidden = output.last_hidden_state[:, self.prompt_tokens :].to(head.linear.weight.dtype)
+        hidden = output.last_hidden_state.to(head.linear.weight.dtype)
         of_sequences = isinstance(head, SequenceClassificationHead)
         logits = head(hidden, mask) if of_sequences else head(hidden)
         loss = None if labels is None else head.loss(logits, labels)
         kind = SequenceClassifierOutput if of_sequences else TokenClassifierOutput
         return kind(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
+    def _inputs(
+        self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the model is called with: embeddings, so that nothing has to be told twice of a prompt."""
+        self._check_dropout()
+        embeds = options.pop("inputs_embeds", None)
+        if embeds is None:
+            embeds = self.model.get_input_embeddings()(input_ids)
+        if self.prompt is not None:
+            for name in ("position_ids", "token_type_ids", "past_key_values", "use_cache"):
+                if options.get(name) is not None and options[name] is not False:
+                    raise InputError(f"leave out {name}: a soft prompt comes first, and has no place in it")
+        embeds, mask = self._enter(embeds, mask)
+        return {"use_cache": False, "inputs_embeds": embeds, "attention_mask": mask} | options
+
+    def _check_dropout(self) -> None:
+        dropout = getattr(self.adapter, "dropout", 0.0)
+        if dropout and self.training and torch.is_grad_enabled():
+            raise AdapterError(
+                f"the adapter was made with lora_dropout={dropout}, which servers do not draw: set "
+                f"adapter.dropout = 0.0 to train it further without, or call eval() to use it"
+            )
+
     def _adapted(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.model.stack.using(self.adapter)
         return context
 
     def _enter(
-        self, input_ids: torch.Tensor, mask: torch.Tensor | None
+        self, embeds: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings with the soft prompt before each sequence's first token, and the mask of both."""
-        embeds: torch.Tensor = self.model.get_input_embeddings()(input_ids)
         if self.prompt is None:
             return embeds, mask
         joined = self.prompt(embeds)
@@ -234,13 +280,24 @@ class TunedModel(nn.Module):
         rows = sources.to(joined.device)[..., None].expand_as(joined)
         return joined.gather(1, rows), extended.gather(1, sources)
 
-    def _check_batch(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        check_token_ids(input_ids, self._vocabulary)
-        if mask is not None and mask.shape != input_ids.shape:
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> tuple[int, int]:
+        """Batch and length of them."""
+        if (input_ids is None) == (embeds is None):
+            raise InputError("pass either input_ids or inputs_embeds")
+        if input_ids is not None:
+            check_token_ids(input_ids, self._vocabulary)
+        shape = cast(torch.Tensor, embeds if input_ids is None else input_ids).shape[:2]
+        if mask is not None and mask.shape != shape and (self.prompt is not None or self.head is not None):
             raise InvalidBatchError(
-                f"the attention mask must be {list(input_ids.shape)} for this batch, got "
-                f"{list(mask.shape)}; a soft prompt has no place in it"
+                f"the attention mask must be {list(shape)} for this batch, got {list(mask.shape)}; a soft "
+                f"prompt has no place in it"
             )
+        return shape[0], shape[1]
 
     def _check_sizes(self) -> None:
         info = self.model.stack.model

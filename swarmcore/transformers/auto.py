@@ -88,7 +88,7 @@ class _AutoRemoteModel:
             find = partial(open_served, served) if served else partial(open_checkpoint, str(name_or_path))
             checkpoint = find(revision=revision, cache_dir=cache_dir, progress=progress)
             model = cls._local_parts(checkpoint, _dtype_name(dtype), config, progress)
-            model.config._name_or_path = str(name_or_path)
+            model.config._name_or_path = model.name_or_path = str(name_or_path)
             if saved is not None:
                 saved.put_into(model, checkpoint.info)
             connected = connected or sync.connect(*addresses, identity=identity)

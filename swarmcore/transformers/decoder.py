@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,18 @@ import attrs
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from swarmcore.errors import InputError, InvalidBatchError, UnsupportedModelError
+from swarmcore.errors import InputError, InvalidBatchError, SwarmError, UnsupportedModelError
 from swarmcore.executor.torch.structure import structure_of
 from swarmcore.training.batch_checks import check_token_ids
+from swarmcore.training.model_layout import ModelLayout
 from swarmcore.transformers.cache import PADDING, RemoteCache
+from swarmcore.transformers.forward_options import check_options
+from swarmcore.transformers.layers import RemoteLayers, using_layers
+from swarmcore.transformers.packing import Packing
 from swarmcore.transformers.remote import RemoteStack
+
+logger = logging.getLogger(__name__)
 
 
 class _ThisThread(threading.local):
@@ -43,6 +49,8 @@ class Passage:
     cache: RemoteCache | None
     every_block: bool
     last_only: bool
+    packing: Packing | None = None
+    """Where several sequences follow each other in one row; None where there is one in each."""
     states: list[torch.Tensor] = attrs.field(factory=list)
     """What went into the first block, and what came out of each but the last."""
 
@@ -54,7 +62,7 @@ class Passage:
     def _run(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.cache is None:
             if not self.every_block:
-                return self.stack.forward(hidden, self.positions >= 0)
+                return self._forward(hidden, self.positions)
             return self._one_by_one(hidden, self.positions)
         if hidden.requires_grad and torch.is_grad_enabled():
             raise InputError(
@@ -72,8 +80,15 @@ class Passage:
     def _one_by_one(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         for block in range(len(self.stack.blocks)):
             self.states.append(hidden)
-            hidden = self.stack.forward(hidden, positions >= 0, block)
+            hidden = self._forward(hidden, positions, block)
         return hidden
+
+    def _forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, block: int | None = None
+    ) -> torch.Tensor:
+        if self.packing is None:
+            return self.stack.forward(hidden, positions >= 0, block)
+        return self.packing.join(self.stack.forward(*self.packing.split(hidden), block))
 
 
 @contextmanager
@@ -100,6 +115,19 @@ def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
     base = cast(Any, model.base_model)
     base.__class__ = _remote_base(cast(Any, type(base)))
     base.stack = stack
+    layout = _layout_of(model)
+    if layout is not None:
+        owner = model.get_submodule(structure.base)
+        setattr(owner, structure.layers, RemoteLayers(layout, cast(torch.dtype, model.dtype)))
+
+
+def _layout_of(model: PreTrainedModel) -> ModelLayout | None:
+    """None for a family whose layers have no names that adapters go by."""
+    try:
+        return ModelLayout.of(model.config)
+    except (SwarmError, AttributeError, TypeError) as exc:
+        logger.debug("no adapter can be put on the layers of a %s: %s", type(model).__name__, exc)
+        return None
 
 
 def _through_blocks(norm: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -114,19 +142,30 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
     takes = signature.parameters.keys()
 
     @functools.wraps(family.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
+        check_options(self.config, given, takes)
+        with using_layers(self):
+            return run(self, given)
+
+    def run(self: Any, given: dict[str, Any]) -> Any:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape, device = _inputs_of(self, ids, embeds)
         cache = _cache_of(self.stack, given)
         columns = _columns(shape, given.get("position_ids"), cache, device)
+        mask, packing = given.get("attention_mask"), None
+        caching = given.get("use_cache")
+        caching = getattr(self.config, "use_cache", True) if caching is None else caching
+        if mask is None and cache is None and not caching:
+            packing = Packing.of(columns)  # as Transformers, which asks for a cache to be ruled out
         passage = Passage(
             self.stack,
-            _positions(columns, given.get("attention_mask"), cache),
+            _positions(columns, mask, cache) if packing is None else columns,
             cache,
             every_block=bool(given.get("output_hidden_states")),
             last_only=_this_thread.last_only,
+            packing=packing,
         )
         # Every token is a row by itself, so that no mask above 1 by 1 is made: there is no attention here.
         inputs: dict[str, Any] = {
@@ -135,6 +174,8 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             "position_ids": (columns + self.stack.prefix_tokens).reshape(-1, 1),
             "use_cache": False,
         }
+        if "token_type_ids" in takes and (types := given.get("token_type_ids")) is not None:
+            inputs["token_type_ids"] = types.reshape(-1, 1)
         before, _this_thread.passage = _this_thread.passage, passage
         try:
             output = family.forward(self, **{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
@@ -146,9 +187,11 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             output["past_key_values"] = cache
         if passage.every_block:
             output["hidden_states"] = (*passage.states, last)
-        return cast(ModelOutput, output)
+        as_tuple = given.get("return_dict", getattr(self.config, "return_dict", True)) is False
+        return output.to_tuple() if as_tuple else output
 
-    return type(f"Remote{family.__name__}", (family,), {"forward": forward})
+    # Under the family's own name, by which libraries look up what a class of models can do.
+    return type(family.__name__, (family,), {"forward": forward, "__module__": __name__})
 
 
 def _inputs_of(
@@ -156,7 +199,7 @@ def _inputs_of(
 ) -> tuple[torch.Size, torch.device]:
     """``[batch, length]`` of a call, and where its tensors are. Raise `InputError` for none."""
     if ids is not None and embeds is None:
-        check_token_ids(ids, cast(nn.Embedding, base.get_input_embeddings()).num_embeddings)
+        check_token_ids(ids, len(cast(nn.Embedding, base.get_input_embeddings()).weight))
         return ids.shape, ids.device
     if ids is not None or embeds is None:
         raise InputError("pass either input_ids or inputs_embeds")
@@ -174,7 +217,8 @@ def _cache_of(stack: RemoteStack, given: dict[str, Any]) -> RemoteCache | None:
     if not isinstance(cache, RemoteCache):
         raise InputError(
             f"past_key_values is a {type(cache).__name__}; the attention caches of this model are on the "
-            f"servers: pass model.new_cache(), or what an earlier call returned"
+            f"servers: pass model.new_cache(), or what an earlier call returned. For PEFT's prefix tuning "
+            f"use swarmcore.training.deep_prompt_tuning; it has the same files"
         )
     return cache
 
@@ -186,7 +230,9 @@ def _columns(
     if position_ids is None:
         past = cache.get_seq_length() if cache is not None else 0
         position_ids = torch.arange(past, past + shape[1], device=device)[None]
-    if position_ids.shape[-1] != shape[1]:
+    if position_ids.dim() not in (1, 2) or position_ids.shape[-1] != shape[1]:
+        raise InputError(f"position_ids of shape {list(position_ids.shape)} for inputs of {list(shape)}")
+    if position_ids.dim() == 2 and position_ids.shape[0] not in (1, shape[0]):
         raise InputError(f"position_ids of shape {list(position_ids.shape)} for inputs of {list(shape)}")
     return position_ids.expand(shape)
 
@@ -203,12 +249,22 @@ def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCa
     past = cache.positions.to(columns.device) if cache is not None else columns[:, :0]
     if mask is None:
         real = torch.ones_like(columns, dtype=torch.bool)
-    elif mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] in (new, past.shape[1] + new):
+    elif (
+        isinstance(mask, torch.Tensor)
+        and mask.dim() == 2
+        and mask.shape[0] == batch
+        and mask.shape[1] in (new, past.shape[1] + new)
+    ):
         real = mask[:, -new:].bool()
     else:
+        what = (
+            f"of shape {list(mask.shape)}"
+            if isinstance(mask, torch.Tensor)
+            else f"is a {type(mask).__name__}"
+        )
         raise InputError(
-            f"attention_mask of shape {list(mask.shape)}; expected [{batch}, {past.shape[1] + new}], with 0 "
-            f"for padding"
+            f"attention_mask {what}; expected [{batch}, {past.shape[1] + new}], with 0 for padding: servers "
+            f"have the causal masks of the model, and no others"
         )
     positions = columns.masked_fill(~real, PADDING)
     every = torch.cat([past, positions], 1) if past.numel() else positions
@@ -219,6 +275,7 @@ def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCa
     if not (offsets == lowest)[there].all():
         raise InputError(
             "the tokens of a sequence do not follow each other by their position_ids or mask: padding "
-            "may be before and after a sequence, and position_ids go on where it ended"
+            "may be before and after a sequence, and position_ids go on where it ended; for several "
+            "sequences in a row pass use_cache=False, and no attention_mask"
         )
     return positions

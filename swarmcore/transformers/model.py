@@ -14,17 +14,20 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.errors import InputError
+from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.batch_checks import check_sequence_labels, check_token_labels, problem_of
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.transformers.decoder import make_remote, only_last_rows
+from swarmcore.transformers.forward_options import check_options
+from swarmcore.transformers.layers import check_injected, using_layers
 from swarmcore.transformers.remote import RemoteStack
-from swarmcore.transformers.saving import save_parts
+from swarmcore.transformers.saving import save_parts, save_trained
 
 DEFAULT_NEW_TOKENS = 20
 """How many Transformers generates where nobody names a limit."""
 
 
-class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
+class RemoteModelMixin(NoActivationCheckpointing, PreTrainedModel):  # type: ignore[misc]
     """What a family's class is given when its blocks are remote; see `remote_model`.
 
     Embeddings, final norm and head are here, frozen unless they are new; ``requires_grad_()`` thaws them.
@@ -40,11 +43,32 @@ class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
 
     def new_cache(self, expected_tokens: int = 0) -> RemoteCache:
         """An empty cache, to be passed as ``past_key_values``."""
-        return self.stack.new_cache(expected_tokens)
+        with using_layers(self):
+            return self.stack.new_cache(expected_tokens)
 
     def close(self) -> None:
         """Free the caches on servers, and leave the swarm unless it was passed in. Harmless when repeated."""
         self.stack.close()
+
+    # --- what PEFT and Trainer ask of a model -----------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """PEFT's configs of the adapters that it has put on the layers, by their names."""
+        try:
+            return cast(dict[str, Any], self.__dict__["_peft_config"])
+        except KeyError:
+            raise AttributeError("peft_config") from None
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        # PEFT says here what it has done to the layers.
+        check_injected(self, configs)
+        self.__dict__["_peft_config"] = configs
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_peft_config", None)
 
     def save_pretrained(
         self,
@@ -55,6 +79,8 @@ class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
     ) -> None:
         """Write the local parameters that can be trained, and which model they belong to.
 
+        Where `add_adapter` or `load_adapter` has put an adapter on the layers: that, in PEFT's format.
+
         ``from_pretrained(save_directory, bootstrap=…)`` of the same automatic class reads them. There is no
         config.json in the folder, so that nobody takes it for a whole model. ``state_dict`` has the values
         where they are not the model's own. Raise `InputError` when nothing here can be trained or for
@@ -62,7 +88,12 @@ class RemoteModelMixin(PreTrainedModel):  # type: ignore[misc]
         """
         if options.get("push_to_hub"):
             raise InputError("leave out push_to_hub: save to a folder, and upload that")
-        if is_main_process:
+        if not is_main_process:
+            return
+        if self._hf_peft_config_loaded:
+            super().save_pretrained(save_directory, state_dict=state_dict, **options)
+            save_trained(self, Path(save_directory), state_dict)  # Trainer goes on from it
+        else:
             save_parts(self, self.stack.model, Path(save_directory), state_dict)
 
     def __enter__(self) -> Self:
@@ -119,12 +150,7 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        wanted = given.get("output_attentions")
-        if wanted or (wanted is None and self.config.output_attentions):
-            raise InputError(
-                "the attention weights are on the servers, which do not send them: leave out "
-                "output_attentions"
-            )
+        check_options(self.config, given, signature.parameters)
         if given.get("output_hidden_states") is None and self.config.output_hidden_states:
             kwargs["output_hidden_states"] = True
         keep = given.get("logits_to_keep", 0)
@@ -134,7 +160,8 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
             return family.forward(self, *args, **kwargs)
 
     mixin = RemoteGenerationMixin if issubclass(family, GenerationMixin) else RemoteModelMixin
-    return type(f"Remote{family.__name__}", (mixin, family), {"forward": forward})
+    # Under the family's own name: Trainer and pipelines look up by it what a model does.
+    return type(family.__name__, (mixin, family), {"forward": forward, "__module__": __name__})
 
 
 def _expected_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> int:

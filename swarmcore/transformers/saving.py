@@ -15,6 +15,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
 from swarmcore.training.files import write_file
@@ -83,12 +84,7 @@ def save_parts(
 
     Raise `InputError` when there are none, `StorageError` when the disk refuses.
     """
-    values = {
-        name: (parameter if state is None or name not in state else state[name])
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    if not values:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             "there is nothing to save: the blocks are the servers', and no parameter here can be trained; "
             "thaw what you train with requires_grad_(), and save prompts and adapters with their own save()"
@@ -96,9 +92,18 @@ def save_parts(
     config = model.config
     settings = {} if model.can_generate() else {name: getattr(config, name, None) for name in _HEAD_SETTINGS}
     about = _Description(config._name_or_path, info.fingerprint, settings)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-    write_file(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
+    save_trained(model, folder, state)
     write_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(about)))
+
+
+def save_trained(model: nn.Module, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Write the parameters of ``model`` that can be trained, under their names in it."""
+    tensors = {
+        name: (parameter if state is None or name not in state else state[name]).detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    write_file(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
 
 
 def read_saved_parts(folder: Path) -> SavedParts | None:

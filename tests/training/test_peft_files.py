@@ -205,6 +205,17 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"use_dora": True}, r"variant of LoRA \(use_dora\).*train it again without, or merge it"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"megatron_config": {"tensor_parallel": 2}}, "megatron_config"),
+        (
+            {"lora_bias": True, "use_qalora": True},
+            r"\(.*lora_bias.*use_qalora.*\)|\(.*use_qalora.*lora_bias.*\)",
+        ),
+        ({"an_option_of_a_newer_version": "on"}, "an_option_of_a_newer_version='on'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"modules_to_save": ["score", "embed_tokens"]}, r"layers of its own \(embed_tokens\)"),
         ({"r": "four"}, "damaged"),
@@ -220,6 +231,44 @@ def test_settings_that_cannot_be_used(saved: Path, changes: dict[str, Any], mess
         load_adapter(saved, tiny_config("llama"))
     with pytest.raises(AdapterError, match=message):
         read_adapter(saved, Span(0, 2), tiny_config("llama"))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_options_of_prompts(kind: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path, random_adapter(kind, "llama"), tiny_config("llama"))
+    edit_config(tmp_path, tokenizer_kwargs={} if kind == "prompt" else None, prefix_projection=False)
+    load_adapter(tmp_path, tiny_config("llama"))
+    edit_config(tmp_path, num_transformer_submodules=2)
+    with pytest.raises(AdapterError, match="2 stacks of blocks"):
+        load_adapter(tmp_path, tiny_config("llama"))
+    edit_config(tmp_path, num_transformer_submodules=1, newly_gated=True)
+    with pytest.raises(AdapterError, match=r"variant of (PREFIX|PROMPT)_TUNING \(newly_gated\)"):
+        load_adapter(tmp_path, tiny_config("llama"))
+
+
+def test_options_that_are_off_or_make_no_difference(saved: Path) -> None:
+    before = load_adapter(saved, tiny_config("llama")).adapter
+    edit_config(
+        saved,
+        an_option_of_a_newer_version=None,
+        use_dora=False,
+        bias="none",
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        eva_config={"rho": 2.0},
+        layers_pattern="layers",
+        fan_in_fan_out=False,
+        exclude_modules=["lm_head"],
+    )
+    after = load_adapter(saved, tiny_config("llama")).adapter
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_dropout_is_kept_for_whoever_trains_it_further(saved: Path) -> None:
+    edit_config(saved, lora_dropout=0.25)
+    adapter = load_adapter(saved, tiny_config("llama")).adapter
+    assert isinstance(adapter, LoraAdapter)
+    assert adapter.dropout == 0.25
 
 
 def test_an_adapter_of_another_model(saved: Path) -> None:

@@ -285,3 +285,58 @@ def test_what_cannot_work_is_refused(llama: Tiny, tmp_path: Path) -> None:
         TunedModel(llama.remote, head=head)(IDS, MASK, torch.tensor([0, 1]))
     with pytest.raises(AdapterError, match="a head alone"):
         TunedModel(llama.remote, head=head).save(tmp_path)
+
+
+def test_dropout_of_a_file_is_no_silent_matter(llama: Tiny) -> None:
+    tuned = lora_tuning(llama.remote, rank=2)
+    tuned.adapter.dropout = 0.1  # type: ignore[union-attr, assignment]
+    with pytest.raises(AdapterError, match=r"lora_dropout=0\.1.*adapter\.dropout = 0\.0"):
+        tuned(IDS, MASK, LABELS)
+    with torch.no_grad():
+        tuned(IDS, MASK, LABELS)
+    tuned.eval()(IDS, MASK, LABELS)
+
+
+def test_what_a_tuned_model_is_for_other_libraries(llama: Tiny) -> None:
+    tuned, headed = (
+        lora_tuning(llama.remote, rank=2, head=head)
+        for head in (None, SequenceClassificationHead.for_model(llama.remote.config, 2))
+    )
+    assert tuned.config is llama.remote.config
+    assert tuned.generation_config is llama.remote.generation_config
+    assert tuned.loss_type == "ForCausalLM"
+    assert headed.loss_type is None
+    assert tuned._get_name() == "LlamaForCausalLM"
+    assert repr(tuned).startswith("TunedModel(")
+    assert repr(headed).startswith("TunedModel(")
+    assert tuned.can_generate()
+    assert not headed.can_generate()
+    assert headed.get_output_embeddings() is None
+    states = tuned.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    logits = tuned.get_output_embeddings()(states)
+    torch.testing.assert_close(logits, tuned(IDS, MASK).logits)
+    assert isinstance(tuned(IDS, MASK, LABELS, return_dict=False), tuple)
+    embeds = tuned.get_input_embeddings()(IDS)
+    torch.testing.assert_close(tuned(inputs_embeds=embeds, attention_mask=MASK).logits, logits)
+    with pytest.raises(AdapterError, match=r"get_peft_model\(model, config\)"):
+        tuned.add_adapter(None)
+    with pytest.raises(InputError, match=r"TunedModel\.load"):
+        TunedModel.from_pretrained("folder")
+    with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
+        tuned(IDS, inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids", "use_cache", "past_key_values"])
+def test_what_does_not_go_together_with_a_soft_prompt(llama: Tiny, name: str) -> None:
+    tuned = prompt_tuning(llama.remote, tokens=2, seed=1)
+    values = {"use_cache": True, "past_key_values": llama.remote.new_cache()}
+    with pytest.raises(InputError, match=f"leave out {name}"):
+        tuned(IDS, **{name: values.get(name, IDS)})
+
+
+def test_packed_rows_of_a_tuned_model(llama: Tiny) -> None:
+    tuned = tuned_model("lora", llama.remote)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 3)
+    logits = tuned(IDS, position_ids=positions).logits
+    torch.testing.assert_close(logits[:, :4], tuned(IDS[:, :4]).logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[:, 4:], tuned(IDS[:, 4:]).logits, atol=1e-5, rtol=1e-4)

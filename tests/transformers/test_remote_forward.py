@@ -115,6 +115,104 @@ def test_inputs_that_cannot_work(llama: Tiny) -> None:
     assert llama.sessions_end()
 
 
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]])
+
+
+def test_packed_rows(family: Tiny) -> None:
+    """Sequences that follow each other in a row, told apart by their positions, do not see each other."""
+    if family.plain.config.model_type == "bloom":
+        pytest.skip("it has no position ids")
+    outputs = []
+    for model in (family.plain, family.remote):
+        embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        output = model(
+            inputs_embeds=embeds,
+            position_ids=PACKED,
+            labels=IDS.masked_fill(PACKED == 0, -100),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        output.loss.backward()
+        outputs.append((output, embeds.grad))
+    (plain, plain_grad), (remote, remote_grad) = outputs
+    torch.testing.assert_close(remote.loss, plain.loss)
+    torch.testing.assert_close(remote.logits, plain.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(remote_grad, plain_grad, atol=1e-6, rtol=1e-4)
+    for mine, theirs in zip(remote.hidden_states, plain.hidden_states, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_boundaries_of_packed_rows_that_kernels_take(llama: Tiny) -> None:
+    ends = torch.tensor([0, 4, 7, 9, 14, 21])
+    given: dict[str, Any] = {
+        "use_cache": False,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": 7,
+        "max_length_k": 7,
+    }
+    expected = llama.plain(IDS, position_ids=PACKED, use_cache=False).logits
+    found = llama.remote(IDS, position_ids=PACKED, **given).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="other sequences apart"):
+        llama.remote(IDS, position_ids=PACKED, **given | {"cu_seq_lens_q": ends[1:]})
+    with pytest.raises(InputError, match="pass position_ids"):
+        llama.remote(IDS, **given)
+    with pytest.raises(InputError, match="follow each other"):
+        llama.remote(IDS, position_ids=PACKED, attention_mask=torch.ones_like(IDS), use_cache=False)
+    with pytest.raises(InputError, match="pass use_cache=False"):  # Transformers would not tell them apart
+        llama.remote(IDS, position_ids=PACKED)
+    with torch.no_grad(), pytest.raises(InputError, match="follow each other"):
+        llama.remote(IDS, position_ids=PACKED, use_cache=True)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"output_attentions": True}, "output_attentions"),
+    ({"output_router_logits": True}, "router_aux_loss_coef"),
+    ({"head_mask": torch.ones(5, 4)}, "head_mask"),
+    ({"is_causal": False} | {"attention_bias": torch.zeros(7, 7)}, "attention_bias"),
+    ({"attention_mask": torch.ones(3, 1, 7, 7)}, r"attention_mask of shape \[3, 1, 7, 7\]"),
+    ({"attention_mask": {"full_attention": RIGHT}}, "attention_mask is a dict"),
+    ({"position_ids": torch.zeros(3, 3, 7, dtype=torch.long)}, r"position_ids of shape \[3, 3, 7\]"),
+    ({"position_ids": torch.zeros(2, 7, dtype=torch.long)}, r"position_ids of shape \[2, 7\]"),
+    ({"inputs_embeds": torch.zeros(3, 7, 64)}, "either input_ids or inputs_embeds"),
+    ({"token_type_ids": torch.ones_like(IDS)}, "token_type_ids"),
+    (
+        {"use_cache": True, "inputs_embeds": torch.zeros(3, 7, 64, requires_grad=True), "input_ids": None},
+        "no gradients",
+    ),
+    ({"a_new_option": 3}, "a_new_option"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
+def test_arguments_that_would_be_ignored(llama: Tiny, given: dict[str, Any], message: str) -> None:
+    for model in (llama.remote, llama.remote.base_model):
+        with pytest.raises(InputError, match=message):
+            model(**{"input_ids": IDS} | given)
+
+
+def test_arguments_that_change_nothing(llama: Tiny) -> None:
+    given = {"output_attentions": False, "token_type_ids": torch.zeros_like(IDS), "head_mask": None}
+    logits = llama.remote(IDS, **given, return_dict=False)
+    assert isinstance(logits, tuple)
+    torch.testing.assert_close(logits[0], llama.plain(IDS).logits, atol=1e-5, rtol=1e-4)
+    states = llama.remote.base_model(IDS, return_dict=False)
+    assert isinstance(states, tuple)
+
+
+def test_types_of_tokens_of_the_family_that_has_them(family: Tiny) -> None:
+    types = IDS % 5
+    if family.plain.config.model_type != "gpt2":
+        with pytest.raises(InputError, match="token_type_ids"):
+            family.remote(IDS, token_type_ids=types)
+        return
+    expected = family.plain(IDS, token_type_ids=types).logits
+    torch.testing.assert_close(
+        family.remote(IDS, token_type_ids=types).logits, expected, atol=1e-5, rtol=1e-4
+    )
+
+
 def test_labels_that_are_no_classes(llama: Tiny) -> None:
     _, remote = classifiers(llama, pad_token_id=0)
     bad: list[tuple[torch.Tensor, str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,28 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_swarm import Tiny
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM as PlainModel
 from transformers import AutoModelForSequenceClassification as PlainClassifier
 from transformers import Trainer, TrainingArguments, set_seed
 
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
-from swarmcore.training import SequenceClassificationHead, lora_tuning, prompt_tuning
+from swarmcore.training import (
+    SequenceClassificationHead,
+    TunedModel,
+    activation_checkpointing,
+    lora_tuning,
+    prompt_tuning,
+)
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 IDS = torch.randint(3, 120, (12, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * (7 - i % 3) + [0] * (i % 3) for i in range(12)])
@@ -100,6 +113,128 @@ def test_trainer_trains_what_is_tuned_in_small_batches_as_in_large_ones(
         assert trainer.predict(data[:3]).predictions.shape == ((3, 3) if head else (3, 7, 128))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0][-1] < losses[0][0]
+
+
+TEXTS = [
+    {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    for ids, mask in zip(IDS, MASK, strict=True)
+]
+
+
+def language_model_losses(model: Any, folder: Path, **options: Any) -> tuple[list[float], float]:
+    """Train with Transformers' Trainer; return the losses of its steps, and of an evaluation."""
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.05,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 3,
+        }
+        | options
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=TEXTS, eval_dataset=TEXTS[:4])
+    trainer.train(resume_from_checkpoint=options.get("max_steps") == 5)
+    evaluated = trainer.evaluate()["eval_loss"]
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], evaluated
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "label smoothing": {"label_smoothing_factor": 0.2},
+    "both": {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_trainer_has_the_losses_of_peft_on_the_plain_model(llama: Tiny, name: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    losses = []
+    for kind in ("plain", "PEFT", "tuned"):
+        torch.manual_seed(1)
+        base = PlainModel.from_pretrained(llama.folder, dtype=torch.float32)
+        model: Any = get_peft_model(base if kind == "plain" else copy.deepcopy(llama.remote), config)
+        if kind == "tuned":
+            model.save_pretrained(tmp_path / "start")
+            model = TunedModel.load(llama.remote, tmp_path / "start")
+        losses.append(language_model_losses(model, tmp_path / kind, **OPTIONS[name]))
+    for steps, evaluated in losses[1:]:
+        assert steps == pytest.approx(losses[0][0], rel=1e-4)
+        assert evaluated == pytest.approx(losses[0][1], rel=1e-4)
+    assert losses[0][0][-1] < losses[0][0][0]
+
+
+def test_gradient_checkpointing_is_noted_once(llama: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    activation_checkpointing._note.cache_clear()
+    tuned = lora_tuning(llama.remote, rank=2)
+    for model in (llama.remote, tuned, tuned):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
+        assert not model.is_gradient_checkpointing
+        assert not model.is_activation_checkpointing
+        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "gradient checkpointing makes no difference"
+    ]
+
+
+def one_with_lora(kind: str, remote: Any, seed: int) -> Any:
+    if kind == "tuned":
+        return lora_tuning(remote, rank=2, seed=seed)
+    remote = copy.deepcopy(remote)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    if kind == "PEFT":
+        return get_peft_model(remote, config)
+    remote.add_adapter(config)
+    return remote
+
+
+@pytest.mark.parametrize("kind", ["tuned", "PEFT", "added"])
+def test_checkpoints_of_adapters(llama: Tiny, kind: str, tmp_path: Path) -> None:
+    """They have PEFT's files; training goes on from them, and the best one is loaded at the end."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    model = one_with_lora(kind, llama.remote, 1)
+    first, evaluated = language_model_losses(
+        model, tmp_path / "parts", lr_scheduler_type="constant", **saving
+    )
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        file.name for file in checkpoint.iterdir()
+    }
+    plain = PeftModel.from_pretrained(
+        PlainModel.from_pretrained(llama.folder, dtype=torch.float32), checkpoint
+    )
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS).logits
+        torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    again = one_with_lora(kind, llama.remote, 2)
+    later, _ = language_model_losses(
+        again, tmp_path / "parts", max_steps=5, lr_scheduler_type="constant", **saving
+    )
+    straight, _ = language_model_losses(
+        one_with_lora(kind, llama.remote, 1), tmp_path / "whole", max_steps=6, lr_scheduler_type="constant"
+    )
+    assert first == pytest.approx(straight[:3], rel=1e-4)
+    assert later == pytest.approx(straight[:5], rel=1e-4)
+
+    best = one_with_lora(kind, llama.remote, 1)
+    best_of = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    worse = {
+        "greater_is_better": True,
+        "metric_for_best_model": "eval_loss",
+    }  # so that it is not the last one
+    _, loss = language_model_losses(best, tmp_path / "best", **saving | best_of | worse)
+    assert loss > evaluated
 
 
 def test_accelerate_trains_a_soft_prompt(llama: Tiny) -> None:

@@ -12,29 +12,12 @@ import msgspec
 
 from swarmcore.errors import AdapterError
 from swarmcore.training.lora import lora_scaling
+from swarmcore.training.peft_format.options import LORA, PREFIX, PROMPT, not_honoured
 
 CONFIG_FILE = "adapter_config.json"
 
-LORA, PREFIX, PROMPT = "LORA", "PREFIX_TUNING", "PROMPT_TUNING"
 HEAD_LAYERS = ("score", "classifier")
 """What the families call the layer of a classification head."""
-
-_VARIANTS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "velora_config",
-)
-"""Options of LoRA under which an update is more than a product of two matrices."""
 
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the model's own weights as they are."""
@@ -54,6 +37,7 @@ class AdapterConfig:
     rank: int = 0
     alpha: float = 0.0
     rslora: bool = False
+    dropout: float = 0.0
     ranks: Mapping[str, int] = attrs.field(factory=dict)
     """Of projections whose path matches a pattern."""
     alphas: Mapping[str, float] = attrs.field(factory=dict)
@@ -83,9 +67,9 @@ class AdapterConfig:
             "task": str(raw.get("task_type") or ""),
             "base_model": str(raw.get("base_model_name_or_path") or ""),
         }
+        _check_options(raw, kind, folder)
         if kind != LORA:
             return cls(**common)
-        _check_plain_lora(raw, folder)
         try:
             fields = msgspec.convert(raw, _LoraFields)
         except msgspec.ValidationError as exc:
@@ -95,6 +79,7 @@ class AdapterConfig:
             rank=fields.r,
             alpha=fields.lora_alpha,
             rslora=fields.use_rslora,
+            dropout=fields.lora_dropout,
             ranks=fields.rank_pattern or {},
             alphas=fields.alpha_pattern or {},
         )
@@ -116,6 +101,7 @@ class _LoraFields(msgspec.Struct):
     r: int
     lora_alpha: float
     use_rslora: bool = False
+    lora_dropout: float = 0.0
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
 
@@ -138,17 +124,20 @@ def _check_head(raw: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _check_plain_lora(raw: Mapping[str, Any], folder: Path) -> None:
-    found = [name for name in _VARIANTS if raw.get(name)]
-    if raw.get("bias", "none") != "none":
-        found.append(f"bias={raw['bias']!r}")
-    if found:
+def _check_options(raw: Mapping[str, Any], kind: str, folder: Path) -> None:
+    if found := not_honoured(kind, raw):
+        what = "variant of LoRA" if kind == LORA else f"variant of {kind}"
         raise AdapterError(
-            f"{folder} is a variant of LoRA ({', '.join(found)}) that remote blocks cannot compute; train it "
+            f"{folder} is a {what} ({', '.join(found)}) that remote blocks cannot compute; train it "
             f"again without, or merge it into the model and serve that"
         )
+    if kind != LORA and raw.get("num_transformer_submodules") not in (None, 1):
+        raise AdapterError(
+            f"{folder} is for a model with {raw['num_transformer_submodules']} stacks of blocks "
+            f"(num_transformer_submodules), and decoders have one"
+        )
     start = raw.get("init_lora_weights", True)
-    if start not in _HARMLESS_STARTS:
+    if kind == LORA and start not in _HARMLESS_STARTS:
         raise AdapterError(
             f"{folder} was started with init_lora_weights={start!r}, which changes the model's own weights; "
             f"save it as a plain update, with PEFT's path_initial_model_for_weight_conversion"

@@ -14,7 +14,8 @@ from swarmcore.errors import AdapterError
 from swarmcore.training.heads import ClassificationHead, SequenceClassificationHead, TokenClassificationHead
 from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.model_layout import ModelLayout, Projection
-from swarmcore.training.peft_format.config import HEAD_LAYERS, LORA, PREFIX, PROMPT, AdapterConfig
+from swarmcore.training.peft_format.config import HEAD_LAYERS, AdapterConfig
+from swarmcore.training.peft_format.options import LORA, PREFIX, PROMPT
 from swarmcore.training.peft_format.tensors import AdapterTensors
 from swarmcore.training.prefix import PrefixAdapter, unpack_prompt_embeddings
 from swarmcore.training.prompt import SoftPrompt
@@ -45,8 +46,8 @@ def load_adapter(
     """What `save_adapter` or PEFT wrote, for the model with this Transformers config.
 
     Ready to be trained further, or used as it is. Weights of projections with an alpha of their own are
-    rescaled so that one `BlockAdapter.scaling` is right for all. Dropout, which is of training only, is left
-    out.
+    rescaled so that one `BlockAdapter.scaling` is right for all. `LoraAdapter.dropout` is the file's: a
+    `TunedModel` refuses to train with it until it is set to 0.
 
     Raise `AdapterError` for files that are missing, damaged or pickles, for kinds and options that cannot be
     used with remote blocks, and for an adapter of another model.
@@ -61,7 +62,13 @@ def load_adapter(
             if not weights:
                 raise AdapterError(f"{tensors.file} has no low-rank updates: it is damaged, copy it again")
             typed = {name: values.to(dtype) for name, values in weights.items()}
-            adapter = LoraAdapter(typed, rank=config.rank, scaling=config.scaling, rslora=config.rslora)
+            adapter = LoraAdapter(
+                typed,
+                rank=config.rank,
+                scaling=config.scaling,
+                rslora=config.rslora,
+                dropout=config.dropout,
+            )
         elif config.kind == PREFIX:
             adapter = PrefixAdapter.from_prompt_embeddings(_read_prompt(tensors).to(dtype), model_config)
         else:
