@@ -16,6 +16,7 @@ from swarmcore.errors import (
 from swarmcore.executor.base import Segment, SequenceId, Slice
 from swarmcore.executor.engine import Engine
 from swarmcore.identity import Identity
+from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
@@ -53,6 +54,7 @@ class Server:
 async def serving(network: MemoryNetwork, *blocks: str) -> AsyncIterator[list[Server]]:
     async with AsyncExitStack() as stack:
         servers = []
+        directory = MemoryDirectory()
         for span in map(Span.parse, blocks):
             identity = Identity.generate()
             node = await stack.enter_async_context(Node(identity, [network.transport(identity)]))
@@ -60,9 +62,13 @@ async def serving(network: MemoryNetwork, *blocks: str) -> AsyncIterator[list[Se
             engine = Engine(executor, cache_tokens=CACHE)
             await engine.start()
             stack.push_async_callback(engine.close)
-            service = InferenceService(engine, COUNTING_MODEL, span, node, admission_timeout=0.05)
+            registry = MemoryRegistry(node.peer, directory)
+            await registry.start()
+            stack.push_async_callback(registry.close)
+            service = InferenceService(engine, COUNTING_MODEL, span, node, registry, admission_timeout=0.05)
             node.serve_protocol(INFERENCE_PROTOCOL, service.serve)
-            servers.append(Server(node, executor, engine, service))
+            servers.append(server := Server(node, executor, engine, service))
+            await registry.announce(server.stage.server, 3600)
         yield servers
 
 

@@ -131,11 +131,14 @@ class Swarm:
         engine = Engine(executor, cache_tokens=cache, pass_limits=limits)
         await engine.start()
         adapters = AdapterStore(executor, adapter_budget)
+        registry = MemoryRegistry(node.peer, self.directory)
+        await registry.start()
         service = InferenceService(
             engine,
             COUNTING_MODEL,
             executor.span,
             node,
+            registry,
             admission_timeout=0.5,
             adapters=adapters,
         )
@@ -145,8 +148,6 @@ class Swarm:
         node.serve_protocol(BACKWARD_PROTOCOL, passes.backward)
         node.serve(PING_METHOD, _pong)
         node.serve(SESSION_STATE_METHOD, service.state)
-        registry = MemoryRegistry(node.peer, self.directory)
-        await registry.start()
         server = Server(node, transport, executor, engine, service, passes, adapters, registry)
         await registry.announce(server.info(), 3600)
         self.servers.append(server)

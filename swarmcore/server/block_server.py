@@ -99,6 +99,7 @@ class BlockServer:
             executor.model,
             executor.span,
             node,
+            registry,
             admission_timeout=config.admission_timeout,
             adapters=self.adapters,
         )

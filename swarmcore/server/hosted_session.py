@@ -18,7 +18,8 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.kept import Kept
-from swarmcore.server.next_stage import NextStage, join
+from swarmcore.server.next_hops import NextHops
+from swarmcore.server.next_stage import NextStage
 from swarmcore.server.pushers import Pushers
 from swarmcore.session.journal import Entry, KeptOutputs
 from swarmcore.session.ledger import StepLedger
@@ -89,6 +90,7 @@ class HostedSession:
         *,
         engine: Engine,
         node: Node,
+        hops: NextHops,
         client: Channel,
         pushers: Pushers,
         counters: Counter[str],
@@ -97,9 +99,9 @@ class HostedSession:
         self.span = span
         self.pushers = pushers
         self._engine = engine
-        self._node = node
+        self._hops = hops
         self._client = ClientLink(client)
-        self._next = NextStage(node, counters)
+        self._next = NextStage(hops, client.remote, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
         self._kept_outputs = KeptOutputs(sequences)
@@ -178,7 +180,7 @@ class HostedSession:
         try:
             await self._next.dial(hop)
         except SwarmError as exc:
-            logger.info("session %s: cannot reach %s: %s", self.session[:8], short(hop.peer), exc)
+            logger.debug("session %s: cannot reach %s: %s", self.session[:8], short(hop.peer), exc)
             return False
         return True
 
@@ -309,7 +311,9 @@ class HostedSession:
             try:
                 await self._next.push(step.chain[0], attrs.evolve(step, chain=step.chain[1:]), output)
             except SwarmError as exc:
-                undelivered = exc.message
+                # Not why: what answers where is none of a client's business.
+                logger.debug("session %s: step %d was not pushed: %s", self.session[:8], step.step, exc)
+                undelivered = "the next stage was not reached"
             else:
                 if step.journal != "off":
                     copy = (output,) if step.journal == "client" else ()
@@ -364,7 +368,7 @@ class HostedSession:
                 raise InvalidStepError("a session cannot be handed over to itself")
             async with asyncio.timeout(HAND_OVER_TIMEOUT) as clock:
                 chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
-                async with aclosing(chunks), await join(self._node, order.hop) as channel:
+                async with aclosing(chunks), await self._hops.join(order.hop, self._client.client) as channel:
                     async for chunk in chunks:
                         part = CachePart(chunk.sequence, chunk.start, chunk.count)
                         await channel.send(part, *chunk.tensors)

@@ -18,11 +18,13 @@ from swarmcore.errors import (
     StreamClosedError,
 )
 from swarmcore.executor.engine import Engine
+from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, ask_for_weights
 from swarmcore.server.hosted_session import HostedSession
+from swarmcore.server.next_hops import NextHops
 from swarmcore.server.pushers import Pushers, check_pushers
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
@@ -47,6 +49,7 @@ class InferenceService:
         model: ModelInfo,
         span: Span,
         node: Node,
+        registry: Registry,
         *,
         admission_timeout: float,
         adapters: AdapterStore | None = None,
@@ -58,6 +61,7 @@ class InferenceService:
         self._model = model
         self.span = span
         self._node = node
+        self._hops = NextHops(node, registry, self.counters)
         self._admission_timeout = admission_timeout
         self._adapters = adapters or AdapterStore(engine.executor, 0)
         self._sessions: dict[str, HostedSession] = {}
@@ -146,6 +150,7 @@ class InferenceService:
             opening.sequences,
             engine=self._engine,
             node=self._node,
+            hops=self._hops,
             client=channel,
             pushers=Pushers(opening.pushers),
             counters=self.counters,

@@ -8,35 +8,26 @@ import logging
 from collections import Counter
 
 from swarmcore.errors import DeadlineExceededError, SwarmError
-from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
-from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
-from swarmcore.types import Address, short
-from swarmcore.wire.messages import CachePart, Hop, JoinSession, Ping, Step
+from swarmcore.server.next_hops import NextHops
+from swarmcore.types import PeerId, short
+from swarmcore.wire.messages import CachePart, Hop, Step
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
-
-DIAL_TIMEOUT = 5.0
-"""Seconds to reach the next server of a chain before the client is asked to carry the hop."""
 
 PUSH_TIMEOUT = 20.0
 """Seconds in which the next server has to take in one step, or else to show that it lives: it may be at work
 on those before."""
 
 
-async def join(node: Node, hop: Hop) -> Channel:
-    """A channel into the session that a client has opened at ``hop``. Raises as `Node.open` does."""
-    addresses = [Address.parse(url) for url in hop.addresses]
-    return await node.open(addresses, INFERENCE_PROTOCOL, JoinSession(hop.session), timeout=DIAL_TIMEOUT)
-
-
 class NextStage:
     """Pushes steps to whichever stage is next, dialled when it is first needed and when it has changed."""
 
-    def __init__(self, node: Node, counters: Counter[str]) -> None:
-        self._node = node
+    def __init__(self, hops: NextHops, client: PeerId, counters: Counter[str]) -> None:
+        """``client`` is the one on whose behalf."""
+        self._hops = hops
+        self._client = client
         self._counters = counters
         self._channel: Channel | None = None
         self._session = ""
@@ -71,11 +62,10 @@ class NextStage:
 
     async def _prolong(self, clock: asyncio.Timeout, hop: Hop) -> None:
         """Give the next server more time whenever it shows that it lives."""
-        addresses = [Address.parse(url) for url in hop.addresses]
         while True:
             await asyncio.sleep(PUSH_TIMEOUT / 2)
             try:
-                await ask(self._node, addresses, PING_METHOD, Ping(), least=PUSH_TIMEOUT / 10)
+                await self._hops.ask_for_life(hop, least=PUSH_TIMEOUT / 10)
             except SwarmError as exc:
                 if exc.origin is None:
                     continue
@@ -97,7 +87,7 @@ class NextStage:
                 return self._channel
             self._counters["pushes_redialled"] += 1
         await self.close()
-        channel = await join(self._node, hop)
+        channel = await self._hops.join(hop, self._client)
         self._channel, self._session = channel, hop.session
         self._watch = asyncio.create_task(self._wait_for_end(channel))
         return channel

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import attrs
 
+from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.webrtc.channel_pipe import ChannelPipe
 from swarmcore_transports.webrtc.engine import DataChannel, PeerConnection
 from swarmcore_transports.webrtc.locations import Service
-from swarmcore_transports.webrtc.rate_limit import RateLimit
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError
+from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.exchange import MAX_ROUTES, Route
 from swarmcore_transports.webrtc.links import Link, Links
-from swarmcore_transports.webrtc.rate_limit import RateLimit
 from swarmcore_transports.webrtc.signalling_service import ServiceLimits
 from swarmcore_transports.webrtc.signals import Absent, Envelope, Signal, decode_passed, encode
 

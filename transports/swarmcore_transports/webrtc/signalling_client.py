@@ -15,9 +15,9 @@ import aiohttp
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.locations import Service
-from swarmcore_transports.webrtc.rate_limit import RateLimit
 from swarmcore_transports.webrtc.signals import (
     MAX_SIGNAL,
     REPLACED,

@@ -16,9 +16,9 @@ from aiohttp import WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from swarmcore.errors import AddressError, AddressInUseError, PeerNotAllowedError, ProtocolError, SwarmError
+from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.locations import PATH, Service
-from swarmcore_transports.webrtc.rate_limit import RateLimit
 from swarmcore_transports.webrtc.signals import (
     MAX_SIGNAL,
     NONCE_BYTES,
