@@ -56,16 +56,18 @@ class ResourceLimits:
     def of(cls, machine: Machine) -> ResourceLimits:
         """Bounds that leave ``machine`` room for its own work.
 
-        An eighth of the memory, between 256 MiB and 4 GiB, is for what remote peers send; one peer gets half
-        of that, and 256 MiB at most. A quarter of the descriptors, 256 at most, stays for files and dials of
-        our own; of the rest, one peer gets a half at most, as do all together that are not proven.
+        An eighth of the memory, between 384 MiB and 4 GiB, is for what remote peers send; one peer gets
+        256 MiB of that, room for a few of the largest messages. A quarter of the descriptors, 256 at most,
+        stays for files and dials of our own; of the rest, one peer gets a half at most, as do all together
+        that are not proven.
         """
-        held = min(max(machine.memory // 8, 256 * _MIB), 4096 * _MIB)
-        of_peer = min(held // 2, 256 * _MIB)
+        held = min(max(machine.memory // 8, 384 * _MIB), 4096 * _MIB)
         sockets = max(machine.descriptors - min(machine.descriptors // 4, 256), 8)
+        # Every stream has a first window, whatever else is held: all of them leave room for long messages.
+        streams = min(4096, held // 3 // (128 * 1024))
         return cls(
-            bytes=Bounds(held, of_peer, held // 8, held),
-            streams=Bounds(4096, 256, 512, 4096),
+            bytes=Bounds(held, 256 * _MIB, held // 8, held),
+            streams=Bounds(streams, 256, streams // 8, streams),
             descriptors=Bounds(sockets, min(sockets // 2, 512), min(sockets // 2, 512), sockets),
             dials=Bounds(256, 16, 16, 256),
         )

@@ -167,6 +167,19 @@ class ResourceManager:
 
     # --- looking ----------------------------------------------------------------------------------------
 
+    def fits(self, peer: PeerId, resource: Resource, amount: int, priority: Priority = Priority.HIGH) -> bool:
+        """Whether ``peer`` could `reserve` so much now without anything else making room."""
+        own = self._named.get((f"peer {peer}", resource))
+        scope = self._system[resource]
+        return (
+            amount + (own.used if own else 0) <= self._bounds(resource).peer * priority.value
+            and amount + scope.used <= scope.bound * priority.value
+        )
+
+    def waiting(self, resource: Resource) -> int:
+        """How many requests wait for room."""
+        return self._waiting[resource]
+
     def used(self, resource: Resource, peer: PeerId | None = None) -> int:
         """How much is held by ``peer``, or by all together."""
         if peer is None:

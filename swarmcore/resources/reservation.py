@@ -30,7 +30,7 @@ class Resource(StrEnum):
 class Priority(Enum):
     """Up to which share of a bound a reservation may fill its scopes."""
 
-    LOW = 0.5
+    LOW = 0.25
     MEDIUM = 0.75
     HIGH = 1.0
 

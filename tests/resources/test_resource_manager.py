@@ -148,9 +148,9 @@ def test_a_reservation_grows_within_its_bounds() -> None:
 
 def test_a_lower_priority_leaves_room_for_what_matters_more() -> None:
     resources = manager()
-    resources.reserve(ALICE, BYTES, 20, priority=Priority.LOW)
-    assert refuse(resources, ALICE, 1, priority=Priority.LOW).limit == 20
-    resources.reserve(ALICE, BYTES, 10, priority=Priority.MEDIUM)
+    resources.reserve(ALICE, BYTES, 10, priority=Priority.LOW)
+    assert refuse(resources, ALICE, 1, priority=Priority.LOW).limit == 10
+    resources.reserve(ALICE, BYTES, 20, priority=Priority.MEDIUM)
     resources.reserve(ALICE, BYTES, 10)
 
 
@@ -301,6 +301,11 @@ def test_bounds_follow_the_machine() -> None:
         for bounds in attrs.astuple(limits, recurse=False):
             assert 0 < bounds.peer <= bounds.system
             assert 0 < bounds.unproven <= bounds.system
-        # Two of the largest messages at once, even where the machine has little.
-        assert limits.bytes.peer * Priority.MEDIUM.value >= 64 * 2**20
+        # One of the largest messages comes in, however many streams there are and however wide.
+        for bound, streams in (
+            (limits.bytes.peer, limits.streams.peer),
+            (limits.bytes.system, limits.streams.system),
+        ):
+            windows = bound * Priority.LOW.value + streams * 128 * 1024
+            assert bound * Priority.MEDIUM.value - windows >= 64 * 2**20
     assert ResourceManager().limits.descriptors.system > 0

@@ -29,7 +29,7 @@ class Record:
     def frame_received(self, kind: Kind, value: int, body: bytes) -> None:
         self.found.append((kind, value, body))
 
-    def part_announced(self, length: int, *, first: bool) -> None:
+    def part_announced(self, length: int, *, total: int | None) -> None:
         self.parts.append(length)
 
     def message_received(self, message: memoryview) -> None:

@@ -13,6 +13,7 @@ from pipe_pair import PipeEnd, pipe_pair
 
 from swarmcore.errors import ConnectionLostError, SwarmError, UnavailableError
 from swarmcore.identity import Identity
+from swarmcore.resources import ResourceManager
 from swarmcore.transport import Stream
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -21,7 +22,6 @@ from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.moving import TOKEN_BYTES
 from swarmcore_transports.framed.settings import Settings
-from swarmcore_transports.framed.stream import FramedStream
 
 LIMITS = Limits(max_message=2**20, send_buffer=64 * 1024)
 DIALLER, LISTENER = Identity.generate().peer, Identity.generate().peer
@@ -32,8 +32,12 @@ class Ends:
     """A dialler and a listener that connect over pipes of the test's making."""
 
     rng: random.Random
-    dialler: Connections = attrs.Factory(lambda: Connections(LIMITS, lambda connection: False))
-    listener: Connections = attrs.Factory(lambda: Connections(LIMITS, lambda connection: False))
+    dialler: Connections = attrs.Factory(
+        lambda: Connections(LIMITS, lambda connection: False, ResourceManager)
+    )
+    listener: Connections = attrs.Factory(
+        lambda: Connections(LIMITS, lambda connection: False, ResourceManager)
+    )
     incoming: asyncio.Queue[Stream] = attrs.Factory(asyncio.Queue)
 
     async def connect(self, path: str, token: bytes = b"") -> tuple[Connection, PipeEnd, PipeEnd]:
@@ -58,8 +62,7 @@ class Ends:
 
     async def open(self, path: str) -> tuple[Connection, Stream, Stream]:
         connection, _, _ = await self.connect(path)
-        connection.write(encode_frame(Kind.OPEN))
-        near = FramedStream(connection, LISTENER, LIMITS)
+        near = self.dialler.open(connection, LISTENER)
         return connection, near, await self.incoming.get()
 
 

@@ -9,20 +9,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from small_resources import bounded
 from tcp_peers import listening, round_trip, settle
 
 from swarmcore.errors import (
     PeerIdentityError,
     PeerUnreachableError,
+    SwarmError,
     UnavailableError,
 )
 from swarmcore.identity import Identity
+from swarmcore.resources import Bounds, Resource
 from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.tcp import TcpTransport
-from swarmcore_transports.tcp import transport as transport_module
 from swarmcore_transports.tcp.endpoint import endpoint_of
 from swarmcore_transports.tcp.security import dialler_context, listener_context
 
@@ -125,17 +127,46 @@ async def test_a_slow_dialler_is_dropped_at_the_deadline() -> None:
         await round_trip(await dialler.open_stream(address))
 
 
-async def test_half_open_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "MAX_HALF_OPEN", 3)
-    async with listening() as (_, dialler, address):
+async def test_of_those_that_prove_nothing_the_oldest_make_room() -> None:
+    async with listening() as (listener, dialler, address):
+        listener.resources = bounded(descriptors=Bounds(100, 50, unproven=4, protocol=100))
         endpoint = endpoint_of(address)
         idlers = [await asyncio.open_connection(endpoint.host, endpoint.port) for _ in range(5)]
-        # The two oldest have made room; an honest peer still gets in.
-        for reader, _ in idlers[:2]:
+        for reader, _ in idlers[:2]:  # strangers get three quarters of the bound
             assert await _to_the_end(reader)
         await round_trip(await dialler.open_stream(address))
+        assert listener.resources.used(Resource.DESCRIPTORS, dialler.identity.peer) == 1
         for _, writer in idlers:
             writer.close()
+        await settle(lambda: listener.resources.used(Resource.DESCRIPTORS) == 1)
+
+
+async def test_idle_connections_make_room_and_those_in_use_do_not() -> None:
+    async with listening() as (listener, dialler, address):
+        listener.resources = bounded(descriptors=Bounds(4, 4, unproven=4, protocol=4))
+        streams = [await dialler.open_stream(address) for _ in range(2)]
+        for stream in streams:
+            await round_trip(stream)
+        others = [TcpTransport(Identity.generate()) for _ in range(4)]
+        for other in others:
+            stream = await other.open_stream(address)
+            await round_trip(stream)
+            await stream.close()
+            await settle(lambda: listener._connections.idle)
+        assert listener.resources.used(Resource.DESCRIPTORS) == 3
+        for stream in streams:
+            await round_trip(stream)
+        await asyncio.gather(*(other.close() for other in others))
+
+
+async def test_a_peer_with_too_many_connections_is_told_so() -> None:
+    async with listening() as (listener, dialler, address):
+        listener.resources = bounded(descriptors=Bounds(100, 2, unproven=50, protocol=100))
+        streams = [await dialler.open_stream(address) for _ in range(2)]
+        with pytest.raises(SwarmError, match="bound of 2"):
+            await round_trip(await dialler.open_stream(address))
+        for stream in streams:
+            await round_trip(stream)
 
 
 async def _to_the_end(reader: asyncio.StreamReader) -> bool:

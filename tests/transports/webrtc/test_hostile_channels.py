@@ -9,16 +9,17 @@ from typing import Any
 
 import attrs
 import pytest
+from small_resources import bounded
 
 from swarmcore.errors import ConnectionLostError
 from swarmcore.identity import Identity
+from swarmcore.resources import Bounds
 from swarmcore.transport import Stream
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_peers import echo  # noqa: E402
 
-from swarmcore_transports.framed import greeting  # noqa: E402
 from swarmcore_transports.framed.frames import Kind, encode_frame, message_header  # noqa: E402
 from swarmcore_transports.framed.settings import Settings  # noqa: E402
 from swarmcore_transports.webrtc.channel_pipe import ChannelPipe  # noqa: E402
@@ -128,17 +129,15 @@ async def test_a_channel_on_which_nothing_is_said_is_hung_up_on() -> None:
         assert bytes(await stream.receive()) == b"there and back"
 
 
-async def test_channels_on_which_nothing_is_said_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greeting, "MAX_HALF_OPEN", 3)
+async def test_of_channels_on_which_nothing_is_said_the_oldest_makes_room() -> None:
     limits = attrs.evolve(LIMITS, connect_timeout=60.0, keepalive=60.0)
     async with pair(limits=limits) as (listener, peer, address):
-        silent = [await raw(peer, address) for _ in range(3)]
-        one_more = await raw(peer, address)
+        listener.resources = bounded(streams=Bounds(100, 3, unproven=3, protocol=100))
+        silent = [await raw(peer, address) for _ in range(4)]
         async with asyncio.timeout(5):
-            await one_more.closed.wait()
+            await silent[0].closed.wait()
         assert listener._greeter.half_open == 3
-        assert not any(channel.closed.is_set() for channel in silent)
-        silent[0].channel.send(HELLO)  # which makes room
+        assert not any(channel.closed.is_set() for channel in silent[1:])
         stream = await peer.open_stream(address)
         await stream.send(b"there and back")
         assert bytes(await stream.receive()) == b"there and back"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.printable import printable_line
+from swarmcore.resources import Reservation
 from swarmcore.transport import Buffer
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
@@ -75,6 +76,8 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._dismissal: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport | None = None
+        self.socket: Reservation | None = None
+        """The file descriptor that this connection has for itself, for an unproven peer until `establish`."""
         self.established: asyncio.Future[None] = self._loop.create_future()
         """Done when both ids are proven; fails with the reason when they are not."""
         self.remote: PeerId | None = None
@@ -103,7 +106,12 @@ class Connection(asyncio.BufferedProtocol):
             transport.abort()
 
     def establish(self, remote: PeerId, theirs: Settings) -> None:
-        """Both ids are proven: streams may open, signs of life begin."""
+        """Both ids are proven: streams may open, signs of life begin.
+
+        Raise `ResourceLimitError` when the peer has too many connections already.
+        """
+        if self.socket:
+            self.socket.prove(remote)
         self.remote = remote
         self.settings = theirs
         self._interval = max(min(self._keepalive, theirs.heartbeat), _MIN_HEARTBEAT) / 2
@@ -145,6 +153,9 @@ class Connection(asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
         self._keep()
+        if self._reader.under_way:  # nobody waits for it, and this object may be around for a while
+            self._garbled = True
+            self._reader.forget()
         if not self.established.done():
             self.established.set_exception(error)
             self.established.exception()  # seen here: nobody may be waiting any more
@@ -190,10 +201,20 @@ class Connection(asyncio.BufferedProtocol):
                 seconds = self._silent_ticks * self._interval
                 self.fail(ConnectionLostError(f"{self._name()} has been silent for {seconds:.1f} s"))
                 return
+        if self._stalled():
+            self.retire("a message came too slowly, or not to its end")
+            return
         if not self._spoke and not self._writing_paused:
             self.write(encode_frame(Kind.HEARTBEAT))
         self._heard = self._spoke = False
         self._timer = self._loop.call_later(self._interval, self._tick)
+
+    def _stalled(self) -> bool:
+        under_way = self._reader.under_way
+        if under_way is None or self.stream is None:
+            return False
+        announced = self._reader.part_is_missing
+        return self.stream.stalled(self._loop.time(), *under_way, announced=announced)
 
     @property
     def silent_for(self) -> float:
@@ -277,9 +298,9 @@ class Connection(asyncio.BufferedProtocol):
         else:
             raise ProtocolError(f"{kind.name} outside a stream")
 
-    def part_announced(self, length: int, *, first: bool) -> None:
+    def part_announced(self, length: int, *, total: int | None) -> None:
         if self.stream:
-            self.stream.part_announced(length, first=first)
+            self.stream.part_announced(length, total=total)
         elif self.error is None:
             raise ProtocolError("a message outside a stream")
 
@@ -339,6 +360,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def stream_closed(self) -> None:
         """Called by the stream when both sides have closed it."""
+        if self.stream:
+            self.stream.over()
         self.stream = None
         self._owner.connection_idle(self)
 

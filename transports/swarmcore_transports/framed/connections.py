@@ -7,8 +7,10 @@ import hmac
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
 
-from swarmcore.errors import PeerUnreachableError, SwarmError
+from swarmcore.errors import PeerUnreachableError, ResourceLimitError, SwarmError
+from swarmcore.resources import ResourceManager
 from swarmcore.transport import OnStream, serve_stream
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -26,12 +28,19 @@ _IDLE_SECONDS = 60.0
 class Connections:
     """The `Owner` of a transport's connections, dialled and accepted.
 
-    ``stale`` tells of an idle connection that its other side has most likely given up.
+    ``stale`` tells of an idle connection that its other side has most likely given up; ``resources`` is asked
+    anew each time, as a transport may come to share those of others.
     """
 
-    def __init__(self, limits: Limits, stale: Callable[[Connection], bool]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        stale: Callable[[Connection], bool],
+        resources: Callable[[], ResourceManager],
+    ) -> None:
         self._limits = limits
         self._stale = stale
+        self._resources = resources
         self._on_stream: OnStream | None = None
         self._all: set[Connection] = set()
         self._dialled: IdlePool[Connection] = IdlePool(per_peer=32, total=256, keep=_IDLE_SECONDS)
@@ -47,6 +56,11 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._all)
+
+    @property
+    def resources(self) -> ResourceManager:
+        """What counts the memory, the descriptors and the streams of these connections."""
+        return self._resources()
 
     @property
     def idle(self) -> int:
@@ -65,18 +79,39 @@ class Connections:
             connection.retire("the connection was idle")
         return None
 
+    def open(self, connection: Connection, peer: PeerId) -> FramedStream:
+        """Open a stream to ``peer`` on a connection that was taken or just dialled.
+
+        Raise `ResourceLimitError` when there is no room for another one of that peer.
+        """
+        if connection.socket:
+            connection.socket.keep()
+        try:
+            stream = FramedStream(connection, peer, self._limits, self.resources)
+        except ResourceLimitError:
+            connection.retire("there is no room for another stream")
+            raise
+        connection.write(encode_frame(Kind.OPEN))
+        return stream
+
     def opened(self, connection: Connection) -> None:
         """The remote opened a stream on a connection that it dialled: handle it in a task of its own."""
         remote = connection.remote
         assert remote and self._on_stream
         self._accepted.remove(connection)
+        if connection.socket:
+            connection.socket.keep()
         # What runs on top refuses the first ones above its limit with a proper answer; here is the wall.
         if self._incoming[remote] >= 2 * self._limits.max_calls_per_peer or (
             len(self._handlers) >= 2 * self._limits.max_calls
         ):
             connection.retire("too many streams; close some first")
             return
-        stream = FramedStream(connection, remote, self._limits)
+        try:
+            stream = FramedStream(connection, remote, self._limits, self.resources)
+        except ResourceLimitError as exc:
+            connection.retire(exc.message)
+            return
         task = asyncio.get_running_loop().create_task(self._handle(stream, self._on_stream))
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
@@ -104,11 +139,15 @@ class Connections:
         loop = asyncio.get_running_loop()
         for evicted in pool.put(connection.remote, connection, loop.time()):
             _let_go(evicted)
+        if connection.socket:
+            connection.socket.evictable(partial(_make_room, connection))
         if self._sweeper is None:
             self._sweeper = loop.call_later(_IDLE_SECONDS, self._sweep)
 
     def connection_lost(self, connection: Connection) -> None:
         self._all.discard(connection)
+        if connection.socket:
+            connection.socket.release()
         self._dialled.remove(connection)
         self._accepted.remove(connection)
         if not self._all and self._all_lost and not self._all_lost.done():
@@ -202,6 +241,10 @@ class Connections:
         finally:
             for connection in tuple(self._all):
                 connection.fail(PeerUnreachableError("the transport was closed"))
+
+
+def _make_room(idle: Connection) -> None:
+    idle.retire("the peer needs room for others", patience=0.0)
 
 
 def _let_go(idle: Connection) -> None:

@@ -1,7 +1,8 @@
 """Flow control by credit: a receiver grants bytes, a sender spends them.
 
 Both sides always read their socket, so that heartbeats, aborts and credits pass a stream whose application
-does not read. What bounds memory is that a sender waits when its credit is spent.
+does not read. What bounds memory is that a sender waits when its credit is spent, and that nothing is granted
+for which this process has no room.
 """
 
 from __future__ import annotations
@@ -15,51 +16,102 @@ MESSAGE_COST = 256
 
 MIN_WINDOW = 16 * 1024
 
+FIRST_WINDOW = 128 * 1024
+"""Most credit that a stream has from its beginning; one that makes use of it gets more, as far as there is
+room."""
+
+PATIENCE = 30.0
+"""Seconds in which a message under way must bring `LEAST_PROGRESS` bytes, or come to its end."""
+
+LEAST_PROGRESS = 16 * 1024
+
+LEAST_PROGRESS_PRESSED = 2 * 2**20
+"""The same while others wait for room: then the slowest go."""
+
 
 def window_for(send_buffer: int) -> int:
-    """The credit a receiver grants at first."""
+    """The most credit that a receiver grants at a time."""
     return min(max(send_buffer, MIN_WINDOW), 2**31)
 
 
 class Inbox:
     """Messages that have come and were not taken yet, and the credit to hand back for those that were.
 
-    A message that nothing waits in front of gives its credit back while it arrives, so one message may be
-    larger than the window. Held at any time: that one message and a window's worth behind it.
+    Held at any time: ``window`` bytes, and besides them one message that was admitted. A message is admitted
+    once nothing waits in front of it and there is room for all of it; it then gives its credit back while it
+    arrives, so that it may be larger than the window.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, most: int | None = None) -> None:
         self._window = window
+        self._most = window if most is None else most
+        self._owed = 0  # by which the window has grown and that was not granted yet
         self._charged = 0  # spent by the sender and not granted again
         self._held = 0  # the part of it that waits for the application
-        self._arriving = 0  # the part of it that belongs to the message now arriving
+        self._arriving = 0  # the part of that which belongs to the message now arriving
+        self._total = 0  # bytes of the message now arriving; 0 when there is none
+        self._admitted = False
         self._messages: deque[tuple[memoryview, int]] = deque()
         self._discarding = False
 
     def __len__(self) -> int:
         return len(self._messages)
 
-    def announce(self, length: int, *, first: bool) -> None:
-        """Charge the sender for a part. Raise `ProtocolError` when it spends more than it was granted."""
-        cost = length + (MESSAGE_COST if first else 0)
-        self._charged += cost
-        if self._charged > self._window:
+    @property
+    def sender_may_go_on(self) -> bool:
+        """Whether it has credit for the message that arrives: if not, it waits for this side."""
+        return self._admitted or (not self._messages and 4 * self._total < self._window)
+
+    @property
+    def widening(self) -> int:
+        """Bytes by which the window should grow: more than half of it is in use, or will be."""
+        if self._discarding or 2 * max(self._charged, self._total) <= self._window:
+            return 0
+        return self._most - self._window
+
+    @property
+    def to_admit(self) -> int:
+        """The length of the message that arrives, if it should be admitted and is not."""
+        if self._messages or self._admitted or self._discarding or 4 * self._total < self._window:
+            return 0  # a short one is soon here
+        return self._total
+
+    def announce(self, length: int, *, total: int | None = None) -> None:
+        """Charge the sender for a part, the first one of a message of ``total`` bytes, or a later one.
+
+        Raise `ProtocolError` when it spends more than it was granted.
+        """
+        cost = length
+        if total is not None:
+            self._total = total
+            cost += MESSAGE_COST
+        if self._charged + cost > self._window:
             raise ProtocolError("the peer sends more than it was granted")
-        if self._messages:
+        self._charged += cost
+        if not (self._admitted or self._discarding):
             self._arriving += cost
             self._held += cost
+
+    def widen(self, more: int) -> None:
+        """There is room for so much more."""
+        self._window += more
+        self._owed += more
+
+    def admit(self) -> None:
+        """There is room for all of the message that arrives."""
+        self._admitted = True
+        self._held -= self._arriving
+        self._arriving = 0
 
     def put(self, message: memoryview) -> None:
         if not self._discarding:
             self._messages.append((message, self._arriving))
-        self._arriving = 0
+        self._arriving = self._total = 0
+        self._admitted = False
 
     def take(self) -> memoryview:
         message, cost = self._messages.popleft()
         self._held -= cost
-        if not self._messages:
-            self._held -= self._arriving
-            self._arriving = 0
         return message
 
     def discard(self) -> None:
@@ -71,7 +123,28 @@ class Inbox:
     def grant(self) -> int:
         """The credit to hand back now: 0 until a quarter of the window is due, to save frames."""
         due = self._charged - self._held
-        if due < self._window // 4:
+        if not self._owed and due < self._window // 4:
             return 0
         self._charged -= due
-        return due
+        owed, self._owed = self._owed, 0
+        return due + owed
+
+
+class Progress:
+    """Whether a message under way still comes."""
+
+    def __init__(self) -> None:
+        self._message = 0
+        self._got = 0
+        self._since = 0.0
+
+    def stalled(self, now: float, message: int, got: int, *, due: bool, pressed: bool) -> bool:
+        """Whether ``message``, the number of the one under way, comes too slowly; ``got`` bytes are here.
+
+        Only time in which the sender could go on counts: ``due``. ``pressed`` while others wait for room.
+        """
+        least = LEAST_PROGRESS_PRESSED if pressed else LEAST_PROGRESS
+        if message != self._message or got >= self._got + least or not due:
+            self._message, self._got, self._since = message, got, now
+            return False
+        return now - self._since > PATIENCE

@@ -83,8 +83,11 @@ class FrameSink(Protocol):
 
     def frame_received(self, kind: Kind, value: int, body: bytes) -> None: ...
 
-    def part_announced(self, length: int, *, first: bool) -> None:
-        """The header of ``length`` message bytes has come, nothing has been allocated for them yet."""
+    def part_announced(self, length: int, *, total: int | None) -> None:
+        """The header of ``length`` message bytes has come, nothing has been allocated for them yet.
+
+        ``total`` is the length of the whole message, told with its first part alone.
+        """
 
     def message_received(self, message: memoryview) -> None: ...
 
@@ -108,6 +111,21 @@ class FrameReader:
         self._got = 0
         self._part_left = 0
         self._header_got = 0
+        self._number = 0
+
+    @property
+    def under_way(self) -> tuple[int, int] | None:
+        """The number of the message that has begun and is not whole, and how many bytes of it are here."""
+        return None if self._message is None else (self._number, self._got)
+
+    @property
+    def part_is_missing(self) -> bool:
+        """Whether bytes are to come that the sender has announced already."""
+        return self._part_left > 0
+
+    def forget(self) -> None:
+        """Let go of the message under way; what comes after it can be read no more."""
+        self._message = None
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go. Never empty; not to be kept past the next `received`."""
@@ -183,7 +201,8 @@ class FrameReader:
             if value > self._max_message:
                 raise ProtocolError(f"a message of {value} bytes is above the limit of {self._max_message}")
             self._check_part(length, value)
-            self._sink.part_announced(length, first=True)
+            self._sink.part_announced(length, total=value)
+            self._number += 1
             self._message = bytearray(min(value, _FIRST_ALLOCATION))
             self._total, self._got, self._part_left = value, 0, length
             if not value:
@@ -192,7 +211,7 @@ class FrameReader:
             if self._message is None:
                 raise ProtocolError("a part without a message")
             self._check_part(length, self._total - self._got)
-            self._sink.part_announced(length, first=False)
+            self._sink.part_announced(length, total=None)
             self._part_left = length
         else:
             if kind not in Kind.__members__.values():

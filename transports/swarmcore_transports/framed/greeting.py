@@ -10,7 +10,8 @@ import secrets
 from collections.abc import Callable
 from typing import Protocol
 
-from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError
+from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError, ResourceLimitError
+from swarmcore.resources import Resource
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
@@ -18,9 +19,6 @@ from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.moving import TOKEN_BYTES
 from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
-
-MAX_HALF_OPEN = 512
-"""Most accepted pipes at a time that have not said hello; a further one is dropped."""
 
 
 class Pipe(Protocol):
@@ -65,12 +63,23 @@ class Greeter:
 
     def accepted(self, pipe: Pipe, peer: PeerId) -> None:
         """Wait over ``pipe`` for the hello of ``peer`` and for its streams."""
-        if len(self._half_open) >= MAX_HALF_OPEN:
+        connection = Connection(self._connections, self._limits, self._greet(peer), self._connections.opened)
+        try:
+            half_open = self._connections.resources.reserve(
+                peer,
+                Resource.STREAMS,
+                evict=lambda: connection.fail(ConnectionLostError("others said hello")),
+            )
+        except ResourceLimitError:
             pipe.abort()
             return
-        connection = Connection(self._connections, self._limits, self._greet(peer), self._connections.opened)
+
+        def done(_: asyncio.Future[None]) -> None:
+            half_open.release()
+            self._half_open.discard(connection)
+
         self._half_open.add(connection)
-        connection.established.add_done_callback(lambda _: self._half_open.discard(connection))
+        connection.established.add_done_callback(done)
         pipe.start(connection)
         connection.write(encode_frame(Kind.HELLO, self._settings))
         asyncio.get_running_loop().call_later(self._limits.connect_timeout, _give_up, connection)

@@ -8,7 +8,7 @@ import attrs
 
 from swarmcore.errors import ProtocolError
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.framed.flow import MIN_WINDOW, window_for
+from swarmcore_transports.framed.flow import FIRST_WINDOW, MIN_WINDOW, window_for
 
 _SETTINGS = struct.Struct("<III")
 
@@ -28,7 +28,11 @@ class Settings:
 
     @classmethod
     def of(cls, limits: Limits) -> Settings:
-        return cls(min(limits.max_message, 2**32 - 1), window_for(limits.send_buffer), limits.keepalive)
+        return cls(
+            min(limits.max_message, 2**32 - 1),
+            min(window_for(limits.send_buffer), FIRST_WINDOW),
+            limits.keepalive,
+        )
 
     def encode(self) -> bytes:
         return _SETTINGS.pack(self.max_message, self.window, min(int(self.heartbeat * 1000), 2**32 - 1))

@@ -7,16 +7,20 @@ import asyncio
 from swarmcore.errors import (
     MessageTooLargeError,
     ProtocolError,
+    ResourceLimitError,
     StreamAbortedError,
     StreamClosedError,
     SwarmError,
 )
+from swarmcore.resources import Resource, ResourceManager
 from swarmcore.transport import Buffer, Stream
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox, window_for
+from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox, Progress, window_for
 from swarmcore_transports.framed.frames import MAX_PART, Kind, encode_frame, message_header, split_message
+from swarmcore_transports.framed.room import Room
+from swarmcore_transports.framed.settings import Settings
 
 LINGER_SECONDS = 30.0
 """How long a closed stream waits for the other side to close it too, before the connection is given up."""
@@ -26,14 +30,22 @@ _JOIN = 64 * 1024
 
 
 class FramedStream(Stream):
-    def __init__(self, connection: Connection, remote: PeerId, limits: Limits) -> None:
+    """Raise `ResourceLimitError` when there is no room for another stream of the peer."""
+
+    def __init__(
+        self, connection: Connection, remote: PeerId, limits: Limits, resources: ResourceManager
+    ) -> None:
         self.remote = remote
         self.path = connection.path
         self._connection = connection
         self._max_message = min(limits.max_message, connection.settings.max_message)
         self._part = min(MAX_PART, connection.settings.window // 2)
         self._credit = connection.settings.window
-        self._inbox = Inbox(window_for(limits.send_buffer))
+        window = Settings.of(limits).window
+        self._inbox = Inbox(window, window_for(limits.send_buffer))
+        self._resources = resources
+        self._room_in = Room(resources, remote, window, self._inbox, self._grant)
+        self._progress = Progress()
         self._send_lock = asyncio.Lock()
         self._sender: asyncio.Future[None] | None = None
         self._receiver: asyncio.Future[None] | None = None
@@ -104,13 +116,12 @@ class FramedStream(Stream):
             raise StreamClosedError(f"peer {short(self.remote)} has closed the stream")
 
     async def receive(self) -> memoryview:
+        self._room_in.used()
         while True:
             if self._closed:
                 raise StreamClosedError("this side has closed the stream")
             if self._inbox:
-                message = self._inbox.take()
-                self._grant()
-                return message
+                return self._take()
             if self._remote_ended:
                 raise StreamClosedError(f"peer {short(self.remote)} has ended the stream")
             if self._error:
@@ -120,6 +131,12 @@ class FramedStream(Stream):
                 await self._receiver
             finally:
                 self._receiver = None
+
+    def _take(self) -> memoryview:
+        message = self._inbox.take()
+        self._room_in.taken()
+        self._look_for_room()
+        return message
 
     async def end(self) -> None:
         async with self._send_lock:
@@ -167,20 +184,42 @@ class FramedStream(Stream):
             self._remote_closed = kind is Kind.CLOSE
             self._wake_both()
             if self._remote_closed and self._closed:
-                self._stop_lingering()
                 self._connection.stream_closed()
         else:
             raise ProtocolError(f"{kind.name} inside a stream")
 
-    def part_announced(self, length: int, *, first: bool) -> None:
+    def part_announced(self, length: int, *, total: int | None) -> None:
         if self._remote_ended:
             raise ProtocolError("a message after the end")
-        self._inbox.announce(length, first=first)
+        self._inbox.announce(length, total=total)
+        self._look_for_room()
+
+    def _look_for_room(self) -> None:
+        if not (self._closed or self._error):
+            try:
+                self._room_in.look()
+            except ResourceLimitError as exc:
+                self._connection.retire(exc.message, exc)
         self._grant()
 
     def message_received(self, message: memoryview) -> None:
         self._inbox.put(message)
+        self._room_in.arrived()
         self._wake(self._receiver)
+
+    def stalled(self, now: float, message: int, got: int, *, announced: bool) -> bool:
+        """Whether the message under way comes too slowly, as in `Progress.stalled`.
+
+        ``announced`` when bytes are missing for which the sender has spent its credit.
+        """
+        due = announced or self._inbox.sender_may_go_on
+        pressed = self._resources.waiting(Resource.BYTES) > 0
+        return self._progress.stalled(now, message, got, due=due, pressed=pressed)
+
+    def over(self) -> None:
+        """The connection carries this stream no more: what it held is free."""
+        self._stop_lingering()
+        self._room_in.release()
 
     def aborted(self, reason: str) -> None:
         """The other side dropped the stream; after its orderly close that is only the connection going."""
@@ -189,7 +228,7 @@ class FramedStream(Stream):
             self._fail(StreamAbortedError(reason))
 
     def connection_lost(self, error: SwarmError) -> None:
-        self._stop_lingering()
+        self.over()
         self._fail(error)
 
     def wake(self) -> None:

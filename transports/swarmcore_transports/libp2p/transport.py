@@ -25,9 +25,7 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.greeting import Greeter
-from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.host import Host, Relaying
 from swarmcore_transports.libp2p.mdns import Mdns
@@ -95,7 +93,7 @@ class Libp2pTransport(Transport):
         self._starting = asyncio.Lock()
         self._listening = False
         self._allowed: Collection[PeerId] | None = None
-        self._connections = Connections(self.limits, self._is_stale)
+        self._connections = Connections(self.limits, self._is_stale, lambda: self.resources)
         self._greeter = Greeter(self._connections, self.limits)
         self._moves: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -240,8 +238,7 @@ class Libp2pTransport(Transport):
                 raise PeerUnreachableError(
                     f"{short(address.peer)} at {multiaddr} did not answer within {seconds:g} s"
                 ) from exc
-        connection.write(encode_frame(Kind.OPEN))
-        return FramedStream(connection, address.peer, self.limits)
+        return self._connections.open(connection, address.peer)
 
     def _is_stale(self, connection: Connection) -> bool:
         if connection.transport is None or connection.transport.is_closing():

@@ -19,10 +19,12 @@ from swarmcore.errors import (
     PeerIdentityError,
     PeerUnreachableError,
     ProtocolError,
+    ResourceLimitError,
     StreamClosedError,
     SwarmError,
 )
 from swarmcore.identity import Identity
+from swarmcore.resources import Priority, Reservation, Resource
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
@@ -30,7 +32,6 @@ from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.settings import Settings
-from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.tcp.endpoint import (
     SCHEME,
     Endpoint,
@@ -51,9 +52,6 @@ from swarmcore_transports.tcp.listener import Listener
 from swarmcore_transports.tcp.security import dialler_context, listener_context
 
 logger = logging.getLogger(__name__)
-
-MAX_HALF_OPEN = 512
-"""Most incoming handshakes at a time; a further one pushes out the oldest."""
 
 
 class TcpTransport(Transport):
@@ -81,11 +79,9 @@ class TcpTransport(Transport):
         self._certificate = b""
         self._listening = False
         self._listeners: list[Listener] = []
-        self._connections = Connections(self.limits, _readable)
+        self._connections = Connections(self.limits, _readable, lambda: self.resources)
         # Tasks that bring a socket to TLS, either way. None is cancelled; `hang_up` ends it.
         self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
-        # The incoming ones among them, oldest first, less those already hung up on.
-        self._half_open: dict[asyncio.Task[None], socket.socket] = {}
         self._dials: set[asyncio.Timeout] = set()
         self._closed = False
 
@@ -141,20 +137,28 @@ class TcpTransport(Transport):
 
     def _arrived(self, sock: socket.socket) -> None:
         """A connection was accepted: prove both ends in a task of its own."""
-        if len(self._half_open) >= MAX_HALF_OPEN:
+        try:
             # An honest peer needs two round trips; whoever has taken longest is the likeliest to be idle.
-            hang_up(self._half_open.pop(next(iter(self._half_open))))
-        task = asyncio.get_running_loop().create_task(self._accept(sock))
-        self._handshakes[task] = self._half_open[task] = sock
+            reservation = self.resources.reserve(
+                None,
+                Resource.DESCRIPTORS,
+                priority=Priority.MEDIUM,
+                evict=lambda: hang_up(sock),
+            )
+        except ResourceLimitError as exc:
+            logger.debug("refused an incoming connection: %s", exc)
+            sock.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._accept(sock, reservation))
+        self._handshakes[task] = sock
         task.add_done_callback(self._accept_done)
 
     def _accept_done(self, task: asyncio.Task[None]) -> None:
         del self._handshakes[task]
-        self._half_open.pop(task, None)
         if not task.cancelled() and (exc := task.exception()):
             logger.error("accepting a connection failed", exc_info=exc)
 
-    async def _accept(self, sock: socket.socket) -> None:
+    async def _accept(self, sock: socket.socket, reservation: Reservation) -> None:
         assert self._listener_context
         challenge = secrets.token_bytes(CHALLENGE_BYTES)
 
@@ -166,6 +170,7 @@ class TcpTransport(Transport):
             self._connections.connection_idle(connection)
 
         connection = Connection(self._connections, self.limits, greet, self._connections.opened)
+        connection.socket = reservation
         loop = asyncio.get_running_loop()
         seconds = self.limits.connect_timeout
         deadline = loop.time() + seconds
@@ -185,6 +190,8 @@ class TcpTransport(Transport):
         finally:
             if connection.remote is None and not connection.error:
                 connection.fail(PeerUnreachableError("the dialler did not prove who it is"))
+            if connection.error:
+                reservation.release()
 
     # --- dialling -----------------------------------------------------------------------------------
 
@@ -192,8 +199,7 @@ class TcpTransport(Transport):
         self._check_open()
         endpoint = endpoint_of(address)
         connection = self._connections.take(address.peer) or await self._dial(endpoint, address.peer)
-        connection.write(encode_frame(Kind.OPEN))
-        return FramedStream(connection, address.peer, self.limits)
+        return self._connections.open(connection, address.peer)
 
     async def _dial(self, endpoint: Endpoint, peer: PeerId) -> Connection:
         def greet(connection: Connection, kind: Kind, body: bytes) -> None:
@@ -208,6 +214,7 @@ class TcpTransport(Transport):
             connection.establish(peer, theirs)
 
         connection = Connection(self._connections, self.limits, greet)
+        connection.socket = self.resources.reserve(peer, Resource.DESCRIPTORS)
         seconds = self.limits.connect_timeout
         sock: socket.socket | None = None
         try:
@@ -239,6 +246,7 @@ class TcpTransport(Transport):
         finally:
             if connection.remote is None or self._closed:
                 connection.fail(PeerUnreachableError("the dial was given up"))
+                connection.socket.release()
                 if sock:
                     hang_up(sock)
         return connection

@@ -27,9 +27,7 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.greeting import Greeter
-from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.webrtc.dials import Dials
 from swarmcore_transports.webrtc.engine import DataChannel, Engine, connection_class
 from swarmcore_transports.webrtc.exchange import Exchange, Route
@@ -108,7 +106,7 @@ class WebRtcTransport(Transport):
         self._restarts = Restarts(
             self._links, self.limits, self._new_path, self._network_changed, self._in_background
         )
-        self._connections = Connections(self.limits, _is_closing)
+        self._connections = Connections(self.limits, _is_closing, lambda: self.resources)
         self._greeter = Greeter(self._connections, self.limits)
         self._closed = False
 
@@ -296,8 +294,7 @@ class WebRtcTransport(Transport):
                 raise PeerUnreachableError(
                     f"{short(peer)} did not answer by {service} within {seconds:g} s"
                 ) from exc
-        connection.write(encode_frame(Kind.OPEN))
-        return FramedStream(connection, peer, self.limits)
+        return self._connections.open(connection, peer)
 
     async def _open(self, link: Link) -> Connection:
         pipe = self._links.pipe(link, await link.connection.open_channel())
