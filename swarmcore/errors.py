@@ -163,6 +163,10 @@ class IdentityFileError(InputError):
     """The identity file cannot be read, is not an Ed25519 key, or is readable by others."""
 
 
+class IdentityInUseError(InputError):
+    """Another process on this machine is this peer already."""
+
+
 class MessageTooLargeError(InputError):
     """A message is above ``limits.max_message``."""
 

@@ -35,7 +35,7 @@ class Source:
         if _PYPI.fullmatch(text):
             return cls(text)
         match = _HUB.fullmatch(text)
-        return cls(match[1], match[2]) if match and not _exists(match[1]) else None
+        return cls(match[1], match[2]) if match and not exists_here(match[1]) else None
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -43,7 +43,7 @@ class Source:
 
 def announced_source(model: str, revision: str | None = None) -> str:
     """What a peer that was started with ``model`` tells others of it: "" for files of its own."""
-    if _exists(model):
+    if exists_here(model):
         return ""
     text = str(Source(model, None if model.startswith("pypi:") else revision))
     return text if Source.parse(text) is not None else ""
@@ -59,7 +59,8 @@ def is_called(model: ModelInfo, name: str) -> bool:
     return len(path.parts) > 1 and model.source == "" and model.name in (path.name, path.stem)
 
 
-def _exists(place: str) -> bool:
+def exists_here(place: str) -> bool:
+    """Whether ``place`` is a file or folder on this machine."""
     try:
         return Path(place.removeprefix("gguf:")).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long for a path, or no home

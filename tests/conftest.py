@@ -21,6 +21,9 @@ from swarmcore.testing.nursery import ServerNursery
 # OpenMP reads this when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Peers that tests start are their own: neither this user's identities nor this user's swarm.
+os.environ["SWARMCORE_NEW_IDENTITY"] = "1"
+os.environ.pop("SWARMCORE_BOOTSTRAP", None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,7 @@ import click
 from swarmcore.cli import interrupt
 from swarmcore.cli.head import head_options
 from swarmcore.cli.listening import network_config
-from swarmcore.cli.options import load_identity, network_options, set_thread_environment, standard
+from swarmcore.cli.options import network_options, own_identity, set_thread_environment, standard
 from swarmcore.cli.output import Output
 from swarmcore.cli.reached import Reached
 from swarmcore.errors import InputError
@@ -45,6 +45,7 @@ def bootstrap(
     head: HeadLimits | None,
     exit_with_stdin: bool,
     identity_file: str | None,
+    new_identity: bool,
     **network: Any,
 ) -> None:
     """Run a meeting point without blocks of its own, until Ctrl-C.
@@ -64,7 +65,7 @@ def bootstrap(
         from swarmcore.server.head_model import HeadConfig
 
         gateway = HeadConfig(model=model, revision=revision, dtype=dtype, threads=threads, limits=head)
-    identity = load_identity(identity_file)
+    identity = own_identity(output, identity_file, new_identity, public_name)
     reached = Reached(output)
 
     def on_online(info: ServerInfo) -> None:

@@ -17,8 +17,9 @@ import click
 from swarmcore.cli.log_lines import LineFilter, PrintableFormatter
 from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import CLIENT_OPTIONS, LISTENING_OPTIONS, SCHEME, webrtc_options
-from swarmcore.errors import InputError, SwarmError
+from swarmcore.errors import IdentityFileError, InputError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.identity_files import HeldIdentity, kept_identity
 from swarmcore.printable import printable, printable_line
 from swarmcore.session.laps import JournalMode
 from swarmcore.types import PeerId
@@ -102,6 +103,21 @@ _identity = click.option(
     "identity_file",
     metavar="FILE",
     help="Private key of this peer, created on first use. Without it: a new identity each time.",
+)
+
+_own_identity = (
+    click.option(
+        "--identity",
+        "identity_file",
+        metavar="FILE",
+        help="Private key of this peer, created on first use. [default: one that is kept for its --name]",
+    ),
+    click.option(
+        "--new-identity",
+        is_flag=True,
+        envvar="SWARMCORE_NEW_IDENTITY",
+        help="Be a new peer each time, unless --identity names a file.",
+    ),
 )
 
 _mdns = click.option(
@@ -188,7 +204,7 @@ _LISTENING = (
         is_flag=True,
         help="Leave when stdin ends, for a program that starts peers: they end with it, however it ends.",
     ),
-    _identity,
+    *_own_identity,
 )
 
 _CLIENT = (
@@ -394,6 +410,28 @@ def transport_options(**webrtc: Any) -> dict[str, dict[str, Any]]:
 def load_identity(file: str | None) -> Identity:
     """The identity in ``file``, created there on first use; a new one in memory when there is no file."""
     return Identity.load_or_create(file) if file is not None else Identity.generate()
+
+
+def own_identity(output: Output, file: str | None, new: bool, name: str) -> Identity:
+    """Whom a listening peer is, from `network_options`: the identity in ``file``, a ``new`` one, or the one
+    kept for its ``name``, and a new one where none can be kept. No other process gets it before this command
+    has ended.
+
+    Raise `IdentityInUseError` when another process uses ``file``, `IdentityFileError` when it is no key.
+    """
+    if file is None and new:
+        return Identity.generate()
+    try:
+        held = HeldIdentity(file) if file is not None else kept_identity(name)
+    except IdentityFileError as exc:
+        if file is not None:
+            raise
+        output.remark(f"a new identity, which is not kept: {exc}")
+        return Identity.generate()
+    click.get_current_context().call_on_close(held.release)
+    if file is None:
+        output.remark(f"this peer is {held.identity.peer}, kept in {held.path}")
+    return held.identity
 
 
 def set_thread_environment(threads: int | None) -> None:

@@ -10,7 +10,7 @@ import click
 from swarmcore.cli import interrupt
 from swarmcore.cli.head import head_options
 from swarmcore.cli.listening import network_config
-from swarmcore.cli.options import load_identity, network_options, set_thread_environment, standard
+from swarmcore.cli.options import network_options, own_identity, set_thread_environment, standard
 from swarmcore.cli.output import Output
 from swarmcore.cli.reached import Reached
 from swarmcore.cli.values import parse_bytes, parse_named_paths
@@ -156,6 +156,7 @@ def serve(
     head: HeadLimits | None,
     exit_with_stdin: bool,
     identity_file: str | None,
+    new_identity: bool,
     **network: Any,
 ) -> None:
     """Hold blocks of a model and serve them until Ctrl-C.
@@ -194,7 +195,7 @@ def serve(
         public_name=public_name,
     )
 
-    identity = load_identity(identity_file)
+    identity = own_identity(output, identity_file, new_identity, public_name)
     network_settings = network_config(identity.peer, **network)
 
     grace = interrupt.GRACE

@@ -18,7 +18,7 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.registry.base import SwarmView
-from swarmcore.sources import Source
+from swarmcore.sources import Source, exists_here
 from swarmcore.types import ModelInfo, PeerId
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def called(model: ModelInfo) -> str:
 
 def may_be_served(name: str) -> bool:
     """Whether ``name`` could be the swarm's for a model: it is no file, folder or place by itself."""
-    return not (name.startswith(("pypi:", "gguf:")) or "/" in name or Path(name).expanduser().exists())
+    return not (name.startswith(("pypi:", "gguf:")) or "/" in name or exists_here(name))
 
 
 def find_served(

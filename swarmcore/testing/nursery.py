@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from swarmcore.errors import DeadlineExceededError, RemoteFaultError
-from swarmcore.testing.processes import ServerProcess
+from swarmcore.testing.processes import ServerProcess, peer_environment
 
 START_TIMEOUT = 120.0
 """Seconds for the nursery to import what servers need: a few, on a machine that is not busy."""
@@ -64,7 +64,7 @@ class ServerNursery:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     # OpenMP reads this when torch is imported, and never again.
-                    env={**os.environ, "OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "passive"},
+                    env=peer_environment(OMP_NUM_THREADS=str(self._threads), OMP_WAIT_POLICY="passive"),
                     start_new_session=True,
                 )
             async with asyncio.timeout(START_TIMEOUT):

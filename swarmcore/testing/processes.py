@@ -36,6 +36,12 @@ class Process(Protocol):
     async def wait(self) -> int: ...
 
 
+def peer_environment(**changes: str) -> dict[str, str]:
+    """The environment for peers that a program starts: they join whom they are told to, and are new peers."""
+    mine = {name: value for name, value in os.environ.items() if name != "SWARMCORE_BOOTSTRAP"}
+    return {**mine, "SWARMCORE_NEW_IDENTITY": "1", **changes}
+
+
 class ServerProcess:
     """A ``swarmcore serve`` or ``swarmcore bootstrap`` process of its own, online when `start` returns.
 
@@ -70,7 +76,7 @@ class ServerProcess:
             stderr=asyncio.subprocess.PIPE,
             # Never written to: it ends when this process does.
             stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, **(env or {})},
+            env=peer_environment(**(env or {})),
             # Ctrl-C in a terminal is for the program that started this process, which then stops it.
             start_new_session=True,
         )
