@@ -75,6 +75,20 @@ def kept_identity(name: str = "") -> HeldIdentity:
     Created on first use, in `identities_folder`, for its owner alone. Raise `IdentityFileError` when that
     cannot be.
     """
+    for number in range(1, MOST_OF_A_NAME + 1):
+        with contextlib.suppress(IdentityInUseError):
+            return HeldIdentity(identity_path(name, number))
+    raise IdentityFileError(
+        f"{MOST_OF_A_NAME} processes called {name or 'default'!r} run here; give this one another name, or a "
+        f"file of its own with --identity"
+    )
+
+
+def identity_path(name: str = "", number: int = 1) -> Path:
+    """Where the identity of the ``number``th peer called ``name`` is kept, its folder made if need be.
+
+    Raise `IdentityFileError` where there is no place for it.
+    """
     folder = identities_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,21 +97,10 @@ def kept_identity(name: str = "") -> HeldIdentity:
             f"there is no place to keep an identity: {folder} cannot be created ({exc.strerror or exc}); set "
             f"{VARIABLE} to a folder, or name a file with --identity"
         ) from exc
-    for number in range(1, MOST_OF_A_NAME + 1):
-        with contextlib.suppress(IdentityInUseError):
-            return HeldIdentity(identity_path(name, number, folder))
-    raise IdentityFileError(
-        f"{MOST_OF_A_NAME} processes called {name or 'default'!r} run here; give this one another name, or a "
-        f"file of its own with --identity"
-    )
-
-
-def identity_path(name: str = "", number: int = 1, folder: Path | None = None) -> Path:
-    """Where the identity of the ``number``th peer called ``name`` is kept. Raises as `identities_folder`."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40] or "default"
     if name and plain != name:  # two names must not share a file
         plain += f"-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
-    return (folder or identities_folder()) / f"{plain}{f'.{number}' if number > 1 else ''}.pem"
+    return folder / f"{plain}{f'.{number}' if number > 1 else ''}.pem"
 
 
 def _lock(path: Path) -> int | None:

@@ -102,7 +102,8 @@ class Transport(ABC):
     scheme: ClassVar[str]
     """The scheme of its addresses: ``"tcp"``, ``"libp2p"``, …"""
     default_places: ClassVar[tuple[str, ...]] = ()
-    """Where a server listens that was not told where; none when no place works everywhere."""
+    """Where a server listens that was not told where; none when no place works everywhere. ``{port}`` in them
+    stands for a port that is chosen for it."""
     finds_neighbours: ClassVar[bool] = False
     """Whether `find_neighbours` works."""
 

@@ -15,6 +15,7 @@ from swarmcore.cli.bootstrap import bootstrap
 from swarmcore.cli.chat import chat
 from swarmcore.cli.convert import convert
 from swarmcore.cli.generate import generate
+from swarmcore.cli.identity import identity
 from swarmcore.cli.interrupt import Interrupted
 from swarmcore.cli.serve import serve
 from swarmcore.cli.sim import sim
@@ -54,5 +55,5 @@ def main() -> None:
     """Run language models too big for one machine on many machines over the Internet."""
 
 
-for command in (serve, bootstrap, chat, generate, status, convert, bench, sim):
+for command in (serve, bootstrap, chat, generate, status, identity, convert, bench, sim):
     main.add_command(command)

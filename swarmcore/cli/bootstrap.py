@@ -69,8 +69,8 @@ def bootstrap(
     reached = Reached(output)
 
     def on_online(info: ServerInfo) -> None:
-        output.remark("online: others join with --bootstrap and this address:")
-        reached.begin(info.addresses)
+        output.remark("online, at")
+        reached.begin(info.addresses, model=model or "", chat="chat --thin" if head is not None else "")
         output.event("online", peer=info.peer, addresses=info.addresses, pid=os.getpid())
 
     with output.progress() as progress:

@@ -142,7 +142,9 @@ def _whom_to_ask(
     context: click.Context, option: click.Parameter, addresses: tuple[str, ...]
 ) -> tuple[str, ...]:
     if not addresses and not context.params.get("mdns") and not context.resilient_parsing:
-        raise click.MissingParameter("Or look on the local network with --mdns.", context, option)
+        raise click.MissingParameter(
+            "Or set SWARMCORE_BOOTSTRAP, or look on the local network with --mdns.", context, option
+        )
     return addresses
 
 
@@ -160,7 +162,7 @@ _LISTENING = (
         multiple=True,
         metavar="HOST:PORT",
         help="Where to listen; port 0 is any free one. With several transports: SCHEME://HOST:PORT. "
-        "/ip4/0.0.0.0/tcp/4001 is for libp2p. [default: any free port of 0.0.0.0]",
+        "/ip4/0.0.0.0/tcp/4001 is for libp2p. [default: port 7927 of 0.0.0.0, or the next free one]",
     ),
     click.option(
         "--announce",
@@ -172,6 +174,8 @@ _LISTENING = (
         "--bootstrap",
         multiple=True,
         metavar="ADDRESS",
+        envvar="SWARMCORE_BOOTSTRAP",
+        show_envvar=True,
         help="Address of any peer of the swarm to join; repeat for several. Without it a swarm begins.",
     ),
     _mdns,
@@ -213,6 +217,8 @@ _CLIENT = (
         multiple=True,
         callback=_whom_to_ask,
         metavar="ADDRESS",
+        envvar="SWARMCORE_BOOTSTRAP",
+        show_envvar=True,
         help="Address of any peer of the swarm; repeat for several. Needed without --mdns.",
     ),
     _mdns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from swarmcore.cli.output import Output
@@ -14,11 +15,23 @@ class Reached:
         self._output = output
         self._known: tuple[str, ...] = ()
 
-    def begin(self, addresses: Sequence[str]) -> None:
-        """What a peer that has come online gives to others."""
+    def begin(self, addresses: Sequence[str], *, model: str = "", chat: str = "") -> None:
+        """What a peer that has come online gives to others, and what they do with it.
+
+        ``model`` is what another server of it would be started with, ``chat`` a command that talks with it;
+        each is empty where there is none.
+        """
         self._known = tuple(addresses)
         for address in addresses:
             self._output.result(address)
+        if not addresses:
+            return
+        bootstrap = f"--bootstrap {addresses[0]}"
+        self._output.remark(
+            f"join:  swarmcore serve --model {shlex.quote(model) if model else 'MODEL'} {bootstrap}"
+        )
+        if chat:
+            self._output.remark(f"chat:  swarmcore {chat} {bootstrap}")
 
     def change(self, addresses: tuple[str, ...]) -> None:
         """From now on these; a line for each that is new, and for each that is lost."""

@@ -210,7 +210,7 @@ def serve(
         nonlocal grace
         grace = config.drain + interrupt.GRACE
         _report_online(output, server)
-        reached.begin(server.info.addresses)
+        reached.begin(server.info.addresses, model=model, chat="chat --thin" if head is not None else "chat")
 
     def on_leaving(server: BlockServer) -> None:
         sessions = server.inference.sessions
@@ -257,7 +257,7 @@ def _report_online(output: Output, server: BlockServer) -> None:
     output.remark(f"speed: {server.speed.describe(len(info.span))}")
     output.remark(
         f"online: blocks {info.span} of {info.model.blocks} of {info.model.name} in {info.dtype}, "
-        f"cache for {info.cache_tokens} tokens. Others join with --bootstrap and this address:"
+        f"cache for {info.cache_tokens} tokens, at"
     )
     output.event(
         "online",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from swarmcore.distribution import version
-from swarmcore.errors import InputError
+from swarmcore.errors import AddressInUseError, InputError
 from swarmcore.identity import Identity
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.announcing import follow_addresses
@@ -57,12 +57,20 @@ BOOTSTRAP_TTL = 300.0
 """Seconds for which a bootstrap peer's announcement is believed that is not renewed."""
 
 
+DEFAULT_PORT = 7927
+"""Where servers listen that were not told where: SWCR on a telephone's keys."""
+PORTS_TRIED = 16
+"""Ports from that one on that are tried before any free one is taken; each transport has its own."""
+PORT = "{port}"
+
+
 @attrs.frozen(kw_only=True)
 class NetworkConfig:
     """Where a server listens and whom it joins."""
 
     transports: Mapping[str, Sequence[str]]
-    """Transport schemes, each with the places to listen on in that transport's notation."""
+    """Transport schemes, each with the places to listen on in that transport's notation; ``{port}`` in them
+    is `DEFAULT_PORT`, or the next one that is free."""
     announce: Sequence[str] = ()
     """Addresses to announce instead of those found, for a host behind a forwarded port."""
     bootstrap: Sequence[str] = ()
@@ -83,24 +91,46 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
     """A listening node, and its registry, which is yet to be started; both are closed at the end."""
     if not network.transports:
         raise InputError("a server needs at least one transport")
-    transports = []
-    for scheme, listen_on in network.transports.items():
-        announce = [url for url in network.announce if url.startswith(f"{scheme}:")]
-        options = network.options.get(scheme, {})
-        transports.append(
-            transport_class(scheme)(identity, listen_on=listen_on, announce=announce, **options)
-        )
-    node = Node(identity, transports, allowed_peers=network.allowed_peers)
-    bootstrap = [Address.parse(url) for url in network.bootstrap]
-    registry = make_registry(network.registry, node, bootstrap, member=True)
+    node, registry = await _start_listening(identity, network)
     try:
-        await node.start()
         if network.find_neighbours:
             await meet_neighbours(node, registry, patience=0.0 if network.bootstrap else PATIENCE)
         yield node, registry
     finally:
         await registry.close()
         await node.close()
+
+
+async def _start_listening(identity: Identity, network: NetworkConfig) -> tuple[Node, Registry]:
+    """A node that listens where ``network`` says, on the first of the ports by default that is free."""
+    bootstrap = [Address.parse(url) for url in network.bootstrap]
+    some_port = any(PORT in place for places in network.transports.values() for place in places)
+    for port in (*range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED), 0):
+        transports = []
+        for number, (scheme, places) in enumerate(network.transports.items()):
+            own_port = str(port + number if port else 0)
+            transports.append(
+                transport_class(scheme)(
+                    identity,
+                    listen_on=[place.replace(PORT, own_port) for place in places],
+                    announce=[url for url in network.announce if url.startswith(f"{scheme}:")],
+                    **network.options.get(scheme, {}),
+                )
+            )
+        node = Node(identity, transports, allowed_peers=network.allowed_peers)
+        registry = make_registry(network.registry, node, bootstrap, member=True)
+        try:
+            await node.start()
+        except AddressInUseError:
+            await registry.close()
+            if not (some_port and port):
+                raise
+        except BaseException:
+            await registry.close()
+            raise
+        else:
+            return node, registry
+    raise AssertionError("port 0 is any free one")
 
 
 async def run_server(

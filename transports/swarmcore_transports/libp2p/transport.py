@@ -64,7 +64,7 @@ class Libp2pTransport(Transport):
     """
 
     scheme = SCHEME
-    default_places = ("/ip4/0.0.0.0/tcp/0",)
+    default_places = ("/ip4/0.0.0.0/tcp/{port}",)
     finds_neighbours = True
 
     def __init__(

@@ -62,7 +62,7 @@ class TcpTransport(Transport):
     """
 
     scheme = SCHEME
-    default_places = ("0.0.0.0:0",)
+    default_places = ("0.0.0.0:{port}",)
 
     def __init__(
         self,

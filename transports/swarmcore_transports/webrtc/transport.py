@@ -67,7 +67,7 @@ class WebRtcTransport(Transport):
     """
 
     scheme = SCHEME
-    default_places = ("0.0.0.0:0",)
+    default_places = ("0.0.0.0:{port}",)
 
     def __init__(
         self,
