@@ -12,7 +12,7 @@ from swarmcore.cli.head import head_options
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import network_options, own_identity, set_thread_environment, standard
 from swarmcore.cli.output import Output
-from swarmcore.cli.reached import Reached
+from swarmcore.cli.reached import Reached, say_what_next
 from swarmcore.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def bootstrap(
 
     def on_online(info: ServerInfo) -> None:
         output.remark("online, at")
-        reached.begin(info.addresses, model=model or "", chat="chat --thin" if head is not None else "")
+        reached.begin(info.addresses)
+        talk = "chat --thin" if head is not None else ""
+        say_what_next(output, info.addresses, model=model or "", chat=talk)
         output.event("online", peer=info.peer, addresses=info.addresses, pid=os.getpid())
 
     with output.progress() as progress:

@@ -15,23 +15,11 @@ class Reached:
         self._output = output
         self._known: tuple[str, ...] = ()
 
-    def begin(self, addresses: Sequence[str], *, model: str = "", chat: str = "") -> None:
-        """What a peer that has come online gives to others, and what they do with it.
-
-        ``model`` is what another server of it would be started with, ``chat`` a command that talks with it;
-        each is empty where there is none.
-        """
+    def begin(self, addresses: Sequence[str]) -> None:
+        """What a peer that has come online gives to others."""
         self._known = tuple(addresses)
         for address in addresses:
             self._output.result(address)
-        if not addresses:
-            return
-        bootstrap = f"--bootstrap {addresses[0]}"
-        self._output.remark(
-            f"join:  swarmcore serve --model {shlex.quote(model) if model else 'MODEL'} {bootstrap}"
-        )
-        if chat:
-            self._output.remark(f"chat:  swarmcore {chat} {bootstrap}")
 
     def change(self, addresses: tuple[str, ...]) -> None:
         """From now on these; a line for each that is new, and for each that is lost."""
@@ -43,3 +31,17 @@ class Reached:
             if address not in addresses:
                 self._output.remark(f"no longer reached at {address}")
         self._output.event("addresses", addresses=addresses)
+
+
+def say_what_next(output: Output, addresses: Sequence[str], *, model: str = "", chat: str = "") -> None:
+    """How others join a peer that is reached at ``addresses``, and talk with its model.
+
+    ``model`` is what another server of it would be started with, ``chat`` a command that talks with it; each
+    is empty where there is none.
+    """
+    if not addresses:
+        return
+    bootstrap = f"--bootstrap {addresses[0]}"
+    output.remark(f"join:  swarmcore serve --model {shlex.quote(model) if model else 'MODEL'} {bootstrap}")
+    if chat:
+        output.remark(f"chat:  swarmcore {chat} {bootstrap}")

@@ -12,7 +12,7 @@ from swarmcore.cli.head import head_options
 from swarmcore.cli.listening import network_config
 from swarmcore.cli.options import network_options, own_identity, set_thread_environment, standard
 from swarmcore.cli.output import Output
-from swarmcore.cli.reached import Reached
+from swarmcore.cli.reached import Reached, say_what_next
 from swarmcore.cli.values import parse_bytes, parse_named_paths
 from swarmcore.errors import InputError
 from swarmcore.types import Span
@@ -210,7 +210,9 @@ def serve(
         nonlocal grace
         grace = config.drain + interrupt.GRACE
         _report_online(output, server)
-        reached.begin(server.info.addresses, model=model, chat="chat --thin" if head is not None else "chat")
+        reached.begin(server.info.addresses)
+        talk = "chat --thin" if head is not None else "chat"
+        say_what_next(output, server.info.addresses, model=model, chat=talk)
 
     def on_leaving(server: BlockServer) -> None:
         sessions = server.inference.sessions

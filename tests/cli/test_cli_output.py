@@ -78,7 +78,7 @@ def test_announced_places_become_whole_addresses():
         allowed_peers=[peer],
     )
     assert config.announce == (f"tcp://example.org:4001/{peer}", f"tcp://[2001:db8::1]:4001/{peer}")
-    assert config.transports == {"tcp": ("0.0.0.0:0",)}
+    assert config.transports == {"tcp": ("0.0.0.0:{port}",)}
     assert config.allowed_peers == {peer}
 
 
