@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
 from swarmcore.cli.output import Output
+
+_LOOPBACK = re.compile(r"(//|/ip[46]/)(127\.|\[?::1[\]/]|localhost[:/])")
 
 
 class Reached:
@@ -20,6 +23,7 @@ class Reached:
         self._known = tuple(addresses)
         for address in addresses:
             self._output.result(address)
+        self._say_if_local()
 
     def change(self, addresses: tuple[str, ...]) -> None:
         """From now on these; a line for each that is new, and for each that is lost."""
@@ -30,7 +34,15 @@ class Reached:
         for address in known:
             if address not in addresses:
                 self._output.remark(f"no longer reached at {address}")
+        self._say_if_local()
         self._output.event("addresses", addresses=addresses)
+
+    def _say_if_local(self) -> None:
+        if self._known and all(map(_LOOPBACK.search, self._known)):
+            self._output.remark(
+                "joinable from this machine only: listen on 0.0.0.0 or [::] to be reached from others; an "
+                "address that comes up later is told then"
+            )
 
 
 def say_what_next(output: Output, addresses: Sequence[str], *, model: str = "", chat: str = "") -> None:

@@ -16,11 +16,11 @@ from swarmcore.errors import AddressError, InputError, ProtocolError
 from swarmcore.identity import Identity, verify
 from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo
 from swarmcore.wire.framing import decode_record, encode_record
+from swarmcore.wire.limits import MAX_ADDRESSES
 
 # Signed in front of the payload, so that no signature made for another purpose passes as a record.
 _DOMAIN = b"swarmcore registry record 1\0"
 
-MAX_ADDRESSES = 16
 MAX_TEXT = 256
 MAX_BLOCKS = 100_000
 MAX_RTTS = 16

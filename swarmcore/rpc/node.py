@@ -32,7 +32,7 @@ from swarmcore.transport import Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.failure import Failure, to_error
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
-from swarmcore.wire.limits import Limits
+from swarmcore.wire.limits import MAX_ADDRESSES, Limits
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,15 @@ class Node:
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """Where others can dial this peer now; empty before `start`, and for a pure client."""
-        return tuple(address for found in self._addresses.values() for address in found)
+        """Where others can dial this peer now; empty before `start`, and for a pure client.
+
+        No more than fit into a record: where its transports have more, each has the same share.
+        """
+        ranked = [
+            (place, address) for found in self._addresses.values() for place, address in enumerate(found)
+        ]
+        last = sorted(place for place, _ in ranked)[MAX_ADDRESSES - 1 : MAX_ADDRESSES] or [len(ranked)]
+        return tuple(address for place, address in ranked if place <= last[0])[:MAX_ADDRESSES]
 
     @property
     def notes(self) -> tuple[str, ...]:

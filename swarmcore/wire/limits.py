@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import attrs
 
+MAX_ADDRESSES = 16
+"""Addresses that a peer may announce."""
+
 
 @attrs.frozen
 class Limits:

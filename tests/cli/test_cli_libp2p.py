@@ -27,7 +27,7 @@ def config(**given: Any) -> Any:
 
 def test_without_options_everything_is_left_to_the_transport() -> None:
     plain = config()
-    assert plain.transports == {"libp2p": ("/ip4/0.0.0.0/tcp/{port}",)}
+    assert plain.transports == {"libp2p": ("/ip4/0.0.0.0/tcp/{port}", "/ip6/::/tcp/{port}")}
     assert plain.options == {}
     assert not plain.find_neighbours
 

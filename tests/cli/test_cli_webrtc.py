@@ -34,7 +34,7 @@ def private(path: Path, text: str) -> str:
 
 def test_without_options_everything_is_left_to_the_transport() -> None:
     assert config().options == {}
-    assert config().transports == {"webrtc": ("0.0.0.0:{port}",)}
+    assert config().transports == {"webrtc": ("0.0.0.0:{port}", "[::]:{port}")}
     assert transport_options(ice=(), ice_file=None, ice_relay_only=False, signalling_ca=None) == {}
 
 

@@ -28,16 +28,20 @@ class NetworkWatch:
         self._on_change = on_change
         self._sleep = sleep
         self._look = look
+        self._known = self._seen(frozenset())
 
     async def run(self) -> None:
-        """Look until cancelled."""
-        known = self._seen(frozenset())
+        """Look until cancelled; what has changed since this object was made counts."""
         while True:
             await self._sleep(_LOOK_SECONDS)
-            found = self._seen(known)
-            if found != known:
-                gone, known = known - found, found
-                self._on_change(gone)
+            before, self._known = self._known, self._seen(self._known)
+            if self._known == before:
+                continue
+            try:
+                self._on_change(before - self._known)
+            except OSError as exc:  # it changes so fast that it cannot be told: look again
+                logger.debug("this machine does not tell its addresses: %r", exc)
+                self._known = before
 
     def _seen(self, known: frozenset[str]) -> frozenset[str]:
         try:

@@ -11,7 +11,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
-from swarmcore_transports.own_addresses import reachable_hosts
+from swarmcore_transports.own_addresses import reachable_places, undialable
 
 SCHEME = "libp2p"
 
@@ -72,6 +72,8 @@ def to_multiaddr(address: Address) -> Multiaddr:
     names = [protocol.name for protocol in found.protocols()]
     if names[:2] not in _DIALLED:
         raise AddressError(f"{str(address)!r} cannot be dialled: only TCP, directly or through a relay, is")
+    if reason := undialable(host_of(found), port_of(found)):
+        raise AddressError(f"nobody can dial {address}: {reason}")
     if names[2:] not in (["p2p"], ["p2p", "p2p-circuit", "p2p"]):
         raise AddressError(f"{str(address)!r} is neither a direct address nor one through a relay")
     return found
@@ -93,19 +95,8 @@ def announced_multiaddr(text: str, peer: PeerId) -> Multiaddr:
 
 def spelt_out(bound: Iterable[Multiaddr]) -> list[Multiaddr]:
     """The addresses by which others reach sockets bound to ``bound``: wildcards become our own addresses."""
-    found: dict[str, Multiaddr] = {}
-    for multiaddr in bound:
-        version, host, port = _socket(multiaddr)
-        for own in reachable_hosts(host):
-            text = f"/ip{version}/{own}/tcp/{port}"
-            found[text] = Multiaddr(text)
-    return list(found.values())
-
-
-def _socket(multiaddr: Multiaddr) -> tuple[int, str, int]:
-    version = 6 if "ip6" in (protocol.name for protocol in multiaddr.protocols()) else 4
-    host, port = multiaddr.value_for_protocol(f"ip{version}"), multiaddr.value_for_protocol("tcp")
-    return version, str(host), int(port or 0)
+    places = reachable_places((host_of(multiaddr), port_of(multiaddr)) for multiaddr in bound)
+    return [on_host(host, port) for host, port in places]
 
 
 def on_host(host: str, port: int) -> Multiaddr:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from swarmcore_transports.libp2p.multiaddrs import host_of
+from swarmcore_transports.own_addresses import loopback_note, loopback_only
+
 if TYPE_CHECKING:
     from swarmcore_transports.libp2p.host import Host
 
@@ -15,6 +18,9 @@ def standing_notes(host: Host, mapping: str) -> list[str]:
     Only reads, so that it may be called in any thread.
     """
     found = []
+    found_elsewhere = host.own.of("relayed") or host.own.of("verified")
+    if not found_elsewhere and loopback_only(map(host_of, host.own.all())):
+        found.append(loopback_note(map(host_of, host.bound())))
     outside = host.dial_back.standing
     why = "; ".join(reason for reason in (outside, mapping) if reason)
     if not host.own.public:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Sequence
+from itertools import compress
 
 import trio
 from libp2p.abc import INetStream
@@ -33,6 +34,7 @@ from swarmcore_transports.libp2p.multiaddrs import (
     SCHEME,
     announced_multiaddr,
     given_relay,
+    host_of,
     place,
     to_address,
     to_multiaddr,
@@ -44,6 +46,7 @@ from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.port_mapping import PortMapper
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
 from swarmcore_transports.libp2p.vicinity import Vicinity
+from swarmcore_transports.own_addresses import present
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class Libp2pTransport(Transport):
     """
 
     scheme = SCHEME
-    default_places = ("/ip4/0.0.0.0/tcp/{port}",)
+    default_places = ("/ip4/0.0.0.0/tcp/{port}", "/ip6/::/tcp/{port}")
     finds_neighbours = True
 
     def __init__(
@@ -143,6 +146,7 @@ class Libp2pTransport(Transport):
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['/ip4/0.0.0.0/tcp/4001']")
         places = [place(text) for text in self.listen_on]
+        places = list(compress(places, present([host_of(each) for each in places])))
         thread, host = await self._started()
         self._connections.serve(on_stream)
         await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")

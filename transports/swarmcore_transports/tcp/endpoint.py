@@ -14,7 +14,7 @@ import attrs
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
-from swarmcore_transports.own_addresses import reachable_hosts
+from swarmcore_transports.own_addresses import reachable_places, undialable
 
 SCHEME = "tcp"
 
@@ -49,12 +49,13 @@ class Endpoint:
 
 
 def endpoint_of(address: Address) -> Endpoint:
-    """Where to dial. Raise `AddressError` unless the address is ``tcp://host:port/<peer id>``."""
+    """Where to dial. Raise `AddressError` unless the address is ``tcp://host:port/<peer id>``, and one that
+    somebody can dial."""
     if address.scheme != SCHEME or not address.location.startswith("//"):
         raise AddressError(f"{address} is not of the form tcp://host:port/<peer id>")
     endpoint = Endpoint.parse(address.location[2:])
-    if not endpoint.port:
-        raise AddressError(f"{address} has port 0, which cannot be dialled")
+    if reason := undialable(endpoint.host, endpoint.port):
+        raise AddressError(f"nobody can dial {address}: {reason}")
     return endpoint
 
 
@@ -114,11 +115,8 @@ def announced(bound: Sequence[Endpoint], announce: Sequence[str], peer: PeerId) 
     """
     if announce:
         return tuple(_announced(text, peer) for text in announce)
-    endpoints: dict[Endpoint, None] = {}
-    for endpoint in bound:
-        for host in reachable_hosts(endpoint.host):
-            endpoints[Endpoint(host, endpoint.port)] = None
-    return tuple(endpoint.address(peer) for endpoint in endpoints)
+    places = reachable_places((endpoint.host, endpoint.port) for endpoint in bound)
+    return tuple(Endpoint(host, port).address(peer) for host, port in places)
 
 
 def _announced(text: str, peer: PeerId) -> Address:

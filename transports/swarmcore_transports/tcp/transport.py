@@ -10,7 +10,8 @@ import secrets
 import select
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 
 from swarmcore.errors import (
     AddressError,
@@ -32,6 +33,8 @@ from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.frames import Kind, encode_frame
 from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.network_watch import NetworkWatch
+from swarmcore_transports.own_addresses import loopback_note, loopback_only, present
 from swarmcore_transports.tcp.endpoint import (
     SCHEME,
     Endpoint,
@@ -58,11 +61,12 @@ class TcpTransport(Transport):
     """Streams over TLS 1.3 on TCP; addresses are ``tcp://host:port/<peer id>``.
 
     ``listen_on`` and ``announce`` hold ``host:port`` or ``[v6]:port``; port 0 takes a free one. A wildcard
-    host is announced as this machine's own addresses.
+    host is announced as this machine's own addresses, as they come and go; one of a family that this machine
+    does not have is passed over where there is another place.
     """
 
     scheme = SCHEME
-    default_places = ("0.0.0.0:{port}",)
+    default_places = ("0.0.0.0:{port}", "[::]:{port}")
 
     def __init__(
         self,
@@ -79,6 +83,8 @@ class TcpTransport(Transport):
         self._certificate = b""
         self._listening = False
         self._listeners: list[Listener] = []
+        self._told: tuple[Address, ...] = ()
+        self._watch: asyncio.Task[None] | None = None
         self._connections = Connections(self.limits, _readable, lambda: self.resources)
         # Tasks that bring a socket to TLS, either way. None is cancelled; `hang_up` ends it.
         self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
@@ -89,6 +95,11 @@ class TcpTransport(Transport):
         state = "closed" if self._closed else "listening" if self._listeners else "open"
         connections = f"{len(self._connections)} connections, {self._connections.idle} idle"
         return f"<TcpTransport {short(self.identity.peer)} {state} · {connections}>"
+
+    @classmethod
+    def address_at(cls, place: str, peer: PeerId) -> Address:
+        [address] = announced((), [place.removesuffix(f"/{peer}")], peer)
+        return address
 
     # --- listening ----------------------------------------------------------------------------------
 
@@ -102,20 +113,40 @@ class TcpTransport(Transport):
         announced((), self.announce, self.identity.peer)  # a mistake there shows before anything is bound
         self._listening = True
         self._connections.serve(on_stream)
-        bound: list[Endpoint] = []
         try:
             self._listener_context, self._certificate = await asyncio.to_thread(
                 listener_context, self.identity
             )
-            for endpoint in endpoints:
-                listener = await self._bind(endpoint)
-                self._listeners.append(listener)
-                bound += listener.endpoints
+            for endpoint in compress(endpoints, present([endpoint.host for endpoint in endpoints])):
+                self._listeners.append(await self._bind(endpoint))
         except BaseException:
             self._stop_listening()
             self._listening = False
             raise
-        return announced(bound, self.announce, self.identity.peer)
+        watch = NetworkWatch(self._network_changed, asyncio.sleep)
+        self._told = announced(self._bound, self.announce, self.identity.peer)
+        self._watch = asyncio.create_task(watch.run(), name="network watch")
+        return self._told
+
+    @property
+    def _bound(self) -> list[Endpoint]:
+        return [endpoint for listener in self._listeners for endpoint in listener.endpoints]
+
+    def _network_changed(self, gone: frozenset[str]) -> None:
+        """This machine has other addresses than before."""
+        found = announced(self._bound, self.announce, self.identity.peer)
+        if not self._closed and found != self._told and not self._between_networks(found):
+            self._told = found
+            self.on_addresses(found)
+
+    def _between_networks(self, found: Sequence[Address]) -> bool:
+        """Whether the network is only gone: whom one cannot reach one need not tell, and it may come back."""
+        return loopback_only(_hosts(found)) and not loopback_only(_hosts(self._told))
+
+    def notes(self) -> Sequence[str]:
+        if self._told and loopback_only(_hosts(self._told)):
+            return [f"{SCHEME}: {loopback_note(endpoint.host for endpoint in self._bound)}"]
+        return ()
 
     async def _bind(self, endpoint: Endpoint) -> Listener:
         try:
@@ -289,6 +320,9 @@ class TcpTransport(Transport):
 
     async def close(self) -> None:
         self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
         self._stop_listening()
         loop = asyncio.get_running_loop()
         for deadline in self._dials:
@@ -297,6 +331,10 @@ class TcpTransport(Transport):
             hang_up(sock)
         self._connections.begin_close()
         await self._connections.finish_close(self._handshakes)
+
+
+def _hosts(addresses: Iterable[Address]) -> list[str]:
+    return [endpoint_of(address).host for address in addresses]
 
 
 def _readable(connection: Connection) -> bool:

@@ -8,6 +8,7 @@ import attrs
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
+from swarmcore_transports.own_addresses import undialable
 
 SCHEME = "webrtc"
 PATH = "/swarmcore/signalling/1"
@@ -63,7 +64,10 @@ def service_of(address: Address) -> Service:
     """Where the peer of ``address`` is met. Raise `AddressError` when it is no address of WebRTC."""
     if address.scheme != SCHEME:
         raise AddressError(f"{str(address)!r} is no address of WebRTC; expected webrtc://HOST:PORT/<peer id>")
-    return Service.parse(address.location)
+    service = Service.parse(address.location)
+    if reason := undialable(service.host, service.port):
+        raise AddressError(f"nobody can dial {address}: {reason}")
+    return service
 
 
 def announced_location(text: str, peer: PeerId) -> str:
@@ -74,3 +78,9 @@ def announced_location(text: str, peer: PeerId) -> str:
     if address.peer != peer:
         raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
     return address.location
+
+
+def announced_service(text: str, peer: PeerId) -> Service:
+    """The service that ``--announce`` names. Raise `AddressError` when it is none that others can reach."""
+    place = announced_location(text, peer).removesuffix(f"/{peer}")
+    return service_of(Service.parse(place).address(peer))

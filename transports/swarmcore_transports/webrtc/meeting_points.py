@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Collection, Sequence
-
-import attrs
+from itertools import compress
 
 from swarmcore.errors import AddressError, SwarmError
 from swarmcore.types import Address, PeerId
-from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.webrtc.locations import Service, announced_location
+from swarmcore_transports.own_addresses import loopback_note, loopback_only, present, reachable_places
+from swarmcore_transports.webrtc.locations import Service, announced_service
 from swarmcore_transports.webrtc.signalling_client import SignallingClient
 from swarmcore_transports.webrtc.signalling_clients import SignallingClients
 from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
@@ -54,7 +53,7 @@ class MeetingPoints:
         ``announce`` replaces the addresses of those that run here. Raise `AddressError` for what is neither,
         except for a ``host:port``, of which `open` says so.
         """
-        self._announced = [Service.parse(announced_location(text, self._peer)) for text in announce]
+        self._announced = [announced_service(text, self._peer) for text in announce]
         self._places = [place for place in places if "://" not in place]
         self._foreign = [Service.parse(place) for place in places if "://" in place]
 
@@ -65,8 +64,9 @@ class MeetingPoints:
         `AddressError` when nobody does within ``timeout`` seconds, or what the first to fail raises. What has
         been opened stays to be closed.
         """
-        for place in self._places:
-            self._own.append(await self._serve(Service.parse(place)))
+        places = [Service.parse(place) for place in self._places]
+        for place in compress(places, present([place.host for place in places])):
+            self._own.append(await self._serve(place))
         own = [self._clients.keep(one.from_here(), own=True) for one in self._own]
         foreign = [self._clients.keep(one) for one in self._foreign]
         try:
@@ -88,10 +88,17 @@ class MeetingPoints:
 
     def addresses(self) -> tuple[Address, ...]:
         """Those to announce, by the addresses that this machine has now."""
-        own = self._announced or [
-            attrs.evolve(one, host=host) for one in self._own for host in reachable_hosts(one.host)
-        ]
+        tls = {one.port: one.tls for one in self._own}
+        places = reachable_places((one.host, one.port) for one in self._own)
+        own = self._announced or [Service(host, port, tls[port]) for host, port in places]
         return tuple(one.address(self._peer) for one in [*own, *self._foreign])
+
+    def notes(self) -> list[str]:
+        """What to tell of where this peer can be met."""
+        places = reachable_places((one.host, one.port) for one in self._own)
+        if self._announced or self._foreign or not places or not loopback_only(host for host, _ in places):
+            return []
+        return [loopback_note(one.host for one in self._own)]
 
     async def close(self) -> None:
         """Run no service any more."""

@@ -34,7 +34,7 @@ from swarmcore_transports.webrtc.exchange import Exchange, Route
 from swarmcore_transports.webrtc.exchanges import Exchanges
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
 from swarmcore_transports.webrtc.links import Link, Links
-from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_location, service_of
+from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_service, service_of
 from swarmcore_transports.webrtc.meeting_points import MeetingPoints
 from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Offers
 from swarmcore_transports.webrtc.passing import Passing
@@ -67,7 +67,7 @@ class WebRtcTransport(Transport):
     """
 
     scheme = SCHEME
-    default_places = ("0.0.0.0:{port}",)
+    default_places = ("0.0.0.0:{port}", "[::]:{port}")
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class WebRtcTransport(Transport):
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
-        return Service.parse(announced_location(place, peer).removesuffix(f"/{peer}")).address(peer)
+        return announced_service(place, peer).address(peer)
 
     def allow_only(self, peers: Collection[PeerId]) -> None:
         self._passing.allow_only(peers)
@@ -138,7 +138,11 @@ class WebRtcTransport(Transport):
         except BaseException:
             await self.close()
             raise
+        self._restarts.start()  # watches the network, too
         return self._meeting_points.addresses()
+
+    def notes(self) -> Sequence[str]:
+        return [f"{SCHEME}: {note}" for note in self._meeting_points.notes()]
 
     def _make_client(self, service: Service, own: bool) -> SignallingClient:
         # A certificate for a domain is none for 127.0.0.1, where one's own service is.
