@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from swarmcore.executor.torch.cut import find_base, layer_list
+
 LENGTHS = (14, 14, 11, 3)
 
 
@@ -15,8 +17,8 @@ def run_blocks(model: Any, hidden: torch.Tensor, cache: Any = None) -> torch.Ten
 
     ``hidden`` is what the first block is given, ``cache`` what transformers has cached before it.
     """
-    base = model.base_model
-    blocks = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
+    base = find_base(model)[1]
+    blocks = getattr(base, layer_list(base))
     seen: list[torch.Tensor] = []
 
     def before(module: Any, args: Any, kwargs: Any) -> Any:

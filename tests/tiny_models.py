@@ -27,6 +27,7 @@ _HEADS_OF_16 = {**SIZES, "head_dim": 16}
 _SLIDING = {**_HEADS_OF_16, "sliding_window": 8}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _LONG = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 256, **_IDS}
 _FALCON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -88,17 +89,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"kv_lora_rank": 16, "q_lora_rank": 16}
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
     ),
-    "gpt2": (
-        "gpt2",
-        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 256, **_IDS},
-    ),
-    "gpt2-by-index": (
-        "gpt2",
-        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 256, **_IDS}
-        | {"scale_attn_by_inverse_layer_idx": True},
-    ),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-by-index": ("gpt2", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 5, "n_head": 4, **_IDS}),
+    "gptj": ("gptj", {**_GPT2, "rotary_dim": 8}),
+    "gpt_neo": (
+        "gpt_neo",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "num_layers": 5, "num_heads": 4, "window_size": 8}
+        | {"attention_types": [[["global", "local"], 2], [["local"], 1]], **_IDS},
+    ),
+    "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 5, "n_heads": 4, **_IDS}),
+    "xglm": (
+        "xglm",
+        {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 5, "attention_heads": 4, "ffn_dim": 96}
+        | {"pad_token_id": 0, **_IDS},
+    ),
+    "diffllama": ("diffllama", SIZES),
+    "llama4": (
+        "llama4_text",
+        {**_HEADS_OF_16, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 2}
+        | {"attention_chunk_size": 8, "floor_scale": 8, "interleave_moe_layer_step": 2},
+    ),
     "falcon-7b": ("falcon", {**_FALCON, "multi_query": True, "parallel_attn": True, "alibi": False}),
     "falcon-40b": ("falcon", {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon-rw": (

@@ -75,7 +75,9 @@ def load_without_blocks(
     data = checkpoint.read(list(found), progress=progress)
     check_plain(checkpoint.name, data, tensors.whole_numbers(found, skeleton))
     state = {key: _in_dtype(data.pop(name), wanted) for name, key in found.items()}
-    model, loaded = load_state(type(skeleton), config, state, wanted, checkpoint.name)
+    family = _initialised_as(type(skeleton), text.num_hidden_layers)
+    model, loaded = load_state(family, config, state, wanted, checkpoint.name)
+    model.config.num_hidden_layers = 0
     new = {name for name in loaded["missing_keys"] if _is_new_head(model, name)}
     if missing := set(loaded["missing_keys"]) - new:
         raise missing_tensors(checkpoint.name, missing)
@@ -83,6 +85,18 @@ def load_without_blocks(
     for name in new:
         model.get_parameter(name).requires_grad_(True)
     return model, structure
+
+
+def _initialised_as(family: Any, blocks: int) -> Any:
+    """``family`` without blocks, initialised as a model of that many: some divide by how many there are."""
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, config, *args, **kwargs)
+        config.num_hidden_layers = blocks
+
+    # Under the name of its family, by which the library's loader knows what to convert.
+    body = {"__init__": __init__, "__module__": family.__module__, "__qualname__": family.__qualname__}
+    return type(family.__name__, (family,), body)
 
 
 def without_blocks(config: PretrainedConfig) -> PretrainedConfig:

@@ -173,7 +173,7 @@ def _matches(key: str, target: str) -> bool:
 def _kv_shape(config: Any) -> tuple[int, int] | None:
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    if getattr(config, "kv_lora_rank", None):
+    if getattr(config, "kv_lora_rank", None) or config.model_type == "diffllama":
         return None
     if config.model_type == "falcon":  # its head count is a list of three styles, not one number
         if config.new_decoder_architecture:

@@ -12,6 +12,7 @@ from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 from swarmcore.client.local_parts import LocalParts
 from swarmcore.errors import CheckpointError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.executor.torch.cut import find_base, layer_list
 
 BLOCKS = ("layers.", "h.")
 
@@ -54,13 +55,14 @@ def test_equal_to_the_whole_model(family: str, tmp_path: Path, capfd: pytest.Cap
     ids = torch.randint(0, VOCABULARY, (1, 9))
     entered: list[torch.Tensor] = []
     left: list[torch.Tensor] = []
-    base = whole.base_model
-    layers = base.layers if hasattr(base, "layers") else base.h
-    norm = next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
+    base = find_base(whole)[1]
+    layers = getattr(base, layer_list(base))
     layers[0].register_forward_pre_hook(
         lambda m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    norm.register_forward_pre_hook(lambda m, args: left.append(args[0]))
+    layers[-1].register_forward_hook(
+        lambda m, args, out: left.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
     logits = whole(ids).logits[0]
 
     assert torch.equal(parts.embed(ids[0].tolist(), range(9)), entered[0][0])

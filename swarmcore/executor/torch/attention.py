@@ -96,7 +96,7 @@ def ragged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     how = Attention(scale, mask.window, mask.chunk, softcap, s_aux)
     layer: Any = module.layer_idx
-    return batch.attend(layer, query, key, value, how), None
+    return batch.attend(layer, query, key, value, how).contiguous(), None  # as some families rely on
 
 
 def probing_attention(

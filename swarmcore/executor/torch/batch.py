@@ -62,6 +62,8 @@ class Batch(Protocol):
 
     updates: Updates | None
     """What adapters change in it."""
+    position_ids: torch.Tensor
+    """Where each token is in its sequence, ``[1, tokens]``."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention

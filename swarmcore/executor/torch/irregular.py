@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from swarmcore.executor.torch import bloom, ctrl, diffllama, falcon, mpt, own_products, xglm
+from swarmcore.executor.torch import bloom, ctrl, diffllama, falcon, llama4, mpt, own_products, xglm
 
 REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {
     "bloom": bloom.replace_attention,
@@ -16,8 +16,12 @@ REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {
     "gpt_neo": own_products.replace_gpt_neo,
     "gpt_neox_japanese": own_products.replace_gpt_neox_japanese,
     "gptj": own_products.replace_gptj,
+    "llama4_text": llama4.replace_attention,
     "mpt": mpt.replace_attention,
     "openai-gpt": own_products.replace_openai_gpt,
     "xglm": xglm.replace_attention,
 }
 """Given a base model, has its blocks call the current batch."""
+
+OWN_MASKS = frozenset({"falcon"})
+"""Families that change masks on the way to their blocks, and whose replacements know what tokens see."""

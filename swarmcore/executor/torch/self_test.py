@@ -38,8 +38,13 @@ TOLERANCE = 1e-3
 _KEPT_BYTES = 4 * 2**20
 """A reference of at most that size stays in memory, for the next span of the same model."""
 
-_STEPS = (((0, 0, 5), (1, 0, 3)), ((1, 3, 9), (0, 5, 11)), ((0, 11, 12), (1, 9, 10)), ((0, 12, 13),))
-"""Batches of (sequence, start, end): both prefills, chunks of both, decode steps."""
+_STEPS = (
+    ((0, 0, 5), (1, 0, 3)),
+    ((1, 3, 6),),
+    ((1, 6, 9), (0, 5, 11)),
+    ((0, 11, 12), (1, 9, 10)),
+    ((0, 12, 13),),
+)
 
 _remembered: set[str] = set()
 _reference: tuple[str, Reference] | None = None

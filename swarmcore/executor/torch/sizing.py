@@ -73,4 +73,5 @@ def _cached_values(config: Any) -> int:
     if rotated := getattr(config, "qk_rope_head_dim", 0):  # latent attention, cached expanded
         return int(heads * (config.qk_nope_head_dim + rotated + config.v_head_dim))
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * (getattr(config, "num_key_value_heads", None) or heads) * size)
+    pairs = 3 if config.model_type == "diffllama" else 2  # it keeps each half of the values for both heads
+    return int(pairs * (getattr(config, "num_key_value_heads", None) or heads) * size)

@@ -23,7 +23,7 @@ from swarmcore.executor.torch.cut import (
     layer_list,
     whole_config,
 )
-from swarmcore.executor.torch.irregular import REPLACE_ATTENTION
+from swarmcore.executor.torch.irregular import OWN_MASKS, REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
 from swarmcore.executor.torch.loading import load_state
 from swarmcore.executor.torch.masks import PROBE
@@ -98,11 +98,11 @@ class SpanModel:
         config = self._base.config
         hidden = torch.randn(1, 1, config.hidden_size, dtype=dtype, device=device)
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        probe = _Probe()
+        probe = _Probe(position_ids)
         layers = layer_list(self._base)
         blocks = getattr(self._base, layers)
         try:
-            if config.model_type not in REPLACE_ATTENTION:  # those know what their tokens see
+            if config.model_type not in OWN_MASKS:
                 config._attn_implementation = PROBE
             self.forward(hidden, position_ids, probe)
             config._attn_implementation = NAME
@@ -131,7 +131,8 @@ class SpanModel:
 class _Probe:
     """A batch that attends to nothing and notes what each layer would store."""
 
-    def __init__(self) -> None:
+    def __init__(self, position_ids: torch.Tensor) -> None:
+        self.position_ids = position_ids
         self.shapes: dict[int, LayerShape] = {}
         self.updates: Updates | None = None
 
@@ -224,11 +225,18 @@ def _keep_only_blocks(base: Any, structure: Structure) -> None:
     for name, child in list(base.named_children()):
         if name in structure.after or (name != structure.layers and any(True for _ in child.parameters())):
             positional = isinstance(child, nn.Embedding) and child is not tokens
-            setattr(base, name, _NoPositions() if positional else nn.Identity())
+            setattr(base, name, _NoPositions() if positional else _Unchanged())
     if hasattr(base, "embedding_multiplier"):
         base.embedding_multiplier = (
             1.0  # Granite scales what it takes for embeddings; the client has done so.
         )
+
+
+class _Unchanged(nn.Module):
+    """In place of what comes before the first block or after the last: gives back the tensor it is given."""
+
+    def forward(self, *args: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        return next(given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor))
 
 
 class _NoPositions(nn.Module):

@@ -14,6 +14,7 @@ from swarmcore.errors import SwarmError
 from swarmcore.executor.base import Segment, SequenceId, Slice
 from swarmcore.executor.torch import batch
 from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.executor.torch.cut import find_base, layer_list
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span
@@ -39,8 +40,8 @@ ROLLBACK = 5
 
 def block_states(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence's hidden states before the first and after the last block, ``[tokens, hidden size]``."""
-    base = model.base_model
-    blocks = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
+    base = find_base(model)[1]
+    blocks = getattr(base, layer_list(base))
     seen: list[torch.Tensor] = []
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
