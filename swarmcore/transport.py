@@ -136,8 +136,8 @@ class Transport(ABC):
     def allow_only(self, peers: Collection[PeerId]) -> None:  # noqa: B027 - most have nothing to do
         """The swarm is closed: do nothing by itself for others than ``peers``, such as relaying.
 
-        Called before `listen`. Streams of others are accepted still: whoever handles them refuses them with
-        a reason.
+        Called before `listen`, and again whenever the list has changed. Streams of others are accepted
+        still: whoever handles them refuses them with a reason.
         """
 
     def notes(self) -> Sequence[str]:

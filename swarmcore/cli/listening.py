@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarmcore.cli.webrtc import SCHEME as _WEBRTC
@@ -30,6 +31,7 @@ def network_config(
     announce: Sequence[str],
     bootstrap: Sequence[str],
     allowed_peers: Sequence[str],
+    allow_file: str | None = None,
     relay: str | None = None,
     relay_peers: Sequence[str] = (),
     no_upnp: bool = False,
@@ -41,12 +43,14 @@ def network_config(
 
     Raise `InputError` for any that cannot work: better before a model is loaded than after.
     """
+    from swarmcore.server.allow_file import AllowFile
     from swarmcore.server.run import NetworkConfig
 
     for address in bootstrap:
         Address.parse(address)
     for allowed in allowed_peers:
         public_key(allowed)
+    always = frozenset(map(PeerId, allowed_peers))
     return NetworkConfig(
         transports={
             scheme: places or transport_class(scheme).default_places
@@ -58,7 +62,8 @@ def network_config(
             for place in places
         ),
         bootstrap=tuple(bootstrap),
-        allowed_peers=frozenset(map(PeerId, allowed_peers)) or None,
+        allowed_peers=always or None,
+        allow_file=AllowFile(Path(allow_file), always) if allow_file is not None else None,
         options=_libp2p_options(transports, relay, relay_peers, no_upnp, mdns)
         | _webrtc_options(transports, webrtc),
         registry=registry,

@@ -204,6 +204,11 @@ _LISTENING = (
         help="Speak to these peers only (a closed swarm); repeat for several.",
     ),
     click.option(
+        "--allow-file",
+        metavar="FILE",
+        help="The same from a file, one id a line, which is read again when it changes.",
+    ),
+    click.option(
         "--exit-with-stdin",
         is_flag=True,
         help="Leave when stdin ends, for a program that starts peers: they end with it, however it ends.",

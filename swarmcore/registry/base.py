@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -129,6 +129,13 @@ class Registry(ABC):
 
         Returns at once and may be called at any time; those who do not answer do no harm. The default is to
         do nothing.
+        """
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:  # noqa: B027
+        """The swarm is closed to all but ``peers`` from now on; what others have announced runs out.
+
+        At first it is closed to all but the ``allowed_peers`` of its node, if these are given. The default is
+        to do nothing.
         """
 
     @abstractmethod

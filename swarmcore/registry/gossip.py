@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
 
 from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, UnavailableError
@@ -191,6 +191,9 @@ class GossipRegistry(Registry):
             await self.node.call(addresses, CHECK, CheckAlive(), timeout=timeout, elsewhere=True)
             self._namesake.answered(info)
             logger.warning("%s", self._namesake.note)
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self._replica.store.allow_only(peers)
 
     def introduce(self, addresses: Sequence[Address]) -> None:
         """Compare records with those peers at ``addresses`` that are not known as members: if they have a

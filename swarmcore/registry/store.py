@@ -168,6 +168,10 @@ class RecordStore:
             if key[0] in buckets and entry.current
         }
 
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """Take records of ``peers`` alone from now on; those of others that are here last to their end."""
+        self._allowed = frozenset(peers)
+
     def forget_sequence(self, peer: PeerId) -> None:
         """Let the next record of ``peer`` be taken whatever its sequence number.
 

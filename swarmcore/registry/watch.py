@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 
 from swarmcore.errors import DeadlineExceededError, InputError, PeerUnreachableError, SwarmError
@@ -98,6 +98,9 @@ class WatchingRegistry(Registry):
     async def close(self) -> None:
         self._replica.close()
         await self._tasks.close()
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self._replica.store.allow_only(peers)
 
     def introduce(self, addresses: Sequence[Address]) -> None:
         """Peers at ``addresses`` are asked at the start, and when the member that is followed is lost."""

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT = 5.0
 _PATHS_KEPT = 1024
+_REFUSALS_TOLD = 256  # in the log, one for each peer
 
 
 class Node:
@@ -83,6 +84,7 @@ class Node:
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
         self._own_streams: set[MemoryStream] = set()
         self._own_tasks: set[asyncio.Task[None]] = set()
+        self._told_refused: set[PeerId] = set()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -321,6 +323,12 @@ class Node:
         """How each of the last thousand peers called was reached, as in `Stream.path`."""
         return MappingProxyType(self._paths)
 
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """The swarm is closed to all but ``peers`` from now on; calls that are under way go on."""
+        self.allowed_peers = frozenset(peers)
+        for transport in self._transports.values():
+            transport.allow_only(self.allowed_peers)
+
     def _allows(self, peer: PeerId) -> bool:
         return self.allowed_peers is None or peer in self.allowed_peers or peer == self.peer
 
@@ -350,7 +358,13 @@ class Node:
 
     def _refusal(self, peer: PeerId) -> SwarmError | None:
         if not self._allows(peer):
-            return PeerNotAllowedError(f"this swarm is closed; ask its owner to allow {peer}")
+            if peer not in self._told_refused and len(self._told_refused) < _REFUSALS_TOLD:
+                self._told_refused.add(peer)
+                logger.info("%s was refused: it is not on the list of this closed swarm", peer)
+            return PeerNotAllowedError(
+                f"this swarm is closed; ask its owner to allow {peer}, and keep that identity "
+                f"(--identity FILE)"
+            )
         if self._calls_in >= self.limits.max_calls:
             return TooManyCallsError(
                 f"the peer serves {self._calls_in} calls, its limit; retry later or elsewhere"

@@ -24,6 +24,7 @@ from swarmcore.registry.neighbours import PATIENCE, meet_neighbours
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import Weights
+from swarmcore.server.allow_file import AllowFile
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.head import HeadService
@@ -77,6 +78,8 @@ class NetworkConfig:
     """Addresses of members of the swarm; none for the first one."""
     allowed_peers: Collection[PeerId] | None = None
     """The only peers that may call this one; None for everyone."""
+    allow_file: AllowFile | None = None
+    """Where they stand instead, to be read again when it changes."""
     options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     """Keyword arguments for the constructors of transports, by scheme."""
     registry: RegistryChoice = "gossip"
@@ -92,11 +95,16 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
     if not network.transports:
         raise InputError("a server needs at least one transport")
     node, registry = await _start_listening(identity, network)
+    following: asyncio.Task[None] | None = None
     try:
+        if network.allow_file is not None:
+            following = asyncio.create_task(network.allow_file.follow(node, registry), name="list of peers")
         if network.find_neighbours:
             await meet_neighbours(node, registry, patience=0.0 if network.bootstrap else PATIENCE)
         yield node, registry
     finally:
+        if following is not None:
+            following.cancel()
         await registry.close()
         await node.close()
 
@@ -117,7 +125,8 @@ async def _start_listening(identity: Identity, network: NetworkConfig) -> tuple[
                     **network.options.get(scheme, {}),
                 )
             )
-        node = Node(identity, transports, allowed_peers=network.allowed_peers)
+        allowed = network.allow_file.peers if network.allow_file is not None else network.allowed_peers
+        node = Node(identity, transports, allowed_peers=allowed)
         registry = make_registry(network.registry, node, bootstrap, member=True)
         try:
             await node.start()

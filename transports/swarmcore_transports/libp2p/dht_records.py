@@ -99,6 +99,10 @@ class ValueRules:
         """How many values were refused, by reason."""
         self._allowed = None if allowed is None else frozenset(allowed)
 
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """Take values of ``peers`` alone from now on."""
+        self._allowed = frozenset(peers)
+
     def check(self, key: bytes, value: bytes, now: float) -> SignedRecord:
         """The record in ``value``, found under ``key`` at ``now`` (seconds since the epoch).
 

@@ -167,6 +167,10 @@ class DhtRegistry(Registry):
         assert self._thread and self._dht
         await self._thread.call(self._dht.join, entrances, timeout=_START_SECONDS, what="joining the DHT")
 
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self._rules.allow_only(peers)
+        self._replica.store.allow_only(peers)
+
     def introduce(self, addresses: Sequence[Address]) -> None:
         """Peers at ``addresses`` are met at the start, or at once after it, and whenever no node is left."""
         entrances = self._entrances([address for address in addresses if address.scheme == SCHEME])
