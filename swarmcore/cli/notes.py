@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 
 from swarmcore.errors import SwarmError
 from swarmcore.printable import printable_line
-from swarmcore.types import PeerId, ServerInfo
+from swarmcore.server.protocols import PING_METHOD
+from swarmcore.types import Address, PeerId, ServerInfo
+from swarmcore.wire.messages import Ping
 
 if TYPE_CHECKING:
     from swarmcore.client.swarm import Swarm
 
 Notes = Mapping[PeerId, Sequence[str]]
 """A few lines for each server that was asked."""
+
+RoundTrips = Mapping[PeerId, float]
+"""Seconds to peers and back."""
 
 ASK_TIMEOUT = 3.0
 """Seconds that one server gets to answer."""
@@ -40,3 +45,25 @@ async def ask(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> Notes:
 
     answers = await asyncio.gather(*map(one, asked))
     return {server.peer: notes for server, notes in zip(asked, answers, strict=True)}
+
+
+async def round_trips(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> RoundTrips:
+    """Seconds to peers of the view and back, to those that answer; of no more than `MOST_ASKED` of them."""
+    room = asyncio.Semaphore(ASK_AT_ONCE)
+    now = asyncio.get_running_loop().time
+
+    async def one(server: ServerInfo) -> float | None:
+        addresses = [Address.parse(url) for url in server.addresses]
+        async with room:
+            try:
+                began = 0.0
+                for _ in range(2):  # the first may have to connect
+                    began = now()
+                    await swarm.node.call(addresses, PING_METHOD, Ping(b""), timeout=timeout)
+                return now() - began
+            except SwarmError:
+                return None
+
+    asked = list(swarm.view())[:MOST_ASKED]
+    took = await asyncio.gather(*map(one, asked))
+    return {server.peer: seconds for server, seconds in zip(asked, took, strict=True) if seconds is not None}

@@ -12,7 +12,7 @@ import click
 
 from swarmcore.cli import interrupt
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
-from swarmcore.cli.notes import Notes, ask
+from swarmcore.cli.notes import Notes, RoundTrips, ask, round_trips
 from swarmcore.cli.options import client_options, load_identity, standard, transport_options
 from swarmcore.cli.output import Output
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
@@ -34,6 +34,12 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 @click.command()
 @client_options
 @click.option("--once", is_flag=True, help="Print the present state and leave.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Of each peer also its whole id, addresses, version, speeds, and the round trip to it.",
+)
 @standard
 def status(
     output: Output,
@@ -42,6 +48,7 @@ def status(
     registry: str,
     identity_file: str | None,
     once: bool,
+    verbose: bool,
     **webrtc: Any,
 ) -> None:
     """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
@@ -58,6 +65,7 @@ def status(
             identity_file,
             transport_options(**webrtc),
             once=once or not (sys.stdout.isatty() or output.json_lines),
+            verbose=verbose,
         ),
         interrupted_status=0,
     )
@@ -72,6 +80,7 @@ async def _watch(
     options: dict[str, dict[str, Any]],
     *,
     once: bool,
+    verbose: bool,
 ) -> None:
     from rich.live import Live
 
@@ -82,36 +91,37 @@ async def _watch(
     async with connect(
         *bootstrap, mdns=mdns, registry=registry, identity=identity, transport_options=options
     ) as swarm:
-        view, notes = swarm.view(), await ask(swarm)
-        output.event("status", **describe(view, notes, swarm.paths))
+        view, (notes, trips) = swarm.view(), await _ask(swarm, verbose)
+        output.event("status", **describe(view, notes, swarm.paths, trips))
         if once and not output.json_lines:
-            PrintableConsole().print(render(view, notes, swarm.paths))
+            PrintableConsole().print(render(view, notes, swarm.paths, trips))
         if once:
             return
         live = (
             None
             if output.json_lines
             else Live(
-                render(view, notes, swarm.paths),
+                render(view, notes, swarm.paths, trips),
                 console=PrintableConsole(),
                 auto_refresh=False,
                 screen=False,
             )
         )
-        asking = asyncio.create_task(_ask_later(swarm))
+        asking = asyncio.create_task(_ask_later(swarm, verbose))
         try:
             if live:
                 live.start(refresh=True)
             while True:
                 await asyncio.sleep(_REFRESH)
                 seen, view = view.revision, swarm.view()
-                heard, notes = notes, asking.result() if asking.done() else notes
+                heard = notes
                 if asking.done():
-                    asking = asyncio.create_task(_ask_later(swarm))
+                    notes, trips = asking.result()
+                    asking = asyncio.create_task(_ask_later(swarm, verbose))
                 if view.revision != seen or notes != heard:
-                    output.event("status", **describe(view, notes, swarm.paths))
+                    output.event("status", **describe(view, notes, swarm.paths, trips))
                     if live:
-                        live.update(render(view, notes, swarm.paths), refresh=True)
+                        live.update(render(view, notes, swarm.paths, trips), refresh=True)
         finally:
             asking.cancel()
             await asyncio.wait([asking])
@@ -119,13 +129,22 @@ async def _watch(
                 live.stop()
 
 
-async def _ask_later(swarm: Swarm) -> Notes:
+async def _ask(swarm: Swarm, verbose: bool) -> tuple[Notes, RoundTrips | None]:
+    return await ask(swarm), await round_trips(swarm) if verbose else None
+
+
+async def _ask_later(swarm: Swarm, verbose: bool) -> tuple[Notes, RoundTrips | None]:
     await asyncio.sleep(_ASK_AGAIN)
-    return await ask(swarm)
+    return await _ask(swarm, verbose)
 
 
-def describe(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> dict[str, Any]:
-    """The view, what the servers said, and how each was reached, as plain values for JSON."""
+def describe(
+    view: SwarmView, notes: Notes, paths: Mapping[PeerId, str], trips: RoundTrips | None = None
+) -> dict[str, Any]:
+    """The view, what the servers said, and how each was reached, as plain values for JSON.
+
+    With ``trips`` also the seconds to each peer and back.
+    """
     models = []
     for fingerprint, model in sorted(view.models().items()):
         counts = _coverage_online(view, model)
@@ -133,13 +152,18 @@ def describe(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> dict
             {
                 "name": model.name,
                 "fingerprint": fingerprint,
+                "source": model.source,
                 "blocks": model.blocks,
                 "coverage": counts,
                 "missing": [str(span) for span in uncovered(counts)],
             }
         )
     servers = [
-        {**_server_values(server, notes), "path": paths.get(server.peer)}
+        {
+            **_server_values(server, notes),
+            "path": paths.get(server.peer),
+            **({"round_trip": trips.get(server.peer)} if trips is not None else {}),
+        }
         for server in sorted(view, key=_by_span)
     ]
     runs = [
@@ -160,10 +184,12 @@ def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
     return values
 
 
-def render(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> Group:
+def render(
+    view: SwarmView, notes: Notes, paths: Mapping[PeerId, str], trips: RoundTrips | None = None
+) -> Group:
     """The view as tables: one for each model, with what its servers said; then those who train, by runs,
     those who make texts for others, and the peers that do none of it. How servers are reached is a column
-    unless all of them are reached directly."""
+    unless all of them are reached directly. With ``trips``, round trips, all that is known of each peer."""
     from rich.console import Group
     from rich.text import Text
 
@@ -188,6 +214,8 @@ def render(view: SwarmView, notes: Notes, paths: Mapping[PeerId, str]) -> Group:
     without_blocks = [s for s in view if s.span is None and not s.runs and not s.heads]
     if without_blocks:
         parts.append(Text(f"without blocks: {_names(without_blocks)}", style="dim"))
+    if trips is not None:
+        parts += [_whole(server, paths, trips) for server in sorted(view, key=_by_span)]
     if not parts:
         parts.append(Text("nobody serves anything yet"))
     return Group(*parts)
@@ -243,6 +271,31 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[Pe
             Text(server.public_name[:24]),
         )
     return table
+
+
+def _whole(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips) -> RenderableType:
+    """What an operator copies or compares, a line for each."""
+    from rich.text import Text
+
+    trip = trips.get(server.peer)
+    path = paths.get(server.peer)
+    speeds = [
+        f"decodes {server.decode_rps:,.1f} steps/s" if server.decode_rps else "",
+        f"reads {server.forward_rps:,.0f} tokens/s" if server.forward_rps else "",
+        f"a step waits {1000 * server.queue_seconds:.1f} ms" if server.queue_seconds else "",
+    ]
+    lines = [
+        f"{server.public_name} · swarmcore {server.version or 'of an unknown version'}".removeprefix(" · "),
+        *server.addresses,
+        f"round trip {1000 * trip:.1f} ms{f', {path}' if path else ''}" if trip is not None else "no answer",
+        ", ".join(filter(None, speeds)),
+        f"from {server.model.source}" if server.model is not None and server.model.source else "",
+    ]
+    # As it is, however narrow the terminal: ids and addresses are there to be copied.
+    text = Text(str(server.peer), style="bold", no_wrap=True, overflow="ignore")
+    for line in filter(None, lines):
+        text.append(f"\n  {line}", style="not bold")
+    return text
 
 
 def _notes(servers: list[ServerInfo], notes: Notes) -> list[RenderableType]:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 
+import attrs
 import pytest
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,7 @@ from swarmcore.cli.console import PrintableConsole
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.listening import by_scheme, network_config
 from swarmcore.cli.log_lines import LineFilter, LineLimit, PrintableFormatter
-from swarmcore.cli.notes import Notes
+from swarmcore.cli.notes import Notes, RoundTrips
 from swarmcore.cli.options import Failure
 from swarmcore.cli.output import Output
 from swarmcore.cli.progress import JsonProgress, PlainProgress
@@ -130,6 +131,7 @@ def test_status_counts_only_servers_that_are_online():
         {
             "name": "tiny",
             "fingerprint": MODEL.fingerprint,
+            "source": "",
             "blocks": 6,
             "coverage": [1, 1, 1, 0, 0, 0],
             "missing": ["3:6"],
@@ -139,12 +141,50 @@ def test_status_counts_only_servers_that_are_online():
     json.dumps(found)
 
 
-def printed(swarm: SwarmView, notes: Notes, width: int, paths: Mapping[PeerId, str] | None = None) -> str:
+def printed(
+    swarm: SwarmView,
+    notes: Notes,
+    width: int,
+    paths: Mapping[PeerId, str] | None = None,
+    trips: RoundTrips | None = None,
+) -> str:
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render(swarm, notes, paths or {}))
+    console.print(render(swarm, notes, paths or {}, trips))
     return console.export_text()
+
+
+def test_a_verbose_status_has_all_there_is_to_copy_and_compare():
+    model = attrs.evolve(MODEL, source="pypi:tiny")
+    busy = server(Span(0, 6), decode_rps=12.34, forward_rps=718, queue_seconds=0.003, version="0.1.0")
+    busy = attrs.evolve(
+        busy, model=model, public_name="attic", addresses=(f"tcp://{'h' * 60}:1/{busy.peer}",)
+    )
+    silent = server(None)
+    swarm = view(busy, silent)
+    lines = printed(swarm, {}, 40, {busy.peer: "relayed"}, {busy.peer: 0.0123}).splitlines()
+    at = lines.index(busy.peer)
+    assert lines[at : at + 6] == [
+        busy.peer,
+        "  attic · swarmcore 0.1.0",
+        f"  {busy.addresses[0]}",
+        "  round trip 12.3 ms, relayed",
+        "  decodes 12.3 steps/s, reads 718 tokens/s, a step waits 3.0 ms",
+        "  from pypi:tiny",
+    ]
+    at = lines.index(silent.peer)
+    assert lines[at + 1 :] == [
+        "  swarmcore of an unknown version",
+        f"  {silent.addresses[0]}",
+        "  no answer",
+    ]
+    told = {
+        values["peer"]: values["round_trip"]
+        for values in describe(swarm, {}, {}, {busy.peer: 0.1})["servers"]
+    }
+    assert told == {busy.peer: 0.1, silent.peer: None}
+    assert busy.peer not in printed(swarm, {}, 200)
 
 
 def test_status_as_a_table():
