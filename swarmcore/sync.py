@@ -155,10 +155,18 @@ class Model:
     def __init__(self, loop: LoopThread, model: _model.RemoteModel) -> None:
         self._loop = loop
         self._model = model
-        self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.config: PretrainedConfig = model.config
         self.whole_config: PretrainedConfig = model.whole_config
         self.info: ModelInfo = model.info
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As `swarmcore.RemoteModel.tokenizer`."""
+        return self._model.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model.tokenizer = tokenizer
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -140,7 +140,7 @@ def _client(network: MemoryNetwork, directory: MemoryDirectory, rng: random.Rand
 
 
 @asynccontextmanager
-async def head_swarm(*models: CountingText, limits: HeadLimits | None = None) -> AsyncIterator[HeadSwarm]:
+async def head_swarm(*models: Any, limits: HeadLimits | None = None) -> AsyncIterator[HeadSwarm]:
     """Head peers of these models, and a client; at the end no text is under way."""
     network, directory, rng = MemoryNetwork(), MemoryDirectory(), random.Random(5)
     async with _client(network, directory, rng) as client:
@@ -156,4 +156,4 @@ async def head_swarm(*models: CountingText, limits: HeadLimits | None = None) ->
                 await head.service.close()
                 await head.registry.close()
                 await head.node.close()
-    assert not any(head.model.under_way for head in swarm.heads)
+    assert not any(head.service.queue.under_way for head in swarm.heads)

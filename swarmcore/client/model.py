@@ -39,7 +39,7 @@ from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.served_models import open_served
 from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
-from swarmcore.client.text import StopStrings, TextStream, kinds_of
+from swarmcore.client.text import StopStrings, TextStream, TokenKinds, kinds_of
 from swarmcore.errors import AdapterError, InputError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.types import ModelInfo, Span
@@ -310,9 +310,12 @@ class RemoteModel:
         self, prompts: Sequence[Prompt | EncodedPrompt], settings: GenerationSettings
     ) -> list[Continuation]:
         check_generation_config(self.generation_config, self.info.name)
-        return [self._continuation(prompt, settings.for_prompt(i)) for i, prompt in enumerate(prompts)]
+        kinds = kinds_of(self.tokenizer, self._decode)
+        return [self._continuation(prompt, settings.for_prompt(i), kinds) for i, prompt in enumerate(prompts)]
 
-    def _continuation(self, prompt: Prompt | EncodedPrompt, settings: GenerationSettings) -> Continuation:
+    def _continuation(
+        self, prompt: Prompt | EncodedPrompt, settings: GenerationSettings, kinds: TokenKinds
+    ) -> Continuation:
         parts = self._compute.parts
         encoded = self._encode(prompt, settings.chat_template_kwargs)
         length, limit = len(encoded.tokens), parts.max_positions
@@ -333,7 +336,7 @@ class RemoteModel:
             max_length=max_length,
             eos=frozenset(end_of_text(own)),
             chooser=TokenChooser(encoded.tokens, processors, greedy=settings.greedy, seed=settings.seed),
-            text=TextStream(self._decode, encoded.context, kinds_of(self.tokenizer, self._decode)),
+            text=TextStream(self._decode, encoded.context, kinds),
             stops=StopStrings([stops] if isinstance(stops, str) else stops),
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 import swarmcore
 from swarmcore import sync
@@ -56,6 +57,15 @@ def test_generate_batch(waiting_model, plain_tokens):
     texts = waiting_model.generate_batch(["a", "The sea"], max_new_tokens=5)
     decode = waiting_model.tokenizer.decode
     assert texts == [decode(plain_tokens(p, 5), skip_special_tokens=True) for p in ("a", "The sea")]
+
+
+def test_the_models_own_settings_can_be_others(waiting_model, plain_tokens):
+    waiting_model.generation_config = GenerationConfig(eos_token_id=256, repetition_penalty=1.7)
+    generation = waiting_model.generate("abcabc", max_new_tokens=10)
+    generation.text()
+    assert generation.tokens == plain_tokens("abcabc", 10, repetition_penalty=1.7)
+    with pytest.raises(InputError, match="did you mean temperature"):
+        waiting_model.generate("abc", temprature=1.0)
 
 
 def test_chat(waiting_model):

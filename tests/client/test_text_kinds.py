@@ -246,3 +246,18 @@ def test_kinds_of_tokens() -> None:
     special = level.convert_tokens_to_ids("<|s|>")
     assert [known.silent(token) for token in (256, special, 5, 10**6)] == [True, True, False, True]
     assert not TokenKinds().silent(256)
+
+
+@kinds
+async def test_a_generated_text_is_that_of_its_tokens(model, tokenizer) -> None:
+    """The model has 257 tokens; some of these tokenizers have fewer, some have more."""
+    model.tokenizer = tokenizer
+    decode = Counted(tokenizer)
+    prompts = [[3, 4], [2, 1, 5], [0]]
+    options = {"max_new_tokens": 40, "temperature": 9.0, "min_new_tokens": 40}
+    for seed in range(4):
+        batch = model.generate_batch(prompts, seed=seed, **options)
+        texts = await batch
+        for prompt, tokens, text in zip(prompts, batch.tokens, texts, strict=True):
+            before, whole = decode(prompt), decode([*prompt, *tokens])
+            assert not whole.startswith(before) or text == whole[len(before) :]
