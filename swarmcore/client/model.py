@@ -33,7 +33,14 @@ from swarmcore.client.generation_config import (
 from swarmcore.client.local_parts import LocalParts
 from swarmcore.client.model_session import ModelSession
 from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.prompts import EncodedPrompt, Prompt, check_tokens, encode_prompt, load_tokenizer
+from swarmcore.client.prompts import (
+    EncodedPrompt,
+    Prompt,
+    check_tokens,
+    checked_ids,
+    encode_prompt,
+    load_tokenizer,
+)
 from swarmcore.client.remote import SessionOpener
 from swarmcore.client.sampling import TokenChooser
 from swarmcore.client.served_models import open_served
@@ -291,11 +298,11 @@ class RemoteModel:
 
         async def prepare() -> list[Continuation]:
             continuations = await self._compute.run(self._continuations, prompts, settings)
-            if so_far:
-                await self._compute.run(_take_up, continuations[0], so_far, self._compute.parts.vocab_size)
+            if had := checked_ids(so_far):
+                await self._compute.run(_take_up, continuations[0], had, self._compute.parts.vocab_size)
                 # Seconds, for thousands of tokens: not in the thread that all generations share.
                 skip = continuations[0].chooser.skip
-                await asyncio.to_thread(skip, len(so_far), self._compute.parts.vocab_size)
+                await asyncio.to_thread(skip, len(had), self._compute.parts.vocab_size)
             return continuations
 
         def open_session(continuations: list[Continuation]) -> ModelSession:

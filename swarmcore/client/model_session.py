@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from swarmcore.client.compute import ModelCompute
-from swarmcore.client.prompts import check_tokens
+from swarmcore.client.prompts import check_tokens, checked_ids
 from swarmcore.client.remote import RemoteSession, SessionOpener
 from swarmcore.errors import InputError, SessionLostError
 from swarmcore.executor.torch.tensors import to_wire
@@ -124,9 +124,9 @@ class ModelSession:
     async def step(self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = ()) -> torch.Tensor:
         """Append new tokens to each sequence and return what the model predicts after the last of them.
 
-        ``ids`` has one list for each sequence; an empty one leaves its sequence alone. With ``sources``, for
-        beam search, sequence ``i`` first becomes a copy of sequence ``sources[i]``. The result is float32
-        ``[rows, vocabulary]``, a row for each sequence that got tokens, in order.
+        ``ids`` has one list, or row of an array, for each sequence; an empty one leaves its sequence alone.
+        With ``sources``, for beam search, sequence ``i`` first becomes a copy of sequence ``sources[i]``. The
+        result is float32 ``[rows, vocabulary]``, a row for each sequence that got tokens, in order.
 
         Raise `InputError` for ids outside the vocabulary, sources that are not sequences, and sequences
         longer than the model can take; then nothing has changed. When the remote fails, the session stands
@@ -139,6 +139,7 @@ class ModelSession:
                 f"sources {list(sources)} do not name one of {self.sequences} sequences for each"
             )
         tokens = [list(self._tokens[source]) for source in sources] or self._tokens
+        ids = [checked_ids(new) for new in ids]
         self._check(ids, tokens)
         with self.used():
             hidden = await self._compute.embed(*self._flat(ids, tokens))

@@ -63,9 +63,11 @@ def encode_prompt(
             tokens = [tokenizer.bos_token_id]
         encoded = EncodedPrompt(tokens, tokens)
     elif checked and isinstance(checked[0], Mapping):
-        encoded = EncodedPrompt(_chat_tokens(tokenizer, checked, chat_template_kwargs or {}), [])
+        options = chat_template_kwargs or {}
+        tokens = _chat_tokens(tokenizer, checked, options)
+        encoded = EncodedPrompt(tokens, tokens if options.get("continue_final_message") else [])
     else:
-        tokens = [token for token in checked if isinstance(token, int)]
+        tokens = checked_ids(checked)
         encoded = EncodedPrompt(tokens, tokens)
     check_tokens(encoded.tokens, vocab_size)
     if not encoded.tokens:
@@ -75,20 +77,30 @@ def encode_prompt(
 
 def checked_prompt(prompt: Any) -> str | list[Mapping[str, Any]] | list[int]:
     """The prompt as plain values. Raise `InputError`, saying what a prompt is, for anything else."""
-    values = prompt
     if isinstance(prompt, str):
         check_text("the prompt", prompt)
         return prompt
-    if hasattr(values, "tolist") and not isinstance(values, memoryview):
-        values = values.tolist()
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
+        return [_checked_message(message) for message in prompt]
+    try:
+        return checked_ids(prompt)
+    except InputError as exc:
+        raise InputError(f"{_WHAT_IT_IS}; got {_shown(prompt)}") from exc
+
+
+def checked_ids(ids: Any) -> list[int]:
+    """Token ids of one sequence as plain numbers, of a list or an array; a batch of one, as tokenizers make
+    it, is one, too. Raise `InputError` for anything else."""
+    values = ids.tolist() if hasattr(ids, "tolist") and not isinstance(ids, memoryview) else ids
     if isinstance(values, list | tuple) and len(values) == 1 and isinstance(values[0], list | tuple):
-        values = values[0]  # a batch of one, as tokenizers make it
-    if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray | memoryview):
-        if values and all(isinstance(item, Mapping) for item in values):
-            return [_checked_message(message) for message in values]
-        if all(isinstance(item, Integral) and not isinstance(item, bool) for item in values):
-            return [int(item) for item in values]
-    raise InputError(f"{_WHAT_IT_IS}; got {_shown(prompt)}")
+        values = values[0]
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str | bytes | bytearray | memoryview)
+        or not all(isinstance(item, Integral) and not isinstance(item, bool) for item in values)
+    ):
+        raise InputError(f"token ids are whole numbers, in a list or an array; got {_shown(ids)}")
+    return [int(item) for item in values]
 
 
 def check_text(name: str, text: str) -> None:
@@ -145,4 +157,4 @@ def _chat_tokens(
         encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
     except Exception as exc:  # a template raises what its author liked
         raise InputError(f"the model's chat template does not take these messages: {exc}") from exc
-    return list(encoded["input_ids"])
+    return checked_ids(encoded["input_ids"])

@@ -38,7 +38,8 @@ class TokenKinds:
 def kinds_of(tokenizer: PreTrainedTokenizerBase, decode: Decode) -> TokenKinds:
     """The kinds of a tokenizer's tokens; ``decode`` makes its texts."""
     special = set(tokenizer.all_special_ids)
-    special.update(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+    added_tokens = getattr(tokenizer, "added_tokens_decoder", {})  # not of every kind of tokenizer
+    special.update(token for token, added in added_tokens.items() if added.special)
 
     def silent(token: int) -> bool:
         if token in special:
@@ -113,13 +114,16 @@ class TextStream:
     def _say(self, text: str, certain: str) -> str:
         """What is new in ``certain``, the beginning of the tokens' ``text``."""
         begin = self._given if text.startswith(self._given) else self._said
-        piece = ""
-        if len(certain) > len(begin) and certain.startswith(begin):
-            piece = certain[len(begin) :]
-            self._said = self._given = certain
-            if len(self._tokens) > self._limit:
-                self._shorten(text)
-        return piece
+        if not text.startswith(begin):
+            if certain != text:
+                return ""
+            begin = _common(begin, text)  # a decoder that takes back what it gave, as some do with spaces
+        if len(certain) <= len(begin):
+            return ""
+        self._said = self._given = certain
+        if len(self._tokens) > self._limit:
+            self._shorten(text)
+        return certain[len(begin) :]
 
     def _certain(self, text: str) -> str:
         if self._kinds.run_bytes:
@@ -210,6 +214,12 @@ class TextStream:
             if not space.strip() and both == before + space + behind:
                 return at
         return 0
+
+
+def _common(one: str, other: str) -> str:
+    """The beginning that two texts have in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def _within_run(tokens: Sequence[int], at: int, run_bytes: Mapping[int, int]) -> bool:

@@ -99,6 +99,36 @@ def test_messages_may_have_more_than_text() -> None:
     assert checked_prompt(messages) == messages
 
 
+async def test_steps_take_arrays(model: Any) -> None:
+    async with model.session(sequences=2) as session:
+        logits = await session.step(torch.tensor([[1, 2], [3, 4]]))
+        assert session.tokens == ((1, 2), (3, 4))
+        session.rollback(0)
+        assert torch.equal(await session.step([[np.int64(1), 2], np.array([3, 4])]), logits)
+        for wrong in ([[1.5], [2]], ["ab", [1]], [b"ab", [1]], [None, [1]], torch.tensor([[0.5], [1.0]])):
+            with pytest.raises(InputError, match="token ids are whole numbers"):
+                await session.step(wrong)
+        assert session.tokens == ((1, 2), (3, 4))
+
+
+async def test_an_array_of_tokens_so_far(model: Any) -> None:
+    whole = model.generate("ab", max_new_tokens=6)
+    await whole
+    rest = model.generate("ab", max_new_tokens=6, so_far=torch.tensor(whole.tokens[:3]))
+    await rest
+    assert rest.tokens == whole.tokens
+
+
+async def test_a_message_that_is_to_be_continued(model: Any) -> None:
+    """What the prompt's last character lacks is the answer's."""
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bé"}]
+    encoded = await model.encode(messages, chat_template_kwargs=options)
+    assert encoded.context == encoded.tokens == list(model.tokenizer("abé")["input_ids"])
+    assert not (await model.encode(messages)).context
+
+
 @pytest.mark.parametrize(
     "prompts", ["ab", None, 5, {"ab"}, np.array([[1, 2], [1, 0]]), torch.tensor([[1, 2]]), [], iter(["ab"])]
 )

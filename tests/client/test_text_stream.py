@@ -101,6 +101,14 @@ def test_decoding_does_not_grow_with_the_text():
     assert longest <= 32
 
 
+def test_a_decoder_that_takes_spaces_back_loses_nothing_else():
+    def decode(tokens: list[int]) -> str:
+        return "".join(map(chr, tokens)).replace(" .", ".")
+
+    said = "".join(stream(decode, list(map(ord, "one . two " * 9 + "."))))
+    assert said == "one . two " * 9 + "."
+
+
 def stopped(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
     """What is said after each piece, up to a stop string or the end."""
     filter_, said = StopStrings(stops), []

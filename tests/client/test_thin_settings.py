@@ -1,4 +1,4 @@
-"""A head peer makes of settings, the caller's and the model's own, what a client with the model makes of them."""
+"""A head peer makes of settings, the caller's and the model's own, what a client with the model makes."""
 
 from __future__ import annotations
 
