@@ -291,8 +291,7 @@ def _whole(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips) -
         ", ".join(filter(None, speeds)),
         f"from {server.model.source}" if server.model is not None and server.model.source else "",
     ]
-    # As it is, however narrow the terminal: ids and addresses are there to be copied.
-    text = Text(str(server.peer), style="bold", no_wrap=True, overflow="ignore")
+    text = Text(str(server.peer), style="bold", overflow="fold")
     for line in filter(None, lines):
         text.append(f"\n  {line}", style="not bold")
     return text

@@ -23,6 +23,7 @@ from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import SwarmView
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore_transports.tcp import TcpTransport
 
 MODEL = ModelInfo(name="tiny", fingerprint="f" * 64, blocks=6, hidden_size=8)
 
@@ -79,7 +80,7 @@ def test_announced_places_become_whole_addresses():
         allowed_peers=[peer],
     )
     assert config.announce == (f"tcp://example.org:4001/{peer}", f"tcp://[2001:db8::1]:4001/{peer}")
-    assert config.transports == {"tcp": ("0.0.0.0:{port}",)}
+    assert config.transports == {"tcp": TcpTransport.default_places}
     assert config.allowed_peers == {peer}
 
 
@@ -163,7 +164,7 @@ def test_a_verbose_status_has_all_there_is_to_copy_and_compare():
     )
     silent = server(None)
     swarm = view(busy, silent)
-    lines = printed(swarm, {}, 40, {busy.peer: "relayed"}, {busy.peer: 0.0123}).splitlines()
+    lines = printed(swarm, {}, 160, {busy.peer: "relayed"}, {busy.peer: 0.0123}).splitlines()
     at = lines.index(busy.peer)
     assert lines[at : at + 6] == [
         busy.peer,
@@ -174,11 +175,13 @@ def test_a_verbose_status_has_all_there_is_to_copy_and_compare():
         "  from pypi:tiny",
     ]
     at = lines.index(silent.peer)
-    assert lines[at + 1 :] == [
+    assert lines[at + 1 : at + 4] == [
         "  swarmcore of an unknown version",
         f"  {silent.addresses[0]}",
         "  no answer",
     ]
+    narrow = "".join(printed(swarm, {}, 40, {}, {}).split())
+    assert busy.peer in narrow and busy.addresses[0] in narrow, "nothing of what is copied is cut off"
     told = {
         values["peer"]: values["round_trip"]
         for values in describe(swarm, {}, {}, {busy.peer: 0.1})["servers"]
