@@ -117,7 +117,8 @@ def load_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
 
 
 def check_generation_config(config: GenerationConfig, model: str) -> None:
-    """Raise `UnsupportedModelError` for fields that would make another text than is made here, by name."""
+    """Raise `UnsupportedModelError` for fields that would make another text than is made here, and
+    `CheckpointError` for where a text ends if that makes no sense; both by name."""
     refused = [name for name, fine in _REFUSED.items() if _asks(getattr(config, name, None), fine)]
     known = FOLLOWED_FIELDS | _REFUSED.keys() | _WITHOUT_EFFECT
     unknown = [
@@ -133,10 +134,20 @@ def check_generation_config(config: GenerationConfig, model: str) -> None:
             f"to None in generation_config.json, or in model.generation_config of the loaded model"
         )
 
+    for name in sorted(_FOLLOWED):
+        value = getattr(config, name, None)
+        if value is not None and not _makes_sense(name, value):
+            raise CheckpointError(f"{name} in the generation config of {model} makes no sense: {value!r:.60}")
+
 
 def end_of_text(config: GenerationConfig) -> list[int]:
     """The tokens that end a text."""
     return _flat(config.eos_token_id)
+
+
+def stop_strings(config: GenerationConfig) -> list[str]:
+    """The texts before the first of which a text ends."""
+    return _list(config.stop_strings)
 
 
 def most_tokens(config: GenerationConfig, settings: GenerationSettings, prompt: int) -> int:
@@ -252,6 +263,19 @@ def _check_tokens(
             "exponential_decay_length_penalty of the model's generation config is about the end of a text, "
             "and no eos_token_id says which token that is"
         )
+
+
+def _makes_sense(name: str, value: Any) -> bool:
+    try:
+        if name == "stop_strings":
+            return all(isinstance(text, str) and text for text in _list(value))
+        return _flat(value) is not None if name == "eos_token_id" else operator.index(value) > 0
+    except TypeError:
+        return False
+
+
+def _list(texts: Any) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts or ())
 
 
 def _flat(ids: Any) -> list[int]:

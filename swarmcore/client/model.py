@@ -29,6 +29,7 @@ from swarmcore.client.generation_config import (
     load_generation_config,
     logits_processors,
     most_tokens,
+    stop_strings,
 )
 from swarmcore.client.local_parts import LocalParts
 from swarmcore.client.model_session import ModelSession
@@ -337,14 +338,13 @@ class RemoteModel:
         processors = logits_processors(
             own, settings, encoded.tokens, max_length=max_length, model_config=parts.config
         )
-        stops = settings.stops or own.stop_strings or ()
         return Continuation(
             encoded,
             max_length=max_length,
             eos=frozenset(end_of_text(own)),
             chooser=TokenChooser(encoded.tokens, processors, greedy=settings.greedy, seed=settings.seed),
             text=TextStream(self._decode, encoded.context, kinds),
-            stops=StopStrings([stops] if isinstance(stops, str) else stops),
+            stops=StopStrings(settings.stops or stop_strings(own)),
         )
 
     def _encode(
