@@ -111,6 +111,13 @@ class BlockExecutor(ABC):
         """
         raise AdapterError(f"{type(self).__name__} takes no adapters")
 
+    def check_adapter(self, name: str, dtype: str, shape: tuple[int, ...], span: Span) -> None:  # noqa: B027
+        """Raise `AdapterError` unless a tensor of this description may be part of an adapter for ``span``.
+
+        Asked about each tensor of a stranger's adapter before it is decoded, so that its size is one that the
+        blocks give rise to. By default `load_adapter` alone says so.
+        """
+
     def forward(self, batch: SequenceBatch, *, keep: bool = False) -> ForwardPass:
         """A forward pass of ``batch``, not begun; with ``keep`` it holds activations for `backward`.
 

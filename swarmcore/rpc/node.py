@@ -30,7 +30,7 @@ from swarmcore.rpc.response_times import ResponseTimes
 from swarmcore.rpc.serving import Server
 from swarmcore.transport import Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
-from swarmcore.wire.failure import Failure, to_error
+from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import MAX_ADDRESSES, Limits
 from swarmcore.wire.tensors import Tensor
@@ -341,7 +341,7 @@ class Node:
         try:
             if refusal is not None:
                 self.counters["refused"] += 1
-                await self._server.refuse(stream, refusal)
+                await self._server.refuse(stream, to_failure(refusal))
                 return
             self.counters["calls_in"] += 1
             self._calls_in += 1

@@ -20,7 +20,7 @@ from swarmcore.rpc.method import Caller, Method, Protocol
 from swarmcore.rpc.readahead import ReadAhead
 from swarmcore.transport import Stream
 from swarmcore.types import short
-from swarmcore.wire.failure import to_failure
+from swarmcore.wire.failure import Failure, to_failure
 from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
 
@@ -61,7 +61,7 @@ class Server:
 
     async def serve(self, stream: Stream) -> None:
         """Read the opening message and run its handler to the end, whatever the peer does meanwhile."""
-        error: SwarmError | None = None
+        failure: Failure | None = None
         try:
             data = await self._opening(stream)
             name = decode_header(data, self._limits).method
@@ -70,27 +70,28 @@ class Server:
             elif name in self._channels:
                 await self._serve_channel(stream, data, *self._channels[name])
             else:
-                error = self._unknown(name)
+                failure = to_failure(self._unknown(name))
         except _PeerGone as gone:
             logger.debug("%s left: %s", short(stream.remote), gone)
         except SwarmError as exc:
-            error = exc
+            # Not the error itself: its traceback holds what the peer has sent for as long as it is kept.
+            failure = to_failure(exc)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 stream.abort("the peer is shutting down")
                 raise
-            error = self._fault(stream, "was cancelled from inside")
+            failure = to_failure(self._fault(stream, "was cancelled from inside"))
         except Exception:
-            error = self._fault(stream, "failed")
-        if error is not None:
-            await self.refuse(stream, error)
+            failure = to_failure(self._fault(stream, "failed"))
+        if failure is not None:
+            await self.refuse(stream, failure)
 
-    async def refuse(self, stream: Stream, error: SwarmError) -> None:
-        """Send ``error`` in place of an answer and release the stream."""
+    async def refuse(self, stream: Stream, failure: Failure) -> None:
+        """Send ``failure`` in place of an answer and release the stream."""
         with contextlib.suppress(SwarmError, TimeoutError):
             async with asyncio.timeout(_FAREWELL):
-                await stream.send(*encode_message(to_failure(error), (), self._limits))
+                await stream.send(*encode_message(failure, (), self._limits))
                 await stream.close()
 
     async def _opening(self, stream: Stream) -> memoryview:

@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
 
 import attrs
 
@@ -23,6 +25,7 @@ from swarmcore.errors import (
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.faults import translated
 from swarmcore.executor.passes import Adapter
+from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted
@@ -52,43 +55,70 @@ class Weights:
     scaling: float = 1.0
 
 
-Ask = Callable[[Span, int], Awaitable[Weights]]
-"""Ask a client for the weights of some blocks, of so many bytes at most."""
+Ask = Callable[[Span, "WeightsIntake"], Awaitable[Weights]]
+"""Ask a client for the weights of some blocks, and give what it sends to the intake, to the last part."""
 
 Read = Callable[[Span], Awaitable[Weights]]
 """Read the weights of some blocks from where a server has them."""
 
 
 class WeightsIntake:
-    """Puts the parts of a client's adapter together."""
+    """Puts the parts of a client's adapter together; a context manager, which lets go of them at its end.
 
-    def __init__(self, span: Span, max_bytes: int) -> None:
+    What a tensor is called, its shape and its size are checked against the blocks before it is decoded. All
+    that has come is counted for the client, among what peers make this process hold.
+    """
+
+    def __init__(
+        self, executor: BlockExecutor, span: Span, max_bytes: int, resources: ResourceManager, peer: PeerId
+    ) -> None:
+        self._executor = executor
+        self._span = span
         self._max_bytes = max_bytes
         self._max_tensors = MAX_TENSORS_PER_BLOCK * len(span)
-        self._tensors: list[Tensor] = []
-        self._nbytes = 0
+        self._tensors: dict[str, Tensor] = {}
+        self._held = resources.reserve(peer, Resource.BYTES, 0)
 
-    def take(self, part: AdapterPart, tensors: Sequence[Tensor]) -> Weights | None:
-        """Return the whole with the last part. Raise `AdapterError` when it is too large."""
-        self._nbytes += sum(tensor.decoded_nbytes for tensor in tensors)
-        if self._nbytes > self._max_bytes:
-            raise AdapterError(
-                f"the adapter takes more than {self._max_bytes} bytes, all that this server has for adapters "
-                f"of clients; use a smaller one, or another server"
-            )
+    async def take(self, part: AdapterPart, tensors: Sequence[Tensor]) -> Weights | None:
+        """Return the whole with the last part.
+
+        Raise `AdapterError` for what does not fit the blocks or is too large, `ResourceLimitError` when there
+        is no room for it to arrive now.
+        """
         if len(self._tensors) + len(tensors) > self._max_tensors:
             raise AdapterError(f"the adapter has more than {MAX_TENSORS_PER_BLOCK} tensors for each block")
         if not tensors and not part.last:
             raise ProtocolError("an adapter's part has no tensors and is not the last")
-        self._tensors += tensors
+        for tensor in tensors:
+            self._check(tensor)
+            self._held.resize(self._held.amount + tensor.decoded_nbytes)
+            self._tensors[tensor.name] = await self._executor.decode(tensor)
         if not part.last:
             return None
-        return Weights([tensor.decode() for tensor in self._tensors], part.scaling)
+        return Weights(list(self._tensors.values()), part.scaling)
+
+    def _check(self, tensor: Tensor) -> None:
+        if self._held.amount + tensor.decoded_nbytes > self._max_bytes:
+            raise AdapterError(
+                f"the adapter takes more than {self._max_bytes} bytes, all that this server has for adapters "
+                f"of one client; use a smaller one, or another server"
+            )
+        if tensor.name in self._tensors:
+            raise AdapterError(f"the adapter has two tensors named {tensor.name!r}")
+        self._executor.check_adapter(tensor.name, tensor.dtype, tensor.shape, self._span)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tensors.clear()
+        self._held.release()
 
 
-async def ask_for_weights(channel: Channel, span: Span, max_bytes: int) -> Weights:
+async def ask_for_weights(channel: Channel, span: Span, intake: WeightsIntake) -> Weights:
     """An `Ask` for a channel on which nothing else comes before its answer."""
-    intake = WeightsIntake(span, max_bytes)
     await channel.send(AdapterWanted(tuple(range(span.start, span.end))))
     while True:
         try:
@@ -102,7 +132,7 @@ async def ask_for_weights(channel: Channel, span: Span, max_bytes: int) -> Weigh
             ) from exc
         if not isinstance(message.record, AdapterPart):
             raise ProtocolError(f"a {message.kind} came where an adapter's weights were asked for")
-        if (whole := intake.take(message.record, message.tensors)) is not None:
+        if (whole := await intake.take(message.record, message.tensors)) is not None:
             return whole
 
 
@@ -131,14 +161,19 @@ class _Arrival:
 
 class AdapterStore:
     """Adapters of ``executor``. Those of clients take at most ``budget`` bytes, the least recently used go
-    first; sessions and passes that use one hold it.
+    first; sessions and passes that use one hold it. Those that one client uses take at most half of it.
 
     A client's adapter is known by the peer that sent it and its version: nobody else gets it or can
-    replace it.
+    replace it. What is on its way is counted by ``resources``.
     """
 
-    def __init__(self, executor: BlockExecutor, budget: int) -> None:
+    def __init__(
+        self, executor: BlockExecutor, budget: int, resources: ResourceManager | None = None
+    ) -> None:
         self.budget = budget
+        self.share = budget // 2
+        """Bytes of adapters that one client may use at a time."""
+        self._resources = resources or ResourceManager()
         self.counters: Counter[str] = Counter()
         self._executor = executor
         self._sources: dict[str, Read] = {}
@@ -237,25 +272,36 @@ class AdapterStore:
         self._arriving.setdefault(key, []).append(arrival)
         self.counters["adapters_asked"] += 1
         try:
-            async with asyncio.timeout(ARRIVAL_TIMEOUT) as clock:
-                weights = await ask(span, self.budget)
-            kept = _Kept(await self._load(weights), span, users=1)
-            self._keep(key, kept)
-            return kept
-        except TimeoutError as exc:
-            if not clock.expired():
+            return await self._receive(key, span, ask)
+        except SwarmError as exc:
+            # An instance of its own: the traceback of this one holds what has come.
+            refusal = translated(exc)
+            if isinstance(exc, InputError | ServerMemoryError):
+                arrival.refusal = refusal
+            else:
                 raise
-            raise DeadlineExceededError(
-                f"the weights of the adapter did not come within {ARRIVAL_TIMEOUT:.0f} s"
-            ) from exc
-        except (InputError, ServerMemoryError) as exc:
-            arrival.refusal = exc
-            raise
         finally:
             arrival.over.set()
             self._arriving[key].remove(arrival)
             if not self._arriving[key]:
                 del self._arriving[key]
+        raise translated(refusal)
+
+    async def _receive(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _Kept:
+        intake = WeightsIntake(self._executor, span, self.share, self._resources, key[0])
+        with intake:
+            try:
+                async with asyncio.timeout(ARRIVAL_TIMEOUT) as clock:
+                    weights = await ask(span, intake)
+            except TimeoutError as exc:
+                if not clock.expired():
+                    raise
+                raise DeadlineExceededError(
+                    f"the weights of the adapter did not come within {ARRIVAL_TIMEOUT:.0f} s"
+                ) from exc
+            kept = _Kept(await self._load(weights), span, users=1)
+        self._keep(key, kept)
+        return kept
 
     async def _load(self, weights: Weights) -> Adapter | None:
         if not weights.tensors:
@@ -268,14 +314,20 @@ class AdapterStore:
             raise translated(exc) from exc
 
     def _keep(self, key: tuple[PeerId, str], kept: _Kept) -> None:
-        if kept.nbytes > self.budget:
+        if kept.nbytes > self.share:
             raise AdapterError(
-                f"the adapter takes {kept.nbytes} bytes here, and the server has {self.budget} for adapters "
-                f"of clients; use a smaller one, or another server"
+                f"the adapter takes {kept.nbytes} bytes here, and the server has {self.share} for adapters "
+                f"of one client; use a smaller one, or another server"
             )
         same_peer = [other for other in self._own if other[0] == key[0] and other != key]
         for old in same_peer[: max(0, len(same_peer) + 1 - MAX_OF_ONE_PEER)]:
             self._drop_unused(old)
+        used = self._used_by(key[0])
+        if used + kept.nbytes > self.share:
+            raise ServerMemoryError(
+                f"the adapter takes {kept.nbytes} bytes, and of the {self.share} that this server has for "
+                f"adapters of one client {used} are in use by you; end some of your sessions"
+            )
         for old in list(self._own):
             if self.nbytes + kept.nbytes <= self.budget:
                 break
@@ -286,6 +338,11 @@ class AdapterStore:
                 f"adapters of clients {self.nbytes} are in use; try again later, or another server"
             )
         self._own[key] = [*self._own.pop(key, ()), kept]
+
+    def _used_by(self, peer: PeerId) -> int:
+        """Bytes of a client's adapters that it uses: the others make room for anybody."""
+        own = (kept for key, versions in self._own.items() if key[0] == peer for kept in versions)
+        return sum(kept.nbytes for kept in own if kept.users)
 
     def _drop_unused(self, key: tuple[PeerId, str]) -> None:
         used = [kept for kept in self._own[key] if kept.users]

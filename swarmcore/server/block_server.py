@@ -93,7 +93,7 @@ class BlockServer:
             idle_timeout=config.idle_timeout,
             pass_limits=pass_limits(config),
         )
-        self.adapters = AdapterStore(executor, config.adapter_budget)
+        self.adapters = AdapterStore(executor, config.adapter_budget, node.resources)
         self.inference = InferenceService(
             self.engine,
             executor.model,
@@ -103,7 +103,7 @@ class BlockServer:
             admission_timeout=config.admission_timeout,
             adapters=self.adapters,
         )
-        self.passes = PassService(self.engine, executor.model, executor.span, self.adapters)
+        self.passes = PassService(self.engine, executor.model, executor.span, self.adapters, node.resources)
         self._model = attrs.evolve(executor.model, source=announced_source(config.model, config.revision))
         self.state: ServerState = "joining"
         self.span = executor.span

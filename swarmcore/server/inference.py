@@ -63,7 +63,7 @@ class InferenceService:
         self._node = node
         self._hops = NextHops(node, registry, self.counters)
         self._admission_timeout = admission_timeout
-        self._adapters = adapters or AdapterStore(engine.executor, 0)
+        self._adapters = adapters or AdapterStore(engine.executor, 0, node.resources)
         self._sessions: dict[str, HostedSession] = {}
         self._stays: dict[str, asyncio.Timeout] = {}
         self._awaited: dict[str, set[asyncio.Future[HostedSession]]] = {}

@@ -9,6 +9,7 @@ import attrs
 
 from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ProtocolError
 from swarmcore.executor.base import BlockExecutor
+from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import Weights, WeightsIntake
 from swarmcore.types import Span
@@ -42,8 +43,11 @@ class Sender:
 class PassChannel:
     """Receives what one pass needs, in whichever order it comes, and sends what comes of it."""
 
-    def __init__(self, channel: Channel, executor: BlockExecutor, rows: int, sender: Sender) -> None:
-        """``sender`` is the same object for all passes of a client."""
+    def __init__(
+        self, channel: Channel, executor: BlockExecutor, rows: int, sender: Sender, held: Reservation
+    ) -> None:
+        """``sender`` is the same object for all passes of a client; in ``held`` its rows are counted."""
+        self._held = held
         self._channel = channel
         self._sender = sender
         self._executor = executor
@@ -65,12 +69,9 @@ class PassChannel:
         self.expect("inputs")
         await self._channel.send(InputsWanted())
 
-    async def weights(self, span: Span, max_bytes: int) -> Weights:
-        """Have the client send its adapter's weights for ``span``, of ``max_bytes`` bytes at most.
-
-        Rows that come before them are taken in.
-        """
-        self._weights = WeightsIntake(span, max_bytes)
+    async def weights(self, span: Span, intake: WeightsIntake) -> Weights:
+        """Have the client send its adapter's weights for ``span``; rows that come before are taken in."""
+        self._weights = intake
         await self._channel.send(AdapterWanted(tuple(range(span.start, span.end))))
         while (whole := await self._next()) is None:
             pass
@@ -112,12 +113,13 @@ class PassChannel:
             self.receiving = _now() - self._opened
             hidden = message.tensor("hidden")
             intake.check(record, hidden)
+            self._held.resize(self._held.amount + hidden.decoded_nbytes)
             intake.add(await self._executor.decode(hidden))
             return None
         if self._weights is None:
             raise ProtocolError("the client sent weights that it was not asked for")
         assert isinstance(record, AdapterPart)
-        return self._weights.take(record, message.tensors)
+        return await self._weights.take(record, message.tensors)
 
     async def send_rows(self, kind: str, rows: Tensor, codec: str) -> None:
         """Send raw ``rows`` in pieces, each encoded with ``codec``."""

@@ -22,6 +22,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.executor.pass_runner import PassLimits
 from swarmcore.executor.pass_turn import PassTurn
 from swarmcore.executor.passes import SequenceBatch
+from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
@@ -51,7 +52,16 @@ class PassService:
     ``span`` is what passes may go through; a server that moves to other blocks changes it.
     """
 
-    def __init__(self, engine: Engine, model: ModelInfo, span: Span, adapters: AdapterStore) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: ModelInfo,
+        span: Span,
+        adapters: AdapterStore,
+        resources: ResourceManager | None = None,
+    ) -> None:
+        """``resources`` counts the rows that clients send."""
+        self._resources = resources or ResourceManager()
         self.draining = False
         self.span = span
         self.counters: Counter[str] = Counter()
@@ -127,9 +137,12 @@ class PassService:
         self.under_way += 1
         try:
             async with clock:
-                with self._engine.passes.admit(channel.remote, span, opening.lengths, deadline) as turn:
+                with (
+                    self._engine.passes.admit(channel.remote, span, opening.lengths, deadline) as turn,
+                    self._resources.reserve(channel.remote, Resource.BYTES, 0) as held,
+                ):
                     rows = sum(opening.lengths)
-                    yield turn, PassChannel(channel, self._engine.executor, rows, sender)
+                    yield turn, PassChannel(channel, self._engine.executor, rows, sender, held)
             self.counters["passes_served"] += 1
         except TimeoutError as exc:
             if not clock.expired():

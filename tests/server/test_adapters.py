@@ -7,6 +7,7 @@ import gc
 import weakref
 from contextlib import AsyncExitStack
 
+import attrs
 import pytest
 from small_adapters import WIDTH, adapter_tensors
 
@@ -17,10 +18,12 @@ from swarmcore.errors import (
     DeadlineExceededError,
     ProtocolError,
     RemoteFaultError,
+    ResourceLimitError,
     ServerMemoryError,
     SwarmError,
 )
 from swarmcore.executor.passes import Adapter
+from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.server import adapters as module
 from swarmcore.server.adapters import ARRIVAL_TIMEOUT, AdapterStore, Ask, Weights, WeightsIntake
 from swarmcore.testing.executor import CountingExecutor
@@ -28,8 +31,9 @@ from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import tensor_of
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.passes import AdapterName, AdapterPart
+from swarmcore.wire.tensors import Tensor
 
-ALICE, BOB = PeerId("alice"), PeerId("bob")
+ALICE, BOB, CAROL = map(PeerId, ("alice", "bob", "carol"))
 WHOLE = Span(0, 12)
 NBYTES = sum(tensor.decoded_nbytes for tensor in adapter_tensors())
 
@@ -134,18 +138,32 @@ async def test_the_least_recently_used_goes_first_and_what_is_used_stays() -> No
 
 
 async def test_when_all_room_is_in_use_the_client_is_told_to_wait() -> None:
-    where, client = store(2 * NBYTES), Client()
+    where, client = store(4 * NBYTES), Client()
     async with AsyncExitStack() as used:
-        for number in range(2):
-            await used.enter_async_context(where.obtain(ALICE, version(number), WHOLE, client))
-        with pytest.raises(ServerMemoryError, match="in use"):
+        for peer in (ALICE, CAROL):
+            for number in range(2):
+                await used.enter_async_context(where.obtain(peer, version(number), WHOLE, client))
+        with pytest.raises(ServerMemoryError, match=f"of the {4 * NBYTES} that this server has"):
             await get(where, BOB, version(9), client)
     assert await get(where, BOB, version(9), client) is not None
 
 
+async def test_one_client_uses_half_of_the_room_at_most() -> None:
+    where, client = store(4 * NBYTES), Client()
+    async with AsyncExitStack() as used:
+        for number in range(2):
+            await used.enter_async_context(where.obtain(ALICE, version(number), WHOLE, client))
+        with pytest.raises(ServerMemoryError, match="in use by you"):
+            await get(where, ALICE, version(9), client)
+        await used.enter_async_context(where.obtain(BOB, version(9), WHOLE, client))
+    for number in range(4):
+        await get(where, ALICE, version(number), client)
+    assert where.nbytes == 4 * NBYTES, "what nobody uses makes room anyway"
+
+
 async def test_what_could_never_fit_is_refused_for_good() -> None:
     with pytest.raises(AdapterError, match="a smaller one"):
-        await get(store(NBYTES - 1), ALICE, version(1), Client())
+        await get(store(2 * NBYTES - 2), ALICE, version(1), Client())
 
 
 async def test_old_versions_of_one_peer_do_not_pile_up() -> None:
@@ -194,19 +212,72 @@ async def test_named_adapters_follow_the_blocks() -> None:
         await get(where, ALICE, AdapterName(name="poet"), Client())
 
 
-def test_parts_are_bounded_before_they_are_put_together() -> None:
+def intake(
+    span: Span = WHOLE, *, peer_bytes: int = 2**20, executor: CountingExecutor | None = None
+) -> WeightsIntake:
+    limits = ResourceLimits.of(Machine(1024, 2**30))
+    resources = ResourceManager(attrs.evolve(limits, bytes=Bounds(2**30, peer_bytes, 2**20, 2**30)))
+    return WeightsIntake(executor or CountingExecutor(), span, NBYTES, resources, ALICE)
+
+
+async def test_parts_are_bounded_before_they_are_put_together() -> None:
     part, last = AdapterPart(2.0), AdapterPart(2.0, last=True)
     tensors = adapter_tensors()
-    intake = WeightsIntake(WHOLE, NBYTES)
-    assert intake.take(part, tensors[:2]) is None
-    whole = intake.take(last, tensors[2:])
-    assert whole is not None and (len(whole.tensors), whole.scaling) == (6, 2.0)
-    with pytest.raises(AdapterError, match=f"more than {NBYTES} bytes"):
-        intake.take(part, tensors[:1])
-    with pytest.raises(ProtocolError, match="no tensors"):
-        WeightsIntake(WHOLE, NBYTES).take(part, ())
-    crowd = WeightsIntake(Span(0, 1), NBYTES)
-    empty = [tensor_of(f"0.m{n}.lora_A", [], (0, WIDTH)) for n in range(40)]
-    crowd.take(part, empty)
-    with pytest.raises(AdapterError, match="64 tensors"):
-        crowd.take(part, empty)
+    with intake() as arriving:
+        assert await arriving.take(part, tensors[:2]) is None
+        whole = await arriving.take(last, tensors[2:])
+        assert whole is not None and (len(whole.tensors), whole.scaling) == (6, 2.0)
+        with pytest.raises(AdapterError, match=f"more than {NBYTES} bytes"):
+            await arriving.take(part, tensors[:1])
+    with pytest.raises(AdapterError, match="two tensors named"), intake() as arriving:
+        await arriving.take(part, [tensors[0], tensors[0]])
+    with pytest.raises(ProtocolError, match="no tensors"), intake() as arriving:
+        await arriving.take(part, ())
+    empty = [[tensor_of(f"0.{m}{n}.lora_A", [], (0, WIDTH)) for n in range(40)] for m in "ab"]
+    with intake(Span(0, 1)) as crowd:
+        await crowd.take(part, empty[0])
+        with pytest.raises(AdapterError, match="64 tensors"):
+            await crowd.take(part, empty[1])
+
+
+async def test_what_arrives_is_counted_for_its_client_until_it_is_let_go() -> None:
+    tensors = adapter_tensors()
+    with intake(peer_bytes=NBYTES - 1) as arriving:
+        resources = arriving._held._manager
+        await arriving.take(AdapterPart(), tensors[:-1])
+        assert resources.used(Resource.BYTES, ALICE) == NBYTES - tensors[-1].decoded_nbytes
+        with pytest.raises(ResourceLimitError, match="bytes"):
+            await arriving.take(AdapterPart(last=True), tensors[-1:])
+    assert resources.used(Resource.BYTES, ALICE) == 0
+
+
+async def test_what_does_not_fit_the_blocks_is_refused_before_it_is_decoded() -> None:
+    class Strict(CountingExecutor):
+        def check_adapter(self, name: str, dtype: str, shape: tuple[int, ...], span: Span) -> None:
+            raise AdapterError(f"{name} of {shape} is of no block of {span}")
+
+        async def decode(self, tensor: Tensor) -> Tensor:
+            raise AssertionError("it was decoded")
+
+    with intake(executor=Strict()) as arriving, pytest.raises(AdapterError, match="of no block of 0:12"):
+        await arriving.take(AdapterPart(), adapter_tensors()[:1])
+
+
+async def test_nothing_of_a_refused_adapter_stays_though_its_error_does() -> None:
+    where, refs = store(), list[weakref.ref[Tensor]]()
+
+    async def ask(span: Span, arriving: WeightsIntake) -> Weights:
+        tensors = [attrs.evolve(tensor) for tensor in adapter_tensors()]
+        refs.extend(map(weakref.ref, tensors))
+        await arriving.take(AdapterPart(), tensors)
+        raise AdapterError("not after all")
+
+    gc.disable()
+    try:
+        with pytest.raises(AdapterError) as caught:
+            await get(where, ALICE, version(1), ask)
+        assert caught.value.__context__ is None
+        assert len(refs) == 6 and not any(ref() for ref in refs)
+    finally:
+        gc.enable()
+    assert where._resources.used(Resource.BYTES) == 0

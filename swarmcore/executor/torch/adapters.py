@@ -15,7 +15,7 @@ from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.targets import Target
 from swarmcore.executor.torch.tensors import to_torch
 from swarmcore.types import Span
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import FLOATS, Tensor
 
 _UPDATE = re.compile(r"(\d{1,6})\.(.+)\.lora_[AB]")
 _PREFIX = re.compile(r"(\d{1,6})\.prefix")
@@ -66,10 +66,7 @@ def make_adapter(
         if match := _UPDATE.fullmatch(name):
             targets.setdefault((int(match[1]), match[2]), Target(int(match[1]), match[2]))
         elif not (match := _PREFIX.fullmatch(name)):
-            raise AdapterError(
-                f"the adapter's tensor {name!r} is of no kind that is served; expected "
-                f"BLOCK.MODULE.lora_A, BLOCK.MODULE.lora_B or BLOCK.prefix"
-            )
+            raise _unknown(name)
         block = int(match[1])
         if not held.holds(Span(block, block + 1)):
             raise AdapterError(f"the adapter has weights for block {block}; held here are {held.span}")
@@ -82,6 +79,47 @@ def make_adapter(
     for block, name in adapter.prefixes.items():
         _check_prefix(block, weights[name], adapter.prefix_tokens, held)
     return adapter
+
+
+def check_description(
+    name: str, dtype: str, shape: tuple[int, ...], span: Span, held: HeldBlocks, max_tokens: int
+) -> None:
+    """As `BlockExecutor.check_adapter`; prefixes have ``max_tokens`` tokens at most."""
+    update = _UPDATE.fullmatch(name)
+    prefix = None if update else _PREFIX.fullmatch(name)
+    match = update or prefix
+    if match is None:
+        raise _unknown(name)
+    block = int(match[1])
+    if not span.start <= block < span.end or not held.holds(Span(block, block + 1)):
+        raise AdapterError(f"the adapter has weights for block {block}; asked for were those of {span}")
+    if dtype not in FLOATS:
+        raise AdapterError(f"the adapter's tensor {name!r} is {dtype}; expected {', '.join(FLOATS)}")
+    if prefix is not None:
+        [layer] = held.layout(Span(block, block + 1)).layers
+        expected = f"[2, 1 to {max_tokens}, {layer.heads}, {layer.key_size}]"
+        fits = len(shape) == 4 and (shape[0], *shape[2:]) == (2, layer.heads, layer.key_size)
+        rank, most = shape[1] if fits else 0, max_tokens
+    else:
+        sizes = _sizes(projection(held, Target(block, match[2])))
+        assert sizes is not None
+        most, first = max(sizes), name.endswith("A")
+        expected = f"[rank, {sizes[0]}]" if first else f"[{sizes[1]}, rank]"
+        fits = len(shape) == 2 and shape[first] == sizes[not first]
+        rank = shape[not first] if fits else 0
+        expected += f" with a rank of 1 to {most}"
+    if not 0 < rank <= most:
+        raise AdapterError(
+            f"the adapter's tensor {name!r} has shape {list(shape[:8])}; expected {expected}: it was made "
+            f"for another model"
+        )
+
+
+def _unknown(name: str) -> AdapterError:
+    return AdapterError(
+        f"the adapter's tensor {name!r} is of no kind that is served; expected "
+        f"BLOCK.MODULE.lora_A, BLOCK.MODULE.lora_B or BLOCK.prefix"
+    )
 
 
 def own_adapter(adapter: Adapter | None, span: Span) -> TorchAdapter | None:

@@ -16,7 +16,7 @@ import swarmcore.executor.torch.sparse_codecs  # noqa: F401  registers the topk 
 from swarmcore.errors import InternalError, InvalidBatchError, InvalidStepError, SpanError, SwarmError
 from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
 from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
-from swarmcore.executor.torch.adapters import make_adapter, own_adapter
+from swarmcore.executor.torch.adapters import check_description, make_adapter, own_adapter
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_device
 from swarmcore.executor.torch.held import HeldBlocks, common
@@ -35,6 +35,9 @@ from swarmcore.executor.torch.slices import SliceRunner
 from swarmcore.executor.torch.span import SpanModel, load_span
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
+
+MAX_PREFIX_TOKENS = 4096
+"""Positions that an adapter may put before every sequence."""
 
 Loader = Callable[[Span, Progress | None], SpanModel]
 """Loads blocks of the executor's model, in its dtype, on its device. Blocks; runs in a thread."""
@@ -128,6 +131,10 @@ class TorchExecutor(BlockExecutor):
     async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
         """As `BlockExecutor.load_adapter`: prefixes, and low-rank updates of the blocks' linear layers."""
         return await self._in_compute_thread(self._load_adapter, tensors, scaling)
+
+    def check_adapter(self, name: str, dtype: str, shape: tuple[int, ...], span: Span) -> None:
+        most = self.max_positions or MAX_PREFIX_TOKENS
+        check_description(name, dtype, shape, span, self._blocks(), min(most, MAX_PREFIX_TOKENS))
 
     def _load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
         return make_adapter(tensors, scaling, self._blocks(), self._dtype, self._device)
