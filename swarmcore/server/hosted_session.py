@@ -14,8 +14,10 @@ import attrs
 
 from swarmcore.errors import InternalError, InvalidStepError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.engine import Engine
+from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
+from swarmcore.server.arrivals import Arrivals
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.kept import Kept
 from swarmcore.server.next_hops import NextHops
@@ -104,6 +106,7 @@ class HostedSession:
         self._next = NextStage(hops, client.remote, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
+        self._arrivals = Arrivals(node.resources, client.remote)
         self._kept_outputs = KeptOutputs(sequences)
         self._answers_held = Kept(node.resources, client.remote, self._drop_answers)
         self._outputs_held = Kept(node.resources, client.remote, self._drop_outputs)
@@ -164,12 +167,24 @@ class HostedSession:
             return
         chain = record.chain if isinstance(record, Step | Replay) else ()
         self._next.give_up_unless(chain[0] if chain else None)
-        await self._room.acquire()
-        self._under_way += 1
-        if self._closed:
-            raise SessionLostError(f"session {self.session[:8]} was closed")
+        held = None
         if hidden is not None:
-            self._jobs.put_nowait(self._begin(record, hidden))
+            try:
+                held = await self._arrivals.hold([hidden], record.deadline)
+            except SwarmError as exc:
+                await self._report(record.step, exc, record.attempt)
+                return
+        try:
+            await self._room.acquire()
+            if self._closed:
+                raise SessionLostError(f"session {self.session[:8]} was closed")
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        self._under_way += 1
+        if hidden is not None:
+            self._jobs.put_nowait(self._begin(record, hidden, held))
         elif isinstance(record, Replay):
             self._jobs.put_nowait(partial(self._replay, record))
         else:
@@ -209,7 +224,7 @@ class HostedSession:
 
     # --- steps -------------------------------------------------------------------------------------------
 
-    def _begin(self, step: Step, hidden: Tensor) -> Callable[[], Awaitable[None]]:
+    def _begin(self, step: Step, hidden: Tensor, held: Reservation | None) -> Callable[[], Awaitable[None]]:
         """Put the step in the engine's line; return what is to be done when its turn has come."""
         fresh = True
         try:
@@ -219,6 +234,8 @@ class HostedSession:
             output.set_exception(exc)
         self._outputs[output] = None
         output.add_done_callback(self._done)
+        if held is not None:
+            output.add_done_callback(lambda _: held.release())
         return partial(self._finish, step, output, fresh)
 
     def _compute(self, step: Step, hidden: Tensor) -> tuple[asyncio.Future[Tensor], bool]:
@@ -383,9 +400,15 @@ class HostedSession:
     async def _take_caches(self, part: CachePart, tensors: tuple[Tensor, ...]) -> None:
         try:
             if part.count:
-                await self._engine.import_cache(
-                    self.session, part.sequence, part.start, part.count, tensors, timeout=HAND_OVER_TIMEOUT
-                )
+                async with self._arrivals.held(tensors):
+                    await self._engine.import_cache(
+                        self.session,
+                        part.sequence,
+                        part.start,
+                        part.count,
+                        tensors,
+                        timeout=HAND_OVER_TIMEOUT,
+                    )
             if part.last:
                 await self._client.send(CachesTaken(self._engine.length(self.session)))
         except SwarmError as exc:

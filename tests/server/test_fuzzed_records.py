@@ -9,29 +9,21 @@ import asyncio
 import contextlib
 import random
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 from tiny_models import save_random_model, tiny_config
+from torch_server import torch_server
 
 from swarmcore.errors import InternalError, RemoteFaultError, SwarmError, error_classes
-from swarmcore.executor.engine import Engine
-from swarmcore.executor.torch.checkpoint import open_checkpoint
-from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.identity import Identity
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Protocol
 from swarmcore.rpc.node import Node
-from swarmcore.server.adapters import AdapterStore
-from swarmcore.server.inference import InferenceService
-from swarmcore.server.passes import PassService
 from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL, INFERENCE_PROTOCOL
-from swarmcore.testing.memory import MemoryNetwork
-from swarmcore.types import ModelInfo, PeerId, Span
+from swarmcore.types import ModelInfo, PeerId
 from swarmcore.wire.failure import Failure
 from swarmcore.wire.messages import Admit, CachePart, HandOver, Hop, JoinSession, OpenSession, Replay, Step
 from swarmcore.wire.passes import AdapterName, AdapterPart, OpenBackward, OpenForward, Rows
@@ -170,34 +162,6 @@ class Stranger:
         return self.changed(record) if self.random.random() < 0.6 else record, tensors
 
 
-@asynccontextmanager
-async def real_server(folder: Path) -> AsyncIterator[tuple[Node, MemoryNetwork, ModelInfo]]:
-    network = MemoryNetwork()
-    identity = Identity.from_seed(b"s" * 32)
-    executor = await asyncio.to_thread(
-        TorchExecutor.load, open_checkpoint(str(folder)), Span(0, 5), dtype="float32", threads=1
-    )
-    engine = Engine(executor, cache_tokens=4096)
-    await engine.start()
-    adapters = AdapterStore(executor, 2**20)
-    async with Node(identity, [network.transport(identity)]) as node:
-        inference = InferenceService(
-            engine, executor.model, executor.span, node, admission_timeout=0.2, adapters=adapters
-        )
-        passes = PassService(engine, executor.model, executor.span, adapters)
-        node.serve_protocol(INFERENCE_PROTOCOL, inference.serve)
-        node.serve_protocol(FORWARD_PROTOCOL, passes.forward)
-        node.serve_protocol(BACKWARD_PROTOCOL, passes.backward)
-        try:
-            yield node, network, executor.model
-        finally:
-            await node.close()
-            await engine.close()
-            await executor.close()
-            assert engine.cache_tokens_used == 0
-            assert not any(use.used for use in node.resources.snapshot())
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fuzzed")
@@ -209,7 +173,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_nothing_that_is_sent_is_a_surprise(
     folder: Path, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
-    async with real_server(folder) as (node, network, model):
+    async with torch_server(folder) as (node, network, model):
         identity = Identity.from_seed(b"c" * 32)
         stranger = Stranger(seed, model, node.peer, tuple(map(str, node.addresses)))
         async with Node(identity, [network.transport(identity, listen=False)]) as client:

@@ -87,6 +87,9 @@ class TorchExecutor(BlockExecutor):
         self._loading = ThreadPoolExecutor(
             1, "swarmcore-load", initializer=torch.set_num_threads, initargs=(1,)
         )
+        self._adapting = ThreadPoolExecutor(
+            1, "swarmcore-adapters", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     @classmethod
     def load(
@@ -130,7 +133,10 @@ class TorchExecutor(BlockExecutor):
 
     async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
         """As `BlockExecutor.load_adapter`: prefixes, and low-rank updates of the blocks' linear layers."""
-        return await self._in_compute_thread(self._load_adapter, tensors, scaling)
+        # A thread of its own: large ones take a while to look through, and no step should wait for that.
+        return await asyncio.get_running_loop().run_in_executor(
+            self._adapting, self._load_adapter, tensors, scaling
+        )
 
     def check_adapter(self, name: str, dtype: str, shape: tuple[int, ...], span: Span) -> None:
         most = self.max_positions or MAX_PREFIX_TOKENS
@@ -277,6 +283,7 @@ class TorchExecutor(BlockExecutor):
         self._slices.clear()
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._loading.shutdown)
+        await asyncio.to_thread(self._adapting.shutdown)
 
     async def _in_compute_thread(self, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
         if self._held is None:

@@ -218,3 +218,28 @@ async def test_adapters_that_do_not_fit_are_refused(executor: TorchExecutor) -> 
     gap = await executor.load_adapter([to_wire("1.prefix", prefix), to_wire("3.prefix", prefix)], 1.0)
     [error] = await executor.step([part(executor, 0, gap, 0, inputs_of((2,))[0])])
     assert isinstance(error, AdapterError) and "block 2" in error.message
+
+
+async def test_what_an_adapter_may_have_is_known_from_its_description(executor: TorchExecutor) -> None:
+    """Whatever `load_adapter` takes is let pass; what no block has room for is refused."""
+    for tensor in (*updates(1, 3, list(SIZES)), *updates(2, 64, list(SIZES)), *prefixes(3)):
+        executor.check_adapter(tensor.name, tensor.dtype, tensor.shape, SPAN)
+    for name, dtype, shape, message in (
+        ("1.self_attn.q_proj.lora_A", "float32", (65, 64), "rank of 1 to 64"),
+        ("1.self_attn.q_proj.lora_A", "float32", (0, 64), "rank of 1 to 64"),
+        ("1.self_attn.q_proj.lora_A", "float32", (3, 63), "made for another model"),
+        ("1.self_attn.q_proj.lora_A", "float32", (3, 64, 1), "made for another model"),
+        ("1.self_attn.q_proj.lora_A", "float32", (), "made for another model"),
+        ("1.self_attn.v_proj.lora_B", "float32", (64, 3), r"expected \[32, rank\]"),
+        ("1.self_attn.q_proj.lora_A", "int64", (3, 64), "int64"),
+        ("1.self_attn.q_proj", "float32", (3, 64), "of no kind"),
+        ("1.mlp.lora_A", "float32", (3, 64), "projections"),
+        ("0.self_attn.q_proj.lora_A", "float32", (3, 64), "block 0"),
+        ("1.prefix", "float32", (2, 10**6, 2, 16), "1 to 4096"),
+        ("1.prefix", "float32", (2, 4, 2, 17), "made for another model"),
+        ("1.prefix", "float32", (3, 4, 2, 16), "made for another model"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            executor.check_adapter(name, dtype, shape, SPAN)
+    with pytest.raises(AdapterError, match="block 3"):
+        executor.check_adapter("3.self_attn.q_proj.lora_A", "float32", (3, 64), Span(1, 3))
