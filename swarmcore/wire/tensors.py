@@ -36,6 +36,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 ZSTD_LEVEL = 1
 
+SLACK = 1024
+"""Bytes that a codec may add to small tensors; whoever keeps encoded ones relies on them being no larger."""
+
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -167,6 +170,11 @@ def check_headers(headers: Sequence[TensorHeader], limits: Limits) -> None:
         if header.codec == "raw" and header.nbytes != size:
             raise ProtocolError(
                 f"tensor {header.name!r} has {header.nbytes} bytes where its shape needs {size}"
+            )
+        if header.nbytes > 2 * size + SLACK:
+            raise ProtocolError(
+                f"tensor {header.name!r} has {header.nbytes} bytes where its values take {size}: no codec "
+                f"makes them so much larger"
             )
         total += size
         if total > limits.max_decoded:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from swarmcore.errors import InputError, InternalError, ProtocolError, UnknownCodecError
 from swarmcore.wire import tensors
-from swarmcore.wire.tensors import Tensor, codec_names, register_codec
+from swarmcore.wire.limits import Limits
+from swarmcore.wire.tensors import Tensor, TensorHeader, check_headers, codec_names, register_codec
 
 
 class Halves:
@@ -133,3 +134,9 @@ def test_zstd_bombs_are_refused_before_memory_is_spent() -> None:
 
 def test_an_honest_frame_of_zeros_is_let_through() -> None:
     assert compressed(zstandard.compress(bytes(2**24)), 2**24).decode().data.nbytes == 2**24
+
+
+def test_encoded_tensors_are_hardly_larger_than_what_they_hold():
+    check_headers([TensorHeader("t", "float32", (100,), "int8", 1824)], Limits())
+    with pytest.raises(ProtocolError, match="no codec"):
+        check_headers([TensorHeader("t", "float32", (100,), "int8", 1825)], Limits())
