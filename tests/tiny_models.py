@@ -60,6 +60,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", _HEADS_OF_16),
     "gemma2": ("gemma2", {**_SLIDING, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {**_SLIDING, "num_hidden_layers": 7}),
+    "gemma4": (
+        "gemma4_text",
+        {**_SLIDING, "hidden_size_per_layer_input": 0, "global_head_dim": 32, "attention_k_eq_v": True}
+        | {
+            "num_global_key_value_heads": 1,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        },
+    ),
     "mixtral": ("mixtral", {**SIZES, "num_local_experts": 4, "output_router_logits": True}),
     "qwen3_moe": (
         "qwen3_moe",

@@ -171,6 +171,8 @@ def _matches(key: str, target: str) -> bool:
 
 
 def _kv_shape(config: Any) -> tuple[int, int] | None:
+    if getattr(config, "is_heterogeneous", False):
+        return None
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     if getattr(config, "kv_lora_rank", None) or config.model_type == "diffllama":

@@ -21,6 +21,11 @@ _NOT_PER_LAYER = {
     "architectures",
     "_name_or_path",
 }
+_BESIDE_HIDDEN_STATES = {
+    "hidden_size_per_layer_input": "embeddings of their tokens beside hidden states",
+    "num_kv_shared_layers": "keys and values from blocks before them",
+}
+"""Keys of configs that say so."""
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -31,6 +36,9 @@ def cut_config(config: Any, span: Span) -> Any:
     for key, value in vars(config).items():
         if key not in _NOT_PER_LAYER and isinstance(value, list | tuple) and len(value) == layers:
             setattr(cut, key, type(value)(value[span.start : span.end]))
+    if getattr(config, "is_heterogeneous", False):
+        own = config.to_dict()["per_layer_config"]
+        cut.per_layer_config = {int(i) - span.start: own[i] for i in own if int(i) in span}
     cut.num_hidden_layers = len(span)
     cut.return_dict, cut.output_attentions, cut.output_hidden_states = True, False, False
     return _without_vocabulary(cut)
@@ -86,6 +94,12 @@ def check_servable(config: Any, name: str) -> None:
             f"{name} ({config.model_type}) has layers of type {', '.join(sorted(other))}; "
             f"only full, sliding and chunked attention are served"
         )
+    for key, what in _BESIDE_HIDDEN_STATES.items():
+        if getattr(config, key, None):
+            raise UnsupportedModelError(
+                f"{name} ({config.model_type}) has {key} {getattr(config, key)}: its blocks take {what}, "
+                f"which is not served"
+            )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} ({config.model_type}) is not a decoder-only model")
 
@@ -107,10 +121,9 @@ def cut_class(family: Any, path: str, layers: str, span: Span) -> Any:
         base, cut = self.get_submodule(path), cut_config(config, span)
         blocks = getattr(base, layers)[span.start : span.end]
         setattr(base, layers, nn.ModuleList(blocks))
-        for module in base.modules():
-            if getattr(module, "config", None) is base.config and module is not base:
-                module.config = cut
         for module in blocks.modules():
+            if getattr(module, "config", None) is base.config:
+                module.config = cut
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx -= span.start
         base.config = cut

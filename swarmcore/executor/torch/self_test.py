@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 
 import swarmcore
-from swarmcore.errors import UnsupportedModelError
+from swarmcore.errors import SpanError, SwarmError, UnsupportedModelError
 from swarmcore.executor.torch.batch import Batch, RaggedBatch
 from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.checkpoint.cache import cache_folder, write_file
@@ -90,7 +90,16 @@ def check(checkpoint: Checkpoint, part: str, test: Callable[[Reference], str | N
             if _reference is None or _reference[0] != model:
                 _reference = None  # its memory first
                 _reference = model, Reference(checkpoint)
-            if difference := test(_reference[1]):
+            try:
+                difference = test(_reference[1])
+            except (UnsupportedModelError, SpanError):
+                raise
+            except SwarmError as exc:  # of the small model, not of this checkpoint
+                raise UnsupportedModelError(
+                    f"{checkpoint.name} ({_reference[1].config.model_type}) cannot be tested, and is not "
+                    f"served untested: {part} of a small model of its kind fail with: {exc}"
+                ) from exc
+            if difference:
                 raise UnsupportedModelError(
                     f"{checkpoint.name} ({_reference[1].config.model_type}) is not served: its {part} would "
                     f"differ from what transformers {transformers.__version__} computes: {difference}"

@@ -68,7 +68,9 @@ def _largest_block(config: Any) -> int:
 
 
 def _cached_values(config: Any) -> int:
-    """Keys and values of one token in one block."""
+    """Keys and values of one token in one block, the one with most of them."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(_cached_values(layer) for layer in config.per_layer_config)
     heads = config.num_attention_heads
     if rotated := getattr(config, "qk_rope_head_dim", 0):  # latent attention, cached expanded
         return int(heads * (config.qk_nope_head_dim + rotated + config.v_head_dim))

@@ -90,9 +90,13 @@ def small_config(config: Any) -> Any:
         elif name == "floor_scale":
             setattr(small, name, _at_most(value, WINDOW))
     if not narrow:
+        layers = config.to_dict().get("per_layer_config") or {}
         _make_narrow(small)
+        if layers:
+            small.per_layer_config = {int(layer): _narrow_layer(own) for layer, own in layers.items()}
     if isinstance(getattr(small, "rope_parameters", None), dict):
-        size = getattr(small, "qk_rope_head_dim", None) or getattr(small, "head_dim", None) or _HEAD_SIZE
+        own = vars(small)  # some configs give a value for each layer, and raise for the one of all
+        size = own.get("qk_rope_head_dim") or own.get("head_dim") or _HEAD_SIZE
         small.rope_parameters = _short_rope(small.rope_parameters, int(size), cut=not narrow)
     return small
 
@@ -134,6 +138,16 @@ def _make_narrow(config: Any) -> None:
     for name, width in _WIDTHS.items():
         if name in vars(config):
             setattr(config, name, _at_most(getattr(config, name), width))
+
+
+def _narrow_layer(own: dict[str, Any]) -> dict[str, Any]:
+    """What one layer has in place of the config's values."""
+    small = {name: _at_most(value, _WIDTHS.get(name, value)) for name, value in own.items()}
+    for name in small.keys() & set(_HEAD_SIZES):
+        small[name] = 2 * _HEAD_SIZE
+    for name in small.keys() & set(_HEAD_COUNTS["num_attention_heads"]):
+        small[name] = _at_most(own[name], 2)
+    return small
 
 
 def _at_most(value: Any, limit: int) -> Any:
