@@ -33,7 +33,8 @@ class LocalParts:
         base = cast(Any, model.get_submodule(structure.base))
         after = nn.Sequential(*(base.get_submodule(name) for name in structure.after))
         for name in structure.after:
-            setattr(base, name, nn.Identity())
+            module = base.get_submodule(name)
+            setattr(base, name, _FirstCall(module) if name in structure.twice else nn.Identity())
         model.set_submodule(structure.base, _AfterBlocks(after))
         self.config: PretrainedConfig = model.config
         self.dtype: torch.dtype = model.dtype
@@ -126,6 +127,19 @@ class LocalParts:
         positions = [step * (min(self.max_positions or 64, 64) - 1) // 7 for step in range(8)]
         same = torch.equal(lookup(torch.tensor(ids)), self._embed_with_base(ids, positions))
         return cast(nn.Module, lookup) if same else None
+
+
+class _FirstCall(nn.Module):
+    """In place of a module that is called before and after the blocks: does nothing the second time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._first = False
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._first = not self._first
+        return cast(torch.Tensor, self.module(hidden)) if self._first else hidden
 
 
 class _AfterBlocks(nn.Module):

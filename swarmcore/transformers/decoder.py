@@ -108,8 +108,10 @@ def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
     `UnsupportedModelError` when it does nothing after its blocks, since they are put in front of that.
     """
     structure = structure_of(model.config)
-    if not structure.after:
-        raise UnsupportedModelError(f"{type(model).__name__} has nothing between its blocks and its head")
+    if not structure.after or structure.twice:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has nothing between its blocks and its head, or uses it before them, too"
+        )
     norm = model.get_submodule(f"{structure.base}.{structure.after[0]}")
     norm.register_forward_pre_hook(_through_blocks)
     base = cast(Any, model.base_model)

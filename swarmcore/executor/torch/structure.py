@@ -27,6 +27,8 @@ class Structure:
     """Name of the list in it, such as ``layers`` or ``h``."""
     after: tuple[str, ...]
     """The modules in it that come after the last block, in their order: a final norm, a projection."""
+    twice: tuple[str, ...] = ()
+    """Those of them that it calls before the first block, too."""
 
 
 def structure_of(config: Any) -> Structure:
@@ -50,19 +52,23 @@ def structure_of(config: Any) -> Structure:
             failed = exc
             continue
         if after is not None:
-            return Structure(path, layers, after)
+            return Structure(path, layers, *after)
     raise UnsupportedModelError(
         f"what a model of type {config.model_type!r} does between its last block and its head is not known"
     ) from failed
 
 
 @torch.no_grad()
-def _modules_after(base: Any, block: nn.Module, as_tuple: bool) -> tuple[str, ...] | None:
+def _modules_after(
+    base: Any, block: nn.Module, as_tuple: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Names of what ``base`` calls after ``block``, each on what the one before gave; None: it does more.
 
-    Blocks give a tensor, or a tuple that begins with it: ``as_tuple`` says which of the two to try.
+    With them come those that it called before, too. Blocks give a tensor, or a tuple that begins with it:
+    ``as_tuple`` says which of the two to try.
     """
     given: list[torch.Tensor] = []
+    before: set[str] = set()
     after: list[str] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +78,9 @@ def _modules_after(base: Any, block: nn.Module, as_tuple: bool) -> tuple[str, ..
 
     def watch(name: str) -> Any:
         def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if given and args and _same(args[0], given[-1]) and isinstance(output, torch.Tensor):
+            if not given:
+                before.add(name)
+            elif args and _same(args[0], given[-1]) and isinstance(output, torch.Tensor):
                 after.append(name)
                 given.append(output)
 
@@ -90,7 +98,9 @@ def _modules_after(base: Any, block: nn.Module, as_tuple: bool) -> tuple[str, ..
         del block.forward
         for hook in hooks:
             hook.remove()
-    return tuple(after) if given and _same(output, given[-1]) else None
+    if not given or not _same(output, given[-1]):
+        return None
+    return tuple(after), tuple(name for name in after if name in before)
 
 
 def _same(one: Any, other: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -34,11 +35,18 @@ from swarmcore.executor.torch.checkpoint.fingerprint import (
     model_fingerprint,
 )
 from swarmcore.executor.torch.checkpoint.folder import MARKER, Marker, weight_files
+from swarmcore.executor.torch.checkpoint.gguf_config import (
+    Metadata,
+    check_metadata,
+    complete_config,
+    ends,
+)
+from swarmcore.executor.torch.checkpoint.header import LFS_POINTER, lfs_pointer
 from swarmcore.executor.torch.checkpoint.progress import Progress, no_progress
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.imports import import_large
 
-LAYOUT = "gguf-bfloat16-1"
+LAYOUT = "gguf-bfloat16-2"
 """What a conversion writes. Part of the fingerprint: count it up when a file would give other tensors."""
 
 _SHARD = "256MB"
@@ -71,8 +79,9 @@ def convert(
     The folder appears whole or not at all. It takes memory for the whole model in bfloat16. ``keep`` takes a
     target that is there already as the result.
 
-    Raise `CheckpointError` when the file is damaged, `UnsupportedModelError` when transformers does not know
-    its architecture, `StorageError` when the disk is full or ``target`` exists.
+    Raise `CheckpointError` when the file is damaged, `UnsupportedModelError` when its architecture is not
+    known or what it says of its model would be lost, `StorageError` when the disk is full or ``target``
+    exists.
     """
     progress = progress or no_progress
     check_gguf(source)
@@ -100,6 +109,8 @@ def check_gguf(source: Path) -> None:
     """Raise `CheckpointError` unless the file looks like a whole model in GGUF."""
     with storage_errors("reading the model", source), source.open("rb") as file:
         magic = file.read(4)
+    if magic == LFS_POINTER[:4]:
+        raise lfs_pointer(source)
     if magic != b"GGUF":
         raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
     if (split := _SPLIT.search(source.name)) and int(split[1]) > 1:
@@ -131,16 +142,29 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
 
 def _convert(source: Path, part: Path, progress: Progress) -> None:
     import_large("transformers.modeling_utils")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    metadata = Metadata.read(source)
+    check_metadata(metadata)
     doing, size = f"converting {source.name}", source.stat().st_size
     folder = str(source.parent.resolve())
     progress(doing, 0, size)
     with quiet_transformers(lambda share: progress(doing, int(share * size), size)):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=source.name, dtype=torch.bfloat16, **_dequantize()
+        config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
+        if config.model_type == "mistral":  # the file's name, not its architecture, had transformers say so
+            config = AutoConfig.for_model("llama", **_shape(config))
+        complete_config(config, metadata)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=source.name,
+            config=config,
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+            **_dequantize(),
         )
+        _check_loaded(source.name, report)
+        model.generation_config.eos_token_id = ends(metadata) or None
         needed = sum(tensor.nbytes for tensor in model.parameters())
         check_room(doing, part, needed)
         with storage_errors(doing, part, needed):
@@ -150,6 +174,19 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
         mode = (part / "config.json").stat().st_mode
         for path in part.glob("*.safetensors"):  # always written for the owner alone
             path.chmod(mode)
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    own = ("model_type", "architectures", "sliding_window")
+    return {key: value for key, value in config.to_dict().items() if key not in own}
+
+
+def _check_loaded(name: str, report: dict[str, Any]) -> None:
+    """Transformers makes up what it does not find."""
+    if wrong := sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"]):
+        raise CheckpointError(
+            f"{name} lacks {len(wrong)} tensors of its model or has them in another shape, such as {wrong[0]}"
+        )
 
 
 def _dequantize() -> dict[str, object]:

@@ -1,0 +1,117 @@
+"""Writes models as GGUF files, in the layout that llama.cpp's converter gives each architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    architecture: str,
+    *,
+    keys: Mapping[str, Any],
+    tensors: Mapping[str, Sequence[float]] | None = None,
+) -> Path:
+    """Write ``model`` in float32. ``keys`` are metadata, without the architecture; ``tensors`` come on top.
+
+    The shape of the model is written from its config.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    heads = config.num_attention_heads
+    own = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings if architecture != "bloom" else 256,
+        "embedding_length": config.hidden_size,
+        "attention.head_count": heads,
+        "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
+    }
+    for key, value in (own | dict(keys)).items():
+        _add(writer, key if "." in key and key.startswith("general") else f"{architecture}.{key}", value)
+    _add_vocabulary(writer, config.vocab_size)
+    for name, data in _converted(model, architecture).items():
+        writer.add_tensor(name, np.ascontiguousarray(data.float().numpy()))
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, np.asarray(values, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    tokens = ["<|end|>", *bytes_to_unicode().values(), "he", "ll"]
+    tokens += [f"<{number}>" for number in range(size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["h e", "l l"])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add(0)
+
+
+def _converted(model: Any, architecture: str) -> dict[str, torch.Tensor]:
+    config = model.config
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    found: dict[str, torch.Tensor] = {}
+    for key, data in model.state_dict().items():
+        if key == "lm_head.weight" and tied:
+            continue
+        if match := re.search(r"layers\.(\d+)\.mlp\.experts\.gate_up_proj$", key):
+            gate, up = data.chunk(2, dim=1)
+            found[f"blk.{match[1]}.ffn_gate_exps.weight"] = gate
+            found[f"blk.{match[1]}.ffn_up_exps.weight"] = up
+            continue
+        if match := re.search(r"layers\.(\d+)\.mlp\.experts\.down_proj$", key):
+            found[f"blk.{match[1]}.ffn_down_exps.weight"] = data
+            continue
+        suffixes = (".weight", ".bias")
+        name = names.get_name(key, suffixes) or names.get_name(key.removeprefix("transformer."), suffixes)
+        assert name is not None, key
+        found[name] = _transformed(name, data, config, architecture)
+    return found
+
+
+def _transformed(name: str, data: torch.Tensor, config: Any, architecture: str) -> torch.Tensor:
+    if architecture in NORMS_PLUS_ONE and name.endswith("norm.weight"):
+        return data + 1
+    if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        return data.reshape(heads, 2, -1, *data.shape[1:]).transpose(1, 2).reshape(data.shape)
+    if architecture == "gpt2" and data.dim() == 2 and name.startswith("blk."):
+        return data.T
+    if architecture == "bloom" and "attn_qkv" in name:
+        parts = data.reshape(config.n_head, 3, -1, *data.shape[1:])
+        return parts.transpose(0, 1).reshape(data.shape)
+    if name.endswith("ffn_gate_inp_shexp.weight"):
+        return data[0]
+    return data
