@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,19 +68,38 @@ class RemoteBlocks(nn.Module):
         attention_mask: torch.Tensor | None = None,
         *,
         adapter: BlockAdapter | str | None = None,
+        padding: bool = False,
     ) -> torch.Tensor:
         """Hidden states ``[batch, tokens, hidden size]`` after the last of the blocks, same shape and dtype.
 
         Sequences begin at position 0. ``attention_mask``, ``[batch, tokens]``, is 0 for padding, at the
-        left or the right of a sequence; no time is spent on it, and zeros come out there. ``adapter`` takes
-        the place of the module's own. Gradients flow to ``hidden`` and to the adapter's weights, once.
+        left or the right of a sequence; no time is spent on it, and zeros come out there. With ``padding``,
+        what is before a sequence comes out as it does of the plain model with PyTorch's attention, where it
+        attends to nothing: the first token is predicted from it. ``adapter`` takes the place of the module's
+        own. Gradients flow to ``hidden`` and to the adapter's weights, once.
 
         Raise `InputError` for shapes, masks and dtypes that do not work, `MissingBlocksError` when nobody
         takes batches through some of the blocks, `InvalidBatchError` for values that are not finite,
         `ServerMemoryError` when every server ran out of memory.
         """
         journey = self._journey(hidden, attention_mask, adapter)
-        return journey.joined(self._bridge.run(journey.forward))
+        before = None if attention_mask is None or not padding else attention_mask.cumsum(1) == 0
+        if before is None or not before.any():
+            return journey.joined(self._bridge.run(journey.forward))
+        rows, places = _distinct(hidden[before.to(hidden.device)])
+        beside = self._journey(rows[:, None], None, adapter, padding=True)
+
+        async def both(runner: BatchRunner) -> tuple[list[Way], list[Way]]:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(each.forward(runner)) for each in (journey, beside)]
+            return tasks[0].result(), tasks[1].result()
+
+        try:
+            ways, ways_beside = self._bridge.run(both)
+        except ExceptionGroup as exc:
+            raise exc.exceptions[0] from None
+        outputs, found = journey.joined(ways), beside.joined(ways_beside)[:, 0][places]
+        return outputs.masked_scatter(before.to(hidden.device)[..., None], found)
 
     async def forward_async(
         self,
@@ -99,6 +119,8 @@ class RemoteBlocks(nn.Module):
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
         adapter: BlockAdapter | str | None,
+        *,
+        padding: bool = False,
     ) -> _Journey:
         if hidden.dim() != 3 or hidden.shape[-1] != self.model_info.hidden_size or not hidden.numel():
             raise InputError(
@@ -110,7 +132,16 @@ class RemoteBlocks(nn.Module):
         chosen = self.adapter if adapter is None else adapter
         weights = {} if chosen is None or isinstance(chosen, str) else chosen.named_weights(self.span)
         rows = PackedRows((hidden.shape[0], hidden.shape[1]), attention_mask)
-        return _Journey(self._bridge, self.span, hidden, rows, snapshot(chosen, self.span), weights)
+        used = snapshot(chosen, self.span)
+        return _Journey(self._bridge, self.span, hidden, rows, used, weights, padding=padding)
+
+
+def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[rows, size]`` that differ, and for each row which of them it is; gradients keep them apart."""
+    if rows.requires_grad and torch.is_grad_enabled():
+        return rows, torch.arange(len(rows), device=rows.device)
+    distinct, places = torch.unique(rows, dim=0, return_inverse=True)
+    return distinct, places
 
 
 class _Journey:
@@ -124,7 +155,10 @@ class _Journey:
         rows: PackedRows,
         adapter: AdapterWeights | None,
         weights: dict[str, torch.Tensor],
+        *,
+        padding: bool = False,
     ) -> None:
+        self._padding = padding
         self._bridge, self._span, self._rows, self._adapter = bridge, span, rows, adapter
         self._hidden, self._weights = hidden, weights
         self._groups = rows.groups(bridge.options.micro_batch_tokens)
@@ -136,7 +170,8 @@ class _Journey:
     async def forward(self, runner: BatchRunner) -> list[Way]:
         options = runner.options
         batches = [
-            Batch(group, self._adapter, options.reproducible, options.timeout) for group in self._groups
+            Batch(group, self._adapter, options.reproducible, options.timeout, self._padding)
+            for group in self._groups
         ]
         work = list(zip(batches, self._inputs, strict=True))
         return await runner.forward(self._span, work, way_back=self._differentiable)
@@ -157,6 +192,9 @@ class _Journey:
         self, gradient: torch.Tensor, inputs: bool, weights: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients of the inputs and of the adapter's weights, where they are asked for."""
+        if self._padding and not gradient.any():  # nothing was predicted from it
+            nothing = [torch.zeros_like(weight) if weights else None for weight in self._weights.values()]
+            return (torch.zeros_like(gradient) if inputs else None), nothing
         packed = self._rows.pack(gradient, self._groups)
 
         async def work(runner: BatchRunner) -> list[WayBack]:

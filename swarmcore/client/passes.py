@@ -17,7 +17,12 @@ from swarmcore.routing.chain import Stage
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Protocol
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
+from swarmcore.server.protocols import (
+    BACKWARD_OF_PADDING_PROTOCOL,
+    BACKWARD_PROTOCOL,
+    FORWARD_OF_PADDING_PROTOCOL,
+    FORWARD_PROTOCOL,
+)
 from swarmcore.types import Address, ModelInfo, ServerInfo
 from swarmcore.wire.passes import (
     AdapterPart,
@@ -48,6 +53,8 @@ class Batch:
     reproducible: bool = False
     timeout: float = 120.0
     """Seconds for one pass on one server, all waiting included."""
+    padding: bool = False
+    """The rows attend to nothing, as padding before a sequence does."""
 
     @property
     def rows(self) -> int:
@@ -107,10 +114,12 @@ async def forward(
         adapter=batch.adapter.name if batch.adapter else None,
         keep=keep,
         reproducible=batch.reproducible,
+        padding=batch.padding,
     )
     answers = _Answers(RowsIntake("outputs", batch.rows, model.hidden_size, ProtocolError))
     talk = _Pass(node, stage, batch, inputs, codec)
-    done = await talk.run(FORWARD_PROTOCOL, opening, ("inputs", inputs, codec), answers, ForwardDone)
+    protocol = FORWARD_OF_PADDING_PROTOCOL if batch.padding else FORWARD_PROTOCOL
+    done = await talk.run(protocol, opening, ("inputs", inputs, codec), answers, ForwardDone)
     up = Transfer(talk.sent, done.receiving)
     return Forwarded(answers.rows.whole(), done.kept, done.seconds, up, answers.transfer)
 
@@ -147,6 +156,7 @@ async def backward(
         inputs=wants_inputs,
         weights=wants_weights,
         reproducible=batch.reproducible,
+        padding=batch.padding,
     )
     rows = RowsIntake("gradients", batch.rows if wants_inputs else 0, model.hidden_size, ProtocolError)
     wanted = (
@@ -156,7 +166,8 @@ async def backward(
     )
     answers = _Answers(rows, wanted)
     talk = _Pass(node, stage, batch, inputs, inputs_codec)
-    done = await talk.run(BACKWARD_PROTOCOL, opening, ("gradients", gradients, codec), answers, BackwardDone)
+    protocol = BACKWARD_OF_PADDING_PROTOCOL if batch.padding else BACKWARD_PROTOCOL
+    done = await talk.run(protocol, opening, ("gradients", gradients, codec), answers, BackwardDone)
     found = rows.whole() if wants_inputs else None
     up = Transfer(talk.sent, done.receiving)
     return BackwardResult(found, tuple(answers.weights), done.seconds, up, answers.transfer)

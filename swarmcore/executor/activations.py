@@ -16,7 +16,7 @@ from swarmcore.types import Span
 @attrs.define(eq=False)
 class _Kept:
     forward: ForwardPass
-    key: tuple[Span, tuple[int, ...], bool]
+    key: tuple[Span, tuple[int, ...], bool, bool]
     adapter: Adapter | None
     nbytes: int
     until: float
@@ -130,5 +130,5 @@ class ActivationStore:
         return f"<ActivationStore {len(self)} passes · {self.nbytes}/{self.budget} bytes>"
 
 
-def _key(batch: SequenceBatch) -> tuple[Span, tuple[int, ...], bool]:
-    return batch.span, batch.lengths, batch.reproducible
+def _key(batch: SequenceBatch) -> tuple[Span, tuple[int, ...], bool, bool]:
+    return batch.span, batch.lengths, batch.reproducible, batch.padding

@@ -70,6 +70,8 @@ class BlockExecutor(ABC):
     """Bytes of attention cache that one token takes, over all blocks of the span."""
     page: int
     """Cache is allocated in multiples of this many tokens for each sequence."""
+    computes_padding: bool = False
+    """Whether `forward` and `backward` take batches with `SequenceBatch.padding`; they get none otherwise."""
     thread_choices: tuple[int, ...] = ()
     """Numbers of compute threads to choose from, most first; none where there is nothing to choose."""
 

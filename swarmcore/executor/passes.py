@@ -39,6 +39,8 @@ class SequenceBatch:
     adapter: Adapter | None = None
     reproducible: bool = False
     """Compute in an order that depends on the batch alone."""
+    padding: bool = False
+    """The rows attend to nothing, not even to themselves: what attention adds to them is 0."""
 
     @property
     def tokens(self) -> int:

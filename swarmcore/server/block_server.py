@@ -29,7 +29,9 @@ from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.neighbours import Neighbours
 from swarmcore.server.passes import PassService, pass_limits
 from swarmcore.server.protocols import (
+    BACKWARD_OF_PADDING_PROTOCOL,
     BACKWARD_PROTOCOL,
+    FORWARD_OF_PADDING_PROTOCOL,
     FORWARD_PROTOCOL,
     INFERENCE_PROTOCOL,
     INFO_METHOD,
@@ -199,6 +201,8 @@ class BlockServer:
         self.node.serve_protocol(INFERENCE_PROTOCOL, self.inference.serve)
         self.node.serve_protocol(FORWARD_PROTOCOL, self.passes.forward)
         self.node.serve_protocol(BACKWARD_PROTOCOL, self.passes.backward)
+        self.node.serve_protocol(FORWARD_OF_PADDING_PROTOCOL, self.passes.forward)
+        self.node.serve_protocol(BACKWARD_OF_PADDING_PROTOCOL, self.passes.backward)
         self.state = "online"
         self._started = True
         await self._announce()

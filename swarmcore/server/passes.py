@@ -98,7 +98,9 @@ class PassService:
                 channel.remote, opening.adapter, turn.span, talk.weights
             ) as adapter:
                 rows = await talk.rows("inputs")
-                batch = SequenceBatch(turn.span, turn.lengths, rows, adapter, opening.reproducible)
+                batch = SequenceBatch(
+                    turn.span, turn.lengths, rows, adapter, opening.reproducible, opening.padding
+                )
                 outputs, kept, seconds = await turn.forward(batch, keep=opening.keep)
             await talk.send_rows("outputs", outputs, opening.codec)
             await channel.send(ForwardDone(kept, seconds, talk.receiving))
@@ -111,7 +113,9 @@ class PassService:
             async with self._adapters.obtain(
                 channel.remote, opening.adapter, turn.span, talk.weights
             ) as adapter:
-                batch = SequenceBatch(turn.span, turn.lengths, _NO_ROWS, adapter, opening.reproducible)
+                batch = SequenceBatch(
+                    turn.span, turn.lengths, _NO_ROWS, adapter, opening.reproducible, opening.padding
+                )
                 reused = turn.reuse(opening.kept, batch)
                 if not reused:
                     await talk.ask_inputs()
@@ -169,6 +173,8 @@ class PassService:
             )
         if not opening.deadline > 0:
             raise InvalidBatchError(f"the deadline is {opening.deadline} seconds; expected more than 0")
+        if opening.padding and not self._engine.executor.computes_padding:
+            raise InvalidBatchError("this server's executor computes no padding; use another one")
         name = opening.keep if isinstance(opening, OpenForward) else opening.kept
         if not _NAME.fullmatch(name):
             raise InvalidBatchError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import attrs
+
 from swarmcore.rpc.method import Method, Protocol
 from swarmcore.wire.generate import (
     GENERATE,
@@ -39,7 +41,9 @@ from swarmcore.wire.messages import (
 )
 from swarmcore.wire.passes import (
     BACKWARD,
+    BACKWARD_OF_PADDING,
     FORWARD,
+    FORWARD_OF_PADDING,
     AdapterPart,
     AdapterWanted,
     BackwardDone,
@@ -77,6 +81,8 @@ BACKWARD_PROTOCOL = Protocol(
     to_acceptor=(Rows, AdapterPart),
     to_opener=(InputsWanted, AdapterWanted, Rows, AdapterPart, BackwardDone),
 )
+FORWARD_OF_PADDING_PROTOCOL = attrs.evolve(FORWARD_PROTOCOL, name=FORWARD_OF_PADDING)
+BACKWARD_OF_PADDING_PROTOCOL = attrs.evolve(BACKWARD_PROTOCOL, name=BACKWARD_OF_PADDING)
 GENERATE_PROTOCOL = Protocol(
     name=GENERATE,
     openings=(OpenGeneration,),

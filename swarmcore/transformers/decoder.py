@@ -34,6 +34,7 @@ class _ThisThread(threading.local):
 
     passage: Passage | None = None
     last_only = False
+    padding = True
 
 
 _this_thread = _ThisThread()
@@ -49,6 +50,8 @@ class Passage:
     cache: RemoteCache | None
     every_block: bool
     last_only: bool
+    padding: bool = False
+    """Whether something may be predicted from padding before a sequence."""
     packing: Packing | None = None
     """Where several sequences follow each other in one row; None where there is one in each."""
     states: list[torch.Tensor] = attrs.field(factory=list)
@@ -87,18 +90,22 @@ class Passage:
         self, hidden: torch.Tensor, positions: torch.Tensor, block: int | None = None
     ) -> torch.Tensor:
         if self.packing is None:
-            return self.stack.forward(hidden, positions >= 0, block)
+            return self.stack.forward(hidden, positions >= 0, block, padding=self.padding)
         return self.packing.join(self.stack.forward(*self.packing.split(hidden), block))
 
 
 @contextmanager
-def only_last_rows(wanted: bool) -> Iterator[None]:
-    """Within it, a base model need not bring home more than each sequence's last token."""
-    before, _this_thread.last_only = _this_thread.last_only, wanted
+def rows_wanted(*, last_only: bool, padding: bool) -> Iterator[None]:
+    """What a base model has to bring home within it.
+
+    With ``last_only`` no more than each sequence's last token; without ``padding`` zeros where that is.
+    """
+    before = _this_thread.last_only, _this_thread.padding
+    _this_thread.last_only, _this_thread.padding = last_only, padding
     try:
         yield
     finally:
-        _this_thread.last_only = before
+        _this_thread.last_only, _this_thread.padding = before
 
 
 def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
@@ -167,6 +174,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             cache,
             every_block=bool(given.get("output_hidden_states")),
             last_only=_this_thread.last_only,
+            padding=_this_thread.padding,
             packing=packing,
         )
         # Every token is a row by itself, so that no mask above 1 by 1 is made: there is no attention here.

@@ -10,14 +10,15 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
+from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 
 from swarmcore.client.blocks import RemoteBlocks
-from swarmcore.errors import InputError
+from swarmcore.errors import InputError, InvalidBatchError
 from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
-from swarmcore.training.batch_checks import check_sequence_labels, check_token_labels, problem_of
+from swarmcore.training.batch_checks import IGNORED, check_sequence_labels, check_token_labels, problem_of
 from swarmcore.transformers.cache import RemoteCache
-from swarmcore.transformers.decoder import make_remote, only_last_rows
+from swarmcore.transformers.decoder import make_remote, rows_wanted
 from swarmcore.transformers.forward_options import check_options
 from swarmcore.transformers.layers import check_injected, using_layers
 from swarmcore.transformers.remote import RemoteStack
@@ -156,7 +157,8 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
         keep = given.get("logits_to_keep", 0)
         if given.get("labels") is not None:
             _check_labels(self, given)
-        with only_last_rows(isinstance(keep, int) and keep == 1):
+        padding = _predicted_from_padding(self, given)
+        with rows_wanted(last_only=isinstance(keep, int) and keep == 1, padding=padding):
             return family.forward(self, *args, **kwargs)
 
     mixin = RemoteGenerationMixin if issubclass(family, GenerationMixin) else RemoteModelMixin
@@ -173,6 +175,38 @@ def _expected_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any)
     names = ("input_ids", "inputs", "inputs_embeds")
     prompt = args[0] if args else next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
     return int(new or DEFAULT_NEW_TOKENS) + (prompt.shape[1] if prompt is not None else 0)
+
+
+def _predicted_from_padding(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a label is compared to what is predicted from padding before a sequence, as a sequence's first
+    one is. Without labels: whether it may be.
+
+    Raise `InvalidBatchError` where one is for padding behind a sequence, or for that of a deep prompt.
+    """
+    mask, labels, shifted = given.get("attention_mask"), given.get("labels"), given.get("shift_labels")
+    if not isinstance(model, GenerationMixin) or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return False
+    if (labels is None and shifted is None) or not isinstance(given.get("logits_to_keep", 0), int):
+        return True
+    if shifted is None:
+        shifted = functional.pad(cast(torch.Tensor, labels), (0, 1), value=IGNORED)[:, 1:]
+    real = mask[:, -shifted.shape[1] :].to(shifted.device) != 0
+    if real.shape != shifted.shape:
+        return True  # the base model says what is wrong with it
+    at_padding = (shifted != IGNORED) & ~real
+    before = real.long().cumsum(1) == 0
+    if (at_padding & ~before).any():
+        raise InvalidBatchError(
+            f"labels at padding behind a sequence: servers are sent none of it, and so nothing is predicted "
+            f"from it; set them to {IGNORED}"
+        )
+    wanted = bool(at_padding.any())
+    if wanted and model.stack.prefix_tokens:
+        raise InvalidBatchError(
+            f"the first label of a sequence behind padding would be predicted from padding, which sees no "
+            f"deep prompt here: set it to {IGNORED}, or pad at the right"
+        )
+    return wanted
 
 
 def _check_labels(model: Any, given: Mapping[str, Any]) -> None:

@@ -99,10 +99,17 @@ class RemoteStack:
         self._caches.add(cache)
         return cache
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, block: int | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, mask: torch.Tensor, block: int | None = None, *, padding: bool = False
+    ) -> torch.Tensor:
         """``hidden`` after all blocks, or that one alone; differentiable. See `RemoteBlocks.forward`."""
         blocks = self.blocks if block is None else self.blocks[block]
-        output: torch.Tensor = blocks(hidden, None if bool(mask.all()) else mask, adapter=self.adapter)
+        output: torch.Tensor = blocks(
+            hidden,
+            None if bool(mask.all()) else mask,
+            adapter=self.adapter,
+            padding=padding and not self.prefix_tokens,
+        )
         return output
 
     def close(self) -> None:

@@ -20,6 +20,9 @@ comes in time."""
 
 FORWARD = "/swarmcore/forward/1"
 BACKWARD = "/swarmcore/backward/1"
+FORWARD_OF_PADDING = "/swarmcore/forward/2"
+BACKWARD_OF_PADDING = "/swarmcore/backward/2"
+"""The same, for batches with ``padding``, which servers of the first version would take for tokens."""
 
 
 @attrs.frozen
@@ -53,6 +56,8 @@ class OpenForward:
     """32 hex digits under which the server may keep activations for an `OpenBackward`; empty for none."""
     reproducible: bool = False
     """Compute in an order that depends on the batch alone, so that a repetition gives the same bits."""
+    padding: bool = False
+    """The rows attend to nothing, not even to themselves, as padding before a sequence does."""
 
 
 @attrs.frozen
@@ -74,6 +79,7 @@ class OpenBackward:
     weights: bool = False
     """Whether the gradients of the adapter's weights are wanted."""
     reproducible: bool = False
+    padding: bool = False
 
 
 @attrs.frozen

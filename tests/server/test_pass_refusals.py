@@ -54,6 +54,7 @@ def opening(**changes: Any) -> wire.OpenForward:
         ({"keep": "x"}, InvalidBatchError, "32 hex digits"),
         ({"deadline": float("nan")}, InvalidBatchError, "more than 0"),
         ({"deadline": -1.0}, InvalidBatchError, "more than 0"),
+        ({"padding": True}, InvalidBatchError, "computes no padding"),  # as the counting executor
     ],
 )
 async def test_an_opening_that_cannot_work_is_refused(
@@ -78,6 +79,7 @@ def _back(first: wire.OpenForward) -> wire.OpenBackward:
         codec=first.codec,
         deadline=first.deadline,
         kept=first.keep,
+        padding=first.padding,
     )
 
 

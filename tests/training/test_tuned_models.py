@@ -287,6 +287,28 @@ def test_what_cannot_work_is_refused(llama: Tiny, tmp_path: Path) -> None:
         TunedModel(llama.remote, head=head).save(tmp_path)
 
 
+def test_padding_before_sequences_as_in_peft(llama: Tiny, tmp_path: Path) -> None:
+    """The first token is predicted from padding, which has low-rank updates too."""
+    tuned = tuned_model("lora", llama.remote)
+    theirs = peft_model(llama, tuned, tmp_path)
+    labels = IDS.masked_fill(LEFT == 0, -100)
+    expected = theirs(input_ids=IDS, attention_mask=LEFT, labels=labels)
+    found = tuned(IDS, LEFT, labels)
+    assert close(found.loss, expected.loss)
+    expected.loss.backward()
+    found.loss.backward()
+    gradients = peft_gradients("lora", theirs, tuned)
+    for parameter, wanted in zip(tuned.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        assert close(parameter.grad, wanted)
+    deep = tuned_model("deep prompt", llama.remote)
+    with pytest.raises(InvalidBatchError, match="sees no deep prompt"):
+        deep(IDS, LEFT, labels)
+    prompted = tuned_model("prompt", llama.remote)  # whose last row predicts it
+    one = prompted(IDS[1:2, 3:], labels=IDS[1:2, 3:]).loss
+    assert close(prompted(IDS[1:2], LEFT[1:2], labels[1:2]).loss, one)
+
+
 def test_dropout_of_a_file_is_no_silent_matter(llama: Tiny) -> None:
     tuned = lora_tuning(llama.remote, rank=2)
     tuned.adapter.dropout = 0.1  # type: ignore[union-attr, assignment]

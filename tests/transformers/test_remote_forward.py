@@ -115,6 +115,41 @@ def test_inputs_that_cannot_work(llama: Tiny) -> None:
     assert llama.sessions_end()
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_first_token_behind_padding(family: Tiny, ignored: bool) -> None:
+    """Transformers predicts it from the last column of padding, whose attention has nothing to attend to."""
+    if family.plain.config._attn_implementation != "sdpa":
+        pytest.skip("another attention, in which padding attends to all columns")
+    labels = IDS.masked_fill(LEFT == 0, -100)
+    if ignored:
+        labels = labels.masked_fill((LEFT.cumsum(1) == 1) & (LEFT == 1), -100)
+    outputs = []
+    for model in (family.plain, family.remote):
+        embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        output = model(inputs_embeds=embeds, attention_mask=LEFT, labels=labels, use_cache=False)
+        output.loss.backward()
+        with torch.no_grad():
+            logits = model(IDS, attention_mask=LEFT, use_cache=False).logits
+        outputs.append((output, embeds.grad, logits))
+    (plain, plain_grad, plain_logits), (remote, remote_grad, remote_logits) = outputs
+    torch.testing.assert_close(remote.loss, plain.loss)
+    torch.testing.assert_close(remote_grad, plain_grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(remote_logits, plain_logits, atol=1e-5, rtol=1e-4)
+
+
+def test_labels_at_padding_behind_a_sequence(llama: Tiny) -> None:
+    with pytest.raises(InvalidBatchError, match=r"padding behind a sequence.*-100"):
+        llama.remote(IDS, attention_mask=RIGHT, labels=IDS)
+    first = LABELS.clone()
+    first[1, 4] = 5  # it is predicted from the last token
+    expected = llama.plain(IDS, attention_mask=RIGHT, labels=first).loss
+    torch.testing.assert_close(llama.remote(IDS, attention_mask=RIGHT, labels=first).loss, expected)
+    shifted = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:].contiguous()
+    expected = llama.plain(IDS, attention_mask=RIGHT, labels=LABELS, shift_labels=shifted).loss
+    found = llama.remote(IDS, attention_mask=RIGHT, labels=LABELS, shift_labels=shifted).loss
+    torch.testing.assert_close(found, expected)
+
+
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]])
 
 

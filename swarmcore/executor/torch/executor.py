@@ -52,6 +52,8 @@ R = TypeVar("R")
 class TorchExecutor(BlockExecutor):
     """Runs a span with torch, on the CPU or one GPU."""
 
+    computes_padding = True
+
     def __init__(
         self, model: ModelInfo, span_model: SpanModel, load: Loader, *, threads: int | None = None
     ) -> None:
@@ -178,7 +180,11 @@ class TorchExecutor(BlockExecutor):
             self._slices.check_length(max(batch.lengths) + (adapter.prefix_tokens if adapter else 0))
         except InvalidStepError as exc:
             raise InvalidBatchError(exc.message) from exc
-        return CheckedBatch(batch.span, batch.lengths, batch.hidden, adapter, batch.reproducible)
+        if batch.padding and adapter is not None and adapter.prefixes:
+            raise InvalidBatchError("padding attends to nothing, and so to no prefix of an adapter")
+        return CheckedBatch(
+            batch.span, batch.lengths, batch.hidden, adapter, batch.reproducible, batch.padding
+        )
 
     async def _run_unit(self, unit: Unit, batch: CheckedBatch) -> bool:
         return await self._in_compute_thread(self._compute_unit, unit, batch)

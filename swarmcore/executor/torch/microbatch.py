@@ -35,8 +35,10 @@ class Microbatch:
         adapter: TorchAdapter | None,
         *,
         graph: bool,
+        padding: bool = False,
     ) -> None:
-        """``hidden`` is ``[tokens, hidden size]``; with ``graph`` it can go back as well."""
+        """``hidden`` is ``[tokens, hidden size]``; with ``graph`` it can go back as well. ``padding`` as of
+        `SequenceBatch`."""
         self.tokens = sum(lengths)
         self.rows = slice(first_row, first_row + self.tokens)
         self.hidden = hidden
@@ -49,7 +51,7 @@ class Microbatch:
         self._adapter = adapter
         self._weights: dict[str, torch.Tensor] = {}
         if adapter is None:
-            self._batch = WholeSequences(lengths, hidden.device)
+            self._batch = WholeSequences(lengths, hidden.device, padding=padding)
             return
         # Leaves of this microbatch's own, whatever else uses the adapter.
         self._weights = {
@@ -63,6 +65,7 @@ class Microbatch:
                 block: self._weights[name] for block, name in adapter.prefixes.items() if block in span
             },
             prefix_tokens=adapter.prefix_tokens,
+            padding=padding,
         )
 
     @property

@@ -35,6 +35,7 @@ class CheckedBatch:
     hidden: Tensor
     adapter: TorchAdapter | None
     reproducible: bool
+    padding: bool = False
 
     @property
     def tokens(self) -> int:
@@ -136,6 +137,7 @@ class _TorchPass(BatchPass):
             self._batch.span,
             self._batch.adapter,
             graph=graph,
+            padding=self._batch.padding,
         )
         self._sequence, self._row = last, self._row + tokens
         return microbatch

@@ -26,10 +26,12 @@ class WholeSequences:
         updates: Updates | None = None,
         prefixes: Mapping[int, torch.Tensor] | None = None,
         prefix_tokens: int = 0,
+        padding: bool = False,
     ) -> None:
-        """``prefixes`` are keys and values that every sequence begins with, for each block of the model.
+        """``padding``: the rows attend to nothing, not even to themselves.
 
-        They are ``[2, prefix_tokens, key heads, size]``; the first token is at position ``prefix_tokens``.
+        ``prefixes`` are keys and values that every sequence begins with, for each block of the model,
+        ``[2, prefix_tokens, key heads, size]``; the first token is at position ``prefix_tokens``.
         """
         self.origin = 0
         """The block that the layers' numbers count from in the model that runs."""
@@ -38,6 +40,7 @@ class WholeSequences:
         self._runs = [(len(list(run)), length) for length, run in groupby(lengths)]
         self._prefixes = prefixes or {}
         self._before = prefix_tokens
+        self._padding = padding
         self._masks: dict[object, torch.Tensor | None] = {}
         positions = [torch.arange(prefix_tokens, prefix_tokens + length) for length in lengths]
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
@@ -45,6 +48,8 @@ class WholeSequences:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
+        if self._padding:
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         prefix = self._prefixes.get(self.origin + layer)
         first, outputs = 0, []
         for many, length in self._runs:
