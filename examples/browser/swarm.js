@@ -114,7 +114,7 @@ export class Swarm extends EventTarget {
   async * #generateAt (head, request, tokens) {
     const stream = await this.#openStream(head)
     const most = request.max_new_tokens ?? MAX_NEW_TOKENS
-    const opening = { ...request, max_new_tokens: most, so_far: [...tokens] }
+    const opening = { ...request, max_new_tokens: most, default_length: request.max_new_tokens == null, so_far: [...tokens] }
     const channel = await Channel.open(stream, '/swarmcore/generate/1', 'OpenGeneration', opening)
     let taken = 0
     let told = 0

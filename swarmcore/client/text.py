@@ -53,15 +53,15 @@ def kinds_of(tokenizer: PreTrainedTokenizerBase, decode: Decode) -> TokenKinds:
 
 
 def _run_bytes(tokenizer: PreTrainedTokenizerBase, decode: Decode) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for byte in range(256):
+    def token_of(byte: int) -> int | None:
         name = f"<0x{byte:02X}>"
         token = tokenizer.convert_tokens_to_ids(name)
-        if not isinstance(token, int) or tokenizer.convert_ids_to_tokens(token) != name:
-            return {}
-        found[token] = byte
-    tokens = {byte: token for token, byte in found.items()}
-    return found if decode([tokens[byte] for byte in (*"é".encode(), 0x80)]) == 3 * _CUT else {}
+        return token if isinstance(token, int) and tokenizer.convert_ids_to_tokens(token) == name else None
+
+    broken = [token for byte in (*"é".encode(), 0x80) if (token := token_of(byte)) is not None]
+    if len(broken) < 3 or decode(broken) != _CUT * 3:
+        return {}
+    return {token: byte for byte in range(256) if (token := token_of(byte)) is not None}
 
 
 class TextStream:
