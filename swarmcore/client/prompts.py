@@ -125,7 +125,7 @@ def _checked_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     # What goes with a message that has no content, such as calls of tools, is for the chat template to know.
     if not isinstance(message.get("role"), str) or (content is None and set(message) <= {"role", "content"}):
         raise InputError(f"{_WHAT_IT_IS}; got the message {_shown(message)}")
-    if isinstance(content, bytes | bytearray | memoryview):
+    if not isinstance(content, str | list | tuple | Mapping | None):
         raise InputError(f"the content of a message is text; got {_shown(content)}")
     for name in ("role", "content"):
         if isinstance(text := message.get(name), str):

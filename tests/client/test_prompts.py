@@ -69,6 +69,7 @@ def test_token_ids_of_any_kind(prompt: Any) -> None:
         ([{"role": 3, "content": "ab"}], "got the message"),
         ([{"role": "user", "content": "ab"}, 5], "got list"),
         ([{"role": "user", "content": b"ab"}], "content of a message is text; got bytes"),
+        ([{"role": "user", "content": 5}], "content of a message is text; got int"),
         ("abc \ud83d", "the prompt has half a character .* at 4"),
         ([{"role": "user", "content": "\udfff"}], "content has half a character"),
     ],
