@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.server.head_limits import HeadLimits
 from swarmcore.server.head_queue import HeadQueue
 from swarmcore.server.head_request import check_length, prompt_of, settings_of
-from swarmcore.types import ModelInfo, PeerId
+from swarmcore.types import ModelInfo, PeerId, short
 from swarmcore.wire.generate import (
     AHEAD,
     GenerationEnded,
@@ -35,6 +36,8 @@ from swarmcore.wire.generate import (
     OpenGeneration,
     TextPiece,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class TextInTheMaking(Protocol):
@@ -229,6 +232,13 @@ class HeadService:
             asyncio.get_running_loop().time() - began,
         )
         await self._send(channel, ended)
+        logger.info(
+            "text for %s: %d tokens in %.1f s (%s)",
+            short(channel.remote),
+            len(generation.tokens) - had,
+            ended.seconds,
+            ended.reason,
+        )
 
     async def _send(self, channel: Channel, record: object) -> None:
         async with self._patience():

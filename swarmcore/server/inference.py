@@ -26,7 +26,7 @@ from swarmcore.server.adapters import AdapterStore, ask_for_weights
 from swarmcore.server.hosted_session import HostedSession
 from swarmcore.server.next_hops import NextHops
 from swarmcore.server.pushers import Pushers, check_pushers
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo, Span, short
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,9 @@ class InferenceService:
             async with stay:
                 self._sessions[opening.session], self._stays[opening.session] = session, stay
                 self.counters["sessions_opened"] += 1
+                logger.info(
+                    "session %s of %s opened on blocks %s", session.session[:8], short(channel.remote), span
+                )
                 for waiting in self._awaited.get(opening.session, ()):
                     if not waiting.done():
                         waiting.set_result(session)
@@ -175,7 +178,8 @@ class InferenceService:
                 "the session was ended: this server had to let go of its blocks"
             ) from exc
         finally:
-            self._sessions.pop(opening.session, None)
+            if self._sessions.pop(opening.session, None) is not None:
+                logger.info("session %s of %s ended", session.session[:8], short(channel.remote))
             self._stays.pop(opening.session, None)
             await session.close()
             self._session_ended.set()

@@ -144,3 +144,15 @@ async def test_a_hop_that_breaks_in_the_middle_is_carried(network, client):
         output = await session.step(hidden_states(given[5:]), [1])
         assert read_rows(output) == expected[5:]
         assert first.service.counters["steps_pushed"] == 1
+
+
+async def test_the_log_tells_of_sessions(network, client, caplog):
+    caplog.set_level("INFO", "swarmcore.server")
+    async with serving(network, "0:12") as servers:
+        async with await session_over(client, servers) as session:
+            await session.step(hidden_states(rows(2)), [2])
+        await until(lambda: any(line.endswith(" ended") for line in caplog.messages))
+    told = [line for line in caplog.messages if "session" in line and "BlockServer" not in line]
+    assert [line.split(" of ")[0][:8] for line in told] == ["session "] * 2
+    assert told[0].endswith(" opened on blocks 0:12")
+    assert told[1].endswith(" ended")
