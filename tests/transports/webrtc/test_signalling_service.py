@@ -8,8 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from small_resources import bounded
 
 from swarmcore.identity import Identity
+from swarmcore.resources import Bounds, Resource, ResourceManager
 from swarmcore.types import PeerId
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
@@ -35,8 +37,10 @@ EXCHANGE = bytes(EXCHANGE_BYTES)
 
 
 @asynccontextmanager
-async def service(**limits: Any) -> AsyncIterator[tuple[SignallingService, Service]]:
-    running = SignallingService(ServiceLimits(**limits))
+async def service(
+    resources: ResourceManager | None = None, **limits: Any
+) -> AsyncIterator[tuple[SignallingService, Service]]:
+    running = SignallingService(ServiceLimits(**limits), resources)
     try:
         yield running, await running.start(Service("127.0.0.1", 0))
     finally:
@@ -83,13 +87,44 @@ async def test_who_says_nothing_is_hung_up_on() -> None:
         assert running.counters == {"refused": 1}
 
 
-@pytest.mark.parametrize("limit", ["unproven", "peers"])
-async def test_beyond_a_number_of_connections_the_next_is_refused_until_one_ends(limit: str) -> None:
-    enter = connected if limit == "unproven" else registered
-    async with service(**{limit: 2}) as (running, place):
+SAYINGS = {"nothing": b"", "half a head": b"GET /swarmcore/signalling/1 HTTP/1.1\r\nHost: x\r\n"}
+
+
+@pytest.mark.parametrize("words", SAYINGS.values(), ids=SAYINGS.keys())
+async def test_of_those_that_never_ask_the_oldest_make_room_and_all_are_hung_up_on(words: bytes) -> None:
+    resources = bounded(descriptors=Bounds(100, 50, unproven=8, protocol=100))
+    async with service(resources, proof_timeout=0.5) as (_, place):
+        silent = [await asyncio.open_connection(place.host, place.port) for _ in range(12)]
+        for _, writer in silent:
+            writer.write(words)
+        async with asyncio.timeout(5):
+            for reader, _ in silent[:6]:  # strangers get three quarters of the bound
+                assert await reader.read() == b""
+            await passes(place)
+            for reader, _ in silent[6:]:
+                assert await reader.read() == b""
+            while resources.used(Resource.DESCRIPTORS):
+                await asyncio.sleep(0.01)
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_who_has_proven_an_identity_makes_room_for_nobody_unproven() -> None:
+    resources = bounded(descriptors=Bounds(8, 8, unproven=8, protocol=8))
+    async with service(resources) as (_, place), registered(place) as one, registered(place) as other:
+        silent = [await asyncio.open_connection(place.host, place.port) for _ in range(20)]
+        assert resources.used(Resource.DESCRIPTORS, one.peer) == 1
+        await one.send(other.peer, EXCHANGE, "offer", "hello")
+        assert (await other.receive()).exchange == EXCHANGE
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_beyond_a_number_of_peers_the_next_is_refused_until_one_leaves() -> None:
+    async with service(peers=2) as (running, place):
         async with AsyncExitStack() as stack:
             for _ in range(2):
-                await stack.enter_async_context(enter(place))
+                await stack.enter_async_context(registered(place))
             with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
                 async with connected(place):
                     pass

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import compress
 
 from swarmcore.errors import AddressError, SwarmError
+from swarmcore.resources import ResourceManager
 from swarmcore.types import Address, PeerId
 from swarmcore_transports.own_addresses import loopback_note, loopback_only, present, reachable_places
 from swarmcore_transports.webrtc.locations import Service, announced_service
@@ -19,7 +20,7 @@ from swarmcore_transports.webrtc.signalling_service import ServiceLimits, Signal
 class MeetingPoints:
     """Those of ``peer``, who registers at all of them by ``clients``.
 
-    ``tls`` and ``limits`` are for the services that are run here.
+    ``tls``, ``limits`` and ``resources`` are for the services that are run here.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class MeetingPoints:
         clients: SignallingClients,
         tls: ssl.SSLContext | None = None,
         limits: ServiceLimits | None = None,
+        resources: Callable[[], ResourceManager] = ResourceManager,
     ) -> None:
         self._peer = peer
         self._clients = clients
         self._tls = tls
         self._limits = limits
+        self._resources = resources
         self._allowed: frozenset[PeerId] | None = None
         self._announced: list[Service] = []
         self._places: list[str] = []
@@ -79,7 +82,7 @@ class MeetingPoints:
             raise AddressError("no signalling service answers; check that one runs there") from exc
 
     async def _serve(self, place: Service) -> Service:
-        service = SignallingService(self._limits)
+        service = SignallingService(self._limits, self._resources())
         if self._allowed is not None:
             service.allow_only(self._allowed)
         found = await service.start(place, self._tls)

@@ -16,9 +16,12 @@ from aiohttp import WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from swarmcore.errors import AddressError, AddressInUseError, PeerNotAllowedError, ProtocolError, SwarmError
+from swarmcore.resources import ResourceManager
 from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
+from swarmcore_transports.tcp.endpoint import Endpoint
 from swarmcore_transports.webrtc.locations import PATH, Service
+from swarmcore_transports.webrtc.signalling_sockets import SignallingSockets, accepted
 from swarmcore_transports.webrtc.signals import (
     MAX_SIGNAL,
     NONCE_BYTES,
@@ -50,8 +53,6 @@ class ServiceLimits:
 
     peers: int = 10_000
     """Peers connected at a time."""
-    unproven: int = 512
-    """Connections at a time that have not proven who they are."""
     rate: float = 20.0
     """Envelopes a second that one peer may send, on average."""
     burst: float = 200.0
@@ -59,6 +60,7 @@ class ServiceLimits:
     waiting: int = 256
     """Envelopes that wait for one slow peer; for a further one the sender hears that it is absent."""
     proof_timeout: float = 10.0
+    """Seconds in which a connected peer has to prove who it is, and before that to ask for a connection."""
 
 
 @attrs.define(eq=False)
@@ -77,10 +79,11 @@ class SignallingService:
     What a peer sends faster than its rate is dropped and counted in `counters`.
     """
 
-    def __init__(self, limits: ServiceLimits | None = None) -> None:
+    def __init__(self, limits: ServiceLimits | None = None, resources: ResourceManager | None = None) -> None:
         self._limits = limits or ServiceLimits()
+        self._resources = resources or ResourceManager()
+        self._sockets: SignallingSockets | None = None
         self._peers: dict[PeerId, _Registration] = {}
-        self._unproven = 0
         self._allowed: frozenset[PeerId] | None = None
         self._runner: web.AppRunner | None = None
         self.counters: Counter[str] = Counter()
@@ -104,26 +107,26 @@ class SignallingService:
             application, access_log=None, logger=_http_logger, handle_signals=False, shutdown_timeout=1.0
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, place.host, place.port, ssl_context=tls)
-        starting = asyncio.ensure_future(site.start())
+        server = self._runner.server
+        assert server is not None
+        self._sockets = SignallingSockets(self._resources, server, 2 * self._limits.proof_timeout, tls)
         try:
-            await asyncio.shield(starting)  # cancelled in the midst of it, asyncio forgets its sockets
-        except asyncio.CancelledError:
-            await asyncio.wait([starting])
+            port = await self._sockets.listen(Endpoint(place.host, place.port))
+        except BaseException as exc:
             await self.close()
-            raise
-        except OSError as exc:
-            await self.close()
+            if not isinstance(exc, OSError):
+                raise
             if exc.errno == errno.EADDRINUSE:
                 raise AddressInUseError(
                     f"cannot serve signalling on {place}: the port is in use; choose another, or 0 for any"
                 ) from exc
             raise AddressError(f"cannot serve signalling on {place}: {exc.strerror or exc}") from exc
-        port = int(self._runner.addresses[0][1])
         return attrs.evolve(place, port=port, tls=tls is not None)
 
     async def close(self) -> None:
         """Hang up on everybody. Harmless when repeated."""
+        if self._sockets:
+            self._sockets.close()
         for registration in tuple(self._peers.values()):
             await registration.socket.close()
         if self._runner:
@@ -133,13 +136,17 @@ class SignallingService:
     # --- one connection -------------------------------------------------------------------------------
 
     async def _connected(self, request: web.Request) -> web.StreamResponse:
-        if self._unproven >= self._limits.unproven or len(self._peers) >= self._limits.peers:
+        if len(self._peers) >= self._limits.peers:
             self.counters["refused"] += 1
             raise web.HTTPServiceUnavailable(reason="this signalling service is full")
+        counted = accepted(request.transport)
+        if counted is None:
+            raise web.HTTPServiceUnavailable(reason="the connection is gone")
         socket = web.WebSocketResponse(heartbeat=_HEARTBEAT, max_msg_size=MAX_SIGNAL)
         await socket.prepare(request)
         try:
             peer = await self._proven(socket)
+            counted.prove(peer)
         except (SwarmError, TimeoutError) as exc:
             self.counters["refused"] += 1
             await socket.close(code=_REFUSED, message=str(exc).encode()[:120] or b"too slow")
@@ -163,7 +170,6 @@ class SignallingService:
 
     async def _proven(self, socket: web.WebSocketResponse) -> PeerId:
         """Let the peer sign a challenge. Raise a `SwarmError` or TimeoutError when it is not let in."""
-        self._unproven += 1
         try:
             nonce = secrets.token_bytes(NONCE_BYTES)
             async with asyncio.timeout(self._limits.proof_timeout):
@@ -180,8 +186,6 @@ class SignallingService:
             return peer
         except ConnectionError as exc:
             raise ProtocolError("the peer hung up") from exc
-        finally:
-            self._unproven -= 1
 
     async def _receive(self, registration: _Registration) -> None:
         loop = asyncio.get_running_loop()

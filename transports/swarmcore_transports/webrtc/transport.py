@@ -92,7 +92,9 @@ class WebRtcTransport(Transport):
         self._trusted = trusted
         self._listening = False
         self._clients = SignallingClients(self._make_client)
-        self._meeting_points = MeetingPoints(identity.peer, self._clients, tls, service_limits)
+        self._meeting_points = MeetingPoints(
+            identity.peer, self._clients, tls, service_limits, lambda: self.resources
+        )
         self._dials = Dials(self._dial, self.limits.connect_timeout)
         self._links = Links(self.limits, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
