@@ -119,7 +119,7 @@ class Transport(ABC):
         self.limits = limits or Limits()
         self.listen_on = tuple(listen_on)
         self.announce = tuple(announce)
-        self.resources = ResourceManager()
+        self.resources = ResourceManager.of_calls(self.limits.max_calls, self.limits.max_calls_per_peer)
         """What remote peers hold here. Whoever runs several transports sets one for all of them before they
         are used."""
         self.on_addresses: Callable[[tuple[Address, ...]], None] = lambda addresses: None

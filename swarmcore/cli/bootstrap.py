@@ -14,6 +14,7 @@ from swarmcore.cli.options import network_options, own_identity, set_thread_envi
 from swarmcore.cli.output import Output
 from swarmcore.cli.reached import Reached, say_what_next
 from swarmcore.errors import InputError
+from swarmcore.resources.limits import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from swarmcore.server.head_limits import HeadLimits
@@ -57,6 +58,7 @@ def bootstrap(
     if (head is None) != (model is None):
         raise InputError("--serve-head and --model go together: the model is the one that texts are made of")
     set_thread_environment(threads)
+    raise_descriptor_limit()
 
     from swarmcore.server.run import run_bootstrap
 

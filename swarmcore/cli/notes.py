@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from swarmcore.errors import SwarmError
 from swarmcore.printable import printable_line
+from swarmcore.resources import ResourceUse
 from swarmcore.server.protocols import PING_METHOD
 from swarmcore.types import Address, PeerId, ServerInfo
 from swarmcore.wire.messages import Ping
@@ -26,7 +27,7 @@ ASK_TIMEOUT = 3.0
 
 ASK_AT_ONCE = 16
 MOST_ASKED = 256
-MOST_NOTES = 4
+MOST_NOTES = 8
 MOST_CHARACTERS = 300
 
 
@@ -41,7 +42,8 @@ async def ask(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> Notes:
                 reply = await swarm.info(server.peer, timeout=timeout)
             except SwarmError as exc:
                 return (f"does not answer: {printable_line(str(exc), MOST_CHARACTERS)}",)
-        return [printable_line(note, MOST_CHARACTERS) for note in reply.notes[:MOST_NOTES]]
+        notes = [printable_line(note, MOST_CHARACTERS) for note in reply.notes[:MOST_NOTES]]
+        return [*notes, *([usage(reply.resources)] if reply.resources else [])]
 
     answers = await asyncio.gather(*map(one, asked))
     return {server.peer: notes for server, notes in zip(asked, answers, strict=True)}
@@ -67,3 +69,14 @@ async def round_trips(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> RoundTri
     asked = list(swarm.view())[:MOST_ASKED]
     took = await asyncio.gather(*map(one, asked))
     return {server.peer: seconds for server, seconds in zip(asked, took, strict=True) if seconds is not None}
+
+
+def usage(resources: Sequence[ResourceUse]) -> str:
+    """What remote peers make a server hold, in a line."""
+    return "held for peers: " + ", ".join(map(_used, resources[:MOST_NOTES]))
+
+
+def _used(use: ResourceUse) -> str:
+    if use.resource == "bytes":
+        return f"{use.used / 2**20:.0f} of {use.limit / 2**20:.0f} MiB"
+    return f"{use.used} of {use.limit} {printable_line(use.resource, MOST_CHARACTERS)}"

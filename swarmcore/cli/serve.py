@@ -15,6 +15,7 @@ from swarmcore.cli.output import Output
 from swarmcore.cli.reached import Reached, say_what_next
 from swarmcore.cli.values import parse_bytes, parse_named_paths
 from swarmcore.errors import InputError
+from swarmcore.resources.limits import raise_descriptor_limit
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def serve(
     if blocks is not None and num_blocks is not None:
         raise InputError("--blocks says how many blocks there are; leave out --num-blocks")
     set_thread_environment(threads)
+    raise_descriptor_limit()
 
     from swarmcore.server.config import ServerConfig
     from swarmcore.server.run import run_server

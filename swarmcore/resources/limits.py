@@ -49,25 +49,29 @@ class ResourceLimits:
 
     bytes: Bounds
     streams: Bounds
+    connections: Bounds
     descriptors: Bounds
     dials: Bounds
 
     @classmethod
-    def of(cls, machine: Machine) -> ResourceLimits:
+    def of(cls, machine: Machine, *, streams: int = 4096, of_peer: int = 256) -> ResourceLimits:
         """Bounds that leave ``machine`` room for its own work.
 
         An eighth of the memory, between 384 MiB and 4 GiB, is for what remote peers send; one peer gets
         256 MiB of that, room for a few of the largest messages. A quarter of the descriptors, 256 at most,
         stays for files and dials of our own; of the rest, one peer gets a half at most, as do all together
-        that are not proven.
+        that are not proven. There are ``streams`` at most where the memory is enough for them, ``of_peer`` of
+        one peer.
         """
         held = min(max(machine.memory // 8, 384 * _MIB), 4096 * _MIB)
         sockets = max(machine.descriptors - min(machine.descriptors // 4, 256), 8)
         # Every stream has a first window, whatever else is held: all of them leave room for long messages.
-        streams = min(4096, held // 3 // (128 * 1024))
+        streams = min(streams, held // 3 // (128 * 1024))
+        of_peer = min(of_peer, streams)
         return cls(
             bytes=Bounds(held, 256 * _MIB, held // 8, held),
-            streams=Bounds(streams, 256, streams // 8, streams),
+            streams=Bounds(streams, of_peer, of_peer, streams),
+            connections=Bounds(2 * streams, 2 * of_peer, of_peer, 2 * streams),
             descriptors=Bounds(sockets, min(sockets // 2, 512), min(sockets // 2, 512), sockets),
             dials=Bounds(256, 16, 16, 256),
         )

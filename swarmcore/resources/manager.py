@@ -61,6 +61,11 @@ class ResourceManager:
         self._refused: Counter[Resource] = Counter()
         self._evicted: Counter[Resource] = Counter()
 
+    @classmethod
+    def of_calls(cls, most: int, of_peer: int) -> ResourceManager:
+        """For this machine, with so many calls and channels of all peers and of each at a time."""
+        return cls(ResourceLimits.of(Machine.here(), streams=most, of_peer=of_peer))
+
     # --- asking -----------------------------------------------------------------------------------------
 
     def reserve(
@@ -205,6 +210,16 @@ class ResourceManager:
                 self._evicted[kind],
             )
             for kind in Resource
+        )
+
+    @property
+    def note(self) -> str:
+        """What was refused and what had to make room since the start, in a line; empty when nothing was."""
+        troubled = [use for use in self.snapshot() if use.refused or use.evicted]
+        return "; ".join(
+            f"{use.resource}: {use.used} of {use.limit} in use, {use.refused} times refused, "
+            f"{use.evicted} times somebody had to make room"
+            for use in troubled
         )
 
     def __repr__(self) -> str:

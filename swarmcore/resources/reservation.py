@@ -21,6 +21,8 @@ class Resource(StrEnum):
     """Memory held for remote peers: messages that arrive or wait to be read, adapters, queues."""
     STREAMS = "streams"
     """Calls and channels that remote peers have open here."""
+    CONNECTIONS = "connections"
+    """Channels inside a peer's connection that have not said hello yet."""
     DESCRIPTORS = "descriptors"
     """Sockets: connections that were accepted or dialled."""
     DIALS = "dials"

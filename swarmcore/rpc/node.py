@@ -16,12 +16,14 @@ from swarmcore.errors import (
     DeadlineExceededError,
     InputError,
     PeerNotAllowedError,
+    ResourceLimitError,
     StreamClosedError,
     SwarmError,
     TooManyCallsError,
 )
 from swarmcore.identity import Identity
-from swarmcore.resources import ResourceManager
+from swarmcore.resources import Reservation, Resource, ResourceManager
+from swarmcore.resources.hold_ups import HoldUps
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
 from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
@@ -68,7 +70,11 @@ class Node:
         self.response_times = ResponseTimes()
         """What `swarmcore.rpc.asking.ask` has learned of other peers."""
         self._transports = {transport.scheme: transport for transport in transports}
-        self.resources = resources or ResourceManager()
+        self.resources = resources or ResourceManager.of_calls(
+            self.limits.max_calls, self.limits.max_calls_per_peer
+        )
+        self.hold_ups = HoldUps()
+        """What holds the event loop up, in programs that watch it."""
         for transport in transports:
             transport.resources = self.resources
         if self.allowed_peers is not None:
@@ -77,8 +83,6 @@ class Node:
         self._addresses: dict[str, tuple[Address, ...]] = {}  # by scheme
         self._readdressed = asyncio.Event()
         self._server = Server(self.limits)
-        self._calls_in = 0
-        self._calls_by_peer: Counter[PeerId] = Counter()
         self._calls_out = 0
         self._paths: OrderedDict[PeerId, str] = OrderedDict()
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
@@ -110,8 +114,16 @@ class Node:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What its transports have to say about how this peer is reached; see `Transport.notes`."""
-        return tuple(note for transport in self._transports.values() for note in transport.notes())
+        """How this peer is reached, where that could be better (see `Transport.notes`), what it had to refuse
+        for lack of room, and what holds its event loop up."""
+        reached = (note for transport in self._transports.values() for note in transport.notes())
+        return (*reached, *filter(None, (self.resources.note, self.hold_ups.note)))
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """`counters`, and how often and for how many seconds at most the event loop was held up."""
+        held_up = {"loop_held_up": self.hold_ups.count, "loop_longest_hold_up": self.hold_ups.longest}
+        return {name: float(value) for name, value in {**self.counters, **held_up}.items()}
 
     async def addresses_other_than(self, known: Sequence[Address]) -> tuple[Address, ...]:
         """Wait until `addresses` are not ``known`` (any more); return them."""
@@ -337,47 +349,42 @@ class Node:
         assert task is not None
         peer = stream.remote
         self._serving[task] = None
-        refusal = self._refusal(peer)
         try:
-            if refusal is not None:
+            try:
+                call = self._admitted(peer)
+            except SwarmError as refusal:
                 self.counters["refused"] += 1
                 await self._server.refuse(stream, to_failure(refusal))
                 return
             self.counters["calls_in"] += 1
-            self._calls_in += 1
-            self._calls_by_peer[peer] += 1
-            try:
+            with call:
                 await self._server.serve(stream)
-            finally:
-                self._calls_in -= 1
-                self._calls_by_peer[peer] -= 1
-                if not self._calls_by_peer[peer]:
-                    del self._calls_by_peer[peer]
         finally:
             del self._serving[task]
 
-    def _refusal(self, peer: PeerId) -> SwarmError | None:
+    def _admitted(self, peer: PeerId) -> Reservation:
+        """Room for one more call of ``peer``; raise what it is to hear where there is none."""
         if not self._allows(peer):
             if peer not in self._told_refused and len(self._told_refused) < _REFUSALS_TOLD:
                 self._told_refused.add(peer)
                 logger.info("%s was refused: it is not on the list of this closed swarm", peer)
-            return PeerNotAllowedError(
+            raise PeerNotAllowedError(
                 f"this swarm is closed; ask its owner to allow {peer}, and keep that identity "
                 f"(--identity FILE)"
             )
-        if self._calls_in >= self.limits.max_calls:
-            return TooManyCallsError(
-                f"the peer serves {self._calls_in} calls, its limit; retry later or elsewhere"
-            )
-        if self._calls_by_peer[peer] >= self.limits.max_calls_per_peer:
-            return TooManyCallsError(
-                f"you have {self._calls_by_peer[peer]} calls open on this peer, its limit; end some first"
-            )
-        return None
+        try:
+            return self.resources.reserve(peer, Resource.STREAMS)
+        except ResourceLimitError as exc:
+            if (yours := self.resources.used(Resource.STREAMS, peer)) >= exc.limit:
+                message = f"you have {yours} calls open on this peer, its limit; end some first"
+            else:
+                message = f"the peer serves {exc.limit} calls, its limit; retry later or elsewhere"
+            raise TooManyCallsError(message) from exc
 
     def __repr__(self) -> str:
         schemes = "+".join(self._transports) or "no transport"
-        return f"<Node {short(self.peer)} {schemes} {self._calls_in} calls in {self._calls_out} out>"
+        calls_in = self.resources.used(Resource.STREAMS)
+        return f"<Node {short(self.peer)} {schemes} {calls_in} calls in {self._calls_out} out>"
 
 
 async def _send_opening(

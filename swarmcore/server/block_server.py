@@ -380,11 +380,10 @@ class BlockServer:
         services = self.inference.counters + self.passes.counters + self.adapters.counters
         if self.head is not None:
             services += self.head.counters
-        counters = {**self.engine.counters, **services, "moves": self.moves}
+        counted = {**self.engine.counters, **services, "moves": self.moves}
+        counters = {name: float(count) for name, count in counted.items()} | self.node.measures
         uptime = asyncio.get_running_loop().time() - self._started_at
-        return InfoReply(
-            self.info, uptime, {name: float(count) for name, count in counters.items()}, self.notes
-        )
+        return InfoReply(self.info, uptime, counters, self.notes, self.node.resources.snapshot())
 
 
 def _differs(announced: ServerInfo, current: ServerInfo) -> bool:

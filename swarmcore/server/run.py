@@ -21,6 +21,7 @@ from swarmcore.registry.announcing import follow_addresses
 from swarmcore.registry.base import Registry
 from swarmcore.registry.choice import RegistryChoice, make_registry
 from swarmcore.registry.neighbours import PATIENCE, meet_neighbours
+from swarmcore.resources.hold_ups import watching
 from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import Weights
@@ -163,6 +164,7 @@ async def run_server(
     rng = random.Random()
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
+        stack.enter_context(watching(node.hold_ups, places=True))
         loader = await asyncio.to_thread(open_model, config, progress)
         model = attrs.evolve(loader.model, source=announced_source(config.model, config.revision))
         if config.span is not None:
@@ -308,6 +310,7 @@ async def run_bootstrap(
     """
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
+        stack.enter_context(watching(node.hold_ups, places=True))
         await registry.start()
         service = None
         if head is not None:
@@ -328,8 +331,9 @@ async def run_bootstrap(
             current = attrs.evolve(info, addresses=tuple(map(str, node.addresses)))
             counters = service.counters if service is not None else {}
             uptime = asyncio.get_running_loop().time() - started_at
-            counted = {name: float(count) for name, count in counters.items()}
-            return InfoReply(current, uptime, counted, (*registry.notes, *node.notes))
+            counted = {name: float(count) for name, count in counters.items()} | node.measures
+            notes = (*registry.notes, *node.notes)
+            return InfoReply(current, uptime, counted, notes, node.resources.snapshot())
 
         node.serve(PING_METHOD, ping)
         node.serve(INFO_METHOD, describe)

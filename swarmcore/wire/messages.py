@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from swarmcore.resources import ResourceUse
 from swarmcore.types import PeerId, ServerInfo
 from swarmcore.wire.failure import Failure
 from swarmcore.wire.passes import AdapterName
@@ -245,6 +246,8 @@ class InfoReply:
     """What happened since start, by name: steps, tokens, pushes, refusals, …"""
     notes: tuple[str, ...] = ()
     """What it is about to do and why, for people: its view of where it should be, whom it avoids."""
+    resources: tuple[ResourceUse, ...] = ()
+    """What remote peers make it hold, and what was refused."""
 
 
 @attrs.frozen

@@ -1,7 +1,9 @@
 import pytest
 
+from swarmcore.cli.notes import usage
 from swarmcore.cli.values import parse_bytes, parse_named_paths, parse_numbers
 from swarmcore.errors import InputError
+from swarmcore.resources import ResourceUse
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,12 @@ def test_named_paths() -> None:
     for wrong in (["a"], ["=x"], ["a="], ["a=x", "a=y"]):
         with pytest.raises(InputError, match="--adapter"):
             parse_named_paths("--adapter", wrong)
+
+
+def test_what_is_held_for_peers_is_one_line() -> None:
+    uses = (
+        ResourceUse("bytes", 3 << 20, 384 << 20),
+        ResourceUse("streams", 2, 1024),
+        ResourceUse("\x1b[2J", 1, 2),
+    )
+    assert usage(uses) == "held for peers: 3 of 384 MiB, 2 of 1024 streams, 1 of 2 ^[[2J"

@@ -26,7 +26,7 @@ ALICE, BOB, CAROL = (PeerId(name) for name in ("alice", "bob", "carol"))
 
 def manager(*, system: int = 100, peer: int = 40, unproven: int = 20, protocol: int = 80) -> ResourceManager:
     bounds = Bounds(system, peer, unproven, protocol)
-    return ResourceManager(ResourceLimits(bounds, bounds, bounds, bounds))
+    return ResourceManager(ResourceLimits(bounds, bounds, bounds, bounds, bounds))
 
 
 def refuse(
@@ -64,7 +64,7 @@ def test_resources_do_not_mix() -> None:
     resources = manager()
     resources.reserve(ALICE, BYTES, 40)
     resources.reserve(ALICE, SOCKETS, 40)
-    assert [use.used for use in resources.snapshot()] == [40, 0, 40, 0]
+    assert [use.used for use in resources.snapshot()] == [40, 0, 0, 40, 0]
 
 
 def test_the_unproven_share_one_bound_until_they_have_proven_an_id() -> None:
@@ -206,7 +206,7 @@ async def test_waiting_ends_at_its_deadline_and_when_it_is_cancelled() -> None:
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
-    assert [use.waiting for use in resources.snapshot()] == [0, 0, 0, 0]
+    assert [use.waiting for use in resources.snapshot()] == [0, 0, 0, 0, 0]
     later = asyncio.create_task(resources.acquire(ALICE, BYTES, 40, deadline=loop.time() + 60))
     await asyncio.sleep(0)
     held.release()

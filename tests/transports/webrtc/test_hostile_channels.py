@@ -132,7 +132,7 @@ async def test_a_channel_on_which_nothing_is_said_is_hung_up_on() -> None:
 async def test_of_channels_on_which_nothing_is_said_the_oldest_makes_room() -> None:
     limits = attrs.evolve(LIMITS, connect_timeout=60.0, keepalive=60.0)
     async with pair(limits=limits) as (listener, peer, address):
-        listener.resources = bounded(streams=Bounds(100, 3, unproven=3, protocol=100))
+        listener.resources = bounded(connections=Bounds(100, 3, unproven=3, protocol=100))
         silent = [await raw(peer, address) for _ in range(4)]
         async with asyncio.timeout(5):
             await silent[0].closed.wait()

@@ -67,7 +67,7 @@ class Greeter:
         try:
             half_open = self._connections.resources.reserve(
                 peer,
-                Resource.STREAMS,
+                Resource.CONNECTIONS,
                 evict=lambda: connection.fail(ConnectionLostError("others said hello")),
             )
         except ResourceLimitError:

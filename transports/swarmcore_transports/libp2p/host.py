@@ -48,7 +48,8 @@ from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
 from swarmcore_transports.libp2p.relay_service import RelayService
 from swarmcore_transports.libp2p.relaying import RelayClient
-from swarmcore_transports.libp2p.sockets import TcpSockets
+from swarmcore_transports.libp2p.socket_counts import SocketCounts
+from swarmcore_transports.libp2p.sockets import TcpSocket, TcpSockets
 from swarmcore_transports.network_watch import NetworkWatch
 
 logger = logging.getLogger(__name__)
@@ -79,13 +80,14 @@ class Host:
         on_stream: OnPipe,
         on_direct: Callable[[PeerId], None],
         allows: Callable[[PeerId], bool],
+        counts: SocketCounts,
         *,
         relay: Relaying = "auto",
         relay_limits: RelayLimits | None = None,
         relays: Iterable[tuple[Multiaddr, PeerId]] = (),
     ) -> None:
         demote_library()
-        self._sockets = TcpSockets(limits)
+        self._sockets = TcpSockets(limits, counts)
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
         noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
         self.peer = identity.peer
@@ -116,6 +118,8 @@ class Host:
         self._guard_streams()
         self.notices = Notices()
         self.swarm.register_notifee(self.notices)
+        self._counts = counts
+        self.notices.on_connected.append(self._count_as_proven)
         self.relays = RelayClient(self, relays)
         offers = {"on": lambda: True, "off": lambda: False, "auto": lambda: own.public}[relay]
         self._relay_service = RelayService(self, relay_limits or RelayLimits(), offers)
@@ -128,6 +132,24 @@ class Host:
             self.dial_back.run,
             self.hole_puncher.run,
         ]
+
+    def _count_as_proven(self, connection: INetConn) -> None:
+        if sock := self.socket_of(connection):
+            self._counts.proven(sock, PeerId(str(connection.muxed_conn.peer_id)))
+
+    def socket_of(self, connection: INetConn) -> TcpSocket | None:
+        """The socket that carries ``connection``, unless that is relayed."""
+        if not is_direct(connection):
+            return None
+        return self._sockets.at(connection.muxed_conn.get_remote_address())  # type: ignore[attr-defined]
+
+    def make_room(self) -> None:
+        """Cut the oldest connection that others have dialled and that carries nothing."""
+        for connection in self.swarm.get_connections():
+            carries = is_outbound(connection) or connection.get_streams()
+            if not carries and (sock := self.socket_of(connection)):
+                sock.cut()
+                return
 
     async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
         """Live until ``stop``, then close every connection."""

@@ -15,15 +15,17 @@ from multiaddr import Multiaddr
 
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p.multiaddrs import host_of, port_of
+from swarmcore_transports.libp2p.socket_counts import SocketCounts
 
 
 class TcpSockets(TCP):
     """To be given to ``new_host``. No Nagle's delay: trio's sockets have none."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, counts: SocketCounts) -> None:
         super().__init__(dns_resolution_timeout=max(0.1, limits.connect_timeout / 3))
         self._lost_after = 3 * limits.keepalive
-        self._open: set[_Socket] = set()
+        self._counts = counts
+        self._open: set[TcpSocket] = set()
 
     def create_listener(self, handler_function: Callable[[ReadWriteCloser], Awaitable[None]]) -> TCPListener:
         """Mends: the handler of a connection ends with the host, so each keeps its place among the most."""
@@ -42,10 +44,19 @@ class TcpSockets(TCP):
         assert isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream)
         return RawConnection(self._opened(raw.stream.stream), True)
 
-    def _opened(self, stream: trio.SocketStream, handler: trio.CancelScope | None = None) -> _Socket:
-        opened = _Socket(stream, self._lost_after, self._open.discard, handler)
+    def _opened(self, stream: trio.SocketStream, handler: trio.CancelScope | None = None) -> TcpSocket:
+        opened = TcpSocket(stream, self._lost_after, self._closed, handler)
         self._open.add(opened)
+        self._counts.opened(opened, dialled=handler is None)
         return opened
+
+    def _closed(self, sock: TcpSocket) -> None:
+        self._open.discard(sock)
+        self._counts.closed(sock)
+
+    def at(self, remote: tuple[str, int] | None) -> TcpSocket | None:
+        """The open socket whose other end is ``remote``."""
+        return next((one for one in self._open if one.get_remote_address() == remote), None)
 
     def cut(self, hosts: Collection[str]) -> int:
         """End the connections from those of this machine's addresses that are gone; how many those were.
@@ -54,15 +65,14 @@ class TcpSockets(TCP):
         """
         lost = [one for one in self._open if one.local_host in hosts]
         for one in lost:
-            with contextlib.suppress(OSError):
-                one.stream.socket.shutdown(socket.SHUT_RDWR)
+            one.cut()
         return len(lost)
 
     def close_all(self) -> None:
         """Close what is still open, without a word to those at the other ends: for use after a crash."""
-        for one in self._open:
+        for one in tuple(self._open):
             one.stream.socket.close()
-        self._open.clear()
+            self._closed(one)
 
 
 async def _connected(target: Multiaddr, source: tuple[str, int]) -> trio.SocketStream:
@@ -80,14 +90,14 @@ async def _connected(target: Multiaddr, source: tuple[str, int]) -> trio.SocketS
     return trio.SocketStream(connecting)
 
 
-class _Socket(TrioTCPStream):
-    """Calls ``closed`` and cancels ``handler`` when it is closed."""
+class TcpSocket(TrioTCPStream):
+    """A socket that calls ``closed`` and cancels ``handler`` when it is closed."""
 
     def __init__(
         self,
         stream: trio.SocketStream,
         lost_after: float,
-        closed: Callable[[_Socket], None],
+        closed: Callable[[TcpSocket], None],
         handler: trio.CancelScope | None,
     ) -> None:
         super().__init__(stream)
@@ -109,6 +119,11 @@ class _Socket(TrioTCPStream):
                 host, port = self.stream.socket.getpeername()[:2]
                 self._cached_remote_address = str(host), int(port)
         return self._cached_remote_address
+
+    def cut(self) -> None:
+        """End the connection; who reads from it closes it."""
+        with contextlib.suppress(OSError):
+            self.stream.socket.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         # Shielded, as whoever closes during a handshake goes on to hand back what the connection held.

@@ -45,6 +45,7 @@ from swarmcore_transports.libp2p.own import OwnAddresses
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.port_mapping import PortMapper
 from swarmcore_transports.libp2p.relay_limits import RelayLimits
+from swarmcore_transports.libp2p.socket_counts import SocketCounts
 from swarmcore_transports.libp2p.vicinity import Vicinity
 from swarmcore_transports.own_addresses import present
 
@@ -98,6 +99,13 @@ class Libp2pTransport(Transport):
         self._allowed: Collection[PeerId] | None = None
         self._connections = Connections(self.limits, self._is_stale, lambda: self.resources)
         self._greeter = Greeter(self._connections, self.limits)
+        self._counts = SocketCounts(
+            identity.peer,
+            lambda: self.resources,
+            tell=self._tell,
+            post=self._post,
+            make_room=self._make_room,
+        )
         self._moves: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -118,6 +126,7 @@ class Libp2pTransport(Transport):
                     self._stream_arrived,
                     self._direct_way,
                     self._allows,
+                    self._counts,
                     relay=self._relaying,
                     relay_limits=self._relay_limits,
                     relays=self._given_relays,
@@ -128,6 +137,18 @@ class Libp2pTransport(Transport):
                 await thread.start(_START_SECONDS)
                 self._host, self._thread = host, thread
             return self._thread, self._host
+
+    def _tell(self, function: Callable[[], object]) -> None:
+        if self._thread:
+            self._thread.tell(function)
+
+    def _post(self, function: Callable[[], object]) -> None:
+        if self._thread:
+            self._thread.post(function)
+
+    def _make_room(self) -> None:
+        if self._host:
+            self._host.make_room()
 
     async def trio_side(self) -> tuple[TrioThread, Host]:
         """The trio thread and its host, for what else runs on them; started on first use."""

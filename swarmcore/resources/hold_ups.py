@@ -1,0 +1,138 @@
+"""What holds an event loop up: callbacks that run for so long that everything else waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+THRESHOLD = 0.1
+"""Seconds that the loop may be late before that is counted."""
+
+_TICK = 0.05
+_LOG_GAP = 60.0
+_MOST_PLACES = 64
+
+
+class HoldUps:
+    """Counts them by the place in the code that ran meanwhile. A plain object: ``now`` is passed in."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.longest = 0.0
+        """Seconds."""
+        self.places: Counter[str] = Counter()
+        """How often, by the function that held it up; the rarest are forgotten first."""
+        self._logged_at = float("-inf")
+        self._logged_count = 0
+
+    def held(self, seconds: float, place: str, now: float) -> str:
+        """The loop was late by ``seconds`` because of ``place``.
+
+        Return what to log, at most once a minute; otherwise nothing.
+        """
+        self.count += 1
+        self.longest = max(self.longest, seconds)
+        self.places[place] += 1
+        if len(self.places) > _MOST_PLACES:
+            del self.places[min(self.places, key=lambda one: (self.places[one], one == place))]
+        if now - self._logged_at < _LOG_GAP:
+            return ""
+        since, self._logged_count = self.count - self._logged_count, self.count
+        self._logged_at = now
+        more = f"; {since} times since this was last said" if since > 1 else ""
+        return f"the event loop was held up for {1000 * seconds:.0f} ms by {place}{more}"
+
+    @property
+    def note(self) -> str:
+        """All that was counted, in a line; empty when there was nothing."""
+        if not self.count:
+            return ""
+        [(place, often)] = self.places.most_common(1)
+        return (
+            f"event loop: held up {self.count} times, for {1000 * self.longest:.0f} ms at most; "
+            f"{often} times by {place}"
+        )
+
+
+@contextmanager
+def watching(hold_ups: HoldUps, *, places: bool = False) -> Iterator[None]:
+    """Count in ``hold_ups`` what holds up the running event loop, within this block, and log it.
+
+    With ``places`` it is found out which function does; that takes ``SIGALRM``, and is for programs that have
+    their main thread to themselves. Elsewhere every place is ``"?"``.
+    """
+    watchdog = _Watchdog(hold_ups)
+    able = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+    with watchdog.alarms() if places and able else _nothing():
+        try:
+            yield
+        finally:
+            watchdog.stop()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+class _Watchdog:
+    """Calls itself again and again and sees how late it is."""
+
+    def __init__(self, hold_ups: HoldUps) -> None:
+        self._hold_ups = hold_ups
+        self._loop = asyncio.get_running_loop()
+        self._place = "?"
+        self._alarmed = False
+        self._next = self._loop.call_later(_TICK, self._tick)
+
+    def stop(self) -> None:
+        self._next.cancel()
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        late = now - self._next.when()
+        if late > THRESHOLD:
+            line = self._hold_ups.held(late, self._place, now)
+            if line:
+                logger.warning("%s", line)
+        self._place = "?"
+        self._next = self._loop.call_later(_TICK, self._tick)
+        if self._alarmed and sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, _TICK + THRESHOLD)
+
+    @contextmanager
+    def alarms(self) -> Iterator[None]:
+        """Have the kernel interrupt what makes the next tick late, to see what it is."""
+        assert sys.platform != "win32"
+        before = signal.signal(signal.SIGALRM, self._seen)
+        signal.siginterrupt(signal.SIGALRM, False)
+        self._alarmed = True
+        try:
+            yield
+        finally:
+            self._alarmed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def _seen(self, number: int, frame: FrameType | None) -> None:
+        self._place = _place(frame)
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost function of ours, or else of anybody, that is running in ``frame``."""
+    innermost = frame
+    while frame is not None and not str(frame.f_globals.get("__name__", "")).startswith("swarmcore"):
+        frame = frame.f_back
+    found = frame or innermost
+    if found is None:
+        return "?"
+    return f"{found.f_globals.get('__name__', '?')}.{found.f_code.co_qualname}"
