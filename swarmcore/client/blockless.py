@@ -67,10 +67,11 @@ def load_without_blocks(
     tensors = TextTensors.of(checkpoint, structure)
     found = tensors.find(skeleton.state_dict(), structure.base)
     wanted_keys = {key for key, _ in skeleton.named_parameters() if not _is_new_head(skeleton, key)}
+    known, others = list(found), tensors.names - set(found)
     if not wanted_keys <= set(found.values()):
         # Old names of this family, which transformers itself will translate.
-        found |= {name: name for name in tensors.others(found)}
-    elif unexpected := tensors.unexpected(found, skeleton):
+        found |= {name: name for name in tensors.of_use(others)}
+    elif unexpected := tensors.unexpected(others, found, skeleton):
         raise unexpected_tensors(checkpoint.name, unexpected)
     data = checkpoint.read(list(found), progress=progress)
     check_plain(checkpoint.name, data, tensors.whole_numbers(found, skeleton))
@@ -78,6 +79,8 @@ def load_without_blocks(
     family = _initialised_as(type(skeleton), text.num_hidden_layers)
     model, loaded = load_state(family, config, state, wanted, checkpoint.name)
     model.config.num_hidden_layers = 0
+    if unexpected := tensors.unexpected(loaded["unexpected_keys"], known, model):
+        raise unexpected_tensors(checkpoint.name, unexpected)
     new = {name for name in loaded["missing_keys"] if _is_new_head(model, name)}
     if missing := set(loaded["missing_keys"]) - new:
         raise missing_tensors(checkpoint.name, missing)

@@ -41,6 +41,10 @@ def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         tokenizer("")  # sets its padding and truncation now, not while another thread decodes
     except Exception as exc:
+        from swarmcore.executor.torch.checkpoint.header import find_lfs_pointer, lfs_pointer
+
+        if file := find_lfs_pointer(folder):
+            raise lfs_pointer(file) from exc
         raise CheckpointError(f"{model} has no tokenizer that transformers can read: {exc}") from exc
     return tokenizer
 

@@ -19,8 +19,8 @@ _OTHER_TOWERS = re.compile(
 _OTHER_HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|summary|pooler|mtp\w*)\.")
 """Heads for other purposes, and blocks that only guess further tokens: transformers leaves them out, too."""
 
-_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$")
-_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|mask)$")
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$")
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|mask|causal_mask)$")
 
 
 def text_tower(checkpoint: Checkpoint, layers: str) -> str:
@@ -77,16 +77,19 @@ class TextTensors:
                 found[match] = key
         return found
 
-    def others(self, found: Collection[str]) -> set[str]:
-        """What is not in ``found``, and of no part that is left out."""
+    def of_use(self, names: Collection[str]) -> set[str]:
+        """Those of ``names`` that no model computes itself, and that are of no part that is left out."""
         return {
             name
-            for name in self.names - set(found)
+            for name in names
             if not is_computed(name) and not is_of_another_part(name.removeprefix(self.tower))
         }
 
-    def unexpected(self, found: Mapping[str, str], model: Any) -> set[str]:
-        """Tensors of the text model that ``model`` has no place for."""
+    def unexpected(self, names: Collection[str], found: Collection[str], model: Any) -> set[str]:
+        """Those of ``names``, for which ``model`` has no place, that are of the text model all the same.
+
+        ``found`` are the tensors for which it has one.
+        """
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         modules = {name.rpartition(".")[0] for name in found} - {""}
         named = re.search(r"language|text|decoder", self.tower) is not None
@@ -100,7 +103,7 @@ class TextTensors:
 
         return {
             name
-            for name in self.others(found)
+            for name in self.of_use(names)
             if ours(name) and not any(pattern.search(name) for pattern in ignored)
         }
 
@@ -117,7 +120,9 @@ def is_computed(name: str, data: torch.Tensor | None = None) -> bool:
     """
     if _COMPUTED.search(name):
         return True
-    return data is not None and bool(_MASK.search(name)) and data.dim() == 4 and data.shape[:2] == (1, 1)
+    if data is None or data.dim() < 2 or not _MASK.search(name):
+        return False
+    return data.shape[-1] == data.shape[-2]
 
 
 def is_of_another_part(name: str) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from swarmcore.client.prompts import load_tokenizer
 from swarmcore.errors import (
     CheckpointError,
     InputError,
@@ -136,6 +137,14 @@ def pickles(folder: Path) -> None:
 def no_weights(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
+
+
+def test_a_tokenizer_that_is_a_git_lfs_pointer(model_copy: Path) -> None:
+    (model_copy / "tokenizer.json").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\n"
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a git-lfs pointer"):
+        load_tokenizer(model_copy, "a model")
 
 
 def test_what_an_index_promises_is_missed_by_who_needs_it(model_copy: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Model:
 
 def unexpected(checkpoint: Any) -> Collection[str]:
     tensors = TextTensors.of(checkpoint, LLAMA)
-    return tensors.unexpected(tensors.find(KEYS, "model"), Model())
+    found = tensors.find(KEYS, "model")
+    return tensors.unexpected(tensors.names - set(found), found, Model())
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,8 @@ def test_other_parts_of_a_larger_model() -> None:
 
 def test_masks_are_told_from_biases_by_their_shape() -> None:
     assert is_computed("h.0.attn.bias", torch.ones(1, 1, 8, 8))
+    assert is_computed("h.0.attn.bias", torch.ones(8, 8))
     assert not is_computed("h.0.attn.bias", torch.ones(8))
+    assert not is_computed("h.0.attn.bias", torch.ones(8, 4))
     assert is_computed("h.0.attn.masked_bias")
     assert not is_computed("h.0.attn.c_attn.bias")

@@ -128,6 +128,15 @@ def lfs_pointer(file: Path | str) -> CheckpointError:
     )
 
 
+def find_lfs_pointer(folder: Path) -> Path | None:
+    """A file in ``folder`` that is only a git-lfs pointer; None when there is none."""
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        with file.open("rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                return file
+    return None
+
+
 def view_as(data: torch.Tensor, entry: Entry) -> torch.Tensor:
     """The bytes ``data`` (uint8, 1-d) as the tensor of ``entry``, without a copy."""
     return data.view(entry.dtype).reshape(entry.shape)
