@@ -72,7 +72,7 @@ async def test_characters_of_several_tokens(real_model):
     tokens = iter(real_model.tokenizer(text)["input_ids"])
 
     def dictated(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = next(tokens, real_model.generation_config.eos_token_id)
+        token = next(tokens, real_model.tokenizer.eos_token_id)
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
 
     generation = real_model.generate("Say:", max_new_tokens=60, logits_processors=[dictated])
