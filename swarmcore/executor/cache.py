@@ -10,91 +10,27 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-import attrs
-
 from swarmcore.errors import CacheFullError, SessionLostError
+from swarmcore.executor.cache_requests import (
+    Admission,
+    Admitted,
+    Evicted,
+    Grown,
+    Growth,
+    Holding,
+    Outcome,
+    Refused,
+)
+from swarmcore.executor.cache_shares import CacheShares
 
 RELEASE_MEMORY = 60.0
 """Seconds over which the rate of released pages is averaged."""
 
+SHARE_GRACE = 5.0
+"""Seconds for which a caller waits for room within its share before one that holds more loses a session."""
+
 MIN_RETRY = 0.5
 """Least `retry_after`, in seconds: a client that is told to wait should not be back at once."""
-
-
-@attrs.define(eq=False)
-class Holding:
-    """One session's share of the budget."""
-
-    session: str
-    serial: int
-    """Order of admission: the higher, the younger."""
-    pages: list[int]
-    """Pages of each of its sequences."""
-    promised: int
-    """Pages set aside at admission; 0 once the session has grown into them."""
-    idle_since: float | None
-    """When its last step ended, or None while it has steps to run."""
-    taken: int = 0
-    growth: Growth | None = None
-    """What it waits for."""
-
-    @property
-    def held(self) -> int:
-        """Pages that nobody else can have."""
-        return max(self.taken, self.promised)
-
-
-@attrs.define(eq=False)
-class Admission:
-    """A new session that waits for room."""
-
-    session: str
-    sequences: int
-    pages: int
-    deadline: float
-
-
-@attrs.define(eq=False)
-class Growth:
-    """An admitted session that waits for more pages."""
-
-    holding: Holding
-    pages: list[int]
-    deadline: float
-
-    @property
-    def extra(self) -> int:
-        return sum(self.pages) - self.holding.held
-
-
-@attrs.frozen
-class Admitted:
-    request: Admission
-    holding: Holding
-
-
-@attrs.frozen
-class Grown:
-    holding: Holding
-
-
-@attrs.frozen
-class Refused:
-    """The deadline of the wait passed."""
-
-    waiter: Admission | Growth
-    error: CacheFullError
-
-
-@attrs.frozen
-class Evicted:
-    """The session's pages are free again; it is idle or was waiting, never computing."""
-
-    holding: Holding
-    error: SessionLostError
-
-
-Outcome = Admitted | Grown | Refused | Evicted
 
 
 class CacheBudget:
@@ -107,7 +43,12 @@ class CacheBudget:
     - sessions idle for ``idle_grace`` seconds are evicted for it, the longest idle first;
     - when every session with pages waits for more, none could ever go on: the youngest is evicted.
 
-    Without anyone waiting, a session is evicted after ``idle_timeout`` idle seconds.
+    Without anyone waiting, a session is evicted after ``idle_timeout`` idle seconds, and what was set aside
+    for it is free again when it has not begun to use it within ``idle_grace``.
+
+    While callers contend (`CacheShares`) each has a right to an equal share. Whoever waits within its share
+    comes first; those that hold more give back at once what was only set aside for them, and after
+    `SHARE_GRACE` seconds sessions: idle ones first, then the youngest.
     """
 
     def __init__(
@@ -130,6 +71,7 @@ class CacheBudget:
         self.holdings: dict[int, Holding] = {}
         self.admissions: deque[Admission] = deque()
         self.growths: deque[Growth] = deque()
+        self._shares = CacheShares(self.pages)
         self._serial = 0
         self._sequences = 0
         self._release_rate = 0.0
@@ -144,12 +86,14 @@ class CacheBudget:
 
     def may_admit(self, sequences: int, pages: int) -> bool:
         """Whether a new session could be let in now, were it the first in line."""
-        if self.growths or len(self.holdings) >= self.max_sessions:
+        if len(self.holdings) >= self.max_sessions or any(map(self._comes_first, self.growths)):
             return False
         return pages + self._growth_reserve(sequences) <= self.free
 
-    def request(self, session: str, sequences: int, tokens: int, deadline: float, now: float) -> Admission:
-        """Put a new session in line for ``tokens`` of cache; `poll` tells when it is admitted.
+    def request(
+        self, session: str, sequences: int, tokens: int, deadline: float, now: float, caller: str = ""
+    ) -> Admission:
+        """Put a new session of ``caller`` in line for ``tokens`` of cache; `poll` tells when it is admitted.
 
         Raise `CacheFullError` when it could never be, or when the line is as long as it may be.
         """
@@ -158,7 +102,7 @@ class CacheBudget:
             raise self._never_fits(pages)
         if len(self.admissions) >= self.max_waiting:
             raise self._full(f"{len(self.admissions)} sessions wait for attention cache already", pages, now)
-        admission = Admission(session, sequences, pages, deadline)
+        admission = Admission(session, sequences, pages, deadline, caller, now)
         self.admissions.append(admission)
         return admission
 
@@ -173,9 +117,16 @@ class CacheBudget:
     def _admit(self, admission: Admission, now: float) -> Admitted:
         self._serial += 1
         pages = [0] * admission.sequences
-        holding = Holding(admission.session, self._serial, pages, admission.pages, idle_since=now)
+        holding = Holding(
+            admission.session,
+            self._serial,
+            pages,
+            admission.pages,
+            idle_since=now,
+            caller=admission.caller,
+        )
         self.holdings[holding.serial] = holding
-        self.held += holding.held
+        self._count(holding, holding.held)
         self._sequences += admission.sequences
         return Admitted(admission, holding)
 
@@ -193,7 +144,7 @@ class CacheBudget:
             return True
         if sum(pages) > self.pages:
             raise self._never_fits(sum(pages))
-        growth = Growth(holding, pages, deadline)
+        growth = Growth(holding, pages, deadline, now)
         if growth.extra <= 0 or (not self.growths and growth.extra <= self.free):
             self._set_pages(holding, pages, now)
             return True
@@ -220,7 +171,7 @@ class CacheBudget:
             return
         self.stop_waiting(holding)
         self._sequences -= len(holding.pages)
-        self.held -= holding.held
+        self._count(holding, -holding.held)
         self._note_released(holding.held, now)
 
     def _set_pages(self, holding: Holding, pages: list[int], now: float) -> None:
@@ -228,7 +179,18 @@ class CacheBudget:
         holding.pages, holding.taken = pages, sum(pages)
         if holding.taken >= holding.promised:
             holding.promised = 0
-        self.held += holding.held - before
+        self._count(holding, holding.held - before)
+        self._note_released(before - holding.held, now)
+
+    def _count(self, holding: Holding, pages: int) -> None:
+        self.held += pages
+        self._shares.add(holding.caller, pages)
+
+    def _give_back(self, holding: Holding, pages: int, now: float) -> None:
+        """So many of the pages that are only set aside for the session are free again."""
+        before = holding.held
+        holding.promised = max(0, holding.promised - pages)
+        self._count(holding, holding.held - before)
         self._note_released(before - holding.held, now)
 
     # --- what follows ------------------------------------------------------------------------------------
@@ -236,8 +198,11 @@ class CacheBudget:
     def poll(self, now: float) -> list[Outcome]:
         """What can be granted now: growth first, then new sessions; and who has to go for it."""
         outcomes: list[Outcome] = []
+        self._shares.weigh([g.caller for g in self.growths] + [a.caller for a in self.admissions])
+        if (waiter := self._rightful()) is not None:
+            self._take_back(waiter, now)
         while self.growths:
-            growth = self.growths[0]
+            growth = next(filter(self._comes_first, self.growths), self.growths[0])
             if growth.extra <= self.free:
                 self.stop_waiting(growth.holding)
                 self._set_pages(growth.holding, growth.pages, now)
@@ -246,8 +211,69 @@ class CacheBudget:
                 outcomes.append(self._evict(victim, "the server needed its room for another session", now))
             else:
                 break
-        while self.admissions and self.may_admit(self.admissions[0].sequences, self.admissions[0].pages):
-            outcomes.append(self._admit(self.admissions.popleft(), now))
+        while self.admissions:
+            admission = self._next_admission()
+            if not self.may_admit(admission.sequences, admission.pages):
+                break
+            self.admissions.remove(admission)
+            outcomes.append(self._admit(admission, now))
+        if (waiter := self._rightful()) is not None and waiter.since + SHARE_GRACE <= now:
+            outcomes += self._evict_surplus(waiter, now)
+        return outcomes
+
+    # --- shares --------------------------------------------------------------------------------------
+
+    def _comes_first(self, waiter: Admission | Growth) -> bool:
+        """Whether others have to wait for this one: it stays within its share, or there are no shares."""
+        wanted = waiter.extra if isinstance(waiter, Growth) else waiter.pages
+        return not self._shares.contended or self._shares.within(waiter.caller, wanted)
+
+    def _next_admission(self) -> Admission:
+        """The oldest of the caller that holds least; those above their share when there are no others."""
+        rightful = filter(self._comes_first, self.admissions)
+        first = min(rightful, key=lambda a: self._shares.held(a.caller), default=None)
+        return first or self.admissions[0]
+
+    def _rightful(self) -> Admission | Growth | None:
+        """Who waits for room within its share while others contend."""
+        if not self._shares.contended:
+            return None
+        growth = next(filter(self._comes_first, self.growths), None)
+        if growth is not None or not self.admissions:
+            return growth
+        admission = self._next_admission()
+        return admission if self._comes_first(admission) else None
+
+    def _missing(self, waiter: Admission | Growth) -> int:
+        """Pages that would have to come free for it, besides those of sessions that leave."""
+        if isinstance(waiter, Growth):
+            needed = waiter.extra
+        else:
+            needed = waiter.pages + self._growth_reserve(waiter.sequences)
+        leaving = sum(holding.held for holding in self.holdings.values() if holding.leaving)
+        return needed - self.free - leaving
+
+    def _take_back(self, waiter: Admission | Growth, now: float) -> None:
+        """Have those above their share give back what was only set aside for them."""
+        for holding in _longest_idle(self.holdings.values()):
+            unused = holding.held - holding.taken
+            surplus = self._shares.surplus(holding.caller)
+            if holding.caller != waiter.caller and (pages := min(unused, surplus, self._missing(waiter))) > 0:
+                self._give_back(holding, pages, now)
+
+    def _evict_surplus(self, waiter: Admission | Growth, now: float) -> list[Outcome]:
+        """Evict sessions of those above their share until there is, or will be, room for ``waiter``."""
+        outcomes: list[Outcome] = []
+        idle = _longest_idle(self.holdings.values())
+        busy = [h for h in reversed(self.holdings.values()) if h.idle_since is None]
+        for holding in (*idle, *busy):
+            if self._missing(waiter) <= 0:
+                break
+            if not holding.held or holding.leaving or holding.caller == waiter.caller:
+                continue
+            if self._shares.surplus(holding.caller):
+                why = "its client held more than its share of the cache, and another one waited"
+                outcomes.append(self._evict(holding, why, now, leaving=holding.idle_since is None))
         return outcomes
 
     def expire(self, now: float) -> list[Outcome]:
@@ -263,6 +289,8 @@ class CacheBudget:
             outcomes.append(Refused(admission, self._full(why, pages, now)))
             self.admissions.remove(admission)
         for holding in list(self.holdings.values()):
+            if (expires := self._expires(holding)) is not None and expires <= now:
+                self._give_back(holding, holding.promised, now)
             if holding.idle_since is not None and holding.idle_since + self.idle_timeout <= now:
                 why = f"it was idle for {self.idle_timeout:g} seconds"
                 outcomes.append(self._evict(holding, why, now))
@@ -278,7 +306,15 @@ class CacheBudget:
                 # One whose grace is over, and who is still here, was of no use to those who wait.
                 pressed = self.growths and grace_over > now
                 times.append(grace_over if pressed else holding.idle_since + self.idle_timeout)
+                times += [expires] if (expires := self._expires(holding)) is not None else []
+        if (waiter := self._rightful()) is not None and waiter.since + SHARE_GRACE > now:
+            times.append(waiter.since + SHARE_GRACE)
         return min(times, default=None)
+
+    def _expires(self, holding: Holding) -> float | None:
+        """When pages that are set aside for the session, and that it does not use, are free again."""
+        unused = holding.held > holding.taken and holding.idle_since is not None
+        return (holding.idle_since or 0.0) + self.idle_grace if unused else None
 
     def retry_after(self, pages: int, now: float) -> float:
         """How long, in seconds, until ``pages`` more may well be free.
@@ -290,7 +326,14 @@ class CacheBudget:
         rate = self._rate(now)
         if rate * best > missing > 0:
             best = missing / rate
-        for holding in _longest_idle(self.holdings.values()):
+        idle, unused = _longest_idle(self.holdings.values()), 0
+        for holding in idle:
+            if (expires := self._expires(holding)) is not None:
+                unused += holding.held - holding.taken
+                if unused >= missing:
+                    best = min(best, expires - now)
+                    break
+        for holding in idle:
             missing -= holding.held
             if missing <= 0:
                 best = min(best, (holding.idle_since or 0.0) + self.idle_timeout - now)
@@ -307,8 +350,12 @@ class CacheBudget:
             candidates = stale + sorted(waiting, key=lambda h: -h.serial)
         return candidates[0] if sum(h.held for h in candidates) >= missing else None
 
-    def _evict(self, holding: Holding, why: str, now: float) -> Evicted:
-        self.release(holding, now)
+    def _evict(self, holding: Holding, why: str, now: float, *, leaving: bool = False) -> Evicted:
+        holding.leaving = leaving
+        if leaving:
+            self.stop_waiting(holding)
+        else:
+            self.release(holding, now)
         return Evicted(holding, SessionLostError(f"session {holding.session[:8]} was ended: {why}"))
 
     def _note_released(self, pages: int, now: float) -> None:

@@ -194,6 +194,7 @@ class Engine:
         timeout: float,
         span: Span | None = None,
         adapter: Adapter | None = None,
+        caller: str = "",
     ) -> None:
         """Admit a session of ``sequences`` sequences, with ``tokens`` of cache (over all of them) set aside.
 
@@ -202,7 +203,8 @@ class Engine:
         ``adapter``, whose prefix takes room in every sequence besides its tokens.
 
         Wait up to ``timeout`` seconds for that room, first come first served; raise `CacheFullError`, with
-        its ``retry_after``, when it does not come free or never could. Beyond ``tokens`` the session grows as
+        its ``retry_after``, when it does not come free or never could. ``caller`` is whose share of the cache
+        it counts in while others wait. Beyond ``tokens`` the session grows as
         it goes. Raise `SpanError` for blocks that are not here, `InputError` for numbers that make no sense.
         """
         if self._closing:
@@ -218,7 +220,7 @@ class Engine:
         now = self._now()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         deadline = now + check_timeout(timeout)
-        self._table.request(session, span, sequences, tokens, answer, deadline, now, adapter)
+        self._table.request(session, span, sequences, tokens, answer, deadline, now, adapter, caller)
         self._carry_on()
         try:
             await answer
@@ -362,6 +364,12 @@ class Engine:
         if len(session.line) >= self.max_pending_steps:
             raise TooManyCallsError(
                 f"{len(session.line)} steps of the session wait already; await some before sending more"
+            )
+        own = self._table.pending_by_caller[session.holding.caller]
+        if session.holding.caller and own and own + rows > self.max_pending_tokens // 2:
+            raise TooManyCallsError(
+                f"{own} tokens of yours wait to be computed, and one client may have "
+                f"{self.max_pending_tokens // 2}; await some before sending more"
             )
         waiting = self._table.pending_tokens
         if waiting + rows > self.max_pending_tokens:

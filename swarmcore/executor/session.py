@@ -11,7 +11,7 @@ import attrs
 
 from swarmcore.errors import DeadlineExceededError, InvalidStepError, SessionLostError, SwarmError
 from swarmcore.executor.base import Segment, SequenceId
-from swarmcore.executor.cache import Admission, Holding
+from swarmcore.executor.cache_requests import Admission, Holding
 from swarmcore.executor.passes import Adapter
 from swarmcore.executor.steps import PendingStep
 from swarmcore.types import Span

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from swarmcore.errors import (
@@ -19,16 +20,8 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.executor.base import BlockExecutor, SequenceId
-from swarmcore.executor.cache import (
-    Admission,
-    Admitted,
-    CacheBudget,
-    Evicted,
-    Grown,
-    Growth,
-    Outcome,
-    Refused,
-)
+from swarmcore.executor.cache import CacheBudget
+from swarmcore.executor.cache_requests import Admission, Admitted, Evicted, Grown, Growth, Outcome, Refused
 from swarmcore.executor.passes import Adapter
 from swarmcore.executor.scheduler import Batch, Scheduler
 from swarmcore.executor.session import (
@@ -75,6 +68,8 @@ class SessionTable:
         self._scheduler = scheduler
         self._stats = stats
         self._next_sequence = 0
+        self.pending_by_caller: Counter[str] = Counter()
+        """The same, of each caller."""
         self._extended_at = -math.inf
 
     def __getitem__(self, name: str) -> EngineSession:
@@ -97,8 +92,9 @@ class SessionTable:
         deadline: float,
         now: float,
         adapter: Adapter | None = None,
+        caller: str = "",
     ) -> None:
-        """Put a new session in line; `withdraw` has to follow when ``answer`` is not a success.
+        """Put a new session of ``caller`` in line; `withdraw` has to follow when ``answer`` is not a success.
 
         Raise `CacheFullError` when it could never be admitted, or too many wait.
         """
@@ -107,13 +103,14 @@ class SessionTable:
         tokens += sequences * adapter.prefix_tokens if adapter is not None and tokens else 0
         tokens = sequences * page * share.charge(-(-tokens // (sequences * page)))
         try:
-            request = self._budget.request(name, sequences, tokens, deadline, now)
+            request = self._budget.request(name, sequences, tokens, deadline, now, caller)
         except CacheFullError:
             self._stats.refusals += 1
             raise
         self.opening[name] = Opening(span, share, adapter, request, answer)
         self._wake_by(deadline)
         self.poll(now)
+        self._wake_by(self._budget.next_wakeup(now))
 
     def withdraw(self, name: str, now: float) -> None:
         """Forget a new session, also when it has just been admitted."""
@@ -144,7 +141,7 @@ class SessionTable:
         session = EngineSession(request.session, opening, sequences, outcome.holding)
         self.sessions[request.session] = session
         self._stats.sessions_opened += 1
-        self._wake_by(now + self._budget.idle_timeout)
+        self._wake_by(now + self._budget.idle_grace)  # if it does not use what was set aside for it
         # When its caller is just being cancelled, `withdraw` follows.
         if not opening.answer.done():
             opening.answer.set_result(None)
@@ -170,6 +167,7 @@ class SessionTable:
         session.append(turn)
         session.holding.idle_since = None
         self.pending_tokens += turn.rows
+        self.pending_by_caller[session.holding.caller] += turn.rows
         self._wake_by(turn.deadline)
         self._settle(session, now)
         self.poll(now)
@@ -186,8 +184,15 @@ class SessionTable:
 
     def _finish(self, turn: Turn) -> None:
         turn.done = True
-        self.pending_tokens -= turn.rows
+        self._no_longer_pending(turn)
         turn.session.complete(turn)
+
+    def _no_longer_pending(self, turn: Turn) -> None:
+        caller = turn.session.holding.caller
+        self.pending_tokens -= turn.rows
+        self.pending_by_caller[caller] -= turn.rows
+        if not self.pending_by_caller[caller]:
+            del self.pending_by_caller[caller]
 
     def fail(self, turn: Turn, error: SwarmError, now: float) -> None:
         """Take a turn out of its line, and those that build on it; harmless when it is done.
@@ -205,7 +210,7 @@ class SessionTable:
         if turn.done:
             return
         turn.done = True
-        self.pending_tokens -= turn.rows
+        self._no_longer_pending(turn)
         self._stats.steps_failed += 1
         session = turn.session
         if session.active is turn:

@@ -139,6 +139,7 @@ class InferenceService:
                 timeout=self._admission_timeout,
                 span=span,
                 adapter=adapter,
+                caller=channel.remote,
             )
             await self._run(channel, opening, span)
 

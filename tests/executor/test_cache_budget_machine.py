@@ -2,15 +2,15 @@
 
 import math
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from swarmcore.errors import CacheFullError
-from swarmcore.executor.cache import (
+from swarmcore.executor.cache import SHARE_GRACE, CacheBudget
+from swarmcore.executor.cache_requests import (
     Admission,
     Admitted,
-    CacheBudget,
     Evicted,
     Grown,
     Growth,
@@ -180,3 +180,64 @@ class BudgetMachine(RuleBasedStateMachine):
 
 BudgetMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestBudgetMachine = BudgetMachine.TestCase
+
+
+CALLERS = ("ann", "bob", "eve")
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["open", "grow", "idle", "close", "wait"]),
+            st.sampled_from(CALLERS),
+            st.integers(0, PAGE * PAGES),
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_nobody_waits_long_for_a_share_whatever_the_others_do(events: list[tuple[str, str, int]]) -> None:
+    budget = CacheBudget(PAGE * PAGES, PAGE, idle_timeout=1e6, idle_grace=1e5)
+    now = 0.0
+    lengths: dict[Holding, int] = {}
+
+    def settle_down() -> None:
+        while outcomes := budget.poll(now):
+            for outcome in outcomes:
+                match outcome:
+                    case Admitted(_, holding):
+                        lengths[holding] = 0
+                    case Grown(holding):
+                        lengths[holding] = sum(holding.pages) * PAGE
+                    case Evicted(holding):
+                        budget.release(holding, now)
+                        del lengths[holding]
+        held = {caller: sum(h.held for h in lengths if h.caller == caller) for caller in CALLERS}
+        assert budget.held == sum(held.values()) <= budget.pages
+        assert all(budget._shares.held(caller) == pages for caller, pages in held.items())
+
+    for number, (what, caller, tokens) in enumerate(events):
+        own = [holding for holding in lengths if holding.caller == caller]
+        if what == "open":
+            budget.request(f"{number}", 1, tokens, now + 1e6, now, caller)
+        elif what == "wait":
+            now += tokens / 16
+        elif own and own[-1].growth is None:
+            holding = own[-1]
+            if what == "grow":
+                holding.idle_since = None
+                if budget.grow(holding, [tokens], now + 1e6, now):
+                    lengths[holding] = tokens
+            elif what == "idle":
+                budget.settle(holding, [lengths[holding]], now)
+                holding.idle_since = now
+            else:
+                budget.release(holding, now)
+                del lengths[holding]
+        settle_down()
+    # From here on nobody does anything of its own accord.
+    for _ in range(len(events) + 1):
+        now += SHARE_GRACE
+        settle_down()
+    waiter = budget._rightful()
+    assert waiter is None or all(not budget._shares.surplus(h.caller) for h in lengths)

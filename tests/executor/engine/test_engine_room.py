@@ -32,11 +32,11 @@ def test_admission_gives_up_at_its_deadline() -> None:
             with pytest.raises(CacheFullError, match="no room came free for a new session") as caught:
                 await engine.open("b", 1, 8, timeout=20.0)
             assert asyncio.get_running_loop().time() == pytest.approx(20.0)
-            assert caught.value.retry_after == pytest.approx(80.0)
+            assert caught.value.retry_after == pytest.approx(10.0), "what a does not use"
             assert engine.stats.refusals == 1
             # The name was not used up, and the wait was long enough now.
             await engine.open("b", 1, 8, timeout=90.0)
-            assert asyncio.get_running_loop().time() == pytest.approx(100.0)
+            assert asyncio.get_running_loop().time() == pytest.approx(30.0)
 
     clock.run(scenario())
 
