@@ -124,7 +124,7 @@ def check_generation_config(config: GenerationConfig, model: str) -> None:
     unknown = [
         name
         for name, value in vars(config).items()
-        if name not in known and not name.startswith("_") and _asks(value, ())
+        if name not in known and not name.startswith("_") and _asks(value, (_default(name),))
     ]
     if refused or unknown:
         fields = ", ".join(f"{name}={getattr(config, name)!r:.60}" for name in [*refused, *unknown])
@@ -220,7 +220,7 @@ def _merged(config: GenerationConfig, settings: GenerationSettings) -> Generatio
     merged.num_beams = 1
     merged.do_sample = not settings.greedy
     merged.temperature = settings.temperature
-    if _asks(merged.min_new_tokens, (0,)):
+    if merged.min_new_tokens is not None:
         merged.min_length = None
     for name, off in {**_PROCESSED, **_SAMPLING}.items():
         unused = settings.greedy and name in _SAMPLING
@@ -284,6 +284,14 @@ def _flat(ids: Any) -> list[int]:
     if isinstance(ids, list | tuple):
         return [token for part in ids for token in _flat(part)]
     return [operator.index(ids)]
+
+
+@lru_cache
+def _default(name: str) -> Any:
+    """What the installed transformers takes for a field that nobody sets."""
+    from transformers import GenerationConfig
+
+    return getattr(GenerationConfig(), name, None)
 
 
 @lru_cache(1)

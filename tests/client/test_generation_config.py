@@ -111,12 +111,24 @@ async def test_what_only_matters_when_sampling_leaves_greedy_choice_alone(model,
 
 
 async def test_the_callers_settings_come_before_the_models(model, plain_tokens):
-    configure(model, {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_length": 30})
+    plainly = plain_tokens(PROMPT, 14)
+    own = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_length": 30, "eos_token_id": plainly[5]}
+    configure(model, own)
     generation = model.generate(
         PROMPT, max_new_tokens=14, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0
     )
     await generation
-    assert generation.tokens == plain_tokens(PROMPT, 14)
+    assert generation.tokens == plainly[: plainly.index(plainly[5]) + 1]
+
+
+def test_a_field_to_come_that_is_as_transformers_has_it(monkeypatch):
+    monkeypatch.setattr(GenerationConfig, "field_to_come", 20, raising=False)
+    config = GenerationConfig()
+    config.field_to_come = 20
+    check_generation_config(config, "m")
+    config.field_to_come = 21
+    with pytest.raises(UnsupportedModelError, match="field_to_come=21"):
+        check_generation_config(config, "m")
 
 
 async def test_stop_strings_of_the_model_end_the_text(model, plain_tokens):
