@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 
-from swarmcore.client.opening import OpenStage, Planner, Refusals, located, open_chain, open_stages
+from swarmcore.client.opening import OpenStage, Planner, Refusals, alone, located, open_chain, open_stages
 from swarmcore.client.options import Failover
 from swarmcore.client.pipeline import Flight, LiveStage, Pipeline
 from swarmcore.client.replaying import REPLAY_ROWS, replay
@@ -65,11 +65,7 @@ class Mender:
 
     def alone(self, stage: LiveStage) -> bool:
         """Whether nobody else has the blocks of a stage."""
-        try:
-            self._planner.plan(Span(stage.start, stage.end), blocked=frozenset([stage.peer]))
-        except SwarmError:
-            return True
-        return False
+        return alone(self._planner, stage.peer, Span(stage.start, stage.end))
 
     async def pause_after(self, error: SwarmError, where: LiveStage) -> None:
         """Leave a server alone for a while that has no room, memory or time for a step; raise ``error`` when
@@ -261,7 +257,6 @@ class Mender:
             before=_hop_of(stages, last + 1),
             blocked=blocked,
             heir_of=heir_of,
-            hasty=True,
         )
 
     async def _open_given(self, first: int, last: int, chain: Chain) -> list[OpenStage]:

@@ -26,10 +26,6 @@ ATTEMPTS = 3
 ASK_AFTER = 0.5
 """Seconds without an answer to an opening after which a server is asked whether it lives, again and again."""
 
-UNHURRIED = 3.0
-"""Seconds that it has to answer that at least when the session is new; it may be starting up. In the middle
-of a session only as long as is usual for it."""
-
 MOST_ATTEMPTS = 8
 """Chains that are tried when their servers refuse at once: many may have died in the same moment."""
 
@@ -103,15 +99,14 @@ async def open_chain(
     blocked: Collection[PeerId] = (),
     heir_of: PeerId | None = None,
     attempts: int = ATTEMPTS,
-    hasty: bool = False,
 ) -> list[OpenStage]:
     """Open a session on every server of a chain for ``span``, all at once, between two other stages.
 
     Servers with room for ``tokens`` tokens of cache are preferred, and room for ``reserve`` is set aside at
-    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses, or falls
-    silent for longer than is usual for it (if ``hasty``, else than a server takes to start), is avoided in
-    the next of ``attempts``, each of ``timeout`` seconds; until so many have passed since the first, there
-    may be up to `MOST_ATTEMPTS`. Raise what `Planner.plan` raises when there is no chain, and the last
+    once. ``heir_of`` is a server that will hand its caches over to the first. One that refuses, or that is
+    silent for longer than is usual for it while others have its blocks, is avoided in the next of
+    ``attempts``, each of ``timeout`` seconds; until so many have passed since the first, there may be up to
+    `MOST_ATTEMPTS`. Raise what `Planner.plan` raises when there is no chain, and the last
     server's error when no other chain is left or the attempts are used up.
     """
     avoided = set(blocked)
@@ -145,7 +140,6 @@ async def open_chain(
             after=after,
             before=before,
             heir_of=heir_of,
-            hasty=hasty,
         )
         if not isinstance(opened, Refusals):
             return opened
@@ -172,7 +166,6 @@ async def open_stages(
     after: Hop | None = None,
     before: Hop | None = None,
     heir_of: PeerId | None = None,
-    hasty: bool = False,
 ) -> list[OpenStage] | Refusals:
     """Open a session on every server of this one chain, or on none of them; as `open_chain` otherwise."""
     hops = [_hop(stage, planner.session_id()) for stage in chain.stages]
@@ -182,15 +175,14 @@ async def open_stages(
     pushers = [tuple(first), *((hop.peer,) for hop in hops)]
     results = await _open_all(
         node,
+        planner,
         model,
-        planner.adapter,
         chain,
         [*hops, before],
         pushers=pushers,
         sequences=sequences,
         reserve=reserve,
         timeout=timeout,
-        least=0.0 if hasty else UNHURRIED,
     )
     opened = [result for result in results if isinstance(result, OpenStage)]
     if len(opened) == len(chain):
@@ -219,8 +211,8 @@ def _hop(stage: Stage, session: str) -> Hop:
 
 async def _open_all(
     node: Node,
+    planner: Planner,
     model: ModelInfo,
-    adapter: AdapterWeights | None,
     chain: Chain,
     hops: Sequence[Hop | None],
     *,
@@ -228,9 +220,8 @@ async def _open_all(
     sequences: int,
     reserve: int,
     timeout: float,
-    least: float,
 ) -> list[OpenStage | SwarmError]:
-    now = asyncio.get_running_loop().time
+    now, adapter = asyncio.get_running_loop().time, planner.adapter
 
     async def open_one(
         stage: Stage,
@@ -273,7 +264,7 @@ async def _open_all(
         silent: list[SwarmError] = []
 
         async def watch() -> None:
-            silent.append(await _silence(node, hop, least))
+            silent.append(await _silence(node, planner, hop))
             clock.reschedule(now())
 
         clock = asyncio.timeout(timeout)
@@ -307,10 +298,20 @@ async def _open_all(
         raise
 
 
-async def _silence(node: Node, hop: Hop, least: float) -> SwarmError:
+def alone(planner: Planner, peer: PeerId, span: Span) -> bool:
+    """Whether nobody but ``peer`` has the blocks ``span``."""
+    try:
+        planner.plan(span, blocked=frozenset([peer]))
+    except SwarmError:
+        return True
+    return False
+
+
+async def _silence(node: Node, planner: Planner, hop: Hop) -> SwarmError:
     """Ask the server of ``hop`` whether it lives for as long as it does; return what it is when it does not.
 
-    What keeps it from being asked is not for this to say: the opening itself ends in the same error.
+    One whose blocks nobody else has is given time to come back. What keeps it from being asked is not for
+    this to say: the opening itself ends in the same error.
     """
     addresses = [Address.parse(url) for url in hop.addresses]
     pause = ASK_AFTER
@@ -318,9 +319,9 @@ async def _silence(node: Node, hop: Hop, least: float) -> SwarmError:
         await asyncio.sleep(pause)
         pause = min(2 * pause, 8 * ASK_AFTER)
         try:
-            await ask(node, addresses, PING_METHOD, Ping(), least=least)
+            await ask(node, addresses, PING_METHOD, Ping())
         except DeadlineExceededError as exc:
-            if exc.origin is None:
+            if exc.origin is None and not alone(planner, hop.peer, Span(hop.start, hop.end)):
                 return exc
         except SwarmError as exc:
             logger.debug("%s could not be asked whether it lives: %s", short(hop.peer), exc)

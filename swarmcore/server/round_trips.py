@@ -20,7 +20,9 @@ LIKE_BEFORE = 1.2
 async def measure_round_trip(
     node: Node, server: ServerInfo, *, timeout: float, known: float | None = None
 ) -> float:
-    """Seconds of the shortest of some pings to ``server``. Raises as `Node.call` does.
+    """Seconds of the shortest of some pings to ``server``, each noted in `Node.response_times`.
+
+    Raises as `Node.call` does.
 
     With the round trip ``known`` from before, one ping is enough that confirms it.
     """
@@ -30,7 +32,9 @@ async def measure_round_trip(
     for _ in range(PINGS):
         started = loop.time()
         await node.call(addresses, PING_METHOD, Ping(), timeout=timeout)
-        shortest = min(shortest, loop.time() - started)
+        took = loop.time() - started
+        node.response_times.of(server.peer).measured(took)
+        shortest = min(shortest, took)
         if known is not None and shortest <= known * LIKE_BEFORE:
             break
     return shortest
