@@ -23,7 +23,7 @@ class PassOptions:
     """Most micro-batches under way at a time, of all calls together; None for `PER_SERVER` times as many as
     there are servers, from `LEAST_IN_FLIGHT` to `MOST_IN_FLIGHT`. Each is held in memory here."""
     timeout: float = 120.0
-    """Seconds for one pass of a micro-batch on one server, waiting included."""
+    """Seconds without progress, however slow, after which a server's pass of a micro-batch is given up."""
     patience: float = 60.0
     """Seconds to wait for a server that takes a micro-batch when there is none."""
     codec: str = "raw"

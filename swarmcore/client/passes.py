@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -12,7 +14,13 @@ import attrs
 
 from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.pass_codecs import Transfer
-from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError, UnavailableError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InternalError,
+    ProtocolError,
+    SwarmError,
+    UnavailableError,
+)
 from swarmcore.routing.chain import Stage
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Protocol
@@ -32,10 +40,16 @@ from swarmcore.wire.passes import (
     InputsWanted,
     OpenBackward,
     OpenForward,
+    PassProgress,
     Rows,
 )
 from swarmcore.wire.row_intake import RowsIntake
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
+
+logger = logging.getLogger(__name__)
+
+MOST = 60.0
+"""Times its timeout that a pass may take in all, whatever progress its server claims."""
 
 PIECE_BYTES = 2**15
 """Rows travel in pieces of about so many bytes before they are encoded. Small ones, since a server
@@ -52,7 +66,7 @@ class Batch:
     adapter: AdapterWeights | None = None
     reproducible: bool = False
     timeout: float = 120.0
-    """Seconds for one pass on one server, all waiting included."""
+    """Seconds without progress of a pass on one server after which it is given up."""
     padding: bool = False
     """The rows attend to nothing, as padding before a sequence does."""
 
@@ -101,8 +115,8 @@ async def forward(
     """Run ``inputs``, raw ``[rows, hidden size]``, through the blocks of ``stage`` on its server.
 
     ``keep`` names the activations that the server may keep. Rows travel there in ``codec`` and back in
-    ``answer_codec``. Raise the server's own error, `DeadlineExceededError` when it takes longer than
-    ``batch.timeout``, `ProtocolError` for an answer that is none.
+    ``answer_codec``. Raise the server's own error, `DeadlineExceededError` when it gets no further for
+    ``batch.timeout`` seconds, `ProtocolError` for an answer that is none.
     """
     opening = OpenForward(
         model.fingerprint,
@@ -115,6 +129,7 @@ async def forward(
         keep=keep,
         reproducible=batch.reproducible,
         padding=batch.padding,
+        progress=True,
     )
     answers = _Answers(RowsIntake("outputs", batch.rows, model.hidden_size, ProtocolError))
     talk = _Pass(node, stage, batch, inputs, codec)
@@ -157,6 +172,7 @@ async def backward(
         weights=wants_weights,
         reproducible=batch.reproducible,
         padding=batch.padding,
+        progress=True,
     )
     rows = RowsIntake("gradients", batch.rows if wants_inputs else 0, model.hidden_size, ProtocolError)
     wanted = (
@@ -230,6 +246,9 @@ class _Pass:
         self._inputs, self._inputs_codec = inputs, inputs_codec
         self._to_send: asyncio.Queue[Callable[[Channel], Awaitable[None]]] = asyncio.Queue()
         self._failure: SwarmError | None = None
+        self._clock: asyncio.Timeout | None = None
+        self._give_up = math.inf
+        self._work = -1
         self.sent = 0
         """Bytes of rows, as encoded."""
 
@@ -246,6 +265,7 @@ class _Pass:
         self._to_send.put_nowait(partial(self._send_rows, *rows))
         try:
             async with asyncio.timeout(timeout) as clock:
+                self._clock, self._give_up = clock, asyncio.get_running_loop().time() + MOST * timeout
                 async with await self._node.open(addresses, protocol, opening, timeout=timeout) as channel:
                     talking = asyncio.create_task(self._talk(channel), name="pass rows")
                     try:
@@ -260,8 +280,15 @@ class _Pass:
             if not clock.expired():
                 raise
             raise DeadlineExceededError(
-                f"{self._stage} did not finish a batch of {self._batch.rows} tokens in {timeout:.0f} s"
+                f"{self._stage} got no further with a batch of {self._batch.rows} tokens in {timeout:.0f} s"
             ) from exc
+
+    def _progressed(self) -> None:
+        """The time of the pass begins anew, unless it is late already."""
+        now = asyncio.get_running_loop().time()
+        if self._clock is not None and not self._clock.expired():
+            with contextlib.suppress(RuntimeError):
+                self._clock.reschedule(min(now + self._batch.timeout, self._give_up))
 
     async def _next(self, channel: Channel, answers: _Answers) -> Any:
         """Take one message, and do what it asks for."""
@@ -270,7 +297,11 @@ class _Pass:
         except SwarmError as exc:
             raise self._failure or exc from None
         record = message.record
+        if not isinstance(record, PassProgress) or record.work > self._work:
+            self._progressed()
         match record:
+            case PassProgress():
+                self._work = record.work
             case Rows():
                 hidden = message.tensor("hidden")
                 answers.arrived(hidden, asyncio.get_running_loop().time())
@@ -283,7 +314,8 @@ class _Pass:
                 self._to_send.put_nowait(partial(self._send_rows, "inputs", self._inputs, self._inputs_codec))
             case AdapterWanted() if self._batch.adapter is not None:
                 blocks = [block for block in record.blocks if block in self._stage.span]
-                self._to_send.put_nowait(partial(self._batch.adapter.send, blocks=blocks))
+                send = partial(self._batch.adapter.send, blocks=blocks, progressed=self._progressed)
+                self._to_send.put_nowait(send)
             case AdapterWanted():
                 raise ProtocolError("the server asked for an adapter that the pass does not have")
         return record
@@ -296,6 +328,10 @@ class _Pass:
             # When the stream broke, what is received says why; else this is why.
             self._failure = None if isinstance(exc, UnavailableError) else exc
             channel.abort("the client could not send its rows")
+        except Exception as exc:
+            logger.exception("the rows of a pass could not be sent")
+            self._failure = InternalError(f"the rows of a pass could not be sent: {exc!r}")
+            channel.abort("the client could not send its rows")
 
     async def _send_rows(self, kind: str, rows: Tensor, codec: str, channel: Channel) -> None:
         many, width = rows.shape
@@ -306,3 +342,4 @@ class _Pass:
                 piece = await asyncio.to_thread(piece.encode, codec)
             self.sent += piece.data.nbytes
             await channel.send(Rows(kind, first), piece)
+            self._progressed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,10 @@ from swarmcore.errors import (
 )
 from swarmcore.registry.base import Registry
 from swarmcore.routing.health import PeerHealth
+from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import GENERATE_PROTOCOL
+from swarmcore.server.protocols import GENERATE_PROTOCOL, PING_METHOD
 from swarmcore.types import Address, PeerId, ServerInfo, short
 from swarmcore.wire.generate import (
     AHEAD,
@@ -40,6 +41,7 @@ from swarmcore.wire.generate import (
     TextPiece,
     TokensTaken,
 )
+from swarmcore.wire.messages import Ping
 
 if TYPE_CHECKING:
     from swarmcore.client.generation import FinishReason
@@ -49,9 +51,12 @@ logger = logging.getLogger(__name__)
 PATIENCE = 60.0
 """Seconds for which a text that broke off waits for a head peer that goes on with it."""
 
-PIECE_TIMEOUT = 180.0
-"""Seconds without a word from a head peer after which it counts as lost: the text may wait for its turn, and
-for servers that take over from others."""
+ASK_AFTER = 10.0
+"""Seconds without a word from a head peer after which it is asked whether it lives, again and again: the text
+may wait for its turn, for servers that take over from others, or for a long prompt on slow ones."""
+
+LONGEST_SILENCE = 3600.0
+"""Seconds without a piece of the text after which a head peer counts as lost that lives."""
 
 MOST_CHARACTERS = 1024
 """Characters of text for each token: a head peer that sends more is lying, no tokenizer has longer ones."""
@@ -202,7 +207,7 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
         taken = told = 0
         started = False
         while True:
-            record = await _next(channel)
+            record = await _next(run.node, addresses, channel)
             if isinstance(record, GenerationStarted):
                 if started:
                     raise ProtocolError("the head peer began the text twice")
@@ -248,18 +253,35 @@ def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
     return len(piece.tokens) <= room
 
 
-async def _next(channel: Channel) -> Any:
+async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> Any:
+    """What the head peer says next, for as long as it lives."""
+    receiving = asyncio.create_task(channel.receive(), name="piece of a text")
     try:
-        async with asyncio.timeout(PIECE_TIMEOUT) as clock:
-            return (await channel.receive()).record
-    except TimeoutError as exc:
-        if not clock.expired():
-            raise
-        raise DeadlineExceededError(
-            f"head peer {short(channel.remote)} said nothing for {PIECE_TIMEOUT:.0f} s"
-        ) from exc
+        for _ in range(int(LONGEST_SILENCE / ASK_AFTER)):
+            done, _ = await asyncio.wait([receiving], timeout=ASK_AFTER)
+            if done:
+                return receiving.result().record
+            await _check_alive(node, addresses)
     except StreamClosedError as exc:
         raise ConnectionLostError(f"head peer {short(channel.remote)} ended before the text did") from exc
+    finally:
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+    raise DeadlineExceededError(
+        f"head peer {short(channel.remote)} made nothing of the text for {LONGEST_SILENCE:.0f} s"
+    )
+
+
+async def _check_alive(node: Node, addresses: Sequence[Address]) -> None:
+    """Raise `DeadlineExceededError` when a head peer does not answer."""
+    try:
+        await ask(node, addresses, PING_METHOD, Ping(), least=1.0)
+    except DeadlineExceededError as exc:
+        if exc.origin is None:
+            raise
+    except SwarmError as exc:
+        # Its stream still stands: whether a second one can be opened is another matter.
+        logger.debug("%s could not be asked whether it lives: %s", short(addresses[0].peer), exc)
 
 
 def _reason(record: GenerationEnded) -> FinishReason:

@@ -8,6 +8,10 @@ SHARE = 0.5
 """What a unit should take, in batches of decode steps: one unit at most goes between two batches, so that a
 step waits for one unit and its own batch, and some of them take longer than expected."""
 
+LONGEST = 5.0
+"""Seconds that a unit should take at most when nobody is interactive: only between two does it show that a
+pass gets on."""
+
 ACTIVE = 2.0
 """Seconds after its last step for which a session is taken to be about to send the next one."""
 
@@ -35,9 +39,9 @@ class Pacing:
 
         ``batch_seconds`` is what a batch of decode steps takes; 0 when that is not known.
         """
-        if not self.interactive(now):
-            return sum(lengths)
         per_token = self._per_token.get(kind)
+        if not self.interactive(now):
+            return max(1, min(sum(lengths), int(LONGEST / per_token))) if per_token else sum(lengths)
         if not per_token or not batch_seconds:
             return 1  # one sequence, to learn from
         return max(1, min(sum(lengths), int(SHARE * batch_seconds / per_token)))

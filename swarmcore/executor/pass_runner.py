@@ -247,11 +247,10 @@ class PassRunner:
         with _translating():
             return self._executor.backward(batch, gradients, kept=kept, inputs=inputs, weights=weights)
 
-    async def compute(self, queued: QueuedPass, deadline: float) -> None:
-        """Have a pass run to its end; it is closed if it does not get there."""
+    async def compute(self, queued: QueuedPass, clock: asyncio.Timeout) -> None:
+        """Have a pass run to its end; it is closed if it does not get there before ``clock`` ends it."""
         self.queue.add(queued)
         self._wake()
-        clock = asyncio.timeout_at(deadline)
         try:
             async with clock:
                 await queued.answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,8 @@ class PassTurn:
         self.lengths = lengths
         self.deadline = deadline
         """Loop time."""
+        self.clock: asyncio.Timeout | None = None
+        """Ends the computation at the deadline."""
         self._runner = runner
         self._admission = runner.queue.admit(caller, sum(lengths))
         self._kept: ForwardPass | None = None
@@ -94,11 +97,19 @@ class PassTurn:
             saves=saves,
             nbytes=nbytes,
         )
-        await self._runner.compute(self._queued, self.deadline)
-        self._queued = None
+        self.clock = asyncio.timeout_at(self.deadline)
+        await self._runner.compute(self._queued, self.clock)
+        self.clock = self._queued = None
         if self._ended is not None:  # in the very moment that it was through
             work.close()
             raise self._ended
+
+    def extend(self, deadline: float) -> None:
+        """It gets on: it may take until ``deadline``."""
+        self.deadline = deadline
+        if self.clock is not None and not self.clock.expired():
+            with contextlib.suppress(RuntimeError):  # it is just ending
+                self.clock.reschedule(deadline)
 
     def _check_not_ended(self) -> None:
         if self._ended is not None:

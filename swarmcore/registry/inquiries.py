@@ -34,6 +34,9 @@ REFUTE = 2.0
 """Seconds in which one that lives hears of a public suspicion and is heard refuting it."""
 MAX_OPEN = 1024
 """Inquiries under way, those included that wait for their turn; further suspicions are not looked into."""
+DIALLING = 5.0
+"""Times its usual round trip that a peer gets to answer, at least."""
+
 _ATTEMPTS = 2
 
 
@@ -141,7 +144,9 @@ class Inquiries:
 
     async def _answers(self, info: ServerInfo, suspected: int = 0) -> bool | None:
         """Whether a peer answers at any of its addresses; None when there is no way to ask it."""
-        deadline = asyncio.get_running_loop().time() + self._timeout
+        # A peer that is far away is known to be, and is dialled first: that takes some round trips.
+        usual = self._node.response_times.of(info.peer).mean
+        deadline = asyncio.get_running_loop().time() + max(self._timeout, DIALLING * usual)
         # All at once: an address that only a part of the network can reach must not cost the others time.
         addresses = self._partners.reached_by(info).addresses
         if len(addresses) == 1:

@@ -43,6 +43,11 @@ class ResponseTime:
         return self._mean is not None
 
     @property
+    def mean(self) -> float:
+        """Seconds that an answer takes on average, `MOST` at most; 0 when that is not known."""
+        return min(self._mean or 0.0, MOST)
+
+    @property
     def timeout(self) -> float:
         """Seconds after which an answer is late."""
         usual = UNKNOWN if self._mean is None else self._mean + 4 * self._deviation

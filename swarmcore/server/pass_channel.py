@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import attrs
 
 from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ProtocolError
 from swarmcore.executor.base import BlockExecutor
+from swarmcore.executor.pass_turn import PassTurn
 from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import Weights, WeightsIntake
@@ -40,14 +42,54 @@ class Sender:
     """When something came from it last, in loop time."""
 
 
+class PassPatience:
+    """How long a pass may take: ``deadline`` seconds, from when it last got on if it is to be ``prolonged``.
+
+    Only what is computed here prolongs it for ever; what a client sends or takes, for ``most`` seconds.
+    """
+
+    def __init__(
+        self, turn: PassTurn, clock: asyncio.Timeout, deadline: float, most: float, prolonged: bool
+    ) -> None:
+        self.prolonged = prolonged
+        self._turn = turn
+        self._clock = clock
+        self._deadline = deadline
+        self._most = most
+        self._last = _now() + most
+
+    def moved(self) -> None:
+        """Some rows have come, or gone."""
+        self._extend(min(_now() + self._deadline, self._last))
+
+    def computed(self) -> None:
+        """The engine got on."""
+        now = _now()
+        self._last = now + self._most
+        self._extend(now + self._deadline)
+
+    def _extend(self, until: float) -> None:
+        if self.prolonged and not self._clock.expired():
+            self._turn.extend(until)
+            with contextlib.suppress(RuntimeError):  # it is just ending
+                self._clock.reschedule(until)
+
+
 class PassChannel:
     """Receives what one pass needs, in whichever order it comes, and sends what comes of it."""
 
     def __init__(
-        self, channel: Channel, executor: BlockExecutor, rows: int, sender: Sender, held: Reservation
+        self,
+        channel: Channel,
+        executor: BlockExecutor,
+        rows: int,
+        sender: Sender,
+        held: Reservation,
+        patience: PassPatience,
     ) -> None:
         """``sender`` is the same object for all passes of a client; in ``held`` its rows are counted."""
         self._held = held
+        self.patience = patience
         self._channel = channel
         self._sender = sender
         self._executor = executor
@@ -101,6 +143,7 @@ class PassChannel:
                     f"the client sent nothing for {PIECE_TIMEOUT:.0f} s, with rows still to come"
                 ) from exc
             self._sender.heard = _now()
+            self.patience.moved()
             return await self._take(message)
 
     async def _take(self, message: Message) -> Weights | None:
@@ -131,11 +174,13 @@ class PassChannel:
             if codec != "raw":
                 piece = await self._executor.encode(piece, codec)
             await self._channel.send(Rows(kind, first), piece)
+            self.patience.moved()
 
     async def send_weights(self, tensors: Sequence[Tensor]) -> None:
         """Send gradients of an adapter's weights, as many to a message as fit well."""
         for part, last in adapter_parts(tensors):
             await self._channel.send(AdapterPart(last=last), *part)
+            self.patience.moved()
 
 
 def _now() -> float:

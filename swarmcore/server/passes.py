@@ -26,13 +26,16 @@ from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
-from swarmcore.server.pass_channel import PassChannel, Sender
+from swarmcore.server.pass_channel import PassChannel, PassPatience, Sender
 from swarmcore.types import ModelInfo, PeerId, Span
-from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward
+from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward, PassProgress
 from swarmcore.wire.tensors import Tensor
 
 MAX_DEADLINE = 900.0
 """Longest deadline, in seconds, that a client may ask for; more is cut to this."""
+
+LOOK = 2.0
+"""Seconds between two looks whether a pass, or those before it, got on."""
 
 _NAME = re.compile(r"[0-9a-f]{32}|")
 
@@ -101,7 +104,8 @@ class PassService:
                 batch = SequenceBatch(
                     turn.span, turn.lengths, rows, adapter, opening.reproducible, opening.padding
                 )
-                outputs, kept, seconds = await turn.forward(batch, keep=opening.keep)
+                async with self._prolonging(talk, channel):
+                    outputs, kept, seconds = await turn.forward(batch, keep=opening.keep)
             await talk.send_rows("outputs", outputs, opening.codec)
             await channel.send(ForwardDone(kept, seconds, talk.receiving))
 
@@ -123,12 +127,36 @@ class PassService:
                 if not reused:
                     batch.hidden = await talk.rows("inputs")
                 weights = opening.weights and adapter is not None
-                done = await turn.backward(batch, gradients, inputs=opening.inputs, weights=weights)
+                async with self._prolonging(talk, channel):
+                    done = await turn.backward(batch, gradients, inputs=opening.inputs, weights=weights)
             if done.gradients is not None:
                 await talk.send_rows("gradients", done.gradients, opening.codec)
             if done.weights:
                 await talk.send_weights(done.weights)
             await channel.send(BackwardDone(done.seconds, talk.receiving))
+
+    @asynccontextmanager
+    async def _prolonging(self, talk: PassChannel, channel: Channel) -> AsyncIterator[None]:
+        """While a pass computes, begin its time anew whenever the engine gets on, and tell the client."""
+
+        async def look() -> None:
+            seen = self._engine.work
+            while True:
+                await asyncio.sleep(LOOK)
+                if (work := self._engine.work) > seen:
+                    seen = work
+                    talk.patience.computed()
+                    await channel.send(PassProgress(work))
+
+        if not talk.patience.prolonged:
+            yield  # the client gives up by itself, and does not expect to hear of it
+            return
+        looking = asyncio.create_task(look(), name="progress of a pass")
+        try:
+            yield
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
 
     @asynccontextmanager
     async def _turn(
@@ -146,7 +174,8 @@ class PassService:
                     self._resources.reserve(channel.remote, Resource.BYTES, 0) as held,
                 ):
                     rows = sum(opening.lengths)
-                    yield turn, PassChannel(channel, self._engine.executor, rows, sender, held)
+                    patience = PassPatience(turn, clock, deadline, MAX_DEADLINE, opening.progress)
+                    yield turn, PassChannel(channel, self._engine.executor, rows, sender, held, patience)
             self.counters["passes_served"] += 1
         except TimeoutError as exc:
             if not clock.expired():

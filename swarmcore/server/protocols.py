@@ -51,6 +51,7 @@ from swarmcore.wire.passes import (
     InputsWanted,
     OpenBackward,
     OpenForward,
+    PassProgress,
     Rows,
 )
 
@@ -73,13 +74,13 @@ FORWARD_PROTOCOL = Protocol(
     name=FORWARD,
     openings=(OpenForward,),
     to_acceptor=(Rows, AdapterPart),
-    to_opener=(AdapterWanted, Rows, ForwardDone),
+    to_opener=(AdapterWanted, Rows, PassProgress, ForwardDone),
 )
 BACKWARD_PROTOCOL = Protocol(
     name=BACKWARD,
     openings=(OpenBackward,),
     to_acceptor=(Rows, AdapterPart),
-    to_opener=(InputsWanted, AdapterWanted, Rows, AdapterPart, BackwardDone),
+    to_opener=(InputsWanted, AdapterWanted, Rows, AdapterPart, PassProgress, BackwardDone),
 )
 FORWARD_OF_PADDING_PROTOCOL = attrs.evolve(FORWARD_PROTOCOL, name=FORWARD_OF_PADDING)
 BACKWARD_OF_PADDING_PROTOCOL = attrs.evolve(BACKWARD_PROTOCOL, name=BACKWARD_OF_PADDING)

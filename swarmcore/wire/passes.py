@@ -58,6 +58,8 @@ class OpenForward:
     """Compute in an order that depends on the batch alone, so that a repetition gives the same bits."""
     padding: bool = False
     """The rows attend to nothing, not even to themselves, as padding before a sequence does."""
+    progress: bool = False
+    """Send `PassProgress` while it is computed; ``deadline`` then counts from the last of them."""
 
 
 @attrs.frozen
@@ -80,6 +82,7 @@ class OpenBackward:
     """Whether the gradients of the adapter's weights are wanted."""
     reproducible: bool = False
     padding: bool = False
+    progress: bool = False
 
 
 @attrs.frozen
@@ -121,6 +124,14 @@ class AdapterPart:
     """What the products of the low-rank updates are multiplied by."""
     last: bool = False
     """Whether the blocks asked for are complete with this part."""
+
+
+@attrs.frozen
+class PassProgress:
+    """Server to client: it gets on, with this pass or with those before it."""
+
+    work: int
+    """Grows with all that the server gets done."""
 
 
 @attrs.frozen

@@ -107,9 +107,11 @@ async def test_an_adapter_travels_once_to_each_server() -> None:
         assert work.adapter is not None
         send = AdapterWeights.send
 
-        async def counted(self: AdapterWeights, channel: object, blocks: Sequence[int]) -> None:
+        async def counted(
+            self: AdapterWeights, channel: object, blocks: Sequence[int], **options: object
+        ) -> None:
             sent.append(tuple(blocks))
-            await send(self, channel, blocks)  # type: ignore[arg-type]
+            await send(self, channel, blocks, **options)  # type: ignore[arg-type]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(AdapterWeights, "send", counted)
