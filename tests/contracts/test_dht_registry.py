@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -43,17 +43,25 @@ class DhtSwarm(RegistrySwarm):
     async def join(self, identity: Identity | None = None) -> Member:
         return await self._start(identity or Identity.generate(), ["127.0.0.1:0"])
 
-    async def watch(self) -> Member:
+    async def watch(self, wall_clock: Callable[[], float] = time.time) -> Member:
         """A new client, which does not listen."""
-        return await self._start(Identity.generate(), [])
+        return await self._start(Identity.generate(), [], wall_clock)
 
-    async def _start(self, identity: Identity, listen_on: list[str]) -> Member:
+    async def _start(
+        self, identity: Identity, listen_on: list[str], wall_clock: Callable[[], float] = time.time
+    ) -> Member:
         known = (member.addresses for member in reversed(self.members) if member.addresses)
         bootstrap = next(known, self.bootstrap)
         transport = Libp2pTransport(identity, listen_on=listen_on)
         node = Node(identity, [transport])
         await node.start()
-        registry = DhtRegistry(node, transport, list(map(Address.parse, bootstrap)), options=self.options)
+        registry = DhtRegistry(
+            node,
+            transport,
+            list(map(Address.parse, bootstrap)),
+            options=self.options,
+            wall_clock=wall_clock,
+        )
         member = Member(identity, registry, tuple(map(str, node.addresses)))
         self.members.append(member)
         await registry.start()
@@ -81,6 +89,18 @@ MODEL = ModelInfo("tiny", "f" * 16, 16, 64)
 
 def serving(member: Member, start: int, **fields: Any) -> ServerInfo:
     return member.info(model=MODEL, span=Span(start, start + 4), **fields)
+
+
+@pytest.mark.parametrize(("off", "told"), [(3600.0, "1 hour ahead of"), (-7200.0, "2 hours behind")])
+async def test_a_client_whose_clock_is_wrong_is_told(
+    off: float, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with aclosing(DhtSwarm()) as swarm:
+        member = await swarm.join()
+        await member.registry.announce(serving(member, 0), 60.0)
+        client = await swarm.watch(wall_clock=lambda: time.time() + off)
+        assert not client.registry.view().servers
+        assert f"clock, which is about {told} that of" in caplog.text
 
 
 async def test_a_swarm_goes_on_when_half_of_its_nodes_vanish() -> None:

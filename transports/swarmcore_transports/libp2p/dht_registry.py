@@ -16,6 +16,7 @@ from swarmcore.errors import InputError, InternalError, PeerUnreachableError, Sw
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.clock import how_far_off
 from swarmcore.registry.partners import Partners, group_by_peer
 from swarmcore.registry.records import (
     Announcement,
@@ -39,6 +40,7 @@ from swarmcore_transports.libp2p.dht_records import (
     key_listing,
     range_keys,
     record_key,
+    sequence_of,
 )
 from swarmcore_transports.libp2p.multiaddrs import SCHEME, to_multiaddr
 from swarmcore_transports.libp2p.transport import Libp2pTransport
@@ -120,6 +122,8 @@ class DhtRegistry(Registry):
         self._lookups = asyncio.Semaphore(options.lookups)
         self._read_again: dict[PeerId, float] = {}
         self._suspected: set[PeerId] = set()
+        self._newest_refused: float | None = None
+        self._clock_warned = False
         self._announced: tuple[ServerInfo, float] | None = None
         self._current: tuple[SignedRecord, list[bytes]] | None = None
         self._refresh: asyncio.TimerHandle | None = None
@@ -320,6 +324,20 @@ class DhtRegistry(Registry):
             models = frozenset(["", *sorted(self.view().models())[:_MODELS]])
         listed = await self._listed([key for model in sorted(models) for key in range_keys(model)])
         await self._read_all(listed | set(self.view().servers))
+        self._check_clock()
+
+    def _check_clock(self) -> None:
+        """Nodes keep records for as long as these hold: when none of those that they have does, it is this
+        machine's clock."""
+        newest, self._newest_refused = self._newest_refused, None
+        others = [server for server in self.view() if server.peer != self.node.peer]
+        if newest is not None and not others and not self._clock_warned:
+            self._clock_warned = True
+            logger.warning(
+                "nothing that is stored in the DHT holds by this machine's clock, which is about %s that of "
+                "the peer that announced itself last: set the clock",
+                how_far_off(self._wall_clock() - newest),
+            )
 
     async def _listed(self, keys: Iterable[bytes]) -> set[PeerId]:
         """Who is listed under any of ``keys``."""
@@ -351,6 +369,8 @@ class DhtRegistry(Registry):
                 record = self._rules.check(record_key(peer), value, self._wall_clock())
             except RefusedValue as refused:
                 logger.debug("a record of %s: %s", short(peer), refused)
+                if refused.drop in (Drop.EXPIRED, Drop.SKEWED):
+                    self._newest_refused = max(self._newest_refused or 0.0, sequence_of(value) / 1000)
             else:
                 self._take(record)
 
