@@ -39,7 +39,7 @@ def write_gguf(
         "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
     }
     for key, value in (own | dict(keys)).items():
-        _add(writer, key if "." in key and key.startswith("general") else f"{architecture}.{key}", value)
+        _add(writer, key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}", value)
     _add_vocabulary(writer, config.vocab_size)
     for name, data in _converted(model, architecture).items():
         writer.add_tensor(name, np.ascontiguousarray(data.float().numpy()))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint import open_checkpoint
@@ -279,3 +279,11 @@ def test_tensors_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model, "llama", keys={"block_count": 2})
     with pytest.raises(CheckpointError, match=r"lacks \d+ tensors .* such as model\.layers\.1\."):
         open_checkpoint(str(path), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("keys", "ends"), [({}, 0), ({"tokenizer.ggml.eot_token_id": 2}, [0, 2])])
+def test_the_tokens_that_end_a_text(keys: dict[str, Any], ends: Any, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama", SIZES), "llama", keys=keys)
+    folder = open_checkpoint(str(path), cache_dir=tmp_path / "cache").folder
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+    assert AutoConfig.from_pretrained(folder).eos_token_id == 0

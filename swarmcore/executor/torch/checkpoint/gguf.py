@@ -164,7 +164,8 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
             **_dequantize(),
         )
         _check_loaded(source.name, report)
-        model.generation_config.eos_token_id = ends(metadata) or None
+        if len(tokens := ends(metadata)) > 1:
+            model.generation_config.eos_token_id = tokens
         needed = sum(tensor.nbytes for tensor in model.parameters())
         check_room(doing, part, needed)
         with storage_errors(doing, part, needed):
