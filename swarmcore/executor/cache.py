@@ -7,7 +7,7 @@ answers with outcomes for its driver to carry out (`swarmcore.executor.engine`).
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from swarmcore.errors import CacheFullError, SessionLostError
@@ -117,14 +117,8 @@ class CacheBudget:
     def _admit(self, admission: Admission, now: float) -> Admitted:
         self._serial += 1
         pages = [0] * admission.sequences
-        holding = Holding(
-            admission.session,
-            self._serial,
-            pages,
-            admission.pages,
-            idle_since=now,
-            caller=admission.caller,
-        )
+        name, caller = admission.session, admission.caller
+        holding = Holding(name, self._serial, pages, admission.pages, idle_since=now, caller=caller)
         self.holdings[holding.serial] = holding
         self._count(holding, holding.held)
         self._sequences += admission.sequences
@@ -219,6 +213,7 @@ class CacheBudget:
             outcomes.append(self._admit(admission, now))
         if (waiter := self._rightful()) is not None and waiter.since + SHARE_GRACE <= now:
             outcomes += self._evict_surplus(waiter, now)
+            outcomes += self._evict_crowd(waiter, now)
         return outcomes
 
     # --- shares --------------------------------------------------------------------------------------
@@ -250,8 +245,7 @@ class CacheBudget:
             needed = waiter.extra
         else:
             needed = waiter.pages + self._growth_reserve(waiter.sequences)
-        leaving = sum(holding.held for holding in self.holdings.values() if holding.leaving)
-        return needed - self.free - leaving
+        return needed - self.free - sum(holding.held for holding in self.holdings.values() if holding.leaving)
 
     def _take_back(self, waiter: Admission | Growth, now: float) -> None:
         """Have those above their share give back what was only set aside for them."""
@@ -260,6 +254,17 @@ class CacheBudget:
             surplus = self._shares.surplus(holding.caller)
             if holding.caller != waiter.caller and (pages := min(unused, surplus, self._missing(waiter))) > 0:
                 self._give_back(holding, pages, now)
+
+    def _evict_crowd(self, waiter: Admission | Growth, now: float) -> list[Outcome]:
+        """Where all sessions that there may be are there: end an idle one of whoever has most of them."""
+        if len(self.holdings) < self.max_sessions or isinstance(waiter, Growth):
+            return []
+        sessions = Counter(holding.caller for holding in self.holdings.values())
+        [(caller, most)] = sessions.most_common(1)
+        idle = [h for h in _longest_idle(self.holdings.values()) if h.caller == caller]
+        if not idle or sessions[waiter.caller] + 1 >= most:
+            return []
+        return [self._evict(idle[0], "its client had the most sessions here, and another one waited", now)]
 
     def _evict_surplus(self, waiter: Admission | Growth, now: float) -> list[Outcome]:
         """Evict sessions of those above their share until there is, or will be, room for ``waiter``."""

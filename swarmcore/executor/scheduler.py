@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import attrs
@@ -60,9 +61,10 @@ class Scheduler(Generic[StepT]):
 
     Decode steps (one token for each sequence) come first, in the order they were added; prefills share what
     is left, long ones a chunk each in turn, and have an eighth of every batch to themselves, so that neither
-    kind starves the other. Spans take turns, those with decode steps first; one that was passed over eight
-    times comes before all others. A batch holds at most one slice of a step. Steps of one session have to be
-    added one after the other, each when the one before it is done.
+    kind starves the other. Of several callers, in either kind, the one that was given least rows goes next;
+    a short prefill that has begun is finished first. Spans take turns, those with decode steps first; one
+    that was passed over eight times comes before all others. A batch holds at most one slice of a step. Steps
+    of one session have to be added one after the other, each when the one before it is done.
     """
 
     def __init__(self, max_batch_tokens: int = 512) -> None:
@@ -74,6 +76,7 @@ class Scheduler(Generic[StepT]):
         self.prefill_rows = max_batch_tokens
         """Most rows of prefill in the next batch, whatever room there is."""
         self._lines: dict[Span, _Line[StepT]] = {}
+        self._given: dict[str, int] = {}  # rows, of callers with steps in line
 
     def __len__(self) -> int:
         return sum(len(line.decode) + len(line.prefill) for line in self._lines.values())
@@ -91,6 +94,8 @@ class Scheduler(Generic[StepT]):
         if line is None:
             line = self._lines[step.span] = _Line()
         line.of(step)[step] = None
+        if step.caller not in self._given:  # it starts level with those that are there
+            self._given[step.caller] = min(self._given.values(), default=0)
 
     def remove(self, step: StepT) -> None:
         """Forget the step; harmless when it is not there."""
@@ -115,32 +120,54 @@ class Scheduler(Generic[StepT]):
         line.passed_over = 0
         self._fill(batch, line)
         self._drop_empty(span, line)
+        callers = {step.caller for line in self._lines.values() for step in _all(line)}
+        self._given = {caller: rows for caller, rows in self._given.items() if caller in callers}
         return batch
 
     def _fill(self, batch: Batch[StepT], line: _Line[StepT]) -> None:
         kept = max(self.max_batch_tokens // PREFILL_SHARE, 1) if line.prefill else 0
-        for step in list(line.decode):
+        for step in self._in_turn(line.decode):
             room = self.max_batch_tokens - kept - batch.tokens
             # A decode step runs in one piece unless it is wider than a batch; cutting it would only delay it.
             if step.left > room and batch.steps:
                 break
             self._take(batch, step, room, line.decode)
         left = min(self.max_batch_tokens - batch.tokens, max(self.prefill_rows, 1))
-        for step in list(line.prefill):
+        for step in self._in_turn(line.prefill):
             if not left:
                 break
             left -= self._take(batch, step, left, line.prefill)
 
     def _take(self, batch: Batch[StepT], step: StepT, room: int, steps: dict[StepT, None]) -> int:
         part = step.take(room)
-        if not step.left or step.left > SHORT * self.max_batch_tokens:
+        if not step.left or not self._is_short(step):
             del steps[step]
             if step.left:
                 steps[step] = None
         batch.steps.append(step)
         batch.slices.append(part)
         batch.tokens += part.tokens
+        self._given[step.caller] = self._given.get(step.caller, 0) + part.tokens
         return part.tokens
+
+    def _is_short(self, step: StepT) -> bool:
+        return step.left <= SHORT * self.max_batch_tokens
+
+    def _in_turn(self, steps: Iterable[StepT]) -> Iterator[StepT]:
+        """Short ones that have begun, then at each turn the oldest of the caller that was given least."""
+        lines: dict[str, deque[StepT]] = {}
+        begun = []
+        for step in steps:
+            if step.taken and not step.decode and self._is_short(step):
+                begun.append(step)
+            else:
+                lines.setdefault(step.caller, deque()).append(step)
+        yield from begun
+        while lines:
+            caller = next(iter(lines)) if len(lines) == 1 else min(lines, key=lambda c: self._given.get(c, 0))
+            yield lines[caller].popleft()
+            if not lines[caller]:
+                del lines[caller]
 
     def _drop_empty(self, span: Span, line: _Line[StepT]) -> None:
         if not line.decode and not line.prefill:

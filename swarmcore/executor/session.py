@@ -32,6 +32,10 @@ class SessionStep(PendingStep):
     reordered: bool = False
     """Whether the session's caches follow ``sources``, or are just being made to."""
 
+    @property
+    def caller(self) -> str:
+        return self.session.holding.caller
+
 
 @attrs.define(eq=False, kw_only=True)
 class CacheImport:

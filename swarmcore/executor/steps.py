@@ -37,6 +37,11 @@ class PendingStep:
     _offset: int = attrs.field(init=False, default=0)
     _parts: list[Tensor] = attrs.field(init=False, factory=list)
 
+    @property
+    def caller(self) -> str:
+        """Whose step it is: callers share batches evenly."""
+        return ""
+
     def __attrs_post_init__(self) -> None:
         self.rows = sum(segment.count for segment in self.segments)
         self.decode = self.rows == len(self.segments)

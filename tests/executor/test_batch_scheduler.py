@@ -223,3 +223,56 @@ def test_every_step_ends_and_has_its_own_rows(
         ends = [sum(counts[: n + 1]) - 1 for n in range(len(counts))]
         expected = range(sum(counts)) if reply == "all" else ends
         assert [row[0] for row in read_rows(step.result())] == [float(n) for n in expected]
+
+
+class CallersStep(PendingStep):
+    owner = ""
+
+    @property
+    def caller(self) -> str:
+        return self.owner
+
+
+def of(owner: str, *counts: int) -> PendingStep:
+    plain = pending(*counts)
+    step = CallersStep(plain.span, plain.segments, plain.hidden, plain.reply, plain.codec, plain.deadline)
+    step.owner = owner
+    return step
+
+
+def test_callers_share_batches_whatever_each_has_in_line() -> None:
+    scheduler: Scheduler[PendingStep] = Scheduler(8)
+    crowd = [of("crowd", 1) for _ in range(100)]
+    for step in crowd:
+        scheduler.add(step)
+    assert scheduler.schedule(0.0).steps == crowd[:8]
+    modest = of("modest", 1)
+    scheduler.add(modest)
+    batch = scheduler.schedule(1.0)
+    assert modest in batch.steps and batch.steps[:1] != [modest], "level with the others, and in order"
+    wide = [of("wide", *[1] * 20) for _ in range(50)]
+    for step in wide:
+        scheduler.add(step)
+    waits = []
+    for number in range(20):
+        mine = of("modest", 1)
+        scheduler.add(mine)
+        for turn in range(100):
+            if mine in scheduler.schedule(2.0 + number).steps:
+                waits.append(turn)
+                break
+    assert len(waits) == 20 and max(waits) <= 3
+
+
+def test_prompts_of_one_caller_do_not_hold_up_another() -> None:
+    scheduler: Scheduler[PendingStep] = Scheduler(8)
+    for _ in range(50):
+        scheduler.add(of("crowd", 1000))
+    scheduler.schedule(0.0)
+    mine = of("modest", 24)
+    scheduler.add(mine)
+    batches = 0
+    while mine.left:
+        scheduler.schedule(1.0)
+        batches += 1
+    assert batches <= 6, "three of its own, and about as many of the other's"

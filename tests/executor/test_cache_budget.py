@@ -286,6 +286,18 @@ def test_the_caller_that_holds_least_is_let_in_next() -> None:
     assert first.held == 60
 
 
+def test_one_caller_has_not_all_sessions_that_there_may_be() -> None:
+    budget = CacheBudget(tokens=160, page=1, max_sessions=4)
+    crowd = [admit_for(budget, "crowd", tokens=1, now=float(n)) for n in range(4)]
+    crowd[0].idle_since = None
+    wanted = budget.request("wanted", 1, 0, 100.0, 10.0, "other")
+    assert budget.poll(14.0) == []
+    [evicted] = budget.poll(15.0)
+    assert isinstance(evicted, Evicted) and evicted.holding is crowd[1]
+    [admitted] = budget.poll(15.0)
+    assert isinstance(admitted, Admitted) and admitted.request is wanted
+
+
 def test_repr_shows_the_state() -> None:
     budget = CacheBudget(tokens=64, page=16)
     busy(budget, "a", 20)
