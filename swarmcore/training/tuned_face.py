@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from swarmcore.errors import AdapterError, InputError
 from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.adapter import BlockAdapter, CombinedAdapter
+from swarmcore.training.dropout import note_dropout
 from swarmcore.training.files import write_file
 from swarmcore.training.heads import ClassificationHead
 from swarmcore.training.prompt import SoftPrompt
@@ -71,6 +72,12 @@ class TunedFace(NoActivationCheckpointing, PreTrainedModel):  # type: ignore[mis
 
     def __repr__(self) -> str:
         return type(self).__name__ + str(super().__repr__()).removeprefix(self._get_name())
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; says once that dropout inside of the blocks is left out."""
+        if mode:
+            note_dropout(self.config)
+        return cast(Self, super().train(mode))
 
     def get_input_embeddings(self) -> Any:
         return self.model.get_input_embeddings()

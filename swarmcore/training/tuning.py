@@ -242,13 +242,22 @@ class TunedModel(TunedFace):
         self._check_dropout()
         embeds = options.pop("inputs_embeds", None)
         if embeds is None:
-            embeds = self.model.get_input_embeddings()(input_ids)
+            embeds = self._embed(cast(torch.Tensor, input_ids))
         if self.prompt is not None:
             for name in ("position_ids", "token_type_ids", "past_key_values", "use_cache"):
                 if options.get(name) is not None and options[name] is not False:
                     raise InputError(f"leave out {name}: a soft prompt comes first, and has no place in it")
         embeds, mask = self._enter(embeds, mask)
         return {"use_cache": False, "inputs_embeds": embeds, "attention_mask": mask} | options
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeddings = self.model.get_input_embeddings()
+        # Trainer puts noise on them by a hook that asks them whether this is training (NEFTune).
+        before, embeddings.training = embeddings.training, self.training
+        try:
+            return cast(torch.Tensor, embeddings(input_ids))
+        finally:
+            embeddings.training = before
 
     def _check_dropout(self) -> None:
         dropout = getattr(self.adapter, "dropout", 0.0)

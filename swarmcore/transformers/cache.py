@@ -39,6 +39,8 @@ class RemoteCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self.expected_tokens = expected_tokens
         """What each sequence is expected to grow to; no limit."""
+        self.adapter: object = None
+        """Stands for the adapter whose keys and values it has."""
         self._loop = loop
         self._open_session = open_session
         self._positions = torch.empty(0, 0, dtype=torch.long)
@@ -150,6 +152,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self)(self._loop, self._open_session, expected_tokens=self.expected_tokens)
+        copied.adapter = self.adapter
         copied._positions = self._positions.clone()
         copied._sent = [list(chunks) for chunks in self._sent]
         return copied

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from swarmcore.errors import InputError, InvalidBatchError, SwarmError, UnsupportedModelError
+from swarmcore.executor.torch.span import fixed_positions
 from swarmcore.executor.torch.structure import structure_of
 from swarmcore.training.batch_checks import check_token_ids
 from swarmcore.training.model_layout import ModelLayout
@@ -23,7 +24,7 @@ from swarmcore.transformers.cache import PADDING, RemoteCache
 from swarmcore.transformers.forward_options import check_options
 from swarmcore.transformers.layers import RemoteLayers, using_layers
 from swarmcore.transformers.packing import Packing
-from swarmcore.transformers.remote import RemoteStack
+from swarmcore.transformers.remote import RemoteStack, identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
     def run(self: Any, given: dict[str, Any]) -> Any:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape, device = _inputs_of(self, ids, embeds)
+        if ids is not None and (embeddings := self.get_input_embeddings())._forward_hooks:
+            ids, embeds = None, embeddings(ids)  # what hooks do may depend on the shape, as NEFTune's noise
         cache = _cache_of(self.stack, given)
         columns = _columns(shape, given.get("position_ids"), cache, device)
         mask, packing = given.get("attention_mask"), None
@@ -170,7 +173,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             packing = Packing.of(columns)  # as Transformers, which asks for a cache to be ruled out
         passage = Passage(
             self.stack,
-            _positions(columns, mask, cache) if packing is None else columns,
+            _positions(self.config, columns, mask, cache) if packing is None else columns,
             cache,
             every_block=bool(given.get("output_hidden_states")),
             last_only=_this_thread.last_only,
@@ -230,6 +233,11 @@ def _cache_of(stack: RemoteStack, given: dict[str, Any]) -> RemoteCache | None:
             f"servers: pass model.new_cache(), or what an earlier call returned. For PEFT's prefix tuning "
             f"use swarmcore.training.deep_prompt_tuning; it has the same files"
         )
+    if cache.adapter != identity_of(stack.adapter):
+        raise InputError(
+            "past_key_values was made for another adapter than is active now, or for none: begin with a new "
+            "cache, which generate() makes by itself"
+        )
     return cache
 
 
@@ -247,7 +255,9 @@ def _columns(
     return position_ids.expand(shape)
 
 
-def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCache | None) -> torch.Tensor:
+def _positions(
+    config: Any, columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCache | None
+) -> torch.Tensor:
     """``columns``, with -1 where the mask says padding.
 
     Raise `InputError` for a mask of the wrong shape, and for tokens whose positions do not follow each other:
@@ -287,5 +297,11 @@ def _positions(columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCa
             "the tokens of a sequence do not follow each other by their position_ids or mask: padding "
             "may be before and after a sequence, and position_ids go on where it ended; for several "
             "sequences in a row pass use_cache=False, and no attention_mask"
+        )
+    limit = fixed_positions(config)
+    if limit is not None and (there & (offsets != -1) & (every >= limit)).any():
+        raise InputError(
+            f"positions from {limit} on change the rotary embedding of the whole sequence, and servers count "
+            f"them from each sequence's first token: let position_ids begin at 0"
         )
     return positions

@@ -160,6 +160,8 @@ class LayerUpdates(BlockAdapter):
         super().__init__(
             scaling=scalings.pop() if one else 1.0, prefix_tokens=besides.prefix_tokens if besides else 0
         )
+        used = [weight for each in updates for weight in (each.down, each.up)] + list(others.values())
+        self._identity = tuple(map(id, used))
         self._named: dict[str, torch.Tensor] = {}
         for layer, parts in by_layer.items():
             downs, ups = [part.down for part in parts], [part.up for part in parts]
@@ -168,6 +170,10 @@ class LayerUpdates(BlockAdapter):
                 ups[0] if one else torch.cat([part.up * part.scaling for part in parts], dim=1)
             )
         self._named |= others
+
+    @property
+    def identity(self) -> object:
+        return self._identity
 
     def _weights(self) -> Iterator[tuple[str, Any]]:
         return iter(self._named.items())

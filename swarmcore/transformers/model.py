@@ -17,6 +17,7 @@ from swarmcore.client.blocks import RemoteBlocks
 from swarmcore.errors import InputError, InvalidBatchError
 from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.batch_checks import IGNORED, check_sequence_labels, check_token_labels, problem_of
+from swarmcore.training.dropout import note_dropout
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.transformers.decoder import make_remote, rows_wanted
 from swarmcore.transformers.forward_options import check_options
@@ -71,6 +72,12 @@ class RemoteModelMixin(NoActivationCheckpointing, PreTrainedModel):  # type: ign
     def peft_config(self) -> None:
         self.__dict__.pop("_peft_config", None)
 
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; says once that dropout inside of the blocks is left out."""
+        if mode:
+            note_dropout(self.config)
+        return cast(Self, super().train(mode))
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -108,6 +115,13 @@ class RemoteModelMixin(NoActivationCheckpointing, PreTrainedModel):  # type: ign
 
 class RemoteGenerationMixin(RemoteModelMixin, GenerationMixin):  # type: ignore[misc]
     """Of a family's class for language models."""
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """Raise `InputError`: servers batch what all their clients generate."""
+        raise InputError(
+            "leave out continuous batching (generate_batch), which keeps attention caches here: servers "
+            "batch what their clients generate; call generate() with a padded batch, or in several threads"
+        )
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:

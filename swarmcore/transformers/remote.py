@@ -35,6 +35,11 @@ class _InThisThread(threading.local):
     adapter: BlockAdapter | str | None = None
 
 
+def identity_of(adapter: BlockAdapter | str | None) -> object:
+    """Equal for the same adapter, whatever its weights are by now."""
+    return adapter if adapter is None or isinstance(adapter, str) else adapter.identity
+
+
 class RemoteStack:
     """All blocks of a model, on the servers of a swarm, for callers that wait.
 
@@ -96,6 +101,7 @@ class RemoteStack:
         weights = snapshot(self.adapter, Span(0, self.model.blocks))
         opener = functools.partial(self._open_session, adapter=weights)
         cache = RemoteCache(self._loop, opener, expected_tokens=expected_tokens)
+        cache.adapter = identity_of(self.adapter)
         self._caches.add(cache)
         return cache
 

@@ -21,9 +21,11 @@ from peft import (
 )
 from tiny_swarm import Tiny
 from transformers import AutoModelForCausalLM as PlainModel
+from transformers import AutoModelForSequenceClassification as PlainClassifier
 
 from swarmcore.errors import AdapterError, InputError
 from swarmcore.training import LoraAdapter, lora_tuning
+from swarmcore.transformers import AutoModelForSequenceClassification
 
 # What peft does with a plain model gives warnings about the future of transformers.
 pytestmark = [
@@ -200,6 +202,49 @@ def test_an_option_of_a_newer_version(llama: Tiny) -> None:
         config.use_new = value
         with pytest.raises(AdapterError, match=r"use_new='?[40]"):
             get_peft_model(copy.deepcopy(llama.remote), copy.deepcopy(config))
+
+
+def test_a_cache_is_of_one_adapter(llama: Tiny) -> None:
+    model = get_peft_model(copy.deepcopy(llama.remote), lora(init_lora_weights=False)).eval()
+    ids = IDS[:1]
+    with torch.no_grad():
+        first = model(input_ids=ids, use_cache=True)
+        again = model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
+        whole = model(input_ids=torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+        torch.testing.assert_close(again.logits, whole, atol=1e-4, rtol=1e-4)
+        for cache in (first.past_key_values, copy.deepcopy(first.past_key_values)):
+            with model.disable_adapter(), pytest.raises(InputError, match="another adapter"):
+                model(input_ids=ids[:, :1], past_key_values=cache)
+        with pytest.raises(InputError, match="another adapter"):
+            model(input_ids=ids, past_key_values=llama.remote.new_cache())
+        first.past_key_values.close()
+
+
+def test_continuous_batching(llama: Tiny) -> None:
+    with pytest.raises(InputError, match="continuous batching"):
+        llama.remote.generate_batch(inputs=[[5, 6, 7]])
+
+
+@pytest.mark.parametrize("padding", ["before", "behind"])
+def test_classifiers(llama: Tiny, padding: str) -> None:
+    mask = MASK.flip(1) if padding == "before" else MASK
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    results = []
+    for auto in (PlainClassifier, AutoModelForSequenceClassification):
+        options = {} if auto is PlainClassifier else {"swarm": llama.swarm}
+        torch.manual_seed(4)
+        base = auto.from_pretrained(llama.folder, dtype=torch.float32, num_labels=3, **options)
+        with torch.no_grad():
+            base.score.weight.copy_(torch.linspace(-1, 1, 192).view(3, 64))
+        torch.manual_seed(4)
+        model = get_peft_model(base, copy.deepcopy(config))
+        output = model(input_ids=IDS * mask, attention_mask=mask, labels=torch.tensor([0, 2, 1]))
+        output.loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append((output.loss.detach(), output.logits.detach(), gradients))
+    torch.testing.assert_close(results[1][:2], results[0][:2], atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(results[1][2], results[0][2], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
 
 
 def test_what_is_done_to_the_layers_later(llama: Tiny) -> None:

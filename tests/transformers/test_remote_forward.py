@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from tiny_swarm import Tiny, tiny_swarm
 
 from swarmcore.errors import InputError, InvalidBatchError, UnsupportedModelError
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from swarmcore.transformers.decoder import _positions
 
 IDS = torch.randint(3, 120, (3, 7), generator=torch.Generator().manual_seed(0))
 RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]])
@@ -175,6 +177,17 @@ def test_packed_rows(family: Tiny) -> None:
     torch.testing.assert_close(remote_grad, plain_grad, atol=1e-6, rtol=1e-4)
     for mine, theirs in zip(remote.hidden_states, plain.hidden_states, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_past_which_all_frequencies_change() -> None:
+    """Servers count from 0, so that a sequence that begins elsewhere would have those of a short one."""
+    config, columns = tiny_config("phi3-longrope"), torch.arange(60, 67)[None]
+    limit = config.original_max_position_embeddings
+    assert 60 < limit < 67
+    with pytest.raises(InputError, match=f"positions from {limit} on.*begin at 0"):
+        _positions(config, columns, None, None)
+    assert torch.equal(_positions(config, columns - 10, None, None), columns - 10)
+    assert torch.equal(_positions(tiny_config("llama"), columns + 900, None, None), columns + 900)
 
 
 def test_boundaries_of_packed_rows_that_kernels_take(llama: Tiny) -> None:

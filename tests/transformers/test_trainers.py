@@ -22,6 +22,7 @@ from swarmcore.training import (
     SequenceClassificationHead,
     TunedModel,
     activation_checkpointing,
+    dropout,
     lora_tuning,
     prompt_tuning,
 )
@@ -155,6 +156,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both": {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1},
     "padding before": {"left": True, "gradient_accumulation_steps": 2},
     "smoothing and padding before": {"left": True, "label_smoothing_factor": 0.2},
+    "noise on the embeddings": {"neftune_noise_alpha": 5.0},
     "gradient checkpointing": {"gradient_checkpointing": True},
 }
 
@@ -172,6 +174,7 @@ def test_trainer_has_the_losses_of_peft_on_the_plain_model(llama: Tiny, name: st
             model.save_pretrained(tmp_path / "start")
             model = TunedModel.load(llama.remote, tmp_path / "start")
         losses.append(language_model_losses(model, tmp_path / kind, **OPTIONS[name]))
+        assert not llama.remote.get_input_embeddings().training
     for steps, evaluated in losses[1:]:
         assert steps == pytest.approx(losses[0][0], rel=1e-4)
         assert evaluated == pytest.approx(losses[0][1], rel=1e-4)
@@ -191,6 +194,21 @@ def test_gradient_checkpointing_is_noted_once(llama: Tiny, caplog: pytest.LogCap
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "gradient checkpointing makes no difference"
     ]
+
+
+def test_dropout_that_is_left_out_is_noted_once(llama: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    dropout._note.cache_clear()
+    config = copy.deepcopy(llama.remote.config)
+    for name, value in {"attention_dropout": 0.1, "embd_pdrop": 0.1, "hidden_dropout": 0.0}.items():
+        setattr(config, name, value)
+    remote = copy.deepcopy(llama.remote)
+    remote.config = config
+    remote.eval()
+    assert not caplog.records
+    lora_tuning(remote, rank=2).train()
+    remote.train()
+    [record] = caplog.records
+    assert "(attention_dropout=0.1)" in record.message
 
 
 def one_with_lora(kind: str, remote: Any, seed: int) -> Any:

@@ -144,7 +144,7 @@ def test_preferences(llama: Tiny, tokenizer: Any, tmp_path: Path) -> None:
         losses[name] = losses_of(
             DPOTrainer(
                 model=model,
-                ref_model=llama.remote if name == "tuned" else None,
+                ref_model=copy.deepcopy(llama.remote) if name == "tuned" else None,
                 args=arguments(DPOConfig, tmp_path, max_length=48),
                 train_dataset=Dataset.from_list(PAIRS),
                 processing_class=tokenizer,

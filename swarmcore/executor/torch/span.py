@@ -42,7 +42,7 @@ class SpanModel:
         self.span = span
         self.origin = span.start
         """The block that its layers' numbers count from."""
-        self.max_positions = _fixed_positions(base.config)
+        self.max_positions = fixed_positions(base.config)
         """Where the rotary embedding begins to depend on the length of the whole sequence; None: never."""
         self._base, self._name = base, name
         self._parts = {span: base}
@@ -247,7 +247,7 @@ class _NoPositions(nn.Module):
         return torch.zeros((), device=next(given).device)
 
 
-def _fixed_positions(config: Any) -> int | None:
+def fixed_positions(config: Any) -> int | None:
     """Up to which length rotary frequencies are the same for all lengths.
 
     Dynamic and long rope change them for the whole sequence, cached keys included, once it outgrows the
