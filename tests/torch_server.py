@@ -11,6 +11,7 @@ from swarmcore.executor.engine import Engine
 from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.identity import Identity
+from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.resources import ResourceManager
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
@@ -36,8 +37,10 @@ async def torch_server(
     resources = resources or ResourceManager()
     adapters = AdapterStore(executor, adapter_budget, resources)
     async with Node(identity, [network.transport(identity)], resources=resources) as node:
+        registry = MemoryRegistry(node.peer, MemoryDirectory())
+        await registry.start()
         inference = InferenceService(
-            engine, executor.model, executor.span, node, admission_timeout=0.2, adapters=adapters
+            engine, executor.model, executor.span, node, registry, admission_timeout=0.2, adapters=adapters
         )
         passes = PassService(engine, executor.model, executor.span, adapters, resources)
         node.serve_protocol(INFERENCE_PROTOCOL, inference.serve)
@@ -46,6 +49,7 @@ async def torch_server(
         try:
             yield node, network, executor.model
         finally:
+            await registry.close()
             await node.close()
             await engine.close()
             await executor.close()
