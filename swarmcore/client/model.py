@@ -266,7 +266,7 @@ class RemoteModel:
         Iterate over ``(index of the prompt, piece of its text)``, or await the list of whole texts. A
         ``session`` must have as many sequences as there are prompts. Otherwise as `generate`.
         """
-        if not isinstance(prompts, list | tuple) or not prompts:
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes) or not prompts:
             raise InputError(
                 f"generate_batch takes a list of prompts, at least one, and no array, whose rows may be "
                 f"padded; for one prompt use generate; got {type(prompts).__name__}"
