@@ -78,7 +78,7 @@ class BatchLoop:
     async def _run_batch(self) -> None:
         self._passes.pacing.stepped(_now())
         await self._gather()
-        self._scheduler.prefill_rows = self._pacing.rows(_now(), self._stats.decode_seconds)
+        self._scheduler.prefill_rows = self._pacing.rows
         batch = self._table.schedule(_now())
         if batch.steps:
             await self._run(batch)
@@ -108,10 +108,10 @@ class BatchLoop:
         now = _now()
         self._stats.note_batch(batch.tokens, now - started, batch.decode_only)
         self._pacing.note_batch(
-            batch.tokens,
+            sum(part.tokens for step, part in zip(batch.steps, batch.slices, strict=True) if not step.decode),
             now - started,
             decodes=any(step.decode for step in batch.steps),
-            prefills=not batch.decode_only,
+            decode_seconds=self._stats.decode_seconds,
             now=now,
         )
         for step in self._table.landed(batch, results, now):

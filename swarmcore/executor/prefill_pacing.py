@@ -1,7 +1,8 @@
 """How many rows of prefill go into a batch, so that no batch takes long. A plain object.
 
 Others' decode steps wait for the batch that runs, and a server that is slow shows that it gets on only by
-batches that end.
+batches that end. What a batch takes for a few rows it takes for many: the weights are read once. So it is not
+rows that are reckoned with but whole batches, and the number is only ever halved or doubled.
 """
 
 from __future__ import annotations
@@ -17,41 +18,45 @@ ACTIVE = 2.0
 """Seconds after a decode step in which others are taken to decode."""
 
 FIRST = 16
-"""Rows of the first batch; later ones may have twice as many as any before them."""
+"""Rows of the first batch."""
 
-SMOOTHING = 0.3
-"""Weight of a batch that took less time for a row than expected; one that took more counts at once."""
+LEAST = 32
+"""Rows for which others who decode wait, unless these take longer than `LONGEST`."""
+
+MOST = 2**20
 
 
 class PrefillPacing:
-    """Learns how long rows take."""
+    """Follows how long batches take."""
 
     def __init__(self, first: int = FIRST) -> None:
-        self._tried = first / 2
-        self._per_row = 0.0
+        self._rows = first
         self._decoded_at = float("-inf")
 
-    def rows(self, now: float, decode_seconds: float) -> int:
-        """Most rows of prefill in the next batch, 1 or more.
+    @property
+    def rows(self) -> int:
+        """Most rows of prefill in the next batch, 1 or more."""
+        return self._rows
 
-        ``decode_seconds`` is what a batch of decode steps takes; 0 when that is not known.
+    def note_batch(
+        self, rows: int, seconds: float, *, decodes: bool, decode_seconds: float, now: float
+    ) -> None:
+        """A batch with so many rows of prefill is through; whether it had decode steps as well.
+
+        ``decode_seconds`` is what a batch of decode steps alone takes; 0 when that is not known.
         """
+        if decodes:
+            self._decoded_at = now
+        if not rows:
+            return
         target = LONGEST
         if now < self._decoded_at + ACTIVE:
             target = min(max(SHORTEST, DECODES * decode_seconds), LONGEST)
-        rows = 2 * self._tried
-        if self._per_row:
-            rows = min(rows, target / self._per_row)
-        return max(1, int(rows))
-
-    def note_batch(self, rows: int, seconds: float, *, decodes: bool, prefills: bool, now: float) -> None:
-        """A batch of ``rows`` is through; whether it had steps of either kind."""
-        if decodes:
-            self._decoded_at = now
-        if prefills:
-            took = seconds / rows
-            self._per_row = max(took, self._per_row + SMOOTHING * (took - self._per_row))
-            self._tried = max(self._tried, rows)
+        if seconds > target:
+            least = LEAST if seconds <= LONGEST else 1
+            self._rows = max(min(self._rows, rows) // 2, min(least, self._rows))
+        elif rows >= self._rows and seconds < target / 2:
+            self._rows = min(2 * self._rows, MOST)
 
     def __repr__(self) -> str:
-        return f"<PrefillPacing {1000 * self._per_row:.3g} ms a row · {self._tried:g} rows tried>"
+        return f"<PrefillPacing {self._rows} rows>"
