@@ -14,7 +14,7 @@ from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.structure import Structure
 
 _OTHER_TOWERS = re.compile(
-    r"vision|visual|image|audio|video|speech|encoder|projector|perceiver|resampler|connector|mtp|nextn"
+    r"vision|visual|image|audio|video|speech|encoder|projector|perceiver|resampler|connector|talker|mtp|nextn"
 )
 _OTHER_HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|summary|pooler|mtp\w*)\.")
 """Heads for other purposes, and blocks that only guess further tokens: transformers leaves them out, too."""
