@@ -167,6 +167,9 @@ def _around(config: Any, text: Any, model: Any) -> Any:
         )
     if whole.get_output_embeddings() is not None:
         whole.set_output_embeddings(model.get_output_embeddings())
+    for module in whole.modules():  # some put inputs where the first of their tensors is
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({key: None for key, data in tensors.items() if data is not None and data.is_meta})
     return whole.eval()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -283,15 +284,31 @@ def test_bitsandbytes_in_the_order_of_a_kernel(model: Path) -> None:
         (torch.tensor([[3.0]]), torch.full((4, 6), 3.0)),
         (torch.arange(4.0), torch.arange(4.0)[:, None].expand(4, 6)),
         (torch.arange(6.0)[None], torch.arange(6.0)[None].expand(4, 6)),
-        (
-            torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-            torch.tensor([[1.0, 2.0], [3.0, 4.0]]).kron(torch.ones(2, 3)),
-        ),
     ],
 )
 def test_scales_of_every_shape(scale: torch.Tensor, spread: torch.Tensor) -> None:
     weight = torch.randn(4, 6).to(torch.float8_e4m3fn)
     assert torch.equal(dequantize(weight, FP8, scale=scale), weight.float() * spread)
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+@pytest.mark.parametrize("columns", [6, 5])
+def test_scales_of_blocks(rows: int, columns: int) -> None:
+    weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    spread = scale.kron(torch.ones(2, 3))[:rows, :columns]
+    of_blocks = attrs.evolve(FP8, block=(2, 3))
+    assert torch.equal(dequantize(weight, of_blocks, scale=scale), weight.float() * spread)
+    with pytest.raises(ValueError, match="does not fit"):  # nobody says how large its blocks are
+        dequantize(weight, FP8, scale=scale)
+
+
+def test_scales_of_groups_of_columns() -> None:
+    weight = torch.randn(4, 6).to(torch.float8_e4m3fn)
+    scale = torch.rand(4, 3)
+    of_groups = attrs.evolve(FP8, block=(None, 2))
+    spread = scale.repeat_interleave(2, 1)
+    assert torch.equal(dequantize(weight, of_groups, scale=scale), weight.float() * spread)
 
 
 def test_scales_of_fused_experts() -> None:

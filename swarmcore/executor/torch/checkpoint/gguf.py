@@ -144,11 +144,11 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
     import_large("transformers.modeling_utils")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    metadata = Metadata.read(source)
-    check_metadata(metadata)
     doing, size = f"converting {source.name}", source.stat().st_size
     folder = str(source.parent.resolve())
     progress(doing, 0, size)
+    metadata = Metadata.read(source)
+    check_metadata(metadata)
     with quiet_transformers(lambda share: progress(doing, int(share * size), size)):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
         config = AutoConfig.from_pretrained(folder, gguf_file=source.name)

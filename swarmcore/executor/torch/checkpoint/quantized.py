@@ -33,6 +33,7 @@ QUANTIZATION_FILES = {
 _KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|video|speech|encoder")
 _FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+_USUAL_BLOCK = (128, 128)
 _OF_ACTIVATIONS = re.compile(
     r"(^|\.)(activation_scale|input_scale|input_scale_ub|output_scale|[qkv]_scale|[kv]_zero_point"
     r"|input_zero_point|output_zero_point)$"
@@ -54,7 +55,7 @@ class Scheme:
     """What packed weights are kept in."""
     scales: tuple[str, ...] = ("_scale", "_scale_inv")
     """What a weight's name is followed by in that of its scale."""
-    block: tuple[int, int] | None = None
+    block: tuple[int | None, int] | None = None
     """Rows and columns that share a scale, where the settings say."""
     zero_points: bool = False
     bitsandbytes: bool = False
@@ -181,7 +182,7 @@ def dequantize(
     return values * _spread(scales, weight.shape, scheme.block)
 
 
-def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None) -> torch.Tensor:
+def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int | None, int] | None) -> torch.Tensor:
     """``scale``, so that it can be multiplied with a weight of ``shape``."""
     if scale.numel() == 1:
         return scale.reshape(())
@@ -193,11 +194,8 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | Non
     for dim, (rows, groups, size) in enumerate(zip(shape, scale.shape, sizes[-len(shape) :], strict=True)):
         if groups in (1, rows):
             continue
-        size = size if size and -(-rows // size) == groups else None
-        if size is None:
-            if rows % groups:
-                raise ValueError(f"a scale of shape {list(scale.shape)} does not fit one of {list(shape)}")
-            size = rows // groups
+        if not size or -(-rows // size) != groups:
+            raise ValueError(f"a scale of shape {list(scale.shape)} does not fit one of {list(shape)}")
         scale = scale.repeat_interleave(size, dim).narrow(dim, 0, rows)
     return scale
 
@@ -243,12 +241,12 @@ def _scheme(name: str, where: str, settings: Any) -> Scheme:
         raise _refused(name, f"an unknown method, {json.dumps(settings)[:60]}", where)
     method = _method(settings, where)
     block = settings.get("weight_block_size")
-    sizes = tuple(block) if isinstance(block, list) and len(block) == 2 else None
+    sizes = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else _USUAL_BLOCK
     algorithm = str(settings.get("quant_algo", ""))
     if method in ("fp8", "fbgemm_fp8"):
         return Scheme(method, _FLOAT8, block=sizes)
     if method == "modelopt" and algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"):
-        return Scheme(method, _FLOAT8, scales=("_scale",))
+        return Scheme(method, _FLOAT8, scales=("_scale",), block=_USUAL_BLOCK)
     if method == "compressed-tensors" and (reason := _not_plainly_compressed(settings)) is None:
         return Scheme(
             method, _FLOAT8 | {torch.int8}, scales=("_scale",), block=_block(settings), zero_points=True
@@ -301,12 +299,15 @@ def _not_plainly_compressed(settings: JsonDict) -> str | None:
     return None
 
 
-def _block(settings: JsonDict) -> tuple[int, int] | None:
+def _block(settings: JsonDict) -> tuple[int | None, int] | None:
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
-        structure = ((group or {}).get("weights") or {}).get("block_structure")
+        weights = (group or {}).get("weights") or {}
+        structure, size = weights.get("block_structure"), weights.get("group_size")
         if isinstance(structure, list) and len(structure) == 2:
             return int(structure[0]), int(structure[1])
+        if isinstance(size, int) and size > 0:
+            return None, size
     return None
 
 
