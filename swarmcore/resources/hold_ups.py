@@ -106,7 +106,11 @@ class _Watchdog:
                 logger.warning("%s", line)
         self._place = "?"
         self._next = self._loop.call_later(_TICK, self._tick)
-        if self._alarmed and sys.platform != "win32":
+        if self._alarmed:
+            self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        if sys.platform != "win32":
             signal.setitimer(signal.ITIMER_REAL, _TICK + THRESHOLD)
 
     @contextmanager
@@ -116,6 +120,7 @@ class _Watchdog:
         before = signal.signal(signal.SIGALRM, self._seen)
         signal.siginterrupt(signal.SIGALRM, False)
         self._alarmed = True
+        self._set_alarm()
         try:
             yield
         finally:

@@ -13,6 +13,9 @@ if sys.platform != "win32":
 
 _MIB = 2**20
 
+CONNECTION_BYTES = 640 * 1024
+"""Memory of one TLS connection, most of it asyncio's and OpenSSL's buffers."""
+
 
 @attrs.frozen
 class Bounds:
@@ -58,13 +61,15 @@ class ResourceLimits:
         """Bounds that leave ``machine`` room for its own work.
 
         An eighth of the memory, between 384 MiB and 4 GiB, is for what remote peers send; one peer gets
-        256 MiB of that, room for a few of the largest messages. A quarter of the descriptors, 256 at most,
-        stays for files and dials of our own; of the rest, one peer gets a half at most, as do all together
-        that are not proven. There are ``streams`` at most where the memory is enough for them, ``of_peer`` of
+        256 MiB of that, room for a few of the largest messages. Another eighth is for connections, each of
+        which takes `CONNECTION_BYTES`; and a quarter of the descriptors, 256 at most, stays for files and
+        dials of our own. One peer gets half of the connections at most, as do all together that are not
+        proven. There are ``streams`` at most where the memory is enough for them, ``of_peer`` of
         one peer.
         """
         held = min(max(machine.memory // 8, 384 * _MIB), 4096 * _MIB)
         sockets = max(machine.descriptors - min(machine.descriptors // 4, 256), 8)
+        sockets = min(sockets, max(machine.memory // 8 // CONNECTION_BYTES, 256))
         # Every stream has a first window, whatever else is held: all of them leave room for long messages.
         streams = min(streams, held // 3 // (128 * 1024))
         of_peer = min(of_peer, streams)

@@ -82,7 +82,7 @@ class Node:
                 transport.allow_only(self.allowed_peers)
         self._addresses: dict[str, tuple[Address, ...]] = {}  # by scheme
         self._readdressed = asyncio.Event()
-        self._server = Server(self.limits)
+        self._server = Server(self.limits, self.resources)
         self._calls_out = 0
         self._paths: OrderedDict[PeerId, str] = OrderedDict()
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
@@ -218,6 +218,11 @@ class Node:
         aborted, also while it waits in `Channel.receive`.
         """
         self._server.add_channel(protocol, handler)
+
+    @property
+    def served(self) -> Server:
+        """The methods and protocols that this node answers to."""
+        return self._server
 
     async def call(
         self,

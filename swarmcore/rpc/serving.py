@@ -15,6 +15,7 @@ from swarmcore.errors import (
     RemoteFaultError,
     SwarmError,
 )
+from swarmcore.resources import ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Caller, Method, Protocol
 from swarmcore.rpc.readahead import ReadAhead
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 MAX_TIMEOUT = 86_400.0
 """Longest deadline, in seconds, that a caller can set."""
+_SHORT = 4096
+_GROWTH = 16
+"""Most bytes of memory that a byte of a header takes as a record: small objects in long lists."""
 _FAREWELL = 5.0
 """Seconds in which a failure has to get through to a peer that may not be reading."""
 
@@ -38,8 +42,9 @@ ChannelHandler = Callable[[Channel], Awaitable[None]]
 class Server:
     """The methods and protocols that a node serves, and how one incoming stream is served."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, resources: ResourceManager) -> None:
         self._limits = limits
+        self._resources = resources
         self._calls: dict[str, tuple[Method[Any, Any], CallHandler]] = {}
         self._channels: dict[str, tuple[Protocol, ChannelHandler]] = {}
 
@@ -54,6 +59,16 @@ class Server:
     def _check_new(self, name: str) -> None:
         if name in self.names():
             raise InputError(f"{name} has a handler already")
+
+    @property
+    def methods(self) -> dict[str, Method[Any, Any]]:
+        """Those that are served, by name."""
+        return {name: method for name, (method, _) in self._calls.items()}
+
+    @property
+    def protocols(self) -> dict[str, Protocol]:
+        """Those that are served, by name."""
+        return {name: protocol for name, (protocol, _) in self._channels.items()}
 
     def names(self) -> list[str]:
         """What is served, sorted."""
@@ -86,6 +101,10 @@ class Server:
             failure = to_failure(self._fault(stream, "failed"))
         if failure is not None:
             await self.refuse(stream, failure)
+
+    def _cost(self, nbytes: int) -> int:
+        """Most memory that an opening message takes, decoded and as it came; short ones are free."""
+        return 0 if nbytes <= _SHORT else nbytes + _GROWTH * min(nbytes, self._limits.max_header)
 
     async def refuse(self, stream: Stream, failure: Failure) -> None:
         """Send ``failure`` in place of an answer and release the stream."""

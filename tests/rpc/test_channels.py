@@ -7,17 +7,20 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from small_resources import bounded
 
 from swarmcore.errors import (
     InputError,
     InvalidStepError,
     ProtocolError,
     RemoteFaultError,
+    ResourceLimitError,
     SessionLostError,
     StreamAbortedError,
     StreamClosedError,
     SwarmError,
 )
+from swarmcore.resources import Bounds, Resource
 from swarmcore.rpc import Channel, Node, Protocol
 from swarmcore.rpc.readahead import MAX_AHEAD
 from swarmcore.wire.framing import encode_message
@@ -337,3 +340,26 @@ async def test_a_block_that_raises_aborts_the_channel(nodes: Nodes) -> None:
     await watched.ended.wait()
     with pytest.raises(StreamAbortedError, match="gave up: KeyError"):
         await accepted.receive()
+
+
+async def test_opening_messages_are_held_within_the_share_of_their_peer(nodes: Nodes) -> None:
+    server, client = await nodes.start(), await nodes.start(listen=False)
+    server.resources = server.served._resources = bounded(bytes=Bounds(2**20, 300_000, 1, 2**20))
+    running = asyncio.Semaphore(0)
+
+    async def hold(channel: Channel) -> None:
+        running.release()
+        await channel.receive()
+
+    server.serve_protocol(protocol, hold)
+    channels = []
+    for _ in range(2):
+        channels.append(await client.open(server.addresses, protocol, OPENING, hidden(1, 8000)))
+        await running.acquire()
+    refused = await client.open(server.addresses, protocol, OPENING, hidden(1, 8000))
+    with pytest.raises(ResourceLimitError, match="bytes"):
+        await refused.receive()
+    for channel in channels:
+        channel.abort("enough")
+    while server.resources.used(Resource.BYTES):
+        await asyncio.sleep(0)

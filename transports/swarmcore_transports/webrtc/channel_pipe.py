@@ -15,6 +15,9 @@ from swarmcore_transports.webrtc.engine import DataChannel
 _PIECE = 32 * 1024
 """Bytes of one message of the channel: what every implementation takes, and a browser gets in one event."""
 
+_MESSAGE_BYTES = 64
+"""What a message of the channel takes besides its bytes: a flood of short ones is bounded too."""
+
 _MOST_UNDELIVERED = 16 * 2**20
 """Bytes that may wait while reading is paused; a peer that keeps to its credit never comes near."""
 
@@ -104,7 +107,7 @@ class ChannelPipe(asyncio.Transport):
         if self._closing:
             return
         self._undelivered.append(data)
-        self._waiting += len(data)
+        self._waiting += len(data) + _MESSAGE_BYTES
         self._deliver()
         if self._waiting > _MOST_UNDELIVERED:
             self.abort()
@@ -112,11 +115,11 @@ class ChannelPipe(asyncio.Transport):
     def _deliver(self) -> None:
         while self._undelivered and not self._reading_paused:
             data = self._undelivered.popleft()
-            self._waiting -= len(data)
+            self._waiting -= len(data) + _MESSAGE_BYTES
             rest = hand_over(data, self._taker)
             if rest and self._protocol is not None and not self._closing:  # it has paused
                 self._undelivered.appendleft(rest)
-                self._waiting += len(rest)
+                self._waiting += len(rest) + _MESSAGE_BYTES
                 return
         if self._peer_ended and not self._undelivered and not self._closing:
             if self._protocol:

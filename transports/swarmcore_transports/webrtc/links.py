@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import attrs
 
+from swarmcore.resources import Reservation
 from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
@@ -33,12 +34,22 @@ class Link:
     """The name under which the two sides have signalled, and do so for a new path."""
     dialled: Service | None = None
     """Where this side has met the peer; None when the peer has dialled."""
+    sockets: Reservation | None = None
+    """The descriptors that ICE takes; it makes room for others while it carries nothing."""
     pipes: set[ChannelPipe] = attrs.field(factory=set)
     idle_since: float = 0.0
     restarting: bool = False
     restarted_at: float = float("-inf")
     limit: RateLimit = attrs.field(factory=lambda: RateLimit(_RESTART_RATE, _RESTART_BURST))
     """How often the peer may ask for a new path."""
+
+    async def close(self) -> None:
+        """Let go of it all. Harmless when repeated."""
+        try:
+            await self.connection.close()
+        finally:
+            if self.sockets:
+                self.sockets.release()
 
     def silent_for(self, now: float) -> float:
         """Seconds without a word from the peer on any channel; 0 when there is no channel to hear it on."""
@@ -94,6 +105,7 @@ class Links:
         loop = asyncio.get_running_loop()
         link.idle_since = loop.time()
         self._all.add(link)
+        self._unused(link)
         before, self._current[link.peer] = self._current.get(link.peer), link
         if before and not before.pipes:
             self.lost(before, "there is a newer one")
@@ -108,7 +120,13 @@ class Links:
             return None
         pipe = ChannelPipe(channel, lambda: link.connection.path, lambda ended: self._pipe_ended(link, ended))
         link.pipes.add(pipe)
+        if link.sockets:
+            link.sockets.keep()
         return pipe
+
+    def _unused(self, link: Link) -> None:
+        if link.sockets:
+            link.sockets.evictable(lambda: self.lost(link, "others need the room"))
 
     def moved(self, link: Link) -> None:
         """The bytes of ``link`` travel another way from now on."""
@@ -126,7 +144,7 @@ class Links:
         for pipe in tuple(link.pipes):
             link.pipes.discard(pipe)
             pipe.abort()
-        closing = asyncio.create_task(link.connection.close())
+        closing = asyncio.create_task(link.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closed)
 
@@ -147,6 +165,8 @@ class Links:
             self.lost(link, "the peer is silent")
         elif not link.pipes and self._current.get(link.peer) is not link:
             self.lost(link, "there is a newer one")
+        elif not link.pipes:
+            self._unused(link)
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -163,4 +183,4 @@ class Links:
         for link in links:
             self._on_lost(link)
         self._current.clear()
-        await asyncio.gather(*(link.connection.close() for link in links), *self._closing)
+        await asyncio.gather(*(link.close() for link in links), *self._closing)

@@ -17,11 +17,13 @@ from swarmcore.errors import (
     InputError,
     PeerUnreachableError,
     ProtocolError,
+    ResourceLimitError,
     StreamClosedError,
     SwarmError,
     TooManyCallsError,
 )
 from swarmcore.identity import Identity
+from swarmcore.resources import Priority, Resource
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
 
+_SOCKETS_OF_A_LINK = 4  # one for each address of this machine, two or three as a rule
 _MAX_TASKS = 4 * MAX_ANSWERING
 
 
@@ -204,11 +207,11 @@ class WebRtcTransport(Transport):
         except BaseException as exc:
             self._exchanges.end(offer.exchange)
             if link:
-                await link.connection.close()
+                await link.close()
             if not isinstance(exc, SwarmError | TimeoutError):
                 raise
             logger.debug("no connection from %s: %r", short(peer), exc)
-            if isinstance(exc, ProtocolError | PeerUnreachableError):
+            if isinstance(exc, ProtocolError | PeerUnreachableError | ResourceLimitError):
                 self._refuse(route, offer, exc.message)
         finally:
             self._offers.end(peer)
@@ -244,8 +247,18 @@ class WebRtcTransport(Transport):
         ice = await self._ice.choose()
         if self._relay_only and not any(one.relays for one in ice):
             raise PeerUnreachableError("only a relay may be used, and no TURN server answers")
-        connection = self._connection_class(ice, relay_only=self._relay_only)
-        link = Link(peer, connection, exchange, dialled)
+        sockets = self.resources.reserve(
+            peer,
+            Resource.DESCRIPTORS,
+            _SOCKETS_OF_A_LINK,
+            priority=Priority.HIGH if dialled else Priority.MEDIUM,
+        )
+        try:
+            connection = self._connection_class(ice, relay_only=self._relay_only)
+        except BaseException:
+            sockets.release()
+            raise
+        link = Link(peer, connection, exchange, dialled, sockets)
         connection.on_channel = lambda channel: self._channel_arrived(link, channel)
         connection.on_lost = lambda reason: self._links.lost(link, reason)
         connection.on_unanswered = lambda: self._restarts.unanswered(link)
@@ -334,7 +347,7 @@ class WebRtcTransport(Transport):
         except BaseException as exc:
             self._exchanges.end(name)
             if link:
-                await link.connection.close()
+                await link.close()
             if isinstance(exc, ConnectionLostError):
                 self._ice.forget()
                 raise PeerUnreachableError(f"cannot reach {short(peer)}: {exc.message}") from exc
