@@ -25,6 +25,7 @@ from swarmcore.errors import (
     UnavailableError,
 )
 from swarmcore.registry.base import SwarmView
+from swarmcore.resources import Resource
 from swarmcore.server.head_limits import HeadLimits
 from swarmcore.types import ModelInfo, PeerId, ServerInfo
 from swarmcore.wire.generate import AHEAD, ChatMessage
@@ -58,7 +59,7 @@ async def test_leaving_the_loop_ends_the_text() -> None:
         await asyncio.sleep(1)
         assert swarm.heads[0].model.under_way == 0
         assert generation.finish_reason is None
-        assert swarm.heads[0].node._calls_in == 0
+        assert swarm.heads[0].node.resources.used(Resource.STREAMS) == 0
 
 
 async def test_a_text_goes_no_further_than_it_is_read() -> None:

@@ -11,6 +11,7 @@ import pytest
 from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 
 from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
+from swarmcore.resources import Resource
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.session.journal import MAX_OPEN
@@ -181,7 +182,7 @@ async def test_a_session_that_is_closed_lets_go_of_who_has_joined_it() -> None:
         for each in pushed:
             with pytest.raises(SwarmError):
                 await told(each)
-        assert server.node._calls_in == 0
+        assert server.node.resources.used(Resource.STREAMS) == 0
 
 
 async def test_two_may_wait_for_a_session_that_is_about_to_open() -> None:
