@@ -1,4 +1,4 @@
-"""Steps and caches that have come for a session and wait to be computed, counted for its client."""
+"""What waits in a session, to be computed or to be read by its client, counted for that client."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Arrivals:
     def __init__(self, resources: ResourceManager, client: PeerId) -> None:
         self._resources = resources
         self._client = client
+        self._held: set[Reservation] = set()
 
     async def hold(self, tensors: Iterable[Tensor], seconds: float = TIMEOUT) -> Reservation | None:
         """Wait until there is room for them; None when they are too small to be counted.
@@ -37,9 +38,22 @@ class Arrivals:
         patience = min(seconds, TIMEOUT) if seconds > 0 else 0.0
         deadline = asyncio.get_running_loop().time() + patience
         try:
-            return await self._resources.acquire(self._client, Resource.BYTES, nbytes, deadline=deadline)
+            held = await self._resources.acquire(self._client, Resource.BYTES, nbytes, deadline=deadline)
         except ResourceLimitError as exc:
             raise InvalidStepError(f"{exc.message}: send a long step in several") from exc
+        self._held.add(held)
+        return held
+
+    def let_go(self, held: Reservation | None) -> None:
+        """What `hold` gave is no longer here."""
+        if held is not None:
+            held.release()
+            self._held.discard(held)
+
+    def close(self) -> None:
+        """Nothing is here any more."""
+        while self._held:
+            self._held.pop().release()
 
     @asynccontextmanager
     async def held(self, tensors: Iterable[Tensor]) -> AsyncIterator[None]:
@@ -48,5 +62,4 @@ class Arrivals:
         try:
             yield
         finally:
-            if reservation is not None:
-                reservation.release()
+            self.let_go(reservation)

@@ -8,7 +8,9 @@ from collections import deque
 from typing import Any
 
 from swarmcore.errors import UnavailableError
+from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
+from swarmcore.server.arrivals import Arrivals
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import StepForwarded
 from swarmcore.wire.tensors import Tensor
@@ -25,10 +27,12 @@ class ClientLink:
     That the client is gone is nobody's error here: the reader of its channel sees it, and closes the session.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, arrivals: Arrivals) -> None:
+        """Copies that wait are counted in ``arrivals``."""
         self._channel = channel
+        self._arrivals = arrivals
         self._turn = asyncio.Lock()
-        self._copies: deque[tuple[StepForwarded, tuple[Tensor, ...]]] = deque()
+        self._copies: deque[tuple[StepForwarded, tuple[Tensor, ...], Reservation | None]] = deque()
         self._copies_nbytes = 0
         self._changed = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
@@ -50,7 +54,8 @@ class ClientLink:
         while self._copies and self._copies_nbytes >= MAX_COPIES_NBYTES:
             self._changed.clear()
             await self._changed.wait()
-        self._copies.append((record, tensors))
+        held = await self._arrivals.hold(tensors)
+        self._copies.append((record, tensors, held))
         self._copies_nbytes += sum(tensor.data.nbytes for tensor in tensors)
         self._changed.set()
         if self._sender is None:
@@ -70,7 +75,8 @@ class ClientLink:
             while not self._copies:
                 self._changed.clear()
                 await self._changed.wait()
-            record, tensors = self._copies.popleft()
+            record, tensors, held = self._copies.popleft()
             await self.send(record, *tensors)
+            self._arrivals.let_go(held)
             self._copies_nbytes -= sum(tensor.data.nbytes for tensor in tensors)
             self._changed.set()

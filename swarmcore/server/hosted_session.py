@@ -20,10 +20,10 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.arrivals import Arrivals
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.kept import Kept
+from swarmcore.server.kept_for_replay import KeptForReplay
 from swarmcore.server.next_hops import NextHops
 from swarmcore.server.next_stage import NextStage
 from swarmcore.server.pushers import Pushers
-from swarmcore.session.journal import Entry, KeptOutputs
 from swarmcore.session.ledger import StepLedger
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
@@ -102,14 +102,20 @@ class HostedSession:
         self.pushers = pushers
         self._engine = engine
         self._hops = hops
-        self._client = ClientLink(client)
+        self._arrivals = Arrivals(node.resources, client.remote)
+        self._client = ClientLink(client, self._arrivals)
         self._next = NextStage(hops, client.remote, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
-        self._arrivals = Arrivals(node.resources, client.remote)
-        self._kept_outputs = KeptOutputs(sequences)
         self._answers_held = Kept(node.resources, client.remote, self._drop_answers)
-        self._outputs_held = Kept(node.resources, client.remote, self._drop_outputs)
+        self._kept_outputs = KeptForReplay(
+            sequences,
+            executor=engine.executor,
+            resources=node.resources,
+            client=client.remote,
+            counters=counters,
+            limits=node.limits,
+        )
         self._room = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._outputs: dict[asyncio.Future[Tensor], None] = {}
@@ -179,8 +185,7 @@ class HostedSession:
             if self._closed:
                 raise SessionLostError(f"session {self.session[:8]} was closed")
         except BaseException:
-            if held is not None:
-                held.release()
+            self._arrivals.let_go(held)
             raise
         self._under_way += 1
         if hidden is not None:
@@ -215,7 +220,8 @@ class HostedSession:
         # Before anything is awaited, so that the cache is free whatever else comes.
         self._engine.close_session(self.session)
         self._answers_held.close()
-        self._outputs_held.close()
+        self._kept_outputs.close()
+        self._arrivals.close()
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -234,9 +240,7 @@ class HostedSession:
             output.set_exception(exc)
         self._outputs[output] = None
         output.add_done_callback(self._done)
-        if held is not None:
-            output.add_done_callback(lambda _: held.release())
-        return partial(self._finish, step, output, fresh)
+        return partial(self._finish, step, output, fresh, held)
 
     def _compute(self, step: Step, hidden: Tensor) -> tuple[asyncio.Future[Tensor], bool]:
         """The step's output to be, and whether it is new: a repeated step is answered from memory."""
@@ -282,10 +286,6 @@ class HostedSession:
         self._counters["answers_dropped"] += 1
         self._ledger.drop_answers(lambda answer: answer.nbytes > 0)
 
-    def _drop_outputs(self) -> None:
-        self._counters["outputs_dropped"] += 1
-        self._kept_outputs.drop()
-
     def _done(self, output: asyncio.Future[Tensor]) -> None:
         self._outputs.pop(output, None)
         if not output.cancelled():
@@ -304,15 +304,14 @@ class HostedSession:
                 self._under_way -= 1
                 self._room.release()
 
-    async def _finish(self, step: Step, output: asyncio.Future[Tensor], fresh: bool) -> None:
+    async def _finish(
+        self, step: Step, output: asyncio.Future[Tensor], fresh: bool, held: Reservation | None
+    ) -> None:
         try:
             hidden = await output
             await self._deliver(step, hidden)
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
-                entry = Entry(step.step, step.starts, step.lengths, step.sources)
-                self._kept_outputs.settle(step.settled)
-                self._kept_outputs.keep(entry, hidden, settled=step.replay)
-                self._outputs_held.resize(self._kept_outputs.nbytes)
+                self._kept_outputs.keep(step, hidden)
         except SwarmError as exc:
             await self._report(step.step, exc, step.attempt)
         except Exception:
@@ -320,6 +319,8 @@ class HostedSession:
             await self._report(
                 step.step, InternalError("the server failed on this step; its log says why"), step.attempt
             )
+        finally:
+            self._arrivals.let_go(held)
 
     async def _deliver(self, step: Step, output: Tensor) -> None:
         """Send an output where it has to go, and only then tell the client of it."""
@@ -364,20 +365,11 @@ class HostedSession:
             if not order.chain:
                 raise InvalidStepError("a replay has to name the stage that it is for")
             self._check_chain(order.chain)
-            self._check_size(order.lengths)
-            self._kept_outputs.settle(order.settled)
-            rows = self._kept_outputs.rows(order.starts, order.lengths)
-            await self._next.push(order.chain[0], step, rows.encode(order.codec))
+            rows = await self._kept_outputs.rows(order)
+            await self._next.push(order.chain[0], step, rows)
             self._counters["replays_sent"] += 1
         except SwarmError as exc:
             await self._report(order.step, exc)
-
-    def _check_size(self, lengths: Sequence[int]) -> None:
-        """Sequences may share rows: what is put together is bounded by what a step may have."""
-        if not 0 < sum(lengths) <= self._engine.max_step_tokens:
-            raise InvalidStepError(
-                f"a replay of {sum(lengths)} tokens; expected 1 to {self._engine.max_step_tokens}"
-            )
 
     async def _hand_over(self, order: HandOver) -> None:
         try:

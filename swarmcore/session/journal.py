@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -92,14 +92,26 @@ class Lane:
         for sequence, length in enumerate(lengths):
             self._truncate(sequence, length)
 
-    def rows(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    def tensors(self, starts: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+        """The tensors, encoded, that some of these rows are in."""
+        found: dict[int, Tensor] = {}
+        for runs, start, count in zip(self._runs, starts, lengths, strict=False):
+            for run in runs:
+                if max(run.start, start) < min(run.start + run.count, start + count):
+                    found[id(run.tensor)] = run.tensor
+        return list(found.values())
+
+    def rows(
+        self, starts: Sequence[int], lengths: Sequence[int], known: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
         """The rows ``start:start + length`` of each sequence, one sequence after the other, decoded.
 
-        Raise `InvalidStepError` when some of them are not here.
+        ``known`` are decoded `tensors`, by the id of the encoded ones. Raise `InvalidStepError` when some of
+        the rows are not here.
         """
         if not len(starts) == len(lengths) == len(self._runs) or min(*starts, *lengths) < 0:
             raise InvalidStepError(f"rows {tuple(starts)} + {tuple(lengths)} of {len(self._runs)} sequences")
-        decoded: dict[int, Tensor] = {}
+        decoded = dict(known or {})
         parts: list[Tensor] = []
         for sequence, (start, count) in enumerate(zip(starts, lengths, strict=True)):
             position, end = start, start + count
@@ -188,13 +200,23 @@ class KeptOutputs:
         while self._lane is not None and self._open and self._open[0][0].step < below:
             self._lane.apply(*self._open.popleft())
 
-    def rows(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    def tensors(self, starts: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+        """As `Lane.tensors`. Raise `SessionLostError` when it was dropped."""
+        return self._kept.tensors(starts, lengths)
+
+    def rows(
+        self, starts: Sequence[int], lengths: Sequence[int], known: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
         """As `Lane.rows`. Raise `SessionLostError` when it was dropped."""
+        return self._kept.rows(starts, lengths, known)
+
+    @property
+    def _kept(self) -> Lane:
         if self._lane is None:
             raise SessionLostError(
                 "what the session had computed here had to make room; replay it from the stage before"
             )
-        return self._lane.rows(starts, lengths)
+        return self._lane
 
 
 class _Inputs:

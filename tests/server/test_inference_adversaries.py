@@ -235,7 +235,7 @@ async def test_what_a_server_keeps_for_a_replay_is_bounded_whatever_the_client_s
         for number in range(100):  # over and over again, and none of it ever comes home
             await channel.send(Step(number, (0,), (2,), journal="servers"), hidden_states(ROW * 2))
             await told(channel)
-        kept = server.service._sessions[hop.session]._kept_outputs
+        kept = server.service._sessions[hop.session]._kept_outputs._outputs
         assert len(kept._open) <= MAX_OPEN
         assert kept._lane.nbytes <= 2 * 4 * 4
         await channel.close()

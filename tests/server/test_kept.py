@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import attrs
+from collections import Counter
 
+import attrs
+import pytest
+
+from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.server.kept import Kept
+from swarmcore.server.kept_for_replay import KeptForReplay
+from swarmcore.testing.executor import CountingExecutor, hidden_states
 from swarmcore.types import PeerId
+from swarmcore.wire.limits import Limits
+from swarmcore.wire.messages import Replay, Step
+from swarmcore.wire.tensors import Tensor
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
 
@@ -63,3 +72,53 @@ def test_it_makes_room_for_what_arrives():
     assert kept.nbytes == 0
     kept.close()
     assert manager.used(Resource.BYTES) == 90
+
+
+ROW = [0.5] * 4
+
+
+class Decoding(CountingExecutor):
+    """Knows what was decoded, and how much of it at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoded: list[Tensor] = []
+
+    async def decode(self, tensor: Tensor) -> Tensor:
+        self.decoded.append(tensor)
+        return tensor.decode()
+
+
+async def test_a_replay_decodes_what_it_needs_and_no_more_than_can_be_sent() -> None:
+    executor, counters = Decoding(), Counter[str]()
+    kept = KeptForReplay(
+        2,
+        executor=executor,
+        resources=resources(2**20, 2**20),
+        client=ANN,
+        counters=counters,
+        limits=Limits(max_message=4096, max_decoded=2048),
+    )
+    for number in range(20):
+        step = Step(number, (8 * number, 0), (8, 0), journal="servers", settled=number)
+        kept.keep(step, hidden_states([[float(number), *ROW[1:]]] * 8).encode("raw+zstd"))
+    rows = await kept.rows(Replay(20, (4, 0), (8, 0), (), codec="raw+zstd", settled=20))
+    assert rows.decode().shape == (8, 4)
+    assert len(executor.decoded) == 2
+    for lengths, message in (
+        ((0, 0), "of 0 tokens"),
+        ((-5, 0), "of -5 tokens"),
+        ((10**15, 0), "ask for fewer"),
+        ((160, 0), "too many outputs"),
+        ((300, -50), "negative|ask for fewer|rows|too many"),
+        ((8, 8), "not kept"),
+    ):
+        executor.decoded.clear()
+        with pytest.raises(InvalidStepError, match=message):
+            await kept.rows(Replay(20, (0, 0), lengths, (), settled=20))
+        assert sum(tensor.decoded_nbytes for tensor in executor.decoded) <= 2048
+    kept._drop()
+    assert counters["outputs_dropped"] == 1
+    with pytest.raises(SessionLostError, match="make room"):
+        await kept.rows(Replay(20, (0, 0), (8, 0), (), settled=20))
+    kept.close()
