@@ -132,9 +132,10 @@ class Hub:
 
     def listing(self, model: str) -> dict[str, Any]:
         siblings = []
-        for path in sorted(self.models[model].iterdir()):
+        for path in sorted(path for path in self.models[model].rglob("*") if path.is_file()):
             content = path.read_bytes()
-            entry: dict[str, Any] = {"rfilename": path.name, "size": len(content)}
+            name = path.relative_to(self.models[model]).as_posix()
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content)}
             entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             if path.suffix == ".safetensors":
                 digest = hashlib.sha256(content).hexdigest()
@@ -160,9 +161,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.authorization[path] = self.headers.get("Authorization")
             if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
                 self.answer_listing(match[1], match[2] or "main")
-            elif match := re.fullmatch(r"/(.+)/resolve/(.+?)/([^/]+)", path):
+            elif match := re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", path):
                 self.answer_file(match[1], match[3], redirect=match[3].endswith(".safetensors"))
-            elif match := re.fullmatch(r"/cdn/(.+)/([^/]+)", path):
+            elif match := re.fullmatch(r"/cdn/(.+?)/-/(.+)", path):
                 self.answer_file(match[1], match[2], redirect=False)
             else:
                 self.reply(404, b"")
@@ -177,7 +178,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer_file(self, model: str, file: str, *, redirect: bool) -> None:
             if redirect:
-                self.reply(302, b"", {"Location": f"/cdn/{model}/{file}"})
+                self.reply(302, b"", {"Location": f"/cdn/{model}/-/{file}"})
                 return
             large = file.endswith(".safetensors")
             with hub.guard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -14,10 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swarmcore.errors import CheckpointError, ModelHubError, ModelNotFoundError, StorageError
+from swarmcore.errors import (
+    CheckpointError,
+    ModelHubError,
+    ModelNotFoundError,
+    StorageError,
+    UnsupportedModelError,
+)
 from swarmcore.executor.torch.checkpoint.download import Downloader
 from swarmcore.executor.torch.checkpoint.folder import FolderCheckpoint
 from swarmcore.executor.torch.checkpoint.hub_checkpoint import HubCheckpoint
+from swarmcore.executor.torch.checkpoint.quantized import plain
 
 HEADER = 32 * 1024
 """What is read of a weight file to learn what is in it."""
@@ -271,3 +279,56 @@ def test_the_environment_names_the_hub_and_the_token(hub: Any, tmp_path: Path) -
     asked = {path: token for path, token in hub.authorization.items() if "someone/tiny" in path}
     assert set(asked.values()) == {"Bearer hf_secret"}
     assert any(path.endswith(".safetensors") for path in asked)
+
+
+def test_weights_of_a_hub_are_dequantised_as_they_are_read(
+    hub: Any, model_copy: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for file in model_copy.glob("*.safetensors"):
+        packed = {}
+        for name, data in load_file(file).items():
+            scale = data.abs().max() / 448
+            packed |= {name: (data / scale).to(torch.float8_e4m3fn), name + "_scale": scale}
+        save_file(packed, file, {"format": "pt"})
+    index = json.loads((model_copy / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {f"{name}_scale": file for name, file in index["weight_map"].items()}
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    hub.models["someone/fp8"] = model_copy
+    checkpoint = plain(open_hub(hub, tmp_path, "someone/fp8"))
+    names = block(2, checkpoint.names())
+    assert set(names) == set(block(2, open_hub(hub, tmp_path).names()))
+    expected = weights_of(tiny_model)
+    for name, data in checkpoint.read(names).items():
+        torch.testing.assert_close(data, expected[name], rtol=0.07, atol=1e-3)
+
+
+def test_a_method_that_is_refused_is_refused_before_weights_are_downloaded(
+    hub: Any, model_copy: Path, tmp_path: Path
+) -> None:
+    (model_copy / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    hub.models["someone/gptq"] = model_copy
+    with pytest.raises(UnsupportedModelError, match="gptq"):
+        plain(open_hub(hub, tmp_path, "someone/gptq"))
+    assert not any(path.endswith(".safetensors") and "/cdn/" in path for path in hub.requests)
+
+
+def test_shards_in_a_folder_of_a_hub(hub: Any, model_copy: Path, tiny_model: Path, tmp_path: Path) -> None:
+    index = json.loads((model_copy / "model.safetensors.index.json").read_text())
+    (model_copy / "weights").mkdir()
+    for shard in list(model_copy.glob("*.safetensors")):
+        shard.rename(model_copy / "weights" / shard.name)
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.models["someone/below"] = model_copy
+    checkpoint = open_hub(hub, tmp_path, "someone/below")
+    assert_equal(checkpoint.read(block(3, checkpoint.names())), tiny_model)
+
+
+def test_an_adapter_on_a_hub_is_no_model(hub: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    hub.models["someone/adapter"] = folder
+    with pytest.raises(UnsupportedModelError, match="name org/base as the model"):
+        open_hub(hub, tmp_path, "someone/adapter")
