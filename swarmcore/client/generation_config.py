@@ -67,6 +67,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "token_healing": (),
     "max_time": (),
     "assistant_ensemble_weight": (),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
     "cache_implementation": (
         *("dynamic", "static", "offloaded", "offloaded_static", "paged"),
         *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
@@ -93,7 +95,7 @@ _WITHOUT_EFFECT = frozenset(
         *("pad_token_id", "bos_token_id", "decoder_start_token_id"),
         # notes about the file and the model
         *("transformers_version", "architectures", "model_type", "torch_dtype", "dtype", "auto_map"),
-        *("attn_implementation", "trust_remote_code", "chat_format"),
+        *("attn_implementation", "trust_remote_code", "chat_format", "return_legacy_cache"),
     }
 )
 
@@ -121,10 +123,11 @@ def check_generation_config(config: GenerationConfig, model: str) -> None:
     `CheckpointError` for where a text ends if that makes no sense; both by name."""
     refused = [name for name, fine in _REFUSED.items() if _asks(getattr(config, name, None), fine)]
     known = FOLLOWED_FIELDS | _REFUSED.keys() | _WITHOUT_EFFECT
+    usual = vars(_defaults())
     unknown = [
         name
         for name, value in vars(config).items()
-        if name not in known and not name.startswith("_") and _asks(value, (_default(name),))
+        if name not in known and not name.startswith("_") and _asks(value, (usual.get(name),))
     ]
     if refused or unknown:
         fields = ", ".join(f"{name}={getattr(config, name)!r:.60}" for name in [*refused, *unknown])
@@ -186,6 +189,11 @@ def logits_processors(
     asked = [name for name in (*_PROCESSED, *_SAMPLING) if getattr(merged, name, None) is not None]
     if not asked:
         return LogitsProcessorList(settings.logits_processors)
+    if unknown := [name for name in asked if not hasattr(_defaults(), name)]:
+        raise UnsupportedModelError(
+            f"the generation config of the model asks for {', '.join(unknown)}, which the installed "
+            f"transformers does not know; install a later one"
+        )
     merged.max_length = max_length
     merged._eos_token_tensor = torch.tensor(eos) if eos else None
     make, parameters = _factory()
@@ -286,12 +294,12 @@ def _flat(ids: Any) -> list[int]:
     return [operator.index(ids)]
 
 
-@lru_cache
-def _default(name: str) -> Any:
-    """What the installed transformers takes for a field that nobody sets."""
+@lru_cache(1)
+def _defaults() -> GenerationConfig:
+    """The fields that the installed transformers has, as they are when nobody sets them."""
     from transformers import GenerationConfig
 
-    return getattr(GenerationConfig(), name, None)
+    return GenerationConfig()
 
 
 @lru_cache(1)

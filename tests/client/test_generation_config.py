@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
+from swarmcore.client import generation_config
 from swarmcore.client.generation_config import (
     check_generation_config,
     load_generation_config,
@@ -121,11 +122,17 @@ async def test_the_callers_settings_come_before_the_models(model, plain_tokens):
     assert generation.tokens == plainly[: plainly.index(plainly[5]) + 1]
 
 
-def test_a_field_to_come_that_is_as_transformers_has_it(monkeypatch):
-    monkeypatch.setattr(GenerationConfig, "field_to_come", 20, raising=False)
-    config = GenerationConfig()
+def test_fields_of_later_and_of_earlier_versions_of_transformers(monkeypatch):
+    others = GenerationConfig()
+    others.field_to_come = 20
+    del others.typical_p
+    monkeypatch.setattr(generation_config, "_defaults", lambda: others)
+    config = GenerationConfig(typical_p=0.5)
     config.field_to_come = 20
     check_generation_config(config, "m")
+    with pytest.raises(UnsupportedModelError, match="typical_p, which the installed"):
+        sampling = GenerationSettings(temperature=1.0)
+        logits_processors(config, sampling, [1], max_length=9, model_config=SimpleNamespace(vocab_size=9))
     config.field_to_come = 21
     with pytest.raises(UnsupportedModelError, match="field_to_come=21"):
         check_generation_config(config, "m")
@@ -177,6 +184,7 @@ def test_nothing_but_the_caller_ends_a_text_later_than_is_usual():
         ("max_time", 5.0),
         ("cache_implementation", "quantized"),
         ("assistant_ensemble_weight", 0.5),
+        ("presence_penalty", 0.5),
         ("a_setting_to_come", 0.5),
         ("stop_words_ids", [[13]]),
     ],
