@@ -10,6 +10,8 @@ import atexit
 import gc
 import importlib
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 
 _permanent = False
 
@@ -26,12 +28,15 @@ def keep_imports() -> None:
         atexit.register(gc.freeze)
 
 
-def import_large(*modules: str) -> None:
+def import_large(*modules: str, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Import ``modules`` without a look for garbage meanwhile, in a program that called `keep_imports`.
 
-    Elsewhere nothing is done: they are imported by those who need them. Raise as ``import`` does.
+    Elsewhere nothing is done: they are imported by those who need them. Where torch is among what is yet to
+    be imported, which takes seconds, ``progress`` is told so before. Raise as ``import`` does.
     """
     missing = [module for module in modules if module not in sys.modules]
+    if missing and progress is not None and "torch" not in sys.modules and find_spec("torch") is not None:
+        progress("loading torch and Transformers", 0, 0)
     if not _permanent or not missing:
         return
     enabled = gc.isenabled()

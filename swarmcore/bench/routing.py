@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from swarmcore.executor.loader import Progress
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.chain import Chain
 from swarmcore.routing.costs import CostModel
@@ -44,7 +45,9 @@ class RoutingBench:
     rounds: int = 100
     seed: int = 0
 
-    def run(self) -> list[PlanningTime]:
+    def run(self, progress: Progress = lambda what, done, total: None) -> list[PlanningTime]:
+        """Measure each in turn. ``progress`` counts the kinds of plans."""
+        progress(f"a swarm of {self.servers:,} servers", 0, 0)
         swarm = RandomSwarm(self)
         whole = Span(0, self.blocks)
         router = swarm.router()
@@ -77,16 +80,21 @@ class RoutingBench:
             return limited.plan(swarm.view(), swarm.model, whole, tokens=1024)
 
         few = max(self.rounds // 10, 3)
-        return [
-            self._measure("from nothing", few, lambda: None, from_nothing),
-            self._measure("nothing changed", self.rounds, lambda: None, plan),
-            self._measure("any server's queue changed", self.rounds, swarm.change_any, plan),
-            self._measure("one of the chain changed", self.rounds, lambda: swarm.change_one_of(chain), plan),
-            self._measure("one of the chain left", self.rounds, lambda: swarm.drop_one_of(chain), plan),
-            self._measure("a round trip was measured", self.rounds, swarm.measure_any, plan),
-            self._measure("a replacement for one stage", self.rounds, lambda: None, replace_one),
-            self._measure("one hop fewer allowed", few, swarm.change_any, within_hops),
+        kinds: list[tuple[str, int, Callable[[], None], Callable[[], Chain]]] = [
+            ("from nothing", few, lambda: None, from_nothing),
+            ("nothing changed", self.rounds, lambda: None, plan),
+            ("any server's queue changed", self.rounds, swarm.change_any, plan),
+            ("one of the chain changed", self.rounds, lambda: swarm.change_one_of(chain), plan),
+            ("one of the chain left", self.rounds, lambda: swarm.drop_one_of(chain), plan),
+            ("a round trip was measured", self.rounds, swarm.measure_any, plan),
+            ("a replacement for one stage", self.rounds, lambda: None, replace_one),
+            ("one hop fewer allowed", few, swarm.change_any, within_hops),
         ]
+        measured = []
+        for done, kind in enumerate(kinds):
+            progress("planning", done, len(kinds))
+            measured.append(self._measure(*kind))
+        return measured
 
     def _measure(
         self, what: str, rounds: int, change: Callable[[], None], plan: Callable[[], Chain]

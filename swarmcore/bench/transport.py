@@ -17,6 +17,7 @@ from swarmcore.bench.contender import Contender, contenders, place_at
 from swarmcore.bench.figures import Figure, figures_table
 from swarmcore.bench.transport_peer import ECHO, SINK, answer, second_process, usage
 from swarmcore.bench.yardstick import Yardstick, yardstick_of
+from swarmcore.executor.loader import Progress
 from swarmcore.identity import Identity
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.transport import Stream, Transport
@@ -62,14 +63,19 @@ class _Measured:
 
 
 async def bench_transports(
-    names: Sequence[str], effort: Effort | None = None, *, place: str = ""
+    names: Sequence[str],
+    effort: Effort | None = None,
+    *,
+    place: str = "",
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, list[Figure]]:
     """Measure the installed transports ``names``, and ``"memory"``, the one of the tests, in turns.
 
     A name is a scheme or, for one of several engines, ``"scheme:engine"``. ``place`` is where the second
     process listens, for one transport in its own notation; loopback by default. CPU times are those of both
     processes. Raise `UnknownTransportError` or `MissingExtraError` when there is no such transport,
-    `InputError` when it has no such engine, or for a place with several transports.
+    `InputError` when it has no such engine, or for a place with several transports. ``progress`` counts the
+    turns.
     """
     effort = effort or Effort()
     async with contextlib.AsyncExitStack() as stack:
@@ -77,9 +83,10 @@ async def bench_transports(
             str(contender): await stack.enter_async_context(_second_end(contender, place))
             for contender in contenders(names, place=place)
         }
-        for _ in range(effort.turns):
-            for one in measured.values():
-                await _turn(one, effort)
+        turns = [(name, one) for _ in range(effort.turns) for name, one in measured.items()]
+        for done, (name, one) in enumerate(turns):
+            progress(f"measuring {name}", done, len(turns))
+            await _turn(one, effort)
     return {name: one.figures() for name, one in measured.items()}
 
 

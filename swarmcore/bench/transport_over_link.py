@@ -18,6 +18,7 @@ from swarmcore.bench.link_pump import LEFT, RIGHT, Carried
 from swarmcore.bench.long_link import CONGESTION_CONTROL, Link, LongLink, long_link
 from swarmcore.bench.transport_peer import second_process
 from swarmcore.errors import InputError, RemoteFaultError
+from swarmcore.executor.loader import Progress
 
 _TURN_TIMEOUT = 180.0
 _LINE_LIMIT = 2**20
@@ -34,12 +35,17 @@ class LinkReport:
 
 
 async def bench_over_link(
-    names: Sequence[str], link: Link, effort: LinkEffort | None = None, *, place: str = ""
+    names: Sequence[str],
+    link: Link,
+    effort: LinkEffort | None = None,
+    *,
+    place: str = "",
+    progress: Progress = lambda what, done, total: None,
 ) -> LinkReport:
     """Measure the installed transports ``names`` in turns, between two hosts joined by ``link``.
 
-    Names and ``place`` are as those of `bench_transports`. Raise what that raises, and `UnavailableError`
-    where no link can be emulated.
+    Names, ``place`` and ``progress`` are as those of `bench_transports`. Raise what that raises, and
+    `UnavailableError` where no link can be emulated.
     """
     effort = effort or LinkEffort()
     found = contenders(names, place=place)
@@ -54,16 +60,20 @@ async def bench_over_link(
             listening = second_process(contender, where, lambda *argv: network.run(RIGHT, *argv))
             address, _ = await stack.enter_async_context(listening)
             arguments += [str(contender), str(address)]
-        turns = await _turns(network, effort, arguments)
+        turns = await _turns(network, effort, arguments, progress)
     return LinkReport(figures_of(turns), network.carried)
 
 
-async def _turns(network: LongLink, effort: LinkEffort, arguments: Sequence[str]) -> list[Turn]:
+async def _turns(
+    network: LongLink, effort: LinkEffort, arguments: Sequence[str], progress: Progress
+) -> list[Turn]:
     command = ("-m", "swarmcore.bench.link_dialler", json.dumps(attrs.asdict(effort)), *arguments)
     dialler = await network.run(LEFT, *command, limit=_LINE_LIMIT)
     assert dialler.stdout
-    turns = []
-    for _ in range(effort.turns * len(arguments) // 2):
+    turns: list[Turn] = []
+    expected = effort.turns * len(arguments) // 2
+    while len(turns) < expected:
+        progress("measuring over the link", len(turns), expected)
         line = await asyncio.wait_for(dialler.stdout.readline(), _TURN_TIMEOUT)
         if not line:
             raise RemoteFaultError("the benchmark's dialling process ended early; its message is above")

@@ -122,7 +122,9 @@ def transport(
     if delay is None and loss is None and rate is None:
         from swarmcore.bench.transport import Effort, bench_transports, transport_table
 
-        results = interrupt.run(bench_transports(names, Effort(turns=rounds), place=listen))
+        with output.progress("turns") as progress:
+            measuring = bench_transports(names, Effort(turns=rounds), place=listen, progress=progress)
+            results = interrupt.run(measuring)
         _show(output, "transport", transport_table(results), results=results)
     else:
         from swarmcore.bench.link_dialler import LinkEffort
@@ -130,8 +132,11 @@ def transport(
         from swarmcore.bench.transport_over_link import bench_over_link, link_table
 
         link = Link(delay or 0.0, loss or 0.0, rate)
-        measuring = bench_over_link(names, link, LinkEffort(turns=rounds), place=listen)
-        report = interrupt.run(measuring, grace=10.0)
+        with output.progress("turns") as progress:
+            over_link = bench_over_link(
+                names, link, LinkEffort(turns=rounds), place=listen, progress=progress
+            )
+            report = interrupt.run(over_link, grace=10.0)
         _show(output, "transport", link_table(link, report), link=link, report=report)
 
 
@@ -260,7 +265,8 @@ def routing(output: Output, servers: int, blocks: int, longest_span: int, rounds
     from swarmcore.bench.routing import RoutingBench, routing_table
 
     settings = RoutingBench(servers=servers, blocks=blocks, longest_span=longest_span, rounds=rounds)
-    results = settings.run()
+    with output.progress("kinds of plans") as progress:
+        results = settings.run(progress)
     _show(output, "routing", routing_table(settings, results), settings=settings, results=results)
 
 

@@ -38,10 +38,10 @@ def convert(
 async def _convert(
     output: Output, model: str, target: Path | None, revision: str | None, cache_dir: Path | None
 ) -> None:
-    import_large("swarmcore.executor.torch.checkpoint")
-    from swarmcore.executor.torch import checkpoint as checkpoints
-
     with output.progress() as progress:
+        import_large("swarmcore.executor.torch.checkpoint", progress=progress)
+        from swarmcore.executor.torch import checkpoint as checkpoints
+
         if target is not None:
             model = str(
                 await asyncio.to_thread(checkpoints.convert, model, target, progress, cache_dir=cache_dir)

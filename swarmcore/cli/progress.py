@@ -47,16 +47,23 @@ class ProgressReport(ABC):
 
 
 class TerminalProgress(ProgressReport):
-    """A bar for each piece of work, redrawn in place on stderr and erased when all that began is done."""
+    """A bar for each piece of work, redrawn in place on stderr and erased when all that began is done.
+
+    A piece of unknown size is over when something is heard of another one.
+    """
 
     def __init__(self, unit: str = BYTES) -> None:
         super().__init__()
         self._unit = unit
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._unknown: set[str] = set()
 
     def show(self, what: str, done: int, total: int) -> None:
         bars = self._bars or self._start()
+        for other in self._unknown - {what}:
+            bars.remove_task(self._tasks.pop(other))
+        self._unknown = set() if total else {what}
         if what not in self._tasks:
             self._tasks[what] = bars.add_task(what, total=total or None)
         bars.update(self._tasks[what], completed=done, total=total or None)
@@ -71,6 +78,7 @@ class TerminalProgress(ProgressReport):
             Progress,
             ProgressColumn,
             TextColumn,
+            TimeElapsedColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
@@ -86,6 +94,7 @@ class TerminalProgress(ProgressReport):
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             *counting,
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=PrintableConsole(stderr=True),
             transient=True,
@@ -104,6 +113,7 @@ class TerminalProgress(ProgressReport):
             self._bars.stop()
         self._bars = None
         self._tasks.clear()
+        self._unknown.clear()
 
 
 class _SteppedProgress(ProgressReport):

@@ -16,6 +16,7 @@ from swarmcore.client.adapter_weights import AdapterWeights
 from swarmcore.client.chat import ThinChat
 from swarmcore.client.heads import HeadChoice
 from swarmcore.client.micro_batches import BatchRunner
+from swarmcore.client.notebook import notebook_progress
 from swarmcore.client.pass_options import PassOptions
 from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
@@ -305,11 +306,14 @@ class Swarm:
         ``pass_options`` the same of batches through `RemoteModel.blocks`. Raise
         `ModelNotFoundError`, `CheckpointError`, `ModelMismatchError`, `MissingBlocksError` when nobody serves
         a model that could be meant, and `MissingExtraError` without the extra ``torch``. Servers of all its
-        blocks are looked for when a session opens, not here.
+        blocks are looked for when a session opens, not here. ``progress`` is called with what is being done,
+        and how many bytes of how many, from another thread; in a notebook there are bars without it.
         """
         self._check_joined()
         self.node.check_loop()
-        import_large("swarmcore.client.model")
+        if progress is None:
+            progress = notebook_progress()
+        import_large("swarmcore.client.model", progress=progress)
         from swarmcore.client.model import RemoteModel
 
         if not isinstance(name_or_path, str | os.PathLike | None):

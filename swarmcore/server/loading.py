@@ -25,7 +25,7 @@ MAX_DEFAULT_CACHE_TOKENS = 131_072
 def open_model(config: ServerConfig, progress: Progress | None) -> BlockLoader:
     """Find the model; raises as `loader_class` and the `BlockLoader` do."""
     if config.executor == "torch":
-        import_large("swarmcore.executor.torch.loader")
+        import_large("swarmcore.executor.torch.loader", progress=progress)
     settings = LoadSettings(
         model=config.model,
         revision=config.revision,

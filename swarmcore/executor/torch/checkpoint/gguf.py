@@ -146,11 +146,15 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
 
     doing, size = f"converting {source.name}", source.stat().st_size
     folder = str(source.parent.resolve())
-    progress(doing, 0, size)
+    converting = _Rising(doing, size, progress)
+    # Of these Transformers says nothing, and they take most of the time where the layers are small.
+    progress(f"reading the metadata of {source.name}", 0, 0)
     metadata = Metadata.read(source)
     check_metadata(metadata)
-    with quiet_transformers(lambda share: progress(doing, int(share * size), size)):
+    progress(f"reading the tokenizer of {source.name}", 0, 0)
+    with quiet_transformers(converting.report):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
+        progress(f"reading the config of {source.name}", 0, 0)
         config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
         if config.model_type == "mistral":  # the file's name, not its architecture, had transformers say so
             config = AutoConfig.for_model("llama", **_shape(config))
@@ -171,6 +175,7 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
         with storage_errors(doing, part, needed):
             model.save_pretrained(part, max_shard_size=_SHARD)
             tokenizer.save_pretrained(part)
+    converting.report(1.0)
     with storage_errors(doing, part):
         mode = (part / "config.json").stat().st_mode
         for path in part.glob("*.safetensors"):  # always written for the owner alone
@@ -188,6 +193,18 @@ def _check_loaded(name: str, report: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{name} lacks {len(wrong)} tensors of its model or has them in another shape, such as {wrong[0]}"
         )
+
+
+class _Rising:
+    """Progress through stages that each begin at nothing: what is told never falls."""
+
+    def __init__(self, what: str, size: int, progress: Progress) -> None:
+        self._what, self._size, self._progress = what, size, progress
+        self._most = 0.0
+
+    def report(self, share: float) -> None:
+        self._most = max(self._most, share)
+        self._progress(self._what, int(self._most * self._size), self._size)
 
 
 def _dequantize() -> dict[str, object]:
