@@ -122,13 +122,12 @@ def make_remote(model: PreTrainedModel, stack: RemoteStack) -> None:
         )
     norm = model.get_submodule(f"{structure.base}.{structure.after[0]}")
     norm.register_forward_pre_hook(_through_blocks)
-    base = cast(Any, model.base_model)
+    base = cast(Any, model.get_submodule(structure.base))  # which OPT's head calls, past its base model
     base.__class__ = _remote_base(cast(Any, type(base)))
     base.stack = stack
     layout = _layout_of(model)
     if layout is not None:
-        owner = model.get_submodule(structure.base)
-        setattr(owner, structure.layers, RemoteLayers(layout, cast(torch.dtype, model.dtype)))
+        setattr(base, structure.layers, RemoteLayers(layout, cast(torch.dtype, model.dtype)))
 
 
 def _layout_of(model: PreTrainedModel) -> ModelLayout | None:
