@@ -67,6 +67,15 @@ class Mender:
         """Whether nobody else has the blocks of a stage."""
         return alone(self._planner, stage.peer, Span(stage.start, stage.end))
 
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether a server was, for the step under way: another one would hardly do better at once."""
+        return self._retries.busy
+
+    def note(self, error: SwarmError) -> None:
+        """A server had no memory or time for a step; another one is to try."""
+        self._retries.failed(asyncio.get_running_loop().time(), error)
+
     async def pause_after(self, error: SwarmError, where: LiveStage) -> None:
         """Leave a server alone for a while that has no room, memory or time for a step; raise ``error`` when
         it has been so for `SessionOptions.patience` seconds."""

@@ -277,18 +277,19 @@ class InferenceSession:
     async def _judge(self, flight: Flight) -> bool:
         """A server refused a step, or failed on it: raise what only the caller can deal with.
 
-        True when the step is to be sent again: the server had no memory or time for it, nobody else has its
-        blocks, and its caches are as they were.
+        True when the step is to be sent again: the server had no memory or time for it, its caches are as
+        they were, and nobody else has its blocks or has memory for it either.
         """
         error, stage = flight.error, flight.refused_by
         assert error is not None and stage is not None
         flight.error = None
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
-        passing = isinstance(error, ServerMemoryError | DeadlineExceededError)
-        if passing and self.options.journal != "off" and self._pipeline.alone(stage):
-            await self._mender.pause_after(error, stage)
-            return stage in self._pipeline.stages and stage.failure is None
+        if self.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
+            if self._pipeline.alone(stage) or self._mender.short_of_memory:
+                await self._mender.pause_after(error, stage)
+                return stage in self._pipeline.stages and stage.failure is None
+            self._mender.note(error)
         self._pipeline.fail(stage, error)
         return False
 

@@ -98,6 +98,11 @@ class RetryPolicy:
     _busy_since: float | None = None
     _busy_pause: float = 0.0
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody had no room or memory since the last step that got through."""
+        return self._busy_since is not None
+
     def failed(self, now: float, error: SwarmError) -> float:
         """Seconds to wait before the next attempt; infinite when there should be none."""
         if not isinstance(error, MissingBlocksError):

@@ -151,3 +151,22 @@ async def test_memory_that_stays_short_ends_the_step_with_the_reason(when: str) 
         await session.close()
         other.dead = False
         await quiet(swarm)
+
+
+async def test_servers_that_are_all_short_of_memory_are_not_tried_in_turns() -> None:
+    async with swarm_of("0:6", "6:12", "6:12", "6:12") as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(20)
+        short = [server for server in swarm.servers if server.executor.span.end == 12]
+        attempts = 100
+        for server in short:
+            server.executor.failures.extend(ServerMemoryError("no memory") for _ in range(attempts))
+        with pytest.raises(ServerMemoryError, match="no memory; gave up after 60 s"):
+            await session.step(hidden_states([[1.0] * 4]), [1])
+        assert sum(attempts - len(server.executor.failures) for server in short) <= 10
+        for server in short:
+            server.executor.failures.clear()
+        await run.step(1)
+        await session.close()
+        await quiet(swarm)
