@@ -165,6 +165,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
             ids, embeds = None, embeddings(ids)  # what hooks do may depend on the shape, as NEFTune's noise
         cache = _cache_of(self.stack, given)
         columns = _columns(shape, given.get("position_ids"), cache, device)
+        _check_cache_position(given.get("cache_position"), shape, cache)
         mask, packing = given.get("attention_mask"), None
         caching = given.get("use_cache")
         caching = getattr(self.config, "use_cache", True) if caching is None else caching
@@ -254,6 +255,15 @@ def _columns(
     return position_ids.expand(shape)
 
 
+def _check_cache_position(
+    position: torch.Tensor | None, shape: torch.Size, cache: RemoteCache | None
+) -> None:
+    """Raise `InputError` for new columns that are not to come right after those in the cache."""
+    past = cache.get_seq_length() if cache is not None else 0
+    if position is not None and position.flatten().tolist() != list(range(past, past + shape[1])):
+        raise InputError(f"leave out cache_position: what is new comes after the {past} columns of the cache")
+
+
 def _positions(
     config: Any, columns: torch.Tensor, mask: torch.Tensor | None, cache: RemoteCache | None
 ) -> torch.Tensor:
@@ -275,6 +285,11 @@ def _positions(
         and mask.shape[1] in (new, past.shape[1] + new)
     ):
         real = mask[:, -new:].bool()
+        if mask.shape[1] > new and not torch.equal(mask[:, :-new].bool(), past >= 0):
+            raise InputError(
+                "the attention_mask is another one than before for what is in the cache, where servers have "
+                "every token of a sequence and no padding"
+            )
     else:
         what = (
             f"of shape {list(mask.shape)}"

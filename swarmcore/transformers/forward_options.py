@@ -12,6 +12,7 @@ from swarmcore.errors import InputError
 _HONOURED = frozenset(
     {
         "attention_mask",
+        "cache_position",
         "input_ids",
         "inputs_embeds",
         "output_hidden_states",
@@ -25,8 +26,12 @@ _HONOURED = frozenset(
 _OF_THE_LOSS = frozenset({"labels", "logits_to_keep", "num_items_in_batch", "shift_labels"})
 """Used outside of the base model, which families hand them on to."""
 
-_FROM_THE_REST = frozenset({"cache_position", "self"})
-"""Says what follows from the cache anyway."""
+_AS_SERVERS_DO: Mapping[str, object] = {
+    "is_causal": True,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
+"""Values that ask for what is done anyway."""
 
 _REASONS = {
     "output_attentions": "the attention weights are on the servers, which do not send them",
@@ -42,7 +47,8 @@ def check_options(config: Any, given: Mapping[str, Any], takes: Collection[str])
 
     ``takes`` are the names that the family's own ``forward`` has.
     """
-    asked = {name: value for name, value in given.items() if name not in _HONOURED | _OF_THE_LOSS}
+    known = _HONOURED | _OF_THE_LOSS | {"self"}
+    asked = {name: value for name, value in given.items() if name not in known}
     for name in ("output_attentions", "output_router_logits"):
         if asked.get(name) is None and getattr(config, name, False):
             asked[name] = True
@@ -50,7 +56,7 @@ def check_options(config: Any, given: Mapping[str, Any], takes: Collection[str])
         _check_packed(given)
         asked = {name: value for name, value in asked.items() if name not in _OF_PACKED_ROWS}
     for name, value in asked.items():
-        if value is not None and value is not False and name not in _FROM_THE_REST:
+        if value is not None and not (name in _AS_SERVERS_DO and value is _AS_SERVERS_DO[name]):
             reason = _REASONS.get(name, "it would change the result, and servers do not compute it")
             raise InputError(f"leave out {name}: {reason}")
     types = given.get("token_type_ids")

@@ -171,6 +171,7 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
         keep = given.get("logits_to_keep", 0)
         if given.get("labels") is not None:
             _check_labels(self, given)
+            _check_trainable(self, given.get("inputs_embeds"))
         padding = _predicted_from_padding(self, given)
         with rows_wanted(last_only=isinstance(keep, int) and keep == 1, padding=padding):
             return family.forward(self, *args, **kwargs)
@@ -221,6 +222,18 @@ def _predicted_from_padding(model: Any, given: Mapping[str, Any]) -> bool:
             f"deep prompt here: set it to {IGNORED}, or pad at the right"
         )
     return wanted
+
+
+def _check_trainable(model: Any, embeds: torch.Tensor | None) -> None:
+    """Raise `InputError` for a step of training in which nothing can be trained."""
+    if not model.training or not torch.is_grad_enabled() or model.stack.adapter is not None:
+        return
+    if not any(p.requires_grad for p in model.parameters()) and (embeds is None or not embeds.requires_grad):
+        raise InputError(
+            "there is nothing to train: the blocks' weights are the servers', and every parameter here is "
+            "frozen; put an adapter on the model (peft.get_peft_model(model, LoraConfig(…)), "
+            "swarmcore.training.lora_tuning), or thaw a part of it with requires_grad_()"
+        )
 
 
 def _check_labels(model: Any, given: Mapping[str, Any]) -> None:

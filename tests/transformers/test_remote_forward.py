@@ -218,7 +218,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_attentions": True}, "output_attentions"),
     ({"output_router_logits": True}, "router_aux_loss_coef"),
     ({"head_mask": torch.ones(5, 4)}, "head_mask"),
-    ({"is_causal": False} | {"attention_bias": torch.zeros(7, 7)}, "attention_bias"),
+    ({"is_causal": False}, "is_causal"),
+    ({"attention_bias": torch.zeros(7, 7)}, "attention_bias"),
+    ({"cache_position": torch.arange(1, 8)}, "cache_position"),
+    ({"a_new_flag": False}, "a_new_flag"),
     ({"attention_mask": torch.ones(3, 1, 7, 7)}, r"attention_mask of shape \[3, 1, 7, 7\]"),
     ({"attention_mask": {"full_attention": RIGHT}}, "attention_mask is a dict"),
     ({"position_ids": torch.zeros(3, 3, 7, dtype=torch.long)}, r"position_ids of shape \[3, 3, 7\]"),
@@ -241,12 +244,32 @@ def test_arguments_that_would_be_ignored(llama: Tiny, given: dict[str, Any], mes
 
 
 def test_arguments_that_change_nothing(llama: Tiny) -> None:
-    given = {"output_attentions": False, "token_type_ids": torch.zeros_like(IDS), "head_mask": None}
+    given = {
+        "output_attentions": False,
+        "is_causal": True,
+        "token_type_ids": torch.zeros_like(IDS),
+        "head_mask": None,
+    }
     logits = llama.remote(IDS, **given, return_dict=False)
     assert isinstance(logits, tuple)
     torch.testing.assert_close(logits[0], llama.plain(IDS).logits, atol=1e-5, rtol=1e-4)
     states = llama.remote.base_model(IDS, return_dict=False)
     assert isinstance(states, tuple)
+
+
+def test_masks_that_change_what_is_in_the_cache(llama: Tiny) -> None:
+    with torch.no_grad():
+        first = llama.remote(IDS, attention_mask=LEFT, use_cache=True)
+        mask = torch.cat([LEFT, torch.ones_like(LEFT[:, :1])], 1)
+        step = {"input_ids": IDS[:, :1], "past_key_values": first.past_key_values}
+        for hidden in (mask.masked_fill(mask == 0, 1), mask.index_fill(1, torch.tensor([6]), 0)):
+            with pytest.raises(InputError, match="another one than before"):
+                llama.remote(**step, attention_mask=hidden)
+        positions = mask.cumsum(1)[:, -1:] - 1
+        with pytest.raises(InputError, match="follow each other"):
+            llama.remote(**step, attention_mask=mask, position_ids=positions)  # before: columns
+        llama.remote(**step, attention_mask=mask)
+        first.past_key_values.close()
 
 
 def test_types_of_tokens_of_the_family_that_has_them(family: Tiny) -> None:

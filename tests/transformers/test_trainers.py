@@ -196,6 +196,11 @@ def test_gradient_checkpointing_is_noted_once(llama: Tiny, caplog: pytest.LogCap
     ]
 
 
+def test_a_model_of_which_nothing_is_trained(llama: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing to train.*get_peft_model"):
+        language_model_losses(copy.deepcopy(llama.remote), tmp_path)
+
+
 def test_dropout_that_is_left_out_is_noted_once(llama: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     dropout._note.cache_clear()
     config = copy.deepcopy(llama.remote.config)

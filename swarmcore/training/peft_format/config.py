@@ -120,7 +120,8 @@ def _check_head(raw: Mapping[str, Any], folder: Path) -> None:
     if other:
         raise AdapterError(
             f"{folder} has whole layers of its own ({', '.join(other)}); of these only a classification head "
-            f"can be used: train it again without them in modules_to_save"
+            f"can be used in this way: peft.PeftModel.from_pretrained(model, folder) on the remote model "
+            f"takes those of the embeddings and the head too, or train it again without modules_to_save"
         )
 
 
