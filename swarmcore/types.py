@@ -16,6 +16,7 @@ ServerState = Literal["joining", "online", "draining"]
 
 _PEER_ID = re.compile(r"12D3Koo[1-9A-HJ-NP-Za-km-z]{45}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+_LOOPBACK = re.compile(r"((wss?:)?//|/ip[46]/)(127\.|\[::1\]|::1/|localhost:)")
 
 
 def short(peer: str) -> str:
@@ -50,6 +51,11 @@ class Address:
                 f"such as tcp://host:port/12D3Koo…"
             )
         return cls(scheme, location, PeerId(peer))
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether it leads nowhere but to the machine that dials it."""
+        return _LOOPBACK.match(self.location) is not None
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.location}/{self.peer}"

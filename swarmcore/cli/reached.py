@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 
 from swarmcore.cli.output import Output
-
-_LOOPBACK = re.compile(r"(//|/ip[46]/)(127\.|\[?::1[\]/]|localhost[:/])")
+from swarmcore.types import Address
 
 
 class Reached:
@@ -38,7 +36,7 @@ class Reached:
         self._output.event("addresses", addresses=addresses)
 
     def _say_if_local(self) -> None:
-        if self._known and all(map(_LOOPBACK.search, self._known)):
+        if self._known and all(Address.parse(url).on_loopback for url in self._known):
             self._output.remark(
                 "joinable from this machine only: listen on 0.0.0.0 or [::] to be reached from others; an "
                 "address that comes up later is told then"

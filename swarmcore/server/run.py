@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from swarmcore.distribution import version
-from swarmcore.errors import AddressInUseError, InputError
+from swarmcore.errors import AddressInUseError, InputError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.announcing import follow_addresses
@@ -65,6 +66,11 @@ PORTS_TRIED = 16
 """Ports from that one on that are tried before any free one is taken; each transport has its own."""
 PORT = "{port}"
 
+NETWORK_PATIENCE = 120.0
+"""Seconds for which a server that has no address but loopback tries to join peers elsewhere."""
+NETWORK_PAUSE = 5.0
+"""Seconds after which it tries again although no address has come up."""
+
 
 @attrs.frozen(kw_only=True)
 class NetworkConfig:
@@ -108,6 +114,25 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
             following.cancel()
         await registry.close()
         await node.close()
+
+
+async def _join(node: Node, registry: Registry, network: NetworkConfig) -> None:
+    """Start the registry; where there is no network yet, as on a machine that just started, wait for it."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + NETWORK_PATIENCE
+    elsewhere = not all(Address.parse(url).on_loopback for url in network.bootstrap)
+    while True:
+        known = node.addresses
+        try:
+            return await registry.start()
+        except PeerUnreachableError as exc:
+            off = all(address.on_loopback for address in known)
+            if not elsewhere or not off or loop.time() >= give_up:
+                raise
+            logger.warning("this machine has no network yet; joining once it has: %s", exc.message)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NETWORK_PAUSE):
+                await node.addresses_other_than(known)
 
 
 async def _start_listening(identity: Identity, network: NetworkConfig) -> tuple[Node, Registry]:
@@ -175,7 +200,7 @@ async def run_server(
         if on_plan is not None:
             on_plan(plan)
         kept = await asyncio.to_thread(speed_file, config, loader)
-        await registry.start()
+        await _join(node, registry, network)
         span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
         for folder in config.adapters.values():  # better refused now than once the blocks are loaded
             await _read_adapter(loader, folder, span)
@@ -311,7 +336,7 @@ async def run_bootstrap(
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
         stack.enter_context(watching(node.hold_ups, places=True))
-        await registry.start()
+        await _join(node, registry, network)
         service = None
         if head is not None:
             service = await stack.enter_async_context(serving_head(head, node, registry, progress=progress))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,12 +10,12 @@ from contextlib import ExitStack
 import pytest
 
 from swarmcore.cli.listening import network_config
-from swarmcore.errors import AddressInUseError
+from swarmcore.errors import AddressInUseError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.server import run
 from swarmcore.server.run import NetworkConfig, listening
 from swarmcore.transport import transport_class
-from swarmcore.types import PeerId
+from swarmcore.types import Address, PeerId
 
 ANY = NetworkConfig(transports={"tcp": ["127.0.0.1:{port}"]})
 
@@ -72,3 +73,78 @@ def test_every_transport_has_such_a_place(scheme: str) -> None:
     assert (
         network_config(peer, listen=[], **told).transports[scheme] == transport_class(scheme).default_places
     )
+
+
+class _Registry:
+    """Nobody answers until there is a network."""
+
+    def __init__(self, node: _NoNetworkYet) -> None:
+        self.node = node
+        self.attempts = 0
+
+    async def start(self) -> None:
+        self.attempts += 1
+        if all(address.on_loopback for address in self.node.addresses):
+            raise PeerUnreachableError("nobody answers")
+
+
+class _NoNetworkYet:
+    def __init__(self) -> None:
+        self.addresses = (Address("tcp", "//127.0.0.1:1", PEER),)
+        self.changed = asyncio.Event()
+
+    def comes_up(self) -> None:
+        self.addresses = (Address("tcp", "//192.0.2.7:1", PEER),)
+        self.changed.set()
+
+    async def addresses_other_than(self, known: object) -> None:
+        await self.changed.wait()
+
+
+PEER = Identity.generate().peer
+ELSEWHERE = NetworkConfig(transports={}, bootstrap=[f"tcp://192.0.2.1:1/{PEER}"])
+HERE = NetworkConfig(transports={}, bootstrap=[f"tcp://127.0.0.1:2/{PEER}"])
+
+
+@pytest.mark.virtual_time
+async def test_a_server_that_starts_before_the_network_joins_when_it_is_up() -> None:
+    node = _NoNetworkYet()
+    registry = _Registry(node)
+    joining = asyncio.create_task(run._join(node, registry, ELSEWHERE))  # type: ignore[arg-type]
+    await asyncio.sleep(12)
+    assert not joining.done() and registry.attempts == 3
+    node.comes_up()
+    await joining
+    assert registry.attempts == 4
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(("network", "seconds"), [(ELSEWHERE, 120), (HERE, 0)])
+async def test_a_server_whose_network_never_comes_up_or_is_not_needed_says_so(
+    network: NetworkConfig, seconds: float
+) -> None:
+    node, loop = _NoNetworkYet(), asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(PeerUnreachableError):
+        await run._join(node, _Registry(node), network)  # type: ignore[arg-type]
+    assert seconds <= loop.time() - began <= seconds + 5
+
+
+@pytest.mark.parametrize(
+    ("location", "local"),
+    [
+        ("//127.0.0.1:1", True),
+        ("//[::1]:1", True),
+        ("//localhost:1", True),
+        ("wss://127.0.0.1:1", True),
+        ("/ip4/127.0.0.1/tcp/1/p2p", True),
+        ("/ip6/::1/tcp/1/p2p", True),
+        ("//192.0.2.7:1", False),
+        ("//[2001:db8::1]:1", False),
+        ("//localhost.example.org:1", False),
+        ("/ip4/10.0.127.1/tcp/1/p2p", False),
+        ("wss://example.org:1", False),
+    ],
+)
+def test_which_addresses_lead_nowhere_else(location: str, local: bool) -> None:
+    assert Address("x", location, PEER).on_loopback == local
