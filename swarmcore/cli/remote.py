@@ -41,9 +41,6 @@ async def remote_model(
         blocked_servers=options.blocked_servers,
         max_hops=options.max_hops,
     ) as swarm:
-        served = swarm.served(options.model)
-        if served is not None and served.sources:
-            output.remark(f"the swarm serves {served.info.name}: loading {served.sources[0]}")
         with output.progress() as progress:
             model = await swarm.load_model(
                 options.model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -44,12 +43,12 @@ from swarmcore.client.prompts import (
 )
 from swarmcore.client.remote import SessionOpener
 from swarmcore.client.sampling import TokenChooser
-from swarmcore.client.served_models import open_served
+from swarmcore.client.served_models import open_model
 from swarmcore.client.session import SessionOptions
 from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.client.text import StopStrings, TextStream, TokenKinds, kinds_of
 from swarmcore.errors import AdapterError, InputError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.types import ModelInfo, Span
 
 if TYPE_CHECKING:
@@ -58,8 +57,6 @@ if TYPE_CHECKING:
     from swarmcore.client.swarm import Swarm
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
-
-logger = logging.getLogger(__name__)
 
 
 class RemoteModel:
@@ -115,13 +112,7 @@ class RemoteModel:
         progress: Progress | None = None,
     ) -> RemoteModel:
         """What `Swarm.load_model` does. ``progress`` is called in another thread."""
-        served = swarm.served(name_or_path)
-        if served is not None:
-            logger.info("loading %s from %s", served, " or ".join(map(str, served.sources)) or "nowhere")
-            find = functools.partial(open_served, served)
-        else:
-            assert name_or_path is not None
-            find = functools.partial(open_checkpoint, name_or_path)
+        find = functools.partial(open_model, name_or_path, swarm.served(name_or_path))
         compute = ModelCompute(threads)
         stopping = threading.Event()
 

@@ -92,6 +92,31 @@ def find_served(
     return ServedModel(info, tuple(place for place in places if place is not None)[:MOST_SOURCES])
 
 
+def open_model(
+    name: str | None,
+    served: ServedModel | None,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """The checkpoint that ``name`` stands for, with ``served``, what `find_served` made of it.
+
+    Blocks: run it in a thread. A hub id goes before what strangers call their models. Raises as
+    `open_checkpoint` and `open_served` do.
+    """
+    from swarmcore.executor.torch.checkpoint import open_checkpoint
+
+    if name is not None and (served is None or name != served.info.fingerprint):
+        try:
+            return open_checkpoint(name, revision=revision, cache_dir=cache_dir, progress=progress)
+        except ModelNotFoundError:
+            if served is None:
+                raise
+    assert served is not None, "without a name there is what is served, or an error"
+    return open_served(served, revision=revision, cache_dir=cache_dir, progress=progress)
+
+
 def open_served(
     served: ServedModel,
     *,
@@ -111,6 +136,8 @@ def open_served(
         f"GGUF file or hub id it is here"
     )
     for source in served.sources:
+        if progress is not None:
+            progress(f"loading {source}, where servers have {served.info.name} from", 0, 0)
         try:
             checkpoint = open_checkpoint(
                 source.name, revision=revision or source.revision, cache_dir=cache_dir, progress=progress

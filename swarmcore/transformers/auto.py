@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,9 +14,9 @@ from swarmcore.client.blockless import load_without_blocks, with_blocks
 from swarmcore.client.generation_config import load_generation_config
 from swarmcore.client.options import SessionOptions
 from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.served_models import may_be_served, open_served
+from swarmcore.client.served_models import may_be_served, open_model
 from swarmcore.errors import InputError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.identity import Identity
 from swarmcore.transformers.model import remote_model
@@ -85,8 +84,9 @@ class _AutoRemoteModel:
             if may_be_served(str(name_or_path)):
                 connected = connected or sync.connect(*addresses, identity=identity)
                 served = connected.asynchronous.served(str(name_or_path))
-            find = partial(open_served, served) if served else partial(open_checkpoint, str(name_or_path))
-            checkpoint = find(revision=revision, cache_dir=cache_dir, progress=progress)
+            checkpoint = open_model(
+                str(name_or_path), served, revision=revision, cache_dir=cache_dir, progress=progress
+            )
             model = cls._local_parts(checkpoint, _dtype_name(dtype), config, progress)
             model.config._name_or_path = model.name_or_path = str(name_or_path)
             if saved is not None:

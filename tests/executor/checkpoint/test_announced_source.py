@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
-from swarmcore.client.served_models import ServedModel, open_served
+from swarmcore.client.served_models import ServedModel, open_model, open_served
 from swarmcore.errors import ModelMismatchError, ModelNotFoundError
 from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.sources import Source
@@ -25,6 +25,21 @@ def served(hub: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_has_the_fingerprint_is_taken(served: ServedModel, tmp_path: Path) -> None:
     assert open_served(served, cache_dir=tmp_path).info == attrs.evolve(served.info, name="someone/tiny")
+
+
+def test_a_hub_id_goes_before_what_the_swarm_calls_its_model(
+    served: ServedModel, hub: Any, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    tell = lambda what, done, total: said.append(what)  # noqa: E731
+    found = open_model("tiny", served, cache_dir=tmp_path, progress=tell)
+    assert any("/api/models/tiny" in path for path in hub.requests)
+    assert found.info.name == "someone/tiny"
+    assert f"loading someone/tiny, where servers have {served.info.name} from" in said
+    asked = len(hub.requests)
+    assert open_model(served.info.fingerprint, served, cache_dir=tmp_path).info == found.info
+    assert not any(served.info.fingerprint in path for path in hub.requests[asked:])
+    assert open_model(None, served, cache_dir=tmp_path).info == found.info
 
 
 def test_what_has_another_is_not(served: ServedModel, tmp_path: Path) -> None:
