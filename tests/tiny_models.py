@@ -85,6 +85,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": _rope("longrope", 4.0, **_LONG),
         },
     ),
+    "nanochat": ("nanochat", SIZES),
     "olmo2": ("olmo2", SIZES),
     "granite": (
         "granite",

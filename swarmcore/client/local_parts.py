@@ -60,11 +60,16 @@ class LocalParts:
         the tensors is missing or has the wrong shape, `UnsupportedModelError` when the family is not a causal
         language model that transformers knows, or `self_test` finds that it would compute something else.
         """
+        cls.check(checkpoint)
+        return cls._load(checkpoint, dtype=dtype, progress=progress)
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> None:
+        """Raise `UnsupportedModelError` when it does not pass the self-test. Looks at the config alone."""
         import_large("transformers.modeling_utils")
         from swarmcore.client.self_test import check_parts
 
         check_parts(checkpoint, functools.partial(cls._load, dtype="float32", progress=None))
-        return cls._load(checkpoint, dtype=dtype, progress=progress)
 
     @classmethod
     def _load(cls, checkpoint: Checkpoint, *, dtype: str, progress: Progress | None) -> LocalParts:

@@ -50,12 +50,13 @@ class Reference(Checkpoint):
         """For each sequence what goes into each block, and out of the last: ``[tokens, hidden size]``."""
         self.logits: list[torch.Tensor] = []
         """For each sequence, ``[tokens, vocabulary]``."""
-        model = self._build(generator)
-        self._tensors = _without_twins(model)
+        self.model = self._build(generator)
+        """The text model."""
+        self._tensors = _without_twins(self.model)
         try:
-            whole = _around(checkpoint.config, text, model)
+            whole = _around(checkpoint.config, text, self.model)
             for ids in self.ids:
-                self._run(whole, find_base(model)[1], ids)
+                self._run(whole, find_base(self.model)[1], ids)
         except UnsupportedModelError:
             raise
         except Exception as exc:  # any code of the family's

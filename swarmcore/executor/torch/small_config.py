@@ -62,11 +62,14 @@ _WIDTHS = {
     "laurel_rank": 8,
 }
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
+_PARTS = ("attn_config", "ffn_config")
+"""Configs within the config, of one text model."""
+_PART_WIDTHS = {"kv_n_heads": 2, "moe_top_k": 2}
 _HEAD_COUNTS = {
     "num_attention_heads": ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"),
     "swa_num_attention_heads": ("swa_num_key_value_heads",),
 }
-_HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "kv_channels", "attention_head_dim")
+_HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "kv_channels", "attention_head_dim", "d_head")
 _HEAD_SIZE = 16
 _HIDDEN_SIZES = ("hidden_size", "word_embed_proj_dim", "embedding_size", "hidden_dim", "ffn_hidden")
 
@@ -138,6 +141,10 @@ def _make_narrow(config: Any) -> None:
     for name, width in _WIDTHS.items():
         if name in vars(config):
             setattr(config, name, _at_most(getattr(config, name), width))
+    for part in (vars(config).get(name) for name in _PARTS):
+        for name, width in {**_WIDTHS, **_PART_WIDTHS, "hidden_size": count * per_head}.items():
+            if part is not None and name in vars(part):
+                setattr(part, name, _at_most(getattr(part, name), width))
 
 
 def _narrow_layer(own: dict[str, Any]) -> dict[str, Any]:

@@ -160,8 +160,13 @@ def load_span(
     `UnsupportedModelError` for a family that cannot be served or does not pass, `CheckpointError` for missing
     or misshapen tensors, and what `Checkpoint.read` raises.
     """
-    check_span(checkpoint, span, _load_small)
+    check_blocks(checkpoint, span)
     return _load(checkpoint, span, dtype, device, progress)
+
+
+def check_blocks(checkpoint: Checkpoint, span: Span) -> None:
+    """Raise `UnsupportedModelError` when these blocks fail the self-test. Looks at the config alone."""
+    check_span(checkpoint, span, _load_small)
 
 
 def _load_small(checkpoint: Checkpoint, span: Span) -> SpanModel:
