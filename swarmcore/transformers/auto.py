@@ -65,7 +65,7 @@ class _AutoRemoteModel:
         without a cache do, with their gradients. ``adapter`` is one of the client's own for the blocks, or
         the name of one that servers have; its weights are none of the model's parameters
         (`swarmcore.training.TunedModel` has them). Further options are put into the config: ``num_labels``,
-        ``id2label``, ``pad_token_id`` and the like.
+        ``id2label``, ``pad_token_id`` and the like, but nothing that the blocks are computed by.
 
         Raise `InputError` for options that do not go together or are not in the config, what
         `swarmcore.connect` raises, `ModelNotFoundError`, `CheckpointError`, `ModelMismatchError` for parts
@@ -115,6 +115,11 @@ class _AutoRemoteModel:
             raise InputError(
                 f"{', '.join(unknown)}: neither an option of from_pretrained here, nor in the model's config"
             )
+        if changed := [name for name in settings if not _is_of_the_client(name, settings[name], text)]:
+            raise InputError(
+                f"{', '.join(changed)}: servers compute the blocks as the checkpoint's own config says; change "
+                f"it there, and serve that"
+            )
         model, _ = load_without_blocks(
             checkpoint,
             cls._auto.from_config,
@@ -127,6 +132,31 @@ class _AutoRemoteModel:
         if model.can_generate():
             model.generation_config = _generation_config(checkpoint)
         return model
+
+
+_OF_THE_CLIENT = frozenset(
+    {
+        "bos_token_id",
+        "classifier_dropout",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "use_cache",
+    }
+)
+"""What of a config says nothing about the blocks."""
+
+
+def _is_of_the_client(name: str, value: Any, config: Any) -> bool:
+    return name in _OF_THE_CLIENT or value == getattr(config, name)
 
 
 class AutoModelForCausalLM(_AutoRemoteModel):

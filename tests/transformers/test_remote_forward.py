@@ -305,6 +305,10 @@ def test_options_that_do_not_work(llama: Tiny) -> None:
         AutoModelForCausalLM.from_pretrained(llama.folder, bootstrap=llama.address, swarm=llama.swarm)
     with pytest.raises(InputError, match="device_map"):
         AutoModelForCausalLM.from_pretrained(llama.folder, swarm=llama.swarm, device_map="auto")
+    with pytest.raises(InputError, match="rms_norm_eps: servers compute the blocks as"):
+        AutoModelForCausalLM.from_pretrained(llama.folder, swarm=llama.swarm, rms_norm_eps=1e-3)
+    same = llama.plain.config.rms_norm_eps
+    AutoModelForCausalLM.from_pretrained(llama.folder, swarm=llama.swarm, rms_norm_eps=same)
     with pytest.raises(InputError, match="float64"):
         AutoModelForCausalLM.from_pretrained(llama.folder, swarm=llama.swarm, dtype=torch.float64)
     with pytest.raises(InputError, match="from_pretrained"):
