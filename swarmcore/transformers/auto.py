@@ -117,8 +117,8 @@ class _AutoRemoteModel:
             )
         if changed := [name for name in settings if not _is_of_the_client(name, settings[name], text)]:
             raise InputError(
-                f"{', '.join(changed)}: servers compute the blocks as the checkpoint's own config says; change "
-                f"it there, and serve that"
+                f"{', '.join(changed)}: servers compute the blocks as the checkpoint's own config says; "
+                f"change it there, and serve that"
             )
         model, _ = load_without_blocks(
             checkpoint,

@@ -92,6 +92,9 @@ class RemoteLayers(nn.ModuleList):
     def __init__(self, layout: ModelLayout, dtype: torch.dtype) -> None:
         super().__init__()
         self._layout, self._dtype = layout, dtype
+        self.configs: dict[str, Any] = {}
+        """PEFT's configs of the adapters that it has put on the layers, by their names; its own dictionary,
+        to which it adds."""
         self.restore()
 
     def restore(self) -> None:
@@ -126,7 +129,10 @@ class RemoteLayers(nn.ModuleList):
 
         Raise `AdapterError` for anything but low-rank updates, and for those with more to them.
         """
-        return [update for path, layer in _replaced(self) for update in _updates_of(layer, path)]
+        updates = [update for path, layer in _replaced(self) for update in _updates_of(layer, path)]
+        for name in {update.adapter for update in updates} & self.configs.keys():
+            check_lora_config(self.configs[name])
+        return updates
 
 
 @attrs.frozen(eq=False)
@@ -138,6 +144,8 @@ class Update:
     down: torch.Tensor
     up: torch.Tensor
     scaling: float
+    adapter: str = ""
+    """PEFT's name of the adapter that it is of."""
 
 
 class LayerUpdates(BlockAdapter):
@@ -205,13 +213,15 @@ def _layers_of(model: Any) -> RemoteLayers | None:
 
 
 def check_injected(model: Any, configs: dict[str, Any]) -> None:
-    """Raise `AdapterError`, with the layers as they were, for what PEFT has made of them and nobody computes.
+    """Raise `AdapterError` for what PEFT has made of the layers and nobody computes.
 
-    ``configs`` are those that it did it by.
+    ``configs`` are those that it did it by. The layers are as they were then, unless there was an adapter on
+    them before, which would be lost.
     """
     layers = _layers_of(model)
     if layers is None:
         return
+    before, layers.configs = layers.configs, configs
     try:
         for config in configs.values():
             if config.peft_type == LORA:
@@ -219,8 +229,10 @@ def check_injected(model: Any, configs: dict[str, Any]) -> None:
         for path, layer in _replaced(layers):
             _check_kind(layer, path)
     except AdapterError:
-        layers.restore()
-        model._hf_peft_config_loaded = False
+        if not before:
+            layers.restore()
+            layers.configs = {}
+            model._hf_peft_config_loaded = False
         raise
 
 
@@ -251,7 +263,7 @@ def _updates_of(layer: Any, path: str) -> list[Update]:
             continue
         _check_plain(layer, name, path)
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        updates.append(Update(path, down, up, float(layer.scaling[name])))
+        updates.append(Update(path, down, up, float(layer.scaling[name]), name))
     return updates
 
 

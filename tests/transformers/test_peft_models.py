@@ -204,6 +204,25 @@ def test_an_option_of_a_newer_version(llama: Tiny) -> None:
             get_peft_model(copy.deepcopy(llama.remote), copy.deepcopy(config))
 
 
+def test_a_second_adapter_that_servers_do_not_compute(llama: Tiny) -> None:
+    model = get_peft_model(copy.deepcopy(llama.remote), lora(init_lora_weights=False)).eval()
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        model.add_adapter("other", lora(bias="all"))
+        torch.testing.assert_close(model(input_ids=IDS).logits, before)  # it is not in use
+        model.base_model.set_adapter("other")
+        with pytest.raises(AdapterError, match="bias='all'"):
+            model(input_ids=IDS)
+    remote = copy.deepcopy(llama.remote)
+    remote.add_adapter(lora(init_lora_weights=False))
+    with torch.no_grad():
+        before = remote(IDS).logits
+        with pytest.raises(AdapterError, match="bias='all'"), pytest.warns(UserWarning, match="peft_config"):
+            remote.add_adapter(lora(bias="all"), "other")
+        remote.set_adapter("default")
+        torch.testing.assert_close(remote(IDS).logits, before)  # the first one is not lost
+
+
 def test_a_cache_is_of_one_adapter(llama: Tiny) -> None:
     model = get_peft_model(copy.deepcopy(llama.remote), lora(init_lora_weights=False)).eval()
     ids = IDS[:1]
