@@ -92,7 +92,7 @@ class TextTensors:
         """
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         modules = {name.rpartition(".")[0] for name in found} - {""}
-        named = re.search(r"language|text|decoder", self.tower) is not None
+        named = self.composite and re.search(r"language|text|decoder", self.tower) is not None
         # A classifier leaves out the head for words.
         whole = not self.composite and model.get_output_embeddings() is not None
 

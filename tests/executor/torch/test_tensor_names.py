@@ -86,8 +86,10 @@ PLAIN = ("model.layers.0.x.weight", "model.embed_tokens.weight", "model.norm.wei
 @pytest.mark.parametrize(
     "name", ["lm_head.bias", "model.norm.bias", "logit_scale", "model.embed_norm.weight", "lm_head.scales"]
 )
-def test_what_a_text_model_has_no_place_for(name: str) -> None:
-    assert unexpected(names_of(*PLAIN, name)) == {name}
+@pytest.mark.parametrize("tower", ["model.", "model.decoder."])
+def test_what_a_text_model_has_no_place_for(tower: str, name: str) -> None:
+    plain = [each.replace("model.", tower) for each in PLAIN]
+    assert unexpected(names_of(*plain, name.replace("model.", tower))) == {name.replace("model.", tower)}
 
 
 @pytest.mark.parametrize(

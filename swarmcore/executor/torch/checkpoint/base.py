@@ -123,7 +123,9 @@ def settle_dtype(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     text = config.get_text_config(decoder=True)
     if getattr(text, "dtype", None) is None:
-        text.dtype = getattr(config, "dtype", None) or checkpoint.stored_dtype()
+        stored = getattr(config, "dtype", None) or checkpoint.stored_dtype()
+        if not isinstance(stored, torch.dtype) or stored.itemsize > 1:  # nobody computes in what is packed
+            text.dtype = stored
 
 
 def describe(name: str, config: PretrainedConfig, fingerprint: str) -> ModelInfo:
