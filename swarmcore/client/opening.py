@@ -26,6 +26,9 @@ ATTEMPTS = 3
 ASK_AFTER = 0.5
 """Seconds without an answer to an opening after which a server is asked whether it lives, again and again."""
 
+GRACE = 0.2
+"""Seconds that the other servers of a chain get to refuse as well, once one has."""
+
 MOST_ATTEMPTS = 8
 """Chains that are tried when their servers refuse at once: many may have died in the same moment."""
 
@@ -220,7 +223,8 @@ async def _open_all(
     sequences: int,
     reserve: int,
     timeout: float,
-) -> list[OpenStage | SwarmError]:
+) -> list[OpenStage | SwarmError | None]:
+    """What comes of each stage; None where it was not waited for, because another one will not do."""
     now, adapter = asyncio.get_running_loop().time, planner.adapter
 
     async def open_one(
@@ -290,8 +294,20 @@ async def _open_all(
         if hop is not None
     ]
     try:
-        return await asyncio.gather(*tasks)
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if any(isinstance(task.result(), SwarmError) for task in done):
+                break
+        if pending:  # a server that is well may wait for the one that is not: it dials who follows it
+            await asyncio.wait(pending, timeout=GRACE)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return [None if task.cancelled() else task.result() for task in tasks]
     except BaseException:
+        for task in tasks:
+            task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, OpenStage):
                 result.channel.abort("the session was not opened")

@@ -8,6 +8,8 @@ import random
 import pytest
 from memory_swarm import Run, Swarm, quiet, swarm_of
 
+from swarmcore.server.round_trips import measure_round_trip
+
 pytestmark = pytest.mark.virtual_time
 
 SPANS = ("0:4", "4:8", "8:12")
@@ -56,4 +58,26 @@ async def test_no_text_stands_still_for_long_when_servers_freeze(seed: int, jour
         assert failovers >= 3, "freezes were noticed"
         long = sorted(gap for gap in gaps if gap > 0.5)
         assert long[int(0.9 * len(long))] <= LIMIT and long[-1] <= LIMIT + 1, long
+        await quiet(swarm)
+
+
+async def test_one_frozen_server_does_not_hold_up_a_session_that_opens() -> None:
+    """Those before it in the chain wait to dial it; nobody waits for them."""
+    async with swarm_of(*SPANS, *SPANS, delay=0.001) as swarm:
+        for server in swarm.servers:  # as clients do now and then
+            await measure_round_trip(swarm.client, server.info(), timeout=5.0)
+        frozen = swarm.servers[1]
+        frozen.transport.partition()
+        loop = asyncio.get_running_loop()
+        opened = 0
+        for _ in range(4):
+            began = loop.time()
+            session = await swarm.open()
+            opened += frozen.peer not in session.chain.peers
+            # Who was silent is given twice as long the next time: it may only be busy.
+            assert loop.time() - began < (LIMIT if opened == 1 else 2 * LIMIT)
+            await session.close()
+            swarm.health.succeeded(frozen.peer)
+        assert opened == 4
+        frozen.transport.heal()
         await quiet(swarm)
