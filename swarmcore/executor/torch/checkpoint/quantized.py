@@ -48,7 +48,7 @@ _PACKED_NAME = re.compile(
 
 @attrs.frozen
 class Scheme:
-    """How packed weights become plain ones: ``(weight - zero point) * scale * factor``."""
+    """How packed weights become plain ones: ``(weight - zero point) * scale``."""
 
     method: str
     dtypes: frozenset[torch.dtype]
