@@ -155,6 +155,8 @@ class Swarm:
 
     async def close(self) -> None:
         """Close every session's connections, and the models loaded here. Harmless when repeated."""
+        if self._joined:
+            self.node.check_loop()
         self._closed = True
         while self._models:
             await self._models.pop().close()

@@ -122,6 +122,9 @@ async def test_another_threads_loop_is_told_at_once(use: str) -> None:
                 with pytest.raises(InputError, match=r"another event loop.*swarmcore\.sync"):
                     await work
 
+            with pytest.raises(InputError, match="another event loop"):
+                await swarm.close()
+
         await on_another_loop(elsewhere)
         assert (await swarm.info(server.node.peer)).server.peer == server.node.peer
 
