@@ -28,6 +28,7 @@ from swarmcore.types import PeerId, short
 logger = logging.getLogger(__name__)
 
 MAX_LINES = 64
+MAX_OF_PEER = 4
 """Lifelines that others may hold here."""
 SILENT_BEATS = 4
 """Beats that may be missing before a line counts as silent."""
@@ -111,10 +112,15 @@ class Lifelines:
                 line.tell(suspected)
 
     async def serve(self, channel: Channel) -> None:
-        """Handle a lifeline that another member holds here. Raise `TooManyCallsError` above `MAX_LINES`."""
+        """Handle a lifeline that another member holds here.
+
+        Raise `TooManyCallsError` above `MAX_LINES`, or `MAX_OF_PEER` of one member.
+        """
+        peer = channel.remote
         if len(self._accepted) >= MAX_LINES:
             raise TooManyCallsError(f"{MAX_LINES} lifelines end here, the limit")
-        peer = channel.remote
+        if sum(line.peer == peer for line in self._accepted) >= MAX_OF_PEER:
+            raise TooManyCallsError(f"{MAX_OF_PEER} lifelines of yours end here, the limit of one member")
         opening: HoldLine = channel.opening.record
         beat = opening.beat and min(max(opening.beat, FASTEST_BEAT), SLOWEST_BEAT)
         line = _Line(channel, beat, self._watch)
@@ -250,6 +256,7 @@ class _Line:
     """One lifeline, the same at both ends."""
 
     def __init__(self, channel: Channel, beat: float, watch: Watch) -> None:
+        self.peer = channel.remote
         self._channel = channel
         self._beat = beat
         self._watch = watch

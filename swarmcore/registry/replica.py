@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
+from swarmcore.errors import ProtocolError
 from swarmcore.registry.base import Change
 from swarmcore.registry.changes import ChangeFeed
 from swarmcore.registry.partners import Partners
@@ -47,12 +48,18 @@ class Replica:
         return outcome
 
     async def merge(self, records: Iterable[SignedRecord]) -> list[tuple[SignedRecord, Accepted]]:
-        """Take many records without holding up the event loop; return those that were news."""
+        """Take many records without holding up the event loop; return those that were news.
+
+        Raise `ProtocolError` at the first that is forged: nobody passes those on, and each costs a signature
+        to find out. Those before it are taken.
+        """
         taken = []
         for position, record in enumerate(records, 1):
             outcome = self.apply(record)
             if isinstance(outcome, Accepted):
                 taken.append((record, outcome))
+            elif outcome is Drop.FORGED:
+                raise ProtocolError("a record came that its owner has not signed")
             if position % _SLICE == 0:
                 await asyncio.sleep(0)
         return taken

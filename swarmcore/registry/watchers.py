@@ -15,6 +15,8 @@ from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 
 MAX_WATCHERS = 1024
+MAX_OF_PEER = 8
+"""Watchers of one peer among them: each costs a list of all records at its beginning."""
 HEARTBEAT = 5.0
 """Seconds of silence after which a watcher is sent an empty batch."""
 STALL = 30.0
@@ -57,13 +59,18 @@ class Watchers:
     async def serve(self, channel: Channel) -> None:
         """Handle one channel of the watch protocol, until the other side is gone or `close` is called.
 
-        Raise `TooManyCallsError` above `MAX_WATCHERS`, `ProtocolError` for a malformed digest.
+        Raise `TooManyCallsError` above `MAX_WATCHERS`, or `MAX_OF_PEER` of one peer, and `ProtocolError` for
+        a malformed digest.
         """
         if len(self._watchers) >= MAX_WATCHERS:
             raise TooManyCallsError(f"this peer has {MAX_WATCHERS} watchers, its limit; watch another one")
+        if sum(watcher.peer == channel.remote for watcher in self._watchers) >= MAX_OF_PEER:
+            raise TooManyCallsError(f"you have {MAX_OF_PEER} watchers here, the limit of one peer")
         opening: WatchRecords = channel.opening.record
         buckets = self._store.differing(opening.hashes)
-        watcher = _Watcher(self._store.current_in(buckets), dict(self._store.hidden_entries()))
+        watcher = _Watcher(
+            channel.remote, self._store.current_in(buckets), dict(self._store.hidden_entries())
+        )
         self._watchers[watcher] = None
         try:
             while not self._closed:
@@ -87,7 +94,8 @@ class Watchers:
 
 
 class _Watcher:
-    def __init__(self, waiting: dict[PeerId, SignedRecord], suspected: dict[Key, int]) -> None:
+    def __init__(self, peer: PeerId, waiting: dict[PeerId, SignedRecord], suspected: dict[Key, int]) -> None:
+        self.peer = peer
         self.waiting = waiting
         self.suspected = suspected
         self.wake = asyncio.Event()

@@ -16,6 +16,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
 from swarmcore.types import Address, PeerId, short
+from swarmcore.wire.limits import MAX_ADDRESSES
 from swarmcore.wire.messages import Hop, JoinSession, Ping
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,6 @@ DIAL_TIMEOUT = 5.0
 
 KNOWN_TIMEOUT = 2.0
 """Seconds in which the record of a server that has just joined may yet come."""
-
-MAX_ADDRESSES = 16
-"""Most addresses that a client may name for one hop; none of them is dialled."""
 
 PROVEN_REMEMBERED = 1024
 """Stages whose addresses are remembered beyond their records."""

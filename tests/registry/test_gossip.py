@@ -206,16 +206,18 @@ async def test_bad_records_from_the_network_are_dropped_and_counted(swarm: Gossi
         RecordIssuer(other.identity, lambda: now - 3600),
     )
     genuine = RecordIssuer(other.identity, lambda: now + 1).announce(other.info(sessions=3), 30.0)
+    forged = SignedRecord(genuine.payload, one.identity.sign(genuine.payload))
     await push(
         swarm,
         other,
-        SignedRecord(genuine.payload, one.identity.sign(genuine.payload)),
         old.announce(other.info(sessions=4), 30.0),
         late.announce(other.info(sessions=5), 30.0),
         SignedRecord(bytes(10_000), bytes(64)),
         SignedRecord(b"\xff" * 100, bytes(64)),
         to=one,
     )
+    with pytest.raises(ProtocolError, match="not signed"):  # at the first, whatever else there is
+        await push(swarm, other, *[forged] * 200, to=one)
     assert isinstance(one.registry, GossipRegistry)
     bad = {Drop.FORGED, Drop.REPLAYED, Drop.EXPIRED, Drop.OVERSIZED, Drop.MALFORMED}
     assert {reason: one.registry.dropped.get(reason) for reason in bad} == dict.fromkeys(bad, 1)

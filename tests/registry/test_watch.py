@@ -9,13 +9,15 @@ from random import Random
 
 import pytest
 
-from swarmcore.errors import InputError, PeerUnreachableError
+from swarmcore.errors import InputError, PeerUnreachableError, TooManyCallsError
 from swarmcore.registry import watchers
 from swarmcore.registry.base import Change
 from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.messages import WATCH, WatchRecords
+from swarmcore.registry.store import RecordStore
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
 from swarmcore.testing.registry_contract import Member
-from swarmcore.types import short
+from swarmcore.types import Address, short
 
 pytestmark = pytest.mark.virtual_time
 
@@ -137,6 +139,20 @@ async def test_a_member_with_too_many_watchers_sends_clients_elsewhere(
         assert client.knows(one.info(), other.info())
     with pytest.raises(PeerUnreachableError, match="watch another one"):
         await swarm.watch(both)
+
+
+async def test_one_client_has_no_more_than_its_share_of_watchers(swarm: GossipSwarm) -> None:
+    (one,) = await announced(swarm, 1)
+    client = await swarm.watch(one.addresses)
+    node, to = swarm.nodes[client.identity.peer], [Address.parse(url) for url in one.addresses]
+    opening = WatchRecords(RecordStore().hashes())
+    channels = [await node.open(to, WATCH, opening) for _ in range(watchers.MAX_OF_PEER - 1)]
+    one_more = await node.open(to, WATCH, opening)
+    with pytest.raises(TooManyCallsError, match="one peer"):
+        await one_more.receive()
+    for channel in channels:
+        await channel.receive()
+        channel.abort("enough")
 
 
 async def test_a_client_that_goes_leaves_nothing_behind(swarm: GossipSwarm) -> None:
