@@ -168,6 +168,8 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
         check_options(self.config, given, signature.parameters)
         if given.get("output_hidden_states") is None and self.config.output_hidden_states:
             kwargs["output_hidden_states"] = True
+        if given.get("use_cache") is None and not getattr(self.config, "use_cache", True):
+            kwargs["use_cache"] = False  # the base model has a config of its own
         keep = given.get("logits_to_keep", 0)
         if given.get("labels") is not None:
             _check_labels(self, given)

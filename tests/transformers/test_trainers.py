@@ -15,7 +15,7 @@ from tiny_swarm import Tiny
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM as PlainModel
 from transformers import AutoModelForSequenceClassification as PlainClassifier
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, set_seed
 
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
 from swarmcore.training import (
@@ -121,13 +121,17 @@ def test_trainer_trains_what_is_tuned_in_small_batches_as_in_large_ones(
 
 
 def language_model_losses(
-    model: Any, folder: Path, *, left: bool = False, **options: Any
+    model: Any, folder: Path, *, left: bool = False, packed: bool = False, **options: Any
 ) -> tuple[list[float], float]:
     """Train with Transformers' Trainer; return the losses of its steps, and of an evaluation.
 
-    ``left``: with the padding before the texts.
+    ``left``: with the padding before the texts; ``packed``: one after the other in a row, without padding.
     """
     data = [{name: row.flip(0) for name, row in text.items()} for text in TEXTS] if left else TEXTS
+    collator = None
+    if packed:
+        data = [{"input_ids": text["input_ids"][: text["attention_mask"].sum()].tolist()} for text in TEXTS]
+        collator = DataCollatorWithFlattening()
     arguments = TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -143,7 +147,7 @@ def language_model_losses(
         }
         | options
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4])
+    trainer = Trainer(model, arguments, collator, train_dataset=data, eval_dataset=data[:4])
     trainer.train(resume_from_checkpoint=options.get("max_steps") == 5)
     evaluated = trainer.evaluate()["eval_loss"]
     return [line["loss"] for line in trainer.state.log_history if "loss" in line], evaluated
@@ -154,6 +158,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "label smoothing": {"label_smoothing_factor": 0.2},
     "both": {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1},
+    "packed": {"packed": True},
     "padding before": {"left": True, "gradient_accumulation_steps": 2},
     "smoothing and padding before": {"left": True, "label_smoothing_factor": 0.2},
     "noise on the embeddings": {"neftune_noise_alpha": 5.0},
