@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
 from functools import partial
 from typing import Literal
 
@@ -18,6 +17,7 @@ from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.arrivals import Arrivals
+from swarmcore.server.cache_hand_over import CacheHandOver
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.kept import Kept
 from swarmcore.server.kept_for_replay import KeptForReplay
@@ -31,10 +31,7 @@ from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
     Admit,
     CachePart,
-    CachesTaken,
     Draining,
-    HandOver,
-    HandOverFailed,
     Hop,
     Replay,
     SessionState,
@@ -53,12 +50,6 @@ MAX_STEPS_IN_FLIGHT = 4
 
 STEPS_REMEMBERED = 16
 """Answers kept for steps that come again; more than a client has under way at once."""
-
-CACHE_PART_NBYTES = 4 << 20
-"""Most bytes of attention cache in one message of a hand-over."""
-
-HAND_OVER_TIMEOUT = 60.0
-"""Seconds for a part of the caches of a session to get across."""
 
 
 @attrs.frozen
@@ -101,13 +92,20 @@ class HostedSession:
         self.span = span
         self.pushers = pushers
         self._engine = engine
-        self._hops = hops
         self._arrivals = Arrivals(node.resources, client.remote)
         self._client = ClientLink(client, self._arrivals)
         self._next = NextStage(hops, client.remote, counters)
         self._counters = counters
         self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
         self._answers_held = Kept(node.resources, client.remote, self._drop_answers)
+        self._hand_over = CacheHandOver(
+            session,
+            engine=engine,
+            hops=hops,
+            client=self._client,
+            arrivals=self._arrivals,
+            counters=counters,
+        )
         self._kept_outputs = KeptForReplay(
             sequences,
             executor=engine.executor,
@@ -158,7 +156,7 @@ class HostedSession:
         """
         record = message.record
         if isinstance(record, CachePart):
-            await self._take_caches(record, message.tensors)
+            await self._hand_over.take(record, message.tensors)
             return
         if isinstance(record, AdapterPart):
             raise ProtocolError("the weights of an adapter came that were not asked for")
@@ -193,7 +191,7 @@ class HostedSession:
         elif isinstance(record, Replay):
             self._jobs.put_nowait(partial(self._replay, record))
         else:
-            self._jobs.put_nowait(partial(self._hand_over, record))
+            self._jobs.put_nowait(partial(self._hand_over.send, record))
 
     async def dial(self, hop: Hop) -> bool:
         """Connect to the stage that will follow, before `start`; False when it cannot be reached."""
@@ -370,46 +368,3 @@ class HostedSession:
             self._counters["replays_sent"] += 1
         except SwarmError as exc:
             await self._report(order.step, exc)
-
-    async def _hand_over(self, order: HandOver) -> None:
-        try:
-            if order.hop.session == self.session:
-                raise InvalidStepError("a session cannot be handed over to itself")
-            async with asyncio.timeout(HAND_OVER_TIMEOUT) as clock:
-                chunks = self._engine.export_cache(self.session, max_bytes=CACHE_PART_NBYTES)
-                async with aclosing(chunks), await self._hops.join(order.hop, self._client.client) as channel:
-                    async for chunk in chunks:
-                        part = CachePart(chunk.sequence, chunk.start, chunk.count)
-                        await channel.send(part, *chunk.tensors)
-                        clock.reschedule(asyncio.get_running_loop().time() + HAND_OVER_TIMEOUT)
-                    await channel.send(CachePart(0, 0, 0, last=True))
-            self._counters["sessions_handed_over"] += 1
-        except TimeoutError:
-            await self._hand_over_failed(_too_slow())
-        except SwarmError as exc:
-            await self._hand_over_failed(exc)
-
-    async def _take_caches(self, part: CachePart, tensors: tuple[Tensor, ...]) -> None:
-        try:
-            if part.count:
-                async with self._arrivals.held(tensors):
-                    await self._engine.import_cache(
-                        self.session,
-                        part.sequence,
-                        part.start,
-                        part.count,
-                        tensors,
-                        timeout=HAND_OVER_TIMEOUT,
-                    )
-            if part.last:
-                await self._client.send(CachesTaken(self._engine.length(self.session)))
-        except SwarmError as exc:
-            await self._hand_over_failed(exc)
-
-    async def _hand_over_failed(self, error: SwarmError) -> None:
-        logger.info("session %s: its caches do not get across: %s", self.session[:8], error)
-        await self._client.send(HandOverFailed(to_failure(error)))
-
-
-def _too_slow() -> SwarmError:
-    return SessionLostError(f"a part of the caches did not get across in {HAND_OVER_TIMEOUT:.0f} s")

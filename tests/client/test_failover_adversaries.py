@@ -13,7 +13,7 @@ from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 from swarmcore.client.session import InferenceSession
 from swarmcore.errors import SessionLostError
 from swarmcore.rpc.channel import Channel
-from swarmcore.server.hosted_session import HostedSession
+from swarmcore.server.cache_hand_over import CacheHandOver
 from swarmcore.testing.executor import hidden_states
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.messages import (
@@ -240,10 +240,10 @@ async def test_a_server_that_never_hands_over_does_not_hold_the_session_up(monke
         leaving = swarm.serving(session, 1)
         await leaving.registry.withdraw()
 
-        async def never(self: HostedSession, order: HandOver) -> None:
+        async def never(self: CacheHandOver, order: HandOver) -> None:
             pass
 
-        monkeypatch.setattr(HostedSession, "_hand_over", never)
+        monkeypatch.setattr(CacheHandOver, "send", never)
         loop = asyncio.get_running_loop()
         start = loop.time()
         leave = asyncio.create_task(leaving.service.drain(1e9))
@@ -264,7 +264,8 @@ async def test_a_server_that_leaves_serves_on_until_somebody_has_room() -> None:
         other = next(
             s for s in swarm.servers if s is not leaving and s.executor.span == leaving.executor.span
         )
-        await other.engine.open("f" * 32, 1, 500, timeout=1)
+        # Of the same client: it would make room for another one's.
+        await other.engine.open("f" * 32, 1, 500, timeout=1, caller=swarm.client.peer)
         await leaving.registry.withdraw()
         drained = asyncio.create_task(leaving.service.drain(100))
         for _ in range(20):

@@ -11,6 +11,7 @@ import attrs
 
 from swarmcore.errors import PeerUnreachableError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.printable import printable_line
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.descriptions import MAX_CANDIDATES
 from swarmcore_transports.webrtc.engine import PeerConnection
@@ -185,7 +186,7 @@ class Exchange:
 
     def refused(self, reason: str) -> None:
         """The peer's refusal."""
-        self.fail(PeerUnreachableError(f"{short(self.peer)} refuses: {reason[:200]}"))
+        self.fail(PeerUnreachableError(f"{short(self.peer)} refuses: {printable_line(reason, 200)}"))
 
     def candidates_heard(self, body: str) -> int:
         """Give the peer's candidates to the connection; return how many were too many, or too long."""

@@ -15,6 +15,7 @@ import aiohttp
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.printable import printable_line
 from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.locations import Service
@@ -225,7 +226,8 @@ class SignallingClient:
 def absent(signal: Absent) -> PeerUnreachableError:
     """What an `Absent` means to whoever dials."""
     return PeerUnreachableError(
-        f"{short(PeerId(signal.receiver))} cannot be reached by signalling: {signal.reason[:200]}"
+        f"{short(PeerId(signal.receiver))} cannot be reached by signalling: "
+        f"{printable_line(signal.reason, 200)}"
     )
 
 
