@@ -174,8 +174,9 @@ def _remote_class(family: Any) -> type[RemoteModelMixin]:
         if given.get("labels") is not None:
             _check_labels(self, given)
             _check_trainable(self, given.get("inputs_embeds"))
-        padding = _predicted_from_padding(self, given)
-        with rows_wanted(last_only=isinstance(keep, int) and keep == 1, padding=padding):
+        last_only = isinstance(keep, int) and keep == 1
+        padding = _predicted_from_padding(self, given) and not last_only
+        with rows_wanted(last_only=last_only, padding=padding):
             return family.forward(self, *args, **kwargs)
 
     mixin = RemoteGenerationMixin if issubclass(family, GenerationMixin) else RemoteModelMixin
