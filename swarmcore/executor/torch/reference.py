@@ -17,11 +17,14 @@ from torch import nn
 
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
+from swarmcore.executor.torch.checkpoint.cache import gigabytes
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list
 from swarmcore.executor.torch.small_config import VOCABULARY, small_config
 from swarmcore.types import ModelInfo
 
+LARGEST = 512 * 2**20
+"""Most bytes that the tensors of a small model may take; usually it is a hundredth of that."""
 LENGTHS = (13, 10)
 """Tokens of the two sequences: past all windows and chunks, on which they end at different places."""
 
@@ -64,6 +67,12 @@ class Reference(Checkpoint):
 
     def _build(self, generator: torch.Generator) -> Any:
         empty = build_on_meta(self.config)
+        size = sum(tensor.numel() for tensor in empty.state_dict().values()) * torch.float32.itemsize
+        if size > LARGEST:
+            raise UnsupportedModelError(
+                f"{self.name} ({self.config.model_type}) cannot be tested, and is not served untested: "
+                f"a small model of its kind would still take {gigabytes(size)}"
+            )
         state = {
             name: _random(name, tensor, generator)
             for name, tensor in empty.state_dict().items()

@@ -11,6 +11,8 @@ import copy
 import re
 from typing import Any
 
+from transformers import PretrainedConfig
+
 VOCABULARY = 128
 WINDOW = 4
 """What windows and chunks are cut to."""
@@ -62,6 +64,7 @@ _WIDTHS = {
     "laurel_rank": 8,
 }
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
+_DEPTHS = {"num_hidden_layers", "num_layers", "num_blocks", "encoder_layers", "depth"}
 _PARTS = ("attn_config", "ffn_config")
 """Configs within the config, of one text model."""
 _PART_WIDTHS = {"kv_n_heads": 2, "moe_top_k": 2}
@@ -92,6 +95,10 @@ def small_config(config: Any) -> Any:
             setattr(small, name, _at_most(value, VOCABULARY))
         elif name == "floor_scale":
             setattr(small, name, _at_most(value, WINDOW))
+    for part in vars(small).values():
+        if isinstance(part, PretrainedConfig):  # towers that are built with the text model
+            for name in _DEPTHS & vars(part).keys():
+                setattr(part, name, _at_most(getattr(part, name), 2))
     if not narrow:
         layers = config.to_dict().get("per_layer_config") or {}
         _make_narrow(small)

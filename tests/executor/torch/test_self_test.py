@@ -12,12 +12,11 @@ import torch
 from tiny_models import FAMILIES, save_random_model, tiny_config
 from transformers import AutoConfig
 
-from swarmcore.errors import UnsupportedModelError
-from swarmcore.executor.torch import attention, self_test, span
+from swarmcore.errors import CheckpointError, UnsupportedModelError
+from swarmcore.executor.torch import attention, reference, self_test, span
 from swarmcore.executor.torch.batch import Attention, RaggedBatch
 from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.masks import FULL
 from swarmcore.executor.torch.reference import Reference
 from swarmcore.executor.torch.small_config import WINDOW, small_config
 from swarmcore.executor.torch.whole_sequences import WholeSequences
@@ -121,13 +120,27 @@ def test_layers_that_are_not_those_of_the_whole_model_are_refused(
 
 
 def test_masks_of_a_window_taken_for_full_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MASK", "nowhere")
-    probing = attention.probing_attention
-    monkeypatch.setattr(attention, "probing_attention", probing)
-    monkeypatch.setattr(attention, "FULL", FULL)
-    monkeypatch.setattr(attention, "setattr", lambda *args: None, raising=False)
+    monkeypatch.setattr(attention, "setattr", lambda *args: None, raising=False)  # nothing is noted
     with pytest.raises(UnsupportedModelError, match="from token 4 of"):
         TorchExecutor.load(opened(tiny_config("phi3"), tmp_path), Span(0, 2))
+
+
+def test_a_small_model_that_is_not_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LARGEST", 100_000)
+    with pytest.raises(UnsupportedModelError, match="would still take 6"):
+        TorchExecutor.load(opened(tiny_config("llama"), tmp_path), Span(0, 2))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), CheckpointError("a tensor is missing")])
+def test_what_fails_in_small_is_refused_for_that(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(self_test, "_difference", fails)
+    with pytest.raises(UnsupportedModelError, match="cannot be tested, and is not served untested"):
+        TorchExecutor.load(opened(tiny_config("llama"), tmp_path), Span(0, 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,10 +175,10 @@ def test_the_small_config_of_a_small_model_keeps_its_widths(family: str) -> None
 )
 def test_a_large_model_is_tried_in_small(model_type: str, settings: dict[str, Any]) -> None:
     checkpoint = config_only(AutoConfig.for_model(model_type, **settings))
-    reference = Reference(checkpoint)
+    small = Reference(checkpoint)
     text = checkpoint.config.get_text_config(decoder=True)
-    assert reference.config.num_hidden_layers == text.num_hidden_layers == len(reference.hidden[0]) - 1
-    assert reference.nbytes(reference.names()) < 64 * 2**20
-    assert all(torch.isfinite(logits).all() for logits in reference.logits)
+    assert small.config.num_hidden_layers == text.num_hidden_layers == len(small.hidden[0]) - 1
+    assert small.nbytes(small.names()) < 64 * 2**20
+    assert all(torch.isfinite(logits).all() for logits in small.logits)
     part = Span(1, 3)
-    assert self_test._difference(reference, part, span._load_small(reference, part)) is None
+    assert self_test._difference(small, part, span._load_small(small, part)) is None
