@@ -150,7 +150,8 @@ def _try(model_type: str, config: Any) -> str | None:
         LocalParts.check(checkpoint)
         return None
     reference = Reference(checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = str(Path(parent) / model_type)
         with quiet_transformers(lambda share: None):
             reference.model.save_pretrained(folder)
         return asyncio.run(_serve(open_checkpoint(folder), spans, reference))
