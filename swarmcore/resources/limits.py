@@ -68,7 +68,7 @@ class ResourceLimits:
         one peer.
         """
         held = min(max(machine.memory // 8, 384 * _MIB), 4096 * _MIB)
-        sockets = max(machine.descriptors - min(machine.descriptors // 4, 256), 8)
+        sockets = max(machine.descriptors - min(machine.descriptors // 4, 256), 32)
         sockets = min(sockets, max(machine.memory // 8 // CONNECTION_BYTES, 256))
         # Every stream has a first window, whatever else is held: all of them leave room for long messages.
         streams = min(streams, held // 3 // (128 * 1024))

@@ -18,6 +18,7 @@ from swarmcore.resources import (
     ResourceLimits,
     ResourceManager,
 )
+from swarmcore.resources.limits import CONNECTION_BYTES
 from swarmcore.types import PeerId
 
 BYTES, SOCKETS = Resource.BYTES, Resource.DESCRIPTORS
@@ -293,9 +294,11 @@ def test_whatever_happens_the_bounds_hold_and_the_sums_agree() -> None:
 
 
 def test_bounds_follow_the_machine() -> None:
-    small = ResourceLimits.of(Machine(descriptors=34, memory=2**28))
-    assert small.descriptors.system + small.descriptors.system // 4 <= 34
+    small = ResourceLimits.of(Machine(descriptors=100, memory=2**30))
+    assert small.descriptors.system == 75
     assert small.descriptors.unproven <= small.descriptors.system // 2
+    # However many files may be open, their buffers have to fit.
+    assert ResourceLimits.of(Machine(2**20, 2**32)).descriptors.system * CONNECTION_BYTES <= 2**32 // 8
     for machine in (Machine(0, 0), Machine(34, 2**28), Machine(1000, 2**33), Machine(2**20, 2**40)):
         limits = ResourceLimits.of(machine)
         for bounds in attrs.astuple(limits, recurse=False):
