@@ -7,6 +7,9 @@ transformers takes tens of seconds; so it is dequantized once, into the model ca
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +155,7 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
     metadata = Metadata.read(source)
     check_metadata(metadata)
     progress(f"reading the tokenizer of {source.name}", 0, 0)
-    with quiet_transformers(converting.report):
+    with quiet_transformers(converting.report), _parsed_once():  # the first lets in one thread at a time
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
         progress(f"reading the config of {source.name}", 0, 0)
         config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
@@ -193,6 +196,22 @@ def _check_loaded(name: str, report: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{name} lacks {len(wrong)} tensors of its model or has them in another shape, such as {wrong[0]}"
         )
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within it a GGUF file is parsed once, not for tokenizer, config and tensors each, and the table of
+    tensor names made once, not for every layer: that is most of the time of a small model."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in kept.items():
+        setattr(gguf, name, cache(made))
+    try:
+        yield
+    finally:
+        for name, made in kept.items():
+            setattr(gguf, name, made)
 
 
 class _Rising:

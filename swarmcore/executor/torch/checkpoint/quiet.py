@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any
@@ -45,22 +44,6 @@ class _Bar:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Within it a GGUF file is parsed once, not for tokenizer, config and tensors each, and the table of
-    tensor names made once, not for every layer: that is most of the time of a small model."""
-    import gguf
-
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, made in kept.items():
-        setattr(gguf, name, cache(made))
-    try:
-        yield
-    finally:
-        for name, made in kept.items():
-            setattr(gguf, name, made)
-
-
-@contextmanager
 def quiet_transformers(report: Callable[[float], None]) -> Iterator[None]:
     """Within it, transformers logs errors only, and its progress bars call ``report(share done)`` instead.
 
@@ -79,7 +62,7 @@ def quiet_transformers(report: Callable[[float], None]) -> Iterator[None]:
     def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bar:
         return bar(*args, **kwargs)
 
-    with _one_at_a_time, _parsed_once():
+    with _one_at_a_time:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         set_hook = getattr(logging, "set_tqdm_hook", None)
