@@ -105,14 +105,6 @@ def _config(model_type: str) -> Any:
             config = AutoConfig.for_model(model_type, **settings, num_hidden_layers=BLOCKS)
         except Exception:  # some count their blocks otherwise
             return config
-    else:
-        for names in (
-            modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        ):
-            if model_type in names:
-                config.architectures = [names[model_type]]
-                break
     return config
 
 

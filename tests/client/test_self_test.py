@@ -83,6 +83,15 @@ def test_the_text_part_of_a_model_for_images_is_served(tmp_path: Path) -> None:
     TorchExecutor.load(checkpoint, Span(1, 3))
 
 
+@pytest.mark.parametrize("named", [[], ["pipeline"], ["NoSuchModel"]], ids=str)
+def test_a_config_that_names_no_model_is_taken_for_its_type(named: list[str], tmp_path: Path) -> None:
+    text = LlamaConfig(**SIZES)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**TOWER), text_config=text, image_token_id=100)
+    checkpoint = composite(tmp_path, LlavaForConditionalGeneration(config))
+    checkpoint.config.architectures = named
+    LocalParts.check(checkpoint)
+
+
 def test_a_scale_that_the_model_around_the_text_model_does_not_have(tmp_path: Path) -> None:
     """Granite divides its logits; Llava around it does not."""
     text = GraniteConfig(**SIZES, logits_scaling=8.0)

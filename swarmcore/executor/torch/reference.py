@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
@@ -159,10 +160,7 @@ def _around(config: Any, text: Any, model: Any) -> Any:
     """
     if config.get_text_config(decoder=True) is config:
         return model
-    name = next(iter(getattr(config, "architectures", None) or ()), "")
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise UnsupportedModelError(f"transformers has no class {name!r} for a model of {config.model_type}")
+    kind = _class_of(config)
     small = _with_text_config(config, text)
     with torch.device("meta"):
         whole = kind._from_config(small)
@@ -173,7 +171,7 @@ def _around(config: Any, text: Any, model: Any) -> Any:
             break
     else:
         raise UnsupportedModelError(
-            f"{config.model_type} ({name}) has another model for text than {text.model_type}"
+            f"a {kind.__name__} has another model for text than {text.model_type}, which is not served"
         )
     if whole.get_output_embeddings() is not None:
         whole.set_output_embeddings(model.get_output_embeddings())
@@ -181,6 +179,23 @@ def _around(config: Any, text: Any, model: Any) -> Any:
         for tensors in (module._parameters, module._buffers):
             tensors.update({key: None for key, data in tensors.items() if data is not None and data.is_meta})
     return whole.eval()
+
+
+def _class_of(config: Any) -> Any:
+    """The class of models that a config says it is of, or the usual one of its type."""
+    named = list(getattr(config, "architectures", None) or ())
+    usual = (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+    named += [names[config.model_type] for names in usual if config.model_type in names]
+    for name in named:
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    raise UnsupportedModelError(
+        f"transformers has no class for a model of type {config.model_type!r}: {named}"
+    )
 
 
 def _with_text_config(config: Any, text: Any) -> Any:
