@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from swarmcore.executor.activations import ActivationStore
-from swarmcore.executor.pacing import ACTIVE, SHARE, Pacing
+from swarmcore.executor.pacing import ACTIVE, LONGEST, SHARE, Pacing
 from swarmcore.executor.pass_queue import Admission, PassQueue, QueuedPass
 from swarmcore.executor.passes import SequenceBatch
 from swarmcore.testing.executor import CountingExecutor
@@ -109,7 +109,12 @@ def test_units_follow_what_was_measured_and_who_is_there() -> None:
         pacing.note_unit("forward", lengths, 50, seconds=0.25)  # faster: by and by
     assert pacing.unit_tokens("forward", lengths, 1.0, now=5.0) == pytest.approx(SHARE * 200, rel=0.05)
     assert pacing.unit_tokens("backward", lengths, 1.0, now=5.0) == 1
-    assert pacing.unit_tokens("forward", lengths, 1.0, now=5.0 + ACTIVE) == 1000
+    alone = 5.0 + ACTIVE
+    assert pacing.unit_tokens("forward", (10,) * 50, 1.0, now=alone) == 500
+    # 5 ms a token by now, to a hundredth
+    assert pacing.unit_tokens("forward", (10,) * 1000, 1.0, now=alone) == pytest.approx(
+        LONGEST * 200, rel=0.01
+    )
 
 
 async def test_names_are_used_again_and_batches_that_do_not_fit_are_not_kept() -> None:
