@@ -73,7 +73,7 @@ def test_token_ids_of_any_kind(prompt: Any) -> None:
         ("abc \ud83d", "the prompt has half a character .* at 4"),
         ([{"role": "user", "content": "\udfff"}], "content has half a character"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_prompt(prompt: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
