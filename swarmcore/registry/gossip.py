@@ -101,7 +101,7 @@ class GossipRegistry(Registry):
         self._replica.on_change = self._on_change
         self._namesake = Namesake()
         self._pusher = Pusher(node, self._partners, options, self._detector.suspect)
-        self._watchers = Watchers(store, node.limits, wall_clock)
+        self._watchers = Watchers(store, node.limits, wall_clock, node.resources)
         self._announced: tuple[ServerInfo, float] | None = None
         self._refresh: asyncio.TimerHandle | None = None
         self._refuted_at = -math.inf

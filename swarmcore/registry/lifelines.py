@@ -14,7 +14,13 @@ from typing import Protocol
 
 import attrs
 
-from swarmcore.errors import DeadlineExceededError, StreamClosedError, SwarmError, TooManyCallsError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    ProtocolError,
+    StreamClosedError,
+    SwarmError,
+    TooManyCallsError,
+)
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change
 from swarmcore.registry.messages import LIFELINE, Beat, HoldLine
@@ -114,7 +120,8 @@ class Lifelines:
     async def serve(self, channel: Channel) -> None:
         """Handle a lifeline that another member holds here.
 
-        Raise `TooManyCallsError` above `MAX_LINES`, or `MAX_OF_PEER` of one member.
+        Raise `TooManyCallsError` above `MAX_LINES`, or `MAX_OF_PEER` of one member, and `ProtocolError` for
+        a beat that is no time.
         """
         peer = channel.remote
         if len(self._accepted) >= MAX_LINES:
@@ -122,6 +129,8 @@ class Lifelines:
         if sum(line.peer == peer for line in self._accepted) >= MAX_OF_PEER:
             raise TooManyCallsError(f"{MAX_OF_PEER} lifelines of yours end here, the limit of one member")
         opening: HoldLine = channel.opening.record
+        if not opening.beat >= 0:  # nor NaN, which no clock can wait for
+            raise ProtocolError(f"a lifeline with a beat of {opening.beat} s; expected 0 or more")
         beat = opening.beat and min(max(opening.beat, FASTEST_BEAT), SLOWEST_BEAT)
         line = _Line(channel, beat, self._watch)
         self._accepted[line] = None

@@ -9,7 +9,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 
-from swarmcore.errors import DeadlineExceededError, InputError, PeerUnreachableError, SwarmError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InputError,
+    PeerUnreachableError,
+    ProtocolError,
+    SwarmError,
+)
 from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
@@ -67,6 +73,7 @@ class WatchingRegistry(Registry):
         )
         self._clock_warned = False
         self._replica = Replica(store, self._partners, self._clock)
+        self._most_read = 2 * options.capacity
         self._channel: Channel | None = None
         self._tasks = BackgroundTasks()
         self._inquiries = Inquiries(
@@ -144,8 +151,12 @@ class WatchingRegistry(Registry):
             channel = await self.node.open(partner.addresses, WATCH, opening, timeout=self._timeout)
             try:
                 read: list[SignedRecord] = []
+                batches = 0
                 while not (batch := await self._read(channel)).complete:
                     read += batch.records
+                    batches += 1
+                    if batches + len(read) > self._most_read:
+                        raise ProtocolError(f"{short(partner.peer)} tells of ever more peers")
                 await self._judge_clock([*read, *batch.records], batch.clock, partner.peer)
             except BaseException:
                 _abandon(channel)

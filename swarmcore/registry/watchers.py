@@ -10,6 +10,7 @@ from swarmcore.registry.digest import Key, key_of, pack_entries
 from swarmcore.registry.messages import RecordBatch, WatchRecords, records_per_message
 from swarmcore.registry.records import SignedRecord
 from swarmcore.registry.store import Accepted, RecordStore
+from swarmcore.resources import Priority, Resource, ResourceManager
 from swarmcore.rpc import Channel
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -21,6 +22,8 @@ HEARTBEAT = 5.0
 """Seconds of silence after which a watcher is sent an empty batch."""
 STALL = 30.0
 """Seconds that a watcher may take to accept a batch."""
+_WAITING_NBYTES = 128
+"""Memory for one record that waits for a watcher, beside the record itself, which the store holds."""
 SHORT_TTL = 12 * HEARTBEAT
 """Records of a longer ttl that change nothing but their expiry wait for the next heartbeat."""
 
@@ -29,11 +32,19 @@ class Watchers:
     """Sends every record that is given to `offer`, and every suspicion, to all watchers.
 
     Records for a slow watcher wait, only the newest of each peer: what waits is bounded by the store's
-    capacity, and a watcher that accepts nothing for `STALL` seconds is dropped.
+    capacity, and counted for the watcher's peer in ``resources``. A watcher that accepts nothing for `STALL`
+    seconds is dropped.
     """
 
-    def __init__(self, store: RecordStore, limits: Limits, wall_clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: RecordStore,
+        limits: Limits,
+        wall_clock: Callable[[], float],
+        resources: ResourceManager,
+    ) -> None:
         self._store = store
+        self._resources = resources
         self._wall_clock = wall_clock
         self._batch = records_per_message(limits, store.limits)
         self._watchers: dict[_Watcher, None] = {}
@@ -59,8 +70,8 @@ class Watchers:
     async def serve(self, channel: Channel) -> None:
         """Handle one channel of the watch protocol, until the other side is gone or `close` is called.
 
-        Raise `TooManyCallsError` above `MAX_WATCHERS`, or `MAX_OF_PEER` of one peer, and `ProtocolError` for
-        a malformed digest.
+        Raise `TooManyCallsError` above `MAX_WATCHERS`, or `MAX_OF_PEER` of one peer, `ProtocolError` for a
+        malformed digest, and `ResourceLimitError` when there is no room for what the peer does not read.
         """
         if len(self._watchers) >= MAX_WATCHERS:
             raise TooManyCallsError(f"this peer has {MAX_WATCHERS} watchers, its limit; watch another one")
@@ -75,9 +86,14 @@ class Watchers:
         try:
             while not self._closed:
                 batch = watcher.take(self._batch, self._wall_clock())
+                nbytes = sum(record.nbytes for record in batch.records)
+                nbytes += _WAITING_NBYTES * len(watcher.waiting)
                 try:
-                    async with asyncio.timeout(STALL):
-                        await channel.send(batch)
+                    with self._resources.reserve(
+                        watcher.peer, Resource.BYTES, nbytes, priority=Priority.MEDIUM
+                    ):
+                        async with asyncio.timeout(STALL):
+                            await channel.send(batch)
                 except TimeoutError as exc:
                     raise DeadlineExceededError(f"a watcher took nothing for {STALL:g} s") from exc
                 if batch.complete:

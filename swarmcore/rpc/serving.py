@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from swarmcore.errors import (
@@ -15,11 +15,11 @@ from swarmcore.errors import (
     RemoteFaultError,
     SwarmError,
 )
-from swarmcore.resources import ResourceManager
+from swarmcore.resources import Priority, Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.method import Caller, Method, Protocol
 from swarmcore.rpc.readahead import ReadAhead
-from swarmcore.transport import Stream
+from swarmcore.transport import Buffer, Stream
 from swarmcore.types import short
 from swarmcore.wire.failure import Failure, to_failure
 from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
@@ -32,6 +32,8 @@ MAX_TIMEOUT = 86_400.0
 _SHORT = 4096
 _GROWTH = 16
 """Most bytes of memory that a byte of a header takes as a record: small objects in long lists."""
+UNREAD_TIMEOUT = 60.0
+"""Seconds in which a caller has to take the answer to its call, however late its deadline."""
 _FAREWELL = 5.0
 """Seconds in which a failure has to get through to a peer that may not be reading."""
 
@@ -138,9 +140,23 @@ class Server:
             reply = await handler(message.record, caller)
             if type(reply) is not method.reply:
                 raise TypeError(f"the handler of {method.name} returned {type(reply).__name__}")
-            await stream.send(*encode_message(reply, (), self._limits))
+            await self._send_answer(stream, encode_message(reply, (), self._limits))
 
         await _watched(stream, deadline, method.name, answer)
+
+    async def _send_answer(self, stream: Stream, buffers: Sequence[Buffer]) -> None:
+        """Send the answer to a call, counted for the caller until it has taken it."""
+        nbytes = sum(map(len, buffers))
+        if nbytes <= _SHORT:
+            nbytes = 0
+        with self._resources.reserve(stream.remote, Resource.BYTES, nbytes, priority=Priority.MEDIUM):
+            try:
+                async with asyncio.timeout(UNREAD_TIMEOUT) as clock:
+                    await stream.send(*buffers)
+            except TimeoutError as exc:
+                if not clock.expired():
+                    raise
+                raise DeadlineExceededError(f"the answer was not taken in {UNREAD_TIMEOUT:g} s") from exc
 
     async def _serve_channel(
         self, stream: Stream, data: memoryview, protocol: Protocol, handler: ChannelHandler

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from contextlib import aclosing
 
-from swarmcore.errors import InvalidStepError, SessionLostError, SwarmError
+from swarmcore.errors import InvalidStepError, SessionLostError, StreamClosedError, SwarmError
 from swarmcore.executor.engine import Engine
+from swarmcore.rpc.channel import Channel
 from swarmcore.server.arrivals import Arrivals
 from swarmcore.server.client_link import ClientLink
 from swarmcore.server.next_hops import NextHops
@@ -46,7 +48,10 @@ class CacheHandOver:
         self._counters = counters
 
     async def send(self, order: HandOver) -> None:
-        """Send all caches to the session at ``order.hop``, which tells the client when it has them."""
+        """Send all caches to the session at ``order.hop``, which tells the client when it has them.
+
+        The client hears from here of what goes wrong, a session that is not there too.
+        """
         try:
             if order.hop.session == self._session:
                 raise InvalidStepError("a session cannot be handed over to itself")
@@ -58,6 +63,7 @@ class CacheHandOver:
                         await channel.send(part, *chunk.tensors)
                         clock.reschedule(asyncio.get_running_loop().time() + HAND_OVER_TIMEOUT)
                     await channel.send(CachePart(0, 0, 0, last=True))
+                    await _taken(channel)
             self._counters["sessions_handed_over"] += 1
         except TimeoutError:
             message = f"a part of the caches did not get across in {HAND_OVER_TIMEOUT:.0f} s"
@@ -86,3 +92,10 @@ class CacheHandOver:
     async def _failed(self, error: SwarmError) -> None:
         logger.info("session %s: its caches do not get across: %s", self._session[:8], error)
         await self._client.send(HandOverFailed(to_failure(error)))
+
+
+async def _taken(channel: Channel) -> None:
+    """Return once the other server has read everything; raise what it has against it."""
+    await channel.end()
+    with contextlib.suppress(StreamClosedError):
+        await channel.receive()

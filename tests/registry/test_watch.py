@@ -10,11 +10,17 @@ from random import Random
 import pytest
 
 from swarmcore.errors import InputError, PeerUnreachableError, TooManyCallsError
+from swarmcore.identity import Identity
 from swarmcore.registry import watchers
 from swarmcore.registry.base import Change
 from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.registry.messages import WATCH, WatchRecords
+from swarmcore.registry.messages import WATCH, RecordBatch, WatchRecords
+from swarmcore.registry.options import GossipOptions
 from swarmcore.registry.store import RecordStore
+from swarmcore.registry.watch import WatchingRegistry
+from swarmcore.resources import Resource, ResourceManager
+from swarmcore.rpc import Channel, Node
+from swarmcore.testing import MemoryNetwork
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
 from swarmcore.testing.registry_contract import Member
 from swarmcore.types import Address, short
@@ -163,3 +169,34 @@ async def test_a_client_that_goes_leaves_nothing_behind(swarm: GossipSwarm) -> N
     await swarm.crash(client)
     await asyncio.sleep(1.0)
     assert "0 watching" in repr(one.registry)
+
+
+async def test_a_member_that_tells_without_end_is_given_up() -> None:
+    network = MemoryNetwork()
+    identity, own = Identity.generate(), Identity.generate()
+
+    async def endless(channel: Channel) -> None:
+        while True:
+            await channel.send(RecordBatch((), complete=False))
+
+    async with (
+        Node(identity, [network.transport(identity)]) as member,
+        Node(own, [network.transport(own, listen=False)]) as node,
+    ):
+        member.serve_protocol(WATCH, endless)
+        registry = WatchingRegistry(node, member.addresses, options=GossipOptions(capacity=50))
+        with pytest.raises(PeerUnreachableError, match="ever more peers"):
+            await registry.start()
+        await registry.close()
+
+
+async def test_what_a_watcher_does_not_read_is_counted_for_it(swarm: GossipSwarm) -> None:
+    one, *_ = await announced(swarm, 3)
+    resources = swarm.nodes[one.identity.peer].resources
+    before = _peak_of_bytes(resources)
+    await swarm.watch(one.addresses)
+    assert _peak_of_bytes(resources) > before
+
+
+def _peak_of_bytes(resources: ResourceManager) -> int:
+    return next(use.peak for use in resources.snapshot() if use.resource == Resource.BYTES)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
 import pytest
+from small_resources import bounded
 
 from swarmcore.errors import (
     AddressError,
@@ -29,17 +31,20 @@ from swarmcore.errors import (
     UnknownTransportError,
 )
 from swarmcore.identity import Identity
-from swarmcore.rpc import Caller, Method, Node
+from swarmcore.resources import Bounds, Resource, ResourceManager
+from swarmcore.rpc import Caller, Method, Node, serving
 from swarmcore.rpc.dialing import STAGGER
 from swarmcore.testing import MemoryNetwork
 from swarmcore.transport import Stream
 from swarmcore.wire.failure import Failure
 from swarmcore.wire.framing import decode_message, encode_message, kinds_of
 from swarmcore.wire.messages import PING, Ping, Pong, StepOutput
+from swarmcore_transports.tcp import TcpTransport
 
 from .conftest import LIMITS, Nodes
 
 ping = Method(PING, Ping, Pong)
+ANSWERS = kinds_of(Pong, Failure)
 Handler = Callable[[Ping, Caller], Awaitable[Pong]]
 
 
@@ -393,3 +398,45 @@ async def test_what_cannot_be_served(nodes: Nodes) -> None:
     for name in "ping", "/ping", "/ping/", "/ping/0", "/Ping/1", "/ping/1/x", "/" + "p" * 200 + "/1":
         with pytest.raises(InputError, match="name a method"):
             Method(name, Ping, Pong)
+
+
+@asynccontextmanager
+async def slow_reader(room: ResourceManager | None = None) -> AsyncIterator[tuple[Node, list[Stream]]]:
+    """A server, and three calls to it whose caller has room for the answer to one of them at a time."""
+    identities = [Identity.generate(), Identity.generate()]
+    limits = attrs.evolve(LIMITS, send_buffer=2**14)
+    served = TcpTransport(identities[0], limits=LIMITS, listen_on=["127.0.0.1:0"])
+    caller = TcpTransport(identities[1], limits=limits)
+    caller.resources = bounded(bytes=Bounds(10**6, 200_000, 10**6, 10**6))
+    try:
+        async with Node(identities[0], [served], limits=LIMITS, resources=room) as server:
+            server.serve(ping, lengthy)
+            streams = [await caller.open_stream(server.addresses[0]) for _ in range(3)]
+            for stream in streams:
+                await stream.send(*encode_message(Ping(), (), LIMITS, method=PING, timeout=80_000.0))
+            yield server, streams
+    finally:
+        await caller.close()
+
+
+async def lengthy(_request: Ping, _caller: Caller) -> Pong:
+    return Pong(bytes(100_000))
+
+
+async def test_an_answer_that_nobody_reads_is_counted_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the deadline that the caller has set."""
+    monkeypatch.setattr(serving, "UNREAD_TIMEOUT", 0.5)
+    async with slow_reader() as (server, _), asyncio.timeout(10):
+        while server.resources.used(Resource.BYTES) < 200_000:
+            await asyncio.sleep(0.01)
+        while server.resources.used(Resource.STREAMS):
+            await asyncio.sleep(0.01)
+        assert server.resources.used(Resource.BYTES) < 200_000
+
+
+async def test_more_unread_answers_than_there_is_room_for_are_refused() -> None:
+    room = bounded(bytes=Bounds(10**6, 400_000, 10**6, 10**6))
+    async with slow_reader(room) as (_, streams), asyncio.timeout(10):
+        answers = [decode_message(await stream.receive(), ANSWERS, LIMITS).record for stream in streams]
+        refused = [answer.error for answer in answers if isinstance(answer, Failure)]
+        assert "ResourceLimitError" in refused

@@ -98,6 +98,19 @@ async def test_what_makes_no_sense_is_refused_and_the_session_goes_on(order: Rep
         await quiet(swarm)
 
 
+@pytest.mark.virtual_time
+async def test_of_caches_handed_to_a_session_that_is_not_there_the_client_hears() -> None:
+    async with swarm_of("0:4") as swarm:
+        [server] = swarm.servers
+        channel, own = await opened(swarm, server)
+        await channel.send(HandOver(attrs.evolve(own, session="0" * 32)))
+        failed = await told(channel)
+        assert isinstance(failed, HandOverFailed)
+        assert failed.failure.error == "SessionLostError"
+        await channel.close()
+        await quiet(swarm)
+
+
 @pytest.mark.parametrize(
     "hop",
     [

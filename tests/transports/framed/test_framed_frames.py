@@ -91,7 +91,18 @@ def test_a_claimed_length_allocates_little() -> None:
     try:
         feed(reader, struct.pack("<BII", Kind.MESSAGE, MAX_PART, 64 * 2**20) + bytes(1000), [10**6])
         reader.get_buffer()
-        assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
+        assert tracemalloc.get_traced_memory()[1] < 2 * MAX_PART
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_first_byte_of_a_long_message_takes_no_memory_for_the_rest() -> None:
+    reader = FrameReader(Record(), 64 * 2**20)
+    tracemalloc.start()
+    try:
+        feed(reader, struct.pack("<BII", Kind.MESSAGE, 1, 64 * 2**20) + bytes(1), [10**6])
+        reader.get_buffer()
+        assert tracemalloc.get_traced_memory()[1] < 8192
     finally:
         tracemalloc.stop()
 

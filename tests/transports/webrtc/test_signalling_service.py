@@ -195,6 +195,34 @@ async def test_for_a_peer_that_does_not_read_there_is_a_bound() -> None:
         await passes(place)
 
 
+async def test_what_waits_for_slow_peers_is_counted_for_those_who_sent_it() -> None:
+    resources = bounded(bytes=Bounds(10**8, 4 * 10**6, 10**6, 10**8))
+    async with (
+        service(resources, rate=1e6, burst=1e6) as (_, place),
+        registered(place) as one,
+        registered(place) as deaf,
+    ):
+        refusal = asyncio.create_task(one.receive())
+        while not refusal.done():
+            await one.send(deaf.peer, EXCHANGE, "offer", "x" * 30_000)
+            await asyncio.sleep(0)
+        signal = refusal.result()
+        assert isinstance(signal, Absent)
+        assert "too much waits here" in signal.reason
+        assert resources.used(Resource.BYTES, one.peer) > 500_000
+        await passes(place)
+    assert resources.used(Resource.BYTES) == 0
+
+
+async def test_an_envelope_with_parts_of_impossible_length_is_not_passed_on() -> None:
+    async with service() as (running, place), registered(place) as one, registered(place) as other:
+        await one.send(other.peer, bytes(40_000), "offer", "hello")
+        await one.send(PeerId("x" * 40_000), EXCHANGE, "offer", "hello")
+        await one.send(other.peer, EXCHANGE, "offer", "hello")
+        assert (await other.receive()).exchange == EXCHANGE
+        assert (running.counters["dropped"], running.counters["passed"]) == (2, 1)
+
+
 async def test_of_one_peer_the_last_connection_counts() -> None:
     identity = Identity.generate()
     async with (

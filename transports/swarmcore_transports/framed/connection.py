@@ -27,6 +27,8 @@ RETIRE_SECONDS = 2.0
 
 _WRITE_HIGH_WATER = 512 * 1024
 _MIN_HEARTBEAT = 0.05
+_FASTEST_ASKED = 1.0
+"""Seconds: the other side cannot have signs of life more often, on hundreds of connections."""
 _MAX_REASON = 200
 _dropped = memoryview(bytearray(64 * 1024))  # where bytes go that nobody will look at
 
@@ -114,7 +116,8 @@ class Connection(asyncio.BufferedProtocol):
             self.socket.prove(remote)
         self.remote = remote
         self.settings = theirs
-        self._interval = max(min(self._keepalive, theirs.heartbeat), _MIN_HEARTBEAT) / 2
+        asked = max(theirs.heartbeat, _FASTEST_ASKED)
+        self._interval = max(min(self._keepalive, asked), _MIN_HEARTBEAT) / 2
         self._timer = self._loop.call_later(self._interval, self._tick)
         if not self.established.done():
             self.established.set_result(None)

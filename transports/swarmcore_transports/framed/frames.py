@@ -21,7 +21,6 @@ MAX_PART = 256 * 1024
 _HEADER = struct.Struct("<BII")
 _SCRATCH = 16 * 1024
 _MAX_BODY = 1024
-_FIRST_ALLOCATION = 2**20
 
 
 class Kind(IntEnum):
@@ -97,8 +96,8 @@ class FrameReader:
 
     Short frames are taken from a scratch buffer. The bytes of a message past the first few go straight into
     the message. The header of its next part lands right behind them, where it is read and then overwritten by
-    that part: a big message takes one read per part. Memory for a message grows with what has arrived; a
-    claimed length alone brings at most 1 MiB.
+    that part: a big message takes one read per part. Memory for a message grows with what has arrived and
+    with the part that comes, to which the sink has agreed; the claimed length of the whole brings nothing.
     """
 
     def __init__(self, sink: FrameSink, max_message: int) -> None:
@@ -203,7 +202,7 @@ class FrameReader:
             self._check_part(length, value)
             self._sink.part_announced(length, total=value)
             self._number += 1
-            self._message = bytearray(min(value, _FIRST_ALLOCATION))
+            self._message = bytearray(min(value, length + _HEADER.size))
             self._total, self._got, self._part_left = value, 0, length
             if not value:
                 self._finish(self._message)
@@ -231,6 +230,6 @@ class FrameReader:
         self._sink.message_received(memoryview(message)[: self._total])
 
     def _reserve(self, message: bytearray, size: int) -> None:
-        # By doubling: never more than twice what has arrived, once that is past the first allocation.
+        # By doubling: never more than twice what has arrived, or the part that comes.
         if size > len(message):
             message.extend(bytes(max(size, min(2 * len(message), self._total)) - len(message)))

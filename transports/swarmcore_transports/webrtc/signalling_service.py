@@ -15,8 +15,15 @@ import attrs
 from aiohttp import WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from swarmcore.errors import AddressError, AddressInUseError, PeerNotAllowedError, ProtocolError, SwarmError
-from swarmcore.resources import ResourceManager
+from swarmcore.errors import (
+    AddressError,
+    AddressInUseError,
+    PeerNotAllowedError,
+    ProtocolError,
+    ResourceLimitError,
+    SwarmError,
+)
+from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.tcp.endpoint import Endpoint
@@ -58,7 +65,8 @@ class ServiceLimits:
     burst: float = 200.0
     """And at once: an exchange with many candidates, several times over."""
     waiting: int = 256
-    """Envelopes that wait for one slow peer; for a further one the sender hears that it is absent."""
+    """Envelopes that wait for one slow peer; for a further one the sender hears that it is absent. What waits
+    is counted among the sender's bytes, too."""
     proof_timeout: float = 10.0
     """Seconds in which a connected peer has to prove who it is, and before that to ask for a connection."""
 
@@ -69,8 +77,15 @@ class _Registration:
 
     peer: PeerId
     socket: web.WebSocketResponse
-    waiting: asyncio.Queue[Signal]
+    waiting: asyncio.Queue[tuple[Signal, Reservation | None]]
     limit: RateLimit
+
+    def forget_waiting(self) -> None:
+        """It takes nothing any more."""
+        while not self.waiting.empty():
+            _, held = self.waiting.get_nowait()
+            if held is not None:
+                held.release()
 
 
 class SignallingService:
@@ -159,12 +174,13 @@ class SignallingService:
         self.counters["registered"] += 1
         sender = asyncio.create_task(self._send_waiting(registration))
         try:
-            registration.waiting.put_nowait(Registered())
+            registration.waiting.put_nowait((Registered(), None))
             await self._receive(registration)
         finally:
             sender.cancel()
             if self._peers.get(peer) is registration:
                 del self._peers[peer]
+            registration.forget_waiting()
             await socket.close()
         return socket
 
@@ -199,7 +215,11 @@ class SignallingService:
                 self.counters["dropped"] += 1
                 logger.debug("%s: %s", short(registration.peer), exc)
                 continue
-            if not isinstance(envelope, Envelope) or envelope.sender != registration.peer:
+            if not (
+                isinstance(envelope, Envelope)
+                and envelope.sender == registration.peer
+                and envelope.is_possible
+            ):
                 self.counters["dropped"] += 1
                 continue
             self._pass(envelope, registration)
@@ -209,21 +229,27 @@ class SignallingService:
         try:
             if receiver is None:
                 raise LookupError("it is not connected to this signalling service")
-            receiver.waiting.put_nowait(envelope)
+            if receiver.waiting.full():
+                raise LookupError("it gets more than it can take")
+            held = self._resources.reserve(
+                sender.peer, Resource.BYTES, envelope.nbytes, priority=Priority.LOW
+            )
+            receiver.waiting.put_nowait((envelope, held))
             self.counters["passed"] += 1
-        except (LookupError, asyncio.QueueFull) as exc:
+        except (LookupError, ResourceLimitError) as exc:
             self.counters["absent"] += 1
-            reason = str(exc) or "it gets more than it can take"
+            reason = str(exc) if isinstance(exc, LookupError) else "too much waits here"
             with contextlib.suppress(asyncio.QueueFull):
-                sender.waiting.put_nowait(Absent(envelope.receiver, envelope.exchange, reason))
+                sender.waiting.put_nowait((Absent(envelope.receiver, envelope.exchange, reason), None))
 
     async def _send_waiting(self, registration: _Registration) -> None:
         """Send to a peer what waits for it; one that does not take it in time is hung up on."""
         try:
             while True:
-                signal = await registration.waiting.get()
-                async with asyncio.timeout(_SEND_TIMEOUT):
-                    await registration.socket.send_str(encode(signal))
+                signal, held = await registration.waiting.get()
+                with held or contextlib.nullcontext():
+                    async with asyncio.timeout(_SEND_TIMEOUT):
+                        await registration.socket.send_str(encode(signal))
         except (ConnectionError, TimeoutError) as exc:
             logger.debug("%s is gone: %r", short(registration.peer), exc)
             await registration.socket.close()

@@ -29,6 +29,9 @@ MAX_SIGNAL = 64 * 1024
 MAX_BODY = 32 * 1024
 """Most characters of a description."""
 
+MAX_NAME = 128
+"""Most characters of a peer id, most bytes of a signature: more than either has."""
+
 _DESCRIPTION_DOMAIN = b"swarmcore webrtc description 1\0"
 _REGISTRATION_DOMAIN = b"swarmcore webrtc registration 1\0"
 
@@ -81,9 +84,23 @@ class Envelope(msgspec.Struct, frozen=True, tag="envelope"):
         parts = (self.exchange, *(text.encode() for text in texts))
         return _DESCRIPTION_DOMAIN + b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether its parts are no longer than those of an honest one."""
+        return (
+            len(self.exchange) == EXCHANGE_BYTES
+            and len(self.body) <= MAX_BODY
+            and max(len(self.sender), len(self.receiver), len(self.signature)) <= MAX_NAME
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Most memory that it takes: a single character beyond the usual ones makes all take four bytes."""
+        return 4 * len(self.body) + 1024
+
     def check(self, receiver: PeerId) -> None:
         """Raise `ProtocolError` when it cannot be, `PeerIdentityError` when its sender did not sign it so."""
-        if len(self.exchange) != EXCHANGE_BYTES or len(self.body) > MAX_BODY:
+        if not self.is_possible:
             raise ProtocolError("an envelope of an impossible shape came by signalling")
         if self.receiver != receiver:
             raise PeerIdentityError(f"an envelope for {short(self.receiver)} was delivered here")
