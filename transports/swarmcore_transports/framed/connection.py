@@ -29,6 +29,8 @@ _WRITE_HIGH_WATER = 512 * 1024
 _MIN_HEARTBEAT = 0.05
 _FASTEST_ASKED = 1.0
 """Seconds: the other side cannot have signs of life more often, on hundreds of connections."""
+_MOST_HEARTBEATS = 128
+"""Signs of life that may come between two ticks: honest peers send some, or what has piled up in a pause."""
 _MAX_REASON = 200
 _dropped = memoryview(bytearray(64 * 1024))  # where bytes go that nobody will look at
 
@@ -72,6 +74,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writing_paused = False
         self._heard = True
         self._silent_ticks = 0
+        self._heartbeats = 0
         self._spoke = True
         self._garbled = False
         self._interval = 0.0
@@ -210,6 +213,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._spoke and not self._writing_paused:
             self.write(encode_frame(Kind.HEARTBEAT))
         self._heard = self._spoke = False
+        self._heartbeats = 0
         self._timer = self._loop.call_later(self._interval, self._tick)
 
     def _stalled(self) -> bool:
@@ -281,7 +285,9 @@ class Connection(asyncio.BufferedProtocol):
         elif self.remote is None:
             self._greet(self, kind, body)
         elif kind is Kind.HEARTBEAT:
-            pass
+            self._heartbeats += 1
+            if self._heartbeats > _MOST_HEARTBEATS:
+                raise ProtocolError("the peer floods this one with signs of life")
         elif kind is Kind.OPEN:
             if self.stream or not self._on_open:
                 raise ProtocolError("a stream was opened out of turn")

@@ -25,6 +25,9 @@ from swarmcore_transports.framed.settings import Settings
 LINGER_SECONDS = 30.0
 """How long a closed stream waits for the other side to close it too, before the connection is given up."""
 
+_MORE_GRANTS = 64
+"""Grants beyond one for what each message costs, such as for windows that grow."""
+
 _JOIN = 64 * 1024
 """Messages up to this size are joined with their header: one copy is cheaper than another TLS record."""
 
@@ -41,6 +44,7 @@ class FramedStream(Stream):
         self._max_message = min(limits.max_message, connection.settings.max_message)
         self._part = min(MAX_PART, connection.settings.window // 2)
         self._credit = connection.settings.window
+        self._spent = self._grants = 0
         window = Settings.of(limits).window
         self._inbox = Inbox(window, window_for(limits.send_buffer))
         self._resources = resources
@@ -106,6 +110,7 @@ class FramedStream(Stream):
                 self._sender = None
             self._check_sendable()
         self._credit -= cost
+        self._spent += cost
 
     def _check_sendable(self) -> None:
         if self._closed or self._ended:
@@ -175,6 +180,9 @@ class FramedStream(Stream):
 
     def frame_received(self, kind: Kind, value: int) -> None:
         if kind is Kind.CREDIT:
+            self._grants += 1
+            if self._grants > _MORE_GRANTS + self._spent // MESSAGE_COST:
+                raise ProtocolError("the peer floods this one with credit")
             self._credit += value
             self.wake()
         elif kind in (Kind.END, Kind.CLOSE):

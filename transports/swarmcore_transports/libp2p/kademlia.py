@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence, Sized
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +47,9 @@ LISTED_FOR = 3600.0
 
 _LISTED_PER_KEY = 512
 _INDEX_KEYS = 8192
+_LISTED = 65_536
+_LISTED_OF_A_PEER = 64
+_ADDRESS_BYTES = 256
 _STREAM_SECONDS = 30.0
 _INCOMING = 256  # streams served at a time
 _ENTRIES_OF_A_PEER = 200  # in ten seconds
@@ -170,18 +174,37 @@ class Listings(ProviderStore):
     """Who is listed under the keys of the indices.
 
     The library keeps twenty a key, the first ones, for two days, and any number of keys. Here a key keeps the
-    latest `_LISTED_PER_KEY` for `LISTED_FOR` seconds, and there are at most `_INDEX_KEYS` keys.
+    latest `_LISTED_PER_KEY` for `LISTED_FOR` seconds, and there are at most `_INDEX_KEYS` keys, `_LISTED`
+    entries of all peers and `_LISTED_OF_A_PEER` of each.
     """
+
+    def __init__(self, host: IHost, peer_routing: Any = None) -> None:
+        super().__init__(host, peer_routing)
+        self._of_peer: Counter[str] = Counter()
+        self._entries = 0
 
     def add_provider(self, key: bytes, provider: PeerInfo) -> None:
         if len(key) != INDEX_KEY_BYTES or (key not in self.providers and len(self.providers) >= _INDEX_KEYS):
             return
-        listed = self.providers.setdefault(key, {})
-        listed.pop(str(provider.peer_id), None)
-        if len(listed) >= _LISTED_PER_KEY:
-            del listed[next(iter(listed))]  # the one that has not been renewed for longest
-        addresses = provider.addrs[:_ADDRESSES]
-        listed[str(provider.peer_id)] = ProviderRecord(PeerInfo(provider.peer_id, addresses), time.time())
+        peer, listed = str(provider.peer_id), self.providers.get(key, {})
+        if peer in listed:
+            self._forget(listed, peer)
+        elif self._of_peer[peer] >= _LISTED_OF_A_PEER or self._entries >= _LISTED:
+            return
+        elif len(listed) >= _LISTED_PER_KEY:
+            self._forget(listed, next(iter(listed)))  # the one that has not been renewed for longest
+        addresses = [one for one in provider.addrs if len(one.to_bytes()) <= _ADDRESS_BYTES][:_ADDRESSES]
+        listed[peer] = ProviderRecord(PeerInfo(provider.peer_id, addresses), time.time())
+        self.providers[key] = listed
+        self._of_peer[peer] += 1
+        self._entries += 1
+
+    def _forget(self, listed: dict[str, ProviderRecord], peer: str) -> None:
+        del listed[peer]
+        self._entries -= 1
+        self._of_peer[peer] -= 1
+        if not self._of_peer[peer]:
+            del self._of_peer[peer]
 
     def get_providers(self, key: bytes) -> list[PeerInfo]:
         since = time.time() - LISTED_FOR
@@ -194,10 +217,9 @@ class Listings(ProviderStore):
     def cleanup_expired(self) -> None:
         since = time.time() - LISTED_FOR
         for key, listed in list(self.providers.items()):
-            kept = {peer: record for peer, record in listed.items() if record.timestamp > since}
-            if kept:
-                self.providers[key] = kept
-            else:
+            for peer in [peer for peer, record in listed.items() if record.timestamp <= since]:
+                self._forget(listed, peer)
+            if not listed:
                 del self.providers[key]
 
 
