@@ -31,8 +31,11 @@ MOST_NOTES = 8
 MOST_CHARACTERS = 300
 
 
-async def ask(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> Notes:
-    """The notes of the servers in the view, or why there are none; of no more than `MOST_ASKED` of them."""
+async def ask(swarm: Swarm, *, verbose: bool = False, timeout: float = ASK_TIMEOUT) -> Notes:
+    """The notes of the servers in the view, or why there are none; of no more than `MOST_ASKED` of them.
+
+    What peers make a server hold is told if half of what it has room for is in use, or ``verbose``.
+    """
     asked = [server for server in swarm.view() if server.span is not None][:MOST_ASKED]
     room = asyncio.Semaphore(ASK_AT_ONCE)
 
@@ -43,7 +46,8 @@ async def ask(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> Notes:
             except SwarmError as exc:
                 return (f"does not answer: {printable_line(str(exc), MOST_CHARACTERS)}",)
         notes = [printable_line(note, MOST_CHARACTERS) for note in reply.notes[:MOST_NOTES]]
-        return [*notes, *([usage(reply.resources)] if reply.resources else [])]
+        told = reply.resources if verbose else [use for use in reply.resources if 2 * use.used >= use.limit]
+        return [*notes, *([usage(told)] if told else [])]
 
     answers = await asyncio.gather(*map(one, asked))
     return {server.peer: notes for server, notes in zip(asked, answers, strict=True)}

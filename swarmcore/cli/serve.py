@@ -223,6 +223,8 @@ def serve(
                 f"leaving: {sessions} session{'s have' if sessions > 1 else ' has'} "
                 f"{config.drain:.0f} s to move elsewhere; Ctrl-C ends it at once"
             )
+        else:
+            output.remark("leaving the swarm")
         output.event("leaving", sessions=sessions)
 
     with output.progress() as progress:

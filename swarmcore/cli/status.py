@@ -38,7 +38,8 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     "-v",
     "--verbose",
     is_flag=True,
-    help="Of each peer also its whole id, addresses, version, speeds, and the round trip to it.",
+    help="Of each peer also its whole id, addresses, version, speeds, the round trip to it, and how much others "
+    "make it hold.",
 )
 @standard
 def status(
@@ -130,7 +131,7 @@ async def _watch(
 
 
 async def _ask(swarm: Swarm, verbose: bool) -> tuple[Notes, RoundTrips | None]:
-    return await ask(swarm), await round_trips(swarm) if verbose else None
+    return await ask(swarm, verbose=verbose), await round_trips(swarm) if verbose else None
 
 
 async def _ask_later(swarm: Swarm, verbose: bool) -> tuple[Notes, RoundTrips | None]:

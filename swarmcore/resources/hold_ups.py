@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 THRESHOLD = 0.1
 """Seconds that the loop may be late before that is counted."""
 
+WARNED = 1.0
+"""Seconds of one callback that are warned of: others begin to wait for this peer."""
+
+ELSEWHERE = "another thread or program"
+"""The place of what kept the loop from running while it had nothing to do itself, such as an import."""
+
 _TICK = 0.05
 _LOG_GAP = 60.0
 _MOST_PLACES = 64
@@ -32,29 +38,34 @@ class HoldUps:
         self.places: Counter[str] = Counter()
         """How often, by the function that held it up; the rarest are forgotten first."""
         self._logged_at = float("-inf")
-        self._logged_count = 0
+        self._unsaid = 0
+        self._warned = False
 
     def held(self, seconds: float, place: str, now: float) -> str:
         """The loop was late by ``seconds`` because of ``place``.
 
-        Return what to log, at most once a minute; otherwise nothing.
+        Return the warning to log, at most once a minute; otherwise nothing, as always for what is short or
+        was `ELSEWHERE`: a busy machine, a thread that imports.
         """
         self.count += 1
         self.longest = max(self.longest, seconds)
         self.places[place] += 1
         if len(self.places) > _MOST_PLACES:
             del self.places[min(self.places, key=lambda one: (self.places[one], one == place))]
+        if seconds < WARNED or place == ELSEWHERE:
+            return ""
+        self._unsaid += 1
+        self._warned = True
         if now - self._logged_at < _LOG_GAP:
             return ""
-        since, self._logged_count = self.count - self._logged_count, self.count
-        self._logged_at = now
-        more = f"; {since} times since this was last said" if since > 1 else ""
+        more = f"; {self._unsaid} times since this was last said" if self._unsaid > 1 else ""
+        self._logged_at, self._unsaid = now, 0
         return f"the event loop was held up for {1000 * seconds:.0f} ms by {place}{more}"
 
     @property
     def note(self) -> str:
-        """All that was counted, in a line; empty when there was nothing."""
-        if not self.count:
+        """All that was counted, in a line; empty when there was nothing to warn of."""
+        if not self._warned:
             return ""
         [(place, often)] = self.places.most_common(1)
         return (
@@ -65,7 +76,7 @@ class HoldUps:
 
 @contextmanager
 def watching(hold_ups: HoldUps, *, places: bool = False) -> Iterator[None]:
-    """Count in ``hold_ups`` what holds up the running event loop, within this block, and log it.
+    """Count in ``hold_ups`` what holds up the running event loop, within this block, and warn of what is long.
 
     With ``places`` it is found out which function does; that takes ``SIGALRM``, and is for programs that have
     their main thread to themselves. Elsewhere every place is ``"?"``.
@@ -133,11 +144,12 @@ class _Watchdog:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The innermost function of ours, or else of anybody, that is running in ``frame``."""
-    innermost = frame
-    while frame is not None and not str(frame.f_globals.get("__name__", "")).startswith("swarmcore"):
+    """The innermost function of ours, or else of anybody, in the callback of the loop that ``frame`` is in."""
+    ours = innermost = ""
+    while frame is not None and frame.f_code is not asyncio.Handle._run.__code__:
+        place = f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_qualname}"
+        innermost = innermost or place
+        if not ours and place.startswith("swarmcore"):
+            ours = place
         frame = frame.f_back
-    found = frame or innermost
-    if found is None:
-        return "?"
-    return f"{found.f_globals.get('__name__', '?')}.{found.f_code.co_qualname}"
+    return ELSEWHERE if frame is None else ours or innermost or "?"

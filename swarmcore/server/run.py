@@ -189,7 +189,6 @@ async def run_server(
     rng = random.Random()
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
-        stack.enter_context(watching(node.hold_ups, places=True))
         loader = await asyncio.to_thread(open_model, config, progress)
         model = attrs.evolve(loader.model, source=announced_source(config.model, config.revision))
         if config.span is not None:
@@ -248,6 +247,7 @@ async def run_server(
             incarnation=joining.incarnation,
             head=head,
         ) as server:
+            stack.enter_context(watching(node.hold_ups, places=True))
             if on_online is not None:
                 on_online(server)
             try:
@@ -335,7 +335,6 @@ async def run_bootstrap(
     """
     async with AsyncExitStack() as stack:
         node, registry = await stack.enter_async_context(listening(identity, network))
-        stack.enter_context(watching(node.hold_ups, places=True))
         await _join(node, registry, network)
         service = None
         if head is not None:
@@ -366,6 +365,7 @@ async def run_bootstrap(
         if on_online is not None:
             on_online(info)
         following = asyncio.create_task(follow_addresses(node, registry, info, BOOTSTRAP_TTL))
+        stack.enter_context(watching(node.hold_ups, places=True))
         try:
             await _report_addresses(node, on_addresses)
         finally:

@@ -84,7 +84,7 @@ async def test_it_goes_on_after_the_tokens_that_a_client_has() -> None:
         ({"temperature": 1e9}, InputError, "temperature must be"),
         ({"temperature": float("nan")}, InputError, "temperature must be"),
         ({"top_p": 2.0, "temperature": 1.0}, InputError, "top_p must be"),
-        ({"top_k": 5}, InputError, "top_k only matter"),
+        ({"top_k": 5}, InputError, "top_k only matters"),
         ({"repetition_penalty": 0.0}, InputError, "repetition_penalty must be"),
         ({"no_repeat_ngram_size": 65}, InputError, "no_repeat_ngram_size must be"),
         ({"seed": -1}, InputError, "seed must be"),
