@@ -68,8 +68,9 @@ async def _converse_thin(
     output: Output, system: str | None, remote: RemoteModelOptions, sampling: dict[str, Any]
 ) -> None:
     async with thin_swarm(remote) as swarm:
-        output.remark("Head peers answer. Ctrl-C stops an answer, Ctrl-D leaves.")
-        output.event("ready", model=remote.model or "", chain="")
+        model = swarm.head_model(remote.model or "").name
+        output.remark(f"Head peers answer, with {model}. Ctrl-C stops an answer, Ctrl-D leaves.")
+        output.event("ready", model=model, chain="")
         async with swarm.chat(system=system, model=remote.model or "") as conversation:
             await _turns(output, conversation, sampling)
 

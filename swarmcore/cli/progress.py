@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress, TaskID
 
 BYTES = "bytes"
@@ -77,6 +78,7 @@ class TerminalProgress(ProgressReport):
             MofNCompleteColumn,
             Progress,
             ProgressColumn,
+            Task,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
@@ -84,6 +86,16 @@ class TerminalProgress(ProgressReport):
         )
 
         from swarmcore.cli.console import PrintableConsole
+
+        class IfSizeKnown(ProgressColumn):
+            """A column that is empty beside what has no size."""
+
+            def __init__(self, column: ProgressColumn) -> None:
+                super().__init__()
+                self._column = column
+
+            def render(self, task: Task) -> RenderableType:
+                return self._column(task) if task.total is not None else ""
 
         counting: list[ProgressColumn]
         if self._unit == BYTES:
@@ -93,9 +105,9 @@ class TerminalProgress(ProgressReport):
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            *counting,
+            *map(IfSizeKnown, counting),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            IfSizeKnown(TimeRemainingColumn()),
             console=PrintableConsole(stderr=True),
             transient=True,
         )

@@ -38,7 +38,7 @@ _SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     "-v",
     "--verbose",
     is_flag=True,
-    help="Of each peer also its whole id, addresses, version, speeds, the round trip to it, and how much others "
+    help="Of each peer also its whole id, addresses, version, speeds, the round trip to it, and what others "
     "make it hold.",
 )
 @standard

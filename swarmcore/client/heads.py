@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection
 from random import Random
 
 from swarmcore.client.served_models import called
-from swarmcore.errors import InputError
+from swarmcore.errors import InputError, MissingHeadError
 from swarmcore.registry.base import SwarmView
 from swarmcore.sources import is_called
-from swarmcore.types import PeerId, ServerInfo
+from swarmcore.types import ModelInfo, PeerId, ServerInfo
 
 
 class HeadChoice:
@@ -51,3 +51,24 @@ class HeadChoice:
         (self.model,) = found
         self._rng.shuffle(able)
         return min(able, key=lambda server: (server.peer in banned, server.state == "draining"))
+
+    def offer(self, view: SwarmView) -> ModelInfo:
+        """The model of which somebody makes texts. Raise as `pick`, and `MissingHeadError` if nobody does."""
+        head = self.pick(view)
+        if head is None:
+            raise self.missing(view)
+        return next(model for model in head.heads if model.fingerprint == self.model)
+
+    def missing(self, view: SwarmView) -> MissingHeadError:
+        """That there is none to pick, and what to do about it."""
+        of = f" of {self.model}" if self.model else ""
+        offered = ", ".join(called(model) for model, _ in view.heads())
+        if offered:
+            return MissingHeadError(
+                f"no peer that this client may use makes texts{of} for clients without a part of the model; "
+                f"in this swarm they are made of {offered}"
+            )
+        return MissingHeadError(
+            f"no peer of this swarm makes texts{of} for clients without a part of the model; start one: "
+            f"swarmcore serve --serve-head, or swarmcore bootstrap --serve-head --model MODEL"
+        )

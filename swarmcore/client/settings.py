@@ -153,8 +153,9 @@ class GenerationSettings:
             )
         filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature is None and filters:
+            matter = "matters" if len(filters) == 1 else "matter"
             raise InputError(
-                f"{', '.join(filters)} only matter{'s' * (len(filters) == 1)} when sampling, and without a temperature the choice is "
+                f"{', '.join(filters)} only {matter} when sampling, and without a temperature the choice is "
                 f"greedy; pass a temperature above 0, such as 1.0, too"
             )
 

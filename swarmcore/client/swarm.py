@@ -281,6 +281,13 @@ class Swarm:
         run = ThinRun(self.node, self.registry, self.health, choice, patience)
         return ThinGeneration(run, generate_at_heads(run, request))
 
+    def head_model(self, model: str = "") -> ModelInfo:
+        """The one of which head peers make texts when `generate` is given ``model``.
+
+        Raise `InputError` when that may be several, `MissingHeadError` when no head peer is known.
+        """
+        return HeadChoice(model, self._rng, admits=self._admits).offer(self.view())
+
     def chat(self, *, system: str | None = None, model: str = "") -> ThinChat:
         """A conversation in which head peers answer: ``async for piece in chat.say("Hello")``."""
         self._check_joined()

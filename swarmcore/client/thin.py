@@ -12,12 +12,10 @@ import attrs
 
 from swarmcore.client.heads import HeadChoice
 from swarmcore.client.pieces import GeneratedPieces
-from swarmcore.client.served_models import called
 from swarmcore.errors import (
     BusyError,
     ConnectionLostError,
     DeadlineExceededError,
-    MissingHeadError,
     PeerUnreachableError,
     ProtocolError,
     RemoteFaultError,
@@ -303,17 +301,7 @@ def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
 def _why_none(run: ThinRun, errors: list[SwarmError]) -> SwarmError:
     """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
     if not errors:
-        of = f" of {run.choice.model}" if run.choice.model else ""
-        offered = ", ".join(called(model) for model, _ in run.registry.view().heads())
-        if offered:
-            return MissingHeadError(
-                f"no peer that this client may use makes texts{of} for clients without a part of the model; "
-                f"in this swarm they are made of {offered}"
-            )
-        return MissingHeadError(
-            f"no peer of this swarm makes texts{of} for clients without a part of the model; start one: "
-            f"swarmcore serve --serve-head, or swarmcore bootstrap --serve-head --model MODEL"
-        )
+        return run.choice.missing(run.registry.view())
     busy: list[SwarmError] = [error for error in errors if isinstance(error, BusyError)]
     return (busy or errors)[-1]
 

@@ -76,7 +76,7 @@ class HoldUps:
 
 @contextmanager
 def watching(hold_ups: HoldUps, *, places: bool = False) -> Iterator[None]:
-    """Count in ``hold_ups`` what holds up the running event loop, within this block, and warn of what is long.
+    """Count in ``hold_ups`` what holds up the running event loop within this block, and warn of what is long.
 
     With ``places`` it is found out which function does; that takes ``SIGALRM``, and is for programs that have
     their main thread to themselves. Elsewhere every place is ``"?"``.
@@ -144,7 +144,7 @@ class _Watchdog:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The innermost function of ours, or else of anybody, in the callback of the loop that ``frame`` is in."""
+    """The innermost function of ours, or else of anybody, in the loop's callback that ``frame`` is in."""
     ours = innermost = ""
     while frame is not None and frame.f_code is not asyncio.Handle._run.__code__:
         place = f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_qualname}"

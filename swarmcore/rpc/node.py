@@ -374,8 +374,8 @@ class Node:
                 self._told_refused.add(peer)
                 logger.info("%s was refused: it is not on the list of this closed swarm", peer)
             raise PeerNotAllowedError(
-                f"this swarm is closed; ask its owner to allow {peer}, and keep that identity "
-                f"(--identity FILE)"
+                f"this swarm is closed; ask its owner to allow {peer}, and keep that identity: "
+                f"without --identity FILE a client has another one at each start"
             )
         try:
             return self.resources.reserve(peer, Resource.STREAMS)

@@ -56,13 +56,17 @@ class AllowFile:
 
     async def follow(self, node: Node, registry: Registry) -> None:
         """Tell ``node`` and ``registry`` of every change; never ends."""
+        wrong = ""
         while True:
             await asyncio.sleep(INTERVAL)
             try:
                 changed = await asyncio.to_thread(self.read)
             except InputError as exc:
-                logger.warning("%s; the list stays as it was", exc)
+                if str(exc) != wrong:
+                    wrong = str(exc)
+                    logger.warning("%s; the list stays as it was", exc)
                 continue
+            wrong = ""
             if changed:
                 node.allow_only(self.peers)
                 registry.allow_only(self.peers)

@@ -20,6 +20,9 @@ def test_what_has_no_size_is_over_when_the_next_begins() -> None:
     with TerminalProgress() as progress:
         progress("loading torch", 0, 0)
         assert list(progress._tasks) == ["loading torch"]
+        assert progress._bars is not None
+        cells = [str(column(progress._bars.tasks[0])) for column in progress._bars.columns[2:]]
+        assert cells == ["", "", "0:00:00", ""], "no bytes of none"
         progress("reading", 1, 10)
         assert list(progress._tasks) == ["reading"]
         progress("waiting", 0, 0)

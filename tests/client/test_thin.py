@@ -205,10 +205,13 @@ async def test_nobody_makes_texts() -> None:
     async with head_swarm() as swarm:
         with pytest.raises(MissingHeadError, match="--serve-head"):
             await swarm.client.generate("ab")
+        with pytest.raises(MissingHeadError, match="--serve-head"):
+            swarm.client.head_model()
         await swarm.add()
         with pytest.raises(MissingHeadError, match="texts of another"):
             await swarm.client.generate("ab", model="another")
         for model in ("", COUNTING.name, COUNTING.fingerprint):
+            assert swarm.client.head_model(model).fingerprint == COUNTING.fingerprint
             assert await swarm.client.generate("ab", model=model, max_new_tokens=1)
 
 

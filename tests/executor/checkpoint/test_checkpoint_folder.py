@@ -288,6 +288,11 @@ def test_a_header_that_lies(tmp_path: Path, header: dict[str, object]) -> None:
         ("~/no-such-model.gguf", "no such file or folder"),
         ("~no-such-user/model", "no such file or folder: ~no-such-user/model"),
         ("two words", "no such file or folder"),
+        ("https://huggingface.co/gpt2", "the model there is named gpt2$"),
+        (
+            "https://hf.co/meta-llama/Llama-3.1-8B/tree/main",
+            "the model there is named meta-llama/Llama-3.1-8B$",
+        ),
         ("pypi:no such package", "pypi:NAME"),
     ],
 )

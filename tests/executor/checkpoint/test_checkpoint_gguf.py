@@ -124,8 +124,10 @@ def test_files_that_are_no_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
         open_checkpoint(str(other), cache_dir=tmp_path / "cache")
     part = tmp_path / "big-00001-of-00003.gguf"
     part.symlink_to(tiny_gguf)
-    with pytest.raises(CheckpointError, match="llama-gguf-split"):
-        open_checkpoint(str(part), cache_dir=tmp_path / "cache")
+    other.rename(tmp_path / "big-00002-of-00003.gguf")
+    for source in (part, tmp_path):
+        with pytest.raises(CheckpointError, match="llama-gguf-split"):
+            open_checkpoint(str(source), cache_dir=tmp_path / "cache")
 
 
 def test_an_architecture_that_transformers_does_not_know(tiny_gguf: Path, tmp_path: Path) -> None:

