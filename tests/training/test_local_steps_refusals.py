@@ -21,6 +21,7 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.torch.tensors import to_wire
 from swarmcore.registry.memory import MemoryRegistry
+from swarmcore.training.local_steps import serving
 from swarmcore.training.local_steps.claims import contribute
 from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.partners import Partners
@@ -29,7 +30,15 @@ from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL
 from swarmcore.training.local_steps.replica import Replica, Result, State
 from swarmcore.training.local_steps.round import Round
 from swarmcore.types import Address, ServerInfo
-from swarmcore.wire.local_steps import DeliverDelta, GoTo, Lineage, Piece, RunTerms
+from swarmcore.wire.local_steps import (
+    DeliverDelta,
+    FetchState,
+    GoTo,
+    Lineage,
+    Piece,
+    RunTerms,
+    StateFollows,
+)
 
 pytestmark = pytest.mark.virtual_time
 
@@ -91,6 +100,30 @@ async def test_one_delta_at_a_time():
                 await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
         await exchange_all(run.trainees, 1.0)
         assert one.reports[-1].peers == 2
+
+
+async def test_who_does_not_read_what_it_fetches_gets_no_more_of_it(monkeypatch: pytest.MonkeyPatch):
+    async def never_read(*_arguments: object) -> None:
+        await asyncio.Future()
+
+    async with TrainingRun() as run:
+        one, other = await run.joined(2)
+        monkeypatch.setattr(serving, "send", never_read)
+        node, addresses = one.member.node, other.member.node.addresses
+        opening = FetchState(one.member.replica.terms)
+        channels = [
+            await node.open(addresses, LOCAL_STEPS_PROTOCOL, opening) for _ in range(serving.MOST_FETCHES + 1)
+        ]
+        for channel in channels[:-1]:
+            assert isinstance((await channel.receive()).record, StateFollows)
+        with pytest.raises(TooManyCallsError, match="fetch parameters here already"):
+            await channels[-1].receive()
+        for channel in channels:
+            channel.abort("the test is over")
+        monkeypatch.undo()
+        await asyncio.sleep(1)
+        async with await node.open(addresses, LOCAL_STEPS_PROTOCOL, opening) as channel:
+            assert isinstance((await channel.receive()).record, StateFollows)
 
 
 def lie(liar: Trainee, factor: float, **claimed: object) -> None:

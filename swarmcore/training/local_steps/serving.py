@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,9 @@ _BEAT = 2.0
 _INTRODUCTION = 2.0
 """Seconds that a newcomer's announcement may take to arrive after its first call."""
 
+MOST_FETCHES = 2
+"""Fetches of one peer at a time: each keeps the parameters of its round in memory until they are read."""
+
 MOST_PATIENCE = 24 * 3600.0
 _ROUNDING = 1e-3
 """By so much, of itself, a norm may differ from one processor to the next."""
@@ -61,6 +65,7 @@ class Answering:
         self._coordinator = coordinator
         self._replica = partners.replica
         self._delivering: set[PeerId] = set()
+        self._fetching: Counter[PeerId] = Counter()
         node.serve(STANDING_METHOD, self._standing)
         node.serve_protocol(LOCAL_STEPS_PROTOCOL, self._serve)
 
@@ -73,8 +78,16 @@ class Answering:
         await self._check(channel.remote, opening.terms)
         if isinstance(opening, DeliverDelta):
             await self._take(channel, opening)
-        else:
+            return
+        if self._fetching[channel.remote] >= MOST_FETCHES:
+            raise TooManyCallsError("you fetch parameters here already; read those first")
+        self._fetching[channel.remote] += 1
+        try:
             await self._give(channel, opening)
+        finally:
+            self._fetching[channel.remote] -= 1
+            if not self._fetching[channel.remote]:
+                del self._fetching[channel.remote]
 
     async def _check(self, peer: PeerId, terms: RunTerms) -> None:
         """Raise unless ``peer`` may take part, on terms that are the same as here."""
