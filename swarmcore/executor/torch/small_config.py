@@ -131,7 +131,8 @@ def _make_narrow(config: Any) -> None:
         if not isinstance(old, int):
             continue
         for name in keys:
-            shared = getattr(config, name, None)
+            # Some configs that give single layers their own raise for the one of all others.
+            shared = vars(config).get(name) or getattr(config, name, None)
             if isinstance(shared, int):
                 setattr(config, name, count if shared == old else 1 if shared == 1 else 2)
         setattr(config, queries, count)
