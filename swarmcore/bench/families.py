@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import re
 import sys
 import tempfile
@@ -101,10 +102,9 @@ def _config(model_type: str) -> Any:
     settings = _SETTINGS.get(model_type, {})
     config = AutoConfig.for_model(model_type, **settings)
     if config.get_text_config(decoder=True) is config:
-        try:
+        with contextlib.suppress(Exception):  # some count their blocks otherwise
             config = AutoConfig.for_model(model_type, **settings, num_hidden_layers=BLOCKS)
-        except Exception:  # some count their blocks otherwise
-            return config
+    config.dtype = torch.bfloat16  # as in most checkpoints
     return config
 
 

@@ -14,7 +14,7 @@ from swarmcore.executor.torch.checkpoint.quantized import check_plain, unexpecte
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.device import choose_dtype
-from swarmcore.executor.torch.loading import load_state
+from swarmcore.executor.torch.loading import load_state, misshapen
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.tensor_names import TextTensors
 
@@ -79,6 +79,8 @@ def load_without_blocks(
     family = _initialised_as(type(skeleton), text.num_hidden_layers)
     model, loaded = load_state(family, config, state, wanted, checkpoint.name)
     model.config.num_hidden_layers = 0
+    for key, shape, expected in loaded.get("mismatched_keys", ()):
+        raise misshapen(checkpoint.name, key, shape, expected)
     if unexpected := tensors.unexpected(loaded["unexpected_keys"], known, model):
         raise unexpected_tensors(checkpoint.name, unexpected)
     new = {name for name in loaded["missing_keys"] if _is_new_head(model, name)}

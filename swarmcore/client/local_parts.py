@@ -37,7 +37,8 @@ class LocalParts:
             setattr(base, name, _FirstCall(module) if name in structure.twice else nn.Identity())
         model.set_submodule(structure.base, _AfterBlocks(after))
         self.config: PretrainedConfig = model.config
-        self.dtype: torch.dtype = model.dtype
+        # Not the model's: some families keep their norms in float32.
+        self.dtype: torch.dtype = base.get_input_embeddings().weight.dtype
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
         self.max_positions = _max_positions(model.config)

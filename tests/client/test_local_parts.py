@@ -133,3 +133,15 @@ def test_while_another_thread_loads_a_model(tmp_path: Path) -> None:
     finally:
         torch.set_default_dtype(before)
     assert parts.embed([511], [0]).shape == (1, config.hidden_size)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gpt2", "gemma2", "deepseek_v3", "nanochat"])
+def test_half_precision_is_float32_but_for_rounding(family: str, dtype: str, tmp_path: Path) -> None:
+    """Some families keep their norms in float32."""
+    checkpoint = saved(tmp_path, family)[1]
+    exact, half = (LocalParts.load(checkpoint, dtype=name) for name in ("float32", dtype))
+    hidden = torch.randn(6, exact.hidden_size)
+    expected = exact.logits(hidden)
+    assert half.dtype == half.embed([3, 4], [0, 1]).dtype == getattr(torch, dtype)
+    assert (half.logits(hidden) - expected).abs().max() < 0.05 * expected.std()

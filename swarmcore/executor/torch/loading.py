@@ -16,16 +16,29 @@ def load_state(
 ) -> tuple[Any, dict[str, Any]]:
     """A model of the class ``family`` with these tensors, and what the loader says of them.
 
-    That is ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``. Raise `CheckpointError` when they
-    do not fit the config.
+    That is ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``: of these the name, the shape in the
+    checkpoint and that in the model. Raise `CheckpointError` when they do not fit the config otherwise.
     """
     with quiet_transformers(lambda share: None):
         try:
             model, report = family.from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # it names none of them in its error
             )
         except ImportError as exc:
             raise MissingExtraError(f"transformers needs a package to load {name}: {one_line(exc)}") from exc
         except Exception as exc:  # whatever the family's own classes raise
             raise CheckpointError(f"the tensors of {name} do not fit its config: {one_line(exc)}") from exc
     return model, report
+
+
+def misshapen(name: str, tensor: str, found: torch.Size, expected: torch.Size) -> CheckpointError:
+    """The error for a tensor of another shape than its config says."""
+    return CheckpointError(
+        f"{name} has {tensor} in the shape {list(found)}, and by its config it is {list(expected)}: the "
+        f"checkpoint is damaged or not the one its config describes"
+    )

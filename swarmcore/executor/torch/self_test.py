@@ -27,6 +27,7 @@ from swarmcore.errors import SpanError, UnsupportedModelError
 from swarmcore.executor.torch.batch import Batch, RaggedBatch
 from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.checkpoint.cache import cache_folder, write_file
+from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
 from swarmcore.executor.torch.reference import LENGTHS, Reference
 from swarmcore.executor.torch.whole_sequences import WholeSequences
@@ -77,9 +78,11 @@ def check_span(checkpoint: Checkpoint, span: Span, load: Callable[[Checkpoint, S
 def check(checkpoint: Checkpoint, part: str, test: Callable[[Reference], str | None]) -> None:
     """Have ``part`` of a model tested, unless that was done before with these versions.
 
-    ``test`` says what differs from the reference. Raise `UnsupportedModelError` when something does.
+    ``test`` says what differs from the reference. Raise `UnsupportedModelError` when something does, and for
+    what the config alone rules out.
     """
     global _reference
+    check_servable(checkpoint.config.get_text_config(decoder=True), checkpoint.name)
     model = _key(checkpoint.config.to_dict(), *_versions())
     passed = _key(model, part)
     record = cache_folder() / "tested" / passed

@@ -25,7 +25,7 @@ from swarmcore.executor.torch.cut import (
 )
 from swarmcore.executor.torch.irregular import OWN_MASKS, REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
-from swarmcore.executor.torch.loading import load_state
+from swarmcore.executor.torch.loading import load_state, misshapen
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.executor.torch.self_test import check_span
@@ -199,12 +199,14 @@ def _load(
     model, report = load_state(family, whole, state, dtype, name)
     if unexpected := [key for key in report["unexpected_keys"] if not is_computed(key)]:
         raise unexpected_tensors(name, unexpected)
+    for key, found, expected in report.get("mismatched_keys", ()):
+        raise misshapen(name, _in_whole_model(key, blocks_path, span), found, expected)
     wrong = [key for key in report["missing_keys"] if key.startswith(f"{blocks_path}.")]
-    wrong += [entry[0] for entry in report.get("mismatched_keys", ())]
     if wrong:
         raise CheckpointError(
-            f"blocks {span} of {name} lack {len(wrong)} tensors or have them in another shape, such as "
-            f"{wrong[0]}; the checkpoint is incomplete or not the one its config describes"
+            f"blocks {span} of {name} lack {len(wrong)} tensors, such as "
+            f"{_in_whole_model(wrong[0], blocks_path, span)}; the checkpoint is incomplete or not the one "
+            f"its config describes"
         )
     base = model.get_submodule(structure.base)
     _keep_only_blocks(base, structure)
@@ -222,6 +224,12 @@ def _block_tensors(checkpoint: Checkpoint, layers: str, span: Span) -> dict[str,
     pattern = re.compile(rf"{re.escape(text_tower(checkpoint, layers))}{layers}\.(\d+)\.(.+)")
     matches = ((name, pattern.fullmatch(name)) for name in checkpoint.names())
     return {name: (int(match[1]), match[2]) for name, match in matches if match and int(match[1]) in span}
+
+
+def _in_whole_model(key: str, blocks_path: str, span: Span) -> str:
+    """What a tensor of the cut model is called in the whole one."""
+    index, _, rest = key.removeprefix(f"{blocks_path}.").partition(".")
+    return f"{blocks_path}.{int(index) + span.start}.{rest}"
 
 
 def _keep_only_blocks(base: Any, structure: Structure) -> None:

@@ -42,7 +42,7 @@ def structure_of(config: Any) -> Structure:
     layers = layer_list(base)
     (block,) = blocks = getattr(base, layers)
     setattr(base, layers, nn.ModuleList())
-    base.to_empty(device="cpu").eval()
+    base.to_empty(device="cpu").float().eval()  # whatever the weights are in: some norms take no other input
     setattr(base, layers, blocks)
     failed: Exception | None = None
     for as_tuple in (False, True):
@@ -90,7 +90,8 @@ def _modules_after(
     block.forward = forward
     try:
         width = base.get_input_embeddings().weight.shape[-1]
-        inputs: dict[str, Any] = {"inputs_embeds": torch.zeros(2, 1, width), "use_cache": False}
+        embeddings = torch.zeros(2, 1, width, dtype=torch.float32)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
         if "position_ids" in inspect.signature(type(base).forward).parameters:
             inputs["position_ids"] = torch.zeros(2, 1, dtype=torch.long)
         output = base(**inputs, return_dict=True).last_hidden_state

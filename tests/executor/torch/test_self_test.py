@@ -158,6 +158,10 @@ def test_the_small_config_of_a_small_model_keeps_its_widths(family: str) -> None
     [
         ("llama", {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}),
         ("gemma3_text", {}),
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "num_global_key_value_heads": 4} | {"attention_k_eq_v": True},
+        ),
         ("gpt_oss", {}),
         ("deepseek_v3", {"num_hidden_layers": 8}),
         ("bloom", {"hidden_size": 14336, "n_layer": 6, "n_head": 112}),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from swarmcore.client.local_parts import LocalParts
 from swarmcore.errors import CheckpointError, InputError, SpanError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
@@ -70,9 +71,25 @@ def test_missing_tensor(tiny_llama_folder: Path, tmp_path: Path) -> None:
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, shard, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="up_proj"):
-        TorchExecutor.load(open_checkpoint(str(folder)), Span(2, 4))
+    with pytest.raises(CheckpointError, match=r"such as model\.layers\.2\.mlp\.up_proj"):
+        TorchExecutor.load(open_checkpoint(str(folder)), Span(1, 4))
     TorchExecutor.load(open_checkpoint(str(folder)), Span(3, 5))
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "lm_head.weight"])
+def test_tensor_of_another_shape(name: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_llama_folder, folder)
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, shard, {"format": "pt"})
+    checkpoint = open_checkpoint(str(folder))
+    with pytest.raises(CheckpointError, match=rf"{name} in the shape \["):
+        if "layers" in name:
+            TorchExecutor.load(checkpoint, Span(1, 4))
+        else:
+            LocalParts.load(checkpoint)
 
 
 def test_model_with_other_than_attention_layers(tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_what_comes_after_the_blocks(case: str) -> None:
     assert structure_of(config(model_type, settings)) == structure
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["gpt2", "phimoe", "bloom", "opt"])
+def test_whatever_dtype_the_weights_are_in(model_type: str, dtype: torch.dtype) -> None:
+    """A LayerNorm in half precision takes no float32."""
+    half = config(model_type, OPT if model_type == "opt" else {})
+    expected = structure_of(half)
+    half.dtype = dtype
+    assert structure_of(half) == expected
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
