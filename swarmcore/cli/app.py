@@ -17,17 +17,23 @@ from swarmcore.cli.convert import convert
 from swarmcore.cli.generate import generate
 from swarmcore.cli.identity import identity
 from swarmcore.cli.interrupt import Interrupted
+from swarmcore.cli.output import Output
 from swarmcore.cli.serve import serve
 from swarmcore.cli.sim import sim
 from swarmcore.cli.status import status
 from swarmcore.distribution import NAME
+from swarmcore.errors import InputError
 from swarmcore.imports import keep_imports
+
+
+_ARGUMENTS = "swarmcore.arguments"
 
 
 class CommandGroup(click.Group):
     """Ends an interrupted command at once: all is closed, and Python takes a second to tear torch down.
 
-    Characters that the terminal's encoding lacks are shown as ``?``.
+    Characters that the terminal's encoding lacks are shown as ``?``. With ``--json`` a command line that click
+    refuses is an ``error`` event, too.
     """
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -37,10 +43,18 @@ class CommandGroup(click.Group):
                     stream.reconfigure(errors="replace")
         return super().main(*args, **options)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         keep_imports()
         try:
             return super().invoke(ctx)
+        except click.UsageError as exc:
+            output = Output(json_lines="--json" in ctx.meta[_ARGUMENTS])
+            output.event("error", error=InputError.__name__, message=exc.format_message(), details={})
+            raise
         except Interrupted as exc:
             sys.stdout.flush()
             sys.stderr.flush()

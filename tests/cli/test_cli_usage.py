@@ -121,6 +121,23 @@ def test_with_json_an_error_is_an_event_too():
     assert event["message"] in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--bogus", "Hi"], "No such option '--bogus'"),
+        (["serve"], "Missing option '--model'"),
+        (["srve"], "No such command 'srve'"),
+        (["bench", "transport", "--rounds", "many"], "'many' is not a valid integer"),
+    ],
+)
+def test_with_json_what_click_refuses_is_an_event_too(arguments, message):
+    assert invoke(*arguments).stdout == ""
+    result = invoke(*arguments, "--json")
+    event = json.loads(result.stdout)
+    assert (result.exit_code, event["event"], event["error"]) == (2, "error", "InputError")
+    assert message in event["message"]
+
+
 def test_debug_shows_the_traceback():
     result = invoke("bootstrap", "--bootstrap", "nonsense", "--debug")
     assert type(result.exception).__name__ == "AddressError"
