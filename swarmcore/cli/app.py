@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,18 +26,21 @@ from swarmcore.distribution import NAME
 from swarmcore.errors import InputError
 from swarmcore.imports import keep_imports
 
-
 _ARGUMENTS = "swarmcore.arguments"
 
 
 class CommandGroup(click.Group):
     """Ends an interrupted command at once: all is closed, and Python takes a second to tear torch down.
 
-    Characters that the terminal's encoding lacks are shown as ``?``. With ``--json`` a command line that click
-    refuses is an ``error`` event, too.
+    Characters that the terminal's encoding lacks are shown as ``?``; a standard stream that is closed is
+    ``/dev/null``. With ``--json`` a command line that click refuses is an ``error`` event, too.
     """
 
     def main(self, *args: Any, **options: Any) -> Any:
+        # In this order: each gets its own number, which no socket then has.
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 with contextlib.suppress(OSError):  # it was a file, and has become a pipe underneath

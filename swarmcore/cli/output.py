@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import msgspec
 
 from swarmcore.cli.progress import BYTES, JsonProgress, PlainProgress, ProgressReport, TerminalProgress
 from swarmcore.printable import printable, printable_json
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """Whether ``stream`` is a terminal on which lines can be taken back."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 class Output:
@@ -51,6 +56,6 @@ class Output:
         """A progress report, shown while the context lasts."""
         if self.json_lines:
             return JsonProgress(self.event)
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if can_redraw(sys.stderr):
             return TerminalProgress(unit)
         return PlainProgress(self.remark, unit)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from swarmcore.cli.options import RemoteModelOptions, load_identity, set_thread_environment
-from swarmcore.cli.output import Output
+from swarmcore.cli.output import Output, can_redraw
 
 if TYPE_CHECKING:
     from swarmcore.client.model import RemoteModel
@@ -82,5 +82,5 @@ def show_route(output: Output, swarm: Swarm, model: ModelInfo, chain: Chain) -> 
 
 def _show_failover(output: Output, failover: Failover) -> None:
     # The text that is being streamed may have left the cursor in the middle of a line.
-    output.remark(f"{chr(10) if sys.stdout.isatty() else ''}{failover}")
+    output.remark(f"{chr(10) if can_redraw(sys.stdout) else ''}{failover}")
     output.event("failover", **attrs.asdict(failover))

@@ -14,7 +14,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
 from swarmcore.cli.notes import Notes, RoundTrips, ask, round_trips
 from swarmcore.cli.options import client_options, load_identity, standard, transport_options
-from swarmcore.cli.output import Output
+from swarmcore.cli.output import Output, can_redraw
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def status(
     """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
     training runs, until Ctrl-C.
 
-    Where stdout is no terminal it prints once. With --json: a line at every change, or one with --once.
+    Where stdout is no terminal, or a dumb one, it prints once. With --json: a line at every change, or one
+    with --once.
     """
     interrupt.run(
         _watch(
@@ -65,7 +66,7 @@ def status(
             registry,
             identity_file,
             transport_options(**webrtc),
-            once=once or not (sys.stdout.isatty() or output.json_lines),
+            once=once or not (can_redraw(sys.stdout) or output.json_lines),
             verbose=verbose,
         ),
         interrupted_status=0,

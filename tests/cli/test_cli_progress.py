@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from swarmcore.cli import main
+from swarmcore.cli.output import can_redraw
 from swarmcore.cli.progress import TerminalProgress
 
 
@@ -79,3 +81,14 @@ def test_the_bars_of_a_terminal_are_drawn_at_once() -> None:
         process.communicate()
         os.close(master)
         os.close(slave)
+
+
+@pytest.mark.parametrize(("term", "redrawn"), [("xterm", True), ("dumb", False), ("unknown", False)])
+def test_nothing_is_redrawn_where_it_cannot_be(
+    term: str, redrawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0):
+        assert can_redraw(terminal) == redrawn
+    assert not can_redraw(io.StringIO())

@@ -1,6 +1,7 @@
 """What the commands accept and refuse, without a process of their own."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -169,3 +170,16 @@ def test_an_identity_file_that_others_can_read(tmp_path):
     result = invoke("bootstrap", "--identity", str(file))
     assert result.exit_code == 2
     assert f"chmod 600 {file}" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="streams are closed by a shell")
+def test_closed_streams_are_nothing_to_read_and_nowhere_to_write():
+    code = (
+        "import os, sys; from swarmcore.cli import main\n"
+        "try: main(['identity', '--help'])\n"
+        "except SystemExit: pass\n"
+        "numbers = [stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]\n"
+        "sys.exit(numbers != [0, 1, 2])"
+    )
+    closed = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", closed], check=False).returncode == 0
