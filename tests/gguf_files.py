@@ -22,6 +22,7 @@ def write_gguf(
     *,
     keys: Mapping[str, Any],
     tensors: Mapping[str, Sequence[float]] | None = None,
+    pre: str = "default",
 ) -> Path:
     """Write ``model`` in float32. ``keys`` are metadata, without the architecture; ``tensors`` come on top.
 
@@ -40,7 +41,7 @@ def write_gguf(
     }
     for key, value in (own | dict(keys)).items():
         _add(writer, key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}", value)
-    _add_vocabulary(writer, config.vocab_size)
+    _add_vocabulary(writer, config.vocab_size, pre)
     for name, data in _converted(model, architecture).items():
         writer.add_tensor(name, np.ascontiguousarray(data.float().numpy()))
     for name, values in (tensors or {}).items():
@@ -65,11 +66,11 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int, pre: str = "default") -> None:
     tokens = ["<|end|>", *bytes_to_unicode().values(), "he", "ll"]
     tokens += [f"<{number}>" for number in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(["h e", "l l"])

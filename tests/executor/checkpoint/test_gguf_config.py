@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.executor.torch.checkpoint.gguf_config import Metadata
+from swarmcore.executor.torch.checkpoint.gguf_tokenizer import check_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259,
@@ -287,3 +289,44 @@ def test_the_tokens_that_end_a_text(keys: dict[str, Any], ends: Any, tmp_path: P
     folder = open_checkpoint(str(path), cache_dir=tmp_path / "cache").folder
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
     assert AutoConfig.from_pretrained(folder).eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "parts"),
+    [
+        ("default", "a\n\n57", ["a", "Ċ", "Ċ", "57"]),
+        ("gpt-2", "a\n\n57", ["a", "Ċ", "Ċ", "57"]),
+        ("smollm", "a\n\n57", ["a", "ĊĊ", "5", "7"]),
+        ("starcoder", "a  7", ["a", "ĠĠ", "7"]),
+        ("llama-bpe", "a\n\n5789", ["a", "ĊĊ", "578", "9"]),
+        ("qwen2", "a\n\n57", ["a", "ĊĊ", "5", "7"]),
+        ("stablelm2", "a\n\n57", ["a", "ĊĊ", "5", "7"]),
+        ("falcon", "a--b 12345", ["a", "--", "b", "Ġ", "123", "45"]),
+        ("bloom", "a, 5 b", ["a", ",", "Ġ5", "Ġb"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(pre: str, text: str, parts: list[str], tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama", SIZES), "llama", keys={}, pre=pre)
+    folder = open_checkpoint(str(path), cache_dir=tmp_path / "cache").folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [part for part, _ in split] == parts
+    begins = tokenizer("he")["input_ids"][0] == tokenizer.bos_token_id
+    assert begins == tokenizer.backend_tokenizer.model.ignore_merges == (pre == "llama-bpe")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"tokenizer.ggml.pre": "deepseek-llm"}, "'deepseek-llm'"),
+        ({"tokenizer.ggml.model": "rwkv"}, "kind 'rwkv'"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}, "add_space_prefix"),
+    ],
+)
+def test_tokenizers_that_would_be_others_are_refused(keys: dict[str, Any], words: str) -> None:
+    tokenizer = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
+    metadata = Metadata(
+        "model.gguf", "llama", {}, frozenset(), {}, "model", frozenset(), {}, {"model": "gpt2"} | tokenizer
+    )
+    with pytest.raises(UnsupportedModelError, match=words):
+        check_tokenizer(metadata)

@@ -44,13 +44,15 @@ from swarmcore.executor.torch.checkpoint.gguf_config import (
     complete_config,
     ends,
 )
+from swarmcore.executor.torch.checkpoint.gguf_tokenizer import check_tokenizer, complete_tokenizer
 from swarmcore.executor.torch.checkpoint.header import LFS_POINTER, lfs_pointer
 from swarmcore.executor.torch.checkpoint.progress import Progress, no_progress
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.imports import import_large
 
-LAYOUT = "gguf-bfloat16-2"
-"""What a conversion writes. Part of the fingerprint: count it up when a file would give other tensors."""
+LAYOUT = "gguf-bfloat16-3"
+"""What a conversion writes. Part of the fingerprint: count it up when a file would give other
+tensors or tokens."""
 
 _SHARD = "256MB"
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -160,9 +162,11 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
     progress(f"reading the metadata of {source.name}", 0, 0)
     metadata = Metadata.read(source)
     check_metadata(metadata)
+    check_tokenizer(metadata)
     progress(f"reading the tokenizer of {source.name}", 0, 0)
     with quiet_transformers(converting.report), _parsed_once():  # the first lets in one thread at a time
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
+        complete_tokenizer(tokenizer, metadata)
         progress(f"reading the config of {source.name}", 0, 0)
         config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
         if config.model_type == "mistral":  # the file's name, not its architecture, had transformers say so

@@ -119,6 +119,8 @@ class Metadata:
     tensors: frozenset[str]
     factors: Mapping[str, tuple[float, ...]]
     """What is in the tensors that scale rotary frequencies."""
+    tokenizer: Mapping[str, Any] = attrs.field(factory=dict)
+    """Short values of the keys that begin with ``tokenizer.ggml``, without that."""
 
     @classmethod
     def read(cls, source: Path) -> Metadata:
@@ -147,6 +149,9 @@ class Metadata:
                 tensor.name: tuple(float(value) for value in dequantize(tensor.data, tensor.tensor_type))
                 for tensor in reader.tensors
                 if tensor.name in (_ROPE_FREQUENCIES, _LONG, _SHORT)
+            },
+            tokenizer={
+                key.removeprefix(_TOKENS): value for key, value in fields.items() if key.startswith(_TOKENS)
             },
         )
 
