@@ -66,9 +66,10 @@ class Identity:
         except RuntimeError as exc:
             raise IdentityFileError(f"identity file {path} is in a home that there is not: {exc}") from exc
         except OSError as exc:
+            right = ", or give this user the right to it" if isinstance(exc, PermissionError) else ""
             raise IdentityFileError(
-                f"identity file {path} can be neither read nor created: {exc.strerror or exc}; name another, "
-                f"or give this user the right to it"
+                f"identity file {path} can be neither read nor created: {exc.strerror or exc}; "
+                f"name another{right}"
             ) from exc
         try:
             key = load_pem_private_key(pem, password=None)

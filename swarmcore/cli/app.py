@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -18,12 +19,13 @@ from swarmcore.cli.convert import convert
 from swarmcore.cli.generate import generate
 from swarmcore.cli.identity import identity
 from swarmcore.cli.interrupt import Interrupted
+from swarmcore.cli.options import Failure
 from swarmcore.cli.output import Output
 from swarmcore.cli.serve import serve
 from swarmcore.cli.sim import sim
 from swarmcore.cli.status import status
 from swarmcore.distribution import NAME
-from swarmcore.errors import InputError
+from swarmcore.errors import InputError, StorageError
 from swarmcore.imports import keep_imports
 
 _ARGUMENTS = "swarmcore.arguments"
@@ -45,7 +47,16 @@ class CommandGroup(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 with contextlib.suppress(OSError):  # it was a file, and has become a pipe underneath
                     stream.reconfigure(errors="replace")
-        return super().main(*args, **options)
+        try:
+            return super().main(*args, **options)
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+            # What is still to be written, and would fail again at the end, has nowhere to go.
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+            where = f" at {exc.filename}" if exc.filename else ""
+            Failure(StorageError(f"nothing more can be written{where}: {exc.strerror}")).show()
+            sys.exit(Failure.exit_code)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = tuple(args)
