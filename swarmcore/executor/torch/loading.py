@@ -32,7 +32,10 @@ def load_state(
         except ImportError as exc:
             raise MissingExtraError(f"transformers needs a package to load {name}: {one_line(exc)}") from exc
         except Exception as exc:  # whatever the family's own classes raise
-            raise CheckpointError(f"the tensors of {name} do not fit its config: {one_line(exc)}") from exc
+            why = one_line(exc)
+            if "CONVERSION" in why:  # in a report that it logs
+                why = "some experts or other parts that are joined are missing, too many or misshapen"
+            raise CheckpointError(f"the tensors of {name} do not fit its config: {why}") from exc
     return model, report
 
 

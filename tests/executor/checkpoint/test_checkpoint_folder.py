@@ -172,6 +172,17 @@ def test_shards_in_a_folder_below(model_copy: Path, tmp_path: Path) -> None:
     assert len(moved.read(moved.names())) == len(moved.names())
 
 
+def test_a_tensor_in_two_shards(model_copy: Path, tmp_path: Path) -> None:
+    one, other = sorted(model_copy.glob("*.safetensors"))[:2]
+    tensors, more = load_file(one), load_file(other)
+    name = next(iter(tensors))
+    save_file(more | {name: tensors[name]}, other, {"format": "pt"})
+    assert name in open_checkpoint(str(model_copy), cache_dir=tmp_path).names()
+    save_file(more | {name: tensors[name] + 1}, other, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"two tensors called {name}, in {one.name} and {other.name}"):
+        open_checkpoint(str(model_copy), cache_dir=tmp_path)
+
+
 def test_a_config_with_infinity(model_copy: Path, tmp_path: Path) -> None:
     """Python's JSON writes it, and so do published configs (``time_step_limit``)."""
     edit_config(model_copy, time_step_limit=[0.0, float("inf")])
@@ -183,6 +194,9 @@ def test_the_dtype_of_the_weights_where_the_config_names_none(model_copy: Path, 
     assert open_checkpoint(str(model_copy), cache_dir=tmp_path).config.dtype == torch.float32
     edit_config(model_copy, dtype="float16")
     assert open_checkpoint(str(model_copy), cache_dir=tmp_path).config.dtype == torch.float16
+    for packed in ("float8_e4m3fn", "int8"):  # said of weights that are in float32
+        edit_config(model_copy, dtype=packed)
+        assert open_checkpoint(str(model_copy), cache_dir=tmp_path).config.dtype == torch.float32
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -109,3 +109,15 @@ def test_repr_and_accounting(tiny_llama: Checkpoint) -> None:
     assert repr(executor).endswith("1:3 bfloat16 on cpu · 0 sequences>")
     assert executor.dtype == "bfloat16"
     assert executor.cache_bytes_per_token == 2 * 2 * 2 * 16 * 2  # blocks, keys and values, heads, size, bytes
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    """Transformers joins the experts of a block, and says in a log which one it lacks."""
+    arguments = {"moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
+    save(tmp_path, "qwen3_moe", **TINY, **arguments)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.1.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match="some experts or other parts that are joined are missing"):
+        TorchExecutor.load(checkpoint, Span(0, 2))

@@ -122,10 +122,18 @@ def settle_dtype(checkpoint: Checkpoint) -> None:
     """
     config = checkpoint.config
     text = config.get_text_config(decoder=True)
+    for part in (config, text):
+        if _is_packed(getattr(part, "dtype", None)):
+            part.dtype = None
     if getattr(text, "dtype", None) is None:
         stored = getattr(config, "dtype", None) or checkpoint.stored_dtype()
-        if not isinstance(stored, torch.dtype) or stored.itemsize > 1:  # nobody computes in what is packed
+        if not _is_packed(stored):
             text.dtype = stored
+
+
+def _is_packed(dtype: object) -> bool:
+    """Whether weights are kept in it, and nobody computes in it."""
+    return isinstance(dtype, torch.dtype) and (dtype.itemsize == 1 or not dtype.is_floating_point)
 
 
 def describe(name: str, config: PretrainedConfig, fingerprint: str) -> ModelInfo:

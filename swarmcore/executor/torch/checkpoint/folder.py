@@ -52,8 +52,13 @@ class FolderCheckpoint(Checkpoint):
         self.folder = folder = folder.absolute()
         self.config, self.raw_config = load_config(folder, str(folder))
         shards = weight_files(folder)
-        self._files = {name: file for file, entries in shards.items() for name in entries}
-        self._entries = {name: entry for entries in shards.values() for name, entry in entries.items()}
+        self._files: dict[str, Path] = {}
+        self._entries: dict[str, Entry] = {}
+        for file, entries in shards.items():
+            for name in entries.keys() & self._entries.keys():
+                self._check_copy(file, entries[name])
+            self._files |= dict.fromkeys(entries, file)
+            self._entries |= entries
         fingerprint = model_fingerprint(
             self.raw_config, file_hashes(list(shards), self.name, cache, progress)
         )
@@ -79,6 +84,19 @@ class FolderCheckpoint(Checkpoint):
         for file, entries in files.items():
             tensors |= read_tensors(file, entries, report)
         return tensors
+
+    def _check_copy(self, file: Path, entry: Entry) -> None:
+        """Raise `CheckpointError` when a tensor that is in another file, too, is another one there."""
+        name = entry.name
+        report = Counter(f"comparing {name}", 2 * entry.nbytes, None)
+        copies = ((self._files[name], self._entries[name]), (file, entry))
+        one, other = (read_tensors(path, [there], report)[name] for path, there in copies)
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        if not alike or not torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)):
+            raise CheckpointError(
+                f"{self.folder} has two tensors called {name}, in {self._files[name].name} and {file.name}, "
+                f"and they differ: shards of several models are mixed up"
+            )
 
     def _select(self, names: Collection[str]) -> list[Entry]:
         if missing := set(names) - self._entries.keys():
