@@ -185,7 +185,7 @@ def _load(
     structure, whole = structure_of(text), whole_config(text)
     empty = build_on_meta(whole)
     blocks_path = f"{structure.base}.{structure.layers}"
-    names = _block_tensors(checkpoint, structure.layers, span)
+    names = _block_tensors(checkpoint, structure, span)
     tensors = checkpoint.read(names, progress=progress)
     tensors = {key: data for key, data in tensors.items() if not is_computed(key, data)}
     integers = {key for key, data in empty.state_dict().items() if not data.is_floating_point()}
@@ -219,9 +219,10 @@ def _load(
     return SpanModel(base, span, name, device, dtype)
 
 
-def _block_tensors(checkpoint: Checkpoint, layers: str, span: Span) -> dict[str, tuple[int, str]]:
+def _block_tensors(checkpoint: Checkpoint, structure: Structure, span: Span) -> dict[str, tuple[int, str]]:
     """The checkpoint's tensors of the span, with the block each belongs to and its name in there."""
-    pattern = re.compile(rf"{re.escape(text_tower(checkpoint, layers))}{layers}\.(\d+)\.(.+)")
+    tower = re.escape(text_tower(checkpoint, structure))
+    pattern = re.compile(rf"{tower}{structure.layers}\.(\d+)\.(.+)")
     matches = ((name, pattern.fullmatch(name)) for name in checkpoint.names())
     return {name: (int(match[1]), match[2]) for name, match in matches if match and int(match[1]) in span}
 

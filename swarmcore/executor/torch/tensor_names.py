@@ -23,11 +23,13 @@ _COMPUTED = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|posit
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|mask|causal_mask)$")
 
 
-def text_tower(checkpoint: Checkpoint, layers: str) -> str:
+def text_tower(checkpoint: Checkpoint, structure: Structure) -> str:
     """What the names of the text model's tensors begin with, such as ``model.language_model.``.
 
-    ``layers`` is the last part of the name of its list of blocks. Raise `CheckpointError` when there is none.
+    Where the model's class has them if there are such, whatever is beside them (another copy of the model);
+    else where most blocks are. Raise `CheckpointError` when there are none.
     """
+    layers = structure.layers
     pattern = re.compile(rf"(.*\.)?{layers}\.\d+\..+")
     towers: dict[str, int] = {}
     for name in checkpoint.names():
@@ -35,6 +37,8 @@ def text_tower(checkpoint: Checkpoint, layers: str) -> str:
             towers[match[1] or ""] = towers.get(match[1] or "", 0) + 1
     if not towers:
         raise CheckpointError(f"{checkpoint.name} has no tensors named {layers}.0.… for its blocks")
+    if f"{structure.base}." in towers:
+        return f"{structure.base}."
     return max(towers, key=lambda tower: towers[tower])
 
 
@@ -54,7 +58,7 @@ class TextTensors:
         config = checkpoint.config
         return cls(
             frozenset(name for name in checkpoint.names() if not block.search(name)),
-            text_tower(checkpoint, structure.layers),
+            text_tower(checkpoint, structure),
             config.get_text_config(decoder=True) is not config,
         )
 

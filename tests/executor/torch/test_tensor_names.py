@@ -70,14 +70,21 @@ def test_the_final_norm_is_where_the_blocks_are(tower: str, head: str) -> None:
         "a.norm.weight",
         composite=True,
     )
-    assert text_tower(checkpoint, "layers") == tower
+    assert text_tower(checkpoint, LLAMA) == tower
     found = TextTensors.of(checkpoint, LLAMA).find(KEYS, "model")
     assert found == {f"{tower}embed_tokens.weight": KEYS[0], f"{tower}norm.weight": KEYS[1], head: KEYS[2]}
 
 
+def test_another_copy_of_the_model_is_left_alone() -> None:
+    own = ("model.layers.0.a", "model.layers.1.a")
+    for copy in ("draft", "ema"):
+        more = [f"{copy}.{name}" for name in (*own, "model.layers.2.a")]
+        assert text_tower(names_of(*more, *own), LLAMA) == "model."
+
+
 def test_no_blocks() -> None:
     with pytest.raises(CheckpointError, match=r"no tensors named layers\.0"):
-        text_tower(names_of("model.norm.weight", "model.vision.layers.0.weight"), "layers")
+        text_tower(names_of("model.norm.weight", "model.vision.layers.0.weight"), LLAMA)
 
 
 PLAIN = ("model.layers.0.x.weight", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
