@@ -62,7 +62,7 @@ def complete_tokenizer(tokenizer: Any, metadata: Metadata) -> None:
         backend.pre_tokenizer = split.Sequence([split.Punctuation("contiguous"), like_gpt2, *digits])
     if before in _LIKE_LLAMA3:
         backend.model.ignore_merges = True
-        if "add_bos_token" not in said:
+        if "add_bos_token" not in said and tokenizer.bos_token is not None:
             tokenizer.add_bos_token = True
 
 
