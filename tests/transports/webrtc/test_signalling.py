@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,9 +20,10 @@ webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the ex
 from webrtc_peers import HASTY, LIMITS, dialler, echo, exchanged, service  # noqa: E402
 
 from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
-from swarmcore_transports.webrtc.offers import MAX_ANSWERING, MAX_ANSWERING_PEER, Offers  # noqa: E402
+from swarmcore_transports.webrtc.offers import FAIR_SECONDS, MAX_ANSWERING_PEER, Offers  # noqa: E402
 from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
 from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
+from swarmcore_transports.webrtc.transport import REFUSALS  # noqa: E402
 
 
 @asynccontextmanager
@@ -205,11 +207,12 @@ async def test_offers_beyond_the_bounds_are_refused_and_then_dropped():
         exchange = number.to_bytes(EXCHANGE_BYTES, "big")
         offer = sealed(flooders[number % 4], me.peer, exchange, "offer", "garbage")
         target._exchanges.signalled(Client(), offer)
-    assert target.counters["overflow"] == 300 - 4 * MAX_ANSWERING
+    _, refused = REFUSALS
+    assert target.counters["overflow"] == 300 - 4 * MAX_ANSWERING_PEER - refused
     assert len(target._offers) == 4 * MAX_ANSWERING_PEER
     while target._tasks:
         await asyncio.wait(target._tasks)
-    assert len([body for body in sent if "too many others" in body]) == 4 * MAX_ANSWERING - len(flooders) * 4
+    assert len([body for body in sent if "too many others" in body]) == refused
     assert not len(target._offers)
     await target.close()
 
@@ -217,9 +220,26 @@ async def test_offers_beyond_the_bounds_are_refused_and_then_dropped():
 def test_offers_are_answered_once_and_some_at_a_time():
     offers = Offers(most=3, most_of_peer=2)
     assert offers.is_new(b"a") and not offers.is_new(b"a")
-    assert [offers.begin(peer) for peer in "aaabb"] == [True, True, False, True, False]
-    offers.end("a")
-    assert offers.begin("b") and len(offers) == 3
+    begun = [offers.begin(PeerId(peer), 0.0) for peer in "aaabb"]
+    assert [one is not None for one in begun] == [True, True, False, True, False]
+    assert begun[0] is not None
+    offers.end(begun[0])
+    assert offers.begin(PeerId("b"), 0.0) and len(offers) == 3
+
+
+def test_offers_that_take_long_make_room_for_others():
+    offers = Offers(most=2, most_of_peer=2)
+    given_up = []
+    for peer in "ab":
+        answering = offers.begin(PeerId(peer), 0.0)
+        assert answering is not None
+        answering.give_up = partial(given_up.append, peer)
+    assert offers.begin(PeerId("c"), FAIR_SECONDS - 0.1) is None
+    assert offers.begin(PeerId("c"), FAIR_SECONDS) is not None
+    assert given_up == ["a"] and len(offers) == 2
+    assert offers.begin(PeerId("c"), FAIR_SECONDS) is not None
+    assert offers.begin(PeerId("c"), 2 * FAIR_SECONDS) is None  # its own do not
+    assert given_up == ["a", "b"]
     for number in range(10_000):
         offers.is_new(number.to_bytes(16, "big"))
     assert len(offers._seen) == 4096

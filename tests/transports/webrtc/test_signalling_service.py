@@ -155,6 +155,20 @@ async def test_envelopes_faster_than_the_rate_are_dropped() -> None:
         assert running.counters["passed"] == 6
 
 
+async def test_whoever_runs_the_service_answers_as_much_as_it_has_to() -> None:
+    owner = Identity.generate()
+    running = SignallingService(ServiceLimits(rate=0.1, burst=2), owner=owner.peer)
+    try:
+        place = await running.start(Service("127.0.0.1", 0))
+        async with registered(place, owner) as own, registered(place) as other:
+            for _ in range(20):
+                await own.send(other.peer, EXCHANGE, "answer", "hello")
+            for _ in range(20):
+                assert (await other.receive()).exchange == EXCHANGE
+    finally:
+        await running.close()
+
+
 async def test_what_a_registered_peer_may_not_say_is_dropped_and_it_stays() -> None:
     async with service() as (running, place), registered(place) as one, registered(place) as other:
         anothers = sealed(Identity.generate(), other.peer, EXCHANGE, "offer", "in the name of a third")

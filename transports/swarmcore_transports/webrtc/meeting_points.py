@@ -82,7 +82,7 @@ class MeetingPoints:
             raise AddressError("no signalling service answers; check that one runs there") from exc
 
     async def _serve(self, place: Service) -> Service:
-        service = SignallingService(self._limits, self._resources())
+        service = SignallingService(self._limits, self._resources(), self._peer)
         if self._allowed is not None:
             service.allow_only(self._allowed)
         found = await service.start(place, self._tls)

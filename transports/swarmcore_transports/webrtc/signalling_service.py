@@ -91,10 +91,17 @@ class _Registration:
 class SignallingService:
     """Peers connect by WebSocket at ``/swarmcore/signalling/1``; of one peer, the last connection counts.
 
-    What a peer sends faster than its rate is dropped and counted in `counters`.
+    What a peer sends faster than its rate is dropped and counted in `counters`; ``owner``, who runs the
+    service, has none: strangers decide how much it has to answer.
     """
 
-    def __init__(self, limits: ServiceLimits | None = None, resources: ResourceManager | None = None) -> None:
+    def __init__(
+        self,
+        limits: ServiceLimits | None = None,
+        resources: ResourceManager | None = None,
+        owner: PeerId | None = None,
+    ) -> None:
+        self._owner = owner
         self._limits = limits or ServiceLimits()
         self._resources = resources or ResourceManager()
         self._sockets: SignallingSockets | None = None
@@ -206,7 +213,8 @@ class SignallingService:
     async def _receive(self, registration: _Registration) -> None:
         loop = asyncio.get_running_loop()
         async for message in registration.socket:
-            if message.type is not WSMsgType.TEXT or not registration.limit.take(loop.time()):
+            fits = registration.peer == self._owner or registration.limit.take(loop.time())
+            if message.type is not WSMsgType.TEXT or not fits:
                 self.counters["dropped"] += 1
                 continue
             try:

@@ -24,6 +24,7 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.resources import Priority, Resource
+from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
@@ -38,7 +39,7 @@ from swarmcore_transports.webrtc.ice import IceServer, IceServers
 from swarmcore_transports.webrtc.links import Link, Links
 from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_service, service_of
 from swarmcore_transports.webrtc.meeting_points import MeetingPoints
-from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Offers
+from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Answering, Offers
 from swarmcore_transports.webrtc.passing import Passing
 from swarmcore_transports.webrtc.restarts import Restarts
 from swarmcore_transports.webrtc.signalling_client import SignallingClient
@@ -51,6 +52,10 @@ logger = logging.getLogger(__name__)
 _CLOSE_SECONDS = 5.0
 
 _SOCKETS_OF_A_LINK = 4  # one for each address of this machine, two or three as a rule
+REFUSALS = 5.0, 20.0
+"""Offers a second that are refused with a word, on average and at once: services pass on 20 messages of one
+peer a second, and some of those answer offers."""
+
 _MAX_TASKS = 4 * MAX_ANSWERING
 
 
@@ -102,6 +107,7 @@ class WebRtcTransport(Transport):
         self._links = Links(self.limits, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
         self._offers = Offers()
+        self._refusals = RateLimit(*REFUSALS)
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name. Dropped: ``forged``, ``repeated`` and ``ignored`` signals,
         ``overflow`` of what came faster than it could be looked at, ``dropped`` ones that peers wanted passed
@@ -190,12 +196,22 @@ class WebRtcTransport(Transport):
             self._exchanges.end(offer.exchange)
         elif not self._listening or self._closed:
             self._refuse(route, offer, "this peer takes no connections")
-        elif self._links.full or not self._offers.begin(peer):
+        elif self._links.full or (answering := self._begin(peer)) is None:
+            self._refuse_for_lack_of_room(route, offer)
+        else:
+            answering.give_up = self._start(self._answer(route, offer, answering)).cancel
+
+    def _refuse_for_lack_of_room(self, route: Route, offer: Envelope) -> None:
+        if self._refusals.take(asyncio.get_running_loop().time()):
             self._refuse(route, offer, "this peer is answering too many others; try again later")
         else:
-            self._in_background(self._answer(route, offer))
+            self.counters["overflow"] += 1
+            self._exchanges.end(offer.exchange)
 
-    async def _answer(self, route: Route, offer: Envelope) -> None:
+    def _begin(self, peer: PeerId) -> Answering | None:
+        return self._offers.begin(peer, asyncio.get_running_loop().time())
+
+    async def _answer(self, route: Route, offer: Envelope, answering: Answering) -> None:
         peer = PeerId(offer.sender)
         link: Link | None = None
         try:
@@ -214,7 +230,7 @@ class WebRtcTransport(Transport):
             if isinstance(exc, ProtocolError | PeerUnreachableError | ResourceLimitError):
                 self._refuse(route, offer, exc.message)
         finally:
-            self._offers.end(peer)
+            self._offers.end(answering)
 
     def _restart_asked(self, route: Route, offer: Envelope) -> None:
         link = self._links.of_exchange(offer.exchange)
@@ -360,9 +376,13 @@ class WebRtcTransport(Transport):
     # --- the end --------------------------------------------------------------------------------------
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        self._start(work)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
