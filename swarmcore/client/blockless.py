@@ -15,6 +15,7 @@ from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.device import choose_dtype
 from swarmcore.executor.torch.loading import load_state, misshapen
+from swarmcore.executor.torch.memory import loading_memory
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.tensor_names import TextTensors
 
@@ -45,8 +46,8 @@ def load_without_blocks(
 
     ``settings`` are put into the config first. A head that the checkpoint does not have, as of a classifier
     that is yet to be trained, is initialised as Transformers does, and can be trained. Raise `InputError`
-    for an unknown dtype, `CheckpointError` when a tensor is missing or has the wrong shape,
-    `UnsupportedModelError` when ``build`` has no ``what`` of this family.
+    for an unknown dtype and when memory runs out, `CheckpointError` when a tensor is missing or has the
+    wrong shape, `UnsupportedModelError` when ``build`` has no ``what`` of this family.
     """
     text = checkpoint.config.get_text_config(decoder=True)
     check_servable(text, checkpoint.name)
@@ -73,11 +74,12 @@ def load_without_blocks(
         found |= {name: name for name in tensors.of_use(others)}
     elif unexpected := tensors.unexpected(others, found, skeleton):
         raise unexpected_tensors(checkpoint.name, unexpected)
-    data = checkpoint.read(list(found), progress=progress)
-    check_plain(checkpoint.name, data, tensors.whole_numbers(found, skeleton))
-    state = {key: _in_dtype(data.pop(name), wanted) for name, key in found.items()}
     family = _initialised_as(type(skeleton), text.num_hidden_layers)
-    model, loaded = load_state(family, config, state, wanted, checkpoint.name)
+    with loading_memory(checkpoint.name):
+        data = checkpoint.read(list(found), progress=progress)
+        check_plain(checkpoint.name, data, tensors.whole_numbers(found, skeleton))
+        state = {key: _in_dtype(data.pop(name), wanted) for name, key in found.items()}
+        model, loaded = load_state(family, config, state, wanted, checkpoint.name)
     model.config.num_hidden_layers = 0
     for key, shape, expected in loaded.get("mismatched_keys", ()):
         raise misshapen(checkpoint.name, key, shape, expected)

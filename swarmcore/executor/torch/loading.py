@@ -9,6 +9,7 @@ import torch
 from swarmcore.errors import CheckpointError, MissingExtraError
 from swarmcore.executor.torch.checkpoint.base import one_line
 from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.executor.torch.memory import is_out_of_memory
 
 
 def load_state(
@@ -17,7 +18,8 @@ def load_state(
     """A model of the class ``family`` with these tensors, and what the loader says of them.
 
     That is ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``: of these the name, the shape in the
-    checkpoint and that in the model. Raise `CheckpointError` when they do not fit the config otherwise.
+    checkpoint and that in the model. Raise `CheckpointError` when they do not fit the config otherwise; a
+    lack of memory is not told otherwise than torch does.
     """
     with quiet_transformers(lambda share: None):
         try:
@@ -32,6 +34,8 @@ def load_state(
         except ImportError as exc:
             raise MissingExtraError(f"transformers needs a package to load {name}: {one_line(exc)}") from exc
         except Exception as exc:  # whatever the family's own classes raise
+            if is_out_of_memory(exc):
+                raise
             why = one_line(exc)
             if "CONVERSION" in why:  # in a report that it logs
                 why = "some experts or other parts that are joined are missing, too many or misshapen"

@@ -27,6 +27,7 @@ from swarmcore.executor.torch.irregular import OWN_MASKS, REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
 from swarmcore.executor.torch.loading import load_state, misshapen
 from swarmcore.executor.torch.masks import PROBE
+from swarmcore.executor.torch.memory import loading_memory
 from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.executor.torch.self_test import check_span
 from swarmcore.executor.torch.structure import Structure, structure_of
@@ -158,10 +159,11 @@ def load_span(
 
     Before that, `self_test` has it tried in small. Raise `SpanError` for blocks that the model does not have,
     `UnsupportedModelError` for a family that cannot be served or does not pass, `CheckpointError` for missing
-    or misshapen tensors, and what `Checkpoint.read` raises.
+    or misshapen tensors, `InputError` when memory runs out, and what `Checkpoint.read` raises.
     """
-    check_blocks(checkpoint, span)
-    return _load(checkpoint, span, dtype, device, progress)
+    with loading_memory(checkpoint.name):
+        check_blocks(checkpoint, span)
+        return _load(checkpoint, span, dtype, device, progress)
 
 
 def check_blocks(checkpoint: Checkpoint, span: Span) -> None:
