@@ -327,7 +327,7 @@ class Forging(SignallingService):
 
     def _pass(self, envelope: Any, sender: Any) -> None:
         answer = sealed(Identity.generate(), envelope.sender, envelope.exchange, "answer", envelope.body)
-        sender.waiting.put_nowait(msgspec.structs.replace(answer, sender=envelope.receiver))
+        sender.put(msgspec.structs.replace(answer, sender=envelope.receiver))
 
 
 async def test_signalling_service_cannot_answer_for_others(page: chromium.Page) -> None:

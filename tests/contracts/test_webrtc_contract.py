@@ -33,7 +33,7 @@ class Malicious(signalling_service.SignallingService):  # type: ignore[misc, nam
             accomplice, PeerId(envelope.sender), envelope.exchange, "answer", envelope.body
         )
         fields = {name: getattr(forged, name) for name in forged.__struct_fields__}
-        sender.waiting.put_nowait(signals.Envelope(**{**fields, "sender": envelope.receiver}))
+        sender.put(signals.Envelope(**{**fields, "sender": envelope.receiver}))
 
 
 class _OverWebRtc(TransportContract):

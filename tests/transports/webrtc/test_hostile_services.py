@@ -104,12 +104,10 @@ class Chattering(SignallingService):
             stranger = Identity.generate()
             for number in range(self.CHATTER):
                 other = number.to_bytes(EXCHANGE_BYTES, "big")
-                receiver.waiting.put_nowait(sealed(stranger, receiver.peer, other, "answer", "for nothing"))
-                receiver.waiting.put_nowait(
-                    Envelope(stranger.peer, receiver.peer, other, "offer", "", bytes(64))
-                )
-                receiver.waiting.put_nowait(Absent(stranger.peer, other, "it says"))
-                receiver.waiting.put_nowait(Registered())
+                receiver.put(sealed(stranger, receiver.peer, other, "answer", "for nothing"))
+                receiver.put(Envelope(stranger.peer, receiver.peer, other, "offer", "", bytes(64)))
+                receiver.put(Absent(stranger.peer, other, "it says"))
+                receiver.put(Registered())
         super()._pass(envelope, sender)
 
 

@@ -80,6 +80,10 @@ class _Registration:
     waiting: asyncio.Queue[tuple[Signal, Reservation | None]]
     limit: RateLimit
 
+    def put(self, signal: Signal, held: Reservation | None = None) -> None:
+        """Send ``signal`` when its turn comes, and release ``held``. Raise asyncio.QueueFull."""
+        self.waiting.put_nowait((signal, held))
+
     def forget_waiting(self) -> None:
         """It takes nothing any more."""
         while not self.waiting.empty():
@@ -181,7 +185,7 @@ class SignallingService:
         self.counters["registered"] += 1
         sender = asyncio.create_task(self._send_waiting(registration))
         try:
-            registration.waiting.put_nowait((Registered(), None))
+            registration.put(Registered())
             await self._receive(registration)
         finally:
             sender.cancel()
@@ -242,13 +246,13 @@ class SignallingService:
             held = self._resources.reserve(
                 sender.peer, Resource.BYTES, envelope.nbytes, priority=Priority.LOW
             )
-            receiver.waiting.put_nowait((envelope, held))
+            receiver.put(envelope, held)
             self.counters["passed"] += 1
         except (LookupError, ResourceLimitError) as exc:
             self.counters["absent"] += 1
             reason = str(exc) if isinstance(exc, LookupError) else "too much waits here"
             with contextlib.suppress(asyncio.QueueFull):
-                sender.waiting.put_nowait((Absent(envelope.receiver, envelope.exchange, reason), None))
+                sender.put(Absent(envelope.receiver, envelope.exchange, reason))
 
     async def _send_waiting(self, registration: _Registration) -> None:
         """Send to a peer what waits for it; one that does not take it in time is hung up on."""
