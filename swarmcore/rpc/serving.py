@@ -81,13 +81,14 @@ class Server:
         failure: Failure | None = None
         try:
             data = await self._opening(stream)
-            name = decode_header(data, self._limits).method
-            if name in self._calls:
-                await self._serve_call(stream, data, *self._calls[name])
-            elif name in self._channels:
-                await self._serve_channel(stream, data, *self._channels[name])
-            else:
-                failure = to_failure(self._unknown(name))
+            with self._resources.reserve(stream.remote, Resource.BYTES, self._cost(len(data))):
+                name = decode_header(data, self._limits).method
+                if name in self._calls:
+                    await self._serve_call(stream, data, *self._calls[name])
+                elif name in self._channels:
+                    await self._serve_channel(stream, data, *self._channels[name])
+                else:
+                    failure = to_failure(self._unknown(name))
         except _PeerGone as gone:
             logger.debug("%s left: %s", short(stream.remote), gone)
         except SwarmError as exc:
