@@ -61,15 +61,13 @@ def test_places_that_cannot_be_announced_are_refused(text: str) -> None:
 
 
 def test_addresses_that_come_and_go_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    lan, mapped, relayed = (f"libp2p:/ip4/192.0.2.{host}/tcp/4001/p2p/{PEER}" for host in (7, 8, 9))
     reached = Reached(Output(json_lines=False))
-    reached.begin(("libp2p:lan", "libp2p:mapped"))
-    reached.change(("libp2p:lan", "libp2p:relayed"))
+    reached.begin((lan, mapped))
+    reached.change((lan, relayed))
     printed = capsys.readouterr()
-    assert printed.out.split() == ["libp2p:lan", "libp2p:mapped"]
-    assert printed.err.splitlines() == [
-        "also reached at libp2p:relayed",
-        "no longer reached at libp2p:mapped",
-    ]
+    assert printed.out.split() == [lan, mapped]
+    assert printed.err.splitlines() == [f"also reached at {relayed}", f"no longer reached at {mapped}"]
 
 
 def test_the_dht_is_a_registry_of_libp2p_only() -> None:
