@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,8 @@ VARIABLE = "SWARMCORE_DATA"
 
 MOST_OF_A_NAME = 64
 """Processes of one name on one machine that get an identity each."""
+
+_PAUSE = 0.05
 
 
 def identities_folder() -> Path:
@@ -45,13 +48,20 @@ def identities_folder() -> Path:
 class HeldIdentity:
     """An identity from a file that no other process uses as long as this one holds it."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, patience: float = 0.0) -> None:
         """Read the key in ``path``, or create it.
 
-        Raise `IdentityInUseError` when another process holds it, and as `Identity.load_or_create` does.
+        Raise `IdentityInUseError` when another process still holds it after ``patience`` seconds, for which
+        this blocks, and as `Identity.load_or_create` does.
         """
         self.identity = Identity.load_or_create(path)
         self.path = Path(path).expanduser()
+        for _ in range(int(patience / _PAUSE)):
+            try:
+                self._lock = _lock(self.path)
+                return
+            except IdentityInUseError:
+                time.sleep(_PAUSE)
         self._lock = _lock(self.path)
 
     def release(self) -> None:

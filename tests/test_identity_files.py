@@ -72,9 +72,9 @@ def test_a_file_is_for_one_process_at_a_time(tmp_path: Path) -> None:
         assert Identity.load_or_create(key).peer == peer  # a client may have it as well
     finally:
         process.kill()  # as it ends, so does its lock
-        process.communicate()
-    with HeldIdentity(key) as held:
+    with HeldIdentity(key, patience=30.0) as held:
         assert held.identity.peer == peer
+    process.communicate()
 
 
 def test_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

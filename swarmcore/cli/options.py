@@ -433,7 +433,8 @@ def own_identity(output: Output, file: str | None, new: bool, name: str) -> Iden
     if file is None and new:
         return Identity.generate()
     try:
-        held = HeldIdentity(file) if file is not None else kept_identity(name)
+        # Who was killed a moment ago, and is started anew, may not be quite gone yet.
+        held = HeldIdentity(file, patience=3.0) if file is not None else kept_identity(name)
     except IdentityFileError as exc:
         if file is not None:
             raise
