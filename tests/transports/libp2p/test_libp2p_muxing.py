@@ -330,6 +330,35 @@ def test_a_peer_that_ignores_windows_is_made_to_wait_and_dropped(monkeypatch: py
     virtual(main)
 
 
+def test_a_peer_that_sends_a_large_frame_is_dropped() -> None:
+    async def main() -> None:
+        async with raw_peer() as (peer, muxer):
+            await peer.send_all(header(DATA, SYN, 1, 2**20 + 1))
+            with trio.fail_after(1):
+                await muxer.event_closed.wait()
+
+    virtual(main)
+
+
+def test_connections_share_what_may_wait_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muxing, "_MAX_UNREAD_IN_ALL", 6 * 2**20)
+    mebibyte = bytes(2**20)
+
+    async def main() -> None:
+        async with raw_peer() as (greedy, first), raw_peer() as (later, second):
+            for peer in (greedy, later):
+                for stream_id in range(1, 25, 2):
+                    await peer.send_all(header(DATA, SYN, stream_id, len(mebibyte)) + mebibyte)
+                await trio.sleep(1)
+            assert sum(map(len, first.stream_buffers.values())) == 6 * 2**20
+            assert sum(map(len, second.stream_buffers.values())) == 2**20
+            with trio.fail_after(2.1 * LIMITS.keepalive):
+                await first.event_closed.wait()
+                await second.event_closed.wait()
+
+    virtual(main)
+
+
 def test_a_peer_that_opens_too_many_streams_has_the_further_ones_reset() -> None:
     async def main() -> None:
         async with raw_peer(Limits(max_calls_per_peer=2)) as (peer, muxer), trio.open_nursery() as nursery:

@@ -11,7 +11,8 @@ import logging
 import math
 import struct
 from collections import deque
-from typing import Any, cast
+from typing import Any, ClassVar, cast
+from weakref import WeakSet
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
@@ -51,6 +52,14 @@ _CONTROL_ROOM = 64 * 1024
 
 _MAX_UNREAD = 32 * 2**20
 """Bytes of one connection that nobody here has read yet, before no more is taken from the peer."""
+
+_LARGEST_TAKEN = 2**20
+"""Most bytes of a frame that is taken from a peer: py-libp2p takes 16 MiB, those of its kind send 64 KiB."""
+
+_MAX_UNREAD_IN_ALL = 256 * 2**20
+"""Unread bytes of all connections of the process, above which `_UNREAD_SHARE` is the most of each."""
+
+_UNREAD_SHARE = 2**20
 
 _MAX_OUTGOING_STREAMS = 4096
 _FLUSH_SECONDS = 1.0
@@ -130,6 +139,8 @@ class PatientStream(YamuxStream):
 class QueuedYamux(Yamux):
     """One connection. The peer is lost when it has been silent for three times `Limits.keepalive`."""
 
+    _all: ClassVar[WeakSet[QueuedYamux]] = WeakSet()
+
     def __init__(self, secured_conn: ISecureConn, peer_id: ID, limits: Limits) -> None:
         self._overheard = _Overheard(secured_conn)
         super().__init__(cast(ISecureConn, self._overheard), peer_id, secured_conn.is_initiator)
@@ -145,6 +156,7 @@ class QueuedYamux(Yamux):
         self._all_written = trio.lowlevel.ParkingLot()
         self._some_was_read = trio.lowlevel.ParkingLot()
         self._reading = trio.CancelScope()
+        self._all.add(self)
 
     async def start(self) -> None:
         """Adds: the task that writes."""
@@ -244,15 +256,27 @@ class QueuedYamux(Yamux):
 
     async def _read_data_body(self, length: int) -> bytes:
         """Adds: back-pressure for the whole connection; a peer may ignore the windows of its streams."""
+        if length > _LARGEST_TAKEN:
+            logger.info("%s sends a frame of %d bytes", short(str(self.peer_id)), length)
+            raise trio.TooSlowError  # for which the library closes the connection
         with trio.move_on_after(2 * self._keepalive) as patience:
-            while (unread := sum(map(len, self.stream_buffers.values()))) and unread + length > _MAX_UNREAD:
+            while (unread := self._unread) and unread + length > self._most_unread:
                 await self._some_was_read.park()
         if patience.cancelled_caught:
-            logger.info(
-                "%s has sent %d MiB that nobody reads", short(str(self.peer_id)), _MAX_UNREAD // 2**20
-            )
-            raise trio.TooSlowError  # for which the library closes the connection
+            logger.info("%s has sent %d bytes that nobody reads", short(str(self.peer_id)), self._unread)
+            raise trio.TooSlowError
         return await super()._read_data_body(length)
+
+    @property
+    def _unread(self) -> int:
+        return sum(map(len, self.stream_buffers.values()))
+
+    @property
+    def _most_unread(self) -> int:
+        if self._unread <= _UNREAD_SHARE // 2:
+            return _MAX_UNREAD  # a busy connection is not slowed down by counting what others hold
+        in_all = sum(connection._unread for connection in self._all if not connection.is_closed)
+        return _MAX_UNREAD if in_all < _MAX_UNREAD_IN_ALL else _UNREAD_SHARE
 
     def has_read(self) -> None:
         """Called by a stream when some of what has come was taken."""
