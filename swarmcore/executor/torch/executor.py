@@ -22,6 +22,7 @@ from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_dev
 from swarmcore.executor.torch.held import HeldBlocks, common
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
 from swarmcore.executor.torch.low_rank import Hooks
+from swarmcore.executor.torch.memory import memory_errors
 from swarmcore.executor.torch.passes import (
     CheckedBatch,
     TorchBackward,
@@ -206,7 +207,11 @@ class TorchExecutor(BlockExecutor):
 
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         """As `BlockExecutor.reorder`. A cache that several go on with is copied, for all of them but one."""
-        await self._in_compute_thread(self._sequences.reorder, sequences, sources)
+        await self._in_compute_thread(self._reorder, sequences, sources)
+
+    def _reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        with memory_errors("a reordering of caches"):
+            self._sequences.reorder(sequences, sources)
 
     async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
         return await self._in_compute_thread(self._sequences.export, sequence, start, count)
@@ -312,14 +317,16 @@ class TorchExecutor(BlockExecutor):
         blocks.check(span)
         own = own_adapter(adapter, span)
         self._slices.check_length(start + count + (own.prefix_tokens if own else 0))
-        self._sequences.take_in(sequence, blocks, span, own, start, count, tensors)
+        with memory_errors("a transfer of caches"):
+            self._sequences.take_in(sequence, blocks, span, own, start, count, tensors)
 
     def _step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
         if self._held is None:
             return [InternalError("the executor was closed before the step was computed") for _ in batch]
         few = sum(part.tokens for part in batch) <= DECODE_TOKENS
         self._take_threads(self._decode_threads if few else self._forward_threads)
-        return self._slices.run(self._held, batch, self._threads)
+        with memory_errors("a step"):
+            return self._slices.run(self._held, batch, self._threads)
 
     def _take_threads(self, threads: int) -> None:
         if threads != self._threads:

@@ -33,7 +33,8 @@ def memory_errors(what: str) -> Iterator[None]:
         # The error outlives this call, and with its traceback every tensor that was a local variable.
         traceback.clear_frames(exc.__traceback__)
         raise ServerMemoryError(
-            f"the server ran out of memory in {what}; send smaller micro-batches, or use another server"
+            f"the server ran out of memory in {what}; send smaller micro-batches or steps, or use another "
+            f"server"
         ) from exc
 
 

@@ -10,6 +10,7 @@ import torch
 from swarmcore.errors import (
     InternalError,
     InvalidStepError,
+    ServerMemoryError,
     SessionLostError,
     SpanError,
     SwarmError,
@@ -297,3 +298,20 @@ async def test_few_tokens_and_many_are_computed_with_their_own_numbers_of_thread
 
 async def test_a_given_number_of_threads_leaves_no_choice(executor: TorchExecutor) -> None:
     assert executor.thread_choices == ()
+
+
+async def test_a_step_without_memory_is_told_as_that(
+    executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*args: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(executor._slices, "run", no_memory)
+    with pytest.raises(ServerMemoryError, match="ran out of memory in a step"):
+        await executor.step([step_of(executor, rows(3), (0, 0, 3))])
+    monkeypatch.setattr(executor._sequences, "reorder", no_memory)
+    with pytest.raises(ServerMemoryError, match="ran out of memory in a reordering"):
+        await executor.reorder([SequenceId(0), SequenceId(1)], [1, 0])
+    monkeypatch.undo()
+    [output] = await run(executor, step_of(executor, rows(3), (0, 0, 3)))
+    assert output.shape == (3, WIDTH)
