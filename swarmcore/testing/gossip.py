@@ -61,6 +61,15 @@ class GossipSwarm(RegistrySwarm):
         identity = identity or self._new_identity()
         return await self._start(identity, bootstrap, watching=False)
 
+    async def announced(self, count: int, *, ttl: float = 30.0) -> list[Member]:
+        """``count`` new members, announced for ``ttl`` seconds, that all know each other."""
+        members = [await self.join() for _ in range(count)]
+        for member in members:
+            await member.registry.announce(member.info(), ttl)
+        for member in members:
+            await self.until_known(member, *(m.info() for m in members))
+        return members
+
     async def watch(self, bootstrap: Sequence[str] | None = None, *, clock_off: float = 0.0) -> Member:
         """A new client with a `WatchingRegistry`."""
         identity = self._new_identity()

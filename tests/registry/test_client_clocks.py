@@ -13,7 +13,6 @@ from swarmcore.registry.clock import SwarmClock, how_far_off
 from swarmcore.registry.messages import RecordBatch
 from swarmcore.registry.watchers import _Watcher
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
-from swarmcore.testing.registry_contract import Member
 
 pytestmark = pytest.mark.virtual_time
 
@@ -27,20 +26,11 @@ async def swarm() -> AsyncIterator[GossipSwarm]:
         yield swarm
 
 
-async def announced(swarm: GossipSwarm, count: int, ttl: float = 120.0) -> list[Member]:
-    members = [await swarm.join() for _ in range(count)]
-    for member in members:
-        await member.registry.announce(member.info(), ttl)
-    for member in members:
-        await swarm.until_known(member, *(m.info() for m in members))
-    return members
-
-
 @pytest.mark.parametrize("off", OFF)
 async def test_a_client_sees_everyone_and_goes_on_seeing_them(
     swarm: GossipSwarm, off: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    members = await announced(swarm, 3)
+    members = await swarm.announced(3, ttl=120.0)
     client = await swarm.watch(members[0].addresses, clock_off=off)
     everyone = [member.info() for member in members]
     await swarm.until_known(client, *everyone)
@@ -59,7 +49,7 @@ async def test_a_client_sees_everyone_and_goes_on_seeing_them(
 
 
 async def test_a_clock_that_is_right_is_gone_by_whatever_a_member_tells(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 3)
+    members = await swarm.announced(3, ttl=120.0)
     swarm.clock_off[members[0].identity.peer] = HOUR
     client = await swarm.watch(members[0].addresses)
     await swarm.until_known(client, *(member.info() for member in members))
@@ -67,7 +57,7 @@ async def test_a_clock_that_is_right_is_gone_by_whatever_a_member_tells(swarm: G
 
 
 async def test_a_clock_that_is_set_right_is_gone_by_again(swarm: GossipSwarm) -> None:
-    [member] = await announced(swarm, 1)
+    [member] = await swarm.announced(1, ttl=120.0)
     client = await swarm.watch(member.addresses, clock_off=-HOUR)
     assert client.registry._clock.followed  # type: ignore[attr-defined]
     swarm.clock_off[client.identity.peer] = 0.0
@@ -78,7 +68,7 @@ async def test_a_clock_that_is_set_right_is_gone_by_again(swarm: GossipSwarm) ->
 
 @pytest.mark.parametrize("off", [HOUR, -HOUR])
 async def test_a_clock_that_goes_wrong_while_a_client_watches(swarm: GossipSwarm, off: float) -> None:
-    members = await announced(swarm, 2)
+    members = await swarm.announced(2, ttl=120.0)
     client = await swarm.watch(members[0].addresses)
     swarm.clock_off[client.identity.peer] = off
     await asyncio.sleep(300.0)
@@ -95,7 +85,7 @@ async def test_members_that_do_not_tell_the_time_are_not_believed_but_the_clock_
         return take(self, count, 0.0)
 
     monkeypatch.setattr(_Watcher, "take", older)
-    members = await announced(swarm, 2)
+    members = await swarm.announced(2, ttl=120.0)
     client = await swarm.watch(members[0].addresses, clock_off=off)
     assert client.knows()
     assert f"clock is {how_far_off(off)} that of" in caplog.text and "set the clock" in caplog.text
@@ -103,7 +93,7 @@ async def test_members_that_do_not_tell_the_time_are_not_believed_but_the_clock_
 
 async def test_what_a_dead_server_announced_long_ago_brings_nobody_back(swarm: GossipSwarm) -> None:
     """Records that hold by nobody's clock are no reason to doubt one's own."""
-    members = await announced(swarm, 2, ttl=30.0)
+    members = await swarm.announced(2, ttl=30.0)
     client = await swarm.watch(members[0].addresses)
     await swarm.crash(members[1])
     await swarm.until_known(client, members[0].info())

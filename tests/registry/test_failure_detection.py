@@ -41,11 +41,7 @@ async def quiet_swarm() -> AsyncIterator[GossipSwarm]:
 
 async def announced(swarm: GossipSwarm, count: int) -> list[Member]:
     """``count`` members, announced, that all know each other and hold their lifelines."""
-    members = [await swarm.join() for _ in range(count)]
-    for member in members:
-        await member.registry.announce(member.info(), TTL)
-    for member in members:
-        await swarm.until_known(member, *(m.info() for m in members))
+    members = await swarm.announced(count, ttl=TTL)
     await asyncio.sleep(15.0)
     return members
 

@@ -31,18 +31,8 @@ async def swarm() -> AsyncIterator[GossipSwarm]:
         yield swarm
 
 
-async def announced(swarm: GossipSwarm, count: int, ttl: float = 30.0) -> list[Member]:
-    """``count`` members, announced, that all know each other."""
-    members = [await swarm.join() for _ in range(count)]
-    for member in members:
-        await member.registry.announce(member.info(), ttl)
-    for member in members:
-        await swarm.until_known(member, *(m.info() for m in members))
-    return members
-
-
 async def test_news_reach_thirty_members_within_a_second_and_a_bound_of_calls(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 30, ttl=3000.0)
+    members = await swarm.announced(30, ttl=3000.0)
     await asyncio.sleep(20.0)
     calls, started = swarm.calls(), asyncio.get_running_loop().time()
     await members[7].registry.announce(members[7].info(sessions=1), 3000.0)
@@ -57,7 +47,7 @@ async def test_news_reach_thirty_members_within_a_second_and_a_bound_of_calls(sw
 
 
 async def test_a_swarm_at_rest_costs_one_call_a_member_and_interval(swarm: GossipSwarm) -> None:
-    await announced(swarm, 10, ttl=3600.0)
+    await swarm.announced(10, ttl=3600.0)
     await asyncio.sleep(30.0)
     calls = swarm.calls()
     await asyncio.sleep(500.0)
@@ -65,7 +55,7 @@ async def test_a_swarm_at_rest_costs_one_call_a_member_and_interval(swarm: Gossi
 
 
 async def test_one_may_join_through_any_member(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 5)
+    members = await swarm.announced(5)
     late = await swarm.join(bootstrap=members[3].addresses)
     assert late.knows(*(member.info() for member in members))
     await late.registry.announce(late.info(), 30.0)
@@ -92,7 +82,7 @@ async def test_the_death_of_every_bootstrap_peer_breaks_nothing(swarm: GossipSwa
 
 
 async def test_a_split_swarm_heals_although_all_records_of_the_other_side_expired(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 10)
+    members = await swarm.announced(10)
     left, right = members[:5], members[5:]
     swarm.split(left, right)
     for side in (left, right):
@@ -106,7 +96,7 @@ async def test_a_split_swarm_heals_although_all_records_of_the_other_side_expire
 
 
 async def test_a_peer_restarts_at_a_new_address(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 4)
+    members = await swarm.announced(4)
     await swarm.crash(members[1])
     again = await swarm.join(members[1].identity, members[0].addresses)
     assert again.addresses != members[1].addresses
@@ -116,7 +106,7 @@ async def test_a_peer_restarts_at_a_new_address(swarm: GossipSwarm) -> None:
 
 
 async def test_a_peer_restarts_with_its_clock_set_back(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 4)
+    members = await swarm.announced(4)
     await swarm.crash(members[1])
     swarm.clock_off[members[1].identity.peer] = -20.0
     again = await swarm.join(members[1].identity, members[0].addresses)
@@ -157,7 +147,7 @@ async def test_clocks_too_far_apart_are_reported(
 async def test_two_processes_with_one_identity_are_reported(
     swarm: GossipSwarm, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one, other = await announced(swarm, 2)
+    one, other = await swarm.announced(2)
     twin = RecordIssuer(one.identity, lambda: EPOCH + asyncio.get_running_loop().time() + 5.0)
     await push(swarm, other, twin.announce(one.info(sessions=7), 30.0), to=one)
     await swarm.until_known(one, one.info(), other.info())  # it insists on its own words
@@ -199,7 +189,7 @@ async def push(swarm: GossipSwarm, sender: Member, *records: SignedRecord, to: M
 
 
 async def test_bad_records_from_the_network_are_dropped_and_counted(swarm: GossipSwarm) -> None:
-    one, other, bystander = await announced(swarm, 3)
+    one, other, bystander = await swarm.announced(3)
     now = EPOCH + asyncio.get_running_loop().time()
     old, late = (
         RecordIssuer(other.identity, lambda: now - 20),
@@ -227,7 +217,7 @@ async def test_bad_records_from_the_network_are_dropped_and_counted(swarm: Gossi
 
 
 async def test_malformed_requests_are_refused(swarm: GossipSwarm) -> None:
-    one, other = await announced(swarm, 2)
+    one, other = await swarm.announced(2)
     node, to = swarm.nodes[one.identity.peer], [Address.parse(url) for url in other.addresses]
     with pytest.raises(ProtocolError, match="digest"):
         await node.call(to, COMPARE, CompareDigests(b"short"))
@@ -239,7 +229,7 @@ async def test_a_run_repeats_itself() -> None:
     async def story() -> tuple[int, float]:
         async with aclosing(GossipSwarm(seed=5)) as swarm:
             started = asyncio.get_running_loop().time()
-            members = await announced(swarm, 12)
+            members = await swarm.announced(12)
             await swarm.crash(members[4])
             await swarm.until(members[0], lambda view: len(view) == 11)
             return swarm.calls(), round(asyncio.get_running_loop().time() - started, 3)

@@ -22,7 +22,6 @@ from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc import Channel, Node
 from swarmcore.testing import MemoryNetwork
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
-from swarmcore.testing.registry_contract import Member
 from swarmcore.types import Address, short
 
 pytestmark = pytest.mark.virtual_time
@@ -34,23 +33,14 @@ async def swarm() -> AsyncIterator[GossipSwarm]:
         yield swarm
 
 
-async def announced(swarm: GossipSwarm, count: int, ttl: float = 30.0) -> list[Member]:
-    members = [await swarm.join() for _ in range(count)]
-    for member in members:
-        await member.registry.announce(member.info(), ttl)
-    for member in members:
-        await swarm.until_known(member, *(m.info() for m in members))
-    return members
-
-
 async def test_a_client_knows_everyone_once_it_has_started(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 5)
+    members = await swarm.announced(5)
     client = await swarm.watch(members[2].addresses)
     assert client.knows(*(member.info() for member in members))
 
 
 async def test_changes_are_pushed_to_a_client_at_once(swarm: GossipSwarm) -> None:
-    one, other = await announced(swarm, 2)
+    one, other = await swarm.announced(2)
     client = await swarm.watch(one.addresses)
     changes = client.registry.changes()
     async with asyncio.timeout(0.1):
@@ -61,7 +51,7 @@ async def test_changes_are_pushed_to_a_client_at_once(swarm: GossipSwarm) -> Non
 
 
 async def test_a_client_sees_the_living_for_as_long_as_they_live(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 3)
+    members = await swarm.announced(3)
     client = await swarm.watch(members[0].addresses)
     changes = client.registry.changes()
     with pytest.raises(TimeoutError):
@@ -72,7 +62,7 @@ async def test_a_client_sees_the_living_for_as_long_as_they_live(swarm: GossipSw
 
 
 async def test_a_client_moves_on_when_its_member_dies_and_keeps_its_view(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 4)
+    members = await swarm.announced(4)
     bootstrap, *servers = members
     client = await swarm.watch(bootstrap.addresses)
     await swarm.crash(bootstrap)
@@ -84,7 +74,7 @@ async def test_a_client_moves_on_when_its_member_dies_and_keeps_its_view(swarm: 
 
 
 async def test_a_client_moves_on_from_a_member_that_falls_silent(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 4, ttl=300.0)
+    members = await swarm.announced(4, ttl=300.0)
     client = await swarm.watch(members[0].addresses)
     swarm.split([members[0]], [client, *members[1:]])
     await members[1].registry.announce(members[1].info(sessions=5), 300.0)
@@ -93,7 +83,7 @@ async def test_a_client_moves_on_from_a_member_that_falls_silent(swarm: GossipSw
 
 
 async def test_a_client_moves_on_from_a_member_that_leaves(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 3)
+    members = await swarm.announced(3)
     client = await swarm.watch(members[0].addresses)
     await members[0].registry.withdraw()
     await members[0].registry.close()
@@ -106,7 +96,7 @@ async def test_a_client_moves_on_from_a_member_that_leaves(swarm: GossipSwarm) -
 
 
 async def test_a_client_comes_back_after_its_own_network_was_away(swarm: GossipSwarm) -> None:
-    members = await announced(swarm, 3)
+    members = await swarm.announced(3)
     client = await swarm.watch(members[0].addresses)
     swarm.split([client], members)
     await swarm.until_known(client)
@@ -126,7 +116,7 @@ async def test_start_names_what_was_tried(swarm: GossipSwarm) -> None:
 
 
 async def test_a_client_announces_nothing(swarm: GossipSwarm) -> None:
-    (one,) = await announced(swarm, 1)
+    (one,) = await swarm.announced(1)
     client = await swarm.watch()
     with pytest.raises(InputError):
         await client.registry.announce(client.info(), 30.0)
@@ -138,7 +128,7 @@ async def test_a_member_with_too_many_watchers_sends_clients_elsewhere(
     swarm: GossipSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchers, "MAX_WATCHERS", 1)
-    one, other = await announced(swarm, 2)
+    one, other = await swarm.announced(2)
     both = [*one.addresses, *other.addresses]
     clients = [await swarm.watch(both) for _ in range(2)]
     for client in clients:
@@ -148,7 +138,7 @@ async def test_a_member_with_too_many_watchers_sends_clients_elsewhere(
 
 
 async def test_one_client_has_no_more_than_its_share_of_watchers(swarm: GossipSwarm) -> None:
-    (one,) = await announced(swarm, 1)
+    (one,) = await swarm.announced(1)
     client = await swarm.watch(one.addresses)
     node, to = swarm.nodes[client.identity.peer], [Address.parse(url) for url in one.addresses]
     opening = WatchRecords(RecordStore().hashes())
@@ -162,7 +152,7 @@ async def test_one_client_has_no_more_than_its_share_of_watchers(swarm: GossipSw
 
 
 async def test_a_client_that_goes_leaves_nothing_behind(swarm: GossipSwarm) -> None:
-    (one,) = await announced(swarm, 1)
+    (one,) = await swarm.announced(1)
     client = await swarm.watch()
     assert isinstance(one.registry, GossipRegistry)
     assert "1 watching" in repr(one.registry)
@@ -191,7 +181,7 @@ async def test_a_member_that_tells_without_end_is_given_up() -> None:
 
 
 async def test_what_a_watcher_does_not_read_is_counted_for_it(swarm: GossipSwarm) -> None:
-    one, *_ = await announced(swarm, 3)
+    one, *_ = await swarm.announced(3)
     resources = swarm.nodes[one.identity.peer].resources
     before = _peak_of_bytes(resources)
     await swarm.watch(one.addresses)
