@@ -260,7 +260,7 @@ class QueuedYamux(Yamux):
             logger.info("%s sends a frame of %d bytes", short(str(self.peer_id)), length)
             raise trio.TooSlowError  # for which the library closes the connection
         with trio.move_on_after(2 * self._keepalive) as patience:
-            while (unread := self._unread) and unread + length > self._most_unread:
+            while (unread := self._unread) and unread + length > self._most_unread(unread):
                 await self._some_was_read.park()
         if patience.cancelled_caught:
             logger.info("%s has sent %d bytes that nobody reads", short(str(self.peer_id)), self._unread)
@@ -271,9 +271,9 @@ class QueuedYamux(Yamux):
     def _unread(self) -> int:
         return sum(map(len, self.stream_buffers.values()))
 
-    @property
-    def _most_unread(self) -> int:
-        if self._unread <= _UNREAD_SHARE // 2:
+    def _most_unread(self, unread: int) -> int:
+        """How much of this connection, of which ``unread`` bytes wait now, may wait before it is read on."""
+        if unread <= _UNREAD_SHARE // 2:
             return _MAX_UNREAD  # a busy connection is not slowed down by counting what others hold
         in_all = sum(connection._unread for connection in self._all if not connection.is_closed)
         return _MAX_UNREAD if in_all < _MAX_UNREAD_IN_ALL else _UNREAD_SHARE
