@@ -74,9 +74,10 @@ class Page:
         await self._end()
 
     async def open(self, url: str) -> None:
-        """Go there; the page's scripts may still be loading when this returns."""
+        """Go there; the page and its scripts are loaded when this returns."""
         await self.call("Page.navigate", url="about:blank")  # a new fragment alone would not load it again
-        await self.call("Page.navigate", url=url)
+        await self.call("Page.navigate", url=url)  # answered before the page has its elements
+        await self.until("document.readyState === 'complete'")
 
     async def run(self, script: str, **values: Any) -> Any:
         """What ``script``, the body of an async function, returns; AssertionError with what it throws.
