@@ -68,7 +68,7 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except click.UsageError as exc:
             output = Output(json_lines="--json" in ctx.meta[_ARGUMENTS])
-            output.event("error", error=InputError.__name__, message=exc.format_message(), details={})
+            output.event("error", error=InputError.wire_tag, message=exc.format_message(), details={})
             raise
         except Interrupted as exc:
             sys.stdout.flush()

@@ -110,7 +110,7 @@ async def _turn(output: Output, conversation: Conversation[Any], text: str, samp
         if answer:
             output.result("")
         output.remark(f"error: {one_line(exc)}")
-        output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
+        output.event("error", error=exc.wire_tag, message=str(exc), details=exc.details)
         return False
     output.result("" if whole else " …")
     made = conversation.generation

@@ -75,7 +75,7 @@ def standard(command: Callable[..., Any]) -> Callable[..., None]:
         try:
             command(output, **options)
         except SwarmError as exc:
-            output.event("error", error=type(exc).__name__, message=str(exc), details=exc.details)
+            output.event("error", error=exc.wire_tag, message=str(exc), details=exc.details)
             if debug:
                 raise
             raise (InputFailure if isinstance(exc, InputError) else Failure)(exc) from exc

@@ -8,9 +8,11 @@ from swarmcore.registry.records import RecordLimits, SignedRecord
 from swarmcore.registry.suspicion import Suspected
 from swarmcore.rpc import Method, Protocol
 from swarmcore.types import PeerId
+from swarmcore.wire.framing import wire_tag
 from swarmcore.wire.limits import Limits
 
 
+@wire_tag("CompareDigests")
 @attrs.frozen
 class CompareDigests:
     """Where do our records differ?"""
@@ -19,6 +21,7 @@ class CompareDigests:
     """The caller's digest: 256 hashes of 8 bytes."""
 
 
+@wire_tag("DigestsCompared")
 @attrs.frozen
 class DigestsCompared:
     """What the answering peer holds in the buckets that differ."""
@@ -32,6 +35,7 @@ class DigestsCompared:
     """Entries of the records whose owners it found dead."""
 
 
+@wire_tag("ExchangeRecords")
 @attrs.frozen
 class ExchangeRecords:
     """Take ``records``, and send those I lack."""
@@ -45,6 +49,7 @@ class ExchangeRecords:
     """Suspicions, which are passed on likewise."""
 
 
+@wire_tag("RecordsExchanged")
 @attrs.frozen
 class RecordsExchanged:
     """Those of the records asked for that the answering peer holds."""
@@ -52,6 +57,7 @@ class RecordsExchanged:
     records: tuple[SignedRecord, ...] = ()
 
 
+@wire_tag("WatchRecords")
 @attrs.frozen
 class WatchRecords:
     """Opens a channel on which the other side sends every record it takes, until the channel is closed."""
@@ -60,6 +66,7 @@ class WatchRecords:
     """The watcher's digest: what differs from it is sent first."""
 
 
+@wire_tag("RecordBatch")
 @attrs.frozen
 class RecordBatch:
     """Records the watcher may lack. An empty batch is a sign of life."""
@@ -73,6 +80,7 @@ class RecordBatch:
     """Seconds since the epoch on the sender's clock; 0 from peers that do not tell."""
 
 
+@wire_tag("CheckAlive")
 @attrs.frozen
 class CheckAlive:
     """Are you alive?"""
@@ -81,11 +89,13 @@ class CheckAlive:
     """Number of the callee's record under which it is suspected; 0 when it is not. A newer one refutes it."""
 
 
+@wire_tag("StillAlive")
 @attrs.frozen
 class StillAlive:
     """Yes."""
 
 
+@wire_tag("ReportSuspect")
 @attrs.frozen
 class ReportSuspect:
     """A watcher got no answer from ``peer``."""
@@ -95,11 +105,13 @@ class ReportSuspect:
     """Of its record."""
 
 
+@wire_tag("SuspectReported")
 @attrs.frozen
 class SuspectReported:
     """The callee will see for itself, if it has not yet."""
 
 
+@wire_tag("HoldLine")
 @attrs.frozen
 class HoldLine:
     """Opens a lifeline: each side notices when the other one dies."""
@@ -108,6 +120,7 @@ class HoldLine:
     """Seconds between the beats of both sides; 0 for none."""
 
 
+@wire_tag("Beat")
 @attrs.frozen
 class Beat:
     """A sign of life."""

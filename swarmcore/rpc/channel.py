@@ -74,7 +74,7 @@ class Channel:
             self.remote_end = error
             raise
         message = decode_message(data, self._kinds, self._limits)
-        if message.kind == Failure.__name__:
+        if isinstance(message.record, Failure):
             self.remote_end = to_error(message.record, self.remote)
             raise self.remote_end
         return message

@@ -33,7 +33,7 @@ from swarmcore.rpc.serving import Server
 from swarmcore.transport import Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.failure import Failure, to_error, to_failure
-from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of
+from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of, tag_of
 from swarmcore.wire.limits import MAX_ADDRESSES, Limits
 from swarmcore.wire.tensors import Tensor
 
@@ -297,7 +297,7 @@ class Node:
         self._calls_out += 1
         return Channel(
             stream,
-            Message(type(opening).__name__, opening, tensors),
+            Message(tag_of(type(opening)), opening, tensors),
             self.limits,
             sends=protocol.to_acceptor,
             receives=protocol.to_opener,

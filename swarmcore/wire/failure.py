@@ -1,4 +1,4 @@
-"""How an error crosses the wire: class name, message and plain details, never a traceback."""
+"""How an error crosses the wire: its tag, message and plain details, never a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from swarmcore.errors import ProtocolError, RemoteFaultError, SwarmError, error_classes
 from swarmcore.printable import printable_line
 from swarmcore.types import PeerId, short
-from swarmcore.wire.framing import decode_record, encode_record
+from swarmcore.wire.framing import decode_record, encode_record, wire_tag
 
 MAX_TEXT = 1000
 """Characters of an error message that travel."""
@@ -25,12 +25,13 @@ _NO_DETAILS = msgspec.Raw(encode_record({}))
 _MAX_ENCODED = MAX_DETAILS * 2 * MAX_DETAIL_BYTES
 
 
+@wire_tag("Failure")
 @attrs.frozen
 class Failure:
     """In place of a reply, or as the last message of a channel: the other side failed."""
 
     error: str
-    """Name of the `SwarmError` class."""
+    """`SwarmError.wire_tag` of its class."""
     message: str = ""
     details: msgspec.Raw = _NO_DETAILS
     """A map of plain values, decoded only once it is known to be small."""
@@ -40,7 +41,7 @@ def to_failure(error: SwarmError) -> Failure:
     """``error`` as it travels. Details that are not plain values, or are large, stay at home."""
     may_travel = (item for item in error.details.items() if _may_travel(item))
     details = encode_record(dict(islice(may_travel, MAX_DETAILS)))
-    return Failure(type(error).__name__, error.message[:MAX_TEXT], msgspec.Raw(details))
+    return Failure(error.wire_tag, error.message[:MAX_TEXT], msgspec.Raw(details))
 
 
 def to_error(failure: Failure, peer: PeerId) -> SwarmError:

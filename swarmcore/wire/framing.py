@@ -8,8 +8,8 @@ refused.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import attrs
 import msgspec
@@ -19,6 +19,7 @@ from swarmcore.wire.limits import Limits
 from swarmcore.wire.tensors import Name, Tensor, TensorHeader, check_headers
 
 Buffer = bytes | bytearray | memoryview
+Record = TypeVar("Record")
 
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT = 64
@@ -29,7 +30,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a message says of itself. An array on the wire; older peers ignore entries added at its end."""
 
     kind: Name
-    """Class name of the record."""
+    """The record's tag, see `wire_tag`."""
     body: msgspec.Raw
     """The record's fields."""
     tensors: Annotated[tuple[TensorHeader, ...], msgspec.Meta(max_length=1024)] = ()
@@ -57,7 +58,23 @@ class Message:
 
 _encoder = msgspec.msgpack.Encoder()
 _header_decoder = msgspec.msgpack.Decoder(Header)
+_tags: dict[type, str] = {}
 _record_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def wire_tag(tag: str) -> Callable[[type[Record]], type[Record]]:
+    """Class decorator: on the wire the record is called ``tag``, whatever its class comes to be called."""
+
+    def name(record_type: type[Record]) -> type[Record]:
+        _tags[record_type] = tag
+        return record_type
+
+    return name
+
+
+def tag_of(record_type: type) -> str:
+    """What the record is called on the wire: its `wire_tag`, or else the name of its class."""
+    return _tags.get(record_type, record_type.__name__)
 
 
 def encode_record(record: Any) -> bytes:
@@ -79,12 +96,12 @@ def decode_record(data: Buffer | msgspec.Raw, record_type: type) -> Any:
 def encode_message(
     record: Any, tensors: Sequence[Tensor], limits: Limits, *, method: str = "", timeout: float | None = None
 ) -> list[Buffer]:
-    """The buffers of one message, its kind the record's class name; tensor data is passed on, not copied.
+    """The buffers of one message, its kind the record's tag; tensor data is passed on, not copied.
 
     ``method`` and ``timeout`` belong to the first message of a stream, see `Header`. Raise
     `MessageTooLargeError` when the message is above ``limits.max_message``.
     """
-    kind = type(record).__name__
+    kind = tag_of(type(record))
     body = msgspec.Raw(_encoder.encode(record))
     header = Header(kind, body, tuple(t.header() for t in tensors), method, timeout)
     encoded = _encoder.encode(header)
@@ -106,7 +123,7 @@ def encode_message(
 
 def kinds_of(*record_types: type) -> dict[str, type]:
     """Records by the name they have on the wire."""
-    return {record_type.__name__: record_type for record_type in record_types}
+    return {tag_of(record_type): record_type for record_type in record_types}
 
 
 def decode_header(data: memoryview, limits: Limits) -> Header:

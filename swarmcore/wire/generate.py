@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import attrs
 
+from swarmcore.wire.framing import wire_tag
+
 GENERATE = "/swarmcore/generate/1"
 
 MAX_STOPS = 16
@@ -29,6 +31,7 @@ class ChatMessage:
     content: str
 
 
+@wire_tag("OpenGeneration")
 @attrs.frozen
 class OpenGeneration:
     """Client to head peer, first message: continue a text, or answer messages.
@@ -62,6 +65,7 @@ class OpenGeneration:
     """``max_new_tokens`` is nobody's wish: the text ends sooner where the model's own settings say so."""
 
 
+@wire_tag("GenerationStarted")
 @attrs.frozen
 class GenerationStarted:
     """Head peer to client: the text's turn has come, and its prompt is understood."""
@@ -71,6 +75,7 @@ class GenerationStarted:
     prompt_tokens: int
 
 
+@wire_tag("TextPiece")
 @attrs.frozen
 class TextPiece:
     """Head peer to client: what is certain now of the text, and the tokens up to there that were not sent
@@ -80,6 +85,7 @@ class TextPiece:
     tokens: tuple[int, ...]
 
 
+@wire_tag("TokensTaken")
 @attrs.frozen
 class TokensTaken:
     """Client to head peer: so many tokens, of this channel's, have been taken by whoever reads the text.
@@ -90,6 +96,7 @@ class TokensTaken:
     tokens: int
 
 
+@wire_tag("GenerationEnded")
 @attrs.frozen
 class GenerationEnded:
     """Head peer to client, last message: the text is complete."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import attrs
 
 from swarmcore.types import PeerId
+from swarmcore.wire.framing import wire_tag
 
 LOCAL_STEPS = "/swarmcore/localsteps/1"
 LOCAL_STEPS_STANDING = "/swarmcore/localsteps/standing/1"
@@ -56,6 +57,7 @@ class Contribution:
     """The peer's, for the round that it is in."""
 
 
+@wire_tag("DeliverDelta")
 @attrs.frozen
 class DeliverDelta:
     """To the coordinator, first message: pieces of a delta follow."""
@@ -72,6 +74,7 @@ class DeliverDelta:
     """With ``length`` as in `Contribution`."""
 
 
+@wire_tag("FetchState")
 @attrs.frozen
 class FetchState:
     """First message: send what leads from the state ``have`` to the current one."""
@@ -81,6 +84,7 @@ class FetchState:
     """Empty when nothing is of use."""
 
 
+@wire_tag("Piece")
 @attrs.frozen
 class Piece:
     """Values from index ``first`` on, as tensor ``values``."""
@@ -88,6 +92,7 @@ class Piece:
     first: int
 
 
+@wire_tag("RoundOpen")
 @attrs.frozen
 class RoundOpen:
     """From the coordinator, every now and then: the round waits for more deltas."""
@@ -96,6 +101,7 @@ class RoundOpen:
     members: int
 
 
+@wire_tag("GoTo")
 @attrs.frozen
 class GoTo:
     """From a peer that does not coordinate after all: another one has the round open."""
@@ -103,6 +109,7 @@ class GoTo:
     peer: PeerId
 
 
+@wire_tag("RoundResult")
 @attrs.frozen
 class RoundResult:
     """The end of a round; pieces of the averaged delta follow."""
@@ -113,6 +120,7 @@ class RoundResult:
     """Samples that count of this round's contributions together."""
 
 
+@wire_tag("ResultsFollow")
 @attrs.frozen
 class ResultsFollow:
     """The answer to `FetchState` where few rounds are missing: so many `RoundResult`, each with pieces."""
@@ -120,6 +128,7 @@ class ResultsFollow:
     count: int
 
 
+@wire_tag("StateFollows")
 @attrs.frozen
 class StateFollows:
     """The answer to `FetchState` else: pieces of all parameters, then of the outer optimiser's momentum."""
@@ -129,6 +138,7 @@ class StateFollows:
     """The latest delivery of each peer that went into these parameters."""
 
 
+@wire_tag("AskStanding")
 @attrs.frozen
 class AskStanding:
     """Ask a peer of a run how far it is."""
@@ -136,6 +146,7 @@ class AskStanding:
     terms: RunTerms
 
 
+@wire_tag("Standing")
 @attrs.frozen
 class Standing:
     """How far a peer is."""

@@ -7,6 +7,7 @@ import attrs
 from swarmcore.resources import ResourceUse
 from swarmcore.types import PeerId, ServerInfo
 from swarmcore.wire.failure import Failure
+from swarmcore.wire.framing import wire_tag
 from swarmcore.wire.passes import AdapterName
 
 INFERENCE = "/swarmcore/inference/1"
@@ -26,6 +27,7 @@ class Hop:
     end: int
 
 
+@wire_tag("OpenSession")
 @attrs.frozen
 class OpenSession:
     """Client to server, first message of a stream: make room for a session, for as long as the stream lives.
@@ -51,6 +53,7 @@ class OpenSession:
     knows the session's id."""
 
 
+@wire_tag("Admit")
 @attrs.frozen
 class Admit:
     """Client to server: from now on ``pushers`` may join the session, and nobody else."""
@@ -58,6 +61,7 @@ class Admit:
     pushers: tuple[PeerId, ...]
 
 
+@wire_tag("SessionOpened")
 @attrs.frozen
 class SessionOpened:
     """Server to client: the session is granted."""
@@ -67,6 +71,7 @@ class SessionOpened:
     """False when the server could not dial ``next_hop``: the client then carries that hop itself."""
 
 
+@wire_tag("JoinSession")
 @attrs.frozen
 class JoinSession:
     """Server to server, first message of a stream: steps for ``session`` will follow."""
@@ -74,6 +79,7 @@ class JoinSession:
     session: str
 
 
+@wire_tag("Step")
 @attrs.frozen
 class Step:
     """Run new tokens through the span.
@@ -111,6 +117,7 @@ class Step:
     with the other steps: repeated, it is computed again."""
 
 
+@wire_tag("StepOutput")
 @attrs.frozen
 class StepOutput:
     """Server to client: tensor ``hidden`` after ``blocks_done`` (the end of the last span that ran)."""
@@ -122,6 +129,7 @@ class StepOutput:
     attempt: int = 0
 
 
+@wire_tag("StepFailed")
 @attrs.frozen
 class StepFailed:
     """Server to client: the step was refused or failed here; the session is as it was before the step."""
@@ -131,6 +139,7 @@ class StepFailed:
     attempt: int = 0
 
 
+@wire_tag("StepForwarded")
 @attrs.frozen
 class StepForwarded:
     """Server to client: the step's output is on its way to the next stage.
@@ -144,6 +153,7 @@ class StepForwarded:
     attempt: int = 0
 
 
+@wire_tag("Replay")
 @attrs.frozen
 class Replay:
     """Client to server: send what you kept of your outputs to a stage that is new to the session.
@@ -163,6 +173,7 @@ class Replay:
     settled: int = 0
 
 
+@wire_tag("Draining")
 @attrs.frozen
 class Draining:
     """Server to client: this server leaves in ``seconds``; move the session, with `HandOver` or a replay."""
@@ -170,6 +181,7 @@ class Draining:
     seconds: float
 
 
+@wire_tag("HandOver")
 @attrs.frozen
 class HandOver:
     """Client to server: send the session's attention caches to ``hop``, where a session is open for them.
@@ -181,6 +193,7 @@ class HandOver:
     hop: Hop
 
 
+@wire_tag("HandOverFailed")
 @attrs.frozen
 class HandOverFailed:
     """Server to client: the caches did not get across; the session here is as it was."""
@@ -188,6 +201,7 @@ class HandOverFailed:
     failure: Failure
 
 
+@wire_tag("CachePart")
 @attrs.frozen
 class CachePart:
     """Server to server, after `JoinSession`: attention cache of one sequence, positions ``start`` to
@@ -200,6 +214,7 @@ class CachePart:
     """Whether the caches of all sequences are complete with this part."""
 
 
+@wire_tag("CachesTaken")
 @attrs.frozen
 class CachesTaken:
     """Server to client: the session's caches have arrived; each sequence has so many tokens."""
@@ -207,6 +222,7 @@ class CachesTaken:
     lengths: tuple[int, ...]
 
 
+@wire_tag("AskSession")
 @attrs.frozen
 class AskSession:
     """Client to server, a call: how far are the steps of my session? To be answered at once."""
@@ -214,6 +230,7 @@ class AskSession:
     session: str
 
 
+@wire_tag("SessionState")
 @attrs.frozen
 class SessionState:
     """Server to client: what there is of a session that the caller has opened."""
@@ -230,11 +247,13 @@ class SessionState:
     """Grows with all that the server gets done, for whomever."""
 
 
+@wire_tag("InfoRequest")
 @attrs.frozen
 class InfoRequest:
     """Ask a server to describe itself."""
 
 
+@wire_tag("InfoReply")
 @attrs.frozen
 class InfoReply:
     """A server's own, current description."""
@@ -250,11 +269,13 @@ class InfoReply:
     """What remote peers make it hold, and what was refused."""
 
 
+@wire_tag("Ping")
 @attrs.frozen
 class Ping:
     payload: bytes = b""
 
 
+@wire_tag("Pong")
 @attrs.frozen
 class Pong:
     payload: bytes = b""

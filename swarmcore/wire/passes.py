@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from swarmcore.wire.framing import wire_tag
 from swarmcore.wire.tensors import Tensor
 
 PART_BYTES = 2**17
@@ -38,6 +39,7 @@ class AdapterName:
     version: str = ""
 
 
+@wire_tag("OpenForward")
 @attrs.frozen
 class OpenForward:
     """Client to server, first message: run a batch through blocks ``start`` to ``end``."""
@@ -62,6 +64,7 @@ class OpenForward:
     """Send `PassProgress` while it is computed; ``deadline`` then counts from the last of them."""
 
 
+@wire_tag("OpenBackward")
 @attrs.frozen
 class OpenBackward:
     """Client to server, first message: gradients of a batch's inputs from gradients of its outputs."""
@@ -85,6 +88,7 @@ class OpenBackward:
     progress: bool = False
 
 
+@wire_tag("Rows")
 @attrs.frozen
 class Rows:
     """Some rows, as tensor ``hidden``, ``[rows, hidden size]``: inputs, outputs, or gradients of either.
@@ -98,11 +102,13 @@ class Rows:
     """Index of the first of them."""
 
 
+@wire_tag("InputsWanted")
 @attrs.frozen
 class InputsWanted:
     """Server to client: the backward pass needs the inputs of its forward pass again."""
 
 
+@wire_tag("AdapterWanted")
 @attrs.frozen
 class AdapterWanted:
     """Server to client: send the adapter's weights for these blocks."""
@@ -110,6 +116,7 @@ class AdapterWanted:
     blocks: tuple[int, ...]
 
 
+@wire_tag("AdapterPart")
 @attrs.frozen
 class AdapterPart:
     """Weights of an adapter, or their gradients.
@@ -126,6 +133,7 @@ class AdapterPart:
     """Whether the blocks asked for are complete with this part."""
 
 
+@wire_tag("PassProgress")
 @attrs.frozen
 class PassProgress:
     """Server to client: it gets on, with this pass or with those before it."""
@@ -134,6 +142,7 @@ class PassProgress:
     """Grows with all that the server gets done."""
 
 
+@wire_tag("ForwardDone")
 @attrs.frozen
 class ForwardDone:
     """Server to client: all outputs have been sent."""
@@ -146,6 +155,7 @@ class ForwardDone:
     """Seconds from the opening until the last of the client's rows had come."""
 
 
+@wire_tag("BackwardDone")
 @attrs.frozen
 class BackwardDone:
     """Server to client: all gradients have been sent."""
