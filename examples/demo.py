@@ -108,7 +108,7 @@ async def find_model() -> Path:
             status.update(f"{what}: {100 * done // total} %" if total else what)
 
         def find() -> Path:
-            from swarmcore.executor.torch.checkpoint import open_checkpoint
+            from swarmcore.checkpoint import open_checkpoint
 
             return open_checkpoint(MODEL, progress=progress).folder
 

@@ -241,7 +241,7 @@ def evaluate(tuned: Any, ids: torch.Tensor) -> float:
 
 def find_model() -> Path:
     """The model's folder; converts it the first time."""
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     return open_checkpoint(MODEL).folder
 

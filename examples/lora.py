@@ -94,7 +94,7 @@ async def main() -> bool:
 
 def find_model() -> Path:
     """The model's folder; converts it the first time."""
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     return open_checkpoint(MODEL).folder
 

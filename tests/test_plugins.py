@@ -16,11 +16,11 @@ from swarmcore.identity import Identity
 from swarmcore.plugins import PluginGroup
 from swarmcore.registry.base import Registry
 from swarmcore.registry.choice import REGISTRIES, gossip, make_registry
-from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.registry.watch import WatchingRegistry
+from swarmcore.registry.gossip.registry import GossipRegistry
+from swarmcore.registry.gossip.watch_client import WatchingRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.run import NetworkConfig, listening
+from swarmcore.serving import NetworkConfig, listening
 from swarmcore.transport import TRANSPORTS
 from swarmcore.types import Address
 from swarmcore_transports.tcp import TcpTransport

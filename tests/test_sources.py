@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from swarmcore.registry.records import check_info
+from swarmcore.registry.gossip.records import check_info
 from swarmcore.sources import MAX_SOURCE, Source, announced_source, is_called
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
 

@@ -19,7 +19,7 @@ from swarmcore.executor.torch.loader import TorchLoader
 from swarmcore.identity import Identity
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.run import NetworkConfig, run_server
+from swarmcore.serving import NetworkConfig, run_server
 from swarmcore.testing.executor_contract import ExecutorContract
 from swarmcore.testing.executor_contract.harness import Driver
 from swarmcore.types import Span

@@ -22,8 +22,8 @@ import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from swarmcore.checkpoint import Checkpoint, Progress
 from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_wire
 from swarmcore.sim.costs import BatchLoad, CostModel, MeasuredModel, Measurement

@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack
 import attrs
 from rich.table import Table
 
-from swarmcore.client.model import RemoteModel
-from swarmcore.client.options import Failover, SessionOptions
+from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.client.generation.model import RemoteModel
+from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.swarm import Swarm, connect
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.session.laps import JournalMode
+from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import Fleet, split_blocks
 from swarmcore.testing.nursery import ServerNursery
 

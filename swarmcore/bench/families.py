@@ -23,12 +23,12 @@ import transformers
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
-from swarmcore.client.local_parts import LocalParts
+from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint.base import one_line
+from swarmcore.checkpoint.quiet import quiet_transformers
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import SwarmError, UnsupportedModelError
 from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.executor.torch.checkpoint.base import one_line
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.reference import LENGTHS, Reference

@@ -12,17 +12,17 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.plain import PlainModel
-from swarmcore.client.options import SessionOptions
+from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.session.laps import JournalMode
+from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import split_blocks
 from swarmcore.testing.processes import ServerProcess
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
-    from swarmcore.client.model import RemoteModel
+    from swarmcore.client.generation.model import RemoteModel
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
 

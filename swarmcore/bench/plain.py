@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from swarmcore.executor.torch.checkpoint import Checkpoint
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
+from swarmcore.checkpoint import Checkpoint
+from swarmcore.checkpoint.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

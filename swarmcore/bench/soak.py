@@ -14,12 +14,12 @@ from contextlib import AsyncExitStack
 import attrs
 
 from swarmcore.bench.plain import PlainModel
-from swarmcore.client.model import RemoteModel
-from swarmcore.client.options import SessionOptions
+from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.client.generation.model import RemoteModel
+from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import SwarmError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.session.laps import JournalMode
+from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import Fleet, Member, split_blocks
 from swarmcore.testing.nursery import ServerNursery
 from swarmcore.types import PeerId, Span

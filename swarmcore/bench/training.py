@@ -14,16 +14,16 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.inference import start_swarm
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint.quiet import quiet_transformers
+from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
 
-    from swarmcore.client.model import RemoteModel
+    from swarmcore.client.generation.model import RemoteModel
 
 _PLAIN = "plain PyTorch"
 _PROMPT = "The history of the sea is the history of those who crossed it."

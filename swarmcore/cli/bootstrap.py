@@ -17,7 +17,7 @@ from swarmcore.errors import InputError
 from swarmcore.resources.limits import raise_descriptor_limit
 
 if TYPE_CHECKING:
-    from swarmcore.server.head_limits import HeadLimits
+    from swarmcore.head.queue import HeadLimits
     from swarmcore.types import ServerInfo
 
 
@@ -60,11 +60,11 @@ def bootstrap(
     set_thread_environment(threads)
     raise_descriptor_limit()
 
-    from swarmcore.server.run import run_bootstrap
+    from swarmcore.serving import run_bootstrap
 
     gateway = None
     if head is not None and model is not None:
-        from swarmcore.server.head_model import HeadConfig
+        from swarmcore.head.model import HeadConfig
 
         gateway = HeadConfig(model=model, revision=revision, dtype=dtype, threads=threads, limits=head)
     identity = own_identity(output, identity_file, new_identity, public_name)

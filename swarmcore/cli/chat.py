@@ -21,11 +21,11 @@ from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
 from swarmcore.cli.thin import thin_here, thin_swarm
 from swarmcore.cli.turns import turns
-from swarmcore.client.settings import GenerationSettings
 from swarmcore.errors import SwarmError
+from swarmcore.generation_settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from swarmcore.client.chat import Conversation
+    from swarmcore.client.generation.chat import Conversation
 
 _COMMANDS = """\
 /new   begin a new conversation
@@ -126,7 +126,7 @@ async def _turn(output: Output, conversation: Conversation[Any], text: str, samp
 
 
 def _made_by(conversation: Conversation[Any]) -> dict[str, str]:
-    from swarmcore.client.chat import ThinChat
+    from swarmcore.client.generation.chat import ThinChat
 
     made = conversation.generation
     if isinstance(conversation, ThinChat):

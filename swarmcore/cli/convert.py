@@ -39,8 +39,8 @@ async def _convert(
     output: Output, model: str, target: Path | None, revision: str | None, cache_dir: Path | None
 ) -> None:
     with output.progress() as progress:
-        import_large("swarmcore.executor.torch.checkpoint", progress=progress)
-        from swarmcore.executor.torch import checkpoint as checkpoints
+        import_large("swarmcore.checkpoint", progress=progress)
+        from swarmcore import checkpoint as checkpoints
 
         if target is not None:
             model = str(

@@ -12,9 +12,9 @@ from swarmcore.cli.options import RemoteModelOptions, remote_model_options, samp
 from swarmcore.cli.output import Output
 from swarmcore.cli.remote import remote_model, show_route
 from swarmcore.cli.thin import generate_thin, thin_here
-from swarmcore.client.prompts import checked_prompt
-from swarmcore.client.settings import GenerationSettings
 from swarmcore.errors import InputError
+from swarmcore.generation_settings import GenerationSettings
+from swarmcore.prompts import checked_prompt
 
 
 @click.command()

@@ -60,7 +60,7 @@ def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @functools.wraps(command)
     def wrapped(serve_head: bool, **options: Any) -> Any:
-        from swarmcore.server.head_limits import HeadLimits
+        from swarmcore.head.queue import HeadLimits
 
         values = {name: options.pop(name) for name in _NAMES}
         return command(head=HeadLimits(**values) if serve_head else None, **options)

@@ -15,7 +15,7 @@ from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
 if TYPE_CHECKING:
-    from swarmcore.server.run import NetworkConfig
+    from swarmcore.serving import NetworkConfig
 
 _LIBP2P = "libp2p"
 
@@ -44,7 +44,7 @@ def network_config(
     Raise `InputError` for any that cannot work: better before a model is loaded than after.
     """
     from swarmcore.server.allow_file import AllowFile
-    from swarmcore.server.run import NetworkConfig
+    from swarmcore.serving import NetworkConfig
 
     for address in bootstrap:
         Address.parse(address)

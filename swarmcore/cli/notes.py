@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from swarmcore.errors import SwarmError
 from swarmcore.printable import printable_line
 from swarmcore.resources import ResourceUse
-from swarmcore.server.protocols import PING_METHOD
 from swarmcore.types import Address, PeerId, ServerInfo
 from swarmcore.wire.messages import Ping
+from swarmcore.wire.protocols import PING_METHOD
 
 if TYPE_CHECKING:
     from swarmcore.client.swarm import Swarm

@@ -21,7 +21,7 @@ from swarmcore.errors import IdentityFileError, InputError, SwarmError
 from swarmcore.identity import Identity
 from swarmcore.identity_files import HeldIdentity, kept_identity
 from swarmcore.printable import printable, printable_line
-from swarmcore.session.laps import JournalMode
+from swarmcore.session.steps import JournalMode
 from swarmcore.types import PeerId
 
 MAX_ERROR = 4000

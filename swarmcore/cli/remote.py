@@ -14,8 +14,8 @@ from swarmcore.cli.options import RemoteModelOptions, load_identity, set_thread_
 from swarmcore.cli.output import Output, can_redraw
 
 if TYPE_CHECKING:
-    from swarmcore.client.model import RemoteModel
-    from swarmcore.client.options import Failover
+    from swarmcore.client.generation.model import RemoteModel
+    from swarmcore.client.session.options import Failover
     from swarmcore.client.swarm import Swarm
     from swarmcore.routing.chain import Chain
     from swarmcore.types import ModelInfo
@@ -28,7 +28,7 @@ async def remote_model(
     """Join the swarm, load the client's part of the model, and wait until servers cover all its blocks."""
     set_thread_environment(options.threads)
 
-    from swarmcore.client.session import SessionOptions
+    from swarmcore.client.session.session import SessionOptions
     from swarmcore.client.swarm import connect
 
     async with connect(

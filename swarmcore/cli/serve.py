@@ -19,9 +19,9 @@ from swarmcore.resources.limits import raise_descriptor_limit
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
+    from swarmcore.head.queue import HeadLimits
     from swarmcore.placement.capacity import CapacityPlan
     from swarmcore.server.block_server import BlockServer
-    from swarmcore.server.head_limits import HeadLimits
 
 
 @click.command()
@@ -170,7 +170,7 @@ def serve(
     raise_descriptor_limit()
 
     from swarmcore.server.config import ServerConfig
-    from swarmcore.server.run import run_server
+    from swarmcore.serving import run_server
 
     config = ServerConfig(
         model=model,

@@ -10,13 +10,13 @@ from random import Random
 import attrs
 
 from swarmcore.errors import InputError, SwarmError
-from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.costs import CostModel
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.latencies import Latencies
 from swarmcore.rpc.node import Node
-from swarmcore.server.round_trips import in_turns, measure_round_trip
+from swarmcore.rpc.ping import in_turns, measure_round_trip
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import ModelInfo, PeerId, ServerInfo
 
 

@@ -22,7 +22,7 @@ from swarmcore.sources import Source, exists_here
 from swarmcore.types import ModelInfo, PeerId
 
 if TYPE_CHECKING:
-    from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
+    from swarmcore.checkpoint import Checkpoint, Progress
 
 MOST_SOURCES = 3
 """Sources of one model that are tried."""
@@ -105,7 +105,7 @@ def open_model(
     Blocks: run it in a thread. A hub id goes before what strangers call their models. Raises as
     `open_checkpoint` and `open_served` do.
     """
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     if name is not None and (served is None or name != served.info.fingerprint):
         try:
@@ -129,7 +129,7 @@ def open_served(
     What is found there is taken only if it has the fingerprint that the swarm serves. Raise
     `ModelNotFoundError` when they name no public place, and what the last place gave when none will do.
     """
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     error: SwarmError = ModelNotFoundError(
         f"the swarm serves {served}, which its servers have from files of their own; say in which folder, "

@@ -12,43 +12,47 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from swarmcore.client.adapter_weights import AdapterWeights
-from swarmcore.client.chat import ThinChat
-from swarmcore.client.heads import HeadChoice
-from swarmcore.client.micro_batches import BatchRunner
+from swarmcore.client.adapters import AdapterWeights
+from swarmcore.client.autograd.micro_batches import BatchRunner
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.planner import PassPlanner
+from swarmcore.client.generation.chat import ThinChat
+from swarmcore.client.generation.remote import (
+    PATIENCE,
+    HeadChoice,
+    ThinGeneration,
+    ThinRun,
+    generate_at_heads,
+)
 from swarmcore.client.notebook import notebook_progress
-from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.pass_planner import PassPlanner
 from swarmcore.client.pinging import Pinger, PingLimits
-from swarmcore.client.planner import SwarmPlanner, random_session_id
 from swarmcore.client.served_models import ServedModel, find_served
-from swarmcore.client.session import InferenceSession, SessionOptions, open_session
-from swarmcore.client.settings import GenerationOptions, GenerationSettings
-from swarmcore.client.thin import PATIENCE, ThinGeneration, ThinRun, generate_at_heads
-from swarmcore.client.thin_request import open_generation
+from swarmcore.client.session.planner import SwarmPlanner, random_session_id
+from swarmcore.client.session.session import InferenceSession, SessionOptions, open_session
 from swarmcore.errors import AddressError, InputError, MissingBlocksError, PeerUnreachableError
+from swarmcore.generation_settings import GenerationOptions, GenerationSettings, open_generation
 from swarmcore.identity import Identity, public_key
 from swarmcore.imports import import_large
-from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.choice import RegistryChoice, make_registry
-from swarmcore.registry.neighbours import meet_neighbours
+from swarmcore.registry.lan import meet_neighbours
 from swarmcore.routing.chain import Chain, Router
 from swarmcore.routing.costs import ChainCost, CostModel
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.latencies import Latencies
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFO_METHOD
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, ModelInfo, PeerId, Span, short
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.messages import InfoReply, InfoRequest
+from swarmcore.wire.protocols import INFO_METHOD
 
 if TYPE_CHECKING:
-    from swarmcore.client.model import RemoteModel
-    from swarmcore.client.prompts import Prompt
-    from swarmcore.executor.torch.checkpoint import Progress
+    from swarmcore.checkpoint import Progress
+    from swarmcore.client.generation.model import RemoteModel
+    from swarmcore.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +232,7 @@ class Swarm:
         ``max_tokens`` is what each sequence is expected to grow to; servers without that much free cache are
         avoided, and grow the cache as it is needed. Its steps are computed with ``adapter`` besides the
         frozen weights. The first session of a model waits for up to a second
-        until its servers have been pinged. Raises as `swarmcore.client.session.open_session` does.
+        until its servers have been pinged. Raises as `swarmcore.client.session.session.open_session` does.
         """
         self._check_joined()
         self.node.check_loop()
@@ -322,8 +326,8 @@ class Swarm:
         self.node.check_loop()
         if progress is None:
             progress = notebook_progress()
-        import_large("swarmcore.client.model", progress=progress)
-        from swarmcore.client.model import RemoteModel
+        import_large("swarmcore.client.generation.model", progress=progress)
+        from swarmcore.client.generation.model import RemoteModel
 
         if not isinstance(name_or_path, str | os.PathLike | None):
             raise InputError(f"a model is named by a text or a path; got {name_or_path!r:.80}")

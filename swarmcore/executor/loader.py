@@ -48,7 +48,7 @@ class BlockLoader(ABC):
 
     model: ModelInfo
     """Servers of one swarm and their clients have to agree on its fingerprint, which is that of
-    `swarmcore.executor.torch.checkpoint.open_checkpoint`."""
+    `swarmcore.checkpoint.open_checkpoint`."""
     config: Any = None
     """The model's Transformers config, by which adapters in PEFT's format are read; None where the back end
     takes no adapters."""

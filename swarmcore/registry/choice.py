@@ -8,8 +8,8 @@ from typing import Protocol
 from swarmcore.errors import InputError
 from swarmcore.plugins import PluginGroup
 from swarmcore.registry.base import Registry
-from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.registry.watch import WatchingRegistry
+from swarmcore.registry.gossip.registry import GossipRegistry
+from swarmcore.registry.gossip.watch_client import WatchingRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.types import Address
 

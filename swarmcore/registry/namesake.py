@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from swarmcore.registry.records import Announcement
+from swarmcore.registry.gossip.records import Announcement
 from swarmcore.types import ServerInfo
 
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from swarmcore.errors import DeadlineExceededError, SwarmError
-from swarmcore.rpc.method import Method, Rep, Req
 from swarmcore.rpc.node import Node
 from swarmcore.types import Address
+from swarmcore.wire.method import Method, Rep, Req
 
 ATTEMPTS = 2
 """Calls in a row that have to go unanswered: one may have met a connection that is dead."""

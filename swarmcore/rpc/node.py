@@ -27,7 +27,6 @@ from swarmcore.resources.hold_ups import HoldUps
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
 from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
-from swarmcore.rpc.method import Caller, Method, Protocol, Rep, Req
 from swarmcore.rpc.response_times import ResponseTimes
 from swarmcore.rpc.serving import Server
 from swarmcore.transport import Stream, Transport, serve_stream
@@ -35,6 +34,7 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of, tag_of
 from swarmcore.wire.limits import MAX_ADDRESSES, Limits
+from swarmcore.wire.method import Caller, Method, Protocol, Rep, Req
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)

@@ -16,14 +16,13 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.resources import Priority, Resource, ResourceManager
-from swarmcore.rpc.channel import Channel
-from swarmcore.rpc.method import Caller, Method, Protocol
-from swarmcore.rpc.readahead import ReadAhead
+from swarmcore.rpc.channel import Channel, ReadAhead
 from swarmcore.transport import Buffer, Stream
 from swarmcore.types import short
 from swarmcore.wire.failure import Failure, to_failure
 from swarmcore.wire.framing import decode_header, decode_message, encode_message, kinds_of
 from swarmcore.wire.limits import Limits
+from swarmcore.wire.method import Caller, Method, Protocol
 
 logger = logging.getLogger(__name__)
 

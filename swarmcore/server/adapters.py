@@ -22,9 +22,7 @@ from swarmcore.errors import (
     ServerMemoryError,
     SwarmError,
 )
-from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.faults import translated
-from swarmcore.executor.passes import Adapter
+from swarmcore.executor.base import Adapter, BlockExecutor, translated
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.types import PeerId, Span, short

@@ -14,21 +14,25 @@ from typing import Self, TypeGuard
 import attrs
 
 from swarmcore.distribution import version
+from swarmcore.engine.engine import Engine
 from swarmcore.errors import AdapterError, InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.engine import Engine
+from swarmcore.head.service import HeadService
 from swarmcore.placement.rebalance import MoveCost
 from swarmcore.registry.base import Registry
-from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.head import HeadService
+from swarmcore.server.forward_backward import PassService, pass_limits
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.measuring import ServerSpeed
-from swarmcore.server.neighbours import Neighbours
-from swarmcore.server.passes import PassService, pass_limits
-from swarmcore.server.protocols import (
+from swarmcore.server.rebalancing import Rebalancing
+from swarmcore.server.successor_rtts import Neighbours
+from swarmcore.sources import announced_source
+from swarmcore.types import Address, ServerInfo, ServerState, Span, short
+from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
+from swarmcore.wire.method import Caller
+from swarmcore.wire.protocols import (
     BACKWARD_OF_PADDING_PROTOCOL,
     BACKWARD_PROTOCOL,
     FORWARD_OF_PADDING_PROTOCOL,
@@ -38,10 +42,6 @@ from swarmcore.server.protocols import (
     PING_METHOD,
     SESSION_STATE_METHOD,
 )
-from swarmcore.server.rebalancing import Rebalancing
-from swarmcore.sources import announced_source
-from swarmcore.types import Address, ServerInfo, ServerState, Span, short
-from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 
 logger = logging.getLogger(__name__)
 

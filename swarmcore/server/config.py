@@ -9,7 +9,7 @@ import attrs
 
 from swarmcore.errors import InputError
 from swarmcore.executor.loader import BlockLoader
-from swarmcore.server.head_limits import HeadLimits
+from swarmcore.head.queue import HeadLimits
 from swarmcore.types import Span
 
 REBALANCE = 60.0

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from functools import partial
 
+from swarmcore.engine.engine import Engine
 from swarmcore.errors import (
     InvalidStepError,
     ModelMismatchError,
@@ -17,17 +18,16 @@ from swarmcore.errors import (
     SpanError,
     StreamClosedError,
 )
-from swarmcore.executor.engine import Engine
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
-from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, ask_for_weights
-from swarmcore.server.hosted_session import HostedSession
 from swarmcore.server.next_hops import NextHops
-from swarmcore.server.pushers import Pushers, check_pushers
+from swarmcore.server.session import HostedSession
+from swarmcore.server.upstream import Pushers, check_pushers
 from swarmcore.types import ModelInfo, Span, short
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
+from swarmcore.wire.method import Caller
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from swarmcore.imports import import_large
 from swarmcore.placement.capacity import DEFAULT_CACHE_TOKENS, CapacityPlan, plan_capacity
 from swarmcore.server.adapters import Weights
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.speed_file import SpeedFile
+from swarmcore.server.measuring import SpeedFile
 from swarmcore.types import Span
 
 MAX_DEFAULT_CACHE_TOKENS = 131_072
@@ -76,7 +76,7 @@ def read_adapter(folder: str, config: Any, span: Span) -> Weights:
 
 def speed_file(config: ServerConfig, loader: BlockLoader) -> SpeedFile:
     """Where the measured speed of this model's blocks on this device is kept."""
-    from swarmcore.executor.torch.checkpoint import cache_folder
+    from swarmcore.checkpoint import cache_folder
 
     name = config.executor if isinstance(config.executor, str) else config.executor.__qualname__
     key = {

@@ -14,10 +14,10 @@ from swarmcore.resources.rate_limit import PeerRates
 from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL, PING_METHOD
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import MAX_ADDRESSES
 from swarmcore.wire.messages import Hop, JoinSession, Ping
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL, PING_METHOD
 
 logger = logging.getLogger(__name__)
 

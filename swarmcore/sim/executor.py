@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import attrs
 
 from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
-from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
-from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, BlockExecutor, ForwardPass, SequenceBatch, SequenceId, Slice
 from swarmcore.sim.costs import BatchLoad, MeasuredModel
 from swarmcore.sim.model import MASK, SimModel, next_state, pack_rows, unpack_rows
 from swarmcore.sim.passes import SimAdapter, SimBackward, SimForward, check_batch

@@ -6,7 +6,7 @@ import asyncio
 
 import attrs
 
-from swarmcore.client.remote import RemoteSession
+from swarmcore.client.generation.session_api import RemoteSession
 from swarmcore.sim.model import SimModel, unpack_rows
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from swarmcore.sim.balance import Balance
-from swarmcore.sim.crowd import Crowd
 from swarmcore.sim.failures import FailureTable
+from swarmcore.sim.load import Crowd
 from swarmcore.sim.scenario import Scenario
 from swarmcore.sim.training import Training
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from swarmcore.errors import InvalidBatchError, SpanError
-from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, SequenceBatch
 from swarmcore.sim.costs import BatchLoad
 from swarmcore.sim.model import SimModel
 from swarmcore.types import ModelInfo, Span

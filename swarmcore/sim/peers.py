@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import attrs
 
 from swarmcore.client.pinging import PingLimits
-from swarmcore.client.session import InferenceSession, SessionOptions
+from swarmcore.client.session.session import InferenceSession, SessionOptions
 from swarmcore.client.swarm import Swarm
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.base import Registry, SwarmView
-from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.registry.options import GossipOptions
-from swarmcore.registry.records import RecordIssuer, RecordLimits, SignedRecord, decode_announcement
-from swarmcore.registry.watch import WatchingRegistry
+from swarmcore.registry.gossip.options import GossipOptions
+from swarmcore.registry.gossip.records import RecordIssuer, RecordLimits, SignedRecord, decode_announcement
+from swarmcore.registry.gossip.registry import GossipRegistry
+from swarmcore.registry.gossip.watch_client import WatchingRegistry
 from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig

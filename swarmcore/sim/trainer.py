@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from swarmcore.client.micro_batches import BatchRunner
-from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.passes import Batch
+from swarmcore.client.autograd.micro_batches import BatchRunner
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.rpc import Batch
 from swarmcore.errors import SwarmError
-from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.gossip.registry import GossipRegistry
 from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.sim.costs import BatchLoad, CostModel

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import attrs
 
-from swarmcore.client.pass_codecs import PassCodecs
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.options import PassOptions
 from swarmcore.errors import InternalError
 from swarmcore.routing.link_codec import LADDERS, Kind, LinkCodec, Rung
 from swarmcore.sim.costs import load_costs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.client.autograd.options import PassOptions
 from swarmcore.errors import SwarmError
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.trainer import Trainer, TrainingServer, TrainingSwarm

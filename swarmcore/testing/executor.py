@@ -16,8 +16,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from swarmcore.errors import InvalidBatchError, InvalidStepError, SessionLostError, SpanError, SwarmError
-from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
-from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import (
+    Adapter,
+    BackwardPass,
+    BlockExecutor,
+    ForwardPass,
+    Segment,
+    SequenceBatch,
+    SequenceId,
+    Slice,
+)
 from swarmcore.testing.passes import CountingAdapter, CountingBackward, CountingForward
 from swarmcore.testing.rows import Rows as Rows
 from swarmcore.testing.rows import hidden_states as hidden_states

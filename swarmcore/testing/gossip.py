@@ -8,9 +8,9 @@ from random import Random
 
 from swarmcore.identity import Identity
 from swarmcore.registry.base import Registry
-from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.registry.options import GossipOptions
-from swarmcore.registry.watch import WatchingRegistry
+from swarmcore.registry.gossip.options import GossipOptions
+from swarmcore.registry.gossip.registry import GossipRegistry
+from swarmcore.registry.gossip.watch_client import WatchingRegistry
 from swarmcore.rpc import Node
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport

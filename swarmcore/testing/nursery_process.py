@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 PRELOADED = (
     "swarmcore.cli",
-    "swarmcore.server.run",
+    "swarmcore.serving",
     "swarmcore.executor.torch.executor",
     "swarmcore_transports.tcp",
     "transformers.models.llama.modeling_llama",

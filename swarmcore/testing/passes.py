@@ -18,7 +18,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from swarmcore.errors import AdapterError, InvalidBatchError, SwarmError
-from swarmcore.executor.passes import Adapter, BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, SequenceBatch
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor

@@ -10,13 +10,13 @@ import torch
 import transformers
 
 from swarmcore import sync
-from swarmcore.client.blockless import load_without_blocks, with_blocks
-from swarmcore.client.generation_config import load_generation_config
-from swarmcore.client.options import SessionOptions
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.generation.generation_config import load_generation_config
+from swarmcore.client.generation.local_model import load_without_blocks, with_blocks
 from swarmcore.client.served_models import may_be_served, open_model
+from swarmcore.client.session.options import SessionOptions
 from swarmcore.errors import InputError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.identity import Identity
 from swarmcore.transformers.model import remote_model

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 import torch
 from transformers import Cache
 
-from swarmcore.client.loop_thread import LoopThread
-from swarmcore.client.remote import RemoteSession, SessionOpener
+from swarmcore.client.generation.session_api import RemoteSession, SessionOpener
 from swarmcore.errors import InputError, UnavailableError
 from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.loop_thread import LoopThread
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 
-from swarmcore.client.blocks import RemoteBlocks
+from swarmcore.client.autograd.remote_blocks import RemoteBlocks
 from swarmcore.errors import InputError, InvalidBatchError
 from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.batch_checks import IGNORED, check_sequence_labels, check_token_labels, problem_of

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from swarmcore import sync
-from swarmcore.client.adapter_snapshot import snapshot
-from swarmcore.client.blocks import RemoteBlocks
-from swarmcore.client.bridge import Bridge
-from swarmcore.client.loop_thread import LoopThread
-from swarmcore.client.options import SessionOptions
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.client.autograd.bridge import Bridge
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.packing import snapshot
+from swarmcore.client.autograd.remote_blocks import RemoteBlocks
+from swarmcore.client.session.options import SessionOptions
+from swarmcore.loop_thread import LoopThread
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.types import ModelInfo, Span
 

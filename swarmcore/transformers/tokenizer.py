@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarmcore.client.prompts import load_tokenizer
+from swarmcore.checkpoint import Progress, open_checkpoint
 from swarmcore.errors import InputError
-from swarmcore.executor.torch.checkpoint import Progress, open_checkpoint
+from swarmcore.prompts import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

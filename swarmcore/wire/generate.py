@@ -37,7 +37,7 @@ class OpenGeneration:
     """Client to head peer, first message: continue a text, or answer messages.
 
     Exactly one of ``text``, ``messages`` and ``tokens`` is the prompt. Settings are those of
-    `swarmcore.client.settings.GenerationSettings`, by the same names; None is the model's own.
+    `swarmcore.generation_settings.GenerationSettings`, by the same names; None is the model's own.
     """
 
     model: str = ""

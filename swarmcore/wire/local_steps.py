@@ -10,6 +10,7 @@ import attrs
 
 from swarmcore.types import PeerId
 from swarmcore.wire.framing import wire_tag
+from swarmcore.wire.method import Method, Protocol
 
 LOCAL_STEPS = "/swarmcore/localsteps/1"
 LOCAL_STEPS_STANDING = "/swarmcore/localsteps/standing/1"
@@ -156,3 +157,12 @@ class Standing:
     """Deltas that it holds for the round that follows; not 0 when it coordinates that round."""
     settled: bool = True
     """Whether these are the run's parameters, and not what a newcomer has brought along."""
+
+
+LOCAL_STEPS_PROTOCOL = Protocol(
+    name=LOCAL_STEPS,
+    openings=(DeliverDelta, FetchState),
+    to_acceptor=(Piece,),
+    to_opener=(RoundOpen, GoTo, RoundResult, ResultsFollow, StateFollows, Piece),
+)
+STANDING_METHOD = Method(name=LOCAL_STEPS_STANDING, request=AskStanding, reply=Standing)

@@ -24,9 +24,9 @@ from swarmcore.testing.processes import ServerProcess
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
 import chromium
 
-from swarmcore_transports.webrtc.locations import Service
-from swarmcore_transports.webrtc.signalling_service import SignallingService
-from swarmcore_transports.webrtc.signals import sealed
+from swarmcore_transports.webrtc.addresses import Service
+from swarmcore_transports.webrtc.signalling.messages import sealed
+from swarmcore_transports.webrtc.signalling.service import SignallingService
 
 pytestmark = [
     pytest.mark.e2e,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from swarmcore.client import passes
-from swarmcore.client.loop_thread import background_loop
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.client.autograd import rpc as passes
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.loop_thread import background_loop
 from swarmcore.types import PeerId
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import swarmcore
 from swarmcore import sync
-from swarmcore.client.loop_thread import background_loop
+from swarmcore.loop_thread import background_loop
 from swarmcore.testing.fleet import Fleet
 from swarmcore.transformers import AutoModelForCausalLM, RemoteCache
 

@@ -18,9 +18,9 @@ from tiny_models import save_random_model, tiny_config
 from swarmcore.client.swarm import connect
 from swarmcore.errors import SwarmError
 from swarmcore.identity import Identity
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.types import Address
 from swarmcore.wire.messages import OpenSession
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,9 +12,9 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from swarmcore.client.model import RemoteModel
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.model import RemoteModel
 from swarmcore.errors import InvalidStepError
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.routing.chain import Chain
 from swarmcore.wire.tensors import Tensor

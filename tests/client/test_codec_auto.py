@@ -12,10 +12,10 @@ from memory_swarm import Server, Swarm, swarm_of
 from pass_swarm import alone, quiet
 
 import swarmcore.executor.torch.executor  # noqa: F401  registers the codecs
-from swarmcore.client.micro_batches import BatchRunner
-from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.pass_planner import PassPlanner
-from swarmcore.client.passes import Batch
+from swarmcore.client.autograd.micro_batches import BatchRunner
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.planner import PassPlanner
+from swarmcore.client.autograd.rpc import Batch
 from swarmcore.registry.memory import MemoryRegistry
 from swarmcore.routing.link_codec import Kind
 from swarmcore.testing.executor import COUNTING_MODEL

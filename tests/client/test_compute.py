@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarmcore.client.compute import MAX_ROWS, ModelCompute
-from swarmcore.client.local_parts import LocalParts
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.compute import MAX_ROWS, ModelCompute
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import ProtocolError, SessionLostError
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.tensors import to_wire
 
 

@@ -10,10 +10,10 @@ import attrs
 import pytest
 from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 
-from swarmcore.client.session import InferenceSession
+from swarmcore.client.session.session import InferenceSession
 from swarmcore.errors import SessionLostError
 from swarmcore.rpc.channel import Channel
-from swarmcore.server.cache_hand_over import CacheHandOver
+from swarmcore.server.kv_transfer import CacheHandOver
 from swarmcore.testing.executor import hidden_states
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.messages import (

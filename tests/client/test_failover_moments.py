@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from memory_swarm import Run, Swarm, quiet, swarm_of
 
-from swarmcore.client.session import InferenceSession
+from swarmcore.client.session.session import InferenceSession
 from swarmcore.testing.clock import run as run_on_virtual_time
 
 TWICE = ("0:4", "4:8", "8:12", "0:4", "4:8", "8:12")

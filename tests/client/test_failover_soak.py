@@ -12,7 +12,7 @@ import attrs
 import pytest
 from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 
-from swarmcore.client.session import InferenceSession
+from swarmcore.client.session.session import InferenceSession
 from swarmcore.errors import BusyError
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.routing.moving import MoveLimits

@@ -8,7 +8,7 @@ import random
 import pytest
 from memory_swarm import Run, Swarm, quiet, swarm_of
 
-from swarmcore.server.round_trips import measure_round_trip
+from swarmcore.rpc.ping import measure_round_trip
 
 pytestmark = pytest.mark.virtual_time
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
-from swarmcore.client import generation_config
-from swarmcore.client.generation_config import (
+from swarmcore.client.generation import generation_config
+from swarmcore.client.generation.generation_config import (
     check_generation_config,
     load_generation_config,
     logits_processors,
     most_tokens,
 )
-from swarmcore.client.settings import GenerationSettings
 from swarmcore.errors import CheckpointError, InputError, UnsupportedModelError
+from swarmcore.generation_settings import GenerationSettings
 
 PROMPT = "abcabcabc"
 SYNTH_ID = {"keys": [654, 400, 836, 123, 340, 443, 597, 160, 57], "ngram_len": 3}

@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 import pytest
 from head_swarm import COUNTING, CountingText, HeadSwarm, counted, head_swarm, said
 
-from swarmcore.client.thin import MOST_CHARACTERS, MOST_EMPTY_PIECES
+from swarmcore.client.generation.remote import MOST_CHARACTERS, MOST_EMPTY_PIECES
 from swarmcore.errors import InputError, ProtocolError
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryRegistry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import GENERATE_PROTOCOL
 from swarmcore.types import ServerInfo
 from swarmcore.wire.generate import GenerationEnded, GenerationStarted, TextPiece
+from swarmcore.wire.protocols import GENERATE_PROTOCOL
 
 pytestmark = pytest.mark.virtual_time
 

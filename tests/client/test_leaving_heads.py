@@ -9,10 +9,10 @@ import pytest
 from tiny_swarm import served
 
 from swarmcore import sync
-from swarmcore.client.loop_thread import background_loop
 from swarmcore.errors import ServerDrainingError
+from swarmcore.head.queue import HeadLimits
+from swarmcore.loop_thread import background_loop
 from swarmcore.server.block_server import BlockServer
-from swarmcore.server.head_limits import HeadLimits
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 
-from swarmcore.client.local_parts import LocalParts
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import CheckpointError, InputError
-from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.cut import find_base, layer_list
 
 BLOCKS = ("layers.", "h.")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from chain_world import WHOLE, WIDTH, Server, Work, adapter_of, world_of
 
-from swarmcore.client.adapter_weights import AdapterWeights
-from swarmcore.client.pass_codecs import PassCodecs
-from swarmcore.client.pass_options import PassOptions
-from swarmcore.client.passes import Batch
+from swarmcore.client.adapters import AdapterWeights
+from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.rpc import Batch
 from swarmcore.errors import (
     AdapterNotFoundError,
     InputError,

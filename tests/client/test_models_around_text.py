@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from swarmcore.client.local_parts import LocalParts
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.types import Span
 

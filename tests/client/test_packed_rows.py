@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.client.packed_rows import PackedRows
+from swarmcore.client.autograd.packing import PackedRows
 from swarmcore.errors import InputError
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from swarmcore.client.pass_room import Call, PassRoom
+from swarmcore.client.autograd.activation_memory import Call, PassRoom
 
 pytestmark = pytest.mark.virtual_time
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from announced import peer, server
 
-from swarmcore.client.pass_speeds import BACKWARD, CAPACITY, PassSpeeds
+from swarmcore.client.autograd.planner import BACKWARD, CAPACITY, PassSpeeds
 
 FAST = server(1, 0, 12, forward_rps=100)
 SLOW = server(2, 0, 6, forward_rps=100)

@@ -14,7 +14,7 @@ from measured_peers import MODEL, MeasuredPeers, measured_peers
 from swarmcore.client.pinging import Pinger, PingLimits, most_promising
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.latencies import Latencies
-from swarmcore.server.round_trips import PINGS
+from swarmcore.rpc.ping import PINGS
 
 pytestmark = pytest.mark.virtual_time
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 
-from swarmcore.client.prompts import checked_prompt, encode_prompt
 from swarmcore.errors import InputError
+from swarmcore.prompts import checked_prompt, encode_prompt
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swarmcore.client.model import RemoteModel
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.model import RemoteModel
 
 pytestmark = pytest.mark.e2e
 

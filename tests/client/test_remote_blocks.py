@@ -18,9 +18,9 @@ from torch import nn
 
 import swarmcore
 from swarmcore import sync
-from swarmcore.client.packed_rows import PackedRows
-from swarmcore.client.pass_codecs import PassCodecs
-from swarmcore.client.pass_options import PassOptions
+from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.packing import PackedRows
 from swarmcore.errors import InputError, InvalidBatchError, SpanError
 from swarmcore.routing.link_codec import Kind
 from swarmcore.training import LoraAdapter
@@ -245,7 +245,7 @@ def test_rows_travel_as_servers_compute_with_them(tmp_path: Path, monkeypatch: p
         values = BATCH * TOKENS * 64
         assert sent == [2 * values] * 4
         sent.clear()
-        monkeypatch.setattr("swarmcore.client.micro_batches.as_computed", as_they_are)
+        monkeypatch.setattr("swarmcore.client.autograd.micro_batches.as_computed", as_they_are)
         assert all(torch.equal(one, other) for one, other in zip(run(), found, strict=True))
         # What comes from one server goes to the next as it came.
         assert sent == [4 * values, 2 * values, 4 * values, 2 * values]

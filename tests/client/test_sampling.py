@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from swarmcore.client.sampling import TokenChooser, choose_tokens
+from swarmcore.client.generation.sampling import TokenChooser, choose_tokens
 from swarmcore.errors import InputError, RemoteFaultError
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0])

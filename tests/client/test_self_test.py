@@ -19,10 +19,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from swarmcore.client.local_parts import LocalParts
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import UnsupportedModelError
 from swarmcore.executor.torch import self_test
-from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.types import Span
 

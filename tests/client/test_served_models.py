@@ -8,7 +8,7 @@ from random import Random
 import attrs
 import pytest
 
-from swarmcore.client.heads import HeadChoice
+from swarmcore.client.generation.remote import HeadChoice
 from swarmcore.client.served_models import ServedModel, find_served
 from swarmcore.errors import InputError, MissingBlocksError
 from swarmcore.identity import Identity

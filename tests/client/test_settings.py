@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from swarmcore.client.settings import GenerationOptions, GenerationSettings
 from swarmcore.errors import InputError
+from swarmcore.generation_settings import GenerationOptions, GenerationSettings
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ async def test_what_comes_by_a_slow_link_has_time() -> None:
         work = Work.of(((4, 4), (5,)))
         [server] = world.servers.values()
         loop = asyncio.get_running_loop()
-        from swarmcore.client import passes
+        from swarmcore.client.autograd import rpc as passes
         from swarmcore.rpc.channel import Channel
         from swarmcore.wire.passes import Rows
 

@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 
 import swarmcore
 from swarmcore import sync
-from swarmcore.client.model import RemoteModel
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.model import RemoteModel
 from swarmcore.errors import AddressError, InputError
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_connect_raises_what_the_asynchronous_one_does():
 
 def test_a_process_ends_although_nothing_was_closed():
     program = (
-        "import asyncio; from swarmcore.client.loop_thread import background_loop; "
+        "import asyncio; from swarmcore.loop_thread import background_loop; "
         "background_loop().run(asyncio.sleep(0)); print('done')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -11,7 +11,7 @@ from byte_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from swarmcore.client.text import StopStrings, TextStream, TokenKinds, kinds_of
+from swarmcore.client.generation.detokenizer import StopStrings, TextStream, TokenKinds, kinds_of
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz.,!'")

@@ -7,7 +7,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from swarmcore.client.text import StopStrings, TextStream
+from swarmcore.client.generation.detokenizer import StopStrings, TextStream
 
 SENTENCEPIECE = {
     "<unk>": 0,

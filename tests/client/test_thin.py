@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from head_swarm import COUNTING, CountingText, counted, head_swarm, said
 
-from swarmcore.client.heads import HeadChoice
-from swarmcore.client.settings import GenerationSettings
-from swarmcore.client.thin_request import open_generation
+from swarmcore.client.generation.remote import HeadChoice
 from swarmcore.errors import (
     BusyError,
     ConnectionLostError,
@@ -24,9 +22,10 @@ from swarmcore.errors import (
     StreamClosedError,
     UnavailableError,
 )
+from swarmcore.generation_settings import GenerationSettings, open_generation
+from swarmcore.head.queue import HeadLimits
 from swarmcore.registry.base import SwarmView
 from swarmcore.resources import Resource
-from swarmcore.server.head_limits import HeadLimits
 from swarmcore.types import ModelInfo, PeerId, ServerInfo
 from swarmcore.wire.generate import AHEAD, ChatMessage
 

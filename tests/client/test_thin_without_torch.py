@@ -20,7 +20,7 @@ from tiny_swarm import served
 
 from swarmcore import sync
 from swarmcore.distribution import NAME
-from swarmcore.server.head_limits import HeadLimits
+from swarmcore.head.queue import HeadLimits
 
 ROOT = Path(__file__).parents[2]
 

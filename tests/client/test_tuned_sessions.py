@@ -15,9 +15,9 @@ from tiny_models import save_random_model, tiny_config
 from tiny_swarm import served
 
 from swarmcore import sync
-from swarmcore.client.loop_thread import background_loop
-from swarmcore.client.options import Failover, SessionOptions
+from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.errors import AdapterError, InputError, MissingBlocksError
+from swarmcore.loop_thread import background_loop
 from swarmcore.server.block_server import BlockServer
 from swarmcore.training import CombinedAdapter, LoraAdapter, PrefixAdapter, SoftPrompt
 

@@ -13,20 +13,20 @@ import pytest
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError, PeerUnreachableError
 from swarmcore.identity import Identity
-from swarmcore.registry.records import RecordIssuer, RecordLimits
-from swarmcore.registry.store import Drop
+from swarmcore.registry.gossip.records import RecordIssuer, RecordLimits
+from swarmcore.registry.gossip.store import Drop
 from swarmcore.rpc import Node
-from swarmcore.server.run import NetworkConfig, run_bootstrap
+from swarmcore.serving import NetworkConfig, run_bootstrap
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 from swarmcore_transports.libp2p import Libp2pTransport
-from swarmcore_transports.libp2p.dht import Dht
-from swarmcore_transports.libp2p.dht_options import DhtOptions
-from swarmcore_transports.libp2p.dht_records import ValueRules, encode_value, record_key
-from swarmcore_transports.libp2p.dht_registry import DhtRegistry
 from swarmcore_transports.libp2p.multiaddrs import to_multiaddr
+from swarmcore_transports.libp2p_dht.node import Dht
+from swarmcore_transports.libp2p_dht.options import DhtOptions
+from swarmcore_transports.libp2p_dht.records import ValueRules, encode_value, record_key
+from swarmcore_transports.libp2p_dht.registry import DhtRegistry
 
 QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=4.0)
 

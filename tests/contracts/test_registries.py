@@ -8,8 +8,8 @@ from contextlib import aclosing
 import pytest
 
 from swarmcore.identity import Identity
+from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
-from swarmcore.registry.options import GossipOptions
 from swarmcore.testing.gossip import GossipSwarm
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.transport import Transport

@@ -44,7 +44,7 @@ class TestTorchExecutor(ExecutorContract):
         self.folder = checkpoint_folder
 
     async def make(self) -> BlockExecutor:
-        from swarmcore.executor.torch.checkpoint import open_checkpoint
+        from swarmcore.checkpoint import open_checkpoint
         from swarmcore.executor.torch.executor import TorchExecutor
 
         checkpoint = open_checkpoint(str(self.folder))

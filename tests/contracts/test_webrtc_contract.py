@@ -15,10 +15,10 @@ from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-meeting_points = pytest.importorskip("swarmcore_transports.webrtc.meeting_points")
-signalling_service = pytest.importorskip("swarmcore_transports.webrtc.signalling_service")
-signals = pytest.importorskip("swarmcore_transports.webrtc.signals")
-locations = pytest.importorskip("swarmcore_transports.webrtc.locations")
+meeting_points = pytest.importorskip("swarmcore_transports.webrtc.signalling.endpoints")
+signalling_service = pytest.importorskip("swarmcore_transports.webrtc.signalling.service")
+signals = pytest.importorskip("swarmcore_transports.webrtc.signalling.messages")
+locations = pytest.importorskip("swarmcore_transports.webrtc.addresses")
 
 
 class Malicious(signalling_service.SignallingService):  # type: ignore[misc, name-defined]

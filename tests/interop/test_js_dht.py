@@ -12,15 +12,15 @@ import pytest
 from interop.js_node import JsNode
 
 from swarmcore.identity import Identity
-from swarmcore.registry.records import RecordIssuer
+from swarmcore.registry.gossip.records import RecordIssuer
 from swarmcore.rpc import Node
 from swarmcore.types import Address, ServerInfo
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 from swarmcore_transports.libp2p import Libp2pTransport
-from swarmcore_transports.libp2p.dht_options import DhtOptions
-from swarmcore_transports.libp2p.dht_records import encode_value, record_key
-from swarmcore_transports.libp2p.dht_registry import DhtRegistry
+from swarmcore_transports.libp2p_dht.options import DhtOptions
+from swarmcore_transports.libp2p_dht.records import encode_value, record_key
+from swarmcore_transports.libp2p_dht.registry import DhtRegistry
 
 KAD = ("--dht", "--dht-protocol", "/swarmcore/kad/1.0.0")
 TIMEOUT = 20.0

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from swarmcore.registry.clock import SwarmClock, how_far_off
-from swarmcore.registry.messages import RecordBatch
-from swarmcore.registry.watchers import _Watcher
+from swarmcore.registry.gossip.messages import RecordBatch
+from swarmcore.registry.gossip.watch_server import _Watcher
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
 
 pytestmark = pytest.mark.virtual_time

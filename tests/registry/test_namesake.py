@@ -9,8 +9,8 @@ import attrs
 import pytest
 
 from swarmcore.registry.base import Registry
+from swarmcore.registry.gossip.records import Announcement
 from swarmcore.registry.namesake import Namesake, Verdict
-from swarmcore.registry.records import Announcement
 from swarmcore.testing.gossip import GossipSwarm
 from swarmcore.testing.registry_contract import Member
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span

@@ -12,14 +12,14 @@ import pytest
 from swarmcore.errors import DeadlineExceededError, ProtocolError
 from swarmcore.identity import Identity
 from swarmcore.rpc.asking import ask
-from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.response_times import LEAST, MOST, UNKNOWN, ResponseTime, ResponseTimes
-from swarmcore.server.protocols import INFO_METHOD, PING_METHOD
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import InfoRequest, Ping, Pong
+from swarmcore.wire.method import Caller
+from swarmcore.wire.protocols import INFO_METHOD, PING_METHOD
 
 
 def measured(*seconds: float) -> ResponseTime:

@@ -22,7 +22,7 @@ from swarmcore.errors import (
 )
 from swarmcore.resources import Bounds, Resource
 from swarmcore.rpc import Channel, Node, Protocol
-from swarmcore.rpc.readahead import MAX_AHEAD
+from swarmcore.rpc.channel import MAX_AHEAD
 from swarmcore.wire.framing import encode_message
 from swarmcore.wire.messages import INFERENCE, JoinSession, OpenSession, Ping, SessionOpened, Step, StepOutput
 from swarmcore.wire.tensors import Tensor

@@ -22,7 +22,7 @@ from swarmcore.errors import (
     ServerMemoryError,
     SwarmError,
 )
-from swarmcore.executor.passes import Adapter
+from swarmcore.executor.base import Adapter
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.server import adapters as module
 from swarmcore.server.adapters import ARRIVAL_TIMEOUT, AdapterStore, Ask, Weights, WeightsIntake

@@ -14,10 +14,10 @@ from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.server.allow_file import MAX_BYTES, AllowFile, parse
-from swarmcore.server.protocols import PING_METHOD
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import Ping, Pong
+from swarmcore.wire.protocols import PING_METHOD
 
 ALICE, BOB = (Identity.from_seed(bytes([n]) * 32) for n in (1, 2))
 

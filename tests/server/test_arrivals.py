@@ -12,10 +12,10 @@ from memory_swarm import quiet, swarm_of
 from swarmcore.errors import DeadlineExceededError, InvalidStepError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.server.arrivals import UNCOUNTED_NBYTES, Arrivals
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import OpenSession, SessionOpened, Step, StepFailed, StepOutput
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 
 ANN, BOB = PeerId("ann"), PeerId("bob")

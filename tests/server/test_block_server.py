@@ -16,11 +16,11 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.loading import check_span
-from swarmcore.server.protocols import PING_METHOD
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, hidden_states
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.messages import Ping
+from swarmcore.wire.protocols import PING_METHOD
 
 pytestmark = pytest.mark.virtual_time
 

@@ -20,13 +20,13 @@ from torch_server import torch_server
 from swarmcore.errors import InternalError, RemoteFaultError, SwarmError, error_classes
 from swarmcore.identity import Identity
 from swarmcore.rpc.channel import Channel
-from swarmcore.rpc.method import Protocol
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL, INFERENCE_PROTOCOL
 from swarmcore.types import ModelInfo, PeerId
 from swarmcore.wire.failure import Failure
 from swarmcore.wire.messages import Admit, CachePart, HandOver, Hop, JoinSession, OpenSession, Replay, Step
+from swarmcore.wire.method import Protocol
 from swarmcore.wire.passes import AdapterName, AdapterPart, OpenBackward, OpenForward, Rows
+from swarmcore.wire.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL, INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 
 CONVERSATIONS = 30

@@ -13,7 +13,6 @@ from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
 from swarmcore.resources import Resource
 from swarmcore.rpc.channel import Channel
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.session.journal import MAX_OPEN
 from swarmcore.testing.executor import COUNTING_MODEL, hidden_states
 from swarmcore.wire.messages import (
@@ -31,6 +30,7 @@ from swarmcore.wire.messages import (
     StepForwarded,
     StepOutput,
 )
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
 pytestmark = pytest.mark.virtual_time
 
@@ -322,7 +322,7 @@ async def test_copies_are_beside_the_way_of_a_token(journal: str, monkeypatch) -
 
 
 async def test_a_client_that_does_not_take_its_copies_slows_nobody_until_the_bound(monkeypatch) -> None:
-    monkeypatch.setattr("swarmcore.server.client_link.MAX_COPIES_NBYTES", 10 * 16)
+    monkeypatch.setattr("swarmcore.server.links.MAX_COPIES_NBYTES", 10 * 16)
     async with swarm_of("0:6", "6:12") as swarm:
         session = await swarm.open()
         run = Run.of(session)

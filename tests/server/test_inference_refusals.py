@@ -17,7 +17,7 @@ from counting_servers import (
     whole_model,
 )
 
-from swarmcore.client.session import open_session
+from swarmcore.client.session.session import open_session
 from swarmcore.errors import (
     CacheFullError,
     InvalidStepError,
@@ -30,9 +30,9 @@ from swarmcore.errors import (
 from swarmcore.identity import Identity
 from swarmcore.routing.chain import Chain
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL, hidden_states, read_rows
 from swarmcore.wire.messages import JoinSession, Step, StepFailed, StepOutput
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
 
 async def test_a_repeated_step_is_answered_and_not_computed(network, client):

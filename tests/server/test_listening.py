@@ -9,11 +9,11 @@ from contextlib import ExitStack
 
 import pytest
 
+from swarmcore import serving as run
 from swarmcore.cli.listening import network_config
 from swarmcore.errors import AddressInUseError, PeerUnreachableError
 from swarmcore.identity import Identity
-from swarmcore.server import run
-from swarmcore.server.run import NetworkConfig, listening
+from swarmcore.serving import NetworkConfig, listening
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 

@@ -14,7 +14,6 @@ import pytest
 from swarmcore.errors import SwarmError
 from swarmcore.executor.base import Slice
 from swarmcore.identity import Identity
-from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.server.measuring import (
     MAX_PEERS,
@@ -22,16 +21,17 @@ from swarmcore.server.measuring import (
     PAYLOADS,
     ComputeSpeed,
     ServerSpeed,
+    SpeedFile,
     measure_compute,
     measure_network,
 )
-from swarmcore.server.protocols import PING_METHOD
-from swarmcore.server.speed_file import SpeedFile
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import ServerInfo, Span
 from swarmcore.wire.messages import Ping, Pong
+from swarmcore.wire.method import Caller
+from swarmcore.wire.protocols import PING_METHOD
 from swarmcore.wire.tensors import Tensor
 
 SPEED = ComputeSpeed(decode_rps=120.5, forward_rps=9000.25, decode_threads=1, forward_threads=2)

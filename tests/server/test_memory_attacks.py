@@ -22,10 +22,10 @@ from swarmcore.identity import Identity
 from swarmcore.resources import Bounds, Machine, ResourceLimits, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.protocols import FORWARD_PROTOCOL, INFERENCE_PROTOCOL
 from swarmcore.types import ModelInfo
 from swarmcore.wire.messages import OpenSession
 from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted, OpenForward
+from swarmcore.wire.protocols import FORWARD_PROTOCOL, INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 
 MIB = 2**20

@@ -17,11 +17,11 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.measuring import ComputeSpeed, ServerSpeed
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, hidden_states
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import ServerInfo, Span
 from swarmcore.wire.messages import OpenSession, SessionOpened
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
 pytestmark = pytest.mark.virtual_time
 

@@ -16,12 +16,12 @@ from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.next_hops import BURST, NextHops
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.transport import Stream
 from swarmcore.types import Address, PeerId, ServerInfo
 from swarmcore.wire.limits import MAX_ADDRESSES
 from swarmcore.wire.messages import Hop
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
 pytestmark = pytest.mark.virtual_time
 

@@ -12,7 +12,8 @@ from memory_swarm import Server, Swarm, swarm_of
 from pass_swarm import KEEP, LENGTHS, alone, one_server, quiet, some_rows, stage
 from small_adapters import adapter_tensors, weights_of
 
-from swarmcore.client.passes import Batch, backward, forward
+from swarmcore.client.autograd.rpc import Batch, backward, forward
+from swarmcore.engine.training import PassLimits
 from swarmcore.errors import (
     ConnectionLostError,
     DeadlineExceededError,
@@ -23,12 +24,11 @@ from swarmcore.errors import (
     SwarmError,
     UnknownCodecError,
 )
-from swarmcore.executor.pass_runner import PassLimits
-from swarmcore.rpc.method import Protocol
-from swarmcore.server.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.testing.rows import hidden_states, read_rows, tensor_of
 from swarmcore.wire import passes as wire
+from swarmcore.wire.method import Protocol
+from swarmcore.wire.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 
 pytestmark = pytest.mark.virtual_time

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from small_adapters import adapter_tensors
 
-from swarmcore.client.adapter_weights import AdapterWeights
-from swarmcore.client.passes import Batch, backward, forward
+from swarmcore.client.adapters import AdapterWeights
+from swarmcore.client.autograd.rpc import Batch, backward, forward
 from swarmcore.client.swarm import Swarm
 from swarmcore.errors import AdapterError, InputError, ServerDrainingError, SpanError, SwarmError
 from swarmcore.identity import Identity
@@ -21,12 +21,12 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import Weights
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.protocols import FORWARD_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.testing.rows import hidden_states
 from swarmcore.types import Span
 from swarmcore.wire.passes import AdapterName, OpenForward, Rows
+from swarmcore.wire.protocols import FORWARD_PROTOCOL
 
 ROWS = hidden_states([[0.5, 0.25, -0.5, 1.0]] * 6)
 KEEP = "0123456789abcdef" * 2

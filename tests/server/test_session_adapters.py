@@ -8,14 +8,14 @@ import pytest
 from memory_swarm import Run, quiet, swarm_of
 from small_adapters import adapter_tensors, weights_of
 
-from swarmcore.client.adapter_weights import AdapterWeights
+from swarmcore.client.adapters import AdapterWeights
 from swarmcore.errors import AdapterError, AdapterNotFoundError, SwarmError
 from swarmcore.server.adapters import Weights
-from swarmcore.server.protocols import INFERENCE_PROTOCOL
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.types import Span
 from swarmcore.wire.messages import OpenSession, SessionOpened
 from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted
+from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 
 pytestmark = pytest.mark.virtual_time

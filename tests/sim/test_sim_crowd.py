@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swarmcore.sim.crowd import Crowd
 from swarmcore.sim.hosts import Geography
+from swarmcore.sim.load import Crowd
 from swarmcore.sim.scenario import Report
 
 SMALL = Crowd(

@@ -5,8 +5,7 @@ import asyncio
 import pytest
 
 from swarmcore.errors import InvalidBatchError, InvalidStepError, SessionLostError, SpanError
-from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.passes import SequenceBatch
+from swarmcore.executor.base import Segment, SequenceBatch, SequenceId, Slice
 from swarmcore.sim.costs import BatchLoad, load_costs
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.model import SimModel, unpack_rows

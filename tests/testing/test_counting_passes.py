@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from swarmcore.errors import AdapterError, InvalidBatchError, SpanError
-from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.passes import BatchPass, SequenceBatch
+from swarmcore.executor.base import BatchPass, Segment, SequenceBatch, SequenceId, Slice
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of

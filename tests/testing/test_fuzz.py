@@ -8,7 +8,6 @@ import random
 import attrs
 import pytest
 
-from swarmcore.rpc.method import Caller, Method
 from swarmcore.testing.fuzz.__main__ import fuzz
 from swarmcore.testing.fuzz.records import RecordMaker, mutate
 from swarmcore.testing.fuzz.strangers import Strangers
@@ -16,6 +15,7 @@ from swarmcore.testing.fuzz.victim import FuzzFailure, victim
 from swarmcore.types import PeerId
 from swarmcore.wire import messages
 from swarmcore.wire.messages import Ping, Pong
+from swarmcore.wire.method import Caller, Method
 
 
 async def test_a_server_stands_a_second_of_it() -> None:

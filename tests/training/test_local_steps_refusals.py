@@ -26,11 +26,11 @@ from swarmcore.training.local_steps.claims import contribute
 from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import Traffic, decode, encode, next_message
-from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL
 from swarmcore.training.local_steps.replica import Replica, Result, State
 from swarmcore.training.local_steps.round import Round
 from swarmcore.types import Address, ServerInfo
 from swarmcore.wire.local_steps import (
+    LOCAL_STEPS_PROTOCOL,
     DeliverDelta,
     FetchState,
     GoTo,

@@ -11,8 +11,8 @@ from tiny_models import save_random_model, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import AdapterError
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.span import load_span
 from swarmcore.training import PrefixAdapter, SoftPrompt
 from swarmcore.types import Span

@@ -10,8 +10,8 @@ from applied_adapter import hidden_with_adapter
 from passes_of_rows import through
 from tiny_models import save_random_model, tiny_config
 
-from swarmcore.executor.passes import SequenceBatch
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.executor.base import SequenceBatch
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.server.loading import read_adapter

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from swarmcore.client.loop_thread import background_loop
 from swarmcore.errors import InputError
+from swarmcore.loop_thread import background_loop
 
 PROMPTS = torch.tensor([[0, 0, 0, 17, 80, 33, 5], [9, 41, 7, 66, 12, 100, 31]])
 MASK = (PROMPTS > 0).long()

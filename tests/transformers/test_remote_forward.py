@@ -319,7 +319,7 @@ def test_a_family_without_classifiers(tmp_path_factory: pytest.TempPathFactory) 
     from tiny_models import save_random_model, tiny_config
 
     from swarmcore import sync
-    from swarmcore.client.loop_thread import background_loop
+    from swarmcore.loop_thread import background_loop
 
     folder = tmp_path_factory.mktemp("granite")
     save_random_model(tiny_config("granite"), folder)

@@ -7,15 +7,13 @@ import pytest
 
 from swarmcore import errors
 from swarmcore.errors import error_classes
-from swarmcore.registry import messages
-from swarmcore.rpc.method import Method, Protocol
-from swarmcore.server import protocols
-from swarmcore.training.local_steps import protocols as local_steps
-from swarmcore.wire import framing
+from swarmcore.registry.gossip import messages
+from swarmcore.wire import framing, local_steps, protocols
 from swarmcore.wire.failure import Failure
 from swarmcore.wire.framing import encode_message, kinds_of, tag_of, wire_tag
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.messages import Ping
+from swarmcore.wire.method import Method, Protocol
 
 RECORDS = {
     "/swarmcore/inference/1": (

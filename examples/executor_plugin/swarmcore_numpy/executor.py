@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from swarmcore.errors import InternalError, InvalidStepError, SessionLostError, SpanError, SwarmError
-from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
+from swarmcore.executor.base import Adapter, BlockExecutor, SequenceId, Slice
 from swarmcore.executor.loader import Progress
-from swarmcore.executor.passes import Adapter
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import FLOATS, Tensor
 from swarmcore_numpy.llama import Array, Block, Shape

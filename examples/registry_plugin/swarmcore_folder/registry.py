@@ -11,12 +11,12 @@ from pathlib import Path
 
 from swarmcore.errors import InputError, ProtocolError, StorageError, UnavailableError
 from swarmcore.identity import Identity
-from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.changes import ChangeFeed, ChangeReader
-from swarmcore.registry.records import RecordIssuer, SignedRecord
-from swarmcore.registry.store import Accepted, Drop, RecordStore
+from swarmcore.registry.gossip.records import RecordIssuer, SignedRecord
+from swarmcore.registry.gossip.store import Accepted, Drop, RecordStore
 from swarmcore.rpc.node import Node
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import Address, PeerId, ServerInfo, short
 from swarmcore.wire.framing import decode_record, encode_record
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from swarmcore.errors import AdapterError, InternalError, SwarmError
-from swarmcore.executor.passes import Adapter
+from swarmcore.executor.base import Adapter
 from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.targets import Target
 from swarmcore.executor.torch.tensors import to_torch

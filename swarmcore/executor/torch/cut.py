@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from swarmcore.checkpoint.base import one_line
 from swarmcore.errors import UnsupportedModelError
-from swarmcore.executor.torch.checkpoint.base import one_line
 from swarmcore.types import Span
 
 _NOT_PER_LAYER = {

@@ -13,16 +13,14 @@ import torch
 
 import swarmcore.executor.torch.codecs  # registers the int8 codec
 import swarmcore.executor.torch.sparse_codecs  # noqa: F401  registers the topk and mixed codecs
+from swarmcore.checkpoint import Checkpoint, Progress
 from swarmcore.errors import InternalError, InvalidBatchError, InvalidStepError, SpanError, SwarmError
-from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
-from swarmcore.executor.passes import Adapter, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, BlockExecutor, ForwardPass, SequenceBatch, SequenceId, Slice
 from swarmcore.executor.torch.adapters import check_description, make_adapter, own_adapter
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
-from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_device
+from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, memory_errors, parse_device
 from swarmcore.executor.torch.held import HeldBlocks, common
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
 from swarmcore.executor.torch.low_rank import Hooks
-from swarmcore.executor.torch.memory import memory_errors
 from swarmcore.executor.torch.passes import (
     CheckedBatch,
     TorchBackward,

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.models.falcon import modeling_falcon
 
-from swarmcore.executor.torch.alibi import AlibiBias
 from swarmcore.executor.torch.attention import current_batch
 from swarmcore.executor.torch.batch import Attention
+from swarmcore.executor.torch.bloom import AlibiBias
 
 
 class RaggedFalconAttention(nn.Module):

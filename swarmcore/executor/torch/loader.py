@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.executor.loader import BlockLoader, LoadSettings, Progress
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_device
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.sizing import block_needs, device_name, free_memory

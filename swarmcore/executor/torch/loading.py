@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from swarmcore.checkpoint.base import one_line
+from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.errors import CheckpointError, MissingExtraError
-from swarmcore.executor.torch.checkpoint.base import one_line
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
-from swarmcore.executor.torch.memory import is_out_of_memory
+from swarmcore.executor.torch.device import is_out_of_memory
 
 
 def load_state(

@@ -8,9 +8,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpt import modeling_mpt
 
-from swarmcore.executor.torch.alibi import AlibiBias
 from swarmcore.executor.torch.attention import current_batch
 from swarmcore.executor.torch.batch import Attention
+from swarmcore.executor.torch.bloom import AlibiBias
 
 
 class RaggedMptAttention(modeling_mpt.MptAttention):  # type: ignore[misc]

@@ -12,11 +12,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swarmcore.errors import InternalError, InvalidBatchError
-from swarmcore.executor.passes import BackwardPass, BatchPass, ForwardPass
+from swarmcore.executor.base import BackwardPass, BatchPass, ForwardPass
 from swarmcore.executor.torch.adapters import TorchAdapter
-from swarmcore.executor.torch.device import wait_for
+from swarmcore.executor.torch.device import memory_errors, wait_for
 from swarmcore.executor.torch.held import HeldBlocks
-from swarmcore.executor.torch.memory import memory_errors
 from swarmcore.executor.torch.microbatch import Microbatch, SavedBytes
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span

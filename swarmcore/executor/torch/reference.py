@@ -16,10 +16,10 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint.base import gigabytes
+from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.errors import CheckpointError, UnsupportedModelError
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
-from swarmcore.executor.torch.checkpoint.cache import gigabytes
-from swarmcore.executor.torch.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list
 from swarmcore.executor.torch.small_config import VOCABULARY, small_config
 from swarmcore.types import ModelInfo

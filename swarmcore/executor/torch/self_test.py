@@ -22,11 +22,11 @@ import torch
 import transformers
 from torch import nn
 
-import swarmcore
+from swarmcore.checkpoint import Checkpoint
+from swarmcore.checkpoint.base import cache_folder, write_file
+from swarmcore.distribution import version
 from swarmcore.errors import SpanError, UnsupportedModelError
 from swarmcore.executor.torch.batch import Batch, RaggedBatch
-from swarmcore.executor.torch.checkpoint import Checkpoint
-from swarmcore.executor.torch.checkpoint.cache import cache_folder, write_file
 from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
 from swarmcore.executor.torch.reference import LENGTHS, Reference
@@ -122,10 +122,11 @@ def _key(*parts: Any) -> str:
 def _versions() -> tuple[str, ...]:
     """Of all that takes part in a test; of our own code its hash, which a clone changes more often."""
     code = hashlib.sha256()
-    package = Path(swarmcore.__file__).parent
-    for file in sorted([*package.glob("executor/torch/**/*.py"), *package.glob("client/*.py")]):
-        code.update(file.read_bytes())
-    return swarmcore.__version__, code.hexdigest(), torch.__version__, transformers.__version__
+    package = Path(__file__).parents[2]
+    for part in ("checkpoint", "executor/torch", "client/generation"):
+        for file in sorted(package.glob(f"{part}/**/*.py")):
+            code.update(file.read_bytes())
+    return version(), code.hexdigest(), torch.__version__, transformers.__version__
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swarmcore.executor.torch.checkpoint import Checkpoint
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list, whole_config
 from swarmcore.executor.torch.device import DTYPES, choose_dtype, parse_device
 from swarmcore.placement.capacity import BlockNeeds

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.errors import CheckpointError, SpanError, SwarmError, UnsupportedModelError
 from swarmcore.executor.torch.attention import NAME, computing
 from swarmcore.executor.torch.batch import Attention, Batch
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress
-from swarmcore.executor.torch.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.executor.torch.cut import (
     build_on_meta,
     check_servable,
@@ -23,11 +23,11 @@ from swarmcore.executor.torch.cut import (
     layer_list,
     whole_config,
 )
+from swarmcore.executor.torch.device import loading_memory
 from swarmcore.executor.torch.irregular import OWN_MASKS, REPLACE_ATTENTION
 from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
 from swarmcore.executor.torch.loading import load_state, misshapen
 from swarmcore.executor.torch.masks import PROBE
-from swarmcore.executor.torch.memory import loading_memory
 from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.executor.torch.self_test import check_span
 from swarmcore.executor.torch.structure import Structure, structure_of

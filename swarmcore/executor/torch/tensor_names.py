@@ -9,8 +9,8 @@ from typing import Any
 import attrs
 import torch
 
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import CheckpointError
-from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.structure import Structure
 
 _OTHER_TOWERS = re.compile(

@@ -10,8 +10,7 @@ from typing import TypeVar
 import pytest
 
 from swarmcore.errors import InvalidBatchError, SpanError
-from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.passes import BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, SequenceBatch
 from swarmcore.testing.executor import Rows, hidden_states, read_rows
 from swarmcore.testing.executor_contract.harness import Driver, ExecutorHarness
 from swarmcore.types import Span

@@ -11,16 +11,16 @@ from typing import Any
 import attrs
 
 from swarmcore.identity import Identity
-from swarmcore.registry.gossip import GossipRegistry
+from swarmcore.registry.gossip.registry import GossipRegistry
 from swarmcore.resources import Resource
 from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.protocols import PING_METHOD
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, Span
 from swarmcore.wire.messages import Ping
+from swarmcore.wire.protocols import PING_METHOD
 
 _CACHE = 4096
 _SETTLE_SECONDS = 60.0

@@ -12,10 +12,10 @@ import torch
 from swarmcore.distribution import version
 from swarmcore.errors import DeltaError, InputError, RunMismatchError, StaleRoundError, SwarmError
 from swarmcore.executor.torch.residuals import Residuals
-from swarmcore.registry.announcing import follow_addresses
-from swarmcore.registry.background import BackgroundTasks
 from swarmcore.registry.base import Registry
+from swarmcore.registry.lan import follow_addresses
 from swarmcore.rpc.node import Node
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.training.local_steps.claims import MOST_SAMPLES, contribute
 from swarmcore.training.local_steps.coordinator import Coordinator
 from swarmcore.training.local_steps.deadline import within

@@ -13,11 +13,12 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.deadline import within
 from swarmcore.training.local_steps.pieces import Traffic, decode, next_message, receive, send
-from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
 from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result, State
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.local_steps import (
+    LOCAL_STEPS_PROTOCOL,
     PIECE_VALUES,
+    STANDING_METHOD,
     AskStanding,
     DeliverDelta,
     FetchState,

@@ -18,18 +18,18 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.rpc.channel import Channel
-from swarmcore.rpc.method import Caller
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.averaging import norm
 from swarmcore.training.local_steps.claims import MOST_SAMPLES, is_sound
 from swarmcore.training.local_steps.coordinator import Coordinator, Ending
 from swarmcore.training.local_steps.partners import Partners
 from swarmcore.training.local_steps.pieces import decode, encode, receive, send
-from swarmcore.training.local_steps.protocols import LOCAL_STEPS_PROTOCOL, STANDING_METHOD
 from swarmcore.training.local_steps.replica import Result
 from swarmcore.training.local_steps.settings import check_terms
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import (
+    LOCAL_STEPS_PROTOCOL,
+    STANDING_METHOD,
     AskStanding,
     Contribution,
     DeliverDelta,
@@ -41,6 +41,7 @@ from swarmcore.wire.local_steps import (
     Standing,
     StateFollows,
 )
+from swarmcore.wire.method import Caller
 from swarmcore.wire.tensors import Tensor
 
 _BEAT = 2.0

@@ -10,12 +10,12 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 
-from swarmcore.client.loop_thread import background_loop, wait_on
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
+from swarmcore.loop_thread import background_loop, wait_on
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
-from swarmcore.server.run import NetworkConfig, listening
+from swarmcore.serving import NetworkConfig, listening
 from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.parameters import ParameterVector, Trained
 from swarmcore.training.local_steps.pieces import check_codec

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_random_model, tiny_config
 
-from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from passes_of_rows import LENGTHS, inputs_of, relative, run_blocks, through
 from tiny_models import save_random_model, tiny_config
 from transformers import AutoModelForCausalLM
 
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.errors import AdapterError
-from swarmcore.executor.passes import Adapter, SequenceBatch
-from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.executor.base import Adapter, SequenceBatch
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.training import LoraAdapter

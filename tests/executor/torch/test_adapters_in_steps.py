@@ -8,11 +8,10 @@ import pytest
 import torch
 from passes_of_rows import inputs_of, through
 
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import AdapterError, InvalidStepError, SwarmError
-from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.passes import Adapter, SequenceBatch
+from swarmcore.executor.base import Adapter, Segment, SequenceBatch, SequenceId, Slice
 from swarmcore.executor.torch import low_rank
-from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span

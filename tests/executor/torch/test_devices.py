@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny_models import save_random_model, tiny_config
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch.adapters import TorchAdapter
-from swarmcore.executor.torch.alibi import AlibiBias
 from swarmcore.executor.torch.batch import Attention, RaggedBatch, causal_mask
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.executor.torch.bloom import AlibiBias
 from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.kv_cache import SequenceCache
 from swarmcore.executor.torch.low_rank import Hooks, RowAdapters, StackedAdapters

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import SwarmError
 from swarmcore.executor.base import Segment, SequenceId, Slice
 from swarmcore.executor.torch import batch
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.cut import find_base, layer_list
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from swarmcore.errors import CheckpointError, InputError
+from swarmcore.executor.torch.device import loading_memory
 from swarmcore.executor.torch.loading import load_state
-from swarmcore.executor.torch.memory import loading_memory
 
 
 def load(error: Exception) -> None:

@@ -20,10 +20,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import UnsupportedModelError
 from swarmcore.executor.torch.attention import NAME, computing, probing_attention, ragged_attention
 from swarmcore.executor.torch.batch import Attention, causal_mask
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.masks import FULL, Mask, OtherMask, describe_mask
 from swarmcore.types import Span

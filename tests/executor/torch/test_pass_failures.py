@@ -11,10 +11,9 @@ import pytest
 import torch
 from passes_of_rows import inputs_of, through
 
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import InternalError, InvalidBatchError, ServerMemoryError, SpanError
-from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.passes import SequenceBatch
-from swarmcore.executor.torch.checkpoint import Checkpoint
+from swarmcore.executor.base import Segment, SequenceBatch, SequenceId, Slice
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.microbatch import SavedBytes

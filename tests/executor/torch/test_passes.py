@@ -12,8 +12,8 @@ from exact_results import FACTOR, InFloat64, error, in_float64, nudged
 from passes_of_rows import LENGTHS, inputs_of, relative, run_blocks, through
 from tiny_models import FAMILIES, save_random_model, tiny_config
 
-from swarmcore.executor.passes import SequenceBatch
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.executor.base import SequenceBatch
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span

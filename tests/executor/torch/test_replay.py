@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, save_random_model, tiny_config
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch.checkpoint import open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span

@@ -12,10 +12,10 @@ import torch
 from tiny_models import FAMILIES, save_random_model, tiny_config
 from transformers import AutoConfig
 
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch import attention, reference, self_test, span
 from swarmcore.executor.torch.batch import Attention, RaggedBatch
-from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.reference import Reference
 from swarmcore.executor.torch.small_config import WINDOW, small_config

@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny_models import save_random_model, tiny_config
 
+from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.errors import CheckpointError, InternalError, SpanError
 from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch.checkpoint import Checkpoint, Progress, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.tensors import to_torch, to_wire
 from swarmcore.types import Span

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swarmcore.client.local_parts import LocalParts
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import CheckpointError, InputError, SpanError, UnsupportedModelError
-from swarmcore.executor.torch.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.types import Span
 

@@ -10,8 +10,8 @@ import torch
 from tiny_models import save_random_model
 from transformers import AutoConfig
 
-from swarmcore.client.local_parts import LocalParts
-from swarmcore.executor.torch.checkpoint import open_checkpoint
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.types import Span

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import (
     InternalError,
     InvalidStepError,
@@ -17,7 +18,6 @@ from swarmcore.errors import (
     UnknownCodecError,
 )
 from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch.checkpoint import Checkpoint
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.packing import PackedLinear
 from swarmcore.executor.torch.tensors import to_torch, to_wire
@@ -234,7 +234,7 @@ async def test_close_is_final(tiny_llama: Checkpoint) -> None:
 async def test_length_dependent_rope_is_refused_past_its_length(tmp_path: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from swarmcore.executor.torch.checkpoint import open_checkpoint
+    from swarmcore.checkpoint import open_checkpoint
 
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     sizes: dict[str, Any] = {

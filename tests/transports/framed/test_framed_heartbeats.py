@@ -16,8 +16,7 @@ from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.flow import MESSAGE_COST
-from swarmcore_transports.framed.frames import Kind, encode_frame
-from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.framed.frames import Kind, Settings, encode_frame
 from swarmcore_transports.framed.stream import FramedStream
 
 HEARTBEAT = encode_frame(Kind.HEARTBEAT)

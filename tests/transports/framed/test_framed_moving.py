@@ -19,9 +19,8 @@ from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.frames import Kind, encode_frame
-from swarmcore_transports.framed.moving import TOKEN_BYTES
-from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.framed.frames import Kind, Settings, encode_frame
+from swarmcore_transports.framed.migration import TOKEN_BYTES
 
 LIMITS = Limits(max_message=2**20, send_buffer=64 * 1024)
 DIALLER, LISTENER = Identity.generate().peer, Identity.generate().peer

@@ -12,9 +12,9 @@ from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
 from swarmcore.identity import Identity
-from swarmcore_transports.libp2p import kademlia
-from swarmcore_transports.libp2p.dht_records import INDEX_KEY_BYTES
-from swarmcore_transports.libp2p.kademlia import Listings
+from swarmcore_transports.libp2p_dht import server as kademlia
+from swarmcore_transports.libp2p_dht.records import INDEX_KEY_BYTES
+from swarmcore_transports.libp2p_dht.server import Listings
 
 
 def key(number: int) -> bytes:

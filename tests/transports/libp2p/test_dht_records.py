@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from swarmcore.identity import Identity
-from swarmcore.registry.records import RecordIssuer, RecordLimits, SignedRecord
-from swarmcore.registry.store import Drop
+from swarmcore.registry.gossip.records import RecordIssuer, RecordLimits, SignedRecord
+from swarmcore.registry.gossip.store import Drop
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
 
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
-from swarmcore_transports.libp2p.dht_records import (
+from swarmcore_transports.libp2p_dht.records import (
     RANGES,
     RefusedValue,
     ValueRules,

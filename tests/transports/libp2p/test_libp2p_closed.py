@@ -16,9 +16,9 @@ from relayed_peers import PLACE, Peer, RelayedPeers, check_echo
 from swarmcore.errors import PeerNotAllowedError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.rpc import Node
-from swarmcore.server.protocols import PING_METHOD
 from swarmcore.types import Address
 from swarmcore.wire.messages import Ping
+from swarmcore.wire.protocols import PING_METHOD
 from swarmcore_transports.libp2p import Libp2pTransport
 from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import to_multiaddr

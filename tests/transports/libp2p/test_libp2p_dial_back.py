@@ -16,8 +16,8 @@ from relayed_peers import Peer, RelayedPeers
 
 from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p import dial_back
-from swarmcore_transports.libp2p.dial_back import MAX_PORTS, PROTOCOL, DialBackRates, DialBackReply
+from swarmcore_transports.libp2p.nat import autonat as dial_back
+from swarmcore_transports.libp2p.nat.autonat import MAX_PORTS, PROTOCOL, DialBackRates, DialBackReply
 
 CLOSED = 1
 

@@ -18,7 +18,7 @@ from multiaddr import Multiaddr
 from relayed_peers import PATIENCE, PLACE, Peer, RelayedPeers, check_echo
 
 from swarmcore_transports.libp2p.connections import is_direct
-from swarmcore_transports.libp2p.hole_punch import MAX_ADDRESSES, HolePuncher, _usable
+from swarmcore_transports.libp2p.nat.hole_punching import MAX_ADDRESSES, HolePuncher, _usable
 
 EVERYWHERE = frozenset(["public", "lan", "loopback"])
 

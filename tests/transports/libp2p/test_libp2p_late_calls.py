@@ -14,7 +14,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 import trio
 
 from swarmcore.errors import SwarmError
-from swarmcore_transports.libp2p.bridge import TrioThread
+from swarmcore_transports.libp2p.trio_thread import TrioThread
 
 
 async def live(ready: Callable[[], None], stop: trio.Event) -> None:

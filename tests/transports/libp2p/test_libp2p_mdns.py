@@ -24,8 +24,8 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError, UnavailableError
 from swarmcore.identity import Identity
-from swarmcore.registry.gossip import GossipRegistry
-from swarmcore.registry.neighbours import meet_neighbours
+from swarmcore.registry.gossip.registry import GossipRegistry
+from swarmcore.registry.lan import meet_neighbours
 from swarmcore.rpc.node import Node
 from swarmcore.types import Address, PeerId, ServerInfo
 from swarmcore_transports.libp2p import Libp2pTransport, mdns

@@ -20,8 +20,8 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair
 
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.libp2p import muxing
-from swarmcore_transports.libp2p.muxing import PatientStream, QueuedYamux
+from swarmcore_transports.libp2p import yamux as muxing
+from swarmcore_transports.libp2p.yamux import PatientStream, QueuedYamux
 
 LIMITS = Limits(max_calls_per_peer=256, keepalive=3.0)
 PEER = ID(b"peer")

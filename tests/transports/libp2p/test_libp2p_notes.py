@@ -13,10 +13,10 @@ from relayed_peers import PATIENCE, PLACE, RelayedPeers
 
 from swarmcore.identity import Identity
 from swarmcore.rpc import Node
-from swarmcore.server.protocols import INFO_METHOD
-from swarmcore.server.run import NetworkConfig, run_bootstrap
+from swarmcore.serving import NetworkConfig, run_bootstrap
 from swarmcore.types import Address
 from swarmcore.wire.messages import InfoRequest
+from swarmcore.wire.protocols import INFO_METHOD
 
 REASON = "reached through relays only: nobody has tried to reach this peer from outside"
 

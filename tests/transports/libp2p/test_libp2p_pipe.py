@@ -13,8 +13,8 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 import trio
 from libp2p.abc import INetStream
 
-from swarmcore_transports.libp2p.bridge import TrioThread
 from swarmcore_transports.libp2p.pipe import StreamPipe
+from swarmcore_transports.libp2p.trio_thread import TrioThread
 
 
 class Growing(asyncio.BufferedProtocol):

@@ -8,7 +8,7 @@ pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2
 
 from multiaddr import Multiaddr
 
-from swarmcore_transports.libp2p.port_mapping import PortMapper, external_ports
+from swarmcore_transports.libp2p.nat.port_mapping import PortMapper, external_ports
 
 
 def test_the_same_port_is_wanted_outside_and_then_any_other():

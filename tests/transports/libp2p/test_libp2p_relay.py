@@ -26,7 +26,7 @@ from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.libp2p import Libp2pTransport
 from swarmcore_transports.libp2p.multiaddrs import to_multiaddr
-from swarmcore_transports.libp2p.relay_limits import RelayLimits
+from swarmcore_transports.libp2p.relay.limits import RelayLimits
 
 MIB = 2**20
 

@@ -9,8 +9,8 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from multiaddr import Multiaddr
 
 from swarmcore.identity import Identity
+from swarmcore_transports.libp2p.addresses import MOST, OwnAddresses
 from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, given_relay
-from swarmcore_transports.libp2p.own import MOST, OwnAddresses
 
 RELAY = Identity.generate().peer
 PEER = Identity.generate().peer

@@ -9,7 +9,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from libp2p.relay.circuit_v2.protocol_buffer import StatusCode
 
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p.relay_limits import Refusal, RelayAccounts, RelayLimits, Way
+from swarmcore_transports.libp2p.relay.limits import Refusal, RelayAccounts, RelayLimits, Way
 
 A, B, C = (PeerId(name) for name in "ABC")
 

@@ -11,7 +11,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from multiaddr import Multiaddr
 
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p.relay_plan import (
+from swarmcore_transports.libp2p.relay.plan import (
     LAST_RETRY,
     LONGEST_TERM,
     PLACES,

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p import upgrades
-from swarmcore_transports.libp2p.upgrades import ATTEMPTS, BACKOFF_SECONDS, PAUSE_SECONDS, Upgrades
+from swarmcore_transports.libp2p.nat import upgrade_plan as upgrades
+from swarmcore_transports.libp2p.nat.upgrade_plan import ATTEMPTS, BACKOFF_SECONDS, PAUSE_SECONDS, Upgrades
 
 A, B = PeerId("a"), PeerId("b")
 

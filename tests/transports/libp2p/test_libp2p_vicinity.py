@@ -15,7 +15,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.libp2p import Libp2pTransport
-from swarmcore_transports.libp2p.vicinity import Vicinity
+from swarmcore_transports.libp2p.dial_ranker import Vicinity
 from swarmcore_transports.own_addresses import Network, own_networks, reachable_hosts
 
 PEER, RELAY = (Identity.from_seed(bytes([n]) * 32).peer for n in (1, 2))

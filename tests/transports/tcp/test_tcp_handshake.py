@@ -8,7 +8,7 @@ import pytest
 from swarmcore.errors import PeerIdentityError, ProtocolError
 from swarmcore.identity import Identity
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.framed.frames import Settings
 from swarmcore_transports.tcp.handshake import (
     SecureChannel,
     answer_hello,

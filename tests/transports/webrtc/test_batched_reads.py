@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
 
-from swarmcore_transports.webrtc.batched_reads import read_in_batches
+from swarmcore_transports.webrtc.aiortc.sockets import read_in_batches
 
 
 class Receiver(asyncio.DatagramProtocol):

@@ -2,7 +2,7 @@ import pytest
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
 
-from swarmcore_transports.webrtc.congestion import INITIAL_PACKETS, CongestionWindow
+from swarmcore_transports.webrtc.aiortc.congestion import INITIAL_PACKETS, CongestionWindow
 
 PACKET = 1000
 RTT = 0.05

@@ -10,7 +10,7 @@ import pytest
 from swarmcore.errors import PeerUnreachableError, StreamClosedError
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from swarmcore_transports.webrtc.dials import Dials
+from swarmcore_transports.webrtc.peer_connections import Dials
 
 pytestmark = pytest.mark.virtual_time
 TIMEOUT = 10.0

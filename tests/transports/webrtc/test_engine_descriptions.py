@@ -17,8 +17,8 @@ pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrt
 from webrtc_engines import ENGINES, Messages, pair
 
 from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.webrtc.descriptions import attribute
 from swarmcore_transports.webrtc.engine import Engine, PeerConnection
+from swarmcore_transports.webrtc.sdp import attribute
 
 NONSENSE = [
     "garbage",

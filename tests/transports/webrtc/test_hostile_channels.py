@@ -20,11 +20,15 @@ from swarmcore.wire.limits import Limits
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_peers import echo  # noqa: E402
 
-from swarmcore_transports.framed.frames import Kind, encode_frame, message_header  # noqa: E402
-from swarmcore_transports.framed.settings import Settings  # noqa: E402
-from swarmcore_transports.webrtc.channel_pipe import ChannelPipe  # noqa: E402
+from swarmcore_transports.framed.frames import (  # noqa: E402
+    Kind,
+    Settings,
+    encode_frame,
+    message_header,
+)
+from swarmcore_transports.webrtc.channel_transport import ChannelPipe  # noqa: E402
 from swarmcore_transports.webrtc.engine import DataChannel  # noqa: E402
-from swarmcore_transports.webrtc.signalling_clients import MAX_IDLE, SignallingClients  # noqa: E402
+from swarmcore_transports.webrtc.signalling.clients import MAX_IDLE, SignallingClients  # noqa: E402
 
 LIMITS = Limits(max_message=2**20, max_calls_per_peer=4, keepalive=0.3, send_buffer=64 * 1024)
 

@@ -19,10 +19,10 @@ webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the ex
 from raw_signalling import RawPeer, registered  # noqa: E402
 from webrtc_peers import dialler, listening, service  # noqa: E402
 
-from swarmcore_transports.webrtc.descriptions import MAX_CANDIDATES, MAX_LINES  # noqa: E402
-from swarmcore_transports.webrtc.locations import service_of  # noqa: E402
-from swarmcore_transports.webrtc.offers import MAX_ANSWERING_PEER  # noqa: E402
-from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Absent  # noqa: E402
+from swarmcore_transports.webrtc.addresses import service_of  # noqa: E402
+from swarmcore_transports.webrtc.sdp import MAX_CANDIDATES, MAX_LINES  # noqa: E402
+from swarmcore_transports.webrtc.signalling.messages import EXCHANGE_BYTES, Absent  # noqa: E402
+from swarmcore_transports.webrtc.signalling.negotiations import MAX_ANSWERING_PEER  # noqa: E402
 
 
 async def serves(address: Address) -> None:

@@ -18,9 +18,8 @@ from aiohttp import web  # noqa: E402
 from raw_signalling import admit, say, site, talking  # noqa: E402
 from webrtc_peers import HASTY, LIMITS, dialler, echo  # noqa: E402
 
-from swarmcore_transports.webrtc.locations import Service  # noqa: E402
-from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
-from swarmcore_transports.webrtc.signals import (  # noqa: E402
+from swarmcore_transports.webrtc.addresses import Service  # noqa: E402
+from swarmcore_transports.webrtc.signalling.messages import (  # noqa: E402
     EXCHANGE_BYTES,
     MAX_SIGNAL,
     Absent,
@@ -29,6 +28,7 @@ from swarmcore_transports.webrtc.signals import (  # noqa: E402
     Registered,
     sealed,
 )
+from swarmcore_transports.webrtc.signalling.service import SignallingService  # noqa: E402
 
 
 def somebody(service: Service) -> Address:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from aioice import stun
 
-from swarmcore_transports.webrtc.ice_agent import MAX_REMOTE, TricklingAgent
+from swarmcore_transports.webrtc.aiortc.ice_agent import MAX_REMOTE, TricklingAgent
 
 
 class Checker(asyncio.DatagramProtocol):

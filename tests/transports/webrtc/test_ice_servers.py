@@ -11,10 +11,10 @@ import pytest
 from swarmcore.errors import AddressError, ProtocolError
 
 ice = pytest.importorskip("swarmcore_transports.webrtc.ice", reason="needs the extra webrtc")
-from swarmcore_transports.webrtc.candidates import path_of  # noqa: E402
-from swarmcore_transports.webrtc.descriptions import (  # noqa: E402
+from swarmcore_transports.webrtc.sdp import (  # noqa: E402
     MAX_CANDIDATES,
     check_description,
+    path_of,
 )
 
 

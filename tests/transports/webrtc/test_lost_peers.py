@@ -22,7 +22,7 @@ from aioice import ice as aioice  # noqa: E402
 from webrtc_peers import dialler, listening  # noqa: E402
 
 from swarmcore.wire.limits import Limits  # noqa: E402
-from swarmcore_transports.webrtc import ice_agent  # noqa: E402
+from swarmcore_transports.webrtc.aiortc import ice_agent  # noqa: E402
 
 PATIENT = Limits(keepalive=60.0)
 """By their own silence, streams end long after these tests."""

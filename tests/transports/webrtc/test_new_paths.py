@@ -13,7 +13,7 @@ from swarmcore.transport import Stream
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_peers import dialler, echo  # noqa: E402
 
-from swarmcore_transports.webrtc.locations import service_of  # noqa: E402
+from swarmcore_transports.webrtc.addresses import service_of  # noqa: E402
 
 
 async def exchanged(stream: Stream, size: int) -> None:

@@ -13,8 +13,8 @@ from swarmcore.errors import ConnectionLostError, PeerUnreachableError
 from swarmcore.wire.limits import Limits
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from swarmcore_transports.webrtc.links import Link, Links
-from swarmcore_transports.webrtc.restarts import Restarts
+from swarmcore_transports.webrtc.ice_restarts import Restarts
+from swarmcore_transports.webrtc.peer_connections import Link, Links
 
 pytestmark = pytest.mark.virtual_time
 

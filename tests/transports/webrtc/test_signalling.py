@@ -19,10 +19,10 @@ from swarmcore.wire.limits import Limits
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_peers import HASTY, LIMITS, dialler, echo, exchanged, service  # noqa: E402
 
-from swarmcore_transports.webrtc.locations import Service, service_of  # noqa: E402
-from swarmcore_transports.webrtc.offers import FAIR_SECONDS, MAX_ANSWERING_PEER, Offers  # noqa: E402
-from swarmcore_transports.webrtc.signalling_service import SignallingService  # noqa: E402
-from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
+from swarmcore_transports.webrtc.addresses import Service, service_of  # noqa: E402
+from swarmcore_transports.webrtc.signalling.messages import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
+from swarmcore_transports.webrtc.signalling.negotiations import FAIR_SECONDS, MAX_ANSWERING_PEER, Offers  # noqa: E402
+from swarmcore_transports.webrtc.signalling.service import SignallingService  # noqa: E402
 from swarmcore_transports.webrtc.transport import REFUSALS  # noqa: E402
 
 

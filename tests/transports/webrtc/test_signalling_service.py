@@ -18,9 +18,8 @@ pytest.importorskip("aiortc", reason="needs the extra webrtc")
 import aiohttp
 from raw_signalling import connected, registered
 
-from swarmcore_transports.webrtc.locations import Service
-from swarmcore_transports.webrtc.signalling_service import ServiceLimits, SignallingService
-from swarmcore_transports.webrtc.signals import (
+from swarmcore_transports.webrtc.addresses import Service
+from swarmcore_transports.webrtc.signalling.messages import (
     EXCHANGE_BYTES,
     MAX_SIGNAL,
     REPLACED,
@@ -32,6 +31,7 @@ from swarmcore_transports.webrtc.signals import (
     registration,
     sealed,
 )
+from swarmcore_transports.webrtc.signalling.service import ServiceLimits, SignallingService
 
 EXCHANGE = bytes(EXCHANGE_BYTES)
 

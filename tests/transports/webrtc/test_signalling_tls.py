@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from raw_signalling import registered  # noqa: E402
 from webrtc_peers import dialler, echo, exchanged, service  # noqa: E402
 
-from swarmcore_transports.webrtc.locations import Service  # noqa: E402
+from swarmcore_transports.webrtc.addresses import Service  # noqa: E402
 
 
 def certificate(folder: Path, subject: x509.GeneralName) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
-from swarmcore_transports.webrtc.descriptions import without_names
+from swarmcore_transports.webrtc.sdp import without_names
 
 PLAIN = (
     "v=0\r\n"

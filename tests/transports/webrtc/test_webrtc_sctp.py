@@ -19,9 +19,9 @@ from aiortc import RTCPeerConnection, rtcsctptransport
 from aiortc.rtcdatachannel import RTCDataChannel, RTCDataChannelParameters
 from aiortc.rtcsctptransport import DataChunk, RTCSctpCapabilities, RTCSctpTransport
 
-from swarmcore_transports.webrtc import sctp
-from swarmcore_transports.webrtc.aiortc_shape import missing_of_sctp
-from swarmcore_transports.webrtc.sctp import QuickSctpTransport, quick_data_channels
+from swarmcore_transports.webrtc.aiortc import sctp_sender as sctp
+from swarmcore_transports.webrtc.aiortc.compat import missing_of_sctp
+from swarmcore_transports.webrtc.aiortc.sctp_sender import QuickSctpTransport, quick_data_channels
 
 pytestmark = pytest.mark.virtual_time
 

@@ -13,11 +13,10 @@ from swarmcore.resources import Reservation
 from swarmcore.transport import Buffer
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.framed.frames import FrameReader, Kind, encode_frame
-from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.framed.frames import FrameReader, Kind, Settings, encode_frame
 
 if TYPE_CHECKING:
-    from swarmcore_transports.framed.moving import Move
+    from swarmcore_transports.framed.migration import Move
     from swarmcore_transports.framed.stream import FramedStream
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
 from swarmcore_transports.framed.frames import Kind, encode_frame
-from swarmcore_transports.framed.moving import Move
+from swarmcore_transports.framed.migration import Move
 from swarmcore_transports.framed.pool import IdlePool
 from swarmcore_transports.framed.stream import FramedStream
 
@@ -252,3 +252,20 @@ def _let_go(idle: Connection) -> None:
         idle.dismiss()
     else:
         idle.retire("the connection was idle")
+
+
+def hand_over(data: bytes, taker: Callable[[], asyncio.BufferedProtocol | None]) -> bytes:
+    """Give ``data`` to the protocol that ``taker`` names before each piece, or return what it does not take.
+
+    A protocol may pause reading, hand the pipe on or close it in the midst of this; ``taker`` then names
+    another one, or None.
+    """
+    rest = memoryview(data)
+    while rest and (protocol := taker()) is not None:
+        # Let go of before the next is asked for: a buffer that is looked at cannot grow.
+        with memoryview(protocol.get_buffer(len(rest))) as buffer:
+            taken = min(len(buffer), len(rest))
+            buffer[:taken] = rest[:taken]
+        rest = rest[taken:]
+        protocol.buffer_updated(taken)
+    return bytes(rest)

@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Protocol
 
+import attrs
+
 from swarmcore.errors import ProtocolError
 from swarmcore.transport import Buffer
+from swarmcore.wire.limits import Limits
+from swarmcore_transports.framed.flow import FIRST_WINDOW, MIN_WINDOW, window_for
 
 MAX_PART = 256 * 1024
 """Most message bytes in one frame."""
@@ -233,3 +237,39 @@ class FrameReader:
         # By doubling: never more than twice what has arrived, or the part that comes.
         if size > len(message):
             message.extend(bytes(max(size, min(2 * len(message), self._total)) - len(message)))
+
+
+_SETTINGS = struct.Struct("<III")
+
+SETTINGS_BYTES = _SETTINGS.size
+
+
+@attrs.frozen
+class Settings:
+    """What a side asks of the other."""
+
+    max_message: int
+    """Largest message it takes, in bytes."""
+    window: int
+    """Credit it grants when a stream opens, in bytes."""
+    heartbeat: float
+    """Seconds it may be left without any byte; whole milliseconds on the wire."""
+
+    @classmethod
+    def of(cls, limits: Limits) -> Settings:
+        return cls(
+            min(limits.max_message, 2**32 - 1),
+            min(window_for(limits.send_buffer), FIRST_WINDOW),
+            limits.keepalive,
+        )
+
+    def encode(self) -> bytes:
+        return _SETTINGS.pack(self.max_message, self.window, min(int(self.heartbeat * 1000), 2**32 - 1))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Settings:
+        """``data`` is `SETTINGS_BYTES` long. Raise `ProtocolError` when it asks for what cannot work."""
+        max_message, window, heartbeat = _SETTINGS.unpack(data)
+        if window < MIN_WINDOW:
+            raise ProtocolError(f"the peer grants {window} bytes, fewer than {MIN_WINDOW}")
+        return cls(max_message, window, heartbeat / 1000)

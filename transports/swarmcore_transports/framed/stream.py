@@ -18,9 +18,15 @@ from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox, Progress, window_for
-from swarmcore_transports.framed.frames import MAX_PART, Kind, encode_frame, message_header, split_message
+from swarmcore_transports.framed.frames import (
+    MAX_PART,
+    Kind,
+    Settings,
+    encode_frame,
+    message_header,
+    split_message,
+)
 from swarmcore_transports.framed.room import Room
-from swarmcore_transports.framed.settings import Settings
 
 LINGER_SECONDS = 30.0
 """How long a closed stream waits for the other side to close it too, before the connection is given up."""

@@ -38,16 +38,16 @@ from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableErr
 from swarmcore.identity import Identity
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.libp2p import muxing
+from swarmcore_transports.libp2p import yamux as muxing
+from swarmcore_transports.libp2p.addresses import OwnAddresses
 from swarmcore_transports.libp2p.connections import Notices, is_direct, is_outbound
-from swarmcore_transports.libp2p.dial_back import DialBack
-from swarmcore_transports.libp2p.hole_punch import HolePuncher
 from swarmcore_transports.libp2p.logs import demote_library
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
-from swarmcore_transports.libp2p.own import OwnAddresses
-from swarmcore_transports.libp2p.relay_limits import RelayLimits
-from swarmcore_transports.libp2p.relay_service import RelayService
-from swarmcore_transports.libp2p.relaying import RelayClient
+from swarmcore_transports.libp2p.nat.autonat import DialBack
+from swarmcore_transports.libp2p.nat.hole_punching import HolePuncher
+from swarmcore_transports.libp2p.relay.client import RelayClient
+from swarmcore_transports.libp2p.relay.limits import RelayLimits
+from swarmcore_transports.libp2p.relay.service import RelayService
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
 from swarmcore_transports.libp2p.sockets import TcpSocket, TcpSockets
 from swarmcore_transports.network_watch import NetworkWatch

@@ -16,10 +16,10 @@ from libp2p.abc import INetStream
 from libp2p.network.stream.net_stream import NetStream
 
 from swarmcore.transport import Buffer
-from swarmcore_transports.framed.delivery import hand_over
-from swarmcore_transports.libp2p.bridge import TrioThread
-from swarmcore_transports.libp2p.muxing import LARGEST_PAYLOAD, silent_for
+from swarmcore_transports.framed.connections import hand_over
 from swarmcore_transports.libp2p.translation import translated
+from swarmcore_transports.libp2p.trio_thread import TrioThread
+from swarmcore_transports.libp2p.yamux import LARGEST_PAYLOAD, silent_for
 
 _PIECE = 2 * LARGEST_PAYLOAD
 """Most bytes written to the muxer at a time."""

@@ -26,8 +26,10 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.greeting import Greeter
-from swarmcore_transports.libp2p.bridge import TrioThread
+from swarmcore_transports.framed.handshake import Greeter
+from swarmcore_transports.libp2p.addresses import OwnAddresses
+from swarmcore_transports.libp2p.diagnostics import standing_notes
+from swarmcore_transports.libp2p.dial_ranker import Vicinity
 from swarmcore_transports.libp2p.host import Host, Relaying
 from swarmcore_transports.libp2p.mdns import Mdns
 from swarmcore_transports.libp2p.multiaddrs import (
@@ -39,14 +41,12 @@ from swarmcore_transports.libp2p.multiaddrs import (
     to_address,
     to_multiaddr,
 )
-from swarmcore_transports.libp2p.muxing import SILENT_KEEPALIVES
-from swarmcore_transports.libp2p.notes import standing_notes
-from swarmcore_transports.libp2p.own import OwnAddresses
+from swarmcore_transports.libp2p.nat.port_mapping import PortMapper
 from swarmcore_transports.libp2p.pipe import StreamPipe
-from swarmcore_transports.libp2p.port_mapping import PortMapper
-from swarmcore_transports.libp2p.relay_limits import RelayLimits
+from swarmcore_transports.libp2p.relay.limits import RelayLimits
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
-from swarmcore_transports.libp2p.vicinity import Vicinity
+from swarmcore_transports.libp2p.trio_thread import TrioThread
+from swarmcore_transports.libp2p.yamux import SILENT_KEEPALIVES
 from swarmcore_transports.own_addresses import present
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from swarmcore.errors import AddressError, PeerIdentityError, ProtocolError
 from swarmcore.identity import Identity, peer_id, verify
 from swarmcore.types import PeerId, short
-from swarmcore_transports.framed.settings import SETTINGS_BYTES, Settings
+from swarmcore_transports.framed.frames import SETTINGS_BYTES, Settings
 from swarmcore_transports.tcp.security import ALPN
 
 CHALLENGE_BYTES = 32

@@ -31,8 +31,7 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
 from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.frames import Kind, encode_frame
-from swarmcore_transports.framed.settings import Settings
+from swarmcore_transports.framed.frames import Kind, Settings, encode_frame
 from swarmcore_transports.network_watch import NetworkWatch
 from swarmcore_transports.own_addresses import loopback_note, loopback_only, present
 from swarmcore_transports.tcp.endpoint import (

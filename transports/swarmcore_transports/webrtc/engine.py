@@ -168,7 +168,7 @@ class PeerConnection(ABC):
 Engine = Literal["auto", "aiortc", "wrtc"]
 
 _PLACES = {
-    "aiortc": ("aiortc", "swarmcore_transports.webrtc.aiortc_engine", "AiortcConnection"),
+    "aiortc": ("aiortc", "swarmcore_transports.webrtc.aiortc.engine", "AiortcConnection"),
     "wrtc": ("wrtc", "swarmcore_transports.webrtc.wrtc_engine", "WrtcConnection"),
 }
 """Of each engine: the library, and where its class is."""

@@ -30,22 +30,20 @@ from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.greeting import Greeter
-from swarmcore_transports.webrtc.dials import Dials
+from swarmcore_transports.framed.handshake import Greeter
+from swarmcore_transports.webrtc.addresses import SCHEME, Service, announced_service, service_of
 from swarmcore_transports.webrtc.engine import DataChannel, Engine, connection_class
-from swarmcore_transports.webrtc.exchange import Exchange, Route
-from swarmcore_transports.webrtc.exchanges import Exchanges
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
-from swarmcore_transports.webrtc.links import Link, Links
-from swarmcore_transports.webrtc.locations import SCHEME, Service, announced_service, service_of
-from swarmcore_transports.webrtc.meeting_points import MeetingPoints
-from swarmcore_transports.webrtc.offers import MAX_ANSWERING, Answering, Offers
-from swarmcore_transports.webrtc.passing import Passing
-from swarmcore_transports.webrtc.restarts import Restarts
-from swarmcore_transports.webrtc.signalling_client import SignallingClient
-from swarmcore_transports.webrtc.signalling_clients import SignallingClients
-from swarmcore_transports.webrtc.signalling_service import ServiceLimits
-from swarmcore_transports.webrtc.signals import EXCHANGE_BYTES, Envelope, sealed
+from swarmcore_transports.webrtc.ice_restarts import Restarts
+from swarmcore_transports.webrtc.peer_connections import Dials, Link, Links
+from swarmcore_transports.webrtc.signalling.client import SignallingClient
+from swarmcore_transports.webrtc.signalling.clients import SignallingClients
+from swarmcore_transports.webrtc.signalling.endpoints import MeetingPoints
+from swarmcore_transports.webrtc.signalling.messages import EXCHANGE_BYTES, Envelope, sealed
+from swarmcore_transports.webrtc.signalling.negotiation import Exchange, Route
+from swarmcore_transports.webrtc.signalling.negotiations import MAX_ANSWERING, Answering, Exchanges, Offers
+from swarmcore_transports.webrtc.signalling.peer_relay import Passing
+from swarmcore_transports.webrtc.signalling.service import ServiceLimits
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,18 @@ import webrtc
 
 from swarmcore.errors import ConnectionLostError, ProtocolError
 from swarmcore_transports.own_addresses import own_networks
-from swarmcore_transports.webrtc.candidates import Candidate, path_of
-from swarmcore_transports.webrtc.descriptions import (
+from swarmcore_transports.webrtc.engine import CHANNEL_LABEL, DataChannel, PeerConnection
+from swarmcore_transports.webrtc.ice import IceServer
+from swarmcore_transports.webrtc.sdp import (
+    Candidate,
     attribute,
     check_description,
     check_restart,
     is_usable,
+    path_of,
     username_of,
     with_usable_candidates,
 )
-from swarmcore_transports.webrtc.engine import CHANNEL_LABEL, DataChannel, PeerConnection
-from swarmcore_transports.webrtc.ice import IceServer
 from swarmcore_transports.webrtc.wrtc_channel import WrtcChannel
 
 logger = logging.getLogger(__name__)

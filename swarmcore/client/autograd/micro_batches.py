@@ -1,0 +1,397 @@
+"""Batches through many servers: micro-batches over several chains at once, each redone where a server fails.
+
+Section 2.2 of the paper; how micro-batches are spread over servers is that of SWARM parallelism
+(arXiv 2301.11913).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import attrs
+
+from swarmcore.client.autograd import rpc as passes
+from swarmcore.client.autograd.activation_memory import Call, PassRoom
+from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.options import LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SERVER, PassOptions
+from swarmcore.client.autograd.planner import Kind as PassKind
+from swarmcore.client.autograd.planner import Work
+from swarmcore.client.autograd.rpc import Batch, as_computed
+from swarmcore.client.session.opening import located
+from swarmcore.client.session.planner import random_session_id
+from swarmcore.errors import (
+    InputError,
+    InternalError,
+    MissingBlocksError,
+    SpanError,
+    SwarmError,
+    TooManyCallsError,
+    UnknownCodecError,
+)
+from swarmcore.routing.chain import Chain, Stage
+from swarmcore.routing.link_codec import Kind
+from swarmcore.rpc.node import Node
+from swarmcore.types import ModelInfo, PeerId, Span
+from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
+"""Seconds between two attempts to find a server."""
+
+WARN_EVERY = 10.0
+"""Seconds between two warnings that batches wait."""
+
+Result = TypeVar("Result")
+Done = TypeVar("Done", passes.Forwarded, passes.BackwardResult)
+
+
+class Planner(Protocol):
+    """Chooses the servers of micro-batches, and hears how they did."""
+
+    @property
+    def servers(self) -> int:
+        """How many take batches now."""
+
+    def chain(
+        self,
+        span: Span,
+        *,
+        tokens: int = 0,
+        adapter: str = "",
+        avoid: Sequence[PeerId] = (),
+        work: Work = "forward",
+    ) -> Chain:
+        """A chain for ``span`` whose servers take ``tokens`` at a time, and are to do ``work`` on them."""
+
+    def worked(self, stage: Stage, kind: PassKind, tokens: int, seconds: float) -> None:
+        """A server has done a pass."""
+
+    def failed(self, peer: PeerId, error: SwarmError) -> None:
+        """A server failed a pass."""
+
+
+@attrs.frozen(eq=False)
+class Passed:
+    """A stage that a micro-batch went through, and what is needed to go back through it."""
+
+    stage: Stage
+    inputs: Tensor
+    kept: str
+    """Under which name its server keeps activations; empty when it does not."""
+    codec: str = "raw"
+    """Of the inputs when they went there. Sent again, they have to become the same values."""
+
+
+@attrs.frozen(eq=False)
+class Way:
+    """A micro-batch that has come through a span: what came out, and how it went."""
+
+    batch: Batch
+    passed: tuple[Passed, ...]
+    outputs: Tensor
+
+
+@attrs.frozen(eq=False)
+class WayBack:
+    """Gradients of a micro-batch."""
+
+    gradients: Tensor | None
+    """Of the inputs, if they were asked for."""
+    weights: tuple[Tensor, ...]
+    """Of the adapter's weights, if they were asked for, in the order of the blocks."""
+
+
+class BatchRunner:
+    """Runs micro-batches of one model, several at a time, and does again what fails.
+
+    A failed stage of a micro-batch is redone from the inputs kept here, by another server: that micro-batch
+    and those blocks only, forward and back.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        planner: Planner,
+        model: ModelInfo,
+        options: PassOptions | None = None,
+        *,
+        pass_id: Callable[[], str] = random_session_id,
+    ) -> None:
+        """``pass_id`` makes up names of kept activations, 32 hex digits that nobody must be able to guess."""
+        self.node, self.planner, self.model = node, planner, model
+        self.options = options or PassOptions()
+        self.codecs = PassCodecs(self.options.codec)
+        self.redone = 0
+        """Stages that were done again because a server failed."""
+        self._pass_id = pass_id
+        self._warned_at = -math.inf
+        self._room = PassRoom(lambda: self.in_flight)
+
+    def __repr__(self) -> str:
+        return f"<BatchRunner {self.model.name} · {self._room!r} · {self.redone} stages redone>"
+
+    @property
+    def in_flight(self) -> int:
+        """Most micro-batches that are under way at a time, with the servers that there are now."""
+        if self.options.in_flight is not None:
+            return self.options.in_flight
+        return min(max(PER_SERVER * self.planner.servers, LEAST_IN_FLIGHT), MOST_IN_FLIGHT)
+
+    async def forward(
+        self, span: Span, batches: Sequence[tuple[Batch, Tensor]], *, way_back: bool = False
+    ) -> list[Way]:
+        """Each batch with its inputs, raw ``[rows, hidden size]``, through ``span``.
+
+        ``way_back`` says that `backward` will follow. Raise `MissingBlocksError` when for `PassOptions.
+        patience` seconds nobody takes a batch, `InvalidBatchError` at once for one above every server's
+        limit, the server's own `InputError` for one that no server can take, and the last server's error when
+        all have failed it.
+        """
+        work: Work = "both" if way_back else "forward"
+        return await self._at_once([self._forward(span, batch, inputs, work) for batch, inputs in batches])
+
+    async def backward(
+        self,
+        ways: Sequence[Way],
+        gradients: Sequence[Tensor],
+        *,
+        inputs: bool = True,
+        weights: bool = False,
+    ) -> list[WayBack]:
+        """From gradients of the outputs of each way back to its inputs and the adapter's weights.
+
+        Raises as `forward` does.
+        """
+        return await self._at_once(
+            [
+                self._backward(way, gradient, inputs, weights)
+                for way, gradient in zip(ways, gradients, strict=True)
+            ]
+        )
+
+    def note_wait(self, batch: Batch, reason: SwarmError, now: float) -> None:
+        """A micro-batch waits for a server. The first one of many warns."""
+        warn = now >= self._warned_at + WARN_EVERY
+        if warn:
+            self._warned_at = now
+        logger.log(
+            logging.WARNING if warn else logging.INFO,
+            "a batch of %d tokens waits for up to %.0f s: %s",
+            batch.rows,
+            self.options.patience,
+            reason,
+        )
+
+    # --- one micro-batch ---------------------------------------------------------------------------------
+
+    async def _forward(self, span: Span, batch: Batch, inputs: Tensor, work: Work) -> Way:
+        passed, outputs = await self._through(span, batch, inputs, work, _Seeking(self, batch))
+        return Way(batch, tuple(passed), outputs)
+
+    async def _through(
+        self,
+        span: Span,
+        batch: Batch,
+        hidden: Tensor,
+        work: Work,
+        seeking: _Seeking,
+        stages: Sequence[Stage] = (),
+    ) -> tuple[list[Passed], Tensor]:
+        """The stages that it went through, and what came out; ``stages`` of ``span`` are tried first."""
+        keep = work == "both" and self.options.keep
+        passed: list[Passed] = []
+        while (start := passed[-1].stage.span.end if passed else span.start) < span.end:
+            stages = stages or await seeking.chain(Span(start, span.end), work)
+            for stage in stages:
+                name = self._pass_id() if keep else ""
+                hidden = await as_computed(hidden, stage.server)
+                up, down = seeking.codecs(stage, "activations", hidden)
+                result = await seeking.attempt(
+                    stage,
+                    "forward",
+                    passes.forward(
+                        self.node,
+                        self.model,
+                        stage,
+                        batch,
+                        hidden,
+                        keep=name,
+                        codec=up,
+                        answer_codec=down,
+                    ),
+                    (up, down),
+                )
+                if result is None:
+                    break
+                self.codecs.done(stage.server.peer, "activations", hidden, result, seeking.now())
+                passed.append(Passed(stage, hidden, name if result.kept else "", up))
+                hidden = result.outputs
+            stages = ()
+        return passed, hidden
+
+    async def _backward(self, way: Way, gradients: Tensor, inputs: bool, weights: bool) -> WayBack:
+        left = list(way.passed)
+        found: list[tuple[Tensor, ...]] = []
+        seeking = _Seeking(self, way.batch, tuple(passed.stage.server.peer for passed in way.passed))
+        gradient: Tensor | None = gradients
+        while left:
+            passed = left[-1] = await self._sendable(left[-1])
+            assert gradient is not None
+            gradient = await as_computed(gradient, passed.stage.server)
+            up, down = seeking.codecs(passed.stage, "gradients", gradient)
+            result = await seeking.attempt(
+                passed.stage,
+                "backward",
+                passes.backward(
+                    self.node,
+                    self.model,
+                    passed.stage,
+                    way.batch,
+                    passed.inputs,
+                    gradient,
+                    kept=passed.kept,
+                    wants_inputs=inputs or len(left) > 1,
+                    wants_weights=weights,
+                    codec=up,
+                    inputs_codec=passed.codec,
+                    answer_codec=down,
+                ),
+                (up, down, passed.codec),
+            )
+            if result is None:
+                left[-1:] = await self._instead_of(passed, way.batch, seeking)
+                continue
+            self.codecs.done(passed.stage.server.peer, "gradients", gradient, result, seeking.now())
+            left.pop()
+            found.insert(0, result.weights)
+            gradient = result.gradients
+        return WayBack(gradient if inputs else None, tuple(tensor for part in found for tensor in part))
+
+    async def _instead_of(self, lost: Passed, batch: Batch, seeking: _Seeking) -> list[Passed]:
+        """Other stages to go back through; inputs of inner ones are computed again."""
+        *inner, last = await seeking.chain(lost.stage.span, "backward")
+        if not inner:
+            return [Passed(last, lost.inputs, "", lost.codec)]
+        before = Span(lost.stage.span.start, last.span.start)
+        passed, hidden = await self._through(before, batch, lost.inputs, "both", seeking, inner)
+        return [*passed, Passed(last, hidden, "")]
+
+    async def _sendable(self, passed: Passed) -> Passed:
+        """As it is, or with inputs that its server can read: what they became on the way, raw."""
+        if passed.codec == "raw" or self.codecs.knows(passed.stage.server.peer, passed.codec):
+            return passed
+        encoded = await asyncio.to_thread(passed.inputs.encode, passed.codec)
+        return attrs.evolve(passed, inputs=await asyncio.to_thread(encoded.decode), codec="raw")
+
+    # --- several at once ---------------------------------------------------------------------------------
+
+    async def _at_once(self, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+        """Run them, `in_flight` of all calls at a time; the first failure ends the others of its call."""
+        call = Call()
+
+        async def admitted(work: Coroutine[Any, Any, Result]) -> Result:
+            async with self._room.place(call):
+                return await work
+
+        tasks = [asyncio.create_task(admitted(work), name="micro-batch") for work in works]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for work in works:
+                work.close()  # those that never began
+            raise
+
+
+class _Seeking:
+    """The search of one micro-batch for servers that do it, and its patience."""
+
+    def __init__(self, runner: BatchRunner, batch: Batch, peers: tuple[PeerId, ...] = ()) -> None:
+        """``peers`` are those of the chain that it goes back through."""
+        self._runner, self._batch = runner, batch
+        self._failure: SwarmError | None = None
+        self._avoid: list[PeerId] = []
+        self._give_up = self.now() + runner.options.patience
+        self._pause = FIRST_PAUSE
+        self._peers = peers
+
+    def codecs(self, stage: Stage, kind: Kind, rows: Tensor) -> tuple[str, str]:
+        """In which codecs rows go to a server, and come back."""
+        return self._runner.codecs.choose(stage.server.peer, kind, rows, self.now(), self._peers)
+
+    async def chain(self, span: Span, work: Work) -> list[Stage]:
+        """Servers for ``span``; wait when there are none, or when those that there are have all failed."""
+        runner, adapter = self._runner, self._batch.adapter
+        while True:
+            try:
+                chain = runner.planner.chain(
+                    span,
+                    tokens=self._batch.rows,
+                    adapter=adapter.name.name if adapter else "",
+                    avoid=self._avoid,
+                    work=work,
+                )
+            except MissingBlocksError as exc:
+                runner.note_wait(self._batch, exc, self.now())
+                await self._pause_before_giving_up(exc)
+            else:
+                if chain.stages[0].server.peer not in self._avoid:
+                    self._peers = chain.peers
+                    return list(chain.stages)
+                # Nobody is left but those that have failed it: once more, later.
+                self._avoid.clear()
+                await self._pause_before_giving_up(None)
+
+    async def _pause_before_giving_up(self, reason: SwarmError | None) -> None:
+        if (left := self._give_up - self.now()) <= 0:
+            if reason is not None:
+                raise reason from self._failure
+            raise self._failure or InternalError("a batch found no server, for no reason")
+        await asyncio.sleep(min(left, self._pause))
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    async def attempt(
+        self, stage: Stage, kind: PassKind, work: Coroutine[Any, Any, Done], codecs: Iterable[str]
+    ) -> Done | None:
+        """Do one pass, in ``codecs``; None when its server failed and another is to be found, or the same one
+        is to be asked in others. Raise what none can mend.
+        """
+        runner, peer = self._runner, stage.server.peer
+        try:
+            result = await work
+        except SpanError as exc:  # it has moved, and this has not heard of it
+            self._failure = located(stage, exc)
+            self._avoid.append(peer)
+            return None
+        except UnknownCodecError as exc:
+            self._failure = located(stage, exc)
+            if not runner.codecs.refused(peer, codecs):
+                raise self._failure from exc
+            return None
+        except InputError as exc:
+            raise located(stage, exc) from exc
+        except SwarmError as exc:
+            self._failure = located(stage, exc)
+            if self.now() > self._give_up:
+                raise self._failure from exc
+            runner.redone += 1
+            logger.info("a batch of %d tokens is done again: %s", self._batch.rows, self._failure)
+            self._avoid.append(peer)
+            if not isinstance(exc, TooManyCallsError):
+                runner.planner.failed(peer, exc)
+            return None
+        runner.planner.worked(stage, kind, self._batch.rows, result.seconds)
+        self._give_up, self._pause = self.now() + runner.options.patience, FIRST_PAUSE
+        return result
+
+    @staticmethod
+    def now() -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,245 @@
+"""The client's torch work: one thread for each model, in which what waits together is done together.
+
+The head's matrix product reads the whole vocabulary matrix, for one row or for fifty: generations that run at
+the same time share it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import timeit
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import attrs
+import torch
+
+from swarmcore.client.generation.local_model import LocalParts
+from swarmcore.client.generation.sampling import TokenChooser, choose_tokens
+from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
+from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
+from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
+from swarmcore.executor.torch.tensors import to_torch
+from swarmcore.wire.tensors import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_ROWS = 64
+"""Rows of one head product; more wait for the next one. It bounds the memory that logits take."""
+
+
+_HEAD_REPEATS = 5
+"""How often logits of one row are made with each number of threads that is tried."""
+
+
+@attrs.define(eq=False)
+class _Job:
+    """Hidden states to make logits of, tokens to embed, or both: choose tokens, then embed them."""
+
+    done: asyncio.Future[Any]
+    hidden: Tensor | None = None
+    choosers: Sequence[TokenChooser] | None = None
+    ids: Sequence[int] = ()
+    positions: Sequence[int] = ()
+    result: Any = None
+    error: Exception | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0] if self.hidden is not None else 0
+
+
+class ModelCompute:
+    """Runs `LocalParts` in a thread, batching what its callers ask for while the thread is busy.
+
+    To be used from one event loop. `close` ends the thread; work still waiting then fails with
+    `SessionLostError`.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._pool = ThreadPoolExecutor(1, "swarmcore-client", initializer=_use_threads, initargs=(threads,))
+        self._threads = threads
+        self._parts: LocalParts | None = None
+        self._waiting: list[_Job] = []
+        self._running: asyncio.Future[None] | None = None
+        self._closed = False
+        self.batches = 0
+        """Passes made so far."""
+
+    @property
+    def parts(self) -> LocalParts:
+        if self._parts is None:
+            raise InternalError("the model's local parts are not loaded")
+        return self._parts
+
+    async def load(self, load: Callable[[], LocalParts]) -> None:
+        """Load the parts that all later work uses, in the thread."""
+        self._parts = await self.run(load)
+        if self._threads is None:
+            await self.run(_choose_threads, self._parts)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in the thread, between batches."""
+        self._check_open()
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    async def embed(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """`LocalParts.embed`."""
+        embedded: torch.Tensor = await self._submit(_Job(_future(), ids=ids, positions=positions))
+        return embedded
+
+    async def logits(self, hidden: Tensor) -> torch.Tensor:
+        """`LocalParts.logits` of ``[rows, hidden size]`` as they came off the wire."""
+        logits: torch.Tensor = await self._submit(_Job(_future(), hidden))
+        return logits
+
+    async def next_tokens(
+        self, hidden: Tensor, choosers: Sequence[TokenChooser], positions: Sequence[int]
+    ) -> tuple[list[int], torch.Tensor]:
+        """Choose a token for each row of ``hidden`` and embed it for ``positions``, in one pass.
+
+        Return the tokens, and their embeddings ``[rows, hidden size]``.
+        """
+        chosen: tuple[list[int], torch.Tensor] = await self._submit(
+            _Job(_future(), hidden, choosers, positions=positions)
+        )
+        return chosen
+
+    async def close(self) -> None:
+        """Wait for what runs in the thread, then end it. Harmless when repeated."""
+        self._closed = True
+        for job in self._waiting:
+            if not job.done.done():
+                job.done.set_exception(SessionLostError("the model was closed"))
+        self._waiting.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._running is not None:
+            await asyncio.wait([self._running])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionLostError("the model was closed; load it again")
+
+    async def _submit(self, job: _Job) -> Any:
+        self._check_open()
+        if self._running is None and not self._waiting:
+            # Not at once: answers that arrived in the same turn of the loop are to share the pass.
+            asyncio.get_running_loop().call_soon(self._start)
+        self._waiting.append(job)
+        return await job.done
+
+    def _start(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.done.done()]
+        if self._running is not None or not self._waiting:
+            return
+        count, rows = 1, self._waiting[0].rows
+        while count < len(self._waiting) and rows + self._waiting[count].rows <= MAX_ROWS:
+            rows += self._waiting[count].rows
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        loop = asyncio.get_running_loop()
+        self._running = loop.run_in_executor(self._pool, _run, self.parts, batch)
+        self._running.add_done_callback(functools.partial(self._finished, batch))
+
+    def _finished(self, batch: Sequence[_Job], future: asyncio.Future[None]) -> None:
+        self._running = None
+        self.batches += 1
+        failure = None if future.cancelled() else future.exception()
+        for job in batch:
+            if job.done.done():
+                continue
+            error = job.error or failure
+            if error is not None:
+                job.done.set_exception(_translated(error))
+            else:
+                job.done.set_result(job.result)
+        if self._waiting:
+            self._start()
+
+
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _choose_threads(parts: LocalParts) -> None:
+    """Let this thread have as many threads of torch as make logits of one row fastest.
+
+    Half as many are tried for as long as that is faster: on few cores, waking them and waiting for them can
+    cost more than they bring.
+    """
+    row = torch.zeros(1, parts.hidden_size, dtype=parts.dtype)
+    threads, fastest = torch.get_num_threads(), math.inf
+    choice = threads
+    while choice >= 1:
+        torch.set_num_threads(choice)
+        seconds = min(timeit.repeat(lambda: parts.logits(row), repeat=_HEAD_REPEATS, number=1))
+        if seconds >= fastest:
+            break
+        threads, fastest = choice, seconds
+        choice //= 2
+    torch.set_num_threads(threads)
+
+
+def _translated(error: BaseException) -> SwarmError:
+    if isinstance(error, SwarmError):
+        return error
+    failure = InternalError(f"the client's part of the model failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+@torch.inference_mode()
+def _run(parts: LocalParts, batch: Sequence[_Job]) -> None:
+    """One pass: all heads at once, then all choices, then all embeddings at once. Fills in the jobs."""
+    heads: list[tuple[_Job, torch.Tensor]] = []
+    for job in batch:
+        if job.hidden is not None:
+            try:
+                heads.append((job, _checked(job.hidden, parts.hidden_size)))
+            except SwarmError as exc:
+                job.error = exc
+    if heads:
+        _run_heads(parts, heads)
+    embedding = [job for job in batch if job.ids and job.error is None]
+    if not embedding:
+        return
+    embedded = parts.embed(
+        [token for job in embedding for token in job.ids],
+        [position for job in embedding for position in job.positions],
+    )
+    for job, rows in zip(embedding, torch.split(embedded, [len(job.ids) for job in embedding]), strict=True):
+        job.result = rows if job.choosers is None else (job.ids, rows)
+
+
+def _run_heads(parts: LocalParts, heads: Sequence[tuple[_Job, torch.Tensor]]) -> None:
+    hidden = heads[0][1] if len(heads) == 1 else torch.cat([rows.to(parts.dtype) for _, rows in heads])
+    logits = parts.logits(hidden)
+    for (job, _), rows in zip(heads, torch.split(logits, [len(rows) for _, rows in heads]), strict=True):
+        if job.choosers is None:
+            # Its own memory: a caller who keeps it should not keep the whole batch.
+            job.result = rows if len(heads) == 1 else rows.clone()
+            continue
+        try:
+            job.ids = choose_tokens(rows, job.choosers)
+        except Exception as exc:  # a caller's own logits processor may raise anything
+            job.error = exc
+
+
+def _checked(hidden: Tensor, hidden_size: int) -> torch.Tensor:
+    values = to_torch(hidden)
+    if values.dim() != 2 or values.shape[1] != hidden_size:
+        raise ProtocolError(
+            f"hidden states came back as {tuple(values.shape)}, expected [rows, {hidden_size}]"
+        )
+    return values

@@ -1,0 +1,390 @@
+"""Text for a client without torch: a head peer makes it, and another one goes on when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Sequence
+from contextlib import aclosing, suppress
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from swarmcore.client.generation.detokenizer import GeneratedPieces
+from swarmcore.client.served_models import called
+from swarmcore.errors import (
+    BusyError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    InputError,
+    MissingHeadError,
+    PeerUnreachableError,
+    ProtocolError,
+    RemoteFaultError,
+    StreamClosedError,
+    SwarmError,
+    UnavailableError,
+    UnknownTransportError,
+)
+from swarmcore.registry.base import Registry, SwarmView
+from swarmcore.routing.health import PeerHealth
+from swarmcore.rpc.asking import ask
+from swarmcore.rpc.channel import Channel
+from swarmcore.rpc.node import Node
+from swarmcore.sources import is_called
+from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, short
+from swarmcore.wire.generate import (
+    AHEAD,
+    GenerationEnded,
+    GenerationStarted,
+    OpenGeneration,
+    TextPiece,
+    TokensTaken,
+)
+from swarmcore.wire.messages import Ping
+from swarmcore.wire.protocols import GENERATE_PROTOCOL, PING_METHOD
+
+if TYPE_CHECKING:
+    from swarmcore.client.generation.generation import FinishReason
+
+
+class HeadChoice:
+    """Picks head peers of one model, any of them as soon as another; those that leave or are banned last.
+
+    ``model`` is a name, a source or a fingerprint, or empty for the only one there is. From the first pick on
+    it is the one with that fingerprint. ``admits`` says which peers may be used at all.
+    """
+
+    def __init__(
+        self, model: str, rng: Random, *, admits: Callable[[PeerId], bool] = lambda peer: True
+    ) -> None:
+        self.model = model
+        self._rng = rng
+        self._admits = admits
+
+    def pick(
+        self, view: SwarmView, *, banned: Collection[PeerId] = (), tried: Collection[PeerId] = ()
+    ) -> ServerInfo | None:
+        """A head peer that is not among ``tried``; None when there is none.
+
+        Raise `InputError` when the model is not named and there are several, or the name stands for several.
+        """
+        offers = [
+            (server, model)
+            for server in sorted(view, key=lambda server: server.peer)
+            for model in server.heads
+            if (not self.model or is_called(model, self.model)) and self._admits(server.peer)
+        ]
+        found = {model.fingerprint: model for _, model in offers}
+        if len(found) > 1:
+            raise InputError(
+                f"head peers of this swarm make texts of {', '.join(map(called, found.values()))}; say with "
+                f"model which, by name, source or fingerprint"
+            )
+        able = [server for server, _ in offers if server.peer not in tried]
+        if not able:
+            return None
+        (self.model,) = found
+        self._rng.shuffle(able)
+        return min(able, key=lambda server: (server.peer in banned, server.state == "draining"))
+
+    def offer(self, view: SwarmView) -> ModelInfo:
+        """The model of which somebody makes texts. Raise as `pick`, and `MissingHeadError` if nobody does."""
+        head = self.pick(view)
+        if head is None:
+            raise self.missing(view)
+        return next(model for model in head.heads if model.fingerprint == self.model)
+
+    def missing(self, view: SwarmView) -> MissingHeadError:
+        """That there is none to pick, and what to do about it."""
+        of = f" of {self.model}" if self.model else ""
+        offered = ", ".join(called(model) for model, _ in view.heads())
+        if offered:
+            return MissingHeadError(
+                f"no peer that this client may use makes texts{of} for clients without a part of the model; "
+                f"in this swarm they are made of {offered}"
+            )
+        return MissingHeadError(
+            f"no peer of this swarm makes texts{of} for clients without a part of the model; start one: "
+            f"swarmcore serve --serve-head, or swarmcore bootstrap --serve-head --model MODEL"
+        )
+
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds for which a text that broke off waits for a head peer that goes on with it."""
+
+ASK_AFTER = 10.0
+"""Seconds without a word from a head peer after which it is asked whether it lives, again and again: the text
+may wait for its turn, for servers that take over from others, or for a long prompt on slow ones."""
+
+LONGEST_SILENCE = 3600.0
+"""Seconds without a piece of the text after which a head peer counts as lost that lives."""
+
+MOST_CHARACTERS = 1024
+"""Characters of text for each token: a head peer that sends more is lying, no tokenizer has longer ones."""
+
+MOST_EMPTY_PIECES = 64
+"""Pieces of one text that bring no token: some hold the end of what was certain only later."""
+
+PAUSE = 1.0
+"""Seconds between two looks for a head peer that goes on, unless those that are there say when to come."""
+
+
+@attrs.define(eq=False)
+class ThinRun:
+    """How a generation goes, kept up while it runs, and what it is made with."""
+
+    node: Node
+    registry: Registry
+    health: PeerHealth
+    choice: HeadChoice
+    patience: float
+    head: PeerId | None = None
+    tokens: list[int] = attrs.field(factory=list)
+    prompt_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    failovers: int = 0
+    characters: int = 0
+    """Of the text so far."""
+    empty_pieces: int = 0
+    now: Callable[[], float] | None = None
+    """The clock of the loop that it runs on, by which these times are."""
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class ThinGeneration(GeneratedPieces[str]):
+    """Text that a head peer makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
+
+    It starts with the first piece that is asked for, and goes at most `AHEAD` tokens ahead of the pieces that
+    are taken. Leaving the loop early ends it; so does `aclose`.
+    """
+
+    def __init__(self, run: ThinRun, pieces: AsyncGenerator[str, None]) -> None:
+        super().__init__(pieces)
+        self._run = run
+
+    def __await__(self) -> Generator[Any, None, str]:
+        """The whole text, or what is left of it."""
+        return self._text().__await__()
+
+    async def _text(self) -> str:
+        return "".join([piece async for piece in self])
+
+    @property
+    def head(self) -> PeerId | None:
+        """The head peer that makes it now; None before it starts."""
+        return self._run.head
+
+    @property
+    def failovers(self) -> int:
+        """How often another head peer has gone on with it."""
+        return self._run.failovers
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that came so far, the one that ended the text included."""
+        return list(self._run.tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self._run.tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 before it starts."""
+        return self._run.prompt_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it has not."""
+        return self._run.finish_reason
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the end, or to now; by the event loop's clock."""
+        run = self._run
+        if run.started is None or run.now is None:
+            return 0.0
+        return (run.now() if run.ended is None else run.ended) - run.started
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From the start to the first piece of text; None before it."""
+        run = self._run
+        return None if run.started is None or run.first_token is None else run.first_token - run.started
+
+    def __repr__(self) -> str:
+        run = self._run
+        state = run.finish_reason or ("not started" if run.started is None else "running")
+        head = short(run.head) if run.head is not None else "no head peer"
+        return f"<ThinGeneration {len(run.tokens)} tokens · {state} · {head}>"
+
+
+async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[str, None]:
+    """The pieces of a text, by one head peer after the other until one has made it whole."""
+    run.now = now = asyncio.get_running_loop().time
+    run.started = now()
+    tried: set[PeerId] = set()
+    errors: list[SwarmError] = []
+    give_up = None
+    try:
+        while run.finish_reason is None:
+            banned = run.health.banned(now())
+            head = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
+            if head is None:
+                if not run.tokens or (give_up is not None and now() >= give_up):
+                    raise _why_none(run, errors)
+                await _pause(run.registry, errors, give_up)
+                tried.clear()
+                continue
+            before = len(run.tokens)
+            run.failovers += before > 0
+            try:
+                # Passing on what another generator makes: it is to be closed when this one is.
+                async with aclosing(_at_head(run, head, request)) as pieces:
+                    async for piece in pieces:
+                        run.first_token = run.first_token or now()
+                        yield piece
+            except StreamClosedError:
+                raise  # the swarm was closed on this side
+            except (UnavailableError, BusyError, UnknownTransportError) as exc:
+                if len(run.tokens) > before:
+                    tried, errors, give_up = set(), [], None
+                _blame(run, head.peer, exc)
+                tried.add(head.peer)
+                errors.append(exc)
+                give_up = now() + run.patience if give_up is None else give_up
+    finally:
+        run.ended = now()
+
+
+async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> AsyncGenerator[str, None]:
+    """Let ``head`` go on with the text, to its end if it lives that long."""
+    run.head = head.peer
+    opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.tokens))
+    addresses = [Address.parse(url) for url in head.addresses]
+    async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
+        taken = told = 0
+        started = False
+        while True:
+            record = await _next(run.node, addresses, channel)
+            if isinstance(record, GenerationStarted):
+                if started:
+                    raise ProtocolError("the head peer began the text twice")
+                started = True
+                run.prompt_tokens = record.prompt_tokens
+            elif isinstance(record, TextPiece):
+                whole = _take(run, record, request.max_new_tokens)
+                taken += len(record.tokens)
+                yield record.text
+                if not whole:
+                    why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
+                    logger.warning("the text of head peer %s was cut: %s", short(head.peer), why)
+                    run.health.failed(head.peer, asyncio.get_running_loop().time(), why)
+                    run.finish_reason = "length"
+                    return
+                if taken - told >= AHEAD // 4:
+                    with suppress(StreamClosedError):  # what comes next says why it is closed
+                        await channel.send(TokensTaken(taken))
+                    told = taken
+            else:
+                run.finish_reason = _reason(record)
+                run.tokens += record.tokens[: request.max_new_tokens - len(run.tokens)]
+                run.health.succeeded(head.peer)
+                return
+
+
+def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
+    """Take in a piece; False when it has more tokens than were asked for, of which it then is the last.
+
+    Raise `ProtocolError` when its text is too long for its tokens, or too many pieces have none.
+    """
+    room = most - len(run.tokens)
+    characters = run.characters + len(piece.text)
+    empty = run.empty_pieces + (not piece.tokens)
+    tokens = min(len(run.tokens) + len(piece.tokens), most)
+    if characters > MOST_CHARACTERS * (tokens + 1) or empty > MOST_EMPTY_PIECES:
+        raise ProtocolError(
+            f"the head peer sent {characters} characters of text, {empty} pieces of it without a token, for "
+            f"{tokens} tokens"
+        )
+    run.characters, run.empty_pieces = characters, empty
+    run.tokens += piece.tokens[:room]
+    return len(piece.tokens) <= room
+
+
+async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> Any:
+    """What the head peer says next, for as long as it lives."""
+    receiving = asyncio.create_task(channel.receive(), name="piece of a text")
+    try:
+        for _ in range(int(LONGEST_SILENCE / ASK_AFTER)):
+            done, _ = await asyncio.wait([receiving], timeout=ASK_AFTER)
+            if done:
+                return receiving.result().record
+            await _check_alive(node, addresses)
+    except StreamClosedError as exc:
+        raise ConnectionLostError(f"head peer {short(channel.remote)} ended before the text did") from exc
+    finally:
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+    raise DeadlineExceededError(
+        f"head peer {short(channel.remote)} made nothing of the text for {LONGEST_SILENCE:.0f} s"
+    )
+
+
+async def _check_alive(node: Node, addresses: Sequence[Address]) -> None:
+    """Raise `DeadlineExceededError` when a head peer does not answer."""
+    try:
+        await ask(node, addresses, PING_METHOD, Ping(), least=1.0)
+    except DeadlineExceededError as exc:
+        if exc.origin is None:
+            raise
+    except SwarmError as exc:
+        # Its stream still stands: whether a second one can be opened is another matter.
+        logger.debug("%s could not be asked whether it lives: %s", short(addresses[0].peer), exc)
+
+
+def _reason(record: GenerationEnded) -> FinishReason:
+    reasons: dict[str, FinishReason] = {"eos": "eos", "stop": "stop", "length": "length"}
+    if record.reason not in reasons:
+        raise ProtocolError(f"a text ended for an unknown reason: {record.reason[:40]!r}")
+    return reasons[record.reason]
+
+
+def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
+    """Avoid a head peer that fell silent or failed, not one that said why it cannot."""
+    here = error.origin is None and not isinstance(error, UnknownTransportError)
+    if here or isinstance(error, RemoteFaultError | ProtocolError):
+        run.health.failed(peer, asyncio.get_running_loop().time(), error.message)
+    if here and isinstance(error, ConnectionLostError | PeerUnreachableError | DeadlineExceededError):
+        run.registry.suspect(peer)
+
+
+def _why_none(run: ThinRun, errors: list[SwarmError]) -> SwarmError:
+    """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
+    if not errors:
+        return run.choice.missing(run.registry.view())
+    busy: list[SwarmError] = [error for error in errors if isinstance(error, BusyError)]
+    return (busy or errors)[-1]
+
+
+async def _pause(registry: Registry, errors: list[SwarmError], give_up: float | None) -> None:
+    """Wait for a head peer that is not known yet, or until one that was busy may have time."""
+    loop = asyncio.get_running_loop()
+    waits = [wait for error in errors if isinstance(wait := error.details.get("retry_after"), int | float)]
+    seconds = min([max(PAUSE, wait) for wait in waits], default=PAUSE)
+    if give_up is not None:
+        seconds = min(seconds, max(0.0, give_up - loop.time()))
+    try:
+        async with asyncio.timeout(seconds):
+            async for change in registry.changes():
+                if change.info.heads and change.kind != "left":
+                    return
+            await asyncio.sleep(seconds)  # the registry is closed
+    except TimeoutError:
+        return

@@ -1,0 +1,56 @@
+"""What a remote model needs of a session; `swarmcore.client.session.session` has the one over the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from swarmcore.client.adapters import AdapterWeights
+from swarmcore.routing.chain import Chain
+from swarmcore.wire.tensors import Tensor
+
+
+class RemoteSession(Protocol):
+    """Runs hidden states through all blocks of a model; the attention caches are elsewhere."""
+
+    @property
+    def sequences(self) -> int: ...
+
+    @property
+    def chain(self) -> Chain:
+        """The servers that the session passes through now."""
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Tokens of each sequence in the remote caches."""
+
+    async def step(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+        reply: Literal["all", "last"] = "last",
+    ) -> Tensor:
+        """Run ``hidden``, ``[sum(lengths), hidden size]``: the sequences' new tokens, one after the other.
+
+        With ``sources``, sequence ``i`` first becomes a copy of sequence ``sources[i]``. A length of 0 leaves
+        a sequence alone; a start below its position rolls it back. The result has one row for each sequence
+        of length above 0 (``"last"``), or one for every token (``"all"``).
+        """
+
+    async def close(self) -> None:
+        """Free the remote caches. Harmless when repeated."""
+
+
+class SessionOpener(Protocol):
+    """Opens sessions of one model."""
+
+    async def __call__(
+        self, *, sequences: int, max_tokens: int, adapter: AdapterWeights | None = None
+    ) -> RemoteSession:
+        """``max_tokens`` is what each sequence is expected to grow to; it is no limit.
+
+        ``adapter`` is what its steps are computed with besides the frozen weights.
+        """

@@ -1,0 +1,413 @@
+"""An inference session over the network: steps pipelined through servers, any of which may vanish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import attrs
+
+from swarmcore.client.session.failover import Mender
+from swarmcore.client.session.opening import ATTEMPTS, Comparison, OpenStage, Planner, located, open_chain
+from swarmcore.client.session.options import Failover, SessionOptions
+from swarmcore.client.session.pipeline import Flight, LiveStage, Pipeline
+from swarmcore.errors import (
+    CacheFullError,
+    DeadlineExceededError,
+    InputError,
+    InvalidStepError,
+    ServerMemoryError,
+    SessionLostError,
+    SwarmError,
+    TooManyCallsError,
+)
+from swarmcore.routing.chain import Chain
+from swarmcore.routing.moving import MovePolicy
+from swarmcore.rpc.node import Node
+from swarmcore.session.patience import ALONE
+from swarmcore.session.steps import Chunk, Lap, Reply
+from swarmcore.types import ModelInfo, Span
+from swarmcore.wire.tensors import Tensor
+
+__all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
+
+logger = logging.getLogger(__name__)
+
+CHUNKS_IN_FLIGHT = 8
+"""Prefill chunks of one session under way in the chain."""
+
+LOOK_INTERVAL = 5.0
+"""Seconds between two looks for a better chain."""
+
+MOVE_PAUSE = 1.0
+"""Seconds between two attempts to move off a server that leaves."""
+
+LONGEST_LEAVE = 600.0
+"""Seconds for which that is tried, whatever the server says."""
+
+
+class InferenceSession:
+    """Runs new tokens of some sequences through all blocks of a model; the servers keep the attention caches.
+
+    Made by `open_session`; close it, or use it as an async context manager, to free the caches. One lap at a
+    time: `step` must have returned before it is called again.
+
+    A server that fails is replaced, its caches are rebuilt from the journal, and the step goes on: it then
+    only takes longer (see `SessionOptions.journal`).
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        planner: Planner,
+        model: ModelInfo,
+        opened: Sequence[OpenStage],
+        *,
+        sequences: int,
+        options: SessionOptions,
+    ) -> None:
+        self.model = model
+        self.sequences = sequences
+        self.options = options
+        self._node = node
+        self._pipeline = Pipeline(node, model, opened, sequences=sequences, options=options)
+        self._pipeline.on_draining = self._on_draining
+        self._mender = Mender(self._pipeline, planner)
+        self._turn = asyncio.Lock()
+        self._step: asyncio.Timeout | None = None
+        self._broken: SwarmError | None = None
+        self._planner = planner
+        self._moves: set[asyncio.Task[None]] = set()
+        now = asyncio.get_running_loop().time()
+        self._policy = MovePolicy(now, options.moves)
+        self._next_look = now + LOOK_INTERVAL
+        self._laps_done = 0
+
+    @property
+    def chain(self) -> Chain:
+        """The servers that the session passes through now."""
+        return self._pipeline.chain
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Tokens of each sequence in the servers' caches."""
+        return self._pipeline.laps.positions
+
+    @property
+    def failovers(self) -> int:
+        """How often stages have been replaced so far."""
+        return self._mender.failovers
+
+    def __repr__(self) -> str:
+        state = "closed" if self._broken else f"pos {','.join(map(str, self.positions))}"
+        count = self.failovers
+        failovers = f" · {count} failover{'s' * (count > 1)}" if count else ""
+        return f"<InferenceSession {self.model.name} {self.chain} · {state}{failovers}>"
+
+    async def step(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+        reply: Reply = "last",
+    ) -> Tensor:
+        """Send new tokens through the chain and return what comes out of the last block.
+
+        ``hidden`` is ``[sum(lengths), hidden size]``, the sequences' new tokens one after the other, without
+        padding; a length of 0 leaves a sequence alone. With ``sources``, for beam search, sequence ``i``
+        first becomes a copy of sequence ``sources[i]``. ``starts`` default to `positions` (reordered); a
+        lower start rolls that sequence back. With ``reply="last"`` the result has one row for each sequence
+        of length above 0, with ``"all"`` one for every token.
+
+        Raise `InvalidStepError` for shapes and positions that do not fit; `MissingBlocksError` when servers
+        were lost and nobody has held their blocks for ``patience`` seconds, another `UnavailableError` or
+        `BusyError` when there were replacements and none would do. The session then stands where it was, and
+        the step may be tried again; without a journal the session has ended.
+        """
+        self._node.check_loop()
+        if self._broken is not None:
+            raise self._broken
+        if self._step is not None:
+            raise InvalidStepError("a step of this session is still under way; await it first")
+        expected = (sum(lengths), self.model.hidden_size)
+        if hidden.shape != expected:
+            raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
+        self._step = until_closed = asyncio.timeout(None)
+        try:
+            async with until_closed, self._turn:
+                laps = self._pipeline.laps
+                lap = laps.begin(lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources)
+                output = await self._run(lap, hidden)
+        except TimeoutError as exc:
+            if not until_closed.expired() or self._broken is None:
+                raise
+            raise self._broken from exc
+        finally:
+            self._step = None
+        self._laps_done += 1
+        if asyncio.get_running_loop().time() >= self._next_look:
+            self._look_for_better()
+        return output
+
+    def rollback(self, positions: Sequence[int]) -> None:
+        """Forget what is cached beyond ``positions``; the servers do so with the next step.
+
+        Raise `InvalidStepError` for a position that is not cached.
+        """
+        self._pipeline.laps.rollback(positions)
+
+    async def close(self) -> None:
+        """End the session on every server; a step under way raises. Harmless when repeated."""
+        if self._broken is None:
+            self._broken = SessionLostError("the session was closed on this side")
+        if self._step is not None and not self._step.expired():
+            self._step.reschedule(0)
+        for task in self._moves:
+            task.cancel()
+        try:
+            async with self._turn:
+                pass  # whoever had it has let go of what it was opening
+        finally:
+            await self._pipeline.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- one lap -----------------------------------------------------------------------------------------
+
+    async def _run(self, lap: Lap, hidden: Tensor) -> Tensor:
+        pipeline = self._pipeline
+        self._mender.begin_lap()
+        flying: deque[Flight] = deque()
+        try:
+            outputs = await self._fly(lap, hidden, flying)
+        except BaseException as exc:
+            for flight in flying:
+                pipeline.forget(flight)
+            if pipeline.laps.reordering(lap):
+                for stage in pipeline.stages:
+                    error = SessionLostError("it may have reordered its caches for a step that was given up")
+                    pipeline.fail(stage, error, blame=False)
+            pipeline.laps.abandon(lap)
+            if self.options.journal == "off" and pipeline.failed and isinstance(exc, SwarmError):
+                self._broken = exc
+            raise
+        return outputs[0] if len(outputs) == 1 else _join(lap, outputs)
+
+    async def _fly(self, lap: Lap, hidden: Tensor, flying: deque[Flight]) -> list[Tensor]:
+        """Send the chunks, a few at a time, and take what comes home; replace stages that fail meanwhile."""
+        pipeline = self._pipeline
+        waiting, outputs = deque(lap.chunks), list[Tensor]()
+        resent = False
+        pipeline.patience.progressed(asyncio.get_running_loop().time())
+        while True:
+            while flying and flying[0].done:
+                outputs.append(self._land(flying.popleft()))
+            if not waiting and not flying:
+                return outputs
+            resent = resent and bool(flying)
+            if pipeline.failed:
+                await self._mender.mend()
+                await self._mender.resend(flying)
+                resent = bool(flying)
+            elif flying and flying[0].error is not None:
+                if await self._judge(flying[0]):
+                    await self._mender.resend(flying)
+                    resent = True
+            elif waiting and len(flying) < CHUNKS_IN_FLIGHT and not resent:
+                # What is sent again goes another way than what follows it: the one has to be home first.
+                chunk = waiting.popleft()
+                rows = _rows(hidden, chunk).encode(self.options.codec)
+                flying.append(pipeline.begin(chunk, rows))
+                await pipeline.send(0, flying[-1], rows)
+            elif not await self._news(flying) and self._look_after(flying[0]):
+                await self._mender.resend(flying)
+                resent = True
+
+    async def _news(self, flying: Sequence[Flight]) -> bool:
+        timeout = self._pipeline.patience.look_after
+        return await self._pipeline.wait(partial(self._has_news, flying), timeout=timeout)
+
+    def _has_news(self, flying: Sequence[Flight]) -> bool:
+        return flying[0].done or flying[0].error is not None or self._pipeline.failed is not None
+
+    def _look_after(self, flight: Flight) -> bool:
+        """Deal with a flight that gets no further; whether it is to be sent again.
+
+        Raise `DeadlineExceededError` when nobody but the server that holds it has the blocks.
+        """
+        pipeline, now = self._pipeline, asyncio.get_running_loop().time()
+        stage = pipeline.stuck_at(flight)
+        alone = pipeline.alone(stage)
+        verdict = pipeline.patience.look(now, held=stage.holds, alone=alone)
+        seconds = self.options.step_timeout * (ALONE if verdict == "give up" else 1)
+        error = DeadlineExceededError(f"a step got no further in {seconds:.0f} s")
+        if verdict == "give up":
+            raise located(stage, error, "it answers, and nobody else has its blocks")
+        if verdict == "replace":
+            pipeline.blame_stuck(flight, error)
+        return verdict == "resend" and self.options.journal != "off"
+
+    def _land(self, flight: Flight) -> Tensor:
+        """The chunk is home: from now on it is part of what is replayed."""
+        pipeline = self._pipeline
+        pipeline.laps.settle(flight.chunk)
+        pipeline.journal.settle(flight.chunk.entry)
+        pipeline.flights.pop(flight.chunk.step)
+        self._mender.landed()
+        for stage in pipeline.stages:
+            if not stage.proven:
+                stage.proven = True
+                self._planner.worked(stage.peer)
+        assert flight.output is not None
+        return flight.output
+
+    async def _judge(self, flight: Flight) -> bool:
+        """A server refused a step, or failed on it: raise what only the caller can deal with.
+
+        True when the step is to be sent again: the server had no memory or time for it, its caches are as
+        they were, and nobody else has its blocks or has memory for it either.
+        """
+        error, stage = flight.error, flight.refused_by
+        assert error is not None and stage is not None
+        flight.error = None
+        if isinstance(error, InputError | CacheFullError | TooManyCallsError):
+            raise located(stage, error)
+        if self.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
+            if self._pipeline.alone(stage) or self._mender.short_of_memory:
+                await self._mender.pause_after(error, stage)
+                return stage in self._pipeline.stages and stage.failure is None
+            self._mender.note(error)
+        self._pipeline.fail(stage, error)
+        return False
+
+    # --- servers that leave ------------------------------------------------------------------------------
+
+    def _on_draining(self, stage: LiveStage, seconds: float) -> None:
+        if not stage.leaving:
+            stage.leaving = True
+            self._start(self._move_off(stage, min(seconds, LONGEST_LEAVE)))
+
+    def _start(self, move: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(move, name="session move")
+        self._moves.add(task)
+        task.add_done_callback(self._move_ended)
+
+    def _move_ended(self, task: asyncio.Task[None]) -> None:
+        self._moves.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("moving %r failed unexpectedly", self, exc_info=error)
+
+    async def _move_off(self, stage: LiveStage, seconds: float) -> None:
+        """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while loop.time() < deadline:
+            async with self._turn:
+                if stage not in self._pipeline.stages or stage.failure is not None:
+                    return
+                try:
+                    if await self._mender.hand_over(stage, deadline - loop.time()):
+                        return
+                    if self.options.journal != "off":
+                        await self._mender.leave(stage)
+                        return
+                except SwarmError as exc:
+                    # If it stays so, the next step after the server is gone says what is wrong.
+                    logger.info("could not move %r off %s: %s", self, stage, exc)
+            await asyncio.sleep(MOVE_PAUSE)
+        stage.leaving = False
+
+    # --- better chains -----------------------------------------------------------------------------------
+
+    def _look_for_better(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._next_look = now + LOOK_INTERVAL
+        if self.options.moves is None or self.options.journal == "off" or self._moves:
+            return
+        try:
+            found = self._planner.compare(self.chain, tokens=sum(self.positions))
+        except SwarmError:
+            return  # blocks are missing: no time for luxuries
+        if found is not None and self._policy.look(
+            now,
+            current=found.current,
+            better=found.better,
+            target=found.chain.peers,
+            tokens=self._laps_done,
+            replay=found.replay,
+        ):
+            self._start(self._move_to(found))
+
+    async def _move_to(self, found: Comparison) -> None:
+        async with self._turn:
+            why = f"{1000 * found.better:.0f} rather than {1000 * found.current:.0f} ms a token elsewhere"
+            try:
+                await self._mender.move(found.chain, why)
+            except SwarmError as exc:
+                logger.info("could not move %r to %s: %s", self, found.chain, exc)
+            self._policy.moved(asyncio.get_running_loop().time())
+
+
+async def open_session(
+    node: Node,
+    planner: Planner,
+    model: ModelInfo,
+    *,
+    sequences: int,
+    tokens: int = 0,
+    options: SessionOptions | None = None,
+    attempts: int = ATTEMPTS,
+) -> InferenceSession:
+    """Open a session through all blocks of ``model``, on every server of a chain at once.
+
+    Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does
+    not answer is avoided in the next of ``attempts``, see `open_chain`. Raise `MissingBlocksError` when no
+    chain is left, `CacheFullError` or the last server's error when the attempts are used up.
+    """
+    options = options or SessionOptions()
+    opened = await open_chain(
+        node,
+        planner,
+        model,
+        Span(0, model.blocks),
+        sequences=sequences,
+        tokens=tokens,
+        timeout=options.open_timeout,
+        attempts=attempts,
+    )
+    return InferenceSession(node, planner, model, opened, sequences=sequences, options=options)
+
+
+def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
+    if chunk.rows == hidden.shape[0]:
+        return hidden
+    return hidden.rows(chunk.first_row, chunk.first_row + chunk.rows)
+
+
+def _join(lap: Lap, outputs: Sequence[Tensor]) -> Tensor:
+    """The rows of a lap from its chunks' outputs."""
+    if len({output.dtype for output in outputs}) > 1:  # another server took over in the middle
+        outputs = [output.widened() for output in outputs]
+    parts, last = list(outputs), dict[int, Tensor]()
+    if lap.reply != "all":
+        # Each chunk answers with the last row it has of every sequence; a later chunk's row replaces it.
+        for chunk, output in zip(lap.chunks, outputs, strict=True):
+            for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
+                last[sequence] = output.rows(row, row + 1)
+        parts = [last[sequence] for sequence in sorted(last)]
+    joined = memoryview(bytearray().join(part.data for part in parts))
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return attrs.evolve(parts[0], shape=shape, data=joined)

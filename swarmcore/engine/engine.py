@@ -1,0 +1,414 @@
+"""The engine of a server: sessions in, batches out. A thin asyncio driver around plain objects.
+
+`CacheBudget` says who gets cache, `Scheduler` what runs next, `SessionTable` joins them. The engine checks
+what clients claim, runs the batches on a `BlockExecutor` and keeps the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from swarmcore.engine.batch_window import Gathering
+from swarmcore.engine.kv_cache_manager import CacheBudget
+from swarmcore.engine.kv_transfer import CacheChunk, CacheTransfer
+from swarmcore.engine.loop import BatchLoop
+from swarmcore.engine.scheduler import Scheduler
+from swarmcore.engine.session import CacheImport, EngineSession, SessionStep, Turn
+from swarmcore.engine.sessions import SessionTable
+from swarmcore.engine.stats import EngineStats
+from swarmcore.engine.training import PassLimits, PassRunner
+from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
+from swarmcore.errors import (
+    InputError,
+    InvalidStepError,
+    RemoteFaultError,
+    SessionLostError,
+    SwarmError,
+    TooManyCallsError,
+)
+from swarmcore.executor.base import Adapter, BlockExecutor
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT = 10.0
+"""Seconds that `Engine.close` lets the running batch finish."""
+
+
+class Engine:
+    """Runs the steps of many sessions on one executor, batched together.
+
+    ``cache_tokens`` is the attention cache to share out, in tokens through the span that the executor has
+    now (it may change); ``max_batch_tokens`` bounds a batch, and with it the
+    time that a decode step waits for someone's prefill. A session idle for ``idle_timeout`` seconds is ended,
+    or for ``idle_grace`` seconds when another one needs its room. The executor stays the caller's to close.
+    """
+
+    def __init__(
+        self,
+        executor: BlockExecutor,
+        *,
+        cache_tokens: int,
+        max_batch_tokens: int = 512,
+        idle_timeout: float = 600.0,
+        idle_grace: float = 30.0,
+        max_sessions: int = 1024,
+        max_sequences: int = 1024,
+        max_step_tokens: int = 16384,
+        max_pending_steps: int = 64,
+        max_pending_tokens: int = 262144,
+        pass_limits: PassLimits | None = None,
+    ) -> None:
+        self.executor = executor
+        self.max_sequences = max_sequences
+        """Most sequences of one session."""
+        self.max_step_tokens = max_step_tokens
+        """Most tokens of one step."""
+        self.max_pending_steps = max_pending_steps
+        """Most steps of one session that wait or compute."""
+        self.max_pending_tokens = max_pending_tokens
+        """Most tokens of all steps that wait or compute."""
+        self.stats = EngineStats()
+        self._budget = CacheBudget(
+            cache_tokens,
+            executor.page,
+            idle_timeout=idle_timeout,
+            idle_grace=idle_grace,
+            max_sessions=max_sessions,
+        )
+        self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
+        self._table = SessionTable(executor, self._budget, self._scheduler, self.stats)
+        self._transfer = CacheTransfer(executor, self._table, self._carry_on)
+        self._gathering = Gathering()
+        self.passes = PassRunner(executor, self.stats, pass_limits or PassLimits(), self._wake)
+        """Forward and backward passes, which go after interactive steps: `PassRunner.admit` begins one."""
+        self._batches = BatchLoop(
+            executor, self._table, self._scheduler, self._gathering, self.stats, self.passes, self._carry_on
+        )
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    @property
+    def sessions(self) -> int:
+        """Number of open sessions."""
+        return len(self._table.sessions)
+
+    @property
+    def cache_tokens(self) -> int:
+        """The whole attention cache, in tokens of the span as it is now; the memory is always the same."""
+        return self._in_tokens(self._budget.pages)
+
+    @property
+    def cache_tokens_free(self) -> int:
+        return self._in_tokens(self._budget.free)
+
+    @property
+    def cache_tokens_used(self) -> int:
+        return self._in_tokens(self._budget.held)
+
+    def _in_tokens(self, pages: int) -> int:
+        return pages * self._budget.page * self._table.blocks // len(self.executor.span)
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long a decode step waits before it is computed, on average of late; fades when none comes."""
+        return self.stats.queue_seconds_at(self._now())
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What has happened since the start, by name."""
+        return self.stats.counters()
+
+    def length(self, session: str) -> tuple[int, ...]:
+        """Cached tokens of each sequence, of steps that are done. Raise `SessionLostError`."""
+        return tuple(self._table[session].lengths)
+
+    @property
+    def work(self) -> int:
+        """Grows with every batch, unit of a pass and piece of cache that is dealt with."""
+        return self.stats.batches + self.stats.pass_units + self._transfer.pieces
+
+    def computed(self, session: str) -> int:
+        """Rows of the session computed so far, those of unfinished steps too. Raise `SessionLostError`."""
+        return self._table[session].computed
+
+    def waits_for_room(self, session: str) -> bool:
+        """Whether the session's steps wait for room in the cache. Raise `SessionLostError`."""
+        return self._table[session].holding.growth is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Engine {self.executor.span} · {self.sessions} sessions · cache "
+            f"{self.cache_tokens_used}/{self.cache_tokens} · {self._table.pending_tokens} tokens pending · "
+            f"{self.stats.steps} steps in {self.stats.batches} batches · {len(self.passes.queue)} passes>"
+        )
+
+    # --- life --------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to compute."""
+        self._task = asyncio.create_task(self._batches.run(), name="swarmcore engine")
+        self._task.add_done_callback(self._compute_ended)
+
+    async def close(self) -> None:
+        """End every session and stop; the batch that runs is waited for. Harmless when repeated."""
+        self._stop(SessionLostError("the session was ended: the server is shutting down"))
+        if self._task is not None:
+            # A batch cannot be interrupted; leaving while it computes would free memory under it.
+            await asyncio.wait({self._task}, timeout=CLOSE_TIMEOUT)
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        await self._transfer.finish(CLOSE_TIMEOUT)
+
+    def _stop(self, error: SwarmError) -> None:
+        self._closing = True
+        self._table.close_all(error, draining(), self._now())
+        self.passes.stop(draining())
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._batches.stop()
+
+    def _compute_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("the engine stopped on an unexpected error", exc_info=error)
+            self._stop(RemoteFaultError("the server's engine has stopped; its log has the traceback"))
+
+    # --- what callers ask for ----------------------------------------------------------------------------
+
+    async def open(
+        self,
+        session: str,
+        sequences: int,
+        tokens: int,
+        timeout: float,
+        span: Span | None = None,
+        adapter: Adapter | None = None,
+        caller: str = "",
+    ) -> None:
+        """Admit a session of ``sequences`` sequences, with ``tokens`` of cache (over all of them) set aside.
+
+        Its steps go through the blocks ``span``, by default all that the executor has. A session that passes
+        through a part of them is charged that part of its tokens, in whole pages. All are computed with
+        ``adapter``, whose prefix takes room in every sequence besides its tokens.
+
+        Wait up to ``timeout`` seconds for that room, first come first served; raise `CacheFullError`, with
+        its ``retry_after``, when it does not come free or never could. ``caller`` is whose share of the cache
+        it counts in while others wait. Beyond ``tokens`` the session grows as
+        it goes. Raise `SpanError` for blocks that are not here, `InputError` for numbers that make no sense.
+        """
+        if self._closing:
+            raise draining()
+        if session in self._table.sessions or session in self._table.opening:
+            raise InputError(f"session {session[:8]} is open already; choose a new random name for a new one")
+        if not 0 < sequences <= self.max_sequences:
+            raise InputError(f"a session of {sequences} sequences; expected 1 to {self.max_sequences}")
+        if tokens < 0:
+            raise InputError(f"a session that needs {tokens} cache tokens; expected 0 or more")
+        span = span or self.executor.span
+        check_held(span, self.executor.span)
+        now = self._now()
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        deadline = now + check_timeout(timeout)
+        self._table.request(session, span, sequences, tokens, answer, deadline, now, adapter, caller)
+        self._carry_on()
+        try:
+            await answer
+            check_held(span, self.executor.span)  # which may have changed in the meantime
+        except BaseException:
+            self._table.withdraw(session, self._now())
+            self._carry_on()
+            raise
+        finally:
+            del self._table.opening[session]
+
+    def step(
+        self,
+        session: str,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        hidden: Tensor,
+        *,
+        reply: Literal["all", "last"] = "all",
+        codec: str = "raw",
+        timeout: float,
+        sources: Sequence[int] = (),
+    ) -> asyncio.Future[Tensor]:
+        """Put a step in its session's line; the future is its result, ``[rows, hidden size]`` in ``codec``.
+
+        ``starts`` and ``lengths`` have an entry for each sequence; ``hidden`` holds ``lengths[0]`` rows of
+        the first, and so on. A sequence of length 0 is left alone; a start below its length rolls it back.
+        ``reply`` asks for every row, or for the last row of each sequence that has any. With ``sources``, for
+        beam search, sequence ``i`` first becomes a copy of what sequence ``sources[i]`` was; ``starts`` count
+        from there.
+
+        Steps of a session run in the order of the calls, so the next may be put in line before the result of
+        the one before it is there. Cancelling the future withdraws the step. What is wrong with a step raises
+        here, at once: `SessionLostError`, `InvalidStepError`, `UnknownCodecError`, and `TooManyCallsError`
+        when too much waits. The future raises `DeadlineExceededError` after ``timeout`` seconds in which
+        the engine got nothing done, `CacheFullError` when there was no room for it in that time,
+        `SessionLostError` when the session was ended, or the executor's own error. The session is then as
+        long as it was before the step, but for sequences that the step had begun to roll back: those end at
+        the step's start. Steps in line that build on the failed one fail like it. A step that fails when its
+        caches have been reordered ends the session with `SessionLostError`: what it holds is not what its
+        client takes it for.
+        """
+        found = self._table[session]
+        try:
+            segments = found.segments(starts, lengths, sources)
+            width = self.executor.model.hidden_size
+            check_hidden(hidden, sum(lengths), width, self.max_step_tokens)
+            check_codec(codec)
+            if reply not in ("all", "last"):
+                raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
+            self._check_line(found, hidden.shape[0])
+            now = self._now()
+            timeout = check_timeout(timeout)
+        except SwarmError:
+            self.stats.refusals += 1
+            raise
+        answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        order = () if list(sources) == list(range(len(sources))) else tuple(sources)
+        step = SessionStep(
+            found.span,
+            segments,
+            hidden,
+            reply,
+            codec,
+            now + timeout,
+            order,
+            adapter=found.adapter,
+            session=found,
+            answer=answer,
+            submitted=now,
+            timeout=timeout,
+        )
+        answer.add_done_callback(partial(self._answered, step))
+        if step.decode:
+            self._gathering.arrived(session, now)
+        self._table.submit(step, now)
+        self._carry_on()
+        return answer
+
+    def export_cache(self, session: str, *, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
+        """The session's attention cache, in chunks whose tensors take ``max_bytes`` at most.
+
+        Sequence by sequence, each from its start. The session cannot be evicted meanwhile, and its steps wait
+        until the iterator is exhausted or closed; other sessions go on. Raise `SessionLostError` when there
+        is no such session or it ends, `InputError` when not one token fits in a chunk; `InvalidStepError`
+        at the first chunk while steps of the session are in line.
+        """
+        return self._transfer.export(self._table[session], max_bytes)
+
+    async def import_cache(
+        self,
+        session: str,
+        sequence: int,
+        start: int,
+        count: int,
+        tensors: Sequence[Tensor],
+        *,
+        timeout: float,
+    ) -> None:
+        """Put a `CacheChunk` of another server's session for the same blocks into this one.
+
+        It stands in the session's line like a step of ``count`` tokens at ``start`` would, needs the same
+        room, and raises the same: `SessionLostError`, `InvalidStepError` (also for tensors of another layout
+        or dtype), `TooManyCallsError`; `DeadlineExceededError` or `CacheFullError` after ``timeout`` seconds.
+        When it fails the sequence ends at ``start``.
+        """
+        found = self._table[session]
+        many = len(found.sequences)
+        if not 0 <= sequence < many or count < 1:
+            raise InvalidStepError(
+                f"a cache of {count} tokens for sequence {sequence}; expected 1 or more for "
+                f"one of 0 to {many - 1}"
+            )
+        starts, lengths = [0] * many, [0] * many
+        starts[sequence], lengths[sequence] = start, count
+        [segment] = found.segments(starts, lengths)
+        self._check_line(found, count)
+        now = self._now()
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = CacheImport(
+            session=found,
+            segments=(segment,),
+            timeout=(timeout := check_timeout(timeout)),
+            deadline=now + timeout,
+            tensors=tensors,
+            answer=answer,
+            begin=self._transfer.begin,
+        )
+        answer.add_done_callback(partial(self._answered, turn))
+        self._table.submit(turn, now)
+        self._carry_on()
+        await answer
+
+    def close_session(self, session: str) -> None:
+        """End a session and free its cache: at once, or after the batch that it computes in. Never fails."""
+        self._gathering.closed(session)
+        self._table.close(session, self._now())
+        self._carry_on()
+
+    def _check_line(self, session: EngineSession, rows: int) -> None:
+        if len(session.line) >= self.max_pending_steps:
+            raise TooManyCallsError(
+                f"{len(session.line)} steps of the session wait already; await some before sending more"
+            )
+        own = self._table.pending_by_caller[session.holding.caller]
+        if session.holding.caller and own and own + rows > self.max_pending_tokens // 2:
+            raise TooManyCallsError(
+                f"{own} tokens of yours wait to be computed, and one client may have "
+                f"{self.max_pending_tokens // 2}; await some before sending more"
+            )
+        waiting = self._table.pending_tokens
+        if waiting + rows > self.max_pending_tokens:
+            raise TooManyCallsError(
+                f"{waiting} tokens wait to be computed; try again later, or another server"
+            )
+
+    def _answered(self, turn: Turn, answer: asyncio.Future[Any]) -> None:
+        if turn.done:
+            return
+        # Nobody but the caller ends the future of a step that is not done: it was cancelled.
+        now = self._now()
+        self._table.fail(turn, InvalidStepError("the step was cancelled by its caller"), now)
+        self._table.poll(now)
+        self._carry_on()
+
+    # --- time --------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _wake(self) -> None:
+        self._batches.wake()
+
+    def _carry_on(self) -> None:
+        """After every change of the table: have the batches run, and the timer set."""
+        if self._closing:
+            return
+        if len(self._scheduler):
+            self._batches.wake()
+        when = self._table.wakeup
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if when < math.inf:
+            self._timer = asyncio.get_running_loop().call_at(when, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._table.tick(self._now())
+        self._carry_on()

@@ -1,0 +1,104 @@
+"""Attention caches on their way from one server to another: out in chunks, in through the session's line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+
+import attrs
+
+from swarmcore.engine.session import CacheImport, EngineSession
+from swarmcore.engine.sessions import SessionTable
+from swarmcore.errors import InputError, SessionLostError, SwarmError
+from swarmcore.executor.base import BlockExecutor, translated
+from swarmcore.wire.tensors import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class CacheChunk:
+    """Positions ``start`` to ``start + count`` of one sequence's attention cache."""
+
+    sequence: int
+    """Its number in the session."""
+    start: int
+    count: int
+    tensors: tuple[Tensor, ...]
+    """In the executor's own layout, exact."""
+
+
+class CacheTransfer:
+    """Moves caches out of and into the executor, never while a batch works on them."""
+
+    def __init__(self, executor: BlockExecutor, table: SessionTable, changed: Callable[[], None]) -> None:
+        """``changed`` is called after each change of the table that does not come from a caller."""
+        self._executor = executor
+        self._table = table
+        self._changed = changed
+        self._imports: set[asyncio.Task[None]] = set()
+        self.pieces = 0
+        """Pieces of cache that went out or came in so far."""
+
+    async def export(self, session: EngineSession, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
+        """As `Engine.export_cache`."""
+        at_once = max_bytes // self._executor.cache_bytes_per_token
+        if at_once < 1:
+            raise InputError(
+                f"a token of attention cache takes {self._executor.cache_bytes_per_token} bytes; no chunk of "
+                f"{max_bytes} bytes can hold it"
+            )
+        self._table.hold(session)
+        try:
+            for index, sequence in enumerate(session.sequences):
+                for start in range(0, session.lengths[index], at_once):
+                    count = min(at_once, session.lengths[index] - start)
+                    tensors = await self._executor.export_cache(sequence, start, count)
+                    if session.closed:
+                        raise SessionLostError(f"session {session.name[:8]} ended while it was exported")
+                    self.pieces += 1
+                    yield CacheChunk(index, start, count, tensors)
+        finally:
+            self._table.let_go(session, _now())
+            self._settle()
+
+    def begin(self, turn: CacheImport) -> None:
+        """The turn has its room: have the executor take it in."""
+        task = asyncio.create_task(self._take_in(turn), name="cache import")
+        self._imports.add(task)
+        task.add_done_callback(self._imports.discard)
+
+    async def finish(self, timeout: float) -> None:
+        """Wait until the executor has done what was begun."""
+        if self._imports:
+            await asyncio.wait(self._imports, timeout=timeout)
+
+    async def _take_in(self, turn: CacheImport) -> None:
+        [segment] = turn.segments
+        error: SwarmError | None = None
+        try:
+            await self._executor.import_cache(
+                segment.sequence,
+                turn.session.span,
+                segment.start,
+                segment.count,
+                turn.tensors,
+                turn.session.adapter,
+            )
+        except SwarmError as exc:
+            error = exc
+        except Exception as exc:
+            log.exception("the executor failed to take in %d tokens of attention cache", segment.count)
+            error = translated(exc)
+        self.pieces += 1
+        self._table.imported(turn, error, _now())
+        self._settle()
+
+    def _settle(self) -> None:
+        self._table.poll(_now())
+        self._changed()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,288 @@
+"""The generate protocol on a server: makes texts for clients that have no part of the model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Protocol, Self, Unpack
+
+import attrs
+
+from swarmcore.errors import (
+    BusyError,
+    DeadlineExceededError,
+    ServerDrainingError,
+    StreamClosedError,
+    SwarmError,
+    UnavailableError,
+)
+from swarmcore.generation_settings import GenerationOptions
+from swarmcore.head.queue import HeadLimits, HeadQueue
+from swarmcore.head.request import check_length, prompt_of, settings_of
+from swarmcore.prompts import EncodedPrompt, Prompt
+from swarmcore.registry.base import SwarmView
+from swarmcore.rpc.channel import Channel
+from swarmcore.types import ModelInfo, PeerId, short
+from swarmcore.wire.generate import (
+    AHEAD,
+    GenerationEnded,
+    GenerationStarted,
+    OpenGeneration,
+    TextPiece,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TextInTheMaking(Protocol):
+    """What a head peer needs of a `Generation`."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+    async def __anext__(self) -> str: ...
+
+    def __aiter__(self) -> Self: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+
+class TextModel(Protocol):
+    """What a head peer needs of a `RemoteModel`."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    async def encode(self, prompt: Prompt) -> EncodedPrompt: ...
+
+    def generate(
+        self,
+        prompt: EncodedPrompt,
+        *,
+        adapter: str | None = None,
+        so_far: Sequence[int] = (),
+        **options: Unpack[GenerationOptions],
+    ) -> TextInTheMaking: ...
+
+
+class HeadService:
+    """Serves `GENERATE_PROTOCOL` with one model, within ``limits``.
+
+    Every text has a session of its own, as any client's: servers that fail are replaced under it.
+    """
+
+    def __init__(self, model: TextModel, limits: HeadLimits | None = None, *, source: str = "") -> None:
+        self.model = model
+        self.announced = attrs.evolve(model.info, source=source)
+        """What others are told of the model."""
+        self.limits = limits or HeadLimits()
+        self.queue = HeadQueue(at_once=self.limits.at_once, waiting=self.limits.waiting)
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self._stays: dict[Channel, asyncio.Timeout] = {}
+        self._one_left = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<HeadService {self.model.info.name} · {self.queue!r}>"
+
+    @property
+    def note(self) -> str:
+        """What it is at, in words."""
+        texts = "text" if self.queue.under_way == 1 else "texts"
+        return f"head: makes {self.queue.under_way} {texts} for thin clients, {self.queue.in_line} wait"
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more texts, and wait for up to ``seconds`` for those that are here.
+
+        Return how many are left.
+        """
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._all_left()
+        return len(self._stays)
+
+    async def leave(self, view: SwarmView, own: PeerId, seconds: float) -> None:
+        """Send the clients to other head peers of ``view`` at once; where there are none, let their texts end
+        here, for up to ``seconds``."""
+        others = any(self.model.info in server.heads for server in view if server.peer != own)
+        await self.drain(0.0 if others else seconds)
+        await self.close()
+
+    async def close(self) -> None:
+        """Send the clients that are here elsewhere; they go on there. Harmless when repeated."""
+        self.draining = True
+        for stay in self._stays.values():
+            if not stay.expired():
+                stay.reschedule(asyncio.get_running_loop().time())
+        await self._all_left()
+
+    async def _all_left(self) -> None:
+        while self._stays:
+            self._one_left.clear()
+            await self._one_left.wait()
+
+    async def serve(self, channel: Channel) -> None:
+        """Handle one channel: its text's whole way."""
+        request = channel.opening.record
+        self._check(request)
+        prompt, options = prompt_of(request, self.limits), settings_of(request, self.limits)
+        stay = asyncio.timeout(None)
+        reader = _Reader(channel, stay)
+        reading = asyncio.create_task(reader.run(), name="reader of a text")
+        try:
+            async with stay:
+                self._stays[channel] = stay
+                async with self._turn(channel.remote):
+                    await self._make(channel, reader, request, prompt, options)
+        except TimeoutError as exc:
+            if not stay.expired():
+                raise
+            if reader.end is None:
+                raise ServerDrainingError(
+                    "this head peer leaves; another one can go on with the text"
+                ) from exc
+            if not isinstance(reader.end, StreamClosedError):
+                raise reader.end from exc
+            self.counters["texts_left"] += 1
+        finally:
+            self._stays.pop(channel, None)
+            self._one_left.set()
+            reading.cancel()
+            await asyncio.wait([reading])
+
+    def _check(self, request: OpenGeneration) -> None:
+        info = self.model.info
+        if self.draining:
+            raise ServerDrainingError("this head peer is leaving and takes no new texts")
+        if request.model not in ("", info.fingerprint, info.name):
+            raise UnavailableError(
+                f"model: this head peer makes texts of {info.name} ({info.fingerprint[:12]}), not of "
+                f"{request.model[:100]!r}"
+            )
+
+    @asynccontextmanager
+    async def _turn(self, peer: PeerId) -> AsyncIterator[None]:
+        """A place among the texts that are made. Raise `BusyError` when there is none in time."""
+        now = asyncio.get_running_loop().time
+        try:
+            turn = self.queue.enter(peer)
+        except BusyError:
+            self.counters["texts_refused"] += 1
+            raise
+        began = None
+        try:
+            try:
+                async with asyncio.timeout(self.limits.queue_timeout):
+                    await turn.came.wait()
+            except TimeoutError as exc:
+                self.counters["texts_refused"] += 1
+                raise BusyError(
+                    f"no turn came in {self.limits.queue_timeout:g} s: this head peer makes "
+                    f"{self.queue.at_once} texts at once; try again later, or another one",
+                    retry_after=round(self.queue.retry_after, 1),
+                ) from exc
+            began = now()
+            yield
+        finally:
+            self.queue.leave(turn, 0.0 if began is None else now() - began)
+
+    async def _make(
+        self,
+        channel: Channel,
+        reader: _Reader,
+        request: OpenGeneration,
+        prompt: Prompt,
+        options: GenerationOptions,
+    ) -> None:
+        began = asyncio.get_running_loop().time()
+        encoded = await self.model.encode(prompt)
+        check_length(len(encoded.tokens), self.limits)
+        self.counters["texts"] += 1
+        await self._send(channel, GenerationStarted(self.model.info.fingerprint, len(encoded.tokens)))
+        had = sent = len(request.so_far)
+        adapter = request.adapter or None
+        async with self.model.generate(
+            encoded, adapter=adapter, so_far=request.so_far, **options
+        ) as generation:
+            async for text in generation:
+                tokens = tuple(generation.tokens[sent:])
+                await self._send(channel, TextPiece(text, tokens))
+                sent += len(tokens)
+                self.counters["text_tokens"] += len(tokens)
+                await self._taken(reader, sent - had - AHEAD)
+            rest = tuple(generation.tokens[sent:])
+        ended = GenerationEnded(
+            generation.finish_reason or "length",
+            rest,
+            len(generation.tokens),
+            asyncio.get_running_loop().time() - began,
+        )
+        await self._send(channel, ended)
+        logger.info(
+            "text for %s: %d tokens in %.1f s (%s)",
+            short(channel.remote),
+            len(generation.tokens) - had,
+            ended.seconds,
+            ended.reason,
+        )
+
+    async def _send(self, channel: Channel, record: object) -> None:
+        async with self._patience():
+            await channel.send(record)
+
+    async def _taken(self, reader: _Reader, tokens: int) -> None:
+        """Wait until the client has taken so many."""
+        async with self._patience():
+            await reader.taken(tokens)
+
+    @asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        seconds = self.limits.reader_timeout
+        try:
+            async with asyncio.timeout(seconds) as clock:
+                yield
+        except TimeoutError as exc:
+            if not clock.expired():
+                raise
+            raise DeadlineExceededError(f"the client took nothing of its text for {seconds:g} s") from exc
+
+
+class _Reader:
+    """What the client says while its text is made: how far it is, and that it has enough."""
+
+    def __init__(self, channel: Channel, stay: asyncio.Timeout) -> None:
+        self.end: SwarmError | None = None
+        self._channel = channel
+        self._stay = stay
+        self._tokens = 0
+        self._news = asyncio.Event()
+
+    async def run(self) -> None:
+        """Take what it says, to its end, with which the text ends, too."""
+        try:
+            while True:
+                message = await self._channel.receive()
+                self._tokens = max(self._tokens, message.record.tokens)
+                self._news.set()
+        except SwarmError as exc:
+            self.end = exc
+            if not self._stay.expired():
+                self._stay.reschedule(asyncio.get_running_loop().time())
+
+    async def taken(self, tokens: int) -> None:
+        while self._tokens < tokens:
+            self._news.clear()
+            await self._news.wait()

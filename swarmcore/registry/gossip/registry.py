@@ -1,0 +1,366 @@
+"""The embedded default registry: every member keeps all records, and members tell each other what is new."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from random import Random
+
+from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, UnavailableError
+from swarmcore.registry.base import Change, Registry, SwarmView
+from swarmcore.registry.changes import ChangeReader
+from swarmcore.registry.gossip.anti_entropy import answer_compare, answer_exchange, reconcile
+from swarmcore.registry.gossip.broadcast import Pusher
+from swarmcore.registry.gossip.failure_detector import FailureDetector
+from swarmcore.registry.gossip.join import first_answer
+from swarmcore.registry.gossip.members import Partner, Partners
+from swarmcore.registry.gossip.messages import (
+    CHECK,
+    COMPARE,
+    EXCHANGE,
+    LIFELINE,
+    REPORT,
+    WATCH,
+    CheckAlive,
+    CompareDigests,
+    DigestsCompared,
+    ExchangeRecords,
+    RecordsExchanged,
+)
+from swarmcore.registry.gossip.options import GossipOptions
+from swarmcore.registry.gossip.records import RecordIssuer, SignedRecord, check_info, without_load
+from swarmcore.registry.gossip.replica import Replica
+from swarmcore.registry.gossip.store import Accepted, Drop, RecordStore
+from swarmcore.registry.gossip.suspicion import Suspected
+from swarmcore.registry.gossip.watch_server import Watchers
+from swarmcore.registry.namesake import Namesake, Verdict
+from swarmcore.rpc import Caller, Node
+from swarmcore.tasks import BackgroundTasks
+from swarmcore.types import Address, PeerId, ServerInfo, short
+
+logger = logging.getLogger(__name__)
+
+_WITHDRAWAL_PATIENCE = 3.0
+_CONTEST_PAUSE = 1.0
+_REFUTATION_PAUSE = 1.0
+_MAX_SUSPICIONS = 256  # of one message
+
+
+class GossipRegistry(Registry):
+    """A full member of the registry; every server and bootstrap peer runs one.
+
+    News goes at once to ``options.fanout`` random members, which pass it on in the same way; every
+    ``options.interval`` seconds the records are compared with a random member's, which brings what a push has
+    missed. Members are found in the records themselves: ``bootstrap`` is needed to join, and as the way back
+    after a network split. A member that has announced nothing is not known to others and only hears of news
+    at intervals. A dead member is noticed by those next to it and leaves all views within seconds, whatever
+    its ttl (see `FailureDetector`).
+
+    ``node`` is neither started nor closed here; it has to listen before `start`, and can carry one registry
+    only. In a node that is closed to all but its allowed peers, records of others are dropped.
+
+    ``announce`` keeps the record fresh by itself (every third of its ttl) until `withdraw` or `close`.
+    ``wall_clock`` gives seconds since the epoch: unlike all other times, those in records mean the same to
+    every peer.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        bootstrap: Sequence[Address] = (),
+        *,
+        options: GossipOptions | None = None,
+        rng: Random | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        options = options or GossipOptions()
+        self.node = node
+        self._options = options
+        self._rng = rng or Random()
+        self._issuer = RecordIssuer(node.identity, wall_clock, options.limits)
+        store = RecordStore(
+            own=node.peer, limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers
+        )
+        self._tasks = BackgroundTasks()
+        self._partners = Partners(node.peer, bootstrap, self._rng)
+        self._replica = Replica(store, self._partners, wall_clock)
+        self._detector = FailureDetector(
+            node,
+            self._replica,
+            self._partners,
+            options,
+            self._tasks,
+            spread=self._spread_suspicion,
+            refute=self._refute,
+        )
+        self._replica.on_accepted = self._on_accepted
+        self._replica.on_change = self._on_change
+        self._namesake = Namesake()
+        self._pusher = Pusher(node, self._partners, options, self._detector.suspect)
+        self._watchers = Watchers(store, node.limits, wall_clock, node.resources)
+        self._announced: tuple[ServerInfo, float] | None = None
+        self._refresh: asyncio.TimerHandle | None = None
+        self._refuted_at = -math.inf
+        self._started = False
+        self._clock_warned = False
+        self._closed = False
+        node.serve(COMPARE, self._compare)
+        node.serve(EXCHANGE, self._exchange)
+        node.serve(CHECK, self._detector.check)
+        node.serve(REPORT, self._detector.report)
+        node.serve_protocol(LIFELINE, self._detector.lifelines.serve)
+        node.serve_protocol(WATCH, self._watchers.serve)
+
+    def __repr__(self) -> str:
+        return (
+            f"<GossipRegistry {short(self.node.peer)} {self._replica.store!r} {len(self._watchers)} watching>"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self._namesake.note,) if self._namesake.note else ()
+
+    @property
+    def dropped(self) -> Mapping[Drop, int]:
+        """Records refused so far, by reason."""
+        return self._replica.store.dropped
+
+    async def start(self, known: Iterable[SignedRecord] = ()) -> None:
+        """Fetch all records from the first bootstrap peer that answers, and begin to gossip.
+
+        Without bootstrap peers other than this one there is nobody to ask: this is the first member. Nobody
+        is asked either when there are ``known`` records, from before, that still hold. Raise
+        `PeerUnreachableError`, naming what was tried, when none answers; `start` may then be called again.
+        Peers that were only introduced need not answer.
+        """
+        candidates = self._partners.candidates
+        self._rng.shuffle(candidates)
+        if candidates and not await self._replica.merge(known):
+            try:
+                await first_answer(candidates, self._reconcile)
+            except PeerUnreachableError as exc:
+                if self._partners.bootstrap:
+                    raise
+                logger.warning("a new swarm begins: %s", exc)
+        self._started = True
+        self._detector.start()
+        self._tasks.start(self._pusher.run(), "registry pushes")
+        self._tasks.start(self._anti_entropy(), "registry anti-entropy")
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._refresh is not None:
+            self._refresh.cancel()
+        self._watchers.close()
+        self._replica.close()
+        await self._detector.close()
+        await self._tasks.close()
+
+    async def announce(self, info: ServerInfo, ttl: float) -> None:
+        """Publish ``info`` and keep it fresh until it is replaced or withdrawn, or the registry is closed.
+
+        Returns once it is on its way to others, which does not wait for them. Raise `InputError` when it may
+        not be announced by this peer (see `check_info`), or ``ttl`` or its size is over the limit.
+        """
+        if self._closed:
+            raise UnavailableError("this registry is closed")
+        if self._namesake.shown is not None:
+            check_info(info, self.node.peer)
+            self._announced = info, ttl
+            return
+        if self._announced is None:
+            self._look_for_namesake()
+        self._publish(info, ttl)
+
+    def _look_for_namesake(self) -> None:
+        """Whoever is known under this peer's id: a life of its own that has ended, or another process?"""
+        before = self._replica.store.info(self.node.peer)
+        if before is not None and before.addresses:
+            self._tasks.start(self._call_namesake(before), "registry namesake")
+
+    async def _call_namesake(self, info: ServerInfo) -> None:
+        addresses = [Address.parse(url) for url in info.addresses]
+        if not set(addresses).isdisjoint(self.node.addresses):
+            return
+        with contextlib.suppress(SwarmError):
+            timeout = self._options.check_timeout
+            await self.node.call(addresses, CHECK, CheckAlive(), timeout=timeout, elsewhere=True)
+            self._namesake.answered(info)
+            logger.warning("%s", self._namesake.note)
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        self._replica.store.allow_only(peers)
+
+    def introduce(self, addresses: Sequence[Address]) -> None:
+        """Compare records with those peers at ``addresses`` that are not known as members: if they have a
+        swarm of their own, the two become one, within some intervals. Who does not answer is tried again
+        later, as a lost member is."""
+        for partner in self._partners.introduce(addresses):
+            if self._started:
+                self._tasks.start(self._reconcile_with_one([partner]), "registry introduction")
+
+    async def withdraw(self) -> None:
+        """Take the announcement back, and wait up to three seconds until the next peers know."""
+        if self._announced is None:
+            return
+        self._announced = None
+        if self._refresh is not None:
+            self._refresh.cancel()
+        if self._namesake.shown is not None:  # what is announced is not this process
+            return
+        withdrawal = self._issuer.withdraw()
+        self._replica.apply(withdrawal)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAWAL_PATIENCE):
+                await self._pusher.push_now(withdrawal)
+
+    def view(self) -> SwarmView:
+        return self._replica.store.view()
+
+    def changes(self) -> ChangeReader:
+        return self._replica.feed.reader()
+
+    def suspect(self, peer: PeerId) -> None:
+        """Call ``peer``; if it does not answer, hide it here and tell the swarm, which does likewise."""
+        if not self._closed:
+            self._detector.suspect(peer)
+
+    # --- this peer's own record -----------------------------------------------------------------------
+
+    def _publish(self, info: ServerInfo, ttl: float, *, refuting: bool = False) -> None:
+        record = self._issuer.announce(info, ttl)
+        self._namesake.announced(self._issuer.last_sequence)
+        before = self._announced[0] if self._announced is not None else None
+        self._announced = (info, ttl)
+        outcome = self._replica.apply(record)
+        if outcome is Drop.REPLAYED:  # the clock was set back
+            self._replica.store.forget_sequence(self.node.peer)
+            outcome = self._replica.apply(record)
+        if isinstance(outcome, Drop):
+            raise InternalError(f"this peer dropped its own record as {outcome}")
+        urgent = refuting or (outcome.change is not None and not self._can_wait(before, info))
+        if urgent or self._options.pushes_refresh(ttl):
+            self._pusher.add(self.node.peer, record, urgent=urgent)
+        self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
+
+    def _can_wait(self, before: ServerInfo | None, info: ServerInfo) -> bool:
+        """Whether news of this peer is only of its load, and the swarm too large to hear of it at once."""
+        return (
+            before is not None
+            and len(self._replica.store.view()) > self._options.pushes_load_below
+            and without_load(before) == without_load(info)
+        )
+
+    def _publish_again(self, delay: float) -> None:
+        if self._refresh is not None:
+            self._refresh.cancel()
+        if self._announced is not None and not self._closed:
+            loop = asyncio.get_running_loop()
+            self._refresh = loop.call_later(delay, self._publish, *self._announced)
+
+    def _refute(self, sequence: int) -> None:
+        """Answer a suspicion about the record of that number with a newer one, one a second at most."""
+        loop = asyncio.get_running_loop()
+        if self._announced is None or self._closed or sequence != self._issuer.last_sequence:
+            return
+        if (wait := self._refuted_at + _REFUTATION_PAUSE - loop.time()) > 0:
+            loop.call_later(wait, self._refute, sequence)
+            return
+        self._refuted_at = loop.time()
+        logger.info("suspected to be dead: announcing again")
+        self._publish(*self._announced, refuting=True)
+
+    def _on_accepted(self, record: SignedRecord, accepted: Accepted) -> None:
+        said = accepted.announcement
+        self._watchers.offer(record, accepted)
+        if said.peer != self.node.peer or said.sequence <= self._issuer.last_sequence:
+            return
+        # A record of our own that we did not issue: from before a restart, or from another process.
+        self._issuer.supersede(said.sequence)
+        if self._announced is None:
+            return
+        known = self._namesake.note
+        if self._namesake.heard(said, self._announced[0]) is Verdict.ANNOUNCE:
+            self._publish_again(_CONTEST_PAUSE)
+        elif self._refresh is not None:
+            self._refresh.cancel()
+        if self._namesake.note not in ("", known):
+            logger.warning("%s", self._namesake.note)
+
+    def _on_change(self, change: Change) -> None:
+        self._detector.update(change)
+        if change.kind == "left" and change.info.peer == self.node.peer and self._namesake.shown is not None:
+            self._publish_again(0.0)  # the process that was shown has gone
+
+    # --- gossip ---------------------------------------------------------------------------------------
+
+    async def _anti_entropy(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._options.interval * self._rng.uniform(0.75, 1.25))
+            lost = self._partners.choose_lost(loop.time())
+            await asyncio.gather(
+                self._reconcile_with_one(self._partners.choose(3, loop.time())),
+                self._reconcile_with_one([lost] if lost else []),
+            )
+
+    async def _reconcile_with_one(self, candidates: Sequence[Partner]) -> None:
+        for partner in candidates:
+            try:
+                await self._reconcile(partner)
+            except SwarmError as exc:
+                logger.debug("could not compare records with %s: %s", short(partner.peer), exc)
+            else:
+                return
+
+    async def _reconcile(self, partner: Partner) -> None:
+        now = asyncio.get_running_loop().time
+        try:
+            said = await reconcile(self.node, self._replica, partner, timeout=self._options.timeout)
+        except SwarmError:
+            self._partners.failed(partner.peer, now())
+            self._detector.suspect(partner.peer)
+            raise
+        self._partners.answered(partner.peer)
+        self._detector.reached(partner.peer)
+        self._detector.hearsay(said.hidden, partner.peer, newcomer=not self._started)
+        self._check_clock(said.ahead, partner.peer)
+
+    def _check_clock(self, ahead: float, peer: PeerId) -> None:
+        off = abs(ahead) > self._replica.store.limits.max_skew
+        if off and not self._clock_warned:
+            logger.warning(
+                "the clock of %s is %+.0f s off this one; records are dropped above %.0f s: set the clocks",
+                short(peer),
+                ahead,
+                self._replica.store.limits.max_skew,
+            )
+        self._clock_warned = off
+
+    async def _compare(self, request: CompareDigests, caller: Caller) -> DigestsCompared:
+        self._refuse_when_closed()
+        return answer_compare(self._replica, request)
+
+    async def _exchange(self, request: ExchangeRecords, caller: Caller) -> RecordsExchanged:
+        self._refuse_when_closed()
+        reply, news = await answer_exchange(self.node, self._replica, request)
+        if request.spread:
+            for record, accepted in news:
+                said = accepted.announcement
+                urgent = accepted.change is not None or not self._options.pushes_refresh(said.ttl)
+                self._pusher.add(said.peer, record, urgent=urgent)
+        for suspected in request.suspected[:_MAX_SUSPICIONS]:
+            self._detector.suspicion_heard(suspected)
+        return reply
+
+    def _spread_suspicion(self, suspected: Suspected) -> None:
+        self._watchers.suspect(suspected.peer, suspected.sequence)
+        self._pusher.add_suspicion(suspected)
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise UnavailableError("this peer has left the registry; ask another one")

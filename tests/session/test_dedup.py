@@ -1,0 +1,88 @@
+import attrs
+import pytest
+
+from swarmcore.errors import InvalidStepError, SessionLostError
+from swarmcore.session.dedup import StepLedger
+from swarmcore.wire.messages import Step
+
+
+def step(number: int, start: int = 0) -> Step:
+    return Step(number, (start,), (1,))
+
+
+def test_a_repeated_step_finds_its_answer():
+    ledger: StepLedger[str] = StepLedger(depth=2)
+    assert ledger.repeated(step(0)) is None
+    ledger.remember(step(0), "zero")
+    assert ledger.repeated(step(0)) == "zero"
+    assert ledger.repeated(step(1)) is None
+
+
+def test_only_the_latest_steps_are_remembered():
+    ledger: StepLedger[int] = StepLedger(depth=2)
+    for number in range(4):
+        ledger.remember(step(number), number)
+    assert ledger.repeated(step(2)) == 2
+    with pytest.raises(InvalidStepError, match="no longer remembered"):
+        ledger.repeated(step(1))
+
+
+def test_a_number_cannot_be_used_for_other_tokens():
+    ledger: StepLedger[str] = StepLedger(depth=2)
+    ledger.remember(step(0), "zero")
+    with pytest.raises(InvalidStepError, match="other positions"):
+        ledger.repeated(attrs.evolve(step(0), lengths=(2,)))
+
+
+def test_a_failed_step_may_come_again():
+    ledger: StepLedger[str] = StepLedger(depth=2)
+    ledger.remember(step(0), "zero")
+    ledger.remember(step(1), "one")
+    ledger.forget(step(1))
+    assert ledger.repeated(step(1)) is None
+    assert ledger.repeated(step(0)) == "zero"
+
+
+def test_steps_that_failed_together_may_all_come_again():
+    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger.remember(step(0), "zero")
+    for number in (1, 2):
+        ledger.remember(attrs.evolve(step(number), settled=1), "to be")
+    for number in (1, 2):
+        ledger.forget(step(number))
+    assert ledger.repeated(step(1)) is None
+    with pytest.raises(InvalidStepError, match="no longer remembered"):
+        ledger.repeated(step(0))
+
+
+def test_settled_steps_are_forgotten_and_a_step_in_the_future_settles_only_itself():
+    ledger: StepLedger[str] = StepLedger(depth=4)
+    for number in range(3):
+        ledger.remember(attrs.evolve(step(number), settled=number), "answer")
+        assert len(ledger) == 1
+    ledger.remember(attrs.evolve(step(3), settled=10**18), "answer")
+    assert len(ledger) == 0
+    assert ledger.repeated(step(4)) is None
+
+
+def test_what_was_sent_before_is_outdated():
+    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger.remember(attrs.evolve(step(1), attempt=1), "one")
+    assert ledger.outdated(step(1))
+    assert ledger.outdated(step(0)), "it was given up: a later one has come"
+    assert not ledger.outdated(attrs.evolve(step(1), attempt=1))
+    assert not ledger.outdated(step(2))
+    ledger.repeated(attrs.evolve(step(1), attempt=3))
+    assert ledger.outdated(attrs.evolve(step(1), attempt=2))
+
+
+def test_a_step_whose_answer_was_dropped_is_not_computed_twice():
+    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger.remember(step(0), "large")
+    ledger.remember(step(1), "small")
+    assert ledger.answers == ["large", "small"]
+    ledger.drop_answers(lambda answer: answer == "large")
+    assert ledger.answers == ["small"]
+    with pytest.raises(SessionLostError, match="had to make room"):
+        ledger.repeated(step(0))
+    assert ledger.repeated(step(1)) == "small"

@@ -1,0 +1,172 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmcore.errors import InvalidStepError, ProtocolError
+from swarmcore.session.steps import SessionLaps
+from swarmcore.types import PeerId
+from swarmcore.wire.messages import Hop, StepOutput
+
+HOPS = [Hop(PeerId(f"p{i}"), (), f"{i:032x}", i * 4, i * 4 + 4) for i in range(3)]
+
+
+def laps(sequences: int = 1, **options) -> SessionLaps:
+    return SessionLaps(HOPS, sequences=sequences, **options)
+
+
+def run(session: SessionLaps, *lengths: int, starts=None):
+    lap = session.begin(lengths, starts, "last", chunk_rows=100)
+    for chunk in lap.chunks:
+        session.settle(chunk)
+    return lap
+
+
+def test_a_lap_goes_straight_through_the_chain():
+    session = laps()
+    lap = session.begin([5], None, "last", chunk_rows=100)
+    step = session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0)
+    assert step.chain == tuple(HOPS[1:])
+    assert step.reply == "last"
+    assert session.received(2, StepOutput(step.step, 12)) is None
+
+
+def test_positions_move_when_chunks_come_home():
+    session = laps(2)
+    run(session, 3, 5)
+    run(session, 1, 0)
+    assert session.positions == (4, 5)
+
+
+def test_an_abandoned_lap_leaves_the_positions_where_it_started():
+    session = laps()
+    run(session, 9)
+    session.abandon(session.begin([2], [4], "last", chunk_rows=100))
+    assert session.positions == (4,)
+    session.abandon(session.begin([2], None, "last", chunk_rows=100))
+    assert session.positions == (4,)
+
+
+def test_a_hop_that_a_server_cannot_make_is_carried_from_then_on():
+    session = laps()
+    lap = session.begin([5], None, "last", chunk_rows=100)
+    assert session.received(0, StepOutput(0, 4, undelivered="no route")) == 1
+    onward = session.step_for(1, lap.chunks[0], codec="raw", deadline=1.0)
+    assert onward.chain == (HOPS[2],)
+    assert onward.reply == "last"
+    session.settle(lap.chunks[0])
+    lap = session.begin([1], None, "last", chunk_rows=100)
+    first = session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0)
+    assert first.chain == ()
+    assert first.reply == "all", "an output that is to be carried on must be whole"
+
+
+def test_a_carried_hop_known_at_opening_is_never_tried():
+    session = laps(carried=[1])
+    lap = session.begin([5], None, "last", chunk_rows=100)
+    step = session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0)
+    assert step.chain == (HOPS[1],)
+    assert session.received(1, StepOutput(step.step, 8)) == 2
+
+
+def test_an_output_of_other_blocks_is_refused():
+    session = laps()
+    session.begin([5], None, "last", chunk_rows=100)
+    with pytest.raises(ProtocolError, match="block 7"):
+        session.received(2, StepOutput(0, 7))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "starts"),
+    [
+        ([1], None),
+        ([1, 2, 3], None),
+        ([0, 0], None),
+        ([-1, 2], None),
+        ([1, 1], [0]),
+        ([1, 1], [1, 0]),
+        ([1, 1], [-1, 0]),
+    ],
+)
+def test_laps_that_do_not_fit_the_session_are_refused(lengths, starts):
+    with pytest.raises(InvalidStepError):
+        laps(2).begin(lengths, starts, "last", chunk_rows=100)
+
+
+def test_rollback_is_only_to_what_is_cached():
+    session = laps(2)
+    run(session, 3, 5)
+    session.rollback([1, 5])
+    assert session.positions == (1, 5)
+    with pytest.raises(InvalidStepError):
+        session.rollback([2, 5])
+    with pytest.raises(InvalidStepError):
+        session.rollback([1])
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    chunk_rows=st.integers(1, 50),
+    cached=st.integers(0, 7),
+)
+def test_chunks_cover_every_row_once_and_in_order(lengths, chunk_rows, cached):
+    session = laps(len(lengths))
+    session.positions = (cached,) * len(lengths)
+    lap = session.begin(lengths, None, "last", chunk_rows=chunk_rows)
+    rows = [row for chunk in lap.chunks for row in range(chunk.first_row, chunk.first_row + chunk.rows)]
+    assert rows == list(range(sum(lengths)))
+    at = [cached] * len(lengths)
+    for chunk in lap.chunks:
+        assert chunk.rows <= chunk_rows
+        assert list(chunk.starts) == at
+        at = [start + length for start, length in zip(at, chunk.lengths, strict=True)]
+    assert at == [cached + length for length in lengths]
+    assert [chunk.step for chunk in lap.chunks] == list(range(len(lap.chunks)))
+
+
+def test_a_lap_may_reorder_its_sequences():
+    session = laps(3)
+    run(session, 4, 2, 7)
+    lap = session.begin([1, 1, 0], None, "last", chunk_rows=1, sources=[2, 2, 0])
+    assert lap.starts == (7, 7, 4)
+    assert [chunk.sources for chunk in lap.chunks] == [(2, 2, 0), ()], "once is enough"
+    assert session.reordering(lap)
+    session.abandon(lap)
+    assert session.positions == (4, 2, 7), "nothing of it came home"
+    session.settle(lap.chunks[0])
+    session.abandon(lap)
+    assert session.positions == (7, 7, 4), "the sequences are reordered for good"
+
+
+@pytest.mark.parametrize("sources", [[0], [0, 2], [0, -1]])
+def test_sources_are_sequences_of_the_session(sources):
+    with pytest.raises(InvalidStepError):
+        laps(2).begin([1, 1], None, "last", chunk_rows=9, sources=sources)
+
+
+def test_stages_can_be_replaced_by_more_or_fewer():
+    session = laps(carried=[0, 2])
+    halves = [Hop(PeerId("a"), (), "a" * 32, 4, 6), Hop(PeerId("b"), (), "b" * 32, 6, 8)]
+    session.replace(1, 1, halves, carried=[0])
+    assert session.hops == (HOPS[0], *halves, HOPS[2])
+    assert session.carried == {1, 3}, "the stage before is tried again, those behind keep their ways"
+    whole = Hop(PeerId("c"), (), "c" * 32, 0, 12)
+    session.replace(0, 3, [whole])
+    assert session.hops == (whole,)
+    assert session.carried == frozenset()
+
+
+def test_a_replay_ends_where_the_new_stages_do():
+    session = laps(2)
+    chunks = session.replay([0, 3], [6, 5], until=8, reply="none", chunk_rows=5)
+    assert [(chunk.starts, chunk.lengths) for chunk in chunks] == [((0, 3), (5, 0)), ((5, 3), (1, 2))]
+    step = session.step_for(0, chunks[0], codec="raw", deadline=1.0, journal="client")
+    assert step.chain == (HOPS[1],)
+    assert (step.replay, step.reply, step.journal) == (True, "none", "client")
+    assert session.replay([4, 4], [4, 4], until=8, reply="none", chunk_rows=5) == []
+
+
+def test_a_step_tells_what_has_come_home():
+    session = laps()
+    run(session, 3)
+    lap = session.begin([1], None, "last", chunk_rows=9)
+    assert session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0, attempt=2).settled == 1

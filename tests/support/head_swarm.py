@@ -1,0 +1,159 @@
+"""Head peers on a network in memory, with a text model that counts, and a client without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+
+from swarmcore.client.generation.detokenizer import GeneratedPieces
+from swarmcore.client.swarm import Swarm
+from swarmcore.errors import InputError
+from swarmcore.head.queue import HeadLimits
+from swarmcore.head.service import HeadService
+from swarmcore.identity import Identity
+from swarmcore.prompts import EncodedPrompt
+from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
+from swarmcore.rpc.node import Node
+from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
+from swarmcore.types import ModelInfo, ServerInfo
+from swarmcore.wire.protocols import GENERATE_PROTOCOL
+
+COUNTING = ModelInfo("counting", "c0" * 32, 4, 8)
+END = 250
+
+
+def counted(prompt: str, count: int, seed: int = 0) -> list[int]:
+    """The tokens that follow a prompt."""
+    first = sum(prompt.encode()) + seed
+    return [(first + 7 * place) % END for place in range(count)]
+
+
+def said(tokens: Sequence[int]) -> str:
+    return "".join(f"{token} " for token in tokens)
+
+
+class CountedText(GeneratedPieces[str]):
+    """A text in the making."""
+
+    def __init__(self, model: CountingText, first: int, so_far: Sequence[int], count: int) -> None:
+        self.tokens = list(so_far)
+        self.finish_reason: str | None = None
+        super().__init__(self._make(model, first, count))
+
+    async def _make(self, model: CountingText, first: int, count: int) -> AsyncGenerator[str, None]:
+        model.under_way += 1
+        model.most_under_way = max(model.most_under_way, model.under_way)
+        try:
+            while len(self.tokens) < count:
+                await asyncio.sleep(model.seconds)
+                if model.error is not None and len(self.tokens) >= model.error_after:
+                    raise model.error
+                self.tokens.append((first + 7 * len(self.tokens)) % END)
+                model.made += 1
+                if len(self.tokens) % model.silent == 0:
+                    yield said(self.tokens[-model.silent :])
+            self.finish_reason = "length"
+        finally:
+            model.under_way -= 1
+
+
+@attrs.define(eq=False)
+class CountingText:
+    """A `TextModel` without torch. Each token takes ``seconds``, and each ``silent`` of them make a piece."""
+
+    info: ModelInfo = COUNTING
+    seconds: float = 0.1
+    silent: int = 1
+    error: Exception | None = None
+    error_after: int = 0
+    made: int = 0
+    under_way: int = 0
+    most_under_way: int = 0
+
+    async def encode(self, prompt: Any) -> EncodedPrompt:
+        if not isinstance(prompt, str):
+            raise InputError("only texts can be counted on")
+        return EncodedPrompt(list(prompt.encode()), [])
+
+    def generate(
+        self, prompt: EncodedPrompt, *, adapter: str | None = None, so_far: Sequence[int] = (), **options: Any
+    ) -> CountedText:
+        first = sum(prompt.tokens) + (options["seed"] or 0)
+        return CountedText(self, first, so_far, options["max_new_tokens"] or 256)
+
+
+@attrs.define(eq=False)
+class HeadPeer:
+    node: Node
+    transport: MemoryTransport
+    registry: MemoryRegistry
+    model: CountingText
+    service: HeadService
+
+    async def announce(self, **changes: Any) -> None:
+        info = ServerInfo(self.node.peer, tuple(map(str, self.node.addresses)), heads=(self.model.info,))
+        await self.registry.announce(attrs.evolve(info, **changes), 3600)
+
+    async def kill(self) -> None:
+        """Vanish, as by SIGKILL; nobody withdraws anything."""
+        await self.transport.crash()
+
+
+@attrs.define(eq=False)
+class HeadSwarm:
+    network: MemoryNetwork
+    directory: MemoryDirectory
+    random: random.Random
+    client: Swarm
+    heads: list[HeadPeer] = attrs.field(factory=list)
+    others: list[Swarm] = attrs.field(factory=list)
+
+    async def add(self, model: CountingText | None = None, limits: HeadLimits | None = None) -> HeadPeer:
+        identity = Identity.from_seed(self.random.randbytes(32))
+        transport = self.network.transport(identity)
+        node = Node(identity, [transport])
+        await node.start()
+        service = HeadService(model or CountingText(), limits)
+        node.serve_protocol(GENERATE_PROTOCOL, service.serve)
+        registry = MemoryRegistry(node.peer, self.directory)
+        head = HeadPeer(node, transport, registry, service.model, service)  # type: ignore[arg-type]
+        await registry.start()
+        await head.announce()
+        self.heads.append(head)
+        return head
+
+    async def another_client(self) -> Swarm:
+        swarm = await _client(self.network, self.directory, self.random).__aenter__()
+        self.others.append(swarm)
+        return swarm
+
+
+def _client(network: MemoryNetwork, directory: MemoryDirectory, rng: random.Random) -> Swarm:
+    identity = Identity.from_seed(rng.randbytes(32))
+    node = Node(identity, [network.transport(identity, listen=False)])
+    return Swarm(node, MemoryRegistry(node.peer, directory), rng=rng)
+
+
+@asynccontextmanager
+async def head_swarm(*models: Any, limits: HeadLimits | None = None) -> AsyncIterator[HeadSwarm]:
+    """Head peers of these models, and a client; at the end no text is under way."""
+    network, directory, rng = MemoryNetwork(), MemoryDirectory(), random.Random(5)
+    async with _client(network, directory, rng) as client:
+        swarm = HeadSwarm(network, directory, rng, client)
+        try:
+            for model in models:
+                await swarm.add(model, limits)
+            yield swarm
+        finally:
+            for other in swarm.others:
+                await other.close()
+            for head in swarm.heads:
+                await head.service.close()
+                await head.registry.close()
+                await head.node.close()
+    assert not any(head.service.queue.under_way for head in swarm.heads)

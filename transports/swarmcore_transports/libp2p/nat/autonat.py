@@ -1,0 +1,247 @@
+"""Peers that dial each other back, to find out which addresses can be reached from outside.
+
+The library's AutoNAT answers "reachable" for a closed port, because it counts the connection that is there
+already. Here the peer that is asked makes a fresh one, as far as the proof of who answers, and closes it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+import attrs
+import trio
+from libp2p.abc import INetConn, INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
+from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
+
+from swarmcore.errors import PeerUnreachableError
+from swarmcore.types import PeerId, short
+from swarmcore.wire.framing import decode_record, encode_record
+from swarmcore_transports.libp2p.connections import remote_host
+from swarmcore_transports.libp2p.multiaddrs import on_host, port_of, reach
+from swarmcore_transports.libp2p.nat.reachability import Reachability
+
+if TYPE_CHECKING:
+    from swarmcore_transports.libp2p.host import Host
+
+logger = logging.getLogger(__name__)
+
+Record = TypeVar("Record")
+
+PROTOCOL = TProtocol("/swarmcore/dialback/1")
+
+MAX_PORTS = 8
+"""Most ports dialled for one request; further ones are ignored."""
+
+_GAP_SECONDS = 15.0
+"""A peer is dialled back at most this often, and all at one IP address `_PER_HOST` times a minute."""
+
+_PER_HOST = 8
+_MINUTE = 60.0
+_MAX_RECENT = 4096
+_MAX_AT_A_TIME = 8
+
+_DIAL_SECONDS = 3.0
+_ANSWER_SECONDS = 10.0
+_CLOSE_SECONDS = 1.0
+_MAX_MESSAGE = 1024
+
+
+@attrs.frozen
+class DialBackRequest:
+    """Dial the address that you see me at, at these ports."""
+
+    ports: tuple[int, ...] = ()
+
+
+@attrs.frozen
+class DialBackReply:
+    """Which ports answered at ``host``, the IP address at which the asker is seen."""
+
+    host: str = ""
+    reached: tuple[int, ...] = ()
+    refused: str = ""
+    """Why nothing was dialled; empty when it was."""
+
+
+class DialBackRates:
+    """A plain object: who may be dialled back at the moment. What it remembers is bounded."""
+
+    def __init__(self) -> None:
+        self._recent: dict[PeerId, tuple[float, str]] = {}
+
+    def admit(self, peer: PeerId, host: str, now: float) -> str:
+        """Why ``peer``, seen at ``host``, is not dialled; empty, and counted, when it is."""
+        self._recent = {by: (at, of) for by, (at, of) in self._recent.items() if now - at < _MINUTE}
+        at, _ = self._recent.get(peer, (float("-inf"), ""))
+        if now - at < _GAP_SECONDS:
+            return f"asked less than {_GAP_SECONDS:g} s ago"
+        if sum(of == host for _, of in self._recent.values()) >= _PER_HOST:
+            return f"{host} was dialled {_PER_HOST} times in a minute"
+        if len(self._recent) >= _MAX_RECENT:
+            return "too many peers ask"
+        self._recent[peer] = (now, host)
+        return ""
+
+
+class DialBack:
+    """Asks peers to dial this one, puts what they reached into `own`, and dials those that ask. In trio."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._rates = DialBackRates()
+        self._free = trio.CapacityLimiter(_MAX_AT_A_TIME)
+        self._asked_about: set[int] = set()
+        self._woken = trio.Event()
+        self.reachability = Reachability()
+        self.standing = "nobody has tried to reach this peer from outside"
+        """Whether this peer is reached from outside, in words."""
+
+    # --- asking ---------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve, and ask connected peers whenever there is something to ask."""
+        self._host.serve(PROTOCOL, self._answer)
+        self._host.notices.on_connected.append(lambda connection: self._woken.set())
+        self._host.own.watch(lambda: self._woken.set())
+        while True:
+            self._woken = trio.Event()
+            ports = self._ports()
+            if ports != self._asked_about:
+                self._asked_about = ports
+                self.reachability.forget()
+            if ports:
+                await self._ask_those_due(sorted(ports))
+            self._tell()
+            with trio.CancelScope(deadline=self.reachability.next_at(trio.current_time())):
+                await self._woken.wait()
+
+    def again(self) -> None:
+        """This machine is on another network: what peers have found out before is no longer so."""
+        self.reachability.forget()
+        self._woken.set()
+
+    def _tell(self) -> None:
+        now = trio.current_time()
+        verified = self.reachability.verified(now)
+        verdict = self.reachability.verdict(now)
+        if verdict is None:
+            standing = "nobody has tried to reach this peer from outside"
+        elif verdict:
+            standing = f"reachable from outside at {', '.join(map(str, verified))}"
+        else:
+            standing = "not reachable from outside: no peer that tried got through"
+        if standing != self.standing:
+            self.standing = standing
+            logger.info("%s is %s", short(self._host.peer), standing)
+        self._host.own.put("verified", verified)
+
+    def _ports(self) -> set[int]:
+        own = [*self._host.own.of("mapped"), *self._host.own.of("listening")]
+        return set([port_of(address) for address in own if reach(address) != "loopback"][:MAX_PORTS])
+
+    async def _ask_those_due(self, ports: list[int]) -> None:
+        outside = {}
+        for connection in self._host.swarm.get_connections():
+            seen_at = remote_host(connection)
+            if seen_at and reach(on_host(seen_at, 1)) == "public":
+                outside[PeerId(str(connection.muxed_conn.peer_id))] = connection
+        due = self.reachability.to_ask(list(outside), trio.current_time())
+        async with trio.open_nursery() as nursery:
+            for peer in due:
+                nursery.start_soon(self._ask_one, peer, outside[peer], ports)
+
+    async def _ask_one(self, peer: PeerId, connection: INetConn, ports: list[int]) -> None:
+        now = trio.current_time()
+        try:
+            reply = await self.ask(connection, ports)
+            tried = [on_host(reply.host, port) for port in ports]
+            if reach(tried[0]) != "public":
+                raise PeerUnreachableError(f"it sees this peer at {reply.host}, which is not public")
+            reached = [on_host(reply.host, port) for port in ports if port in reply.reached]
+        except Exception as exc:
+            logger.debug("%s does not dial back: %r", short(peer), exc)
+            self.reachability.silent(peer, now)
+        else:
+            self.reachability.answered(peer, tried, reached, now)
+
+    async def ask(self, connection: INetConn, ports: list[int]) -> DialBackReply:
+        """Have the peer of ``connection`` dial back at ``ports``.
+
+        Raise `PeerUnreachableError` when it refuses, and whatever libp2p raises when it does not answer.
+        """
+        with trio.fail_after(_ANSWER_SECONDS):
+            stream = await self._host.open_on(connection, PROTOCOL)
+            try:
+                await _write(stream, DialBackRequest(tuple(ports)))
+                reply: DialBackReply = await _read(stream, DialBackReply)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
+                    await stream.reset()
+        if reply.refused:
+            raise PeerUnreachableError(f"{short(str(stream.muxed_conn.peer_id))} refuses: {reply.refused}")
+        return reply
+
+    # --- answering ------------------------------------------------------------------------------------
+
+    async def _answer(self, stream: INetStream) -> None:
+        """Dial the IP address that the asker's own connection comes from, and no other."""
+        with trio.fail_after(_ANSWER_SECONDS):
+            request: DialBackRequest = await _read(stream, DialBackRequest)
+            peer = stream.muxed_conn.peer_id
+            at = remote_host(self._host.connection_of(stream))
+            if at is None:
+                reply = DialBackReply(refused="only those that are connected directly are dialled back")
+            elif not self._host.allows(PeerId(str(peer))):
+                reply = DialBackReply(refused="this swarm is closed; ask its owner to be allowed")
+            elif refused := self._rates.admit(PeerId(str(peer)), at, trio.current_time()):
+                reply = DialBackReply(refused=refused)
+            else:
+                ports = [port for port in dict.fromkeys(request.ports) if 0 < port < 2**16][:MAX_PORTS]
+                reply = DialBackReply(at, await self._reached(peer, at, ports))
+            await _write(stream, reply)
+            await stream.close()
+
+    async def _reached(self, peer: ID, at: str, ports: list[int]) -> tuple[int, ...]:
+        reached = []
+
+        async def dial(port: int) -> None:
+            if await self._answers(peer, on_host(at, port)):
+                reached.append(port)
+
+        async with self._free, trio.open_nursery() as nursery:
+            for port in ports:
+                nursery.start_soon(dial, port)
+        return tuple(sorted(reached))
+
+    async def _answers(self, peer: ID, address: Multiaddr) -> bool:
+        """Whether ``peer`` proves itself at ``address``.
+
+        The connection never becomes one of the host's: no stream could land on it before it is closed.
+        """
+        connection = None
+        try:
+            with trio.fail_after(_DIAL_SECONDS):
+                connection = await self._host.dial_raw(address)
+                await self._host.swarm.upgrader.upgrade_security(connection, True, peer)
+            return True
+        except Exception as exc:
+            logger.debug("dialling %s back at %s: %r", short(str(peer)), address, exc)
+            return False
+        finally:
+            if connection is not None:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
+                    await connection.close()
+
+
+async def _write(stream: INetStream, record: DialBackRequest | DialBackReply) -> None:
+    await stream.write(encode_varint_prefixed(encode_record(record)))
+
+
+async def _read(stream: INetStream, record_type: type[Record]) -> Record:
+    data = await read_varint_prefixed_bytes_limited(stream, _MAX_MESSAGE)
+    record: Record = decode_record(data, record_type)
+    return record

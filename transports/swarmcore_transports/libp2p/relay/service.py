@@ -1,0 +1,183 @@
+"""The service of a circuit relay (version 2): places for peers that nobody can dial, and circuits to them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+from libp2p.abc import INetStream
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, Reservation, StopMessage
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as PeerMessage
+from libp2p.relay.circuit_v2.protocol import PROTOCOL_ID as HOP
+from libp2p.relay.circuit_v2.protocol import STOP_PROTOCOL_ID as STOP
+from libp2p.relay.circuit_v2.protocol_buffer import StatusCode, to_proto_status
+from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_msg
+from multiaddr import Multiaddr
+
+from swarmcore.types import PeerId, short
+from swarmcore_transports.libp2p.multiaddrs import is_relayed
+from swarmcore_transports.libp2p.relay.limits import Circuit, Refusal, RelayAccounts, RelayLimits, Way
+
+if TYPE_CHECKING:
+    from swarmcore_transports.libp2p.host import Host
+
+logger = logging.getLogger(__name__)
+
+_OK = to_proto_status(StatusCode.OK)
+_ANSWER_SECONDS = 10.0
+"""How long a peer may take to say what it wants, or whether it takes a circuit."""
+
+_RESET_SECONDS = 1.0
+_PIECE = 64 * 1024
+
+
+class RelayService:
+    """Relays for others while ``offers()`` is true; what it gives is bounded by ``limits``. Lives in trio.
+
+    Neither places nor circuits are for peers that the host does not allow.
+    """
+
+    def __init__(self, host: Host, limits: RelayLimits, offers: Callable[[], bool]) -> None:
+        self._host = host
+        self._offers = offers
+        self._accounts = RelayAccounts(limits)
+        self._offered = False
+        self._changed = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<RelayService {'on' if self._offered else 'off'} · {self._accounts!r}>"
+
+    async def run(self) -> None:
+        """Offer the service whenever it is to be offered, and tell connected peers when that changes."""
+        self._host.own.watch(self._wake)
+        while True:
+            self._changed = trio.Event()
+            if self._offers() != self._offered:
+                self._offered = not self._offered
+                if self._offered:
+                    self._host.serve(HOP, self._answer)
+                else:
+                    self._host.stop_serving(HOP)
+                await self._host.tell_protocols()
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    async def _answer(self, stream: INetStream) -> None:
+        asker = PeerId(str(stream.muxed_conn.peer_id))
+        try:
+            with trio.fail_after(_ANSWER_SECONDS):
+                ask = await read_delimited_msg(stream, HopMessage)
+            if self._host.path_of(stream) == "relayed" or not self._host.allows(asker):
+                raise Refusal(StatusCode.PERMISSION_DENIED)
+            now = trio.current_time()
+            self._accounts.drop(self._is_near, now)
+            if ask.type == HopMessage.RESERVE:
+                await self._reserve(stream, now)
+            elif ask.type == HopMessage.CONNECT:
+                await self._connect(stream, ID(ask.peer.id), now)
+            else:
+                raise Refusal(StatusCode.MALFORMED_MESSAGE)
+        except Refusal as refusal:
+            logger.debug("%s is refused a relay: %s", short(asker), refusal.status.name)
+            await self._say(stream, HopMessage(type=HopMessage.STATUS), refusal.status)
+            await stream.close()
+
+    def _is_near(self, peer: PeerId) -> bool:
+        return bool(self._host.connections(ID.from_string(peer), direct=True))
+
+    @staticmethod
+    def _host_of(stream: INetStream) -> str:
+        """The IP address of the asker, or its id where that is not known."""
+        remote = stream.get_remote_address()
+        return remote[0] if remote else str(stream.muxed_conn.peer_id)
+
+    @staticmethod
+    async def _say(stream: INetStream, message: HopMessage, status: StatusCode) -> None:
+        message.status = to_proto_status(status)
+        with trio.fail_after(_ANSWER_SECONDS):
+            await write_delimited_msg(stream, message)
+
+    def _limit(self) -> Limit:
+        limits = self._accounts.limits
+        return Limit(duration=int(limits.circuit_seconds), data=limits.circuit_bytes)
+
+    # --- places ---------------------------------------------------------------------------------------
+
+    async def _reserve(self, stream: INetStream, now: float) -> None:
+        """Keep a place for the peer that Noise has proven to be at the other end, and for no other."""
+        self._accounts.reserve(PeerId(str(stream.muxed_conn.peer_id)), self._host_of(stream), now)
+        # The protocol wants the time of day.
+        until = int(time.time() + self._accounts.limits.reservation_seconds)
+        own = [
+            Multiaddr(f"{address}/p2p/{self._host.peer}")
+            for address in self._host.own.all()
+            if not is_relayed(address)
+        ]
+        reservation = Reservation(expire=until, addrs=[address.to_bytes() for address in own])
+        message = HopMessage(type=HopMessage.STATUS, reservation=reservation, limit=self._limit())
+        await self._say(stream, message, StatusCode.OK)
+        await stream.close()
+
+    # --- circuits -------------------------------------------------------------------------------------
+
+    async def _connect(self, near: INetStream, target: ID, now: float) -> None:
+        circuit = self._accounts.open(self._host_of(near), PeerId(str(target)), now)
+        far: INetStream | None = None
+        try:
+            far = await self._reach(target, near.muxed_conn.peer_id)
+            await self._say(near, HopMessage(type=HopMessage.STATUS, limit=self._limit()), StatusCode.OK)
+            with trio.move_on_after(self._accounts.limits.circuit_seconds):
+                async with trio.open_nursery() as nursery:
+                    # A circuit is one connection: when one half ends, all of it does.
+                    scope = nursery.cancel_scope
+                    nursery.start_soon(self._pass_on, circuit, Way.THERE, near, far, scope)
+                    nursery.start_soon(self._pass_on, circuit, Way.BACK, far, near, scope)
+            await _reset(near)
+        finally:
+            self._accounts.close(circuit)
+            if far:
+                await _reset(far)
+
+    async def _reach(self, target: ID, source: ID) -> INetStream:
+        """A stream to ``target`` that it has taken as a circuit from ``source``."""
+        message = StopMessage(
+            type=StopMessage.CONNECT, peer=PeerMessage(id=source.to_bytes()), limit=self._limit()
+        )
+        far: INetStream | None = None
+        try:
+            with trio.fail_after(_ANSWER_SECONDS):
+                far = await self._host.new_stream(target, STOP)
+                await write_delimited_msg(far, message)
+                answer = await read_delimited_msg(far, StopMessage)
+            if answer.status != _OK:
+                raise Refusal(StatusCode.CONNECTION_FAILED)
+        except BaseException as exc:
+            if far:
+                await _reset(far)
+            if isinstance(exc, Exception):
+                raise Refusal(StatusCode.CONNECTION_FAILED) from exc
+            raise
+        return far
+
+    async def _pass_on(
+        self, circuit: Circuit, way: Way, source: INetStream, sink: INetStream, scope: trio.CancelScope
+    ) -> None:
+        try:
+            while data := await source.read(_PIECE):
+                circuit.take(way, len(data))
+                await trio.sleep(self._accounts.wait(len(data), trio.current_time()))
+                await sink.write(data)
+        except Exception as exc:
+            logger.debug("a circuit to %s ends: %r", short(circuit.target), exc)
+        scope.cancel()
+
+
+async def _reset(stream: INetStream) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
+        await stream.reset()

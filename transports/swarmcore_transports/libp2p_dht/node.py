@@ -1,0 +1,178 @@
+"""The trio side of the DHT registry: one node of the DHT on the transport's host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from swarmcore.errors import PeerUnreachableError
+from swarmcore.registry.gossip.records import SignedRecord
+from swarmcore.types import PeerId, short
+from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.translation import translated
+from swarmcore_transports.libp2p_dht.lookups import Lookups
+from swarmcore_transports.libp2p_dht.options import DhtOptions
+from swarmcore_transports.libp2p_dht.records import ValueRules, record_key, sequence_of
+from swarmcore_transports.libp2p_dht.server import KAD, LISTED_FOR, Kademlia
+
+logger = logging.getLogger(__name__)
+
+_IDENTIFY_SECONDS = (0.02, 0.1, 0.3, 1.0, 3.0)
+"""Pauses in which a newcomer says what it speaks."""
+_EXPIRE_SECONDS = 60.0
+_PAUSE_SECONDS = 5.0
+
+
+class Dht:
+    """Runs in the trio thread; every method but the constructor is called there.
+
+    ``serving`` is for peers that others can dial: they store for others and are asked. A client only asks.
+    ``heard`` is called with each sound record that others store here.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        rules: ValueRules,
+        options: DhtOptions,
+        *,
+        serving: bool,
+        heard: Callable[[SignedRecord], None],
+    ) -> None:
+        self._host = host
+        self._options = options
+        self._serving = serving
+        self._kademlia = Kademlia(host, rules, options.capacity, serving=serving, heard=heard)
+        self.lookups = Lookups(host, self._kademlia, options)
+        self._told: dict[bytes, dict[ID, float]] = {}
+        self._stopped = trio.Event()
+
+    @property
+    def nodes(self) -> int:
+        """Nodes in the routing table."""
+        return self._kademlia.routing_table.size()
+
+    async def run(self) -> None:
+        """Live until `stop`."""
+        async with trio.open_nursery() as nursery:
+            for task in (self._meet_newcomers, self._expire, self._explore, self.lookups.exchanges.run):
+                nursery.start_soon(_again_when_failed, task)
+            if self._serving:
+                nursery.start_soon(self._host.tell_protocols)
+            await self._stopped.wait()
+            nursery.cancel_scope.cancel()
+        if self._serving:
+            self._host.stop_serving(KAD)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    async def _meet_newcomers(self) -> None:
+        async with trio.open_nursery() as nursery:
+            async for peer in self._kademlia.newcomers:
+                nursery.start_soon(self._meet, peer)
+
+    async def _meet(self, peer: ID) -> None:
+        for pause in _IDENTIFY_SECONDS:
+            if self._host.speaks(peer, KAD):
+                await self.lookups.learn(peer)
+                return
+            await trio.sleep(pause)
+
+    async def _expire(self) -> None:
+        while True:
+            await trio.sleep(_EXPIRE_SECONDS)
+            self._kademlia.expire()
+
+    async def _explore(self) -> None:
+        """Look for the nodes next to this one, whose neighbour it becomes by asking them."""
+        while True:
+            await trio.sleep(self._options.upkeep)
+            await self.explore()
+
+    async def explore(self) -> None:
+        own = self._host.libp2p.get_id().to_bytes()
+        await self.lookups.find(Message(type=Message.FIND_NODE, key=own), self._options.replicas)
+
+    async def join(self, bootstrap: Sequence[tuple[PeerId, Sequence[Multiaddr]]]) -> None:
+        """Become a node through any of ``bootstrap``. Raise `PeerUnreachableError` when none answers."""
+        failures: list[str] = []
+
+        async def meet(peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
+            node = ID.from_string(peer)
+            self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(LISTED_FOR))
+            try:
+                await self.lookups.exchanges.connect(node, addresses)
+            except Exception as exc:
+                failures.append(f"{short(peer)}: {translated(exc).message}")
+                return
+            own = self._host.libp2p.get_id().to_bytes()
+            if await self.lookups.ask(node, Message(type=Message.FIND_NODE, key=own)) is None:
+                failures.append(f"{short(peer)}: it does not speak {KAD}")
+                return
+            await self.lookups.learn(node)
+
+        async with trio.open_nursery() as nursery:
+            for peer, addresses in bootstrap:
+                nursery.start_soon(meet, peer, addresses)
+        if bootstrap and len(failures) == len(bootstrap):
+            raise PeerUnreachableError(f"no bootstrap peer serves the DHT: {'; '.join(failures)}")
+        await self.explore()
+
+    # --- this peer's own ------------------------------------------------------------------------------
+
+    def keep(self, value: bytes, listed_under: Sequence[bytes]) -> None:
+        """Hold this peer's own record, and list it, where it can be read from this node at once."""
+        self._kademlia.store_own(record_key(self._host.peer), value)
+        for key in listed_under:
+            self._kademlia.list_own(key, self._host.own.all())
+
+    async def publish(self, value: bytes, listed_under: Sequence[bytes]) -> int:
+        """Bring this peer's record and its entries to the nodes nearest to their keys that lack them.
+
+        Returns how many nodes hold the record.
+        """
+        sequence = sequence_of(value)
+        key = record_key(self._host.peer)
+        for former in set(self._told).difference(listed_under):
+            del self._told[former]
+        holders = await self.lookups.spread(key, value, lambda held: sequence_of(held) < sequence)
+        for listing in listed_under:
+            await self.lookups.enlist(listing, self._told.setdefault(listing, {}), LISTED_FOR / 3)
+        return holders
+
+    # --- what others say ------------------------------------------------------------------------------
+
+    async def values(self, peer: PeerId) -> list[bytes]:
+        """What is stored as the record of ``peer``; anything may be among it."""
+        return await self.lookups.values(record_key(peer), self._options.read_width)
+
+    async def glance(self, peer: PeerId) -> list[bytes]:
+        """As `values`, but what one of the nodes has."""
+        return await self.lookups.values(record_key(peer), 1)
+
+    async def listed(self, key: bytes) -> list[PeerId]:
+        """Who is listed under ``key`` of an index."""
+        return [PeerId(str(node)) for node in await self.lookups.listed(key)]
+
+    async def answers(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> bool:
+        """Whether ``peer``, which announces ``addresses``, answers itself."""
+        node = ID.from_string(peer)
+        self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(LISTED_FOR))
+        own = self._host.libp2p.get_id().to_bytes()
+        return await self.lookups.ask(node, Message(type=Message.FIND_NODE, key=own)) is not None
+
+
+async def _again_when_failed(task: Callable[[], Awaitable[None]]) -> None:
+    """Run ``task``, which never ends by itself: what is raised here would end the whole transport."""
+    while True:
+        try:
+            await task()
+        except Exception:
+            logger.exception("the upkeep of the DHT failed")
+        await trio.sleep(_PAUSE_SECONDS)

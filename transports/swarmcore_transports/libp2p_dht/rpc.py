@@ -1,0 +1,128 @@
+"""One question to one node of the DHT, and its answer, over a stream that serves for several."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import attrs
+import trio
+import varint  # type: ignore[import-untyped]
+from libp2p.abc import INetStream
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
+
+from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.multiaddrs import preference
+from swarmcore_transports.libp2p_dht.server import KAD
+
+_MAX_REPLY = 2**20
+_DIALLED = 3  # addresses of a node
+_CLOSE_SECONDS = 1.0
+_IDLE_SECONDS = 5.0
+_OLDEST = 20.0  # age of a stream, as nodes end them at thirty seconds
+_SWEEP_SECONDS = 1.0
+
+
+@attrs.define
+class _Open:
+    stream: INetStream
+    opened: float
+    used: float
+
+
+class Exchanges:
+    """Keeps a stream to each node for some seconds: opening one takes ten times as long as a question."""
+
+    def __init__(self, host: Host, timeout: float) -> None:
+        self._host = host
+        self._timeout = timeout
+        self._idle: dict[ID, _Open] = {}
+
+    async def run(self) -> None:
+        """Close streams that are not used any more, and all at the end."""
+        try:
+            while True:
+                await trio.sleep(_SWEEP_SECONDS)
+                since = trio.current_time() - _IDLE_SECONDS
+                for node in [node for node, one in self._idle.items() if one.used < since]:
+                    await _close(self._idle.pop(node).stream)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
+                for one in list(self._idle.values()):
+                    await _close(one.stream)
+
+    async def exchange(self, node: ID, message: Message) -> Message:
+        """The answer of ``node``, however long it takes. Raise whatever libp2p raises when there is none."""
+        now = trio.current_time()
+        kept = self._idle.pop(node, None)
+        if kept is not None and kept.opened > now - _OLDEST:
+            try:
+                return await self._over(kept, node, message)
+            except Exception:  # closed by the node meanwhile
+                if message.type == Message.PUT_VALUE:
+                    raise  # that is how it refuses
+        return await self._over(_Open(await self.open(node), now, now), node, message)
+
+    async def _over(self, one: _Open, node: ID, message: Message) -> Message:
+        reply = Message()
+        try:
+            await one.stream.write(_framed(message))
+            reply.ParseFromString(await read_varint_prefixed_bytes_limited(one.stream, _MAX_REPLY))
+        except BaseException:
+            await _close(one.stream)
+            raise
+        one.used = trio.current_time()
+        if node in self._idle:
+            await _close(one.stream)
+        else:
+            self._idle[node] = one
+        return reply
+
+    async def tell(self, node: ID, message: Message) -> None:
+        """Send what is not answered, or is by some only. Raise as `exchange` does."""
+        stream = await self.open(node)
+        try:
+            await stream.write(_framed(message))
+        finally:
+            await _close(stream)
+
+    async def open(self, node: ID) -> INetStream:
+        """A new stream to ``node``, connected first if need be."""
+        if not self._host.connections(node):
+            await self.connect(node, self.addresses(node))
+        return await self._host.libp2p.new_stream(node, [KAD])
+
+    async def connect(self, node: ID, addresses: Iterable[Multiaddr]) -> None:
+        """Connect to ``node`` at the first of its ``addresses`` that answers; raise the last error."""
+        error: Exception = PeerStoreError("no address of it is known")
+        for address in sorted(addresses, key=preference)[:_DIALLED]:
+            try:
+                with trio.fail_after(self._timeout / 2):
+                    await self._host.connect(node, address)
+                return
+            except Exception as exc:
+                error = exc
+        raise error
+
+    def addresses(self, node: ID) -> Sequence[Multiaddr]:
+        """Where ``node`` may be, as far as is known."""
+        try:
+            return self._host.libp2p.get_peerstore().addrs(node)
+        except PeerStoreError:
+            return ()
+
+
+def _framed(message: Message) -> bytes:
+    data: bytes = message.SerializeToString()
+    prefix: bytes = varint.encode(len(data))
+    return prefix + data
+
+
+async def _close(stream: INetStream) -> None:
+    scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS)
+    with scope, contextlib.suppress(Exception):  # it may be closed, or its connection lost
+        await stream.close()

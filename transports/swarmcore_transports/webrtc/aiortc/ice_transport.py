@@ -1,0 +1,149 @@
+"""aiortc's ICE transport over an agent that trickles, and whose place another one can take: ICE restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import aiortc
+from aioice import ConnectionClosed
+from aiortc import RTCIceGatherer, RTCIceTransport
+
+from swarmcore_transports.webrtc.aiortc.compat import built_with, missing_of_ice
+from swarmcore_transports.webrtc.aiortc.ice_agent import TricklingAgent
+
+logger = logging.getLogger(__name__)
+
+MakeAgent = Callable[[bool], TricklingAgent]
+"""An agent for one description; whether it is the controlling one."""
+
+
+class TricklingGatherer(RTCIceGatherer):
+    """`RTCIceGatherer` over the first agent that ``make`` makes."""
+
+    def __init__(self, make: MakeAgent) -> None:
+        super().__init__(iceServers=[])
+        self.make = make
+        self._connection = self.agent = make(False)
+
+    @property
+    def state(self) -> str:
+        """Completed only when nothing more is to come: it is said in the description."""
+        return "gathering" if super().state == "completed" and self.agent.gathering else super().state
+
+
+class RestartableIceTransport(RTCIceTransport):
+    """`RTCIceTransport` whose agent gives way to a newer one that has found a path; DTLS sees nothing."""
+
+    def __init__(self, gatherer: TricklingGatherer) -> None:
+        super().__init__(gatherer)
+        self._make = gatherer.make
+        self._next: TricklingAgent | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._recv = self._receive
+        self._send = self._pass_on
+        self.on_moved: Callable[[], None] = lambda: None
+        """Called when another agent has taken over."""
+
+    async def _receive(self) -> bytes:
+        while True:
+            agent = self._connection
+            try:
+                return await agent.recv()
+            except ConnectionError:
+                if agent is self._connection and agent._closing:
+                    raise  # else it was the end of the one before, heard through the queue that they share
+
+    async def _pass_on(self, data: bytes) -> None:
+        await self._connection.send(data)
+
+    async def _monitor(self) -> None:
+        while True:
+            agent = self._connection
+            event = await agent.get_event()
+            if agent is self._connection:
+                if isinstance(event, ConnectionClosed) and self.state == "completed":
+                    self._RTCIceTransport__setState("failed")  # type: ignore[attr-defined]
+                return
+
+    async def gather_anew(self) -> TricklingAgent:
+        """An agent with candidates of the addresses that this machine has now.
+
+        It replaces an earlier one that has found no path yet.
+        """
+        await self._give_up()
+        agent = self._next = self._make(self._connection.ice_controlling)
+        agent._queue = self._connection._queue  # what comes on either path is read
+        await agent.gather_candidates()
+        return agent
+
+    def move_to(self, username: str, password: str) -> None:
+        """Look for a path from `newest` to who has these credentials, and take it when there is one."""
+        agent = self.newest
+        agent.remote_username, agent.remote_password = username, password
+        self._moving = asyncio.create_task(self._move_to(agent))
+
+    async def _move_to(self, agent: TricklingAgent) -> None:
+        try:
+            await agent.connect()
+        except ConnectionError as exc:
+            logger.debug("no new path: %s", exc)
+            return
+        before, self._connection = self._connection, agent
+        self._next = None
+        await before.close()
+        self.on_moved()
+
+    async def _give_up(self) -> None:
+        moving, agent = self._moving, self._next
+        self._moving = self._next = None
+        if moving:
+            if agent:  # else it has moved, and closes the agent before
+                moving.cancel()
+            await asyncio.wait([moving])
+        if agent:
+            await agent.close()
+
+    async def stop(self) -> None:
+        await self._give_up()
+        await super().stop()
+
+    @property
+    def newest(self) -> TricklingAgent:
+        """The agent that is to take over, else the one in use: what a peer says is for it."""
+        first: Any = self._connection  # as `TricklingGatherer` has made it
+        return self._next or first
+
+
+@contextlib.contextmanager
+def restartable_ice(make: MakeAgent) -> Iterator[None]:
+    """Within, the first data channel of an `RTCPeerConnection` gives it a `RestartableIceTransport`.
+
+    Where aiortc and aioice are not built as that expects, theirs stay, and a warning says so. Only for code
+    without an ``await``.
+    """
+    if _unexpected():
+        yield
+        return
+    with built_with(
+        RTCIceGatherer=lambda **_: TricklingGatherer(make), RTCIceTransport=RestartableIceTransport
+    ):
+        yield
+
+
+@cache
+def _unexpected() -> bool:
+    missing = missing_of_ice()
+    if missing:
+        logger.warning(
+            "aiortc %s and its aioice have changed what ICE restarts build on (%s): connections are made "
+            "slowly, and lost when a machine changes its network, until swarmcore knows these versions; "
+            "aiortc 1.16 is one that it knows",
+            aiortc.__version__,
+            ", ".join(missing),
+        )
+    return bool(missing)

@@ -1,0 +1,389 @@
+"""SCTP of aiortc made quick on long links: its window, its loss recovery, and when it acknowledges.
+
+aiortc starts with 3 packets, bursts 4, and notices a lost tail after a second or more. What is here instead:
+a larger first window with pacing (`congestion`), loss detection by time (RACK, with a tail loss probe, RFC
+8985), and an acknowledgement for every second packet and for every end of a message (`sctp_receiver`). The
+wire format is SCTP's as before, so the peer may be anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import aiortc
+from aiortc import rtcsctptransport
+from aiortc.rtcsctptransport import DataChunk, HeartbeatChunk, RTCSctpTransport, SackChunk
+
+from swarmcore_transports.webrtc.aiortc.compat import built_with, missing_of_sctp
+from swarmcore_transports.webrtc.aiortc.congestion import CongestionWindow
+from swarmcore_transports.webrtc.aiortc.sctp_receiver import ACK_DELAY, TSN_MODULO, QuickReceiver, at_or_after
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RTO = 1.0
+_LEAST_RTO_SLACK = 0.2
+_MOST_RTO = 60.0
+_UNANSWERED = 3
+"""Timeouts in a row, the probe being the first: about a second on most paths."""
+
+_HEARTBEAT_INFO = 1
+"""The parameter of a heartbeat that comes back with its answer, whatever is in it."""
+
+
+class QuickSctpTransport(QuickReceiver):
+    """`RTCSctpTransport` with another sender's and receiver's behaviour, the same association."""
+
+    def __init__(self, transport: Any, port: int = 5000) -> None:
+        super().__init__(transport, port)
+        self._rto = _FIRST_RTO
+        self._window = CongestionWindow(rtcsctptransport.USERDATA_MAX_LENGTH)
+        self._peer_window = self._advertised_rwnd
+        # What the latest acknowledgements told (RACK).
+        self._least_rtt = float("inf")
+        self._newest_rtt = 0.0
+        self._newest_sent_at = float("-inf")
+        self._highest_acked = self._last_sacked_tsn
+        self._reorders = False
+        self._some_lost = False
+        self._mend_at_once = False
+        self._some_abandoned = False
+        self._reorder_deadline: float | None = None
+        # The probe and the timeout that follows it.
+        self._progress_at = 0.0
+        self._timeouts = 0
+        self.on_unanswered: Callable[[], None] = lambda: None
+        """Called when `unanswered` has become true."""
+        self._probed: int | None = None
+        self._loss_timer: asyncio.TimerHandle | None = None
+        self._loss_timer_at = 0.0
+        self._pace_timer: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
+        self._sending = False
+        self._send_again = False
+
+    def _set_state(self, state: Any) -> None:
+        if state is self.State.ESTABLISHED and self._association_state is not state:
+            self._peer_window = self._ssthresh  # where the base keeps what INIT advertised
+        super()._set_state(state)
+
+    def _data_channel_closed(self, stream_id: int) -> None:
+        """Called for each channel when the association ends: who hears of one may have closed another."""
+        if stream_id in self._data_channels:
+            super()._data_channel_closed(stream_id)
+
+    def _t1_expired(self) -> None:
+        self._rto = min(2 * self._rto, _MOST_RTO)  # the base does not back off, which a short RTO needs
+        super()._t1_expired()
+
+    def _t3_cancel(self) -> None:
+        """Called when the association ends: the base's T3 never runs here."""
+        super()._t3_cancel()
+        for timer in (self._loss_timer, self._pace_timer):
+            if timer is not None:
+                timer.cancel()
+        self._loss_timer = self._pace_timer = None
+
+    def _update_rto(self, R: float) -> None:
+        super()._update_rto(R)
+        assert self._srtt is not None and self._rttvar is not None
+        # As Linux: the slack lies above the round trip, since a peer may delay its acknowledgement as long.
+        self._rto = min(self._srtt + max(4 * self._rttvar, _LEAST_RTO_SLACK), _MOST_RTO)
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether several timeouts have passed without any acknowledgement."""
+        return self._timeouts >= _UNANSWERED
+
+    def path_changed(self) -> None:
+        """Packets take another way from now on, of which nothing is known: send at once what is missing."""
+        now = self._clock.time()
+        self._window = CongestionWindow(rtcsctptransport.USERDATA_MAX_LENGTH)
+        self._least_rtt = float("inf")
+        self._timeouts = 0
+        self._rto = _FIRST_RTO
+        self._progress_at = now
+        for chunk in self._sent_queue:
+            if not chunk._acked:
+                self._lose(chunk)
+        self._update_advanced_peer_ack_point()
+        self._soon(self._say_where)
+
+    async def _say_where(self) -> None:
+        """Send something by the new path, though nothing be missing, and then what is.
+
+        A libwebrtc over there stays with the old path, where nobody listens, until it hears by the new one.
+        """
+        if self._association_state is self.State.ESTABLISHED:
+            heartbeat = HeartbeatChunk()
+            heartbeat.params = [(_HEARTBEAT_INFO, b"path")]
+            await self._send_chunk(heartbeat)
+        await self._send_on()
+
+    # Sending
+
+    async def _transmit(self) -> None:
+        self._send_again = True
+        # A send over TURN may wait, and this is called again meanwhile.
+        if self._sending or self._association_state is self.State.CLOSED:
+            return
+        self._sending = True
+        try:
+            while self._send_again:
+                self._send_again = False
+                await self._send_what_fits()
+        finally:
+            self._sending = False
+            self._cwnd = self._window.size
+            self._set_loss_timer()
+
+    async def _send_on(self) -> None:
+        await self._transmit()
+        await self._data_channel_flush()  # cuts up the next messages once nothing else waits, and sends
+
+    async def _send_what_fits(self) -> None:
+        if self._forward_tsn_chunk is not None:
+            forward, self._forward_tsn_chunk = self._forward_tsn_chunk, None
+            await self._send_chunk(forward)
+        if self._some_lost:
+            lost = [chunk for chunk in self._sent_queue if chunk._retransmit]
+            for chunk in lost:
+                if not self._mend_at_once and not self._may_send(self._window.size):
+                    return
+                if chunk._retransmit:
+                    self._mend_at_once = False
+                    await self._send_data(chunk)
+            self._some_lost = False
+        if self._outbound_queue and self._idle_since is not None:
+            self._window.resumed(self._clock.time() - self._idle_since)
+            self._idle_since = None
+        while self._outbound_queue and self._may_send(min(self._window.size, self._peer_window)):
+            chunk = self._outbound_queue.popleft()
+            self._sent_queue.append(chunk)
+            await self._send_data(chunk)
+
+    def _may_send(self, limit: int) -> bool:
+        if self._flight_size == 0:
+            return True  # also what probes a window that the peer closed
+        if self._flight_size >= limit:
+            return False
+        now = self._clock.time()
+        delay = self._window.delay(self._srtt, now)
+        if delay and self._pace_timer is None:
+            self._pace_timer = self._clock.call_at(now + delay, self._paced)
+        return not delay
+
+    def _paced(self) -> None:
+        self._pace_timer = None
+        self._soon(self._send_on)
+
+    async def _send_data(self, chunk: DataChunk) -> None:
+        now = self._clock.time()
+        chunk._retransmit = False
+        chunk._sent_count += 1
+        chunk._sent_time = now
+        self._flight_size_increase(chunk)
+        self._window.sent(chunk._book_size, self._flight_size, now)
+        self._progress_at = now
+        await self._send_chunk(chunk)
+
+    # What the peer acknowledges
+
+    async def _receive_sack_chunk(self, chunk: SackChunk) -> None:
+        acknowledged = (chunk.cumulative_tsn - self._last_sacked_tsn) % TSN_MODULO
+        if acknowledged > (self._local_tsn - 1 - self._last_sacked_tsn) % TSN_MODULO:
+            return  # older than what was heard, or of what was never sent
+        now = self._clock.time()
+        self._last_sacked_tsn = chunk.cumulative_tsn
+        self._peer_window = chunk.advertised_rwnd
+        arrived = self._take_arrived(chunk)
+        if arrived:
+            self._learn_from(arrived, now)
+        if chunk.gaps or self._some_lost or self._reorder_deadline is not None:
+            self._detect_losses(sum(max(0, last - first + 1) for first, last in chunk.gaps), now)
+        if not self._sent_queue:
+            self._idle_since = now
+        if self._some_abandoned:
+            self._update_advanced_peer_ack_point()
+        await self._send_on()
+
+    def _take_arrived(self, sack: SackChunk) -> list[DataChunk]:
+        """Chunks that ``sack`` is the first to acknowledge; those below its cumulative TSN are let go."""
+        arrived: list[DataChunk] = []
+        queue, base = self._sent_queue, sack.cumulative_tsn
+        while queue and at_or_after(base, queue[0].tsn):
+            chunk = queue.popleft()
+            self._flight_size_decrease(chunk)
+            if not chunk._acked:
+                arrived.append(chunk)
+        if sack.gaps:
+            gaps = iter(sorted(sack.gaps))
+            first, last = next(gaps)
+            for chunk in queue:
+                offset = (chunk.tsn - base) % TSN_MODULO
+                while offset > last:
+                    if (gap := next(gaps, None)) is None:
+                        return arrived
+                    first, last = gap
+                if offset >= first and not chunk._acked:
+                    chunk._acked = True
+                    self._flight_size_decrease(chunk)
+                    arrived.append(chunk)
+        return arrived
+
+    def _learn_from(self, arrived: list[DataChunk], now: float) -> None:
+        newest: DataChunk | None = None
+        newest_at = float("-inf")
+        for chunk in arrived:
+            assert chunk._sent_time is not None
+            chunk._retransmit = False
+            if chunk._sent_count > 1 and now - chunk._sent_time < self._least_rtt / 2:
+                continue  # the first copy was only late: it says nothing of the second
+            if chunk.tsn == self._probed:  # the probe made up for a loss that nothing else would show
+                self._probed = None
+                self._window.lost(now, now)
+            if chunk._sent_time >= newest_at:
+                newest, newest_at = chunk, chunk._sent_time
+            if at_or_after(chunk.tsn, self._highest_acked):
+                self._highest_acked = chunk.tsn
+            elif chunk._sent_count == 1:
+                self._reorders = True
+        self._progress_at = now
+        self._timeouts = 0
+        if newest is None:
+            return
+        rtt = now - newest_at
+        if newest._sent_count == 1:
+            self._least_rtt = min(self._least_rtt, rtt)
+            self._update_rto(rtt)
+        if newest_at >= self._newest_sent_at:
+            self._newest_sent_at, self._newest_rtt = newest_at, rtt
+        count = sum(chunk._book_size for chunk in arrived)
+        self._window.acknowledged(count, newest_at, self._srtt or rtt, now)
+
+    def _detect_losses(self, beyond: int, now: float) -> None:
+        """Take for lost what left before something that arrived; wait a little where few packets tell so."""
+        patience = 0.0 if beyond >= 3 and not self._reorders else self._least_rtt / 4
+        self._reorder_deadline = None
+        latest_lost = float("-inf")
+        for chunk in self._sent_queue:
+            assert chunk._sent_time is not None
+            if chunk._sent_time > self._newest_sent_at:
+                if chunk._sent_count == 1:
+                    break  # so did all that follow
+                continue
+            older = chunk._sent_time < self._newest_sent_at or at_or_after(self._highest_acked, chunk.tsn)
+            if chunk._acked or not chunk._in_flight or not older:
+                continue
+            due = chunk._sent_time + self._newest_rtt + patience
+            if patience and due > now:
+                self._reorder_deadline = min(due, self._reorder_deadline or due)
+            else:
+                latest_lost = max(latest_lost, chunk._sent_time)
+                self._lose(chunk)
+        if latest_lost >= 0:
+            self._mend_at_once = True  # what the reader waits for does not wait for the window to drain
+            self._window.lost(latest_lost, now)
+
+    def _lose(self, chunk: DataChunk) -> None:
+        if self._maybe_abandon(chunk):
+            self._some_abandoned = True
+        else:
+            chunk._retransmit = True
+            self._some_lost = True
+        self._flight_size_decrease(chunk)
+
+    # The one timer of the sender: a late packet, a probe for a lost tail, then the timeout
+
+    def _loss_deadline(self) -> float | None:
+        if self._reorder_deadline is not None:
+            return self._reorder_deadline
+        if not self._flight_size:
+            return None
+        if self._timeouts or self._srtt is None or self._rttvar is None:
+            return min(
+                self._progress_at + self._rto * 2.0 ** max(0, self._timeouts - 1),
+                self._progress_at + _MOST_RTO,
+            )
+        probe_after = max(2 * self._srtt, self._srtt + 4 * self._rttvar) + ACK_DELAY
+        return self._progress_at + min(probe_after, self._rto)
+
+    def _set_loss_timer(self) -> None:
+        """Pushing the deadline back costs nothing: a timer that fires early is set again."""
+        deadline = self._loss_deadline()
+        if deadline is None or self._association_state is self.State.CLOSED:
+            return
+        if self._loss_timer is not None:
+            if self._loss_timer_at <= deadline:
+                return
+            self._loss_timer.cancel()
+        self._loss_timer_at = deadline  # uvloop's handles do not tell it where the delay is nought
+        self._loss_timer = self._clock.call_at(deadline, self._loss_timer_fired)
+
+    def _loss_timer_fired(self) -> None:
+        self._loss_timer = None
+        deadline, now = self._loss_deadline(), self._clock.time()
+        if deadline is None:
+            return
+        if deadline > now:
+            self._set_loss_timer()
+        elif self._reorder_deadline is not None:
+            self._detect_losses(0, now)
+            self._soon(self._send_on)
+        elif self._timeouts == 0 and self._srtt is not None:
+            self._timeouts = 1
+            self._soon(self._probe)
+        else:
+            self._timed_out(now)
+
+    async def _probe(self) -> None:
+        """Send the last packet again: its acknowledgement tells what is missing before it."""
+        tail = next((chunk for chunk in reversed(self._sent_queue) if chunk._in_flight), None)
+        if tail is not None:
+            self._probed = tail.tsn
+            await self._send_data(tail)
+        self._set_loss_timer()
+
+    def _timed_out(self, now: float) -> None:
+        self._timeouts += 1
+        self._window.timed_out(now)
+        for chunk in self._sent_queue:
+            if self._timeouts > 2:
+                chunk._acked = False  # a receiver may drop what it acknowledged above a gap
+            if not chunk._acked:
+                self._lose(chunk)
+        self._update_advanced_peer_ack_point()
+        self._soon(self._send_on)
+        if self._timeouts == _UNANSWERED:
+            self.on_unanswered()
+
+
+@contextlib.contextmanager
+def quick_data_channels() -> Iterator[None]:
+    """Within, the first data channel of an `RTCPeerConnection` gives it a `QuickSctpTransport`.
+
+    Where aiortc is not built as `QuickSctpTransport` expects, its own transport stays, and a warning says so.
+    Only for code without an ``await``.
+    """
+    if _unexpected():
+        yield
+        return
+    with built_with(RTCSctpTransport=QuickSctpTransport):
+        yield
+
+
+@cache
+def _unexpected() -> bool:
+    missing = missing_of_sctp(RTCSctpTransport, DataChunk)
+    if missing:
+        logger.warning(
+            "aiortc %s has changed what makes data channels quick on long links (%s): they are slow until "
+            "swarmcore knows this version; aiortc 1.16 is one that it knows",
+            aiortc.__version__,
+            ", ".join(missing),
+        )
+    return bool(missing)

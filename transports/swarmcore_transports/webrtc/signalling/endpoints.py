@@ -1,0 +1,126 @@
+"""Where a listening peer can be met: signalling services that it runs, and those where it registers."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Collection, Sequence
+from itertools import compress
+
+from swarmcore.errors import AddressError, SwarmError
+from swarmcore.resources import ResourceManager
+from swarmcore.types import Address, PeerId
+from swarmcore_transports.own_addresses import loopback_note, loopback_only, present, reachable_places
+from swarmcore_transports.webrtc.addresses import Service, announced_service
+from swarmcore_transports.webrtc.signalling.client import SignallingClient
+from swarmcore_transports.webrtc.signalling.clients import SignallingClients
+from swarmcore_transports.webrtc.signalling.service import ServiceLimits, SignallingService
+
+
+class MeetingPoints:
+    """Those of ``peer``, who registers at all of them by ``clients``.
+
+    ``tls``, ``limits`` and ``resources`` are for the services that are run here.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        clients: SignallingClients,
+        tls: ssl.SSLContext | None = None,
+        limits: ServiceLimits | None = None,
+        resources: Callable[[], ResourceManager] = ResourceManager,
+    ) -> None:
+        self._peer = peer
+        self._clients = clients
+        self._tls = tls
+        self._limits = limits
+        self._resources = resources
+        self._allowed: frozenset[PeerId] | None = None
+        self._announced: list[Service] = []
+        self._places: list[str] = []
+        self._own: list[Service] = []
+        self._foreign: list[Service] = []
+        self.services: list[SignallingService] = []
+        """Those that run here."""
+
+    def allow_only(self, peers: Collection[PeerId]) -> None:
+        """Let only these meet at the services that run here, and this peer itself."""
+        self._allowed = frozenset({*peers, self._peer})
+        for service in self.services:
+            service.allow_only(self._allowed)
+
+    def choose(self, places: Sequence[str], announce: Sequence[str]) -> None:
+        """Be met at ``places``: a service is to run at each ``host:port``, each ``ws://…`` is another's.
+
+        ``announce`` replaces the addresses of those that run here. Raise `AddressError` for what is neither,
+        except for a ``host:port``, of which `open` says so.
+        """
+        self._announced = [announced_service(text, self._peer) for text in announce]
+        self._places = [place for place in places if "://" not in place]
+        self._foreign = [Service.parse(place) for place in places if "://" in place]
+
+    async def open(self, timeout: float) -> None:
+        """Run the services that are to run here, and register at all of those that were chosen.
+
+        Return when the own ones know this peer; where there are none, when one of the others does. Raise
+        `AddressError` when nobody does within ``timeout`` seconds, or what the first to fail raises. What has
+        been opened stays to be closed.
+        """
+        places = [Service.parse(place) for place in self._places]
+        for place in compress(places, present([place.host for place in places])):
+            self._own.append(await self._serve(place))
+        own = [self._clients.keep(one.from_here(), own=True) for one in self._own]
+        foreign = [self._clients.keep(one) for one in self._foreign]
+        try:
+            async with asyncio.timeout(timeout):
+                for client in own:
+                    await client.ready()
+                if foreign and not own:
+                    await _any_ready(foreign)
+        except TimeoutError as exc:
+            raise AddressError("no signalling service answers; check that one runs there") from exc
+
+    async def _serve(self, place: Service) -> Service:
+        service = SignallingService(self._limits, self._resources(), self._peer)
+        if self._allowed is not None:
+            service.allow_only(self._allowed)
+        found = await service.start(place, self._tls)
+        self.services.append(service)
+        return found
+
+    def addresses(self) -> tuple[Address, ...]:
+        """Those to announce, by the addresses that this machine has now."""
+        tls = {one.port: one.tls for one in self._own}
+        places = reachable_places((one.host, one.port) for one in self._own)
+        own = self._announced or [Service(host, port, tls[port]) for host, port in places]
+        return tuple(one.address(self._peer) for one in [*own, *self._foreign])
+
+    def notes(self) -> list[str]:
+        """What to tell of where this peer can be met."""
+        places = reachable_places((one.host, one.port) for one in self._own)
+        if self._announced or self._foreign or not places or not loopback_only(host for host, _ in places):
+            return []
+        return [loopback_note(one.host for one in self._own)]
+
+    async def close(self) -> None:
+        """Run no service any more."""
+        for service in self.services:
+            await service.close()
+        self.services.clear()
+
+
+async def _any_ready(clients: Sequence[SignallingClient]) -> None:
+    """One living service will do; the others are tried on."""
+    waits = [asyncio.ensure_future(client.ready()) for client in clients]
+    try:
+        for wait in asyncio.as_completed(waits):
+            try:
+                await wait
+                return
+            except SwarmError as exc:
+                failure = exc
+        raise failure
+    finally:
+        for waiting in waits:
+            waiting.cancel()
