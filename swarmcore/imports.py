@@ -13,6 +13,10 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from swarmcore.distribution import install_command
+from swarmcore.errors import MissingExtraError
+
+_TORCH_EXTRA = ("torch", "transformers", "safetensors", "tokenizers")
 _permanent = False
 
 
@@ -48,3 +52,20 @@ def import_large(*modules: str, progress: Callable[[str, int, int], None] | None
         gc.freeze()
         if enabled:
             gc.enable()
+
+
+def require_torch() -> None:
+    """Raise `MissingExtraError` when part of the extra ``torch`` is missing; else `import_large` torch."""
+    missing = [name for name in _TORCH_EXTRA if not _is_installed(name)]
+    if missing:
+        raise MissingExtraError(
+            f"running a model, or a part of one, needs {', '.join(missing)}: {install_command('torch')}"
+        )
+    import_large("torch")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # in `sys.modules` without a spec
+        return False

@@ -1,6 +1,10 @@
 """Models on disk and on hubs: find one, and read only the tensors that are asked for."""
 
-from swarmcore.checkpoint.base import Checkpoint, Progress, cache_folder
-from swarmcore.checkpoint.source import convert, open_checkpoint
+from swarmcore.imports import require_torch
+
+require_torch()
+
+from swarmcore.checkpoint.base import Checkpoint, Progress, cache_folder  # noqa: E402
+from swarmcore.checkpoint.source import convert, open_checkpoint  # noqa: E402
 
 __all__ = ["Checkpoint", "Progress", "cache_folder", "convert", "open_checkpoint"]

@@ -150,7 +150,7 @@ FILL_DISK = """
 import sys
 from pathlib import Path
 from swarmcore.errors import StorageError
-from swarmcore.checkpoint import cache, convert
+from swarmcore.checkpoint import base, convert
 
 def attempt():
     try:
@@ -159,7 +159,7 @@ def attempt():
         print(error.message.split(":")[0], error.details, list(Path(sys.argv[2]).iterdir()))
 
 attempt()
-cache.free_bytes = lambda path: 10**9  # as if others filled the disk while it is being written
+base.free_bytes = lambda path: 10**9  # as if others filled the disk while it is being written
 attempt()
 """
 

@@ -112,7 +112,7 @@ class Chattering(SignallingService):
 
 
 async def test_what_a_service_says_of_its_own_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webrtc.meeting_points, "SignallingService", Chattering)
+    monkeypatch.setattr("swarmcore_transports.webrtc.signalling.endpoints.SignallingService", Chattering)
     listener = webrtc.WebRtcTransport(Identity.generate(), limits=LIMITS, listen_on=["127.0.0.1:0"])
     try:
         [address] = await listener.listen(echo)
