@@ -13,6 +13,7 @@ from swarmcore import connect
 from swarmcore.errors import InputError, MissingExtraError, SwarmError
 from swarmcore.executor.loader import EXECUTORS, LoadSettings, loader_class
 from swarmcore.identity import Identity
+from swarmcore.peer import NetworkConfig, listening
 from swarmcore.plugins import PluginGroup
 from swarmcore.registry.base import Registry
 from swarmcore.registry.choice import REGISTRIES, gossip, make_registry
@@ -20,7 +21,6 @@ from swarmcore.registry.gossip.registry import GossipRegistry
 from swarmcore.registry.gossip.watch_client import WatchingRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.server.config import ServerConfig
-from swarmcore.serving import NetworkConfig, listening
 from swarmcore.transport import TRANSPORTS
 from swarmcore.types import Address
 from swarmcore_transports.tcp import TcpTransport

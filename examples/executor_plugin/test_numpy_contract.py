@@ -17,9 +17,10 @@ from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.loader import LoadSettings, loader_class
 from swarmcore.executor.torch.loader import TorchLoader
 from swarmcore.identity import Identity
+from swarmcore.peer import NetworkConfig
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.serving import NetworkConfig, run_server
+from swarmcore.serving import run_server
 from swarmcore.testing.executor_contract import ExecutorContract
 from swarmcore.testing.executor_contract.harness import Driver
 from swarmcore.types import Span

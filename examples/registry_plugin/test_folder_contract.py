@@ -13,7 +13,8 @@ from swarmcore_folder import FolderRegistry
 import swarmcore
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
-from swarmcore.serving import NetworkConfig, run_bootstrap
+from swarmcore.peer import NetworkConfig
+from swarmcore.serving import run_bootstrap
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.types import ServerInfo
 

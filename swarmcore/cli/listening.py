@@ -15,7 +15,7 @@ from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
 if TYPE_CHECKING:
-    from swarmcore.serving import NetworkConfig
+    from swarmcore.peer import NetworkConfig
 
 _LIBP2P = "libp2p"
 
@@ -43,8 +43,8 @@ def network_config(
 
     Raise `InputError` for any that cannot work: better before a model is loaded than after.
     """
-    from swarmcore.server.allow_file import AllowFile
-    from swarmcore.serving import NetworkConfig
+    from swarmcore.peer import NetworkConfig
+    from swarmcore.registry.allow_file import AllowFile
 
     for address in bootstrap:
         Address.parse(address)

@@ -193,7 +193,6 @@ def serve(
             parse_bytes("--activation-budget", activation_budget) if activation_budget is not None else None
         ),
         max_pass_tokens=max_pass_tokens,
-        head=head,
         public_name=public_name,
     )
 
@@ -233,6 +232,7 @@ def serve(
                 config,
                 network_settings,
                 identity,
+                head=head,
                 progress=progress,
                 on_plan=on_plan,
                 on_online=on_online,

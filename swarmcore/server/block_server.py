@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeGuard
+from typing import Protocol, Self, TypeGuard
 
 import attrs
 
@@ -17,9 +18,8 @@ from swarmcore.distribution import version
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import AdapterError, InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.head.service import HeadService
 from swarmcore.placement.rebalance import MoveCost
-from swarmcore.registry.base import Registry
+from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
@@ -29,7 +29,7 @@ from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.server.successor_rtts import Neighbours
 from swarmcore.sources import announced_source
-from swarmcore.types import Address, ServerInfo, ServerState, Span, short
+from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 from swarmcore.wire.method import Caller
 from swarmcore.wire.protocols import (
@@ -54,6 +54,20 @@ LOAD_CHANGES = 5.0
 """Changes of load a second, of all servers together, that a swarm is to carry: each goes to every member."""
 
 
+class AnnouncedService(Protocol):
+    """A service beside the blocks that is announced with them: the one that makes texts for thin clients."""
+
+    counters: Counter[str]
+
+    @property
+    def announced(self) -> ModelInfo: ...
+
+    @property
+    def note(self) -> str: ...
+
+    async def leave(self, view: SwarmView, own: PeerId, seconds: float) -> None: ...
+
+
 class BlockServer:
     """Joins an executor, a node and a registry. Use it as an async context manager.
 
@@ -62,7 +76,7 @@ class BlockServer:
     took to load a block, ``read_adapter`` reads the weights of some blocks from an adapter's folder. With an
     ``rng`` it measures round trips to servers that may follow it, and moves to other blocks, looking as often
     as `ServerConfig.rebalance_interval` says; without one it does neither. ``incarnation`` is to differ from
-    one start to the next. A ``head``, which serves already, is announced, and leaves with the server.
+    one start to the next. A ``service`` that runs already is announced with the blocks, and leaves with them.
     """
 
     def __init__(
@@ -78,7 +92,7 @@ class BlockServer:
         read_adapter: Callable[[str, Span], Awaitable[Weights]] | None = None,
         rng: random.Random | None = None,
         incarnation: int = 0,
-        head: HeadService | None = None,
+        service: AnnouncedService | None = None,
     ) -> None:
         self.config = config
         self.node = node
@@ -86,7 +100,7 @@ class BlockServer:
         self.executor = executor
         self.speed = speed or ServerSpeed(stated=config.throughput if _is_number(config.throughput) else 0.0)
         self.incarnation = incarnation
-        self.head = head
+        self.service = service
         """What makes texts here for clients that have no part of the model."""
         self.engine = Engine(
             executor,
@@ -123,7 +137,9 @@ class BlockServer:
         if rng is not None:
             self._neighbours = Neighbours(node, registry.view, executor.model, lambda: self.span, rng=rng)
             if config.rebalance_interval > 0:
-                self._rebalancing = Rebalancing(self, config.rebalance_interval, rng)
+                self._rebalancing = Rebalancing(
+                    self, node.peer, config.rebalance_interval, rng, balance_quality=config.balance_quality
+                )
         self._moving = False
         self._started = False
         self._started_at = 0.0
@@ -152,7 +168,7 @@ class BlockServer:
             pinned=self._rebalancing is None,
             pass_tokens=self.config.max_pass_tokens,
             adapters=self.adapters.names,
-            heads=(self.head.announced,) if self.head is not None else (),
+            heads=(self.service.announced,) if self.service is not None else (),
             incarnation=self.incarnation,
             public_name=self.config.public_name,
             version=VERSION,
@@ -173,8 +189,8 @@ class BlockServer:
             placement = self._rebalancing.note
         else:
             placement = "placement: it stays on its blocks, as it was told"
-        head = (self.head.note,) if self.head is not None else ()
-        return (*self.registry.notes, placement, *adapters, *head, *self.node.notes)
+        service = (self.service.note,) if self.service is not None else ()
+        return (*self.registry.notes, placement, *adapters, *service, *self.node.notes)
 
     def __repr__(self) -> str:
         model = self.executor.model
@@ -229,9 +245,9 @@ class BlockServer:
         self.state, self.target = "draining", None
         await self._try_to_announce()
         logger.info("%r", self)
-        if self.head is None:
+        if self.service is None:
             return await self._drain(None)
-        texts = self.head.leave(self.registry.view(), self.node.peer, self.config.drain)
+        texts = self.service.leave(self.registry.view(), self.node.peer, self.config.drain)
         open_sessions, _ = await asyncio.gather(self._drain(None), texts)
         return open_sessions
 
@@ -378,8 +394,8 @@ class BlockServer:
 
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
         services = self.inference.counters + self.passes.counters + self.adapters.counters
-        if self.head is not None:
-            services += self.head.counters
+        if self.service is not None:
+            services += self.service.counters
         counted = {**self.engine.counters, **services, "moves": self.moves}
         counters = {name: float(count) for name, count in counted.items()} | self.node.measures
         uptime = asyncio.get_running_loop().time() - self._started_at

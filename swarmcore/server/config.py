@@ -9,7 +9,6 @@ import attrs
 
 from swarmcore.errors import InputError
 from swarmcore.executor.loader import BlockLoader
-from swarmcore.head.queue import HeadLimits
 from swarmcore.types import Span
 
 REBALANCE = 60.0
@@ -100,8 +99,6 @@ class ServerConfig:
     loading where that is known. See `PassLimits.activation_budget`."""
     max_pass_tokens: int = attrs.field(default=8192, validator=_not_negative)
     """Most tokens of one batch that is run forward or back for a client; 0 when none is."""
-    head: HeadLimits | None = None
-    """What it does as a head peer, for clients that have no part of the model; None when it is none."""
     public_name: str = ""
 
     @property

@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import logging
 import random
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from swarmcore.errors import SwarmError
-from swarmcore.placement.rebalance import Decision, Rebalancer, look_delay
-from swarmcore.types import PeerId
-
-if TYPE_CHECKING:
-    from swarmcore.server.block_server import BlockServer
+from swarmcore.placement.rebalance import Decision, MoveCost, Rebalancer, look_delay
+from swarmcore.registry.base import Registry
+from swarmcore.types import PeerId, ServerInfo, Span
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +25,42 @@ REACTION_PER_SERVER = 0.05
 """The same for each server of the swarm, if that is more: in a large one a single change matters little."""
 
 
+class MovableServer(Protocol):
+    """What rebalancing needs of a `BlockServer`."""
+
+    @property
+    def registry(self) -> Registry: ...
+
+    @property
+    def info(self) -> ServerInfo: ...
+
+    @property
+    def move_cost(self) -> MoveCost: ...
+
+    async def announce_target(self, target: Span | None) -> None: ...
+
+    async def move_to(self, span: Span) -> None: ...
+
+
 class Rebalancing:
     """Drives a `Rebalancer` for one server, at every change and every ``interval`` seconds on average."""
 
-    def __init__(self, server: BlockServer, interval: float, rng: random.Random) -> None:
+    def __init__(
+        self,
+        server: MovableServer,
+        peer: PeerId,
+        interval: float,
+        rng: random.Random,
+        *,
+        balance_quality: float,
+    ) -> None:
         self.note = f"placement: it looks at the balance of the swarm about every {interval:.0f} s; not yet"
         """The last decision, in words."""
         self._server = server
         self._interval = interval
         self._rng = rng
-        self._rebalancer = Rebalancer(server.node.peer, balance_quality=server.config.balance_quality)
+        self._peer = peer
+        self._rebalancer = Rebalancer(peer, balance_quality=balance_quality)
         self._stirred = asyncio.Event()
 
     async def run(self) -> None:
@@ -70,7 +94,7 @@ class Rebalancing:
         async for change in self._server.registry.changes():
             info = change.info
             place = (change.kind == "left", info.state, info.span, info.target)
-            if info.peer != self._server.node.peer and places.get(info.peer) != place:
+            if info.peer != self._peer and places.get(info.peer) != place:
                 self._stirred.set()
             if change.kind == "left":
                 places.pop(info.peer, None)

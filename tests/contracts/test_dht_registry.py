@@ -13,10 +13,11 @@ import pytest
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError, PeerUnreachableError
 from swarmcore.identity import Identity
+from swarmcore.peer import NetworkConfig
 from swarmcore.registry.gossip.records import RecordIssuer, RecordLimits
 from swarmcore.registry.gossip.store import Drop
 from swarmcore.rpc import Node
-from swarmcore.serving import NetworkConfig, run_bootstrap
+from swarmcore.serving import run_bootstrap
 from swarmcore.testing.registry_contract import Member, RegistryContract, RegistrySwarm
 from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 

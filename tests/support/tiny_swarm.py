@@ -16,9 +16,10 @@ from swarmcore import sync
 from swarmcore.head.queue import HeadLimits
 from swarmcore.identity import Identity
 from swarmcore.loop_thread import background_loop
+from swarmcore.peer import NetworkConfig
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.serving import NetworkConfig, run_server
+from swarmcore.serving import run_server
 from swarmcore.transformers import AutoModelForCausalLM
 from swarmcore.types import Span
 
@@ -50,11 +51,10 @@ def served(
             drain=0.0,
             threads=1,
             adapters=adapters or {},
-            head=head,
         )
         bootstrap = [str(server.node.addresses[0]) for server in servers[:1]]
         network = NetworkConfig(transports={transport: ["127.0.0.1:0"]}, bootstrap=bootstrap)
-        running = run_server(config, network, Identity.generate(), on_online=online.set_result)
+        running = run_server(config, network, Identity.generate(), head=head, on_online=online.set_result)
         task = asyncio.create_task(running)
         await asyncio.wait([task, online], return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -13,9 +13,9 @@ import torch
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.loop_thread import background_loop, wait_on
+from swarmcore.peer import NetworkConfig, listening
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
-from swarmcore.serving import NetworkConfig, listening
 from swarmcore.training.local_steps.member import RunMember
 from swarmcore.training.local_steps.parameters import ParameterVector, Trained
 from swarmcore.training.local_steps.pieces import check_codec

@@ -12,8 +12,9 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from relayed_peers import PATIENCE, PLACE, RelayedPeers
 
 from swarmcore.identity import Identity
+from swarmcore.peer import NetworkConfig
 from swarmcore.rpc import Node
-from swarmcore.serving import NetworkConfig, run_bootstrap
+from swarmcore.serving import run_bootstrap
 from swarmcore.types import Address
 from swarmcore.wire.messages import InfoRequest
 from swarmcore.wire.protocols import INFO_METHOD

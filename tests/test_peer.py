@@ -9,11 +9,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from swarmcore import serving as run
+from swarmcore import peer as peer_module
 from swarmcore.cli.listening import network_config
 from swarmcore.errors import AddressInUseError, PeerUnreachableError
 from swarmcore.identity import Identity
-from swarmcore.serving import NetworkConfig, listening
+from swarmcore.peer import NetworkConfig, join, listening
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
@@ -31,8 +31,8 @@ def first(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
             except OSError:
                 continue
         break
-    monkeypatch.setattr(run, "DEFAULT_PORT", candidate)
-    monkeypatch.setattr(run, "PORTS_TRIED", 3)
+    monkeypatch.setattr(peer_module, "DEFAULT_PORT", candidate)
+    monkeypatch.setattr(peer_module, "PORTS_TRIED", 3)
     yield candidate
 
 
@@ -110,7 +110,7 @@ HERE = NetworkConfig(transports={}, bootstrap=[f"tcp://127.0.0.1:2/{PEER}"])
 async def test_a_server_that_starts_before_the_network_joins_when_it_is_up() -> None:
     node = _NoNetworkYet()
     registry = _Registry(node)
-    joining = asyncio.create_task(run._join(node, registry, ELSEWHERE))  # type: ignore[arg-type]
+    joining = asyncio.create_task(join(node, registry, ELSEWHERE))  # type: ignore[arg-type]
     await asyncio.sleep(12)
     assert not joining.done() and registry.attempts == 3
     node.comes_up()
@@ -126,7 +126,7 @@ async def test_a_server_whose_network_never_comes_up_or_is_not_needed_says_so(
     node, loop = _NoNetworkYet(), asyncio.get_running_loop()
     began = loop.time()
     with pytest.raises(PeerUnreachableError):
-        await run._join(node, _Registry(node), network)  # type: ignore[arg-type]
+        await join(node, _Registry(node), network)  # type: ignore[arg-type]
     assert seconds <= loop.time() - began <= seconds + 5
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from swarmcore.errors import InputError, PeerNotAllowedError
 from swarmcore.identity import Identity
+from swarmcore.registry.allow_file import MAX_BYTES, AllowFile, parse
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
-from swarmcore.server.allow_file import MAX_BYTES, AllowFile, parse
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import Ping, Pong
