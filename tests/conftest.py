@@ -15,7 +15,7 @@ import pytest_asyncio
 import xdist_groups
 
 from swarmcore.testing.clock import VirtualClockLoop
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 
 # A dozen processes share this machine's cores: threads that wait for each other must not spin meanwhile.
 # OpenMP reads this when torch is imported, here and in the processes that tests start.
@@ -130,7 +130,7 @@ def plain_smollm2(smollm2_folder: Path) -> Any:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def nursery() -> AsyncIterator[ServerNursery]:
+async def fork_server() -> AsyncIterator[ForkServer]:
     """Starts server processes quickly, for tests on the session's event loop."""
-    async with ServerNursery() as nursery:
-        yield nursery
+    async with ForkServer() as fork_server:
+        yield fork_server

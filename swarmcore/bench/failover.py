@@ -17,7 +17,7 @@ from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.swarm import Swarm, connect
 from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import Fleet, split_blocks
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
 
@@ -80,8 +80,8 @@ class FailoverBench:
         checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
         remark(f"starting {self.stages * self.replicas} servers")
         async with AsyncExitStack() as stack:
-            nursery = await stack.enter_async_context(ServerNursery(threads=self.threads))
-            fleet = await stack.enter_async_context(self._fleet(nursery, checkpoint))
+            fork_server = await stack.enter_async_context(ForkServer(threads=self.threads))
+            fleet = await stack.enter_async_context(self._fleet(fork_server, checkpoint))
             swarm = await stack.enter_async_context(connect(*fleet.addresses))
             results = []
             for journal in self.journals:
@@ -90,9 +90,9 @@ class FailoverBench:
                 results.append(await measuring.run(checkpoint, journal))
             return results
 
-    def _fleet(self, nursery: ServerNursery, checkpoint: Checkpoint) -> Fleet:
+    def _fleet(self, fork_server: ForkServer, checkpoint: Checkpoint) -> Fleet:
         return Fleet(
-            nursery,
+            fork_server,
             str(checkpoint.folder),
             split_blocks(checkpoint.info.blocks, self.stages),
             replicas=self.replicas,

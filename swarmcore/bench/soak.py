@@ -21,7 +21,7 @@ from swarmcore.client.swarm import connect
 from swarmcore.errors import SwarmError
 from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import Fleet, Member, split_blocks
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.types import PeerId, Span
 
 PROMPTS = (
@@ -105,8 +105,8 @@ class Soak:
         expected = await asyncio.to_thread(self._plain_texts, checkpoint)
         remark(f"starting {self.stages * self.replicas} servers")
         async with AsyncExitStack() as stack:
-            nursery = await stack.enter_async_context(ServerNursery(threads=self.threads))
-            fleet = await stack.enter_async_context(self._fleet(nursery, checkpoint))
+            fork_server = await stack.enter_async_context(ForkServer(threads=self.threads))
+            fleet = await stack.enter_async_context(self._fleet(fork_server, checkpoint))
             clients = [_Client(self, fleet, checkpoint, expected, number) for number in range(self.clients)]
             disturber = _Disturber(self, fleet)
             remark(f"seed {self.seed}; Ctrl-C ends it")
@@ -131,9 +131,9 @@ class Soak:
         plain = PlainModel(checkpoint, "float32", self.threads)
         return {prompt: plain.text(prompt, self.tokens) for prompt in PROMPTS}
 
-    def _fleet(self, nursery: ServerNursery, checkpoint: Checkpoint) -> Fleet:
+    def _fleet(self, fork_server: ForkServer, checkpoint: Checkpoint) -> Fleet:
         return Fleet(
-            nursery,
+            fork_server,
             str(checkpoint.folder),
             split_blocks(checkpoint.info.blocks, self.stages),
             replicas=self.replicas,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 
 from swarmcore.errors import DeadlineExceededError
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.testing.processes import ServerProcess
 from swarmcore.types import PeerId, Span
 
@@ -53,7 +53,7 @@ class Fleet:
 
     def __init__(
         self,
-        nursery: ServerNursery,
+        fork_server: ForkServer,
         model: str,
         spans: Sequence[Span],
         *,
@@ -63,7 +63,7 @@ class Fleet:
         bootstrap: str | None = None,
         arguments: Sequence[str] = (),
     ) -> None:
-        self.nursery = nursery
+        self.fork_server = fork_server
         self.spans = tuple(spans)
         self.replicas = replicas
         self.bootstrap: ServerProcess | None = None
@@ -93,7 +93,7 @@ class Fleet:
     async def start(self, span: Span, *arguments: str) -> Member:
         """Start one more server of ``span``; it is online when this returns."""
         joined = [option for address in self.addresses for option in ("--bootstrap", address)]
-        process = await self.nursery.start(
+        process = await self.fork_server.start(
             "serve",
             *self._arguments,
             *("--blocks", str(span)),
@@ -152,7 +152,7 @@ class Fleet:
     async def __aenter__(self) -> Self:
         try:
             if self._outside is None:
-                self.bootstrap = await self.nursery.start("bootstrap", *self._network)
+                self.bootstrap = await self.fork_server.start("bootstrap", *self._network)
             async with asyncio.TaskGroup() as group:
                 for span in self.spans:
                     for _ in range(self.replicas):

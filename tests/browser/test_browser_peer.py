@@ -18,7 +18,7 @@ import pytest_asyncio
 
 import swarmcore
 from swarmcore import Identity
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.testing.processes import ServerProcess
 
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
@@ -57,16 +57,16 @@ ROWS = (
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def servers(nursery: ServerNursery, smollm2_folder: Path) -> AsyncIterator[list[ServerProcess]]:
+async def servers(fork_server: ForkServer, smollm2_folder: Path) -> AsyncIterator[list[ServerProcess]]:
     """A head peer with blocks, a server that a page can reach, and one that it cannot."""
     model = ("--model", str(smollm2_folder), "--dtype", "float32", "--threads", "1", "--cache-tokens", "2048")
     async with AsyncExitStack() as stack:
         head = ("--blocks", "0:10", "--serve-head", "--name", "head")
-        first = await stack.enter_async_context(await nursery.start("serve", *model, *BOTH, *head))
+        first = await stack.enter_async_context(await fork_server.start("serve", *model, *BOTH, *head))
         join = ("--bootstrap", first.address)
         others = await asyncio.gather(
-            nursery.start("serve", *model, *BOTH, "--blocks", "10:20", *join),
-            nursery.start("serve", *model, *TCP, "--blocks", "20:30", *join),
+            fork_server.start("serve", *model, *BOTH, "--blocks", "10:20", *join),
+            fork_server.start("serve", *model, *TCP, "--blocks", "20:30", *join),
         )
         for server in others:
             await stack.enter_async_context(server)
@@ -352,10 +352,10 @@ async def test_identity_is_kept_by_the_browser(page: chromium.Page, site: str) -
 
 
 async def test_head_peer_dies_while_the_page_reads(
-    page: chromium.Page, nursery: ServerNursery, servers: list[ServerProcess], smollm2_folder: Path
+    page: chromium.Page, fork_server: ForkServer, servers: list[ServerProcess], smollm2_folder: Path
 ) -> None:
     """Another one goes on with the same text, and the dead one is listed no more."""
-    gateway = await nursery.start(
+    gateway = await fork_server.start(
         *("bootstrap", "--serve-head", "--model", str(smollm2_folder), "--dtype", "float32"),
         *(*BOTH, "--bootstrap", servers[0].address),
     )

@@ -15,7 +15,7 @@ from census import Census
 
 import swarmcore
 from swarmcore.testing.fleet import Fleet, Member
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.types import Span
 
 STAGES = (Span(0, 10), Span(10, 20), Span(20, 30))
@@ -82,12 +82,12 @@ StartFleet = Callable[..., Fleet]
 
 
 @pytest.fixture(scope="session")
-def make_fleet(nursery: ServerNursery, smollm2_folder: Path) -> StartFleet:
+def make_fleet(fork_server: ForkServer, smollm2_folder: Path) -> StartFleet:
     """``make_fleet(**options)`` is a `Fleet` of the three stages, not entered yet."""
 
-    def make(nursery: ServerNursery = nursery, **options: Any) -> Fleet:
+    def make(fork_server: ForkServer = fork_server, **options: Any) -> Fleet:
         spans = options.pop("spans", STAGES)
-        return Fleet(nursery, str(smollm2_folder), spans, arguments=ARGUMENTS, **options)
+        return Fleet(fork_server, str(smollm2_folder), spans, arguments=ARGUMENTS, **options)
 
     return make
 

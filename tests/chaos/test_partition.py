@@ -14,7 +14,7 @@ import pytest_asyncio
 from census import LEAK_TIMEOUT, Census
 
 import swarmcore
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.types import Span
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
@@ -31,7 +31,7 @@ class Island:
     """A network namespace at one end of a cable; at the other end is a bridge with an address of ours."""
 
     name: str
-    nursery: ServerNursery
+    fork_server: ForkServer
 
     def cut(self) -> None:
         ip(f"link set {self.name}-c nomaster")
@@ -70,8 +70,8 @@ def namespace() -> Iterator[str]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def island(namespace: str) -> AsyncIterator[Island]:
-    async with ServerNursery(prefix=("ip", "netns", "exec", namespace)) as nursery:
-        yield Island(namespace, nursery)
+    async with ForkServer(prefix=("ip", "netns", "exec", namespace)) as fork_server:
+        yield Island(namespace, fork_server)
 
 
 async def test_the_mainland_takes_over(island, make_fleet, open_client, reference):
@@ -79,7 +79,7 @@ async def test_the_mainland_takes_over(island, make_fleet, open_client, referenc
     async with (
         make_fleet(replicas=1, spans=[Span(0, 10), Span(10, 20)], listen=f"{MAINLAND}:0") as mainland,
         make_fleet(
-            island.nursery, replicas=1, spans=[last], listen=f"{SHORE}:0", bootstrap=mainland.addresses[0]
+            island.fork_server, replicas=1, spans=[last], listen=f"{SHORE}:0", bootstrap=mainland.addresses[0]
         ) as shore,
     ):
         (outpost,) = shore.members.values()
@@ -106,7 +106,7 @@ async def test_the_mainland_takes_over(island, make_fleet, open_client, referenc
 
 
 async def test_a_client_that_is_cut_off_goes_on_where_it_was(island, make_fleet, open_client, reference):
-    async with make_fleet(island.nursery, replicas=1, listen=f"{SHORE}:0") as shore:
+    async with make_fleet(island.fork_server, replicas=1, listen=f"{SHORE}:0") as shore:
         before = await Census.of(shore)
         async with open_client(shore) as client, client.model.session() as session:
             generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)

@@ -14,9 +14,9 @@ PROMPT = "In the beginning"
 TOKENS = 12
 
 
-async def test_the_only_signalling_service_is_killed(nursery, make_fleet, open_client, reference):
+async def test_the_only_signalling_service_is_killed(fork_server, make_fleet, open_client, reference):
     """Connections outlive the service where they began, and over them a server that dies is replaced."""
-    meeting = await nursery.start("bootstrap", "--transport", "webrtc", "--listen", "127.0.0.1:0")
+    meeting = await fork_server.start("bootstrap", "--transport", "webrtc", "--listen", "127.0.0.1:0")
     service = f"webrtc:ws:{Address.parse(meeting.address).location}"
     async with (
         meeting,

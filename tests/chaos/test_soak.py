@@ -46,7 +46,7 @@ async def test_ctrl_c_ends_a_soak_with_its_summary(smollm2_folder: Path) -> None
         await asyncio.wait([asyncio.create_task(soak.wait())], timeout=4.0)
         started = descendants(soak.pid)
         assert len(started) >= 1 + 1 + 2, (
-            "the nursery, the bootstrap peer, servers that are not being replaced"
+            "the fork server, the bootstrap peer, servers that are not being replaced"
         )
         soak.send_signal(signal.SIGINT)
         stdout, stderr = await soak.communicate()

@@ -11,18 +11,18 @@ import pytest
 import pytest_asyncio
 
 import swarmcore
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.testing.processes import ServerProcess
 
 Serve = Callable[..., Awaitable[ServerProcess]]
 
 
 @pytest.fixture(scope="session")
-def serve(nursery: ServerNursery) -> Serve:
+def serve(fork_server: ForkServer) -> Serve:
     """Starts a server of some blocks in float32: ``await serve(folder, "0:10", "--bootstrap", address)``."""
 
     async def start_server(model: Path, blocks: str, *more: str) -> ServerProcess:
-        return await nursery.start(
+        return await fork_server.start(
             "serve",
             *("--model", str(model), "--blocks", blocks, "--dtype", "float32", "--threads", "1"),
             *("--listen", "127.0.0.1:0", "--cache-tokens", "4096"),

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import swarmcore
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.testing.processes import ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
@@ -30,8 +30,8 @@ def plain_text(plain: Any, folder: Path, count: int) -> tuple[list[int], str]:
     return output[0, inputs["input_ids"].shape[1] :].tolist(), text[len(PROMPT) :]
 
 
-async def start_gateway(nursery: ServerNursery, folder: Path, address: str) -> ServerProcess:
-    return await nursery.start(
+async def start_gateway(fork_server: ForkServer, folder: Path, address: str) -> ServerProcess:
+    return await fork_server.start(
         "bootstrap",
         *("--serve-head", "--model", str(folder), "--dtype", "float32", "--threads", "1"),
         *("--listen", "127.0.0.1:0", "--bootstrap", address),
@@ -49,7 +49,7 @@ async def busy_server(swarm: swarmcore.Swarm, servers: list[ServerProcess]) -> S
 
 
 async def test_texts_outlive_head_peers_and_their_servers(
-    serve, nursery, smollm2_folder: Path, plain_smollm2
+    serve, fork_server, smollm2_folder: Path, plain_smollm2
 ):
     tokens, text = plain_text(plain_smollm2, smollm2_folder, 70)
     async with (
@@ -62,7 +62,7 @@ async def test_texts_outlive_head_peers_and_their_servers(
         pieces = [await anext(generation) for _ in range(5)]
         assert generation.head == first.peer
         # It goes no more than 64 tokens ahead of what is read, so there is time to start another one.
-        async with await start_gateway(nursery, smollm2_folder, left.address) as gateway:
+        async with await start_gateway(fork_server, smollm2_folder, left.address) as gateway:
             async with asyncio.timeout(30):
                 while gateway.peer not in swarm.view().servers:
                     await asyncio.sleep(0.02)

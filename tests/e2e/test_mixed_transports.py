@@ -21,7 +21,7 @@ SPANS = dict(zip(PLACES, ("0:10", "10:20", "20:30"), strict=True))
 
 
 async def test_a_chain_over_three_transports_says_what_plain_transformers_says(
-    nursery, smollm2_folder, plain_smollm2
+    fork_server, smollm2_folder, plain_smollm2
 ):
     from transformers import AutoTokenizer
 
@@ -30,12 +30,12 @@ async def test_a_chain_over_three_transports_says_what_plain_transformers_says(
             f"--listen={scheme}:{'' if place[0] == '/' else '//'}{place}" for scheme, place in PLACES.items()
         ]
         bootstrap = await stack.enter_async_context(
-            await nursery.start("bootstrap", *(f"--transport={scheme}" for scheme in PLACES), *meeting)
+            await fork_server.start("bootstrap", *(f"--transport={scheme}" for scheme in PLACES), *meeting)
         )
         addresses = {address.partition(":")[0]: address for address in bootstrap.online["addresses"]}
         servers = await asyncio.gather(
             *(
-                nursery.start(
+                fork_server.start(
                     "serve",
                     *("--model", str(smollm2_folder), "--blocks", SPANS[scheme], "--dtype", "float32"),
                     *("--threads", "1", "--cache-tokens", "1024", "--throughput", "100"),

@@ -9,21 +9,21 @@ from contextlib import AsyncExitStack
 import pytest
 
 import swarmcore
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 5.0), (signal.SIGSTOP, 15.0)])
 async def test_a_process_that_dies_or_hangs_leaves_the_view_of_a_client(
-    nursery: ServerNursery, number: int, seconds: float
+    fork_server: ForkServer, number: int, seconds: float
 ) -> None:
     async with AsyncExitStack() as stack:
         listen = ("--listen", "127.0.0.1:0")
-        first = await stack.enter_async_context(await nursery.start("bootstrap", *listen))
+        first = await stack.enter_async_context(await fork_server.start("bootstrap", *listen))
         others = [
             await stack.enter_async_context(
-                await nursery.start("bootstrap", *listen, "--bootstrap", first.address)
+                await fork_server.start("bootstrap", *listen, "--bootstrap", first.address)
             )
             for _ in range(2)
         ]

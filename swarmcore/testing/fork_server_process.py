@@ -1,9 +1,9 @@
-"""The process of a `ServerNursery`: imports what servers need, then forks one for each request.
+"""The process of a `ForkServer`: imports what servers need, then forks one for each request.
 
-``python -m swarmcore.testing.nursery_process FD``, where FD is a Unix socket. A request is one byte on it
+``python -m swarmcore.testing.fork_server_process FD``, where FD is a Unix socket. A request is one byte on it
 with three descriptors: a server's control socket, its stdout and its stderr. From the control socket come the
-command's arguments, a line of JSON; the pid is told there, then it is the server's stdin, and once the server
-has ended, the exit status is told there, negative for a signal.
+command's arguments, a line of JSON; the pid is written to it, then it is the server's stdin, and once the
+server has ended, the exit status is written to it, negative for a signal.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PRELOADED_EXTRAS = ("swarmcore_transports.libp2p", "swarmcore_transports.webrtc"
 """Likewise, where what they need is installed."""
 
 
-class Nursery:
-    """Forks servers, and tells of their ends. Everything is done in one thread, one thing at a time."""
+class Forker:
+    """Forks servers, and reports how they ended. Everything is done in one thread, one thing at a time."""
 
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
@@ -66,18 +66,18 @@ class Nursery:
         os.close(stdout)
         os.close(stderr)
         self._running[pid] = socket.socket(fileno=control)
-        self._tell(pid, pid)
+        self._report(pid, pid)
 
     def _reap(self) -> None:
         while self._running:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
-            self._tell(pid, os.waitstatus_to_exitcode(status))
+            self._report(pid, os.waitstatus_to_exitcode(status))
             self._running.pop(pid).close()
 
-    def _tell(self, pid: int, number: int) -> None:
-        with contextlib.suppress(OSError):  # nobody is there to hear it
+    def _report(self, pid: int, number: int) -> None:
+        with contextlib.suppress(OSError):  # nobody is there to read it
             self._running[pid].sendall(b"%d\n" % number)
 
     def _serve(self, arguments: Sequence[str], *standard: int) -> int:
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     gc.freeze()  # what the collector never touches stays shared
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    Nursery(socket.socket(fileno=int(sys.argv[1]))).run()
+    Forker(socket.socket(fileno=int(sys.argv[1]))).run()

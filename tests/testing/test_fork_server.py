@@ -1,4 +1,4 @@
-"""The nursery's servers are processes like any other: killed, frozen, stopped, and heard of to the end."""
+"""Forked servers are processes like any other: killed, frozen, stopped, and their end is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from swarmcore.errors import RemoteFaultError
-from swarmcore.testing.nursery import ServerNursery
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.testing.processes import ServerProcess
 
 pytestmark = [
@@ -25,9 +25,9 @@ BOOTSTRAP = ("bootstrap", "--listen", "127.0.0.1:0")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def nursery() -> AsyncIterator[ServerNursery]:
-    async with ServerNursery() as nursery:
-        yield nursery
+async def fork_server() -> AsyncIterator[ForkServer]:
+    async with ForkServer() as fork_server:
+        yield fork_server
 
 
 async def ended(pid: int) -> None:
@@ -44,68 +44,68 @@ async def ended(pid: int) -> None:
         os.close(descriptor)
 
 
-async def test_each_server_is_a_process_and_a_peer_of_its_own(nursery: ServerNursery) -> None:
-    async with await nursery.start(*BOOTSTRAP) as first:
-        async with await nursery.start(*BOOTSTRAP, "--bootstrap", first.address) as second:
+async def test_each_server_is_a_process_and_a_peer_of_its_own(fork_server: ForkServer) -> None:
+    async with await fork_server.start(*BOOTSTRAP) as first:
+        async with await fork_server.start(*BOOTSTRAP, "--bootstrap", first.address) as second:
             assert first.peer != second.peer
             assert len({os.getpid(), first.pid, second.pid}) == 3
             assert os.getsid(first.pid) == first.pid
-            assert "2 running" in repr(nursery)
+            assert "2 running" in repr(fork_server)
         assert second.returncode == 0
         assert first.returncode is None
     assert first.returncode == 0
-    assert "0 running" in repr(nursery)
+    assert "0 running" in repr(fork_server)
 
 
-async def test_the_signal_that_ended_a_server_is_told(nursery: ServerNursery) -> None:
-    server = await nursery.start(*BOOTSTRAP)
+async def test_the_signal_that_ended_a_server_is_told(fork_server: ForkServer) -> None:
+    server = await fork_server.start(*BOOTSTRAP)
     server.signal(signal.SIGSTOP)
     assert await server.kill() == -signal.SIGKILL
     server.signal(signal.SIGTERM)  # to nobody
     assert await server.stop() == -signal.SIGKILL
 
 
-async def test_a_frozen_server_can_be_stopped(nursery: ServerNursery) -> None:
-    server = await nursery.start(*BOOTSTRAP)
+async def test_a_frozen_server_can_be_stopped(fork_server: ForkServer) -> None:
+    server = await fork_server.start(*BOOTSTRAP)
     server.signal(signal.SIGSTOP)
     assert await server.stop() == 0
 
 
-async def test_last_words_are_in_the_error(nursery: ServerNursery) -> None:
+async def test_last_words_are_in_the_error(fork_server: ForkServer) -> None:
     with pytest.raises(RemoteFaultError, match="status 2, never online:\nerror: no such file"):
-        await nursery.start("serve", "--model", "/nowhere", "--listen", "127.0.0.1:0")
+        await fork_server.start("serve", "--model", "/nowhere", "--listen", "127.0.0.1:0")
     with pytest.raises(RemoteFaultError, match="No such command 'server'"):
-        await nursery.start("server")
+        await fork_server.start("server")
 
 
-async def test_a_start_that_is_cancelled_leaves_nothing(nursery: ServerNursery) -> None:
+async def test_a_start_that_is_cancelled_leaves_nothing(fork_server: ForkServer) -> None:
     for delay in (0.0, 0.01, 0.02):
-        start = asyncio.create_task(nursery.start(*BOOTSTRAP))
+        start = asyncio.create_task(fork_server.start(*BOOTSTRAP))
         await asyncio.sleep(delay)
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
-    async with await nursery.start(*BOOTSTRAP) as alone:
+    async with await fork_server.start(*BOOTSTRAP) as alone:
         assert alone.returncode is None
         async with asyncio.timeout(30):
-            while "1 running" not in repr(nursery):
+            while "1 running" not in repr(fork_server):
                 await asyncio.sleep(0.01)
 
 
-async def test_leaving_the_nursery_kills_its_servers() -> None:
-    async with ServerNursery() as short_lived:
+async def test_leaving_the_fork_server_kills_its_servers() -> None:
+    async with ForkServer() as short_lived:
         server = await short_lived.start(*BOOTSTRAP)
     assert server.returncode == -signal.SIGKILL
     with pytest.raises(RuntimeError, match="async with"):
         await short_lived.start(*BOOTSTRAP)
 
 
-async def test_without_their_nursery_servers_live_until_their_program_ends() -> None:
-    async with ServerNursery() as doomed:
+async def test_without_the_fork_server_its_servers_live_until_their_program_ends() -> None:
+    async with ForkServer() as doomed:
         server = await doomed.start(*BOOTSTRAP)
         assert doomed.pid is not None
         os.kill(doomed.pid, signal.SIGKILL)
-        with pytest.raises(RemoteFaultError, match="nursery"):
+        with pytest.raises(RemoteFaultError, match="fork server"):
             while True:
                 await doomed.start(*BOOTSTRAP)
         assert server.returncode is None

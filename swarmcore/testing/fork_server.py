@@ -17,10 +17,10 @@ from swarmcore.errors import DeadlineExceededError, RemoteFaultError
 from swarmcore.testing.processes import ServerProcess, peer_environment
 
 START_TIMEOUT = 120.0
-"""Seconds for the nursery to import what servers need: a few, on a machine that is not busy."""
+"""Seconds for the fork server to import what servers need: a few, on a machine that is not busy."""
 
 
-class ServerNursery:
+class ForkServer:
     """Forks server processes off one that has imported all they need, torch and Transformers included.
 
     What it starts are processes like those of `ServerProcess.start`, each in a session of its own, computing
@@ -41,10 +41,10 @@ class ServerNursery:
         return self._process.pid if self._process is not None else None
 
     def __repr__(self) -> str:
-        return f"<ServerNursery {len(self._running)} running>"
+        return f"<ForkServer {len(self._running)} running>"
 
     async def start(self, *arguments: str, timeout: float = START_TIMEOUT) -> ServerProcess:
-        """As `ServerProcess.start`. Raise `RemoteFaultError` also when the nursery itself is gone."""
+        """As `ServerProcess.start`. Raise `RemoteFaultError` also when the fork server itself is gone."""
         forking = asyncio.create_task(self._fork([*arguments, "--json", "--exit-with-stdin"]))
         try:
             forked = await asyncio.shield(forking)
@@ -59,7 +59,7 @@ class ServerNursery:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._prefix,
-                    *(sys.executable, "-m", "swarmcore.testing.nursery_process", str(theirs.fileno())),
+                    *(sys.executable, "-m", "swarmcore.testing.fork_server_process", str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
@@ -71,12 +71,14 @@ class ServerNursery:
                 assert self._process.stdout is not None
                 if not await self._process.stdout.readline():
                     raise RemoteFaultError(
-                        "the nursery ended before it could start servers; its stderr says why"
+                        "the fork server ended before it could start servers; its stderr says why"
                     )
         except BaseException as exc:
             await self._close()
             if isinstance(exc, TimeoutError):
-                raise DeadlineExceededError(f"the nursery was not ready in {START_TIMEOUT:.0f} s") from exc
+                raise DeadlineExceededError(
+                    f"the fork server was not ready in {START_TIMEOUT:.0f} s"
+                ) from exc
             raise
         return self
 
@@ -100,37 +102,39 @@ class ServerNursery:
 
     async def _fork(self, arguments: Sequence[str]) -> ForkedProcess:
         if self._requests is None:
-            raise RuntimeError("a nursery starts servers once it is entered: async with ServerNursery() as …")
+            raise RuntimeError(
+                "a fork server starts servers once it is entered: async with ForkServer() as …"
+            )
         control, their_control = socket.socketpair()
         stdout, their_stdout = os.pipe()
         stderr, their_stderr = os.pipe()
         try:
-            with contextlib.suppress(OSError):  # when the nursery is gone, the control socket ends
+            with contextlib.suppress(OSError):  # when the fork server is gone, the control socket ends
                 socket.send_fds(self._requests, [b"\n"], [their_control.fileno(), their_stdout, their_stderr])
         finally:
             their_control.close()
             os.close(their_stdout)
             os.close(their_stderr)
-        told, stdin = await asyncio.open_connection(sock=control)
+        statuses, stdin = await asyncio.open_connection(sock=control)
         readers = await _reader(stdout), await _reader(stderr)
         stdin.write(json.dumps(arguments).encode() + b"\n")
-        pid = await _line(told)
+        pid = await _line(statuses)
         if not pid:
             stdin.close()
-            raise RemoteFaultError("the nursery ended; its stderr says why")
-        forked = ForkedProcess(int(pid), told, stdin, *readers)
+            raise RemoteFaultError("the fork server ended; its stderr says why")
+        forked = ForkedProcess(int(pid), statuses, stdin, *readers)
         self._running.add(forked)
         forked.ended.add_done_callback(lambda _: self._running.discard(forked))
         return forked
 
 
 class ForkedProcess:
-    """A child of the nursery, as `asyncio.subprocess.Process` is a child of this process."""
+    """A child of the fork server, as `asyncio.subprocess.Process` is a child of this process."""
 
     def __init__(
         self,
         pid: int,
-        told: asyncio.StreamReader,
+        statuses: asyncio.StreamReader,
         stdin: asyncio.StreamWriter,
         stdout: asyncio.StreamReader,
         stderr: asyncio.StreamReader,
@@ -139,7 +143,7 @@ class ForkedProcess:
         self.returncode: int | None = None
         self.stdout: asyncio.StreamReader | None = stdout
         self.stderr: asyncio.StreamReader | None = stderr
-        self.ended = asyncio.create_task(self._follow(told, stdin))
+        self.ended = asyncio.create_task(self._follow(statuses, stdin))
 
     def send_signal(self, signal: int) -> None:
         if self.returncode is None:
@@ -148,8 +152,8 @@ class ForkedProcess:
     async def wait(self) -> int:
         return await asyncio.shield(self.ended)
 
-    async def _follow(self, told: asyncio.StreamReader, stdin: asyncio.StreamWriter) -> int:
-        status = await _line(told)  # nothing when the nursery is gone; then the server's end is all there is
+    async def _follow(self, statuses: asyncio.StreamReader, stdin: asyncio.StreamWriter) -> int:
+        status = await _line(statuses)  # nothing when the fork server is gone: how it ended is not known
         self.returncode = int(status or -signal.SIGKILL)
         stdin.close()
         with contextlib.suppress(OSError):
