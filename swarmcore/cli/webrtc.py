@@ -42,9 +42,9 @@ CLIENT_OPTIONS = (
     ),
     click.option(
         "--webrtc-engine",
-        type=click.Choice(["auto", "aiortc", "wrtc"]),
-        help="WebRTC implementation: aiortc answers sooner over long links, wrtc moves more bytes a second; "
-        "auto is the better one for tokens. [default: auto]",
+        metavar="NAME",
+        help="WebRTC implementation, by the name under which a plugin has installed it. "
+        "[default: auto, which is aiortc]",
     ),
 )
 """What every peer takes that may dial."""

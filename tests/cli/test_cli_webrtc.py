@@ -60,7 +60,7 @@ def test_a_client_has_the_transport_that_it_was_given_options_for() -> None:
     ("given", "says"),
     [
         ({"transports": ["tcp"], "ice": (STUN,)}, "--ice: only for transport webrtc"),
-        ({"transports": ["tcp"], "webrtc_engine": "wrtc"}, "--webrtc-engine: only for transport webrtc"),
+        ({"transports": ["tcp"], "webrtc_engine": "aiortc"}, "--webrtc-engine: only for transport webrtc"),
         ({"listen": ["wss://meet.example:443"]}, "write webrtc:wss://meet.example:443"),
         ({"ice_file": "nowhere"}, "nowhere cannot be read: No such file"),
         ({"signalling_key": "key.pem"}, "--signalling-cert"),

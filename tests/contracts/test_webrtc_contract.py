@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,15 +35,14 @@ class Malicious(signalling_service.SignallingService):  # type: ignore[misc, nam
         sender.put(signals.Envelope(**{**fields, "sender": envelope.receiver}))
 
 
-class _OverWebRtc(TransportContract):
-    engine: str
-
+@pytest.mark.every_loop
+class TestWebRtc(TransportContract):
     @pytest.fixture(autouse=True)
     def malicious_service(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(meeting_points, "SignallingService", Malicious)
 
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
-        return webrtc.WebRtcTransport(identity, limits=limits, listen_on=listen_on, engine=self.engine)
+        return webrtc.WebRtcTransport(identity, limits=limits, listen_on=listen_on)
 
     def free_place(self) -> str:
         return "127.0.0.1:0"
@@ -59,13 +57,3 @@ class _OverWebRtc(TransportContract):
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
-
-
-@pytest.mark.every_loop
-class TestWebRtc(_OverWebRtc):
-    engine = "aiortc"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wrtc") is None, reason="needs the extra wrtc")
-class TestWebRtcByWrtc(_OverWebRtc):
-    engine = "wrtc"

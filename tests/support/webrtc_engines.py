@@ -1,21 +1,18 @@
-"""Two connections of WebRTC engines in this process, and what they say to each other by hand."""
+"""Two connections of the WebRTC engine in this process, and what they say to each other by hand."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
 
-from swarmcore_transports.webrtc.engine import DataChannel, Engine, PeerConnection, connection_class
+from swarmcore_transports.webrtc.engine import DataChannel, PeerConnection, connection_class
 
 DEADLINE = 20.0
-
-ENGINES: list[Engine] = [name for name in ("aiortc", "wrtc") if importlib.util.find_spec(name)]  # type: ignore[misc]
 
 
 class Messages:
@@ -106,14 +103,11 @@ class Pair:
         await asyncio.gather(self.dialler.close(), self.listener.close())
 
 
-def made(engine: Engine) -> PeerConnection:
-    return connection_class(engine)(())
-
-
 @asynccontextmanager
-async def pair(dialler: Engine, listener: Engine) -> AsyncIterator[Pair]:
+async def pair() -> AsyncIterator[Pair]:
     """One that is not connected yet; closed in the end, with a deadline for all of it."""
-    sides = made(dialler), made(listener)
+    make = connection_class()
+    sides = make(()), make(())
     found = Pair(
         *sides,
         arrived={side: asyncio.Queue() for side in sides},

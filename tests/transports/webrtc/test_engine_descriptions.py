@@ -1,4 +1,4 @@
-"""Descriptions and candidates that no honest peer sends, given to each WebRTC engine."""
+"""Descriptions and candidates that no honest peer sends, given to the WebRTC engine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from swarmcore.errors import ProtocolError
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from webrtc_engines import ENGINES, Messages, pair
+from webrtc_engines import Messages, pair
 
 from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.webrtc.engine import Engine, PeerConnection
+from swarmcore_transports.webrtc.engine import PeerConnection
 from swarmcore_transports.webrtc.sdp import attribute
 
 NONSENSE = [
@@ -141,17 +141,9 @@ def garbled(sdp: str, seed: int) -> str:
     return "".join(f"{line}\r\n" for line in lines)
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Engine:
-    found: Engine = request.param
-    return found
-
-
 @pytest.mark.parametrize("spoil", NO_DESCRIPTIONS.values(), ids=NO_DESCRIPTIONS.keys())
-async def test_what_is_no_description_is_named_so_and_does_no_harm(
-    engine: Engine, spoil: Callable[[str], str]
-) -> None:
-    async with pair(engine, engine) as found:
+async def test_what_is_no_description_is_named_so_and_does_no_harm(spoil: Callable[[str], str]) -> None:
+    async with pair() as found:
         offer = await found.dialler.offer()
         with pytest.raises(ProtocolError):
             await found.listener.answer(spoil(offer))
@@ -171,20 +163,20 @@ async def test_what_is_no_description_is_named_so_and_does_no_harm(
 
 
 @pytest.mark.parametrize("some", range(3))
-async def test_garbled_descriptions_are_taken_or_refused(engine: Engine, some: int) -> None:
+async def test_garbled_descriptions_are_taken_or_refused(some: int) -> None:
     for seed in range(5 * some, 5 * some + 5):
-        async with pair(engine, engine) as found:
+        async with pair() as found:
             with suppress(ProtocolError):
                 await found.listener.answer(garbled(await found.dialler.offer(), seed))
-        async with pair(engine, engine) as found:
+        async with pair() as found:
             with suppress(ProtocolError):
                 await found.dialler.accept(
                     garbled(await found.listener.answer(await found.dialler.offer()), seed)
                 )
 
 
-async def test_garbled_restarts_end_nothing(engine: Engine) -> None:
-    async with pair(engine, engine) as found:
+async def test_garbled_restarts_end_nothing() -> None:
+    async with pair() as found:
         await found.connect()
         sender, receiver = await found.channel(found.dialler)
         for seed in range(40):
@@ -202,8 +194,8 @@ async def there_and_back(sender: Messages, receiver: Messages) -> None:
     assert await sender.next() == b"back"
 
 
-async def test_nonsense_in_place_of_candidates_is_ignored(engine: Engine) -> None:
-    async with pair(engine, engine) as found:
+async def test_nonsense_in_place_of_candidates_is_ignored() -> None:
+    async with pair() as found:
         sides = found.dialler, found.listener
 
         async def nonsense() -> None:
@@ -228,10 +220,10 @@ async def test_nonsense_in_place_of_candidates_is_ignored(engine: Engine) -> Non
         await nonsense()
 
 
-async def test_candidates_by_names_are_no_reason_to_give_up_at_their_end(engine: Engine) -> None:
+async def test_candidates_by_names_are_no_reason_to_give_up_at_their_end() -> None:
     """As browsers have them: who is behind one is learnt from its checks."""
     name = "candidate:1 1 udp 2113937151 1b2c3d4e-0000-4000-8000-000000000000.local 5001 typ host"
-    async with pair("aiortc", engine) as found:
+    async with pair() as found:
         offer = alone(await found.dialler.offer())
         answer = await found.listener.answer(offer)
         await found.listener.add_candidate(name)
@@ -259,19 +251,16 @@ def sockets() -> Iterator[list[socket.socket]]:
         one.close()
 
 
-async def test_candidates_of_another_description_are_ignored(
-    engine: Engine, sockets: list[socket.socket]
-) -> None:
+async def test_candidates_of_another_description_are_ignored(sockets: list[socket.socket]) -> None:
     """Where the first of two candidates leads, nobody looks."""
-    async with pair(engine, engine) as found:
+    async with pair() as found:
         answer = alone(await found.listener.answer(await found.dialler.offer()))
         await found.dialler.accept(answer)
         await tried(found.dialler, sockets, "foreign", attribute(answer, "ice-ufrag"))
 
 
-@pytest.mark.skipif("aiortc" not in ENGINES, reason="needs the extra webrtc")
 async def test_candidates_of_an_earlier_description_are_ignored(sockets: list[socket.socket]) -> None:
-    async with pair("aiortc", "aiortc") as found:
+    async with pair() as found:
         await found.connect()
         earlier, answer = [
             alone(await found.listener.answer(await found.dialler.restart())) for _ in range(2)

@@ -12,15 +12,9 @@ import pytest
 from swarmcore.errors import ConnectionLostError
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from webrtc_engines import ENGINES, Messages, Pair, pair
+from webrtc_engines import Messages, Pair, pair
 
-from swarmcore_transports.webrtc.engine import Engine, PeerConnection
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Engine:
-    found: Engine = request.param
-    return found
+from swarmcore_transports.webrtc.engine import PeerConnection
 
 
 async def new(found: Pair) -> None: ...
@@ -70,20 +64,20 @@ State = Callable[[Pair], Awaitable[None]]
 
 
 @pytest.mark.parametrize("state", STATES)
-async def test_either_side_closes_in_any_state(engine: Engine, state: State) -> None:
-    async with pair(engine, engine) as found:
+async def test_either_side_closes_in_any_state(state: State) -> None:
+    async with pair() as found:
         await state(found)
         await asyncio.gather(*(found.dialler.close() for _ in range(3)))
         await found.dialler.close()
-    async with pair(engine, engine) as found:
+    async with pair() as found:
         await state(found)
         await found.listener.close()
         await found.listener.close()
 
 
 @pytest.mark.parametrize("state", BEFORE_CONNECTED)
-async def test_who_waits_for_a_connection_hears_that_it_is_closed(engine: Engine, state: State) -> None:
-    async with pair(engine, engine) as found:
+async def test_who_waits_for_a_connection_hears_that_it_is_closed(state: State) -> None:
+    async with pair() as found:
         await state(found)
         waits = [
             asyncio.create_task(work)
@@ -104,10 +98,10 @@ async def _open(side: PeerConnection) -> None:
 
 
 @pytest.mark.parametrize("name", ["offer", "answer", "accept", "restart", "answer to a restart", "new path"])
-async def test_what_is_under_way_ends_with_the_connection(engine: Engine, name: str) -> None:
+async def test_what_is_under_way_ends_with_the_connection(name: str) -> None:
     """However far it has come."""
     for steps in (0, 1, 2, 4, 8):
-        async with pair(engine, engine) as found:
+        async with pair() as found:
             work, side = await _begun(name, found)
             task = asyncio.create_task(work)
             for _ in range(steps):
@@ -133,11 +127,11 @@ async def _begun(name: str, found: Pair) -> tuple[Coroutine[Any, Any, Any], Peer
 
 
 @pytest.mark.parametrize("state", [new, offered, connected, restarting])
-async def test_a_closed_connection_does_nothing_more(engine: Engine, state: State) -> None:
-    async with pair(engine, engine) as other:
+async def test_a_closed_connection_does_nothing_more(state: State) -> None:
+    async with pair() as other:
         offer = await other.dialler.offer()
         answer = await other.listener.answer(offer)
-    async with pair(engine, engine) as found:
+    async with pair() as found:
         await state(found)
         signals = Messages(found.dialler.signals)
         await found.dialler.close()
@@ -158,9 +152,9 @@ async def test_a_closed_connection_does_nothing_more(engine: Engine, state: Stat
         assert found.dialler.path == "direct"
 
 
-async def test_the_other_side_hears_of_the_end(engine: Engine) -> None:
+async def test_the_other_side_hears_of_the_end() -> None:
     for closer in (0, 1):
-        async with pair(engine, engine) as found:
+        async with pair() as found:
             await found.connect()
             sides = [found.dialler, found.listener]
             ends = [end for side in sides for end in await found.channel(side)]
@@ -174,9 +168,9 @@ async def test_the_other_side_hears_of_the_end(engine: Engine) -> None:
             await other.close()
 
 
-async def test_who_is_given_up_while_it_opens_a_channel_leaves_none(engine: Engine) -> None:
+async def test_who_is_given_up_while_it_opens_a_channel_leaves_none() -> None:
     """The task that waits is cancelled; the connection goes on."""
-    async with pair(engine, engine) as found:
+    async with pair() as found:
         opening = asyncio.create_task(found.dialler.open_channel())
         await offered(found)
         opening.cancel()
@@ -190,7 +184,7 @@ async def test_who_is_given_up_while_it_opens_a_channel_leaves_none(engine: Engi
 
 
 async def test_what_is_sent_while_dtls_is_being_closed_is_lost_in_silence() -> None:
-    async with pair("aiortc", "aiortc") as found:
+    async with pair() as found:
         await found.connect()
         await found.channel(found.dialler)
         sctp = found.dialler._sctp  # type: ignore[attr-defined]

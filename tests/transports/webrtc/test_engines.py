@@ -1,4 +1,4 @@
-"""Connections of both WebRTC engines, of one kind and between the two, without the transport above them."""
+"""Two connections of aiortc's engine, without the transport above them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,15 @@ from contextlib import asynccontextmanager
 import pytest
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-from webrtc_engines import ENGINES, Messages, Pair, pair
-
-from swarmcore_transports.webrtc.engine import Engine
-
-Engines = tuple[Engine, Engine]
+from webrtc_engines import Messages, Pair, pair
 
 PIECES = [1, 2, 1200, 16 * 1024, 32 * 1024, 64 * 1024]
 """Lengths of messages, up to the longest that the protocol has."""
 
 
-@pytest.fixture(params=[(a, b) for a in ENGINES for b in ENGINES], ids=lambda both: "-".join(both))
-def engines(request: pytest.FixtureRequest) -> Engines:
-    both: Engines = request.param
-    return both
-
-
 @asynccontextmanager
-async def connected(engines: Engines) -> AsyncIterator[Pair]:
-    async with pair(*engines) as found:
+async def connected() -> AsyncIterator[Pair]:
+    async with pair() as found:
         await found.connect()
         yield found
 
@@ -47,8 +37,8 @@ async def carried(sender: Messages, receiver: Messages, messages: list[bytes]) -
         assert await receiver.next() == message
 
 
-async def test_both_sides_open_channels_on_which_messages_keep_their_order(engines: Engines) -> None:
-    async with connected(engines) as found:
+async def test_both_sides_open_channels_on_which_messages_keep_their_order() -> None:
+    async with connected() as found:
         sides = found.dialler, found.listener
         opened = await asyncio.gather(*(found.channel(side) for side in sides))
         [(a, b), (c, d)] = opened
@@ -61,9 +51,9 @@ async def test_both_sides_open_channels_on_which_messages_keep_their_order(engin
         assert not any(event.is_set() for event in found.lost.values())
 
 
-async def test_what_waits_is_told_and_leaves_when_it_can(engines: Engines) -> None:
-    """More than either library takes at once."""
-    async with connected(engines) as found:
+async def test_what_waits_is_told_and_leaves_when_it_can() -> None:
+    """More than the library takes at once."""
+    async with connected() as found:
         sender, receiver = await found.channel(found.dialler)
         messages = [bytes([number]) * PIECES[-1] for number in range(200)]
         sender.channel.set_low(PIECES[-1])
@@ -76,8 +66,8 @@ async def test_what_waits_is_told_and_leaves_when_it_can(engines: Engines) -> No
         assert sender.channel.queued <= PIECES[-1]
 
 
-async def test_what_was_sent_before_the_end_of_a_channel_arrives(engines: Engines) -> None:
-    async with connected(engines) as found:
+async def test_what_was_sent_before_the_end_of_a_channel_arrives() -> None:
+    async with connected() as found:
         for opener in (found.dialler, found.listener):
             sender, receiver = await found.channel(opener)
             messages = numbered(100, 1)
@@ -90,8 +80,8 @@ async def test_what_was_sent_before_the_end_of_a_channel_arrives(engines: Engine
             await receiver.closed.wait()
 
 
-async def test_the_first_channel_is_there_at_once_and_keeps_what_comes_early(engines: Engines) -> None:
-    async with connected(engines) as found:
+async def test_the_first_channel_is_there_at_once_and_keeps_what_comes_early() -> None:
+    async with connected() as found:
         messages = numbered(20, 1)
         for message in messages:
             found.dialler.signals.send(message)
@@ -164,8 +154,8 @@ class Traffic:
         assert self._back == self._sent
 
 
-async def test_a_restart_in_the_midst_of_traffic_loses_nothing(engines: Engines) -> None:
-    async with connected(engines) as found:
+async def test_a_restart_in_the_midst_of_traffic_loses_nothing() -> None:
+    async with connected() as found:
         a, b = await found.channel(found.dialler)
         c, d = await found.channel(found.listener)
         flows = [Traffic(a, b, 1), Traffic(c, d, 2)]
@@ -173,8 +163,7 @@ async def test_a_restart_in_the_midst_of_traffic_loses_nothing(engines: Engines)
         for _ in range(3):
             await asyncio.gather(*(flow.further() for flow in flows))
             await found.restart()
-            if engines[0] == "aiortc":
-                await asyncio.gather(*(event.wait() for event in found.moved.values()))
+            await asyncio.gather(*(event.wait() for event in found.moved.values()))
             await asyncio.gather(*(flow.further() for flow in flows))
         for flow in flows:
             flow.stop()

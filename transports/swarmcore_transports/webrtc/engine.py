@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, cast
+from typing import Protocol
 
-from swarmcore.errors import InputError, MissingExtraError
+from swarmcore.errors import InputError
+from swarmcore.plugins import PluginGroup
 from swarmcore_transports.webrtc.ice import IceServer
 
 CHANNEL_LABEL = "/swarmcore/stream/1"
@@ -129,7 +129,7 @@ class PeerConnection(ABC):
         """An offer that restarts ICE: new candidates, from the addresses that this machine has now.
 
         Channels and what is under way on them stay; until `accept` has found a new path, the old one is used.
-        libwebrtc may stay with the old one for as long as that works.
+        An engine may stay with the old one for as long as that works.
         Raise `ConnectionLostError` when the connection is gone.
         """
 
@@ -165,31 +165,16 @@ class PeerConnection(ABC):
         """Harmless when repeated."""
 
 
-Engine = Literal["auto", "aiortc", "wrtc"]
-
-_PLACES = {
-    "aiortc": ("aiortc", "swarmcore_transports.webrtc.aiortc.engine", "AiortcConnection"),
-    "wrtc": ("wrtc", "swarmcore_transports.webrtc.wrtc_engine", "WrtcConnection"),
-}
-"""Of each engine: the library, and where its class is."""
+ENGINES = PluginGroup("WebRTC engine", "swarmcore.webrtc_engines")
+"""The WebRTC implementations that are installed; each entry point names a class of `PeerConnection`."""
 
 
-def connection_class(engine: Engine = "auto") -> type[PeerConnection]:
-    """The class of ``engine``; for ``"auto"`` that of aiortc.
+def connection_class(engine: str = "auto") -> type[PeerConnection]:
+    """The class that is installed as ``engine``; for ``"auto"`` that of aiortc.
 
-    With our SCTP it answers several times as fast as wrtc over a long link, which is what a token waits for.
-    Raise `MissingExtraError` when the library is not installed, `InputError` when there is no such engine.
+    Raise `InputError` when there is none, and `MissingExtraError` when a library that it needs is missing.
     """
-    if engine == "auto":
-        engine = "aiortc"
-    if engine not in _PLACES:
-        raise InputError(f"no WebRTC engine {engine!r}; choose auto, {' or '.join(_PLACES)}")
-    library, module, name = _PLACES[engine]
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError as exc:
-        raise MissingExtraError(
-            f"the WebRTC engine {engine!r} needs {exc.name or library}; "
-            f"install it with: pip install {library}"
-        ) from exc
-    return cast(type[PeerConnection], found)
+    found = ENGINES.load("aiortc" if engine == "auto" else engine)
+    if not (isinstance(found, type) and issubclass(found, PeerConnection)):
+        raise InputError(f"WebRTC engine {engine!r} is {found!r}, which is no class of PeerConnection")
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
 from typing import Protocol
 
 import attrs
@@ -39,30 +38,10 @@ def check_description(sdp: str) -> None:
         raise ProtocolError("the peer sent a description with ICE credentials of impossible lengths")
 
 
-def check_restart(before: str, sdp: str) -> None:
-    """Raise `ProtocolError` unless ``sdp`` goes on with the association that ``before`` describes.
-
-    Channels stay as they are, and so must what they were made with.
-    """
-    if fingerprints(before) != fingerprints(sdp):
-        raise ProtocolError("the peer changed its certificate in the midst of a connection")
-    for name in ("mid", "sctp-port"):
-        if attribute(before, name) != attribute(sdp, name):
-            raise ProtocolError(f"the peer changed the {name} of a connection")
-
-
 def attribute(sdp: str, name: str) -> str:
     """The value of the first attribute ``name``, or nothing."""
     start = f"a={name}:"
     return next((line[len(start) :].strip() for line in sdp.splitlines() if line.startswith(start)), "")
-
-
-def fingerprints(sdp: str) -> frozenset[str]:
-    """Of the peer's certificates, with the name of the hash."""
-    start = "a=fingerprint:"
-    return frozenset(
-        line[len(start) :].strip().lower() for line in sdp.splitlines() if line.startswith(start)
-    )
 
 
 def without_names(sdp: str) -> str:
@@ -71,35 +50,11 @@ def without_names(sdp: str) -> str:
     Each would be looked up by multicast, for a second at a stranger's word, before there is an answer. Their
     owner reaches us all the same, and its checks then tell where from: so the list counts as unfinished.
     """
-    return _with_candidates(sdp, lambda candidate: not is_named(candidate))
-
-
-def with_usable_candidates(sdp: str) -> str:
-    """As `without_names`, and without all other candidates that are not `is_usable`."""
-    return _with_candidates(sdp, is_usable)
-
-
-def _with_candidates(sdp: str, wanted: Callable[[str], bool]) -> str:
     lines = sdp.splitlines(keepends=True)
-    kept = [line for line in lines if not line.startswith("a=candidate:") or wanted(line[2:])]
+    kept = [line for line in lines if not (line.startswith("a=candidate:") and is_named(line[2:]))]
     if len(kept) < len(lines):
         kept = [line for line in kept if not line.startswith("a=end-of-candidates")]
     return "".join(kept)
-
-
-def is_usable(candidate: str) -> bool:
-    """Whether ``candidate`` (``candidate:…``) is a literal address for UDP.
-
-    libwebrtc would look up any name at a stranger's word, and connect to any port of TCP.
-    """
-    fields = candidate.split()
-    if not candidate.startswith("candidate:") or len(fields) < 8 or fields[2].lower() != "udp":
-        return False
-    try:
-        ipaddress.ip_address(fields[4])
-    except ValueError:
-        return False
-    return True
 
 
 def is_named(candidate: str) -> bool:

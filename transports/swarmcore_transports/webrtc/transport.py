@@ -32,7 +32,7 @@ from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.handshake import Greeter
 from swarmcore_transports.webrtc.addresses import SCHEME, Service, announced_service, service_of
-from swarmcore_transports.webrtc.engine import DataChannel, Engine, connection_class
+from swarmcore_transports.webrtc.engine import DataChannel, connection_class
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
 from swarmcore_transports.webrtc.ice_restarts import Restarts
 from swarmcore_transports.webrtc.peer_connections import Dials, Link, Links
@@ -67,9 +67,9 @@ class WebRtcTransport(Transport):
     addresses of services run here. ``ice`` are STUN and TURN servers, or how they are written (see
     `IceServer.parse`), without which only peers are reached that see each other; with ``relay_only`` nothing
     but a TURN server ever learns where this peer is. ``tls`` secures the services run here, ``trusted`` says
-    which foreign ones to believe; by default those that the system does. ``engine`` is the WebRTC
-    implementation: ``"aiortc"``, quick over long links; ``"wrtc"`` (libwebrtc, extra ``wrtc``), which moves
-    more bytes a second; or ``"auto"``, whichever is better for tokens: aiortc.
+    which foreign ones to believe; by default those that the system does. ``engine`` names the WebRTC
+    implementation among those that are installed (entry-point group ``swarmcore.webrtc_engines``);
+    ``"auto"`` is aiortc.
     """
 
     scheme = SCHEME
@@ -87,7 +87,7 @@ class WebRtcTransport(Transport):
         tls: ssl.SSLContext | None = None,
         trusted: ssl.SSLContext | None = None,
         service_limits: ServiceLimits | None = None,
-        engine: Engine = "auto",
+        engine: str = "auto",
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         self._ice = IceServers(ice)
