@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Protocol
 
 import attrs
 
@@ -41,9 +41,10 @@ class Chain:
         return " → ".join(map(str, self.stages))
 
 
-class Router(Protocol):
+class Router(ABC):
     """Chooses chains. A plain object: the view comes in, the chain goes out."""
 
+    @abstractmethod
     def plan(
         self,
         view: SwarmView,
@@ -65,8 +66,12 @@ class Router(Protocol):
         `ModelMismatchError` when the only servers of a model of that name hold other weights.
         """
 
+    def admits(self, peer: PeerId) -> bool:
+        """Whether this router may use the peer at all."""
+        return True
 
-class FewestServers:
+
+class FewestServers(Router):
     """Covers a span with as few servers as possible; among equals prefers room in the cache, then chance.
 
     ``allowed``, when given, are the only servers considered.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from swarmcore.errors import InputError, MissingBlocksError
 from swarmcore.registry.base import SwarmView
-from swarmcore.routing.chain import Chain, Stage
+from swarmcore.routing.chain import Chain, Router, Stage
 from swarmcore.routing.costs import ChainCost, CostModel, chain_cost, published_rtts
 from swarmcore.routing.coverage import Bans, explain_missing, missing_ranges, reprieved
 from swarmcore.routing.graph import ServerGraph
@@ -21,7 +21,7 @@ MODELS = 8
 """Models whose graphs are kept."""
 
 
-class LeastLatency:
+class LeastLatency(Router):
     """Plans the chain in which a decode step takes the least expected time, as `CostModel` sees it.
 
     The shortest path over (server, position) of arXiv 2312.08361, section 3.2. Any part of a server's span

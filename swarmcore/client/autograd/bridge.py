@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.planner import PassPlanner
+from swarmcore.client.connection import SwarmConnection
 from swarmcore.errors import InputError, StreamClosedError
 from swarmcore.loop_thread import background_loop, wait_on
 from swarmcore.types import ModelInfo
 
-if TYPE_CHECKING:
-    from swarmcore.client.swarm import Swarm
-
 T = TypeVar("T")
+
+
+def batch_runner(swarm: SwarmConnection, model: ModelInfo, options: PassOptions | None = None) -> BatchRunner:
+    """What runs batches through blocks of ``model`` and back, over a connection; without torch."""
+    sessions = swarm.planner(model)
+    planner = PassPlanner(swarm.registry, swarm.health, model, sessions, admits=swarm.router.admits)
+    return BatchRunner(swarm.node, planner, model, options, pass_id=swarm.session_id)
 
 
 class Bridge:
     """Runs work of one model's batches on an event loop, for callers in any thread and inside any loop.
 
     A caller that blocks must not block the loop that works for it. So what it asks for runs in the thread of
-    `background_loop`, over a connection to the swarm of its own (`Swarm.again`), made at the first call;
-    a swarm that lives there already needs none. Only where a swarm cannot be joined again, since it was put
-    together by hand, does the work run on its own loop; blocking calls from that loop's thread are refused.
+    `background_loop`, over a connection to the swarm of its own (`SwarmConnection.again`), made at the first
+    call; a swarm that lives there already needs none. Only where a swarm cannot be joined again, since it was
+    put together by hand, does the work run on its own loop; blocking calls from that loop's thread are
+    refused.
     """
 
-    def __init__(self, swarm: Swarm, model: ModelInfo, options: PassOptions | None = None) -> None:
+    def __init__(self, swarm: SwarmConnection, model: ModelInfo, options: PassOptions | None = None) -> None:
         """To be made on the loop that ``swarm`` lives on."""
         self._swarm, self._model = swarm, model
         self.options = options or PassOptions()
         self._own_loop = asyncio.get_running_loop()
         self._joining = asyncio.Lock()
-        self._joined: Swarm | None = None
+        self._joined: SwarmConnection | None = None
         self._runner: BatchRunner | None = None
         self._closed = False
 
@@ -76,10 +83,10 @@ class Bridge:
             raise StreamClosedError("the model is closed; load it again")
         swarm = await self._joined_swarm()
         if self._runner is None:
-            self._runner = swarm.batch_runner(self._model, self.options)
+            self._runner = batch_runner(swarm, self._model, self.options)
         return await work(self._runner)
 
-    async def _joined_swarm(self) -> Swarm:
+    async def _joined_swarm(self) -> SwarmConnection:
         if self._swarm.again is None or asyncio.get_running_loop() is self._own_loop:
             return self._swarm
         async with self._joining:

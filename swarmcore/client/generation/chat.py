@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from swarmcore.client.generation.model import RemoteModel
     from swarmcore.client.generation.remote import ThinGeneration
     from swarmcore.client.generation.token_session import ModelSession
-    from swarmcore.client.swarm import Swarm
 
 Made = TypeVar("Made", bound=GeneratedPieces[str])
 
@@ -125,10 +124,10 @@ class ThinChat(Conversation["ThinGeneration"]):
     Head peers keep nothing from one turn to the next: each is computed from the first message on.
     """
 
-    def __init__(self, swarm: Swarm, system: str | None, model: str) -> None:
+    def __init__(self, generate: Callable[..., ThinGeneration], system: str | None) -> None:
+        """``generate`` is `Swarm.generate` for one model."""
         super().__init__(system)
-        self._swarm = swarm
-        self._name = model
+        self._generate_at_heads = generate
 
     async def _generate(self, options: GenerationOptions) -> ThinGeneration:
-        return self._swarm.generate(list(self.messages), model=self._name, **options)
+        return self._generate_at_heads(list(self.messages), **options)

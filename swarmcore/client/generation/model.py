@@ -15,6 +15,7 @@ from swarmcore.client.autograd.bridge import Bridge
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.autograd.packing import snapshot
 from swarmcore.client.autograd.remote_blocks import RemoteBlocks
+from swarmcore.client.connection import SwarmConnection
 from swarmcore.client.generation.chat import Chat
 from swarmcore.client.generation.compute import ModelCompute
 from swarmcore.client.generation.detokenizer import StopStrings, TextStream, TokenKinds, kinds_of
@@ -54,7 +55,6 @@ from swarmcore.types import ModelInfo, Span
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-    from swarmcore.client.swarm import Swarm
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
 
@@ -100,7 +100,7 @@ class RemoteModel:
     @classmethod
     async def load(
         cls,
-        swarm: Swarm,
+        swarm: SwarmConnection,
         name_or_path: str | None,
         *,
         dtype: str = "auto",
