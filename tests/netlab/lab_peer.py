@@ -133,7 +133,7 @@ async def _serve(options: dict[str, Any]) -> None:
             await stream.send(await stream.receive())
 
     async def addresses() -> list[str]:
-        found = transport._addresses() if hasattr(transport, "_addresses") else listening
+        found = transport._announced() if hasattr(transport, "_announced") else listening
         return [str(address) for address in found]
 
     async def open_stream(address: str) -> int:
@@ -184,12 +184,12 @@ async def _serve(options: dict[str, Any]) -> None:
         ]
 
     async def standing(peer: str) -> str:
-        assert transport._host
-        return transport._host.hole_puncher.standing(PeerId(peer))
+        assert transport._services
+        return transport._services.hole_puncher.standing(PeerId(peer))
 
     async def reached() -> str:
-        assert transport._host
-        return transport._host.dial_back.standing
+        assert transport._services
+        return transport._services.autonat.status
 
     async def notes() -> list[str]:
         return list(transport.notes())

@@ -18,7 +18,7 @@ MOST = 12
 """Addresses to announce, so that they fit into a record. A machine with containers has a LAN for each."""
 
 
-class OwnAddresses:
+class AddressManager:
     """A plain object; ``on_change`` is called after every change of `all`.
 
     Addresses are without this peer's id at their end. With ``fixed`` the others are known but not told.

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Literal, cast
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import cast
+from weakref import WeakSet
 
 import trio
 from libp2p import new_host
@@ -39,18 +40,12 @@ from swarmcore.identity import Identity
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p import yamux as muxing
-from swarmcore_transports.libp2p.addresses import OwnAddresses
+from swarmcore_transports.libp2p.addresses import AddressManager
 from swarmcore_transports.libp2p.connections import Notices, is_direct, is_outbound
 from swarmcore_transports.libp2p.logs import demote_library
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
-from swarmcore_transports.libp2p.nat.autonat import DialBack
-from swarmcore_transports.libp2p.nat.hole_punching import HolePuncher
-from swarmcore_transports.libp2p.relay.client import RelayClient
-from swarmcore_transports.libp2p.relay.limits import RelayLimits
-from swarmcore_transports.libp2p.relay.service import RelayService
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
 from swarmcore_transports.libp2p.sockets import TcpSocket, TcpSockets
-from swarmcore_transports.network_watch import NetworkWatch
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +56,6 @@ _CLOSE_SECONDS = 3.0
 _LISTEN_SECONDS = 3.0
 _RESET_SECONDS = 1.0
 _TELL_SECONDS = 5.0
-
-Relaying = Literal["auto", "on", "off"]
-"""Whether to relay for others: ``"auto"`` does once this peer is known to be reachable by everybody."""
 
 OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
 """Takes a stream that a peer opened, the peer, the path; sets the event when it has let the stream go."""
@@ -76,22 +68,18 @@ class Host:
         self,
         identity: Identity,
         limits: Limits,
-        own: OwnAddresses,
+        addresses: AddressManager,
         on_stream: OnPipe,
         on_direct: Callable[[PeerId], None],
         allows: Callable[[PeerId], bool],
         counts: SocketCounts,
-        *,
-        relay: Relaying = "auto",
-        relay_limits: RelayLimits | None = None,
-        relays: Iterable[tuple[Multiaddr, PeerId]] = (),
     ) -> None:
         demote_library()
         self._sockets = TcpSockets(limits, counts)
         key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
         noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
         self.peer = identity.peer
-        self.own = own
+        self.addresses = addresses
         self.limits = limits
         self._on_stream = on_stream
         self.on_direct = on_direct
@@ -107,7 +95,7 @@ class Host:
             resource_manager=_resources(limits),
             connection_config=_connections(limits),
             negotiate_timeout=max(1, int(limits.connect_timeout)),
-            addrs_factory=lambda candidates: own.all(),
+            addrs_factory=lambda candidates: addresses.all(),
         )
         network = self.libp2p.get_network()
         assert isinstance(network, Swarm)
@@ -120,18 +108,10 @@ class Host:
         self.swarm.register_notifee(self.notices)
         self._counts = counts
         self.notices.on_connected.append(self._count_as_proven)
-        self.relays = RelayClient(self, relays)
-        offers = {"on": lambda: True, "off": lambda: False, "auto": lambda: own.public}[relay]
-        self._relay_service = RelayService(self, relay_limits or RelayLimits(), offers)
-        self.dial_back = DialBack(self)
-        self.hole_puncher = HolePuncher(self)
-        self._background: list[Callable[[], Awaitable[None]]] = [
-            NetworkWatch(self._network_changed, trio.sleep).run,
-            self.relays.run,
-            self._relay_service.run,
-            self.dial_back.run,
-            self.hole_puncher.run,
-        ]
+        self.dial_relayed: Callable[[ID, Multiaddr], Awaitable[None]] = _no_relay_client
+        """Makes a connection at an address that leads through a relay; for a relay client to set."""
+        self.hole_punched: WeakSet[INetConn] = WeakSet()
+        """The direct connections that came about by hole punching."""
 
     def _count_as_proven(self, connection: INetConn) -> None:
         if sock := self.socket_of(connection):
@@ -151,14 +131,15 @@ class Host:
                 sock.cut()
                 return
 
-    async def run(self, ready: Callable[[], None], stop: trio.Event) -> None:
-        """Live until ``stop``, then close every connection."""
+    async def run(
+        self, services: Callable[[], Awaitable[None]], ready: Callable[[], None], stop: trio.Event
+    ) -> None:
+        """Live, with ``services`` running, until ``stop``; then close every connection."""
         self.serve(PROTOCOL, self._accept)
         try:
             async with self.libp2p.run(listen_addrs=[]):
                 async with trio.open_nursery() as background:
-                    for task in self._background:
-                        background.start_soon(task)
+                    background.start_soon(services)
                     ready()
                     await stop.wait()
                     background.cancel_scope.cancel()
@@ -217,7 +198,7 @@ class Host:
     # --- listening ------------------------------------------------------------------------------------
 
     async def listen(self, places: Sequence[Multiaddr]) -> None:
-        """Listen on every one of ``places``, and put into `own` where others reach that.
+        """Listen on every one of ``places``, and put into `addresses` where others reach that.
 
         Raise `AddressInUseError` or `AddressError` when one cannot be listened on.
         """
@@ -229,17 +210,16 @@ class Host:
                 listens = await self.swarm.listen(place)
             if not listens:
                 raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
-        self.own.put("listening", spelt_out(self.bound()))
+        self.addresses.put("listening", spelt_out(self.bound()))
 
-    def _network_changed(self, gone: frozenset[str]) -> None:
-        """This machine has other IP addresses than before, those that are ``gone`` no more."""
+    def leave_addresses(self, gone: Collection[str]) -> int:
+        """This machine has other IP addresses now, and no more those that are ``gone``.
+
+        Returns how many connections are cut, since what is sent from there arrives nowhere.
+        """
         cut = self._sockets.cut(gone)
-        logger.info("the addresses of this machine have changed; %d connections are cut", cut)
-        self.own.put("listening", spelt_out(self.bound()))
-        self.relays.again()
-        if gone:
-            self.dial_back.again()
-            self.hole_puncher.again()
+        self.addresses.put("listening", spelt_out(self.bound()))
+        return cut
 
     async def _accept(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
@@ -319,7 +299,7 @@ class Host:
 
     async def _dial(self, peer: ID, multiaddr: Multiaddr) -> None:
         if is_relayed(multiaddr):
-            await self.relays.dial(peer, multiaddr)
+            await self.dial_relayed(peer, multiaddr)
             return
         # Not by way of `connect`: that waits 250 ms for a second address which there is not.
         with trio.fail_after(self.limits.connect_timeout):  # the library waits for Noise forever
@@ -381,7 +361,7 @@ class Host:
         connection = self.connection_of(stream)
         if not is_direct(connection):
             return "relayed"
-        return "hole-punched" if self.hole_puncher.is_punched(connection) else "direct"
+        return "hole-punched" if connection in self.hole_punched else "direct"
 
     def connection_of(self, stream: INetStream) -> INetConn:
         """The connection that carries ``stream``."""
@@ -390,6 +370,10 @@ class Host:
     def bound(self) -> list[Multiaddr]:
         """What the listening sockets are bound to, wildcards among it."""
         return [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
+
+
+async def _no_relay_client(peer: ID, multiaddr: Multiaddr) -> None:
+    raise PeerUnreachableError(f"{short(str(peer))} is behind a relay, and this host has no client of relays")
 
 
 async def close_soon(connection: INetConn) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import compress
 
 import trio
@@ -27,10 +28,9 @@ from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connections import Connections
 from swarmcore_transports.framed.handshake import Greeter
-from swarmcore_transports.libp2p.addresses import OwnAddresses
-from swarmcore_transports.libp2p.diagnostics import standing_notes
+from swarmcore_transports.libp2p.addresses import AddressManager
 from swarmcore_transports.libp2p.dial_ranker import Vicinity
-from swarmcore_transports.libp2p.host import Host, Relaying
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.mdns import Mdns
 from swarmcore_transports.libp2p.multiaddrs import (
     SCHEME,
@@ -44,6 +44,7 @@ from swarmcore_transports.libp2p.multiaddrs import (
 from swarmcore_transports.libp2p.nat.port_mapping import PortMapper
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.relay.limits import RelayLimits
+from swarmcore_transports.libp2p.services import RelayMode, Services
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
 from swarmcore_transports.libp2p.trio_thread import TrioThread
 from swarmcore_transports.libp2p.yamux import SILENT_KEEPALIVES
@@ -78,21 +79,22 @@ class Libp2pTransport(Transport):
         limits: Limits | None = None,
         listen_on: Sequence[str] = (),
         announce: Sequence[str] = (),
-        relay: Relaying = "auto",
+        relay: RelayMode = "auto",
         relay_limits: RelayLimits | None = None,
         relays: Sequence[str] = (),
         upnp: bool = True,
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         fixed = [announced_multiaddr(text, identity.peer) for text in announce]
-        self._own = OwnAddresses(identity.peer, fixed, self._own_changed)
-        self._relaying = relay
+        self._addresses = AddressManager(identity.peer, fixed, self._own_changed)
+        self._relay_mode = relay
         self._relay_limits = relay_limits
-        self._given_relays = [given_relay(text) for text in relays]
+        self._relays = [given_relay(text) for text in relays]
         self._mdns: Mdns | None = None
         self._vicinity = Vicinity()
         self._port_mapper = PortMapper(self._mapped, random.Random()) if upnp else None
         self._host: Host | None = None
+        self._services: Services | None = None
         self._thread: TrioThread | None = None
         self._starting = asyncio.Lock()
         self._listening = False
@@ -122,20 +124,22 @@ class Libp2pTransport(Transport):
                 host = Host(
                     self.identity,
                     self.limits,
-                    self._own,
+                    self._addresses,
                     self._stream_arrived,
                     self._direct_way,
                     self._allows,
                     self._counts,
-                    relay=self._relaying,
-                    relay_limits=self._relay_limits,
-                    relays=self._given_relays,
+                )
+                services = Services(
+                    host, relay=self._relay_mode, relay_limits=self._relay_limits, relays=self._relays
                 )
                 thread = TrioThread(
-                    host.run, name=f"libp2p-{self.identity.peer[-6:]}", on_crash=self._crashed
+                    partial(host.run, services.run),
+                    name=f"libp2p-{self.identity.peer[-6:]}",
+                    on_crash=self._crashed,
                 )
                 await thread.start(_START_SECONDS)
-                self._host, self._thread = host, thread
+                self._host, self._services, self._thread = host, services, thread
             return self._thread, self._host
 
     def _tell(self, function: Callable[[], object]) -> None:
@@ -173,10 +177,10 @@ class Libp2pTransport(Transport):
         await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")
         self._listening = True
         self._tell_listening()
-        return self._addresses()
+        return self._announced()
 
-    def _addresses(self) -> tuple[Address, ...]:
-        return tuple(to_address(own, self.identity.peer) for own in self._own.all())
+    def _announced(self) -> tuple[Address, ...]:
+        return tuple(to_address(own, self.identity.peer) for own in self._addresses.all())
 
     def _own_changed(self) -> None:
         """Called in the trio thread."""
@@ -185,11 +189,11 @@ class Libp2pTransport(Transport):
 
     def _tell_addresses(self) -> None:
         if self._listening and not self._closed:
-            self.on_addresses(self._addresses())
+            self.on_addresses(self._announced())
             self._tell_listening()
 
     def _tell_listening(self) -> None:
-        listening = self._own.of("listening")
+        listening = self._addresses.of("listening")
         if self._mdns:
             self._mdns.tell(listening)
         if self._port_mapper:
@@ -197,7 +201,7 @@ class Libp2pTransport(Transport):
 
     def _mapped(self, addresses: list[Multiaddr]) -> None:
         if self._thread:
-            self._thread.post(self._own.put, "mapped", addresses)
+            self._thread.post(self._addresses.put, "mapped", addresses)
 
     def allow_only(self, peers: Collection[PeerId]) -> None:
         self._allowed = frozenset(peers)
@@ -207,10 +211,10 @@ class Libp2pTransport(Transport):
         return self._allowed is None or peer in self._allowed
 
     def notes(self) -> Sequence[str]:
-        if not self._host or not self._listening:
+        if not self._services or not self._listening:
             return ()
         mapping = self._port_mapper.refusal if self._port_mapper else ""
-        return [f"{SCHEME}: {note}" for note in standing_notes(self._host, mapping)]
+        return [f"{SCHEME}: {note}" for note in self._services.diagnostics(mapping)]
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
@@ -221,7 +225,7 @@ class Libp2pTransport(Transport):
         if self._mdns:
             raise InputError("this transport looks for neighbours already")
         self._mdns = Mdns(self.identity.peer, on_found)
-        await self._mdns.start(self._own.of("listening"))
+        await self._mdns.start(self._addresses.of("listening"))
 
     def preference(self, address: Address) -> int:
         return self._vicinity.preference(address, asyncio.get_running_loop().time())

@@ -184,7 +184,7 @@ class Lookups:
         """
         found = await self.find(Message(type=Message.FIND_NODE, key=key), self._options.replicas)
         now, own = trio.current_time(), self._host.libp2p.get_id()
-        addresses = [address.to_bytes() for address in self._host.own.all()]
+        addresses = [address.to_bytes() for address in self._host.addresses.all()]
         message = Message(type=Message.ADD_PROVIDER, key=key)
         message.providerPeers.add(id=own.to_bytes(), addrs=addresses)
         nodes = found.nodes[: self._options.replicas]

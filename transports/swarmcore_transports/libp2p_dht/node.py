@@ -130,7 +130,7 @@ class Dht:
         """Hold this peer's own record, and list it, where it can be read from this node at once."""
         self._kademlia.store_own(record_key(self._host.peer), value)
         for key in listed_under:
-            self._kademlia.list_own(key, self._host.own.all())
+            self._kademlia.list_own(key, self._host.addresses.all())
 
     async def publish(self, value: bytes, listed_under: Sequence[bytes]) -> int:
         """Bring this peer's record and its entries to the nodes nearest to their keys that lack them.

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence, Sized
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import trio
 from libp2p.abc import IHost, INetStream
@@ -28,6 +28,7 @@ from multiaddr import Multiaddr
 
 from swarmcore.registry.gossip.records import SignedRecord
 from swarmcore.registry.gossip.store import Drop
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p_dht.records import (
     INDEX_KEY_BYTES,
     NAMESPACE,
@@ -36,9 +37,6 @@ from swarmcore_transports.libp2p_dht.records import (
     latest,
     sequence_of,
 )
-
-if TYPE_CHECKING:
-    from swarmcore_transports.libp2p.host import Host
 
 KAD = TProtocol("/swarmcore/kad/1.0.0")
 

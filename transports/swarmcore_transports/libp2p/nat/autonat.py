@@ -7,7 +7,7 @@ already. Here the peer that is asked makes a fresh one, as far as the proof of w
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import attrs
 import trio
@@ -21,11 +21,9 @@ from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId, short
 from swarmcore.wire.framing import decode_record, encode_record
 from swarmcore_transports.libp2p.connections import remote_host
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import on_host, port_of, reach
 from swarmcore_transports.libp2p.nat.reachability import Reachability
-
-if TYPE_CHECKING:
-    from swarmcore_transports.libp2p.host import Host
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +85,11 @@ class DialBackRates:
         return ""
 
 
-class DialBack:
-    """Asks peers to dial this one, puts what they reached into `own`, and dials those that ask. In trio."""
+class AutoNat:
+    """Asks peers to dial this one back, puts what they reach into `Host.addresses`, and dials those that ask.
+
+    Lives in trio.
+    """
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -97,7 +98,7 @@ class DialBack:
         self._asked_about: set[int] = set()
         self._woken = trio.Event()
         self.reachability = Reachability()
-        self.standing = "nobody has tried to reach this peer from outside"
+        self.status = "nobody has tried to reach this peer from outside"
         """Whether this peer is reached from outside, in words."""
 
     # --- asking ---------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ class DialBack:
         """Serve, and ask connected peers whenever there is something to ask."""
         self._host.serve(PROTOCOL, self._answer)
         self._host.notices.on_connected.append(lambda connection: self._woken.set())
-        self._host.own.watch(lambda: self._woken.set())
+        self._host.addresses.watch(lambda: self._woken.set())
         while True:
             self._woken = trio.Event()
             ports = self._ports()
@@ -119,7 +120,7 @@ class DialBack:
             with trio.CancelScope(deadline=self.reachability.next_at(trio.current_time())):
                 await self._woken.wait()
 
-    def again(self) -> None:
+    def network_changed(self) -> None:
         """This machine is on another network: what peers have found out before is no longer so."""
         self.reachability.forget()
         self._woken.set()
@@ -134,13 +135,13 @@ class DialBack:
             standing = f"reachable from outside at {', '.join(map(str, verified))}"
         else:
             standing = "not reachable from outside: no peer that tried got through"
-        if standing != self.standing:
-            self.standing = standing
+        if standing != self.status:
+            self.status = standing
             logger.info("%s is %s", short(self._host.peer), standing)
-        self._host.own.put("verified", verified)
+        self._host.addresses.put("verified", verified)
 
     def _ports(self) -> set[int]:
-        own = [*self._host.own.of("mapped"), *self._host.own.of("listening")]
+        own = [*self._host.addresses.of("mapped"), *self._host.addresses.of("listening")]
         return set([port_of(address) for address in own if reach(address) != "loopback"][:MAX_PORTS])
 
     async def _ask_those_due(self, ports: list[int]) -> None:

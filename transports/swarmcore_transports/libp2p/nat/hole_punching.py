@@ -11,8 +11,6 @@ import logging
 import socket
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 import trio
 from libp2p.abc import INetConn, INetStream
@@ -27,13 +25,11 @@ from multiaddr import Multiaddr
 from swarmcore.errors import PeerUnreachableError, ProtocolError
 from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.connections import is_direct, is_outbound
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, port_of, reach, told_address
 from swarmcore_transports.libp2p.nat.observed_addresses import Observed
 from swarmcore_transports.libp2p.nat.upgrade_plan import Upgrades
 from swarmcore_transports.libp2p.translation import translated
-
-if TYPE_CHECKING:
-    from swarmcore_transports.libp2p.host import Host
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +67,11 @@ class HolePuncher:
         self._woken = trio.Event()
         self._arrived = trio.Event()
         self._racing: set[ID] = set()
-        self._punched: WeakSet[INetConn] = WeakSet()
         self._kept_ports: dict[int, socket.socket] = {}
         self._seen_own: list[Multiaddr] = []
 
     def __repr__(self) -> str:
-        return f"<HolePuncher {self._upgrades!r} · {len(self._punched)} punched>"
+        return f"<HolePuncher {self._upgrades!r} · {len(self._host.hole_punched)} punched>"
 
     def standing(self, peer: PeerId) -> str:
         """What is being tried, or why ``peer`` stays relayed; empty when it is not relayed."""
@@ -86,16 +81,12 @@ class HolePuncher:
         """Why peers stay relayed for now, a reason for each."""
         return self._upgrades.given_up()
 
-    def is_punched(self, connection: INetConn) -> bool:
-        """Whether ``connection`` came about by hole punching."""
-        return connection in self._punched
-
     async def run(self) -> None:
         """Serve, and try whom it is time to try."""
         self._host.serve(DCUTR, self._answer)
         self._host.notices.on_connected.append(self._connected)
         self._host.notices.on_disconnected.append(self._disconnected)
-        self._host.own.watch(self._own_changed)
+        self._host.addresses.watch(self._own_changed)
         try:
             async with trio.open_nursery() as nursery:
                 while True:
@@ -115,7 +106,7 @@ class HolePuncher:
         name = PeerId(str(peer))
         if is_direct(connection):
             if peer in self._racing:
-                self._punched.add(connection)
+                self._host.hole_punched.add(connection)
             self._upgrades.direct(name)
             self._arrived.set()
             self._arrived = trio.Event()
@@ -136,7 +127,7 @@ class HolePuncher:
             self._upgrades.relayed(PeerId(str(peer)), now)
             self._woken.set()
 
-    def again(self) -> None:
+    def network_changed(self) -> None:
         """This machine is on another network: try anew whatever has failed."""
         self._upgrades.again(trio.current_time())
         self._woken.set()
@@ -145,7 +136,7 @@ class HolePuncher:
         own = self._own_addresses(self.reaches)
         if own != self._seen_own:
             self._seen_own = own
-            self.again()
+            self.network_changed()
 
     def _relayed(self, peer: ID) -> INetConn | None:
         connections = self._host.connections(peer)
@@ -305,7 +296,7 @@ class HolePuncher:
         return found
 
     def _own_addresses(self, reaches: frozenset[Reach]) -> list[Multiaddr]:
-        own = self._host.own
+        own = self._host.addresses
         known = [*own.of("mapped"), *own.of("verified"), *own.of("listening")]
         return [address for address in dict.fromkeys(known) if reach(address) in reaches]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import trio
@@ -13,10 +12,8 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from swarmcore_transports.libp2p.connections import is_direct, is_outbound
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, reach, told_address
-
-if TYPE_CHECKING:
-    from swarmcore_transports.libp2p.host import Host
 
 logger = logging.getLogger(__name__)
 

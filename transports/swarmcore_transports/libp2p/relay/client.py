@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import trio
 from libp2p.abc import INetStream
@@ -26,12 +25,10 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from swarmcore.errors import PeerIdentityError, PeerUnreachableError
 from swarmcore.types import PeerId, short
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, relay_of
 from swarmcore_transports.libp2p.relay.plan import RelayPlan
 from swarmcore_transports.libp2p.translation import translated
-
-if TYPE_CHECKING:
-    from swarmcore_transports.libp2p.host import Host
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +72,16 @@ class RelayClient:
     # --- keeping places -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep places, and their addresses in `OwnAddresses`, while this peer listens and is not public."""
+        """Keep places, and their addresses in `Host.addresses`, while this peer listens and is not public."""
         self._host.serve(STOP, self._take)
-        self._host.own.watch(self._wake)
+        self._host.addresses.watch(self._wake)
         self._host.notices.on_disconnected.append(lambda connection: self._wake())
         async with trio.open_nursery() as nursery:
             while True:
                 self._woken = trio.Event()
                 now = trio.current_time()
                 self._plan.see(self._near(), now)
-                wanted = bool(self._host.own.of("listening")) and not self._host.own.public
+                wanted = bool(self._host.addresses.of("listening")) and not self._host.addresses.public
                 if wanted:
                     for relay in self._plan.next(now):
                         nursery.start_soon(self._keep, relay)
@@ -92,7 +89,7 @@ class RelayClient:
                 with trio.move_on_after(_LOOK_SECONDS):
                     await self._woken.wait()
 
-    def again(self) -> None:
+    def network_changed(self) -> None:
         """This machine is on another network: relays that could not be reached may be by now."""
         self._plan.again(trio.current_time())
         self._wake()
@@ -102,7 +99,7 @@ class RelayClient:
 
     def _tell(self, wanted: bool) -> None:
         places = self._plan.places().values() if wanted else ()
-        self._host.own.put("relayed", [address for place in places for address in place.addresses])
+        self._host.addresses.put("relayed", [address for place in places for address in place.addresses])
 
     def _near(self) -> list[PeerId]:
         """The directly connected peers that say that they relay, or have given a place already."""
@@ -127,7 +124,7 @@ class RelayClient:
             self.refusal = ""
             logger.info("the relay %s keeps a place for %g s", short(relay), seconds)
             self._plan.granted(relay, addresses, seconds, trio.current_time())
-        self._tell(not self._host.own.public)
+        self._tell(not self._host.addresses.public)
 
     async def _reserve(self, relay: PeerId) -> tuple[list[Multiaddr], float]:
         """Ask ``relay`` for a place: this peer's addresses there, and for how many seconds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import trio
 from libp2p.abc import INetStream
@@ -19,11 +18,9 @@ from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_ms
 from multiaddr import Multiaddr
 
 from swarmcore.types import PeerId, short
+from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import is_relayed
 from swarmcore_transports.libp2p.relay.limits import Circuit, Refusal, RelayAccounts, RelayLimits, Way
-
-if TYPE_CHECKING:
-    from swarmcore_transports.libp2p.host import Host
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ class RelayService:
 
     async def run(self) -> None:
         """Offer the service whenever it is to be offered, and tell connected peers when that changes."""
-        self._host.own.watch(self._wake)
+        self._host.addresses.watch(self._wake)
         while True:
             self._changed = trio.Event()
             if self._offers() != self._offered:
@@ -116,7 +113,7 @@ class RelayService:
         until = int(time.time() + self._accounts.limits.reservation_seconds)
         own = [
             Multiaddr(f"{address}/p2p/{self._host.peer}")
-            for address in self._host.own.all()
+            for address in self._host.addresses.all()
             if not is_relayed(address)
         ]
         reservation = Reservation(expire=until, addrs=[address.to_bytes() for address in own])

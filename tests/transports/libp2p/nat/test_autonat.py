@@ -16,7 +16,7 @@ from relayed_peers import Peer, RelayedPeers
 
 from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p.nat import autonat as dial_back
+from swarmcore_transports.libp2p.nat import autonat
 from swarmcore_transports.libp2p.nat.autonat import MAX_PORTS, PROTOCOL, DialBackRates, DialBackReply
 
 CLOSED = 1
@@ -41,8 +41,8 @@ def connections(one: Peer, other: Peer) -> list[INetConn]:
 
 async def ask(asker: Peer, other: Peer, ports: list[int]) -> DialBackReply:
     way = await connection(asker, other)
-    host, thread = asker.transport._host, asker.transport._thread
-    return await thread.call(host.dial_back.ask, way, ports, timeout=10, what="asking")
+    services, thread = asker.transport._services, asker.transport._thread
+    return await thread.call(services.autonat.ask, way, ports, timeout=10, what="asking")
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ async def test_no_peer_can_have_a_third_one_dialled(peers):
     at = third.sockets[0].getsockname()[1]
     asker, other = await listening(peers), await listening(peers)
     way = await connection(asker, other)
-    host, thread = asker.transport._host, asker.transport._thread
+    services, thread = asker.transport._services, asker.transport._thread
     request = msgspec.msgpack.encode({"ports": [at], "host": "127.0.0.9", "addresses": [f"127.0.0.9:{at}"]})
 
     async def ask_in_own_words() -> bytes:
-        stream = await host.open_on(way, PROTOCOL)
+        stream = await services.host.open_on(way, PROTOCOL)
         await stream.write(encode_varint_prefixed(request))
         return await read_varint_prefixed_bytes_limited(stream, 1024)
 
@@ -102,19 +102,19 @@ async def test_a_relayed_peer_is_not_dialled_back(peers):
     [address] = await server.through(relay)
     client = peers.client()
     await client.transport.open_stream(address)
-    host, thread = client.transport._host, client.transport._thread
+    services, thread = client.transport._services, client.transport._thread
     [way] = connections(client, server)
     with pytest.raises(PeerUnreachableError, match="only those that are connected directly"):
-        await thread.call(host.dial_back.ask, way, [CLOSED], timeout=10, what="asking")
+        await thread.call(services.autonat.ask, way, [CLOSED], timeout=10, what="asking")
 
 
 async def test_nonsense_ends_one_stream_and_nothing_else(peers):
     asker, other = [await listening(peers) for _ in range(2)]
     way = await connection(asker, other)
-    host, thread = asker.transport._host, asker.transport._thread
+    services, thread = asker.transport._services, asker.transport._thread
 
     async def talk_nonsense() -> bytes:
-        stream = await host.open_on(way, PROTOCOL)
+        stream = await services.host.open_on(way, PROTOCOL)
         await stream.write(encode_varint_prefixed(b"\xff nonsense"))
         return await stream.read(1)
 
@@ -125,7 +125,7 @@ async def test_nonsense_ends_one_stream_and_nothing_else(peers):
 
 def test_peers_at_one_address_share_a_rate():
     rates = DialBackRates()
-    peers = [PeerId(str(number)) for number in range(dial_back._PER_HOST + 1)]
+    peers = [PeerId(str(number)) for number in range(autonat._PER_HOST + 1)]
     *admitted, last = [rates.admit(peer, "11.0.0.2", 0.0) for peer in peers]
     assert set(admitted) == {""}
     assert last == "11.0.0.2 was dialled 8 times in a minute"
@@ -134,7 +134,7 @@ def test_peers_at_one_address_share_a_rate():
 
 
 def test_what_is_remembered_of_askers_is_bounded(monkeypatch):
-    monkeypatch.setattr(dial_back, "_MAX_RECENT", 2)
+    monkeypatch.setattr(autonat, "_MAX_RECENT", 2)
     rates = DialBackRates()
     said = [rates.admit(PeerId(str(number)), f"11.0.0.{number}", 0.0) for number in range(3)]
     assert said == ["", "", "too many peers ask"]

@@ -24,8 +24,8 @@ EVERYWHERE = frozenset(["public", "lan", "loopback"])
 
 
 async def puncher(peer: Peer) -> HolePuncher:
-    _, host = await peer.transport._started()
-    return host.hole_puncher
+    await peer.transport._started()
+    return peer.transport._services.hole_puncher
 
 
 async def everywhere(*peers: Peer) -> None:

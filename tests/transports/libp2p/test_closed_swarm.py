@@ -20,8 +20,8 @@ from swarmcore.types import Address
 from swarmcore.wire.messages import Ping
 from swarmcore.wire.protocols import PING_METHOD
 from swarmcore_transports.libp2p import Libp2pTransport
-from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import to_multiaddr
+from swarmcore_transports.libp2p.services import Services
 
 
 @pytest_asyncio.fixture
@@ -37,21 +37,21 @@ async def closed_relay(peers: RelayedPeers, *members: Identity) -> Peer:
     return relay
 
 
-async def connected(peer: Peer, to: Peer, function: Callable[[Host], Awaitable[Any]]) -> Any:
-    """What ``function`` of the host of ``peer`` returns once that is connected to ``to``."""
+async def connected(peer: Peer, to: Peer, function: Callable[[Services], Awaitable[Any]]) -> Any:
+    """What ``function`` of the services of ``peer`` returns once that is connected to ``to``."""
     thread, host = await peer.transport.trio_side()
 
     async def call() -> Any:
         await host.connect(ID.from_string(to.id), to_multiaddr(to.addresses[0]))
-        return await function(host)
+        return await function(peer.transport._services)
 
     return await thread.call(call, timeout=10, what="asking")
 
 
-def dialled_back_by(other: Peer) -> Callable[[Host], Awaitable[Any]]:
-    async def ask(host: Host) -> Any:
-        [connection] = host.connections(ID.from_string(other.id))
-        return await host.dial_back.ask(connection, [1])
+def dialled_back_by(other: Peer) -> Callable[[Services], Awaitable[Any]]:
+    async def ask(services: Services) -> Any:
+        [connection] = services.host.connections(ID.from_string(other.id))
+        return await services.autonat.ask(connection, [1])
 
     return ask
 
@@ -65,7 +65,7 @@ async def test_members_alone_get_places_and_circuits(peers: RelayedPeers):
     with pytest.raises(PeerUnreachableError, match="does not relay for this peer; have its owner allow it"):
         await peers.client().transport.open_stream(address)
     with pytest.raises(PeerUnreachableError, match="does not relay for this peer"):
-        await connected(await peers.server(), relay, lambda host: host.relays._reserve(relay.id))
+        await connected(await peers.server(), relay, lambda own: own.relay_client._reserve(relay.id))
 
 
 async def test_members_alone_are_dialled_back(peers: RelayedPeers):

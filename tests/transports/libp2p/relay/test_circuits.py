@@ -60,7 +60,11 @@ async def ask(asker: Peer, target: Address, protocol: str, message: HopMessage |
 
 async def becomes_public(peer: Peer) -> None:
     thread, host = await peer.transport._started()
-    thread.post(host.own.put, "listening", [Multiaddr("/ip4/11.0.0.1/tcp/4001"), *host.own.of("listening")])
+    thread.post(
+        host.addresses.put,
+        "listening",
+        [Multiaddr("/ip4/11.0.0.1/tcp/4001"), *host.addresses.of("listening")],
+    )
 
 
 async def test_messages_of_any_size_go_through_a_relay(peers: RelayedPeers):

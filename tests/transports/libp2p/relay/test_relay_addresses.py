@@ -9,7 +9,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from multiaddr import Multiaddr
 
 from swarmcore.identity import Identity
-from swarmcore_transports.libp2p.addresses import MOST, OwnAddresses
+from swarmcore_transports.libp2p.addresses import MOST, AddressManager
 from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, given_relay
 
 RELAY = Identity.generate().peer
@@ -39,8 +39,8 @@ def test_a_relay_is_given_as_an_address_or_a_multiaddr(scheme: str):
     assert given_relay(f"{scheme}{PUBLIC}/p2p/{RELAY}") == (Multiaddr(PUBLIC), RELAY)
 
 
-def own(*listening: str, announced: str = "") -> OwnAddresses:
-    addresses = OwnAddresses(PEER, [Multiaddr(announced)] if announced else [], lambda: None)
+def own(*listening: str, announced: str = "") -> AddressManager:
+    addresses = AddressManager(PEER, [Multiaddr(announced)] if announced else [], lambda: None)
     addresses.put("listening", map(Multiaddr, listening))
     return addresses
 
