@@ -1,4 +1,8 @@
-"""How text is generated: every setting, its range, and what holds when it is not given."""
+"""How text is generated: every setting, its range, and what holds when it is not given.
+
+All else that names settings follows from the fields of `GenerationSettings`: what of them goes over the wire,
+options of the command line, and which fields of a model's generation_config.json they replace.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import attrs
 
-from swarmcore.client.generation.generation_config import FOLLOWED_FIELDS
 from swarmcore.errors import InputError
 from swarmcore.prompts import check_text, check_tokens, checked_prompt
 from swarmcore.wire.generate import (
@@ -22,11 +25,9 @@ from swarmcore.wire.generate import (
 )
 
 if TYPE_CHECKING:
-    from swarmcore.prompts import Prompt
-
-if TYPE_CHECKING:
     import torch
 
+    from swarmcore.prompts import Prompt
 
 LogitsProcessor = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 """Token ids so far ``[1, tokens]`` and scores ``[1, vocabulary]`` in, scores out: as in transformers."""
@@ -48,8 +49,6 @@ class GenerationOptions(TypedDict, total=False):
     logits_processors: Sequence[LogitsProcessor]
     chat_template_kwargs: Mapping[str, Any] | None
 
-
-_MOST = 2**63 - 1
 
 DEFAULT_NEW_TOKENS = 256
 """Tokens of an answer at most where nobody says how many."""
@@ -83,8 +82,41 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def _numeric() -> Any:
-    return attrs.field(default=None, converter=_number)
+@attrs.frozen
+class Setting:
+    """What there is to know of a setting besides its name and type."""
+
+    help: str
+    allowed: str = ""
+    """From where to where, in words; empty for what is no number."""
+    low: float = 0
+    high: float = 0
+    whole: bool = False
+    neutral: float | None = None
+    """The value at which transformers' ``generate`` does nothing of the kind."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise `InputError` for a value that is out of range, or no number."""
+        if value is None or not self.allowed:
+            return
+        number = isinstance(value, int if self.whole else int | float) and not isinstance(value, bool)
+        if not number or not self.low <= value <= self.high:
+            kind = "a whole number, " if self.whole else ""
+            raise InputError(f"{name} must be {kind}{self.allowed}; got {value!r:.80}")
+
+
+def _whole(allowed: str, help: str, low: int = 0, neutral: int | None = None) -> Any:
+    setting = Setting(help, allowed, low, 2**63 - 1, whole=True, neutral=neutral)
+    return attrs.field(default=None, converter=_number, metadata={"setting": setting})
+
+
+def _real(allowed: str, help: str, low: float, high: float, neutral: float) -> Any:
+    setting = Setting(help, allowed, low, high, neutral=neutral)
+    return attrs.field(default=None, converter=_number, metadata={"setting": setting})
+
+
+def _other(help: str, default: Any = None) -> Any:
+    return attrs.field(default=default, metadata={"setting": Setting(help)})
 
 
 @attrs.frozen(kw_only=True)
@@ -95,56 +127,69 @@ class GenerationSettings:
     Raise `InputError` for a value out of its range.
     """
 
-    max_new_tokens: int | None = _numeric()
-    """Tokens after which the text ends, if nothing ends it before. None: 256, or fewer where the model's own
-    ``max_new_tokens`` or ``max_length`` say so."""
-    temperature: float | None = _numeric()
-    """0 or None: greedy, always the likeliest token. Above 0: sample from the logits divided by it."""
-    top_k: int | None = _numeric()
-    """Sample from the k likeliest tokens only; 0 is off."""
-    top_p: float | None = _numeric()
-    """Sample from the likeliest tokens that together have this probability; 1 is off."""
-    min_p: float | None = _numeric()
-    """Sample from tokens at least this many times as likely as the likeliest; 0 is off."""
-    repetition_penalty: float | None = _numeric()
-    """Above 1 makes tokens that were there before less likely, in greedy choice too; 1 is off."""
-    no_repeat_ngram_size: int | None = _numeric()
-    """No run of this many tokens occurs twice; 0 is off."""
-    min_new_tokens: int | None = _numeric()
-    """The end-of-text token is not chosen before this many."""
-    stop: str | Sequence[str] | None = None
-    """The text ends before the first of these strings. Without any: the model's own
-    ``stop_strings``."""
-    seed: int | None = _numeric()
-    """Makes sampling repeatable; None is another one every time. Prompt ``i`` of a batch has ``seed + i``."""
-    logits_processors: Sequence[LogitsProcessor] = ()
-    """Your own, applied after the penalties and before the temperature; one of a type that is there already
-    takes its place."""
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    """Passed on to the tokenizer's ``apply_chat_template``."""
+    max_new_tokens: int | None = _whole(
+        "1 or more",
+        "Tokens after which the text ends, if nothing ends it before. None: 256, or fewer where the model's "
+        "own max_new_tokens or max_length say so.",
+        low=1,
+    )
+    temperature: float | None = _real(
+        "0 (greedy) or more, up to a million",
+        "0 or None: greedy, always the likeliest token. Above 0: sample from the logits divided by it.",
+        *(0, _MOST_TEMPERATURE, 1.0),
+    )
+    top_k: int | None = _whole(
+        "0 (off) or more", "Sample from the k likeliest tokens only; 0 is off.", neutral=0
+    )
+    top_p: float | None = _real(
+        "from 0 to 1 (off)",
+        "Sample from the likeliest tokens that together have this probability; 1 is off.",
+        *(0, 1, 1.0),
+    )
+    min_p: float | None = _real(
+        "from 0 (off) to 1",
+        "Sample from tokens at least this many times as likely as the likeliest; 0 is off.",
+        *(0, 1, 0.0),
+    )
+    repetition_penalty: float | None = _real(
+        "above 0, up to a million; 1 is off",
+        "Above 1 makes tokens that were there before less likely, in greedy choice too; 1 is off.",
+        *(1e-6, 1e6, 1.0),
+    )
+    no_repeat_ngram_size: int | None = _whole(
+        "0 (off) or more", "No run of this many tokens occurs twice; 0 is off.", neutral=0
+    )
+    min_new_tokens: int | None = _whole(
+        "0 or more", "The end-of-text token is not chosen before this many.", neutral=0
+    )
+    stop: str | Sequence[str] | None = _other(
+        "The text ends before the first of these strings. Without any: the model's own stop_strings."
+    )
+    seed: int | None = _whole(
+        "from 0 to 2**63 - 1",
+        "Makes sampling repeatable; None is another one every time. Prompt i of a batch has seed + i.",
+    )
+    logits_processors: Sequence[LogitsProcessor] = _other(
+        "Your own, applied after the penalties and before the temperature; one of a type that is there "
+        "already takes its place.",
+        default=(),
+    )
+    chat_template_kwargs: Mapping[str, Any] | None = _other(
+        "Passed on to the tokenizer's apply_chat_template."
+    )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationSettings:
         """The settings that a caller's keyword arguments name. Raise `InputError` for a name that is none,
         with what may have been meant."""
-        names = [field.name for field in attrs.fields(cls)]
         for name in options:
-            if name not in names:
-                raise InputError(f"generate has no option {name!r}; {_hint(name, names)}")
+            if name not in SETTINGS:
+                raise InputError(f"generate has no option {name!r}; {_hint(name)}")
         return cls(**options)
 
     def __attrs_post_init__(self) -> None:
-        counting = [("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0)]
-        for name, least in counting:
-            off = " (off)" if name in ("top_k", "no_repeat_ngram_size") else ""
-            _check(
-                name, getattr(self, name), least, _MOST, f"a whole number, {least}{off} or more", whole=True
-            )
-        _check("seed", self.seed, 0, _MOST, "a whole number from 0 to 2**63 - 1", whole=True)
-        _check("temperature", self.temperature, 0, _MOST_TEMPERATURE, "0 (greedy) or more, up to a million")
-        _check("top_p", self.top_p, 0, 1, "from 0 to 1 (off)")
-        _check("min_p", self.min_p, 0, 1, "from 0 (off) to 1")
-        _check("repetition_penalty", self.repetition_penalty, 1e-6, 1e6, "above 0, up to a million; 1 is off")
+        for name, setting in SETTINGS.items():
+            setting.check(name, getattr(self, name))
         if not isinstance(self.stop, str | Sequence | None) or not all(
             isinstance(stop, str) and stop for stop in self.stops
         ):
@@ -189,25 +234,65 @@ class GenerationSettings:
         return self if self.seed is None else attrs.evolve(self, seed=(self.seed + index) % 2**63)
 
 
-def _hint(name: str, names: Sequence[str]) -> str:
+SETTINGS: Mapping[str, Setting] = {
+    field.name: field.metadata["setting"] for field in attrs.fields(GenerationSettings)
+}
+"""What there is to know of each."""
+
+
+def _neutral(*names: str) -> dict[str, Any]:
+    return {name: SETTINGS[name].neutral for name in names}
+
+
+SAMPLING_FIELDS: Mapping[str, Any] = {
+    **_neutral("temperature", "top_k", "top_p", "min_p"),
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Fields of a model's generation_config.json of which transformers makes logits processors when sampling, and
+the values that ask for none."""
+
+PENALTY_FIELDS: Mapping[str, Any] = {
+    **_neutral("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"),
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "watermarking_config": None,
+}
+"""Those of which it always makes logits processors, and the values that ask for none."""
+
+ENDING_FIELDS = frozenset({"eos_token_id", "stop_strings", "max_length", "max_new_tokens"})
+"""Those that say where a text ends."""
+
+FOLLOWED_FIELDS = PENALTY_FIELDS.keys() | SAMPLING_FIELDS.keys() | ENDING_FIELDS
+"""Those that `RemoteModel.generate` does as transformers does."""
+
+
+def _hint(name: str) -> str:
     if name in _INSTEAD:
         return f"there is {_INSTEAD[name]}"
     if name in FOLLOWED_FIELDS:
         return f"it is a field of the model's own settings: model.generation_config.{name}"
-    close = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-
-
-def _check(name: str, value: Any, low: float, high: float, allowed: str, *, whole: bool = False) -> None:
-    if value is None:
-        return
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise InputError(f"{name} must be {allowed}; got {value!r:.80}")
+    close = difflib.get_close_matches(name, SETTINGS, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(SETTINGS)}"
 
 
 _MOST_TOKENS = 2**31
 """More than any vocabulary has."""
+
+WIRE_SETTINGS = SETTINGS.keys() & attrs.fields_dict(OpenGeneration).keys()
+"""Settings that a client may ask of others; the rest is code, or for its own tokenizer."""
 
 
 def open_generation(
@@ -225,21 +310,10 @@ def open_generation(
     seed = settings.seed
     if seed is None and not settings.greedy:
         seed = rng.getrandbits(63)
-    return OpenGeneration(
-        adapter=adapter,
-        max_new_tokens=settings.most_new_tokens,
-        default_length=settings.max_new_tokens is None,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        min_new_tokens=settings.min_new_tokens,
-        stop=settings.stops,
-        seed=seed,
-        **_prompt_fields(prompt),
-    )
+    values = {name: getattr(settings, name) for name in WIRE_SETTINGS}
+    values |= {"max_new_tokens": settings.most_new_tokens, "stop": settings.stops, "seed": seed}
+    default_length = settings.max_new_tokens is None
+    return OpenGeneration(adapter=adapter, default_length=default_length, **values, **_prompt_fields(prompt))
 
 
 def check_head_settings(settings: GenerationSettings) -> None:

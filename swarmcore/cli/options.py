@@ -18,6 +18,7 @@ from swarmcore.cli.log_lines import LineFilter, PrintableFormatter
 from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import CLIENT_OPTIONS, LISTENING_OPTIONS, SCHEME, webrtc_options
 from swarmcore.errors import IdentityFileError, InputError, SwarmError
+from swarmcore.generation_settings import SETTINGS, WIRE_SETTINGS, Setting
 from swarmcore.identity import Identity
 from swarmcore.identity_files import HeldIdentity, kept_identity
 from swarmcore.printable import printable, printable_line
@@ -297,38 +298,17 @@ _REMOTE_MODEL = (
     ),
 )
 
-_SAMPLING = (
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Tokens of an answer at most; without it 256, or as many as the model's own settings say.",
-    ),
-    click.option(
-        "--temperature", type=click.FloatRange(min=0), metavar="T", help="0 always takes the likeliest token."
-    ),
-    click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Only the K likeliest tokens."),
-    click.option(
-        "--top-p",
-        type=click.FloatRange(0, 1),
-        metavar="P",
-        help="Only the likeliest tokens that sum up to P.",
-    ),
-    click.option(
-        "--min-p",
-        type=click.FloatRange(0, 1),
-        metavar="P",
-        help="Only tokens P times as likely as the likeliest.",
-    ),
-    click.option(
-        "--repetition-penalty",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="F",
-        help="Above 1 discourages repetition.",
-    ),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeat for several."),
-    click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable."),
-)
+
+def _sampling_option(name: str, setting: Setting) -> Option:
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        type=(int if setting.whole else float) if setting.allowed else str,
+        multiple=not setting.allowed,
+        help=setting.help if setting.allowed else f"{setting.help} Repeat for several.",
+    )
+
+
+_SAMPLING = [_sampling_option(name, SETTINGS[name]) for name in SETTINGS if name in WIRE_SETTINGS]
 
 
 def _adding(options: Sequence[Option]) -> Option:

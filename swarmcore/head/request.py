@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from swarmcore.errors import InputError, UnavailableError
-from swarmcore.generation_settings import GenerationOptions, GenerationSettings, check_head_settings
+from swarmcore.generation_settings import (
+    WIRE_SETTINGS,
+    GenerationOptions,
+    GenerationSettings,
+    check_head_settings,
+)
 from swarmcore.head.queue import HeadLimits
 from swarmcore.prompts import Prompt
 from swarmcore.server.config import MAX_ADAPTER_NAME
@@ -13,19 +18,6 @@ from swarmcore.wire.generate import OpenGeneration
 
 CHARACTERS_PER_TOKEN = 32
 """A prompt with more characters for each token that it may have is refused before it is made into tokens."""
-
-_SETTINGS = (
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "min_new_tokens",
-    "stop",
-    "seed",
-)
 
 
 def prompt_of(request: OpenGeneration, limits: HeadLimits) -> Prompt:
@@ -71,7 +63,7 @@ def check_length(tokens: int, limits: HeadLimits) -> None:
 def settings_of(request: OpenGeneration, limits: HeadLimits) -> GenerationOptions:
     """The settings, checked. Raise `InputError` for one out of its range, which it names, and
     `UnavailableError` for an answer longer than the peer makes."""
-    options: Any = {name: getattr(request, name) for name in _SETTINGS}
+    options: Any = {name: getattr(request, name) for name in WIRE_SETTINGS}
     if request.default_length and request.max_new_tokens <= limits.new_tokens:
         options["max_new_tokens"] = None
     check_head_settings(GenerationSettings(**options))

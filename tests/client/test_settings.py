@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+import attrs
 import numpy as np
 import pytest
 
 from swarmcore.errors import InputError
-from swarmcore.generation_settings import GenerationOptions, GenerationSettings
+from swarmcore.generation_settings import (
+    SETTINGS,
+    WIRE_SETTINGS,
+    GenerationOptions,
+    GenerationSettings,
+)
+from swarmcore.wire.generate import OpenGeneration
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,12 @@ def test_temperatures_that_leave_the_likeliest_token_alone_are_greedy(temperatur
 
 def test_the_keyword_arguments_are_the_fields():
     assert set(GenerationOptions.__annotations__) == set(GenerationSettings.__annotations__)
+
+
+def test_what_goes_over_the_wire_has_the_names_of_settings():
+    about_the_text = {"model", "text", "messages", "tokens", "so_far", "adapter", "default_length"}
+    assert attrs.fields_dict(OpenGeneration).keys() - about_the_text == WIRE_SETTINGS
+    assert SETTINGS.keys() - WIRE_SETTINGS == {"logits_processors", "chat_template_kwargs"}
 
 
 def test_prompts_of_a_batch_have_seeds_of_their_own():

@@ -11,50 +11,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from swarmcore.errors import CheckpointError, UnsupportedModelError
+from swarmcore.generation_settings import (
+    ENDING_FIELDS,
+    FOLLOWED_FIELDS,
+    PENALTY_FIELDS,
+    SAMPLING_FIELDS,
+    GenerationSettings,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
     from swarmcore.checkpoint import Checkpoint
-    from swarmcore.generation_settings import GenerationSettings
-
-_SAMPLING: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-"""Fields of which processors are made when sampling, and the values that ask for none."""
-
-_PROCESSED: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "watermarking_config": None,
-}
-"""Fields of which processors are made always, and the values that ask for none."""
-
-_FOLLOWED = frozenset({"eos_token_id", "stop_strings", "max_length", "max_new_tokens"})
-"""Fields that say where a text ends."""
-
-FOLLOWED_FIELDS = _PROCESSED.keys() | _SAMPLING.keys() | _FOLLOWED
-"""Fields that `RemoteModel.generate` does as transformers does."""
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -137,7 +105,7 @@ def check_generation_config(config: GenerationConfig, model: str) -> None:
             f"to None in generation_config.json, or in model.generation_config of the loaded model"
         )
 
-    for name in sorted(_FOLLOWED):
+    for name in sorted(ENDING_FIELDS):
         value = getattr(config, name, None)
         if value is not None and not _makes_sense(name, value):
             raise CheckpointError(f"{name} in the generation config of {model} makes no sense: {value!r:.60}")
@@ -186,7 +154,7 @@ def logits_processors(
 
     merged = _merged(config, settings)
     eos = end_of_text(config)
-    asked = [name for name in (*_PROCESSED, *_SAMPLING) if getattr(merged, name, None) is not None]
+    asked = [name for name in (*PENALTY_FIELDS, *SAMPLING_FIELDS) if getattr(merged, name, None) is not None]
     if not asked:
         return LogitsProcessorList(settings.logits_processors)
     if unknown := [name for name in asked if not hasattr(_defaults(), name)]:
@@ -222,7 +190,7 @@ def logits_processors(
 def _merged(config: GenerationConfig, settings: GenerationSettings) -> GenerationConfig:
     """A copy of ``config`` as the caller wants it, in which None is off."""
     merged = copy.copy(config)
-    for name in (*_PROCESSED, *_SAMPLING):
+    for name in (*PENALTY_FIELDS, *SAMPLING_FIELDS):
         if (value := getattr(settings, name, None)) is not None:
             setattr(merged, name, value)
     merged.num_beams = 1
@@ -230,8 +198,8 @@ def _merged(config: GenerationConfig, settings: GenerationSettings) -> Generatio
     merged.temperature = settings.temperature
     if merged.min_new_tokens is not None:
         merged.min_length = None
-    for name, off in {**_PROCESSED, **_SAMPLING}.items():
-        unused = settings.greedy and name in _SAMPLING
+    for name, off in {**PENALTY_FIELDS, **SAMPLING_FIELDS}.items():
+        unused = settings.greedy and name in SAMPLING_FIELDS
         if unused or not _asks(getattr(merged, name, None), (off,)):
             setattr(merged, name, None)
     return merged
