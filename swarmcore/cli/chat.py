@@ -35,7 +35,9 @@ What begins with another character, a blank for instance, is said to the model."
 
 @click.command()
 @click.option("--system", metavar="TEXT", help="System message.")
-@click.option("--thin", is_flag=True, help="Let a head peer make the answers; that needs no torch here.")
+@click.option(
+    "--thin", is_flag=True, help="Let a generation server make the answers; that needs no torch here."
+)
 @remote_model_options
 @sampling_options
 @standard
@@ -69,7 +71,7 @@ async def _converse_thin(
 ) -> None:
     async with thin_swarm(remote) as swarm:
         model = swarm.head_model(remote.model or "").name
-        output.remark(f"Head peers answer, with {model}. Ctrl-C stops an answer, Ctrl-D leaves.")
+        output.remark(f"Generation servers answer, with {model}. Ctrl-C stops an answer, Ctrl-D leaves.")
         output.event("ready", model=model, chain="")
         async with swarm.chat(system=system, model=remote.model or "") as conversation:
             await _turns(output, conversation, sampling)

@@ -21,7 +21,7 @@ from swarmcore.prompts import checked_prompt
 @click.argument("prompt", nargs=-1)
 @click.option("--chat", "as_chat", is_flag=True, help="Put PROMPT to the model as a chat message.")
 @click.option("--system", metavar="TEXT", help="System message; implies --chat.")
-@click.option("--thin", is_flag=True, help="Let a head peer make the text; that needs no torch here.")
+@click.option("--thin", is_flag=True, help="Let a generation server make the text; that needs no torch here.")
 @remote_model_options
 @sampling_options
 @standard

@@ -1,4 +1,4 @@
-"""Options of head peers, which make texts for clients that have no part of the model."""
+"""Options of generation servers, which make texts for clients that have no part of the model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _NAMES = ("at_once", "waiting", "prompt_tokens", "new_tokens")
 
 
 def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--serve-head`` and its limits; it gets `HeadLimits` as ``head``, or None."""
+    """Give a command ``--serve-head`` and its limits; it gets `GenerationLimits` as ``head``, or None."""
 
     @click.option(
         "--serve-head",
@@ -60,10 +60,10 @@ def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @functools.wraps(command)
     def wrapped(serve_head: bool, **options: Any) -> Any:
-        from swarmcore.head.queue import HeadLimits
+        from swarmcore.head.queue import GenerationLimits
 
         values = {name: options.pop(name) for name in _NAMES}
-        return command(head=HeadLimits(**values) if serve_head else None, **options)
+        return command(head=GenerationLimits(**values) if serve_head else None, **options)
 
     for option in reversed(_LIMITS):
         wrapped = option(wrapped)

@@ -19,7 +19,7 @@ from swarmcore.resources.limits import raise_descriptor_limit
 from swarmcore.types import Span
 
 if TYPE_CHECKING:
-    from swarmcore.head.queue import HeadLimits
+    from swarmcore.head.queue import GenerationLimits
     from swarmcore.placement.capacity import CapacityPlan
     from swarmcore.server.block_server import BlockServer
 
@@ -154,7 +154,7 @@ def serve(
     activation_budget: str | None,
     max_pass_tokens: int,
     public_name: str,
-    head: HeadLimits | None,
+    head: GenerationLimits | None,
     exit_with_stdin: bool,
     identity_file: str | None,
     new_identity: bool,

@@ -1,4 +1,4 @@
-"""``swarmcore generate`` and ``chat`` without torch: head peers make the text."""
+"""``swarmcore generate`` and ``chat`` without torch: generation servers make the text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def thin_here(output: Output, thin: bool) -> bool:
-    """Whether head peers make the text: when asked for, and where there is no torch to do otherwise."""
+    """Whether generation servers make the text: when asked for, and where there is no torch to do
+    otherwise."""
     if not thin and find_spec("torch") is None:
-        output.remark("torch is not installed here: a head peer makes the text, as with --thin")
+        output.remark("torch is not installed here: a generation server makes the text, as with --thin")
         return True
     return thin
 
@@ -42,7 +43,7 @@ async def generate_thin(
     prompt: str | Sequence[Mapping[str, str]],
     sampling: dict[str, Any],
 ) -> None:
-    """Show the text that a head peer of the swarm makes."""
+    """Show the text that a generation server of the swarm makes."""
     async with (
         thin_swarm(remote) as swarm,
         swarm.generate(prompt, model=remote.model or "", patience=remote.patience, **sampling) as generation,

@@ -64,14 +64,15 @@ class Swarm(SwarmConnection):
         patience: float = PATIENCE,
         **options: Unpack[GenerationOptions],
     ) -> ThinGeneration:
-        """Continue a text, or answer chat messages, without torch and without any part of the model: a *head
-        peer*, which was started with ``--serve-head``, runs tokenizer, embeddings, head and sampling.
+        """Continue a text, or answer chat messages, without torch and without any part of the model: a
+        *generation server*, which was started with ``--serve-head``, runs tokenizer, embeddings, head and
+        sampling.
 
         Iterate over its pieces as they come, or await it whole. ``model`` is a name or fingerprint, and may
-        be left out where head peers offer only one; ``adapter`` is the name of one that servers have.
+        be left out where generation servers offer only one; ``adapter`` is the name of one that servers have.
         ``options`` are those of `RemoteModel.generate`, but for ``logits_processors`` and
-        ``chat_template_kwargs``. When the head peer fails, another one goes on with the same tokens; before
-        the first of them each is tried once, later they are looked for for ``patience`` seconds.
+        ``chat_template_kwargs``. When the generation server fails, another one goes on with the same tokens;
+        before the first of them each is tried once, later they are looked for for ``patience`` seconds.
 
         Raise `InputError` at once for settings out of range, and at the first piece for what the model does
         not take; `MissingHeadError` when nobody makes texts of the model, `BusyError` when all who do have no
@@ -84,14 +85,14 @@ class Swarm(SwarmConnection):
         return ThinGeneration(run, generate_at_heads(run, request))
 
     def head_model(self, model: str = "") -> ModelInfo:
-        """The one of which head peers make texts when `generate` is given ``model``.
+        """The one of which generation servers make texts when `generate` is given ``model``.
 
-        Raise `InputError` when that may be several, `MissingHeadError` when no head peer is known.
+        Raise `InputError` when that may be several, `MissingHeadError` when no generation server is known.
         """
         return HeadChoice(model, self._rng, admits=self.router.admits).offer(self.view())
 
     def chat(self, *, system: str | None = None, model: str = "") -> ThinChat:
-        """A conversation in which head peers answer: ``async for piece in chat.say("Hello")``."""
+        """A conversation in which generation servers answer: ``async for piece in chat.say("Hello")``."""
         self._check_joined()
         return ThinChat(functools.partial(self.generate, model=model), system)
 

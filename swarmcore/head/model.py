@@ -1,4 +1,4 @@
-"""A head peer's part of the model: the ordinary client's, inside of a peer that runs for itself."""
+"""A generation server's part of the model: the ordinary client's, inside of a peer that runs for itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import attrs
 
 from swarmcore.client.generation.generation_config import check_generation_config
 from swarmcore.client.swarm import Swarm
-from swarmcore.head.queue import HeadLimits
-from swarmcore.head.service import HeadService
+from swarmcore.head.queue import GenerationLimits
+from swarmcore.head.service import GenerationService
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
 from swarmcore.sources import announced_source
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class HeadConfig:
-    """Which model a head peer makes texts of, and how many."""
+class GenerationServerConfig:
+    """Which model a generation server makes texts of, and how many."""
 
     model: str
     """A folder, a GGUF file, or a hub id."""
@@ -31,13 +31,13 @@ class HeadConfig:
     dtype: str = "auto"
     """Of embeddings and head."""
     threads: int | None = None
-    limits: HeadLimits = attrs.field(factory=HeadLimits)
+    limits: GenerationLimits = attrs.field(factory=GenerationLimits)
 
 
 @asynccontextmanager
-async def serving_head(
-    config: HeadConfig, node: Node, registry: Registry, *, progress: Progress | None = None
-) -> AsyncIterator[HeadService]:
+async def serving_generations(
+    config: GenerationServerConfig, node: Node, registry: Registry, *, progress: Progress | None = None
+) -> AsyncIterator[GenerationService]:
     """Make texts for others over ``node`` while the context lasts; at its end they are sent elsewhere.
 
     The sessions are those of a client on the same node, which knows the swarm by ``registry``; both are left
@@ -53,7 +53,9 @@ async def serving_head(
             progress=progress,
         )
         check_generation_config(model.generation_config, config.model)
-        service = HeadService(model, config.limits, source=announced_source(config.model, config.revision))
+        service = GenerationService(
+            model, config.limits, source=announced_source(config.model, config.revision)
+        )
         node.serve_protocol(GENERATE_PROTOCOL, service.serve)
         try:
             yield service

@@ -1,4 +1,4 @@
-"""Whose text a head peer makes next, and how many may wait. A plain object."""
+"""Whose text a generation server makes next, and how many may wait. A plain object."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Turn:
     """Set when it may begin."""
 
 
-class HeadQueue:
+class GenerationQueue:
     """Texts of many peers, ``at_once`` of them made at a time, ``waiting`` more of them in line.
 
     The peer that has the fewest under way goes next, with its oldest request. Where there is more than one
@@ -40,7 +40,9 @@ class HeadQueue:
         self._seconds = FIRST_GUESS
 
     def __repr__(self) -> str:
-        return f"<HeadQueue {len(self._running)} of {self.at_once} under way, {len(self._line)} waiting>"
+        return (
+            f"<GenerationQueue {len(self._running)} of {self.at_once} under way, {len(self._line)} waiting>"
+        )
 
     @property
     def under_way(self) -> int:
@@ -66,8 +68,8 @@ class HeadQueue:
         if turn in self._line and (len(self._line) > self.waiting or own > max(1, self.waiting // 2)):
             del self._line[turn]
             raise BusyError(
-                f"{len(self._line)} texts wait at this head peer, {own - 1} of them yours; try again later, "
-                f"or another one",
+                f"{len(self._line)} texts wait at this generation server, {own - 1} of them yours; try again "
+                f"later, or another one",
                 retry_after=round(self.retry_after, 1),
             )
         return turn
@@ -102,8 +104,8 @@ def _above_zero(instance: object, attribute: attrs.Attribute[Any], value: float)
 
 
 @attrs.frozen(kw_only=True)
-class HeadLimits:
-    """How much a head peer does for others. Raise `InputError` for values that cannot work."""
+class GenerationLimits:
+    """How much a generation server does for others. Raise `InputError` for values that cannot work."""
 
     at_once: int = attrs.field(default=8, validator=_above_zero)
     """Texts that are made at the same time."""

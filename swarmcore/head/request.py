@@ -1,4 +1,4 @@
-"""From what a client asks of a head peer to a prompt and settings, within the peer's limits."""
+"""From what a client asks of a generation server to a prompt and settings, within the peer's limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swarmcore.generation_settings import (
     GenerationSettings,
     check_head_settings,
 )
-from swarmcore.head.queue import HeadLimits
+from swarmcore.head.queue import GenerationLimits
 from swarmcore.prompts import Prompt
 from swarmcore.server.config import MAX_ADAPTER_NAME
 from swarmcore.wire.generate import OpenGeneration
@@ -20,7 +20,7 @@ CHARACTERS_PER_TOKEN = 32
 """A prompt with more characters for each token that it may have is refused before it is made into tokens."""
 
 
-def prompt_of(request: OpenGeneration, limits: HeadLimits) -> Prompt:
+def prompt_of(request: OpenGeneration, limits: GenerationLimits) -> Prompt:
     """Raise `InputError` unless there is exactly one prompt, `UnavailableError` for one above the limits."""
     given = [
         name
@@ -39,8 +39,8 @@ def prompt_of(request: OpenGeneration, limits: HeadLimits) -> Prompt:
     characters += sum(len(message.role) + len(message.content) for message in request.messages)
     if characters > CHARACTERS_PER_TOKEN * limits.prompt_tokens:
         raise UnavailableError(
-            f"{given[0]}: {characters} characters are more than this head peer takes, whose prompts have "
-            f"{limits.prompt_tokens} tokens at most",
+            f"{given[0]}: {characters} characters are more than this generation server takes, whose prompts "
+            f"have {limits.prompt_tokens} tokens at most",
             limit=limits.prompt_tokens,
         )
     if request.text is not None:
@@ -51,16 +51,17 @@ def prompt_of(request: OpenGeneration, limits: HeadLimits) -> Prompt:
     return request.tokens
 
 
-def check_length(tokens: int, limits: HeadLimits) -> None:
+def check_length(tokens: int, limits: GenerationLimits) -> None:
     """Raise `UnavailableError` for a prompt of more tokens than the peer takes."""
     if tokens > limits.prompt_tokens:
         raise UnavailableError(
-            f"the prompt has {tokens} tokens, and this head peer takes {limits.prompt_tokens} at most",
+            f"the prompt has {tokens} tokens, and this generation server takes {limits.prompt_tokens} "
+            f"at most",
             limit=limits.prompt_tokens,
         )
 
 
-def settings_of(request: OpenGeneration, limits: HeadLimits) -> GenerationOptions:
+def settings_of(request: OpenGeneration, limits: GenerationLimits) -> GenerationOptions:
     """The settings, checked. Raise `InputError` for one out of its range, which it names, and
     `UnavailableError` for an answer longer than the peer makes."""
     options: Any = {name: getattr(request, name) for name in WIRE_SETTINGS}
@@ -69,8 +70,8 @@ def settings_of(request: OpenGeneration, limits: HeadLimits) -> GenerationOption
     check_head_settings(GenerationSettings(**options))
     if request.max_new_tokens > limits.new_tokens:
         raise UnavailableError(
-            f"max_new_tokens of {request.max_new_tokens} is more than this head peer makes of one text: "
-            f"{limits.new_tokens}",
+            f"max_new_tokens of {request.max_new_tokens} is more than this generation server makes of one "
+            f"text: {limits.new_tokens}",
             limit=limits.new_tokens,
         )
     if len(request.so_far) > request.max_new_tokens:

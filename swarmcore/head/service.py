@@ -22,7 +22,7 @@ from swarmcore.errors import (
     UnavailableError,
 )
 from swarmcore.generation_settings import GenerationOptions
-from swarmcore.head.queue import HeadLimits, HeadQueue
+from swarmcore.head.queue import GenerationLimits, GenerationQueue
 from swarmcore.head.request import check_length, prompt_of, settings_of
 from swarmcore.prompts import EncodedPrompt, Prompt
 from swarmcore.registry.base import SwarmView
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class TextInTheMaking(Protocol):
-    """What a head peer needs of a `Generation`."""
+    """What a generation server needs of a `Generation`."""
 
     @property
     def tokens(self) -> list[int]: ...
@@ -60,7 +60,7 @@ class TextInTheMaking(Protocol):
 
 
 class TextModel(Protocol):
-    """What a head peer needs of a `RemoteModel`."""
+    """What a generation server needs of a `RemoteModel`."""
 
     @property
     def info(self) -> ModelInfo: ...
@@ -77,25 +77,25 @@ class TextModel(Protocol):
     ) -> TextInTheMaking: ...
 
 
-class HeadService:
+class GenerationService:
     """Serves `GENERATE_PROTOCOL` with one model, within ``limits``.
 
     Every text has a session of its own, as any client's: servers that fail are replaced under it.
     """
 
-    def __init__(self, model: TextModel, limits: HeadLimits | None = None, *, source: str = "") -> None:
+    def __init__(self, model: TextModel, limits: GenerationLimits | None = None, *, source: str = "") -> None:
         self.model = model
         self.announced = attrs.evolve(model.info, source=source)
         """What others are told of the model."""
-        self.limits = limits or HeadLimits()
-        self.queue = HeadQueue(at_once=self.limits.at_once, waiting=self.limits.waiting)
+        self.limits = limits or GenerationLimits()
+        self.queue = GenerationQueue(at_once=self.limits.at_once, waiting=self.limits.waiting)
         self.draining = False
         self.counters: Counter[str] = Counter()
         self._stays: dict[Channel, asyncio.Timeout] = {}
         self._one_left = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"<HeadService {self.model.info.name} · {self.queue!r}>"
+        return f"<GenerationService {self.model.info.name} · {self.queue!r}>"
 
     @property
     def note(self) -> str:
@@ -115,8 +115,8 @@ class HeadService:
         return len(self._stays)
 
     async def leave(self, view: SwarmView, own: PeerId, seconds: float) -> None:
-        """Send the clients to other head peers of ``view`` at once; where there are none, let their texts end
-        here, for up to ``seconds``."""
+        """Send the clients to other generation servers of ``view`` at once; where there are none, let their
+        texts end here, for up to ``seconds``."""
         others = any(self.model.info in server.heads for server in view if server.peer != own)
         await self.drain(0.0 if others else seconds)
         await self.close()
@@ -152,7 +152,7 @@ class HeadService:
                 raise
             if reader.end is None:
                 raise ServerDrainingError(
-                    "this head peer leaves; another one can go on with the text"
+                    "this generation server leaves; another one can go on with the text"
                 ) from exc
             if not isinstance(reader.end, StreamClosedError):
                 raise reader.end from exc
@@ -166,10 +166,10 @@ class HeadService:
     def _check(self, request: OpenGeneration) -> None:
         info = self.model.info
         if self.draining:
-            raise ServerDrainingError("this head peer is leaving and takes no new texts")
+            raise ServerDrainingError("this generation server is leaving and takes no new texts")
         if request.model not in ("", info.fingerprint, info.name):
             raise UnavailableError(
-                f"model: this head peer makes texts of {info.name} ({info.fingerprint[:12]}), not of "
+                f"model: this generation server makes texts of {info.name} ({info.fingerprint[:12]}), not of "
                 f"{request.model[:100]!r}"
             )
 
@@ -190,7 +190,7 @@ class HeadService:
             except TimeoutError as exc:
                 self.counters["texts_refused"] += 1
                 raise BusyError(
-                    f"no turn came in {self.limits.queue_timeout:g} s: this head peer makes "
+                    f"no turn came in {self.limits.queue_timeout:g} s: this generation server makes "
                     f"{self.queue.at_once} texts at once; try again later, or another one",
                     retry_after=round(self.queue.retry_after, 1),
                 ) from exc

@@ -18,7 +18,7 @@ TIMEOUT = 60.0
 """Most seconds for which a message waits until its client has less here."""
 
 
-class Arrivals:
+class InFlightBytes:
     """What waits here for one client, whoever pushed it, by what it takes once it is decoded."""
 
     def __init__(self, resources: ResourceManager, client: PeerId) -> None:

@@ -23,11 +23,11 @@ from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.forward_backward import PassService, pass_limits
+from swarmcore.server.forward_backward import ForwardBackwardService, pass_limits
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.rebalancing import Rebalancing
-from swarmcore.server.successor_rtts import Neighbours
+from swarmcore.server.successor_rtts import SuccessorRtts
 from swarmcore.sources import announced_source
 from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
@@ -119,7 +119,9 @@ class BlockServer:
             admission_timeout=config.admission_timeout,
             adapters=self.adapters,
         )
-        self.passes = PassService(self.engine, executor.model, executor.span, self.adapters, node.resources)
+        self.passes = ForwardBackwardService(
+            self.engine, executor.model, executor.span, self.adapters, node.resources
+        )
         self._model = attrs.evolve(executor.model, source=announced_source(config.model, config.revision))
         self.state: ServerState = "joining"
         self.span = executor.span
@@ -133,9 +135,9 @@ class BlockServer:
         self._announced: ServerInfo | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._rebalancing: Rebalancing | None = None
-        self._neighbours: Neighbours | None = None
+        self._neighbours: SuccessorRtts | None = None
         if rng is not None:
-            self._neighbours = Neighbours(node, registry.view, executor.model, lambda: self.span, rng=rng)
+            self._neighbours = SuccessorRtts(node, registry.view, executor.model, lambda: self.span, rng=rng)
             if config.rebalance_interval > 0:
                 self._rebalancing = Rebalancing(
                     self, node.peer, config.rebalance_interval, rng, balance_quality=config.balance_quality

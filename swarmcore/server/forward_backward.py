@@ -26,7 +26,7 @@ from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
-from swarmcore.server.forward_backward_channel import PassChannel, PassPatience, Sender
+from swarmcore.server.forward_backward_channel import ForwardBackwardChannel, RenewableDeadline, Sender
 from swarmcore.types import ModelInfo, PeerId, Span
 from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward, PassProgress
 from swarmcore.wire.tensors import Tensor
@@ -49,7 +49,7 @@ def pass_limits(config: ServerConfig) -> PassLimits:
     )
 
 
-class PassService:
+class ForwardBackwardService:
     """Serves `FORWARD_PROTOCOL` and `BACKWARD_PROTOCOL` with one engine.
 
     ``span`` is what passes may go through; a server that moves to other blocks changes it.
@@ -136,7 +136,7 @@ class PassService:
             await channel.send(BackwardDone(done.seconds, talk.receiving))
 
     @asynccontextmanager
-    async def _prolonging(self, talk: PassChannel, channel: Channel) -> AsyncIterator[None]:
+    async def _prolonging(self, talk: ForwardBackwardChannel, channel: Channel) -> AsyncIterator[None]:
         """While a pass computes, begin its time anew whenever the engine gets on, and tell the client."""
 
         async def look() -> None:
@@ -161,7 +161,7 @@ class PassService:
     @asynccontextmanager
     async def _turn(
         self, channel: Channel, opening: OpenForward | OpenBackward
-    ) -> AsyncIterator[tuple[PassTurn, PassChannel]]:
+    ) -> AsyncIterator[tuple[PassTurn, ForwardBackwardChannel]]:
         span = self._check(opening)
         deadline = min(opening.deadline, MAX_DEADLINE)
         clock = asyncio.timeout(deadline)
@@ -174,8 +174,11 @@ class PassService:
                     self._resources.reserve(channel.remote, Resource.BYTES, 0) as held,
                 ):
                     rows = sum(opening.lengths)
-                    patience = PassPatience(turn, clock, deadline, MAX_DEADLINE, opening.progress)
-                    yield turn, PassChannel(channel, self._engine.executor, rows, sender, held, patience)
+                    patience = RenewableDeadline(turn, clock, deadline, MAX_DEADLINE, opening.progress)
+                    yield (
+                        turn,
+                        ForwardBackwardChannel(channel, self._engine.executor, rows, sender, held, patience),
+                    )
             self.counters["passes_served"] += 1
         except TimeoutError as exc:
             if not clock.expired():
@@ -213,7 +216,7 @@ class PassService:
         return Span(opening.start, opening.end)
 
     def __repr__(self) -> str:
-        return f"<PassService {self.span} · {self.under_way} passes · {self._engine.passes!r}>"
+        return f"<ForwardBackwardService {self.span} · {self.under_way} passes · {self._engine.passes!r}>"
 
 
 _NO_ROWS = Tensor("hidden", "float32", (0, 0), memoryview(b""))

@@ -42,7 +42,7 @@ class Sender:
     """When something came from it last, in loop time."""
 
 
-class PassPatience:
+class RenewableDeadline:
     """How long a pass may take: ``deadline`` seconds, from when it last got on if it is to be ``prolonged``.
 
     Only what is computed here prolongs it for ever; what a client sends or takes, for ``most`` seconds.
@@ -75,7 +75,7 @@ class PassPatience:
                 self._clock.reschedule(until)
 
 
-class PassChannel:
+class ForwardBackwardChannel:
     """Receives what one pass needs, in whichever order it comes, and sends what comes of it."""
 
     def __init__(
@@ -85,7 +85,7 @@ class PassChannel:
         rows: int,
         sender: Sender,
         held: Reservation,
-        patience: PassPatience,
+        patience: RenewableDeadline,
     ) -> None:
         """``sender`` is the same object for all passes of a client; in ``held`` its rows are counted."""
         self._held = held

@@ -22,9 +22,9 @@ from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, ask_for_weights
-from swarmcore.server.next_hops import NextHops
-from swarmcore.server.session import HostedSession
-from swarmcore.server.upstream import Pushers, check_pushers
+from swarmcore.server.next_hops import StageDialer
+from swarmcore.server.session import ServerSession
+from swarmcore.server.upstream import AllowedUpstream, check_upstream
 from swarmcore.types import ModelInfo, Span, short
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 from swarmcore.wire.method import Caller
@@ -61,12 +61,12 @@ class InferenceService:
         self._model = model
         self.span = span
         self._node = node
-        self._hops = NextHops(node, registry, self.counters)
+        self._hops = StageDialer(node, registry, self.counters)
         self._admission_timeout = admission_timeout
         self._adapters = adapters or AdapterStore(engine.executor, 0, node.resources)
-        self._sessions: dict[str, HostedSession] = {}
+        self._sessions: dict[str, ServerSession] = {}
         self._stays: dict[str, asyncio.Timeout] = {}
-        self._awaited: dict[str, set[asyncio.Future[HostedSession]]] = {}
+        self._awaited: dict[str, set[asyncio.Future[ServerSession]]] = {}
         self._session_ended = asyncio.Event()
 
     @property
@@ -113,7 +113,7 @@ class InferenceService:
             self._session_ended.clear()
             await self._session_ended.wait()
 
-    def _outside(self, keep: Span | None) -> dict[str, HostedSession]:
+    def _outside(self, keep: Span | None) -> dict[str, ServerSession]:
         return {
             session.session: session
             for session in self._sessions.values()
@@ -145,7 +145,7 @@ class InferenceService:
 
     async def _run(self, channel: Channel, opening: OpenSession, span: Span) -> None:
         """Serve a session for which there is room, to its end."""
-        session = HostedSession(
+        session = ServerSession(
             opening.session,
             span,
             opening.sequences,
@@ -153,7 +153,7 @@ class InferenceService:
             node=self._node,
             hops=self._hops,
             client=channel,
-            pushers=Pushers(opening.pushers),
+            pushers=AllowedUpstream(opening.pushers),
             counters=self.counters,
         )
         stay = asyncio.timeout(None)
@@ -191,9 +191,9 @@ class InferenceService:
         async with session.pushers.entered(channel.remote):
             await _take_messages(channel, session, from_client=False)
 
-    async def _arrival(self, session: str) -> HostedSession:
+    async def _arrival(self, session: str) -> ServerSession:
         """Wait for the client to open ``session``: a stage may dial its successor before the client does."""
-        future: asyncio.Future[HostedSession] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ServerSession] = asyncio.get_running_loop().create_future()
         waiting = self._awaited.setdefault(session, set())
         waiting.add(future)
         try:
@@ -222,7 +222,7 @@ class InferenceService:
         _check_id(opening.session)
         if opening.session in self._sessions:
             raise InvalidStepError("a session id is 32 hex digits, random, and used once")
-        check_pushers(opening.pushers or ())
+        check_upstream(opening.pushers or ())
         return Span(opening.start, opening.end)
 
 
@@ -231,7 +231,7 @@ def _check_id(session: str) -> None:
         raise InvalidStepError("a session id is 32 hex digits, random, and used once")
 
 
-async def _take_messages(channel: Channel, session: HostedSession, *, from_client: bool) -> None:
+async def _take_messages(channel: Channel, session: ServerSession, *, from_client: bool) -> None:
     try:
         while True:
             await session.accept(await channel.receive(), from_client=from_client)

@@ -15,7 +15,7 @@ from swarmcore.wire.messages import Replay, Step
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
 
 
-class KeptForReplay:
+class ReplayOutputs:
     """A session's `KeptOutputs`, counted for its client, dropped when others need the room."""
 
     def __init__(

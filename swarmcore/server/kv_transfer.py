@@ -11,11 +11,11 @@ from contextlib import aclosing
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import InvalidStepError, SessionLostError, StreamClosedError, SwarmError
 from swarmcore.rpc.channel import Channel
-from swarmcore.server.arrivals import Arrivals
-from swarmcore.server.links import ClientLink
-from swarmcore.server.next_hops import NextHops
+from swarmcore.server.arrivals import InFlightBytes
+from swarmcore.server.links import ClientOutbox
+from swarmcore.server.next_hops import StageDialer
 from swarmcore.wire.failure import to_failure
-from swarmcore.wire.messages import CachePart, CachesTaken, HandOver, HandOverFailed
+from swarmcore.wire.messages import CachePart, KvTransferFailed, KvTransferred, TransferKv
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ HAND_OVER_TIMEOUT = 60.0
 """Seconds for the next part of the caches of one session to get across."""
 
 
-class CacheHandOver:
+class KvTransfer:
     """Sends a session's caches, and takes in those of another server. The client is told how it went."""
 
     def __init__(
@@ -35,9 +35,9 @@ class CacheHandOver:
         session: str,
         *,
         engine: Engine,
-        hops: NextHops,
-        client: ClientLink,
-        arrivals: Arrivals,
+        hops: StageDialer,
+        client: ClientOutbox,
+        arrivals: InFlightBytes,
         counters: Counter[str],
     ) -> None:
         self._session = session
@@ -47,7 +47,7 @@ class CacheHandOver:
         self._arrivals = arrivals
         self._counters = counters
 
-    async def send(self, order: HandOver) -> None:
+    async def send(self, order: TransferKv) -> None:
         """Send all caches to the session at ``order.hop``, which tells the client when it has them.
 
         The client hears from here of what goes wrong, a session that is not there too.
@@ -85,13 +85,13 @@ class CacheHandOver:
                         timeout=HAND_OVER_TIMEOUT,
                     )
             if part.last:
-                await self._client.send(CachesTaken(self._engine.length(self._session)))
+                await self._client.send(KvTransferred(self._engine.length(self._session)))
         except SwarmError as exc:
             await self._failed(exc)
 
     async def _failed(self, error: SwarmError) -> None:
         logger.info("session %s: its caches do not get across: %s", self._session[:8], error)
-        await self._client.send(HandOverFailed(to_failure(error)))
+        await self._client.send(KvTransferFailed(to_failure(error)))
 
 
 async def _taken(channel: Channel) -> None:

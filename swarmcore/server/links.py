@@ -11,8 +11,8 @@ from typing import Any
 from swarmcore.errors import DeadlineExceededError, SwarmError, UnavailableError
 from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
-from swarmcore.server.arrivals import Arrivals
-from swarmcore.server.next_hops import NextHops
+from swarmcore.server.arrivals import InFlightBytes
+from swarmcore.server.next_hops import StageDialer
 from swarmcore.types import PeerId, short
 from swarmcore.wire.messages import CachePart, Hop, Step, StepForwarded
 from swarmcore.wire.tensors import Tensor
@@ -23,13 +23,13 @@ MAX_COPIES_NBYTES = 16 << 20
 """Bytes of copies that wait for a slow client before its session waits for them."""
 
 
-class ClientLink:
+class ClientOutbox:
     """A client's channel, shared by the session's answers and its copies; see `Channel.send`.
 
     That the client is gone is nobody's error here: the reader of its channel sees it, and closes the session.
     """
 
-    def __init__(self, channel: Channel, arrivals: Arrivals) -> None:
+    def __init__(self, channel: Channel, arrivals: InFlightBytes) -> None:
         """Copies that wait are counted in ``arrivals``."""
         self._channel = channel
         self._arrivals = arrivals
@@ -89,10 +89,10 @@ PUSH_TIMEOUT = 20.0
 on those before."""
 
 
-class NextStage:
+class Downstream:
     """Pushes steps to whichever stage is next, dialled when it is first needed and when it has changed."""
 
-    def __init__(self, hops: NextHops, client: PeerId, counters: Counter[str]) -> None:
+    def __init__(self, hops: StageDialer, client: PeerId, counters: Counter[str]) -> None:
         """``client`` is the one on whose behalf."""
         self._hops = hops
         self._client = client

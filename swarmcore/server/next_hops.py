@@ -34,7 +34,7 @@ RATE, BURST = 4.0, 64.0
 """Hops a second that one client may have connected to, on average and at once."""
 
 
-class NextHops:
+class StageDialer:
     """Connects to stages that clients name.
 
     Where to dial is taken from the record that the stage itself has signed and announced, never from the

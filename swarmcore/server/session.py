@@ -16,19 +16,19 @@ from swarmcore.errors import InternalError, InvalidStepError, ProtocolError, Ses
 from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.arrivals import Arrivals
+from swarmcore.server.arrivals import InFlightBytes
 from swarmcore.server.kept import Kept
-from swarmcore.server.kept_for_replay import KeptForReplay
-from swarmcore.server.kv_transfer import CacheHandOver
-from swarmcore.server.links import ClientLink, NextStage
-from swarmcore.server.next_hops import NextHops
-from swarmcore.server.upstream import Pushers
-from swarmcore.session.dedup import StepLedger
+from swarmcore.server.kept_for_replay import ReplayOutputs
+from swarmcore.server.kv_transfer import KvTransfer
+from swarmcore.server.links import ClientOutbox, Downstream
+from swarmcore.server.next_hops import StageDialer
+from swarmcore.server.upstream import AllowedUpstream
+from swarmcore.session.dedup import DedupCache
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
-    Admit,
+    AllowUpstream,
     CachePart,
     Draining,
     Hop,
@@ -67,7 +67,7 @@ class _Answer:
         return self.output.result().data.nbytes
 
 
-class HostedSession:
+class ServerSession:
     """A client's session on this server; lives as long as the client's channel.
 
     Messages come in by `accept`, from the client or from the stage before; from `start` on one task deals
@@ -82,22 +82,22 @@ class HostedSession:
         *,
         engine: Engine,
         node: Node,
-        hops: NextHops,
+        hops: StageDialer,
         client: Channel,
-        pushers: Pushers,
+        pushers: AllowedUpstream,
         counters: Counter[str],
     ) -> None:
         self.session = session
         self.span = span
         self.pushers = pushers
         self._engine = engine
-        self._arrivals = Arrivals(node.resources, client.remote)
-        self._client = ClientLink(client, self._arrivals)
-        self._next = NextStage(hops, client.remote, counters)
+        self._arrivals = InFlightBytes(node.resources, client.remote)
+        self._client = ClientOutbox(client, self._arrivals)
+        self._next = Downstream(hops, client.remote, counters)
         self._counters = counters
-        self._ledger: StepLedger[_Answer] = StepLedger(depth=STEPS_REMEMBERED)
+        self._ledger: DedupCache[_Answer] = DedupCache(depth=STEPS_REMEMBERED)
         self._answers_held = Kept(node.resources, client.remote, self._drop_answers)
-        self._hand_over = CacheHandOver(
+        self._hand_over = KvTransfer(
             session,
             engine=engine,
             hops=hops,
@@ -105,7 +105,7 @@ class HostedSession:
             arrivals=self._arrivals,
             counters=counters,
         )
-        self._kept_outputs = KeptForReplay(
+        self._kept_outputs = ReplayOutputs(
             sequences,
             executor=engine.executor,
             resources=node.resources,
@@ -124,7 +124,7 @@ class HostedSession:
 
     def __repr__(self) -> str:
         return (
-            f"<HostedSession {self.session[:8]} [{self.span}] of {short(self._client.client)} · "
+            f"<ServerSession {self.session[:8]} [{self.span}] of {short(self._client.client)} · "
             f"{self._jobs.qsize()} steps in flight>"
         )
 
@@ -161,7 +161,7 @@ class HostedSession:
             raise ProtocolError("the weights of an adapter came that were not asked for")
         if not from_client and not isinstance(record, Step):
             raise InvalidStepError(f"only the client of a session may send {message.kind}")
-        if isinstance(record, Admit):
+        if isinstance(record, AllowUpstream):
             self.pushers.change(record.pushers)
             return
         hidden = message.tensor("hidden") if isinstance(record, Step) else None

@@ -18,7 +18,7 @@ from swarmcore.types import ModelInfo, PeerId, Rtt, ServerInfo, Span
 
 
 @attrs.frozen(kw_only=True)
-class NeighbourLimits:
+class SuccessorRttLimits:
     published: int = 8
     """Round trips announced: those to the nearest successors."""
     pinged: int = 16
@@ -35,7 +35,7 @@ class NeighbourLimits:
     """and seconds: on a local network the times of the machines vary more than those of the network."""
 
 
-class Neighbours:
+class SuccessorRtts:
     """Measures round trips to servers that hold the block after this server's last one.
 
     ``span`` gives the blocks that it serves now. `rtts` is what to announce; it stays the same until
@@ -50,7 +50,7 @@ class Neighbours:
         span: Callable[[], Span],
         *,
         rng: Random,
-        limits: NeighbourLimits | None = None,
+        limits: SuccessorRttLimits | None = None,
     ) -> None:
         self.rtts: tuple[Rtt, ...] = ()
         """Round trips to the nearest of those that may follow, nearest first."""
@@ -59,12 +59,12 @@ class Neighbours:
         self._model = model
         self._span = span
         self._rng = rng
-        self._limits = limits or NeighbourLimits()
+        self._limits = limits or SuccessorRttLimits()
         self._latencies = Latencies()
         self._tasks = BackgroundTasks()
 
     def __repr__(self) -> str:
-        return f"<Neighbours {len(self.rtts)} announced of {len(self._latencies)} measured>"
+        return f"<SuccessorRtts {len(self.rtts)} announced of {len(self._latencies)} measured>"
 
     def start(self) -> None:
         self._tasks.start(self._run(), "neighbours")

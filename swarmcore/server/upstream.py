@@ -12,17 +12,17 @@ from swarmcore.types import PeerId, short
 ADMISSION_TIMEOUT = 10.0
 """Seconds that a stage may be ahead of the client's word that it comes before this one now."""
 
-MAX_PUSHERS = 16
+MAX_UPSTREAM = 16
 """Peers that a client may let in at a time: the stage before, and one that hands its caches over."""
 
 
-def check_pushers(allowed: Collection[PeerId]) -> None:
+def check_upstream(allowed: Collection[PeerId]) -> None:
     """Raise `InvalidStepError` for more peers than ever come before one stage."""
-    if len(allowed) > MAX_PUSHERS:
-        raise InvalidStepError(f"{len(allowed)} peers may not push into one session; {MAX_PUSHERS} at most")
+    if len(allowed) > MAX_UPSTREAM:
+        raise InvalidStepError(f"{len(allowed)} peers may not push into one session; {MAX_UPSTREAM} at most")
 
 
-class Pushers:
+class AllowedUpstream:
     """The peers that the client of one session lets push into it, and those that are doing so.
 
     With ``allowed`` of None, by a client that names nobody, that is whoever knows the session's id.
@@ -36,15 +36,15 @@ class Pushers:
 
     def __repr__(self) -> str:
         allowed = "anyone" if self._allowed is None else ", ".join(sorted(map(short, self._allowed)))
-        return f"<Pushers {len(self._stays)} here · {allowed or 'nobody'} may>"
+        return f"<AllowedUpstream {len(self._stays)} here · {allowed or 'nobody'} may>"
 
     def may(self, peer: PeerId) -> bool:
         """Whether ``peer`` is let in now."""
         return self._allowed is None or peer in self._allowed
 
     def change(self, allowed: Collection[PeerId]) -> None:
-        """Let in ``allowed`` from now on, and show out whoever else is in. Raise as `check_pushers` does."""
-        check_pushers(allowed)
+        """Let in ``allowed`` from now on, and show out whoever else is in. Raise as `check_upstream` does."""
+        check_upstream(allowed)
         self._allowed = frozenset(allowed)
         self._changed.set()
         self._show_out([stay for stay, peer in self._stays.items() if not self.may(peer)])

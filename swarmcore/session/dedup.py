@@ -23,7 +23,7 @@ class _Seen(Generic[Answer]):
     attempt: int
 
 
-class StepLedger(Generic[Answer]):
+class DedupCache(Generic[Answer]):
     """Remembers the answers of the latest ``depth`` steps; what an answer is, is the caller's business."""
 
     def __init__(self, depth: int) -> None:

@@ -1,8 +1,9 @@
-"""The records of the generate protocol: a head peer makes texts for clients that have no part of the model.
+"""The records of the generate protocol: a generation server makes texts for clients that have no part of the
+model.
 
-One channel for each text. The client opens it with the prompt and the settings; the head peer answers when
-the text's turn has come, then sends it piece by piece, then says how it ended. What a text is, its tokens
-say: with those of one that broke off, another head peer goes on where it was.
+One channel for each text. The client opens it with the prompt and the settings; the generation server answers
+when the text's turn has come, then sends it piece by piece, then says how it ended. What a text is, its
+tokens say: with those of one that broke off, another generation server goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ GENERATE = "/swarmcore/generate/1"
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_NGRAM = 64
-"""Bounds on what costs a head peer time in every token."""
+"""Bounds on what costs a generation server time in every token."""
 
 AHEAD = 64
-"""Tokens that a head peer sends beyond those that the client says it has taken."""
+"""Tokens that a generation server sends beyond those that the client says it has taken."""
 
 
 @attrs.frozen
@@ -34,7 +35,7 @@ class ChatMessage:
 @wire_tag("OpenGeneration")
 @attrs.frozen
 class OpenGeneration:
-    """Client to head peer, first message: continue a text, or answer messages.
+    """Client to generation server, first message: continue a text, or answer messages.
 
     Exactly one of ``text``, ``messages`` and ``tokens`` is the prompt. Settings are those of
     `swarmcore.generation_settings.GenerationSettings`, by the same names; None is the model's own.
@@ -68,7 +69,7 @@ class OpenGeneration:
 @wire_tag("GenerationStarted")
 @attrs.frozen
 class GenerationStarted:
-    """Head peer to client: the text's turn has come, and its prompt is understood."""
+    """Generation server to client: the text's turn has come, and its prompt is understood."""
 
     fingerprint: str
     """Of the model that makes the text."""
@@ -78,8 +79,8 @@ class GenerationStarted:
 @wire_tag("TextPiece")
 @attrs.frozen
 class TextPiece:
-    """Head peer to client: what is certain now of the text, and the tokens up to there that were not sent
-    before."""
+    """Generation server to client: what is certain now of the text, and the tokens up to there that were not
+    sent before."""
 
     text: str
     tokens: tuple[int, ...]
@@ -88,9 +89,10 @@ class TextPiece:
 @wire_tag("TokensTaken")
 @attrs.frozen
 class TokensTaken:
-    """Client to head peer: so many tokens, of this channel's, have been taken by whoever reads the text.
+    """Client to generation server: so many tokens, of this channel's, have been taken by whoever reads the
+    text.
 
-    The head peer stops `AHEAD` tokens beyond.
+    The generation server stops `AHEAD` tokens beyond.
     """
 
     tokens: int
@@ -99,7 +101,7 @@ class TokensTaken:
 @wire_tag("GenerationEnded")
 @attrs.frozen
 class GenerationEnded:
-    """Head peer to client, last message: the text is complete."""
+    """Generation server to client, last message: the text is complete."""
 
     reason: str
     """``"eos"``, ``"stop"`` or ``"length"``."""

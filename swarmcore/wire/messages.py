@@ -55,7 +55,7 @@ class OpenSession:
 
 @wire_tag("Admit")
 @attrs.frozen
-class Admit:
+class AllowUpstream:
     """Client to server: from now on ``pushers`` may join the session, and nobody else."""
 
     pushers: tuple[PeerId, ...]
@@ -176,18 +176,19 @@ class Replay:
 @wire_tag("Draining")
 @attrs.frozen
 class Draining:
-    """Server to client: this server leaves in ``seconds``; move the session, with `HandOver` or a replay."""
+    """Server to client: this server leaves in ``seconds``; move the session, with `TransferKv` or a
+    replay."""
 
     seconds: float
 
 
 @wire_tag("HandOver")
 @attrs.frozen
-class HandOver:
+class TransferKv:
     """Client to server: send the session's attention caches to ``hop``, where a session is open for them.
 
-    No step of the session may be under way. The new server answers the client with `CachesTaken`, this one
-    with `HandOverFailed` when it cannot.
+    No step of the session may be under way. The new server answers the client with `KvTransferred`, this one
+    with `KvTransferFailed` when it cannot.
     """
 
     hop: Hop
@@ -195,7 +196,7 @@ class HandOver:
 
 @wire_tag("HandOverFailed")
 @attrs.frozen
-class HandOverFailed:
+class KvTransferFailed:
     """Server to client: the caches did not get across; the session here is as it was."""
 
     failure: Failure
@@ -216,7 +217,7 @@ class CachePart:
 
 @wire_tag("CachesTaken")
 @attrs.frozen
-class CachesTaken:
+class KvTransferred:
     """Server to client: the session's caches have arrived; each sequence has so many tokens."""
 
     lengths: tuple[int, ...]

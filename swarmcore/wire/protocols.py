@@ -17,16 +17,15 @@ from swarmcore.wire.messages import (
     INFO,
     PING,
     SESSION_STATE,
-    Admit,
+    AllowUpstream,
     AskSession,
     CachePart,
-    CachesTaken,
     Draining,
-    HandOver,
-    HandOverFailed,
     InfoReply,
     InfoRequest,
     JoinSession,
+    KvTransferFailed,
+    KvTransferred,
     OpenSession,
     Ping,
     Pong,
@@ -37,6 +36,7 @@ from swarmcore.wire.messages import (
     StepFailed,
     StepForwarded,
     StepOutput,
+    TransferKv,
 )
 from swarmcore.wire.method import Method, Protocol
 from swarmcore.wire.passes import (
@@ -58,7 +58,7 @@ from swarmcore.wire.passes import (
 INFERENCE_PROTOCOL = Protocol(
     name=INFERENCE,
     openings=(OpenSession, JoinSession),
-    to_acceptor=(Step, Replay, HandOver, Admit, CachePart, AdapterPart),
+    to_acceptor=(Step, Replay, TransferKv, AllowUpstream, CachePart, AdapterPart),
     to_opener=(
         SessionOpened,
         AdapterWanted,
@@ -66,8 +66,8 @@ INFERENCE_PROTOCOL = Protocol(
         StepForwarded,
         StepFailed,
         Draining,
-        HandOverFailed,
-        CachesTaken,
+        KvTransferFailed,
+        KvTransferred,
     ),
 )
 FORWARD_PROTOCOL = Protocol(

@@ -58,7 +58,7 @@ ROWS = (
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def servers(fork_server: ForkServer, smollm2_folder: Path) -> AsyncIterator[list[ServerProcess]]:
-    """A head peer with blocks, a server that a page can reach, and one that it cannot."""
+    """A generation server with blocks, a server that a page can reach, and one that it cannot."""
     model = ("--model", str(smollm2_folder), "--dtype", "float32", "--threads", "1", "--cache-tokens", "2048")
     async with AsyncExitStack() as stack:
         head = ("--blocks", "0:10", "--serve-head", "--name", "head")
@@ -277,7 +277,7 @@ async def test_a_page_looks_for_a_path_when_the_peer_is_silent(
 async def test_a_text_goes_on_when_the_machine_changes_its_network(
     page: chromium.Page, servers: list[ServerProcess]
 ) -> None:
-    """The same head peer goes on, and the chat works afterwards."""
+    """The same generation server goes on, and the chat works afterwards."""
     script = """
         const restarted = [];
         const createOffer = RTCPeerConnection.prototype.createOffer;
@@ -351,7 +351,7 @@ async def test_identity_is_kept_by_the_browser(page: chromium.Page, site: str) -
     assert await page.run(second) != before
 
 
-async def test_head_peer_dies_while_the_page_reads(
+async def test_generation_server_dies_while_the_page_reads(
     page: chromium.Page, fork_server: ForkServer, servers: list[ServerProcess], smollm2_folder: Path
 ) -> None:
     """Another one goes on with the same text, and the dead one is listed no more."""

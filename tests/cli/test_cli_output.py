@@ -224,7 +224,7 @@ def test_status_lists_training_runs_with_their_members():
     assert short(poet.peer) not in without
 
 
-def test_status_lists_head_peers_by_model():
+def test_status_lists_generation_servers_by_model():
     gateway, serves = server(None, heads=(MODEL,)), server(Span(0, 6), heads=(MODEL,), public_name="attic")
     swarm = view(gateway, serves)
     servers = describe(swarm, {}, {})["servers"]

@@ -13,17 +13,17 @@ from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 from swarmcore.client.session.session import InferenceSession
 from swarmcore.errors import SessionLostError
 from swarmcore.rpc.channel import Channel
-from swarmcore.server.kv_transfer import CacheHandOver
+from swarmcore.server.kv_transfer import KvTransfer
 from swarmcore.testing.executor import hidden_states
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.messages import (
-    CachesTaken,
     Draining,
-    HandOver,
+    KvTransferred,
     SessionOpened,
     StepFailed,
     StepForwarded,
     StepOutput,
+    TransferKv,
 )
 from swarmcore.wire.tensors import Tensor
 
@@ -216,7 +216,7 @@ async def test_caches_that_were_not_taken_are_replayed(lengths: tuple[int, ...],
     send = Channel.send
 
     async def lying(self: Channel, record: Any, *tensors: Tensor) -> None:
-        await send(self, CachesTaken(lengths) if isinstance(record, CachesTaken) else record, *tensors)
+        await send(self, KvTransferred(lengths) if isinstance(record, KvTransferred) else record, *tensors)
 
     async with swarm_of(*TWICE) as swarm:
         session = await swarm.open(2)
@@ -240,10 +240,10 @@ async def test_a_server_that_never_hands_over_does_not_hold_the_session_up(monke
         leaving = swarm.serving(session, 1)
         await leaving.registry.withdraw()
 
-        async def never(self: CacheHandOver, order: HandOver) -> None:
+        async def never(self: KvTransfer, order: TransferKv) -> None:
             pass
 
-        monkeypatch.setattr(CacheHandOver, "send", never)
+        monkeypatch.setattr(KvTransfer, "send", never)
         loop = asyncio.get_running_loop()
         start = loop.time()
         leave = asyncio.create_task(leaving.service.drain(1e9))

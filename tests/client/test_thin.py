@@ -1,4 +1,4 @@
-"""Texts for a client without torch: head peers fail, are busy, come and go. In virtual time."""
+"""Texts for a client without torch: generation servers fail, are busy, come and go. In virtual time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swarmcore.errors import (
     UnavailableError,
 )
 from swarmcore.generation_settings import GenerationSettings, open_generation
-from swarmcore.head.queue import HeadLimits
+from swarmcore.head.queue import GenerationLimits
 from swarmcore.registry.base import SwarmView
 from swarmcore.resources import Resource
 from swarmcore.types import ModelInfo, PeerId, ServerInfo
@@ -84,7 +84,7 @@ async def test_a_reader_that_comes_back_late_finds_the_rest() -> None:
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.05, 0.15, 0.5, 0.95])
-async def test_another_head_peer_goes_on_when_one_dies(moment: float) -> None:
+async def test_another_generation_server_goes_on_when_one_dies(moment: float) -> None:
     async with head_swarm(CountingText(), CountingText()) as swarm:
         generation = swarm.client.generate("ab", max_new_tokens=10)
         text = asyncio.ensure_future(_whole(generation))
@@ -114,7 +114,7 @@ async def test_tokens_without_text_are_not_lost_either() -> None:
         assert dying.model.made == 5
 
 
-async def test_a_head_peer_that_comes_back_goes_on() -> None:
+async def test_a_generation_server_that_comes_back_goes_on() -> None:
     async with head_swarm(CountingText()) as swarm:
         generation = swarm.client.generate("ab", max_new_tokens=10)
         text = asyncio.ensure_future(_whole(generation))
@@ -165,15 +165,17 @@ async def test_before_there_is_text_each_is_tried_once() -> None:
         assert not swarm.client.health.banned(asyncio.get_running_loop().time()), "they only told bad news"
 
 
-async def test_a_head_peer_that_fails_is_avoided() -> None:
+async def test_a_generation_server_that_fails_is_avoided() -> None:
     async with head_swarm(CountingText(error=RuntimeError("bug"), error_after=2), CountingText()) as swarm:
         for _ in range(6):
             assert await swarm.client.generate("ab", max_new_tokens=4) == said(counted("ab", 4))
         assert swarm.heads[0].service.counters["texts"] <= 1
 
 
-async def test_a_busy_head_peer_is_passed_over_and_when_all_are_they_say_so() -> None:
-    async with head_swarm(CountingText(), CountingText(), limits=HeadLimits(at_once=1, waiting=1)) as swarm:
+async def test_a_busy_generation_server_is_passed_over_and_when_all_are_they_say_so() -> None:
+    async with head_swarm(
+        CountingText(), CountingText(), limits=GenerationLimits(at_once=1, waiting=1)
+    ) as swarm:
         others = [await swarm.another_client() for _ in range(4)]
         running = [asyncio.ensure_future(_whole(other.generate("ab"))) for other in others]
         await asyncio.sleep(1)
@@ -185,11 +187,11 @@ async def test_a_busy_head_peer_is_passed_over_and_when_all_are_they_say_so() ->
 
 
 async def test_a_limit_of_one_is_not_that_of_another() -> None:
-    async with head_swarm(CountingText(), limits=HeadLimits(new_tokens=10)) as swarm:
-        await swarm.add(limits=HeadLimits(new_tokens=50))
+    async with head_swarm(CountingText(), limits=GenerationLimits(new_tokens=10)) as swarm:
+        await swarm.add(limits=GenerationLimits(new_tokens=50))
         for _ in range(4):
             assert len((await swarm.client.generate("ab", max_new_tokens=50)).split()) == 50
-        with pytest.raises(UnavailableError, match="more than this head peer makes"):
+        with pytest.raises(UnavailableError, match="more than this generation server makes"):
             await swarm.client.generate("ab", max_new_tokens=51)
 
 
@@ -257,7 +259,7 @@ def picked(choice: HeadChoice, *servers: ServerInfo, **without: Any) -> set[str]
 OTHER = attrs.evolve(COUNTING, fingerprint="d1" * 32)
 
 
-def test_which_head_peer_is_picked() -> None:
+def test_which_generation_server_is_picked() -> None:
     a, b, c = server("a", COUNTING), server("b", COUNTING), server("c")
     leaving = server("d", COUNTING, state="draining")
     choice = HeadChoice("", random.Random(1))
@@ -314,7 +316,7 @@ def test_what_is_asked_for() -> None:
         ("\ud800", {}, "prompt has half a character"),
         ([{"role": "user", "content": "\ud800"}], {}, "content has half a character"),
         ("Hi", {"stop": "\ud800"}, "stop has half a character"),
-        ("Hi", {"stop": ["x"] * 17}, "stop: a head peer takes 16"),
+        ("Hi", {"stop": ["x"] * 17}, "stop: a generation server takes 16"),
         ("Hi", {"stop": "x" * 257}, "stop: .* 256 characters"),
         ("Hi", {"no_repeat_ngram_size": 65}, "no_repeat_ngram_size must be"),
         ("Hi", {"logits_processors": [print]}, "logits_processors"),

@@ -1,4 +1,5 @@
-"""A head peer makes of settings, the caller's and the model's own, what a client with the model makes."""
+"""A generation server makes of settings, the caller's and the model's own, what a client with the model
+makes."""
 
 from __future__ import annotations
 

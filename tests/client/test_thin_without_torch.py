@@ -20,7 +20,7 @@ from tiny_swarm import served
 
 from swarmcore import sync
 from swarmcore.distribution import NAME
-from swarmcore.head.queue import HeadLimits
+from swarmcore.head.queue import GenerationLimits
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +123,7 @@ def python_with(extra: str, tmp_path_factory: pytest.TempPathFactory, wheel: Pat
 
 @pytest.fixture(scope="module")
 def address(llama_folder: Path) -> Iterator[str]:
-    with served(llama_folder, "0:3", heads=[HeadLimits()]) as servers:
+    with served(llama_folder, "0:3", heads=[GenerationLimits()]) as servers:
         yield str(servers[0].node.addresses[0])
 
 
@@ -143,11 +143,12 @@ def test_text_without_torch(python: Path, address: str) -> None:
     command = run(python, "-m", "swarmcore", *words)
     assert command.returncode == 0
     assert command.stdout == expected + "\n"
-    assert command.stderr == "torch is not installed here: a head peer makes the text, as with --thin\n"
+    remark = "torch is not installed here: a generation server makes the text, as with --thin\n"
+    assert command.stderr == remark
 
 
 def test_text_without_torch_over_other_transports(python_with: Path, extra: str, llama_folder: Path) -> None:
-    with served(llama_folder, "0:3", heads=[HeadLimits()], transport=extra) as servers:
+    with served(llama_folder, "0:3", heads=[GenerationLimits()], transport=extra) as servers:
         address = str(servers[0].node.addresses[0])
         assert address.startswith(f"{extra}:")
         done = run(python_with, "-c", PROGRAM, address)

@@ -1,11 +1,11 @@
-"""Whose text is made next at a head peer."""
+"""Whose text is made next at a generation server."""
 
 from __future__ import annotations
 
 import pytest
 
 from swarmcore.errors import BusyError
-from swarmcore.head.queue import FIRST_GUESS, HeadQueue, Turn
+from swarmcore.head.queue import FIRST_GUESS, GenerationQueue, Turn
 from swarmcore.types import PeerId
 
 ANN, BEN, CLEO = PeerId("ann"), PeerId("ben"), PeerId("cleo")
@@ -16,7 +16,7 @@ def came(*turns: Turn) -> list[bool]:
 
 
 def test_one_peer_leaves_a_place_for_another() -> None:
-    queue = HeadQueue(at_once=3, waiting=8)
+    queue = GenerationQueue(at_once=3, waiting=8)
     anns = [queue.enter(ANN) for _ in range(4)]
     assert came(*anns) == [True, True, False, False]
     assert came(queue.enter(BEN)) == [True]
@@ -24,7 +24,7 @@ def test_one_peer_leaves_a_place_for_another() -> None:
 
 
 def test_one_place_alone_is_for_anybody() -> None:
-    queue = HeadQueue(at_once=1, waiting=8)
+    queue = GenerationQueue(at_once=1, waiting=8)
     first, second = queue.enter(ANN), queue.enter(ANN)
     assert came(first, second) == [True, False]
     queue.leave(first, 2.0)
@@ -32,7 +32,7 @@ def test_one_place_alone_is_for_anybody() -> None:
 
 
 def test_who_has_least_under_way_goes_next_with_its_oldest() -> None:
-    queue = HeadQueue(at_once=4, waiting=20)
+    queue = GenerationQueue(at_once=4, waiting=20)
     running = [queue.enter(ANN), queue.enter(ANN), queue.enter(BEN), queue.enter(BEN)]
     waiting = [queue.enter(peer) for peer in (ANN, ANN, BEN, CLEO)]
     queue.leave(running[3], 1.0)
@@ -42,7 +42,7 @@ def test_who_has_least_under_way_goes_next_with_its_oldest() -> None:
 
 
 def test_the_line_is_bounded_and_half_of_it_for_one_peer() -> None:
-    queue = HeadQueue(at_once=1, waiting=4)
+    queue = GenerationQueue(at_once=1, waiting=4)
     queue.enter(ANN)
     queue.enter(ANN)
     queue.enter(ANN)
@@ -57,7 +57,7 @@ def test_the_line_is_bounded_and_half_of_it_for_one_peer() -> None:
 
 
 def test_who_gives_up_waiting_leaves_the_line() -> None:
-    queue = HeadQueue(at_once=1, waiting=4)
+    queue = GenerationQueue(at_once=1, waiting=4)
     first, second, third = queue.enter(ANN), queue.enter(BEN), queue.enter(CLEO)
     queue.leave(second)
     queue.leave(first, 4.0)

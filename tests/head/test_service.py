@@ -1,4 +1,4 @@
-"""A head peer and what clients may do to it: in virtual time, with a text model that counts."""
+"""A generation server and what clients may do to it: in virtual time, with a text model that counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from swarmcore.errors import (
     SwarmError,
     UnavailableError,
 )
-from swarmcore.head.queue import HeadLimits
+from swarmcore.head.queue import GenerationLimits
 from swarmcore.rpc.channel import Channel
 from swarmcore.wire.generate import (
     AHEAD,
@@ -89,18 +89,18 @@ async def test_it_goes_on_after_the_tokens_that_a_client_has() -> None:
         ({"no_repeat_ngram_size": 65}, InputError, "no_repeat_ngram_size must be"),
         ({"seed": -1}, InputError, "seed must be"),
         ({"stop": ("",)}, InputError, "stop must be"),
-        ({"stop": ("x",) * 17}, InputError, "stop: a head peer takes 16"),
+        ({"stop": ("x",) * 17}, InputError, "stop: a generation server takes 16"),
         ({"stop": ("x" * 257,)}, InputError, "stop: .* 256 characters"),
         ({"so_far": (1,) * 51, "max_new_tokens": 50}, InputError, "so_far has 51 tokens"),
         ({"adapter": "x" * 65}, InputError, "adapter: a name"),
         ({"model": "another"}, UnavailableError, "model: .* not of 'another'"),
-        ({"text": "x" * 21}, UnavailableError, "21 tokens, and this head peer takes 20"),
+        ({"text": "x" * 21}, UnavailableError, "21 tokens, and this generation server takes 20"),
         ({"text": "x" * 641}, UnavailableError, "text: 641 characters"),
         ({"text": None, "tokens": (1,) * 21}, UnavailableError, "21 tokens"),
     ],
 )
 async def test_what_it_does_not_take(fields: dict[str, Any], error: type[SwarmError], says: str) -> None:
-    async with head_swarm(CountingText(), limits=HeadLimits(prompt_tokens=20, new_tokens=256)) as swarm:
+    async with head_swarm(CountingText(), limits=GenerationLimits(prompt_tokens=20, new_tokens=256)) as swarm:
         with pytest.raises(error, match=says) as refused:
             await records(await ask(swarm, OpenGeneration(**{"text": "ab", **fields})))
         assert type(refused.value) is error
@@ -116,7 +116,7 @@ async def test_a_setting_of_the_wrong_type_is_named() -> None:
 
 
 async def test_no_more_at_once_than_allowed_and_the_rest_in_turn() -> None:
-    limits = HeadLimits(at_once=2, waiting=10)
+    limits = GenerationLimits(at_once=2, waiting=10)
     async with head_swarm(CountingText(), limits=limits) as swarm:
         other = await swarm.another_client()
         hog = [swarm.client.generate("ab", max_new_tokens=10) for _ in range(4)]
@@ -134,13 +134,13 @@ async def _whole(generation: Any) -> str:
 
 
 async def test_a_line_that_is_full_and_a_turn_that_does_not_come() -> None:
-    limits = HeadLimits(at_once=1, waiting=2, queue_timeout=5.0)
+    limits = GenerationLimits(at_once=1, waiting=2, queue_timeout=5.0)
     async with head_swarm(CountingText(), limits=limits) as swarm:
         long = await ask(swarm, OpenGeneration(text="ab", max_new_tokens=1000))
         assert (await long.receive()).kind == "GenerationStarted"
         waiting = await ask(swarm, OpenGeneration(text="ab"))
         await asyncio.sleep(0.1)
-        with pytest.raises(BusyError, match="wait at this head peer") as full:
+        with pytest.raises(BusyError, match="wait at this generation server") as full:
             await records(await ask(swarm, OpenGeneration(text="ab")))
         assert full.value.retry_after > 0
         with pytest.raises(BusyError, match="no turn came in 5 s") as late:
@@ -152,7 +152,7 @@ async def test_a_line_that_is_full_and_a_turn_that_does_not_come() -> None:
 
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_who_leaves_is_worked_for_no_longer(how: str) -> None:
-    async with head_swarm(CountingText(), limits=HeadLimits(at_once=1)) as swarm:
+    async with head_swarm(CountingText(), limits=GenerationLimits(at_once=1)) as swarm:
         model = swarm.heads[0].model
         channel = await ask(swarm, OpenGeneration(text="ab", max_new_tokens=1000))
         waiting = await ask(swarm, OpenGeneration(text="ab", max_new_tokens=1000))
@@ -203,7 +203,7 @@ async def test_a_model_that_fails_says_no_more_than_that() -> None:
         assert swarm.heads[0].service.queue.under_way == 0
 
 
-async def test_a_head_peer_that_leaves_waits_a_while_and_sends_its_clients_on() -> None:
+async def test_a_generation_server_that_leaves_waits_a_while_and_sends_its_clients_on() -> None:
     async with head_swarm(CountingText()) as swarm:
         service = swarm.heads[0].service
         short = await ask(swarm, OpenGeneration(text="ab", max_new_tokens=20))

@@ -11,7 +11,7 @@ from memory_swarm import quiet, swarm_of
 
 from swarmcore.errors import DeadlineExceededError, InvalidStepError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
-from swarmcore.server.arrivals import UNCOUNTED_NBYTES, Arrivals
+from swarmcore.server.arrivals import UNCOUNTED_NBYTES, InFlightBytes
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import OpenSession, SessionOpened, Step, StepFailed, StepOutput
@@ -35,7 +35,7 @@ def zeros(rows: int, codec: str = "raw") -> Tensor:
 
 async def test_what_is_compressed_counts_as_what_it_will_be() -> None:
     manager = resources(2**22, 2**20)
-    arrivals = Arrivals(manager, ANN)
+    arrivals = InFlightBytes(manager, ANN)
     bomb = zeros(2**15, "raw+zstd")
     assert bomb.data.nbytes < 1000
     held = await arrivals.hold([bomb])
@@ -48,7 +48,7 @@ async def test_what_is_compressed_counts_as_what_it_will_be() -> None:
         for seconds in (float("nan"), -1.0, 0.0):
             with pytest.raises(DeadlineExceededError):
                 await arrivals.hold([bomb], seconds)
-        async with Arrivals(manager, BOB).held([bomb]):
+        async with InFlightBytes(manager, BOB).held([bomb]):
             pass
     with pytest.raises(InvalidStepError, match="send a long step in several"):
         await arrivals.hold([bomb, bomb, bomb])

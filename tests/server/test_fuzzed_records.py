@@ -23,7 +23,16 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.types import ModelInfo, PeerId
 from swarmcore.wire.failure import Failure
-from swarmcore.wire.messages import Admit, CachePart, HandOver, Hop, JoinSession, OpenSession, Replay, Step
+from swarmcore.wire.messages import (
+    AllowUpstream,
+    CachePart,
+    Hop,
+    JoinSession,
+    OpenSession,
+    Replay,
+    Step,
+    TransferKv,
+)
 from swarmcore.wire.method import Protocol
 from swarmcore.wire.passes import AdapterName, AdapterPart, OpenBackward, OpenForward, Rows
 from swarmcore.wire.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL, INFERENCE_PROTOCOL
@@ -115,7 +124,7 @@ class Stranger:
                 made_up[name] = self.numbers()
             elif isinstance(value, str):
                 made_up[name] = self.text()
-        if isinstance(record, Admit) and made_up.get("pushers", ()) is None:
+        if isinstance(record, AllowUpstream) and made_up.get("pushers", ()) is None:
             made_up = {}
         return attrs.evolve(record, **made_up)
 
@@ -142,8 +151,8 @@ class Stranger:
                 Step(step, (0,) * sequences, (1,) * sequences, deadline=5.0),
                 Step(step, (step,), (1,), journal="servers", reply="last", deadline=5.0),
                 Replay(step, (0,), (1,), (self.hop(),)),
-                HandOver(self.hop()),
-                Admit(()),
+                TransferKv(self.hop()),
+                AllowUpstream(()),
                 CachePart(0, 0, 1, self.random.random() < 0.5),
                 AdapterPart(last=True),
             )

@@ -17,11 +17,10 @@ from swarmcore.session.journal import MAX_OPEN
 from swarmcore.testing.executor import COUNTING_MODEL, hidden_states
 from swarmcore.wire.messages import (
     CachePart,
-    CachesTaken,
-    HandOver,
-    HandOverFailed,
     Hop,
     JoinSession,
+    KvTransferFailed,
+    KvTransferred,
     OpenSession,
     Replay,
     SessionOpened,
@@ -29,6 +28,7 @@ from swarmcore.wire.messages import (
     StepFailed,
     StepForwarded,
     StepOutput,
+    TransferKv,
 )
 from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
@@ -103,9 +103,9 @@ async def test_of_caches_handed_to_a_session_that_is_not_there_the_client_hears(
     async with swarm_of("0:4") as swarm:
         [server] = swarm.servers
         channel, own = await opened(swarm, server)
-        await channel.send(HandOver(attrs.evolve(own, session="0" * 32)))
+        await channel.send(TransferKv(attrs.evolve(own, session="0" * 32)))
         failed = await told(channel)
-        assert isinstance(failed, HandOverFailed)
+        assert isinstance(failed, KvTransferFailed)
         assert failed.failure.error == "SessionLostError"
         await channel.close()
         await quiet(swarm)
@@ -126,8 +126,8 @@ async def test_caches_are_not_handed_to_nobody_or_to_oneself(hop: Hop | None) ->
         channel, own = await opened(swarm, server)
         await channel.send(Step(0, (0,), (1,)), hidden_states(ROW))
         await told(channel)
-        await channel.send(HandOver(hop or own))
-        assert isinstance(await told(channel), HandOverFailed)
+        await channel.send(TransferKv(hop or own))
+        assert isinstance(await told(channel), KvTransferFailed)
         await channel.send(Step(1, (1,), (1,)), hidden_states(ROW))
         assert isinstance(await told(channel), StepOutput)
         await channel.close()
@@ -153,15 +153,15 @@ async def test_parts_of_caches_that_make_no_sense_are_refused(part: CachePart) -
         channel, hop = await opened(swarm, server)
         pushed = await joined(swarm, hop, server)
         await pushed.send(part, hidden_states(ROW))
-        assert isinstance(await told(channel), HandOverFailed)
+        assert isinstance(await told(channel), KvTransferFailed)
         await pushed.send(CachePart(0, 0, 0, last=True))
-        assert await told(channel) == CachesTaken((0,))
+        assert await told(channel) == KvTransferred((0,))
         await channel.close()
         await quiet(swarm)
 
 
-@pytest.mark.parametrize("record", [Replay(0, (0,), (1,), ()), HandOver(NOWHERE)])
-async def test_who_has_only_joined_a_session_does_not_command_it(record: Replay | HandOver) -> None:
+@pytest.mark.parametrize("record", [Replay(0, (0,), (1,), ()), TransferKv(NOWHERE)])
+async def test_who_has_only_joined_a_session_does_not_command_it(record: Replay | TransferKv) -> None:
     async with swarm_of("0:4") as swarm:
         [server] = swarm.servers
         channel, hop = await opened(swarm, server)

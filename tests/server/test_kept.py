@@ -10,7 +10,7 @@ import pytest
 from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.server.kept import Kept
-from swarmcore.server.kept_for_replay import KeptForReplay
+from swarmcore.server.kept_for_replay import ReplayOutputs
 from swarmcore.testing.executor import CountingExecutor, hidden_states
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -91,7 +91,7 @@ class Decoding(CountingExecutor):
 
 async def test_a_replay_decodes_what_it_needs_and_no_more_than_can_be_sent() -> None:
     executor, counters = Decoding(), Counter[str]()
-    kept = KeptForReplay(
+    kept = ReplayOutputs(
         2,
         executor=executor,
         resources=resources(2**20, 2**20),

@@ -15,7 +15,7 @@ from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.next_hops import BURST, NextHops
+from swarmcore.server.next_hops import BURST, StageDialer
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.transport import Stream
 from swarmcore.types import Address, PeerId, ServerInfo
@@ -42,7 +42,7 @@ class Watched(MemoryTransport):
 class Scene:
     server: Node
     stage: Node
-    hops: NextHops
+    hops: StageDialer
     directory: MemoryDirectory
     dialled: list[Address]
 
@@ -70,7 +70,7 @@ async def scene() -> AsyncIterator[Scene]:
             node.serve_protocol(INFERENCE_PROTOCOL, _join)
         registry = MemoryRegistry(server.peer, directory)
         await registry.start()
-        hops = NextHops(server, registry, Counter())
+        hops = StageDialer(server, registry, Counter())
         yield Scene(server, stage, hops, directory, transport.dialled)
         await registry.close()
 

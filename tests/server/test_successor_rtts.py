@@ -10,7 +10,7 @@ from random import Random
 import pytest
 from measured_peers import MODEL, MeasuredPeers, measured_peers
 
-from swarmcore.server.successor_rtts import NeighbourLimits, Neighbours
+from swarmcore.server.successor_rtts import SuccessorRttLimits, SuccessorRtts
 from swarmcore.types import Span
 
 pytestmark = pytest.mark.virtual_time
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.virtual_time
 
 @asynccontextmanager
 async def neighbours_of(
-    peers: MeasuredPeers, limits: NeighbourLimits | None = None
-) -> AsyncIterator[Neighbours]:
-    found = Neighbours(peers.node, peers.view, MODEL, lambda: Span(0, 6), rng=Random(0), limits=limits)
+    peers: MeasuredPeers, limits: SuccessorRttLimits | None = None
+) -> AsyncIterator[SuccessorRtts]:
+    found = SuccessorRtts(peers.node, peers.view, MODEL, lambda: Span(0, 6), rng=Random(0), limits=limits)
     found.start()
     try:
         yield found
@@ -47,7 +47,7 @@ async def test_round_trips_to_holders_of_the_next_block_are_published_nearest_fi
 async def test_of_many_successors_the_nearest_are_found_in_some_rounds() -> None:
     async with measured_peers() as peers:
         added = [await peers.add(6, 12, 0.01 * (n + 1)) for n in range(12)]
-        async with neighbours_of(peers, NeighbourLimits(published=3, pinged=5)) as neighbours:
+        async with neighbours_of(peers, SuccessorRttLimits(published=3, pinged=5)) as neighbours:
             await asyncio.sleep(600)
             assert [rtt.peer for rtt in neighbours.rtts] == added[:3]
 

@@ -72,7 +72,9 @@ async def test_a_server_that_has_handed_its_caches_over_is_shown_out() -> None:
         await draining
         assert [failover.how for failover in swarm.failovers] == ["handed over"]
         [behind] = after.service._sessions.values()
-        assert repr(behind.pushers) == f"<Pushers 1 here · {short(swarm.serving(session, 1).peer)} may>"
+        assert (
+            repr(behind.pushers) == f"<AllowedUpstream 1 here · {short(swarm.serving(session, 1).peer)} may>"
+        )
         await session.close()
         await quiet(swarm)
 

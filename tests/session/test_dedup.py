@@ -2,7 +2,7 @@ import attrs
 import pytest
 
 from swarmcore.errors import InvalidStepError, SessionLostError
-from swarmcore.session.dedup import StepLedger
+from swarmcore.session.dedup import DedupCache
 from swarmcore.wire.messages import Step
 
 
@@ -11,7 +11,7 @@ def step(number: int, start: int = 0) -> Step:
 
 
 def test_a_repeated_step_finds_its_answer():
-    ledger: StepLedger[str] = StepLedger(depth=2)
+    ledger: DedupCache[str] = DedupCache(depth=2)
     assert ledger.repeated(step(0)) is None
     ledger.remember(step(0), "zero")
     assert ledger.repeated(step(0)) == "zero"
@@ -19,7 +19,7 @@ def test_a_repeated_step_finds_its_answer():
 
 
 def test_only_the_latest_steps_are_remembered():
-    ledger: StepLedger[int] = StepLedger(depth=2)
+    ledger: DedupCache[int] = DedupCache(depth=2)
     for number in range(4):
         ledger.remember(step(number), number)
     assert ledger.repeated(step(2)) == 2
@@ -28,14 +28,14 @@ def test_only_the_latest_steps_are_remembered():
 
 
 def test_a_number_cannot_be_used_for_other_tokens():
-    ledger: StepLedger[str] = StepLedger(depth=2)
+    ledger: DedupCache[str] = DedupCache(depth=2)
     ledger.remember(step(0), "zero")
     with pytest.raises(InvalidStepError, match="other positions"):
         ledger.repeated(attrs.evolve(step(0), lengths=(2,)))
 
 
 def test_a_failed_step_may_come_again():
-    ledger: StepLedger[str] = StepLedger(depth=2)
+    ledger: DedupCache[str] = DedupCache(depth=2)
     ledger.remember(step(0), "zero")
     ledger.remember(step(1), "one")
     ledger.forget(step(1))
@@ -44,7 +44,7 @@ def test_a_failed_step_may_come_again():
 
 
 def test_steps_that_failed_together_may_all_come_again():
-    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger: DedupCache[str] = DedupCache(depth=4)
     ledger.remember(step(0), "zero")
     for number in (1, 2):
         ledger.remember(attrs.evolve(step(number), settled=1), "to be")
@@ -56,7 +56,7 @@ def test_steps_that_failed_together_may_all_come_again():
 
 
 def test_settled_steps_are_forgotten_and_a_step_in_the_future_settles_only_itself():
-    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger: DedupCache[str] = DedupCache(depth=4)
     for number in range(3):
         ledger.remember(attrs.evolve(step(number), settled=number), "answer")
         assert len(ledger) == 1
@@ -66,7 +66,7 @@ def test_settled_steps_are_forgotten_and_a_step_in_the_future_settles_only_itsel
 
 
 def test_what_was_sent_before_is_outdated():
-    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger: DedupCache[str] = DedupCache(depth=4)
     ledger.remember(attrs.evolve(step(1), attempt=1), "one")
     assert ledger.outdated(step(1))
     assert ledger.outdated(step(0)), "it was given up: a later one has come"
@@ -77,7 +77,7 @@ def test_what_was_sent_before_is_outdated():
 
 
 def test_a_step_whose_answer_was_dropped_is_not_computed_twice():
-    ledger: StepLedger[str] = StepLedger(depth=4)
+    ledger: DedupCache[str] = DedupCache(depth=4)
     ledger.remember(step(0), "large")
     ledger.remember(step(1), "small")
     assert ledger.answers == ["large", "small"]

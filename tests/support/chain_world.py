@@ -23,7 +23,7 @@ from swarmcore.routing.chain import FewestServers
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
-from swarmcore.server.forward_backward import PassService
+from swarmcore.server.forward_backward import ForwardBackwardService
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.testing.passes import CountingAdapter
@@ -43,7 +43,7 @@ OWN = "5" * 32
 class Server:
     node: Node
     engine: Engine
-    service: PassService
+    service: ForwardBackwardService
     store: AdapterStore
     registry: MemoryRegistry
     transport: MemoryTransport
@@ -80,7 +80,7 @@ class World:
         engine = Engine(executor, cache_tokens=64)
         await engine.start()
         store = AdapterStore(executor, 1 << 20)
-        service = PassService(engine, COUNTING_MODEL, executor.span, store)
+        service = ForwardBackwardService(engine, COUNTING_MODEL, executor.span, store)
         server = Server(node, engine, service, store, MemoryRegistry(node.peer, self.directory), transport)
 
         async def forward(channel: object) -> None:

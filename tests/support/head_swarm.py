@@ -1,4 +1,4 @@
-"""Head peers on a network in memory, with a text model that counts, and a client without torch."""
+"""Generation servers on a network in memory, with a text model that counts, and a client without torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import attrs
 from swarmcore.client.generation.detokenizer import GeneratedPieces
 from swarmcore.client.swarm import Swarm
 from swarmcore.errors import InputError
-from swarmcore.head.queue import HeadLimits
-from swarmcore.head.service import HeadService
+from swarmcore.head.queue import GenerationLimits
+from swarmcore.head.service import GenerationService
 from swarmcore.identity import Identity
 from swarmcore.prompts import EncodedPrompt
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
@@ -88,12 +88,12 @@ class CountingText:
 
 
 @attrs.define(eq=False)
-class HeadPeer:
+class GenerationServer:
     node: Node
     transport: MemoryTransport
     registry: MemoryRegistry
     model: CountingText
-    service: HeadService
+    service: GenerationService
 
     async def announce(self, **changes: Any) -> None:
         info = ServerInfo(self.node.peer, tuple(map(str, self.node.addresses)), heads=(self.model.info,))
@@ -110,18 +110,20 @@ class HeadSwarm:
     directory: MemoryDirectory
     random: random.Random
     client: Swarm
-    heads: list[HeadPeer] = attrs.field(factory=list)
+    heads: list[GenerationServer] = attrs.field(factory=list)
     others: list[Swarm] = attrs.field(factory=list)
 
-    async def add(self, model: CountingText | None = None, limits: HeadLimits | None = None) -> HeadPeer:
+    async def add(
+        self, model: CountingText | None = None, limits: GenerationLimits | None = None
+    ) -> GenerationServer:
         identity = Identity.from_seed(self.random.randbytes(32))
         transport = self.network.transport(identity)
         node = Node(identity, [transport])
         await node.start()
-        service = HeadService(model or CountingText(), limits)
+        service = GenerationService(model or CountingText(), limits)
         node.serve_protocol(GENERATE_PROTOCOL, service.serve)
         registry = MemoryRegistry(node.peer, self.directory)
-        head = HeadPeer(node, transport, registry, service.model, service)  # type: ignore[arg-type]
+        head = GenerationServer(node, transport, registry, service.model, service)  # type: ignore[arg-type]
         await registry.start()
         await head.announce()
         self.heads.append(head)
@@ -140,8 +142,8 @@ def _client(network: MemoryNetwork, directory: MemoryDirectory, rng: random.Rand
 
 
 @asynccontextmanager
-async def head_swarm(*models: Any, limits: HeadLimits | None = None) -> AsyncIterator[HeadSwarm]:
-    """Head peers of these models, and a client; at the end no text is under way."""
+async def head_swarm(*models: Any, limits: GenerationLimits | None = None) -> AsyncIterator[HeadSwarm]:
+    """Generation servers of these models, and a client; at the end no text is under way."""
     network, directory, rng = MemoryNetwork(), MemoryDirectory(), random.Random(5)
     async with _client(network, directory, rng) as client:
         swarm = HeadSwarm(network, directory, rng, client)

@@ -23,7 +23,7 @@ from swarmcore.routing.chain import FewestServers, Router
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
-from swarmcore.server.forward_backward import PassService
+from swarmcore.server.forward_backward import ForwardBackwardService
 from swarmcore.server.inference import InferenceService
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, Rows, hidden_states, read_rows
 from swarmcore.testing.faulty import Faults, FaultyTransport
@@ -52,7 +52,7 @@ class Server:
     executor: CountingExecutor
     engine: Engine
     service: InferenceService
-    passes: PassService
+    passes: ForwardBackwardService
     adapters: AdapterStore
     registry: MemoryRegistry
     dead: bool = False
@@ -142,7 +142,7 @@ class Swarm:
             admission_timeout=0.5,
             adapters=adapters,
         )
-        passes = PassService(engine, COUNTING_MODEL, executor.span, adapters)
+        passes = ForwardBackwardService(engine, COUNTING_MODEL, executor.span, adapters)
         node.serve_protocol(INFERENCE_PROTOCOL, service.serve)
         node.serve_protocol(FORWARD_PROTOCOL, passes.forward)
         node.serve_protocol(BACKWARD_PROTOCOL, passes.backward)

@@ -13,7 +13,7 @@ from typing import Any
 from tiny_models import save_random_model, tiny_config
 
 from swarmcore import sync
-from swarmcore.head.queue import HeadLimits
+from swarmcore.head.queue import GenerationLimits
 from swarmcore.identity import Identity
 from swarmcore.loop_thread import background_loop
 from swarmcore.peer import NetworkConfig
@@ -30,17 +30,18 @@ def served(
     *spans: str,
     dtype: str = "float32",
     adapters: Mapping[str, str] | None = None,
-    heads: Sequence[HeadLimits | None] = (),
+    heads: Sequence[GenerationLimits | None] = (),
     transport: str = "tcp",
 ) -> Iterator[list[BlockServer]]:
     """Servers of these blocks of a model, on the background loop; the first is the bootstrap.
 
-    The first of them are head peers within the limits of ``heads``. ``transport`` is what they meet over.
+    The first of them are generation servers within the limits of ``heads``. ``transport`` is what they meet
+    over.
     """
     loop = background_loop()
     servers: list[BlockServer] = []
 
-    async def start(span: str, head: HeadLimits | None) -> asyncio.Task[None]:
+    async def start(span: str, head: GenerationLimits | None) -> asyncio.Task[None]:
         online: asyncio.Future[BlockServer] = asyncio.get_running_loop().create_future()
         config = ServerConfig(
             model=str(folder),

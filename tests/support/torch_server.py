@@ -15,7 +15,7 @@ from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.resources import ResourceManager
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
-from swarmcore.server.forward_backward import PassService
+from swarmcore.server.forward_backward import ForwardBackwardService
 from swarmcore.server.inference import InferenceService
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import ModelInfo, Span
@@ -42,7 +42,7 @@ async def torch_server(
         inference = InferenceService(
             engine, executor.model, executor.span, node, registry, admission_timeout=0.2, adapters=adapters
         )
-        passes = PassService(engine, executor.model, executor.span, adapters, resources)
+        passes = ForwardBackwardService(engine, executor.model, executor.span, adapters, resources)
         node.serve_protocol(INFERENCE_PROTOCOL, inference.serve)
         node.serve_protocol(FORWARD_PROTOCOL, passes.forward)
         node.serve_protocol(BACKWARD_PROTOCOL, passes.backward)

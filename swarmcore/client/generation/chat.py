@@ -1,4 +1,4 @@
-"""Conversations: over one session with a model, or with head peers."""
+"""Conversations: over one session with a model, or with generation servers."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ class Chat(Conversation["Generation"]):
 
 
 class ThinChat(Conversation["ThinGeneration"]):
-    """Turns of a user and a model that head peers run. Made by `Swarm.chat`.
+    """Turns of a user and a model that generation servers run. Made by `Swarm.chat`.
 
-    Head peers keep nothing from one turn to the next: each is computed from the first message on.
+    Generation servers keep nothing from one turn to the next: each is computed from the first message on.
     """
 
     def __init__(self, generate: Callable[..., ThinGeneration], system: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Text for a client without torch: a head peer makes it, and another one goes on when that fails."""
+"""Text for a client without torch: a generation server makes it, and another one goes on when that fails."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 
 class HeadChoice:
-    """Picks head peers of one model, any of them as soon as another; those that leave or are banned last.
+    """Picks generation servers of one model, any of them as soon as another; those that leave or are banned
+    last.
 
     ``model`` is a name, a source or a fingerprint, or empty for the only one there is. From the first pick on
     it is the one with that fingerprint. ``admits`` says which peers may be used at all.
@@ -66,7 +67,7 @@ class HeadChoice:
     def pick(
         self, view: SwarmView, *, banned: Collection[PeerId] = (), tried: Collection[PeerId] = ()
     ) -> ServerInfo | None:
-        """A head peer that is not among ``tried``; None when there is none.
+        """A generation server that is not among ``tried``; None when there is none.
 
         Raise `InputError` when the model is not named and there are several, or the name stands for several.
         """
@@ -79,8 +80,8 @@ class HeadChoice:
         found = {model.fingerprint: model for _, model in offers}
         if len(found) > 1:
             raise InputError(
-                f"head peers of this swarm make texts of {', '.join(map(called, found.values()))}; say with "
-                f"model which, by name, source or fingerprint"
+                f"generation servers of this swarm make texts of {', '.join(map(called, found.values()))}; "
+                f"say with model which, by name, source or fingerprint"
             )
         able = [server for server, _ in offers if server.peer not in tried]
         if not able:
@@ -114,23 +115,25 @@ class HeadChoice:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0
-"""Seconds for which a text that broke off waits for a head peer that goes on with it."""
+"""Seconds for which a text that broke off waits for a generation server that goes on with it."""
 
 ASK_AFTER = 10.0
-"""Seconds without a word from a head peer after which it is asked whether it lives, again and again: the text
-may wait for its turn, for servers that take over from others, or for a long prompt on slow ones."""
+"""Seconds without a word from a generation server after which it is asked whether it lives, again and again:
+the text may wait for its turn, for servers that take over from others, or for a long prompt on slow ones."""
 
 LONGEST_SILENCE = 3600.0
-"""Seconds without a piece of the text after which a head peer counts as lost that lives."""
+"""Seconds without a piece of the text after which a generation server counts as lost that lives."""
 
 MOST_CHARACTERS = 1024
-"""Characters of text for each token: a head peer that sends more is lying, no tokenizer has longer ones."""
+"""Characters of text for each token: a generation server that sends more is lying, no tokenizer has longer
+ones."""
 
 MOST_EMPTY_PIECES = 64
 """Pieces of one text that bring no token: some hold the end of what was certain only later."""
 
 PAUSE = 1.0
-"""Seconds between two looks for a head peer that goes on, unless those that are there say when to come."""
+"""Seconds between two looks for a generation server that goes on, unless those that are there say when to
+come."""
 
 
 @attrs.define(eq=False)
@@ -158,7 +161,7 @@ class ThinRun:
 
 
 class ThinGeneration(GeneratedPieces[str]):
-    """Text that a head peer makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
+    """Text that a generation server makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
 
     It starts with the first piece that is asked for, and goes at most `AHEAD` tokens ahead of the pieces that
     are taken. Leaving the loop early ends it; so does `aclose`.
@@ -177,12 +180,12 @@ class ThinGeneration(GeneratedPieces[str]):
 
     @property
     def head(self) -> PeerId | None:
-        """The head peer that makes it now; None before it starts."""
+        """The generation server that makes it now; None before it starts."""
         return self._run.head
 
     @property
     def failovers(self) -> int:
-        """How often another head peer has gone on with it."""
+        """How often another generation server has gone on with it."""
         return self._run.failovers
 
     @property
@@ -221,12 +224,12 @@ class ThinGeneration(GeneratedPieces[str]):
     def __repr__(self) -> str:
         run = self._run
         state = run.finish_reason or ("not started" if run.started is None else "running")
-        head = short(run.head) if run.head is not None else "no head peer"
+        head = short(run.head) if run.head is not None else "no generation server"
         return f"<ThinGeneration {len(run.tokens)} tokens · {state} · {head}>"
 
 
 async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[str, None]:
-    """The pieces of a text, by one head peer after the other until one has made it whole."""
+    """The pieces of a text, by one generation server after the other until one has made it whole."""
     run.now = now = asyncio.get_running_loop().time
     run.started = now()
     tried: set[PeerId] = set()
@@ -275,7 +278,7 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
             record = await _next(run.node, addresses, channel)
             if isinstance(record, GenerationStarted):
                 if started:
-                    raise ProtocolError("the head peer began the text twice")
+                    raise ProtocolError("the generation server began the text twice")
                 started = True
                 run.prompt_tokens = record.prompt_tokens
             elif isinstance(record, TextPiece):
@@ -284,7 +287,7 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
                 yield record.text
                 if not whole:
                     why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
-                    logger.warning("the text of head peer %s was cut: %s", short(head.peer), why)
+                    logger.warning("the text of generation server %s was cut: %s", short(head.peer), why)
                     run.health.failed(head.peer, asyncio.get_running_loop().time(), why)
                     run.finish_reason = "length"
                     return
@@ -310,8 +313,8 @@ def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
     tokens = min(len(run.tokens) + len(piece.tokens), most)
     if characters > MOST_CHARACTERS * (tokens + 1) or empty > MOST_EMPTY_PIECES:
         raise ProtocolError(
-            f"the head peer sent {characters} characters of text, {empty} pieces of it without a token, for "
-            f"{tokens} tokens"
+            f"the generation server sent {characters} characters of text, {empty} pieces of it without a "
+            f"token, for {tokens} tokens"
         )
     run.characters, run.empty_pieces = characters, empty
     run.tokens += piece.tokens[:room]
@@ -319,7 +322,7 @@ def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
 
 
 async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> Any:
-    """What the head peer says next, for as long as it lives."""
+    """What the generation server says next, for as long as it lives."""
     receiving = asyncio.create_task(channel.receive(), name="piece of a text")
     try:
         for _ in range(int(LONGEST_SILENCE / ASK_AFTER)):
@@ -328,17 +331,19 @@ async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> A
                 return receiving.result().record
             await _check_alive(node, addresses)
     except StreamClosedError as exc:
-        raise ConnectionLostError(f"head peer {short(channel.remote)} ended before the text did") from exc
+        raise ConnectionLostError(
+            f"generation server {short(channel.remote)} ended before the text did"
+        ) from exc
     finally:
         receiving.cancel()
         await asyncio.gather(receiving, return_exceptions=True)
     raise DeadlineExceededError(
-        f"head peer {short(channel.remote)} made nothing of the text for {LONGEST_SILENCE:.0f} s"
+        f"generation server {short(channel.remote)} made nothing of the text for {LONGEST_SILENCE:.0f} s"
     )
 
 
 async def _check_alive(node: Node, addresses: Sequence[Address]) -> None:
-    """Raise `DeadlineExceededError` when a head peer does not answer."""
+    """Raise `DeadlineExceededError` when a generation server does not answer."""
     try:
         await ask(node, addresses, PING_METHOD, Ping(), least=1.0)
     except DeadlineExceededError as exc:
@@ -357,7 +362,7 @@ def _reason(record: GenerationEnded) -> FinishReason:
 
 
 def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
-    """Avoid a head peer that fell silent or failed, not one that said why it cannot."""
+    """Avoid a generation server that fell silent or failed, not one that said why it cannot."""
     here = error.origin is None and not isinstance(error, UnknownTransportError)
     if here or isinstance(error, RemoteFaultError | ProtocolError):
         run.health.failed(peer, asyncio.get_running_loop().time(), error.message)
@@ -374,7 +379,7 @@ def _why_none(run: ThinRun, errors: list[SwarmError]) -> SwarmError:
 
 
 async def _pause(registry: Registry, errors: list[SwarmError], give_up: float | None) -> None:
-    """Wait for a head peer that is not known yet, or until one that was busy may have time."""
+    """Wait for a generation server that is not known yet, or until one that was busy may have time."""
     loop = asyncio.get_running_loop()
     waits = [wait for error in errors if isinstance(wait := error.details.get("retry_after"), int | float)]
     seconds = min([max(PAUSE, wait) for wait in waits], default=PAUSE)

@@ -33,7 +33,7 @@ from swarmcore.routing.moving import differences
 from swarmcore.session.patience import MAX_FAILURES, RetryPolicy
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.failure import to_error
-from swarmcore.wire.messages import Admit, CachesTaken, HandOver, HandOverFailed, Hop
+from swarmcore.wire.messages import AllowUpstream, Hop, KvTransferFailed, KvTransferred, TransferKv
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class Mender:
             return
         told, following = False, pipeline.stages[index]
         try:
-            await pipeline.tell(following, Admit((stage.peer,)))
+            await pipeline.tell(following, AllowUpstream((stage.peer,)))
             told = True
         finally:
             if not told:
@@ -301,7 +301,7 @@ class Mender:
         answer = asyncio.create_task(opened.channel.receive(), name="session hand-over")
         try:
             answer.add_done_callback(lambda _: self._pipeline.look())
-            await self._pipeline.tell(stage, HandOver(opened.hop))
+            await self._pipeline.tell(stage, TransferKv(opened.hop))
             if not await self._pipeline.wait(
                 lambda: answer.done() or failure.done(), timeout=HAND_OVER_TIMEOUT
             ):
@@ -309,10 +309,10 @@ class Mender:
             if not answer.done():
                 failure.result()
             record, positions = (await answer).record, self._pipeline.laps.positions
-            if isinstance(record, HandOverFailed):
+            if isinstance(record, KvTransferFailed):
                 raise to_error(record.failure, opened.hop.peer)
             return (
-                isinstance(record, CachesTaken)
+                isinstance(record, KvTransferred)
                 and len(record.lengths) == len(positions)
                 and all(map(int.__ge__, record.lengths, positions))
             )

@@ -31,7 +31,7 @@ from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
     AskSession,
     Draining,
-    HandOverFailed,
+    KvTransferFailed,
     SessionState,
     Step,
     StepFailed,
@@ -406,7 +406,7 @@ class Pipeline:
                     self._progressed()
             case Draining():
                 self.on_draining(stage, record.seconds)
-            case HandOverFailed():
+            case KvTransferFailed():
                 _end_hand_over(stage, to_error(record.failure, stage.peer))
             case _:
                 raise ProtocolError(f"unexpected {message.kind} in the middle of a session")

@@ -1,4 +1,5 @@
-"""Head peers as processes with the real model, killed in mid-text; the client has no part of the model."""
+"""Generation servers as processes with the real model, killed in mid-text; the client has no part of the
+model."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ async def busy_server(swarm: swarmcore.Swarm, servers: list[ServerProcess]) -> S
             await asyncio.sleep(0.02)
 
 
-async def test_texts_outlive_head_peers_and_their_servers(
+async def test_texts_outlive_generation_servers_and_their_servers(
     serve, fork_server, smollm2_folder: Path, plain_smollm2
 ):
     tokens, text = plain_text(plain_smollm2, smollm2_folder, 70)
@@ -78,4 +79,4 @@ async def test_texts_outlive_head_peers_and_their_servers(
             pieces += [piece async for piece in again]
             assert again.tokens == tokens
             assert "".join(pieces) == text
-            assert again.failovers == 0, "its head peer replaced the server"
+            assert again.failovers == 0, "its generation server replaced the server"
