@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Literal, NewType
 
 import attrs
@@ -52,6 +55,11 @@ class Address:
             )
         return cls(scheme, location, PeerId(peer))
 
+    @classmethod
+    def parse_all(cls, urls: tuple[str, ...]) -> tuple[Address, ...]:
+        """Those of ``urls`` that can be read: peers of other versions may announce more."""
+        return _parsed(urls)
+
     @property
     def on_loopback(self) -> bool:
         """Whether it leads nowhere but to the machine that dials it."""
@@ -59,6 +67,15 @@ class Address:
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.location}/{self.peer}"
+
+
+@lru_cache(maxsize=4096)
+def _parsed(urls: tuple[str, ...]) -> tuple[Address, ...]:
+    addresses = []
+    for url in urls:
+        with contextlib.suppress(AddressError):
+            addresses.append(Address.parse(url))
+    return tuple(addresses)
 
 
 @attrs.frozen(order=True)
@@ -84,6 +101,18 @@ class Span:
     def __contains__(self, block: int) -> bool:
         return self.start <= block < self.end
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+    def covers(self, other: Span) -> bool:
+        """Whether ``other`` has blocks, and all of them are in this one."""
+        return self.start <= other.start < other.end <= self.end
+
+    def overlap(self, other: Span) -> Span | None:
+        """The blocks that are in both; None when there are none."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return Span(start, end) if start < end else None
+
     def __str__(self) -> str:
         return f"{self.start}:{self.end}"
 
@@ -103,6 +132,11 @@ class ModelInfo:
     source: str = attrs.field(default="", eq=False)
     """Where others find it, as whoever announces it was told: ``pypi:PACKAGE`` or a hub id, empty for files
     of its own. A claim like the name; see `swarmcore.sources`."""
+
+    @property
+    def span(self) -> Span:
+        """All of its blocks."""
+        return Span(0, self.blocks)
 
 
 @attrs.frozen
@@ -155,6 +189,11 @@ class ServerInfo:
     """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""
     version: str = ""
+
+    @property
+    def dialable(self) -> tuple[Address, ...]:
+        """Its ``addresses``, parsed; a node takes those that it has a transport for, the best one first."""
+        return Address.parse_all(self.addresses)
 
     def __str__(self) -> str:
         held = f"blocks {self.span}" if self.span else "no blocks"

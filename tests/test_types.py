@@ -77,3 +77,31 @@ def test_what_people_read() -> None:
     assert short("test-peer") == "test-peer"
     assert str(ServerInfo(PEER, (), span=Span(0, 10))) == f"{short(PEER)} online blocks 0:10"
     assert str(ServerInfo(PeerId("b"), (), state="draining")) == "b draining no blocks"
+
+
+@pytest.mark.parametrize(
+    ("other", "covered", "common"),
+    [
+        (Span(2, 6), True, Span(2, 6)),
+        (Span(3, 5), True, Span(3, 5)),
+        (Span(1, 4), False, Span(2, 4)),
+        (Span(5, 8), False, Span(5, 6)),
+        (Span(0, 9), False, Span(2, 6)),
+        (Span(6, 8), False, None),
+        (Span(3, 3), False, None),
+        (Span(5, 3), False, None),
+    ],
+)
+def test_spans_cover_and_overlap(other: Span, covered: bool, common: Span | None) -> None:
+    assert Span(2, 6).covers(other) == covered
+    assert Span(2, 6).overlap(other) == common
+
+
+def test_a_span_iterates_over_its_blocks() -> None:
+    assert list(Span(2, 5)) == [2, 3, 4]
+
+
+def test_addresses_that_cannot_be_read_are_left_out_of_those_to_dial() -> None:
+    good = Address("tcp", "//host:1", PEER)
+    info = ServerInfo(PEER, ("some new form", str(good)))
+    assert info.dialable == (good,)

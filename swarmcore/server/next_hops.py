@@ -8,9 +8,9 @@ import logging
 from collections import Counter, OrderedDict
 
 from swarmcore.errors import PeerUnreachableError, SwarmError
+from swarmcore.pacing import TokenBuckets
 from swarmcore.registry.base import Registry
 from swarmcore.resources import Resource
-from swarmcore.resources.rate_limit import PeerRates
 from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
@@ -47,7 +47,7 @@ class StageDialer:
         self._node = node
         self._registry = registry
         self._counters = counters
-        self._rates = PeerRates(RATE, BURST)
+        self._rates = TokenBuckets[PeerId](RATE, BURST)
         self._proven: OrderedDict[PeerId, tuple[str, ...]] = OrderedDict()
 
     async def join(self, hop: Hop, client: PeerId) -> Channel:

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from swarmcore.errors import StreamClosedError, SwarmError
+from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Reservation
-from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.webrtc.addresses import Service
@@ -42,7 +42,7 @@ class Link:
     idle_since: float = 0.0
     restarting: bool = False
     restarted_at: float = float("-inf")
-    limit: RateLimit = attrs.field(factory=lambda: RateLimit(_RESTART_RATE, _RESTART_BURST))
+    limit: TokenBucket = attrs.field(factory=lambda: TokenBucket(_RESTART_RATE, _RESTART_BURST))
     """How often the peer may ask for a new path."""
 
     async def close(self) -> None:

@@ -23,8 +23,8 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.identity import Identity
+from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Priority, Resource
-from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
@@ -105,7 +105,7 @@ class WebRtcTransport(Transport):
         self._links = Links(self.limits, self._link_lost)
         self._tasks: set[asyncio.Task[None]] = set()
         self._offers = Offers()
-        self._refusals = RateLimit(*REFUSALS)
+        self._refusals = TokenBucket(*REFUSALS)
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name. Dropped: ``forged``, ``repeated`` and ``ignored`` signals,
         ``overflow`` of what came faster than it could be looked at, ``dropped`` ones that peers wanted passed

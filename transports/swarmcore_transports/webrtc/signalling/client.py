@@ -15,8 +15,8 @@ import aiohttp
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.identity import Identity
+from swarmcore.pacing import TokenBucket
 from swarmcore.printable import printable_line
-from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.addresses import Service
 from swarmcore_transports.webrtc.signalling.messages import (
@@ -87,7 +87,7 @@ class SignallingClient:
         self._failed_at = 0.0
         self._replaced = False
         self._connecting: asyncio.Task[None] | None = None
-        self._limit = RateLimit(_RATE, _BURST)
+        self._limit = TokenBucket(_RATE, _BURST)
 
     def __repr__(self) -> str:
         return f"<SignallingClient {self.service} {'registered' if self.registered else 'away'}>"

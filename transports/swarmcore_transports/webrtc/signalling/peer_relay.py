@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError
-from swarmcore.resources.rate_limit import RateLimit
+from swarmcore.pacing import TokenBucket
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.peer_connections import Link, Links
 from swarmcore_transports.webrtc.signalling.messages import Absent, Envelope, Signal, decode_passed, encode
@@ -31,7 +31,7 @@ class PeerRoute:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.limit = RateLimit(_LIMITS.rate, _LIMITS.burst)
+        self.limit = TokenBucket(_LIMITS.rate, _LIMITS.burst)
 
     def __repr__(self) -> str:
         return f"<PeerRoute through {short(self._link.peer)}>"

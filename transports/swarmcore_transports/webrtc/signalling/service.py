@@ -23,8 +23,8 @@ from swarmcore.errors import (
     ResourceLimitError,
     SwarmError,
 )
+from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
-from swarmcore.resources.rate_limit import RateLimit
 from swarmcore.types import PeerId, short
 from swarmcore_transports.tcp.endpoint import Endpoint
 from swarmcore_transports.webrtc.addresses import PATH, Service
@@ -78,7 +78,7 @@ class _Registration:
     peer: PeerId
     socket: web.WebSocketResponse
     waiting: asyncio.Queue[tuple[Signal, Reservation | None]]
-    limit: RateLimit
+    limit: TokenBucket
 
     def put(self, signal: Signal, held: Reservation | None = None) -> None:
         """Send ``signal`` when its turn comes, and release ``held``. Raise asyncio.QueueFull."""
@@ -177,7 +177,7 @@ class SignallingService:
             self.counters["refused"] += 1
             await socket.close(code=_REFUSED, message=str(exc).encode()[:120] or b"too slow")
             return socket
-        limit = RateLimit(self._limits.rate, self._limits.burst)
+        limit = TokenBucket(self._limits.rate, self._limits.burst)
         registration = _Registration(peer, socket, asyncio.Queue(self._limits.waiting), limit)
         before, self._peers[peer] = self._peers.get(peer), registration
         if before:
