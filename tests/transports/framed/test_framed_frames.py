@@ -12,7 +12,7 @@ from swarmcore.errors import ProtocolError
 from swarmcore_transports.framed.frames import (
     MAX_PART,
     FrameReader,
-    Kind,
+    FrameType,
     encode_frame,
     message_header,
     split_message,
@@ -26,7 +26,7 @@ class Record:
         self.found: list[object] = []
         self.parts: list[int] = []
 
-    def frame_received(self, kind: Kind, value: int, body: bytes) -> None:
+    def frame_received(self, kind: FrameType, value: int, body: bytes) -> None:
         self.found.append((kind, value, body))
 
     def part_announced(self, length: int, *, total: int | None) -> None:
@@ -62,34 +62,34 @@ def encode(buffers: tuple[bytes, ...], part: int) -> list[bytes]:
     sizes=st.lists(st.integers(0, 60_000), min_size=1, max_size=5),
     part=st.sampled_from([1000, 8 * 1024, 20_000, MAX_PART]),
     cuts=st.lists(st.integers(1, 70_000), min_size=1, max_size=5),
-    between=st.sampled_from([Kind.CREDIT, Kind.HEARTBEAT]),
+    between=st.sampled_from([FrameType.CREDIT, FrameType.HEARTBEAT]),
 )
-def test_frames_survive_any_cutting(sizes: list[int], part: int, cuts: list[int], between: Kind) -> None:
+def test_frames_survive_any_cutting(sizes: list[int], part: int, cuts: list[int], between: FrameType) -> None:
     messages = [bytes((n + i) % 251 for n in range(size)) for i, size in enumerate(sizes)]
     stream = b""
     for message in messages:
         for frame in encode((message[:10], message[10:]), part):
             stream += frame + encode_frame(between, value=7)
-    stream += encode_frame(Kind.ABORT, b"reason")
+    stream += encode_frame(FrameType.ABORT, b"reason")
     record = Record()
     feed(FrameReader(record, 2**20), stream, cuts)
     assert [found for found in record.found if isinstance(found, bytes)] == messages
     assert record.found.count((between, 7, b"")) == sum(len(encode((message,), part)) for message in messages)
-    assert record.found[-1] == (Kind.ABORT, 0, b"reason")
+    assert record.found[-1] == (FrameType.ABORT, 0, b"reason")
 
 
 def test_an_abort_between_two_parts_is_read() -> None:
     (first, _) = encode((bytes(40_000),), 20_000)
     record = Record()
-    feed(FrameReader(record, 2**20), first + encode_frame(Kind.ABORT, b"no more"), [7])
-    assert record.found == [(Kind.ABORT, 0, b"no more")]
+    feed(FrameReader(record, 2**20), first + encode_frame(FrameType.ABORT, b"no more"), [7])
+    assert record.found == [(FrameType.ABORT, 0, b"no more")]
 
 
 def test_a_claimed_length_allocates_little() -> None:
     reader = FrameReader(Record(), 64 * 2**20)
     tracemalloc.start()
     try:
-        feed(reader, struct.pack("<BII", Kind.MESSAGE, MAX_PART, 64 * 2**20) + bytes(1000), [10**6])
+        feed(reader, struct.pack("<BII", FrameType.MESSAGE, MAX_PART, 64 * 2**20) + bytes(1000), [10**6])
         reader.get_buffer()
         assert tracemalloc.get_traced_memory()[1] < 2 * MAX_PART
     finally:
@@ -100,7 +100,7 @@ def test_the_first_byte_of_a_long_message_takes_no_memory_for_the_rest() -> None
     reader = FrameReader(Record(), 64 * 2**20)
     tracemalloc.start()
     try:
-        feed(reader, struct.pack("<BII", Kind.MESSAGE, 1, 64 * 2**20) + bytes(1), [10**6])
+        feed(reader, struct.pack("<BII", FrameType.MESSAGE, 1, 64 * 2**20) + bytes(1), [10**6])
         reader.get_buffer()
         assert tracemalloc.get_traced_memory()[1] < 8192
     finally:
@@ -117,15 +117,15 @@ def test_a_big_message_is_whole() -> None:
 @pytest.mark.parametrize(
     ("frame", "complaint"),
     [
-        (struct.pack("<BII", Kind.MESSAGE, 10, 1001), "above the limit"),
-        (struct.pack("<BII", Kind.MESSAGE, 11, 10), "part of 11"),
-        (struct.pack("<BII", Kind.MESSAGE, 0, 10), "part of 0"),
-        (struct.pack("<BII", Kind.MORE, 10, 0), "part without a message"),
-        (struct.pack("<BII", Kind.HEARTBEAT, 5, 0), "with 5 bytes"),
-        (struct.pack("<BII", Kind.ABORT, 10_000, 0), "claims 10000"),
+        (struct.pack("<BII", FrameType.MESSAGE, 10, 1001), "above the limit"),
+        (struct.pack("<BII", FrameType.MESSAGE, 11, 10), "part of 11"),
+        (struct.pack("<BII", FrameType.MESSAGE, 0, 10), "part of 0"),
+        (struct.pack("<BII", FrameType.MORE, 10, 0), "part without a message"),
+        (struct.pack("<BII", FrameType.HEARTBEAT, 5, 0), "with 5 bytes"),
+        (struct.pack("<BII", FrameType.ABORT, 10_000, 0), "claims 10000"),
         (struct.pack("<BII", 99, 0, 0), "unknown kind 99"),
         (struct.pack("<BII", 0, 0, 0), "unknown kind 0"),
-        (encode((bytes(900),), 500)[0] + encode_frame(Kind.END), "in the middle of a message"),
+        (encode((bytes(900),), 500)[0] + encode_frame(FrameType.END), "in the middle of a message"),
         (encode((bytes(900),), 500)[0] + message_header(1), "inside another"),
     ],
 )

@@ -14,17 +14,17 @@ from swarmcore.identity import Identity
 from swarmcore.resources import ResourceManager
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.flow import MESSAGE_COST
-from swarmcore_transports.framed.frames import Kind, Settings, encode_frame
+from swarmcore_transports.framed.connection_manager import ConnectionManager
+from swarmcore_transports.framed.flow_control import MESSAGE_COST
+from swarmcore_transports.framed.frames import FrameType, Settings, encode_frame
 from swarmcore_transports.framed.stream import FramedStream
 
-HEARTBEAT = encode_frame(Kind.HEARTBEAT)
+HEARTBEAT = encode_frame(FrameType.HEARTBEAT)
 
 
 def connected(limits: Limits, asked: float) -> tuple[Connection, PipeEnd]:
     """A connection whose other side asks for a sign of life as often, and its end of the pipe."""
-    connections = Connections(limits, lambda connection: False, ResourceManager)
+    connections = ConnectionManager(limits, lambda connection: False, ResourceManager)
     connection = Connection(connections, limits, lambda connection, kind, body: None)
     near, far = pipe_pair("direct", random.Random(1))
     near.set_protocol(connection)
@@ -56,13 +56,13 @@ async def test_a_flood_of_signs_of_life_ends_the_connection() -> None:
     connection, _ = connected(Limits(keepalive=3.0), 3.0)
     for _ in range(20):
         for _ in range(20):
-            connection.frame_received(Kind.HEARTBEAT, 0, b"")
+            connection.frame_received(FrameType.HEARTBEAT, 0, b"")
         await asyncio.sleep(1.5)
         connection.buffer_updated(0)
     assert connection.error is None
     with pytest.raises(ProtocolError, match="floods"):
         for _ in range(1000):
-            connection.frame_received(Kind.HEARTBEAT, 0, b"")
+            connection.frame_received(FrameType.HEARTBEAT, 0, b"")
     connection.fail(ConnectionLostError("the test is over"))
 
 
@@ -73,8 +73,8 @@ async def test_a_flood_of_credit_ends_the_connection() -> None:
     stream = FramedStream(connection, Identity.generate().peer, limits, ResourceManager())
     for _ in range(200):
         await stream.send(b"")
-        connection.frame_received(Kind.CREDIT, MESSAGE_COST, b"")
+        connection.frame_received(FrameType.CREDIT, MESSAGE_COST, b"")
     with pytest.raises(ProtocolError, match="floods"):
         for _ in range(1000):
-            connection.frame_received(Kind.CREDIT, 1, b"")
+            connection.frame_received(FrameType.CREDIT, 1, b"")
     connection.fail(ConnectionLostError("the test is over"))

@@ -296,4 +296,4 @@ async def test_streams_that_never_say_anything_are_dropped(listener: Listener, p
     streams = await peer.run(go)
     await still_serves(listener, peer)
     await peer.run(gone, streams)
-    assert not listener.transport._greeter.half_open
+    assert not listener.transport._handshaker.half_open

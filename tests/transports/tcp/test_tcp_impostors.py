@@ -23,7 +23,7 @@ from swarmcore.resources import Bounds, Resource
 from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.framed.frames import Kind, encode_frame
+from swarmcore_transports.framed.frames import FrameType, encode_frame
 from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp.endpoint import endpoint_of
 from swarmcore_transports.tcp.security import dialler_context, listener_context
@@ -96,11 +96,11 @@ async def _tls_stranger(address: Address) -> tuple[asyncio.StreamReader, asyncio
 @pytest.mark.parametrize(
     "frame",
     [
-        encode_frame(Kind.PROOF, bytes(108)),
-        encode_frame(Kind.OPEN),
-        encode_frame(Kind.ABORT, b"never mind"),
+        encode_frame(FrameType.PROOF, bytes(108)),
+        encode_frame(FrameType.OPEN),
+        encode_frame(FrameType.ABORT, b"never mind"),
         b"\xff" * 64,
-        encode_frame(Kind.MESSAGE, b"", 2**32 - 1),
+        encode_frame(FrameType.MESSAGE, b"", 2**32 - 1),
     ],
 )
 async def test_a_dialler_without_a_proof_is_refused(frame: bytes) -> None:

@@ -11,7 +11,7 @@ from tcp_peers import round_trip
 
 from swarmcore.identity import Identity
 from swarmcore.types import Address
-from swarmcore_transports.framed.frames import Kind, encode_frame
+from swarmcore_transports.framed.frames import FrameType, encode_frame
 from swarmcore_transports.framed.stream import FramedStream
 from swarmcore_transports.tcp import TcpTransport
 
@@ -24,8 +24,8 @@ async def never_finish(stream: FramedStream) -> None:
     """Send all but the end of a message, as far as there is credit."""
     sent = 0
     while sent + PART < TOTAL:
-        await stream._room(PART + (0 if sent else 256))
-        header = encode_frame(Kind.MORE if sent else Kind.MESSAGE, value=0 if sent else TOTAL)
+        await stream._wait_for_credit(PART + (0 if sent else 256))
+        header = encode_frame(FrameType.MORE if sent else FrameType.MESSAGE, value=0 if sent else TOTAL)
         stream._connection.write(header[:1], PART.to_bytes(4, "little"), header[5:], bytes(PART))
         sent += PART
 

@@ -25,7 +25,7 @@ from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed import connection as connection_module
-from swarmcore_transports.framed.flow import MESSAGE_COST
+from swarmcore_transports.framed.flow_control import MESSAGE_COST
 from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp.endpoint import endpoint_of
 from swarmcore_transports.tcp.security import dialler_context

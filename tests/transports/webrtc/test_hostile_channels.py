@@ -21,7 +21,7 @@ webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the ex
 from webrtc_peers import echo  # noqa: E402
 
 from swarmcore_transports.framed.frames import (  # noqa: E402
-    Kind,
+    FrameType,
     Settings,
     encode_frame,
     message_header,
@@ -75,15 +75,15 @@ async def raw(peer: Any, address: Any) -> Watch:
     return Watch(await link.connection.open_channel())
 
 
-HELLO = encode_frame(Kind.HELLO, Settings.of(LIMITS).encode() + bytes(16))
-OPENED = HELLO + encode_frame(Kind.OPEN)
+HELLO = encode_frame(FrameType.HELLO, Settings.of(LIMITS).encode() + bytes(16))
+OPENED = HELLO + encode_frame(FrameType.OPEN)
 
 
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
         (b"garbage" * 100, b""),
-        (encode_frame(Kind.OPEN), b"instead of a hello"),
+        (encode_frame(FrameType.OPEN), b"instead of a hello"),
         (OPENED + message_header(LIMITS.max_message + 1), b"above the limit of 1048576"),
         (OPENED + (message_header(0) * 1000), b"more than it was granted"),
         (OPENED + (message_header(30_000) + bytes(30_000)) * 8, b"more than it was granted"),
@@ -122,10 +122,10 @@ async def test_a_channel_on_which_nothing_is_said_is_hung_up_on() -> None:
     limits = attrs.evolve(LIMITS, connect_timeout=2.0, keepalive=60.0)
     async with pair(limits=limits) as (listener, peer, address):
         channels = [await raw(peer, address) for _ in range(3)]
-        assert listener._greeter.half_open
+        assert listener._handshaker.half_open
         async with asyncio.timeout(20):
             await asyncio.gather(*(channel.closed.wait() for channel in channels))
-        assert not listener._greeter.half_open
+        assert not listener._handshaker.half_open
         [link] = listener._links._all
         assert not link.pipes
         stream = await peer.open_stream(address)  # the link lives
@@ -140,7 +140,7 @@ async def test_of_channels_on_which_nothing_is_said_the_oldest_makes_room() -> N
         silent = [await raw(peer, address) for _ in range(4)]
         async with asyncio.timeout(5):
             await silent[0].closed.wait()
-        assert listener._greeter.half_open == 3
+        assert listener._handshaker.half_open == 3
         assert not any(channel.closed.is_set() for channel in silent[1:])
         stream = await peer.open_stream(address)
         await stream.send(b"there and back")

@@ -1,4 +1,4 @@
-"""Connections that get another path, and peers that signal through a third one."""
+"""ConnectionManager that get another path, and peers that signal through a third one."""
 
 from __future__ import annotations
 

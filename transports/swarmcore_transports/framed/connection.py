@@ -1,11 +1,11 @@
-"""One connection, one stream at a time: frames in and out, the proof of both ends, signs of life."""
+"""One connection, one stream at a time: frames in and out, the proof of both ends, heartbeats."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.printable import printable_line
@@ -13,32 +13,28 @@ from swarmcore.resources import Reservation
 from swarmcore.transport import Buffer
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.framed.frames import FrameReader, Kind, Settings, encode_frame
-
-if TYPE_CHECKING:
-    from swarmcore_transports.framed.migration import Move
-    from swarmcore_transports.framed.stream import FramedStream
+from swarmcore_transports.framed.frames import FrameReader, FrameType, Settings, encode_frame
 
 logger = logging.getLogger(__name__)
 
 RETIRE_SECONDS = 2.0
-"""How long the last words of a connection may take to leave before it is cut."""
+"""How long the last frame of a connection may take to leave before it is cut."""
 
 _WRITE_HIGH_WATER = 512 * 1024
 _MIN_HEARTBEAT = 0.05
 _FASTEST_ASKED = 1.0
-"""Seconds: the other side cannot have signs of life more often, on hundreds of connections."""
-_MOST_HEARTBEATS = 128
-"""Signs of life that may come between two ticks: honest peers send some, or what has piled up in a pause."""
+"""Seconds: the other side cannot ask for heartbeats more often, on hundreds of connections."""
+_MAX_HEARTBEATS = 128
+"""Heartbeats that may come between two ticks: honest peers send some, or what has piled up in a pause."""
 _MAX_REASON = 200
-_dropped = memoryview(bytearray(64 * 1024))  # where bytes go that nobody will look at
+_discarded = memoryview(bytearray(64 * 1024))  # where bytes go that nobody will look at
 
 
-class Owner(Protocol):
+class ConnectionOwner(Protocol):
     """Who is told what happens to a `Connection`."""
 
     def connection_made(self, connection: Connection) -> None:
-        """It has TLS; nothing is proven yet."""
+        """It has a byte transport; nothing is proven yet."""
 
     def connection_idle(self, connection: Connection) -> None:
         """Both sides have closed the stream it carried."""
@@ -46,39 +42,76 @@ class Owner(Protocol):
     def connection_lost(self, connection: Connection) -> None:
         """It is gone, or will be within seconds, and carries nothing any more."""
 
-    def connection_resumes(self, connection: Connection, token: bytes) -> None:
-        """The dialler wants the pipe of ``connection`` to carry the one of that ``token`` from now on."""
+    def migration_requested(self, connection: Connection, token: bytes) -> None:
+        """The dialler wants this one's byte transport to carry the connection of that ``token``."""
 
 
-Greet = Callable[["Connection", Kind, bytes], None]
+class CarriedStream(Protocol):
+    """What a `Connection` tells the stream that it carries."""
+
+    path: str
+
+    def frame_received(self, frame: FrameType, value: int) -> None: ...
+
+    def part_announced(self, length: int, *, total: int | None) -> None: ...
+
+    def message_received(self, message: memoryview) -> None: ...
+
+    def stalled(self, now: float, message: int, got: int, *, announced: bool) -> bool: ...
+
+    def wake(self) -> None: ...
+
+    def aborted(self, reason: str) -> None: ...
+
+    def connection_lost(self, error: SwarmError) -> None: ...
+
+    def detached(self) -> None: ...
+
+
+class ConnectionMigration(Protocol):
+    """What a `Connection` tells its migration to another byte transport."""
+
+    def peer_switched(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+HandshakeHandler = Callable[["Connection", FrameType, bytes], None]
 """Takes the other side's handshake frame and calls `Connection.establish`; raises a SwarmError to refuse."""
-
-OnOpen = Callable[["Connection"], None]
 
 
 class Connection(asyncio.BufferedProtocol):
-    """The protocol of one byte pipe, whose ends are proven by a handshake frame or were proven before.
+    """The protocol of one byte transport, whose ends are proven by a handshake frame or were proven before.
 
     Nothing but one handshake frame is taken until `establish`; after that, frames go to the stream. A
-    connection always reads: memory is bounded by the credit each stream grants, never by a full socket.
+    connection always reads: memory is bounded by the credit each stream grants, never by a full socket, so
+    that a stream whose application does not read cannot hold back heartbeats, credit or the end.
     """
 
-    def __init__(self, owner: Owner, limits: Limits, greet: Greet, on_open: OnOpen | None = None) -> None:
+    def __init__(
+        self,
+        owner: ConnectionOwner,
+        limits: Limits,
+        on_handshake: HandshakeHandler,
+        on_open: Callable[[Connection], None] | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._owner = owner
-        self._greet = greet
+        self._on_handshake = on_handshake
         self._on_open = on_open
+        self.accepts = on_open is not None
+        """Whether this is the listener's end, on which streams are opened from afar."""
         self._keepalive = limits.keepalive
         self._reader = FrameReader(self, limits.max_message)
-        self._writing_paused = False
-        self._heard = True
+        self._received_since_tick = self._sent_since_tick = True
         self._silent_ticks = 0
         self._heartbeats = 0
-        self._spoke = True
-        self._garbled = False
+        self._discarding = False  # what comes in is no longer looked at
         self._interval = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._dismissal: asyncio.TimerHandle | None = None
+        self.writable = True
+        """False while the socket is behind; the stream's `wake` is called when that ends."""
         self.transport: asyncio.Transport | None = None
         self.socket: Reservation | None = None
         """The file descriptor that this connection has for itself, for an unproven peer until `establish`."""
@@ -87,11 +120,11 @@ class Connection(asyncio.BufferedProtocol):
         self.remote: PeerId | None = None
         self.settings = Settings.of(limits)
         self.token = b""
-        """By which both ends know this connection when it is moved to another pipe; empty if it cannot be."""
-        self.move: Move | None = None
+        """By which both ends know this connection when it migrates to another transport; empty: it cannot."""
+        self.migration: ConnectionMigration | None = None
         self.resumed: asyncio.Future[None] = self._loop.create_future()
         """Done when the listener agrees to a ``RESUME`` sent here."""
-        self.stream: FramedStream | None = None
+        self.stream: CarriedStream | None = None
         self.error: SwarmError | None = None
         """Why the connection can no longer be used; None while it can."""
 
@@ -110,7 +143,7 @@ class Connection(asyncio.BufferedProtocol):
             transport.abort()
 
     def establish(self, remote: PeerId, theirs: Settings) -> None:
-        """Both ids are proven: streams may open, signs of life begin.
+        """Both ids are proven: streams may open, heartbeats begin.
 
         Raise `ResourceLimitError` when the peer has too many connections already.
         """
@@ -128,10 +161,10 @@ class Connection(asyncio.BufferedProtocol):
         """Say why and let go: the other side drops the connection once it has read that, or is cut off.
 
         Until then, at most ``patience`` seconds (`RETIRE_SECONDS`), what comes in is read and dropped: a
-        socket closed with unread data would be reset, and the last words lost.
+        socket closed with unread data would be reset (RFC 1122, 4.2.2.13), and the last frame lost.
         """
         if self.error is None:
-            self.write(encode_frame(Kind.ABORT, reason[:_MAX_REASON].encode()))
+            self.write(encode_frame(FrameType.ABORT, reason[:_MAX_REASON].encode()))
             self._end(error or ConnectionLostError(reason))
             # Whoever has not proven a peer id is not worth a socket for so long.
             patience = RETIRE_SECONDS if patience is None else patience
@@ -142,7 +175,7 @@ class Connection(asyncio.BufferedProtocol):
 
         Simply to retire it would break a stream that the dialler opens at the same moment.
         """
-        self.write(encode_frame(Kind.DISMISS))
+        self.write(encode_frame(FrameType.DISMISS))
         self._dismissal = self._loop.call_later(RETIRE_SECONDS, self.retire, "the connection was idle")
 
     def fail(self, error: SwarmError) -> None:
@@ -154,157 +187,156 @@ class Connection(asyncio.BufferedProtocol):
         if self.error is not None:
             return
         self.error = error
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        self._keep()
-        if self._reader.under_way:  # nobody waits for it, and this object may be around for a while
-            self._garbled = True
+        self._cancel_timer()
+        self._cancel_dismissal()
+        if self._reader.partial_message:  # nobody waits for it, and this object may be around for a while
+            self._discarding = True
             self._reader.forget()
-        if not self.established.done():
-            self.established.set_exception(error)
-            self.established.exception()  # seen here: nobody may be waiting any more
-        if not self.resumed.done():
-            self.resumed.set_exception(error)
-            self.resumed.exception()
+        for waiting in (self.established, self.resumed):
+            if not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()  # seen here: nobody may be waiting any more
         stream, self.stream = self.stream, None
         if stream:
             stream.connection_lost(error)
 
     def _cut(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        if self.move:
-            self.move.give_up()
-            self.move = None
+        self._cancel_timer()
+        if self.migration:
+            self.migration.abort()
+            self.migration = None
         elif self.transport:
             self.transport.abort()
 
+    def _cancel_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _cancel_dismissal(self) -> None:
+        if self._dismissal:
+            self._dismissal.cancel()
+            self._dismissal = None
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(_lost(exc, self.remote))
+        self._end(self._lost(exc))
         self._cut()
         self._owner.connection_lost(self)
 
     def eof_received(self) -> None:
-        self._end(_lost(None, self.remote))
+        self._end(self._lost(None))
 
-    # --- signs of life ------------------------------------------------------------------------------
-
-    def _tick(self) -> None:
-        """Twice in the shorter of both sides' keep-alive times.
-
-        A side that has sent nothing since the last tick sends a heartbeat, unasked, so that it is heard even
-        where the way to it is full. Ticks are counted, not seconds, so that a process that was stopped itself
-        does not take the pause for the other side's silence.
-        """
-        if self._heard:
-            self._silent_ticks = 0
+    def _lost(self, exc: Exception | None) -> SwarmError:
+        error: SwarmError
+        if self.remote is None:
+            error = PeerUnreachableError("the peer closed the connection during the handshake")
         else:
-            self._silent_ticks += 1
-            if self._silent_ticks * self._interval >= 3 * self._keepalive:
-                seconds = self._silent_ticks * self._interval
-                self.fail(ConnectionLostError(f"{self._name()} has been silent for {seconds:.1f} s"))
-                return
-        if self._stalled():
-            self.retire("a message came too slowly, or not to its end")
-            return
-        if not self._spoke and not self._writing_paused:
-            self.write(encode_frame(Kind.HEARTBEAT))
-        self._heard = self._spoke = False
-        self._heartbeats = 0
-        self._timer = self._loop.call_later(self._interval, self._tick)
-
-    def _stalled(self) -> bool:
-        under_way = self._reader.under_way
-        if under_way is None or self.stream is None:
-            return False
-        announced = self._reader.part_is_missing
-        return self.stream.stalled(self._loop.time(), *under_way, announced=announced)
-
-    @property
-    def silent_for(self) -> float:
-        """Seconds without a word from the other side; one that lives speaks in every keep-alive time."""
-        return self._silent_ticks * self._interval
+            reason = f": {exc}" if exc else ""
+            error = ConnectionLostError(f"the connection to {self._name()} broke{reason}")
+        error.__cause__ = exc
+        return error
 
     def _name(self) -> str:
         return f"peer {short(self.remote)}" if self.remote else "the peer"
 
+    # --- heartbeats ---------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Twice in the shorter of both sides' keep-alive times.
+
+        A side that has sent nothing since the last tick sends a heartbeat, unasked: an answer to a ping would
+        come late where the way to the peer is full. Ticks are counted, not seconds, so that a process that
+        was stopped itself does not take the pause for the other side's silence.
+        """
+        if self._received_since_tick:
+            self._silent_ticks = 0
+        else:
+            self._silent_ticks += 1
+            if self.silent_for >= 3 * self._keepalive:
+                self.fail(ConnectionLostError(f"{self._name()} has been silent for {self.silent_for:.1f} s"))
+                return
+        partial = self._reader.partial_message
+        if (
+            partial
+            and self.stream
+            and self.stream.stalled(self._loop.time(), *partial, announced=self._reader.part_is_missing)
+        ):
+            self.retire("a message came too slowly, or not to its end")
+            return
+        if not self._sent_since_tick and self.writable:
+            self.write(encode_frame(FrameType.HEARTBEAT))
+        self._received_since_tick = self._sent_since_tick = False
+        self._heartbeats = 0
+        self._timer = self._loop.call_later(self._interval, self._tick)
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds without a byte from the other side; one that lives sends some in every keep-alive time."""
+        return self._silent_ticks * self._interval
+
     # --- out ----------------------------------------------------------------------------------------
-
-    @property
-    def accepts(self) -> bool:
-        """Whether this is the listener's end, on which streams are opened from afar."""
-        return self._on_open is not None
-
-    @property
-    def writable(self) -> bool:
-        """False while the socket is behind; the stream's `wake` is called when that ends."""
-        return not self._writing_paused
 
     def write(self, *buffers: Buffer) -> None:
         """Send bytes of frames. They are encrypted before this returns, so the buffers may be reused."""
-        self._spoke = True
+        self._sent_since_tick = True
         if self.transport and not self.transport.is_closing():
             self.transport.writelines(buffers)
 
     def pause_writing(self) -> None:
-        self._writing_paused = True
+        self.writable = False
 
     def resume_writing(self) -> None:
-        self._writing_paused = False
+        self.writable = True
         if self.stream:
             self.stream.wake()
 
     # --- in -----------------------------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _dropped if self._garbled else self._reader.get_buffer()
+        return _discarded if self._discarding else self._reader.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._heard = True
-        if self._garbled:
+        self._received_since_tick = True
+        if self._discarding:
             return
         try:
             self._reader.received(nbytes)
         except SwarmError as exc:
-            self._garbled = True
+            self._discarding = True
             if self.error is None:
                 logger.info("dropping the connection of %s: %s", self._name(), exc)
                 self.retire(exc.message, exc)
 
-    def frame_received(self, kind: Kind, value: int, body: bytes) -> None:
+    def frame_received(self, frame: FrameType, value: int, body: bytes) -> None:
         if self.error is not None:
-            if (
-                kind is Kind.ABORT
-            ):  # both have retired it, and neither is interested in the other's last words
+            if frame is FrameType.ABORT:  # both sides have retired it: neither waits for the other's reason
                 self._cut()
-        elif kind is Kind.ABORT:
+        elif frame is FrameType.ABORT:
             self._aborted(printable_line(body.decode(errors="replace"), _MAX_REASON))
         elif self.remote is None:
-            self._greet(self, kind, body)
-        elif kind is Kind.HEARTBEAT:
+            self._on_handshake(self, frame, body)
+        elif frame is FrameType.HEARTBEAT:
             self._heartbeats += 1
-            if self._heartbeats > _MOST_HEARTBEATS:
-                raise ProtocolError("the peer floods this one with signs of life")
-        elif kind is Kind.OPEN:
+            if self._heartbeats > _MAX_HEARTBEATS:
+                raise ProtocolError("the peer floods this one with heartbeats")
+        elif frame is FrameType.OPEN:
             if self.stream or not self._on_open:
                 raise ProtocolError("a stream was opened out of turn")
             self._on_open(self)
-        elif kind is Kind.MOVE and self.move:
-            self.move.old_pipe_ended()
-        elif kind is Kind.RESUME and self.stream is None:
+        elif frame is FrameType.MOVE and self.migration:
+            self.migration.peer_switched()
+        elif frame is FrameType.RESUME and self.stream is None:
             if self.accepts:
-                self._owner.connection_resumes(self, body)
+                self._owner.migration_requested(self, body)
             elif not self.resumed.done():
                 self.resumed.set_result(None)
-        elif kind is Kind.DISMISS and not self.accepts:
+        elif frame is FrameType.DISMISS and not self.accepts:
             if self.stream is None:
                 self.fail(ConnectionLostError(f"{self._name()} wants no idle connection"))
         elif self.stream:
-            self.stream.frame_received(kind, value)
+            self.stream.frame_received(frame, value)
         else:
-            raise ProtocolError(f"{kind.name} outside a stream")
+            raise ProtocolError(f"{frame.name} outside a stream")
 
     def part_announced(self, length: int, *, total: int | None) -> None:
         if self.stream:
@@ -324,7 +356,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.fail(ConnectionLostError(f"{self._name()} dropped the connection: {reason}"))
 
-    # --- changing the pipe --------------------------------------------------------------------------
+    # --- another byte transport ---------------------------------------------------------------------
 
     @property
     def path(self) -> str:
@@ -332,54 +364,36 @@ class Connection(asyncio.BufferedProtocol):
         return str(self.transport.get_extra_info("path", "direct")) if self.transport else "direct"
 
     def path_changed(self) -> None:
-        """The pipe is the same, and its bytes travel another way."""
+        """The transport is the same, and its bytes travel by another path."""
         if self.stream:
             self.stream.path = self.path
 
-    def release(self) -> asyncio.Transport:
-        """Give the pipe away, to carry another connection; this one is over."""
-        pipe, self.transport = self.transport, None
-        assert pipe
-        self._end(ConnectionLostError("the connection gave its pipe to another one"))
+    def give_up_transport(self) -> asyncio.Transport:
+        """The transport, which is to carry another connection; this one is over."""
+        transport, self.transport = self.transport, None
+        assert transport
+        self._end(ConnectionLostError("the connection gave its transport to another one"))
         self._owner.connection_lost(self)
-        return pipe
+        return transport
 
-    def switch_to(self, pipe: asyncio.Transport) -> None:
-        """Write to ``pipe`` from now on."""
-        self.transport = pipe
-        pipe.set_protocol(self)
-        pipe.set_write_buffer_limits(_WRITE_HIGH_WATER)
-        self._writing_paused = False
+    def switch_to(self, transport: asyncio.Transport) -> None:
+        """Write to ``transport`` from now on."""
+        self.transport = transport
+        transport.set_protocol(self)
+        transport.set_write_buffer_limits(_WRITE_HIGH_WATER)
         self.path_changed()
-        if self.stream:
-            self.stream.wake()
+        self.resume_writing()
 
     # --- streams ------------------------------------------------------------------------------------
 
-    def carry(self, stream: FramedStream) -> None:
+    def attach(self, stream: CarriedStream) -> None:
         """From now on this connection carries ``stream``."""
         self.stream = stream
-        self._keep()
-
-    def _keep(self) -> None:
-        if self._dismissal:
-            self._dismissal.cancel()
-            self._dismissal = None
+        self._cancel_dismissal()
 
     def stream_closed(self) -> None:
         """Called by the stream when both sides have closed it."""
         if self.stream:
-            self.stream.over()
+            self.stream.detached()
         self.stream = None
         self._owner.connection_idle(self)
-
-
-def _lost(exc: Exception | None, remote: PeerId | None) -> SwarmError:
-    peer = f"peer {short(remote)}" if remote else "the peer"
-    error: SwarmError
-    if remote is None:
-        error = PeerUnreachableError(f"{peer} closed the connection during the handshake")
-    else:
-        error = ConnectionLostError(f"the connection to {peer} broke" + (f": {exc}" if exc else ""))
-    error.__cause__ = exc
-    return error

@@ -2,7 +2,7 @@
 
 A frame is ``u8 kind | u32 length | u32 value``, little-endian, and ``length`` bytes. A message travels as one
 ``MESSAGE`` frame whose value is the length of the whole message, and as many ``MORE`` frames as it takes:
-between two parts there is room for a credit, a heartbeat or an abort.
+between two parts there is memory for a credit, a heartbeat or an abort.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import attrs
 from swarmcore.errors import ProtocolError
 from swarmcore.transport import Buffer
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.framed.flow import FIRST_WINDOW, MIN_WINDOW, window_for
+from swarmcore_transports.framed.flow_control import FIRST_WINDOW, MIN_WINDOW, window_for
 
 MAX_PART = 256 * 1024
 """Most message bytes in one frame."""
@@ -27,7 +27,7 @@ _SCRATCH = 16 * 1024
 _MAX_BODY = 1024
 
 
-class Kind(IntEnum):
+class FrameType(IntEnum):
     HELLO = 1  # listener: a challenge and its settings
     PROOF = 2  # dialler: its peer id, the signed challenge and its settings
     OPEN = 3  # dialler: a stream begins on this connection
@@ -39,21 +39,21 @@ class Kind(IntEnum):
     ABORT = 9  # body: the reason; the other side drops the connection
     HEARTBEAT = 10
     DISMISS = 11  # listener: the dialler should drop this idle connection; one that just sent OPEN is kept
-    RESUME = 12  # body: a connection's token; on a fresh pipe, which is to carry that connection from now on
-    MOVE = 13  # this side's last frame on the pipe: it goes on on the other one
+    RESUME = 12  # body: a connection's token; on a fresh transport, which is to carry that connection
+    MOVE = 13  # this side's last frame on the old transport: it goes on on the new one
 
 
-_WITH_BODY = (Kind.HELLO, Kind.PROOF, Kind.ABORT, Kind.RESUME)
+_WITH_BODY = (FrameType.HELLO, FrameType.PROOF, FrameType.ABORT, FrameType.RESUME)
 
 
-def encode_frame(kind: Kind, body: bytes = b"", value: int = 0) -> bytes:
+def encode_frame(frame: FrameType, body: bytes = b"", value: int = 0) -> bytes:
     """A whole frame."""
-    return _HEADER.pack(kind, len(body), value) + body
+    return _HEADER.pack(frame, len(body), value) + body
 
 
 def message_header(length: int) -> bytes:
     """What goes before a message that travels in one part."""
-    return _HEADER.pack(Kind.MESSAGE, length, length)
+    return _HEADER.pack(FrameType.MESSAGE, length, length)
 
 
 def split_message(buffers: tuple[Buffer, ...], total: int, part: int) -> Iterator[tuple[int, list[Buffer]]]:
@@ -66,7 +66,7 @@ def split_message(buffers: tuple[Buffer, ...], total: int, part: int) -> Iterato
     while sent < total:
         length = min(part, total - sent)
         frame: list[Buffer] = [
-            _HEADER.pack(Kind.MORE if sent else Kind.MESSAGE, length, 0 if sent else total)
+            _HEADER.pack(FrameType.MORE if sent else FrameType.MESSAGE, length, 0 if sent else total)
         ]
         missing = length
         while missing:
@@ -81,10 +81,10 @@ def split_message(buffers: tuple[Buffer, ...], total: int, part: int) -> Iterato
         yield length, frame
 
 
-class FrameSink(Protocol):
+class FrameHandler(Protocol):
     """Who is told what a `FrameReader` finds. Each method may raise `ProtocolError`."""
 
-    def frame_received(self, kind: Kind, value: int, body: bytes) -> None: ...
+    def frame_received(self, frame: FrameType, value: int, body: bytes) -> None: ...
 
     def part_announced(self, length: int, *, total: int | None) -> None:
         """The header of ``length`` message bytes has come, nothing has been allocated for them yet.
@@ -101,11 +101,11 @@ class FrameReader:
     Short frames are taken from a scratch buffer. The bytes of a message past the first few go straight into
     the message. The header of its next part lands right behind them, where it is read and then overwritten by
     that part: a big message takes one read per part. Memory for a message grows with what has arrived and
-    with the part that comes, to which the sink has agreed; the claimed length of the whole brings nothing.
+    with the part that comes, to which the handler has agreed; the claimed length of the whole brings nothing.
     """
 
-    def __init__(self, sink: FrameSink, max_message: int) -> None:
-        self._sink = sink
+    def __init__(self, handler: FrameHandler, max_message: int) -> None:
+        self._handler = handler
         self._max_message = max_message
         self._scratch = bytearray(_SCRATCH)
         self._filled = 0
@@ -117,7 +117,7 @@ class FrameReader:
         self._number = 0
 
     @property
-    def under_way(self) -> tuple[int, int] | None:
+    def partial_message(self) -> tuple[int, int] | None:
         """The number of the message that has begun and is not whole, and how many bytes of it are here."""
         return None if self._message is None else (self._number, self._got)
 
@@ -198,32 +198,32 @@ class FrameReader:
         self._filled = rest
 
     def _begin(self, kind: int, length: int, value: int, body: bytes) -> None:
-        if kind == Kind.MESSAGE:
+        if kind == FrameType.MESSAGE:
             if self._message is not None:
                 raise ProtocolError("a message begins inside another")
             if value > self._max_message:
                 raise ProtocolError(f"a message of {value} bytes is above the limit of {self._max_message}")
             self._check_part(length, value)
-            self._sink.part_announced(length, total=value)
+            self._handler.part_announced(length, total=value)
             self._number += 1
             self._message = bytearray(min(value, length + _HEADER.size))
             self._total, self._got, self._part_left = value, 0, length
             if not value:
                 self._finish(self._message)
-        elif kind == Kind.MORE:
+        elif kind == FrameType.MORE:
             if self._message is None:
                 raise ProtocolError("a part without a message")
             self._check_part(length, self._total - self._got)
-            self._sink.part_announced(length, total=None)
+            self._handler.part_announced(length, total=None)
             self._part_left = length
         else:
-            if kind not in Kind.__members__.values():
+            if kind not in FrameType.__members__.values():
                 raise ProtocolError(f"a frame of unknown kind {kind}")
             if length != len(body):
                 raise ProtocolError(f"a frame of kind {kind} with {length} bytes")
-            if self._message is not None and kind in (Kind.OPEN, Kind.END, Kind.CLOSE):
-                raise ProtocolError(f"{Kind(kind).name} in the middle of a message")
-            self._sink.frame_received(Kind(kind), value, body)
+            if self._message is not None and kind in (FrameType.OPEN, FrameType.END, FrameType.CLOSE):
+                raise ProtocolError(f"{FrameType(kind).name} in the middle of a message")
+            self._handler.frame_received(FrameType(kind), value, body)
 
     def _check_part(self, length: int, missing: int) -> None:
         if length > min(missing, MAX_PART) or (not length and missing):
@@ -231,7 +231,7 @@ class FrameReader:
 
     def _finish(self, message: bytearray) -> None:
         self._message = None
-        self._sink.message_received(memoryview(message)[: self._total])
+        self._handler.message_received(memoryview(message)[: self._total])
 
     def _reserve(self, message: bytearray, size: int) -> None:
         # By doubling: never more than twice what has arrived, or the part that comes.

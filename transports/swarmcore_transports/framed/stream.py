@@ -17,29 +17,34 @@ from swarmcore.transport import Buffer, Stream
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox, Progress, window_for
+from swarmcore_transports.framed.flow_control import (
+    MESSAGE_COST,
+    ReceiveMemory,
+    ReceiveQueue,
+    StallDetector,
+    window_for,
+)
 from swarmcore_transports.framed.frames import (
     MAX_PART,
-    Kind,
+    FrameType,
     Settings,
     encode_frame,
     message_header,
     split_message,
 )
-from swarmcore_transports.framed.room import Room
 
 LINGER_SECONDS = 30.0
 """How long a closed stream waits for the other side to close it too, before the connection is given up."""
 
-_MORE_GRANTS = 64
+_EXTRA_GRANTS = 64
 """Grants beyond one for what each message costs, such as for windows that grow."""
 
-_JOIN = 64 * 1024
+_MAX_JOINED = 64 * 1024
 """Messages up to this size are joined with their header: one copy is cheaper than another TLS record."""
 
 
 class FramedStream(Stream):
-    """Raise `ResourceLimitError` when there is no room for another stream of the peer."""
+    """Raise `ResourceLimitError` when there is no memory for another stream of the peer."""
 
     def __init__(
         self, connection: Connection, remote: PeerId, limits: Limits, resources: ResourceManager
@@ -52,21 +57,21 @@ class FramedStream(Stream):
         self._credit = connection.settings.window
         self._spent = self._grants = 0
         window = Settings.of(limits).window
-        self._inbox = Inbox(window, window_for(limits.send_buffer))
+        self._queue = ReceiveQueue(window, window_for(limits.send_buffer))
         self._resources = resources
-        self._room_in = Room(resources, remote, window, self._inbox, self._grant)
-        self._progress = Progress()
+        self._memory = ReceiveMemory(resources, remote, window, self._queue, self._grant)
+        self._stall_detector = StallDetector()
         self._send_lock = asyncio.Lock()
         self._sender: asyncio.Future[None] | None = None
         self._receiver: asyncio.Future[None] | None = None
-        self._linger: asyncio.TimerHandle | None = None
-        self._torn = False  # a message was begun and is not finished
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._mid_message = False  # a message was begun and is not finished
         self._ended = False
         self._closed = False
         self._remote_ended = False
         self._remote_closed = False
         self._error: SwarmError | None = None
-        connection.carry(self)
+        connection.attach(self)
 
     def __repr__(self) -> str:
         state = (
@@ -79,7 +84,7 @@ class FramedStream(Stream):
             else "open"
         )
         return (
-            f"<FramedStream {short(self.remote)} {state} · {len(self._inbox)} unread · credit {self._credit}>"
+            f"<FramedStream {short(self.remote)} {state} · {len(self._queue)} unread · credit {self._credit}>"
         )
 
     # --- the application's side -----------------------------------------------------------------------
@@ -92,21 +97,21 @@ class FramedStream(Stream):
             )
         async with self._send_lock:
             self._check_sendable()
-            if total <= min(_JOIN, self._part):
-                await self._room(total + MESSAGE_COST)
+            if total <= min(_MAX_JOINED, self._part):
+                await self._wait_for_credit(total + MESSAGE_COST)
                 self._connection.write(b"".join((message_header(total), *buffers)))
                 return
             try:
                 for length, frame in split_message(buffers, total, self._part):
-                    await self._room(length if self._torn else length + MESSAGE_COST)
+                    await self._wait_for_credit(length if self._mid_message else length + MESSAGE_COST)
                     self._connection.write(*frame)
-                    self._torn = True
-                self._torn = False
+                    self._mid_message = True
+                self._mid_message = False
             finally:
-                if self._torn and not (self._closed or self._error or self._remote_closed):
+                if self._mid_message and not (self._closed or self._error or self._remote_closed):
                     self.abort("the sender was cancelled in the middle of a message")
 
-    async def _room(self, cost: int) -> None:
+    async def _wait_for_credit(self, cost: int) -> None:
         """Wait until ``cost`` may be sent and the socket keeps up, then spend it."""
         while self._credit < cost or not self._connection.writable:
             self._sender = asyncio.get_running_loop().create_future()
@@ -122,21 +127,21 @@ class FramedStream(Stream):
         if self._closed or self._ended:
             raise StreamClosedError("this side has closed the stream for sending")
         if self._error:
-            raise _again(self._error)
+            raise _fresh_copy(self._error)
         if self._remote_closed:
             raise StreamClosedError(f"peer {short(self.remote)} has closed the stream")
 
     async def receive(self) -> memoryview:
-        self._room_in.used()
+        self._memory.release_taken()
         while True:
             if self._closed:
                 raise StreamClosedError("this side has closed the stream")
-            if self._inbox:
+            if self._queue:
                 return self._take()
             if self._remote_ended:
                 raise StreamClosedError(f"peer {short(self.remote)} has ended the stream")
             if self._error:
-                raise _again(self._error)
+                raise _fresh_copy(self._error)
             self._receiver = asyncio.get_running_loop().create_future()
             try:
                 await self._receiver
@@ -144,105 +149,107 @@ class FramedStream(Stream):
                 self._receiver = None
 
     def _take(self) -> memoryview:
-        message = self._inbox.take()
-        self._room_in.taken()
-        self._look_for_room()
+        message = self._queue.take()
+        self._memory.message_taken()
+        self._look_for_wait_for_credit()
         return message
 
     async def end(self) -> None:
         async with self._send_lock:
             if not (self._ended or self._closed or self._error or self._remote_closed):
-                self._connection.write(encode_frame(Kind.END))
+                self._connection.write(encode_frame(FrameType.END))
             self._ended = True
 
     async def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._inbox.discard()
+        self._queue.discard()
         self._wake_both()
         if self._error:
             return
-        if self._torn:
+        if self._mid_message:
             self._connection.retire("the stream was closed in the middle of a message")
             return
-        self._connection.write(encode_frame(Kind.CLOSE))
+        self._connection.write(encode_frame(FrameType.CLOSE))
         if self._remote_closed:
             self._connection.stream_closed()
         else:
             loop = asyncio.get_running_loop()
-            self._linger = loop.call_later(LINGER_SECONDS, self._connection.retire, "the stream was closed")
+            self._linger_timer = loop.call_later(
+                LINGER_SECONDS, self._connection.retire, "the stream was closed"
+            )
 
     def abort(self, reason: str) -> None:
         if self._closed:
             return
         self._closed = True
-        self._inbox.discard()
+        self._queue.discard()
         self._wake_both()
         if not self._error:
             self._connection.retire(reason)
 
     # --- the connection's side ------------------------------------------------------------------------
 
-    def frame_received(self, kind: Kind, value: int) -> None:
-        if kind is Kind.CREDIT:
+    def frame_received(self, frame: FrameType, value: int) -> None:
+        if frame is FrameType.CREDIT:
             self._grants += 1
-            if self._grants > _MORE_GRANTS + self._spent // MESSAGE_COST:
+            if self._grants > _EXTRA_GRANTS + self._spent // MESSAGE_COST:
                 raise ProtocolError("the peer floods this one with credit")
             self._credit += value
             self.wake()
-        elif kind in (Kind.END, Kind.CLOSE):
-            if self._remote_closed or (self._remote_ended and kind is Kind.END):
-                raise ProtocolError(f"{kind.name} after the end")
+        elif frame in (FrameType.END, FrameType.CLOSE):
+            if self._remote_closed or (self._remote_ended and frame is FrameType.END):
+                raise ProtocolError(f"{frame.name} after the end")
             self._remote_ended = True
-            self._remote_closed = kind is Kind.CLOSE
+            self._remote_closed = frame is FrameType.CLOSE
             self._wake_both()
             if self._remote_closed and self._closed:
                 self._connection.stream_closed()
         else:
-            raise ProtocolError(f"{kind.name} inside a stream")
+            raise ProtocolError(f"{frame.name} inside a stream")
 
     def part_announced(self, length: int, *, total: int | None) -> None:
         if self._remote_ended:
             raise ProtocolError("a message after the end")
-        self._inbox.announce(length, total=total)
-        self._look_for_room()
+        self._queue.charge(length, total=total)
+        self._look_for_wait_for_credit()
 
-    def _look_for_room(self) -> None:
+    def _look_for_wait_for_credit(self) -> None:
         if not (self._closed or self._error):
             try:
-                self._room_in.look()
+                self._memory.reserve()
             except ResourceLimitError as exc:
                 self._connection.retire(exc.message, exc)
         self._grant()
 
     def message_received(self, message: memoryview) -> None:
-        self._inbox.put(message)
-        self._room_in.arrived()
+        self._queue.put(message)
+        self._memory.message_arrived()
         self._wake(self._receiver)
 
     def stalled(self, now: float, message: int, got: int, *, announced: bool) -> bool:
-        """Whether the message under way comes too slowly, as in `Progress.stalled`.
+        """Whether the message under way comes too slowly, as in `StallDetector.stalled`.
 
         ``announced`` when bytes are missing for which the sender has spent its credit.
         """
-        due = announced or self._inbox.sender_may_go_on
-        pressed = self._resources.waiting(Resource.BYTES) > 0
-        return self._progress.stalled(now, message, got, due=due, pressed=pressed)
+        due = announced or self._queue.sender_can_continue
+        under_pressure = self._resources.waiting(Resource.BYTES) > 0
+        return self._stall_detector.stalled(now, message, got, due=due, under_pressure=under_pressure)
 
-    def over(self) -> None:
+    def detached(self) -> None:
         """The connection carries this stream no more: what it held is free."""
         self._stop_lingering()
-        self._room_in.release()
+        self._memory.release()
 
     def aborted(self, reason: str) -> None:
         """The other side dropped the stream; after its orderly close that is only the connection going."""
         if not self._remote_closed:
-            self._inbox.discard()
+            self._queue.discard()
             self._fail(StreamAbortedError(reason))
 
     def connection_lost(self, error: SwarmError) -> None:
-        self.over()
+        self.detached()
         self._fail(error)
 
     def wake(self) -> None:
@@ -254,13 +261,13 @@ class FramedStream(Stream):
         self._wake_both()
 
     def _grant(self) -> None:
-        if not (self._closed or self._error or self._remote_ended) and (credit := self._inbox.grant()):
-            self._connection.write(encode_frame(Kind.CREDIT, value=credit))
+        if not (self._closed or self._error or self._remote_ended) and (credit := self._queue.grant()):
+            self._connection.write(encode_frame(FrameType.CREDIT, value=credit))
 
     def _stop_lingering(self) -> None:
-        if self._linger:
-            self._linger.cancel()
-            self._linger = None
+        if self._linger_timer:
+            self._linger_timer.cancel()
+            self._linger_timer = None
 
     def _wake_both(self) -> None:
         self._wake(self._sender)
@@ -272,7 +279,7 @@ class FramedStream(Stream):
             waiter.set_result(None)
 
 
-def _again(error: SwarmError) -> SwarmError:
+def _fresh_copy(error: SwarmError) -> SwarmError:
     """A fresh copy to raise: one instance raised twice would collect both tracebacks."""
     copy = type(error)(error.message, **error.details)
     copy.__cause__ = error.__cause__

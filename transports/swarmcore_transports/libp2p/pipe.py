@@ -16,7 +16,7 @@ from libp2p.abc import INetStream
 from libp2p.network.stream.net_stream import NetStream
 
 from swarmcore.transport import Buffer
-from swarmcore_transports.framed.connections import hand_over
+from swarmcore_transports.framed.connection_manager import feed_protocol
 from swarmcore_transports.libp2p.translation import translated
 from swarmcore_transports.libp2p.trio_thread import TrioThread
 from swarmcore_transports.libp2p.yamux import LARGEST_PAYLOAD, silent_for
@@ -156,7 +156,7 @@ class StreamPipe(asyncio.Transport):
         while self._undelivered and not self._reading_paused:
             data = self._undelivered.popleft()
             self._delivered += len(data)
-            rest = hand_over(data, self._taker)
+            rest = feed_protocol(data, self._taker)
             if rest and self._protocol is not None and not self._closing:  # it has paused
                 self._undelivered.appendleft(rest)
                 self._delivered -= len(rest)

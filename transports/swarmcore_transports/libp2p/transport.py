@@ -26,8 +26,8 @@ from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.handshake import Greeter
+from swarmcore_transports.framed.connection_manager import ConnectionManager
+from swarmcore_transports.framed.handshake import Handshaker
 from swarmcore_transports.libp2p.addresses import AddressManager
 from swarmcore_transports.libp2p.dial_ranker import Vicinity
 from swarmcore_transports.libp2p.host import Host
@@ -99,8 +99,8 @@ class Libp2pTransport(Transport):
         self._starting = asyncio.Lock()
         self._listening = False
         self._allowed: Collection[PeerId] | None = None
-        self._connections = Connections(self.limits, self._is_stale, lambda: self.resources)
-        self._greeter = Greeter(self._connections, self.limits)
+        self._connections = ConnectionManager(self.limits, self._is_stale, lambda: self.resources)
+        self._handshaker = Handshaker(self._connections, self.limits)
         self._counts = SocketCounts(
             identity.peer,
             lambda: self.resources,
@@ -238,7 +238,7 @@ class Libp2pTransport(Transport):
     def _accept(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
         pipe = self._pipe(stream, path, released)
         if self._listening and not self._closed:
-            self._greeter.accepted(pipe, peer)
+            self._handshaker.accept(pipe, peer)
         else:
             pipe.abort()
 
@@ -247,7 +247,7 @@ class Libp2pTransport(Transport):
     async def open_stream(self, address: Address) -> Stream:
         self._check_open()
         multiaddr = to_multiaddr(address)
-        connection = self._connections.take(address.peer)
+        connection = self._connections.take_idle(address.peer)
         if connection is None:
             seconds = self.limits.connect_timeout
             try:
@@ -267,7 +267,7 @@ class Libp2pTransport(Transport):
                 raise PeerUnreachableError(
                     f"{short(address.peer)} at {multiaddr} did not answer within {seconds:g} s"
                 ) from exc
-        return self._connections.open(connection, address.peer)
+        return self._connections.open_stream(connection, address.peer)
 
     def _is_stale(self, connection: Connection) -> bool:
         if connection.transport is None or connection.transport.is_closing():
@@ -278,7 +278,7 @@ class Libp2pTransport(Transport):
         pipe = self._pipe(stream, path, trio.Event())
         try:
             self._check_open()
-            return await self._greeter.dialled(pipe, peer)
+            return await self._handshaker.dial(pipe, peer)
         except BaseException:
             pipe.abort()
             raise
@@ -306,7 +306,7 @@ class Libp2pTransport(Transport):
                     self._host.open_direct, peer, timeout=seconds, what="leaving a relay"
                 )
                 fresh = await self._greet(stream, peer, path)
-                await self._connections.move(connection, fresh)
+                await self._connections.migrate(connection, fresh)
             logger.info("%s is reached directly now: %s", short(peer), path)
         except (TimeoutError, SwarmError) as exc:
             logger.info("%s stays behind its relay: %s", short(peer), exc)

@@ -30,8 +30,8 @@ from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
-from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.frames import Kind, Settings, encode_frame
+from swarmcore_transports.framed.connection_manager import ConnectionManager
+from swarmcore_transports.framed.frames import FrameType, Settings, encode_frame
 from swarmcore_transports.network_watch import NetworkWatch
 from swarmcore_transports.own_addresses import loopback_note, loopback_only, present
 from swarmcore_transports.tcp.endpoint import (
@@ -84,7 +84,7 @@ class TcpTransport(Transport):
         self._listeners: list[Listener] = []
         self._told: tuple[Address, ...] = ()
         self._watch: asyncio.Task[None] | None = None
-        self._connections = Connections(self.limits, _readable, lambda: self.resources)
+        self._connections = ConnectionManager(self.limits, _readable, lambda: self.resources)
         # Tasks that bring a socket to TLS, either way. None is cancelled; `hang_up` ends it.
         self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
         self._dials: set[asyncio.Timeout] = set()
@@ -192,14 +192,14 @@ class TcpTransport(Transport):
         assert self._listener_context
         challenge = secrets.token_bytes(CHALLENGE_BYTES)
 
-        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
-            if kind is not Kind.PROOF or connection.transport is None:
+        def greet(connection: Connection, kind: FrameType, body: bytes) -> None:
+            if kind is not FrameType.PROOF or connection.transport is None:
                 raise ProtocolError(f"{kind.name} before the proof")
             channel = SecureChannel.of(connection.transport.get_extra_info("ssl_object"), self._certificate)
             connection.establish(*check_proof(body, challenge, self.identity.peer, channel))
             self._connections.connection_idle(connection)
 
-        connection = Connection(self._connections, self.limits, greet, self._connections.opened)
+        connection = Connection(self._connections, self.limits, greet, self._connections.accept_stream)
         connection.socket = reservation
         loop = asyncio.get_running_loop()
         seconds = self.limits.connect_timeout
@@ -212,7 +212,7 @@ class TcpTransport(Transport):
                 ssl_handshake_timeout=seconds,
                 ssl_shutdown_timeout=RETIRE_SECONDS,
             )
-            connection.write(encode_frame(Kind.HELLO, make_hello(challenge, self._settings)))
+            connection.write(encode_frame(FrameType.HELLO, make_hello(challenge, self._settings)))
             async with asyncio.timeout_at(deadline):
                 await connection.established
         except (OSError, SwarmError) as exc:  # TimeoutError and ssl.SSLError are OSErrors
@@ -228,19 +228,19 @@ class TcpTransport(Transport):
     async def open_stream(self, address: Address) -> Stream:
         self._check_open()
         endpoint = endpoint_of(address)
-        connection = self._connections.take(address.peer) or await self._dial(endpoint, address.peer)
-        return self._connections.open(connection, address.peer)
+        connection = self._connections.take_idle(address.peer) or await self._dial(endpoint, address.peer)
+        return self._connections.open_stream(connection, address.peer)
 
     async def _dial(self, endpoint: Endpoint, peer: PeerId) -> Connection:
-        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
-            if kind is not Kind.HELLO or connection.transport is None:
+        def greet(connection: Connection, kind: FrameType, body: bytes) -> None:
+            if kind is not FrameType.HELLO or connection.transport is None:
                 raise ProtocolError(f"{kind.name} before the hello")
             tls: ssl.SSLObject = connection.transport.get_extra_info("ssl_object")
             certificate = tls.getpeercert(binary_form=True) or b""
             check_certificate(certificate, peer)
             channel = SecureChannel.of(tls, certificate)
             proof, theirs = answer_hello(body, self.identity, peer, channel, self._settings)
-            connection.write(encode_frame(Kind.PROOF, proof))
+            connection.write(encode_frame(FrameType.PROOF, proof))
             connection.establish(peer, theirs)
 
         connection = Connection(self._connections, self.limits, greet)

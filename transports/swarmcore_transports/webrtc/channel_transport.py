@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from swarmcore.transport import Buffer
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.connections import hand_over
+from swarmcore_transports.framed.connection_manager import feed_protocol
 from swarmcore_transports.webrtc.engine import DataChannel
 
 _PIECE = 32 * 1024
@@ -116,7 +116,7 @@ class ChannelPipe(asyncio.Transport):
         while self._undelivered and not self._reading_paused:
             data = self._undelivered.popleft()
             self._waiting -= len(data) + _MESSAGE_BYTES
-            rest = hand_over(data, self._taker)
+            rest = feed_protocol(data, self._taker)
             if rest and self._protocol is not None and not self._closing:  # it has paused
                 self._undelivered.appendleft(rest)
                 self._waiting += len(rest) + _MESSAGE_BYTES

@@ -29,8 +29,8 @@ from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.handshake import Greeter
+from swarmcore_transports.framed.connection_manager import ConnectionManager
+from swarmcore_transports.framed.handshake import Handshaker
 from swarmcore_transports.webrtc.addresses import SCHEME, Service, announced_service, service_of
 from swarmcore_transports.webrtc.engine import DataChannel, connection_class
 from swarmcore_transports.webrtc.ice import IceServer, IceServers
@@ -115,8 +115,8 @@ class WebRtcTransport(Transport):
         self._restarts = Restarts(
             self._links, self.limits, self._new_path, self._network_changed, self._in_background
         )
-        self._connections = Connections(self.limits, _is_closing, lambda: self.resources)
-        self._greeter = Greeter(self._connections, self.limits)
+        self._connections = ConnectionManager(self.limits, _is_closing, lambda: self.resources)
+        self._handshaker = Handshaker(self._connections, self.limits)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -290,7 +290,7 @@ class WebRtcTransport(Transport):
     def _channel_arrived(self, link: Link, channel: DataChannel) -> None:
         pipe = self._links.pipe(link, channel)
         if pipe and self._listening and not self._closed:
-            self._greeter.accepted(pipe, link.peer)
+            self._handshaker.accept(pipe, link.peer)
         elif pipe:
             pipe.abort()
 
@@ -314,7 +314,7 @@ class WebRtcTransport(Transport):
         self._check_open()
         service = service_of(address)
         peer = address.peer
-        connection = self._connections.take(peer)
+        connection = self._connections.take_idle(peer)
         if connection is None:
             seconds = self.limits.connect_timeout
             try:
@@ -327,13 +327,13 @@ class WebRtcTransport(Transport):
                 raise PeerUnreachableError(
                     f"{short(peer)} did not answer by {service} within {seconds:g} s"
                 ) from exc
-        return self._connections.open(connection, peer)
+        return self._connections.open_stream(connection, peer)
 
     async def _open(self, link: Link) -> Connection:
         pipe = self._links.pipe(link, await link.connection.open_channel())
         if pipe is None:
             raise TooManyCallsError(f"too many streams to {short(link.peer)}; close some first")
-        return await self._greeter.dialled(pipe, link.peer)
+        return await self._handshaker.dial(pipe, link.peer)
 
     async def _dialled_again(self, peer: PeerId) -> Connection | None:
         """Another channel of the link there is. None when there is none, or it is found dead."""

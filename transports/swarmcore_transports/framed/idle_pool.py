@@ -27,7 +27,7 @@ class IdlePool(Generic[T]):
         return len(self._idle)
 
     def put(self, peer: PeerId, connection: T, now: float) -> list[T]:
-        """Keep ``connection``; return those that must go to make room."""
+        """Keep ``connection``; return those that must go to make memory."""
         self._idle[connection] = (peer, now)
         of_peer = self._of_peer.setdefault(peer, [])
         of_peer.append(connection)

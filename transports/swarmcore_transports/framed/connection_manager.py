@@ -1,4 +1,4 @@
-"""All connections of one transport: those that carry a stream, those kept idle, and who handles streams."""
+"""All connections of one transport: those that carry a stream, those kept idle, the handlers of streams."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from swarmcore.transport import OnStream, serve_stream
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
-from swarmcore_transports.framed.frames import Kind, encode_frame
-from swarmcore_transports.framed.migration import Move
-from swarmcore_transports.framed.pool import IdlePool
+from swarmcore_transports.framed.frames import FrameType, encode_frame
+from swarmcore_transports.framed.idle_pool import IdlePool
+from swarmcore_transports.framed.migration import Migration
 from swarmcore_transports.framed.stream import FramedStream
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 60.0
 
 
-class Connections:
-    """The `Owner` of a transport's connections, dialled and accepted.
+class ConnectionManager:
+    """The `ConnectionOwner` of a transport's connections, dialled and accepted.
 
     ``stale`` tells of an idle connection that its other side has most likely given up; ``resources`` is asked
     anew each time, as a transport may come to share those of others.
@@ -71,7 +71,7 @@ class Connections:
         """From now on, streams that remote peers open go to ``on_stream``."""
         self._on_stream = on_stream
 
-    def take(self, peer: PeerId) -> Connection | None:
+    def take_idle(self, peer: PeerId) -> Connection | None:
         """An idle connection to ``peer`` that this side dialled, ready for another stream."""
         while connection := self._dialled.take(peer):
             if connection.error is None and not self._stale(connection):
@@ -79,29 +79,29 @@ class Connections:
             connection.retire("the connection was idle")
         return None
 
-    def open(self, connection: Connection, peer: PeerId) -> FramedStream:
+    def open_stream(self, connection: Connection, peer: PeerId) -> FramedStream:
         """Open a stream to ``peer`` on a connection that was taken or just dialled.
 
-        Raise `ResourceLimitError` when there is no room for another one of that peer.
+        Raise `ResourceLimitError` when there is no memory for another one of that peer.
         """
         if connection.socket:
             connection.socket.keep()
         try:
             stream = FramedStream(connection, peer, self._limits, self.resources)
         except ResourceLimitError:
-            connection.retire("there is no room for another stream")
+            connection.retire("there is no memory for another stream")
             raise
-        connection.write(encode_frame(Kind.OPEN))
+        connection.write(encode_frame(FrameType.OPEN))
         return stream
 
-    def opened(self, connection: Connection) -> None:
-        """The remote opened a stream on a connection that it dialled: handle it in a task of its own."""
+    def accept_stream(self, connection: Connection) -> None:
+        """The remote has opened a stream on a connection that it dialled: handle it in a task of its own."""
         remote = connection.remote
         assert remote and self._on_stream
         self._accepted.remove(connection)
         if connection.socket:
             connection.socket.keep()
-        # What runs on top refuses the first ones above its limit with a proper answer; here is the wall.
+        # Whoever handles streams refuses those above its limit with a proper answer; this is for floods.
         if self._incoming[remote] >= 2 * self._limits.max_calls_per_peer or (
             len(self._handlers) >= 2 * self._limits.max_calls
         ):
@@ -138,9 +138,9 @@ class Connections:
         pool = self._accepted if connection.accepts else self._dialled
         loop = asyncio.get_running_loop()
         for evicted in pool.put(connection.remote, connection, loop.time()):
-            _let_go(evicted)
+            _close_idle(evicted)
         if connection.socket:
-            connection.socket.evictable(partial(_make_room, connection))
+            connection.socket.evictable(partial(_evict, connection))
         if self._sweeper is None:
             self._sweeper = loop.call_later(_IDLE_SECONDS, self._sweep)
 
@@ -153,7 +153,7 @@ class Connections:
         if not self._all and self._all_lost and not self._all_lost.done():
             self._all_lost.set_result(None)
 
-    def connection_resumes(self, connection: Connection, token: bytes) -> None:
+    def migration_requested(self, connection: Connection, token: bytes) -> None:
         for other in self._all:
             if (
                 other.accepts
@@ -161,17 +161,17 @@ class Connections:
                 and other.token
                 and hmac.compare_digest(other.token, token)
                 and other.error is None
-                and other.move is None
+                and other.migration is None
             ):
-                connection.write(encode_frame(Kind.RESUME))
-                other.move = Move(other, connection.release())
+                connection.write(encode_frame(FrameType.RESUME))
+                other.migration = Migration(other, connection.give_up_transport())
                 return
         connection.retire("there is no such connection to go on with")
 
     def relayed_to(self, peer: PeerId) -> list[Connection]:
-        """Connections that this side dialled and that carry a stream to ``peer`` by way of a relay.
+        """Connections that this side dialled and that carry a stream to ``peer`` over a relay.
 
-        Those that carry none are let go.
+        Those that carry none are retired.
         """
         found = [
             connection
@@ -183,27 +183,27 @@ class Connections:
         ]
         for connection in found:
             if connection.stream is None:
-                connection.retire("there is a direct way now")
+                connection.retire("there is a direct path now")
         return [connection for connection in found if connection.stream]
 
-    async def move(self, connection: Connection, fresh: Connection) -> None:
-        """Let the pipe of ``fresh``, just dialled to the same peer, carry ``connection`` from now on.
+    async def migrate(self, connection: Connection, fresh: Connection) -> None:
+        """Let the transport of ``fresh``, just dialled to the same peer, carry ``connection`` from now on.
 
         What goes wrong before the peer has agreed leaves ``connection`` where it is.
         """
-        fresh.write(encode_frame(Kind.RESUME, connection.token))
+        fresh.write(encode_frame(FrameType.RESUME, connection.token))
         await fresh.resumed
-        if connection.error or connection.move or connection.stream is None:
+        if connection.error or connection.migration or connection.stream is None:
             fresh.retire("the connection is gone")
             return
-        connection.move = Move(connection, fresh.release())
-        connection.move.leave()
+        connection.migration = migration = Migration(connection, fresh.give_up_transport())
+        migration.switch()
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         for pool in (self._dialled, self._accepted):
             for connection in pool.expire(loop.time()):
-                _let_go(connection)
+                _close_idle(connection)
         self._sweeper = loop.call_later(_IDLE_SECONDS / 2, self._sweep) if self.idle else None
 
     # --- the end --------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class Connections:
             self._sweeper.cancel()
             self._sweeper = None
         for connection in tuple(self._all):
-            # Nobody is waiting for the last words on an idle one.
+            # Nobody waits for the reason on an idle one.
             connection.retire("the transport was closed", patience=None if connection.stream else 0.0)
         for task in self._handlers:
             task.cancel()
@@ -243,26 +243,26 @@ class Connections:
                 connection.fail(PeerUnreachableError("the transport was closed"))
 
 
-def _make_room(idle: Connection) -> None:
-    idle.retire("the peer needs room for others", patience=0.0)
+def _evict(idle: Connection) -> None:
+    idle.retire("the peer needs memory for others", patience=0.0)
 
 
-def _let_go(idle: Connection) -> None:
+def _close_idle(idle: Connection) -> None:
     if idle.accepts:
         idle.dismiss()
     else:
         idle.retire("the connection was idle")
 
 
-def hand_over(data: bytes, taker: Callable[[], asyncio.BufferedProtocol | None]) -> bytes:
-    """Give ``data`` to the protocol that ``taker`` names before each piece, or return what it does not take.
+def feed_protocol(data: bytes, reader: Callable[[], asyncio.BufferedProtocol | None]) -> bytes:
+    """Give ``data`` to the protocol that ``reader`` names before each piece; return what is not taken.
 
-    A protocol may pause reading, hand the pipe on or close it in the midst of this; ``taker`` then names
-    another one, or None.
+    A protocol may pause reading, give the transport away or close it in the midst of this; ``reader``
+    then names another one, or None.
     """
     rest = memoryview(data)
-    while rest and (protocol := taker()) is not None:
-        # Let go of before the next is asked for: a buffer that is looked at cannot grow.
+    while rest and (protocol := reader()) is not None:
+        # Released before the next is asked for: a bytearray with a memoryview on it cannot grow.
         with memoryview(protocol.get_buffer(len(rest))) as buffer:
             taken = min(len(buffer), len(rest))
             buffer[:taken] = rest[:taken]

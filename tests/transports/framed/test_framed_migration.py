@@ -18,8 +18,8 @@ from swarmcore.transport import Stream
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import Connection
-from swarmcore_transports.framed.connections import Connections
-from swarmcore_transports.framed.frames import Kind, Settings, encode_frame
+from swarmcore_transports.framed.connection_manager import ConnectionManager
+from swarmcore_transports.framed.frames import FrameType, Settings, encode_frame
 from swarmcore_transports.framed.migration import TOKEN_BYTES
 
 LIMITS = Limits(max_message=2**20, send_buffer=64 * 1024)
@@ -31,11 +31,11 @@ class Ends:
     """A dialler and a listener that connect over pipes of the test's making."""
 
     rng: random.Random
-    dialler: Connections = attrs.Factory(
-        lambda: Connections(LIMITS, lambda connection: False, ResourceManager)
+    dialler: ConnectionManager = attrs.Factory(
+        lambda: ConnectionManager(LIMITS, lambda connection: False, ResourceManager)
     )
-    listener: Connections = attrs.Factory(
-        lambda: Connections(LIMITS, lambda connection: False, ResourceManager)
+    listener: ConnectionManager = attrs.Factory(
+        lambda: ConnectionManager(LIMITS, lambda connection: False, ResourceManager)
     )
     incoming: asyncio.Queue[Stream] = attrs.Factory(asyncio.Queue)
 
@@ -44,24 +44,24 @@ class Ends:
         near_pipe, far_pipe = pipe_pair(path, self.rng)
         near = Connection(self.dialler, LIMITS, lambda c, kind, body: c.establish(LISTENER, settings))
 
-        def greet(connection: Connection, kind: Kind, body: bytes) -> None:
+        def greet(connection: Connection, kind: FrameType, body: bytes) -> None:
             connection.token = body
             connection.establish(PeerId(DIALLER), settings)
             self.listener.connection_idle(connection)
 
-        far = Connection(self.listener, LIMITS, greet, self.listener.opened)
+        far = Connection(self.listener, LIMITS, greet, self.listener.accept_stream)
         for pipe, connection in ((near_pipe, near), (far_pipe, far)):
             pipe.set_protocol(connection)
             connection.connection_made(pipe)
         near.token = token or self.rng.randbytes(TOKEN_BYTES)
-        near.write(encode_frame(Kind.HELLO, near.token))
-        far.write(encode_frame(Kind.HELLO))
+        near.write(encode_frame(FrameType.HELLO, near.token))
+        far.write(encode_frame(FrameType.HELLO))
         await near.established
         return near, near_pipe, far_pipe
 
     async def open(self, path: str) -> tuple[Connection, Stream, Stream]:
         connection, _, _ = await self.connect(path)
-        near = self.dialler.open(connection, LISTENER)
+        near = self.dialler.open_stream(connection, LISTENER)
         return connection, near, await self.incoming.get()
 
 
@@ -111,9 +111,9 @@ async def test_nothing_is_lost_doubled_or_out_of_turn(seed: int) -> None:
             for _ in range(both.rng.randrange(30)):
                 await asyncio.sleep(0)
             fresh, _, _ = await both.connect(path)
-            await both.dialler.move(connection, fresh)
+            await both.dialler.migrate(connection, fresh)
             assert near.path == path
-            while connection.move or any(held.move for held in both.listener._all):
+            while connection.migration or any(held.migration for held in both.listener._all):
                 await asyncio.sleep(0)
             assert far.path == path
         await asyncio.gather(*talk)
@@ -127,7 +127,7 @@ async def test_the_old_pipe_is_let_go_and_the_stream_can_end() -> None:
         old = connection.transport
         assert isinstance(old, PipeEnd)
         fresh, _, _ = await both.connect("direct")
-        await both.dialler.move(connection, fresh)
+        await both.dialler.migrate(connection, fresh)
         await near.send(b"one")
         assert bytes(await far.receive()) == b"one"
         while not (old.closing and old.other.closing):
@@ -147,7 +147,7 @@ async def test_a_listener_that_does_not_know_the_connection_leaves_it_where_it_i
         connection.token = bytes(TOKEN_BYTES)
         fresh, _, _ = await both.connect("direct")
         with pytest.raises(SwarmError):
-            await both.dialler.move(connection, fresh)
+            await both.dialler.migrate(connection, fresh)
         assert near.path == "relayed"
         await near.send(b"still here")
         assert bytes(await far.receive()) == b"still here"
@@ -160,7 +160,7 @@ async def test_the_old_pipe_breaks_in_the_middle() -> None:
         assert isinstance(old, PipeEnd)
         fresh, _, _ = await both.connect("direct")
         old.other.paused = True
-        await both.dialler.move(connection, fresh)
+        await both.dialler.migrate(connection, fresh)
         old.abort()
         old.other.arriving.clear()  # the last words are lost on the way
         old.other.resume_reading()
@@ -174,7 +174,7 @@ async def test_the_new_pipe_breaks_before_anyone_has_used_it() -> None:
     async with ends() as both:
         connection, near, far = await both.open("relayed")
         fresh, near_pipe, far_pipe = await both.connect("direct")
-        moving = asyncio.create_task(both.dialler.move(connection, fresh))
+        moving = asyncio.create_task(both.dialler.migrate(connection, fresh))
         while not far_pipe.paused:
             await asyncio.sleep(0)
         near_pipe.arriving.clear()
@@ -189,7 +189,7 @@ async def test_garbage_instead_of_a_move_breaks_one_connection_only() -> None:
     async with ends() as both:
         _, near, far = await both.open("relayed")
         fresh, _, _ = await both.connect("direct")
-        fresh.write(encode_frame(Kind.MOVE))
+        fresh.write(encode_frame(FrameType.MOVE))
         while fresh.error is None:
             await asyncio.sleep(0)
         await near.send(b"untouched")

@@ -8,8 +8,7 @@ from small_resources import bounded
 from swarmcore.errors import ResourceLimitError
 from swarmcore.resources import Bounds, Resource, ResourceManager
 from swarmcore.types import PeerId
-from swarmcore_transports.framed.flow import MESSAGE_COST, Inbox
-from swarmcore_transports.framed.room import Room
+from swarmcore_transports.framed.flow_control import MESSAGE_COST, ReceiveMemory, ReceiveQueue
 
 KIB = 1024
 WINDOW, MOST = 64 * KIB, 256 * KIB
@@ -20,14 +19,14 @@ class Sender:
     """One stream from the side of a sender that uses all the credit it gets."""
 
     def __init__(self, resources: ResourceManager, peer: PeerId = PEER) -> None:
-        self.inbox = Inbox(WINDOW, MOST)
-        self.room = Room(resources, peer, WINDOW, self.inbox, self.more)
+        self.queue = ReceiveQueue(WINDOW, MOST)
+        self.memory = ReceiveMemory(resources, peer, WINDOW, self.queue, self.more)
         self.credit = WINDOW
         self.left = 0
         self.total = 0
 
     def more(self) -> None:
-        self.credit += self.inbox.grant()
+        self.credit += self.queue.grant()
 
     def begin(self, total: int) -> None:
         self.total = self.left = total
@@ -38,8 +37,8 @@ class Sender:
         while self.left and self._part(first=False):
             pass
         if not self.left and self.total:
-            self.inbox.put(memoryview(bytearray(self.total)))
-            self.room.arrived()
+            self.queue.put(memoryview(bytearray(self.total)))
+            self.memory.message_arrived()
             self.total = 0
         return not self.left
 
@@ -50,16 +49,16 @@ class Sender:
             return False
         self.credit -= length + cost
         self.left -= length
-        self.inbox.announce(length, total=self.total if first else None)
-        self.room.look()
+        self.queue.charge(length, total=self.total if first else None)
+        self.memory.reserve()
         self.more()
         return True
 
     def take(self) -> None:
-        self.room.used()
-        self.inbox.take()
-        self.room.taken()
-        self.room.look()
+        self.memory.release_taken()
+        self.queue.take()
+        self.memory.message_taken()
+        self.memory.reserve()
         self.more()
 
 
@@ -80,7 +79,7 @@ def test_unfinished_messages_of_many_streams_stay_within_the_bound_of_their_peer
     assert arrived <= 8192 * KIB
     assert sum(whole) >= 1  # those that were admitted came through
     for sender in senders:
-        sender.room.release()
+        sender.memory.release()
     assert resources.used(Resource.BYTES) == 0
 
 
@@ -92,9 +91,9 @@ def test_every_message_gets_its_turn() -> None:
     done = 0
     for _ in range(100):
         for sender in senders:
-            if sender.go_on() and len(sender.inbox):
+            if sender.go_on() and len(sender.queue):
                 sender.take()
-                sender.room.used()
+                sender.memory.release_taken()
                 done += 1
     assert done == 20
 
@@ -108,7 +107,7 @@ def test_what_was_taken_counts_until_the_next_is_asked_for() -> None:
     assert held >= 1024 * KIB
     sender.take()
     assert resources.used(Resource.BYTES) == held
-    sender.room.used()
+    sender.memory.release_taken()
     assert resources.used(Resource.BYTES) == held - 1024 * KIB
 
 
