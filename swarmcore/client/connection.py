@@ -13,7 +13,7 @@ from typing import Any, Self
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.pinging import Pinger, PingLimits
 from swarmcore.client.served_models import ServedModel, find_served
-from swarmcore.client.session.planner import SwarmPlanner, random_session_id
+from swarmcore.client.session.planner import SessionPlanner, random_session_id
 from swarmcore.client.session.session import InferenceSession, SessionOptions, open_session
 from swarmcore.errors import InputError, MissingBlocksError, PeerUnreachableError
 from swarmcore.registry.base import Change, Registry, SwarmView
@@ -214,10 +214,10 @@ class SwarmConnection:
         *,
         adapter: AdapterWeights | None = None,
         on_use: Callable[[], None] = lambda: None,
-    ) -> SwarmPlanner:
+    ) -> SessionPlanner:
         """What chooses the servers of ``model``'s sessions, and hears how they did."""
         self._check_joined()
-        return SwarmPlanner(
+        return SessionPlanner(
             self.registry,
             self.router,
             self.health,

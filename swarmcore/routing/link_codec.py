@@ -6,15 +6,15 @@ the time it takes there, relative to that of the other stages; only links that h
 What a client does with it, for each tensor of a pass with ``codec="auto"``::
 
     # before it is sent or asked for
-    codec = links.codec(peer, way, kind, dtype, shape, now, chain=chain.peers)
+    codec = links.codec(peer, direction, kind, dtype, shape, now, chain=chain.peers)
     # after it went over the link
-    links.transferred(peer, way, encoded_nbytes, seconds, now)
+    links.transferred(peer, direction, encoded_nbytes, seconds, now)
     # once for each pass
     links.computed(peer, kind, shape, done.seconds, now)
 
-``way`` is ``"up"`` to the peer and ``"down"`` from it; ``kind`` is ``"activations"`` for inputs and outputs,
-``"gradients"`` for those of either. A forward pass is told to `computed` as activations, a backward pass as
-gradients. Steps of inference have no business here.
+``direction`` is ``"up"`` to the peer and ``"down"`` from it; ``kind`` is ``"activations"`` for inputs and
+outputs, ``"gradients"`` for those of either. A forward pass is told to `computed` as activations, a backward
+pass as gradients. Steps of inference have no business here.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from swarmcore.routing.link_rate import LinkRate
 from swarmcore.types import PeerId
 from swarmcore.wire.tensors import ITEM_BYTES
 
-Way = Literal["up", "down"]
-Kind = Literal["activations", "gradients"]
+LinkDirection = Literal["up", "down"]
+TensorKind = Literal["activations", "gradients"]
 
 MARGIN = 1.25
 """How far beyond its allowance a transfer has to be, or within it a larger one, before the codec changes."""
@@ -53,7 +53,7 @@ class Rung:
     """Of each value once encoded, about."""
 
 
-LADDERS: Mapping[Kind, tuple[Rung, ...]] = {
+LADDERS: Mapping[TensorKind, tuple[Rung, ...]] = {
     "activations": (Rung("int8", 8.25), Rung("mixed4", 5), Rung("mixed3", 4), Rung("mixed2", 3)),
     "gradients": (
         Rung("int8", 8.25),
@@ -72,8 +72,8 @@ same sizes that keep only the largest entries destroy its hidden states, which a
 class _Link:
     rate: LinkRate = attrs.Factory(LinkRate)
     measured: float = -math.inf
-    rungs: dict[Kind, int] = attrs.Factory(dict)
-    lossy: dict[Kind, int] = attrs.Factory(dict)
+    rungs: dict[TensorKind, int] = attrs.Factory(dict)
+    lossy: dict[TensorKind, int] = attrs.Factory(dict)
     """Tensors since the last probe."""
 
 
@@ -93,14 +93,14 @@ class LinkCodec:
         self,
         *,
         share: float = 1.0,
-        ladders: Mapping[Kind, Sequence[Rung]] | None = None,
+        ladders: Mapping[TensorKind, Sequence[Rung]] | None = None,
         capacity: int = CAPACITY,
     ) -> None:
         self._share = share
         self._ladders = LADDERS if ladders is None else ladders
         self._capacity = capacity
-        self._links: dict[tuple[PeerId, Way], _Link] = {}
-        self._speeds: dict[tuple[PeerId, Kind], float] = {}
+        self._links: dict[tuple[PeerId, LinkDirection], _Link] = {}
+        self._speeds: dict[tuple[PeerId, TensorKind], float] = {}
         self._refused: dict[PeerId, set[str]] = {}
         self._used: dict[PeerId, None] = {}  # in the order of use
 
@@ -115,8 +115,8 @@ class LinkCodec:
     def codec(
         self,
         peer: PeerId,
-        way: Way,
-        kind: Kind,
+        direction: LinkDirection,
+        kind: TensorKind,
         dtype: str,
         shape: Sequence[int],
         now: float,
@@ -128,7 +128,7 @@ class LinkCodec:
         ``chain`` is all peers that the same micro-batch goes through: the slowest of them sets the pace.
         """
         self._touch(peer)
-        link = self._link(peer, way, now)
+        link = self._link(peer, direction, now)
         count = math.prod(shape)
         rungs = [Rung("raw", 8.0 * ITEM_BYTES[dtype]), *self._ladders[kind]]
         refused = self._refused.get(peer, ())
@@ -151,17 +151,21 @@ class LinkCodec:
             chosen -= 1
         return rungs[chosen].codec
 
-    def transferred(self, peer: PeerId, way: Way, nbytes: int, seconds: float, now: float) -> None:
+    def transferred(
+        self, peer: PeerId, direction: LinkDirection, nbytes: int, seconds: float, now: float
+    ) -> None:
         """``nbytes``, as encoded, took ``seconds`` over the link, without computation and waiting in line.
 
         A latency in it does no harm. Values that cannot be are passed over: some come from the other side.
         """
         self._touch(peer)
-        link = self._link(peer, way, now)
+        link = self._link(peer, direction, now)
         link.rate.measured(nbytes, seconds)
         link.measured = now
 
-    def computed(self, peer: PeerId, kind: Kind, shape: Sequence[int], seconds: float, now: float) -> None:
+    def computed(
+        self, peer: PeerId, kind: TensorKind, shape: Sequence[int], seconds: float, now: float
+    ) -> None:
         """``peer`` was at work for ``seconds`` on a pass with hidden states of ``shape``."""
         count = math.prod(shape)
         if not count or not 0 < seconds < math.inf:
@@ -188,15 +192,15 @@ class LinkCodec:
         """Harmless when ``peer`` is not known."""
         self._used.pop(peer, None)
         self._refused.pop(peer, None)
-        for way in ("up", "down"):
-            self._links.pop((peer, way), None)
+        for direction in ("up", "down"):
+            self._links.pop((peer, direction), None)
         for kind in ("activations", "gradients"):
             self._speeds.pop((peer, kind), None)
 
-    def _link(self, peer: PeerId, way: Way, now: float) -> _Link:
-        link = self._links.get((peer, way))
+    def _link(self, peer: PeerId, direction: LinkDirection, now: float) -> _Link:
+        link = self._links.get((peer, direction))
         if link is None or (link.rate and now - link.measured > FORGET):
-            link = self._links[peer, way] = _Link()
+            link = self._links[peer, direction] = _Link()
         return link
 
     def _touch(self, peer: PeerId) -> None:

@@ -1,8 +1,8 @@
 """What a session keeps of its stages' inputs, so that a stage that is lost can be rebuilt elsewhere.
 
-The inputs of one stage are a `Lane`: the rows that every token had when it entered that block. A server keeps
-one of its own outputs when it is asked to; the client's `Journal` has one for every stage: in the paper, the
-client-side cache of section 3.2.
+The inputs of one stage are a `RowHistory`: the rows that every token had when it entered that block. A
+server keeps one of its own outputs when it is asked to; the client's `Journal` has one for every stage: in
+the paper, the client-side cache of section 3.2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError, 
 from swarmcore.wire.tensors import Tensor
 
 COMPACT_NBYTES = 16 << 20
-"""Bytes that a lane takes in, at least, before it looks for tensors of which little is left."""
+"""Bytes that a history takes in, at least, before it looks for tensors of which little is left."""
 
 MAX_OPEN = 16
 """Steps that may be under way at a server, more than a client has at once; older ones were given up."""
@@ -25,7 +25,7 @@ MAX_OPEN = 16
 
 @attrs.frozen
 class Entry:
-    """What a step does to a lane: reorder, roll back, append. Fields as in `Step`."""
+    """What a step does to a history: reorder, roll back, append. Fields as in `Step`."""
 
     step: int
     starts: tuple[int, ...]
@@ -48,7 +48,7 @@ class _Run:
         return _Run(self.start, self.count, attrs.evolve(rows, data=memoryview(bytearray(rows.data))), 0)
 
 
-class Lane:
+class RowHistory:
     """The rows of every sequence at one place between two blocks, from position 0 on.
 
     Rows are kept as they came, encoded, and decoded when they are read. Reordering copies references only. At
@@ -159,7 +159,7 @@ class Lane:
         self._room = max(self.counted_nbytes, COMPACT_NBYTES)
 
     def __repr__(self) -> str:
-        return f"<Lane {','.join(map(str, self.lengths))} rows>"
+        return f"<RowHistory {','.join(map(str, self.lengths))} rows>"
 
 
 class KeptOutputs:
@@ -170,64 +170,64 @@ class KeptOutputs:
     """
 
     def __init__(self, sequences: int) -> None:
-        self._lane: Lane | None = Lane(sequences)
+        self._history: RowHistory | None = RowHistory(sequences)
         self._open: deque[tuple[Entry, Tensor]] = deque()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept, or somewhat more."""
-        settled = self._lane.counted_nbytes if self._lane is not None else 0
+        settled = self._history.counted_nbytes if self._history is not None else 0
         return settled + sum(rows.data.nbytes for _, rows in self._open)
 
     def drop(self) -> None:
         """Forget everything, for good."""
-        self._lane = None
+        self._history = None
         self._open.clear()
 
     def keep(self, entry: Entry, rows: Tensor, *, settled: bool = False) -> None:
         """The outputs of a step, ``[sum(lengths), width]``; of a replay, which is of ``settled`` tokens."""
-        if self._lane is None:
+        if self._history is None:
             return
         if settled:
-            self._lane.apply(entry, rows)
+            self._history.apply(entry, rows)
         else:
             self._open.append((entry, rows))
             if len(self._open) > MAX_OPEN:
-                self._lane.apply(*self._open.popleft())
+                self._history.apply(*self._open.popleft())
 
     def settle(self, below: int) -> None:
         """All steps with a lower number have come home, or were given up and are overwritten."""
-        while self._lane is not None and self._open and self._open[0][0].step < below:
-            self._lane.apply(*self._open.popleft())
+        while self._history is not None and self._open and self._open[0][0].step < below:
+            self._history.apply(*self._open.popleft())
 
     def tensors(self, starts: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
-        """As `Lane.tensors`. Raise `SessionLostError` when it was dropped."""
+        """As `RowHistory.tensors`. Raise `SessionLostError` when it was dropped."""
         return self._kept.tensors(starts, lengths)
 
     def rows(
         self, starts: Sequence[int], lengths: Sequence[int], known: Mapping[int, Tensor] | None = None
     ) -> Tensor:
-        """As `Lane.rows`. Raise `SessionLostError` when it was dropped."""
+        """As `RowHistory.rows`. Raise `SessionLostError` when it was dropped."""
         return self._kept.rows(starts, lengths, known)
 
     @property
-    def _kept(self) -> Lane:
-        if self._lane is None:
+    def _kept(self) -> RowHistory:
+        if self._history is None:
             raise SessionLostError(
                 "what the session had computed here had to make room; replay it from the stage before"
             )
-        return self._lane
+        return self._history
 
 
-class _Inputs:
-    """The lane of one stage's inputs, and what is on its way into it.
+class _StageInputs:
+    """The history of one stage's inputs, and what is on its way into it.
 
-    Rows come when they come: some time before or after their step is settled. They enter the lane in the
-    order of the settled steps, so that the lane is always what it was after one of them.
+    Rows come when they come: some time before or after their step is settled. They enter the history in the
+    order of the settled steps, so that the history is always what it was after one of them.
     """
 
     def __init__(self, sequences: int) -> None:
-        self.lane = Lane(sequences)
+        self.history = RowHistory(sequences)
         self.arrived: dict[int, Tensor] = {}
         self.due: deque[Entry] = deque()
 
@@ -238,12 +238,12 @@ class _Inputs:
     def advance(self) -> None:
         while self.due and self.due[0].step in self.arrived:
             entry = self.due.popleft()
-            self.lane.apply(entry, self.arrived.pop(entry.step))
+            self.history.apply(entry, self.arrived.pop(entry.step))
 
     def keep(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Give up on rows that are due; return how many of each sequence, up to ``positions``, are good."""
         due, self.due = self.due, deque()
-        good = self.lane.lengths
+        good = self.history.lengths
         if any(entry.sources for entry in due):
             good = (0,) * len(good)
         for entry in due:
@@ -252,20 +252,20 @@ class _Inputs:
                 for have, start, count in zip(good, entry.starts, entry.lengths, strict=True)
             )
         good = tuple(map(min, good, positions))
-        self.lane.truncate(good)
+        self.history.truncate(good)
         return good
 
 
 class Journal:
     """The inputs of a session's stages, by the block at which each begins.
 
-    Steps in flight are held beside the lanes until they are settled or forgotten. A plain object.
+    Steps in flight are held beside the histories until they are settled or forgotten. A plain object.
     """
 
     def __init__(self, sequences: int, blocks: Iterable[int]) -> None:
         self._sequences = sequences
-        self._inputs = {block: _Inputs(sequences) for block in blocks}
-        self._flying: dict[int, int] = {}
+        self._inputs = {block: _StageInputs(sequences) for block in blocks}
+        self._in_flight: dict[int, int] = {}
 
     @property
     def blocks(self) -> frozenset[int]:
@@ -274,11 +274,11 @@ class Journal:
 
     @property
     def nbytes(self) -> int:
-        return sum(inputs.lane.nbytes for inputs in self._inputs.values())
+        return sum(inputs.history.nbytes for inputs in self._inputs.values())
 
     def begin(self, step: int, rows: int) -> None:
         """A step of so many rows has left: those that come with its number are to be kept."""
-        self._flying[step] = rows
+        self._in_flight[step] = rows
 
     def receive(self, block: int, step: int, rows: Tensor) -> bool:
         """Rows with which a step entered ``block``. False when nobody needs them (any more).
@@ -288,7 +288,7 @@ class Journal:
         inputs = self._inputs.get(block)
         if inputs is None or step in inputs.arrived:
             return False
-        expected = self._flying.get(step)
+        expected = self._in_flight.get(step)
         if expected is None:
             expected = next((sum(entry.lengths) for entry in inputs.due if entry.step == step), None)
             if expected is None:
@@ -301,13 +301,13 @@ class Journal:
 
     def settle(self, entry: Entry) -> None:
         """The step has come home: its tokens are part of the session."""
-        self._flying.pop(entry.step, None)
+        self._in_flight.pop(entry.step, None)
         for inputs in self._inputs.values():
             inputs.settle(entry)
 
     def forget(self, step: int) -> None:
         """The step was given up."""
-        self._flying.pop(step, None)
+        self._in_flight.pop(step, None)
         for inputs in self._inputs.values():
             inputs.arrived.pop(step, None)
 
@@ -326,15 +326,15 @@ class Journal:
         return inputs is not None and not inputs.due
 
     def rows(self, block: int, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """As `Lane.rows`. The lane has to be `complete`."""
-        return self._inputs[block].lane.rows(starts, lengths)
+        """As `RowHistory.rows`. The history has to be `complete`."""
+        return self._inputs[block].history.rows(starts, lengths)
 
     def rebuild(self, block: int, positions: Sequence[int]) -> tuple[int, ...]:
         """The server that feeds ``block`` is gone: what it still owed will be computed again.
 
         Return how many rows of each sequence are here, up to ``positions``; `expect` says what follows.
         """
-        inputs = self._inputs.setdefault(block, _Inputs(self._sequences))
+        inputs = self._inputs.setdefault(block, _StageInputs(self._sequences))
         return inputs.keep(positions)
 
     def expect(self, block: int, entry: Entry) -> None:
@@ -349,6 +349,6 @@ class Journal:
 
     def __repr__(self) -> str:
         places = ", ".join(
-            f"{block}: {max(inputs.lane.lengths)}" for block, inputs in sorted(self._inputs.items())
+            f"{block}: {max(inputs.history.lengths)}" for block, inputs in sorted(self._inputs.items())
         )
         return f"<Journal {places}>"

@@ -54,7 +54,7 @@ class Chunk:
 
 
 @attrs.frozen
-class Lap:
+class StepPlan:
     """New tokens of some sequences, in chunks, and where the sequences will stand when it is done."""
 
     chunks: tuple[Chunk, ...]
@@ -64,7 +64,7 @@ class Lap:
     sources: tuple[int, ...] = ()
 
 
-class SessionLaps:
+class SessionSteps:
     """Numbers the steps of a session and routes them along its chain.
 
     ``hops`` are the stages in order. ``carried`` are stages that cannot reach the next one: the client takes
@@ -110,7 +110,7 @@ class SessionLaps:
         *,
         chunk_rows: int,
         sources: Sequence[int] = (),
-    ) -> Lap:
+    ) -> StepPlan:
         """Plan the lap for ``lengths`` new tokens of each sequence, from ``starts`` (default: `positions`).
 
         With ``sources``, sequence ``i`` first becomes a copy of sequence ``sources[i]``. A start below a
@@ -139,19 +139,19 @@ class SessionLaps:
                     f"sequence {sequence} cannot start at {start}: positions 0 to {position} are cached"
                 )
         chunks = self._chunks(starts, lengths, sources, reply, chunk_rows)
-        return Lap(tuple(chunks), starts, lengths, reply, sources)
+        return StepPlan(tuple(chunks), starts, lengths, reply, sources)
 
     def settle(self, chunk: Chunk) -> None:
         """The chunk came home: its tokens are cached on every stage. Chunks of a lap come in their order."""
         self.positions = tuple(map(int.__add__, chunk.starts, chunk.lengths))
         self.settled = chunk.step + 1
 
-    def abandon(self, lap: Lap) -> None:
+    def abandon(self, lap: StepPlan) -> None:
         """The lap failed: what it started from is kept, whatever the stages have cached beyond it."""
         if not self.reordering(lap):
             self.positions = tuple(map(min, lap.starts, self.positions))
 
-    def reordering(self, lap: Lap) -> bool:
+    def reordering(self, lap: StepPlan) -> bool:
         """Whether stages may have reordered their sequences for a lap of which nothing has come home."""
         return bool(lap.sources) and self.settled <= lap.chunks[0].step
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from swarmcore.routing.link_codec import LADDERS, Kind, LinkCodec, Way
+from swarmcore.routing.link_codec import LADDERS, LinkCodec, LinkDirection, TensorKind
 from swarmcore.types import PeerId
 from swarmcore.wire.tensors import ITEM_BYTES
 
 RATES = (1.0, 10.0, 100.0, 1000.0)
 """Mbit/s."""
 
-KINDS: tuple[Kind, ...] = ("activations", "gradients")
-WAYS: tuple[Way, ...] = ("up", "down")
+KINDS: tuple[TensorKind, ...] = ("activations", "gradients")
+DIRECTIONS: tuple[LinkDirection, ...] = ("up", "down")
 
 FIXED = "mixed2"
 """What `LinkTimes.fixed` uses on every link, fast or slow."""
@@ -44,7 +44,7 @@ class MicroBatch:
     def shape(self) -> tuple[int, int]:
         return self.tokens, self.hidden_size
 
-    def seconds(self, kind: Kind) -> float:
+    def seconds(self, kind: TensorKind) -> float:
         """Of computation, on the way forward or back."""
         return self.forward_seconds if kind == "activations" else self.backward_seconds
 
@@ -64,7 +64,7 @@ class LinkTimes:
     fixed: float
     """With `FIXED` on every link."""
     auto: float
-    codecs: dict[Kind, str]
+    codecs: dict[TensorKind, str]
     """Those that ``auto`` came to."""
 
 
@@ -103,26 +103,26 @@ class _VirtualLink:
         self._delay, self._work = delay, work
         self.seconds = 0.0
         """Of all micro-batches."""
-        self.used: Counter[tuple[Kind, str]] = Counter()
+        self.used: Counter[tuple[TensorKind, str]] = Counter()
 
     def micro_batch(self, codecs: LinkCodec, chain: Sequence[PeerId], now: float) -> float:
         """Take one there and back, and tell ``codecs`` about it; return the time when that is done."""
         work, began = self._work, now
         for kind in KINDS:
-            for way in WAYS:
-                codec = codecs.codec(self.peer, way, kind, work.dtype, work.shape, now, chain=chain)
+            for direction in DIRECTIONS:
+                codec = codecs.codec(self.peer, direction, kind, work.dtype, work.shape, now, chain=chain)
                 seconds = self._transfer(codec)
                 now += seconds
-                codecs.transferred(self.peer, way, self._nbytes(codec), seconds, now)
+                codecs.transferred(self.peer, direction, self._nbytes(codec), seconds, now)
                 self.used[kind, codec] += 1
             now += work.seconds(kind)
             codecs.computed(self.peer, kind, work.shape, work.seconds(kind), now)
         self.seconds += now - began
         return now
 
-    def micro_batch_seconds(self, codec: Callable[[Kind], str]) -> float:
+    def micro_batch_seconds(self, codec: Callable[[TensorKind], str]) -> float:
         """The same with codecs that are given."""
-        return sum(len(WAYS) * self._transfer(codec(kind)) + self._work.seconds(kind) for kind in KINDS)
+        return sum(len(DIRECTIONS) * self._transfer(codec(kind)) + self._work.seconds(kind) for kind in KINDS)
 
     def _transfer(self, codec: str) -> float:
         return self._delay + 8 * self._nbytes(codec) / (self.rate * 1e6)

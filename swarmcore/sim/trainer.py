@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.client.autograd.rpc import Batch
+from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.errors import SwarmError
 from swarmcore.registry.gossip.registry import GossipRegistry
 from swarmcore.rpc import Node
@@ -154,10 +154,10 @@ class Trainer:
         names = range(self.begun, self.begun + many)
         self.begun += many
         model, tokens = self.world.model, self.work.tokens
-        batch = Batch(self.work.lengths, timeout=self.runner.options.timeout)
+        batch = MicroBatch(self.work.lengths, timeout=self.runner.options.timeout)
         try:
             ways = await self.runner.forward(
-                self.span, [(batch, model.batch(name, tokens)) for name in names], way_back=True
+                self.span, [(batch, model.batch(name, tokens)) for name in names], needs_backward=True
             )
             backs = await self.runner.backward(ways, [model.batch(name, tokens) for name in names])
         except SwarmError as exc:

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 import attrs
 
-from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.errors import InternalError
-from swarmcore.routing.link_codec import LADDERS, Kind, LinkCodec, Rung
+from swarmcore.routing.link_codec import LADDERS, LinkCodec, Rung, TensorKind
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.hosts import Geography
 from swarmcore.sim.link_times import FIXED, KINDS, SETTLING
@@ -75,7 +75,7 @@ class LinkResult:
     at_once: int
     seconds: float
     """Between one micro-batch that is back and the next, on average."""
-    codecs: dict[Kind, str]
+    codecs: dict[TensorKind, str]
     """Those that were used most."""
     trace: str
     messages: int
@@ -94,26 +94,26 @@ def _sized(codec: str) -> str:
     return codec if codec in ("raw", "auto") else f"size of {codec}"
 
 
-def _register() -> dict[Kind, tuple[Rung, ...]]:
+def _register() -> dict[TensorKind, tuple[Rung, ...]]:
     """Make codecs known that are as long as those of `LADDERS`; return ladders of them."""
     for rung in (rung for ladder in LADDERS.values() for rung in ladder):
         register_codec(_sized(rung.codec), SizeOfCodec(rung.bits))
     return {kind: tuple(Rung(_sized(rung.codec), rung.bits) for rung in LADDERS[kind]) for kind in KINDS}
 
 
-class _CountedCodecs(PassCodecs):
+class _CountedCodecs(BatchCodecs):
     def __init__(self, codec: str) -> None:
         super().__init__(_sized(codec), LinkCodec(ladders=_register()))
-        self.used: Counter[tuple[Kind, str]] = Counter()
+        self.used: Counter[tuple[TensorKind, str]] = Counter()
 
     def choose(
-        self, peer: PeerId, kind: Kind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
+        self, peer: PeerId, kind: TensorKind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
     ) -> tuple[str, str]:
         chosen = super().choose(peer, kind, rows, now, chain)
         self.used.update((kind, codec) for codec in chosen)
         return chosen
 
-    def usual(self, kind: Kind) -> str:
+    def usual(self, kind: TensorKind) -> str:
         """Chosen most since ``used`` was cleared."""
         [((_, codec), _)] = Counter({key: n for key, n in self.used.items() if key[0] == kind}).most_common(1)
         return codec.removeprefix(_sized(""))

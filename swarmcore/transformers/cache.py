@@ -186,7 +186,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
         session = self._session
         assert session is not None
         try:
-            return await self._lap(session, chunks, self._starts, reply)
+            return await self._step(session, chunks, self._starts, reply)
         except UnavailableError:
             self._forget_session()
             await session.close()
@@ -200,7 +200,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
         try:
             if any(starts):
                 before = [torch.cat(sent) if sent else chunks[i][:0] for i, sent in enumerate(self._sent)]
-                await self._lap(session, before, [0] * len(before), "last")
+                await self._step(session, before, [0] * len(before), "last")
         except BaseException:
             self._sources = []
             await session.close()
@@ -209,7 +209,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self._dropped = weakref.finalize(self, _close_soon, self._loop.loop, session)
         self._dropped.atexit = False  # the swarm is closed then
 
-    async def _lap(
+    async def _step(
         self, session: RemoteSession, chunks: Sequence[torch.Tensor], starts: Sequence[int], reply: Reply
     ) -> torch.Tensor:
         """Send rows of each sequence; return what comes back, one sequence after the other.

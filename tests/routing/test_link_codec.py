@@ -10,7 +10,7 @@ from announced import peer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.routing.link_codec import LADDERS, PROBE_EVERY, Kind, LinkCodec, Way
+from swarmcore.routing.link_codec import LADDERS, PROBE_EVERY, LinkCodec, LinkDirection, TensorKind
 from swarmcore.routing.link_rate import LinkRate
 
 SHAPE = (1024, 1024)
@@ -27,7 +27,11 @@ class VirtualLink:
         self.now = 0.0
 
     def send(
-        self, way: Way = "up", kind: Kind = "activations", rows: int = SHAPE[0], **others: object
+        self,
+        way: LinkDirection = "up",
+        kind: TensorKind = "activations",
+        rows: int = SHAPE[0],
+        **others: object,
     ) -> str:
         shape = (rows, SHAPE[1])
         chain = [peer(n) for n in others.get("chain", ())]  # type: ignore[attr-defined]
@@ -59,7 +63,7 @@ def test_nothing_is_lost_where_the_transfer_is_hidden_by_the_computation() -> No
 
 
 @pytest.mark.parametrize("kind", ["activations", "gradients"])
-def test_each_link_gets_the_first_rung_that_is_hidden(kind: Kind) -> None:
+def test_each_link_gets_the_first_rung_that_is_hidden(kind: TensorKind) -> None:
     for rung in LADDERS[kind]:
         link = VirtualLink(LinkCodec(), hidden_rate(rung.codec), 1)
         assert link.settle(kind=kind) == rung.codec

@@ -12,7 +12,7 @@ from pass_swarm import KEEP, LENGTHS, alone, one_server, quiet, some_rows, stage
 from small_adapters import adapter_tensors, weights_of
 
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.client.autograd.rpc import Batch, backward, forward
+from swarmcore.client.autograd.rpc import MicroBatch, backward, forward
 from swarmcore.engine.training import PassLimits
 from swarmcore.engine.training_turn import PassTurn
 from swarmcore.errors import AdapterNotFoundError
@@ -34,7 +34,7 @@ async def test_there_and_back_over_two_servers() -> None:
     rows, up = some_rows(1), some_rows(2)
     async with swarm_of("0:5", "5:12") as swarm:
         first, second = (stage(server) for server in swarm.servers)
-        batch, model, node = Batch(LENGTHS), COUNTING_MODEL, swarm.client
+        batch, model, node = MicroBatch(LENGTHS), COUNTING_MODEL, swarm.client
         middle = await forward(node, model, first, batch, hidden_states(rows))
         end = await forward(node, model, second, batch, middle.outputs, keep=KEEP)
         assert (middle.kept, end.kept) == (False, True)
@@ -55,7 +55,7 @@ async def test_rows_travel_in_pieces_whatever_their_number(monkeypatch: pytest.M
     rows, up = some_rows(1, 50), some_rows(2, 50)
     async with one_server() as (swarm, server):
         sizes = _message_sizes(monkeypatch)
-        here, batch = stage(server), Batch((20, 30))
+        here, batch = stage(server), MicroBatch((20, 30))
         there = await forward(swarm.client, COUNTING_MODEL, here, batch, hidden_states(rows))
         back = await backward(
             swarm.client, COUNTING_MODEL, here, batch, hidden_states(rows), hidden_states(up)
@@ -77,7 +77,7 @@ async def test_pieces_come_in_time_when_many_passes_share_a_slow_link(
     given = Tensor("hidden", "float32", (rows, 4), memoryview(bytes(rows * 16)))
     async with one_server(limits=PassLimits(max_tokens=rows)) as (swarm, server):
         swarm.client_transport.faults = Faults(rate=2**15)
-        batch = Batch((rows,), timeout=900)
+        batch = MicroBatch((rows,), timeout=900)
         results = await asyncio.gather(
             *(forward(swarm.client, COUNTING_MODEL, stage(server), batch, given) for _ in range(8))
         )
@@ -100,7 +100,7 @@ def _message_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_results_come_encoded_as_asked_and_unwanted_gradients_do_not_come() -> None:
     rows, up = some_rows(1), some_rows(2)
     async with one_server() as (swarm, server):
-        here, batch = stage(server), Batch(LENGTHS)
+        here, batch = stage(server), MicroBatch(LENGTHS)
         coded = await backward(
             swarm.client,
             COUNTING_MODEL,
@@ -132,7 +132,7 @@ async def test_an_adapter_travels_once_and_not_with_every_micro_batch() -> None:
     rows, up = some_rows(1), some_rows(2)
     mine = weights_of(adapter_tensors(seed=3), version="a" * 32)
     async with one_server() as (swarm, server):
-        here, batch = stage(server), Batch(LENGTHS, mine)
+        here, batch = stage(server), MicroBatch(LENGTHS, mine)
         outputs, gradients, named = await alone(rows, up, weights=mine)
         results = await asyncio.gather(
             *(forward(swarm.client, COUNTING_MODEL, here, batch, hidden_states(rows)) for _ in range(10))
@@ -167,7 +167,7 @@ async def test_two_clients_with_adapters_of_one_version_each_get_their_own() -> 
         here = stage(server)
         results = await asyncio.gather(
             *(
-                forward(node, COUNTING_MODEL, here, Batch(LENGTHS, weights), hidden_states(rows))
+                forward(node, COUNTING_MODEL, here, MicroBatch(LENGTHS, weights), hidden_states(rows))
                 for node, weights in ((swarm.client, mine), (stranger, yours))
                 for _ in range(3)
             )
@@ -188,9 +188,9 @@ async def test_an_adapter_of_the_server_is_called_by_name() -> None:
         await server.adapters.load_named("poet", read)
         here = stage(server)
         assert here.server.adapters == ("poet",)
-        asked = AdapterWeights(wire.AdapterName(name="poet"))
-        result = await forward(swarm.client, COUNTING_MODEL, here, Batch(LENGTHS, asked), hidden_states(rows))
+        asked = MicroBatch(LENGTHS, AdapterWeights(wire.AdapterName(name="poet")))
+        result = await forward(swarm.client, COUNTING_MODEL, here, asked, hidden_states(rows))
         assert read_rows(result.outputs) == (await alone(rows, up, weights=named))[0]
-        unknown = AdapterWeights(wire.AdapterName(name="prose"))
+        unknown = MicroBatch(LENGTHS, AdapterWeights(wire.AdapterName(name="prose")))
         with pytest.raises(AdapterNotFoundError, match="it serves poet"):
-            await forward(swarm.client, COUNTING_MODEL, here, Batch(LENGTHS, unknown), hidden_states(rows))
+            await forward(swarm.client, COUNTING_MODEL, here, unknown, hidden_states(rows))

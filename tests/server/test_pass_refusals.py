@@ -12,7 +12,7 @@ from memory_swarm import Server, Swarm, swarm_of
 from pass_swarm import KEEP, LENGTHS, alone, one_server, quiet, some_rows, stage
 from small_adapters import adapter_tensors, weights_of
 
-from swarmcore.client.autograd.rpc import Batch, backward, forward
+from swarmcore.client.autograd.rpc import MicroBatch, backward, forward
 from swarmcore.engine.training import PassLimits
 from swarmcore.errors import (
     ConnectionLostError,
@@ -149,7 +149,7 @@ async def test_poisoned_gradients_are_refused_with_the_reason() -> None:
                 swarm.client,
                 COUNTING_MODEL,
                 stage(server),
-                Batch(LENGTHS),
+                MicroBatch(LENGTHS),
                 hidden_states(some_rows(1)),
                 hidden_states(up),
             )
@@ -159,7 +159,7 @@ async def test_a_draining_server_finishes_what_is_under_way_and_takes_nothing_ne
     rows, up = some_rows(1), some_rows(2)
     async with one_server() as (swarm, server):
         server.executor.pass_seconds = 0.1
-        here, batch = stage(server), Batch(LENGTHS)
+        here, batch = stage(server), MicroBatch(LENGTHS)
         going = asyncio.create_task(
             backward(swarm.client, COUNTING_MODEL, here, batch, hidden_states(rows), hidden_states(up))
         )
@@ -188,7 +188,7 @@ async def test_a_client_that_is_cancelled_leaves_nothing(moment: int) -> None:
                 swarm.client,
                 COUNTING_MODEL,
                 stage(server),
-                Batch(LENGTHS, mine),
+                MicroBatch(LENGTHS, mine),
                 hidden_states(some_rows(1)),
                 hidden_states(some_rows(2)),
                 wants_weights=True,
@@ -200,7 +200,11 @@ async def test_a_client_that_is_cancelled_leaves_nothing(moment: int) -> None:
         await quiet(swarm)
         # And the server is as good as before.
         result = await forward(
-            swarm.client, COUNTING_MODEL, stage(server), Batch(LENGTHS, mine), hidden_states(some_rows(1))
+            swarm.client,
+            COUNTING_MODEL,
+            stage(server),
+            MicroBatch(LENGTHS, mine),
+            hidden_states(some_rows(1)),
         )
         assert read_rows(result.outputs) == (await alone(some_rows(1), some_rows(2), weights=mine))[0]
 
@@ -230,7 +234,9 @@ async def test_a_server_that_dies_in_the_middle_is_an_error_at_once() -> None:
         [server] = swarm.servers
         server.executor.pass_seconds = 0.1
         work = asyncio.create_task(
-            forward(swarm.client, COUNTING_MODEL, stage(server), Batch(LENGTHS), hidden_states(some_rows(1)))
+            forward(
+                swarm.client, COUNTING_MODEL, stage(server), MicroBatch(LENGTHS), hidden_states(some_rows(1))
+            )
         )
         await asyncio.sleep(1)
         began = asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ import pytest
 from small_adapters import adapter_tensors
 
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.client.autograd.rpc import Batch, backward, forward
+from swarmcore.client.autograd.rpc import MicroBatch, backward, forward
 from swarmcore.client.swarm import Swarm
 from swarmcore.errors import AdapterError, InputError, ServerDrainingError, SpanError, SwarmError
 from swarmcore.identity import Identity
@@ -69,7 +69,7 @@ async def test_what_it_can_do_is_announced_and_what_it_did_is_counted() -> None:
         assert server.notes[1:] == ("adapters: poet",)
         server.node._transports["memory"].notes = lambda: ["memory: out of reach"]  # type: ignore[method-assign]
         assert server.notes[1:] == ("adapters: poet", "memory: out of reach")
-        batch, here = Batch((2, 4), AdapterWeights(AdapterName(name="poet"))), stage(server, "0:12")
+        batch, here = MicroBatch((2, 4), AdapterWeights(AdapterName(name="poet"))), stage(server, "0:12")
         await forward(swarm.node, COUNTING_MODEL, here, batch, ROWS, keep=KEEP)
         await backward(swarm.node, COUNTING_MODEL, here, batch, ROWS, ROWS, kept=KEEP)
         counters = (await swarm.info(server.node.peer)).counters
@@ -81,7 +81,7 @@ async def test_a_move_ends_passes_on_blocks_that_leave_and_takes_the_adapters_al
     async with served("0:8", drain=1.0, adapters={"poet": "/adapters/poet"}) as (server, swarm):
         assert isinstance(server.executor, CountingExecutor)
         server.executor.pass_seconds = 0.1
-        batch = Batch((2, 4))
+        batch = MicroBatch((2, 4))
         leaving, staying = (
             asyncio.create_task(forward(swarm.node, COUNTING_MODEL, stage(server, blocks), batch, ROWS))
             for blocks in ("0:8", "4:8")
@@ -92,7 +92,7 @@ async def test_a_move_ends_passes_on_blocks_that_leave_and_takes_the_adapters_al
             await leaving
         await staying
         server.executor.pass_seconds = 0.0
-        poet = Batch((2, 4), AdapterWeights(AdapterName(name="poet")))
+        poet = MicroBatch((2, 4), AdapterWeights(AdapterName(name="poet")))
         with_it = await forward(swarm.node, COUNTING_MODEL, stage(server, "8:9"), poet, ROWS)
         without = await forward(swarm.node, COUNTING_MODEL, stage(server, "8:9"), batch, ROWS)
         assert with_it.outputs.data != without.outputs.data
@@ -116,7 +116,7 @@ async def test_a_server_that_leaves_finishes_its_passes() -> None:
     async with served("0:12", drain=60.0) as (server, swarm):
         assert isinstance(server.executor, CountingExecutor)
         server.executor.pass_seconds = 0.1
-        here, batch = stage(server, "0:12"), Batch((2, 4))
+        here, batch = stage(server, "0:12"), MicroBatch((2, 4))
         going = asyncio.create_task(forward(swarm.node, COUNTING_MODEL, here, batch, ROWS, keep=KEEP))
         await asyncio.sleep(1)
         leaving = asyncio.create_task(server.leave())
@@ -148,4 +148,4 @@ async def test_a_server_that_runs_no_passes_says_so() -> None:
     async with served("0:12", max_pass_tokens=0) as (server, swarm):
         assert server.info.pass_tokens == 0
         with pytest.raises(SwarmError, match="runs no forward and backward passes"):
-            await forward(swarm.node, COUNTING_MODEL, stage(server, "0:12"), Batch((2, 4)), ROWS)
+            await forward(swarm.node, COUNTING_MODEL, stage(server, "0:12"), MicroBatch((2, 4)), ROWS)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError
-from swarmcore.session.journal import MAX_OPEN, Entry, Journal, KeptOutputs, Lane
+from swarmcore.session.journal import MAX_OPEN, Entry, Journal, KeptOutputs, RowHistory
 from swarmcore.testing.executor import hidden_states, read_rows
 from swarmcore.wire.tensors import Tensor
 
@@ -62,7 +62,7 @@ def replayed(entries: list[Entry]) -> tuple[list[list[float]], list]:
 @given(histories())
 def test_a_lane_holds_what_the_steps_left(entries):
     expected, tensors = replayed(entries)
-    lane = Lane(len(expected))
+    lane = RowHistory(len(expected))
     for entry, tensor in zip(entries, tensors, strict=True):
         lane.apply(entry, tensor)
     assert lane.lengths == tuple(map(len, expected))
@@ -97,7 +97,7 @@ def test_rows_may_come_at_any_time_around_the_settling_of_their_step(entries, ra
 
 
 def test_rows_that_were_never_kept_are_not_made_up():
-    lane = Lane(2)
+    lane = RowHistory(2)
     lane.apply(Entry(0, (0, 0), (3, 0)), rows_of(1, 2, 3))
     with pytest.raises(InvalidStepError, match="rows 3 to 4 of sequence 0"):
         lane.rows([0, 0], [4, 0])
@@ -106,7 +106,7 @@ def test_rows_that_were_never_kept_are_not_made_up():
 
 
 def test_a_reordered_lane_shares_its_tensors():
-    lane = Lane(3)
+    lane = RowHistory(3)
     lane.apply(Entry(0, (0, 0, 0), (2, 2, 2)), rows_of(1, 2, 3, 4, 5, 6))
     before = lane.nbytes
     lane.apply(Entry(1, (2, 2, 2), (1, 1, 1), (1, 1, 0)), rows_of(7, 8, 9))
@@ -162,7 +162,7 @@ def test_only_the_places_that_are_wanted_are_kept():
 
 def test_what_rollbacks_leave_of_large_tensors_is_copied_out_of_them(monkeypatch):
     monkeypatch.setattr("swarmcore.session.journal.COMPACT_NBYTES", 1000)
-    lane = Lane(1)
+    lane = RowHistory(1)
     for step in range(200):  # each leaves one row of a hundred
         lane.apply(Entry(step, (step,), (100,)), rows_of(*range(step, step + 100)))
     assert lane.lengths == (299,)
@@ -172,7 +172,7 @@ def test_what_rollbacks_leave_of_large_tensors_is_copied_out_of_them(monkeypatch
 
 
 def test_rows_of_servers_that_compute_in_different_dtypes_are_made_alike():
-    lane = Lane(1)
+    lane = RowHistory(1)
     values = [1.5, -0.25, 3.0, 1024.0]
     for start, (dtype, width, pack) in enumerate(
         [("float32", 4, "<f"), ("bfloat16", 2, "<f"), ("float16", 2, "<e"), ("float32", 4, "<f")]
@@ -189,7 +189,7 @@ def test_rows_of_servers_that_compute_in_different_dtypes_are_made_alike():
     ("starts", "lengths"), [((-1,), (1,)), ((0,), (-1,)), ((0, 0), (1, 1)), ((), ()), ((0,), (10**15,))]
 )
 def test_rows_that_cannot_be_are_refused(starts, lengths):
-    lane = Lane(1)
+    lane = RowHistory(1)
     lane.apply(Entry(0, (0,), (3,)), rows_of(1, 2, 3))
     with pytest.raises(InvalidStepError):
         lane.rows(starts, lengths)

@@ -3,18 +3,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import InvalidStepError, ProtocolError
-from swarmcore.session.steps import SessionLaps
+from swarmcore.session.steps import SessionSteps
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import Hop, StepOutput
 
 HOPS = [Hop(PeerId(f"p{i}"), (), f"{i:032x}", i * 4, i * 4 + 4) for i in range(3)]
 
 
-def laps(sequences: int = 1, **options) -> SessionLaps:
-    return SessionLaps(HOPS, sequences=sequences, **options)
+def laps(sequences: int = 1, **options) -> SessionSteps:
+    return SessionSteps(HOPS, sequences=sequences, **options)
 
 
-def run(session: SessionLaps, *lengths: int, starts=None):
+def run(session: SessionSteps, *lengths: int, starts=None):
     lap = session.begin(lengths, starts, "last", chunk_rows=100)
     for chunk in lap.chunks:
         session.settle(chunk)

@@ -12,9 +12,9 @@ import attrs
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.client.autograd.planner import PassPlanner
-from swarmcore.client.autograd.rpc import Batch
-from swarmcore.client.session.planner import SwarmPlanner
+from swarmcore.client.autograd.planner import BatchPlanner
+from swarmcore.client.autograd.rpc import MicroBatch
+from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.engine.engine import Engine
 from swarmcore.executor.base import SequenceBatch
 from swarmcore.identity import Identity
@@ -110,8 +110,8 @@ class World:
 
     def runner(self, **options: object) -> BatchRunner:
         registry, health = MemoryRegistry(self.client.peer, self.directory), PeerHealth()
-        sessions = SwarmPlanner(registry, FewestServers(self.random), health, COUNTING_MODEL)
-        planner = PassPlanner(registry, health, COUNTING_MODEL, sessions)
+        sessions = SessionPlanner(registry, FewestServers(self.random), health, COUNTING_MODEL)
+        planner = BatchPlanner(registry, health, COUNTING_MODEL, sessions)
         return BatchRunner(self.client, planner, COUNTING_MODEL, PassOptions(**options))  # type: ignore[arg-type]
 
     async def close(self) -> None:
@@ -160,7 +160,7 @@ def adapter_of(seed: int = 3) -> AdapterWeights:
 class Work:
     """Micro-batches, and what the whole model in one place makes of them."""
 
-    batches: list[tuple[Batch, Tensor]]
+    batches: list[tuple[MicroBatch, Tensor]]
     gradients: list[Tensor]
     adapter: AdapterWeights | None
 
@@ -171,7 +171,7 @@ class Work:
         def rows(count: int) -> Tensor:
             return hidden_states([[rng.uniform(-1, 1) for _ in range(WIDTH)] for _ in range(count)])
 
-        batches = [(Batch(each, adapter), rows(sum(each))) for each in lengths]
+        batches = [(MicroBatch(each, adapter), rows(sum(each))) for each in lengths]
         return cls(batches, [rows(batch.rows) for batch, _ in batches], adapter)
 
     async def expected(self) -> list[tuple[Rows, Rows, dict[str, list[float]]]]:
@@ -196,9 +196,11 @@ class Work:
 
     async def check(self, runner: BatchRunner) -> None:
         """Forward and back through the swarm; it is what it would be in one place, to the last bit."""
-        ways = await runner.forward(WHOLE, self.batches, way_back=True)
-        backs = await runner.backward(ways, self.gradients, weights=self.adapter is not None)
-        for way, back, (outputs, gradients, weights) in zip(ways, backs, await self.expected(), strict=True):
+        contexts = await runner.forward(WHOLE, self.batches, needs_backward=True)
+        backs = await runner.backward(contexts, self.gradients, weights=self.adapter is not None)
+        for way, back, (outputs, gradients, weights) in zip(
+            contexts, backs, await self.expected(), strict=True
+        ):
             assert read_rows(way.outputs) == outputs
             assert back.gradients is not None and read_rows(back.gradients) == gradients
             assert {tensor.name: read_values(tensor) for tensor in back.weights} == weights

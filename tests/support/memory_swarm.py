@@ -11,7 +11,7 @@ import attrs
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.session.options import Failover, SessionOptions
-from swarmcore.client.session.planner import SwarmPlanner
+from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.client.session.session import InferenceSession, open_session
 from swarmcore.engine.engine import Engine
 from swarmcore.engine.training import PassLimits
@@ -103,7 +103,7 @@ class Swarm:
         self.client_transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
         self.client = Node(identity, [self.client_transport])
         self.health = PeerHealth()
-        self.planner = SwarmPlanner(
+        self.planner = SessionPlanner(
             MemoryRegistry(self.client.peer, self.directory),
             router or FewestServers(random.Random(seed)),
             self.health,

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.client.autograd.planner import PassPlanner
+from swarmcore.client.autograd.planner import BatchPlanner
 from swarmcore.client.connection import SwarmConnection
 from swarmcore.errors import InputError, StreamClosedError
 from swarmcore.loop_thread import background_loop, wait_on
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def batch_runner(swarm: SwarmConnection, model: ModelInfo, options: PassOptions | None = None) -> BatchRunner:
     """What runs batches through blocks of ``model`` and back, over a connection; without torch."""
     sessions = swarm.planner(model)
-    planner = PassPlanner(swarm.registry, swarm.health, model, sessions, admits=swarm.router.admits)
+    planner = BatchPlanner(swarm.registry, swarm.health, model, sessions, admits=swarm.router.admits)
     return BatchRunner(swarm.node, planner, model, options, pass_id=swarm.session_id)
 
 

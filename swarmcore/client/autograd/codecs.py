@@ -7,7 +7,7 @@ from typing import Protocol
 
 import attrs
 
-from swarmcore.routing.link_codec import Kind, LinkCodec
+from swarmcore.routing.link_codec import LinkCodec, TensorKind
 from swarmcore.types import PeerId
 from swarmcore.wire.tensors import Tensor
 
@@ -34,7 +34,7 @@ class Transferred(Protocol):
     def down(self) -> Transfer: ...
 
 
-class PassCodecs:
+class BatchCodecs:
     """Chooses codecs, and learns from each pass. ``codec`` is for all rows, or ``"auto"``, by ``links``."""
 
     def __init__(self, codec: str, links: LinkCodec | None = None) -> None:
@@ -44,10 +44,10 @@ class PassCodecs:
             self._links = LinkCodec() if links is None else links
 
     def __repr__(self) -> str:
-        return f"<PassCodecs {self._links or self._fixed}>"
+        return f"<BatchCodecs {self._links or self._fixed}>"
 
     def choose(
-        self, peer: PeerId, kind: Kind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
+        self, peer: PeerId, kind: TensorKind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
     ) -> tuple[str, str]:
         """The codecs for ``rows`` to ``peer`` and for as many that come back.
 
@@ -60,7 +60,7 @@ class PassCodecs:
         down = self._links.codec(peer, "down", kind, rows.dtype, rows.shape, now, chain=peers)
         return up, down
 
-    def done(self, peer: PeerId, kind: Kind, rows: Tensor, result: Transferred, now: float) -> None:
+    def done(self, peer: PeerId, kind: TensorKind, rows: Tensor, result: Transferred, now: float) -> None:
         """A pass of ``rows`` has come to its end."""
         if self._links is None:
             return

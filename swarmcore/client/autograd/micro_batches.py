@@ -15,12 +15,11 @@ from typing import Any, Protocol, TypeVar
 import attrs
 
 from swarmcore.client.autograd import rpc as passes
-from swarmcore.client.autograd.activation_memory import Call, PassRoom
-from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.codecs import BatchCodecs
+from swarmcore.client.autograd.limiter import Call, FairLimiter
 from swarmcore.client.autograd.options import LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SERVER, PassOptions
-from swarmcore.client.autograd.planner import Kind as PassKind
-from swarmcore.client.autograd.planner import Work
-from swarmcore.client.autograd.rpc import Batch, as_computed
+from swarmcore.client.autograd.planner import PassKind, Work
+from swarmcore.client.autograd.rpc import MicroBatch, as_computed
 from swarmcore.client.session.opening import located
 from swarmcore.client.session.planner import random_session_id
 from swarmcore.errors import (
@@ -33,7 +32,7 @@ from swarmcore.errors import (
     UnknownCodecError,
 )
 from swarmcore.routing.chain import Chain, Stage
-from swarmcore.routing.link_codec import Kind
+from swarmcore.routing.link_codec import TensorKind
 from swarmcore.rpc.node import Node
 from swarmcore.types import ModelInfo, PeerId, Span
 from swarmcore.wire.tensors import Tensor
@@ -48,7 +47,7 @@ WARN_EVERY = 10.0
 """Seconds between two warnings that batches wait."""
 
 Result = TypeVar("Result")
-Done = TypeVar("Done", passes.Forwarded, passes.BackwardResult)
+Done = TypeVar("Done", passes.ForwardResult, passes.BackwardResult)
 
 
 class Planner(Protocol):
@@ -77,8 +76,8 @@ class Planner(Protocol):
 
 
 @attrs.frozen(eq=False)
-class Passed:
-    """A stage that a micro-batch went through, and what is needed to go back through it."""
+class StageContext:
+    """What is kept of a stage that a micro-batch went through, to go back through it."""
 
     stage: Stage
     inputs: Tensor
@@ -89,16 +88,19 @@ class Passed:
 
 
 @attrs.frozen(eq=False)
-class Way:
-    """A micro-batch that has come through a span: what came out, and how it went."""
+class ForwardContext:
+    """A micro-batch that has come through a span: what came out, and what is kept to go back.
 
-    batch: Batch
-    passed: tuple[Passed, ...]
+    The context of `torch.autograd.Function`, for one micro-batch.
+    """
+
+    batch: MicroBatch
+    stages: tuple[StageContext, ...]
     outputs: Tensor
 
 
 @attrs.frozen(eq=False)
-class WayBack:
+class InputGradients:
     """Gradients of a micro-batch."""
 
     gradients: Tensor | None
@@ -126,15 +128,15 @@ class BatchRunner:
         """``pass_id`` makes up names of kept activations, 32 hex digits that nobody must be able to guess."""
         self.node, self.planner, self.model = node, planner, model
         self.options = options or PassOptions()
-        self.codecs = PassCodecs(self.options.codec)
+        self.codecs = BatchCodecs(self.options.codec)
         self.redone = 0
         """Stages that were done again because a server failed."""
         self._pass_id = pass_id
         self._warned_at = -math.inf
-        self._room = PassRoom(lambda: self.in_flight)
+        self._limiter = FairLimiter(lambda: self.in_flight)
 
     def __repr__(self) -> str:
-        return f"<BatchRunner {self.model.name} · {self._room!r} · {self.redone} stages redone>"
+        return f"<BatchRunner {self.model.name} · {self._limiter!r} · {self.redone} stages redone>"
 
     @property
     def in_flight(self) -> int:
@@ -144,38 +146,40 @@ class BatchRunner:
         return min(max(PER_SERVER * self.planner.servers, LEAST_IN_FLIGHT), MOST_IN_FLIGHT)
 
     async def forward(
-        self, span: Span, batches: Sequence[tuple[Batch, Tensor]], *, way_back: bool = False
-    ) -> list[Way]:
+        self, span: Span, batches: Sequence[tuple[MicroBatch, Tensor]], *, needs_backward: bool = False
+    ) -> list[ForwardContext]:
         """Each batch with its inputs, raw ``[rows, hidden size]``, through ``span``.
 
-        ``way_back`` says that `backward` will follow. Raise `MissingBlocksError` when for `PassOptions.
+        ``needs_backward`` says that `backward` will follow. Raise `MissingBlocksError` when for `PassOptions.
         patience` seconds nobody takes a batch, `InvalidBatchError` at once for one above every server's
         limit, the server's own `InputError` for one that no server can take, and the last server's error when
         all have failed it.
         """
-        work: Work = "both" if way_back else "forward"
-        return await self._at_once([self._forward(span, batch, inputs, work) for batch, inputs in batches])
+        work: Work = "both" if needs_backward else "forward"
+        return await self._concurrently(
+            [self._forward(span, batch, inputs, work) for batch, inputs in batches]
+        )
 
     async def backward(
         self,
-        ways: Sequence[Way],
+        contexts: Sequence[ForwardContext],
         gradients: Sequence[Tensor],
         *,
         inputs: bool = True,
         weights: bool = False,
-    ) -> list[WayBack]:
-        """From gradients of the outputs of each way back to its inputs and the adapter's weights.
+    ) -> list[InputGradients]:
+        """From gradients of the outputs of each batch back to its inputs and the adapter's weights.
 
         Raises as `forward` does.
         """
-        return await self._at_once(
+        return await self._concurrently(
             [
-                self._backward(way, gradient, inputs, weights)
-                for way, gradient in zip(ways, gradients, strict=True)
+                self._backward(context, gradient, inputs, weights)
+                for context, gradient in zip(contexts, gradients, strict=True)
             ]
         )
 
-    def note_wait(self, batch: Batch, reason: SwarmError, now: float) -> None:
+    def note_wait(self, batch: MicroBatch, reason: SwarmError, now: float) -> None:
         """A micro-batch waits for a server. The first one of many warns."""
         warn = now >= self._warned_at + WARN_EVERY
         if warn:
@@ -190,29 +194,29 @@ class BatchRunner:
 
     # --- one micro-batch ---------------------------------------------------------------------------------
 
-    async def _forward(self, span: Span, batch: Batch, inputs: Tensor, work: Work) -> Way:
-        passed, outputs = await self._through(span, batch, inputs, work, _Seeking(self, batch))
-        return Way(batch, tuple(passed), outputs)
+    async def _forward(self, span: Span, batch: MicroBatch, inputs: Tensor, work: Work) -> ForwardContext:
+        done, outputs = await self._through(span, batch, inputs, work, _ServerSearch(self, batch))
+        return ForwardContext(batch, tuple(done), outputs)
 
     async def _through(
         self,
         span: Span,
-        batch: Batch,
+        batch: MicroBatch,
         hidden: Tensor,
         work: Work,
-        seeking: _Seeking,
+        search: _ServerSearch,
         stages: Sequence[Stage] = (),
-    ) -> tuple[list[Passed], Tensor]:
+    ) -> tuple[list[StageContext], Tensor]:
         """The stages that it went through, and what came out; ``stages`` of ``span`` are tried first."""
         keep = work == "both" and self.options.keep
-        passed: list[Passed] = []
-        while (start := passed[-1].stage.span.end if passed else span.start) < span.end:
-            stages = stages or await seeking.chain(Span(start, span.end), work)
+        done: list[StageContext] = []
+        while (start := done[-1].stage.span.end if done else span.start) < span.end:
+            stages = stages or await search.chain(Span(start, span.end), work)
             for stage in stages:
                 name = self._pass_id() if keep else ""
                 hidden = await as_computed(hidden, stage.server)
-                up, down = seeking.codecs(stage, "activations", hidden)
-                result = await seeking.attempt(
+                up, down = search.codecs(stage, "activations", hidden)
+                result = await search.attempt(
                     stage,
                     "forward",
                     passes.forward(
@@ -229,74 +233,80 @@ class BatchRunner:
                 )
                 if result is None:
                     break
-                self.codecs.done(stage.server.peer, "activations", hidden, result, seeking.now())
-                passed.append(Passed(stage, hidden, name if result.kept else "", up))
+                self.codecs.done(stage.server.peer, "activations", hidden, result, search.now())
+                done.append(StageContext(stage, hidden, name if result.kept else "", up))
                 hidden = result.outputs
             stages = ()
-        return passed, hidden
+        return done, hidden
 
-    async def _backward(self, way: Way, gradients: Tensor, inputs: bool, weights: bool) -> WayBack:
-        left = list(way.passed)
+    async def _backward(
+        self, context: ForwardContext, gradients: Tensor, inputs: bool, weights: bool
+    ) -> InputGradients:
+        left = list(context.stages)
         found: list[tuple[Tensor, ...]] = []
-        seeking = _Seeking(self, way.batch, tuple(passed.stage.server.peer for passed in way.passed))
+        search = _ServerSearch(self, context.batch, tuple(each.stage.server.peer for each in context.stages))
         gradient: Tensor | None = gradients
         while left:
-            passed = left[-1] = await self._sendable(left[-1])
+            last = left[-1] = await self._sendable(left[-1])
             assert gradient is not None
-            gradient = await as_computed(gradient, passed.stage.server)
-            up, down = seeking.codecs(passed.stage, "gradients", gradient)
-            result = await seeking.attempt(
-                passed.stage,
+            gradient = await as_computed(gradient, last.stage.server)
+            up, down = search.codecs(last.stage, "gradients", gradient)
+            result = await search.attempt(
+                last.stage,
                 "backward",
                 passes.backward(
                     self.node,
                     self.model,
-                    passed.stage,
-                    way.batch,
-                    passed.inputs,
+                    last.stage,
+                    context.batch,
+                    last.inputs,
                     gradient,
-                    kept=passed.kept,
+                    kept=last.kept,
                     wants_inputs=inputs or len(left) > 1,
                     wants_weights=weights,
                     codec=up,
-                    inputs_codec=passed.codec,
+                    inputs_codec=last.codec,
                     answer_codec=down,
                 ),
-                (up, down, passed.codec),
+                (up, down, last.codec),
             )
             if result is None:
-                left[-1:] = await self._instead_of(passed, way.batch, seeking)
+                left[-1:] = await self._instead_of(last, context.batch, search)
                 continue
-            self.codecs.done(passed.stage.server.peer, "gradients", gradient, result, seeking.now())
+            self.codecs.done(last.stage.server.peer, "gradients", gradient, result, search.now())
             left.pop()
             found.insert(0, result.weights)
             gradient = result.gradients
-        return WayBack(gradient if inputs else None, tuple(tensor for part in found for tensor in part))
+        return InputGradients(
+            gradient if inputs else None, tuple(tensor for part in found for tensor in part)
+        )
 
-    async def _instead_of(self, lost: Passed, batch: Batch, seeking: _Seeking) -> list[Passed]:
+    async def _instead_of(
+        self, lost: StageContext, batch: MicroBatch, search: _ServerSearch
+    ) -> list[StageContext]:
         """Other stages to go back through; inputs of inner ones are computed again."""
-        *inner, last = await seeking.chain(lost.stage.span, "backward")
+        *inner, final = await search.chain(lost.stage.span, "backward")
         if not inner:
-            return [Passed(last, lost.inputs, "", lost.codec)]
-        before = Span(lost.stage.span.start, last.span.start)
-        passed, hidden = await self._through(before, batch, lost.inputs, "both", seeking, inner)
-        return [*passed, Passed(last, hidden, "")]
+            return [StageContext(final, lost.inputs, "", lost.codec)]
+        before = Span(lost.stage.span.start, final.span.start)
+        redone, hidden = await self._through(before, batch, lost.inputs, "both", search, inner)
+        return [*redone, StageContext(final, hidden, "")]
 
-    async def _sendable(self, passed: Passed) -> Passed:
-        """As it is, or with inputs that its server can read: what they became on the way, raw."""
-        if passed.codec == "raw" or self.codecs.knows(passed.stage.server.peer, passed.codec):
-            return passed
-        encoded = await asyncio.to_thread(passed.inputs.encode, passed.codec)
-        return attrs.evolve(passed, inputs=await asyncio.to_thread(encoded.decode), codec="raw")
+    async def _sendable(self, last: StageContext) -> StageContext:
+        """As it is, or with inputs that its server can read: what they became on the way there, raw."""
+        if last.codec == "raw" or self.codecs.knows(last.stage.server.peer, last.codec):
+            return last
+        encoded = await asyncio.to_thread(last.inputs.encode, last.codec)
+        return attrs.evolve(last, inputs=await asyncio.to_thread(encoded.decode), codec="raw")
 
     # --- several at once ---------------------------------------------------------------------------------
 
-    async def _at_once(self, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    async def _concurrently(self, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
         """Run them, `in_flight` of all calls at a time; the first failure ends the others of its call."""
         call = Call()
 
         async def admitted(work: Coroutine[Any, Any, Result]) -> Result:
-            async with self._room.place(call):
+            async with self._limiter.slot(call):
                 return await work
 
         tasks = [asyncio.create_task(admitted(work), name="micro-batch") for work in works]
@@ -311,10 +321,10 @@ class BatchRunner:
             raise
 
 
-class _Seeking:
-    """The search of one micro-batch for servers that do it, and its patience."""
+class _ServerSearch:
+    """Finds servers for one micro-batch, for as long as it has patience."""
 
-    def __init__(self, runner: BatchRunner, batch: Batch, peers: tuple[PeerId, ...] = ()) -> None:
+    def __init__(self, runner: BatchRunner, batch: MicroBatch, peers: tuple[PeerId, ...] = ()) -> None:
         """``peers`` are those of the chain that it goes back through."""
         self._runner, self._batch = runner, batch
         self._failure: SwarmError | None = None
@@ -323,7 +333,7 @@ class _Seeking:
         self._pause = FIRST_PAUSE
         self._peers = peers
 
-    def codecs(self, stage: Stage, kind: Kind, rows: Tensor) -> tuple[str, str]:
+    def codecs(self, stage: Stage, kind: TensorKind, rows: Tensor) -> tuple[str, str]:
         """In which codecs rows go to a server, and come back."""
         return self._runner.codecs.choose(stage.server.peer, kind, rows, self.now(), self._peers)
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Collection
 from typing import Literal
 
-from swarmcore.client.session.planner import SwarmPlanner
+from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.errors import InvalidBatchError, MissingBlocksError, SwarmError
 from swarmcore.registry.base import Registry
 from swarmcore.routing.chain import Chain, Stage
@@ -16,7 +16,7 @@ from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.shares import ThroughputShares
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
-Kind = Literal["forward", "backward"]
+PassKind = Literal["forward", "backward"]
 Work = Literal["forward", "backward", "both"]
 """What a server will do on a micro-batch: a pass, or one there and one back."""
 
@@ -30,7 +30,7 @@ CAPACITY = 2048
 """Speeds that are remembered; one more takes the place of the one that was measured longest ago."""
 
 
-class PassSpeeds:
+class ServerSpeeds:
     """Seconds of a token through a block, by server, forward and backward apart.
 
     What servers announce counts beside what is measured of others as far as announcements are right on the
@@ -38,14 +38,14 @@ class PassSpeeds:
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[PeerId, Kind], float] = {}
+        self._seconds: dict[tuple[PeerId, PassKind], float] = {}
         self._announced: dict[PeerId, float] = {}
 
     def __len__(self) -> int:
         """Servers that have been measured."""
         return len({peer for peer, _ in self._seconds})
 
-    def worked(self, server: ServerInfo, kind: Kind, tokens: int, blocks: int, seconds: float) -> None:
+    def worked(self, server: ServerInfo, kind: PassKind, tokens: int, blocks: int, seconds: float) -> None:
         """``server`` was at work on a pass of ``tokens`` through ``blocks`` for so long.
 
         Values that cannot be are passed over: they come from the other side.
@@ -106,7 +106,7 @@ def announced_seconds(server: ServerInfo) -> float:
     return 1 / (rate * len(server.span)) if rate > 0 and server.span else 0.0
 
 
-class PassPlanner:
+class BatchPlanner:
     """Gives every micro-batch a chain, so that each server has work in proportion to its measured speed.
 
     Until a server has done a pass, its speed is what it announces.
@@ -117,7 +117,7 @@ class PassPlanner:
         registry: Registry,
         health: PeerHealth,
         model: ModelInfo,
-        sessions: SwarmPlanner,
+        sessions: SessionPlanner,
         *,
         admits: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
@@ -125,10 +125,10 @@ class PassPlanner:
         self._registry, self._health, self._model = registry, health, model
         self._sessions, self._admits = sessions, admits
         self._shares = ThroughputShares(model)
-        self._speeds = PassSpeeds()
+        self._speeds = ServerSpeeds()
 
     def __repr__(self) -> str:
-        return f"<PassPlanner {self._model.name} · {len(self._speeds)} servers measured>"
+        return f"<BatchPlanner {self._model.name} · {len(self._speeds)} servers measured>"
 
     @property
     def servers(self) -> int:
@@ -182,7 +182,7 @@ class PassPlanner:
             found = f"those that do hold other blocks: {others}" if able else "none that is online does"
             raise MissingBlocksError(f"{exc.message}{such}; {found}", **exc.details) from None
 
-    def worked(self, stage: Stage, kind: Kind, tokens: int, seconds: float) -> None:
+    def worked(self, stage: Stage, kind: PassKind, tokens: int, seconds: float) -> None:
         """A server was at work on a pass of ``tokens`` tokens for so many seconds."""
         self._sessions.worked(stage.server.peer)
         self._speeds.worked(stage.server, kind, tokens, len(stage.span), seconds)

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.autograd.bridge import Bridge
-from swarmcore.client.autograd.micro_batches import BatchRunner, Way, WayBack
+from swarmcore.client.autograd.micro_batches import BatchRunner, ForwardContext, InputGradients
 from swarmcore.client.autograd.packing import PackedRows, snapshot
-from swarmcore.client.autograd.rpc import Batch
+from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.errors import InputError, SpanError
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.executor.torch.tensors import to_torch
@@ -81,23 +81,23 @@ class RemoteBlocks(nn.Module):
         takes batches through some of the blocks, `InvalidBatchError` for values that are not finite,
         `ServerMemoryError` when every server ran out of memory.
         """
-        journey = self._journey(hidden, attention_mask, adapter)
+        call = self._call(hidden, attention_mask, adapter)
         before = None if attention_mask is None or not padding else attention_mask.cumsum(1) == 0
         if before is None or not before.any():
-            return journey.joined(self._bridge.run(journey.forward))
+            return call.joined(self._bridge.run(call.forward))
         rows, places = _distinct(hidden[before.to(hidden.device)])
-        beside = self._journey(rows[:, None], None, adapter, padding=True)
+        beside = self._call(rows[:, None], None, adapter, padding=True)
 
-        async def both(runner: BatchRunner) -> tuple[list[Way], list[Way]]:
+        async def both(runner: BatchRunner) -> tuple[list[ForwardContext], list[ForwardContext]]:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(each.forward(runner)) for each in (journey, beside)]
+                tasks = [group.create_task(each.forward(runner)) for each in (call, beside)]
             return tasks[0].result(), tasks[1].result()
 
         try:
-            ways, ways_beside = self._bridge.run(both)
+            contexts, contexts_beside = self._bridge.run(both)
         except ExceptionGroup as exc:
             raise exc.exceptions[0] from None
-        outputs, found = journey.joined(ways), beside.joined(ways_beside)[:, 0][places]
+        outputs, found = call.joined(contexts), beside.joined(contexts_beside)[:, 0][places]
         return outputs.masked_scatter(before.to(hidden.device)[..., None], found)
 
     async def forward_async(
@@ -107,20 +107,20 @@ class RemoteBlocks(nn.Module):
         *,
         adapter: BlockAdapter | str | None = None,
     ) -> torch.Tensor:
-        """As `forward`, without blocking. The way back is autograd's, which blocks its thread:
+        """As `forward`, without blocking. The backward pass is autograd's, which blocks its thread:
         ``await asyncio.to_thread(loss.backward)`` leaves the event loop free.
         """
-        journey = self._journey(hidden, attention_mask, adapter)
-        return journey.joined(await self._bridge.run_async(journey.forward))
+        call = self._call(hidden, attention_mask, adapter)
+        return call.joined(await self._bridge.run_async(call.forward))
 
-    def _journey(
+    def _call(
         self,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
         adapter: BlockAdapter | str | None,
         *,
         padding: bool = False,
-    ) -> _Journey:
+    ) -> _BlocksCall:
         if hidden.dim() != 3 or hidden.shape[-1] != self.model_info.hidden_size or not hidden.numel():
             raise InputError(
                 f"hidden states of shape {list(hidden.shape)}; expected [batch, tokens, "
@@ -132,7 +132,7 @@ class RemoteBlocks(nn.Module):
         weights = {} if chosen is None or isinstance(chosen, str) else chosen.named_weights(self.span)
         rows = PackedRows((hidden.shape[0], hidden.shape[1]), attention_mask)
         used = snapshot(chosen, self.span)
-        return _Journey(self._bridge, self.span, hidden, rows, used, weights, padding=padding)
+        return _BlocksCall(self._bridge, self.span, hidden, rows, used, weights, padding=padding)
 
 
 def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,8 +143,8 @@ def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return distinct, places
 
 
-class _Journey:
-    """One call: its rows on their way out, and back."""
+class _BlocksCall:
+    """One call of the blocks: its rows, and what autograd needs to go back."""
 
     def __init__(
         self,
@@ -161,27 +161,27 @@ class _Journey:
         self._bridge, self._span, self._rows, self._adapter = bridge, span, rows, adapter
         self._hidden, self._weights = hidden, weights
         self._groups = rows.groups(bridge.options.micro_batch_tokens)
-        self._ways: list[Way] = []
+        self._contexts: list[ForwardContext] = []
         self._inputs = rows.pack(hidden, self._groups)
         wanted = hidden.requires_grad or any(weight.requires_grad for weight in weights.values())
         self._differentiable = wanted and torch.is_grad_enabled()
 
-    async def forward(self, runner: BatchRunner) -> list[Way]:
+    async def forward(self, runner: BatchRunner) -> list[ForwardContext]:
         options = runner.options
         batches = [
-            Batch(group, self._adapter, options.reproducible, options.timeout, self._padding)
+            MicroBatch(group, self._adapter, options.reproducible, options.timeout, self._padding)
             for group in self._groups
         ]
         work = list(zip(batches, self._inputs, strict=True))
-        return await runner.forward(self._span, work, way_back=self._differentiable)
+        return await runner.forward(self._span, work, needs_backward=self._differentiable)
 
-    def joined(self, ways: list[Way]) -> torch.Tensor:
+    def joined(self, contexts: list[ForwardContext]) -> torch.Tensor:
         """The result, part of autograd's graph."""
-        outputs = self._rows.unpack([way.outputs for way in ways], self._hidden)
+        outputs = self._rows.unpack([context.outputs for context in contexts], self._hidden)
         if not self._differentiable:
             return outputs
-        self._ways = ways
-        apply: Any = _Join.apply  # torch has no types for it
+        self._contexts = contexts
+        apply: Any = _RemoteFunction.apply  # torch has no types for it
         result: torch.Tensor = apply(self, outputs, self._hidden, *self._weights.values())
         # The graph holds on to this, and must not be held by it.
         del self._hidden, self._inputs
@@ -196,8 +196,8 @@ class _Journey:
             return (torch.zeros_like(gradient) if inputs else None), nothing
         packed = self._rows.pack(gradient, self._groups)
 
-        async def work(runner: BatchRunner) -> list[WayBack]:
-            return await runner.backward(self._ways, packed, inputs=inputs, weights=weights)
+        async def work(runner: BatchRunner) -> list[InputGradients]:
+            return await runner.backward(self._contexts, packed, inputs=inputs, weights=weights)
 
         back = self._bridge.run(work)
         hidden = None
@@ -205,7 +205,7 @@ class _Journey:
             hidden = self._rows.unpack([each.gradients for each in back if each.gradients], gradient)
         return hidden, self._sums(back) if weights else [None] * len(self._weights)
 
-    def _sums(self, back: list[WayBack]) -> list[torch.Tensor | None]:
+    def _sums(self, back: list[InputGradients]) -> list[torch.Tensor | None]:
         """The weights' gradients, added up in the order of the micro-batches."""
         sums = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
         for each in back:
@@ -215,19 +215,19 @@ class _Journey:
         return list(sums.values())
 
 
-class _Join(torch.autograd.Function):
+class _RemoteFunction(torch.autograd.Function):
     """Makes what came back from servers part of autograd's graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, journey: _Journey, outputs: torch.Tensor, hidden: torch.Tensor, *weights: torch.Tensor
+        ctx: Any, call: _BlocksCall, outputs: torch.Tensor, hidden: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
-        ctx.journey = journey
+        ctx.call = call
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         _, _, inputs, *weights = ctx.needs_input_grad
-        hidden, found = ctx.journey.backward(gradient, inputs, any(weights))
+        hidden, found = ctx.call.backward(gradient, inputs, any(weights))
         return None, None, hidden, *found

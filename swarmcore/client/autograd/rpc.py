@@ -59,7 +59,7 @@ Done = TypeVar("Done", ForwardDone, BackwardDone)
 
 
 @attrs.frozen(eq=False)
-class Batch:
+class MicroBatch:
     """What is common to all passes of some sequences."""
 
     lengths: tuple[int, ...]
@@ -76,7 +76,7 @@ class Batch:
 
 
 @attrs.frozen(eq=False)
-class Forwarded:
+class ForwardResult:
     """What a forward pass gave."""
 
     outputs: Tensor
@@ -105,13 +105,13 @@ async def forward(
     node: Node,
     model: ModelInfo,
     stage: Stage,
-    batch: Batch,
+    batch: MicroBatch,
     inputs: Tensor,
     *,
     keep: str = "",
     codec: str = "raw",
     answer_codec: str = "raw",
-) -> Forwarded:
+) -> ForwardResult:
     """Run ``inputs``, raw ``[rows, hidden size]``, through the blocks of ``stage`` on its server.
 
     ``keep`` names the activations that the server may keep. Rows travel there in ``codec`` and back in
@@ -132,18 +132,18 @@ async def forward(
         progress=True,
     )
     answers = _Answers(RowsIntake("outputs", batch.rows, model.hidden_size, ProtocolError))
-    talk = _Pass(node, stage, batch, inputs, codec)
+    call = _PassCall(node, stage, batch, inputs, codec)
     protocol = FORWARD_OF_PADDING_PROTOCOL if batch.padding else FORWARD_PROTOCOL
-    done = await talk.run(protocol, opening, ("inputs", inputs, codec), answers, ForwardDone)
-    up = Transfer(talk.sent, done.receiving)
-    return Forwarded(answers.rows.whole(), done.kept, done.seconds, up, answers.transfer)
+    done = await call.run(protocol, opening, ("inputs", inputs, codec), answers, ForwardDone)
+    up = Transfer(call.sent, done.receiving)
+    return ForwardResult(answers.rows.whole(), done.kept, done.seconds, up, answers.transfer)
 
 
 async def backward(
     node: Node,
     model: ModelInfo,
     stage: Stage,
-    batch: Batch,
+    batch: MicroBatch,
     inputs: Tensor,
     gradients: Tensor,
     *,
@@ -181,11 +181,11 @@ async def backward(
         else ()
     )
     answers = _Answers(rows, wanted)
-    talk = _Pass(node, stage, batch, inputs, inputs_codec)
+    call = _PassCall(node, stage, batch, inputs, inputs_codec)
     protocol = BACKWARD_OF_PADDING_PROTOCOL if batch.padding else BACKWARD_PROTOCOL
-    done = await talk.run(protocol, opening, ("gradients", gradients, codec), answers, BackwardDone)
+    done = await call.run(protocol, opening, ("gradients", gradients, codec), answers, BackwardDone)
     found = rows.whole() if wants_inputs else None
-    up = Transfer(talk.sent, done.receiving)
+    up = Transfer(call.sent, done.receiving)
     return BackwardResult(found, tuple(answers.weights), done.seconds, up, answers.transfer)
 
 
@@ -238,10 +238,12 @@ class _Answers:
             raise ProtocolError(f"the server ended the pass without all that was wanted: {missing[:200]}")
 
 
-class _Pass:
+class _PassCall:
     """The conversation of one pass."""
 
-    def __init__(self, node: Node, stage: Stage, batch: Batch, inputs: Tensor, inputs_codec: str) -> None:
+    def __init__(
+        self, node: Node, stage: Stage, batch: MicroBatch, inputs: Tensor, inputs_codec: str
+    ) -> None:
         self._node, self._stage, self._batch = node, stage, batch
         self._inputs, self._inputs_codec = inputs, inputs_codec
         self._to_send: asyncio.Queue[Callable[[Channel], Awaitable[None]]] = asyncio.Queue()
@@ -267,15 +269,15 @@ class _Pass:
             async with asyncio.timeout(timeout) as clock:
                 self._clock, self._give_up = clock, asyncio.get_running_loop().time() + MOST * timeout
                 async with await self._node.open(addresses, protocol, opening, timeout=timeout) as channel:
-                    talking = asyncio.create_task(self._talk(channel), name="pass rows")
+                    sending = asyncio.create_task(self._send_queued(channel), name="pass rows")
                     try:
                         while not isinstance(record := await self._next(channel, answers), end):
                             pass
                         answers.check_complete()
                         return record
                     finally:
-                        talking.cancel()
-                        await asyncio.gather(talking, return_exceptions=True)
+                        sending.cancel()
+                        await asyncio.gather(sending, return_exceptions=True)
         except TimeoutError as exc:
             if not clock.expired():
                 raise
@@ -320,7 +322,7 @@ class _Pass:
                 raise ProtocolError("the server asked for an adapter that the pass does not have")
         return record
 
-    async def _talk(self, channel: Channel) -> None:
+    async def _send_queued(self, channel: Channel) -> None:
         try:
             while True:
                 await (await self._to_send.get())(channel)

@@ -1,4 +1,4 @@
-"""Generated text: laps through the swarm, tokens chosen here, text as it comes."""
+"""Generated text: steps through the swarm, tokens chosen here, text as it comes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def generate_pieces(
         async with open_session(run.continuations) if session is None else nullcontext(session) as used:
             with used.used():
                 run.chain = used.chain
-                async for found in _laps(run, compute, used):
+                async for found in _steps(run, compute, used):
                     run.first_token = run.first_token or now()
                     yield found
                 run.chain = used.chain
@@ -105,7 +105,7 @@ async def generate_pieces(
         run.ended = now()
 
 
-async def _laps(
+async def _steps(
     run: GenerationRun, compute: ModelCompute, session: ModelSession
 ) -> AsyncGenerator[tuple[int, str], None]:
     continuations = run.continuations
@@ -114,7 +114,7 @@ async def _laps(
     hidden = await session.embed(new)
     running = list(enumerate(continuations))
     while running:
-        output = await session.lap(new, hidden)
+        output = await session.step_embedded(new, hidden)
         tokens, hidden = await compute.next_tokens(
             output,
             [continuation.chooser for _, continuation in running],

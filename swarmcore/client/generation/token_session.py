@@ -143,7 +143,7 @@ class ModelSession:
         self._check(ids, tokens)
         with self.used():
             hidden = await self._compute.embed(*self._flat(ids, tokens))
-            return await self._compute.logits(await self.lap(ids, hidden, sources=sources))
+            return await self._compute.logits(await self.step_embedded(ids, hidden, sources=sources))
 
     def rollback(self, positions: int | Sequence[int]) -> None:
         """Forget the tokens of each sequence from its position on: one for all, or one for each.
@@ -191,7 +191,7 @@ class ModelSession:
         """Embed the tokens that come next in each sequence, all in one tensor ``[tokens, hidden size]``."""
         return await self._compute.embed(*self._flat(ids, self._tokens))
 
-    async def lap(
+    async def step_embedded(
         self, ids: Sequence[Sequence[int]], hidden: torch.Tensor, *, sources: Sequence[int] = ()
     ) -> Tensor:
         """Send the embedded tokens ``ids`` through the blocks; return a row for each sequence with some."""

@@ -20,7 +20,7 @@ from swarmcore.client.session.opening import (
     open_stages,
 )
 from swarmcore.client.session.options import Failover
-from swarmcore.client.session.pipeline import Flight, LiveStage, Pipeline
+from swarmcore.client.session.pipeline import LiveStage, PendingChunk, Pipeline
 from swarmcore.client.session.replay import REPLAY_ROWS, replay
 from swarmcore.errors import (
     DeadlineExceededError,
@@ -49,7 +49,7 @@ HAND_OVER_TIMEOUT = 60.0
 meanwhile."""
 
 
-class Mender:
+class FailoverHandler:
     """Keeps a pipeline whole. Used by one task at a time."""
 
     def __init__(self, pipeline: Pipeline, planner: Planner) -> None:
@@ -62,7 +62,7 @@ class Mender:
         pipeline.on_blame = planner.failed
         pipeline.alone = self.alone
 
-    def begin_lap(self) -> None:
+    def begin_step(self) -> None:
         """Every stage has all that is settled; what is sent from now on passes through all of them."""
         self._fresh.clear()
         self._retries.succeeded()
@@ -125,7 +125,7 @@ class Mender:
             logger.info("no replacement for %s yet: %s", _names(lost), error)
             await asyncio.sleep(pause)
 
-    async def resend(self, flights: Collection[Flight]) -> None:
+    async def resend(self, chunks: Collection[PendingChunk]) -> None:
         """Send steps under way again, from the last place that is known to have them, under their numbers.
 
         New stages get all of them; others answer those that they know already from memory.
@@ -133,16 +133,16 @@ class Mender:
         pipeline = self._pipeline
         index = next((i for i, s in enumerate(pipeline.stages) if s in self._fresh), len(pipeline.stages) - 1)
         while index and not all(
-            pipeline.journal.has(pipeline.stages[index].start, flight.chunk.step) for flight in flights
+            pipeline.journal.has(pipeline.stages[index].start, pending.chunk.step) for pending in chunks
         ):
             index -= 1
-        for flight in flights:
+        for pending in chunks:
             # Also one that had come home: until a new stage has it, nothing may follow it there.
-            flight.done, flight.output, flight.error = False, None, None
-            flight.attempt += 1
-            flight.reached = flight.sent = pipeline.stages[index].start
-            rows = pipeline.journal.in_flight(pipeline.stages[index].start, flight.chunk.step)
-            await pipeline.send(index, flight, rows)
+            pending.done, pending.output, pending.error = False, None, None
+            pending.attempt += 1
+            pending.reached = pending.sent = pipeline.stages[index].start
+            rows = pipeline.journal.in_flight(pipeline.stages[index].start, pending.chunk.step)
+            await pipeline.send(index, pending, rows)
 
     async def hand_over(self, stage: LiveStage, seconds: float) -> bool:
         """Move the caches of a server that leaves to one other server; False when that cannot be done.
@@ -260,7 +260,7 @@ class Mender:
     ) -> list[OpenStage]:
         pipeline = self._pipeline
         stages = pipeline.stages
-        positions = pipeline.laps.positions
+        positions = pipeline.steps.positions
         return await open_chain(
             pipeline.node,
             self._planner,
@@ -278,7 +278,7 @@ class Mender:
 
     async def _open_given(self, first: int, last: int, chain: Chain) -> list[OpenStage]:
         pipeline = self._pipeline
-        positions = pipeline.laps.positions
+        positions = pipeline.steps.positions
         opened = await open_stages(
             pipeline.node,
             self._planner,
@@ -308,7 +308,7 @@ class Mender:
                 return False
             if not answer.done():
                 failure.result()
-            record, positions = (await answer).record, self._pipeline.laps.positions
+            record, positions = (await answer).record, self._pipeline.steps.positions
             if isinstance(record, KvTransferFailed):
                 raise to_error(record.failure, opened.hop.peer)
             return (
@@ -346,7 +346,7 @@ class Mender:
             lost=_names(lost),
             reason=reason.message,
             took_over=_names(stages),
-            tokens=sum(self._pipeline.laps.positions),
+            tokens=sum(self._pipeline.steps.positions),
             how=how,
             seconds=seconds,
         )

@@ -175,14 +175,14 @@ async def open_stages(
     first = [after.peer] if after is not None else []
     if heir_of is not None:
         first.append(heir_of)
-    pushers = [tuple(first), *((hop.peer,) for hop in hops)]
+    upstream = [tuple(first), *((hop.peer,) for hop in hops)]
     results = await _open_all(
         node,
         planner,
         model,
         chain,
         [*hops, before],
-        pushers=pushers,
+        upstream=upstream,
         sequences=sequences,
         reserve=reserve,
         timeout=timeout,
@@ -219,7 +219,7 @@ async def _open_all(
     chain: Chain,
     hops: Sequence[Hop | None],
     *,
-    pushers: Sequence[tuple[PeerId, ...]],
+    upstream: Sequence[tuple[PeerId, ...]],
     sequences: int,
     reserve: int,
     timeout: float,
@@ -231,7 +231,7 @@ async def _open_all(
         stage: Stage,
         hop: Hop,
         next_hop: Hop | None,
-        pushers: tuple[PeerId, ...],
+        upstream: tuple[PeerId, ...],
         progressed: Callable[[], None],
     ) -> OpenStage:
         opening = OpenSession(
@@ -243,7 +243,7 @@ async def _open_all(
             reserve,
             next_hop,
             adapter=adapter.name if adapter else None,
-            pushers=pushers,
+            pushers=upstream,
         )
         addresses = [Address.parse(url) for url in hop.addresses]
         channel = await node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=timeout)
@@ -263,7 +263,7 @@ async def _open_all(
         return OpenStage(stage, hop, channel, granted.next_hop_reachable)
 
     async def guarded(
-        stage: Stage, hop: Hop, next_hop: Hop | None, pushers: tuple[PeerId, ...]
+        stage: Stage, hop: Hop, next_hop: Hop | None, upstream: tuple[PeerId, ...]
     ) -> OpenStage | SwarmError:
         silent: list[SwarmError] = []
 
@@ -277,7 +277,7 @@ async def _open_all(
             async with clock:
                 watching = asyncio.create_task(watch(), name="session opening watch")
                 return await open_one(
-                    stage, hop, next_hop, pushers, lambda: clock.reschedule(now() + timeout)
+                    stage, hop, next_hop, upstream, lambda: clock.reschedule(now() + timeout)
                 )
         except TimeoutError:
             return (*silent, DeadlineExceededError(f"no session was granted in {timeout:.0f} s"))[0]
@@ -290,7 +290,7 @@ async def _open_all(
 
     tasks = [
         asyncio.create_task(guarded(stage, hop, next_hop, admitted), name="session opening")
-        for stage, hop, next_hop, admitted in zip(chain.stages, hops, hops[1:], pushers, strict=False)
+        for stage, hop, next_hop, admitted in zip(chain.stages, hops, hops[1:], upstream, strict=False)
         if hop is not None
     ]
     try:

@@ -24,7 +24,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.rpc.response_times import ResponseTime
 from swarmcore.session.journal import Journal
 from swarmcore.session.patience import StepPatience
-from swarmcore.session.steps import Chunk, SessionLaps
+from swarmcore.session.steps import Chunk, SessionSteps
 from swarmcore.types import Address, ModelInfo, PeerId
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.framing import Message
@@ -99,7 +99,7 @@ class LiveStage:
 
 
 @attrs.define(eq=False)
-class Flight:
+class PendingChunk:
     """A chunk under way."""
 
     chunk: Chunk
@@ -120,7 +120,7 @@ class Pipeline:
     """Sends chunks along the stages and takes in what they answer.
 
     A stage that fails in any way is marked with its ``failure`` and otherwise left to the caller, as is a
-    flight that fails; `wait` waits for that. Its owner is one task at a time.
+    pending that fails; `wait` waits for that. Its owner is one task at a time.
     """
 
     def __init__(
@@ -135,27 +135,27 @@ class Pipeline:
         self.node = node
         self.model = model
         self.options = options
-        self.laps = SessionLaps(
+        self.steps = SessionSteps(
             [stage.hop for stage in opened],
             sequences=sequences,
             carried=[i for i, stage in enumerate(opened) if not stage.next_hop_reachable],
         )
         self.journal = Journal(sequences, [])
         self.stages = [self._listening(stage) for stage in opened]
-        self.flights: dict[int, Flight] = {}
+        self.chunks: dict[int, PendingChunk] = {}
         self._progress = 0
         self._gaps = ResponseTime()
         self._latest_word = asyncio.get_running_loop().time()
         self._rows_sent = 0
         self.patience = StepPatience(self._latest_word, options.step_timeout)
-        """Told of all progress; whoever waits for a flight asks it what to do."""
+        """Told of all progress; whoever waits for a pending asks it what to do."""
         self._awaited: tuple[Callable[[], bool], asyncio.Future[None]] | None = None
         self.on_blame: Callable[[PeerId, SwarmError], None] = lambda peer, error: None
         self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
         self.alone: Callable[[LiveStage], bool] = lambda stage: False
         """Whether nobody else has the blocks of a stage."""
         self._closing: set[asyncio.Task[None]] = set()
-        self._keep_lanes()
+        self._keep_inputs()
         for stage in self.stages:
             self._acquaint(stage)
 
@@ -192,10 +192,10 @@ class Pipeline:
         stages = [self._listening(stage) for stage in opened]
         self.stages[first : last + 1] = stages
         carried = [i for i, stage in enumerate(opened) if not stage.next_hop_reachable]
-        self.laps.replace(first, last, [stage.hop for stage in opened], carried=carried)
-        self._keep_lanes()
-        for flight in self.flights.values():
-            flight.attempt += 1
+        self.steps.replace(first, last, [stage.hop for stage in opened], carried=carried)
+        self._keep_inputs()
+        for pending in self.chunks.values():
+            pending.attempt += 1
         for stage in before:
             self._dismiss(stage)
         for stage in stages:
@@ -204,40 +204,40 @@ class Pipeline:
 
     # --- sending -----------------------------------------------------------------------------------------
 
-    def begin(self, chunk: Chunk, hidden: Tensor | None = None) -> Flight:
+    def begin(self, chunk: Chunk, hidden: Tensor | None = None) -> PendingChunk:
         """Expect what comes of ``chunk``, whose rows, encoded, are ``hidden``; `send` sends it."""
-        flight = Flight(chunk, self.stages[0].start, self.stages[0].start)
-        self.flights[chunk.step] = flight
+        pending = PendingChunk(chunk, self.stages[0].start, self.stages[0].start)
+        self.chunks[chunk.step] = pending
         if not chunk.replay:
             self.journal.begin(chunk.step, chunk.rows)
             if hidden is not None:
                 self.journal.receive(self.stages[0].start, chunk.step, hidden)
-        return flight
+        return pending
 
-    async def send(self, index: int, flight: Flight, hidden: Tensor) -> None:
+    async def send(self, index: int, pending: PendingChunk, hidden: Tensor) -> None:
         """Send a step to one stage. A failure is that stage's, and is not raised."""
         stage, options = self.stages[index], self.options
-        self._rows_sent += flight.chunk.rows
-        step: Step = self.laps.step_for(
+        self._rows_sent += pending.chunk.rows
+        step: Step = self.steps.step_for(
             index,
-            flight.chunk,
+            pending.chunk,
             codec=options.codec,
             deadline=options.step_timeout,
             journal=options.journal,
-            attempt=flight.attempt,
+            attempt=pending.attempt,
         )
         await self.tell(stage, step, hidden)
 
-    def stuck_at(self, flight: Flight) -> LiveStage:
-        """The stage behind which the flight is not known to have come."""
-        return next(stage for stage in self.stages if stage.end > flight.reached)
+    def stuck_at(self, pending: PendingChunk) -> LiveStage:
+        """The stage behind which the pending is not known to have come."""
+        return next(stage for stage in self.stages if stage.end > pending.reached)
 
-    def blame_stuck(self, flight: Flight, error: SwarmError) -> None:
-        """The stage where the flight got no further has failed."""
-        stage = self.stuck_at(flight)
+    def blame_stuck(self, pending: PendingChunk, error: SwarmError) -> None:
+        """The stage where the pending got no further has failed."""
+        stage = self.stuck_at(pending)
         index = self.stages.index(stage)
         self.fail(stage, error)
-        if stage.start > flight.sent and not stage.proven:
+        if stage.start > pending.sent and not stage.proven:
             # Nothing has ever come through to this one: it may be the one before that lets nothing pass.
             self.fail(self.stages[index - 1], error)
 
@@ -267,10 +267,10 @@ class Pipeline:
         if patience.look(loop.time(), held=answers, alone=answers and self.alone(stage)) in _LOST:
             self.fail(stage, DeadlineExceededError("it does not take in a step"))
 
-    def forget(self, flight: Flight) -> None:
-        """Nothing is expected of the flight any more."""
-        self.flights.pop(flight.chunk.step, None)
-        self.journal.forget(flight.chunk.step)
+    def forget(self, pending: PendingChunk) -> None:
+        """Nothing is expected of the pending any more."""
+        self.chunks.pop(pending.chunk.step, None)
+        self.journal.forget(pending.chunk.step)
 
     # --- waiting -----------------------------------------------------------------------------------------
 
@@ -369,8 +369,8 @@ class Pipeline:
 
     def _under_load(self) -> bool:
         """Whether more is under way than single tokens, so that answers may be held up by it."""
-        most = len(self.laps.positions)
-        return any(flight.chunk.rows > most for flight in self.flights.values()) or any(
+        most = len(self.steps.positions)
+        return any(pending.chunk.rows > most for pending in self.chunks.values()) or any(
             stage.sending.locked() for stage in self.stages
         )
 
@@ -398,11 +398,11 @@ class Pipeline:
             return
         match record:
             case StepOutput() | StepForwarded():
-                await self._moved(stage, record, message)
+                await self._step_passed(stage, record, message)
             case StepFailed():
-                flight = self.flights.get(record.step)
-                if flight is not None and flight.attempt == record.attempt:
-                    flight.error, flight.refused_by = to_error(record.failure, stage.peer), stage
+                pending = self.chunks.get(record.step)
+                if pending is not None and pending.attempt == record.attempt:
+                    pending.error, pending.refused_by = to_error(record.failure, stage.peer), stage
                     self._progressed()
             case Draining():
                 self.on_draining(stage, record.seconds)
@@ -411,22 +411,24 @@ class Pipeline:
             case _:
                 raise ProtocolError(f"unexpected {message.kind} in the middle of a session")
 
-    async def _moved(self, stage: LiveStage, record: StepOutput | StepForwarded, message: Message) -> None:
+    async def _step_passed(
+        self, stage: LiveStage, record: StepOutput | StepForwarded, message: Message
+    ) -> None:
         """A step has come past ``stage``."""
         index = self.stages.index(stage)
-        flight = self.flights.get(record.step)
-        current = flight is not None and flight.attempt == record.attempt
-        carry_to = self.laps.received(index, record, current=current)
+        pending = self.chunks.get(record.step)
+        current = pending is not None and pending.attempt == record.attempt
+        carry_to = self.steps.received(index, record, current=current)
         hidden = self._hidden(message)
         if hidden is not None and self.journal.receive(stage.end, record.step, hidden):
             self._progressed()
-        if flight is None or flight.done or not current:
+        if pending is None or pending.done or not current:
             return
-        chunk, home = flight.chunk, stage.end == (flight.chunk.until or self.model.blocks)
+        chunk, home = pending.chunk, stage.end == (pending.chunk.until or self.model.blocks)
         if home and isinstance(record, StepForwarded):
             raise ProtocolError("a step was forwarded from where it ends")
-        if stage.end > flight.reached:
-            flight.reached = stage.end
+        if stage.end > pending.reached:
+            pending.reached = stage.end
             self._progressed()
         if isinstance(record, StepForwarded):
             return
@@ -434,10 +436,10 @@ class Pipeline:
         if (hidden.shape[0] if hidden else 0) != expected:
             raise ProtocolError(f"a step was answered with {hidden and hidden.shape[0]} rows of {expected}")
         if home:
-            flight.output, flight.done = hidden and hidden.decode(), True
+            pending.output, pending.done = hidden and hidden.decode(), True
             self._progressed()
         elif carry_to is not None and hidden is not None and not self.stages[carry_to].failure:
-            await self.send(carry_to, flight, hidden)
+            await self.send(carry_to, pending, hidden)
 
     def _hidden(self, message: Message) -> Tensor | None:
         """The hidden states of an answer, checked as far as that goes without decoding them."""
@@ -449,7 +451,7 @@ class Pipeline:
             raise ProtocolError(f"unexpected hidden states: {hidden}")
         return hidden
 
-    def _keep_lanes(self) -> None:
+    def _keep_inputs(self) -> None:
         """Keep the inputs of the stages that there are."""
         starts = {
             "client": {stage.start for stage in self.stages},
@@ -458,7 +460,7 @@ class Pipeline:
         }[self.options.journal]
         self.journal.keep_only(starts)
         for start in starts - self.journal.blocks:
-            self.journal.rebuild(start, (0,) * len(self.laps.positions))
+            self.journal.rebuild(start, (0,) * len(self.steps.positions))
 
     # --- the end -----------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def random_session_id() -> str:
     return secrets.token_hex(16)
 
 
-class SwarmPlanner:
+class SessionPlanner:
     """Plans the sessions of one model; see `swarmcore.client.session.opening.Planner`."""
 
     def __init__(

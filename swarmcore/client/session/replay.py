@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from swarmcore.client.session.pipeline import Flight, LiveStage, Pipeline
+from swarmcore.client.session.pipeline import LiveStage, PendingChunk, Pipeline
 from swarmcore.errors import DeadlineExceededError
 from swarmcore.wire.messages import Replay
 
@@ -23,43 +23,43 @@ async def replay(
     In pieces of ``rows`` at most. False when one that takes part has failed.
     """
     end = stages[-1].end
-    positions = missing_from = pipeline.laps.positions
+    positions = missing_from = pipeline.steps.positions
     copied = pipeline.options.journal == "client" and end < pipeline.model.blocks
     if copied and not pipeline.journal.complete(end):
         missing_from = pipeline.journal.rebuild(end, positions)
-    laps, inner = pipeline.laps, [stage.start for stage in stages[1:]]
+    steps, inner = pipeline.steps, [stage.start for stage in stages[1:]]
     nothing = (0,) * len(positions)
-    known = laps.replay(nothing, missing_from, until=end, reply="none", chunk_rows=rows)
-    unknown = laps.replay(missing_from, positions, until=end, reply="all", chunk_rows=rows)
+    known = steps.replay(nothing, missing_from, until=end, reply="none", chunk_rows=rows)
+    unknown = steps.replay(missing_from, positions, until=end, reply="all", chunk_rows=rows)
     pieces = [(chunk, inner) for chunk in known] + [(chunk, [*inner, end]) for chunk in unknown]
-    flights: list[Flight] = []
+    chunks: list[PendingChunk] = []
     try:
         for chunk, blocks in pieces:
             if pipeline.options.journal == "client":
                 for block in blocks:
                     pipeline.journal.expect(block, chunk.entry)
-            flights.append(pipeline.begin(chunk))
-            await _send(pipeline, first, flights[-1])
-            late = flights[-REPLAYS_IN_FLIGHT:]
+            chunks.append(pipeline.begin(chunk))
+            await _send(pipeline, first, chunks[-1])
+            late = chunks[-REPLAYS_IN_FLIGHT:]
             if len(late) == REPLAYS_IN_FLIGHT and not await _landed(pipeline, late[0], first, stages):
                 return False
-        for flight in flights[-REPLAYS_IN_FLIGHT:]:
-            if not await _landed(pipeline, flight, first, stages):
+        for pending in chunks[-REPLAYS_IN_FLIGHT:]:
+            if not await _landed(pipeline, pending, first, stages):
                 return False
         return True
     finally:
-        for flight in flights:
-            pipeline.forget(flight)
+        for pending in chunks:
+            pipeline.forget(pending)
 
 
-async def _send(pipeline: Pipeline, first: int, flight: Flight) -> None:
-    options, chunk = pipeline.options, flight.chunk
-    flight.reached = flight.sent = pipeline.stages[first].start
+async def _send(pipeline: Pipeline, first: int, pending: PendingChunk) -> None:
+    options, chunk = pipeline.options, pending.chunk
+    pending.reached = pending.sent = pipeline.stages[first].start
     if first and options.journal == "servers":
-        step = pipeline.laps.step_for(
+        step = pipeline.steps.step_for(
             first, chunk, codec=options.codec, deadline=options.step_timeout, journal="servers"
         )
-        chain = (pipeline.laps.hops[first], *step.chain)
+        chain = (pipeline.steps.hops[first], *step.chain)
         order = Replay(
             step.step,
             step.starts,
@@ -69,27 +69,27 @@ async def _send(pipeline: Pipeline, first: int, flight: Flight) -> None:
             deadline=step.deadline,
             settled=step.settled,
         )
-        flight.sent = pipeline.stages[first - 1].start
+        pending.sent = pipeline.stages[first - 1].start
         await pipeline.tell(pipeline.stages[first - 1], order)
         return
     rows = pipeline.journal.rows(pipeline.stages[first].start, chunk.starts, chunk.lengths)
-    await pipeline.send(first, flight, rows.encode(options.codec))
+    await pipeline.send(first, pending, rows.encode(options.codec))
 
 
-async def _landed(pipeline: Pipeline, flight: Flight, first: int, stages: Sequence[LiveStage]) -> bool:
+async def _landed(pipeline: Pipeline, pending: PendingChunk, first: int, stages: Sequence[LiveStage]) -> bool:
     """Wait for the answer to a replay; False when one of those who take part has failed."""
     taking_part = [*pipeline.stages[max(first - 1, 0) : first], *stages]
 
     def settled() -> bool:
-        return flight.done or flight.error is not None or any(stage.failure for stage in taking_part)
+        return pending.done or pending.error is not None or any(stage.failure for stage in taking_part)
 
     loop, patience = asyncio.get_running_loop(), pipeline.options.step_timeout
     while not await pipeline.wait(settled, timeout=patience):
-        stage = pipeline.stuck_at(flight)
+        stage = pipeline.stuck_at(pending)
         verdict = pipeline.patience.look(loop.time(), held=stage.holds, alone=pipeline.alone(stage))
         if verdict in ("replace", "give up"):
-            pipeline.blame_stuck(flight, DeadlineExceededError("it did not rebuild its caches in time"))
+            pipeline.blame_stuck(pending, DeadlineExceededError("it did not rebuild its caches in time"))
             break
-    if flight.error is not None:
-        pipeline.fail(flight.refused_by or stages[-1], flight.error)
-    return flight.done
+    if pending.error is not None:
+        pipeline.fail(pending.refused_by or stages[-1], pending.error)
+    return pending.done

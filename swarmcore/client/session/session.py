@@ -12,10 +12,10 @@ from typing import Self
 
 import attrs
 
-from swarmcore.client.session.failover import Mender
+from swarmcore.client.session.failover import FailoverHandler
 from swarmcore.client.session.opening import ATTEMPTS, Comparison, OpenStage, Planner, located, open_chain
 from swarmcore.client.session.options import Failover, SessionOptions
-from swarmcore.client.session.pipeline import Flight, LiveStage, Pipeline
+from swarmcore.client.session.pipeline import LiveStage, PendingChunk, Pipeline
 from swarmcore.errors import (
     CacheFullError,
     DeadlineExceededError,
@@ -30,7 +30,7 @@ from swarmcore.routing.chain import Chain
 from swarmcore.routing.moving import MovePolicy
 from swarmcore.rpc.node import Node
 from swarmcore.session.patience import ALONE
-from swarmcore.session.steps import Chunk, Lap, Reply
+from swarmcore.session.steps import Chunk, Reply, StepPlan
 from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
 
@@ -54,7 +54,7 @@ LONGEST_LEAVE = 600.0
 class InferenceSession:
     """Runs new tokens of some sequences through all blocks of a model; the servers keep the attention caches.
 
-    Made by `open_session`; close it, or use it as an async context manager, to free the caches. One lap at a
+    Made by `open_session`; close it, or use it as an async context manager, to free the caches. One plan at a
     time: `step` must have returned before it is called again.
 
     A server that fails is replaced, its caches are rebuilt from the journal, and the step goes on: it then
@@ -77,7 +77,7 @@ class InferenceSession:
         self._node = node
         self._pipeline = Pipeline(node, model, opened, sequences=sequences, options=options)
         self._pipeline.on_draining = self._on_draining
-        self._mender = Mender(self._pipeline, planner)
+        self._failover = FailoverHandler(self._pipeline, planner)
         self._turn = asyncio.Lock()
         self._step: asyncio.Timeout | None = None
         self._broken: SwarmError | None = None
@@ -86,7 +86,7 @@ class InferenceSession:
         now = asyncio.get_running_loop().time()
         self._policy = MovePolicy(now, options.moves)
         self._next_look = now + LOOK_INTERVAL
-        self._laps_done = 0
+        self._steps_done = 0
 
     @property
     def chain(self) -> Chain:
@@ -96,12 +96,12 @@ class InferenceSession:
     @property
     def positions(self) -> tuple[int, ...]:
         """Tokens of each sequence in the servers' caches."""
-        return self._pipeline.laps.positions
+        return self._pipeline.steps.positions
 
     @property
     def failovers(self) -> int:
         """How often stages have been replaced so far."""
-        return self._mender.failovers
+        return self._failover.failovers
 
     def __repr__(self) -> str:
         state = "closed" if self._broken else f"pos {','.join(map(str, self.positions))}"
@@ -142,16 +142,18 @@ class InferenceSession:
         self._step = until_closed = asyncio.timeout(None)
         try:
             async with until_closed, self._turn:
-                laps = self._pipeline.laps
-                lap = laps.begin(lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources)
-                output = await self._run(lap, hidden)
+                steps = self._pipeline.steps
+                plan = steps.begin(
+                    lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources
+                )
+                output = await self._run(plan, hidden)
         except TimeoutError as exc:
             if not until_closed.expired() or self._broken is None:
                 raise
             raise self._broken from exc
         finally:
             self._step = None
-        self._laps_done += 1
+        self._steps_done += 1
         if asyncio.get_running_loop().time() >= self._next_look:
             self._look_for_better()
         return output
@@ -161,7 +163,7 @@ class InferenceSession:
 
         Raise `InvalidStepError` for a position that is not cached.
         """
-        self._pipeline.laps.rollback(positions)
+        self._pipeline.steps.rollback(positions)
 
     async def close(self) -> None:
         """End the session on every server; a step under way raises. Harmless when repeated."""
@@ -185,71 +187,71 @@ class InferenceSession:
     ) -> None:
         await self.close()
 
-    # --- one lap -----------------------------------------------------------------------------------------
+    # --- one plan -----------------------------------------------------------------------------------------
 
-    async def _run(self, lap: Lap, hidden: Tensor) -> Tensor:
+    async def _run(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         pipeline = self._pipeline
-        self._mender.begin_lap()
-        flying: deque[Flight] = deque()
+        self._failover.begin_step()
+        in_flight: deque[PendingChunk] = deque()
         try:
-            outputs = await self._fly(lap, hidden, flying)
+            outputs = await self._fly(plan, hidden, in_flight)
         except BaseException as exc:
-            for flight in flying:
-                pipeline.forget(flight)
-            if pipeline.laps.reordering(lap):
+            for pending in in_flight:
+                pipeline.forget(pending)
+            if pipeline.steps.reordering(plan):
                 for stage in pipeline.stages:
                     error = SessionLostError("it may have reordered its caches for a step that was given up")
                     pipeline.fail(stage, error, blame=False)
-            pipeline.laps.abandon(lap)
+            pipeline.steps.abandon(plan)
             if self.options.journal == "off" and pipeline.failed and isinstance(exc, SwarmError):
                 self._broken = exc
             raise
-        return outputs[0] if len(outputs) == 1 else _join(lap, outputs)
+        return outputs[0] if len(outputs) == 1 else _join(plan, outputs)
 
-    async def _fly(self, lap: Lap, hidden: Tensor, flying: deque[Flight]) -> list[Tensor]:
+    async def _fly(self, plan: StepPlan, hidden: Tensor, in_flight: deque[PendingChunk]) -> list[Tensor]:
         """Send the chunks, a few at a time, and take what comes home; replace stages that fail meanwhile."""
         pipeline = self._pipeline
-        waiting, outputs = deque(lap.chunks), list[Tensor]()
+        waiting, outputs = deque(plan.chunks), list[Tensor]()
         resent = False
         pipeline.patience.progressed(asyncio.get_running_loop().time())
         while True:
-            while flying and flying[0].done:
-                outputs.append(self._land(flying.popleft()))
-            if not waiting and not flying:
+            while in_flight and in_flight[0].done:
+                outputs.append(self._land(in_flight.popleft()))
+            if not waiting and not in_flight:
                 return outputs
-            resent = resent and bool(flying)
+            resent = resent and bool(in_flight)
             if pipeline.failed:
-                await self._mender.mend()
-                await self._mender.resend(flying)
-                resent = bool(flying)
-            elif flying and flying[0].error is not None:
-                if await self._judge(flying[0]):
-                    await self._mender.resend(flying)
+                await self._failover.mend()
+                await self._failover.resend(in_flight)
+                resent = bool(in_flight)
+            elif in_flight and in_flight[0].error is not None:
+                if await self._judge(in_flight[0]):
+                    await self._failover.resend(in_flight)
                     resent = True
-            elif waiting and len(flying) < CHUNKS_IN_FLIGHT and not resent:
+            elif waiting and len(in_flight) < CHUNKS_IN_FLIGHT and not resent:
                 # What is sent again goes another way than what follows it: the one has to be home first.
                 chunk = waiting.popleft()
                 rows = _rows(hidden, chunk).encode(self.options.codec)
-                flying.append(pipeline.begin(chunk, rows))
-                await pipeline.send(0, flying[-1], rows)
-            elif not await self._news(flying) and self._look_after(flying[0]):
-                await self._mender.resend(flying)
+                in_flight.append(pipeline.begin(chunk, rows))
+                await pipeline.send(0, in_flight[-1], rows)
+            elif not await self._news(in_flight) and self._look_after(in_flight[0]):
+                await self._failover.resend(in_flight)
                 resent = True
 
-    async def _news(self, flying: Sequence[Flight]) -> bool:
+    async def _news(self, in_flight: Sequence[PendingChunk]) -> bool:
         timeout = self._pipeline.patience.look_after
-        return await self._pipeline.wait(partial(self._has_news, flying), timeout=timeout)
+        return await self._pipeline.wait(partial(self._has_news, in_flight), timeout=timeout)
 
-    def _has_news(self, flying: Sequence[Flight]) -> bool:
-        return flying[0].done or flying[0].error is not None or self._pipeline.failed is not None
+    def _has_news(self, in_flight: Sequence[PendingChunk]) -> bool:
+        return in_flight[0].done or in_flight[0].error is not None or self._pipeline.failed is not None
 
-    def _look_after(self, flight: Flight) -> bool:
-        """Deal with a flight that gets no further; whether it is to be sent again.
+    def _look_after(self, pending: PendingChunk) -> bool:
+        """Deal with a pending that gets no further; whether it is to be sent again.
 
         Raise `DeadlineExceededError` when nobody but the server that holds it has the blocks.
         """
         pipeline, now = self._pipeline, asyncio.get_running_loop().time()
-        stage = pipeline.stuck_at(flight)
+        stage = pipeline.stuck_at(pending)
         alone = pipeline.alone(stage)
         verdict = pipeline.patience.look(now, held=stage.holds, alone=alone)
         seconds = self.options.step_timeout * (ALONE if verdict == "give up" else 1)
@@ -257,39 +259,39 @@ class InferenceSession:
         if verdict == "give up":
             raise located(stage, error, "it answers, and nobody else has its blocks")
         if verdict == "replace":
-            pipeline.blame_stuck(flight, error)
+            pipeline.blame_stuck(pending, error)
         return verdict == "resend" and self.options.journal != "off"
 
-    def _land(self, flight: Flight) -> Tensor:
+    def _land(self, pending: PendingChunk) -> Tensor:
         """The chunk is home: from now on it is part of what is replayed."""
         pipeline = self._pipeline
-        pipeline.laps.settle(flight.chunk)
-        pipeline.journal.settle(flight.chunk.entry)
-        pipeline.flights.pop(flight.chunk.step)
-        self._mender.landed()
+        pipeline.steps.settle(pending.chunk)
+        pipeline.journal.settle(pending.chunk.entry)
+        pipeline.chunks.pop(pending.chunk.step)
+        self._failover.landed()
         for stage in pipeline.stages:
             if not stage.proven:
                 stage.proven = True
                 self._planner.worked(stage.peer)
-        assert flight.output is not None
-        return flight.output
+        assert pending.output is not None
+        return pending.output
 
-    async def _judge(self, flight: Flight) -> bool:
+    async def _judge(self, pending: PendingChunk) -> bool:
         """A server refused a step, or failed on it: raise what only the caller can deal with.
 
         True when the step is to be sent again: the server had no memory or time for it, its caches are as
         they were, and nobody else has its blocks or has memory for it either.
         """
-        error, stage = flight.error, flight.refused_by
+        error, stage = pending.error, pending.refused_by
         assert error is not None and stage is not None
-        flight.error = None
+        pending.error = None
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
         if self.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
-            if self._pipeline.alone(stage) or self._mender.short_of_memory:
-                await self._mender.pause_after(error, stage)
+            if self._pipeline.alone(stage) or self._failover.short_of_memory:
+                await self._failover.pause_after(error, stage)
                 return stage in self._pipeline.stages and stage.failure is None
-            self._mender.note(error)
+            self._failover.note(error)
         self._pipeline.fail(stage, error)
         return False
 
@@ -319,10 +321,10 @@ class InferenceSession:
                 if stage not in self._pipeline.stages or stage.failure is not None:
                     return
                 try:
-                    if await self._mender.hand_over(stage, deadline - loop.time()):
+                    if await self._failover.hand_over(stage, deadline - loop.time()):
                         return
                     if self.options.journal != "off":
-                        await self._mender.leave(stage)
+                        await self._failover.leave(stage)
                         return
                 except SwarmError as exc:
                     # If it stays so, the next step after the server is gone says what is wrong.
@@ -346,7 +348,7 @@ class InferenceSession:
             current=found.current,
             better=found.better,
             target=found.chain.peers,
-            tokens=self._laps_done,
+            tokens=self._steps_done,
             replay=found.replay,
         ):
             self._start(self._move_to(found))
@@ -355,7 +357,7 @@ class InferenceSession:
         async with self._turn:
             why = f"{1000 * found.better:.0f} rather than {1000 * found.current:.0f} ms a token elsewhere"
             try:
-                await self._mender.move(found.chain, why)
+                await self._failover.move(found.chain, why)
             except SwarmError as exc:
                 logger.info("could not move %r to %s: %s", self, found.chain, exc)
             self._policy.moved(asyncio.get_running_loop().time())
@@ -397,14 +399,14 @@ def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
     return hidden.rows(chunk.first_row, chunk.first_row + chunk.rows)
 
 
-def _join(lap: Lap, outputs: Sequence[Tensor]) -> Tensor:
-    """The rows of a lap from its chunks' outputs."""
+def _join(plan: StepPlan, outputs: Sequence[Tensor]) -> Tensor:
+    """The rows of a plan from its chunks' outputs."""
     if len({output.dtype for output in outputs}) > 1:  # another server took over in the middle
         outputs = [output.widened() for output in outputs]
     parts, last = list(outputs), dict[int, Tensor]()
-    if lap.reply != "all":
+    if plan.reply != "all":
         # Each chunk answers with the last row it has of every sequence; a later chunk's row replaces it.
-        for chunk, output in zip(lap.chunks, outputs, strict=True):
+        for chunk, output in zip(plan.chunks, outputs, strict=True):
             for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
                 last[sequence] = output.rows(row, row + 1)
         parts = [last[sequence] for sequence in sorted(last)]

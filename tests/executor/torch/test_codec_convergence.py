@@ -13,7 +13,7 @@ from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.executor.torch.tensors import to_torch, to_wire
-from swarmcore.routing.link_codec import Kind, LinkCodec, Rung, Way
+from swarmcore.routing.link_codec import LinkCodec, LinkDirection, Rung, TensorKind
 from swarmcore.types import PeerId
 
 WIDTH, TOKENS, SYMBOLS = 64, 12, 16
@@ -29,7 +29,7 @@ class Link:
         self.used: list[str] = []
         self._rate, self._now = rate, 0.0
 
-    def carry(self, way: Way, kind: Kind, values: torch.Tensor) -> torch.Tensor:
+    def carry(self, way: LinkDirection, kind: TensorKind, values: torch.Tensor) -> torch.Tensor:
         rows = values.reshape(-1, WIDTH)
         dtype = DTYPE_NAMES[rows.dtype]
         codec = self.codecs.codec(SERVER, way, kind, dtype, tuple(rows.shape), self._now)
@@ -46,7 +46,7 @@ class Crossing(torch.autograd.Function):
     """To the server and back: activations one way, their gradients the other."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, link: Link, way: Way) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, link: Link, way: LinkDirection) -> torch.Tensor:
         ctx.link, ctx.way = link, "down" if way == "up" else "up"
         return link.carry(way, "activations", values)
 

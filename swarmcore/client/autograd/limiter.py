@@ -18,22 +18,22 @@ class Call:
     waiting: deque[asyncio.Future[None]] = attrs.field(factory=deque, repr=False)
 
 
-class PassRoom:
-    """Room for a number of micro-batches, shared evenly by all calls that have some left to do.
+class FairLimiter:
+    """Limits how many micro-batches are under way, shared evenly by all calls that have some left to do.
 
     Whichever call has the fewest under way goes next, so that a backward pass does not wait until a long
-    forward pass of somebody else is through. ``places`` is asked each time, since servers come and go.
+    forward pass of somebody else is through. ``slots`` is asked each time, since servers come and go.
     """
 
-    def __init__(self, places: Callable[[], int]) -> None:
-        self._places = places
+    def __init__(self, slots: Callable[[], int]) -> None:
+        self._slots = slots
         self._under_way = 0
         self._calls: dict[Call, None] = {}
-        """Those that wait for room, the one longest without a turn first."""
+        """Those that wait for a slot, the one longest without a turn first."""
 
     @asynccontextmanager
-    async def place(self, call: Call) -> AsyncIterator[None]:
-        """Room for one micro-batch of ``call``; wait until there is some."""
+    async def slot(self, call: Call) -> AsyncIterator[None]:
+        """A slot for one micro-batch of ``call``; wait until one is free."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call.waiting.append(turn)
         self._calls.setdefault(call)
@@ -56,8 +56,8 @@ class PassRoom:
         self._admit()
 
     def _admit(self) -> None:
-        places = self._places()
-        while self._calls and self._under_way < places:
+        slots = self._slots()
+        while self._calls and self._under_way < slots:
             call = min(self._calls, key=lambda each: each.under_way)
             turn = call.waiting.popleft()
             del self._calls[call]
@@ -70,4 +70,4 @@ class PassRoom:
 
     def __repr__(self) -> str:
         waiting = sum(len(call.waiting) for call in self._calls)
-        return f"<PassRoom {self._under_way}/{self._places()} under way · {waiting} waiting>"
+        return f"<FairLimiter {self._under_way}/{self._slots()} under way · {waiting} waiting>"

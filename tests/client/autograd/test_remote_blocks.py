@@ -18,11 +18,11 @@ from torch import nn
 
 import swarmcore
 from swarmcore import sync
-from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.autograd.packing import PackedRows
 from swarmcore.errors import InputError, InvalidBatchError, SpanError
-from swarmcore.routing.link_codec import Kind
+from swarmcore.routing.link_codec import TensorKind
 from swarmcore.training import LoraAdapter
 from swarmcore.types import PeerId, ServerInfo
 
@@ -215,16 +215,18 @@ def test_it_can_be_made_reproducible(llama: Blocks) -> None:
 def test_rows_travel_as_servers_compute_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 client of bfloat16 servers sends half the bytes, and not a bit is different."""
     sent: list[int] = []
-    done = PassCodecs.done
+    done = BatchCodecs.done
 
-    def noted(codecs: PassCodecs, peer: PeerId, kind: Kind, rows: Any, result: Any, now: float) -> None:
+    def noted(
+        codecs: BatchCodecs, peer: PeerId, kind: TensorKind, rows: Any, result: Any, now: float
+    ) -> None:
         sent.append(result.up.nbytes)
         done(codecs, peer, kind, rows, result, now)
 
     async def as_they_are(rows: Any, server: ServerInfo) -> Any:
         return rows
 
-    monkeypatch.setattr(PassCodecs, "done", noted)
+    monkeypatch.setattr(BatchCodecs, "done", noted)
     save_random_model(tiny_config("llama"), tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with (

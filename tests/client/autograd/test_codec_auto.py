@@ -14,10 +14,10 @@ from pass_swarm import alone, quiet
 import swarmcore.executor.torch.executor  # noqa: F401  registers the codecs
 from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.client.autograd.planner import PassPlanner
-from swarmcore.client.autograd.rpc import Batch
+from swarmcore.client.autograd.planner import BatchPlanner
+from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.registry.memory import MemoryRegistry
-from swarmcore.routing.link_codec import Kind
+from swarmcore.routing.link_codec import TensorKind
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.testing.faulty import Faults
 from swarmcore.testing.rows import Rows, hidden_states, read_rows
@@ -36,25 +36,27 @@ class Client:
 
     def __init__(self, swarm: Swarm) -> None:
         registry = MemoryRegistry(swarm.client.peer, swarm.directory)
-        planner = PassPlanner(registry, swarm.health, COUNTING_MODEL, swarm.planner)
+        planner = BatchPlanner(registry, swarm.health, COUNTING_MODEL, swarm.planner)
         options = PassOptions(codec="auto", timeout=900)
         self.runner = BatchRunner(swarm.client, planner, COUNTING_MODEL, options)
-        self.chosen: dict[tuple[PeerId, Kind], tuple[str, str]] = {}
+        self.chosen: dict[tuple[PeerId, TensorKind], tuple[str, str]] = {}
         """The last ones, up and down."""
         choose = self.runner.codecs.choose
 
-        def noted(peer: PeerId, kind: Kind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()) -> Any:
+        def noted(
+            peer: PeerId, kind: TensorKind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
+        ) -> Any:
             self.chosen[peer, kind] = choose(peer, kind, rows, now, chain)
             return self.chosen[peer, kind]
 
         self.runner.codecs.choose = noted  # type: ignore[method-assign]
 
     async def there_and_back(self, rows: Rows, gradients: Rows) -> tuple[Rows, Rows]:
-        batch = Batch((TOKENS // 2, TOKENS // 2), timeout=900)
-        ways = await self.runner.forward(SPAN, [(batch, hidden_states(rows))], way_back=True)
-        [back] = await self.runner.backward(ways, [hidden_states(gradients)])
+        batch = MicroBatch((TOKENS // 2, TOKENS // 2), timeout=900)
+        contexts = await self.runner.forward(SPAN, [(batch, hidden_states(rows))], needs_backward=True)
+        [back] = await self.runner.backward(contexts, [hidden_states(gradients)])
         assert back.gradients is not None
-        return read_rows(ways[0].outputs), read_rows(back.gradients)
+        return read_rows(contexts[0].outputs), read_rows(back.gradients)
 
     def codecs(self, server: Server) -> set[str]:
         return {codec for kind in ("activations", "gradients") for codec in self.chosen[server.peer, kind]}

@@ -11,9 +11,9 @@ import pytest
 from chain_world import WHOLE, WIDTH, Server, Work, adapter_of, world_of
 
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.client.autograd.codecs import PassCodecs
+from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.client.autograd.rpc import Batch
+from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.errors import (
     AdapterNotFoundError,
     InputError,
@@ -23,7 +23,7 @@ from swarmcore.errors import (
     UnknownCodecError,
 )
 from swarmcore.routing.chain import Chain
-from swarmcore.routing.link_codec import LinkCodec, Rung, Way
+from swarmcore.routing.link_codec import LinkCodec, LinkDirection, Rung
 from swarmcore.testing.rows import hidden_states, read_rows
 from swarmcore.types import Span
 from swarmcore.wire.passes import AdapterName
@@ -82,7 +82,7 @@ async def test_a_stage_that_two_servers_go_back_through_is_planned_once() -> Non
     async with world_of("0:12") as world:
         [whole] = world.servers.values()
         runner, work = world.runner(), Work.of([(3, 1)])
-        ways = await runner.forward(WHOLE, work.batches, way_back=True)
+        contexts = await runner.forward(WHOLE, work.batches, needs_backward=True)
         await whole.die()
         for blocks in ("0:4", "4:8", "8:12"):
             await world.add(blocks)
@@ -94,7 +94,7 @@ async def test_a_stage_that_two_servers_go_back_through_is_planned_once() -> Non
             return chain(span, **options)
 
         runner.planner.chain = noted  # type: ignore[method-assign]
-        [back] = await runner.backward(ways, work.gradients)
+        [back] = await runner.backward(contexts, work.gradients)
         [(_, gradients, _)] = await work.expected()
         assert back.gradients is not None and read_rows(back.gradients) == gradients
         assert planned == [WHOLE]
@@ -120,7 +120,7 @@ async def test_an_adapter_travels_once_to_each_server() -> None:
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
-async def test_a_codec_that_a_server_does_not_know_is_tried_once(way: Way) -> None:
+async def test_a_codec_that_a_server_does_not_know_is_tried_once(way: LinkDirection) -> None:
     async with world_of("0:6", "6:12") as world:
         ladder = (Rung("of tomorrow", 1),)
         links = LinkCodec(ladders={"activations": ladder, "gradients": ladder})
@@ -129,9 +129,9 @@ async def test_a_codec_that_a_server_does_not_know_is_tried_once(way: Way) -> No
             links.computed(peer, "activations", (1,), 1e-6, 0)
             links.computed(peer, "gradients", (1,), 1e-6, 0)
         runner = world.runner(codec="auto")
-        runner.codecs = PassCodecs("auto", links)
+        runner.codecs = BatchCodecs("auto", links)
         await Work.of().check(runner)
-        runner.codecs = PassCodecs("of tomorrow")
+        runner.codecs = BatchCodecs("of tomorrow")
         with pytest.raises(UnknownCodecError, match="of tomorrow"):
             await Work.of().check(runner)
 
@@ -156,9 +156,11 @@ async def test_another_server_does_not_know_the_codec_of_the_way_there() -> None
         links.transferred(first.peer, "up", 1000, 1e6, 0)
         links.computed(first.peer, "activations", (1,), 1e-6, 0)
         runner, work = world.runner(codec="auto"), Work.of()
-        runner.codecs = PassCodecs("auto", links)
-        ways = await runner.forward(WHOLE, work.batches, way_back=True)
-        assert [passed.codec for way in ways for passed in way.passed] == len(ways) * ["backwards"]
+        runner.codecs = BatchCodecs("auto", links)
+        contexts = await runner.forward(WHOLE, work.batches, needs_backward=True)
+        assert [stage.codec for context in contexts for stage in context.stages] == len(contexts) * [
+            "backwards"
+        ]
 
         second, refusals = await world.add("0:12"), 0
 
@@ -171,7 +173,7 @@ async def test_another_server_does_not_know_the_codec_of_the_way_there() -> None
 
         second.engine.executor.decode = decode  # type: ignore[method-assign]
         await first.die()
-        backs = await runner.backward(ways, work.gradients)
+        backs = await runner.backward(contexts, work.gradients)
         for back, (_, gradients, _) in zip(backs, await work.expected(), strict=True):
             assert back.gradients is not None and read_rows(back.gradients) == gradients
         assert refusals
@@ -188,10 +190,10 @@ async def test_patience_ends_when_nobody_has_the_blocks() -> None:
 async def test_when_all_have_gone_it_says_so_and_why(caplog: pytest.LogCaptureFixture) -> None:
     async with world_of("0:6", "6:12") as world:
         runner, work = world.runner(patience=3), Work.of()
-        ways = await runner.forward(WHOLE, work.batches, way_back=True)
+        contexts = await runner.forward(WHOLE, work.batches, needs_backward=True)
         await next(server for server in world.servers.values() if server.engine.executor.span.start).die()
         with pytest.raises(MissingBlocksError, match="through block 6") as error:
-            await runner.backward(ways, work.gradients)
+            await runner.backward(contexts, work.gradients)
         assert isinstance(error.value.__cause__, UnavailableError)
         assert [record.levelname for record in caplog.records if "waits" in record.message] == ["WARNING"]
 
@@ -218,10 +220,12 @@ async def test_what_no_server_can_take_is_refused_at_once() -> None:
         poisoned = hidden_states([[float("nan")] * WIDTH] * 2)
         before = asyncio.get_running_loop().time()
         with pytest.raises(InvalidBatchError, match="finite"):
-            await world.runner().forward(WHOLE, [(Batch((2,)), poisoned)])
-        ways = await world.runner().forward(WHOLE, [(Batch((2,)), hidden_states([[1.0] * WIDTH] * 2))])
+            await world.runner().forward(WHOLE, [(MicroBatch((2,)), poisoned)])
+        contexts = await world.runner().forward(
+            WHOLE, [(MicroBatch((2,)), hidden_states([[1.0] * WIDTH] * 2))]
+        )
         with pytest.raises(InvalidBatchError, match="finite"):
-            await world.runner().backward(ways, [poisoned])
+            await world.runner().backward(contexts, [poisoned])
         assert asyncio.get_running_loop().time() - before < 1
 
 
