@@ -35,7 +35,7 @@ from swarmcore.server.loading import (
     read_adapter,
     speed_file,
 )
-from swarmcore.server.measuring import ServerSpeed, SpeedFile, measure_compute, measure_network
+from swarmcore.server.throughput import ServerSpeed, SpeedFile, measure_compute, measure_network
 from swarmcore.sources import announced_source
 from swarmcore.types import ServerInfo, Span
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong

@@ -25,9 +25,9 @@ from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.forward_backward import ForwardBackwardService, pass_limits
 from swarmcore.server.inference import InferenceService
-from swarmcore.server.measuring import ServerSpeed
 from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.server.successor_rtts import SuccessorRtts
+from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sources import announced_source
 from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong

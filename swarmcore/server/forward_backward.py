@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
@@ -14,19 +13,14 @@ from swarmcore.engine.engine import Engine
 from swarmcore.engine.training import PassLimits
 from swarmcore.engine.training_turn import PassTurn
 from swarmcore.engine.validation import check_codec
-from swarmcore.errors import (
-    DeadlineExceededError,
-    InvalidBatchError,
-    ModelMismatchError,
-    ServerDrainingError,
-    SpanError,
-)
+from swarmcore.errors import DeadlineExceededError, InvalidBatchError
 from swarmcore.executor.base import SequenceBatch
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
 from swarmcore.server.forward_backward_channel import ForwardBackwardChannel, RenewableDeadline, Sender
+from swarmcore.server.span_service import SpanService
 from swarmcore.types import ModelInfo, PeerId, Span
 from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward, PassProgress
 from swarmcore.wire.tensors import Tensor
@@ -49,11 +43,10 @@ def pass_limits(config: ServerConfig) -> PassLimits:
     )
 
 
-class ForwardBackwardService:
-    """Serves `FORWARD_PROTOCOL` and `BACKWARD_PROTOCOL` with one engine.
+class ForwardBackwardService(SpanService):
+    """Serves `FORWARD_PROTOCOL` and `BACKWARD_PROTOCOL` with one engine."""
 
-    ``span`` is what passes may go through; a server that moves to other blocks changes it.
-    """
+    new_work = "passes"
 
     def __init__(
         self,
@@ -64,15 +57,10 @@ class ForwardBackwardService:
         resources: ResourceManager | None = None,
     ) -> None:
         """``resources`` counts the rows that clients send."""
+        super().__init__(engine, model, span, adapters)
         self._resources = resources or ResourceManager()
-        self.draining = False
-        self.span = span
-        self.counters: Counter[str] = Counter()
         self.under_way = 0
         """Passes that are served now."""
-        self._engine = engine
-        self._model = model
-        self._adapters = adapters
         self._senders: WeakValueDictionary[PeerId, Sender] = WeakValueDictionary()
 
     async def drain(self, seconds: float, *, keep: Span | None = None) -> None:
@@ -80,10 +68,7 @@ class ForwardBackwardService:
 
         With ``keep``, only those that need blocks outside of it.
         """
-        if keep is None:
-            self.draining = True
-        else:
-            self.span = keep
+        self.keep_only(keep)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._engine.passes.drain(keep)
@@ -191,18 +176,7 @@ class ForwardBackwardService:
             self.under_way -= 1
 
     def _check(self, opening: OpenForward | OpenBackward) -> Span:
-        if self.draining:
-            raise ServerDrainingError("this server is shutting down and takes no new passes")
-        if opening.fingerprint != self._model.fingerprint:
-            raise ModelMismatchError(
-                f"this server holds other weights: it has {self._model.name} "
-                f"({self._model.fingerprint[:12]}), the client asked for {opening.fingerprint[:12]}",
-                fingerprint=self._model.fingerprint,
-            )
-        if not self.span.start <= opening.start < opening.end <= self.span.end:
-            raise SpanError(
-                f"blocks {opening.start}:{opening.end} are not all here: this server holds {self.span}"
-            )
+        span = self.check_opening(opening)
         if not opening.deadline > 0:
             raise InvalidBatchError(f"the deadline is {opening.deadline} seconds; expected more than 0")
         if opening.padding and not self._engine.executor.computes_padding:
@@ -213,7 +187,7 @@ class ForwardBackwardService:
                 "activations are kept under a name of 32 hex digits, random for each pass"
             )
         check_codec(opening.codec)
-        return Span(opening.start, opening.end)
+        return span
 
     def __repr__(self) -> str:
         return f"<ForwardBackwardService {self.span} · {self.under_way} passes · {self._engine.passes!r}>"

@@ -16,7 +16,7 @@ from swarmcore.imports import import_large
 from swarmcore.placement.capacity import DEFAULT_CACHE_TOKENS, CapacityPlan, plan_capacity
 from swarmcore.server.adapters import Weights
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.measuring import SpeedFile
+from swarmcore.server.throughput import SpeedFile
 from swarmcore.types import Span
 
 MAX_DEFAULT_CACHE_TOKENS = 131_072

@@ -31,53 +31,53 @@ class AllowedUpstream:
     def __init__(self, allowed: Collection[PeerId] | None) -> None:
         self._allowed = None if allowed is None else frozenset(allowed)
         self._changed = asyncio.Event()
-        self._stays: dict[asyncio.Timeout, PeerId] = {}
+        self._connected: dict[asyncio.Timeout, PeerId] = {}
         self._closed = False
 
     def __repr__(self) -> str:
         allowed = "anyone" if self._allowed is None else ", ".join(sorted(map(short, self._allowed)))
-        return f"<AllowedUpstream {len(self._stays)} here · {allowed or 'nobody'} may>"
+        return f"<AllowedUpstream {len(self._connected)} here · {allowed or 'nobody'} may>"
 
-    def may(self, peer: PeerId) -> bool:
+    def allows(self, peer: PeerId) -> bool:
         """Whether ``peer`` is let in now."""
         return self._allowed is None or peer in self._allowed
 
-    def change(self, allowed: Collection[PeerId]) -> None:
-        """Let in ``allowed`` from now on, and show out whoever else is in. Raise as `check_upstream` does."""
+    def allow_only(self, allowed: Collection[PeerId]) -> None:
+        """Let in ``allowed`` from now on, and disconnect all others. Raise as `check_upstream` does."""
         check_upstream(allowed)
         self._allowed = frozenset(allowed)
         self._changed.set()
-        self._show_out([stay for stay, peer in self._stays.items() if not self.may(peer)])
+        self._disconnect([timeout for timeout, peer in self._connected.items() if not self.allows(peer)])
 
     def close(self) -> None:
-        """Show everybody out, those who wait to be let in too."""
+        """Disconnect everybody, those who wait to be let in too."""
         self._closed = True
         self._changed.set()
-        self._show_out(self._stays)
+        self._disconnect(self._connected)
 
     @asynccontextmanager
-    async def entered(self, peer: PeerId) -> AsyncIterator[None]:
-        """While ``peer`` is in; it is left at once when `change` or `close` shows it out.
+    async def connected(self, peer: PeerId) -> AsyncIterator[None]:
+        """While ``peer`` is in; the context ends at once when `allow_only` or `close` disconnects it.
 
         Raise `InvalidStepError` when the client has not let it in within `ADMISSION_TIMEOUT` seconds, and
         `SessionLostError` when the session was closed meanwhile.
         """
-        await self._admission(peer)
-        stay = asyncio.timeout(None)
+        await self._wait_for_admission(peer)
+        timeout = asyncio.timeout(None)
         try:
-            async with stay:
-                self._stays[stay] = peer
+            async with timeout:
+                self._connected[timeout] = peer
                 yield
         except TimeoutError:
-            if not stay.expired():
+            if not timeout.expired():
                 raise
         finally:
-            self._stays.pop(stay, None)
+            self._connected.pop(timeout, None)
 
-    async def _admission(self, peer: PeerId) -> None:
+    async def _wait_for_admission(self, peer: PeerId) -> None:
         try:
             async with asyncio.timeout(ADMISSION_TIMEOUT):
-                while not self.may(peer) and not self._closed:
+                while not self.allows(peer) and not self._closed:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError as exc:
@@ -87,7 +87,7 @@ class AllowedUpstream:
         if self._closed:
             raise SessionLostError("the session was closed")
 
-    def _show_out(self, stays: Iterable[asyncio.Timeout]) -> None:
-        for stay in stays:
-            if not stay.expired():
-                stay.reschedule(0)
+    def _disconnect(self, timeouts: Iterable[asyncio.Timeout]) -> None:
+        for timeout in timeouts:
+            if not timeout.expired():
+                timeout.reschedule(0)

@@ -20,7 +20,7 @@ from swarmcore.registry.gossip.watch_client import WatchingRegistry
 from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.measuring import ServerSpeed
+from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.transport import SimTransport
 from swarmcore.sim.world import World

@@ -136,9 +136,9 @@ async def test_a_hop_that_breaks_in_the_middle_is_carried(network, client):
         await session.step(hidden_states(given[:3]), [3])
         # The first server forgets its way to the second and cannot find it again.
         [hosted] = first.service._sessions.values()
-        hosted._next._channel.abort("cable cut")
+        hosted._downstream._channel.abort("cable cut")
         first.node.allowed_peers = frozenset([client.peer])
-        await until(lambda: hosted._next._watch.done())
+        await until(lambda: hosted._downstream._watching.done())
         output = await session.step(hidden_states(given[3:5]), [2], reply="all")
         assert read_rows(output) == expected[3:5]
         output = await session.step(hidden_states(given[5:]), [1])

@@ -248,7 +248,7 @@ async def test_what_a_server_keeps_for_a_replay_is_bounded_whatever_the_client_s
         for number in range(100):  # over and over again, and none of it ever comes home
             await channel.send(Step(number, (0,), (2,), journal="servers"), hidden_states(ROW * 2))
             await told(channel)
-        kept = server.service._sessions[hop.session]._kept_outputs._outputs
+        kept = server.service._sessions[hop.session]._replay_cache._outputs
         assert len(kept._open) <= MAX_OPEN
         assert kept._lane.nbytes <= 2 * 4 * 4
         await channel.close()
@@ -269,14 +269,14 @@ async def test_a_stale_stage_that_wakes_up_does_no_harm() -> None:
         await stale.kill()
         await step
         hosted = after.service._sessions[hop.session]
-        hosted.pushers.change([swarm.serving(session, 1).peer, swarm.client.peer])
+        hosted.upstream.allow_only([swarm.serving(session, 1).peer, swarm.client.peer])
         computed = after.engine.counters["steps"]
         for step in (Step(0, (0,), (3,)), Step(1, (3,), (1,), chain=(NOWHERE,)), Step(0, (0,), (1,))):
             await pushed.send(step, hidden_states(ROW * sum(step.lengths)))
         await asyncio.sleep(1)
         assert after.engine.counters["steps"] == computed
         assert after.service.counters["steps_outdated"] == 3
-        assert hosted._next._channel is None
+        assert hosted._downstream._channel is None
         for _ in range(3):
             await run.step(1)
         assert len(swarm.failovers) == 1
@@ -322,7 +322,7 @@ async def test_copies_are_beside_the_way_of_a_token(journal: str, monkeypatch) -
 
 
 async def test_a_client_that_does_not_take_its_copies_slows_nobody_until_the_bound(monkeypatch) -> None:
-    monkeypatch.setattr("swarmcore.server.links.MAX_COPIES_NBYTES", 10 * 16)
+    monkeypatch.setattr("swarmcore.server.client_outbox.MAX_COPIES_NBYTES", 10 * 16)
     async with swarm_of("0:6", "6:12") as swarm:
         session = await swarm.open()
         run = Run.of(session)

@@ -16,7 +16,7 @@ from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.measuring import ComputeSpeed, ServerSpeed
+from swarmcore.server.throughput import ComputeSpeed, ServerSpeed
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, hidden_states
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.types import ServerInfo, Span

@@ -45,17 +45,17 @@ async def test_a_stage_that_was_replaced_is_shown_out_of_the_one_behind_it() -> 
         await run.step(3)
         old, after = swarm.serving(session, 1), swarm.serving(session, 2)
         [behind] = after.service._sessions.values()
-        assert behind.pushers.may(old.peer)
-        assert len(behind.pushers._stays) == 1
+        assert behind.upstream.allows(old.peer)
+        assert len(behind.upstream._connected) == 1
         await old.kill()
         for _ in range(3):
             await run.step(1)
         new = swarm.serving(session, 1)
         assert new is not old
-        assert list(behind.pushers._stays.values()) == [new.peer]
-        assert not behind.pushers.may(old.peer)
+        assert list(behind.upstream._connected.values()) == [new.peer]
+        assert not behind.upstream.allows(old.peer)
         [hosted] = new.service._sessions.values()
-        assert hosted.pushers.may(swarm.serving(session, 0).peer)
+        assert hosted.upstream.allows(swarm.serving(session, 0).peer)
         await session.close()
         await quiet(swarm)
 
@@ -73,7 +73,7 @@ async def test_a_server_that_has_handed_its_caches_over_is_shown_out() -> None:
         assert [failover.how for failover in swarm.failovers] == ["handed over"]
         [behind] = after.service._sessions.values()
         assert (
-            repr(behind.pushers) == f"<AllowedUpstream 1 here · {short(swarm.serving(session, 1).peer)} may>"
+            repr(behind.upstream) == f"<AllowedUpstream 1 here · {short(swarm.serving(session, 1).peer)} may>"
         )
         await session.close()
         await quiet(swarm)

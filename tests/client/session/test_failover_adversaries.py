@@ -203,7 +203,7 @@ async def test_a_server_that_says_it_forwards_and_does_not_is_found_out(monkeypa
         async def push(*_: object) -> None:
             pass
 
-        monkeypatch.setattr(hosted._next, "push", push)
+        monkeypatch.setattr(hosted._downstream, "push", push)
         await run.step(1)
         assert liar.peer not in session.chain.peers
         await run.step(1)

@@ -9,8 +9,7 @@ import pytest
 
 from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
-from swarmcore.server.kept import Kept
-from swarmcore.server.kept_for_replay import ReplayOutputs
+from swarmcore.server.output_cache import EvictableBytes, ReplayCache
 from swarmcore.testing.executor import CountingExecutor, hidden_states
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
@@ -26,7 +25,7 @@ def resources(system: int, peer: int) -> ResourceManager:
 
 
 def keeping(manager: ResourceManager, lost: list[str]):
-    return lambda peer, name: Kept(manager, peer, lambda: lost.append(name))
+    return lambda peer, name: EvictableBytes(manager, peer, lambda: lost.append(name))
 
 
 def test_the_oldest_of_a_peer_makes_room_for_its_others():
@@ -91,7 +90,7 @@ class Decoding(CountingExecutor):
 
 async def test_a_replay_decodes_what_it_needs_and_no_more_than_can_be_sent() -> None:
     executor, counters = Decoding(), Counter[str]()
-    kept = ReplayOutputs(
+    kept = ReplayCache(
         2,
         executor=executor,
         resources=resources(2**20, 2**20),
@@ -101,7 +100,7 @@ async def test_a_replay_decodes_what_it_needs_and_no_more_than_can_be_sent() -> 
     )
     for number in range(20):
         step = Step(number, (8 * number, 0), (8, 0), journal="servers", settled=number)
-        kept.keep(step, hidden_states([[float(number), *ROW[1:]]] * 8).encode("raw+zstd"))
+        kept.add(step, hidden_states([[float(number), *ROW[1:]]] * 8).encode("raw+zstd"))
     rows = await kept.rows(Replay(20, (4, 0), (8, 0), (), codec="raw+zstd", settled=20))
     assert rows.decode().shape == (8, 4)
     assert len(executor.decoded) == 2

@@ -11,7 +11,7 @@ from memory_swarm import quiet, swarm_of
 
 from swarmcore.errors import DeadlineExceededError, InvalidStepError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
-from swarmcore.server.arrivals import UNCOUNTED_NBYTES, InFlightBytes
+from swarmcore.server.in_flight import UNCOUNTED_NBYTES, InFlightBytes
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import OpenSession, SessionOpened, Step, StepFailed, StepOutput
@@ -35,23 +35,23 @@ def zeros(rows: int, codec: str = "raw") -> Tensor:
 
 async def test_what_is_compressed_counts_as_what_it_will_be() -> None:
     manager = resources(2**22, 2**20)
-    arrivals = InFlightBytes(manager, ANN)
+    in_flight = InFlightBytes(manager, ANN)
     bomb = zeros(2**15, "raw+zstd")
     assert bomb.data.nbytes < 1000
-    held = await arrivals.hold([bomb])
+    held = await in_flight.acquire([bomb])
     assert held is not None
     assert manager.used(Resource.BYTES, ANN) == bomb.decoded_nbytes == 2**19
-    assert await arrivals.hold([zeros(1)]) is None
-    async with arrivals.held([bomb]):
+    assert await in_flight.acquire([zeros(1)]) is None
+    async with in_flight.reserved([bomb]):
         with pytest.raises(DeadlineExceededError):
-            await arrivals.hold([bomb], 5.0)
+            await in_flight.acquire([bomb], 5.0)
         for seconds in (float("nan"), -1.0, 0.0):
             with pytest.raises(DeadlineExceededError):
-                await arrivals.hold([bomb], seconds)
-        async with InFlightBytes(manager, BOB).held([bomb]):
+                await in_flight.acquire([bomb], seconds)
+        async with InFlightBytes(manager, BOB).reserved([bomb]):
             pass
     with pytest.raises(InvalidStepError, match="send a long step in several"):
-        await arrivals.hold([bomb, bomb, bomb])
+        await in_flight.acquire([bomb, bomb, bomb])
     held.release()
     assert manager.used(Resource.BYTES) == 0
 

@@ -15,7 +15,7 @@ from swarmcore.errors import SwarmError
 from swarmcore.executor.base import Slice
 from swarmcore.identity import Identity
 from swarmcore.rpc.node import Node
-from swarmcore.server.measuring import (
+from swarmcore.server.throughput import (
     MAX_PEERS,
     PAYLOAD,
     PAYLOADS,

@@ -15,7 +15,7 @@ from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.next_hops import BURST, StageDialer
+from swarmcore.server.downstream import BURST, StageDialer
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.transport import Stream
 from swarmcore.types import Address, PeerId, ServerInfo
@@ -42,7 +42,7 @@ class Watched(MemoryTransport):
 class Scene:
     server: Node
     stage: Node
-    hops: StageDialer
+    dialer: StageDialer
     directory: MemoryDirectory
     dialled: list[Address]
 
@@ -70,14 +70,14 @@ async def scene() -> AsyncIterator[Scene]:
             node.serve_protocol(INFERENCE_PROTOCOL, _join)
         registry = MemoryRegistry(server.peer, directory)
         await registry.start()
-        hops = StageDialer(server, registry, Counter())
-        yield Scene(server, stage, hops, directory, transport.dialled)
+        dialer = StageDialer(server, registry, Counter())
+        yield Scene(server, stage, dialer, directory, transport.dialled)
         await registry.close()
 
 
 async def refusal(scene: Scene, hop: Hop, client: PeerId = CLIENT) -> str:
     with pytest.raises(PeerUnreachableError) as caught:
-        await scene.hops.join(hop, client)
+        await scene.dialer.connect(hop, client)
     assert not caught.value.details
     return caught.value.message
 
@@ -86,7 +86,7 @@ async def test_a_known_stage_is_dialled_where_it_announces_to_be_and_nowhere_els
     async with scene() as at:
         await at.announce()
         elsewhere = f"memory:elsewhere/{at.stage.peer}"
-        (await at.hops.join(at.hop(elsewhere), CLIENT)).abort("seen")
+        (await at.dialer.connect(at.hop(elsewhere), CLIENT)).abort("seen")
         assert at.dialled == list(at.stage.addresses)
 
 
@@ -114,7 +114,7 @@ async def test_every_failure_reads_the_same() -> None:
 
 async def test_a_stage_that_has_just_joined_is_waited_for() -> None:
     async with scene() as at:
-        joining = asyncio.create_task(at.hops.join(at.hop(), CLIENT))
+        joining = asyncio.create_task(at.dialer.connect(at.hop(), CLIENT))
         await asyncio.sleep(0.5)
         assert at.dialled == []
         await at.announce()
@@ -125,11 +125,11 @@ async def test_one_client_has_so_many_hops_and_keeps_no_other_from_its_own() -> 
     async with scene() as at:
         await at.announce()
         for _ in range(int(BURST)):
-            (await at.hops.join(at.hop(), CLIENT)).abort("seen")
+            (await at.dialer.connect(at.hop(), CLIENT)).abort("seen")
         await refusal(at, at.hop())
-        (await at.hops.join(at.hop(), Identity.generate().peer)).abort("seen")
+        (await at.dialer.connect(at.hop(), Identity.generate().peer)).abort("seen")
 
 
 async def test_a_server_reaches_itself() -> None:
     async with scene() as at:
-        (await at.hops.join(at.hop(peer=at.server.peer), CLIENT)).abort("seen")
+        (await at.dialer.connect(at.hop(peer=at.server.peer), CLIENT)).abort("seen")

@@ -1,4 +1,4 @@
-"""What waits in a session, to be computed or to be read by its client, counted for that client."""
+"""Memory of what is in flight for a client: steps to be computed, and copies that it has yet to read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class InFlightBytes:
     def __init__(self, resources: ResourceManager, client: PeerId) -> None:
         self._resources = resources
         self._client = client
-        self._held: set[Reservation] = set()
+        self._reserved: set[Reservation] = set()
 
-    async def hold(self, tensors: Iterable[Tensor], seconds: float = TIMEOUT) -> Reservation | None:
+    async def acquire(self, tensors: Iterable[Tensor], seconds: float = TIMEOUT) -> Reservation | None:
         """Wait until there is room for them; None when they are too small to be counted.
 
         Raise `InvalidStepError` for what could never be here at a time, `DeadlineExceededError` when no room
@@ -35,31 +35,31 @@ class InFlightBytes:
         nbytes = sum(max(tensor.decoded_nbytes, tensor.data.nbytes) for tensor in tensors)
         if nbytes < UNCOUNTED_NBYTES:
             return None
-        patience = min(seconds, TIMEOUT) if seconds > 0 else 0.0
-        deadline = asyncio.get_running_loop().time() + patience
+        wait = min(seconds, TIMEOUT) if seconds > 0 else 0.0
+        deadline = asyncio.get_running_loop().time() + wait
         try:
-            held = await self._resources.acquire(self._client, Resource.BYTES, nbytes, deadline=deadline)
+            reserved = await self._resources.acquire(self._client, Resource.BYTES, nbytes, deadline=deadline)
         except ResourceLimitError as exc:
             raise InvalidStepError(f"{exc.message}: send a long step in several") from exc
-        self._held.add(held)
-        return held
+        self._reserved.add(reserved)
+        return reserved
 
-    def let_go(self, held: Reservation | None) -> None:
-        """What `hold` gave is no longer here."""
-        if held is not None:
-            held.release()
-            self._held.discard(held)
-
-    def close(self) -> None:
-        """Nothing is here any more."""
-        while self._held:
-            self._held.pop().release()
+    def release(self, reserved: Reservation | None) -> None:
+        """What `acquire` gave is no longer here."""
+        if reserved is not None:
+            reserved.release()
+            self._reserved.discard(reserved)
 
     @asynccontextmanager
-    async def held(self, tensors: Iterable[Tensor]) -> AsyncIterator[None]:
-        """As `hold`, until the end of the context."""
-        reservation = await self.hold(tensors)
+    async def reserved(self, tensors: Iterable[Tensor]) -> AsyncIterator[None]:
+        """As `acquire`, until the end of the context."""
+        reservation = await self.acquire(tensors)
         try:
             yield
         finally:
-            self.let_go(reservation)
+            self.release(reservation)
+
+    def close(self) -> None:
+        """Nothing is here any more."""
+        while self._reserved:
+            self._reserved.pop().release()
