@@ -13,6 +13,8 @@ from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
 from swarmcore.types import Address, ServerInfo
 
+logger = logging.getLogger(__name__)
+
 PATIENCE = 2.0
 """Seconds to wait for neighbours where there is nobody else to join through."""
 _MORE = 0.3
@@ -38,12 +40,9 @@ async def meet_neighbours(node: Node, registry: Registry, *, patience: float = P
     return found.is_set()
 
 
-logger = logging.getLogger(__name__)
-
-
 async def follow_addresses(node: Node, registry: Registry, info: ServerInfo, ttl: float) -> None:
     """Announce ``info``, announced before, again whenever ``node`` has other addresses; never ends."""
-    known = tuple(map(Address.parse, info.addresses))
+    known = info.dialable
     while True:
         known = await node.addresses_other_than(known)
         try:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from swarmcore.errors import DeadlineExceededError, ResourceLimitError
+from swarmcore.errors import ResourceLimitError
 from swarmcore.resources.limits import Bounds, Machine, ResourceLimits
 from swarmcore.resources.reservation import Priority, Reservation, Resource, Scope, Waiting
+from swarmcore.tasks import deadline_at
 from swarmcore.types import PeerId
 
 
@@ -122,16 +123,15 @@ class ResourceManager:
 
         cancel = self.when_free(peer, resource, amount, granted, protocol=protocol, priority=priority)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with deadline_at(
+                deadline,
+                f"no room for {amount} {resource} came before the deadline; retry later or elsewhere",
+            ):
                 return await future
-        except BaseException as exc:
+        except BaseException:
             cancel()
             if future.done() and not future.cancelled():
                 future.result().release()
-            if isinstance(exc, TimeoutError):
-                raise DeadlineExceededError(
-                    f"no room for {amount} {resource} came before the deadline; retry later or elsewhere"
-                ) from exc
             raise
 
     def when_free(

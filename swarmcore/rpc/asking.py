@@ -8,6 +8,7 @@ from typing import Any
 
 from swarmcore.errors import DeadlineExceededError, SwarmError
 from swarmcore.rpc.node import Node
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import Address
 from swarmcore.wire.method import Method, Rep, Req
 
@@ -41,9 +42,7 @@ async def ask(
                 return next(call for call in calls if call.done()).result()
             waited += allowed
     finally:
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        await cancel_and_wait(*calls)
     usual.missed()
     raise DeadlineExceededError(f"no sign of life for {waited:.1f} s")
 

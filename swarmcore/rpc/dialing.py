@@ -17,6 +17,7 @@ from swarmcore.errors import (
     SwarmError,
     UnknownTransportError,
 )
+from swarmcore.tasks import deadline_at
 from swarmcore.transport import Stream, Transport
 from swarmcore.types import Address, PeerId, short
 
@@ -125,20 +126,18 @@ async def dial(transports: Mapping[str, Transport], addresses: Sequence[Address]
         )
     patience = deadline - asyncio.get_running_loop().time()
     failures: dict[int, SwarmError] = {}
-    try:
-        async with asyncio.timeout_at(deadline) as clock:
-            if len(usable) == 1:
-                return await transports[usable[0].scheme].open_stream(usable[0])
-            return await _race(transports, usable, failures)
-    except TimeoutError as exc:
-        if not clock.expired():
-            raise
+
+    def too_late() -> SwarmError:
         late = [address for place, address in enumerate(usable) if place not in failures]
         reasons = [failure.message for failure in failures.values()]
         reasons += [f"{address} did not answer within {patience:.3g} s" for address in late]
-        if len(usable) == 1:
-            raise DeadlineExceededError(reasons[0]) from exc
-        raise _unreachable(usable, reasons) from exc
+        return DeadlineExceededError(reasons[0]) if len(usable) == 1 else _unreachable(usable, reasons)
+
+    try:
+        async with deadline_at(deadline, too_late):
+            if len(usable) == 1:
+                return await transports[usable[0].scheme].open_stream(usable[0])
+            return await _race(transports, usable, failures)
     except NoSuccess:
         reasons = [failure.message for _, failure in sorted(failures.items())]
         raise _unreachable(usable, reasons) from None

@@ -29,6 +29,7 @@ from swarmcore.rpc.dialing import dial, one_peer
 from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
 from swarmcore.rpc.response_times import ResponseTimes
 from swarmcore.rpc.serving import Server
+from swarmcore.tasks import deadline_at
 from swarmcore.transport import Stream, Transport, serve_stream
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.failure import Failure, to_error, to_failure
@@ -246,15 +247,10 @@ class Node:
         stream = await self._dial(to, deadline, elsewhere=elsewhere)
         self._calls_out += 1
         try:
-            async with asyncio.timeout_at(deadline) as clock:
+            async with deadline_at(deadline, lambda: _too_late(stream, method.name, timeout)):
                 await _send_opening(stream, request, (), self.limits, method.name, deadline)
                 data = await stream.receive()
             await stream.close()
-        except TimeoutError as exc:
-            stream.abort("the caller's deadline passed")
-            if not clock.expired():
-                raise
-            raise _deadline_exceeded(method.name, stream.remote, timeout) from exc
         except StreamClosedError as exc:
             await stream.close()
             raise ConnectionLostError(f"{short(stream.remote)} ended {method.name} without a reply") from exc
@@ -286,11 +282,8 @@ class Node:
         deadline = asyncio.get_running_loop().time() + timeout
         stream = await self._dial(to, deadline)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with deadline_at(deadline, lambda: _too_late(stream, protocol.name, timeout)):
                 await _send_opening(stream, opening, tensors, self.limits, protocol.name)
-        except TimeoutError as exc:
-            stream.abort("the caller's deadline passed")
-            raise _deadline_exceeded(protocol.name, stream.remote, timeout) from exc
         except BaseException as exc:
             stream.abort(f"the caller gave up: {type(exc).__name__}")
             raise
@@ -409,5 +402,6 @@ async def _send_opening(
         await stream.send(*buffers)
 
 
-def _deadline_exceeded(name: str, peer: PeerId, timeout: float) -> DeadlineExceededError:
-    return DeadlineExceededError(f"{short(peer)} did not answer {name} within {timeout:.3g} s")
+def _too_late(stream: Stream, name: str, timeout: float) -> DeadlineExceededError:
+    stream.abort("the caller's deadline passed")
+    return DeadlineExceededError(f"{short(stream.remote)} did not answer {name} within {timeout:.3g} s")

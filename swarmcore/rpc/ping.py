@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from swarmcore.rpc.node import Node
-from swarmcore.types import Address, ServerInfo
+from swarmcore.types import ServerInfo
 from swarmcore.wire.messages import Ping
 from swarmcore.wire.protocols import PING_METHOD
 
@@ -26,12 +26,11 @@ async def measure_round_trip(
 
     With the round trip ``known`` from before, one ping is enough that confirms it.
     """
-    addresses = [Address.parse(url) for url in server.addresses]
     loop = asyncio.get_running_loop()
     shortest = float("inf")
     for _ in range(PINGS):
         started = loop.time()
-        await node.call(addresses, PING_METHOD, Ping(), timeout=timeout)
+        await node.call(server.dialable, PING_METHOD, Ping(), timeout=timeout)
         took = loop.time() - started
         node.response_times.of(server.peer).measured(took)
         shortest = min(shortest, took)

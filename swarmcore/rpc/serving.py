@@ -17,6 +17,7 @@ from swarmcore.errors import (
 )
 from swarmcore.resources import Priority, Resource, ResourceManager
 from swarmcore.rpc.channel import Channel, ReadAhead
+from swarmcore.tasks import deadline_after, deadline_at
 from swarmcore.transport import Buffer, Stream
 from swarmcore.types import short
 from swarmcore.wire.failure import Failure, to_failure
@@ -116,15 +117,16 @@ class Server:
                 await stream.close()
 
     async def _opening(self, stream: Stream) -> memoryview:
-        try:
-            async with asyncio.timeout(self._limits.connect_timeout):
+        seconds = self._limits.connect_timeout
+
+        def silent() -> ProtocolError:
+            return ProtocolError(f"no message came within {seconds:g} s of opening the stream")
+
+        async with deadline_after(seconds, silent):
+            try:
                 return await stream.receive()
-        except TimeoutError as exc:
-            raise ProtocolError(
-                f"no message came within {self._limits.connect_timeout:g} s of opening the stream"
-            ) from exc
-        except SwarmError as exc:
-            raise _PeerGone(exc.message) from exc
+            except SwarmError as exc:
+                raise _PeerGone(exc.message) from exc
 
     async def _serve_call(
         self, stream: Stream, data: memoryview, method: Method[Any, Any], handler: CallHandler
@@ -150,13 +152,8 @@ class Server:
         if nbytes <= _SHORT:
             nbytes = 0
         with self._resources.reserve(stream.remote, Resource.BYTES, nbytes, priority=Priority.MEDIUM):
-            try:
-                async with asyncio.timeout(UNREAD_TIMEOUT) as clock:
-                    await stream.send(*buffers)
-            except TimeoutError as exc:
-                if not clock.expired():
-                    raise
-                raise DeadlineExceededError(f"the answer was not taken in {UNREAD_TIMEOUT:g} s") from exc
+            async with deadline_after(UNREAD_TIMEOUT, f"the answer was not taken in {UNREAD_TIMEOUT:g} s"):
+                await stream.send(*buffers)
 
     async def _serve_channel(
         self, stream: Stream, data: memoryview, protocol: Protocol, handler: ChannelHandler
@@ -209,16 +206,14 @@ async def _watched(
         with contextlib.suppress(RuntimeError):  # the handler is through, or is being cancelled already
             clock.reschedule(asyncio.get_running_loop().time())
 
-    clock = asyncio.timeout_at(deadline)
+    def reason() -> Exception:
+        if lost is not None:
+            return _PeerGone(lost.message)
+        return DeadlineExceededError(f"the caller's deadline passed while {name} ran")
+
     ahead = ReadAhead(stream, on_lost)
     try:
-        async with clock:
+        async with deadline_at(deadline, reason) as clock:
             await run(ahead)
-    except TimeoutError as exc:
-        if not clock.expired():
-            raise
-        if lost is not None:
-            raise _PeerGone(lost.message) from exc
-        raise DeadlineExceededError(f"the caller's deadline passed while {name} ran") from exc
     finally:
         await ahead.stop()

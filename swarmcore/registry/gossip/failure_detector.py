@@ -25,7 +25,7 @@ from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.replica import Replica
 from swarmcore.registry.gossip.suspicion import Credibility, Suspected
 from swarmcore.rpc import Caller, Node
-from swarmcore.tasks import BackgroundTasks
+from swarmcore.tasks import BackgroundTasks, cancel_and_wait
 from swarmcore.types import Address, PeerId, ServerInfo, short
 
 logger = logging.getLogger(__name__)
@@ -166,9 +166,7 @@ class Inquiries:
                 if answers:
                     break
         finally:
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await cancel_and_wait(*asking)
         return verdict
 
     async def _answers_at(self, address: Address, suspected: int, deadline: float) -> bool | None:

@@ -23,6 +23,7 @@ from swarmcore.errors import (
     SwarmError,
     TooManyCallsError,
 )
+from swarmcore.pacing import Backoff
 from swarmcore.registry.base import Change
 from swarmcore.registry.gossip.digest import Key, key_of
 from swarmcore.registry.gossip.members import Partners
@@ -30,7 +31,7 @@ from swarmcore.registry.gossip.messages import LIFELINE, Beat, HoldLine
 from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.suspicion import Suspected
 from swarmcore.rpc import Channel, Node
-from swarmcore.tasks import BackgroundTasks
+from swarmcore.tasks import BackgroundTasks, running
 from swarmcore.types import PeerId, short
 
 
@@ -230,8 +231,9 @@ class Lifelines:
         for known in [p for p, pause in self._pauses.items() if now > pause.until + 2 * LONGEST_PAUSE]:
             del self._pauses[known]
         before = self._pauses.get(peer)
-        seconds = min(2 * before.seconds, LONGEST_PAUSE) if before else FIRST_PAUSE
-        self._pauses[peer] = _Pause(now + seconds, seconds)
+        backoff = before.backoff if before else Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        seconds = backoff.next()
+        self._pauses[peer] = _Pause(now + seconds, backoff)
 
         def over() -> None:
             self._timers.discard(timer)
@@ -289,7 +291,7 @@ class Lifelines:
 @attrs.frozen
 class _Pause:
     until: float
-    seconds: float
+    backoff: Backoff
 
 
 class _End(Enum):
@@ -326,13 +328,9 @@ class _Line:
 
     async def run(self) -> _End:
         """Send beats and hear those of the other side until the line ends. Raise what broke it."""
-        listening = asyncio.create_task(self._listen(), name="lifeline listener")
-        listening.add_done_callback(lambda _: self._wake.set())
-        try:
+        async with running(self._listen(), "lifeline listener") as listening:
+            listening.add_done_callback(lambda _: self._wake.set())
             return await self._speak(listening)
-        finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
 
     async def _speak(self, listening: asyncio.Task[None]) -> _End:
         loop = asyncio.get_running_loop()

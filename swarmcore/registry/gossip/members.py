@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterable, Sequence
-from functools import lru_cache
 from random import Random
 
 import attrs
 
-from swarmcore.errors import AddressError
+from swarmcore.pacing import Backoff
 from swarmcore.registry.base import Change
 from swarmcore.types import Address, PeerId, ServerInfo
 
@@ -28,7 +26,7 @@ class Partner:
 class _Trouble:
     """A peer that did not answer of late."""
 
-    failures: int
+    backoff: Backoff
     retry_at: float
 
 
@@ -132,9 +130,9 @@ class Partners:
 
     def failed(self, peer: PeerId, now: float) -> None:
         """``peer`` did not answer, or not well."""
-        failures = self._troubles[peer].failures + 1 if peer in self._troubles else 1
-        wait = min(self._backoff * 2 ** min(failures - 1, 16), self._max_backoff)
-        self._troubles[peer] = _Trouble(failures, now + wait)
+        known = self._troubles.get(peer)
+        backoff = known.backoff if known else Backoff(self._backoff, self._max_backoff)
+        self._troubles[peer] = _Trouble(backoff, now + backoff.next())
 
     def answered(self, peer: PeerId) -> None:
         """``peer`` is well."""
@@ -145,7 +143,7 @@ class Partners:
 
     def reached_by(self, info: ServerInfo) -> Partner:
         """The ways to reach a peer that announces ``info``."""
-        return self._with_typed(_announced(info.peer, info.addresses))
+        return self._with_typed(Partner(info.peer, info.dialable))
 
     def _with_typed(self, partner: Partner) -> Partner:
         known = self._bootstrap.get(partner.peer)
@@ -173,15 +171,6 @@ class Partners:
             del self._lost[oldest]
             if oldest not in self._bootstrap:
                 self._troubles.pop(oldest, None)
-
-
-@lru_cache(maxsize=4096)
-def _announced(peer: PeerId, urls: tuple[str, ...]) -> Partner:
-    addresses = []
-    for url in urls:
-        with contextlib.suppress(AddressError):
-            addresses.append(Address.parse(url))
-    return Partner(peer, tuple(addresses))
 
 
 def group_by_peer(addresses: Iterable[Address]) -> list[Partner]:

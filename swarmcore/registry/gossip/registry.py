@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
 
 from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, UnavailableError
+from swarmcore.pacing import jittered
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.gossip.anti_entropy import answer_compare, answer_exchange, reconcile
@@ -183,7 +184,7 @@ class GossipRegistry(Registry):
             self._tasks.start(self._call_namesake(before), "registry namesake")
 
     async def _call_namesake(self, info: ServerInfo) -> None:
-        addresses = [Address.parse(url) for url in info.addresses]
+        addresses = info.dialable
         if not set(addresses).isdisjoint(self.node.addresses):
             return
         with contextlib.suppress(SwarmError):
@@ -301,7 +302,7 @@ class GossipRegistry(Registry):
     async def _anti_entropy(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self._options.interval * self._rng.uniform(0.75, 1.25))
+            await asyncio.sleep(jittered(self._options.interval, self._rng))
             lost = self._partners.choose_lost(loop.time())
             await asyncio.gather(
                 self._reconcile_with_one(self._partners.choose(3, loop.time())),

@@ -9,6 +9,7 @@ from functools import lru_cache
 import attrs
 
 from swarmcore.identity import Identity, verify
+from swarmcore.pacing import TokenBucket
 from swarmcore.types import PeerId
 
 _DOMAIN = b"swarmcore registry suspicion 1\0"
@@ -54,8 +55,7 @@ def _is_signed(suspected: Suspected) -> bool:
 class _Standing:
     """What is remembered of one accuser."""
 
-    credit: float
-    since: float
+    credit: TokenBucket = attrs.field(factory=lambda: TokenBucket(BURST / REFILL, BURST))
     mute_until: float = 0.0
     mute: float = 0.0
 
@@ -81,24 +81,19 @@ class Credibility:
 
     def spend(self, accuser: PeerId, now: float) -> bool:
         """Whether to hear one more suspicion of ``accuser``; it then counts against his credit."""
-        standing = self._standing(accuser, now)
-        standing.credit = min(BURST, standing.credit + (now - standing.since) * BURST / REFILL)
-        standing.since = now
-        if now < standing.mute_until or standing.credit < 1:
-            return False
-        standing.credit -= 1
-        return True
+        standing = self._standing(accuser)
+        return now >= standing.mute_until and standing.credit.take(now)
 
     def was_wrong(self, accusers: Collection[PeerId], now: float) -> None:
         """The peer that ``accusers`` suspected has answered."""
         for accuser in accusers:
-            standing = self._standing(accuser, now)
+            standing = self._standing(accuser)
             forgiven = now >= standing.mute_until + standing.mute
             standing.mute = SHORTEST_MUTE if forgiven else min(2 * standing.mute, LONGEST_MUTE)
             standing.mute_until = now + standing.mute
 
-    def _standing(self, accuser: PeerId, now: float) -> _Standing:
-        standing = self._standings.setdefault(accuser, _Standing(BURST, now))
+    def _standing(self, accuser: PeerId) -> _Standing:
+        standing = self._standings.setdefault(accuser, _Standing())
         self._standings.move_to_end(accuser)
         if len(self._standings) > MAX_ACCUSERS:
             self._standings.popitem(last=False)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 
 from swarmcore.errors import (
-    DeadlineExceededError,
     InputError,
     PeerUnreachableError,
     ProtocolError,
     SwarmError,
 )
+from swarmcore.pacing import Backoff
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.clock import SwarmClock, how_far_off
@@ -30,7 +30,7 @@ from swarmcore.registry.gossip.replica import Replica
 from swarmcore.registry.gossip.store import Drop, RecordStore
 from swarmcore.registry.gossip.watch_server import HEARTBEAT
 from swarmcore.rpc import Channel, Node
-from swarmcore.tasks import BackgroundTasks
+from swarmcore.tasks import BackgroundTasks, deadline_after
 from swarmcore.types import Address, PeerId, ServerInfo, short
 
 logger = logging.getLogger(__name__)
@@ -174,13 +174,8 @@ class WatchingRegistry(Registry):
     async def _read(self, channel: Channel) -> RecordBatch:
         """Take the records of the next batch."""
         silence = 2 * HEARTBEAT + self._timeout
-        try:
-            async with asyncio.timeout(silence):
-                batch: RecordBatch = (await channel.receive()).record
-        except TimeoutError as exc:
-            raise DeadlineExceededError(
-                f"{short(channel.remote)} sent no sign of life for {silence:g} s"
-            ) from exc
+        async with deadline_after(silence, f"{short(channel.remote)} sent no sign of life for {silence:g} s"):
+            batch: RecordBatch = (await channel.receive()).record
         if batch.clock:
             self._clock.heard(batch.clock)
             if self._clock.followed:
@@ -237,7 +232,7 @@ class WatchingRegistry(Registry):
     async def _move_on(self) -> Channel:
         """A channel to another member, however long it takes to find one."""
         loop = asyncio.get_running_loop()
-        pause = _FIRST_PAUSE
+        backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             candidates = self._partners.choose(AT_ONCE, loop.time())
             if lost := self._partners.choose_lost(loop.time()):
@@ -245,9 +240,9 @@ class WatchingRegistry(Registry):
             with contextlib.suppress(PeerUnreachableError):
                 if candidates:
                     return await first_answer(candidates, self._watch, dispose=_abandon)
+            pause = backoff.next(self._rng)
             logger.info("no member of the swarm answers; trying again in %.1f s", pause)
-            await asyncio.sleep(pause * self._rng.uniform(0.75, 1.25))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.sleep(pause)
 
 
 def _abandon(channel: Channel) -> None:

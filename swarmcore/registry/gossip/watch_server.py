@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from swarmcore.errors import DeadlineExceededError, TooManyCallsError, UnavailableError
+from swarmcore.errors import TooManyCallsError, UnavailableError
 from swarmcore.registry.gossip.digest import Key, key_of, pack_entries
 from swarmcore.registry.gossip.messages import RecordBatch, WatchRecords, records_per_message
 from swarmcore.registry.gossip.records import SignedRecord
 from swarmcore.registry.gossip.store import Accepted, RecordStore
 from swarmcore.resources import Priority, Resource, ResourceManager
 from swarmcore.rpc import Channel
+from swarmcore.tasks import deadline_after, wait_until_set
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 
@@ -88,16 +89,11 @@ class Watchers:
                 batch = watcher.take(self._batch, self._wall_clock())
                 nbytes = sum(record.nbytes for record in batch.records)
                 nbytes += _WAITING_NBYTES * len(watcher.waiting)
-                try:
-                    with self._resources.reserve(
-                        watcher.peer, Resource.BYTES, nbytes, priority=Priority.MEDIUM
-                    ):
-                        async with asyncio.timeout(STALL):
-                            await channel.send(batch)
-                except TimeoutError as exc:
-                    raise DeadlineExceededError(f"a watcher took nothing for {STALL:g} s") from exc
+                with self._resources.reserve(watcher.peer, Resource.BYTES, nbytes, priority=Priority.MEDIUM):
+                    async with deadline_after(STALL, f"a watcher took nothing for {STALL:g} s"):
+                        await channel.send(batch)
                 if batch.complete:
-                    await watcher.wait(HEARTBEAT)
+                    await wait_until_set(watcher.wake, HEARTBEAT)
         finally:
             del self._watchers[watcher]
         raise UnavailableError("this peer is leaving; watch another one")
@@ -125,11 +121,3 @@ class _Watcher:
             suspected = pack_entries(self.suspected.items())
             self.suspected.clear()
         return RecordBatch(records, complete, suspected, clock)
-
-    async def wait(self, seconds: float) -> None:
-        """Until something urgent is there to send, for ``seconds`` at most."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.wake.wait()
-        except TimeoutError:
-            return
