@@ -45,8 +45,9 @@ from swarmcore.wire.tensors import ITEM_BYTES
 
 if TYPE_CHECKING:
     from swarmcore.executor.base import BlockExecutor
-    from swarmcore.executor.loader import BlockLoader, Progress
+    from swarmcore.executor.loader import BlockLoader
     from swarmcore.placement.capacity import CapacityPlan
+    from swarmcore.types import Progress
 
 BOOTSTRAP_TTL = 300.0
 """Seconds for which a bootstrap peer's announcement is believed that is not renewed."""

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from swarmcore.client.generation.detokenizer import GeneratedPieces
     from swarmcore.client.generation.generation import FinishReason
     from swarmcore.client.session.options import SessionOptions
-    from swarmcore.executor.loader import Progress
     from swarmcore.generation_settings import GenerationOptions
     from swarmcore.prompts import Prompt
     from swarmcore.registry.base import SwarmView
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from swarmcore.routing.costs import ChainCost
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
-    from swarmcore.types import ModelInfo, PeerId
+    from swarmcore.types import ModelInfo, PeerId, Progress
 
 Piece = TypeVar("Piece", covariant=True)
 

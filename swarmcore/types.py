@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Literal, NewType
 
@@ -16,6 +16,12 @@ PeerId = NewType("PeerId", str)
 """An Ed25519 public key in libp2p's text form (``12D3Koo…``), the same on every transport."""
 
 ServerState = Literal["joining", "online", "draining"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, bytes done, bytes in all)``, from any thread but never from two at once.
+
+0 in all means that the total is not known. What it raises ends the work.
+"""
 
 _PEER_ID = re.compile(r"12D3Koo[1-9A-HJ-NP-Za-km-z]{45}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")

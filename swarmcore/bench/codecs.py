@@ -17,7 +17,7 @@ from swarmcore.checkpoint import open_checkpoint
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 
 CODECS = ("int8", "mixed4", "mixed3", "mixed2", "mixed1", "topk0.5", "topk0.25", "topk0.1", "topk0.01")
 SERVERS = 3

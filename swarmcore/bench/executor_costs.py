@@ -22,12 +22,12 @@ import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swarmcore.checkpoint import Checkpoint, Progress
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.checkpoint import Checkpoint
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_wire
+from swarmcore.executor.torch.wire_tensors import to_wire
 from swarmcore.sim.costs import BatchLoad, CostModel, MeasuredModel, Measurement
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo, Progress, Span
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom-7b1": (
@@ -128,7 +128,8 @@ class CostBench:
     async def _pass(self, span: Span, names: list[SequenceId], start: int, rows: int) -> BatchLoad:
         hidden = torch.randn(rows, self.executor.model.hidden_size).to(getattr(torch, self.executor.dtype))
         batch = [
-            Slice(to_wire("hidden", hidden), 0, span, (Segment(name, start, rows),), "last") for name in names
+            ScheduledChunk(to_wire("hidden", hidden), 0, span, (Segment(name, start, rows),), "last")
+            for name in names
         ]
         for result in await self.executor.step(batch):
             if isinstance(result, Exception):

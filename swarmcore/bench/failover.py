@@ -11,13 +11,14 @@ from contextlib import AsyncExitStack
 import attrs
 from rich.table import Table
 
-from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.swarm import Swarm, connect
 from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import Fleet, split_blocks
 from swarmcore.testing.fork_server import ForkServer
+from swarmcore.types import Progress
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
 

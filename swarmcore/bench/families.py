@@ -23,19 +23,19 @@ import transformers
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
-from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.checkpoint.base import one_line
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import SwarmError, UnsupportedModelError
-from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch.cut import check_servable
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.torch.executor import TorchExecutor
+from swarmcore.executor.torch.partial_model import check_servable
 from swarmcore.executor.torch.reference import LENGTHS, Reference
 from swarmcore.executor.torch.self_test import STEPS, compare
 from swarmcore.executor.torch.span import check_blocks
-from swarmcore.executor.torch.tensors import to_torch, to_wire
-from swarmcore.types import ModelInfo, Span
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
+from swarmcore.types import ModelInfo, Progress, Span
 from swarmcore.wire.tensors import Tensor
 
 BLOCKS = 6
@@ -165,7 +165,7 @@ async def _serve(checkpoint: Checkpoint, spans: list[Span], reference: Reference
                 for tensor, (number, start, end) in zip(hidden, step, strict=True):
                     executor.reserve(SequenceId(number), end)
                     segment = Segment(SequenceId(number), start, end - start)
-                    slices.append(Slice(tensor, 0, executor.span, (segment,)))
+                    slices.append(ScheduledChunk(tensor, 0, executor.span, (segment,)))
                 hidden = [_checked(result) for result in await executor.step(slices)]
             for tensor, (number, _, _) in zip(hidden, step, strict=True):
                 logits[number].append(parts.logits(to_torch(tensor)))

@@ -12,14 +12,14 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.plain import PlainModel
-from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
 from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import split_blocks
 from swarmcore.testing.processes import ServerProcess
-from swarmcore.types import Span
+from swarmcore.types import Progress, Span
 
 if TYPE_CHECKING:
     from swarmcore.client.generation.model import RemoteModel

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from swarmcore.executor.loader import Progress
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.chain import Chain
 from swarmcore.routing.costs import CostModel
 from swarmcore.routing.health import Ban
 from swarmcore.routing.least_latency import LeastLatency
-from swarmcore.types import ModelInfo, PeerId, Rtt, ServerInfo, Span
+from swarmcore.types import ModelInfo, PeerId, Progress, Rtt, ServerInfo, Span
 
 if TYPE_CHECKING:
     from rich.table import Table

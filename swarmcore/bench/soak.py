@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 import attrs
 
 from swarmcore.bench.plain import PlainModel
-from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.swarm import connect
@@ -22,7 +22,7 @@ from swarmcore.errors import SwarmError
 from swarmcore.session.steps import JournalMode
 from swarmcore.testing.fleet import Fleet, Member, split_blocks
 from swarmcore.testing.fork_server import ForkServer
-from swarmcore.types import PeerId, Span
+from swarmcore.types import PeerId, Progress, Span
 
 PROMPTS = (
     "The capital of France is",

@@ -14,11 +14,12 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.inference import start_swarm
-from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
+from swarmcore.types import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -17,11 +17,10 @@ from swarmcore.bench.contender import Contender, contenders, place_at
 from swarmcore.bench.figures import Figure, figures_table
 from swarmcore.bench.transport_peer import ECHO, SINK, answer, second_process, usage
 from swarmcore.bench.yardstick import Yardstick, yardstick_of
-from swarmcore.executor.loader import Progress
 from swarmcore.identity import Identity
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.transport import Stream, Transport
-from swarmcore.types import Address
+from swarmcore.types import Address, Progress
 
 _KB, _MB = 1024, 2**20
 _SIZES = {"4 KB": 4 * _KB, "64 KB": 64 * _KB, "1 MiB": _MB}

@@ -18,7 +18,7 @@ from swarmcore.bench.link_pump import LEFT, RIGHT, Carried
 from swarmcore.bench.long_link import CONGESTION_CONTROL, Link, LongLink, long_link
 from swarmcore.bench.transport_peer import second_process
 from swarmcore.errors import InputError, RemoteFaultError
-from swarmcore.executor.loader import Progress
+from swarmcore.types import Progress
 
 _TURN_TIMEOUT = 180.0
 _LINE_LIMIT = 2**20

@@ -4,7 +4,7 @@ from swarmcore.imports import require_torch
 
 require_torch()
 
-from swarmcore.checkpoint.base import Checkpoint, Progress, cache_folder  # noqa: E402
+from swarmcore.checkpoint.base import Checkpoint, cache_folder  # noqa: E402
 from swarmcore.checkpoint.source import convert, open_checkpoint  # noqa: E402
 
-__all__ = ["Checkpoint", "Progress", "cache_folder", "convert", "open_checkpoint"]
+__all__ = ["Checkpoint", "cache_folder", "convert", "open_checkpoint"]

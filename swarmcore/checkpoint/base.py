@@ -19,9 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from swarmcore.errors import CheckpointError, ModelNotFoundError, StorageError, UnsupportedModelError
-from swarmcore.executor.loader import Progress as Progress
 from swarmcore.imports import import_large
-from swarmcore.types import JsonDict, ModelInfo
+from swarmcore.types import JsonDict, ModelInfo, Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
-from swarmcore.checkpoint.base import Counter, Progress, locked, log, storage_errors, write_file
+from swarmcore.checkpoint.base import Counter, locked, log, storage_errors, write_file
 from swarmcore.errors import CheckpointError
+from swarmcore.types import Progress
 
 _CHUNK = 4 * 1024 * 1024
 _THREADS = 4

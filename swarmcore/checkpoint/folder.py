@@ -19,7 +19,6 @@ from swarmcore.checkpoint.base import (
     WEIGHTS,
     Checkpoint,
     Counter,
-    Progress,
     describe,
     lfs_pointer,
     load_config,
@@ -30,6 +29,7 @@ from swarmcore.checkpoint.base import (
 )
 from swarmcore.checkpoint.fingerprint import file_hashes, model_fingerprint
 from swarmcore.errors import CheckpointError
+from swarmcore.types import Progress
 
 MAX_HEADER = 100 * 1024 * 1024
 """The format's own limit on a header's length, in bytes."""

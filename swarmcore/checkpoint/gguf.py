@@ -18,7 +18,6 @@ import torch
 
 from swarmcore.checkpoint.base import (
     LFS_POINTER,
-    Progress,
     check_room,
     disk_full,
     lfs_pointer,
@@ -52,6 +51,7 @@ from swarmcore.errors import (
     UnsupportedModelError,
 )
 from swarmcore.imports import import_large
+from swarmcore.types import Progress
 
 LAYOUT = "gguf-bfloat16-3"
 """What a conversion writes. Part of the fingerprint: count it up when a file would give other

@@ -20,7 +20,6 @@ from swarmcore.checkpoint.base import (
     WEIGHTS,
     Checkpoint,
     Counter,
-    Progress,
     check_room,
     describe,
     load_config,
@@ -45,6 +44,7 @@ from swarmcore.checkpoint.folder import (
 from swarmcore.checkpoint.hub import Repository, hub_folder, repository_folder, resolve
 from swarmcore.checkpoint.quantized import QUANTIZATION_FILES
 from swarmcore.errors import CheckpointError
+from swarmcore.types import Progress
 
 SMALL_FILES = frozenset(
     {

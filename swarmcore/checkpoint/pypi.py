@@ -10,8 +10,9 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from swarmcore.checkpoint.base import Progress, check_room, locked, new_folder, no_progress, storage_errors
+from swarmcore.checkpoint.base import check_room, locked, new_folder, no_progress, storage_errors
 from swarmcore.errors import ModelNotFoundError
+from swarmcore.types import Progress
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][\w.-]*?)(?:==([\w.]+))?")
 _CHUNK = 4 * 1024 * 1024

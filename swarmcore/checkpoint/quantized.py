@@ -16,9 +16,9 @@ from typing import Any
 import attrs
 import torch
 
-from swarmcore.checkpoint.base import Checkpoint, Progress, read_json
+from swarmcore.checkpoint.base import Checkpoint, read_json
 from swarmcore.errors import CheckpointError, UnsupportedModelError
-from swarmcore.types import JsonDict
+from swarmcore.types import JsonDict, Progress
 
 QUANTIZATION_FILES = {
     "hf_quant_config.json": "modelopt",

@@ -6,21 +6,14 @@ import difflib
 import re
 from pathlib import Path
 
-from swarmcore.checkpoint.base import (
-    INDEX,
-    WEIGHTS,
-    Checkpoint,
-    Progress,
-    cache_folder,
-    settle_dtype,
-    storage_errors,
-)
+from swarmcore.checkpoint.base import INDEX, WEIGHTS, Checkpoint, cache_folder, settle_dtype, storage_errors
 from swarmcore.checkpoint.folder import FolderCheckpoint
 from swarmcore.checkpoint.gguf import convert as convert_gguf
 from swarmcore.checkpoint.gguf import converted, is_gguf, is_split
 from swarmcore.checkpoint.pypi import find_gguf
 from swarmcore.checkpoint.quantized import plain
 from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError
+from swarmcore.types import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_URL = re.compile(r"https?://[^/]+/([\w.-]+(/(?!(tree|blob|resolve)/)[\w.-]+)?)")

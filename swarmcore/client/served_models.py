@@ -22,7 +22,8 @@ from swarmcore.sources import Source, exists_here
 from swarmcore.types import ModelInfo, PeerId
 
 if TYPE_CHECKING:
-    from swarmcore.checkpoint import Checkpoint, Progress
+    from swarmcore.checkpoint import Checkpoint
+    from swarmcore.types import Progress
 
 MOST_SOURCES = 3
 """Sources of one model that are tried."""

@@ -37,9 +37,9 @@ from swarmcore.types import Address, ModelInfo, PeerId
 from swarmcore.wire.limits import Limits
 
 if TYPE_CHECKING:
-    from swarmcore.checkpoint import Progress
     from swarmcore.client.generation.model import RemoteModel
     from swarmcore.prompts import Prompt
+    from swarmcore.types import Progress
 
 _MDNS = "libp2p"  # the transport whose peers are found that way
 

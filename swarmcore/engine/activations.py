@@ -9,7 +9,7 @@ import math
 
 import attrs
 
-from swarmcore.executor.base import Adapter, BatchPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, ForwardPass, TrainingBatch, TrainingPass
 from swarmcore.types import Span
 
 
@@ -47,7 +47,7 @@ class ActivationStore:
         """Whether any pass has shown yet what activations take."""
         return self._token_bytes > 0
 
-    def learn(self, work: BatchPass) -> None:
+    def learn(self, work: TrainingPass) -> None:
         """What activations take, as a pass has shown."""
         self._token_bytes = work.token_bytes or self._token_bytes
 
@@ -64,7 +64,7 @@ class ActivationStore:
         while self._kept and self.nbytes + nbytes > self.budget:
             self._drop(next(iter(self._kept)))
 
-    def worth_keeping(self, batch: SequenceBatch) -> bool:
+    def worth_keeping(self, batch: TrainingBatch) -> bool:
         """Whether a batch's activations would fit at all, as far as earlier ones tell."""
         return self.budget > 0 and self.estimate(batch.tokens, batch.span) <= self.budget
 
@@ -72,7 +72,7 @@ class ActivationStore:
         self,
         caller: str,
         name: str,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         forward: ForwardPass,
         now: float,
         *,
@@ -92,7 +92,7 @@ class ActivationStore:
         self.nbytes += nbytes
         return True
 
-    def take(self, caller: str, name: str, batch: SequenceBatch, now: float) -> ForwardPass | None:
+    def take(self, caller: str, name: str, batch: TrainingBatch, now: float) -> ForwardPass | None:
         """The pass that the caller named so, then its own to close; None when there is none of ``batch``.
 
         The batch's rows are not looked at.
@@ -130,5 +130,5 @@ class ActivationStore:
         return f"<ActivationStore {len(self)} passes · {self.nbytes}/{self.budget} bytes>"
 
 
-def _key(batch: SequenceBatch) -> tuple[Span, tuple[int, ...], bool, bool]:
+def _key(batch: TrainingBatch) -> tuple[Span, tuple[int, ...], bool, bool]:
     return batch.span, batch.lengths, batch.reproducible, batch.padding

@@ -36,7 +36,7 @@ class Gather:
     steps: int
 
 
-class Gathering:
+class BatchWindow:
     """Knows the sessions that decode. One that decodes alone is never made to wait."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the attention cache is asked for, what is held of it, and what `CacheBudget` decides."""
+"""What the attention cache is asked for, what is held of it, and what `KVCacheManager` decides."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The engine of a server: sessions in, batches out. A thin asyncio driver around plain objects.
 
-`CacheBudget` says who gets cache, `Scheduler` what runs next, `SessionTable` joins them. The engine checks
+`KVCacheManager` says who gets cache, `Scheduler` what runs next, `SessionTable` joins them. The engine checks
 what clients claim, runs the batches on a `BlockExecutor` and keeps the time.
 """
 
@@ -13,15 +13,15 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from swarmcore.engine.batch_window import Gathering
-from swarmcore.engine.kv_cache_manager import CacheBudget
-from swarmcore.engine.kv_transfer import CacheChunk, CacheTransfer
+from swarmcore.engine.batch_window import BatchWindow
+from swarmcore.engine.kv_cache_manager import KVCacheManager
+from swarmcore.engine.kv_transfer import KVChunk, KVTransfer
 from swarmcore.engine.loop import BatchLoop
 from swarmcore.engine.scheduler import Scheduler
-from swarmcore.engine.session import CacheImport, EngineSession, SessionStep, Turn
+from swarmcore.engine.session import EngineSession, KVImport, SessionStep, Turn
 from swarmcore.engine.sessions import SessionTable
 from swarmcore.engine.stats import EngineStats
-from swarmcore.engine.training import PassLimits, PassRunner
+from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
 from swarmcore.errors import (
     InputError,
@@ -63,7 +63,7 @@ class Engine:
         max_step_tokens: int = 16384,
         max_pending_steps: int = 64,
         max_pending_tokens: int = 262144,
-        pass_limits: PassLimits | None = None,
+        training_limits: TrainingLimits | None = None,
     ) -> None:
         self.executor = executor
         self.max_sequences = max_sequences
@@ -75,7 +75,7 @@ class Engine:
         self.max_pending_tokens = max_pending_tokens
         """Most tokens of all steps that wait or compute."""
         self.stats = EngineStats()
-        self._budget = CacheBudget(
+        self._budget = KVCacheManager(
             cache_tokens,
             executor.page,
             idle_timeout=idle_timeout,
@@ -84,12 +84,12 @@ class Engine:
         )
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
         self._table = SessionTable(executor, self._budget, self._scheduler, self.stats)
-        self._transfer = CacheTransfer(executor, self._table, self._carry_on)
-        self._gathering = Gathering()
-        self.passes = PassRunner(executor, self.stats, pass_limits or PassLimits(), self._wake)
-        """Forward and backward passes, which go after interactive steps: `PassRunner.admit` begins one."""
+        self._transfer = KVTransfer(executor, self._table, self._carry_on)
+        self._gathering = BatchWindow()
+        self.training = TrainingRunner(executor, self.stats, training_limits or TrainingLimits(), self._wake)
+        """Forward and backward passes, which go after interactive steps: see `TrainingRunner.admit`."""
         self._batches = BatchLoop(
-            executor, self._table, self._scheduler, self._gathering, self.stats, self.passes, self._carry_on
+            executor, self._table, self._scheduler, self._gathering, self.stats, self.training, self._carry_on
         )
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -149,7 +149,7 @@ class Engine:
         return (
             f"<Engine {self.executor.span} · {self.sessions} sessions · cache "
             f"{self.cache_tokens_used}/{self.cache_tokens} · {self._table.pending_tokens} tokens pending · "
-            f"{self.stats.steps} steps in {self.stats.batches} batches · {len(self.passes.queue)} passes>"
+            f"{self.stats.steps} steps in {self.stats.batches} batches · {len(self.training.queue)} passes>"
         )
 
     # --- life --------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class Engine:
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
         self._table.close_all(error, draining(), self._now())
-        self.passes.stop(draining())
+        self.training.stop(draining())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -299,7 +299,7 @@ class Engine:
         self._carry_on()
         return answer
 
-    def export_cache(self, session: str, *, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
+    def export_cache(self, session: str, *, max_bytes: int) -> AsyncGenerator[KVChunk, None]:
         """The session's attention cache, in chunks whose tensors take ``max_bytes`` at most.
 
         Sequence by sequence, each from its start. The session cannot be evicted meanwhile, and its steps wait
@@ -319,7 +319,7 @@ class Engine:
         *,
         timeout: float,
     ) -> None:
-        """Put a `CacheChunk` of another server's session for the same blocks into this one.
+        """Put a `KVChunk` of another server's session for the same blocks into this one.
 
         It stands in the session's line like a step of ``count`` tokens at ``start`` would, needs the same
         room, and raises the same: `SessionLostError`, `InvalidStepError` (also for tensors of another layout
@@ -339,7 +339,7 @@ class Engine:
         self._check_line(found, count)
         now = self._now()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        turn = CacheImport(
+        turn = KVImport(
             session=found,
             segments=(segment,),
             timeout=(timeout := check_timeout(timeout)),

@@ -1,7 +1,7 @@
 """The attention cache as a budget: who holds how many pages, who waits for more, who has to go.
 
-A plain object. It moves no memory and knows no clock: `CacheBudget` is told what happens, with ``now``, and
-answers with outcomes for its driver to carry out (`swarmcore.engine.engine`).
+A plain object. It moves no memory and knows no clock: `KVCacheManager` is told what happens, with ``now``,
+and answers with outcomes for its driver to carry out (`swarmcore.engine.engine`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIN_RETRY = 0.5
 """Least `retry_after`, in seconds: a client that is told to wait should not be back at once."""
 
 
-class CacheBudget:
+class KVCacheManager:
     """``tokens`` of attention cache, shared in pages of ``page`` tokens; never more is held than there is.
 
     Sessions grow as they go. One that grows comes before one that is new; each kind waits in line, in order.
@@ -389,7 +389,7 @@ class CacheBudget:
 
     def __repr__(self) -> str:
         return (
-            f"<CacheBudget {self.held * self.page}/{self.pages * self.page} tokens · "
+            f"<KVCacheManager {self.held * self.page}/{self.pages * self.page} tokens · "
             f"{len(self.holdings)} sessions · {len(self.growths)} growing · {len(self.admissions)} waiting>"
         )
 

@@ -8,17 +8,17 @@ from collections.abc import AsyncGenerator, Callable
 
 import attrs
 
-from swarmcore.engine.session import CacheImport, EngineSession
+from swarmcore.engine.session import EngineSession, KVImport
 from swarmcore.engine.sessions import SessionTable
 from swarmcore.errors import InputError, SessionLostError, SwarmError
-from swarmcore.executor.base import BlockExecutor, translated
+from swarmcore.executor.base import BlockExecutor, executor_error
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
 
 
 @attrs.frozen
-class CacheChunk:
+class KVChunk:
     """Positions ``start`` to ``start + count`` of one sequence's attention cache."""
 
     sequence: int
@@ -29,7 +29,7 @@ class CacheChunk:
     """In the executor's own layout, exact."""
 
 
-class CacheTransfer:
+class KVTransfer:
     """Moves caches out of and into the executor, never while a batch works on them."""
 
     def __init__(self, executor: BlockExecutor, table: SessionTable, changed: Callable[[], None]) -> None:
@@ -41,7 +41,7 @@ class CacheTransfer:
         self.pieces = 0
         """Pieces of cache that went out or came in so far."""
 
-    async def export(self, session: EngineSession, max_bytes: int) -> AsyncGenerator[CacheChunk, None]:
+    async def export(self, session: EngineSession, max_bytes: int) -> AsyncGenerator[KVChunk, None]:
         """As `Engine.export_cache`."""
         at_once = max_bytes // self._executor.cache_bytes_per_token
         if at_once < 1:
@@ -58,12 +58,12 @@ class CacheTransfer:
                     if session.closed:
                         raise SessionLostError(f"session {session.name[:8]} ended while it was exported")
                     self.pieces += 1
-                    yield CacheChunk(index, start, count, tensors)
+                    yield KVChunk(index, start, count, tensors)
         finally:
             self._table.let_go(session, _now())
             self._settle()
 
-    def begin(self, turn: CacheImport) -> None:
+    def begin(self, turn: KVImport) -> None:
         """The turn has its room: have the executor take it in."""
         task = asyncio.create_task(self._take_in(turn), name="cache import")
         self._imports.add(task)
@@ -74,7 +74,7 @@ class CacheTransfer:
         if self._imports:
             await asyncio.wait(self._imports, timeout=timeout)
 
-    async def _take_in(self, turn: CacheImport) -> None:
+    async def _take_in(self, turn: KVImport) -> None:
         [segment] = turn.segments
         error: SwarmError | None = None
         try:
@@ -90,7 +90,7 @@ class CacheTransfer:
             error = exc
         except Exception as exc:
             log.exception("the executor failed to take in %d tokens of attention cache", segment.count)
-            error = translated(exc)
+            error = executor_error(exc)
         self.pieces += 1
         self._table.imported(turn, error, _now())
         self._settle()

@@ -7,15 +7,15 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
-from swarmcore.engine.batch_window import Gathering
+from swarmcore.engine.batch_window import BatchWindow
 from swarmcore.engine.prefill_pacing import PrefillPacing
 from swarmcore.engine.scheduler import Batch, Scheduler
 from swarmcore.engine.session import SessionStep
 from swarmcore.engine.sessions import SessionTable
 from swarmcore.engine.stats import EngineStats
-from swarmcore.engine.training import PassRunner
+from swarmcore.engine.training import TrainingRunner
 from swarmcore.errors import InternalError, SwarmError
-from swarmcore.executor.base import BlockExecutor, Slice, translated
+from swarmcore.executor.base import BlockExecutor, ScheduledChunk, executor_error
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ class BatchLoop:
         executor: BlockExecutor,
         table: SessionTable,
         scheduler: Scheduler[SessionStep],
-        gathering: Gathering,
+        gathering: BatchWindow,
         stats: EngineStats,
-        passes: PassRunner,
+        passes: TrainingRunner,
         changed: Callable[[], None],
     ) -> None:
         """``changed`` is called after each change of the table."""
@@ -118,7 +118,7 @@ class BatchLoop:
                 encoded = await self._executor.encode(step.result(), step.codec)
             except Exception as exc:
                 log.exception("the result of a step cannot be encoded as %s", step.codec)
-                self._table.fail(step, translated(exc), _now())
+                self._table.fail(step, executor_error(exc), _now())
             else:
                 self._table.complete(step, encoded, _now())
         for step in batch.steps:
@@ -135,10 +135,10 @@ class BatchLoop:
                 except Exception as exc:
                     if not isinstance(exc, SwarmError):
                         log.exception("the executor failed to reorder caches")
-                    errors[number] = translated(exc)
+                    errors[number] = executor_error(exc)
         return errors
 
-    async def _results(self, slices: Sequence[Slice]) -> Sequence[Tensor | SwarmError]:
+    async def _results(self, slices: Sequence[ScheduledChunk]) -> Sequence[Tensor | SwarmError]:
         if not slices:
             return []
         try:
@@ -152,7 +152,7 @@ class BatchLoop:
                     "the executor failed on a batch of %d tokens", sum(part.tokens for part in slices)
                 )
             # One instance for each step: an exception that is raised in several tasks mixes up tracebacks.
-            return [translated(exc) for _ in slices]
+            return [executor_error(exc) for _ in slices]
 
 
 def _now() -> float:

@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.engine.step import PendingStep
 from swarmcore.errors import InputError
-from swarmcore.executor.base import Slice
+from swarmcore.executor.base import ScheduledChunk
 from swarmcore.types import Span
 
 SHORT = 2
@@ -28,7 +28,7 @@ class Batch(Generic[StepT]):
     """What to run in one pass: ``slices[i]`` is the next part of ``steps[i]``."""
 
     steps: list[StepT] = attrs.field(factory=list)
-    slices: list[Slice] = attrs.field(factory=list)
+    slices: list[ScheduledChunk] = attrs.field(factory=list)
     tokens: int = 0
     expired: list[StepT] = attrs.field(factory=list)
     """Steps dropped because their deadline has passed; they will not run any further."""

@@ -37,7 +37,7 @@ class SessionStep(PendingStep):
 
 
 @attrs.define(eq=False, kw_only=True)
-class CacheImport:
+class KVImport:
     """A piece of attention cache that comes from elsewhere, in the line of its session like a step."""
 
     session: EngineSession
@@ -46,7 +46,7 @@ class CacheImport:
     deadline: float
     tensors: Sequence[Tensor]
     answer: asyncio.Future[None]
-    begin: Callable[[CacheImport], None]
+    begin: Callable[[KVImport], None]
     """Called when it is first in line and there is room for it in the cache."""
     sources: ClassVar[tuple[int, ...]] = ()
     reordered: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class CacheImport:
         return self.segments if self.begun else ()
 
 
-Turn = SessionStep | CacheImport
+Turn = SessionStep | KVImport
 """What stands in a session's line: it needs room in the cache, and then the executor."""
 
 
@@ -230,7 +230,7 @@ def orphaned(error: SwarmError) -> SwarmError:
 
 def expired(turn: Turn) -> DeadlineExceededError:
     """What a turn fails with when its deadline has passed."""
-    if isinstance(turn, CacheImport):
+    if isinstance(turn, KVImport):
         return DeadlineExceededError(f"attention cache of {turn.rows} tokens did not get in by its deadline")
     return DeadlineExceededError(
         f"the step of {turn.rows} tokens was not computed by its deadline ({turn.taken} tokens were)"

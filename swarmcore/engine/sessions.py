@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from swarmcore.engine.cache_requests import Admission, Admitted, Evicted, Grown, Growth, Outcome, Refused
-from swarmcore.engine.kv_cache_manager import CacheBudget
+from swarmcore.engine.kv_cache_manager import KVCacheManager
 from swarmcore.engine.scheduler import Batch, Scheduler
 from swarmcore.engine.session import (
-    CacheImport,
     EngineSession,
+    KVImport,
     Opening,
     SessionStep,
     Share,
@@ -50,7 +50,7 @@ class SessionTable:
     def __init__(
         self,
         executor: BlockExecutor,
-        budget: CacheBudget,
+        budget: KVCacheManager,
         scheduler: Scheduler[SessionStep],
         stats: EngineStats,
     ) -> None:
@@ -339,7 +339,7 @@ class SessionTable:
 
     # --- caches that come and go -------------------------------------------------------------------------
 
-    def imported(self, turn: CacheImport, error: SwarmError | None, now: float) -> None:
+    def imported(self, turn: KVImport, error: SwarmError | None, now: float) -> None:
         """The executor has taken in a piece of cache, or failed to."""
         self.let_go(turn.session, now)
         self.worked(now)

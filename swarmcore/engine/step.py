@@ -7,7 +7,7 @@ from typing import Literal
 import attrs
 
 from swarmcore.errors import InternalError
-from swarmcore.executor.base import Adapter, Segment, Slice
+from swarmcore.executor.base import Adapter, ScheduledChunk, Segment
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -31,7 +31,7 @@ class PendingStep:
     """Whether the step adds one token to each of its sequences."""
     taken: int = attrs.field(init=False, default=0)
     """Rows handed out so far."""
-    _running: Slice | None = attrs.field(init=False, default=None)
+    _running: ScheduledChunk | None = attrs.field(init=False, default=None)
     _segment: int = attrs.field(init=False, default=0)
     _offset: int = attrs.field(init=False, default=0)
     _parts: list[Tensor] = attrs.field(init=False, factory=list)
@@ -60,7 +60,7 @@ class PendingStep:
         """Whether the step is, or was, run as a single slice."""
         return len(self._parts) + (self._running is not None) <= 1 and self.taken == self.rows
 
-    def take(self, rows: int) -> Slice:
+    def take(self, rows: int) -> ScheduledChunk:
         """The next slice, of at most ``rows`` rows."""
         if self.taken == 0 and rows >= self.rows:
             self.taken, self._segment = self.rows, len(self.segments)
@@ -80,8 +80,8 @@ class PendingStep:
         self._running = self._slice(first, tuple(segments), "raw")
         return self._running
 
-    def _slice(self, first: int, segments: tuple[Segment, ...], codec: str) -> Slice:
-        return Slice(self.hidden, first, self.span, segments, self.reply, codec, self.adapter)
+    def _slice(self, first: int, segments: tuple[Segment, ...], codec: str) -> ScheduledChunk:
+        return ScheduledChunk(self.hidden, first, self.span, segments, self.reply, codec, self.adapter)
 
     def put(self, result: Tensor) -> None:
         """The result of the slice taken last. Raise `InternalError` when it has not the rows asked for."""

@@ -11,8 +11,8 @@ import attrs
 
 from swarmcore.engine.activations import ActivationStore
 from swarmcore.engine.stats import EngineStats
-from swarmcore.engine.training_queue import Pacing, PassQueue, QueuedPass
-from swarmcore.engine.training_turn import PassTurn
+from swarmcore.engine.training_queue import Pacing, QueuedPass, TrainingQueue
+from swarmcore.engine.training_turn import TrainingRequest
 from swarmcore.engine.validation import check_held, check_timeout, draining
 from swarmcore.errors import (
     DeadlineExceededError,
@@ -21,7 +21,7 @@ from swarmcore.errors import (
     ServerMemoryError,
     SwarmError,
 )
-from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, SequenceBatch, translated
+from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, TrainingBatch, executor_error
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @attrs.define(kw_only=True)
-class PassLimits:
+class TrainingLimits:
     """What an engine allows forward and backward passes."""
 
     max_tokens: int = 8192
@@ -48,24 +48,24 @@ class PassLimits:
     """Seconds for which activations are kept at most."""
 
 
-class PassRunner:
-    """Runs passes between the batches of interactive steps; see `Engine.passes`."""
+class TrainingRunner:
+    """Runs passes between the batches of interactive steps; see `Engine.training`."""
 
     def __init__(
-        self, executor: BlockExecutor, stats: EngineStats, limits: PassLimits, wake: Callable[[], None]
+        self, executor: BlockExecutor, stats: EngineStats, limits: TrainingLimits, wake: Callable[[], None]
     ) -> None:
         """``wake`` is called when there is something to compute."""
         self.limits = limits
         self.pacing = Pacing()
         self.kept = ActivationStore(limits.activation_budget, ttl=limits.activation_ttl)
-        self.queue = PassQueue(
+        self.queue = TrainingQueue(
             max_under_way=limits.max_under_way, max_tokens=limits.max_tokens * limits.queue_factor
         )
         self._executor = executor
         self._stats = stats
         self._wake = wake
         self._computing: QueuedPass | None = None
-        self._turns: dict[PassTurn, None] = {}
+        self._turns: dict[TrainingRequest, None] = {}
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
@@ -75,11 +75,11 @@ class PassRunner:
         """Memory of the activations of passes that compute, or are about to."""
         return sum(turn.nbytes for turn in self._turns)
 
-    def admit(self, caller: str, span: Span, lengths: tuple[int, ...], timeout: float) -> PassTurn:
+    def admit(self, caller: str, span: Span, lengths: tuple[int, ...], timeout: float) -> TrainingRequest:
         """Set room aside for a pass; use what is returned as a context manager, for as long as it takes.
 
         The pass is to be over ``timeout`` seconds from now. Raise `InvalidBatchError` for lengths that make
-        no batch or are above `PassLimits.max_tokens`, `SpanError` for blocks that are not here,
+        no batch or are above `TrainingLimits.max_tokens`, `SpanError` for blocks that are not here,
         `TooManyCallsError` when too many tokens are admitted already.
         """
         tokens, limit = sum(lengths), self.limits.max_tokens
@@ -99,7 +99,7 @@ class PassRunner:
                     pass_tokens=limit,
                 )
             check_held(span, self._executor.span)
-            return PassTurn(self, caller, span, lengths, _now() + check_timeout(timeout))
+            return TrainingRequest(self, caller, span, lengths, _now() + check_timeout(timeout))
         except SwarmError:
             self._stats.passes_refused += 1
             raise
@@ -123,13 +123,13 @@ class PassRunner:
         """End everything; the unit that computes is to be waited for."""
         self._closing = True
         for turn in self._turns:
-            turn.end(translated(error))
+            turn.end(executor_error(error))
         self.kept.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _leaving(self, keep: Span | None) -> list[PassTurn]:
+    def _leaving(self, keep: Span | None) -> list[TrainingRequest]:
         return [turn for turn in self._turns if _outside(turn.span, keep)]
 
     def _holds_outside(self, keep: Span | None) -> bool:
@@ -160,7 +160,7 @@ class PassRunner:
         except Exception as exc:
             if not isinstance(exc, SwarmError):
                 log.exception("the executor failed on a %s pass of %d tokens", queued.kind, queued.tokens)
-            queued.fail(translated(exc))
+            queued.fail(executor_error(exc))
             last = True
         finally:
             queued.running, self._computing = False, None
@@ -208,23 +208,23 @@ class PassRunner:
 
     # --- what turns ask for ------------------------------------------------------------------------------
 
-    def entered(self, turn: PassTurn) -> None:
+    def entered(self, turn: TrainingRequest) -> None:
         """A turn begins."""
         self._turns[turn] = None
 
-    def left(self, turn: PassTurn) -> None:
+    def left(self, turn: TrainingRequest) -> None:
         """It is over."""
         del self._turns[turn]
         self._changed.set()
 
-    def begin_forward(self, batch: SequenceBatch, *, keep: bool) -> ForwardPass:
+    def begin_forward(self, batch: TrainingBatch, *, keep: bool) -> ForwardPass:
         """As `BlockExecutor.forward`."""
         with _translating():
             return self._executor.forward(batch, keep=keep)
 
     def begin_backward(
         self,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         kept: ForwardPass | None,
         *,
@@ -266,13 +266,13 @@ class PassRunner:
             queued.work.close()
         self._changed.set()
 
-    def keep(self, caller: str, name: str, batch: SequenceBatch, forward: ForwardPass) -> bool:
+    def keep(self, caller: str, name: str, batch: TrainingBatch, forward: ForwardPass) -> bool:
         """As `ActivationStore.keep`."""
         kept = self.kept.keep(caller, name, batch, forward, _now(), under_way=self.under_way_bytes)
         self._watch_expiry()
         return kept
 
-    def take(self, caller: str, name: str, batch: SequenceBatch) -> ForwardPass | None:
+    def take(self, caller: str, name: str, batch: TrainingBatch) -> ForwardPass | None:
         """As `ActivationStore.take`."""
         found = self.kept.take(caller, name, batch, _now())
         if found is not None:
@@ -292,7 +292,7 @@ class PassRunner:
         self._watch_expiry()
 
     def __repr__(self) -> str:
-        return f"<PassRunner {self.queue!r} · {self.under_way_bytes} bytes under way · {self.kept!r}>"
+        return f"<TrainingRunner {self.queue!r} · {self.under_way_bytes} bytes under way · {self.kept!r}>"
 
 
 @contextlib.contextmanager
@@ -303,7 +303,7 @@ def _translating() -> Iterator[None]:
         raise
     except Exception as exc:
         log.exception("the executor failed to begin a pass")
-        raise translated(exc) from exc
+        raise executor_error(exc) from exc
 
 
 def _outside(span: Span, keep: Span | None) -> bool:

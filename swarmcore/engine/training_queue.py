@@ -9,7 +9,7 @@ from typing import Literal
 import attrs
 
 from swarmcore.errors import SwarmError, TooManyCallsError
-from swarmcore.executor.base import BatchPass
+from swarmcore.executor.base import TrainingPass
 from swarmcore.types import Span
 
 Kind = Literal["forward", "backward"]
@@ -31,7 +31,7 @@ class QueuedPass:
     kind: Kind
     span: Span
     lengths: tuple[int, ...]
-    work: BatchPass
+    work: TrainingPass
     answer: asyncio.Future[None]
     """Done when the last unit is."""
     saves: bool = False
@@ -54,7 +54,7 @@ class QueuedPass:
             self.answer.set_exception(error)
 
 
-class PassQueue:
+class TrainingQueue:
     """Passes of many callers on one executor, a unit at a time.
 
     The caller that was given least of the executor's time goes next, with its oldest pass; one that comes
@@ -162,7 +162,7 @@ class PassQueue:
 
     def __repr__(self) -> str:
         return (
-            f"<PassQueue {len(self)} passes of {len(self._waiting)} callers · {self.under_way} begun · "
+            f"<TrainingQueue {len(self)} passes of {len(self._waiting)} callers · {self.under_way} begun · "
             f"{self.admitted_tokens}/{self.max_tokens} tokens>"
         )
 

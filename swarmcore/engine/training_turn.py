@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Self
 
 from swarmcore.engine.training_queue import Kind, QueuedPass
 from swarmcore.errors import SwarmError
-from swarmcore.executor.base import BackwardPass, BatchPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import BackwardPass, ForwardPass, TrainingBatch, TrainingPass
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
 if TYPE_CHECKING:
-    from swarmcore.engine.training import PassRunner
+    from swarmcore.engine.training import TrainingRunner
 
 
-class PassTurn:
+class TrainingRequest:
     """Room for one pass of one caller; within it `forward` or `backward` may be called, once."""
 
     def __init__(
-        self, runner: PassRunner, caller: str, span: Span, lengths: tuple[int, ...], deadline: float
+        self, runner: TrainingRunner, caller: str, span: Span, lengths: tuple[int, ...], deadline: float
     ) -> None:
         self.caller = caller
         self.span = span
@@ -49,7 +49,7 @@ class PassTurn:
             return self._kept.kept_bytes
         return 0 if self._queued is None else self._queued.nbytes
 
-    def reuse(self, name: str, batch: SequenceBatch) -> bool:
+    def reuse(self, name: str, batch: TrainingBatch) -> bool:
         """Whether activations are here that the caller had kept as ``name``; they are for `backward` then.
 
         They are not used for another batch than this one, of which the rows are not looked at.
@@ -57,7 +57,7 @@ class PassTurn:
         self._kept = self._runner.take(self.caller, name, batch) if name else None
         return self._kept is not None
 
-    async def forward(self, batch: SequenceBatch, *, keep: str = "") -> tuple[Tensor, bool, float]:
+    async def forward(self, batch: TrainingBatch, *, keep: str = "") -> tuple[Tensor, bool, float]:
         """Return the outputs, raw; whether activations are kept as ``keep``; and the seconds of work.
 
         Raise `InvalidBatchError` for rows that are wrong, `ServerMemoryError`, `DeadlineExceededError`,
@@ -74,7 +74,7 @@ class PassTurn:
         return outputs, kept, work.seconds
 
     async def backward(
-        self, batch: SequenceBatch, gradients: Tensor, *, inputs: bool = True, weights: bool = False
+        self, batch: TrainingBatch, gradients: Tensor, *, inputs: bool = True, weights: bool = False
     ) -> BackwardPass:
         """Return the pass, through and closed, with its results. Raise as `forward` does."""
         self._check_not_ended()
@@ -85,7 +85,7 @@ class PassTurn:
         work.close()
         return work
 
-    async def _compute(self, kind: Kind, work: BatchPass, *, saves: bool, nbytes: int = 0) -> None:
+    async def _compute(self, kind: Kind, work: TrainingPass, *, saves: bool, nbytes: int = 0) -> None:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queued = QueuedPass(
             caller=self.caller,

@@ -13,7 +13,7 @@ from swarmcore.types import ModelInfo, Span
 from swarmcore.wire.tensors import Tensor
 
 
-def translated(exc: Exception) -> SwarmError:
+def executor_error(exc: Exception) -> SwarmError:
     """What a caller gets when the executor raised ``exc``: an instance of its own each time."""
     if isinstance(exc, SwarmError):
         return type(exc)(exc.message, **exc.details)
@@ -38,7 +38,7 @@ class Segment:
 
 
 @attrs.define(eq=False)
-class Slice:
+class ScheduledChunk:
     """Some rows of one step's hidden states, to be run in one batch.
 
     A step that is larger than a batch is run as several slices, in order, over several batches.
@@ -82,7 +82,7 @@ class BlockExecutor(ABC):
     page: int
     """Cache is allocated in multiples of this many tokens for each sequence."""
     computes_padding: bool = False
-    """Whether `forward` and `backward` take batches with `SequenceBatch.padding`; they get none otherwise."""
+    """Whether `forward` and `backward` take batches with `TrainingBatch.padding`; they get none otherwise."""
     thread_choices: tuple[int, ...] = ()
     """Numbers of compute threads to choose from, most first; none where there is nothing to choose."""
 
@@ -94,7 +94,7 @@ class BlockExecutor(ABC):
         raise InternalError(f"{type(self).__name__} has no choice of threads")
 
     @abstractmethod
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         """Run all slices, which are all of one ``span``, in one pass.
 
         Their keys and values are appended to the caches of their sequences.
@@ -131,7 +131,7 @@ class BlockExecutor(ABC):
         blocks give rise to. By default `load_adapter` alone says so.
         """
 
-    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> ForwardPass:
+    def forward(self, batch: TrainingBatch, *, keep: bool = False) -> ForwardPass:
         """A forward pass of ``batch``, not begun; with ``keep`` it holds activations for `backward`.
 
         Raise `InvalidBatchError` for what can be seen to be wrong at once, `SpanError` for blocks that are
@@ -141,7 +141,7 @@ class BlockExecutor(ABC):
 
     def backward(
         self,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         *,
         kept: ForwardPass | None = None,
@@ -238,7 +238,7 @@ class Adapter:
 
 
 @attrs.define(eq=False)
-class SequenceBatch:
+class TrainingBatch:
     """Sequences from their first token on, to go through the blocks ``span``."""
 
     span: Span
@@ -257,7 +257,7 @@ class SequenceBatch:
         return sum(self.lengths)
 
 
-class BatchPass(ABC):
+class TrainingPass(ABC):
     """A pass under way. Close it in any case; its results stay."""
 
     seconds: float = 0.0
@@ -282,7 +282,7 @@ class BatchPass(ABC):
         """Free what it holds. Harmless when repeated; not while `advance` runs."""
 
 
-class ForwardPass(BatchPass):
+class ForwardPass(TrainingPass):
     """Its result is `outputs`."""
 
     outputs: Tensor
@@ -295,7 +295,7 @@ class ForwardPass(BatchPass):
         """Keep no activations after all; those that it has are freed. Not while `advance` runs."""
 
 
-class BackwardPass(BatchPass):
+class BackwardPass(TrainingPass):
     """Its results are `gradients` and `weights`."""
 
     gradients: Tensor | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -12,16 +12,10 @@ from swarmcore.errors import InputError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.placement.capacity import BlockNeeds
 from swarmcore.plugins import PluginGroup
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo, Progress, Span
 
 EXECUTORS = PluginGroup("executor", "swarmcore.executors", extras={"torch": "torch"})
 """The installed back ends; each entry point is a `BlockLoader` subclass."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, bytes done, bytes in all)``, from any thread but never from two at once.
-
-0 in all means that the total is not known. What it raises ends the work.
-"""
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,7 @@ from swarmcore.sources import announced_source
 from swarmcore.wire.protocols import GENERATE_PROTOCOL
 
 if TYPE_CHECKING:
-    from swarmcore.checkpoint import Progress
+    from swarmcore.types import Progress
 
 
 @attrs.frozen(kw_only=True)

@@ -22,7 +22,7 @@ from swarmcore.errors import (
     ServerMemoryError,
     SwarmError,
 )
-from swarmcore.executor.base import Adapter, BlockExecutor, translated
+from swarmcore.executor.base import Adapter, BlockExecutor, executor_error
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.types import PeerId, Span, short
@@ -255,7 +255,7 @@ class AdapterStore:
                 return await self._fetch(key, span, ask)
             await coming[0].over.wait()
             if coming[0].refusal is not None:
-                raise translated(coming[0].refusal)
+                raise executor_error(coming[0].refusal)
 
     def _find(self, key: tuple[PeerId, str], span: Span) -> _Kept | None:
         for kept in self._own.get(key, ()):
@@ -273,7 +273,7 @@ class AdapterStore:
             return await self._receive(key, span, ask)
         except SwarmError as exc:
             # An instance of its own: the traceback of this one holds what has come.
-            refusal = translated(exc)
+            refusal = executor_error(exc)
             if isinstance(exc, InputError | ServerMemoryError):
                 arrival.refusal = refusal
             else:
@@ -283,7 +283,7 @@ class AdapterStore:
             self._arriving[key].remove(arrival)
             if not self._arriving[key]:
                 del self._arriving[key]
-        raise translated(refusal)
+        raise executor_error(refusal)
 
     async def _receive(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _Kept:
         intake = WeightsIntake(self._executor, span, self.share, self._resources, key[0])
@@ -309,7 +309,7 @@ class AdapterStore:
         except Exception as exc:
             if not isinstance(exc, SwarmError):
                 logger.exception("the executor failed to load an adapter")
-            raise translated(exc) from exc
+            raise executor_error(exc) from exc
 
     def _keep(self, key: tuple[PeerId, str], kept: _Kept) -> None:
         if kept.nbytes > self.share:

@@ -23,7 +23,7 @@ from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.config import ServerConfig
-from swarmcore.server.forward_backward import ForwardBackwardService, pass_limits
+from swarmcore.server.forward_backward import ForwardBackwardService, training_limits
 from swarmcore.server.inference import InferenceService
 from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.server.successor_rtts import SuccessorRtts
@@ -107,7 +107,7 @@ class BlockServer:
             cache_tokens=cache_tokens,
             max_batch_tokens=config.max_batch_tokens,
             idle_timeout=config.idle_timeout,
-            pass_limits=pass_limits(config),
+            training_limits=training_limits(config),
         )
         self.adapters = AdapterStore(executor, config.adapter_budget, node.resources)
         self.inference = InferenceService(

@@ -96,7 +96,7 @@ class ServerConfig:
     activation_budget: int | None = attrs.field(default=None, validator=_not_negative)
     """Bytes for activations of passes under way, and of forward passes that are kept for backward passes to
     come; 0 for keeping none, None for `ACTIVATION_BUDGET`, or a fifth of the memory that is free after
-    loading where that is known. See `PassLimits.activation_budget`."""
+    loading where that is known. See `TrainingLimits.activation_budget`."""
     max_pass_tokens: int = attrs.field(default=8192, validator=_not_negative)
     """Most tokens of one batch that is run forward or back for a client; 0 when none is."""
     public_name: str = ""

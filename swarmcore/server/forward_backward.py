@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 from swarmcore.engine.engine import Engine
-from swarmcore.engine.training import PassLimits
-from swarmcore.engine.training_turn import PassTurn
+from swarmcore.engine.training import TrainingLimits
+from swarmcore.engine.training_turn import TrainingRequest
 from swarmcore.engine.validation import check_codec
 from swarmcore.errors import DeadlineExceededError, InvalidBatchError
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
@@ -34,10 +34,10 @@ LOOK = 2.0
 _NAME = re.compile(r"[0-9a-f]{32}|")
 
 
-def pass_limits(config: ServerConfig) -> PassLimits:
+def training_limits(config: ServerConfig) -> TrainingLimits:
     """What a server's settings allow forward and backward passes."""
     budget = config.activation_budget
-    return PassLimits(
+    return TrainingLimits(
         max_tokens=config.max_pass_tokens,
         activation_budget=ACTIVATION_BUDGET if budget is None else budget,
     )
@@ -71,11 +71,11 @@ class ForwardBackwardService(SpanService):
         self.keep_only(keep)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._engine.passes.drain(keep)
+                await self._engine.training.drain(keep)
 
     async def end(self, *, keep: Span | None = None) -> None:
         """End the passes that need blocks outside of ``keep``, after `drain` gave them time."""
-        await self._engine.passes.end(keep)
+        await self._engine.training.end(keep)
 
     async def forward(self, channel: Channel) -> None:
         """Handle one channel of the forward protocol."""
@@ -86,7 +86,7 @@ class ForwardBackwardService(SpanService):
                 channel.remote, opening.adapter, turn.span, talk.weights
             ) as adapter:
                 rows = await talk.rows("inputs")
-                batch = SequenceBatch(
+                batch = TrainingBatch(
                     turn.span, turn.lengths, rows, adapter, opening.reproducible, opening.padding
                 )
                 async with self._prolonging(talk, channel):
@@ -102,7 +102,7 @@ class ForwardBackwardService(SpanService):
             async with self._adapters.obtain(
                 channel.remote, opening.adapter, turn.span, talk.weights
             ) as adapter:
-                batch = SequenceBatch(
+                batch = TrainingBatch(
                     turn.span, turn.lengths, _NO_ROWS, adapter, opening.reproducible, opening.padding
                 )
                 reused = turn.reuse(opening.kept, batch)
@@ -146,7 +146,7 @@ class ForwardBackwardService(SpanService):
     @asynccontextmanager
     async def _turn(
         self, channel: Channel, opening: OpenForward | OpenBackward
-    ) -> AsyncIterator[tuple[PassTurn, ForwardBackwardChannel]]:
+    ) -> AsyncIterator[tuple[TrainingRequest, ForwardBackwardChannel]]:
         span = self._check(opening)
         deadline = min(opening.deadline, MAX_DEADLINE)
         clock = asyncio.timeout(deadline)
@@ -155,7 +155,7 @@ class ForwardBackwardService(SpanService):
         try:
             async with clock:
                 with (
-                    self._engine.passes.admit(channel.remote, span, opening.lengths, deadline) as turn,
+                    self._engine.training.admit(channel.remote, span, opening.lengths, deadline) as turn,
                     self._resources.reserve(channel.remote, Resource.BYTES, 0) as held,
                 ):
                     rows = sum(opening.lengths)
@@ -190,7 +190,7 @@ class ForwardBackwardService(SpanService):
         return span
 
     def __repr__(self) -> str:
-        return f"<ForwardBackwardService {self.span} · {self.under_way} passes · {self._engine.passes!r}>"
+        return f"<ForwardBackwardService {self.span} · {self.under_way} passes · {self._engine.training!r}>"
 
 
 _NO_ROWS = Tensor("hidden", "float32", (0, 0), memoryview(b""))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from swarmcore.engine.training_turn import PassTurn
+from swarmcore.engine.training_turn import TrainingRequest
 from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ProtocolError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.resources import Reservation
@@ -49,7 +49,7 @@ class RenewableDeadline:
     """
 
     def __init__(
-        self, turn: PassTurn, clock: asyncio.Timeout, deadline: float, most: float, prolonged: bool
+        self, turn: TrainingRequest, clock: asyncio.Timeout, deadline: float, most: float, prolonged: bool
     ) -> None:
         self.prolonged = prolonged
         self._turn = turn

@@ -11,13 +11,13 @@ from typing import Any
 from swarmcore.distribution import version
 from swarmcore.errors import AdapterError, SpanError
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.loader import BlockLoader, LoadSettings, Progress, loader_class
+from swarmcore.executor.loader import BlockLoader, LoadSettings, loader_class
 from swarmcore.imports import import_large
 from swarmcore.placement.capacity import DEFAULT_CACHE_TOKENS, CapacityPlan, plan_capacity
 from swarmcore.server.adapters import Weights
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.throughput import SpeedFile
-from swarmcore.types import Span
+from swarmcore.types import Progress, Span
 
 MAX_DEFAULT_CACHE_TOKENS = 131_072
 
@@ -67,7 +67,7 @@ def read_adapter(folder: str, config: Any, span: Span) -> Weights:
     """
     if config is None:
         raise AdapterError(f"{folder}: this server's executor takes no adapters")
-    from swarmcore.executor.torch.tensors import to_wire
+    from swarmcore.executor.torch.wire_tensors import to_wire
     from swarmcore.training.peft_format import read_adapter as read
 
     tensors, scaling = read(folder, span, config)

@@ -19,7 +19,7 @@ import attrs
 import msgspec
 
 from swarmcore.errors import SwarmError
-from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
+from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.rpc.node import Node
 from swarmcore.types import Address, ServerInfo
 from swarmcore.wire.messages import Ping
@@ -156,7 +156,7 @@ async def _pass_seconds(executor: BlockExecutor, start: int, count: int) -> floa
     began = loop.time()
     for repeat in range(MAX_REPEATS + 1):
         before = loop.time()
-        [result] = await executor.step([Slice(hidden, 0, executor.span, (segment,), reply="last")])
+        [result] = await executor.step([ScheduledChunk(hidden, 0, executor.span, (segment,), reply="last")])
         if isinstance(result, SwarmError):
             raise result
         after = loop.time()

@@ -10,7 +10,7 @@ import attrs
 import msgspec
 
 from swarmcore.errors import InputError
-from swarmcore.executor.base import Slice
+from swarmcore.executor.base import ScheduledChunk
 
 _PROMPT = 512
 
@@ -29,7 +29,7 @@ class BatchLoad:
     """The same for prefill rows: those of one sequence look at its cache together, which is cheaper."""
 
     @classmethod
-    def of(cls, batch: Sequence[Slice]) -> BatchLoad:
+    def of(cls, batch: Sequence[ScheduledChunk]) -> BatchLoad:
         decode = prefill = decode_attended = prefill_attended = 0
         for part in batch:
             for segment in part.segments:

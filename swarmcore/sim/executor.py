@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import attrs
 
 from swarmcore.errors import InvalidStepError, SessionLostError, SpanError, SwarmError
-from swarmcore.executor.base import Adapter, BlockExecutor, ForwardPass, SequenceBatch, SequenceId, Slice
+from swarmcore.executor.base import (
+    Adapter,
+    BlockExecutor,
+    ForwardPass,
+    ScheduledChunk,
+    SequenceId,
+    TrainingBatch,
+)
 from swarmcore.sim.costs import BatchLoad, MeasuredModel
 from swarmcore.sim.model import MASK, SimModel, next_state, pack_rows, unpack_rows
 from swarmcore.sim.passes import SimAdapter, SimBackward, SimForward, check_batch
@@ -51,7 +58,7 @@ class SimExecutor(BlockExecutor):
         """How long a batch takes here."""
         return self._costs.costs.seconds(blocks, load) / self._speed
 
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         takes = self.seconds(len(batch[0].span), BatchLoad.of(batch))
         self.busy_seconds += takes
         await asyncio.sleep(takes)
@@ -60,7 +67,7 @@ class SimExecutor(BlockExecutor):
     async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> SimAdapter:
         return SimAdapter(tensors)
 
-    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> SimForward:
+    def forward(self, batch: TrainingBatch, *, keep: bool = False) -> SimForward:
         check_batch(self.model, self.span, batch, batch.hidden)
         return SimForward(
             self._sim_model, batch, self._spend, keep_row_bytes=self._costs.row_bytes if keep else 0
@@ -68,7 +75,7 @@ class SimExecutor(BlockExecutor):
 
     def backward(
         self,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         *,
         kept: ForwardPass | None = None,
@@ -149,7 +156,7 @@ class SimExecutor(BlockExecutor):
     async def close(self) -> None:
         self._sequences.clear()
 
-    def _run(self, part: Slice) -> Tensor | SwarmError:
+    def _run(self, part: ScheduledChunk) -> Tensor | SwarmError:
         rows = unpack_rows(part.hidden)
         weight = self._sim_model.weight(part.span)
         at = 2 * part.first_row

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from swarmcore.errors import InvalidBatchError, SpanError
-from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, TrainingBatch
 from swarmcore.sim.costs import BatchLoad
 from swarmcore.sim.model import SimModel
 from swarmcore.types import ModelInfo, Span
@@ -36,7 +36,7 @@ class SimForward(ForwardPass):
     """A unit is as many whole sequences as fit, through one block."""
 
     def __init__(
-        self, model: SimModel, batch: SequenceBatch, spend: Spend, *, keep_row_bytes: int = 0
+        self, model: SimModel, batch: TrainingBatch, spend: Spend, *, keep_row_bytes: int = 0
     ) -> None:
         """``keep_row_bytes`` are what activations of a row take in a block; 0 when they are not kept."""
         self.through = False
@@ -68,7 +68,7 @@ class SimBackward(BackwardPass):
     def __init__(
         self,
         model: SimModel,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         spend: Spend,
         kept: SimForward | None,
@@ -121,7 +121,7 @@ class SimBackward(BackwardPass):
 class _Units:
     """What of a batch comes next."""
 
-    def __init__(self, batch: SequenceBatch) -> None:
+    def __init__(self, batch: TrainingBatch) -> None:
         self._lengths = batch.lengths
         self._blocks, self._next = len(batch.span), 0
 
@@ -138,7 +138,7 @@ class _Units:
         return BatchLoad(prefill_rows=rows, prefill_attended=attended), self._blocks == 0
 
 
-def check_batch(model: ModelInfo, held: Span, batch: SequenceBatch, rows: Tensor) -> None:
+def check_batch(model: ModelInfo, held: Span, batch: TrainingBatch, rows: Tensor) -> None:
     """Raise `SpanError` for blocks that are not held, `InvalidBatchError` for rows that do not fit."""
     if not held.start <= batch.span.start < batch.span.end <= held.end:
         raise SpanError(f"blocks {batch.span} are not all of {held}")

@@ -21,10 +21,10 @@ from swarmcore.executor.base import (
     BackwardPass,
     BlockExecutor,
     ForwardPass,
+    ScheduledChunk,
     Segment,
-    SequenceBatch,
     SequenceId,
-    Slice,
+    TrainingBatch,
 )
 from swarmcore.testing.passes import CountingAdapter, CountingBackward, CountingForward
 from swarmcore.testing.rows import Rows as Rows
@@ -93,7 +93,7 @@ class CountingExecutor(BlockExecutor):
         """How many tokens of the sequence are cached."""
         return len(self._caches.get(sequence, ()))
 
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         assert not self.computing, "step was called while another step computes"
         assert not self.closed, "step was called after close"
         assert self._loaded is not None, "step was called before any blocks were loaded"
@@ -119,7 +119,7 @@ class CountingExecutor(BlockExecutor):
     async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> CountingAdapter:
         return CountingAdapter(tensors, scaling, self.model.hidden_size)
 
-    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> CountingForward:
+    def forward(self, batch: TrainingBatch, *, keep: bool = False) -> CountingForward:
         self._check_pass(batch, batch.hidden)
         found = CountingForward(self, batch, _counting(batch.adapter), keep)
         self.passes.add(found)
@@ -127,7 +127,7 @@ class CountingExecutor(BlockExecutor):
 
     def backward(
         self,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         *,
         kept: ForwardPass | None = None,
@@ -170,7 +170,7 @@ class CountingExecutor(BlockExecutor):
         finally:
             self.computing = False
 
-    def _check_pass(self, batch: SequenceBatch, rows: Tensor) -> None:
+    def _check_pass(self, batch: TrainingBatch, rows: Tensor) -> None:
         span, held = batch.span, self._loaded
         if held is None or not held.start <= span.start < span.end <= held.end:
             raise SpanError(f"blocks {span} are not all of {held}")
@@ -278,7 +278,7 @@ class CountingExecutor(BlockExecutor):
         self._caches.clear()
         self._reserved.clear()
 
-    def _run(self, part: Slice) -> Tensor | SwarmError:
+    def _run(self, part: ScheduledChunk) -> Tensor | SwarmError:
         try:
             rows = read_rows(part.hidden)[part.first_row : part.first_row + part.tokens]
         except SwarmError as exc:
@@ -306,7 +306,7 @@ class CountingExecutor(BlockExecutor):
         del cache[segment.start :]
         return cache
 
-    def _token(self, cache: list[Rows], row: list[float], part: Slice) -> list[float]:
+    def _token(self, cache: list[Rows], row: list[float], part: ScheduledChunk) -> list[float]:
         adapter = _counting(part.adapter)
         before = cache[-1] if cache else [[0.0] * len(row) for _ in range(len(part.span))]
         position, states = len(cache), []
@@ -327,7 +327,7 @@ def _counting(adapter: Adapter | None) -> CountingAdapter | None:
     return adapter
 
 
-def _check_batch(batch: Sequence[Slice], held: Span) -> None:
+def _check_batch(batch: Sequence[ScheduledChunk], held: Span) -> None:
     assert batch, "step was called without a slice"
     spans = {part.span for part in batch}
     assert len(spans) == 1, f"one batch has slices of several spans: {spans}"

@@ -18,7 +18,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from swarmcore.errors import AdapterError, InvalidBatchError, SwarmError
-from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, SequenceBatch
+from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, TrainingBatch
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -153,7 +153,7 @@ class PassRunner(Protocol):
 class CountingForward(ForwardPass):
     """A unit is as many whole sequences as fit, through one block."""
 
-    def __init__(self, runner: PassRunner, batch: SequenceBatch, adapter: CountingAdapter | None, keep: bool):
+    def __init__(self, runner: PassRunner, batch: TrainingBatch, adapter: CountingAdapter | None, keep: bool):
         self.batch = batch
         self.inputs: dict[int, list[Rows]] = {}
         """The rows of each sequence that went into each block, if they are kept."""
@@ -215,7 +215,7 @@ class CountingBackward(BackwardPass):
     def __init__(
         self,
         runner: PassRunner,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         adapter: CountingAdapter | None,
         forward: CountingForward,

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swarmcore.errors import AdapterError, SpanError
-from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list
+from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list
 from swarmcore.types import Span
 
 ALL_LINEAR = "all-linear"

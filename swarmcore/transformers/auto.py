@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from swarmcore import sync
-from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.generation.generation_config import load_generation_config
 from swarmcore.client.generation.local_model import load_without_blocks, with_blocks
@@ -22,6 +22,7 @@ from swarmcore.identity import Identity
 from swarmcore.transformers.model import remote_model
 from swarmcore.transformers.remote import RemoteStack
 from swarmcore.transformers.saving import read_saved_parts
+from swarmcore.types import Progress
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from swarmcore.client.generation.session_api import RemoteSession, SessionOpener
 from swarmcore.errors import InputError, UnavailableError
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.loop_thread import LoopThread
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarmcore.checkpoint import Progress, open_checkpoint
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import InputError
 from swarmcore.prompts import load_tokenizer
+from swarmcore.types import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

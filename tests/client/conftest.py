@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.errors import InvalidStepError
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.routing.chain import Chain
 from swarmcore.wire.tensors import Tensor
 

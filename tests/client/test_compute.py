@@ -14,7 +14,7 @@ from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.compute import MAX_ROWS, ModelCompute
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import ProtocolError, SessionLostError
-from swarmcore.executor.torch.tensors import to_wire
+from swarmcore.executor.torch.wire_tensors import to_wire
 
 
 class Counted:

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import CheckpointError, InputError
-from swarmcore.executor.torch.cut import find_base, layer_list
+from swarmcore.executor.torch.partial_model import find_base, layer_list
 
 BLOCKS = ("layers.", "h.")
 

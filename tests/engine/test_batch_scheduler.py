@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from swarmcore.engine.scheduler import Batch, Scheduler
 from swarmcore.engine.step import PendingStep
 from swarmcore.errors import InputError, InternalError
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.testing.executor import hidden_states, read_rows
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -30,7 +30,7 @@ def pending(
     return PendingStep(span, segments, hidden, reply, codec, deadline)
 
 
-def answer(part: Slice) -> Tensor:
+def answer(part: ScheduledChunk) -> Tensor:
     """Run a slice: each row comes back as it was."""
     rows = read_rows(part.hidden)[part.first_row : part.first_row + part.tokens]
     if part.reply == "last":

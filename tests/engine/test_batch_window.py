@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from swarmcore.engine.batch_window import FIXED, LATE, Gathering
+from swarmcore.engine.batch_window import FIXED, LATE, BatchWindow
 from swarmcore.engine.engine import Engine
 from swarmcore.testing.executor import CountingExecutor, hidden_states
 
@@ -14,7 +14,7 @@ PASS = 1.0 / FIXED
 """A pass whose fixed part takes a second."""
 
 
-def rhythm(gathering: Gathering, session: str, returns: float, answered: float) -> None:
+def rhythm(gathering: BatchWindow, session: str, returns: float, answered: float) -> None:
     """Let the session have returned once after ``returns`` seconds, and have its latest answer."""
     gathering.arrived(session, answered - returns - 1)
     gathering.answered(session, answered - returns)
@@ -23,14 +23,14 @@ def rhythm(gathering: Gathering, session: str, returns: float, answered: float) 
 
 
 def test_a_session_that_decodes_alone_is_never_made_to_wait():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "one", 0.1, 10.0)
     gathering.arrived("one", 10.1)
     assert gathering.gather(1, PASS, 10.1) is None
 
 
 def test_a_session_that_is_about_to_come_is_waited_for():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "other", 0.5, 10.0)
     wait = gathering.gather(1, PASS, 10.2)
     assert wait is not None
@@ -39,13 +39,13 @@ def test_a_session_that_is_about_to_come_is_waited_for():
 
 
 def test_one_that_would_come_after_much_of_a_pass_is_not():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "other", 0.5, 10.0)
     assert gathering.gather(1, PASS, 9.9) is None
 
 
 def test_the_many_are_not_kept_waiting_for_the_few():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "other", 0.5, 10.0)
     assert gathering.gather(1, PASS, 10.2) is not None
     assert gathering.gather(3, PASS, 10.2) is None
@@ -54,14 +54,14 @@ def test_the_many_are_not_kept_waiting_for_the_few():
 
 
 def test_one_that_has_not_come_in_time_is_given_up():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "other", 1.0, 10.0)
     assert gathering.gather(1, PASS, 11.1) is not None
     assert gathering.gather(1, PASS, 10.0 + LATE + 0.01) is None
 
 
 def test_closed_sessions_and_those_without_a_rhythm_are_not_waited_for():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "other", 0.5, 10.0)
     gathering.closed("other")
     gathering.arrived("new", 10.0)
@@ -70,7 +70,7 @@ def test_closed_sessions_and_those_without_a_rhythm_are_not_waited_for():
 
 
 def test_one_long_absence_is_soon_forgotten():
-    gathering = Gathering()
+    gathering = BatchWindow()
     rhythm(gathering, "other", 0.1, 10.0)
     gathering.arrived("other", 500.0)
     gathering.answered("other", 500.1)

@@ -7,7 +7,7 @@ from counting_engine import run, running, some_rows, submit
 from small_adapters import adapter_tensors
 
 from swarmcore.errors import CacheFullError
-from swarmcore.executor.base import Adapter, Segment, SequenceId, Slice
+from swarmcore.executor.base import Adapter, ScheduledChunk, Segment, SequenceId
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.rows import Rows, hidden_states, read_rows
 from swarmcore.wire.tensors import Tensor
@@ -17,7 +17,9 @@ async def expected(rows: Rows, adapter: Adapter | None) -> Rows:
     executor = CountingExecutor()
     executor.reserve(SequenceId(0), 64)
     segments = (Segment(SequenceId(0), 0, len(rows)),)
-    [result] = await executor.step([Slice(hidden_states(rows), 0, executor.span, segments, adapter=adapter)])
+    [result] = await executor.step(
+        [ScheduledChunk(hidden_states(rows), 0, executor.span, segments, adapter=adapter)]
+    )
     assert isinstance(result, Tensor)
     return read_rows(result)
 

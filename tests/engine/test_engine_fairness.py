@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from swarmcore.engine.engine import Engine
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.model import SimModel
@@ -36,11 +36,11 @@ async def decode_seconds(engine: Engine, session: str, steps: int, think: float)
 async def train(engine: Engine, caller: str, lengths: tuple[int, ...]) -> None:
     """Forward and backward passes without end."""
     hidden = MODEL.embed(range(sum(lengths)))
-    batch = SequenceBatch(Span(0, 10), lengths, hidden)
+    batch = TrainingBatch(Span(0, 10), lengths, hidden)
     for number in itertools.count():
-        with engine.passes.admit(caller, batch.span, lengths, 1000.0) as turn:
+        with engine.training.admit(caller, batch.span, lengths, 1000.0) as turn:
             await turn.forward(batch, keep=str(number))
-        with engine.passes.admit(caller, batch.span, lengths, 1000.0) as turn:
+        with engine.training.admit(caller, batch.span, lengths, 1000.0) as turn:
             turn.reuse(str(number) if number % 2 else "", batch)
             await turn.backward(batch, hidden)
 

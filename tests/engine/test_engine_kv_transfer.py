@@ -11,7 +11,7 @@ import pytest
 from counting_engine import expected, run, running, some_rows, submit, submit_beams
 
 from swarmcore.engine.engine import Engine
-from swarmcore.engine.kv_transfer import CacheChunk
+from swarmcore.engine.kv_transfer import KVChunk
 from swarmcore.errors import (
     CacheFullError,
     DeadlineExceededError,
@@ -26,11 +26,11 @@ from swarmcore.wire.tensors import Tensor
 TOKEN = CountingExecutor().cache_bytes_per_token
 
 
-async def export(engine: Engine, session: str, max_bytes: int = 3 * TOKEN) -> list[CacheChunk]:
+async def export(engine: Engine, session: str, max_bytes: int = 3 * TOKEN) -> list[KVChunk]:
     return [chunk async for chunk in engine.export_cache(session, max_bytes=max_bytes)]
 
 
-async def take_in(engine: Engine, session: str, *chunks: CacheChunk, timeout: float = 5.0) -> None:
+async def take_in(engine: Engine, session: str, *chunks: KVChunk, timeout: float = 5.0) -> None:
     for chunk in chunks:
         await engine.import_cache(
             session, chunk.sequence, chunk.start, chunk.count, chunk.tensors, timeout=timeout

@@ -13,7 +13,7 @@ import pytest
 from counting_engine import expected, run, running, some_rows, submit
 
 from swarmcore.engine.engine import Engine
-from swarmcore.engine.training import PassLimits
+from swarmcore.engine.training import TrainingLimits
 from swarmcore.errors import (
     DeadlineExceededError,
     InvalidBatchError,
@@ -23,7 +23,7 @@ from swarmcore.errors import (
     SpanError,
     TooManyCallsError,
 )
-from swarmcore.executor.base import BatchPass, SequenceBatch
+from swarmcore.executor.base import TrainingBatch, TrainingPass
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingForward
 from swarmcore.testing.rows import Rows, hidden_states, read_rows
@@ -44,8 +44,8 @@ async def forward(
     keep: str = "",
     timeout: float = 10.0,
 ) -> Rows:
-    batch = SequenceBatch(span, tuple(lengths), hidden_states(rows))
-    with engine.passes.admit(caller, span, batch.lengths, timeout) as turn:
+    batch = TrainingBatch(span, tuple(lengths), hidden_states(rows))
+    with engine.training.admit(caller, span, batch.lengths, timeout) as turn:
         outputs, _, _ = await turn.forward(batch, keep=keep)
         return read_rows(outputs)
 
@@ -61,8 +61,8 @@ async def backward(
     timeout: float = 10.0,
 ) -> tuple[Rows, bool]:
     """The gradients, and whether kept activations were used."""
-    batch = SequenceBatch(WHOLE, tuple(lengths), hidden_states(rows))
-    with engine.passes.admit(caller, WHOLE, batch.lengths, timeout) as turn:
+    batch = TrainingBatch(WHOLE, tuple(lengths), hidden_states(rows))
+    with engine.training.admit(caller, WHOLE, batch.lengths, timeout) as turn:
         reused = turn.reuse(kept, batch)
         done = await turn.backward(batch, hidden_states(gradients))
         assert done.gradients is not None
@@ -71,10 +71,10 @@ async def backward(
 
 async def alone(rows: Rows, gradients: Rows, lengths: tuple[int, ...]) -> tuple[Rows, Rows]:
     """What a forward and a backward pass give on an executor of their own."""
-    batch = SequenceBatch(WHOLE, lengths, hidden_states(rows))
+    batch = TrainingBatch(WHOLE, lengths, hidden_states(rows))
     executor = CountingExecutor()
     there, back = executor.forward(batch), executor.backward(batch, hidden_states(gradients))
-    work: BatchPass
+    work: TrainingPass
     for work in (there, back):
         while not await work.advance(10**6):
             pass
@@ -96,7 +96,7 @@ async def test_passes_and_sessions_each_get_their_own_results() -> None:
         assert other == (await alone(yours, up, (8,)))[0]
         assert steps == await expected(some_rows(4))
         assert (engine.stats.forwards, engine.stats.backwards, engine.stats.pass_tokens) == (2, 1, 24)
-        assert not executor.passes and engine.passes.queue.admitted_tokens == 0
+        assert not executor.passes and engine.training.queue.admitted_tokens == 0
 
 
 @pytest.mark.parametrize(("sessions", "callers", "passes"), [(1, 1, 1), (1, 4, 6), (3, 4, 6)])
@@ -170,7 +170,7 @@ async def test_callers_share_by_work_and_not_by_how_much_they_send() -> None:
 
 
 async def test_few_are_begun_at_once() -> None:
-    async with running(pass_limits=PassLimits(max_under_way=2)) as (engine, executor):
+    async with running(training_limits=TrainingLimits(max_under_way=2)) as (engine, executor):
         executor.pass_seconds = 0.01
         tasks = [
             asyncio.create_task(forward(engine, some_rows(4), (4,), caller=str(number)))
@@ -178,7 +178,7 @@ async def test_few_are_begun_at_once() -> None:
         ]
         most = 0
         while not all(task.done() for task in tasks):
-            most = max(most, engine.passes.queue.under_way)
+            most = max(most, engine.training.queue.under_way)
             await asyncio.sleep(0.01)
         assert most == 2
         assert {tuple(map(tuple, task.result())) for task in tasks} == {
@@ -187,9 +187,9 @@ async def test_few_are_begun_at_once() -> None:
 
 
 async def test_the_queue_is_bounded_for_all_and_for_each() -> None:
-    limits = PassLimits(max_tokens=10, queue_factor=4)
-    async with running(pass_limits=limits) as (engine, _):
-        passes = engine.passes
+    limits = TrainingLimits(max_tokens=10, queue_factor=4)
+    async with running(training_limits=limits) as (engine, _):
+        passes = engine.training
         with pytest.raises(InvalidBatchError, match="runs 10 at most") as refusal:
             passes.admit("a", WHOLE, (6, 5), 1.0)
         assert refusal.value.pass_tokens == 10
@@ -228,18 +228,18 @@ async def test_kept_activations_spare_work_and_change_nothing() -> None:
         assert (await backward(engine, rows, up, (4, 4), kept="k"))[1] is False
         assert (engine.stats.kept_hits, engine.stats.kept_misses) == (1, 3)
         assert len(executor.passes) == 1
-        await asyncio.sleep(engine.passes.limits.activation_ttl)
+        await asyncio.sleep(engine.training.limits.activation_ttl)
         assert not executor.passes
 
 
 @pytest.mark.parametrize(("budget", "kept"), [(0, 0), (12 * 8 * 16 - 1, 0), (5 * 12 * 4 * 16, 2)])
 async def test_activations_stay_within_their_budget(budget: int, kept: int) -> None:
-    async with running(pass_limits=PassLimits(activation_budget=budget)) as (engine, executor):
+    async with running(training_limits=TrainingLimits(activation_budget=budget)) as (engine, executor):
         rows, up = some_rows(8), some_rows(8)
         for name in "abc":
             await forward(engine, rows, (4, 4), keep=name)
-        assert len(engine.passes.kept) == len(executor.passes) == kept
-        assert engine.passes.kept.nbytes <= budget
+        assert len(engine.training.kept) == len(executor.passes) == kept
+        assert engine.training.kept.nbytes <= budget
         found = [(await backward(engine, rows, up, (4, 4), kept=name))[1] for name in "abc"]
         assert found == [False] * (3 - kept) + [True] * kept
 
@@ -247,8 +247,8 @@ async def test_activations_stay_within_their_budget(budget: int, kept: int) -> N
 async def test_passes_under_way_take_turns_for_memory() -> None:
     """Two backward passes of one sequence each do not fit at once, and what is kept makes room."""
     one = 12 * 8 * 16
-    limits = PassLimits(activation_budget=one + one // 2)
-    async with running(pass_limits=limits) as (engine, executor):
+    limits = TrainingLimits(activation_budget=one + one // 2)
+    async with running(training_limits=limits) as (engine, executor):
         rows, up = some_rows(8), some_rows(8)
         right = await alone(rows, up, (8,))
         await backward(engine, rows, up, (8,))  # to learn what passes take
@@ -257,18 +257,18 @@ async def test_passes_under_way_take_turns_for_memory() -> None:
         work = asyncio.gather(*(backward(engine, rows, up, (8,), caller=caller) for caller in "abc"))
         most = 0
         while not work.done():
-            most = max(most, engine.passes.under_way_bytes + engine.passes.kept.nbytes)
-            assert engine.passes.queue.under_way <= 1
+            most = max(most, engine.training.under_way_bytes + engine.training.kept.nbytes)
+            assert engine.training.queue.under_way <= 1
             await asyncio.sleep(0.004)
         assert one <= most <= limits.activation_budget
         assert [gradients for gradients, _ in await work] == [right[1]] * 3
-        assert not len(engine.passes.kept)
+        assert not len(engine.training.kept)
 
 
 async def test_forward_passes_that_turn_out_too_large_keep_nothing() -> None:
     """At first nobody knows what they take."""
     budget = 12 * 10 * 16
-    async with running(pass_limits=PassLimits(activation_budget=budget)) as (engine, executor):
+    async with running(training_limits=TrainingLimits(activation_budget=budget)) as (engine, executor):
         executor.pass_seconds = 0.001
         rows = some_rows(12)
         work = asyncio.gather(*(forward(engine, rows, (4,) * 3, keep=name, caller=name) for name in "abc"))
@@ -281,7 +281,7 @@ async def test_forward_passes_that_turn_out_too_large_keep_nothing() -> None:
 
 
 async def test_a_backward_pass_above_the_budget_goes_in_parts_and_a_sequence_above_it_is_refused() -> None:
-    async with running(pass_limits=PassLimits(activation_budget=12 * 8 * 16)) as (engine, executor):
+    async with running(training_limits=TrainingLimits(activation_budget=12 * 8 * 16)) as (engine, executor):
         rows, up = some_rows(24), some_rows(24)
         assert (await backward(engine, rows, up, (4,) * 6))[0] == (await alone(rows, up, (4,) * 6))[1]
         assert {tokens for _, tokens in executor.units} == {4, 8}
@@ -307,8 +307,8 @@ async def test_a_cancelled_pass_leaves_nothing_wherever_it_was() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await work
             await asyncio.sleep(1)
-            assert not executor.passes and not len(engine.passes.queue)
-            assert engine.passes.queue.admitted_tokens == 0
+            assert not executor.passes and not len(engine.training.queue)
+            assert engine.training.queue.admitted_tokens == 0
             assert await forward(engine, rows, (8,)) == (await alone(rows, up, (8,)))[0]
 
 
@@ -358,14 +358,14 @@ async def test_blocks_that_leave_take_their_passes_with_them() -> None:
         leaving = asyncio.create_task(forward(engine, rows, (4,)))
         staying = asyncio.create_task(forward(engine, rows, (4,), span=stays))
         await asyncio.sleep(1)
-        await engine.passes.end(keep=stays)
+        await engine.training.end(keep=stays)
         await executor.change_span(stays)
         with pytest.raises(ServerDrainingError):
             await leaving
         assert len(await staying) == 4
-        assert len(engine.passes.kept) == 1
+        assert len(engine.training.kept) == 1
         last = asyncio.create_task(forward(engine, rows, (4,), span=stays))
-        draining = asyncio.create_task(engine.passes.drain())
+        draining = asyncio.create_task(engine.training.drain())
         await draining
         assert not executor.passes and len(await last) == 4
 
@@ -391,8 +391,8 @@ async def test_whatever_happens_results_are_right_and_nothing_is_left(seed: int)
         for number, lengths in enumerate([(3, 5), (8,), (1, 1, 1), (2, 9)])
     ]
     right = [await alone(*batch) for batch in batches]
-    limits = PassLimits(max_tokens=20, queue_factor=3, max_under_way=2, activation_budget=4000)
-    async with running(pass_limits=limits) as (engine, executor):
+    limits = TrainingLimits(max_tokens=20, queue_factor=3, max_under_way=2, activation_budget=4000)
+    async with running(training_limits=limits) as (engine, executor):
         executor.pass_seconds = 0.001
 
         async def client(number: int) -> int:
@@ -422,6 +422,6 @@ async def test_whatever_happens_results_are_right_and_nothing_is_left(seed: int)
         done = await asyncio.gather(*(client(number) for number in range(6)))
         assert sum(done) > 10
         await asyncio.sleep(1)
-        assert not len(engine.passes.queue) and engine.passes.queue.admitted_tokens == 0
-        assert len(executor.passes) == len(engine.passes.kept)
-        assert engine.passes.kept.nbytes <= limits.activation_budget
+        assert not len(engine.training.queue) and engine.training.queue.admitted_tokens == 0
+        assert len(executor.passes) == len(engine.training.kept)
+        assert engine.training.kept.nbytes <= limits.activation_budget

@@ -5,18 +5,20 @@ import math
 import pytest
 
 from swarmcore.engine.cache_requests import Admitted, Evicted, Grown, Holding, Refused
-from swarmcore.engine.kv_cache_manager import SHARE_GRACE, CacheBudget
+from swarmcore.engine.kv_cache_manager import SHARE_GRACE, KVCacheManager
 from swarmcore.errors import CacheFullError
 
 
-def admit(budget: CacheBudget, name: str, sequences: int = 1, tokens: int = 0, now: float = 0.0) -> Holding:
+def admit(
+    budget: KVCacheManager, name: str, sequences: int = 1, tokens: int = 0, now: float = 0.0
+) -> Holding:
     budget.request(name, sequences, tokens, now + 10, now)
     [outcome] = budget.poll(now)
     assert isinstance(outcome, Admitted)
     return outcome.holding
 
 
-def busy(budget: CacheBudget, name: str, tokens: int) -> Holding:
+def busy(budget: KVCacheManager, name: str, tokens: int) -> Holding:
     """A session that holds ``tokens`` and has a step to run."""
     holding = admit(budget, name)
     holding.idle_since = None
@@ -25,7 +27,7 @@ def busy(budget: CacheBudget, name: str, tokens: int) -> Holding:
 
 
 def test_sessions_take_whole_pages_as_they_grow() -> None:
-    budget = CacheBudget(tokens=100, page=16)
+    budget = KVCacheManager(tokens=100, page=16)
     holding = admit(budget, "a", sequences=2)
     assert budget.pages == 6 and budget.held == 0
     assert budget.grow(holding, [1, 17], 1.0, 0.0)
@@ -35,7 +37,7 @@ def test_sessions_take_whole_pages_as_they_grow() -> None:
 
 
 def test_rollback_returns_pages_once_it_is_settled() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     holding = busy(budget, "a", 60)
     # While the step computes, the old pages are still in use.
     assert budget.grow(holding, [20], 1.0, 0.0)
@@ -45,7 +47,7 @@ def test_rollback_returns_pages_once_it_is_settled() -> None:
 
 
 def test_what_was_asked_for_at_admission_is_set_aside_until_it_is_used() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     first = admit(budget, "a", tokens=48)
     assert budget.free == 1
     assert budget.grow(first, [16], 1.0, 0.0) and budget.free == 1
@@ -55,7 +57,7 @@ def test_what_was_asked_for_at_admission_is_set_aside_until_it_is_used() -> None
 
 
 def test_a_new_session_waits_for_room_in_order() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     first = admit(budget, "a", tokens=64)
     big = budget.request("big", 1, 64, 10.0, 0.0)
     small = budget.request("small", 1, 16, 10.0, 0.0)
@@ -67,7 +69,7 @@ def test_a_new_session_waits_for_room_in_order() -> None:
 
 
 def test_the_wait_for_admission_ends_at_its_deadline_and_says_when_to_come_back() -> None:
-    budget = CacheBudget(tokens=64, page=16, idle_timeout=100.0)
+    budget = KVCacheManager(tokens=64, page=16, idle_timeout=100.0)
     admit(budget, "a", tokens=64, now=0.0)
     request = budget.request("b", 1, 16, 10.0, 0.0)
     assert budget.next_wakeup(0.0) == 10.0
@@ -80,7 +82,7 @@ def test_the_wait_for_admission_ends_at_its_deadline_and_says_when_to_come_back(
 
 
 def test_retry_after_follows_the_rate_at_which_pages_come_free() -> None:
-    budget = CacheBudget(tokens=720, page=16, idle_timeout=600.0)
+    budget = KVCacheManager(tokens=720, page=16, idle_timeout=600.0)
     holdings = [busy(budget, f"{n}", 16) for n in range(40)]
     for second, holding in enumerate(holdings[:20]):
         budget.release(holding, float(second))
@@ -91,7 +93,7 @@ def test_retry_after_follows_the_rate_at_which_pages_come_free() -> None:
 
 
 def test_a_request_above_the_whole_budget_is_refused_at_once() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     with pytest.raises(CacheFullError, match=r"80 tokens.* has 64 in all") as caught:
         budget.request("a", 1, 65, 10.0, 0.0)
     assert caught.value.retry_after == math.inf
@@ -101,7 +103,7 @@ def test_a_request_above_the_whole_budget_is_refused_at_once() -> None:
 
 
 def test_the_line_of_new_sessions_is_bounded() -> None:
-    budget = CacheBudget(tokens=64, page=16, max_waiting=2, max_sessions=1)
+    budget = KVCacheManager(tokens=64, page=16, max_waiting=2, max_sessions=1)
     admit(budget, "a")
     budget.request("b", 1, 0, 10.0, 0.0)
     budget.request("c", 1, 0, 10.0, 0.0)
@@ -111,7 +113,7 @@ def test_the_line_of_new_sessions_is_bounded() -> None:
 
 
 def test_admission_leaves_room_for_those_that_are_there_to_grow() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     busy(budget, "a", 100)
     # 60 pages are free; one for each sequence stays in reserve.
     assert budget.may_admit(1, 58) and not budget.may_admit(1, 59)
@@ -119,7 +121,7 @@ def test_admission_leaves_room_for_those_that_are_there_to_grow() -> None:
 
 
 def test_growth_comes_before_admission_and_waits_in_order() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     first, second, third = busy(budget, "a", 32), busy(budget, "b", 16), busy(budget, "c", 16)
     assert not budget.grow(first, [48], 10.0, 0.0)
     assert not budget.grow(second, [32], 10.0, 0.0)
@@ -131,7 +133,7 @@ def test_growth_comes_before_admission_and_waits_in_order() -> None:
 
 
 def test_growth_ends_at_its_deadline() -> None:
-    budget = CacheBudget(tokens=32, page=16)
+    budget = KVCacheManager(tokens=32, page=16)
     first = busy(budget, "a", 16)
     busy(budget, "b", 16)
     assert not budget.grow(first, [17], 5.0, 0.0)
@@ -141,7 +143,7 @@ def test_growth_ends_at_its_deadline() -> None:
 
 
 def test_idle_sessions_end_after_their_time() -> None:
-    budget = CacheBudget(tokens=64, page=16, idle_timeout=100.0)
+    budget = KVCacheManager(tokens=64, page=16, idle_timeout=100.0)
     idle, working = admit(budget, "idle", tokens=16), busy(budget, "working", 16)
     assert budget.next_wakeup(0.0) == 30.0, "when what was set aside for it is free again"
     assert budget.expire(99.0) == []
@@ -152,7 +154,7 @@ def test_idle_sessions_end_after_their_time() -> None:
 
 
 def test_growth_takes_the_room_of_the_longest_idle_after_their_grace() -> None:
-    budget = CacheBudget(tokens=64, page=16, idle_timeout=600.0, idle_grace=30.0)
+    budget = KVCacheManager(tokens=64, page=16, idle_timeout=600.0, idle_grace=30.0)
     growing, older, younger = busy(budget, "a", 32), busy(budget, "b", 16), busy(budget, "c", 16)
     older.idle_since, younger.idle_since = 1.0, 2.0
     assert not budget.grow(growing, [48], 100.0, 10.0)
@@ -163,7 +165,7 @@ def test_growth_takes_the_room_of_the_longest_idle_after_their_grace() -> None:
 
 
 def test_idle_sessions_stay_when_their_room_would_not_be_enough() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     growing, idle = busy(budget, "a", 16), busy(budget, "b", 16)
     busy(budget, "c", 32)
     idle.idle_since = 0.0
@@ -174,7 +176,7 @@ def test_idle_sessions_stay_when_their_room_would_not_be_enough() -> None:
 
 
 def test_when_all_wait_for_each_other_the_youngest_goes() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     first, second, third = busy(budget, "a", 32), busy(budget, "b", 16), busy(budget, "c", 16)
     assert not budget.grow(second, [32], 100.0, 0.0)
     assert not budget.grow(third, [32], 100.0, 0.0)
@@ -187,7 +189,7 @@ def test_when_all_wait_for_each_other_the_youngest_goes() -> None:
 
 
 def test_what_is_set_aside_and_not_used_is_free_again_after_the_grace() -> None:
-    budget = CacheBudget(tokens=64, page=16, idle_grace=30.0)
+    budget = KVCacheManager(tokens=64, page=16, idle_grace=30.0)
     idle, begun = admit(budget, "idle", tokens=32), admit(budget, "begun", tokens=16)
     assert budget.grow(begun, [5], 10.0, 0.0)
     assert budget.free == 1
@@ -199,12 +201,12 @@ def test_what_is_set_aside_and_not_used_is_free_again_after_the_grace() -> None:
 # --- several callers -----------------------------------------------------------------------------------
 
 
-def admit_for(budget: CacheBudget, caller: str, tokens: int = 0, now: float = 0.0) -> Holding:
+def admit_for(budget: KVCacheManager, caller: str, tokens: int = 0, now: float = 0.0) -> Holding:
     request = budget.request(f"{caller}{now}{tokens}", 1, tokens, now + 100, now, caller)
     return next(o.holding for o in budget.poll(now) if isinstance(o, Admitted) and o.request is request)
 
 
-def busy_for(budget: CacheBudget, caller: str, tokens: int, now: float = 0.0) -> Holding:
+def busy_for(budget: KVCacheManager, caller: str, tokens: int, now: float = 0.0) -> Holding:
     holding = admit_for(budget, caller, now=now)
     holding.idle_since = None
     assert budget.grow(holding, [tokens], math.inf, now)
@@ -212,7 +214,7 @@ def busy_for(budget: CacheBudget, caller: str, tokens: int, now: float = 0.0) ->
 
 
 def test_what_was_set_aside_for_one_is_given_back_at_once_when_another_waits() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     greedy = admit_for(budget, "greedy", tokens=160)
     modest = admit_for(budget, "modest", tokens=40, now=1.0)
     assert (greedy.held, modest.held) == (118, 40), "with a page for each to grow"
@@ -224,7 +226,7 @@ def test_what_was_set_aside_for_one_is_given_back_at_once_when_another_waits() -
 
 
 def test_a_caller_that_uses_more_than_its_share_loses_a_session_to_one_that_waits() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     older, younger = busy_for(budget, "greedy", 70, 0.0), busy_for(budget, "greedy", 88, 1.0)
     wanted = budget.request("wanted", 1, 40, 100.0, 10.0, "modest")
     assert budget.poll(10.0) == []
@@ -242,7 +244,7 @@ def test_a_caller_that_uses_more_than_its_share_loses_a_session_to_one_that_wait
 
 
 def test_of_those_above_their_share_the_idle_go_first() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     idle, working = busy_for(budget, "greedy", 70, 0.0), busy_for(budget, "greedy", 80, 1.0)
     idle.idle_since = 2.0
     growing = busy_for(budget, "modest", 5, 3.0)
@@ -255,7 +257,7 @@ def test_of_those_above_their_share_the_idle_go_first() -> None:
 
 
 def test_nobody_loses_a_session_to_one_that_wants_more_than_its_share() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     holding = busy_for(budget, "one", 75)
     other = busy_for(budget, "other", 75)
     other.idle_since = 1.0
@@ -266,7 +268,7 @@ def test_nobody_loses_a_session_to_one_that_wants_more_than_its_share() -> None:
 
 
 def test_a_growth_above_its_share_keeps_no_newcomer_out() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     greedy, other = busy_for(budget, "greedy", 100), busy_for(budget, "other", 20)
     assert not budget.grow(greedy, [150], 3600.0, 1.0)
     assert other.held == 20
@@ -274,7 +276,7 @@ def test_a_growth_above_its_share_keeps_no_newcomer_out() -> None:
 
 
 def test_the_caller_that_holds_least_is_let_in_next() -> None:
-    budget = CacheBudget(tokens=160, page=1)
+    budget = KVCacheManager(tokens=160, page=1)
     first = busy_for(budget, "a", 60)
     second = busy_for(budget, "b", 90)
     waiting = [budget.request(f"{n}", 1, 20, 100.0, 1.0 + n, caller) for n, caller in enumerate("bbac")]
@@ -287,7 +289,7 @@ def test_the_caller_that_holds_least_is_let_in_next() -> None:
 
 
 def test_one_caller_has_not_all_sessions_that_there_may_be() -> None:
-    budget = CacheBudget(tokens=160, page=1, max_sessions=4)
+    budget = KVCacheManager(tokens=160, page=1, max_sessions=4)
     crowd = [admit_for(budget, "crowd", tokens=1, now=float(n)) for n in range(4)]
     crowd[0].idle_since = None
     wanted = budget.request("wanted", 1, 0, 100.0, 10.0, "other")
@@ -299,6 +301,6 @@ def test_one_caller_has_not_all_sessions_that_there_may_be() -> None:
 
 
 def test_repr_shows_the_state() -> None:
-    budget = CacheBudget(tokens=64, page=16)
+    budget = KVCacheManager(tokens=64, page=16)
     busy(budget, "a", 20)
-    assert repr(budget) == "<CacheBudget 32/64 tokens · 1 sessions · 0 growing · 0 waiting>"
+    assert repr(budget) == "<KVCacheManager 32/64 tokens · 1 sessions · 0 growing · 0 waiting>"

@@ -16,7 +16,7 @@ from swarmcore.engine.cache_requests import (
     Outcome,
     Refused,
 )
-from swarmcore.engine.kv_cache_manager import SHARE_GRACE, CacheBudget
+from swarmcore.engine.kv_cache_manager import SHARE_GRACE, KVCacheManager
 from swarmcore.errors import CacheFullError
 
 PAGE, PAGES, MAX_SESSIONS = 4, 24, 6
@@ -31,7 +31,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.budget = CacheBudget(
+        self.budget = KVCacheManager(
             PAGE * PAGES + 3,
             PAGE,
             idle_timeout=IDLE_TIMEOUT,
@@ -197,7 +197,7 @@ CALLERS = ("ann", "bob", "eve")
 )
 @settings(max_examples=150, deadline=None)
 def test_nobody_waits_long_for_a_share_whatever_the_others_do(events: list[tuple[str, str, int]]) -> None:
-    budget = CacheBudget(PAGE * PAGES, PAGE, idle_timeout=1e6, idle_grace=1e5)
+    budget = KVCacheManager(PAGE * PAGES, PAGE, idle_timeout=1e6, idle_grace=1e5)
     now = 0.0
     lengths: dict[Holding, int] = {}
 

@@ -9,19 +9,27 @@ import attrs
 import pytest
 
 from swarmcore.engine.activations import ActivationStore
-from swarmcore.engine.training_queue import ACTIVE, LONGEST, SHARE, Admission, Pacing, PassQueue, QueuedPass
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.engine.training_queue import (
+    ACTIVE,
+    LONGEST,
+    SHARE,
+    Admission,
+    Pacing,
+    QueuedPass,
+    TrainingQueue,
+)
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingForward
 from swarmcore.testing.rows import hidden_states
 from swarmcore.types import Span
 
 LENGTHS = (4, 4)
-BATCH = SequenceBatch(Span(0, 12), LENGTHS, hidden_states([[0.5] * 4] * 8))
+BATCH = TrainingBatch(Span(0, 12), LENGTHS, hidden_states([[0.5] * 4] * 8))
 
 
-def queue(max_under_way: int = 100) -> PassQueue:
-    return PassQueue(max_under_way=max_under_way, max_tokens=1000)
+def queue(max_under_way: int = 100) -> TrainingQueue:
+    return TrainingQueue(max_under_way=max_under_way, max_tokens=1000)
 
 
 async def queued(caller: str) -> QueuedPass:
@@ -32,7 +40,7 @@ async def queued(caller: str) -> QueuedPass:
     )
 
 
-async def work_off(passes: PassQueue, seconds: dict[str, float], units: int) -> dict[str, float]:
+async def work_off(passes: TrainingQueue, seconds: dict[str, float], units: int) -> dict[str, float]:
     """Compute so many units; how long each caller's took in all."""
     spent = dict.fromkeys(seconds, 0.0)
     for _ in range(units):

@@ -13,10 +13,10 @@ from small_adapters import adapter_tensors, weights_of
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.autograd.rpc import MicroBatch, backward, forward
-from swarmcore.engine.training import PassLimits
-from swarmcore.engine.training_turn import PassTurn
+from swarmcore.engine.training import TrainingLimits
+from swarmcore.engine.training_turn import TrainingRequest
 from swarmcore.errors import AdapterNotFoundError
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.rpc.channel import Channel
 from swarmcore.server import forward_backward_channel as pass_channel
 from swarmcore.server.adapters import Weights
@@ -69,13 +69,15 @@ async def test_rows_travel_in_pieces_whatever_their_number(monkeypatch: pytest.M
 async def test_pieces_come_in_time_when_many_passes_share_a_slow_link(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def echo(turn: PassTurn, batch: SequenceBatch, *, keep: str = "") -> tuple[Tensor, bool, float]:
+    async def echo(
+        turn: TrainingRequest, batch: TrainingBatch, *, keep: str = ""
+    ) -> tuple[Tensor, bool, float]:
         return batch.hidden, False, 0.1
 
-    monkeypatch.setattr(PassTurn, "forward", echo)
+    monkeypatch.setattr(TrainingRequest, "forward", echo)
     rows = 2**16  # a MiB of them
     given = Tensor("hidden", "float32", (rows, 4), memoryview(bytes(rows * 16)))
-    async with one_server(limits=PassLimits(max_tokens=rows)) as (swarm, server):
+    async with one_server(limits=TrainingLimits(max_tokens=rows)) as (swarm, server):
         swarm.client_transport.faults = Faults(rate=2**15)
         batch = MicroBatch((rows,), timeout=900)
         results = await asyncio.gather(

@@ -13,7 +13,7 @@ from pass_swarm import KEEP, LENGTHS, alone, one_server, quiet, some_rows, stage
 from small_adapters import adapter_tensors, weights_of
 
 from swarmcore.client.autograd.rpc import MicroBatch, backward, forward
-from swarmcore.engine.training import PassLimits
+from swarmcore.engine.training import TrainingLimits
 from swarmcore.errors import (
     ConnectionLostError,
     DeadlineExceededError,
@@ -60,7 +60,7 @@ def opening(**changes: Any) -> wire.OpenForward:
 async def test_an_opening_that_cannot_work_is_refused(
     changes: dict[str, Any], error: type[SwarmError], says: str
 ) -> None:
-    async with one_server(limits=PassLimits(max_tokens=40)) as (swarm, server):
+    async with one_server(limits=TrainingLimits(max_tokens=40)) as (swarm, server):
         for protocol, first in (
             (FORWARD_PROTOCOL, opening(**changes)),
             (BACKWARD_PROTOCOL, _back(opening(**changes))),

@@ -12,7 +12,7 @@ import attrs
 import pytest
 
 from swarmcore.errors import SwarmError
-from swarmcore.executor.base import Slice
+from swarmcore.executor.base import ScheduledChunk
 from swarmcore.identity import Identity
 from swarmcore.rpc.node import Node
 from swarmcore.server.throughput import (
@@ -41,7 +41,7 @@ KEY = {"model": "f" * 32, "device": "a CPU", "version": "1"}
 class SlowExecutor(CountingExecutor):
     """Takes 10 ms for a pass and 1 ms for each token of it, through all blocks."""
 
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         await asyncio.sleep(0.01 + 0.001 * sum(part.tokens for part in batch))
         return await super().step(batch)
 
@@ -74,7 +74,7 @@ class ThreadedExecutor(SlowExecutor):
     def use_threads(self, decode: int, forward: int) -> None:
         self.threads = (decode, forward)
 
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         tokens = sum(part.tokens for part in batch)
         threads = self.threads[0 if tokens == 1 else 1]
         await asyncio.sleep(0.002 * threads + 0.001 * tokens / threads)

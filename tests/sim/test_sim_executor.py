@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from swarmcore.errors import InvalidBatchError, InvalidStepError, SessionLostError, SpanError
-from swarmcore.executor.base import Segment, SequenceBatch, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId, TrainingBatch
 from swarmcore.sim.costs import BatchLoad, load_costs
 from swarmcore.sim.executor import SimExecutor
 from swarmcore.sim.model import SimModel, unpack_rows
@@ -29,7 +29,7 @@ async def run(
     count = hidden.shape[0]
     on.reserve(SequenceId(sequence), 64)
     segment = Segment(SequenceId(sequence), start, count)
-    [result] = await on.step([Slice(hidden, 0, Span.parse(span) if span else on.span, (segment,))])
+    [result] = await on.step([ScheduledChunk(hidden, 0, Span.parse(span) if span else on.span, (segment,))])
     assert isinstance(result, Tensor), result
     return result
 
@@ -73,7 +73,7 @@ async def test_a_block_that_ran_twice_or_not_at_all_shows() -> None:
 async def test_a_gap_is_refused() -> None:
     on = executor()
     on.reserve(SequenceId(0), 64)
-    [result] = await on.step([Slice(MODEL.embed([1]), 0, on.span, (Segment(SequenceId(0), 3, 1),))])
+    [result] = await on.step([ScheduledChunk(MODEL.embed([1]), 0, on.span, (Segment(SequenceId(0), 3, 1),))])
     assert isinstance(result, InvalidStepError)
 
 
@@ -111,7 +111,7 @@ async def test_time_passes_as_the_costs_say() -> None:
 async def test_passes_take_the_time_of_their_rows_and_back_takes_more() -> None:
     on = executor("0:4")
     hidden = MODEL.embed(TOKENS * 4)
-    batch = SequenceBatch(on.span, (5, 15), hidden)
+    batch = TrainingBatch(on.span, (5, 15), hidden)
     load = BatchLoad(prefill_rows=20, prefill_attended=10 + 105)
     forward = on.forward(batch, keep=True)
     while not await forward.advance(100):
@@ -127,6 +127,6 @@ async def test_passes_take_the_time_of_their_rows_and_back_takes_more() -> None:
         assert back.gradients is not None and back.gradients.data.nbytes == hidden.data.nbytes
     assert forward.kept_bytes == 0
     with pytest.raises(SpanError):
-        on.forward(SequenceBatch(Span(3, 5), (20,), hidden))
+        on.forward(TrainingBatch(Span(3, 5), (20,), hidden))
     with pytest.raises(InvalidBatchError):
-        on.forward(SequenceBatch(on.span, (19,), hidden))
+        on.forward(TrainingBatch(on.span, (19,), hidden))

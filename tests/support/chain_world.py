@@ -16,7 +16,7 @@ from swarmcore.client.autograd.planner import BatchPlanner
 from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.engine.engine import Engine
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.routing.chain import FewestServers
@@ -182,7 +182,7 @@ class Work:
             adapter = await executor.load_adapter(tensors, self.adapter.scaling)  # type: ignore[assignment]
         results = []
         for (batch, rows), gradients in zip(self.batches, self.gradients, strict=True):
-            whole = SequenceBatch(WHOLE, batch.lengths, rows, adapter)
+            whole = TrainingBatch(WHOLE, batch.lengths, rows, adapter)
             forward = executor.forward(whole)
             while not await forward.advance(1000):
                 pass

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from swarmcore.engine.engine import Engine
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.testing.executor import CountingExecutor, Rows, hidden_states, read_rows
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -42,7 +42,7 @@ async def expected(rows: Rows, span: Span | None = None) -> Rows:
     executor = CountingExecutor()
     executor.reserve(SequenceId(0), 4 * len(rows))
     segments = (Segment(SequenceId(0), 0, len(rows)),)
-    [result] = await executor.step([Slice(hidden_states(rows), 0, span or executor.span, segments)])
+    [result] = await executor.step([ScheduledChunk(hidden_states(rows), 0, span or executor.span, segments)])
     assert isinstance(result, Tensor)
     return read_rows(result)
 

@@ -14,7 +14,7 @@ from swarmcore.engine.engine import Engine
 from swarmcore.errors import (
     SwarmError,
 )
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.routing.chain import Chain, Stage
@@ -133,7 +133,7 @@ async def whole_model(*sequences: list[list[float]]) -> list[list[list[float]]]:
         sequence = SequenceId(number)
         executor.reserve(sequence, 4 * CACHE)
         [output] = await executor.step(
-            [Slice(hidden_states(given), 0, executor.span, (Segment(sequence, 0, len(given)),))]
+            [ScheduledChunk(hidden_states(given), 0, executor.span, (Segment(sequence, 0, len(given)),))]
         )
         outputs.append(read_rows(output))
     return outputs

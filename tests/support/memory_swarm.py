@@ -14,8 +14,8 @@ from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.client.session.session import InferenceSession, open_session
 from swarmcore.engine.engine import Engine
-from swarmcore.engine.training import PassLimits
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.engine.training import TrainingLimits
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.resources import ResourceManager
@@ -70,7 +70,7 @@ class Server:
             span=self.executor.span,
             cache_tokens=self.engine.cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
-            pass_tokens=self.engine.passes.limits.max_tokens,
+            pass_tokens=self.engine.training.limits.max_tokens,
             adapters=self.adapters.names,
         )
 
@@ -119,7 +119,7 @@ class Swarm:
         *,
         identity: Identity | None = None,
         cache: int = CACHE,
-        limits: PassLimits | None = None,
+        limits: TrainingLimits | None = None,
         adapter_budget: int = ADAPTER_BUDGET,
         resources: ResourceManager | None = None,
     ) -> Server:
@@ -128,7 +128,7 @@ class Swarm:
         node = Node(identity, [transport], resources=resources)
         await node.start()
         executor = CountingExecutor(Span.parse(blocks))
-        engine = Engine(executor, cache_tokens=cache, pass_limits=limits)
+        engine = Engine(executor, cache_tokens=cache, training_limits=limits)
         await engine.start()
         adapters = AdapterStore(executor, adapter_budget)
         registry = MemoryRegistry(node.peer, self.directory)
@@ -234,7 +234,7 @@ class Reference:
                 tensors = [tensor for each in self.adapter.tensors.values() for tensor in each]
                 adapter = await executor.load_adapter(tensors, self.adapter.scaling)
             hidden = hidden_states(self.rows[sequence])
-            part = Slice(hidden, 0, executor.span, (segment,), adapter=adapter)
+            part = ScheduledChunk(hidden, 0, executor.span, (segment,), adapter=adapter)
             (result,) = await executor.step([part])
             assert not isinstance(result, Exception)
             outputs += read_rows(result)[-1 if reply == "last" else -len(new) :]

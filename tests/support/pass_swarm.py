@@ -11,7 +11,7 @@ from typing import Any
 from memory_swarm import Server, Swarm, swarm_of
 
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.executor.base import BatchPass, SequenceBatch
+from swarmcore.executor.base import TrainingBatch, TrainingPass
 from swarmcore.routing.chain import Stage
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values
@@ -43,10 +43,10 @@ async def alone(
     if weights is not None:
         tensors = [tensor for each in weights.tensors.values() for tensor in each]
         adapter = await executor.load_adapter(tensors, weights.scaling)
-    batch = SequenceBatch(Span.parse(span), lengths, hidden_states(rows), adapter)
+    batch = TrainingBatch(Span.parse(span), lengths, hidden_states(rows), adapter)
     there = executor.forward(batch)
     back = executor.backward(batch, hidden_states(gradients), weights=adapter is not None)
-    work: BatchPass
+    work: TrainingPass
     for work in (there, back):
         while not await work.advance(10**6):
             pass
@@ -59,13 +59,13 @@ async def quiet(swarm: Swarm) -> None:
     """Wait until nothing is left of any pass but kept activations; fail when something stays."""
     async with asyncio.timeout(30):
         for server in swarm.servers:
-            queue = server.engine.passes.queue
+            queue = server.engine.training.queue
             while (
                 server.passes.under_way
                 or len(queue)
                 or queue.admitted_tokens
                 or server.adapters.in_use
-                or len(server.executor.passes) != len(server.engine.passes.kept)
+                or len(server.executor.passes) != len(server.engine.training.kept)
             ):
                 await asyncio.sleep(0.01)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from swarmcore.executor.torch.cut import find_base, layer_list
+from swarmcore.executor.torch.partial_model import find_base, layer_list
 
 LENGTHS = (14, 14, 11, 3)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from swarmcore.errors import AdapterError, InvalidBatchError, SpanError
-from swarmcore.executor.base import BatchPass, Segment, SequenceBatch, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId, TrainingBatch, TrainingPass
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
@@ -42,7 +42,7 @@ def adapter_tensors(seed: int = 7, blocks: Sequence[int] = (2, 5)) -> list[Tenso
     ]
 
 
-async def run(work: BatchPass, max_tokens: int = 10_000) -> None:
+async def run(work: TrainingPass, max_tokens: int = 10_000) -> None:
     while not await work.advance(max_tokens):
         pass
     work.close()
@@ -55,7 +55,7 @@ async def forward(
     adapter: CountingAdapter | None = None,
     unit: int = 10_000,
 ) -> Rows:
-    work = CountingExecutor().forward(SequenceBatch(Span.parse(span), lengths, hidden_states(rows), adapter))
+    work = CountingExecutor().forward(TrainingBatch(Span.parse(span), lengths, hidden_states(rows), adapter))
     await run(work, unit)
     return read_rows(work.outputs)
 
@@ -68,7 +68,7 @@ async def backward(
     adapter: CountingAdapter | None = None,
     unit: int = 10_000,
 ) -> tuple[Rows, dict[str, list[float]]]:
-    batch = SequenceBatch(Span.parse(span), lengths, hidden_states(rows), adapter)
+    batch = TrainingBatch(Span.parse(span), lengths, hidden_states(rows), adapter)
     work = CountingExecutor().backward(batch, hidden_states(gradients), weights=adapter is not None)
     await run(work, unit)
     assert work.gradients is not None
@@ -130,7 +130,7 @@ async def test_gradients_are_those_of_the_forward_pass() -> None:
 
 async def test_kept_activations_make_units_fewer_and_results_the_same() -> None:
     executor = CountingExecutor()
-    batch = SequenceBatch(executor.span, LENGTHS, hidden_states(rows_of(1)))
+    batch = TrainingBatch(executor.span, LENGTHS, hidden_states(rows_of(1)))
     gradients = hidden_states(rows_of(2))
     kept = executor.forward(batch, keep=True)
     while not await kept.advance(100):
@@ -149,15 +149,15 @@ async def test_what_is_refused() -> None:
     executor = CountingExecutor(Span(0, 6))
     good = hidden_states(rows_of(1))
     with pytest.raises(SpanError):
-        executor.forward(SequenceBatch(Span(4, 8), LENGTHS, good))
+        executor.forward(TrainingBatch(Span(4, 8), LENGTHS, good))
     with pytest.raises(InvalidBatchError, match="shape"):
-        executor.forward(SequenceBatch(Span(0, 6), (3, 1), good))
+        executor.forward(TrainingBatch(Span(0, 6), (3, 1), good))
     bad = rows_of(1)
     bad[5][1] = math.nan
-    work = executor.forward(SequenceBatch(Span(0, 6), LENGTHS, hidden_states(bad)))
+    work = executor.forward(TrainingBatch(Span(0, 6), LENGTHS, hidden_states(bad)))
     with pytest.raises(InvalidBatchError, match="not finite"):
         await work.advance(10)
-    back = executor.backward(SequenceBatch(Span(0, 6), LENGTHS, good), hidden_states(bad))
+    back = executor.backward(TrainingBatch(Span(0, 6), LENGTHS, good), hidden_states(bad))
     with pytest.raises(InvalidBatchError, match="gradients"):
         await back.advance(10)
     assert not executor.passes and not executor.computing
@@ -173,7 +173,7 @@ async def test_adapters_change_steps_and_are_freed() -> None:
     for number, used in enumerate((adapter, None)):
         sequence = SequenceId(number)
         executor.reserve(sequence, 8)
-        part = Slice(hidden, 0, executor.span, (Segment(sequence, 0, 2),), adapter=used)
+        part = ScheduledChunk(hidden, 0, executor.span, (Segment(sequence, 0, 2),), adapter=used)
         [output] = await executor.step([part])
         assert isinstance(output, Tensor)
         outputs.append(read_rows(output))
@@ -189,7 +189,7 @@ async def test_adapters_change_steps_and_are_freed() -> None:
 async def test_units_take_the_time_asked_for() -> None:
     executor = CountingExecutor(Span(0, 2))
     executor.pass_seconds = 0.5
-    work = executor.forward(SequenceBatch(Span(0, 2), LENGTHS, hidden_states(rows_of(1))))
+    work = executor.forward(TrainingBatch(Span(0, 2), LENGTHS, hidden_states(rows_of(1))))
     began = asyncio.get_running_loop().time()
     await run(work)
     assert asyncio.get_running_loop().time() - began == work.seconds == 2 * 0.5 * sum(LENGTHS)

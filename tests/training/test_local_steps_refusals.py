@@ -19,7 +19,7 @@ from swarmcore.errors import (
     SwarmError,
     TooManyCallsError,
 )
-from swarmcore.executor.torch.tensors import to_wire
+from swarmcore.executor.torch.wire_tensors import to_wire
 from swarmcore.registry.memory import MemoryRegistry
 from swarmcore.training.local_steps import serving
 from swarmcore.training.local_steps.claims import contribute

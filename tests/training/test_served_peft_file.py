@@ -11,9 +11,9 @@ from passes_of_rows import through
 from tiny_models import save_random_model, tiny_config
 
 from swarmcore.checkpoint import open_checkpoint
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.server.loading import read_adapter
 from swarmcore.training import LoraAdapter, PrefixAdapter, save_adapter
 from swarmcore.types import Span
@@ -40,7 +40,7 @@ async def test_blocks_compute_with_what_is_in_the_file(kind: str, tmp_path: Path
         executor = TorchExecutor.load(checkpoint, span, dtype="float32", threads=1)
         weights = read_adapter(str(tmp_path / "adapter"), checkpoint.config, span)
         ready = await executor.load_adapter(weights.tensors, weights.scaling)
-        batch = SequenceBatch(span, (7,), to_wire("hidden", hidden), ready)
+        batch = TrainingBatch(span, (7,), to_wire("hidden", hidden), ready)
         hidden = to_torch((await through(executor.forward(batch), 100)).outputs).clone()
         await executor.close()
     expected = hidden_with_adapter(model, adapter, ids)[0]

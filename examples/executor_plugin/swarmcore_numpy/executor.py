@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from swarmcore.errors import InternalError, InvalidStepError, SessionLostError, SpanError, SwarmError
-from swarmcore.executor.base import Adapter, BlockExecutor, SequenceId, Slice
-from swarmcore.executor.loader import Progress
-from swarmcore.types import ModelInfo, Span
+from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId
+from swarmcore.types import ModelInfo, Progress, Span
 from swarmcore.wire.tensors import FLOATS, Tensor
 from swarmcore_numpy.llama import Array, Block, Shape
 
@@ -66,11 +65,11 @@ class NumpyExecutor(BlockExecutor):
     def cache_bytes_per_token(self) -> int:  # type: ignore[override]
         return len(self.span) * 2 * self._shape.kv_heads * self._shape.head * 4
 
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         """As `BlockExecutor.step`; the slices are computed one by one, each reads the weights for itself."""
         return await self._in_thread(lambda: [self._run(part) for part in batch])
 
-    def _run(self, part: Slice) -> Tensor | SwarmError:
+    def _run(self, part: ScheduledChunk) -> Tensor | SwarmError:
         try:
             rows = self._rows(part)
             lengths = {segment.sequence: segment.start for segment in part.segments}
@@ -90,7 +89,7 @@ class NumpyExecutor(BlockExecutor):
             return exc
         return _tensor("hidden", answer).encode(part.codec)
 
-    def _rows(self, part: Slice) -> Array:
+    def _rows(self, part: ScheduledChunk) -> Array:
         given, width = part.hidden, self.model.hidden_size
         if given.dtype not in FLOATS or len(given.shape) != 2 or given.shape[1] != width:
             raise InvalidStepError(

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from swarmcore.errors import InputError
-from swarmcore.executor.loader import LoadSettings, Progress
+from swarmcore.executor.loader import LoadSettings
 from swarmcore.executor.torch.loader import TorchLoader
-from swarmcore.types import Span
+from swarmcore.types import Progress, Span
 from swarmcore_numpy.executor import NumpyExecutor
 from swarmcore_numpy.llama import Block, Shape
 

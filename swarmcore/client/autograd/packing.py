@@ -9,7 +9,7 @@ import torch
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.errors import InputError, ProtocolError
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.passes import AdapterName
 from swarmcore.wire.tensors import Tensor

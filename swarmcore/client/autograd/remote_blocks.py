@@ -16,7 +16,7 @@ from swarmcore.client.autograd.packing import PackedRows, snapshot
 from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.errors import InputError, SpanError
 from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.tensors import to_torch
+from swarmcore.executor.torch.wire_tensors import to_torch
 from swarmcore.types import ModelInfo, Span
 
 if TYPE_CHECKING:

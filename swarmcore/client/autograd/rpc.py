@@ -197,7 +197,7 @@ async def as_computed(rows: Tensor, server: ServerInfo) -> Tensor:
     if ITEM_BYTES.get(server.dtype, math.inf) >= ITEM_BYTES[rows.dtype] or server.dtype not in FLOATS:
         return rows
     try:
-        from swarmcore.executor.torch.tensors import cast
+        from swarmcore.executor.torch.wire_tensors import cast
     except ImportError:  # torch is not installed: they travel as they are
         return rows
     return await asyncio.to_thread(cast, rows, server.dtype)

@@ -22,7 +22,7 @@ from swarmcore.client.generation.sampling import TokenChooser, choose_tokens
 from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
-from swarmcore.executor.torch.tensors import to_torch
+from swarmcore.executor.torch.wire_tensors import to_torch
 from swarmcore.wire.tensors import Tensor
 
 P = ParamSpec("P")

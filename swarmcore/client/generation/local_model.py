@@ -14,9 +14,8 @@ from swarmcore.checkpoint.base import missing_tensors, one_line
 from swarmcore.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.errors import UnsupportedModelError
-from swarmcore.executor.torch.cut import check_servable
 from swarmcore.executor.torch.device import choose_dtype, loading_memory
-from swarmcore.executor.torch.loading import load_state, misshapen
+from swarmcore.executor.torch.partial_model import check_servable, load_state, misshapen
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.tensor_names import TextTensors
 from swarmcore.imports import import_large
@@ -24,13 +23,15 @@ from swarmcore.imports import import_large
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from swarmcore.checkpoint import Checkpoint, Progress
+    from swarmcore.checkpoint import Checkpoint
     from swarmcore.executor.torch.structure import Structure
+    from swarmcore.types import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from swarmcore.checkpoint import Checkpoint, Progress
+    from swarmcore.checkpoint import Checkpoint
+    from swarmcore.types import Progress
 
 
 _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
-from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.client.autograd.bridge import Bridge
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.autograd.packing import snapshot
@@ -50,7 +50,7 @@ from swarmcore.prompts import (
     encode_prompt,
     load_tokenizer,
 )
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo, Progress, Span
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ import torch
 from swarmcore.client.generation.compute import ModelCompute
 from swarmcore.client.generation.session_api import RemoteSession, SessionOpener
 from swarmcore.errors import InputError, SessionLostError
-from swarmcore.executor.torch.tensors import to_wire
+from swarmcore.executor.torch.wire_tensors import to_wire
 from swarmcore.prompts import check_tokens, checked_ids
 from swarmcore.routing.chain import Chain
 from swarmcore.wire.tensors import Tensor

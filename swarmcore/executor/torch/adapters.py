@@ -11,9 +11,9 @@ from torch import nn
 
 from swarmcore.errors import AdapterError, InternalError, SwarmError
 from swarmcore.executor.base import Adapter
-from swarmcore.executor.torch.held import HeldBlocks
-from swarmcore.executor.torch.targets import Target
-from swarmcore.executor.torch.tensors import to_torch
+from swarmcore.executor.torch.batch import TargetModule
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
+from swarmcore.executor.torch.wire_tensors import to_torch
 from swarmcore.types import Span
 from swarmcore.wire.tensors import FLOATS, Tensor
 
@@ -24,7 +24,9 @@ _PREFIX = re.compile(r"(\d{1,6})\.prefix")
 class TorchAdapter(Adapter):
     """Weights by their names on the wire, on the blocks' device, in the dtypes that they came in."""
 
-    def __init__(self, weights: dict[str, torch.Tensor], targets: Sequence[Target], scaling: float) -> None:
+    def __init__(
+        self, weights: dict[str, torch.Tensor], targets: Sequence[TargetModule], scaling: float
+    ) -> None:
         self.weights, self.targets, self.scaling = weights, targets, scaling
         self.prefixes = {int(match[1]): name for name in weights if (match := _PREFIX.fullmatch(name))}
         """The names of the prefixes' weights, by block."""
@@ -52,19 +54,19 @@ class TorchAdapter(Adapter):
 
 
 def make_adapter(
-    tensors: Sequence[Tensor], scaling: float, held: HeldBlocks, dtype: torch.dtype, device: torch.device
+    tensors: Sequence[Tensor], scaling: float, held: LoadedBlocks, dtype: torch.dtype, device: torch.device
 ) -> TorchAdapter:
     """As `BlockExecutor.load_adapter`, for ``held``, which computes in ``dtype``."""
     if not math.isfinite(scaling):
         raise AdapterError(f"the adapter's scaling is {scaling}; expected a finite number")
     weights: dict[str, torch.Tensor] = {}
-    targets: dict[tuple[int, str], Target] = {}
+    targets: dict[tuple[int, str], TargetModule] = {}
     for tensor in tensors:
         name = tensor.name
         if name in weights:
             raise AdapterError(f"the adapter has two tensors named {name!r}")
         if match := _UPDATE.fullmatch(name):
-            targets.setdefault((int(match[1]), match[2]), Target(int(match[1]), match[2]))
+            targets.setdefault((int(match[1]), match[2]), TargetModule(int(match[1]), match[2]))
         elif not (match := _PREFIX.fullmatch(name)):
             raise _unknown(name)
         block = int(match[1])
@@ -82,7 +84,7 @@ def make_adapter(
 
 
 def check_description(
-    name: str, dtype: str, shape: tuple[int, ...], span: Span, held: HeldBlocks, max_tokens: int
+    name: str, dtype: str, shape: tuple[int, ...], span: Span, held: LoadedBlocks, max_tokens: int
 ) -> None:
     """As `BlockExecutor.check_adapter`; prefixes have ``max_tokens`` tokens at most."""
     update = _UPDATE.fullmatch(name)
@@ -101,7 +103,7 @@ def check_description(
         fits = len(shape) == 4 and (shape[0], *shape[2:]) == (2, layer.heads, layer.key_size)
         rank, most = shape[1] if fits else 0, max_tokens
     else:
-        sizes = _sizes(projection(held, Target(block, match[2])))
+        sizes = _sizes(projection(held, TargetModule(block, match[2])))
         assert sizes is not None
         most, first = max(sizes), name.endswith("A")
         expected = f"[rank, {sizes[0]}]" if first else f"[{sizes[1]}, rank]"
@@ -134,7 +136,7 @@ def own_adapter(adapter: Adapter | None, span: Span) -> TorchAdapter | None:
     return adapter
 
 
-def projection(held: HeldBlocks, target: Target) -> nn.Module:
+def projection(held: LoadedBlocks, target: TargetModule) -> nn.Module:
     """The module that ``target`` names. Raise `AdapterError` when it is no linear projection of all rows."""
     block = held.block(target.block)
     found: nn.Module | None = dict(block.named_modules()).get(target.module)
@@ -168,7 +170,11 @@ def _values(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 def _check_update(
-    target: Target, weights: dict[str, torch.Tensor], scaling: float, held: HeldBlocks, dtype: torch.dtype
+    target: TargetModule,
+    weights: dict[str, torch.Tensor],
+    scaling: float,
+    held: LoadedBlocks,
+    dtype: torch.dtype,
 ) -> None:
     sizes = _sizes(projection(held, target))
     assert sizes is not None
@@ -186,7 +192,7 @@ def _check_update(
         raise AdapterError(f"{target.lora_b!r} times the scaling of {scaling} is not finite in {dtype}")
 
 
-def _check_prefix(block: int, prefix: torch.Tensor, tokens: int, held: HeldBlocks) -> None:
+def _check_prefix(block: int, prefix: torch.Tensor, tokens: int, held: LoadedBlocks) -> None:
     [layer] = held.layout(Span(block, block + 1)).layers
     if layer.key_size != layer.value_size:
         raise AdapterError("this model's keys and values differ in size; it takes no prefixes")

@@ -17,7 +17,7 @@ import torch
 from transformers import AttentionInterface
 
 from swarmcore.errors import InternalError, UnsupportedModelError
-from swarmcore.executor.torch.batch import Attention, Batch
+from swarmcore.executor.torch.batch import Attention, AttentionBatch
 from swarmcore.executor.torch.masks import BIDIRECTIONAL, FULL, PROBE, Mask, OtherMask
 
 NAME = "swarmcore_ragged"
@@ -45,14 +45,14 @@ _WITHOUT_EFFECT = frozenset(
 
 
 class _Current(threading.local):
-    batch: Batch | None = None
+    batch: AttentionBatch | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def computing(batch: Batch) -> Iterator[None]:
+def computing(batch: AttentionBatch) -> Iterator[None]:
     """Within it, the layers that this thread runs attend through ``batch``."""
     _current.batch = batch
     try:
@@ -61,7 +61,7 @@ def computing(batch: Batch) -> Iterator[None]:
         _current.batch = None
 
 
-def current_batch() -> Batch:
+def current_batch() -> AttentionBatch:
     """The batch that this thread is computing."""
     if _current.batch is None:
         raise InternalError("a span was run outside of a batch")

@@ -13,26 +13,33 @@ import torch
 
 import swarmcore.executor.torch.codecs  # registers the int8 codec
 import swarmcore.executor.torch.sparse_codecs  # noqa: F401  registers the topk and mixed codecs
-from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import InternalError, InvalidBatchError, InvalidStepError, SpanError, SwarmError
-from swarmcore.executor.base import Adapter, BlockExecutor, ForwardPass, SequenceBatch, SequenceId, Slice
+from swarmcore.executor.base import (
+    Adapter,
+    BlockExecutor,
+    ForwardPass,
+    ScheduledChunk,
+    SequenceId,
+    TrainingBatch,
+)
 from swarmcore.executor.torch.adapters import check_description, make_adapter, own_adapter
 from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, memory_errors, parse_device
-from swarmcore.executor.torch.held import HeldBlocks, common
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
-from swarmcore.executor.torch.low_rank import Hooks
-from swarmcore.executor.torch.passes import (
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks, common
+from swarmcore.executor.torch.lora import Hooks
+from swarmcore.executor.torch.sequence_caches import SequenceCaches
+from swarmcore.executor.torch.span import SpanModel, load_span
+from swarmcore.executor.torch.step_runner import StepRunner
+from swarmcore.executor.torch.training_passes import (
     CheckedBatch,
+    ComputeThread,
     TorchBackward,
     TorchForward,
     Unit,
-    Workplace,
     check_rows,
 )
-from swarmcore.executor.torch.sequences import Sequences
-from swarmcore.executor.torch.slices import SliceRunner
-from swarmcore.executor.torch.span import SpanModel, load_span
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo, Progress, Span
 from swarmcore.wire.tensors import Tensor
 
 MAX_PREFIX_TOKENS = 4096
@@ -70,17 +77,17 @@ class TorchExecutor(BlockExecutor):
         self.max_positions = span_model.max_positions
         """Longest sequence that this model's rotary embedding allows here; None: no limit of that kind."""
         self._device, self._dtype = layout.device, layout.dtype
-        self._held: HeldBlocks | None = HeldBlocks([span_model])
+        self._held: LoadedBlocks | None = LoadedBlocks([span_model])
         self._load = load
         self._changing: threading.Event | None = None
-        self._sequences = Sequences()
+        self._sequences = SequenceCaches()
         self._hooks = Hooks()
         self._threads = threads or torch.get_num_threads()
         self._decode_threads = self._forward_threads = self._threads
         if threads is None and self._device.type == "cpu":
             self.thread_choices = _halves(self._threads)
-        self._slices = SliceRunner(model, layout, self._sequences, self._hooks, self.max_positions)
-        self._workplace = Workplace(self._run_unit, self._later, self._device, self._dtype)
+        self._slices = StepRunner(model, layout, self._sequences, self._hooks, self.max_positions)
+        self._thread = ComputeThread(self._run_unit, self._later, self._device, self._dtype)
         self._compute = ThreadPoolExecutor(
             1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(self._threads,)
         )
@@ -119,7 +126,7 @@ class TorchExecutor(BlockExecutor):
         state = "closed" if self._held is None else f"{len(self._sequences)} sequences"
         return f"<TorchExecutor {self.model.name} {self.span} {self.dtype} on {self._device} · {state}>"
 
-    async def step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         """As `BlockExecutor.step`. The slices of one batch may belong to one sequence, in order."""
         return await self._in_compute_thread(self._step, batch)
 
@@ -146,13 +153,13 @@ class TorchExecutor(BlockExecutor):
     def _load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
         return make_adapter(tensors, scaling, self._blocks(), self._dtype, self._device)
 
-    def forward(self, batch: SequenceBatch, *, keep: bool = False) -> TorchForward:
+    def forward(self, batch: TrainingBatch, *, keep: bool = False) -> TorchForward:
         """As `BlockExecutor.forward`. What is kept includes the blocks that it went through."""
-        return TorchForward(self._workplace, self._checked(batch), keep=keep)
+        return TorchForward(self._thread, self._checked(batch), keep=keep)
 
     def backward(
         self,
-        batch: SequenceBatch,
+        batch: TrainingBatch,
         gradients: Tensor,
         *,
         kept: ForwardPass | None = None,
@@ -166,9 +173,9 @@ class TorchExecutor(BlockExecutor):
             raise InvalidBatchError("gradients of an adapter's weights are wanted, and there is no adapter")
         if kept is not None and not isinstance(kept, TorchForward):
             raise InternalError(f"{kept!r} is no pass of this executor")
-        return TorchBackward(self._workplace, checked, gradients, kept, inputs=inputs, weights=weights)
+        return TorchBackward(self._thread, checked, gradients, kept, inputs=inputs, weights=weights)
 
-    def _checked(self, batch: SequenceBatch, without_inputs: bool = False) -> CheckedBatch:
+    def _checked(self, batch: TrainingBatch, without_inputs: bool = False) -> CheckedBatch:
         self._blocks().check(batch.span)
         if not batch.lengths or min(batch.lengths) < 1:
             raise InvalidBatchError("the batch has an empty sequence, or none; leave out what is empty")
@@ -252,7 +259,7 @@ class TorchExecutor(BlockExecutor):
             ]
             if self._held is None:
                 raise InternalError("the executor was closed while its span changed")
-            self._hold(HeldBlocks([*self._held.models, *loaded]))
+            self._hold(LoadedBlocks([*self._held.models, *loaded]))
         finally:
             stop.set()
             self._changing = None
@@ -267,7 +274,7 @@ class TorchExecutor(BlockExecutor):
         self._hold(self._held.keep(common(span, self._held.span)))
         return self._held.span
 
-    def _hold(self, blocks: HeldBlocks) -> None:
+    def _hold(self, blocks: LoadedBlocks) -> None:
         self._held = blocks
         if blocks.span is not None:
             self.span = blocks.span
@@ -318,7 +325,7 @@ class TorchExecutor(BlockExecutor):
         with memory_errors("a transfer of caches"):
             self._sequences.take_in(sequence, blocks, span, own, start, count, tensors)
 
-    def _step(self, batch: Sequence[Slice]) -> list[Tensor | SwarmError]:
+    def _step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         if self._held is None:
             return [InternalError("the executor was closed before the step was computed") for _ in batch]
         few = sum(part.tokens for part in batch) <= DECODE_TOKENS
@@ -331,7 +338,7 @@ class TorchExecutor(BlockExecutor):
             torch.set_num_threads(threads)
             self._threads = threads
 
-    def _blocks(self) -> HeldBlocks:
+    def _blocks(self) -> LoadedBlocks:
         if self._held is None:
             raise InternalError("the executor is closed")
         return self._held

@@ -1,18 +1,22 @@
-"""The torch back end, as servers load it."""
+"""The torch back end, as servers load it; and what blocks would need of a machine, before any is loaded."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from swarmcore.checkpoint import open_checkpoint
-from swarmcore.executor.loader import BlockLoader, LoadSettings, Progress
-from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, parse_device
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.executor.loader import BlockLoader, LoadSettings
+from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES, choose_dtype, parse_device
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.sizing import block_needs, device_name, free_memory
+from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list, whole_config
 from swarmcore.placement.capacity import BlockNeeds
-from swarmcore.types import Span
+from swarmcore.resources import limits
+from swarmcore.types import Progress, Span
 
 
 class TorchLoader(BlockLoader):
@@ -56,3 +60,67 @@ class TorchLoader(BlockLoader):
             "threads": str(settings.threads or f"best of {torch.get_num_threads()}"),
             "torch": str(torch.__version__),
         }
+
+
+def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int) -> BlockNeeds:
+    """Memory for one block of the model in ``dtype`` on ``device``, with batches of ``batch_tokens``.
+
+    Weights are counted exactly; cache and backward pass are estimates, on the high side. Raise `InputError`
+    for an unknown dtype or device, `UnsupportedModelError` when transformers cannot build the blocks.
+    """
+    config = checkpoint.config.get_text_config(decoder=True)
+    place = parse_device(device)
+    precision = choose_dtype(dtype, config, place)
+    weights = _largest_block(config)
+    kept = getattr(config, "dtype", None) or torch.float32
+    if isinstance(kept, str):
+        kept = DTYPES.get(kept.removeprefix("torch."), torch.float32)
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return BlockNeeds(
+        weights=weights * precision.itemsize,
+        cache_per_token=_cached_values(config) * precision.itemsize,
+        backward=batch_tokens * (8 * hidden + 3 * inner) * precision.itemsize,
+        # On a GPU the checkpoint's bytes pass through the memory of the host.
+        reading=weights * kept.itemsize if place.type == "cpu" else 0,
+    )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that could be taken on ``device`` now."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(parse_device(device))
+        return int(free)
+    return limits.free_memory()
+
+
+def device_name(device: str) -> str:
+    """What the device is, as its maker calls it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(parse_device(device))
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _largest_block(config: Any) -> int:
+    """How many parameters the largest block has: in some families not all are alike."""
+    _, base = find_base(build_on_meta(whole_config(config)))
+    blocks = getattr(base, layer_list(base))
+    return max(sum(int(parameter.numel()) for parameter in block.parameters()) for block in blocks)
+
+
+def _cached_values(config: Any) -> int:
+    """Keys and values of one token in one block, the one with most of them."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(_cached_values(layer) for layer in config.per_layer_config)
+    heads = config.num_attention_heads
+    if rotated := getattr(config, "qk_rope_head_dim", 0):  # latent attention, cached expanded
+        return int(heads * (config.qk_nope_head_dim + rotated + config.v_head_dim))
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = 3 if config.model_type == "diffllama" else 2  # it keeps each half of the values for both heads
+    return int(pairs * (getattr(config, "num_key_value_heads", None) or heads) * size)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from swarmcore.executor.torch.adapters import TorchAdapter
-from swarmcore.executor.torch.held import HeldBlocks
-from swarmcore.executor.torch.low_rank import OneAdapter
-from swarmcore.executor.torch.whole_sequences import WholeSequences
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
+from swarmcore.executor.torch.lora import OneAdapter
+from swarmcore.executor.torch.uncached_batch import UncachedBatch
 from swarmcore.types import Span
 
 
@@ -38,7 +38,7 @@ class Microbatch:
         padding: bool = False,
     ) -> None:
         """``hidden`` is ``[tokens, hidden size]``; with ``graph`` it can go back as well. ``padding`` as of
-        `SequenceBatch`."""
+        `TrainingBatch`."""
         self.tokens = sum(lengths)
         self.rows = slice(first_row, first_row + self.tokens)
         self.hidden = hidden
@@ -51,13 +51,13 @@ class Microbatch:
         self._adapter = adapter
         self._weights: dict[str, torch.Tensor] = {}
         if adapter is None:
-            self._batch = WholeSequences(lengths, hidden.device, padding=padding)
+            self._batch = UncachedBatch(lengths, hidden.device, padding=padding)
             return
         # Leaves of this microbatch's own, whatever else uses the adapter.
         self._weights = {
             name: weight.detach().requires_grad_(graph) for name, weight in adapter.weights_in(span).items()
         }
-        self._batch = WholeSequences(
+        self._batch = UncachedBatch(
             lengths,
             hidden.device,
             updates=OneAdapter(self._weights, adapter.scaling) if adapter.targets else None,
@@ -72,7 +72,7 @@ class Microbatch:
     def through(self) -> bool:
         return self._next == self._span.end
 
-    def forward(self, held: HeldBlocks, blocks: int) -> None:
+    def forward(self, held: LoadedBlocks, blocks: int) -> None:
         """The next ``blocks`` blocks, or as many as are left."""
         for block in range(self._next, min(self._next + blocks, self._span.end)):
             inputs = self.hidden.detach().requires_grad_(self._graph)
@@ -111,7 +111,7 @@ class Microbatch:
 class SavedBytes:
     """Counts the memory of what graphs save for the backward pass, each tensor once and no weights."""
 
-    def __init__(self, held: HeldBlocks, span: Span) -> None:
+    def __init__(self, held: LoadedBlocks, span: Span) -> None:
         self.total = 0
         self._seen = {
             tensor.untyped_storage().data_ptr()

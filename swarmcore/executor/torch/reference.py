@@ -16,13 +16,13 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.checkpoint.base import gigabytes
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.errors import CheckpointError, UnsupportedModelError
-from swarmcore.executor.torch.cut import build_on_meta, find_base, layer_list
+from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list
 from swarmcore.executor.torch.small_config import VOCABULARY, small_config
-from swarmcore.types import ModelInfo
+from swarmcore.types import ModelInfo, Progress
 
 LARGEST = 512 * 2**20
 """Most bytes that the tensors of a small model may take; usually it is a hundredth of that."""

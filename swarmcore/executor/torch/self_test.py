@@ -26,11 +26,12 @@ from swarmcore.checkpoint import Checkpoint
 from swarmcore.checkpoint.base import cache_folder, write_file
 from swarmcore.distribution import version
 from swarmcore.errors import SpanError, UnsupportedModelError
-from swarmcore.executor.torch.batch import Batch, RaggedBatch
-from swarmcore.executor.torch.cut import check_servable
+from swarmcore.executor.torch.batch import AttentionBatch
 from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
+from swarmcore.executor.torch.partial_model import check_servable
+from swarmcore.executor.torch.ragged_batch import RaggedBatch
 from swarmcore.executor.torch.reference import LENGTHS, Reference
-from swarmcore.executor.torch.whole_sequences import WholeSequences
+from swarmcore.executor.torch.uncached_batch import UncachedBatch
 from swarmcore.types import Span
 
 TOLERANCE = 1e-3
@@ -59,7 +60,9 @@ class Blocks(Protocol):
 
     def block(self, number: int) -> nn.Module: ...
 
-    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch) -> torch.Tensor: ...
+    def forward(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: AttentionBatch
+    ) -> torch.Tensor: ...
 
 
 def check_span(checkpoint: Checkpoint, span: Span, load: Callable[[Checkpoint, Span], Blocks]) -> None:
@@ -149,7 +152,7 @@ def _difference(reference: Reference, span: Span, blocks: Blocks) -> str | None:
                 reference.hidden[number][block],
             ):
                 return f"block {block} is off by {found}"
-    whole = WholeSequences(LENGTHS, torch.device("cpu"))
+    whole = UncachedBatch(LENGTHS, torch.device("cpu"))
     everything = [(number, 0, length) for number, length in enumerate(LENGTHS)]
     last = _outputs(reference, span, blocks, everything, whole)[span.end - 1]
     for hidden, rows in zip(reference.hidden, torch.split(last, list(LENGTHS)), strict=True):
@@ -163,7 +166,7 @@ def _outputs(
     span: Span,
     blocks: Blocks,
     step: Sequence[tuple[int, int, int]],
-    batch: RaggedBatch | WholeSequences,
+    batch: RaggedBatch | UncachedBatch,
 ) -> dict[int, torch.Tensor]:
     """What comes out of each block, ``[tokens, hidden size]``."""
     entering = torch.cat([reference.hidden[number][span.start][start:end] for number, start, end in step])

@@ -10,30 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarmcore.checkpoint import Checkpoint, Progress
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.errors import CheckpointError, SpanError, SwarmError, UnsupportedModelError
 from swarmcore.executor.torch.attention import NAME, computing
-from swarmcore.executor.torch.batch import Attention, Batch
-from swarmcore.executor.torch.cut import (
+from swarmcore.executor.torch.batch import AdapterUpdates, Attention, AttentionBatch
+from swarmcore.executor.torch.device import loading_memory
+from swarmcore.executor.torch.families import OWN_MASKS, REPLACE_ATTENTION
+from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
+from swarmcore.executor.torch.masks import PROBE
+from swarmcore.executor.torch.packed_linear import pack_linears
+from swarmcore.executor.torch.partial_model import (
     build_on_meta,
     check_servable,
     cut_class,
     cut_config,
     layer_list,
+    load_state,
+    misshapen,
     whole_config,
 )
-from swarmcore.executor.torch.device import loading_memory
-from swarmcore.executor.torch.irregular import OWN_MASKS, REPLACE_ATTENTION
-from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
-from swarmcore.executor.torch.loading import load_state, misshapen
-from swarmcore.executor.torch.masks import PROBE
-from swarmcore.executor.torch.packing import pack_linears
 from swarmcore.executor.torch.self_test import check_span
 from swarmcore.executor.torch.structure import Structure, structure_of
-from swarmcore.executor.torch.targets import Updates
 from swarmcore.executor.torch.tensor_names import is_computed, text_tower, whole_numbers
-from swarmcore.types import Span
+from swarmcore.types import Progress, Span
 
 
 class SpanModel:
@@ -52,13 +52,21 @@ class SpanModel:
 
     @torch.inference_mode()
     def forward(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch, part: Span | None = None
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        batch: AttentionBatch,
+        part: Span | None = None,
     ) -> torch.Tensor:
         """As `differentiable`, without gradients."""
         return self.differentiable(hidden, position_ids, batch, part)
 
     def differentiable(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: Batch, part: Span | None = None
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        batch: AttentionBatch,
+        part: Span | None = None,
     ) -> torch.Tensor:
         """Hidden states ``[1, tokens, hidden size]`` through all blocks, or through ``part`` of them."""
         positions = {"position_ids": position_ids} if self._takes_positions else {}
@@ -135,7 +143,7 @@ class _Probe:
     def __init__(self, position_ids: torch.Tensor) -> None:
         self.position_ids = position_ids
         self.shapes: dict[int, LayerShape] = {}
-        self.updates: Updates | None = None
+        self.updates: AdapterUpdates | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention

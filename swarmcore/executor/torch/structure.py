@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from swarmcore.errors import UnsupportedModelError
-from swarmcore.executor.torch.cut import build_on_meta, cut_config, find_base, layer_list
+from swarmcore.executor.torch.partial_model import build_on_meta, cut_config, find_base, layer_list
 from swarmcore.types import Span
 
 

@@ -12,7 +12,7 @@ import attrs
 import pytest
 
 from swarmcore.errors import SwarmError
-from swarmcore.executor.base import BlockExecutor, Segment, SequenceId, Slice
+from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.testing.executor import Rows, hidden_states, read_rows
 from swarmcore.types import Span
 
@@ -32,13 +32,13 @@ class Driver:
         start: int | None = None,
         reply: Literal["all", "last"] = "all",
         span: Span | None = None,
-    ) -> Slice:
+    ) -> ScheduledChunk:
         start = self.lengths.get(sequence, 0) if start is None else start
         self.lengths[sequence] = start + len(rows)
         page = self.executor.page
         self.executor.reserve(SequenceId(sequence), -(-self.lengths[sequence] // page) * page)
         segment = Segment(SequenceId(sequence), start, len(rows))
-        return Slice(hidden_states(rows), 0, span or self.executor.span, (segment,), reply)
+        return ScheduledChunk(hidden_states(rows), 0, span or self.executor.span, (segment,), reply)
 
     def reserve(self, lengths: Mapping[int, int]) -> None:
         """Room for sequences that come to such lengths by other ways than steps."""
@@ -47,7 +47,7 @@ class Driver:
             self.lengths[sequence] = length
             self.executor.reserve(SequenceId(sequence), -(-length // page) * page)
 
-    async def run(self, *parts: Slice) -> list[Rows]:
+    async def run(self, *parts: ScheduledChunk) -> list[Rows]:
         answers = []
         for result in await self.executor.step(parts):
             if isinstance(result, SwarmError):

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from swarmcore.errors import InvalidBatchError, SpanError
-from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, SequenceBatch
+from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, TrainingBatch
 from swarmcore.testing.executor import Rows, hidden_states, read_rows
 from swarmcore.testing.executor_contract.harness import Driver, ExecutorHarness
 from swarmcore.types import Span
@@ -42,17 +42,17 @@ class PassesContract(ExecutorHarness):
         *,
         span: Span | None = None,
         reproducible: bool = False,
-    ) -> SequenceBatch:
+    ) -> TrainingBatch:
         span = span or driver.executor.span
-        return SequenceBatch(span, tuple(lengths), hidden_states(rows), reproducible=reproducible)
+        return TrainingBatch(span, tuple(lengths), hidden_states(rows), reproducible=reproducible)
 
-    async def out(self, driver: Driver, batch: SequenceBatch, max_tokens: int = 1000) -> Rows:
+    async def out(self, driver: Driver, batch: TrainingBatch, max_tokens: int = 1000) -> Rows:
         forward = await _through(driver.executor.forward(batch), max_tokens)
         forward.close()
         return read_rows(forward.outputs)
 
     async def back(
-        self, driver: Driver, batch: SequenceBatch, gradients: Rows, max_tokens: int = 1000
+        self, driver: Driver, batch: TrainingBatch, gradients: Rows, max_tokens: int = 1000
     ) -> Rows:
         backward = driver.executor.backward(batch, hidden_states(gradients))
         await _through(backward, max_tokens)

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from swarmcore.errors import InvalidStepError
-from swarmcore.executor.base import BlockExecutor, SequenceId, Slice
+from swarmcore.executor.base import BlockExecutor, ScheduledChunk, SequenceId
 from swarmcore.testing.executor import hidden_states, read_rows
 from swarmcore.testing.executor_contract.harness import ExecutorHarness
 from swarmcore.types import Span
@@ -71,7 +71,7 @@ class StepsContract(ExecutorHarness):
             expected = await driver.one(0, first) + await driver.one(1, second)
             parts = driver.part(2, first), driver.part(3, second)
             segments = tuple(part.segments[0] for part in parts)
-            both = Slice(hidden_states(first + second), 0, driver.executor.span, segments)
+            both = ScheduledChunk(hidden_states(first + second), 0, driver.executor.span, segments)
             self.same((await driver.run(both))[0], expected)
 
     async def test_a_slice_uses_only_its_own_rows(self) -> None:
@@ -190,7 +190,7 @@ class StepsContract(ExecutorHarness):
             await driver.executor.close()
 
 
-async def _longest_block(executor: BlockExecutor, part: Slice) -> float:
+async def _longest_block(executor: BlockExecutor, part: ScheduledChunk) -> float:
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(executor.step([part]))
     longest, last = 0.0, loop.time()

@@ -11,7 +11,7 @@ import torch
 
 from swarmcore.distribution import version
 from swarmcore.errors import DeltaError, InputError, RunMismatchError, StaleRoundError, SwarmError
-from swarmcore.executor.torch.residuals import Residuals
+from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.registry.base import Registry
 from swarmcore.registry.lan import follow_addresses
 from swarmcore.rpc.node import Node
@@ -62,7 +62,7 @@ class RunMember:
         self.traffic = Traffic()
         self.outgoing: Outgoing | None = None
         """What was delivered last. Make it None when it has `arrived`, and the next delta is without it."""
-        self.residuals = Residuals()
+        self.residuals = ErrorFeedback()
         """Replaced and never changed."""
         self._registry = registry
         self._rng = rng or Random()

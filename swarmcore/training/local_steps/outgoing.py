@@ -8,7 +8,7 @@ from random import Random
 import attrs
 import torch
 
-from swarmcore.executor.torch.residuals import Residuals
+from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.training.local_steps.averaging import norm
 from swarmcore.training.local_steps.pieces import decode, encode
 from swarmcore.wire.tensors import Tensor
@@ -32,14 +32,14 @@ class Outgoing:
 
 
 def prepare(
-    delta: torch.Tensor, samples: int, codec: str, residuals: Residuals, rng: Random
-) -> tuple[Outgoing, Residuals]:
+    delta: torch.Tensor, samples: int, codec: str, residuals: ErrorFeedback, rng: Random
+) -> tuple[Outgoing, ErrorFeedback]:
     """A new one, and what its encoding leaves for the next.
 
     Raise `DeltaError` for values that are not finite.
     """
     norm(delta, "the delta")
-    left = Residuals()
+    left = ErrorFeedback()
     left.load_state_dict(residuals.state_dict())
     pieces = encode(delta, codec, left)
     return Outgoing(delta, samples, rng.getrandbits(63), pieces, norm(decode(pieces), "the delta")), left

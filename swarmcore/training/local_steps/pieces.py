@@ -10,8 +10,8 @@ import torch
 import swarmcore.executor.torch.codecs
 import swarmcore.executor.torch.sparse_codecs  # noqa: F401  (both are registered)
 from swarmcore.errors import DeltaError, InputError, ProtocolError, UnknownCodecError
-from swarmcore.executor.torch.residuals import Residuals
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.error_feedback import ErrorFeedback
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.rpc.channel import Channel
 from swarmcore.training.local_steps.deadline import within
 from swarmcore.wire.framing import Message
@@ -49,7 +49,7 @@ def result_codec(codec: str) -> str:
     return codec if codec.startswith(("raw", "int8")) else "int8"
 
 
-def encode(vector: torch.Tensor, codec: str, residuals: Residuals | None = None) -> list[Tensor]:
+def encode(vector: torch.Tensor, codec: str, residuals: ErrorFeedback | None = None) -> list[Tensor]:
     """The pieces of a float32 vector; what a lossy ``codec`` drops is left in ``residuals``."""
     pieces = []
     for index, values in enumerate(torch.split(vector, PIECE_VALUES)):

@@ -12,7 +12,7 @@ from torch import nn
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
 from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.routing.link_codec import LinkCodec, LinkDirection, Rung, TensorKind
 from swarmcore.types import PeerId
 

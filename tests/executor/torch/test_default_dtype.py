@@ -9,9 +9,9 @@ import torch
 from tiny_models import FAMILIES, save_random_model, tiny_config
 
 from swarmcore.checkpoint import open_checkpoint
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -30,7 +30,7 @@ async def test_steps_give_the_same_at_any_default_dtype(family: str, tmp_path: P
             for start, count in ((0, 40), (40, 1), (41, 19)):
                 segment = Segment(SequenceId(0), start, count)
                 rows = to_wire("hidden", hidden[start : start + count].clone())
-                [result] = await executor.step([Slice(rows, 0, executor.span, (segment,))])
+                [result] = await executor.step([ScheduledChunk(rows, 0, executor.span, (segment,))])
                 assert isinstance(result, Tensor), result
                 outputs.append(to_torch(result))
         finally:

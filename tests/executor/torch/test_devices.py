@@ -17,16 +17,16 @@ from tiny_models import save_random_model, tiny_config
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch.adapters import TorchAdapter
-from swarmcore.executor.torch.batch import Attention, RaggedBatch, causal_mask
-from swarmcore.executor.torch.bloom import AlibiBias
-from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.batch import Attention, TargetModule, causal_mask
+from swarmcore.executor.torch.families.bloom import AlibiBias
 from swarmcore.executor.torch.kv_cache import SequenceCache
-from swarmcore.executor.torch.low_rank import Hooks, RowAdapters, StackedAdapters
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
+from swarmcore.executor.torch.lora import Hooks, RowAdapters, StackedAdapters
 from swarmcore.executor.torch.microbatch import Microbatch
+from swarmcore.executor.torch.ragged_batch import RaggedBatch
 from swarmcore.executor.torch.span import load_span
 from swarmcore.executor.torch.sparse_codecs import SHARES
-from swarmcore.executor.torch.targets import Target
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 
 ELSEWHERE = torch.device("meta")
@@ -34,7 +34,7 @@ SPAN = Span(0, 3)
 PROJECTIONS = {"llama": "self_attn.o_proj", "gemma2": "self_attn.q_proj", "gpt2": "attn.c_attn"}
 
 
-def moved(family: str, folder: Path) -> HeldBlocks:
+def moved(family: str, folder: Path) -> LoadedBlocks:
     """Blocks that were loaded, and put on the other device."""
     save_random_model(tiny_config(family), folder)
     checkpoint = open_checkpoint(str(folder))
@@ -42,12 +42,12 @@ def moved(family: str, folder: Path) -> HeldBlocks:
     for number in range(SPAN.start, SPAN.end):
         model.block(number).to(ELSEWHERE)
     model.layout = attrs.evolve(model.layout, device=ELSEWHERE)
-    return HeldBlocks([model])
+    return LoadedBlocks([model])
 
 
-def adapter_for(held: HeldBlocks, module: str) -> TorchAdapter:
+def adapter_for(held: LoadedBlocks, module: str) -> TorchAdapter:
     """A low-rank update in block 1, and prefixes."""
-    target = Target(1, module)
+    target = TargetModule(1, module)
     projection: Any = held.block(1).get_submodule(module)
     inside, outside = projection.weight.shape if module == "attn.c_attn" else projection.weight.shape[::-1]
     weights = {

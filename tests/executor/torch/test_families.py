@@ -12,11 +12,11 @@ from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import SwarmError
-from swarmcore.executor.base import Segment, SequenceId, Slice
-from swarmcore.executor.torch import batch
-from swarmcore.executor.torch.cut import find_base, layer_list
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
+from swarmcore.executor.torch import batch, ragged_batch
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.partial_model import find_base, layer_list
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 
 SPANS = (Span(0, 2), Span(2, 3), Span(3, 5))
@@ -68,7 +68,7 @@ async def run_chain(
     hidden: list[Any] = [to_wire("hidden", rows.clone()) for _, rows in parts]
     for executor in chain:
         slices = [
-            Slice(tensor, 0, executor.span, (segment,))
+            ScheduledChunk(tensor, 0, executor.span, (segment,))
             for tensor, (segment, _) in zip(hidden, parts, strict=True)
         ]
         hidden = await executor.step(slices)
@@ -90,7 +90,7 @@ async def test_scores_computed_in_blocks(
 
 
 async def test_many_rows_are_not_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_PACKED_ROWS", 1)
+    monkeypatch.setattr(ragged_batch, "_PACKED_ROWS", 1)
     assert await largest_error("mistral", tmp_path) < 1e-4
 
 

@@ -6,7 +6,7 @@ import torch
 from swarmcore.errors import InputError, ProtocolError
 from swarmcore.executor.torch.codecs import BLOCK, Int8Codec
 from swarmcore.executor.torch.device import DTYPES
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.wire.tensors import Tensor, codec_names
 
 

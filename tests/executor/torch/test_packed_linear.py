@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from swarmcore.executor.torch.packing import PackedLinear, pack_linears
+from swarmcore.executor.torch.packed_linear import PackedLinear, pack_linears
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")

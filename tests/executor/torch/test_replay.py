@@ -9,9 +9,9 @@ import torch
 from tiny_models import FAMILIES, save_random_model, tiny_config
 
 from swarmcore.checkpoint import open_checkpoint
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -22,7 +22,7 @@ PROMPT, TOKENS = 20, 110
 async def run(executor: TorchExecutor, sequence: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
     executor.reserve(SequenceId(sequence), start + len(hidden))
     segment = Segment(SequenceId(sequence), start, len(hidden))
-    part = Slice(to_wire("hidden", hidden.clone()), 0, executor.span, (segment,))
+    part = ScheduledChunk(to_wire("hidden", hidden.clone()), 0, executor.span, (segment,))
     [result] = await executor.step([part])
     assert isinstance(result, Tensor), result
     return to_torch(result)

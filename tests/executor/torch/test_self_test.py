@@ -15,11 +15,12 @@ from transformers import AutoConfig
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch import attention, reference, self_test, span
-from swarmcore.executor.torch.batch import Attention, RaggedBatch
+from swarmcore.executor.torch.batch import Attention
 from swarmcore.executor.torch.executor import TorchExecutor
+from swarmcore.executor.torch.ragged_batch import RaggedBatch
 from swarmcore.executor.torch.reference import Reference
 from swarmcore.executor.torch.small_config import WINDOW, small_config
-from swarmcore.executor.torch.whole_sequences import WholeSequences
+from swarmcore.executor.torch.uncached_batch import UncachedBatch
 from swarmcore.types import ModelInfo, Span
 
 
@@ -94,7 +95,7 @@ def scale_forgotten(how: Attention) -> Attention:
 def test_what_attends_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, mistake: Callable[[Attention], Attention]
 ) -> None:
-    for kind in (RaggedBatch, WholeSequences):
+    for kind in (RaggedBatch, UncachedBatch):
         right = kind.attend
         monkeypatch.setattr(kind, "attend", lambda *args, right=right: right(*args[:-1], mistake(args[-1])))
     with pytest.raises(UnsupportedModelError, match=r"blocks 1:3 would differ .* block [12] is off by"):
@@ -102,8 +103,8 @@ def test_what_attends_otherwise_is_refused(
 
 
 def test_a_pass_that_attends_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = WholeSequences.attend
-    monkeypatch.setattr(WholeSequences, "attend", lambda *args: right(*args[:-1], window_forgotten(args[-1])))
+    right = UncachedBatch.attend
+    monkeypatch.setattr(UncachedBatch, "attend", lambda *args: right(*args[:-1], window_forgotten(args[-1])))
     with pytest.raises(UnsupportedModelError, match="a forward pass is off by"):
         TorchExecutor.load(opened(tiny_config("mistral"), tmp_path), Span(1, 3))
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from tiny_models import save_random_model, tiny_config
 
-from swarmcore.checkpoint import Checkpoint, Progress, open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.errors import CheckpointError, InternalError, SpanError
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
-from swarmcore.types import Span
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
+from swarmcore.types import Progress, Span
 from swarmcore.wire.tensors import Tensor
 
 FAMILIES = (
@@ -50,7 +50,7 @@ async def run(
 ) -> torch.Tensor:
     executor.reserve(SequenceId(sequence), start + len(hidden))
     segment = Segment(SequenceId(sequence), start, len(hidden))
-    part = Slice(to_wire("hidden", hidden.clone()), 0, span or executor.span, (segment,))
+    part = ScheduledChunk(to_wire("hidden", hidden.clone()), 0, span or executor.span, (segment,))
     [result] = await executor.step([part])
     assert isinstance(result, Tensor), result
     return to_torch(result)
@@ -177,7 +177,7 @@ async def test_a_load_that_fails_leaves_what_stays_and_can_be_mended(tiny_llama:
         await executor.change_span(Span(0, 1))
     # Nothing is left; a step is refused, and all blocks have to be read again.
     executor.reserve(SequenceId(1), 64)
-    part = Slice(to_wire("hidden", rows(1)), 0, Span(0, 1), (Segment(SequenceId(1), 0, 1),))
+    part = ScheduledChunk(to_wire("hidden", rows(1)), 0, Span(0, 1), (Segment(SequenceId(1), 0, 1),))
     [refused] = await executor.step([part])
     assert isinstance(refused, SpanError) and "none as yet" in refused.message
     checkpoint.error = None

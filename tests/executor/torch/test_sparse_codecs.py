@@ -20,7 +20,7 @@ from swarmcore.executor.torch.sparse_codecs import (
     TopKCodec,
     block_size,
 )
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.routing.link_codec import LADDERS
 from swarmcore.wire.tensors import Tensor, codec_names
 

@@ -17,10 +17,10 @@ from swarmcore.errors import (
     SwarmError,
     UnknownCodecError,
 )
-from swarmcore.executor.base import Segment, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.packing import PackedLinear
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.packed_linear import PackedLinear
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -47,15 +47,15 @@ def step_of(
     span: Span = SPAN,
     reply: Literal["all", "last"] = "all",
     codec: str = "raw",
-) -> Slice:
+) -> ScheduledChunk:
     wire = to_wire("hidden", hidden) if isinstance(hidden, torch.Tensor) else hidden
     placed = tuple(Segment(SequenceId(sequence), start, count) for sequence, start, count in segments)
     for segment in placed:
         executor.reserve(segment.sequence, segment.start + segment.count)
-    return Slice(wire, first_row, span, placed, reply, codec)
+    return ScheduledChunk(wire, first_row, span, placed, reply, codec)
 
 
-async def run(executor: TorchExecutor, *slices: Slice) -> list[torch.Tensor]:
+async def run(executor: TorchExecutor, *slices: ScheduledChunk) -> list[torch.Tensor]:
     results = await executor.step(slices)
     values = []
     for result in results:
@@ -198,7 +198,7 @@ async def test_caches_follow_reservations(executor: TorchExecutor) -> None:
     assert cache.capacity == 64
     executor.release(SequenceId(0))
     executor.release(SequenceId(7))
-    released = Slice(to_wire("hidden", rows(1)), 0, SPAN, (Segment(SequenceId(0), 0, 1),))
+    released = ScheduledChunk(to_wire("hidden", rows(1)), 0, SPAN, (Segment(SequenceId(0), 0, 1),))
     [result] = await executor.step([released])
     assert isinstance(result, SessionLostError)
 

@@ -1,4 +1,4 @@
-"""Cutting a model to some of its blocks: the config, and a class of models that have these blocks only."""
+"""Models of Transformers that have some of their blocks only: their config, their class, their loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarmcore.checkpoint.base import one_line
-from swarmcore.errors import UnsupportedModelError
+from swarmcore.checkpoint.quiet import quiet_transformers
+from swarmcore.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from swarmcore.executor.torch.device import is_out_of_memory
 from swarmcore.types import Span
 
 _NOT_PER_LAYER = {
@@ -131,6 +133,46 @@ def cut_class(family: Any, path: str, layers: str, span: Span) -> Any:
     # Under the name of its family, by which the library's loader knows what to convert.
     body = {"__init__": __init__, "__module__": family.__module__, "__qualname__": family.__qualname__}
     return type(family.__name__, (family,), body)
+
+
+def load_state(
+    family: Any, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, name: str
+) -> tuple[Any, dict[str, Any]]:
+    """A model of the class ``family`` with these tensors, and what Transformers' own loader says of them.
+
+    That loader knows how checkpoints differ from modules (fused experts, old names). What it says are
+    ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``: of these the name, the shape in the
+    checkpoint and that in the model. Raise `CheckpointError` when they do not fit the config otherwise; a
+    lack of memory is not told otherwise than torch does.
+    """
+    with quiet_transformers(lambda share: None):
+        try:
+            model, report = family.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # it names none of them in its error
+            )
+        except ImportError as exc:
+            raise MissingExtraError(f"transformers needs a package to load {name}: {one_line(exc)}") from exc
+        except Exception as exc:  # whatever the family's own classes raise
+            if is_out_of_memory(exc):
+                raise
+            why = one_line(exc)
+            if "CONVERSION" in why:  # in a report that it logs
+                why = "some experts or other parts that are joined are missing, too many or misshapen"
+            raise CheckpointError(f"the tensors of {name} do not fit its config: {why}") from exc
+    return model, report
+
+
+def misshapen(name: str, tensor: str, found: torch.Size, expected: torch.Size) -> CheckpointError:
+    """The error for a tensor of another shape than its config says."""
+    return CheckpointError(
+        f"{name} has {tensor} in the shape {list(found)}, and by its config it is {list(expected)}: the "
+        f"checkpoint is damaged or not the one its config describes"
+    )
 
 
 def _without_vocabulary(config: Any) -> Any:

@@ -11,9 +11,9 @@ from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.executor.base import SequenceId
 from swarmcore.executor.torch.adapters import TorchAdapter
 from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.kv_cache import SequenceCache
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -27,7 +27,7 @@ class _Sequence:
     span: Span | None = None
 
 
-class Sequences:
+class SequenceCaches:
     """`reserve` and `release` are called on the event loop, all else in the compute thread.
 
     The caller keeps them apart: nothing happens to a sequence while the compute thread works on it.
@@ -55,7 +55,7 @@ class Sequences:
         self._sequences.pop(sequence, None)
 
     def cache(
-        self, sequence: SequenceId, blocks: HeldBlocks, span: Span, adapter: TorchAdapter | None
+        self, sequence: SequenceId, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
     ) -> SequenceCache:
         """The sequence's cache for ``span``, made when there is none; it begins with the adapter's prefix.
 
@@ -106,7 +106,7 @@ class Sequences:
     def take_in(
         self,
         sequence: SequenceId,
-        blocks: HeldBlocks,
+        blocks: LoadedBlocks,
         span: Span,
         adapter: TorchAdapter | None,
         start: int,
@@ -142,7 +142,7 @@ class Sequences:
 
 
 def _cache_for(
-    held: _Sequence, blocks: HeldBlocks, span: Span, adapter: TorchAdapter | None
+    held: _Sequence, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
 ) -> SequenceCache:
     prefix = 0 if adapter is None else adapter.prefix_tokens
     if held.cache is None:

@@ -12,12 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swarmcore.errors import InternalError, InvalidBatchError
-from swarmcore.executor.base import BackwardPass, BatchPass, ForwardPass
+from swarmcore.executor.base import BackwardPass, ForwardPass, TrainingPass
 from swarmcore.executor.torch.adapters import TorchAdapter
 from swarmcore.executor.torch.device import memory_errors, wait_for
-from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.executor.torch.microbatch import Microbatch, SavedBytes
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -41,13 +41,13 @@ class CheckedBatch:
         return sum(self.lengths)
 
 
-Unit = Callable[[HeldBlocks], bool]
+Unit = Callable[[LoadedBlocks], bool]
 """Computes a unit on the blocks; returns whether it was the last."""
 
 
 @attrs.frozen
-class Workplace:
-    """Where units run, one at a time."""
+class ComputeThread:
+    """The executor's compute thread, as far as passes need it: units run there, one at a time."""
 
     run: Callable[[Unit, CheckedBatch], Awaitable[bool]]
     """Calls the unit with the blocks that are held now. Raises `SpanError` when the batch's are not."""
@@ -57,28 +57,28 @@ class Workplace:
     dtype: torch.dtype
 
 
-class _TorchPass(BatchPass):
+class _TorchPass(TrainingPass):
     """What both directions have in common: cutting into microbatches, timing, ending."""
 
-    def __init__(self, place: Workplace, batch: CheckedBatch) -> None:
-        self._place, self._batch = place, batch
+    def __init__(self, thread: ComputeThread, batch: CheckedBatch) -> None:
+        self._thread, self._batch = thread, batch
         self._inputs: torch.Tensor | None = None
         self._current: Microbatch | None = None
         self._sequence = self._row = 0  # of the next microbatch
         self._done = self._closed = False
 
     async def advance(self, max_tokens: int) -> bool:
-        """As `BatchPass.advance`; of a reproducible batch a unit has `REPRODUCIBLE_TOKENS` at most."""
+        """As `TrainingPass.advance`; of a reproducible batch a unit has `REPRODUCIBLE_TOKENS` at most."""
         if self._closed or self._done:
             raise InternalError("the pass is over")
         clock = asyncio.get_running_loop().time
 
-        def unit(held: HeldBlocks) -> bool:
+        def unit(held: LoadedBlocks) -> bool:
             began = clock()
             try:
                 with memory_errors("a pass"), self._kernels():
                     self._done = self._unit(held, max_tokens)
-                    wait_for(self._place.device)  # or steps would queue behind what is timed as nothing
+                    wait_for(self._thread.device)  # or steps would queue behind what is timed as nothing
             except BaseException:
                 self._free()
                 raise
@@ -87,19 +87,19 @@ class _TorchPass(BatchPass):
             return self._done
 
         try:
-            return await self._place.run(unit, self._batch)
+            return await self._thread.run(unit, self._batch)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """As `BatchPass.close`; what a unit that was given up works on is freed when it is through."""
+        """As `TrainingPass.close`; what a unit that was given up works on is freed when it is through."""
         if not self._closed:
             self._closed = True
-            self._place.later(self._free)
+            self._thread.later(self._free)
 
     @abstractmethod
-    def _unit(self, held: HeldBlocks, max_tokens: int) -> bool:
+    def _unit(self, held: LoadedBlocks, max_tokens: int) -> bool:
         """Compute a unit; return whether it was the last."""
 
     def _free(self) -> None:
@@ -107,7 +107,7 @@ class _TorchPass(BatchPass):
 
     def _kernels(self) -> AbstractContextManager[object]:
         """Those of attention on GPUs that are fused add up in another order every time."""
-        if self._batch.reproducible and self._place.device.type == "cuda":
+        if self._batch.reproducible and self._thread.device.type == "cuda":
             return sdpa_kernel(SDPBackend.MATH)
         return nullcontext()
 
@@ -127,7 +127,7 @@ class _TorchPass(BatchPass):
             last += 1
         if self._inputs is None:
             self._inputs = to_torch(self._batch.hidden)
-        rows = self._inputs[self._row : self._row + tokens].to(self._place.device, self._place.dtype)
+        rows = self._inputs[self._row : self._row + tokens].to(self._thread.device, self._thread.dtype)
         check_finite(rows, "inputs")
         microbatch = Microbatch(
             self._row,
@@ -145,14 +145,14 @@ class _TorchPass(BatchPass):
 class TorchForward(_TorchPass, ForwardPass):
     """A forward pass that keeps its microbatches' graphs, or nothing."""
 
-    def __init__(self, place: Workplace, batch: CheckedBatch, *, keep: bool) -> None:
-        super().__init__(place, batch)
+    def __init__(self, thread: ComputeThread, batch: CheckedBatch, *, keep: bool) -> None:
+        super().__init__(thread, batch)
         self._keep = keep
         self._kept: list[Microbatch] = []
         self._saved: SavedBytes | None = None
         self._outputs: torch.Tensor | None = None
 
-    def _unit(self, held: HeldBlocks, max_tokens: int) -> bool:
+    def _unit(self, held: LoadedBlocks, max_tokens: int) -> bool:
         if self._current is None:
             self._current = self._next_microbatch(max_tokens, graph=self._keep)
         current, blocks = self._current, max(1, max_tokens // self._current.tokens)
@@ -167,7 +167,7 @@ class TorchForward(_TorchPass, ForwardPass):
         if not current.through:
             return False
         if self._outputs is None:
-            self._outputs = torch.empty(self._batch.tokens, current.hidden.shape[1], dtype=self._place.dtype)
+            self._outputs = torch.empty(self._batch.tokens, current.hidden.shape[1], dtype=self._thread.dtype)
         check_finite(current.hidden, "outputs")
         self._outputs[current.rows] = current.hidden.cpu()
         if self._saved is not None:
@@ -184,7 +184,7 @@ class TorchForward(_TorchPass, ForwardPass):
     def forget(self) -> None:
         """As `ForwardPass.forget`; the microbatch that is on its way is not cut off."""
         self._keep, self._saved, self.kept_bytes = False, None, 0
-        self._place.later(self._kept.clear)
+        self._thread.later(self._kept.clear)
 
     def take(self) -> list[Microbatch]:
         """The microbatches that were kept, in order; the pass is closed."""
@@ -204,7 +204,7 @@ class TorchBackward(_TorchPass, BackwardPass):
 
     def __init__(
         self,
-        place: Workplace,
+        thread: ComputeThread,
         batch: CheckedBatch,
         gradients: Tensor,
         kept: TorchForward | None,
@@ -212,7 +212,7 @@ class TorchBackward(_TorchPass, BackwardPass):
         inputs: bool,
         weights: bool,
     ) -> None:
-        super().__init__(place, batch)
+        super().__init__(thread, batch)
         self._encoded = gradients
         self._given: torch.Tensor | None = None
         self._kept = None if kept is None else kept.take()
@@ -229,7 +229,7 @@ class TorchBackward(_TorchPass, BackwardPass):
         self._sums: dict[str, torch.Tensor] = {}
         self._saved: SavedBytes | None = None
 
-    def _unit(self, held: HeldBlocks, max_tokens: int) -> bool:
+    def _unit(self, held: LoadedBlocks, max_tokens: int) -> bool:
         if self._given is None:
             self._begin()
         if self._current is None:
@@ -250,7 +250,7 @@ class TorchBackward(_TorchPass, BackwardPass):
         self._finish()
         return True
 
-    def _compute_again(self, current: Microbatch, held: HeldBlocks, blocks: int) -> None:
+    def _compute_again(self, current: Microbatch, held: LoadedBlocks, blocks: int) -> None:
         if self.token_bytes:
             current.forward(held, blocks)
             return
@@ -264,7 +264,7 @@ class TorchBackward(_TorchPass, BackwardPass):
     def _begin(self) -> None:
         self._given = to_torch(self._encoded)
         if self._want_inputs:
-            self._found = torch.empty(self._given.shape, dtype=self._place.dtype)
+            self._found = torch.empty(self._given.shape, dtype=self._thread.dtype)
         self._sums = {
             name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in self._weights.items()
         }
@@ -273,7 +273,7 @@ class TorchBackward(_TorchPass, BackwardPass):
         """The next microbatch, with its gradient, which is looked at before anything is computed."""
         current = self._kept.pop(0) if self._kept else self._next_microbatch(max_tokens, graph=True)
         assert self._given is not None
-        current.gradient = self._given[current.rows].to(self._place.device, self._place.dtype)
+        current.gradient = self._given[current.rows].to(self._thread.device, self._thread.dtype)
         check_finite(current.gradient, "gradients of the outputs")
         return current
 

@@ -8,11 +8,10 @@ from itertools import groupby
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from swarmcore.executor.torch.batch import Attention, attend_explicitly, causal_mask
-from swarmcore.executor.torch.targets import Updates
+from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend_explicitly, causal_mask
 
 
-class WholeSequences:
+class UncachedBatch:
     """Sequences packed in one row of tokens; those of one length that follow each other attend together.
 
     Differentiable where gradients are enabled, with respect to ``prefixes`` too.
@@ -23,7 +22,7 @@ class WholeSequences:
         lengths: Sequence[int],
         device: torch.device,
         *,
-        updates: Updates | None = None,
+        updates: AdapterUpdates | None = None,
         prefixes: Mapping[int, torch.Tensor] | None = None,
         prefix_tokens: int = 0,
         padding: bool = False,

@@ -10,7 +10,7 @@ from transformers.models.mpt import modeling_mpt
 
 from swarmcore.executor.torch.attention import current_batch
 from swarmcore.executor.torch.batch import Attention
-from swarmcore.executor.torch.bloom import AlibiBias
+from swarmcore.executor.torch.families.bloom import AlibiBias
 
 
 class RaggedMptAttention(modeling_mpt.MptAttention):  # type: ignore[misc]

@@ -7,7 +7,7 @@ import torch
 
 from swarmcore.errors import CheckpointError, InputError
 from swarmcore.executor.torch.device import loading_memory
-from swarmcore.executor.torch.loading import load_state
+from swarmcore.executor.torch.partial_model import load_state
 
 
 def load(error: Exception) -> None:

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, save_random_model, tiny_config
 
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.errors import InputError
-from swarmcore.executor.torch.sizing import block_needs, device_name, free_memory
+from swarmcore.executor.torch.loader import block_needs, device_name, free_memory
 from swarmcore.executor.torch.span import load_span
 from swarmcore.types import Span
 

@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 
 from swarmcore.executor.torch.adapters import TorchAdapter, projection
 from swarmcore.executor.torch.attention import current_batch
-from swarmcore.executor.torch.held import HeldBlocks
-from swarmcore.executor.torch.targets import Target, Updates
+from swarmcore.executor.torch.batch import AdapterUpdates, TargetModule
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.types import Span
 
 _SLICED_ROWS = 32
@@ -29,11 +29,11 @@ class Hooks:
 
     def __init__(self) -> None:
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._ready: weakref.WeakKeyDictionary[TorchAdapter, weakref.ref[HeldBlocks]] = (
+        self._ready: weakref.WeakKeyDictionary[TorchAdapter, weakref.ref[LoadedBlocks]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def install(self, adapter: TorchAdapter, held: HeldBlocks) -> None:
+    def install(self, adapter: TorchAdapter, held: LoadedBlocks) -> None:
         """Make the modules that ``adapter`` changes ask for it, as far as they are held."""
         ready = self._ready.get(adapter)
         if ready is not None and ready() is held:
@@ -49,7 +49,7 @@ class Hooks:
 
 
 class _Hook:
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: TargetModule) -> None:
         self._target = target
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
@@ -57,13 +57,13 @@ class _Hook:
         return None if updates is None else updates.add(self._target, inputs[0], output)
 
 
-class OneAdapter(Updates):
+class OneAdapter(AdapterUpdates):
     """The same adapter for all rows, differentiable with respect to its weights."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], scaling: float) -> None:
         self._weights, self._scaling = weights, scaling
 
-    def add(self, target: Target, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def add(self, target: TargetModule, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         a = self._weights.get(target.lora_a)
         if a is None:
             return output
@@ -128,7 +128,7 @@ class StackCache:
         return stacked
 
 
-class RowAdapters(Updates):
+class RowAdapters(AdapterUpdates):
     """Every row of a ragged batch with its own adapter, or with none. For inference: it changes outputs."""
 
     def __init__(self, rows: Sequence[tuple[TorchAdapter | None, int]], stacked: StackedAdapters) -> None:
@@ -149,7 +149,7 @@ class RowAdapters(Updates):
         self._owners = torch.tensor(places).unsqueeze(1)
         self._others: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def add(self, target: Target, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def add(self, target: TargetModule, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         stack = self._stacks.get(target.lora_a)
         if stack is None:
             return output

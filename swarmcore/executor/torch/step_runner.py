@@ -9,27 +9,27 @@ import attrs
 import torch
 
 from swarmcore.errors import InternalError, InvalidStepError, SwarmError
-from swarmcore.executor.base import SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, SequenceId
 from swarmcore.executor.torch.adapters import TorchAdapter, own_adapter
-from swarmcore.executor.torch.batch import RaggedBatch
 from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.held import HeldBlocks
 from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
-from swarmcore.executor.torch.low_rank import Hooks, RowAdapters, StackCache
-from swarmcore.executor.torch.sequences import Sequences
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
+from swarmcore.executor.torch.lora import Hooks, RowAdapters, StackCache
+from swarmcore.executor.torch.ragged_batch import RaggedBatch
+from swarmcore.executor.torch.sequence_caches import SequenceCaches
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import ModelInfo
 from swarmcore.wire.tensors import Tensor
 
 
-class SliceRunner:
+class StepRunner:
     """Runs in the compute thread; what it remembers from step to step is decoded or stacked tensors."""
 
     def __init__(
         self,
         model: ModelInfo,
         layout: CacheLayout,
-        sequences: Sequences,
+        sequences: SequenceCaches,
         hooks: Hooks,
         max_positions: int | None,
     ) -> None:
@@ -46,7 +46,9 @@ class SliceRunner:
         self.decoded.clear()
 
     @torch.inference_mode()
-    def run(self, blocks: HeldBlocks, batch: Sequence[Slice], threads: int) -> list[Tensor | SwarmError]:
+    def run(
+        self, blocks: LoadedBlocks, batch: Sequence[ScheduledChunk], threads: int
+    ) -> list[Tensor | SwarmError]:
         """As `BlockExecutor.step`; ``threads`` is what this thread has for one operation."""
         results: list[Tensor | SwarmError | None] = [None] * len(batch)
         accepted: list[_Accepted] = []
@@ -79,7 +81,7 @@ class SliceRunner:
                 results[each.index] = self._result(each, rows, finite)
         return [result or InternalError("a slice was not computed") for result in results]
 
-    def _updates(self, blocks: HeldBlocks, accepted: Sequence[_Accepted]) -> RowAdapters | None:
+    def _updates(self, blocks: LoadedBlocks, accepted: Sequence[_Accepted]) -> RowAdapters | None:
         adapters = {each.adapter for each in accepted if each.adapter is not None and each.adapter.targets}
         if not adapters:
             return None
@@ -88,7 +90,7 @@ class SliceRunner:
         rows = [(each.adapter if each.adapter in adapters else None, each.piece.tokens) for each in accepted]
         return RowAdapters(rows, self._stacks.get(adapters))
 
-    def _rows(self, piece: Slice) -> torch.Tensor:
+    def _rows(self, piece: ScheduledChunk) -> torch.Tensor:
         """The slice's rows, ``[tokens, hidden size]``, in the executor's dtype and on its device."""
         hidden = self._decode(piece)
         last = piece.first_row + piece.tokens
@@ -99,7 +101,7 @@ class SliceRunner:
             )
         return hidden[piece.first_row : last].to(self._device, self._dtype)
 
-    def _decode(self, piece: Slice) -> torch.Tensor:
+    def _decode(self, piece: ScheduledChunk) -> torch.Tensor:
         """The whole step's hidden states, decoded once however many slices it is run in."""
         if piece.hidden.codec == "raw":
             return to_torch(piece.hidden)
@@ -114,8 +116,8 @@ class SliceRunner:
 
     def _place(
         self,
-        blocks: HeldBlocks,
-        piece: Slice,
+        blocks: LoadedBlocks,
+        piece: ScheduledChunk,
         adapter: TorchAdapter | None,
         lengths: dict[SequenceId, int],
     ) -> list[SequenceCache]:
@@ -173,6 +175,6 @@ class _Accepted:
     """A slice that is part of the batch: its place among the results, and its rows."""
 
     index: int
-    piece: Slice
+    piece: ScheduledChunk
     adapter: TorchAdapter | None
     rows: torch.Tensor

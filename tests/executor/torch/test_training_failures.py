@@ -13,11 +13,11 @@ from passes_of_rows import inputs_of, through
 
 from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import InternalError, InvalidBatchError, ServerMemoryError, SpanError
-from swarmcore.executor.base import Segment, SequenceBatch, SequenceId, Slice
+from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId, TrainingBatch
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.held import HeldBlocks
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.executor.torch.microbatch import SavedBytes
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -33,8 +33,8 @@ async def executor(tiny_llama: Checkpoint) -> Any:
     await executor.close()
 
 
-def batch_of(hidden: torch.Tensor = HIDDEN, **others: Any) -> SequenceBatch:
-    return SequenceBatch(SPAN, LENGTHS, to_wire("hidden", hidden), **others)
+def batch_of(hidden: torch.Tensor = HIDDEN, **others: Any) -> TrainingBatch:
+    return TrainingBatch(SPAN, LENGTHS, to_wire("hidden", hidden), **others)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -64,11 +64,11 @@ async def test_an_overflow_in_the_blocks_is_told(tiny_llama: Checkpoint) -> None
 async def test_what_does_not_fit_is_refused_at_once(executor: TorchExecutor) -> None:
     wire = to_wire("hidden", HIDDEN)
     wrong = [
-        SequenceBatch(SPAN, (), wire),
-        SequenceBatch(SPAN, (11, 0), wire),
-        SequenceBatch(SPAN, (6, 6), wire),
-        SequenceBatch(SPAN, LENGTHS, to_wire("hidden", HIDDEN[:, :32])),
-        SequenceBatch(SPAN, LENGTHS, Tensor("hidden", "int8", (11, 64), memoryview(bytes(11 * 64)))),
+        TrainingBatch(SPAN, (), wire),
+        TrainingBatch(SPAN, (11, 0), wire),
+        TrainingBatch(SPAN, (6, 6), wire),
+        TrainingBatch(SPAN, LENGTHS, to_wire("hidden", HIDDEN[:, :32])),
+        TrainingBatch(SPAN, LENGTHS, Tensor("hidden", "int8", (11, 64), memoryview(bytes(11 * 64)))),
     ]
     for batch in wrong:
         with pytest.raises(InvalidBatchError):
@@ -80,7 +80,7 @@ async def test_what_does_not_fit_is_refused_at_once(executor: TorchExecutor) -> 
     with pytest.raises(InvalidBatchError, match="no adapter"):
         executor.backward(batch_of(), wire, weights=True)
     with pytest.raises(SpanError):
-        executor.forward(SequenceBatch(Span(0, 2), LENGTHS, wire))
+        executor.forward(TrainingBatch(Span(0, 2), LENGTHS, wire))
 
 
 async def test_blocks_that_left_in_the_middle(executor: TorchExecutor) -> None:
@@ -94,20 +94,20 @@ async def test_blocks_that_left_in_the_middle(executor: TorchExecutor) -> None:
 async def test_no_memory_ends_the_pass_and_nothing_else(
     executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(start: int, rows: torch.Tensor) -> Slice:
+    def step(start: int, rows: torch.Tensor) -> ScheduledChunk:
         executor.reserve(SequenceId(0), start + len(rows))
-        return Slice(to_wire("hidden", rows), 0, SPAN, (Segment(SequenceId(0), start, len(rows)),))
+        return ScheduledChunk(to_wire("hidden", rows), 0, SPAN, (Segment(SequenceId(0), start, len(rows)),))
 
     [before] = await executor.step([step(0, HIDDEN[:6])])
     forward = executor.forward(batch_of(), keep=True)
     assert not await forward.advance(11)
-    original = HeldBlocks.differentiable
+    original = LoadedBlocks.differentiable
 
-    def huge(self: HeldBlocks, *args: Any) -> torch.Tensor:
+    def huge(self: LoadedBlocks, *args: Any) -> torch.Tensor:
         original(self, *args)
         return torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(HeldBlocks, "differentiable", huge)
+    monkeypatch.setattr(LoadedBlocks, "differentiable", huge)
     with pytest.raises(ServerMemoryError, match="smaller micro-batches"):
         await forward.advance(11)
     monkeypatch.undo()
@@ -116,7 +116,7 @@ async def test_no_memory_ends_the_pass_and_nothing_else(
     assert isinstance(before, Tensor)
     [after] = await executor.step([step(6, HIDDEN[6:])])
     assert isinstance(after, Tensor)
-    whole = executor.forward(SequenceBatch(SPAN, (11,), to_wire("hidden", HIDDEN)))
+    whole = executor.forward(TrainingBatch(SPAN, (11,), to_wire("hidden", HIDDEN)))
     await through(whole, 11)
     stepped = torch.cat([to_torch(before), to_torch(after)])
     torch.testing.assert_close(stepped, to_torch(whole.outputs), atol=1e-4, rtol=0)

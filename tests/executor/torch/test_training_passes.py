@@ -13,9 +13,9 @@ from passes_of_rows import LENGTHS, inputs_of, relative, run_blocks, through
 from tiny_models import FAMILIES, save_random_model, tiny_config
 
 from swarmcore.checkpoint import open_checkpoint
-from swarmcore.executor.base import SequenceBatch
+from swarmcore.executor.base import TrainingBatch
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 
 
@@ -32,7 +32,7 @@ async def forward_and_back(
     """The outputs and the gradients of the inputs, through all executors."""
     rows, steps = to_wire("hidden", hidden), []
     for executor in chain:
-        batch = SequenceBatch(executor.span, lengths, rows, reproducible=reproducible)
+        batch = TrainingBatch(executor.span, lengths, rows, reproducible=reproducible)
         work = await through(executor.forward(batch, keep=keep), max_tokens)
         rows = work.outputs
         steps.append((executor, batch, work))

@@ -5,7 +5,7 @@ import torch
 
 from swarmcore.errors import InputError, InvalidStepError
 from swarmcore.executor.torch.device import DTYPES, choose_dtype, parse_device
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.wire.tensors import Tensor
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from swarmcore.errors import SpanError
-from swarmcore.executor.torch.batch import RaggedBatch
 from swarmcore.executor.torch.kv_cache import CacheLayout
+from swarmcore.executor.torch.ragged_batch import RaggedBatch
 from swarmcore.executor.torch.span import SpanModel
-from swarmcore.executor.torch.whole_sequences import WholeSequences
+from swarmcore.executor.torch.uncached_batch import UncachedBatch
 from swarmcore.types import Span
 
 
-class HeldBlocks:
+class LoadedBlocks:
     """Models of consecutive spans, run one after the other. Never changed: a new one takes its place."""
 
     def __init__(self, models: Sequence[SpanModel]) -> None:
@@ -36,10 +36,10 @@ class HeldBlocks:
         if not self.holds(part):
             raise SpanError(f"blocks {part} are not held here, only {self.span or 'none as yet'}")
 
-    def keep(self, part: Span | None) -> HeldBlocks:
+    def keep(self, part: Span | None) -> LoadedBlocks:
         """Only the blocks of ``part``."""
         kept = [(model, common(model.span, part)) for model in self.models if part]
-        return HeldBlocks(
+        return LoadedBlocks(
             [model if model.span == inner else model.keep(inner) for model, inner in kept if inner]
         )
 
@@ -59,7 +59,7 @@ class HeldBlocks:
                 hidden = model.forward(hidden, batch.position_ids, batch, inner)
         return hidden
 
-    def differentiable(self, hidden: torch.Tensor, batch: WholeSequences, part: Span) -> torch.Tensor:
+    def differentiable(self, hidden: torch.Tensor, batch: UncachedBatch, part: Span) -> torch.Tensor:
         """As `forward`, of whole sequences, for gradients where they are enabled."""
         for model in self.models:
             if inner := common(model.span, part):

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.errors import AdapterError
-from swarmcore.executor.base import Adapter, SequenceBatch
+from swarmcore.executor.base import Adapter, TrainingBatch
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.training import LoraAdapter
 from swarmcore.types import Span
 
@@ -45,7 +45,7 @@ async def train(
     executor: TorchExecutor, adapter: Adapter, hidden: torch.Tensor, gradient: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Outputs, and gradients of inputs and of the adapter's weights."""
-    batch = SequenceBatch(executor.span, LENGTHS, to_wire("hidden", hidden), adapter)
+    batch = TrainingBatch(executor.span, LENGTHS, to_wire("hidden", hidden), adapter)
     forward = await through(executor.forward(batch, keep=keep), 20)
     backward = executor.backward(
         batch, to_wire("hidden", gradient), kept=forward if keep else None, weights=True
@@ -101,7 +101,7 @@ async def test_low_rank_updates_equal_those_of_peft(family: str, tmp_path: Path)
         for name, theirs_ in zip(weights, expected[2], strict=True):
             assert relative(found[name], theirs_) < 1e-4
     # And the frozen blocks are for everyone else what they were.
-    plain = await through(executor.forward(SequenceBatch(span, LENGTHS, to_wire("hidden", hidden))), 100)
+    plain = await through(executor.forward(TrainingBatch(span, LENGTHS, to_wire("hidden", hidden))), 100)
     assert relative(to_torch(plain.outputs), expected[0]) > 1e-2
     await executor.close()
 
@@ -171,7 +171,7 @@ async def test_only_what_is_wanted_is_computed(
         return original(outputs, *others, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)
-    batch = SequenceBatch(Span(0, 5), LENGTHS, to_wire("hidden", hidden), low_rank)
+    batch = TrainingBatch(Span(0, 5), LENGTHS, to_wire("hidden", hidden), low_rank)
     backward = executor.backward(batch, to_wire("hidden", gradient), inputs=False, weights=True)
     await through(backward, 1000)
     assert backward.gradients is None and len(passed) == 2
@@ -191,14 +191,14 @@ async def test_only_what_is_wanted_is_computed(
     assert error([to_torch(backward.gradients)], [exact]) <= FACTOR * max(off)
 
     # A part of the span gives the gradients of its own weights only.
-    part = SequenceBatch(Span(0, 3), LENGTHS, to_wire("hidden", hidden), low_rank)
+    part = TrainingBatch(Span(0, 3), LENGTHS, to_wire("hidden", hidden), low_rank)
     backward = executor.backward(part, to_wire("hidden", gradient), inputs=False, weights=True)
     await through(backward, 1000)
     assert not backward.weights
 
     lacking = await executor.load_adapter(on_the_wire(weights), 1.0)
     with pytest.raises(AdapterError, match="none for block 0"):
-        executor.forward(SequenceBatch(Span(0, 5), LENGTHS, to_wire("hidden", hidden), lacking))
+        executor.forward(TrainingBatch(Span(0, 5), LENGTHS, to_wire("hidden", hidden), lacking))
     await executor.close()
 
 

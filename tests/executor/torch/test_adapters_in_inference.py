@@ -10,10 +10,10 @@ from passes_of_rows import inputs_of, through
 
 from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import AdapterError, InvalidStepError, SwarmError
-from swarmcore.executor.base import Adapter, Segment, SequenceBatch, SequenceId, Slice
-from swarmcore.executor.torch import low_rank
+from swarmcore.executor.base import Adapter, ScheduledChunk, Segment, SequenceId, TrainingBatch
+from swarmcore.executor.torch import lora
 from swarmcore.executor.torch.executor import TorchExecutor
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -65,14 +65,14 @@ async def some_adapters(executor: TorchExecutor) -> list[Adapter | None]:
 
 def part(
     executor: TorchExecutor, sequence: int, adapter: Adapter | None, start: int, rows: torch.Tensor
-) -> Slice:
+) -> ScheduledChunk:
     before = 0 if adapter is None else adapter.prefix_tokens
     executor.reserve(SequenceId(sequence), before + start + len(rows))
     segment = Segment(SequenceId(sequence), start, len(rows))
-    return Slice(to_wire("hidden", rows.clone()), 0, SPAN, (segment,), adapter=adapter)
+    return ScheduledChunk(to_wire("hidden", rows.clone()), 0, SPAN, (segment,), adapter=adapter)
 
 
-async def run(executor: TorchExecutor, *parts: Slice) -> list[torch.Tensor]:
+async def run(executor: TorchExecutor, *parts: ScheduledChunk) -> list[torch.Tensor]:
     results = await executor.step(parts)
     errors = [result for result in results if isinstance(result, SwarmError)]
     assert not errors
@@ -81,7 +81,7 @@ async def run(executor: TorchExecutor, *parts: Slice) -> list[torch.Tensor]:
 
 async def whole(executor: TorchExecutor, adapter: Adapter | None, hidden: torch.Tensor) -> torch.Tensor:
     """One sequence in a forward pass, with which `test_adapters_in_passes` is content."""
-    batch = SequenceBatch(SPAN, (len(hidden),), to_wire("hidden", hidden), adapter)
+    batch = TrainingBatch(SPAN, (len(hidden),), to_wire("hidden", hidden), adapter)
     return to_torch((await through(executor.forward(batch), 1000)).outputs)
 
 
@@ -89,7 +89,7 @@ async def whole(executor: TorchExecutor, adapter: Adapter | None, hidden: torch.
 async def test_each_session_gets_its_own_result(
     executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch, sliced_rows: int
 ) -> None:
-    monkeypatch.setattr(low_rank, "_SLICED_ROWS", sliced_rows)
+    monkeypatch.setattr(lora, "_SLICED_ROWS", sliced_rows)
     adapters = await some_adapters(executor)
     hidden = inputs_of((12,))[0]
     expected = [await whole(executor, adapter, hidden) for adapter in adapters]

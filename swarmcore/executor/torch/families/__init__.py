@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from swarmcore.executor.torch import bloom, ctrl, diffllama, falcon, llama4, mpt, own_products, xglm
+from swarmcore.executor.torch.families import bloom, ctrl, diffllama, falcon, gpt, llama4, mpt, xglm
 
 REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {
     "bloom": bloom.replace_attention,
-    "codegen": own_products.replace_gptj,
+    "codegen": gpt.replace_gptj,
     "ctrl": ctrl.replace_attention,
     "diffllama": diffllama.replace_attention,
     "falcon": falcon.replace_attention,
-    "gpt_neo": own_products.replace_gpt_neo,
-    "gpt_neox_japanese": own_products.replace_gpt_neox_japanese,
-    "gptj": own_products.replace_gptj,
+    "gpt_neo": gpt.replace_gpt_neo,
+    "gpt_neox_japanese": gpt.replace_gpt_neox_japanese,
+    "gptj": gpt.replace_gptj,
     "llama4_text": llama4.replace_attention,
     "mpt": mpt.replace_attention,
-    "openai-gpt": own_products.replace_openai_gpt,
+    "openai-gpt": gpt.replace_openai_gpt,
     "xglm": xglm.replace_attention,
 }
 """Given a base model, has its blocks call the current batch."""

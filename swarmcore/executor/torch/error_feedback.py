@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
-from swarmcore.executor.torch.tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.wire.tensors import Tensor
 
 
-class Residuals:
+class ErrorFeedback:
     """What is still to be sent of each tensor, by name, in float32 on the CPU.
 
     Holds as much memory as the tensors encoded through it take in float32; `forget` frees. Keep one object
@@ -27,7 +27,7 @@ class Residuals:
         self._left: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
-        return f"<Residuals of {len(self._left)} tensors>"
+        return f"<ErrorFeedback of {len(self._left)} tensors>"
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """What is still to be sent. Raise `KeyError` for a name never encoded."""
