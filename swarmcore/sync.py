@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from swarmcore.client.generation import model as _model
     from swarmcore.client.generation import remote as _thin
     from swarmcore.client.generation import token_session as _model_session
-    from swarmcore.client.generation.detokenizer import GeneratedPieces
-    from swarmcore.client.generation.generation import FinishReason
+    from swarmcore.client.generation.stream import FinishReason, GenerationStream
     from swarmcore.client.session.options import SessionOptions
     from swarmcore.generation_settings import GenerationOptions
     from swarmcore.prompts import Prompt
@@ -272,7 +271,7 @@ class Pieces(Generic[Piece]):
     """An iterator over what an asynchronous generator makes, one piece for each turn."""
 
     def __init__(
-        self, loop: LoopThread, pieces: AsyncGenerator[Piece, None] | GeneratedPieces[Piece]
+        self, loop: LoopThread, pieces: AsyncGenerator[Piece, None] | GenerationStream[Piece]
     ) -> None:
         self._loop = loop
         self._pieces: Any = pieces
@@ -361,9 +360,9 @@ class ThinGeneration(Pieces[str]):
 
 
 class Chat(Closing):
-    """A `swarmcore.client.generation.chat.Conversation`, waiting."""
+    """A `swarmcore.client.generation.chat.Chat`, waiting."""
 
-    def __init__(self, loop: LoopThread, chat: _chat.Conversation[Any]) -> None:
+    def __init__(self, loop: LoopThread, chat: _chat.Chat[Any]) -> None:
         self._loop = loop
         self._chat = chat
 

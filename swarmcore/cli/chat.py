@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.exceptions import Exit
@@ -25,7 +25,7 @@ from swarmcore.errors import SwarmError
 from swarmcore.generation_settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from swarmcore.client.generation.chat import Conversation
+    from swarmcore.client.generation.chat import Chat
 
 _COMMANDS = """\
 /new   begin a new conversation
@@ -63,7 +63,7 @@ async def _converse(
         if remote.route:
             show_route(output, swarm, model.info, chain)
         async with model.chat(system=system) as conversation:
-            await _turns(output, conversation, sampling)
+            await _turns(output, conversation, sampling, "chain")
 
 
 async def _converse_thin(
@@ -74,17 +74,20 @@ async def _converse_thin(
         output.remark(f"Generation servers answer, with {model}. Ctrl-C stops an answer, Ctrl-D leaves.")
         output.event("ready", model=model, chain="")
         async with swarm.chat(system=system, model=remote.model or "") as conversation:
-            await _turns(output, conversation, sampling)
+            await _turns(output, conversation, sampling, "head")
 
 
-async def _turns(output: Output, conversation: Conversation[Any], sampling: dict[str, Any]) -> None:
+async def _turns(
+    output: Output, conversation: Chat[Any], sampling: dict[str, Any], maker: Literal["chain", "head"]
+) -> None:
+    """``maker`` is what an answer names as where it was made."""
     typed = sys.stdin is not None and sys.stdin.isatty()
     beginning = list(conversation.messages)
     failed = False
     async with aclosing(turns()) as said:
         async for text in said:
             if not typed or not text.startswith("/"):
-                failed |= not await _turn(output, conversation, text, sampling)
+                failed |= not await _turn(output, conversation, text, sampling, maker)
             elif text.strip() == "/new":
                 conversation.messages[:] = beginning
                 output.remark("a new conversation")
@@ -96,7 +99,9 @@ async def _turns(output: Output, conversation: Conversation[Any], sampling: dict
         raise Exit(1)
 
 
-async def _turn(output: Output, conversation: Conversation[Any], text: str, sampling: dict[str, Any]) -> bool:
+async def _turn(
+    output: Output, conversation: Chat[Any], text: str, sampling: dict[str, Any], maker: str
+) -> bool:
     """Show the answer; an error of the swarm ends this turn only. Return whether there was none."""
     answer: list[str] = []
 
@@ -122,15 +127,6 @@ async def _turn(output: Output, conversation: Conversation[Any], text: str, samp
         finish_reason=made.finish_reason if made and whole else "interrupted",
         prompt_tokens=made.prompt_tokens if made else 0,
         new_tokens=made.new_tokens if made else 0,
-        **_made_by(conversation),
+        **{maker: str(getattr(made, maker) or "") if made else ""},
     )
     return True
-
-
-def _made_by(conversation: Conversation[Any]) -> dict[str, str]:
-    from swarmcore.client.generation.chat import ThinChat
-
-    made = conversation.generation
-    if isinstance(conversation, ThinChat):
-        return {"head": (made.head or "") if made else ""}
-    return {"chain": str(made.chain) if made else ""}

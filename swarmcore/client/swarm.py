@@ -13,14 +13,8 @@ from swarmcore.client.autograd.bridge import batch_runner
 from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.connection import SwarmConnection
-from swarmcore.client.generation.chat import ThinChat
-from swarmcore.client.generation.remote import (
-    PATIENCE,
-    HeadChoice,
-    ThinGeneration,
-    ThinRun,
-    generate_at_heads,
-)
+from swarmcore.client.generation.chat import Chat
+from swarmcore.client.generation.remote import PATIENCE, HeadChoice, ThinGeneration, ThinRun
 from swarmcore.client.notebook import notebook_progress
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.errors import AddressError, InputError
@@ -82,7 +76,7 @@ class Swarm(SwarmConnection):
         request = open_generation(prompt, GenerationSettings.of(options), adapter=adapter, rng=self._rng)
         choice = HeadChoice(model, self._rng, admits=self.router.admits)
         run = ThinRun(self.node, self.registry, self.health, choice, patience)
-        return ThinGeneration(run, generate_at_heads(run, request))
+        return ThinGeneration(run, request)
 
     def head_model(self, model: str = "") -> ModelInfo:
         """The one of which generation servers make texts when `generate` is given ``model``.
@@ -91,10 +85,10 @@ class Swarm(SwarmConnection):
         """
         return HeadChoice(model, self._rng, admits=self.router.admits).offer(self.view())
 
-    def chat(self, *, system: str | None = None, model: str = "") -> ThinChat:
+    def chat(self, *, system: str | None = None, model: str = "") -> Chat[ThinGeneration]:
         """A conversation in which generation servers answer: ``async for piece in chat.say("Hello")``."""
         self._check_joined()
-        return ThinChat(functools.partial(self.generate, model=model), system)
+        return Chat(functools.partial(self.generate, model=model), system)
 
     async def load_model(
         self,

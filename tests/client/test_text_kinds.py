@@ -11,7 +11,7 @@ from byte_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from swarmcore.client.generation.detokenizer import StopStrings, TextStream, TokenKinds, kinds_of
+from swarmcore.client.generation.detokenizer import IncrementalDetokenizer, StopStrings, TokenKinds, kinds_of
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz.,!'")
@@ -96,7 +96,7 @@ class Counted:
 def pieces_of(
     decode: Counted, tokens: Sequence[int], context: Sequence[int] = (), known: bool = True
 ) -> list[str]:
-    stream = TextStream(decode, context, kinds_of(decode.tokenizer, decode) if known else None)
+    stream = IncrementalDetokenizer(decode, context, kinds_of(decode.tokenizer, decode) if known else None)
     return [*map(stream.push, tokens), stream.finish()]
 
 

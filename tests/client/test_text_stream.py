@@ -7,7 +7,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from swarmcore.client.generation.detokenizer import StopStrings, TextStream
+from swarmcore.client.generation.detokenizer import IncrementalDetokenizer, StopStrings
 
 SENTENCEPIECE = {
     "<unk>": 0,
@@ -33,7 +33,7 @@ def sentencepiece_decode():
 
 
 def stream(decode, tokens, context=()):
-    text = TextStream(decode, context)
+    text = IncrementalDetokenizer(decode, context)
     return [*map(text.push, tokens), text.finish()]
 
 

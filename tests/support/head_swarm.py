@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from swarmcore.client.generation.detokenizer import GeneratedPieces
+from swarmcore.client.generation.stream import GeneratedText, TextStream
 from swarmcore.client.swarm import Swarm
 from swarmcore.errors import InputError
 from swarmcore.head.queue import GenerationLimits
@@ -37,27 +37,33 @@ def said(tokens: Sequence[int]) -> str:
     return "".join(f"{token} " for token in tokens)
 
 
-class CountedText(GeneratedPieces[str]):
+class CountedText(TextStream):
     """A text in the making."""
 
     def __init__(self, model: CountingText, first: int, so_far: Sequence[int], count: int) -> None:
-        self.tokens = list(so_far)
-        self.finish_reason: str | None = None
-        super().__init__(self._make(model, first, count))
+        text = GeneratedText(tokens=list(so_far))
+        super().__init__(text, self._make(text, model, first, count))
 
-    async def _make(self, model: CountingText, first: int, count: int) -> AsyncGenerator[str, None]:
+    @property
+    def _made_by(self) -> str:
+        return "counting"
+
+    @staticmethod
+    async def _make(
+        text: GeneratedText, model: CountingText, first: int, count: int
+    ) -> AsyncGenerator[tuple[int, str], None]:
         model.under_way += 1
         model.most_under_way = max(model.most_under_way, model.under_way)
         try:
-            while len(self.tokens) < count:
+            while len(text.tokens) < count:
                 await asyncio.sleep(model.seconds)
-                if model.error is not None and len(self.tokens) >= model.error_after:
+                if model.error is not None and len(text.tokens) >= model.error_after:
                     raise model.error
-                self.tokens.append((first + 7 * len(self.tokens)) % END)
+                text.tokens.append((first + 7 * len(text.tokens)) % END)
                 model.made += 1
-                if len(self.tokens) % model.silent == 0:
-                    yield said(self.tokens[-model.silent :])
-            self.finish_reason = "length"
+                if len(text.tokens) % model.silent == 0:
+                    yield 0, said(text.tokens[-model.silent :])
+            text.finish_reason = "length"
         finally:
             model.under_way -= 1
 

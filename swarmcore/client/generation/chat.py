@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
-from swarmcore.client.generation.detokenizer import GeneratedPieces
+from swarmcore.client.generation.stream import TextStream
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.generation_settings import GenerationOptions, GenerationSettings
 from swarmcore.prompts import check_text
 
 if TYPE_CHECKING:
-    from swarmcore.client.generation.generation import Generation
-    from swarmcore.client.generation.model import RemoteModel
-    from swarmcore.client.generation.remote import ThinGeneration
     from swarmcore.client.generation.token_session import ModelSession
 
-Made = TypeVar("Made", bound=GeneratedPieces[str])
+Answer = TypeVar("Answer", bound=TextStream)
 
 
-class Conversation(ABC, Generic[Made]):
-    """Turns of a user and a model, and what was said in them."""
+class Chat(Generic[Answer]):
+    """Turns of a user and a model, and what was said in them. Made by `RemoteModel.chat` and `Swarm.chat`.
 
-    def __init__(self, system: str | None) -> None:
+    With a model, nothing that was said is computed again, as long as the servers of the chat's session live;
+    when one is gone, the next turn opens another session; so it does after any other error but a mistaken
+    input. Leaving the chat frees the caches on the servers. Generation servers keep nothing from one turn to
+    the next: each is computed from the first message on.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[..., Answer],
+        system: str | None,
+        *,
+        open_session: Callable[[], Awaitable[ModelSession]] | None = None,
+    ) -> None:
+        """``generate`` is given the messages and settings, and a session where there is one."""
         self.messages: list[dict[str, Any]] = []
         """What was said so far, as the model's chat template takes it. You may change it between turns."""
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self.generation: Made | None = None
+        self.generation: Answer | None = None
         """How the latest answer is made: its tokens, times and more; None before it has begun."""
+        self._generate = generate
+        self._open_session = open_session
+        self._session: ModelSession | None = None
         self._answer: AsyncGenerator[str, None] | None = None
 
     def say(self, text: str, **options: Unpack[GenerationOptions]) -> AsyncGenerator[str, None]:
@@ -52,7 +64,7 @@ class Conversation(ABC, Generic[Made]):
         answer, self._answer = self._answer, None
         if answer is not None:
             await answer.aclose()
-        await self._let_go()
+        await self._close_session()
 
     async def __aenter__(self) -> Self:
         return self
@@ -61,13 +73,6 @@ class Conversation(ABC, Generic[Made]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.close()
-
-    @abstractmethod
-    async def _generate(self, options: GenerationOptions) -> Made:
-        """Begin the answer to `messages`."""
-
-    async def _let_go(self) -> None:
-        """Close what outlives a turn."""
 
     async def _answering(
         self, text: str, previous: AsyncGenerator[str, None] | None, options: GenerationOptions
@@ -78,7 +83,10 @@ class Conversation(ABC, Generic[Made]):
         self.generation = None
         self.messages.append({"role": "user", "content": text})
         try:
-            self.generation = await self._generate(options)
+            if self._open_session is not None and self._session is None:
+                self._session = await self._open_session()
+            session = {} if self._session is None else {"session": self._session}
+            self.generation = self._generate(list(self.messages), **session, **options)
             async with aclosing(self.generation) as pieces:
                 async for piece in pieces:
                     said.append(piece)
@@ -86,7 +94,7 @@ class Conversation(ABC, Generic[Made]):
         except InputError:
             raise
         except SwarmError:
-            await self._let_go()
+            await self._close_session()
             raise
         finally:
             if said:
@@ -94,40 +102,7 @@ class Conversation(ABC, Generic[Made]):
             else:
                 self.messages.pop()
 
-
-class Chat(Conversation["Generation"]):
-    """Turns of a user and a model. Made by `RemoteModel.chat`; leaving it frees the caches on the servers.
-
-    Nothing that was said is computed again, as long as the servers of the session live; when one is gone, the
-    next turn opens another session; so it does after any other error but a mistaken input.
-    """
-
-    def __init__(self, model: RemoteModel, system: str | None) -> None:
-        super().__init__(system)
-        self._model = model
-        self._session: ModelSession | None = None
-
-    async def _generate(self, options: GenerationOptions) -> Generation:
-        if self._session is None:
-            self._session = await self._model.session().open()
-        return self._model.generate(list(self.messages), session=self._session, **options)
-
-    async def _let_go(self) -> None:
+    async def _close_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
-
-
-class ThinChat(Conversation["ThinGeneration"]):
-    """Turns of a user and a model that generation servers run. Made by `Swarm.chat`.
-
-    Generation servers keep nothing from one turn to the next: each is computed from the first message on.
-    """
-
-    def __init__(self, generate: Callable[..., ThinGeneration], system: str | None) -> None:
-        """``generate`` is `Swarm.generate` for one model."""
-        super().__init__(system)
-        self._generate_at_heads = generate
-
-    async def _generate(self, options: GenerationOptions) -> ThinGeneration:
-        return self._generate_at_heads(list(self.messages), **options)

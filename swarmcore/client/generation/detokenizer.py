@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -66,7 +65,7 @@ def _run_bytes(tokenizer: PreTrainedTokenizerBase, decode: Decode) -> dict[int, 
     return {token: byte for byte in range(256) if (token := token_of(byte)) is not None}
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Text of a growing sequence of tokens: each piece as soon as no later token can change it.
 
     All pieces together are what decoding all tokens at once gives. The last tokens are decoded again with
@@ -265,35 +264,3 @@ class StopStrings:
 
     def _may_begin(self, tail: str) -> bool:
         return any(stop.startswith(tail) for stop in self._stops)
-
-
-Piece = TypeVar("Piece")
-
-
-class GeneratedPieces(Generic[Piece]):
-    """An asynchronous iterator of pieces that is made by a generator, and can be closed before its end.
-
-    The generator must not know this object: when the last reference to it goes, in the middle of a loop that
-    was left, the event loop then closes the generator at once.
-    """
-
-    def __init__(self, pieces: AsyncGenerator[Piece, None]) -> None:
-        self._pieces = pieces
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Piece:
-        return await self._pieces.__anext__()
-
-    async def aclose(self) -> None:
-        """End it here, and release what was opened for it. Harmless when it has ended."""
-        await self._pieces.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()

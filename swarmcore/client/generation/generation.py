@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import attrs
 
 from swarmcore.client.generation.compute import ModelCompute
-from swarmcore.client.generation.detokenizer import GeneratedPieces, StopStrings, TextStream
+from swarmcore.client.generation.detokenizer import IncrementalDetokenizer, StopStrings
 from swarmcore.client.generation.sampling import TokenChooser
+from swarmcore.client.generation.stream import FinishReason, GeneratedText, GenerationStream, TextStream
 from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.prompts import EncodedPrompt
 from swarmcore.routing.chain import Chain
-
-FinishReason = Literal["eos", "stop", "length"]
-"""The model ended the text; a stop string was met; ``max_new_tokens``, or all the model takes, is there."""
-
-Piece = TypeVar("Piece")
 
 
 @attrs.define(eq=False)
 class Continuation:
     """What is generated for one prompt. A plain object: tokens go in, text comes out."""
 
+    generated: GeneratedText
     prompt: EncodedPrompt
     max_length: int
     """Tokens, prompt included, at which it ends."""
     eos: frozenset[int]
     chooser: TokenChooser = attrs.field(repr=False)
-    text: TextStream = attrs.field(repr=False)
+    detokenizer: IncrementalDetokenizer = attrs.field(repr=False)
     stops: StopStrings = attrs.field(repr=False)
-    tokens: list[int] = attrs.field(factory=list)
-    """The generated tokens, the one that ended the text included."""
-    finish_reason: FinishReason | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.generated.tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.generated.finish_reason is not None
 
     @property
     def length(self) -> int:
@@ -46,35 +47,30 @@ class Continuation:
         self.tokens.append(token)
         self.chooser.append(token)
         if token in self.eos:
-            self.finish_reason = "eos"
+            self.generated.finish_reason = "eos"
             return self._rest()
-        piece, stopped = self.stops.push(self.text.push(token))
+        piece, stopped = self.stops.push(self.detokenizer.push(token))
         if stopped:
-            self.finish_reason = "stop"
+            self.generated.finish_reason = "stop"
         elif self.length >= self.max_length:
-            self.finish_reason = "length"
+            self.generated.finish_reason = "length"
             piece += self._rest()
         return piece
 
     def _rest(self) -> str:
-        piece, stopped = self.stops.push(self.text.finish())
+        piece, stopped = self.stops.push(self.detokenizer.finish())
         if stopped:
-            self.finish_reason = "stop"
+            self.generated.finish_reason = "stop"
             return piece
         return piece + self.stops.finish()
 
 
 @attrs.define(eq=False)
 class GenerationRun:
-    """How a generation went, kept up while it runs."""
+    """How a generation goes, kept up to date while it runs."""
 
-    continuations: list[Continuation] = attrs.field(factory=list)
+    texts: list[GeneratedText]
     chain: Chain = attrs.field(factory=lambda: Chain(()))
-    now: Callable[[], float] | None = None
-    """The clock of the loop that it runs on, by which these times are."""
-    started: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
 
 
 async def generate_pieces(
@@ -88,27 +84,20 @@ async def generate_pieces(
 
     A session opened here is closed at the end, however it ends; one that was given is left open.
     """
-    run.now = now = asyncio.get_running_loop().time
-    run.started = now()
-    try:
-        run.continuations = await prepare()
-        if all(continuation.finish_reason for continuation in run.continuations):
-            return
-        async with open_session(run.continuations) if session is None else nullcontext(session) as used:
-            with used.used():
-                run.chain = used.chain
-                async for found in _steps(run, compute, used):
-                    run.first_token = run.first_token or now()
-                    yield found
-                run.chain = used.chain
-    finally:
-        run.ended = now()
+    continuations = await prepare()
+    if all(continuation.finished for continuation in continuations):
+        return
+    async with open_session(continuations) if session is None else nullcontext(session) as used:
+        with used.used():
+            run.chain = used.chain
+            async for found in _steps(continuations, compute, used):
+                yield found
+            run.chain = used.chain
 
 
 async def _steps(
-    run: GenerationRun, compute: ModelCompute, session: ModelSession
+    continuations: list[Continuation], compute: ModelCompute, session: ModelSession
 ) -> AsyncGenerator[tuple[int, str], None]:
-    continuations = run.continuations
     last_position = (compute.parts.max_positions or 2**62) - 1
     new = session.reuse([continuation.prompt.tokens + continuation.tokens for continuation in continuations])
     hidden = await session.embed(new)
@@ -125,33 +114,24 @@ async def _steps(
         for (index, _), piece in zip(running, pieces, strict=True):
             if piece:
                 yield index, piece
-        rows = [row for row, (_, continuation) in enumerate(running) if not continuation.finish_reason]
+        rows = [row for row, (_, continuation) in enumerate(running) if not continuation.finished]
         if len(rows) < len(running):
             running = [running[row] for row in rows]
             hidden = hidden[rows]
-        new = [[] if c.finish_reason else c.tokens[-1:] for c in continuations]
+        new = [[] if c.finished else c.tokens[-1:] for c in continuations]
 
 
-class _GenerationBase(GeneratedPieces[Piece]):
-    """Pieces of a `GenerationRun`. Closing it closes the session that was opened for it."""
+class Generation(TextStream):
+    """Text that is being generated: ``async for piece in model.generate(…)``, or awaited as a whole.
 
-    def __init__(self, run: GenerationRun, pieces: AsyncGenerator[Piece, None]) -> None:
-        super().__init__(pieces)
+    It starts with the first piece that is asked for, and goes no faster than its pieces are taken. Leaving
+    the loop early ends it, and closes the session that was opened for it; so does `aclose`, which waits for
+    that.
+    """
+
+    def __init__(self, run: GenerationRun, pieces: AsyncGenerator[tuple[int, str], None]) -> None:
+        super().__init__(run.texts[0], pieces)
         self._run = run
-
-    @property
-    def seconds(self) -> float:
-        """From the start to the end, or to now; by the event loop's clock."""
-        run = self._run
-        if run.started is None or run.now is None:
-            return 0.0
-        return (run.now() if run.ended is None else run.ended) - run.started
-
-    @property
-    def first_token_seconds(self) -> float | None:
-        """From the start to the first piece of text; None before it."""
-        run = self._run
-        return None if run.started is None or run.first_token is None else run.first_token - run.started
 
     @property
     def chain(self) -> Chain:
@@ -159,82 +139,51 @@ class _GenerationBase(GeneratedPieces[Piece]):
         return self._run.chain
 
     @property
-    def new_tokens(self) -> int:
-        """Tokens generated so far, over all prompts."""
-        return sum(len(continuation.tokens) for continuation in self._run.continuations)
-
-    def __repr__(self) -> str:
-        reasons: set[str] = {c.finish_reason or "running" for c in self._run.continuations}
-        state = ", ".join(sorted(reasons)) or "not started"
-        return f"<{type(self).__name__} {self.new_tokens} tokens · {state} · {self.chain}>"
+    def _made_by(self) -> str:
+        return str(self.chain)
 
 
-class Generation(_GenerationBase[str]):
-    """Text that is being generated: ``async for piece in model.generate(…)``, or awaited as a whole.
-
-    It starts with the first piece that is asked for, and goes no faster than its pieces are taken. Leaving
-    the loop early ends it; so does `aclose`, which waits for that.
-    """
-
-    def __init__(self, run: GenerationRun, pieces: AsyncGenerator[tuple[int, str], None]) -> None:
-        super().__init__(run, _texts_only(pieces))
-
-    def __await__(self) -> Generator[Any, None, str]:
-        """The whole text, or what is left of it."""
-        return self._text().__await__()
-
-    async def _text(self) -> str:
-        return "".join([piece async for piece in self])
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens generated so far, the one that ended the text included."""
-        return list(self._run.continuations[0].tokens) if self._run.continuations else []
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt; 0 before it starts."""
-        return len(self._run.continuations[0].prompt.tokens) if self._run.continuations else 0
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it has not."""
-        return self._run.continuations[0].finish_reason if self._run.continuations else None
-
-
-class BatchGeneration(_GenerationBase[tuple[int, str]]):
+class BatchGeneration(GenerationStream[tuple[int, str]]):
     """Texts of several prompts, generated together: ``async for index, piece in model.generate_batch(…)``.
 
     Or awaited as a whole, for a list of texts. Otherwise as `Generation`.
     """
 
+    def __init__(self, run: GenerationRun, pieces: AsyncGenerator[tuple[int, str], None]) -> None:
+        super().__init__(run.texts, pieces)
+        self._run = run
+
     def __await__(self) -> Generator[Any, None, list[str]]:
         """The whole text of each prompt, or what is left of it, in the order of the prompts."""
-        return self._texts().__await__()
-
-    async def _texts(self) -> list[str]:
-        pieces = [found async for found in self]
-        return ["".join(p for i, p in pieces if i == index) for index in range(len(self._run.continuations))]
+        return self._whole().__await__()
 
     @property
     def tokens(self) -> list[list[int]]:
         """The tokens generated so far for each prompt, the one that ended its text included."""
-        return [list(continuation.tokens) for continuation in self._run.continuations]
+        return [list(text.tokens) for text in self._texts]
 
     @property
     def prompt_tokens(self) -> list[int]:
-        """Tokens of each prompt."""
-        return [len(continuation.prompt.tokens) for continuation in self._run.continuations]
+        """Tokens of each prompt; 0 before it starts."""
+        return [text.prompt_tokens for text in self._texts]
 
     @property
     def finish_reasons(self) -> list[FinishReason | None]:
         """Why each text ended; None while it has not."""
-        return [continuation.finish_reason for continuation in self._run.continuations]
+        return [text.finish_reason for text in self._texts]
 
+    @property
+    def chain(self) -> Chain:
+        """The servers that it passes through."""
+        return self._run.chain
 
-async def _texts_only(pieces: AsyncGenerator[tuple[int, str], None]) -> AsyncGenerator[str, None]:
-    try:
-        async for _, piece in pieces:
-            yield piece
-    finally:
-        await pieces.aclose()
+    @property
+    def _made_by(self) -> str:
+        return str(self.chain)
+
+    def _piece(self, index: int, text: str) -> tuple[int, str]:
+        return index, text
+
+    async def _whole(self) -> list[str]:
+        pieces = [found async for found in self]
+        return ["".join(p for i, p in pieces if i == index) for index in range(len(self._texts))]

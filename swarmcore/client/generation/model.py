@@ -18,7 +18,12 @@ from swarmcore.client.autograd.remote_blocks import RemoteBlocks
 from swarmcore.client.connection import SwarmConnection
 from swarmcore.client.generation.chat import Chat
 from swarmcore.client.generation.compute import ModelCompute
-from swarmcore.client.generation.detokenizer import StopStrings, TextStream, TokenKinds, kinds_of
+from swarmcore.client.generation.detokenizer import (
+    IncrementalDetokenizer,
+    StopStrings,
+    TokenKinds,
+    kinds_of,
+)
 from swarmcore.client.generation.generation import (
     BatchGeneration,
     Continuation,
@@ -37,6 +42,7 @@ from swarmcore.client.generation.generation_config import (
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.client.generation.sampling import TokenChooser
 from swarmcore.client.generation.session_api import SessionOpener
+from swarmcore.client.generation.stream import GeneratedText
 from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.client.served_models import open_model
 from swarmcore.client.session.session import SessionOptions
@@ -238,7 +244,7 @@ class RemoteModel:
         Raise `InputError` at once for settings out of range, and at the first piece for a prompt that does
         not work; then whatever opening and stepping a session raise.
         """
-        run = GenerationRun()
+        run = GenerationRun([GeneratedText()])
         settings = GenerationSettings.of(options)
         pieces = self._pieces(run, [prompt], settings, session, adapter, soft_prompt, so_far)
         return Generation(run, pieces)
@@ -262,13 +268,13 @@ class RemoteModel:
                 f"generate_batch takes a list of prompts, at least one, and no array, whose rows may be "
                 f"padded; for one prompt use generate; got {type(prompts).__name__}"
             )
-        run = GenerationRun()
+        run = GenerationRun([GeneratedText() for _ in prompts])
         pieces = self._pieces(run, prompts, GenerationSettings.of(options), session, adapter, soft_prompt)
         return BatchGeneration(run, pieces)
 
-    def chat(self, *, system: str | None = None) -> Chat:
+    def chat(self, *, system: str | None = None) -> Chat[Generation]:
         """A conversation: ``async with model.chat() as chat: async for piece in chat.say("Hello")``."""
-        return Chat(self, system)
+        return Chat(self.generate, system, open_session=lambda: self.session().open())
 
     def _pieces(
         self,
@@ -289,7 +295,7 @@ class RemoteModel:
             )
 
         async def prepare() -> list[Continuation]:
-            continuations = await self._compute.run(self._continuations, prompts, settings)
+            continuations = await self._compute.run(self._continuations, run.texts, prompts, settings)
             if had := checked_ids(so_far):
                 await self._compute.run(_take_up, continuations[0], had, self._compute.parts.vocab_size)
                 # Seconds, for thousands of tokens: not in the thread that all generations share.
@@ -306,18 +312,29 @@ class RemoteModel:
         return generate_pieces(run, self._compute, prepare, session, open_session)
 
     def _continuations(
-        self, prompts: Sequence[Prompt | EncodedPrompt], settings: GenerationSettings
+        self,
+        texts: Sequence[GeneratedText],
+        prompts: Sequence[Prompt | EncodedPrompt],
+        settings: GenerationSettings,
     ) -> list[Continuation]:
         check_generation_config(self.generation_config, self.info.name)
         kinds = kinds_of(self.tokenizer, self._decode)
-        return [self._continuation(prompt, settings.for_prompt(i), kinds) for i, prompt in enumerate(prompts)]
+        return [
+            self._continuation(text, prompt, settings.for_prompt(i), kinds)
+            for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
+        ]
 
     def _continuation(
-        self, prompt: Prompt | EncodedPrompt, settings: GenerationSettings, kinds: TokenKinds
+        self,
+        text: GeneratedText,
+        prompt: Prompt | EncodedPrompt,
+        settings: GenerationSettings,
+        kinds: TokenKinds,
     ) -> Continuation:
         parts = self._compute.parts
         encoded = self._encode(prompt, settings.chat_template_kwargs)
-        length, limit = len(encoded.tokens), parts.max_positions
+        text.prompt_tokens = length = len(encoded.tokens)
+        limit = parts.max_positions
         if limit is not None and length >= limit:
             raise InputError(
                 f"the prompt has {length} tokens, and the model takes {limit} in all; shorten it to leave "
@@ -330,11 +347,12 @@ class RemoteModel:
             own, settings, encoded.tokens, max_length=max_length, model_config=parts.config
         )
         return Continuation(
+            text,
             encoded,
             max_length=max_length,
             eos=frozenset(end_of_text(own)),
             chooser=TokenChooser(encoded.tokens, processors, greedy=settings.greedy, seed=settings.seed),
-            text=TextStream(self._decode, encoded.context, kinds),
+            detokenizer=IncrementalDetokenizer(self._decode, encoded.context, kinds),
             stops=StopStrings(settings.stops or stop_strings(own)),
         )
 
@@ -359,6 +377,6 @@ class RemoteModel:
 def _take_up(continuation: Continuation, so_far: Sequence[int], vocab_size: int) -> None:
     check_tokens(so_far, vocab_size)
     for token in so_far:
-        if continuation.finish_reason is not None:
+        if continuation.finished:
             raise InputError("so_far goes on after what ends the text: it is of another prompt or settings")
         continuation.take(token)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast, get_args
 
 import attrs
 
-from swarmcore.client.generation.detokenizer import GeneratedPieces
+from swarmcore.client.generation.stream import FinishReason, GeneratedText, TextStream
 from swarmcore.client.served_models import called
 from swarmcore.errors import (
     BusyError,
@@ -44,9 +44,6 @@ from swarmcore.wire.generate import (
 )
 from swarmcore.wire.messages import Ping
 from swarmcore.wire.protocols import GENERATE_PROTOCOL, PING_METHOD
-
-if TYPE_CHECKING:
-    from swarmcore.client.generation.generation import FinishReason
 
 
 class HeadChoice:
@@ -138,45 +135,31 @@ come."""
 
 @attrs.define(eq=False)
 class ThinRun:
-    """How a generation goes, kept up while it runs, and what it is made with."""
+    """How a generation goes, kept up to date while it runs, and what it is made with."""
 
     node: Node
     registry: Registry
     health: PeerHealth
     choice: HeadChoice
     patience: float
+    text: GeneratedText = attrs.field(factory=GeneratedText)
     head: PeerId | None = None
-    tokens: list[int] = attrs.field(factory=list)
-    prompt_tokens: int = 0
-    finish_reason: FinishReason | None = None
     failovers: int = 0
     characters: int = 0
     """Of the text so far."""
     empty_pieces: int = 0
-    now: Callable[[], float] | None = None
-    """The clock of the loop that it runs on, by which these times are."""
-    started: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
 
 
-class ThinGeneration(GeneratedPieces[str]):
+class ThinGeneration(TextStream):
     """Text that a generation server makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
 
     It starts with the first piece that is asked for, and goes at most `AHEAD` tokens ahead of the pieces that
     are taken. Leaving the loop early ends it; so does `aclose`.
     """
 
-    def __init__(self, run: ThinRun, pieces: AsyncGenerator[str, None]) -> None:
-        super().__init__(pieces)
+    def __init__(self, run: ThinRun, request: OpenGeneration) -> None:
+        super().__init__(run.text, generate_at_heads(run, request))
         self._run = run
-
-    def __await__(self) -> Generator[Any, None, str]:
-        """The whole text, or what is left of it."""
-        return self._text().__await__()
-
-    async def _text(self) -> str:
-        return "".join([piece async for piece in self])
 
     @property
     def head(self) -> PeerId | None:
@@ -189,87 +172,47 @@ class ThinGeneration(GeneratedPieces[str]):
         return self._run.failovers
 
     @property
-    def tokens(self) -> list[int]:
-        """The tokens that came so far, the one that ended the text included."""
-        return list(self._run.tokens)
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self._run.tokens)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt; 0 before it starts."""
-        return self._run.prompt_tokens
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it has not."""
-        return self._run.finish_reason
-
-    @property
-    def seconds(self) -> float:
-        """From the start to the end, or to now; by the event loop's clock."""
-        run = self._run
-        if run.started is None or run.now is None:
-            return 0.0
-        return (run.now() if run.ended is None else run.ended) - run.started
-
-    @property
-    def first_token_seconds(self) -> float | None:
-        """From the start to the first piece of text; None before it."""
-        run = self._run
-        return None if run.started is None or run.first_token is None else run.first_token - run.started
-
-    def __repr__(self) -> str:
-        run = self._run
-        state = run.finish_reason or ("not started" if run.started is None else "running")
-        head = short(run.head) if run.head is not None else "no generation server"
-        return f"<ThinGeneration {len(run.tokens)} tokens · {state} · {head}>"
+    def _made_by(self) -> str:
+        return short(self.head) if self.head is not None else "no generation server"
 
 
-async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[str, None]:
+async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[tuple[int, str], None]:
     """The pieces of a text, by one generation server after the other until one has made it whole."""
-    run.now = now = asyncio.get_running_loop().time
-    run.started = now()
+    now = asyncio.get_running_loop().time
     tried: set[PeerId] = set()
     errors: list[SwarmError] = []
     give_up = None
-    try:
-        while run.finish_reason is None:
-            banned = run.health.banned(now())
-            head = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
-            if head is None:
-                if not run.tokens or (give_up is not None and now() >= give_up):
-                    raise _why_none(run, errors)
-                await _pause(run.registry, errors, give_up)
-                tried.clear()
-                continue
-            before = len(run.tokens)
-            run.failovers += before > 0
-            try:
-                # Passing on what another generator makes: it is to be closed when this one is.
-                async with aclosing(_at_head(run, head, request)) as pieces:
-                    async for piece in pieces:
-                        run.first_token = run.first_token or now()
-                        yield piece
-            except StreamClosedError:
-                raise  # the swarm was closed on this side
-            except (UnavailableError, BusyError, UnknownTransportError) as exc:
-                if len(run.tokens) > before:
-                    tried, errors, give_up = set(), [], None
-                _blame(run, head.peer, exc)
-                tried.add(head.peer)
-                errors.append(exc)
-                give_up = now() + run.patience if give_up is None else give_up
-    finally:
-        run.ended = now()
+    while run.text.finish_reason is None:
+        banned = run.health.banned(now())
+        head = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
+        if head is None:
+            if not run.text.tokens or (give_up is not None and now() >= give_up):
+                raise _why_none(run, errors)
+            await _pause(run.registry, errors, give_up)
+            tried.clear()
+            continue
+        before = len(run.text.tokens)
+        run.failovers += before > 0
+        try:
+            # Passing on what another generator makes: it is to be closed when this one is.
+            async with aclosing(_at_head(run, head, request)) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
+        except StreamClosedError:
+            raise  # the swarm was closed on this side
+        except (UnavailableError, BusyError, UnknownTransportError) as exc:
+            if len(run.text.tokens) > before:
+                tried, errors, give_up = set(), [], None
+            _blame(run, head.peer, exc)
+            tried.add(head.peer)
+            errors.append(exc)
+            give_up = now() + run.patience if give_up is None else give_up
 
 
 async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> AsyncGenerator[str, None]:
     """Let ``head`` go on with the text, to its end if it lives that long."""
     run.head = head.peer
-    opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.tokens))
+    opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.text.tokens))
     addresses = [Address.parse(url) for url in head.addresses]
     async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
         taken = told = 0
@@ -280,7 +223,7 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
                 if started:
                     raise ProtocolError("the generation server began the text twice")
                 started = True
-                run.prompt_tokens = record.prompt_tokens
+                run.text.prompt_tokens = record.prompt_tokens
             elif isinstance(record, TextPiece):
                 whole = _take(run, record, request.max_new_tokens)
                 taken += len(record.tokens)
@@ -289,15 +232,15 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
                     why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
                     logger.warning("the text of generation server %s was cut: %s", short(head.peer), why)
                     run.health.failed(head.peer, asyncio.get_running_loop().time(), why)
-                    run.finish_reason = "length"
+                    run.text.finish_reason = "length"
                     return
                 if taken - told >= AHEAD // 4:
                     with suppress(StreamClosedError):  # what comes next says why it is closed
                         await channel.send(TokensTaken(taken))
                     told = taken
             else:
-                run.finish_reason = _reason(record)
-                run.tokens += record.tokens[: request.max_new_tokens - len(run.tokens)]
+                run.text.finish_reason = _reason(record)
+                run.text.tokens += record.tokens[: request.max_new_tokens - len(run.text.tokens)]
                 run.health.succeeded(head.peer)
                 return
 
@@ -307,17 +250,17 @@ def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
 
     Raise `ProtocolError` when its text is too long for its tokens, or too many pieces have none.
     """
-    room = most - len(run.tokens)
+    room = most - len(run.text.tokens)
     characters = run.characters + len(piece.text)
     empty = run.empty_pieces + (not piece.tokens)
-    tokens = min(len(run.tokens) + len(piece.tokens), most)
+    tokens = min(len(run.text.tokens) + len(piece.tokens), most)
     if characters > MOST_CHARACTERS * (tokens + 1) or empty > MOST_EMPTY_PIECES:
         raise ProtocolError(
             f"the generation server sent {characters} characters of text, {empty} pieces of it without a "
             f"token, for {tokens} tokens"
         )
     run.characters, run.empty_pieces = characters, empty
-    run.tokens += piece.tokens[:room]
+    run.text.tokens += piece.tokens[:room]
     return len(piece.tokens) <= room
 
 
@@ -355,10 +298,9 @@ async def _check_alive(node: Node, addresses: Sequence[Address]) -> None:
 
 
 def _reason(record: GenerationEnded) -> FinishReason:
-    reasons: dict[str, FinishReason] = {"eos": "eos", "stop": "stop", "length": "length"}
-    if record.reason not in reasons:
+    if record.reason not in get_args(FinishReason):
         raise ProtocolError(f"a text ended for an unknown reason: {record.reason[:40]!r}")
-    return reasons[record.reason]
+    return cast(FinishReason, record.reason)
 
 
 def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
