@@ -12,7 +12,7 @@ from swarmcore.transport import Transport
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.tcp import TcpTransport
-from swarmcore_transports.tcp.endpoint import endpoint_of
+from swarmcore_transports.tcp.addresses import endpoint_of
 
 
 @pytest.mark.every_loop

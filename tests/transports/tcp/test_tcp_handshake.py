@@ -16,7 +16,7 @@ from swarmcore_transports.tcp.handshake import (
     check_proof,
     make_hello,
 )
-from swarmcore_transports.tcp.security import listener_context
+from swarmcore_transports.tcp.tls import listener_context
 
 LISTENER, DIALLER, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 CHANNEL = SecureChannel(secrets.token_bytes(32), secrets.token_bytes(48))

@@ -19,7 +19,7 @@ from swarmcore.errors import AddressError, PeerIdentityError, ProtocolError
 from swarmcore.identity import Identity, peer_id, verify
 from swarmcore.types import PeerId, short
 from swarmcore_transports.framed.frames import SETTINGS_BYTES, Settings
-from swarmcore_transports.tcp.security import ALPN
+from swarmcore_transports.tcp.tls import ALPN
 
 CHALLENGE_BYTES = 32
 

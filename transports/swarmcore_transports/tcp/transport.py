@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import secrets
 import select
 import socket
@@ -15,32 +13,30 @@ from itertools import compress
 
 from swarmcore.errors import (
     AddressError,
-    AddressInUseError,
     InputError,
     PeerIdentityError,
     PeerUnreachableError,
     ProtocolError,
-    ResourceLimitError,
     StreamClosedError,
     SwarmError,
 )
 from swarmcore.identity import Identity
-from swarmcore.resources import Priority, Reservation, Resource
+from swarmcore.resources import Reservation, Resource
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
 from swarmcore_transports.framed.connection_manager import ConnectionManager
 from swarmcore_transports.framed.frames import FrameType, Settings, encode_frame
+from swarmcore_transports.listener import Endpoint, Listener, hang_up
 from swarmcore_transports.network_watch import NetworkWatch
 from swarmcore_transports.own_addresses import loopback_note, loopback_only, present
-from swarmcore_transports.tcp.endpoint import (
+from swarmcore_transports.tcp.addresses import (
     SCHEME,
-    Endpoint,
-    announced,
+    addresses_to_announce,
     connect,
     endpoint_of,
-    hang_up,
+    parse_announced,
 )
 from swarmcore_transports.tcp.handshake import (
     CHALLENGE_BYTES,
@@ -50,8 +46,7 @@ from swarmcore_transports.tcp.handshake import (
     check_proof,
     make_hello,
 )
-from swarmcore_transports.tcp.listener import Listener
-from swarmcore_transports.tcp.security import dialler_context, listener_context
+from swarmcore_transports.tcp.tls import dialler_context, listener_context
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +77,9 @@ class TcpTransport(Transport):
         self._certificate = b""
         self._listening = False
         self._listeners: list[Listener] = []
-        self._told: tuple[Address, ...] = ()
+        self._announced: tuple[Address, ...] = ()
         self._watch: asyncio.Task[None] | None = None
-        self._connections = ConnectionManager(self.limits, _readable, lambda: self.resources)
+        self._connections = ConnectionManager(self.limits, _has_input, lambda: self.resources)
         # Tasks that bring a socket to TLS, either way. None is cancelled; `hang_up` ends it.
         self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
         self._dials: set[asyncio.Timeout] = set()
@@ -97,8 +92,7 @@ class TcpTransport(Transport):
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
-        [address] = announced((), [place.removesuffix(f"/{peer}")], peer)
-        return address
+        return parse_announced(place.removesuffix(f"/{peer}"), peer)
 
     # --- listening ----------------------------------------------------------------------------------
 
@@ -109,7 +103,8 @@ class TcpTransport(Transport):
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['host:port']")
         endpoints = [Endpoint.parse(place) for place in self.listen_on]
-        announced((), self.announce, self.identity.peer)  # a mistake there shows before anything is bound
+        for text in self.announce:  # a mistake there shows before anything is bound
+            parse_announced(text, self.identity.peer)
         self._listening = True
         self._connections.serve(on_stream)
         try:
@@ -117,68 +112,44 @@ class TcpTransport(Transport):
                 listener_context, self.identity
             )
             for endpoint in compress(endpoints, present([endpoint.host for endpoint in endpoints])):
-                self._listeners.append(await self._bind(endpoint))
+                self._listeners.append(await Listener.bind(endpoint, self._accepted, lambda: self.resources))
         except BaseException:
             self._stop_listening()
             self._listening = False
             raise
         watch = NetworkWatch(self._network_changed, asyncio.sleep)
-        self._told = announced(self._bound, self.announce, self.identity.peer)
+        self._announced = self._addresses()
         self._watch = asyncio.create_task(watch.run(), name="network watch")
-        return self._told
+        return self._announced
 
     @property
     def _bound(self) -> list[Endpoint]:
         return [endpoint for listener in self._listeners for endpoint in listener.endpoints]
 
+    def _addresses(self) -> tuple[Address, ...]:
+        return addresses_to_announce(self._bound, self.announce, self.identity.peer)
+
     def _network_changed(self, gone: frozenset[str]) -> None:
         """This machine has other addresses than before."""
-        found = announced(self._bound, self.announce, self.identity.peer)
-        if not self._closed and found != self._told and not self._between_networks(found):
-            self._told = found
+        found = self._addresses()
+        # Without a network there is nobody to tell, and it may come back as it was.
+        offline = loopback_only(_hosts(found)) and not loopback_only(_hosts(self._announced))
+        if not self._closed and found != self._announced and not offline:
+            self._announced = found
             self.on_addresses(found)
 
-    def _between_networks(self, found: Sequence[Address]) -> bool:
-        """Whether the network is only gone: whom one cannot reach one need not tell, and it may come back."""
-        return loopback_only(_hosts(found)) and not loopback_only(_hosts(self._told))
-
     def notes(self) -> Sequence[str]:
-        if self._told and loopback_only(_hosts(self._told)):
+        if self._announced and loopback_only(_hosts(self._announced)):
             return [f"{SCHEME}: {loopback_note(endpoint.host for endpoint in self._bound)}"]
         return ()
-
-    async def _bind(self, endpoint: Endpoint) -> Listener:
-        try:
-            return await Listener.bind(endpoint, self._arrived)
-        except socket.gaierror as exc:
-            raise AddressError(f"cannot listen on {endpoint}: {endpoint.host!r} is not a host here") from exc
-        except OSError as exc:
-            if exc.errno == errno.EADDRINUSE:
-                raise AddressInUseError(
-                    f"cannot listen on {endpoint}: the port is in use; choose another, or 0 for any free one"
-                ) from exc
-            reason = os.strerror(exc.errno) if exc.errno else str(exc)
-            raise AddressError(f"cannot listen on {endpoint}: {reason}") from exc
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
 
-    def _arrived(self, sock: socket.socket) -> None:
-        """A connection was accepted: prove both ends in a task of its own."""
-        try:
-            # An honest peer needs two round trips; whoever has taken longest is the likeliest to be idle.
-            reservation = self.resources.reserve(
-                None,
-                Resource.DESCRIPTORS,
-                priority=Priority.MEDIUM,
-                evict=lambda: hang_up(sock),
-            )
-        except ResourceLimitError as exc:
-            logger.debug("refused an incoming connection: %s", exc)
-            sock.close()
-            return
+    def _accepted(self, sock: socket.socket, reservation: Reservation) -> None:
+        """Prove both ends in a task of its own."""
         task = asyncio.get_running_loop().create_task(self._accept(sock, reservation))
         self._handshakes[task] = sock
         task.add_done_callback(self._accept_done)
@@ -192,14 +163,14 @@ class TcpTransport(Transport):
         assert self._listener_context
         challenge = secrets.token_bytes(CHALLENGE_BYTES)
 
-        def greet(connection: Connection, kind: FrameType, body: bytes) -> None:
-            if kind is not FrameType.PROOF or connection.transport is None:
-                raise ProtocolError(f"{kind.name} before the proof")
+        def prove(connection: Connection, frame: FrameType, body: bytes) -> None:
+            if frame is not FrameType.PROOF or connection.transport is None:
+                raise ProtocolError(f"{frame.name} before the proof")
             channel = SecureChannel.of(connection.transport.get_extra_info("ssl_object"), self._certificate)
             connection.establish(*check_proof(body, challenge, self.identity.peer, channel))
             self._connections.connection_idle(connection)
 
-        connection = Connection(self._connections, self.limits, greet, self._connections.accept_stream)
+        connection = Connection(self._connections, self.limits, prove, self._connections.accept_stream)
         connection.socket = reservation
         loop = asyncio.get_running_loop()
         seconds = self.limits.connect_timeout
@@ -232,9 +203,9 @@ class TcpTransport(Transport):
         return self._connections.open_stream(connection, address.peer)
 
     async def _dial(self, endpoint: Endpoint, peer: PeerId) -> Connection:
-        def greet(connection: Connection, kind: FrameType, body: bytes) -> None:
-            if kind is not FrameType.HELLO or connection.transport is None:
-                raise ProtocolError(f"{kind.name} before the hello")
+        def prove(connection: Connection, frame: FrameType, body: bytes) -> None:
+            if frame is not FrameType.HELLO or connection.transport is None:
+                raise ProtocolError(f"{frame.name} before the hello")
             tls: ssl.SSLObject = connection.transport.get_extra_info("ssl_object")
             certificate = tls.getpeercert(binary_form=True) or b""
             check_certificate(certificate, peer)
@@ -243,7 +214,7 @@ class TcpTransport(Transport):
             connection.write(encode_frame(FrameType.PROOF, proof))
             connection.establish(peer, theirs)
 
-        connection = Connection(self._connections, self.limits, greet)
+        connection = Connection(self._connections, self.limits, prove)
         connection.socket = self.resources.reserve(peer, Resource.DESCRIPTORS)
         seconds = self.limits.connect_timeout
         sock: socket.socket | None = None
@@ -336,7 +307,7 @@ def _hosts(addresses: Iterable[Address]) -> list[str]:
     return [endpoint_of(address).host for address in addresses]
 
 
-def _readable(connection: Connection) -> bool:
+def _has_input(connection: Connection) -> bool:
     """Whether an idle connection's socket has something to read, most likely its end."""
     if connection.transport is None or connection.transport.is_closing():
         return True

@@ -11,11 +11,9 @@ from typing import cast
 
 import attrs
 
-from swarmcore.errors import ResourceLimitError
-from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
+from swarmcore.resources import Reservation, ResourceManager
 from swarmcore.types import PeerId
-from swarmcore_transports.tcp.endpoint import Endpoint, hang_up
-from swarmcore_transports.tcp.listener import Listener
+from swarmcore_transports.listener import Endpoint, Listener, hang_up
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +59,10 @@ class SignallingSockets:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, endpoint: Endpoint) -> int:
-        """Accept connections from now on; return the port. Raise OSError when that cannot be."""
-        self._listener = await Listener.bind(endpoint, self._arrived)
+        """Accept connections from now on; return the port. Raise `AddressError` when that cannot be."""
+        self._listener = await Listener.bind(
+            endpoint, self._accepted, lambda: self._resources, purpose="serve signalling"
+        )
         return self._listener.endpoints[0].port
 
     def close(self) -> None:
@@ -72,15 +72,7 @@ class SignallingSockets:
         for task in self._tasks:
             task.cancel()
 
-    def _arrived(self, sock: socket.socket) -> None:
-        try:
-            reservation = self._resources.reserve(
-                None, Resource.DESCRIPTORS, priority=Priority.MEDIUM, evict=lambda: hang_up(sock)
-            )
-        except ResourceLimitError as exc:
-            logger.debug("refused an incoming connection: %s", exc)
-            sock.close()
-            return
+    def _accepted(self, sock: socket.socket, reservation: Reservation) -> None:
         loop = asyncio.get_running_loop()
         late = loop.call_later(self._patience, hang_up, sock)
         task = loop.create_task(self._accept(sock, Accepted(reservation, late)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import secrets
 import ssl
@@ -16,8 +15,6 @@ from aiohttp import WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from swarmcore.errors import (
-    AddressError,
-    AddressInUseError,
     PeerNotAllowedError,
     ProtocolError,
     ResourceLimitError,
@@ -26,7 +23,7 @@ from swarmcore.errors import (
 from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.types import PeerId, short
-from swarmcore_transports.tcp.endpoint import Endpoint
+from swarmcore_transports.listener import Endpoint
 from swarmcore_transports.webrtc.addresses import PATH, Service
 from swarmcore_transports.webrtc.signalling.messages import (
     MAX_SIGNAL,
@@ -138,15 +135,9 @@ class SignallingService:
         self._sockets = SignallingSockets(self._resources, server, 2 * self._limits.proof_timeout, tls)
         try:
             port = await self._sockets.listen(Endpoint(place.host, place.port))
-        except BaseException as exc:
+        except BaseException:
             await self.close()
-            if not isinstance(exc, OSError):
-                raise
-            if exc.errno == errno.EADDRINUSE:
-                raise AddressInUseError(
-                    f"cannot serve signalling on {place}: the port is in use; choose another, or 0 for any"
-                ) from exc
-            raise AddressError(f"cannot serve signalling on {place}: {exc.strerror or exc}") from exc
+            raise
         return attrs.evolve(place, port=port, tls=tls is not None)
 
     async def close(self) -> None:

@@ -7,8 +7,9 @@ import pytest
 from swarmcore.errors import AddressError
 from swarmcore.identity import Identity
 from swarmcore.types import Address
+from swarmcore_transports.listener import Endpoint
 from swarmcore_transports.own_addresses import reachable_hosts
-from swarmcore_transports.tcp.endpoint import Endpoint, announced, endpoint_of
+from swarmcore_transports.tcp.addresses import addresses_to_announce, endpoint_of, parse_announced
 
 PEER = Identity.generate().peer
 
@@ -30,7 +31,7 @@ def test_what_is_no_endpoint(text: str) -> None:
 def test_addresses() -> None:
     address = Address.parse(f"tcp://[::1]:31330/{PEER}")
     assert endpoint_of(address) == Endpoint("::1", 31330)
-    assert endpoint_of(address).address(PEER) == address
+    assert parse_announced(str(endpoint_of(address)), PEER) == address
     for url in (f"tcp://host:0/{PEER}", f"tcp:host:80/{PEER}", f"udp://host:80/{PEER}", f"tcp://host/{PEER}"):
         with pytest.raises(AddressError):
             endpoint_of(Address.parse(url))
@@ -53,11 +54,11 @@ def test_loopback_is_announced_when_there_is_nothing_else(monkeypatch: pytest.Mo
 
 def test_announce_replaces_what_was_bound() -> None:
     bound = [Endpoint("127.0.0.1", 5000)]
-    assert announced(bound, (), PEER) == (Address("tcp", "//127.0.0.1:5000", PEER),)
+    assert addresses_to_announce(bound, (), PEER) == (Address("tcp", "//127.0.0.1:5000", PEER),)
     outside = (Address("tcp", "//example.org:80", PEER),)
-    assert announced(bound, ["example.org:80"], PEER) == outside
-    assert announced(bound, [str(outside[0])], PEER) == outside
+    assert addresses_to_announce(bound, ["example.org:80"], PEER) == outside
+    assert addresses_to_announce(bound, [str(outside[0])], PEER) == outside
     other = Identity.generate().peer
     for wrong in ("example.org", "example.org:0", f"tcp://example.org:80/{other}"):
         with pytest.raises(AddressError):
-            announced(bound, [wrong], PEER)
+            addresses_to_announce(bound, [wrong], PEER)
