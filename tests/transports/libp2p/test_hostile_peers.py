@@ -272,7 +272,8 @@ async def test_what_is_dropped_is_logged_by_us_and_the_library_is_silent(
     assert capfd.readouterr().err == ""
     assert "a stream of" in caplog.text and "was dropped" in caplog.text
     # With --log-level debug the library is heard as well, and never above that level.
-    said = [record for record in caplog.records if record.name == "swarmcore_transports.libp2p.logs"]
+    library = "swarmcore_transports.libp2p.patches.host.library"
+    said = [record for record in caplog.records if record.name == library]
     assert said and all(record.levelno == logging.DEBUG for record in said)
     ours = [record for record in caplog.records if record.name.startswith("swarmcore")]
     assert not [record for record in ours if record.levelno >= logging.WARNING]

@@ -3,62 +3,78 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import cast
 from weakref import WeakSet
 
 import trio
-from libp2p import new_host
-from libp2p.abc import IHost, INetConn, INetStream
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
-from libp2p.host.basic_host import BasicHost
 from libp2p.host.exceptions import StreamFailure
 from libp2p.identity.identify_push.identify_push import push_identify_to_peers
-from libp2p.network.auto_connector import AutoConnector
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.stream.net_stream import NetStream
-from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
-from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.rcmgr import Direction
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
-from swarmcore.errors import AddressError, AddressInUseError, PeerUnreachableError
+from swarmcore.errors import PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.libp2p import yamux as muxing
 from swarmcore_transports.libp2p.addresses import AddressManager
-from swarmcore_transports.libp2p.connections import Notices, is_direct, is_outbound
-from swarmcore_transports.libp2p.logs import demote_library
+from swarmcore_transports.libp2p.host_factory import make_host
 from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
+from swarmcore_transports.libp2p.patches import host as patches
+from swarmcore_transports.libp2p.patches.host import reset
+from swarmcore_transports.libp2p.patches.tcp import TcpSocket, TcpSockets
+from swarmcore_transports.libp2p.patches.yamux import SILENT_KEEPALIVES, is_silent, silent_for
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
-from swarmcore_transports.libp2p.sockets import TcpSocket, TcpSockets
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = TProtocol("/swarmcore/stream/1")
 """Our framed streams inside one libp2p stream each."""
 
-_CLOSE_SECONDS = 3.0
-_LISTEN_SECONDS = 3.0
-_RESET_SECONDS = 1.0
 _TELL_SECONDS = 5.0
 
 OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
 """Takes a stream that a peer opened, the peer, the path; sets the event when it has let the stream go."""
+
+
+class Notices(INotifee):
+    """Calls everything in ``on_connected`` and ``on_disconnected``, which may neither wait nor raise."""
+
+    def __init__(self) -> None:
+        self.on_connected: list[Callable[[INetConn], None]] = []
+        self.on_disconnected: list[Callable[[INetConn], None]] = []
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        for tell in self.on_connected:
+            tell(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        for tell in self.on_disconnected:
+            tell(conn)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
 
 
 class Host:
@@ -74,10 +90,8 @@ class Host:
         allows: Callable[[PeerId], bool],
         counts: SocketCounts,
     ) -> None:
-        demote_library()
         self._sockets = TcpSockets(limits, counts)
-        key_pair = create_new_key_pair(identity.private_key.private_bytes_raw())
-        noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+        self.libp2p, self.swarm = make_host(identity, limits, self._sockets, addresses.all)
         self.peer = identity.peer
         self.addresses = addresses
         self.limits = limits
@@ -87,23 +101,6 @@ class Host:
         self.allows = allows
         """Whether a peer may use what this one offers to others, relaying and dialling back."""
         self._dials: dict[Multiaddr, trio.Event] = {}
-        self.libp2p: IHost = new_host(
-            key_pair=key_pair,
-            sec_opt={NOISE: noise},
-            muxer_opt={muxing.YAMUX: Yamux},
-            transports=[self._sockets],
-            resource_manager=_resources(limits),
-            connection_config=_connections(limits),
-            negotiate_timeout=max(1, int(limits.connect_timeout)),
-            addrs_factory=lambda candidates: addresses.all(),
-        )
-        network = self.libp2p.get_network()
-        assert isinstance(network, Swarm)
-        self.swarm: Swarm = network
-        self.swarm.retry_config = RetryConfig(max_retries=0)
-        self.swarm.auto_connector = _DialsNobody(self.swarm)
-        muxing.install(self.swarm, limits)
-        self._guard_streams()
         self.notices = Notices()
         self.swarm.register_notifee(self.notices)
         self._counts = counts
@@ -143,31 +140,9 @@ class Host:
                     ready()
                     await stop.wait()
                     background.cancel_scope.cancel()
-                with trio.move_on_after(_CLOSE_SECONDS):
-                    await self._close_connections()
-                    await self.swarm.close()
+                await patches.close(self.swarm)
         finally:
             self._sockets.close_all()
-
-    async def _close_connections(self) -> None:
-        """All at a time: py-libp2p takes 200 ms for each."""
-        async with trio.open_nursery() as nursery:
-            for connection in self.swarm.get_connections():
-                nursery.start_soon(close_soon, connection)
-
-    def _guard_streams(self) -> None:
-        """py-libp2p ends the whole host when one stream goes wrong, as by a protocol name that is no text."""
-        inner = self.swarm.common_stream_handler
-
-        async def guarded(stream: INetStream) -> None:
-            try:
-                await inner(stream)
-            except Exception as exc:
-                logger.info("a stream of %s was dropped: %r", short(str(stream.muxed_conn.peer_id)), exc)
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
-                    await stream.reset()
-
-        self.swarm.set_stream_handler(guarded)
 
     def serve(self, protocol: TProtocol, handler: Callable[[INetStream], Awaitable[None]]) -> None:
         """Give each incoming stream of ``protocol`` to ``handler``, whose errors end that stream alone."""
@@ -177,14 +152,12 @@ class Host:
                 await handler(stream)
             except Exception as exc:
                 logger.debug("%s of %s failed: %r", protocol, stream.muxed_conn.peer_id, exc)
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
-                    await stream.reset()
+                await reset(stream)
 
         self.libp2p.set_stream_handler(protocol, guarded)
 
     def stop_serving(self, protocol: TProtocol) -> None:
         """Take no further streams of ``protocol``."""
-        assert isinstance(self.libp2p, BasicHost)
         self.libp2p.remove_stream_handler(protocol)
 
     async def tell_protocols(self) -> None:
@@ -203,13 +176,7 @@ class Host:
         Raise `AddressInUseError` or `AddressError` when one cannot be listened on.
         """
         for place in places:
-            _check_free(place)
-            # Shielded, as it leaks a socket when it is cancelled; for an IP address it takes milliseconds.
-            listens = False
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _LISTEN_SECONDS):
-                listens = await self.swarm.listen(place)
-            if not listens:
-                raise AddressError(f"cannot listen on {place}: it is not an address of this machine")
+            await patches.listen(self.swarm, place)
         self.addresses.put("listening", spelt_out(self.bound()))
 
     def leave_addresses(self, gone: Collection[str]) -> int:
@@ -237,7 +204,7 @@ class Host:
         libp2p_peer = ID.from_string(peer)
         if known := self._answering(libp2p_peer):
             # The peer may be at `multiaddr` now and no more at the other end of a connection that is silent.
-            with trio.move_on_after(muxing.SILENT_KEEPALIVES * self.limits.keepalive):
+            with trio.move_on_after(SILENT_KEEPALIVES * self.limits.keepalive):
                 try:
                     return await self._open(libp2p_peer)
                 except Exception:
@@ -256,7 +223,7 @@ class Host:
         if len(there) <= 1:
             return await self.libp2p.new_stream(peer, [protocol])
         live = self._answering(peer, direct=True) or self._answering(peer) or there
-        heard_last = min(live, key=lambda connection: muxing.silent_for(connection.muxed_conn))
+        heard_last = min(live, key=lambda connection: silent_for(connection.muxed_conn))
         try:
             return await self.open_on(heard_last, protocol)
         except MultiselectClientError as exc:
@@ -264,8 +231,8 @@ class Host:
 
     async def drop(self, opened: tuple[INetStream, str]) -> None:
         """Reset a stream that `open` has opened and nobody waits for any more."""
-        with trio.move_on_after(_RESET_SECONDS), contextlib.suppress(Exception):
-            await opened[0].reset()
+        with contextlib.suppress(Exception):
+            await reset(opened[0])
 
     async def connect(self, peer: ID, multiaddr: Multiaddr, *, direct: bool = False) -> None:
         """Connect to ``peer`` at ``multiaddr`` unless there is a connection, with ``direct`` a direct one.
@@ -316,10 +283,9 @@ class Host:
         stream = await connection.new_stream()
         try:
             communicator = MultiselectCommunicator(stream)
-            await cast(BasicHost, self.libp2p).multiselect_client.select_one_of([protocol], communicator)
+            await self.libp2p.multiselect_client.select_one_of([protocol], communicator)
         except BaseException:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
-                await stream.reset()
+            await reset(stream)
             raise
         stream.set_protocol(protocol)
         return stream
@@ -337,7 +303,7 @@ class Host:
         return [
             connection
             for connection in self.connections(peer, direct=direct)
-            if not muxing.is_silent(connection.muxed_conn)
+            if not is_silent(connection.muxed_conn)
         ]
 
     def dialled(self, peer: ID) -> list[Multiaddr]:
@@ -372,65 +338,23 @@ class Host:
         return [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
 
 
+def is_direct(connection: INetConn) -> bool:
+    """Whether no relay carries it."""
+    return connection.get_connection_type() is not ConnectionType.RELAYED
+
+
+def is_outbound(connection: INetConn) -> bool:
+    """Whether this peer has dialled it."""
+    return isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
+
+
+def remote_host(connection: INetConn) -> str | None:
+    """The IP address at the other end; None for a relayed connection."""
+    if not is_direct(connection):
+        return None
+    remote = connection.muxed_conn.get_remote_address()  # type: ignore[attr-defined]
+    return str(remote[0]).removeprefix("::ffff:") if remote else None
+
+
 async def _no_relay_client(peer: ID, multiaddr: Multiaddr) -> None:
     raise PeerUnreachableError(f"{short(str(peer))} is behind a relay, and this host has no client of relays")
-
-
-async def close_soon(connection: INetConn) -> None:
-    """Close ``connection`` within seconds, also when nobody answers there."""
-    with trio.move_on_after(_CLOSE_SECONDS):
-        await connection.close()
-
-
-class _DialsNobody(AutoConnector):
-    """py-libp2p likes to connect to whomever it has heard of; here, to whom is decided above."""
-
-    async def maybe_connect(self) -> None:
-        return
-
-
-def _check_free(place: Multiaddr) -> None:
-    """py-libp2p shares its port with whoever asks: two servers on one port would each get half the calls."""
-    version = 6 if "ip6" in (protocol.name for protocol in place.protocols()) else 4
-    host, port = str(place.value_for_protocol(f"ip{version}")), int(place.value_for_protocol("tcp") or 0)
-    with socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if version == 6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as exc:
-            if exc.errno == errno.EADDRINUSE:
-                raise AddressInUseError(
-                    f"cannot listen on {place}: the port is in use; choose another, or 0 for any free one"
-                ) from exc
-            raise AddressError(f"cannot listen on {place}: {exc.strerror}") from exc
-
-
-def _connections(limits: Limits) -> ConnectionConfig:
-    return ConnectionConfig(
-        max_connections=limits.max_calls,
-        high_watermark=limits.max_calls,
-        min_connections=0,
-        low_watermark=0,
-        max_connections_per_peer=8,
-        inbound_upgrade_timeout=limits.connect_timeout,
-        outbound_upgrade_timeout=limits.connect_timeout,
-        outbound_stream_protocol_negotiation_timeout=max(1.0, limits.connect_timeout),
-        inbound_stream_protocol_negotiation_timeout=max(1.0, limits.connect_timeout),
-    )
-
-
-def _resources(limits: Limits) -> ResourceManager:
-    """Bounds that never bind before ours do, and none of the extras: no metrics, no pools, no rates."""
-    return ResourceManager(
-        limits=ResourceLimits(
-            max_connections=2 * limits.max_calls, max_memory_mb=2**20, max_streams=8 * limits.max_calls
-        ),
-        enable_metrics=False,
-        enable_connection_tracking=False,
-        enable_memory_limits=False,
-        enable_circuit_breaker=False,
-        enable_graceful_degradation=False,
-        enable_rate_limiting=False,
-    )

@@ -17,9 +17,9 @@ from libp2p.network.stream.net_stream import NetStream
 
 from swarmcore.transport import Buffer
 from swarmcore_transports.framed.connection_manager import feed_protocol
+from swarmcore_transports.libp2p.patches.yamux import LARGEST_PAYLOAD, silent_for
 from swarmcore_transports.libp2p.translation import translated
 from swarmcore_transports.libp2p.trio_thread import TrioThread
-from swarmcore_transports.libp2p.yamux import LARGEST_PAYLOAD, silent_for
 
 _PIECE = 2 * LARGEST_PAYLOAD
 """Most bytes written to the muxer at a time."""

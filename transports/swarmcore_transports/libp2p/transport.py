@@ -42,12 +42,12 @@ from swarmcore_transports.libp2p.multiaddrs import (
     to_multiaddr,
 )
 from swarmcore_transports.libp2p.nat.port_mapping import PortMapper
+from swarmcore_transports.libp2p.patches.yamux import SILENT_KEEPALIVES
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.relay.limits import RelayLimits
 from swarmcore_transports.libp2p.services import RelayMode, Services
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
 from swarmcore_transports.libp2p.trio_thread import TrioThread
-from swarmcore_transports.libp2p.yamux import SILENT_KEEPALIVES
 from swarmcore_transports.own_addresses import present
 
 logger = logging.getLogger(__name__)

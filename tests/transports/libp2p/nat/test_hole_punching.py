@@ -17,7 +17,7 @@ from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 from relayed_peers import PATIENCE, PLACE, Peer, RelayedPeers, check_echo
 
-from swarmcore_transports.libp2p.connections import is_direct
+from swarmcore_transports.libp2p.host import is_direct
 from swarmcore_transports.libp2p.nat.hole_punching import MAX_ADDRESSES, HolePuncher, _usable
 
 EVERYWHERE = frozenset(["public", "lan", "loopback"])

@@ -20,10 +20,10 @@ from multiaddr import Multiaddr
 from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId, short
 from swarmcore.wire.framing import decode_record, encode_record
-from swarmcore_transports.libp2p.connections import remote_host
-from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.host import Host, remote_host
 from swarmcore_transports.libp2p.multiaddrs import on_host, port_of, reach
 from swarmcore_transports.libp2p.nat.reachability import Reachability
+from swarmcore_transports.libp2p.patches.host import reset
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +180,7 @@ class AutoNat:
                 await _write(stream, DialBackRequest(tuple(ports)))
                 reply: DialBackReply = await _read(stream, DialBackReply)
             finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
-                    await stream.reset()
+                await reset(stream)
         if reply.refused:
             raise PeerUnreachableError(f"{short(str(stream.muxed_conn.peer_id))} refuses: {reply.refused}")
         return reply

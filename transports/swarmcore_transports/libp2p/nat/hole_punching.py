@@ -24,11 +24,11 @@ from multiaddr import Multiaddr
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError
 from swarmcore.types import PeerId, short
-from swarmcore_transports.libp2p.connections import is_direct, is_outbound
-from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.host import Host, is_direct, is_outbound
 from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, port_of, reach, told_address
 from swarmcore_transports.libp2p.nat.observed_addresses import Observed
 from swarmcore_transports.libp2p.nat.upgrade_plan import Upgrades
+from swarmcore_transports.libp2p.patches.host import reset
 from swarmcore_transports.libp2p.translation import translated
 
 logger = logging.getLogger(__name__)
@@ -200,8 +200,7 @@ class HolePuncher:
                 # A symmetric router here is no obstacle where the peer can be dialled after all.
                 await self._dial(peer, theirs)
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
-                await stream.reset()
+            await reset(stream)
 
     async def _answer(self, stream: INetStream) -> None:
         relayed = self._host.connection_of(stream)

@@ -11,15 +11,14 @@ from libp2p.identity.identify.identify import ID as IDENTIFY
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from swarmcore_transports.libp2p.connections import is_direct, is_outbound
-from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.host import Host, is_direct, is_outbound
 from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, on_host, reach, told_address
+from swarmcore_transports.libp2p.patches.host import reset
 
 logger = logging.getLogger(__name__)
 
 _WITNESSES = 3
 _ANSWER_SECONDS = 2.0
-_CLOSE_SECONDS = 1.0
 _MAX_MESSAGE = 64 * 1024
 
 
@@ -55,8 +54,7 @@ class Observed:
                 try:
                     told = Identify.FromString(await read_varint_prefixed_bytes_limited(stream, _MAX_MESSAGE))
                 finally:
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
-                        await stream.reset()
+                    await reset(stream)
                 seen = told_address(told.observed_addr)
                 self._seen[connection] = host_of(seen) if seen else ""
             except Exception as exc:

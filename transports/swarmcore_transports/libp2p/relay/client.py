@@ -27,6 +27,7 @@ from swarmcore.errors import PeerIdentityError, PeerUnreachableError
 from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, relay_of
+from swarmcore_transports.libp2p.patches.host import reset
 from swarmcore_transports.libp2p.relay.plan import RelayPlan
 from swarmcore_transports.libp2p.translation import translated
 
@@ -134,7 +135,7 @@ class RelayClient:
         elif not self._host.connections(peer, direct=True):
             raise PeerUnreachableError("it is not connected any more, and where it is is not known")
         stream, answer = await self._ask(peer, HopMessage(type=HopMessage.RESERVE))
-        await _reset(stream)
+        await reset(stream)
         told = list(_parsed(answer.reservation.addrs))
         addresses = circuit_addresses(relay, [*told, *self._dialled(peer)])
         if not addresses:
@@ -174,7 +175,7 @@ class RelayClient:
             logger.info("the relay %s lied about who dials: not %s", short(str(relay)), short(str(source)))
             with trio.move_on_after(_RESET_SECONDS):
                 await muxed.close()
-        await _reset(stream)
+        await reset(stream)
 
     # --- dialling -------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class RelayClient:
             with trio.fail_after(self._host.limits.connect_timeout):
                 await self._host.libp2p.upgrade_outbound_connection(raw, peer)
         except BaseException as exc:
-            await _reset(stream)
+            await reset(stream)
             if not isinstance(exc, Exception):
                 raise
             error = translated(exc)
@@ -233,7 +234,7 @@ class RelayClient:
                 raise PeerUnreachableError(f"the relay {name} refuses: {_meaning(answer.status)}")
         except BaseException as exc:
             if stream:
-                await _reset(stream)
+                await reset(stream)
             if isinstance(exc, StreamFailure):
                 raise PeerUnreachableError(f"{name} relays for nobody; use another relay") from exc
             if isinstance(exc, trio.TooSlowError):
@@ -266,8 +267,3 @@ def _parsed(told: Iterable[bytes]) -> Iterable[Multiaddr]:
         except (MultiaddrError, ValueError):
             continue
         yield address
-
-
-async def _reset(stream: INetStream) -> None:
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
-        await stream.reset()

@@ -20,6 +20,7 @@ from multiaddr import Multiaddr
 from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import is_relayed
+from swarmcore_transports.libp2p.patches.host import reset
 from swarmcore_transports.libp2p.relay.limits import Circuit, Refusal, RelayAccounts, RelayLimits, Way
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ _OK = to_proto_status(StatusCode.OK)
 _ANSWER_SECONDS = 10.0
 """How long a peer may take to say what it wants, or whether it takes a circuit."""
 
-_RESET_SECONDS = 1.0
 _PIECE = 64 * 1024
 
 
@@ -135,11 +135,11 @@ class RelayService:
                     scope = nursery.cancel_scope
                     nursery.start_soon(self._pass_on, circuit, Way.THERE, near, far, scope)
                     nursery.start_soon(self._pass_on, circuit, Way.BACK, far, near, scope)
-            await _reset(near)
+            await reset(near)
         finally:
             self._accounts.close(circuit)
             if far:
-                await _reset(far)
+                await reset(far)
 
     async def _reach(self, target: ID, source: ID) -> INetStream:
         """A stream to ``target`` that it has taken as a circuit from ``source``."""
@@ -156,7 +156,7 @@ class RelayService:
                 raise Refusal(StatusCode.CONNECTION_FAILED)
         except BaseException as exc:
             if far:
-                await _reset(far)
+                await reset(far)
             if isinstance(exc, Exception):
                 raise Refusal(StatusCode.CONNECTION_FAILED) from exc
             raise
@@ -173,8 +173,3 @@ class RelayService:
         except Exception as exc:
             logger.debug("a circuit to %s ends: %r", short(circuit.target), exc)
         scope.cancel()
-
-
-async def _reset(stream: INetStream) -> None:
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + _RESET_SECONDS):
-        await stream.reset()

@@ -360,18 +360,6 @@ class QueuedMuxer(MuxerMultistream):
         return self._annotate_connection(QueuedYamux(conn, peer_id, self._limits), conn, YAMUX)
 
 
-def install(swarm: Swarm, limits: Limits) -> None:
-    """Let every connection of ``swarm`` be a `QueuedYamux`, unless py-libp2p is not as it was."""
-    if missing := _missing(swarm):
-        logger.warning(
-            "this version of py-libp2p has no %s: its own yamux is used, which may stop for good under load; "
-            "install libp2p 0.8",
-            ", ".join(missing),
-        )
-        return
-    swarm.upgrader.muxer_multistream = QueuedMuxer(limits)
-
-
 _METHODS = {
     Yamux: "start handle_incoming open_stream accept_stream _write_frame _read_data_body _cleanup_on_error "
     "_measure_rtt_loop _finalize_stream",
@@ -387,7 +375,7 @@ _STREAM_ATTRIBUTES = (
 )
 
 
-def _missing(swarm: Swarm) -> list[str]:
+def missing(swarm: Swarm) -> list[str]:
     """What the classes above rely on and this version of the library does not have."""
     found = [
         f"{one.__name__}.{name}"

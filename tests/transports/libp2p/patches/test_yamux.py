@@ -20,8 +20,9 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair
 
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.libp2p import yamux as muxing
-from swarmcore_transports.libp2p.yamux import PatientStream, QueuedYamux
+from swarmcore_transports.libp2p.patches import yamux
+from swarmcore_transports.libp2p.patches.host import install_yamux
+from swarmcore_transports.libp2p.patches.yamux import PatientStream, QueuedYamux
 
 LIMITS = Limits(max_calls_per_peer=256, keepalive=3.0)
 PEER = ID(b"peer")
@@ -309,7 +310,7 @@ def test_a_peer_that_asks_and_does_not_read_is_dropped() -> None:
 
 
 def test_a_peer_that_ignores_windows_is_made_to_wait_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muxing, "_MAX_UNREAD", 10 * 2**20)
+    monkeypatch.setattr(yamux, "_MAX_UNREAD", 10 * 2**20)
     mebibyte = bytes(2**20)
 
     async def main() -> None:
@@ -341,7 +342,7 @@ def test_a_peer_that_sends_a_large_frame_is_dropped() -> None:
 
 
 def test_connections_share_what_may_wait_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muxing, "_MAX_UNREAD_IN_ALL", 6 * 2**20)
+    monkeypatch.setattr(yamux, "_MAX_UNREAD_IN_ALL", 6 * 2**20)
     mebibyte = bytes(2**20)
 
     async def main() -> None:
@@ -401,6 +402,6 @@ def test_a_changed_library_keeps_its_own_muxer(
 
     monkeypatch.delattr(Yamux, name)
     with caplog.at_level(logging.WARNING):
-        muxing.install(Swarm(), LIMITS)  # type: ignore[arg-type]
+        install_yamux(Swarm(), LIMITS)  # type: ignore[arg-type]
     assert Swarm.upgrader.muxer_multistream == "the library's own"
     assert f"Yamux.{name}" in caplog.text
