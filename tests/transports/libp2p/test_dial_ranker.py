@@ -16,7 +16,7 @@ from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.libp2p import Libp2pTransport
 from swarmcore_transports.libp2p.dial_ranker import Vicinity
-from swarmcore_transports.own_addresses import Network, own_networks, reachable_hosts
+from swarmcore_transports.local_addresses import Network, local_networks, reachable_hosts
 
 PEER, RELAY = (Identity.from_seed(bytes([n]) * 32).peer for n in (1, 2))
 
@@ -60,7 +60,7 @@ async def test_the_transport_tells_its_preference() -> None:
     await transport.close()
 
 
-def test_own_networks_have_the_addresses_that_are_announced() -> None:
-    found = own_networks()
+def test_local_networks_have_the_addresses_that_are_announced() -> None:
+    found = local_networks()
     for host in map(ipaddress.ip_address, reachable_hosts("0.0.0.0")):
         assert host.is_loopback != any(host in network for network in found)

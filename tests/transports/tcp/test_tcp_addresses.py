@@ -8,7 +8,7 @@ from swarmcore.errors import AddressError
 from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.listener import Endpoint
-from swarmcore_transports.own_addresses import reachable_hosts
+from swarmcore_transports.local_addresses import reachable_hosts
 from swarmcore_transports.tcp.addresses import addresses_to_announce, endpoint_of, parse_announced
 
 PEER = Identity.generate().peer
@@ -47,7 +47,7 @@ def test_a_wildcard_is_announced_as_own_addresses(wildcard: str) -> None:
 
 
 def test_loopback_is_announced_when_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarmcore_transports.own_addresses.ifaddr.get_adapters", list)
+    monkeypatch.setattr("swarmcore_transports.local_addresses.ifaddr.get_adapters", list)
     assert reachable_hosts("0.0.0.0") == ["127.0.0.1"]
     assert reachable_hosts("::") == ["::1"]
 

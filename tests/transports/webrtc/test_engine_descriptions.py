@@ -16,7 +16,7 @@ from swarmcore.errors import ProtocolError
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_engines import Messages, pair
 
-from swarmcore_transports.own_addresses import reachable_hosts
+from swarmcore_transports.local_addresses import reachable_hosts
 from swarmcore_transports.webrtc.engine import PeerConnection
 from swarmcore_transports.webrtc.sdp import attribute
 

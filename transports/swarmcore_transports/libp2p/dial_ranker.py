@@ -11,7 +11,7 @@ from typing import Literal
 from swarmcore.errors import AddressError
 from swarmcore.types import Address
 from swarmcore_transports.libp2p.multiaddrs import Reach, host_of, reach, to_multiaddr
-from swarmcore_transports.own_addresses import Network, own_networks
+from swarmcore_transports.local_addresses import Network, local_networks
 
 Distance = Literal["loopback", "own lan", "public", "relayed", "other lan", "unknown"]
 
@@ -27,7 +27,7 @@ class Vicinity:
     those come last, after the relays.
     """
 
-    def __init__(self, networks: Callable[[], Sequence[Network]] = own_networks) -> None:
+    def __init__(self, networks: Callable[[], Sequence[Network]] = local_networks) -> None:
         self._look = networks
         self._networks: Sequence[Network] = ()
         self._looked_at = -math.inf

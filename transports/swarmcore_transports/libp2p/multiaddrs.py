@@ -11,7 +11,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
-from swarmcore_transports.own_addresses import reachable_places, undialable
+from swarmcore_transports.local_addresses import reachable_places, undialable
 
 SCHEME = "libp2p"
 

@@ -18,8 +18,7 @@ from swarmcore_transports.libp2p.nat.hole_punching import HolePuncher
 from swarmcore_transports.libp2p.relay.client import RelayClient
 from swarmcore_transports.libp2p.relay.limits import RelayLimits
 from swarmcore_transports.libp2p.relay.service import RelayService
-from swarmcore_transports.network_watch import NetworkWatch
-from swarmcore_transports.own_addresses import loopback_note, loopback_only
+from swarmcore_transports.local_addresses import NetworkMonitor, loopback_note, loopback_only
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class Services:
         self.relay_service = RelayService(host, relay_limits or RelayLimits(), offers)
         self.autonat = AutoNat(host)
         self.hole_puncher = HolePuncher(host)
-        self._network = NetworkWatch(self._network_changed, trio.sleep)
+        self._network = NetworkMonitor(self._network_changed, trio.sleep)
         host.dial_relayed = self.relay_client.dial
 
     async def run(self) -> None:

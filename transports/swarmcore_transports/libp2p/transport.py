@@ -7,7 +7,6 @@ import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import compress
 
 import trio
 from libp2p.abc import INetStream
@@ -48,7 +47,7 @@ from swarmcore_transports.libp2p.relay.limits import RelayLimits
 from swarmcore_transports.libp2p.services import RelayMode, Services
 from swarmcore_transports.libp2p.socket_counts import SocketCounts
 from swarmcore_transports.libp2p.trio_thread import TrioThread
-from swarmcore_transports.own_addresses import present
+from swarmcore_transports.local_addresses import available
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +169,7 @@ class Libp2pTransport(Transport):
             raise InputError("this transport listens already")
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['/ip4/0.0.0.0/tcp/4001']")
-        places = [place(text) for text in self.listen_on]
-        places = list(compress(places, present([host_of(each) for each in places])))
+        places = available([place(text) for text in self.listen_on], host_of)
         thread, host = await self._started()
         self._connections.serve(on_stream)
         await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")

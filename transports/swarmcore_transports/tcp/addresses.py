@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
 from swarmcore_transports.listener import Endpoint, resolve
-from swarmcore_transports.own_addresses import reachable_places, undialable
+from swarmcore_transports.local_addresses import reachable_places, undialable
 
 SCHEME = "tcp"
 

@@ -9,7 +9,6 @@ import select
 import socket
 import ssl
 from collections.abc import Iterable, Sequence
-from itertools import compress
 
 from swarmcore.errors import (
     AddressError,
@@ -29,8 +28,7 @@ from swarmcore_transports.framed.connection import RETIRE_SECONDS, Connection
 from swarmcore_transports.framed.connection_manager import ConnectionManager
 from swarmcore_transports.framed.frames import FrameType, Settings, encode_frame
 from swarmcore_transports.listener import Endpoint, Listener, hang_up
-from swarmcore_transports.network_watch import NetworkWatch
-from swarmcore_transports.own_addresses import loopback_note, loopback_only, present
+from swarmcore_transports.local_addresses import NetworkMonitor, available, loopback_note, loopback_only
 from swarmcore_transports.tcp.addresses import (
     SCHEME,
     addresses_to_announce,
@@ -111,15 +109,15 @@ class TcpTransport(Transport):
             self._listener_context, self._certificate = await asyncio.to_thread(
                 listener_context, self.identity
             )
-            for endpoint in compress(endpoints, present([endpoint.host for endpoint in endpoints])):
+            for endpoint in available(endpoints, lambda endpoint: endpoint.host):
                 self._listeners.append(await Listener.bind(endpoint, self._accepted, lambda: self.resources))
         except BaseException:
             self._stop_listening()
             self._listening = False
             raise
-        watch = NetworkWatch(self._network_changed, asyncio.sleep)
+        monitor = NetworkMonitor(self._network_changed, asyncio.sleep)
         self._announced = self._addresses()
-        self._watch = asyncio.create_task(watch.run(), name="network watch")
+        self._watch = asyncio.create_task(monitor.run(), name="network monitor")
         return self._announced
 
     @property

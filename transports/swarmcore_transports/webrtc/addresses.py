@@ -8,7 +8,7 @@ import attrs
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
-from swarmcore_transports.own_addresses import undialable
+from swarmcore_transports.local_addresses import undialable
 
 SCHEME = "webrtc"
 PATH = "/swarmcore/signalling/1"

@@ -10,7 +10,7 @@ from typing import Any
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, SwarmError
 from swarmcore.types import short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.network_watch import NetworkWatch
+from swarmcore_transports.local_addresses import NetworkMonitor
 from swarmcore_transports.webrtc.peer_connections import Link, Links
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,11 @@ class Restarts:
     def start(self) -> None:
         """Begin to watch. Harmless when repeated."""
         if not self._tasks:
-            watch = NetworkWatch(self._network_changed, asyncio.sleep)
-            self._tasks = [asyncio.create_task(watch.run()), asyncio.create_task(self._listen_for_silence())]
+            monitor = NetworkMonitor(self._network_changed, asyncio.sleep)
+            self._tasks = [
+                asyncio.create_task(monitor.run()),
+                asyncio.create_task(self._listen_for_silence()),
+            ]
 
     def _network_changed(self, gone: frozenset[str]) -> None:
         self._on_network(gone)

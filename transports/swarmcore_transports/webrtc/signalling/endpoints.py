@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Collection, Sequence
-from itertools import compress
 
 from swarmcore.errors import AddressError, SwarmError
 from swarmcore.resources import ResourceManager
 from swarmcore.types import Address, PeerId
-from swarmcore_transports.own_addresses import loopback_note, loopback_only, present, reachable_places
+from swarmcore_transports.local_addresses import available, loopback_note, loopback_only, reachable_places
 from swarmcore_transports.webrtc.addresses import Service, announced_service
 from swarmcore_transports.webrtc.signalling.client import SignallingClient
 from swarmcore_transports.webrtc.signalling.clients import SignallingClients
@@ -68,7 +67,7 @@ class MeetingPoints:
         been opened stays to be closed.
         """
         places = [Service.parse(place) for place in self._places]
-        for place in compress(places, present([place.host for place in places])):
+        for place in available(places, lambda place: place.host):
             self._own.append(await self._serve(place))
         own = [self._clients.keep(one.from_here(), own=True) for one in self._own]
         foreign = [self._clients.keep(one) for one in self._foreign]

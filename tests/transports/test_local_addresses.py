@@ -13,8 +13,8 @@ from swarmcore.errors import AddressError
 from swarmcore.identity import Identity
 from swarmcore.transport import Transport, transport_class
 from swarmcore.types import Address
-from swarmcore_transports import network_watch, own_addresses
-from swarmcore_transports.own_addresses import MOST, present, reachable_places, undialable
+from swarmcore_transports import local_addresses
+from swarmcore_transports.local_addresses import MAX_ADDRESSES, available, reachable_places, undialable
 
 SCHEMES = ["tcp", "libp2p", "webrtc"]
 
@@ -52,9 +52,9 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *ips: str) -> None:
         self.has(*ips)
-        monkeypatch.setattr(own_addresses.ifaddr, "get_adapters", lambda: [Adapter(self.ips)])
-        monkeypatch.setattr(own_addresses, "_default_route", lambda version: None)
-        monkeypatch.setattr(network_watch, "_LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(local_addresses.ifaddr, "get_adapters", lambda: [Adapter(self.ips)])
+        monkeypatch.setattr(local_addresses, "_default_route", lambda version: None)
+        monkeypatch.setattr(local_addresses, "_POLL_SECONDS", 0.01)
 
     def has(self, *ips: str) -> None:
         self.ips = [Ip((ip, 0, 0) if ":" in ip else ip) for ip in ("127.0.0.1", "::1", *ips)]
@@ -85,14 +85,14 @@ def test_loopback_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_more_are_announced_than_fit_into_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, *(f"10.0.{net}.1" for net in range(40)))
-    assert len(reachable_places(WILD)) == MOST
+    assert len(reachable_places(WILD)) == MAX_ADDRESSES
 
 
 def test_a_family_that_is_not_there_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_addresses, "_has_family", lambda wildcard: wildcard == "::")
-    assert present(["0.0.0.0", "::"]) == [False, True]
-    assert present(["0.0.0.0"]) == [True], "asked for alone, it fails by name"
-    assert present(["127.0.0.1", "0.0.0.0", "::"]) == [True, False, True]
+    monkeypatch.setattr(local_addresses, "_has_family", lambda wildcard: wildcard == "::")
+    assert available(["0.0.0.0", "::"], str) == ["::"]
+    assert available(["0.0.0.0"], str) == ["0.0.0.0"], "asked for alone, it fails by name"
+    assert available(["127.0.0.1", "0.0.0.0", "::"], str) == ["127.0.0.1", "::"]
 
 
 @pytest.mark.parametrize("place", HOPELESS)
@@ -186,7 +186,7 @@ async def test_who_listens_on_loopback_is_told_who_can_join(scheme: str) -> None
 @pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6 here")
 async def test_both_families_are_listened_on_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, "2001:db8::7")
-    if not own_addresses._has_family("::"):
+    if not local_addresses._has_family("::"):
         pytest.skip("there is no IPv6 here")
     transport = transport_of("tcp", default_places("tcp"))
     try:

@@ -1,19 +1,28 @@
-"""By which addresses others may reach this machine."""
+"""The IP addresses of this machine: which it has, which lead to it from elsewhere, and when they change."""
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import ifaddr
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 WILDCARDS = ("0.0.0.0", "::")
 """What a socket is bound to that listens on all addresses of a family."""
 
-MOST = 12
+_POLL_SECONDS = 2.0
+"""Systems notify of changes in ways of their own; listing the addresses takes half a millisecond on all."""
+
+MAX_ADDRESSES = 12
 """Addresses of this machine to announce. One with containers has a network for each."""
 
 
@@ -27,24 +36,22 @@ def reachable_hosts(host: str) -> list[str]:
         return [host]
     version = 6 if ":" in host else 4
     own = []
-    for adapter in ifaddr.get_adapters():
-        for ip in adapter.ips:
-            text = ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
-            address = ipaddress.ip_address(text)
-            if address.version == version and not (address.is_loopback or address.is_link_local):
-                own.append(str(address))
+    for text, _ in _interface_addresses():
+        address = ipaddress.ip_address(text)
+        if address.version == version and not (address.is_loopback or address.is_link_local):
+            own.append(str(address))
     first = _default_route(version)
     own.sort(key=lambda address: address != first)
     return own or ["::1" if version == 6 else "127.0.0.1"]
 
 
-def present(hosts: Sequence[str]) -> list[bool]:
-    """Which of ``hosts`` to listen on: all but wildcards of a family that this machine lacks, if any is left.
+def available(places: Sequence[T], host_of: Callable[[T], str]) -> Sequence[T]:
+    """Those of ``places`` to listen on: no wildcard of a family that this machine lacks, if others are left.
 
     So a peer may ask for both families on any machine.
     """
-    there = [host not in WILDCARDS or _has_family(host) for host in hosts]
-    return there if any(there) else [True] * len(hosts)
+    found = [place for place in places if host_of(place) not in WILDCARDS or _has_family(host_of(place))]
+    return found or places
 
 
 def _has_family(wildcard: str) -> bool:
@@ -57,7 +64,7 @@ def _has_family(wildcard: str) -> bool:
 
 
 def reachable_places(bound: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The hosts and ports by which others reach sockets bound to ``bound``, `MOST` at most.
+    """The hosts and ports by which others reach sockets bound to ``bound``, `MAX_ADDRESSES` at most.
 
     As `reachable_hosts` for each; loopback for a wildcard only when there is no wildcard that has more.
     """
@@ -69,7 +76,7 @@ def reachable_places(bound: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         for (host, port), from_wildcard in found.items()
         if not (spread and from_wildcard and is_loopback(host))
     ]
-    return places[:MOST]
+    return places[:MAX_ADDRESSES]
 
 
 def is_loopback(host: str) -> bool:
@@ -120,25 +127,26 @@ def loopback_note(bound: Iterable[str]) -> str:
     )
 
 
-def own_hosts() -> frozenset[str]:
+def local_hosts() -> frozenset[str]:
     """Every IP address of this machine, those of loopback and of single links among it."""
-    return frozenset(
-        ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
-        for adapter in ifaddr.get_adapters()
-        for ip in adapter.ips
-    )
+    return frozenset(text for text, _ in _interface_addresses())
 
 
-def own_networks() -> list[Network]:
+def local_networks() -> list[Network]:
     """The networks that this machine has an address in, loopback and link-local ones left out."""
     found: dict[Network, None] = {}
+    for text, prefix_length in _interface_addresses():
+        network = ipaddress.ip_network(f"{text}/{prefix_length}", strict=False)
+        if not (network.is_loopback or network.is_link_local):
+            found[network] = None
+    return list(found)
+
+
+def _interface_addresses() -> Iterator[tuple[str, int]]:
+    """Every IP address of every interface, with the length of its network's prefix."""
     for adapter in ifaddr.get_adapters():
         for ip in adapter.ips:
-            text = ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip
-            network = ipaddress.ip_network(f"{text}/{ip.network_prefix}", strict=False)
-            if not (network.is_loopback or network.is_link_local):
-                found[network] = None
-    return list(found)
+            yield ip.ip[0] if isinstance(ip.ip, tuple) else ip.ip, ip.network_prefix
 
 
 def _default_route(version: int) -> str | None:
@@ -150,3 +158,41 @@ def _default_route(version: int) -> str | None:
         except OSError:
             return None
         return str(probe.getsockname()[0])
+
+
+class NetworkMonitor:
+    """Calls ``on_change`` when this machine has other IP addresses than before, with those that are gone.
+
+    ``sleep`` is that of the event loop in which it runs: asyncio's or trio's.
+    """
+
+    def __init__(
+        self,
+        on_change: Callable[[frozenset[str]], None],
+        sleep: Callable[[float], Awaitable[None]],
+        list_hosts: Callable[[], frozenset[str]] = local_hosts,
+    ) -> None:
+        self._on_change = on_change
+        self._sleep = sleep
+        self._list_hosts = list_hosts
+        self._known = self._current(frozenset())
+
+    async def run(self) -> None:
+        """Look until cancelled; what has changed since this object was made counts."""
+        while True:
+            await self._sleep(_POLL_SECONDS)
+            before, self._known = self._known, self._current(self._known)
+            if self._known == before:
+                continue
+            try:
+                self._on_change(before - self._known)
+            except OSError as exc:  # it changes so fast that it cannot be told: look again
+                logger.debug("this machine does not tell its addresses: %r", exc)
+                self._known = before
+
+    def _current(self, known: frozenset[str]) -> frozenset[str]:
+        try:
+            return self._list_hosts()
+        except OSError as exc:
+            logger.debug("this machine does not tell its addresses: %r", exc)
+            return known
