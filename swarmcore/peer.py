@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import attrs
@@ -18,6 +18,7 @@ from swarmcore.registry.base import Registry
 from swarmcore.registry.choice import RegistryChoice, make_registry
 from swarmcore.registry.lan import PATIENCE, meet_neighbours
 from swarmcore.rpc.node import Node
+from swarmcore.tasks import running
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
@@ -65,18 +66,16 @@ async def listening(identity: Identity, network: NetworkConfig) -> AsyncIterator
     if not network.transports:
         raise InputError("a server needs at least one transport")
     node, registry = await _start_listening(identity, network)
-    following: asyncio.Task[None] | None = None
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(node.close)
+        stack.push_async_callback(registry.close)
         if network.allow_file is not None:
-            following = asyncio.create_task(network.allow_file.follow(node, registry), name="list of peers")
+            await stack.enter_async_context(
+                running(network.allow_file.follow(node, registry), "list of peers")
+            )
         if network.find_neighbours:
             await meet_neighbours(node, registry, patience=0.0 if network.bootstrap else PATIENCE)
         yield node, registry
-    finally:
-        if following is not None:
-            following.cancel()
-        await registry.close()
-        await node.close()
 
 
 async def join(node: Node, registry: Registry, network: NetworkConfig) -> None:

@@ -37,6 +37,7 @@ from swarmcore.server.loading import (
 )
 from swarmcore.server.throughput import ServerSpeed, SpeedFile, measure_compute, measure_network
 from swarmcore.sources import announced_source
+from swarmcore.tasks import running
 from swarmcore.types import ServerInfo, Span
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 from swarmcore.wire.method import Caller
@@ -85,12 +86,12 @@ async def run_server(
         plan = await asyncio.to_thread(plan_blocks, config, loader)
         if on_plan is not None:
             on_plan(plan)
-        kept = await asyncio.to_thread(speed_file, config, loader)
+        speed_cache = await asyncio.to_thread(speed_file, config, loader)
         await join(node, registry, network)
         span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
         for folder in config.adapters.values():  # better refused now than once the blocks are loaded
             await _read_adapter(loader, folder, span)
-        speed = _known_speed(config, kept)
+        speed = _known_speed(config, speed_cache)
         joining = ServerInfo(
             peer=node.peer,
             addresses=tuple(map(str, node.addresses)),
@@ -106,17 +107,16 @@ async def run_server(
             version=version(),
         )
         await registry.announce(joining, config.announce_ttl)
-        following = asyncio.create_task(follow_addresses(node, registry, joining, config.announce_ttl))
+        following = follow_addresses(node, registry, joining, config.announce_ttl)
         try:
-            began = asyncio.get_running_loop().time()
-            executor = await asyncio.to_thread(loader.load, span, progress=progress)
-            loading = asyncio.get_running_loop().time() - began
-            speed = await _measure(speed, kept, executor, node, registry, rng)
+            async with running(following, "addresses of a server that joins"):
+                began = asyncio.get_running_loop().time()
+                executor = await asyncio.to_thread(loader.load, span, progress=progress)
+                loading = asyncio.get_running_loop().time() - began
+                speed = await _measure(speed, speed_cache, executor, node, registry, rng)
         except BaseException:
             await registry.withdraw()
             raise
-        finally:
-            following.cancel()
         cache_tokens = config.cache_tokens or default_cache_tokens(executor, loader)
         settings = config
         if settings.activation_budget is None:
@@ -172,17 +172,17 @@ async def _read_adapter(loader: BlockLoader, folder: str, span: Span) -> Weights
     return await asyncio.to_thread(read_adapter, folder, loader.config, span)
 
 
-def _known_speed(config: ServerConfig, kept: SpeedFile) -> ServerSpeed:
+def _known_speed(config: ServerConfig, speed_cache: SpeedFile) -> ServerSpeed:
     """What the user states, or what was measured at an earlier start."""
     if not isinstance(config.throughput, str):
         return ServerSpeed(stated=config.throughput)
-    compute = kept.read() if config.throughput == "auto" else None
+    compute = speed_cache.read() if config.throughput == "auto" else None
     return ServerSpeed(compute) if compute is not None else ServerSpeed()
 
 
 async def _measure(
     known: ServerSpeed,
-    kept: SpeedFile,
+    speed_cache: SpeedFile,
     executor: BlockExecutor,
     node: Node,
     registry: Registry,
@@ -196,11 +196,11 @@ async def _measure(
     if known.stated:
         if not executor.thread_choices:
             return known
-        compute = kept.read() or compute
+        compute = speed_cache.read() or compute
     if not compute.forward_rps:
         compute = await measure_compute(executor)
         if compute.decode_rps and compute.forward_rps:
-            kept.write(compute)
+            speed_cache.write(compute)
     elif compute.decode_threads:
         executor.use_threads(compute.decode_threads, compute.forward_threads)
     if known.stated:
@@ -257,12 +257,12 @@ async def run_bootstrap(
         await registry.announce(info, BOOTSTRAP_TTL)
         if on_online is not None:
             on_online(info)
-        following = asyncio.create_task(follow_addresses(node, registry, info, BOOTSTRAP_TTL))
         stack.enter_context(watching(node.hold_ups, places=True))
+        following = follow_addresses(node, registry, info, BOOTSTRAP_TTL)
         try:
-            await _report_addresses(node, on_addresses)
+            async with running(following, "addresses of a bootstrap peer"):
+                await _report_addresses(node, on_addresses)
         finally:
-            following.cancel()
             await registry.withdraw()
 
 

@@ -16,11 +16,11 @@ FIRST_GUESS = 10.0
 
 
 @attrs.define(eq=False)
-class Turn:
+class QueuedText:
     """One text, from its request to its end."""
 
     peer: PeerId
-    came: asyncio.Event = attrs.field(factory=asyncio.Event)
+    may_begin: asyncio.Event = attrs.field(factory=asyncio.Event)
     """Set when it may begin."""
 
 
@@ -34,8 +34,8 @@ class GenerationQueue:
     def __init__(self, *, at_once: int, waiting: int) -> None:
         self.at_once = at_once
         self.waiting = waiting
-        self._running: dict[Turn, None] = {}
-        self._line: dict[Turn, None] = {}
+        self._running: dict[QueuedText, None] = {}
+        self._line: dict[QueuedText, None] = {}
         self._under_way: Counter[PeerId] = Counter()
         self._seconds = FIRST_GUESS
 
@@ -59,43 +59,43 @@ class GenerationQueue:
         """Seconds after which one more text would have its turn, going by how long texts took of late."""
         return self._seconds * (len(self._line) + 1) / self.at_once
 
-    def enter(self, peer: PeerId) -> Turn:
+    def enter(self, peer: PeerId) -> QueuedText:
         """Get in line for a text; `leave` has to follow. Raise `BusyError` when the line is full."""
-        turn = Turn(peer)
-        self._line[turn] = None
+        text = QueuedText(peer)
+        self._line[text] = None
         self._begin()
         own = sum(other.peer == peer for other in self._line)
-        if turn in self._line and (len(self._line) > self.waiting or own > max(1, self.waiting // 2)):
-            del self._line[turn]
+        if text in self._line and (len(self._line) > self.waiting or own > max(1, self.waiting // 2)):
+            del self._line[text]
             raise BusyError(
                 f"{len(self._line)} texts wait at this generation server, {own - 1} of them yours; try again "
                 f"later, or another one",
                 retry_after=round(self.retry_after, 1),
             )
-        return turn
+        return text
 
-    def leave(self, turn: Turn, seconds: float = 0.0) -> None:
+    def leave(self, text: QueuedText, seconds: float = 0.0) -> None:
         """The text is over, after ``seconds`` of being made, or is not waited for any more."""
-        self._line.pop(turn, None)
-        if turn in self._running:
-            del self._running[turn]
-            self._under_way[turn.peer] -= 1
-            if not self._under_way[turn.peer]:
-                del self._under_way[turn.peer]
+        self._line.pop(text, None)
+        if text in self._running:
+            del self._running[text]
+            self._under_way[text.peer] -= 1
+            if not self._under_way[text.peer]:
+                del self._under_way[text.peer]
             self._seconds += 0.2 * (seconds - self._seconds)
         self._begin()
 
     def _begin(self) -> None:
         most = max(1, self.at_once - 1)
         while len(self._running) < self.at_once:
-            able = [turn for turn in self._line if self._under_way[turn.peer] < most]
+            able = [text for text in self._line if self._under_way[text.peer] < most]
             if not able:
                 return
-            turn = min(able, key=lambda turn: self._under_way[turn.peer])  # the oldest of equals
-            del self._line[turn]
-            self._running[turn] = None
-            self._under_way[turn.peer] += 1
-            turn.came.set()
+            text = min(able, key=lambda text: self._under_way[text.peer])  # the oldest of equals
+            del self._line[text]
+            self._running[text] = None
+            self._under_way[text.peer] += 1
+            text.may_begin.set()
 
 
 def _above_zero(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
@@ -110,7 +110,7 @@ class GenerationLimits:
     at_once: int = attrs.field(default=8, validator=_above_zero)
     """Texts that are made at the same time."""
     waiting: int = attrs.field(default=64, validator=_above_zero)
-    """Texts that may wait for their turn."""
+    """Texts that may wait for their text."""
     queue_timeout: float = attrs.field(default=30.0, validator=_above_zero)
     """Most seconds that one waits for it."""
     prompt_tokens: int = attrs.field(default=4096, validator=_above_zero)

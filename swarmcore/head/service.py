@@ -15,7 +15,6 @@ import attrs
 
 from swarmcore.errors import (
     BusyError,
-    DeadlineExceededError,
     ServerDrainingError,
     StreamClosedError,
     SwarmError,
@@ -27,6 +26,7 @@ from swarmcore.head.request import check_length, prompt_of, settings_of
 from swarmcore.prompts import EncodedPrompt, Prompt
 from swarmcore.registry.base import SwarmView
 from swarmcore.rpc.channel import Channel
+from swarmcore.tasks import Deadline, deadline_after, running, wait_until_set
 from swarmcore.types import ModelInfo, PeerId, short
 from swarmcore.wire.generate import (
     AHEAD,
@@ -91,8 +91,8 @@ class GenerationService:
         self.queue = GenerationQueue(at_once=self.limits.at_once, waiting=self.limits.waiting)
         self.draining = False
         self.counters: Counter[str] = Counter()
-        self._stays: dict[Channel, asyncio.Timeout] = {}
-        self._one_left = asyncio.Event()
+        self._lifetimes: dict[Channel, asyncio.Timeout] = {}
+        self._one_ended = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<GenerationService {self.model.info.name} · {self.queue!r}>"
@@ -111,8 +111,8 @@ class GenerationService:
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._all_left()
-        return len(self._stays)
+                await self._all_ended()
+        return len(self._lifetimes)
 
     async def leave(self, view: SwarmView, own: PeerId, seconds: float) -> None:
         """Send the clients to other generation servers of ``view`` at once; where there are none, let their
@@ -124,31 +124,30 @@ class GenerationService:
     async def close(self) -> None:
         """Send the clients that are here elsewhere; they go on there. Harmless when repeated."""
         self.draining = True
-        for stay in self._stays.values():
-            if not stay.expired():
-                stay.reschedule(asyncio.get_running_loop().time())
-        await self._all_left()
+        for lifetime in self._lifetimes.values():
+            if not lifetime.expired():
+                lifetime.reschedule(asyncio.get_running_loop().time())
+        await self._all_ended()
 
-    async def _all_left(self) -> None:
-        while self._stays:
-            self._one_left.clear()
-            await self._one_left.wait()
+    async def _all_ended(self) -> None:
+        while self._lifetimes:
+            self._one_ended.clear()
+            await self._one_ended.wait()
 
     async def serve(self, channel: Channel) -> None:
         """Handle one channel: its text's whole way."""
         request = channel.opening.record
         self._check(request)
         prompt, options = prompt_of(request, self.limits), settings_of(request, self.limits)
-        stay = asyncio.timeout(None)
-        reader = _Reader(channel, stay)
-        reading = asyncio.create_task(reader.run(), name="reader of a text")
+        lifetime = asyncio.timeout(None)
+        reader = _Reader(channel, lifetime)
         try:
-            async with stay:
-                self._stays[channel] = stay
-                async with self._turn(channel.remote):
+            async with running(reader.run(), "reader of a text"), lifetime:
+                self._lifetimes[channel] = lifetime
+                async with self._place(channel.remote):
                     await self._make(channel, reader, request, prompt, options)
         except TimeoutError as exc:
-            if not stay.expired():
+            if not lifetime.expired():
                 raise
             if reader.end is None:
                 raise ServerDrainingError(
@@ -158,10 +157,8 @@ class GenerationService:
                 raise reader.end from exc
             self.counters["texts_left"] += 1
         finally:
-            self._stays.pop(channel, None)
-            self._one_left.set()
-            reading.cancel()
-            await asyncio.wait([reading])
+            self._lifetimes.pop(channel, None)
+            self._one_ended.set()
 
     def _check(self, request: OpenGeneration) -> None:
         info = self.model.info
@@ -174,30 +171,27 @@ class GenerationService:
             )
 
     @asynccontextmanager
-    async def _turn(self, peer: PeerId) -> AsyncIterator[None]:
+    async def _place(self, peer: PeerId) -> AsyncIterator[None]:
         """A place among the texts that are made. Raise `BusyError` when there is none in time."""
         now = asyncio.get_running_loop().time
         try:
-            turn = self.queue.enter(peer)
+            queued = self.queue.enter(peer)
         except BusyError:
             self.counters["texts_refused"] += 1
             raise
         began = None
         try:
-            try:
-                async with asyncio.timeout(self.limits.queue_timeout):
-                    await turn.came.wait()
-            except TimeoutError as exc:
+            if not await wait_until_set(queued.may_begin, self.limits.queue_timeout):
                 self.counters["texts_refused"] += 1
                 raise BusyError(
                     f"no turn came in {self.limits.queue_timeout:g} s: this generation server makes "
                     f"{self.queue.at_once} texts at once; try again later, or another one",
                     retry_after=round(self.queue.retry_after, 1),
-                ) from exc
+                )
             began = now()
             yield
         finally:
-            self.queue.leave(turn, 0.0 if began is None else now() - began)
+            self.queue.leave(queued, 0.0 if began is None else now() - began)
 
     async def _make(
         self,
@@ -240,33 +234,26 @@ class GenerationService:
         )
 
     async def _send(self, channel: Channel, record: object) -> None:
-        async with self._patience():
+        async with self._deadline():
             await channel.send(record)
 
     async def _taken(self, reader: _Reader, tokens: int) -> None:
         """Wait until the client has taken so many."""
-        async with self._patience():
+        async with self._deadline():
             await reader.taken(tokens)
 
-    @asynccontextmanager
-    async def _patience(self) -> AsyncIterator[None]:
+    def _deadline(self) -> Deadline:
         seconds = self.limits.reader_timeout
-        try:
-            async with asyncio.timeout(seconds) as clock:
-                yield
-        except TimeoutError as exc:
-            if not clock.expired():
-                raise
-            raise DeadlineExceededError(f"the client took nothing of its text for {seconds:g} s") from exc
+        return deadline_after(seconds, f"the client took nothing of its text for {seconds:g} s")
 
 
 class _Reader:
     """What the client says while its text is made: how far it is, and that it has enough."""
 
-    def __init__(self, channel: Channel, stay: asyncio.Timeout) -> None:
+    def __init__(self, channel: Channel, lifetime: asyncio.Timeout) -> None:
         self.end: SwarmError | None = None
         self._channel = channel
-        self._stay = stay
+        self._lifetime = lifetime
         self._tokens = 0
         self._news = asyncio.Event()
 
@@ -279,8 +266,8 @@ class _Reader:
                 self._news.set()
         except SwarmError as exc:
             self.end = exc
-            if not self._stay.expired():
-                self._stay.reschedule(asyncio.get_running_loop().time())
+            if not self._lifetime.expired():
+                self._lifetime.reschedule(asyncio.get_running_loop().time())
 
     async def taken(self, tokens: int) -> None:
         while self._tokens < tokens:

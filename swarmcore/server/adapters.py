@@ -16,7 +16,6 @@ import attrs
 from swarmcore.errors import (
     AdapterError,
     AdapterNotFoundError,
-    DeadlineExceededError,
     InputError,
     ProtocolError,
     ServerMemoryError,
@@ -25,6 +24,7 @@ from swarmcore.errors import (
 from swarmcore.executor.base import Adapter, BlockExecutor, executor_error
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
+from swarmcore.tasks import deadline_after
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted
 from swarmcore.wire.tensors import Tensor
@@ -117,17 +117,11 @@ class WeightsIntake:
 
 async def ask_for_weights(channel: Channel, span: Span, intake: WeightsIntake) -> Weights:
     """An `Ask` for a channel on which nothing else comes before its answer."""
-    await channel.send(AdapterWanted(tuple(range(span.start, span.end))))
+    await channel.send(AdapterWanted(tuple(span)))
     while True:
-        try:
-            async with asyncio.timeout(PART_TIMEOUT) as clock:
-                message = await channel.receive()
-        except TimeoutError as exc:
-            if not clock.expired():
-                raise
-            raise DeadlineExceededError(
-                f"nothing more of the adapter's weights came for {PART_TIMEOUT:.0f} s"
-            ) from exc
+        late = f"nothing more of the adapter's weights came for {PART_TIMEOUT:.0f} s"
+        async with deadline_after(PART_TIMEOUT, late):
+            message = await channel.receive()
         if not isinstance(message.record, AdapterPart):
             raise ProtocolError(f"a {message.kind} came where an adapter's weights were asked for")
         if (whole := await intake.take(message.record, message.tensors)) is not None:
@@ -135,7 +129,7 @@ async def ask_for_weights(channel: Channel, span: Span, intake: WeightsIntake) -
 
 
 @attrs.define(eq=False)
-class _Kept:
+class _CachedAdapter:
     adapter: Adapter | None
     """None when there are no weights for these blocks."""
     span: Span
@@ -176,7 +170,7 @@ class AdapterStore:
         self._executor = executor
         self._sources: dict[str, Read] = {}
         self._named: dict[str, Adapter | None] = {}
-        self._own: dict[tuple[PeerId, str], list[_Kept]] = {}
+        self._own: dict[tuple[PeerId, str], list[_CachedAdapter]] = {}
         self._arriving: dict[tuple[PeerId, str], list[_Arrival]] = {}
 
     @property
@@ -187,12 +181,12 @@ class AdapterStore:
     @property
     def nbytes(self) -> int:
         """What clients' adapters take now."""
-        return sum(kept.nbytes for versions in self._own.values() for kept in versions)
+        return sum(cached.nbytes for versions in self._own.values() for cached in versions)
 
     @property
     def in_use(self) -> int:
         """By how many sessions and passes clients' adapters are used."""
-        return sum(kept.users for versions in self._own.values() for kept in versions)
+        return sum(cached.users for versions in self._own.values() for cached in versions)
 
     async def load_named(self, name: str, read: Read) -> None:
         """Serve what ``read`` gives as ``name``, from now on. Raise what it raises, and `AdapterError`."""
@@ -226,11 +220,11 @@ class AdapterStore:
         elif name.name:
             yield self._of_name(name.name)
         else:
-            kept = await self._of_peer(peer, _checked(name.version), span, ask)
+            cached = await self._of_peer(peer, _checked(name.version), span, ask)
             try:
-                yield kept.adapter
+                yield cached.adapter
             finally:
-                kept.users -= 1
+                cached.users -= 1
 
     def _of_name(self, name: str) -> Adapter | None:
         try:
@@ -241,31 +235,31 @@ class AdapterStore:
                 f"this server has no adapter {name[:64]!r}; it serves {served}", adapters=list(self.names)
             ) from None
 
-    async def _of_peer(self, peer: PeerId, version: str, span: Span, ask: Ask) -> _Kept:
+    async def _of_peer(self, peer: PeerId, version: str, span: Span, ask: Ask) -> _CachedAdapter:
         """What the peer has sent, or sends now; counted as used once more."""
         if not self.budget:
             raise AdapterNotFoundError("this server takes no adapters of clients; use another one")
         key = peer, version
         while True:
-            if (kept := self._find(key, span)) is not None:
+            if (cached := self._find(key, span)) is not None:
                 self.counters["adapter_hits"] += 1
-                return kept
-            coming = [each for each in self._arriving.get(key, ()) if _covers(each.span, span)]
+                return cached
+            coming = [each for each in self._arriving.get(key, ()) if each.span.covers(span)]
             if not coming:
                 return await self._fetch(key, span, ask)
             await coming[0].over.wait()
             if coming[0].refusal is not None:
                 raise executor_error(coming[0].refusal)
 
-    def _find(self, key: tuple[PeerId, str], span: Span) -> _Kept | None:
-        for kept in self._own.get(key, ()):
-            if _covers(kept.span, span):
+    def _find(self, key: tuple[PeerId, str], span: Span) -> _CachedAdapter | None:
+        for cached in self._own.get(key, ()):
+            if cached.span.covers(span):
                 self._own[key] = self._own.pop(key)  # the last to go
-                kept.users += 1
-                return kept
+                cached.users += 1
+                return cached
         return None
 
-    async def _fetch(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _Kept:
+    async def _fetch(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _CachedAdapter:
         arrival = _Arrival(span)
         self._arriving.setdefault(key, []).append(arrival)
         self.counters["adapters_asked"] += 1
@@ -285,21 +279,15 @@ class AdapterStore:
                 del self._arriving[key]
         raise executor_error(refusal)
 
-    async def _receive(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _Kept:
+    async def _receive(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _CachedAdapter:
         intake = WeightsIntake(self._executor, span, self.share, self._resources, key[0])
         with intake:
-            try:
-                async with asyncio.timeout(ARRIVAL_TIMEOUT) as clock:
-                    weights = await ask(span, intake)
-            except TimeoutError as exc:
-                if not clock.expired():
-                    raise
-                raise DeadlineExceededError(
-                    f"the weights of the adapter did not come within {ARRIVAL_TIMEOUT:.0f} s"
-                ) from exc
-            kept = _Kept(await self._load(weights), span, users=1)
-        self._keep(key, kept)
-        return kept
+            late = f"the weights of the adapter did not come within {ARRIVAL_TIMEOUT:.0f} s"
+            async with deadline_after(ARRIVAL_TIMEOUT, late):
+                weights = await ask(span, intake)
+            cached = _CachedAdapter(await self._load(weights), span, users=1)
+        self._add(key, cached)
+        return cached
 
     async def _load(self, weights: Weights) -> Adapter | None:
         if not weights.tensors:
@@ -311,39 +299,39 @@ class AdapterStore:
                 logger.exception("the executor failed to load an adapter")
             raise executor_error(exc) from exc
 
-    def _keep(self, key: tuple[PeerId, str], kept: _Kept) -> None:
-        if kept.nbytes > self.share:
+    def _add(self, key: tuple[PeerId, str], cached: _CachedAdapter) -> None:
+        if cached.nbytes > self.share:
             raise AdapterError(
-                f"the adapter takes {kept.nbytes} bytes here, and the server has {self.share} for adapters "
+                f"the adapter takes {cached.nbytes} bytes here, and the server has {self.share} for adapters "
                 f"of one client; use a smaller one, or another server"
             )
         same_peer = [other for other in self._own if other[0] == key[0] and other != key]
         for old in same_peer[: max(0, len(same_peer) + 1 - MAX_OF_ONE_PEER)]:
             self._drop_unused(old)
         used = self._used_by(key[0])
-        if used + kept.nbytes > self.share:
+        if used + cached.nbytes > self.share:
             raise ServerMemoryError(
-                f"the adapter takes {kept.nbytes} bytes, and of the {self.share} that this server has for "
+                f"the adapter takes {cached.nbytes} bytes, and of the {self.share} that this server has for "
                 f"adapters of one client {used} are in use by you; end some of your sessions"
             )
         for old in list(self._own):
-            if self.nbytes + kept.nbytes <= self.budget:
+            if self.nbytes + cached.nbytes <= self.budget:
                 break
             self._drop_unused(old)
-        if self.nbytes + kept.nbytes > self.budget:
+        if self.nbytes + cached.nbytes > self.budget:
             raise ServerMemoryError(
-                f"the adapter takes {kept.nbytes} bytes, and of the {self.budget} that this server has for "
+                f"the adapter takes {cached.nbytes} bytes, and of the {self.budget} that this server has for "
                 f"adapters of clients {self.nbytes} are in use; try again later, or another server"
             )
-        self._own[key] = [*self._own.pop(key, ()), kept]
+        self._own[key] = [*self._own.pop(key, ()), cached]
 
     def _used_by(self, peer: PeerId) -> int:
         """Bytes of a client's adapters that it uses: the others make room for anybody."""
-        own = (kept for key, versions in self._own.items() if key[0] == peer for kept in versions)
-        return sum(kept.nbytes for kept in own if kept.users)
+        own = (cached for key, versions in self._own.items() if key[0] == peer for cached in versions)
+        return sum(cached.nbytes for cached in own if cached.users)
 
     def _drop_unused(self, key: tuple[PeerId, str]) -> None:
-        used = [kept for kept in self._own[key] if kept.users]
+        used = [cached for cached in self._own[key] if cached.users]
         self.counters["adapters_dropped"] += len(self._own[key]) - len(used)
         if used:
             self._own[key] = used
@@ -356,10 +344,6 @@ class AdapterStore:
             f"<AdapterStore {len(self._named)} named · {len(self._own)} of {peers or 'nobody'} · "
             f"{self.nbytes}/{self.budget} bytes>"
         )
-
-
-def _covers(span: Span, wanted: Span) -> bool:
-    return span.start <= wanted.start and wanted.end <= span.end
 
 
 def _checked(version: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections import Counter
@@ -22,6 +21,7 @@ from swarmcore.placement.rebalance import MoveCost
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore, Weights
+from swarmcore.server.announcer import Announcer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.forward_backward import ForwardBackwardService, training_limits
 from swarmcore.server.inference import InferenceService
@@ -29,7 +29,8 @@ from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.server.successor_rtts import SuccessorRtts
 from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sources import announced_source
-from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, ServerState, Span, short
+from swarmcore.tasks import cancel_and_wait
+from swarmcore.types import ModelInfo, PeerId, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
 from swarmcore.wire.method import Caller
 from swarmcore.wire.protocols import (
@@ -46,12 +47,6 @@ from swarmcore.wire.protocols import (
 logger = logging.getLogger(__name__)
 
 VERSION = version()
-
-REFRESH = 5.0
-"""Seconds between looks at whether load or cache have changed enough to be announced."""
-
-LOAD_CHANGES = 5.0
-"""Changes of load a second, of all servers together, that a swarm is to carry: each goes to every member."""
 
 
 class AnnouncedService(Protocol):
@@ -119,7 +114,7 @@ class BlockServer:
             admission_timeout=config.admission_timeout,
             adapters=self.adapters,
         )
-        self.passes = ForwardBackwardService(
+        self.training = ForwardBackwardService(
             self.engine, executor.model, executor.span, self.adapters, node.resources
         )
         self._model = attrs.evolve(executor.model, source=announced_source(config.model, config.revision))
@@ -132,12 +127,14 @@ class BlockServer:
         """How often it has moved to other blocks."""
         self._seconds_per_block = seconds_per_block
         self._read_adapter = read_adapter
-        self._announced: ServerInfo | None = None
+        self._announcer = Announcer(node, registry, lambda: self.info, config.announce_ttl)
         self._tasks: list[asyncio.Task[None]] = []
         self._rebalancing: Rebalancing | None = None
-        self._neighbours: SuccessorRtts | None = None
+        self._successor_rtts: SuccessorRtts | None = None
         if rng is not None:
-            self._neighbours = SuccessorRtts(node, registry.view, executor.model, lambda: self.span, rng=rng)
+            self._successor_rtts = SuccessorRtts(
+                node, registry.view, executor.model, lambda: self.span, rng=rng
+            )
             if config.rebalance_interval > 0:
                 self._rebalancing = Rebalancing(
                     self, node.peer, config.rebalance_interval, rng, balance_quality=config.balance_quality
@@ -165,7 +162,7 @@ class BlockServer:
             forward_rps=stats.forward_rps or self.speed.compute.forward_rps / blocks,
             throughput=self.speed.throughput(len(self.target or self.span)),
             queue_seconds=self.engine.queue_seconds,
-            rtts=self._neighbours.rtts if self._neighbours is not None else (),
+            rtts=self._successor_rtts.rtts if self._successor_rtts is not None else (),
             target=self.target,
             pinned=self._rebalancing is None,
             pass_tokens=self.config.max_pass_tokens,
@@ -186,13 +183,16 @@ class BlockServer:
         """What it is about to do and why, and how it is reached where that could be better, in words."""
         if self.state == "draining":
             return ("leaving: it takes no new sessions",)
-        adapters = (f"adapters: {', '.join(self.adapters.names)}",) if self.adapters.names else ()
+        notes = list(self.registry.notes)
         if self._rebalancing is not None:
-            placement = self._rebalancing.note
+            notes.append(self._rebalancing.note)
         else:
-            placement = "placement: it stays on its blocks, as it was told"
-        service = (self.service.note,) if self.service is not None else ()
-        return (*self.registry.notes, placement, *adapters, *service, *self.node.notes)
+            notes.append("placement: it stays on its blocks, as it was told")
+        if self.adapters.names:
+            notes.append(f"adapters: {', '.join(self.adapters.names)}")
+        if self.service is not None:
+            notes.append(self.service.note)
+        return (*notes, *self.node.notes)
 
     def __repr__(self) -> str:
         model = self.executor.model
@@ -217,16 +217,16 @@ class BlockServer:
         self.node.serve(SESSION_STATE_METHOD, self.inference.state)
         self.node.serve(INFO_METHOD, self._info)
         self.node.serve_protocol(INFERENCE_PROTOCOL, self.inference.serve)
-        self.node.serve_protocol(FORWARD_PROTOCOL, self.passes.forward)
-        self.node.serve_protocol(BACKWARD_PROTOCOL, self.passes.backward)
-        self.node.serve_protocol(FORWARD_OF_PADDING_PROTOCOL, self.passes.forward)
-        self.node.serve_protocol(BACKWARD_OF_PADDING_PROTOCOL, self.passes.backward)
+        self.node.serve_protocol(FORWARD_PROTOCOL, self.training.forward)
+        self.node.serve_protocol(BACKWARD_PROTOCOL, self.training.backward)
+        self.node.serve_protocol(FORWARD_OF_PADDING_PROTOCOL, self.training.forward)
+        self.node.serve_protocol(BACKWARD_OF_PADDING_PROTOCOL, self.training.backward)
         self.state = "online"
         self._started = True
-        await self._announce()
-        self._tasks.append(asyncio.create_task(self._announce_changes(), name="announcing"))
-        if self._neighbours is not None:
-            self._neighbours.start()
+        await self._announcer.announce()
+        self._tasks.append(asyncio.create_task(self._announcer.run(), name="announcing"))
+        if self._successor_rtts is not None:
+            self._successor_rtts.start()
         if self._rebalancing is not None:
             self._tasks.append(asyncio.create_task(self._rebalancing.run(), name="rebalancing"))
         logger.info("%r", self)
@@ -245,7 +245,7 @@ class BlockServer:
         """
         await self._stop_tasks()
         self.state, self.target = "draining", None
-        await self._try_to_announce()
+        await self._announcer.try_to_announce()
         logger.info("%r", self)
         if self.service is None:
             return await self._drain(None)
@@ -255,7 +255,8 @@ class BlockServer:
 
     async def close(self) -> None:
         """Withdraw, refuse new sessions, end those that are open. Harmless when repeated."""
-        self.inference.draining = self.passes.draining = True
+        self.inference.keep_only(None)
+        self.training.keep_only(None)
         self.state = "draining"
         await self._stop_tasks()
         if self._started:
@@ -282,7 +283,7 @@ class BlockServer:
     async def announce_target(self, target: Span | None) -> None:
         """Let others know where this server is about to move, or that it will stay after all."""
         self.target = target
-        await self._try_to_announce()
+        await self._announcer.try_to_announce()
 
     async def move_to(self, span: Span) -> None:
         """Hold the blocks ``span`` instead of those held now; blocks that stay are served all the while.
@@ -298,13 +299,12 @@ class BlockServer:
         if self._moving:
             raise InputError(f"{self!r} is moving already")
         self._moving = True
-        staying = Span(max(held.start, span.start), min(held.end, span.end))
-        kept = staying if staying.start < staying.end else None
+        kept = held.overlap(span)
         try:
             self.state, self.span, self.target = ("online", kept, span) if kept else ("joining", span, None)
-            await self._try_to_announce()
+            await self._announcer.try_to_announce()
             await self._drain(kept)
-            await asyncio.gather(self.inference.end(keep=kept), self.passes.end(keep=kept))
+            await asyncio.gather(self.inference.end(keep=kept), self.training.end(keep=kept))
             await self._load(span, instead_of=held)
         finally:
             self._moving = False
@@ -313,7 +313,7 @@ class BlockServer:
         """Let what needs blocks outside of ``keep`` come to its end; return how many sessions have not."""
         open_sessions, _ = await asyncio.gather(
             self.inference.drain(self.config.drain, keep=keep),
-            self.passes.drain(self.config.drain, keep=keep),
+            self.training.drain(self.config.drain, keep=keep),
         )
         return open_sessions
 
@@ -327,7 +327,7 @@ class BlockServer:
             await self._go_back(instead_of)
             raise
         self.moves += 1
-        fresh = sum(block not in instead_of for block in range(span.start, span.end))
+        fresh = sum(block not in instead_of for block in span)
         self._seconds_per_block = (loop.time() - before) / max(1, fresh)
         await self._serve_again()
 
@@ -339,89 +339,37 @@ class BlockServer:
             if self.state == "joining":  # nothing stayed
                 logger.error("could not load blocks %s again, leaving the swarm: %s", held, exc)
                 self.state = "draining"
-                await self._try_to_announce()
+                await self._announcer.try_to_announce()
                 return
             logger.error("could not load blocks %s again, staying on %s: %s", held, self.executor.span, exc)
         await self._serve_again()
 
     async def _serve_again(self) -> None:
         await self.adapters.change_span()
-        self.inference.span = self.passes.span = self.span = self.executor.span
-        self.inference.draining = self.passes.draining = False
+        self.span = self.executor.span
+        self.inference.resume(self.span)
+        self.training.resume(self.span)
         self.state, self.target = "online", None
-        await self._try_to_announce()
+        await self._announcer.try_to_announce()
         logger.info("%r", self)
 
-    # --- announcing --------------------------------------------------------------------------------------
-
-    async def _announce(self) -> None:
-        info = self.info
-        await self.registry.announce(info, self.config.announce_ttl)
-        self._announced = info
-
-    async def _announce_changes(self) -> None:
-        while True:
-            await self._readdressed(within=max(REFRESH, len(self.registry.view()) / LOAD_CHANGES))
-            if self._announced is None or _differs(self._announced, self.info):
-                await self._try_to_announce()
-
-    async def _readdressed(self, within: float) -> None:
-        """Wait until this server is reached at other addresses than those announced, or for so long."""
-        if self._announced is None:
-            await asyncio.sleep(within)
-            return
-        announced = tuple(map(Address.parse, self._announced.addresses))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await self.node.addresses_other_than(announced)
-
-    async def _try_to_announce(self) -> None:
-        """As `_announce`; a failure is logged, and mended at the next refresh."""
-        try:
-            await self._announce()
-        except Exception:
-            self._announced = None
-            logger.exception("could not announce; trying again in %.0f s", REFRESH)
-
     async def _stop_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
         self._tasks.clear()
-        if self._neighbours is not None:
-            await self._neighbours.close()
+        if self._successor_rtts is not None:
+            await self._successor_rtts.close()
 
     async def _ping(self, request: Ping, caller: Caller) -> Pong:
         return Pong(request.payload)
 
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
-        services = self.inference.counters + self.passes.counters + self.adapters.counters
+        services = self.inference.counters + self.training.counters + self.adapters.counters
         if self.service is not None:
             services += self.service.counters
         counted = {**self.engine.counters, **services, "moves": self.moves}
         counters = {name: float(count) for name, count in counted.items()} | self.node.measures
         uptime = asyncio.get_running_loop().time() - self._started_at
         return InfoReply(self.info, uptime, counters, self.notes, self.node.resources.snapshot())
-
-
-def _differs(announced: ServerInfo, current: ServerInfo) -> bool:
-    """Whether clients would choose differently: small moves of load are not worth the traffic."""
-    free = abs(announced.cache_tokens_free - current.cache_tokens_free)
-    speeds = [(announced.decode_rps, current.decode_rps), (announced.forward_rps, current.forward_rps)]
-    waits = (announced.queue_seconds, current.queue_seconds)
-    steady = attrs.evolve(
-        current,
-        cache_tokens_free=announced.cache_tokens_free,
-        decode_rps=announced.decode_rps,
-        forward_rps=announced.forward_rps,
-        queue_seconds=announced.queue_seconds,
-    )
-    return (
-        steady != announced
-        or free > current.cache_tokens // 20
-        or any(abs(old - new) > 0.25 * max(old, new) for old, new in speeds)
-        or abs(waits[0] - waits[1]) > max(0.01, 0.25 * max(waits))
-    )
 
 
 def _is_number(throughput: float | str) -> TypeGuard[float]:

@@ -11,6 +11,7 @@ from swarmcore.errors import UnavailableError
 from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.in_flight import InFlightBytes
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import StepForwarded
 from swarmcore.wire.tensors import Tensor
@@ -66,9 +67,7 @@ class ClientOutbox:
         self._copies.clear()
         self._copies_nbytes = 0
         self._changed.set()
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+        await cancel_and_wait(self._sender)
 
     async def _send_copies(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from swarmcore.resources import Resource
 from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import MAX_ADDRESSES
 from swarmcore.wire.messages import Hop, JoinSession, Ping, Step
@@ -49,7 +50,7 @@ class StageDialer:
         self._registry = registry
         self._counters = counters
         self._rates = TokenBuckets[PeerId](RATE, BURST)
-        self._proven: OrderedDict[PeerId, tuple[str, ...]] = OrderedDict()
+        self._proven: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
 
     async def connect(self, hop: Hop, client: PeerId) -> Channel:
         """A channel into the session that ``client`` has opened at ``hop``.
@@ -65,8 +66,7 @@ class StageDialer:
 
     async def probe(self, hop: Hop, *, least: float) -> None:
         """Return when the stage answers; raise as `swarmcore.rpc.asking.ask`."""
-        addresses = [Address.parse(url) for url in await self._addresses(hop.peer)]
-        await ask(self._node, addresses, PING_METHOD, Ping(), least=least)
+        await ask(self._node, await self._addresses(hop.peer), PING_METHOD, Ping(), least=least)
 
     async def _connect(self, hop: Hop, client: PeerId) -> Channel:
         now = asyncio.get_running_loop().time()
@@ -79,17 +79,16 @@ class StageDialer:
             found = await self._addresses(hop.peer)
             opening = JoinSession(hop.session)
             timeout = deadline - asyncio.get_running_loop().time()
-            addresses = [Address.parse(url) for url in found]
-            channel = await self._node.open(addresses, INFERENCE_PROTOCOL, opening, timeout=timeout)
+            channel = await self._node.open(found, INFERENCE_PROTOCOL, opening, timeout=timeout)
         self._proven[hop.peer] = found
         self._proven.move_to_end(hop.peer)
         if len(self._proven) > PROVEN_REMEMBERED:
             self._proven.popitem(last=False)
         return channel
 
-    async def _addresses(self, peer: PeerId) -> tuple[str, ...]:
+    async def _addresses(self, peer: PeerId) -> tuple[Address, ...]:
         if peer == self._node.peer:
-            return tuple(map(str, self._node.addresses))
+            return self._node.addresses
         changes = self._registry.changes()
         if not (found := self._announced(peer) or self._proven.get(peer, ())):
             with contextlib.suppress(TimeoutError):
@@ -101,9 +100,9 @@ class StageDialer:
             raise PeerUnreachableError("no record of the peer is known")
         return found
 
-    def _announced(self, peer: PeerId) -> tuple[str, ...]:
+    def _announced(self, peer: PeerId) -> tuple[Address, ...]:
         info = self._registry.view().servers.get(peer)
-        return info.addresses if info is not None else ()
+        return info.dialable if info is not None else ()
 
 
 PUSH_TIMEOUT = 20.0
@@ -164,10 +163,8 @@ class Downstream:
 
     async def close(self) -> None:
         channel, self._channel = self._channel, None
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
-            self._watching = None
+        await cancel_and_wait(self._watching)
+        self._watching = None
         if channel is not None:
             await channel.close()
 

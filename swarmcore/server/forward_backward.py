@@ -13,7 +13,7 @@ from swarmcore.engine.engine import Engine
 from swarmcore.engine.training import TrainingLimits
 from swarmcore.engine.training_turn import TrainingRequest
 from swarmcore.engine.validation import check_codec
-from swarmcore.errors import DeadlineExceededError, InvalidBatchError
+from swarmcore.errors import InvalidBatchError
 from swarmcore.executor.base import TrainingBatch
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
@@ -21,6 +21,7 @@ from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
 from swarmcore.server.forward_backward_channel import ForwardBackwardChannel, RenewableDeadline, Sender
 from swarmcore.server.span_service import SpanService
+from swarmcore.tasks import deadline_after, running
 from swarmcore.types import ModelInfo, PeerId, Span
 from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward, PassProgress
 from swarmcore.wire.tensors import Tensor
@@ -136,12 +137,8 @@ class ForwardBackwardService(SpanService):
         if not talk.patience.prolonged:
             yield  # the client gives up by itself, and does not expect to hear of it
             return
-        looking = asyncio.create_task(look(), name="progress of a pass")
-        try:
+        async with running(look(), "progress of a pass"):
             yield
-        finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
 
     @asynccontextmanager
     async def _turn(
@@ -149,11 +146,14 @@ class ForwardBackwardService(SpanService):
     ) -> AsyncIterator[tuple[TrainingRequest, ForwardBackwardChannel]]:
         span = self._check(opening)
         deadline = min(opening.deadline, MAX_DEADLINE)
-        clock = asyncio.timeout(deadline)
+        late = (
+            f"the pass of {sum(opening.lengths)} tokens was not through in {deadline:g} s; "
+            f"send smaller batches, or allow it more time"
+        )
         sender = self._senders.setdefault(channel.remote, Sender(asyncio.get_running_loop().time()))
         self.under_way += 1
         try:
-            async with clock:
+            async with deadline_after(deadline, late) as clock:
                 with (
                     self._engine.training.admit(channel.remote, span, opening.lengths, deadline) as turn,
                     self._resources.reserve(channel.remote, Resource.BYTES, 0) as held,
@@ -165,13 +165,6 @@ class ForwardBackwardService(SpanService):
                         ForwardBackwardChannel(channel, self._engine.executor, rows, sender, held, patience),
                     )
             self.counters["passes_served"] += 1
-        except TimeoutError as exc:
-            if not clock.expired():
-                raise
-            raise DeadlineExceededError(
-                f"the pass of {sum(opening.lengths)} tokens was not through in {deadline:g} s; "
-                f"send smaller batches, or allow it more time"
-            ) from exc
         finally:
             self.under_way -= 1
 

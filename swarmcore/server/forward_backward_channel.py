@@ -114,7 +114,7 @@ class ForwardBackwardChannel:
     async def weights(self, span: Span, intake: WeightsIntake) -> Weights:
         """Have the client send its adapter's weights for ``span``; rows that come before are taken in."""
         self._weights = intake
-        await self._channel.send(AdapterWanted(tuple(range(span.start, span.end))))
+        await self._channel.send(AdapterWanted(tuple(span)))
         while (whole := await self._next()) is None:
             pass
         self._weights = None

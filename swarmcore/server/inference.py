@@ -18,6 +18,7 @@ from swarmcore.server.downstream import StageDialer
 from swarmcore.server.session import ServerSession
 from swarmcore.server.span_service import SpanService
 from swarmcore.server.upstream import check_upstream
+from swarmcore.tasks import Deadline, deadline_after
 from swarmcore.types import ModelInfo, Span, short
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 from swarmcore.wire.method import Caller
@@ -100,7 +101,7 @@ class InferenceService(SpanService):
         return {
             session.id: session
             for session in self._sessions.values()
-            if keep is None or not keep.start <= session.span.start < session.span.end <= keep.end
+            if keep is None or not keep.covers(session.span)
         }
 
     async def serve(self, channel: Channel) -> None:
@@ -138,7 +139,7 @@ class InferenceService(SpanService):
         )
         try:
             self._check(opening)  # again: it may have waited for room while the server began to leave
-            async with session.lifetime:
+            async with Deadline(session.lifetime, _blocks_gone):
                 self._sessions[session.id] = session
                 self.counters["sessions_opened"] += 1
                 logger.info(
@@ -154,12 +155,6 @@ class InferenceService(SpanService):
                 await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
                 session.start()
                 await session.receive_from(channel, is_client=True)
-        except TimeoutError as exc:
-            if not session.lifetime.expired():
-                raise
-            raise ServerDrainingError(
-                "the session was ended: this server had to let go of its blocks"
-            ) from exc
         finally:
             if self._sessions.pop(session.id, None) is not None:
                 logger.info("session %s of %s ended", session.id[:8], short(channel.remote))
@@ -178,10 +173,11 @@ class InferenceService(SpanService):
         waiting = self._awaited.setdefault(session, set())
         waiting.add(future)
         try:
-            async with asyncio.timeout(JOIN_TIMEOUT):
+            async with deadline_after(
+                JOIN_TIMEOUT,
+                lambda: SessionLostError(f"no session {session[:8]}… here: it was closed, or never opened"),
+            ):
                 return await future
-        except TimeoutError as exc:
-            raise SessionLostError(f"no session {session[:8]}… here: it was closed, or never opened") from exc
         finally:
             waiting.discard(future)
             if not waiting:
@@ -194,6 +190,10 @@ class InferenceService(SpanService):
             raise InvalidStepError("a session id is 32 hex digits, random, and used once")
         check_upstream(opening.pushers or ())
         return span
+
+
+def _blocks_gone() -> ServerDrainingError:
+    return ServerDrainingError("the session was ended: this server had to let go of its blocks")
 
 
 def _check_id(session: str) -> None:

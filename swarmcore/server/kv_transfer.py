@@ -13,6 +13,7 @@ from swarmcore.errors import InvalidStepError, SessionLostError, StreamClosedErr
 from swarmcore.server.client_outbox import ClientOutbox
 from swarmcore.server.downstream import StageDialer
 from swarmcore.server.in_flight import InFlightBytes
+from swarmcore.tasks import deadline_after
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.messages import CachePart, KvTransferFailed, KvTransferred, TransferKv
 from swarmcore.wire.tensors import Tensor
@@ -54,7 +55,7 @@ class KvTransfer:
         try:
             if order.hop.session == self._session:
                 raise InvalidStepError("a session cannot be handed over to itself")
-            async with asyncio.timeout(PART_TIMEOUT) as clock:
+            async with deadline_after(PART_TIMEOUT, _too_slow) as clock:
                 chunks = self._engine.export_cache(self._session, max_bytes=PART_NBYTES)
                 connecting = self._dialer.connect(order.hop, self._client.peer)
                 async with aclosing(chunks), await connecting as channel:
@@ -67,9 +68,6 @@ class KvTransfer:
                     with contextlib.suppress(StreamClosedError):  # the other server has read everything
                         await channel.receive()
             self._counters["sessions_handed_over"] += 1
-        except TimeoutError:
-            message = f"a part of the caches did not get across in {PART_TIMEOUT:.0f} s"
-            await self._failed(SessionLostError(message))
         except SwarmError as exc:
             await self._failed(exc)
 
@@ -89,3 +87,7 @@ class KvTransfer:
     async def _failed(self, error: SwarmError) -> None:
         logger.info("session %s: its caches do not get across: %s", self._session[:8], error)
         await self._client.send(KvTransferFailed(to_failure(error)))
+
+
+def _too_slow() -> SessionLostError:
+    return SessionLostError(f"a part of the caches did not get across in {PART_TIMEOUT:.0f} s")

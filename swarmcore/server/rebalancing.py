@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 from swarmcore.errors import SwarmError
 from swarmcore.placement.rebalance import Decision, MoveCost, Rebalancer, look_delay
 from swarmcore.registry.base import Registry
+from swarmcore.tasks import running, wait_until_set
 from swarmcore.types import PeerId, ServerInfo, Span
 
 logger = logging.getLogger(__name__)
@@ -61,32 +61,26 @@ class Rebalancing:
         self._rng = rng
         self._peer = peer
         self._rebalancer = Rebalancer(peer, balance_quality=balance_quality)
-        self._stirred = asyncio.Event()
+        self._changed = asyncio.Event()
 
     async def run(self) -> None:
         """Look and move until cancelled; what goes wrong is logged, and tried again at the next look."""
-        watching = asyncio.create_task(self._watch(), name="watching for changes of placement")
-        try:
+        async with running(self._watch(), "watching for changes of placement"):
             while True:
                 await self._wait()
                 try:
                     await self.look()
                 except Exception:
                     logger.exception("could not rebalance; looking again in about %.0f s", self._interval)
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
 
     async def _wait(self) -> None:
         """Until it is time to look."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + look_delay(self._interval, self._rng)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                await self._stirred.wait()
+        await wait_until_set(self._changed, deadline - loop.time())
         reaction = max(REACTION, REACTION_PER_SERVER * len(self._server.registry.view()))
         await asyncio.sleep(min(look_delay(reaction, self._rng), max(0.0, deadline - loop.time())))
-        self._stirred.clear()
+        self._changed.clear()
 
     async def _watch(self) -> None:
         """Notice when others are elsewhere, or about to be."""
@@ -95,7 +89,7 @@ class Rebalancing:
             info = change.info
             place = (change.kind == "left", info.state, info.span, info.target)
             if info.peer != self._peer and places.get(info.peer) != place:
-                self._stirred.set()
+                self._changed.set()
             if change.kind == "left":
                 places.pop(info.peer, None)
             else:

@@ -28,6 +28,7 @@ from swarmcore.server.in_flight import InFlightBytes
 from swarmcore.server.kv_transfer import KvTransfer
 from swarmcore.server.output_cache import AnswerCache, ReplayCache, Reply
 from swarmcore.server.upstream import AllowedUpstream
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.framing import Message
@@ -163,9 +164,7 @@ class ServerSession:
         self._answers.close()
         self._replay_cache.close()
         self._in_flight.close()
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+        await cancel_and_wait(self._worker)
         await self._client.close()
         await self._downstream.close()
 

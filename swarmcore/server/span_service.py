@@ -48,6 +48,10 @@ class SpanService:
         else:
             self.span = keep
 
+    def resume(self, span: Span) -> None:
+        """Take new work again, on the blocks ``span``."""
+        self.span, self.draining = span, False
+
     def check_opening(self, opening: Opening) -> Span:
         """The blocks that are asked for.
 

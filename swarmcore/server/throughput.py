@@ -21,7 +21,7 @@ import msgspec
 from swarmcore.errors import SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.rpc.node import Node
-from swarmcore.types import Address, ServerInfo
+from swarmcore.types import ServerInfo
 from swarmcore.wire.messages import Ping
 from swarmcore.wire.protocols import PING_METHOD
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
@@ -183,13 +183,12 @@ def _hidden(executor: BlockExecutor, tokens: int) -> Tensor:
 async def _rate_to(node: Node, server: ServerInfo) -> float:
     """Bytes per second to ``server`` and back, both ways at once; 0 when it does not answer in time."""
     loop = asyncio.get_running_loop()
-    addresses = [Address.parse(url) for url in server.addresses]
     deadline = loop.time() + PEER_TIMEOUT
     empty, best = math.inf, 0.0
     try:
         for payload in (*[b""] * PAYLOADS, *[bytes(PAYLOAD)] * PAYLOADS):
             before = loop.time()
-            await node.call(addresses, PING_METHOD, Ping(payload), timeout=deadline - before)
+            await node.call(server.dialable, PING_METHOD, Ping(payload), timeout=deadline - before)
             seconds = loop.time() - before
             if not payload:
                 empty = min(empty, seconds)  # the first one has dialled

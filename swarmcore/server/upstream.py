@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 
 from swarmcore.errors import InvalidStepError, SessionLostError
+from swarmcore.tasks import deadline_after
 from swarmcore.types import PeerId, short
 
 ADMISSION_TIMEOUT = 10.0
@@ -75,15 +76,13 @@ class AllowedUpstream:
             self._connected.pop(timeout, None)
 
     async def _wait_for_admission(self, peer: PeerId) -> None:
-        try:
-            async with asyncio.timeout(ADMISSION_TIMEOUT):
-                while not self.allows(peer) and not self._closed:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError as exc:
-            raise InvalidStepError(
-                f"the client of this session does not let {short(peer)} push into it"
-            ) from exc
+        async with deadline_after(
+            ADMISSION_TIMEOUT,
+            lambda: InvalidStepError(f"the client of this session does not let {short(peer)} push into it"),
+        ):
+            while not self.allows(peer) and not self._closed:
+                self._changed.clear()
+                await self._changed.wait()
         if self._closed:
             raise SessionLostError("the session was closed")
 

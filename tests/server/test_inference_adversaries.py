@@ -250,7 +250,7 @@ async def test_what_a_server_keeps_for_a_replay_is_bounded_whatever_the_client_s
             await told(channel)
         kept = server.service._sessions[hop.session]._replay_cache._outputs
         assert len(kept._open) <= MAX_OPEN
-        assert kept._lane.nbytes <= 2 * 4 * 4
+        assert kept._history.nbytes <= 2 * 4 * 4
         await channel.close()
         await quiet(swarm)
 
