@@ -6,6 +6,7 @@ transport.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from swarmcore.client.autograd.remote_blocks import RemoteBlocks
     from swarmcore.client.generation.generation import BatchGeneration, Generation
     from swarmcore.client.generation.model import RemoteModel
-    from swarmcore.client.generation.remote import ThinGeneration
+    from swarmcore.client.generation.remote import RemoteGeneration
     from swarmcore.client.generation.token_session import ModelSession
     from swarmcore.client.session.options import Failover, SessionOptions
     from swarmcore.client.session.session import InferenceSession
@@ -55,6 +56,7 @@ _PLACES = {
     "PeerId": "types",
     "Registry": "registry.base",
     "RemoteBlocks": "client.generation.model",
+    "RemoteGeneration": "client.generation.remote",
     "RemoteModel": "client.generation.model",
     "Router": "routing.chain",
     "ServerInfo": "types",
@@ -64,12 +66,14 @@ _PLACES = {
     "Swarm": "client.swarm",
     "SwarmError": "errors",
     "SwarmView": "registry.base",
-    "ThinGeneration": "client.generation.remote",
     "Transport": "transport",
     "connect": "client.swarm",
 }
 """The module of each public name; a module itself where they are the same. What needs torch comes from
 ``client.model``, which says so when it is missing."""
+
+_RENAMED = {"ThinGeneration": "RemoteGeneration"}
+"""Names of the version before, and what they are called now."""
 
 __all__ = [
     "Address",
@@ -90,6 +94,7 @@ __all__ = [
     "PeerId",
     "Registry",
     "RemoteBlocks",
+    "RemoteGeneration",
     "RemoteModel",
     "Router",
     "ServerInfo",
@@ -99,7 +104,6 @@ __all__ = [
     "Swarm",
     "SwarmError",
     "SwarmView",
-    "ThinGeneration",
     "Transport",
     "connect",
     "errors",
@@ -113,6 +117,9 @@ def __getattr__(name: str) -> Any:
         from swarmcore.distribution import version
 
         return version()
+    if (new := _RENAMED.get(name)) is not None:
+        warnings.warn(f"swarmcore.{name} is called swarmcore.{new} now", DeprecationWarning, stacklevel=2)
+        return globals().get(new) or __getattr__(new)
     place = _PLACES.get(name)
     if place is None:
         raise AttributeError(f"module 'swarmcore' has no attribute {name!r}")

@@ -112,10 +112,10 @@ class Swarm(Closing):
 
     def generate(
         self, prompt: Prompt, *, model: str = "", adapter: str = "", **options: Unpack[GenerationOptions]
-    ) -> ThinGeneration:
-        """As `swarmcore.Swarm.generate`. Iterate over the pieces, or take `ThinGeneration.text`."""
+    ) -> RemoteGeneration:
+        """As `swarmcore.Swarm.generate`. Iterate over the pieces, or take `RemoteGeneration.text`."""
         generation = self.asynchronous.generate(prompt, model=model, adapter=adapter, **options)
-        return ThinGeneration(self.loop, generation)
+        return RemoteGeneration(self.loop, generation)
 
     def chat(self, *, system: str | None = None, model: str = "") -> Chat:
         return Chat(self.loop, self.asynchronous.chat(system=system, model=model))
@@ -328,10 +328,10 @@ class Generation(Pieces[str]):
         return repr(self.asynchronous)
 
 
-class ThinGeneration(Pieces[str]):
-    """`swarmcore.client.generation.remote.ThinGeneration`, waiting."""
+class RemoteGeneration(Pieces[str]):
+    """`swarmcore.client.generation.remote.RemoteGeneration`, waiting."""
 
-    def __init__(self, loop: LoopThread, generation: _thin.ThinGeneration) -> None:
+    def __init__(self, loop: LoopThread, generation: _thin.RemoteGeneration) -> None:
         super().__init__(loop, generation)
         self.asynchronous = generation
 
@@ -352,8 +352,8 @@ class ThinGeneration(Pieces[str]):
         return self.asynchronous.seconds
 
     @property
-    def head(self) -> PeerId | None:
-        return self.asynchronous.head
+    def server(self) -> PeerId | None:
+        return self.asynchronous.server
 
     def __repr__(self) -> str:
         return repr(self.asynchronous)

@@ -50,7 +50,7 @@ async def test_server_client_and_a_program_of_ones_own(smollm2_folder: Path):
         assert chat.returncode == 0
         assert said.strip()
 
-        thin = await start("thin_client.py", address, "--chat", "--max-new-tokens", "8")
+        thin = await start("remote_generation.py", address, "--chat", "--max-new-tokens", "8")
         running.append(thin)
         same, _ = await thin.communicate(b"What is the capital of France?\n")
         assert thin.returncode == 0

@@ -30,6 +30,11 @@ def test_every_name_that_loads_is_listed() -> None:
     assert {*swarmcore._PLACES, "__version__"} == set(swarmcore.__all__)
 
 
+def test_names_of_the_version_before_still_work() -> None:
+    with pytest.warns(DeprecationWarning, match=r"swarmcore\.RemoteGeneration now"):
+        assert swarmcore.ThinGeneration is swarmcore.RemoteGeneration
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'conect'"):
         swarmcore.conect  # noqa: B018

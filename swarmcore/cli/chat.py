@@ -70,15 +70,15 @@ async def _converse_thin(
     output: Output, system: str | None, remote: RemoteModelOptions, sampling: dict[str, Any]
 ) -> None:
     async with thin_swarm(remote) as swarm:
-        model = swarm.head_model(remote.model or "").name
+        model = swarm.generation_model(remote.model or "").name
         output.remark(f"Generation servers answer, with {model}. Ctrl-C stops an answer, Ctrl-D leaves.")
         output.event("ready", model=model, chain="")
         async with swarm.chat(system=system, model=remote.model or "") as conversation:
-            await _turns(output, conversation, sampling, "head")
+            await _turns(output, conversation, sampling, "server")
 
 
 async def _turns(
-    output: Output, conversation: Chat[Any], sampling: dict[str, Any], maker: Literal["chain", "head"]
+    output: Output, conversation: Chat[Any], sampling: dict[str, Any], maker: Literal["chain", "server"]
 ) -> None:
     """``maker`` is what an answer names as where it was made."""
     typed = sys.stdin is not None and sys.stdin.isatty()
@@ -127,6 +127,6 @@ async def _turn(
         finish_reason=made.finish_reason if made and whole else "interrupted",
         prompt_tokens=made.prompt_tokens if made else 0,
         new_tokens=made.new_tokens if made else 0,
-        **{maker: str(getattr(made, maker) or "") if made else ""},
+        **{"head" if maker == "server" else maker: str(getattr(made, maker) or "") if made else ""},
     )
     return True

@@ -61,5 +61,5 @@ async def generate_thin(
             new_tokens=generation.new_tokens,
             seconds=round(generation.seconds, 4),
             first_token_seconds=generation.first_token_seconds,
-            head=generation.head,
+            head=generation.server,
         )

@@ -14,7 +14,7 @@ from swarmcore.client.autograd.micro_batches import BatchRunner
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.connection import SwarmConnection
 from swarmcore.client.generation.chat import Chat
-from swarmcore.client.generation.remote import PATIENCE, HeadChoice, ThinGeneration, ThinRun
+from swarmcore.client.generation.remote import PATIENCE, GenerationServerChoice, RemoteGeneration, RemoteRun
 from swarmcore.client.notebook import notebook_progress
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.errors import AddressError, InputError
@@ -57,7 +57,7 @@ class Swarm(SwarmConnection):
         adapter: str = "",
         patience: float = PATIENCE,
         **options: Unpack[GenerationOptions],
-    ) -> ThinGeneration:
+    ) -> RemoteGeneration:
         """Continue a text, or answer chat messages, without torch and without any part of the model: a
         *generation server*, which was started with ``--serve-head``, runs tokenizer, embeddings, head and
         sampling.
@@ -74,18 +74,18 @@ class Swarm(SwarmConnection):
         """
         self._check_joined()
         request = open_generation(prompt, GenerationSettings.of(options), adapter=adapter, rng=self._rng)
-        choice = HeadChoice(model, self._rng, admits=self.router.admits)
-        run = ThinRun(self.node, self.registry, self.health, choice, patience)
-        return ThinGeneration(run, request)
+        choice = GenerationServerChoice(model, self._rng, admits=self.router.admits)
+        run = RemoteRun(self.node, self.registry, self.health, choice, patience)
+        return RemoteGeneration(run, request)
 
-    def head_model(self, model: str = "") -> ModelInfo:
+    def generation_model(self, model: str = "") -> ModelInfo:
         """The one of which generation servers make texts when `generate` is given ``model``.
 
         Raise `InputError` when that may be several, `MissingHeadError` when no generation server is known.
         """
-        return HeadChoice(model, self._rng, admits=self.router.admits).offer(self.view())
+        return GenerationServerChoice(model, self._rng, admits=self.router.admits).offer(self.view())
 
-    def chat(self, *, system: str | None = None, model: str = "") -> Chat[ThinGeneration]:
+    def chat(self, *, system: str | None = None, model: str = "") -> Chat[RemoteGeneration]:
         """A conversation in which generation servers answer: ``async for piece in chat.say("Hello")``."""
         self._check_joined()
         return Chat(functools.partial(self.generate, model=model), system)

@@ -1,4 +1,4 @@
-"""Generation servers that mean harm: what a thin client takes of them has a bound."""
+"""Generation servers that mean harm: what a client without torch takes of them has a bound."""
 
 from __future__ import annotations
 

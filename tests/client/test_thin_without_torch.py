@@ -182,7 +182,7 @@ def test_waiting_for_text_is_that_of_plain_transformers(address: str, plain_toke
         assert generation.tokens == plain_tokens("The sea", 12)
         assert generation.finish_reason == "length"
         assert generation.seconds > 0
-        assert generation.head in swarm.view().servers
+        assert generation.server in swarm.view().servers
         sampled = swarm.generate("The sea", max_new_tokens=12, temperature=0.9, seed=3, top_k=0)
         sampled.text()
         assert sampled.tokens == plain_tokens("The sea", 12, seed=3, temperature=0.9, top_k=0)

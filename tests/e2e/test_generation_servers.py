@@ -61,7 +61,7 @@ async def test_texts_outlive_generation_servers_and_their_servers(
     ):
         generation = swarm.generate(PROMPT, max_new_tokens=70)
         pieces = [await anext(generation) for _ in range(5)]
-        assert generation.head == first.peer
+        assert generation.server == first.peer
         # It goes no more than 64 tokens ahead of what is read, so there is time to start another one.
         async with await start_gateway(fork_server, smollm2_folder, left.address) as gateway:
             async with asyncio.timeout(30):
@@ -71,7 +71,7 @@ async def test_texts_outlive_generation_servers_and_their_servers(
             pieces += [piece async for piece in generation]
             assert "".join(pieces) == text
             assert generation.tokens == tokens
-            assert (generation.head, generation.failovers) == (gateway.peer, 1)
+            assert (generation.server, generation.failovers) == (gateway.peer, 1)
 
             again = swarm.generate(PROMPT, max_new_tokens=70)
             pieces = [await anext(again) for _ in range(3)]

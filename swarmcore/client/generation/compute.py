@@ -22,6 +22,7 @@ from swarmcore.client.generation.sampling import TokenChooser, choose_tokens
 from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
+from swarmcore.executor.torch.device import thread_choices
 from swarmcore.executor.torch.wire_tensors import to_torch
 from swarmcore.wire.tensors import Tensor
 
@@ -175,19 +176,16 @@ def _use_threads(threads: int | None) -> None:
 def _choose_threads(parts: LocalParts) -> None:
     """Let this thread have as many threads of torch as make logits of one row fastest.
 
-    Half as many are tried for as long as that is faster: on few cores, waking them and waiting for them can
-    cost more than they bring.
+    Half as many are tried for as long as that is faster.
     """
     row = torch.zeros(1, parts.hidden_size, dtype=parts.dtype)
     threads, fastest = torch.get_num_threads(), math.inf
-    choice = threads
-    while choice >= 1:
+    for choice in thread_choices(threads):
         torch.set_num_threads(choice)
         seconds = min(timeit.repeat(lambda: parts.logits(row), repeat=_HEAD_REPEATS, number=1))
         if seconds >= fastest:
             break
         threads, fastest = choice, seconds
-        choice //= 2
     torch.set_num_threads(threads)
 
 

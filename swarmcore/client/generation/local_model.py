@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,15 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from swarmcore.checkpoint import Checkpoint
-    from swarmcore.executor.torch.structure import Structure
+    from swarmcore.executor.torch.reference import Reference
     from swarmcore.types import Progress
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    from swarmcore.checkpoint import Checkpoint
-    from swarmcore.types import Progress
-
 
 _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 """Lists in a config that must have one entry for each layer."""
@@ -190,18 +182,30 @@ class LocalParts:
         ``dtype`` is ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's own (but
         not float16, at which CPUs are slow). Raise `InputError` for another, `CheckpointError` when one of
         the tensors is missing or has the wrong shape, `UnsupportedModelError` when the family is not a causal
-        language model that transformers knows, or `self_test` finds that it would compute something else.
+        language model that transformers knows, or `check` finds that it would compute something else.
         """
         cls.check(checkpoint)
         return cls._load(checkpoint, dtype=dtype, progress=progress)
 
     @classmethod
     def check(cls, checkpoint: Checkpoint) -> None:
-        """Raise `UnsupportedModelError` when it does not pass the self-test. Looks at the config alone."""
+        """The numeric self-test: on a small random model of the same config, embeddings and logits are those
+        of the family's whole model. Raise `UnsupportedModelError` when they are not. Returns at once when
+        this has been tested before.
+        """
         import_large("transformers.modeling_utils")
-        from swarmcore.client.generation.self_test import check_parts
+        from swarmcore.executor.torch.self_test import check, compare
 
-        check_parts(checkpoint, functools.partial(cls._load, dtype="float32", progress=None))
+        def difference(reference: Reference) -> str | None:
+            parts = cls._load(reference, dtype="float32", progress=None)
+            for ids, hidden, logits in zip(reference.ids, reference.hidden, reference.logits, strict=True):
+                if found := compare(parts.embed(ids.tolist(), range(len(ids))), hidden[0]):
+                    return f"what goes into the first block is off by {found}"
+                if found := compare(parts.logits(hidden[-1]), logits):
+                    return f"logits are off by {found}"
+            return None
+
+        check(checkpoint, "embeddings and logits", difference)
 
     @classmethod
     def _load(cls, checkpoint: Checkpoint, *, dtype: str, progress: Progress | None) -> LocalParts:

@@ -46,7 +46,7 @@ from swarmcore.wire.messages import Ping
 from swarmcore.wire.protocols import GENERATE_PROTOCOL, PING_METHOD
 
 
-class HeadChoice:
+class GenerationServerChoice:
     """Picks generation servers of one model, any of them as soon as another; those that leave or are banned
     last.
 
@@ -89,10 +89,10 @@ class HeadChoice:
 
     def offer(self, view: SwarmView) -> ModelInfo:
         """The model of which somebody makes texts. Raise as `pick`, and `MissingHeadError` if nobody does."""
-        head = self.pick(view)
-        if head is None:
+        server = self.pick(view)
+        if server is None:
             raise self.missing(view)
-        return next(model for model in head.heads if model.fingerprint == self.model)
+        return next(model for model in server.heads if model.fingerprint == self.model)
 
     def missing(self, view: SwarmView) -> MissingHeadError:
         """That there is none to pick, and what to do about it."""
@@ -134,37 +134,37 @@ come."""
 
 
 @attrs.define(eq=False)
-class ThinRun:
+class RemoteRun:
     """How a generation goes, kept up to date while it runs, and what it is made with."""
 
     node: Node
     registry: Registry
     health: PeerHealth
-    choice: HeadChoice
+    choice: GenerationServerChoice
     patience: float
     text: GeneratedText = attrs.field(factory=GeneratedText)
-    head: PeerId | None = None
+    server: PeerId | None = None
     failovers: int = 0
     characters: int = 0
     """Of the text so far."""
     empty_pieces: int = 0
 
 
-class ThinGeneration(TextStream):
+class RemoteGeneration(TextStream):
     """Text that a generation server makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
 
     It starts with the first piece that is asked for, and goes at most `AHEAD` tokens ahead of the pieces that
     are taken. Leaving the loop early ends it; so does `aclose`.
     """
 
-    def __init__(self, run: ThinRun, request: OpenGeneration) -> None:
-        super().__init__(run.text, generate_at_heads(run, request))
+    def __init__(self, run: RemoteRun, request: OpenGeneration) -> None:
+        super().__init__(run.text, generate_from_servers(run, request))
         self._run = run
 
     @property
-    def head(self) -> PeerId | None:
+    def server(self) -> PeerId | None:
         """The generation server that makes it now; None before it starts."""
-        return self._run.head
+        return self._run.server
 
     @property
     def failovers(self) -> int:
@@ -173,10 +173,12 @@ class ThinGeneration(TextStream):
 
     @property
     def _made_by(self) -> str:
-        return short(self.head) if self.head is not None else "no generation server"
+        return short(self.server) if self.server is not None else "no generation server"
 
 
-async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGenerator[tuple[int, str], None]:
+async def generate_from_servers(
+    run: RemoteRun, request: OpenGeneration
+) -> AsyncGenerator[tuple[int, str], None]:
     """The pieces of a text, by one generation server after the other until one has made it whole."""
     now = asyncio.get_running_loop().time
     tried: set[PeerId] = set()
@@ -184,8 +186,8 @@ async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGener
     give_up = None
     while run.text.finish_reason is None:
         banned = run.health.banned(now())
-        head = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
-        if head is None:
+        server = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
+        if server is None:
             if not run.text.tokens or (give_up is not None and now() >= give_up):
                 raise _why_none(run, errors)
             await _pause(run.registry, errors, give_up)
@@ -195,7 +197,7 @@ async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGener
         run.failovers += before > 0
         try:
             # Passing on what another generator makes: it is to be closed when this one is.
-            async with aclosing(_at_head(run, head, request)) as pieces:
+            async with aclosing(_from_server(run, server, request)) as pieces:
                 async for piece in pieces:
                     yield 0, piece
         except StreamClosedError:
@@ -203,17 +205,19 @@ async def generate_at_heads(run: ThinRun, request: OpenGeneration) -> AsyncGener
         except (UnavailableError, BusyError, UnknownTransportError) as exc:
             if len(run.text.tokens) > before:
                 tried, errors, give_up = set(), [], None
-            _blame(run, head.peer, exc)
-            tried.add(head.peer)
+            _blame(run, server.peer, exc)
+            tried.add(server.peer)
             errors.append(exc)
             give_up = now() + run.patience if give_up is None else give_up
 
 
-async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> AsyncGenerator[str, None]:
-    """Let ``head`` go on with the text, to its end if it lives that long."""
-    run.head = head.peer
+async def _from_server(
+    run: RemoteRun, server: ServerInfo, request: OpenGeneration
+) -> AsyncGenerator[str, None]:
+    """Let ``server`` go on with the text, to its end if it lives that long."""
+    run.server = server.peer
     opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.text.tokens))
-    addresses = [Address.parse(url) for url in head.addresses]
+    addresses = [Address.parse(url) for url in server.addresses]
     async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
         taken = told = 0
         started = False
@@ -230,8 +234,8 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
                 yield record.text
                 if not whole:
                     why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
-                    logger.warning("the text of generation server %s was cut: %s", short(head.peer), why)
-                    run.health.failed(head.peer, asyncio.get_running_loop().time(), why)
+                    logger.warning("the text of generation server %s was cut: %s", short(server.peer), why)
+                    run.health.failed(server.peer, asyncio.get_running_loop().time(), why)
                     run.text.finish_reason = "length"
                     return
                 if taken - told >= AHEAD // 4:
@@ -241,11 +245,11 @@ async def _at_head(run: ThinRun, head: ServerInfo, request: OpenGeneration) -> A
             else:
                 run.text.finish_reason = _reason(record)
                 run.text.tokens += record.tokens[: request.max_new_tokens - len(run.text.tokens)]
-                run.health.succeeded(head.peer)
+                run.health.succeeded(server.peer)
                 return
 
 
-def _take(run: ThinRun, piece: TextPiece, most: int) -> bool:
+def _take(run: RemoteRun, piece: TextPiece, most: int) -> bool:
     """Take in a piece; False when it has more tokens than were asked for, of which it then is the last.
 
     Raise `ProtocolError` when its text is too long for its tokens, or too many pieces have none.
@@ -303,7 +307,7 @@ def _reason(record: GenerationEnded) -> FinishReason:
     return cast(FinishReason, record.reason)
 
 
-def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
+def _blame(run: RemoteRun, peer: PeerId, error: SwarmError) -> None:
     """Avoid a generation server that fell silent or failed, not one that said why it cannot."""
     here = error.origin is None and not isinstance(error, UnknownTransportError)
     if here or isinstance(error, RemoteFaultError | ProtocolError):
@@ -312,7 +316,7 @@ def _blame(run: ThinRun, peer: PeerId, error: SwarmError) -> None:
         run.registry.suspect(peer)
 
 
-def _why_none(run: ThinRun, errors: list[SwarmError]) -> SwarmError:
+def _why_none(run: RemoteRun, errors: list[SwarmError]) -> SwarmError:
     """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
     if not errors:
         return run.choice.missing(run.registry.view())

@@ -1,4 +1,4 @@
-"""Where and in which precision a span is computed: names of devices and dtypes, and what they mean."""
+"""Where and in which precision is computed: names of devices and dtypes, and what they mean; threads."""
 
 from __future__ import annotations
 
@@ -108,3 +108,12 @@ def _out_of_memory_as(error: type[SwarmError], message: str) -> Iterator[None]:
         # The error outlives this call, and with its traceback every tensor that was a local variable.
         traceback.clear_frames(exc.__traceback__)
         raise error(message) from exc
+
+
+def thread_choices(threads: int) -> tuple[int, ...]:
+    """``threads``, half of them, and so on down to one; nothing where that is no choice.
+
+    Fewer can be faster: on few cores, waking threads and waiting for them can cost more than they bring.
+    """
+    choices = tuple(threads >> halvings for halvings in range(threads.bit_length()))
+    return choices if len(choices) > 1 else ()

