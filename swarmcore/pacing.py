@@ -25,12 +25,20 @@ class Backoff:
     longest: float
     failures: int = attrs.field(default=0, init=False)
     """Failures since the last `reset`."""
+    until: float = attrs.field(default=float("-inf"), init=False)
+    """When the next attempt is due, after `failed`."""
 
     def next(self, rng: Random | None = None) -> float:
         """Seconds to wait after one more failure, `jittered` where ``rng`` is given."""
         pause = min(self.first * 2 ** min(self.failures, 64), self.longest)
         self.failures += 1
         return pause if rng is None else jittered(pause, rng)
+
+    def failed(self, now: float, rng: Random | None = None) -> float:
+        """As `next`, for one who does something else meanwhile: the next attempt is due at `until`."""
+        pause = self.next(rng)
+        self.until = now + pause
+        return pause
 
     def reset(self) -> None:
         """An attempt has succeeded."""

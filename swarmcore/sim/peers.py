@@ -43,7 +43,7 @@ class GossipSettings:
     @property
     def options(self) -> GossipOptions:
         limits = RecordLimits(max_ttl=max(self.ttl, RecordLimits().max_ttl))
-        return GossipOptions(interval=self.interval, beat=self.beat, limits=limits)
+        return GossipOptions(interval=self.interval, heartbeat_interval=self.beat, limits=limits)
 
 
 @attrs.frozen(kw_only=True)

@@ -1,4 +1,4 @@
-"""Anti-entropy: two peers find the records that one of them lacks, and bring each other up to date."""
+"""Anti-entropy: two members find the records that one of them lacks, and bring each other up to date."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from swarmcore.registry.gossip.digest import Key, pack_entries, split_keys, unpack_entries
-from swarmcore.registry.gossip.members import Partner
+from swarmcore.registry.gossip.members import Member
 from swarmcore.registry.gossip.messages import (
     COMPARE,
     EXCHANGE,
@@ -24,8 +24,8 @@ from swarmcore.rpc import Node
 
 
 @attrs.frozen
-class Reconciled:
-    """What a partner has said besides its records."""
+class PushPulled:
+    """What a member has said besides its records."""
 
     ahead: float
     """Seconds by which its clock is ahead of ours."""
@@ -33,23 +33,23 @@ class Reconciled:
     """Keys and sequence numbers of records whose owners it found dead."""
 
 
-async def reconcile(node: Node, replica: Replica, partner: Partner, *, timeout: float) -> Reconciled:
-    """Make this replica and ``partner``'s equal.
+async def push_pull(node: Node, replica: Replica, member: Member, *, timeout: float) -> PushPulled:
+    """Make this replica and ``member``'s equal.
 
     Costs one call when they are equal already, else one more for every 248 records that one side lacks.
     Raises as `Node.call` does; ``timeout`` is for each call.
     """
     store, batch = replica.store, records_per_message(node.limits, replica.store.limits)
-    compared = await node.call(partner.addresses, COMPARE, CompareDigests(store.hashes()), timeout=timeout)
+    compared = await node.call(member.addresses, COMPARE, CompareDigests(store.hashes()), timeout=timeout)
     ahead = compared.clock - replica.now()
     wanted, offered = store.compare(set(compared.buckets), unpack_entries(compared.entries))
     records = list(store.current(offered))
     while wanted or records:
         request = ExchangeRecords(tuple(records[:batch]), b"".join(wanted[:batch]))
         wanted, records = wanted[batch:], records[batch:]
-        reply = await node.call(partner.addresses, EXCHANGE, request, timeout=timeout)
+        reply = await node.call(member.addresses, EXCHANGE, request, timeout=timeout)
         await replica.merge(reply.records)
-    return Reconciled(ahead, list(unpack_entries(compared.hidden)))
+    return PushPulled(ahead, list(unpack_entries(compared.hidden)))
 
 
 def answer_compare(replica: Replica, request: CompareDigests) -> DigestsCompared:

@@ -1,4 +1,4 @@
-"""Epidemic push: what is new goes at once to a few random peers, which do the same with it."""
+"""Broadcast: what is new goes at once to a few random members, which do the same with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection
 
 from swarmcore.errors import SwarmError
-from swarmcore.registry.gossip.members import Partner, Partners
+from swarmcore.registry.gossip.members import Member, Members
 from swarmcore.registry.gossip.messages import EXCHANGE, ExchangeRecords, records_per_message
 from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.records import SignedRecord
@@ -21,27 +21,27 @@ logger = logging.getLogger(__name__)
 LINGER = 0.02
 """Seconds in which records gather before they are sent together."""
 BUSY_LINGER = 0.2
-"""The same when the last push was less than `BUSY` seconds ago: where much happens, much goes together."""
+"""The same when the last message was sent less than `BUSY` seconds ago: much goes together."""
 BUSY = 1.0
 REFRESH_LINGER = 0.5
 """The same for records that can wait."""
 MAX_IN_FLIGHT = 16
-"""Pushes under way at once; above that, records wait, only the newest of each peer."""
+"""Messages under way at once; above that, records wait, only the newest of each peer."""
 ATTEMPTS = 3
-"""Peers tried for one push before it is left to anti-entropy."""
+"""Peers tried for one message before it is left to anti-entropy."""
 
 
-class Pusher:
-    """Sends each record and each suspicion it is given to some random partners, once.
+class Broadcaster:
+    """Sends each record and each suspicion it is given to some random members, once.
 
-    ``on_failed`` is called with every partner that could not be reached.
+    ``on_failed`` is called with every member that could not be reached.
     """
 
     def __init__(
-        self, node: Node, partners: Partners, options: GossipOptions, on_failed: Callable[[PeerId], None]
+        self, node: Node, members: Members, options: GossipOptions, on_failed: Callable[[PeerId], None]
     ) -> None:
         self._node = node
-        self._partners = partners
+        self._members = members
         self._fanout = options.fanout
         self._timeout = options.timeout
         self._on_failed = on_failed
@@ -69,25 +69,25 @@ class Pusher:
     async def run(self) -> None:
         """Send what is added until cancelled."""
         now = asyncio.get_running_loop().time
-        pushed = -BUSY
+        sent_at = -BUSY
         try:
             while True:
                 await self._wake.wait()
-                await asyncio.sleep(BUSY_LINGER if now() < pushed + BUSY else LINGER)
-                pushed = now()
+                await asyncio.sleep(BUSY_LINGER if now() < sent_at + BUSY else LINGER)
+                sent_at = now()
                 news = self._take()
-                for partner in self._partners.choose(self._fanout, asyncio.get_running_loop().time()):
+                for member in self._members.choose(self._fanout, asyncio.get_running_loop().time()):
                     await self._slots.acquire()
-                    self._tasks.start(self._push_and_release(news, partner), "registry push")
+                    self._tasks.start(self._send_and_release(news, member), "registry broadcast")
         finally:
             self._stop_refresh()
             await self._tasks.close()
 
-    async def push_now(self, record: SignedRecord) -> None:
+    async def broadcast_now(self, record: SignedRecord) -> None:
         """Send one record past the queue and wait until it has arrived, or failed, everywhere."""
-        chosen = self._partners.choose(self._fanout, asyncio.get_running_loop().time())
+        chosen = self._members.choose(self._fanout, asyncio.get_running_loop().time())
         news = ExchangeRecords((record,), spread=True)
-        await asyncio.gather(*(self._push(news, partner, chosen) for partner in chosen))
+        await asyncio.gather(*(self._send(news, member, chosen) for member in chosen))
 
     def _take(self) -> ExchangeRecords:
         suspects = list(self._suspected)[: self._batch]
@@ -106,27 +106,27 @@ class Pusher:
             self._refresh.cancel()
             self._refresh = None
 
-    async def _push_and_release(self, news: ExchangeRecords, partner: Partner) -> None:
+    async def _send_and_release(self, news: ExchangeRecords, member: Member) -> None:
         try:
-            await self._push(news, partner)
+            await self._send(news, member)
         finally:
             self._slots.release()
 
-    async def _push(self, news: ExchangeRecords, partner: Partner, others: Collection[Partner] = ()) -> None:
+    async def _send(self, news: ExchangeRecords, member: Member, others: Collection[Member] = ()) -> None:
         tried = {other.peer for other in others}
         now = asyncio.get_running_loop().time
         for _ in range(ATTEMPTS):
-            tried.add(partner.peer)
+            tried.add(member.peer)
             try:
-                await self._node.call(partner.addresses, EXCHANGE, news, timeout=self._timeout)
+                await self._node.call(member.addresses, EXCHANGE, news, timeout=self._timeout)
             except SwarmError as exc:
-                logger.debug("could not push to %s: %s", short(partner.peer), exc)
-                self._partners.failed(partner.peer, now())
-                self._on_failed(partner.peer)
+                logger.debug("could not send news to %s: %s", short(member.peer), exc)
+                self._members.failed(member.peer, now())
+                self._on_failed(member.peer)
             else:
-                self._partners.answered(partner.peer)
+                self._members.answered(member.peer)
                 return
-            replacements = self._partners.choose(1, now(), exclude=tried)
+            replacements = self._members.choose(1, now(), exclude=tried)
             if not replacements:
                 return
-            partner = replacements[0]
+            member = replacements[0]

@@ -18,8 +18,8 @@ import attrs
 from swarmcore.errors import ConnectionLostError, StreamAbortedError, SwarmError, UnknownTransportError
 from swarmcore.registry.base import Change
 from swarmcore.registry.gossip.digest import Key, key_of
-from swarmcore.registry.gossip.heartbeats import Lifelines
-from swarmcore.registry.gossip.members import Partners
+from swarmcore.registry.gossip.heartbeats import Heartbeats
+from swarmcore.registry.gossip.members import Members
 from swarmcore.registry.gossip.messages import CHECK, CheckAlive, ReportSuspect, StillAlive, SuspectReported
 from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.replica import Replica
@@ -31,15 +31,15 @@ from swarmcore.types import Address, PeerId, ServerInfo, short
 logger = logging.getLogger(__name__)
 
 PAUSE = 2.0
-"""Seconds between two inquiries about the same peer."""
+"""Seconds between two probes of the same peer."""
 AT_ONCE = 128
 """Peers that are called at a time."""
 MANY = 64
-"""Inquiries under way from which on publicly suspected peers are given time to speak, and not called."""
+"""Probes under way from which on publicly suspected peers are given time to speak, and not called."""
 REFUTE = 2.0
 """Seconds in which one that lives hears of a public suspicion and is heard refuting it."""
-MAX_OPEN = 1024
-"""Inquiries under way, those included that wait for their turn; further suspicions are not looked into."""
+MAX_PROBES = 1024
+"""Probes under way, those included that wait for their turn; further suspicions are not looked into."""
 DIALLING = 5.0
 """Times its usual round trip that a peer gets to answer, at least."""
 
@@ -47,33 +47,33 @@ _ATTEMPTS = 2
 
 
 @attrs.define
-class _Inquiry:
+class _Probe:
     sequence: int
     accusers: set[PeerId]
     public: bool
     on_dead: Callable[[PeerId, int], None] | None
 
 
-class Inquiries:
-    """The suspects that one peer looks into. Each has ``timeout`` seconds to answer."""
+class Probes:
+    """The suspects that one peer calls to see whether they live. Each has ``timeout`` seconds to answer."""
 
     def __init__(
-        self, node: Node, replica: Replica, partners: Partners, tasks: BackgroundTasks, *, timeout: float
+        self, node: Node, replica: Replica, members: Members, tasks: BackgroundTasks, *, timeout: float
     ) -> None:
         self.credibility = Credibility()
         self._node = node
         self._replica = replica
-        self._partners = partners
+        self._members = members
         self._tasks = tasks
         self._timeout = timeout
-        self._open: dict[PeerId, _Inquiry] = {}
+        self._running: dict[PeerId, _Probe] = {}
         self._ended: OrderedDict[PeerId, float] = OrderedDict()
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._rechecking = False
-        self._doubted: set[PeerId] = set()
-        replica.on_doubtful = self._doubt
+        self._probing_doubtful: set[PeerId] = set()
+        replica.on_doubtful = self._on_doubtful
 
-    def open(
+    def start(
         self,
         peer: PeerId,
         sequence: int,
@@ -91,24 +91,24 @@ class Inquiries:
         held = self._replica.store.sequence(peer)
         if held is None or held > sequence or peer == self._node.peer:
             return False
-        inquiry = self._open.get(peer)
-        if inquiry is not None:
+        probe = self._running.get(peer)
+        if probe is not None:
             if accuser is not None:
-                inquiry.accusers.add(accuser)
-            news = public and not inquiry.public
-            inquiry.public |= public
-            inquiry.on_dead = inquiry.on_dead or on_dead
+                probe.accusers.add(accuser)
+            news = public and not probe.public
+            probe.public |= public
+            probe.on_dead = probe.on_dead or on_dead
             return news
-        if len(self._open) >= MAX_OPEN:
+        if len(self._running) >= MAX_PROBES:
             return False
         accusers = set() if accuser is None else {accuser}
-        inquiry = self._open[peer] = _Inquiry(sequence, accusers, public, on_dead)
-        self._tasks.start(self._inquire(peer, inquiry), "registry inquiry")
+        probe = self._running[peer] = _Probe(sequence, accusers, public, on_dead)
+        self._tasks.start(self._probe(peer, probe), "registry probe")
         return public
 
     def is_public(self, peer: PeerId) -> bool:
         """Whether a public suspicion about ``peer`` is being looked into."""
-        return peer in self._open and self._open[peer].public
+        return peer in self._running and self._running[peer].public
 
     def recheck(self) -> None:
         """Call all hidden peers again: they may never have been dead, but this peer cut off."""
@@ -116,33 +116,33 @@ class Inquiries:
             self._rechecking = True
             self._tasks.start(self._recheck(), "registry recheck")
 
-    async def _inquire(self, peer: PeerId, inquiry: _Inquiry) -> None:
+    async def _probe(self, peer: PeerId, probe: _Probe) -> None:
         now = asyncio.get_running_loop().time
         try:
             if (pause := self._ended.pop(peer, -PAUSE) + PAUSE - now()) > 0:
                 await asyncio.sleep(pause)
-            if inquiry.public and len(self._open) > MANY and not await self._speaks(peer):
-                self._replica.hide(peer, inquiry.sequence)
+            if probe.public and len(self._running) > MANY and not await self._refutes(peer):
+                self._replica.hide(peer, probe.sequence)
                 return
             info = self._replica.store.info(peer)
             if info is None:
                 return
             async with self._slots:
                 began = self._replica.now()
-                answers = await self._answers(info, inquiry.sequence if inquiry.public else 0)
+                answers = await self._answers(info, probe.sequence if probe.public else 0)
         finally:
-            del self._open[peer]
+            del self._running[peer]
             self._ended[peer] = now()
-            if len(self._ended) > MAX_OPEN:
+            if len(self._ended) > MAX_PROBES:
                 self._ended.popitem(last=False)
         if answers:
-            self.credibility.was_wrong(inquiry.accusers, now())
-        elif answers is not None and self._replica.hide(peer, inquiry.sequence, issued_before=began):
+            self.credibility.was_wrong(probe.accusers, now())
+        elif answers is not None and self._replica.hide(peer, probe.sequence, issued_before=began):
             logger.info("%s does not answer: out of the view until it announces itself again", short(peer))
-            if inquiry.on_dead is not None and not inquiry.public:
-                inquiry.on_dead(peer, inquiry.sequence)
+            if probe.on_dead is not None and not probe.public:
+                probe.on_dead(peer, probe.sequence)
 
-    async def _speaks(self, peer: PeerId) -> bool:
+    async def _refutes(self, peer: PeerId) -> bool:
         """Whether there is news of a publicly suspected peer in the time that it has to refute that."""
         held = self._replica.store.sequence(peer)
         await asyncio.sleep(REFUTE)
@@ -154,7 +154,7 @@ class Inquiries:
         usual = self._node.response_times.of(info.peer).mean
         deadline = asyncio.get_running_loop().time() + max(self._timeout, DIALLING * usual)
         # All at once: an address that only a part of the network can reach must not cost the others time.
-        addresses = self._partners.reached_by(info).addresses
+        addresses = self._members.of(info).addresses
         if len(addresses) == 1:
             return await self._answers_at(addresses[0], suspected, deadline)
         asking = [asyncio.create_task(self._answers_at(to, suspected, deadline)) for to in addresses]
@@ -191,26 +191,26 @@ class Inquiries:
     async def _recheck(self) -> None:
         try:
             hidden = [said.info for said in self._replica.store.hidden() if said.info is not None]
-            await asyncio.gather(*(self._look_again(info) for info in hidden))
+            await asyncio.gather(*(self._probe_hidden(info) for info in hidden))
         finally:
             self._rechecking = False
 
-    async def _look_again(self, info: ServerInfo) -> None:
+    async def _probe_hidden(self, info: ServerInfo) -> None:
         async with self._slots:
             if await self._answers(info):
                 self._replica.unhide(info.peer)
 
-    def _doubt(self, info: ServerInfo) -> None:
+    def _on_doubtful(self, info: ServerInfo) -> None:
         """A hidden peer has announced ``info``: before it died, or on a clock that is late."""
-        if info.peer not in self._doubted and len(self._doubted) < MAX_OPEN:
-            self._doubted.add(info.peer)
-            self._tasks.start(self._resolve(info), "registry recheck")
+        if info.peer not in self._probing_doubtful and len(self._probing_doubtful) < MAX_PROBES:
+            self._probing_doubtful.add(info.peer)
+            self._tasks.start(self._probe_doubtful(info), "registry recheck")
 
-    async def _resolve(self, info: ServerInfo) -> None:
+    async def _probe_doubtful(self, info: ServerInfo) -> None:
         try:
-            await self._look_again(info)
+            await self._probe_hidden(info)
         finally:
-            self._doubted.discard(info.peer)
+            self._probing_doubtful.discard(info.peer)
 
 
 class FailureDetector:
@@ -224,44 +224,44 @@ class FailureDetector:
         self,
         node: Node,
         replica: Replica,
-        partners: Partners,
+        members: Members,
         options: GossipOptions,
         tasks: BackgroundTasks,
         *,
         spread: Callable[[Suspected], None],
         refute: Callable[[int], None],
     ) -> None:
-        self.lifelines = Lifelines(node, partners, options, self)
+        self.heartbeats = Heartbeats(node, members, options, self)
         self._node = node
         self._replica = replica
         self._spread = spread
         self._refute = refute
-        self._enabled = options.lifelines > 0
-        self._inquiries = Inquiries(node, replica, partners, tasks, timeout=options.check_timeout)
+        self._enabled = options.heartbeat_members > 0
+        self._probes = Probes(node, replica, members, tasks, timeout=options.probe_timeout)
 
     def start(self) -> None:
         if self._enabled:
-            self.lifelines.start()
+            self.heartbeats.start()
 
     async def close(self) -> None:
-        await self.lifelines.close()
+        await self.heartbeats.close()
 
     def update(self, change: Change) -> None:
         """Follow a change of the view."""
-        self.lifelines.update(change)
+        self.heartbeats.update(change)
 
     def suspect(self, peer: PeerId) -> None:
         """``peer`` did not answer: call it, and if it is dead, hide it and tell the swarm."""
         sequence = self._replica.store.sequence(peer)
         if sequence is not None:
-            self._inquiries.open(peer, sequence, on_dead=self._accuse)
+            self._probes.start(peer, sequence, on_dead=self._accuse)
 
     def reached(self, peer: PeerId) -> None:
         """``peer`` has answered. If it was hidden here, others may have been wrongly, too."""
         if self._replica.unhide(peer):
-            self._inquiries.recheck()
+            self._probes.recheck()
 
-    def hearsay(self, hidden: Iterable[tuple[Key, int]], teller: PeerId, *, newcomer: bool) -> None:
+    def dead_elsewhere(self, hidden: Iterable[tuple[Key, int]], teller: PeerId, *, newcomer: bool) -> None:
         """``teller`` found the owners of these records dead.
 
         A newcomer, to whom it might as well have not told of them, hides them until it has seen for itself.
@@ -273,26 +273,26 @@ class FailureDetector:
         if newcomer:
             for peer, sequence in suspects:
                 self._replica.hide(peer, sequence)
-            self._inquiries.recheck()
-        elif self._inquiries.credibility.believes(teller, _now()):
+            self._probes.recheck()
+        elif self._probes.credibility.believes(teller, _now()):
             for peer, sequence in suspects:
-                self._inquiries.open(peer, sequence, accuser=teller)
+                self._probes.start(peer, sequence, accuser=teller)
 
     def _accuse(self, peer: PeerId, sequence: int) -> None:
         self._pass_on(Suspected.sign(self._node.identity, peer, sequence))
 
     def _pass_on(self, suspected: Suspected) -> None:
-        self.lifelines.tell(suspected)
+        self.heartbeats.pass_on(suspected)
         self._spread(suspected)
 
-    # --- what lifelines tell --------------------------------------------------------------------------
+    # --- what heartbeats tell --------------------------------------------------------------------------
 
-    def line_broke(self, peer: PeerId) -> None:
+    def channel_broke(self, peer: PeerId) -> None:
         self.suspect(peer)
 
-    def line_silent(self, peer: PeerId) -> None:
+    def went_silent(self, peer: PeerId) -> None:
         sequence = self._replica.store.sequence(peer)
-        if sequence is not None and self._inquiries.open(peer, sequence, public=True):
+        if sequence is not None and self._probes.start(peer, sequence, public=True):
             self._accuse(peer, sequence)  # at once: its silence has cost enough time
 
     def suspected_here(self, sequence: int) -> None:
@@ -303,12 +303,12 @@ class FailureDetector:
 
     def suspicion_heard(self, suspected: Suspected) -> None:
         """Look into it and pass it on, if it is news and from a known member that is worth hearing."""
-        store, credibility = self._replica.store, self._inquiries.credibility
+        store, credibility = self._replica.store, self._probes.credibility
         own = self._node.peer
         if suspected.by in (own, suspected.peer) or store.sequence(suspected.by) is None:
             return
         held = store.sequence(suspected.peer)
-        if (held is None and suspected.peer != own) or self._inquiries.is_public(suspected.peer):
+        if (held is None and suspected.peer != own) or self._probes.is_public(suspected.peer):
             return
         if not suspected.is_signed():
             return
@@ -321,8 +321,8 @@ class FailureDetector:
             return
         if held is not None and held > suspected.sequence:
             # Refuted, or else the accuser has not seen all that the dead one announced: others may have.
-            self._inquiries.open(suspected.peer, held, accuser=suspected.by, on_dead=self._accuse)
-        elif self._inquiries.open(suspected.peer, suspected.sequence, accuser=suspected.by, public=True):
+            self._probes.start(suspected.peer, held, accuser=suspected.by, on_dead=self._accuse)
+        elif self._probes.start(suspected.peer, suspected.sequence, accuser=suspected.by, public=True):
             self._pass_on(suspected)
 
     # --- methods --------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ class FailureDetector:
 
     async def report(self, request: ReportSuspect, caller: Caller) -> SuspectReported:
         """Serve `REPORT`."""
-        if self._inquiries.credibility.spend(caller.peer, _now()):
-            self._inquiries.open(request.peer, request.sequence, accuser=caller.peer, on_dead=self._accuse)
+        if self._probes.credibility.spend(caller.peer, _now()):
+            self._probes.start(request.peer, request.sequence, accuser=caller.peer, on_dead=self._accuse)
         return SuspectReported()
 
 

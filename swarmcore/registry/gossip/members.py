@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import partial
 from random import Random
+from typing import TypeVar
 
 import attrs
 
+from swarmcore.errors import PeerUnreachableError, SwarmError
 from swarmcore.pacing import Backoff
 from swarmcore.registry.base import Change
+from swarmcore.rpc.dialing import NoSuccess, first_success
 from swarmcore.types import Address, PeerId, ServerInfo
 
+T = TypeVar("T")
+
 REMEMBERED = 64
+STAGGER = 0.3
+"""Seconds that each member asked by `first_answer` is ahead of the next one."""
+AT_ONCE = 8
+"""Members asked by it at a time."""
 
 
 @attrs.frozen
-class Partner:
+class Member:
     """A peer and the ways to reach it."""
 
     peer: PeerId
     addresses: tuple[Address, ...]
 
 
-@attrs.define
-class _Trouble:
-    """A peer that did not answer of late."""
-
-    backoff: Backoff
-    retry_at: float
-
-
-class Partners:
+class Members:
     """Chooses peers to talk to. A plain object: randomness is given once, ``now`` is always passed in.
 
     A peer that fails is left alone for ``backoff`` seconds, twice as long each further time, up to
@@ -53,37 +55,37 @@ class Partners:
         self._backoff = backoff
         self._max_backoff = max_backoff
         self._bootstrap = {p.peer: p for p in group_by_peer(bootstrap) if p.peer != own}
-        self._live: dict[PeerId, Partner] = {}
+        self._live: dict[PeerId, Member] = {}
         self._order: list[PeerId] = []  # of the live ones, to draw from
         self._place: dict[PeerId, int] = {}
-        self._lost: dict[PeerId, Partner] = {}
-        self._troubles: dict[PeerId, _Trouble] = {}
+        self._lost: dict[PeerId, Member] = {}
+        self._backoffs: dict[PeerId, Backoff] = {}
 
     def __repr__(self) -> str:
         return (
-            f"<Partners {len(self._live)} live · {len(self._lost)} lost · {len(self._troubles)} in trouble>"
+            f"<Members {len(self._live)} live · {len(self._lost)} lost · {len(self._backoffs)} backing off>"
         )
 
     @property
-    def bootstrap(self) -> list[Partner]:
+    def bootstrap(self) -> list[Member]:
         """The bootstrap peers, oneself left out."""
         return list(self._bootstrap.values())
 
     @property
-    def candidates(self) -> list[Partner]:
+    def candidates(self) -> list[Member]:
         """Whom to join through: the bootstrap peers, and those that were introduced or lost."""
         return [*self._bootstrap.values(), *(p for p in self._lost.values() if p.peer not in self._bootstrap)]
 
-    def introduce(self, addresses: Iterable[Address]) -> list[Partner]:
+    def introduce(self, addresses: Iterable[Address]) -> list[Member]:
         """Try peers at ``addresses`` as if they had been lost, unless they are live; return those."""
         new = []
-        for partner in map(self._with_typed, group_by_peer(addresses)):
-            if partner.peer == self._own or partner.peer in self._live:
+        for member in map(self._with_bootstrap_addresses, group_by_peer(addresses)):
+            if member.peer == self._own or member.peer in self._live:
                 continue
-            if self._lost.get(partner.peer) != partner:
-                self._troubles.pop(partner.peer, None)  # new or moved: worth a new try
-                self._lose(partner)
-                new.append(partner)
+            if self._lost.get(member.peer) != member:
+                self._backoffs.pop(member.peer, None)  # new or moved: worth a new try
+                self._lose(member)
+                new.append(member)
         return new
 
     def update(self, change: Change) -> None:
@@ -94,26 +96,26 @@ class Partners:
         if change.kind == "left":
             self._remember(peer)
             return
-        partner = self.reached_by(change.info)
-        if self._live.get(peer) == partner:
+        member = self.of(change.info)
+        if self._live.get(peer) == member:
             return
-        self._troubles.pop(peer, None)  # new or moved: worth a new try
+        self._backoffs.pop(peer, None)  # new or moved: worth a new try
         self._lost.pop(peer, None)
-        self._live[peer] = partner
+        self._live[peer] = member
         if peer not in self._place:
             self._place[peer] = len(self._order)
             self._order.append(peer)
 
-    def live(self, peer: PeerId) -> Partner | None:
+    def live(self, peer: PeerId) -> Member | None:
         """``peer``, if it is a live member or a bootstrap peer."""
         return self._live.get(peer) or self._bootstrap.get(peer)
 
-    def choose(self, count: int, now: float, exclude: Collection[PeerId] = ()) -> list[Partner]:
+    def choose(self, count: int, now: float, exclude: Collection[PeerId] = ()) -> list[Member]:
         """Up to ``count`` different peers at random: live members, and bootstrap peers that are not."""
         unlisted = [peer for peer in self._bootstrap if peer not in self._live]
         total = len(self._order) + len(unlisted)
-        chosen: list[Partner] = []
-        # Some more than asked for, in place of those that are excluded or in trouble.
+        chosen: list[Member] = []
+        # Some more than asked for, in place of those that are excluded or left alone.
         for place in self._rng.sample(range(total), min(total, 2 * count + 8)):
             peer = self._order[place] if place < len(self._order) else unlisted[place - len(self._order)]
             if len(chosen) == count:
@@ -122,65 +124,88 @@ class Partners:
                 chosen.append(self._live.get(peer) or self._bootstrap[peer])
         return chosen
 
-    def choose_lost(self, now: float) -> Partner | None:
+    def choose_lost(self, now: float) -> Member | None:
         """A peer that is in no record now but was there once, if one is due to be tried again."""
         lost = {p.peer: p for p in self._bootstrap.values() if p.peer not in self._live} | self._lost
-        due = [partner for peer, partner in lost.items() if self._worth_trying(peer, now)]
+        due = [member for peer, member in lost.items() if self._worth_trying(peer, now)]
         return self._rng.choice(due) if due else None
 
     def failed(self, peer: PeerId, now: float) -> None:
         """``peer`` did not answer, or not well."""
-        known = self._troubles.get(peer)
-        backoff = known.backoff if known else Backoff(self._backoff, self._max_backoff)
-        self._troubles[peer] = _Trouble(backoff, now + backoff.next())
+        self._backoffs.setdefault(peer, Backoff(self._backoff, self._max_backoff)).failed(now)
 
     def answered(self, peer: PeerId) -> None:
         """``peer`` is well."""
-        self._troubles.pop(peer, None)
+        self._backoffs.pop(peer, None)
 
     def _worth_trying(self, peer: PeerId, now: float) -> bool:
-        return peer not in self._troubles or now >= self._troubles[peer].retry_at
+        return peer not in self._backoffs or now >= self._backoffs[peer].until
 
-    def reached_by(self, info: ServerInfo) -> Partner:
-        """The ways to reach a peer that announces ``info``."""
-        return self._with_typed(Partner(info.peer, info.dialable))
+    def of(self, info: ServerInfo) -> Member:
+        """The member that announces ``info``."""
+        return self._with_bootstrap_addresses(Member(info.peer, info.dialable))
 
-    def _with_typed(self, partner: Partner) -> Partner:
-        known = self._bootstrap.get(partner.peer)
+    def _with_bootstrap_addresses(self, member: Member) -> Member:
+        known = self._bootstrap.get(member.peer)
         if known is None:
-            return partner
+            return member
         # The address that someone typed may work where the announced ones do not.
-        more = tuple(a for a in known.addresses if a not in partner.addresses)
-        return Partner(partner.peer, partner.addresses + more)
+        more = tuple(a for a in known.addresses if a not in member.addresses)
+        return Member(member.peer, member.addresses + more)
 
     def _remember(self, peer: PeerId) -> None:
-        partner = self._live.pop(peer, None)
-        if partner is None:
+        member = self._live.pop(peer, None)
+        if member is None:
             return
         place, last = self._place.pop(peer), self._order.pop()
         if last != peer:
             self._order[place] = last
             self._place[last] = place
-        self._lose(partner)
+        self._lose(member)
 
-    def _lose(self, partner: Partner) -> None:
-        self._lost.pop(partner.peer, None)
-        self._lost[partner.peer] = partner
+    def _lose(self, member: Member) -> None:
+        self._lost.pop(member.peer, None)
+        self._lost[member.peer] = member
         if len(self._lost) > REMEMBERED:
             oldest = next(iter(self._lost))
             del self._lost[oldest]
             if oldest not in self._bootstrap:
-                self._troubles.pop(oldest, None)
+                self._backoffs.pop(oldest, None)
 
 
-def group_by_peer(addresses: Iterable[Address]) -> list[Partner]:
+def group_by_peer(addresses: Iterable[Address]) -> list[Member]:
     """Addresses of the same peer put together, in the order in which the peers first appear."""
     grouped: dict[PeerId, list[Address]] = {}
     for address in addresses:
         grouped.setdefault(address.peer, []).append(address)
-    return [Partner(peer, tuple(found)) for peer, found in grouped.items()]
+    return [Member(peer, tuple(found)) for peer, found in grouped.items()]
 
 
-def describe(partners: Sequence[Partner]) -> str:
-    """The addresses of ``partners``, for people."""
-    return ", ".join(str(address) for partner in partners for address in partner.addresses)
+def describe(members: Sequence[Member]) -> str:
+    """The addresses of ``members``, for people."""
+    return ", ".join(str(address) for member in members for address in member.addresses)
+
+
+async def first_answer(
+    members: Sequence[Member],
+    attempt: Callable[[Member], Awaitable[T]],
+    *,
+    dispose: Callable[[T], object] = lambda answer: None,
+) -> T:
+    """The first answer that ``attempt`` gets from one of ``members``, tried in their order.
+
+    Each starts when the one before has failed or `STAGGER` seconds later; at most `AT_ONCE` run at a time.
+    Those still under way at the end are cancelled, and an answer that comes second is given to ``dispose``.
+    Raise `PeerUnreachableError`, naming all that was tried and why it failed, when there is no answer.
+    """
+    failures: list[str] = []
+
+    def failed(place: int, exc: SwarmError) -> None:
+        failures.append(f"{describe([members[place]])} ({exc.message})")
+
+    attempts = [partial(attempt, member) for member in members]
+    try:
+        return await first_success(attempts, stagger=STAGGER, at_once=AT_ONCE, failed=failed, dispose=dispose)
+    except NoSuccess:
+        reasons = "; ".join(failures)
+        raise PeerUnreachableError(f"none of the peers to join through answers: {reasons}") from None

@@ -111,18 +111,18 @@ class SuspectReported:
     """The callee will see for itself, if it has not yet."""
 
 
-@wire_tag("HoldLine")
+@wire_tag("OpenHeartbeats")
 @attrs.frozen
-class HoldLine:
-    """Opens a lifeline: each side notices when the other one dies."""
+class OpenHeartbeats:
+    """Opens a heartbeat channel: each side notices when the other one dies."""
 
     beat: float
-    """Seconds between the beats of both sides; 0 for none."""
+    """Seconds between the heartbeats of both sides; 0 for none."""
 
 
-@wire_tag("Beat")
+@wire_tag("Heartbeat")
 @attrs.frozen
-class Beat:
+class Heartbeat:
     """A sign of life."""
 
     suspected: tuple[Suspected, ...] = ()
@@ -135,7 +135,7 @@ COMPARE = Method("/swarmcore/gossip/compare/1", CompareDigests, DigestsCompared)
 EXCHANGE = Method("/swarmcore/gossip/exchange/1", ExchangeRecords, RecordsExchanged)
 CHECK = Method("/swarmcore/gossip/check/1", CheckAlive, StillAlive)
 REPORT = Method("/swarmcore/registry/report/1", ReportSuspect, SuspectReported)
-LIFELINE = Protocol("/swarmcore/alive/1", (HoldLine,), (Beat,), (Beat,))
+HEARTBEATS = Protocol("/swarmcore/alive/1", (OpenHeartbeats,), (Heartbeat,), (Heartbeat,))
 WATCH = Protocol("/swarmcore/registry/watch/1", (WatchRecords,), (), (RecordBatch,))
 
 

@@ -19,24 +19,24 @@ class GossipOptions:
     """Seconds, a quarter more or less, between comparisons with a random member. Those of a swarm agree."""
     timeout: float = 10.0
     """Most seconds for a call to a member."""
-    lifelines: int = 2
+    heartbeat_members: int = 2
     """Members ahead on the ring to which a channel is held open; 0 leaves death to be noticed by others."""
-    beat: float = 0.5
+    heartbeat_interval: float = 0.5
     """Seconds between signs of life on these channels; silence of four to five of them raises a suspicion.
 
     0 sends none: a host that hangs is then noticed by the transport's own keep-alive, if it has one.
     """
-    check_timeout: float = 1.5
+    probe_timeout: float = 1.5
     """Seconds that a suspect has to answer."""
-    pushes_load_below: int = 100
-    """Members of a swarm up to which news of a server's load is pushed; in a larger one it travels with the
-    comparisons."""
+    broadcast_load_below: int = 100
+    """Members of a swarm up to which news of a server's load is pushed; in a larger one it travels with
+    anti-entropy."""
     limits: RecordLimits = attrs.field(factory=RecordLimits)
     """What a record may claim."""
     capacity: int = CAPACITY
     """Most peers whose records are held."""
 
-    def pushes_refresh(self, ttl: float) -> bool:
+    def broadcasts_refresh(self, ttl: float) -> bool:
         """Whether records of this ttl are pushed even when they change nothing.
 
         Comparisons bring news to all of 10,000 members in some 12 intervals; a refresh, issued at a third of

@@ -14,16 +14,16 @@ from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, Un
 from swarmcore.pacing import jittered
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
-from swarmcore.registry.gossip.anti_entropy import answer_compare, answer_exchange, reconcile
-from swarmcore.registry.gossip.broadcast import Pusher
+from swarmcore.registry.gossip.anti_entropy import answer_compare, answer_exchange, push_pull
+from swarmcore.registry.gossip.broadcast import Broadcaster
 from swarmcore.registry.gossip.failure_detector import FailureDetector
-from swarmcore.registry.gossip.join import first_answer
-from swarmcore.registry.gossip.members import Partner, Partners
+from swarmcore.registry.gossip.identity_conflict import IdentityConflict, Resolution
+from swarmcore.registry.gossip.members import Member, Members, first_answer
 from swarmcore.registry.gossip.messages import (
     CHECK,
     COMPARE,
     EXCHANGE,
-    LIFELINE,
+    HEARTBEATS,
     REPORT,
     WATCH,
     CheckAlive,
@@ -37,8 +37,7 @@ from swarmcore.registry.gossip.records import RecordIssuer, SignedRecord, check_
 from swarmcore.registry.gossip.replica import Replica
 from swarmcore.registry.gossip.store import Accepted, Drop, RecordStore
 from swarmcore.registry.gossip.suspicion import Suspected
-from swarmcore.registry.gossip.watch_server import Watchers
-from swarmcore.registry.namesake import Namesake, Verdict
+from swarmcore.registry.gossip.watch_server import WatchServer
 from swarmcore.rpc import Caller, Node
 from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import Address, PeerId, ServerInfo, short
@@ -87,12 +86,12 @@ class GossipRegistry(Registry):
             own=node.peer, limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers
         )
         self._tasks = BackgroundTasks()
-        self._partners = Partners(node.peer, bootstrap, self._rng)
-        self._replica = Replica(store, self._partners, wall_clock)
+        self._members = Members(node.peer, bootstrap, self._rng)
+        self._replica = Replica(store, self._members, wall_clock)
         self._detector = FailureDetector(
             node,
             self._replica,
-            self._partners,
+            self._members,
             options,
             self._tasks,
             spread=self._spread_suspicion,
@@ -100,9 +99,9 @@ class GossipRegistry(Registry):
         )
         self._replica.on_accepted = self._on_accepted
         self._replica.on_change = self._on_change
-        self._namesake = Namesake()
-        self._pusher = Pusher(node, self._partners, options, self._detector.suspect)
-        self._watchers = Watchers(store, node.limits, wall_clock, node.resources)
+        self._conflict = IdentityConflict()
+        self._broadcaster = Broadcaster(node, self._members, options, self._detector.suspect)
+        self._watchers = WatchServer(store, node.limits, wall_clock, node.resources)
         self._announced: tuple[ServerInfo, float] | None = None
         self._refresh: asyncio.TimerHandle | None = None
         self._refuted_at = -math.inf
@@ -113,7 +112,7 @@ class GossipRegistry(Registry):
         node.serve(EXCHANGE, self._exchange)
         node.serve(CHECK, self._detector.check)
         node.serve(REPORT, self._detector.report)
-        node.serve_protocol(LIFELINE, self._detector.lifelines.serve)
+        node.serve_protocol(HEARTBEATS, self._detector.heartbeats.serve)
         node.serve_protocol(WATCH, self._watchers.serve)
 
     def __repr__(self) -> str:
@@ -123,7 +122,7 @@ class GossipRegistry(Registry):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (self._namesake.note,) if self._namesake.note else ()
+        return (self._conflict.note,) if self._conflict.note else ()
 
     @property
     def dropped(self) -> Mapping[Drop, int]:
@@ -138,18 +137,18 @@ class GossipRegistry(Registry):
         `PeerUnreachableError`, naming what was tried, when none answers; `start` may then be called again.
         Peers that were only introduced need not answer.
         """
-        candidates = self._partners.candidates
+        candidates = self._members.candidates
         self._rng.shuffle(candidates)
         if candidates and not await self._replica.merge(known):
             try:
-                await first_answer(candidates, self._reconcile)
+                await first_answer(candidates, self._push_pull)
             except PeerUnreachableError as exc:
-                if self._partners.bootstrap:
+                if self._members.bootstrap:
                     raise
                 logger.warning("a new swarm begins: %s", exc)
         self._started = True
         self._detector.start()
-        self._tasks.start(self._pusher.run(), "registry pushes")
+        self._tasks.start(self._broadcaster.run(), "registry broadcast")
         self._tasks.start(self._anti_entropy(), "registry anti-entropy")
 
     async def close(self) -> None:
@@ -169,29 +168,29 @@ class GossipRegistry(Registry):
         """
         if self._closed:
             raise UnavailableError("this registry is closed")
-        if self._namesake.shown is not None:
+        if self._conflict.shown is not None:
             check_info(info, self.node.peer)
             self._announced = info, ttl
             return
         if self._announced is None:
-            self._look_for_namesake()
+            self._look_for_conflict()
         self._publish(info, ttl)
 
-    def _look_for_namesake(self) -> None:
+    def _look_for_conflict(self) -> None:
         """Whoever is known under this peer's id: a life of its own that has ended, or another process?"""
         before = self._replica.store.info(self.node.peer)
         if before is not None and before.addresses:
-            self._tasks.start(self._call_namesake(before), "registry namesake")
+            self._tasks.start(self._probe_conflict(before), "identity conflict")
 
-    async def _call_namesake(self, info: ServerInfo) -> None:
+    async def _probe_conflict(self, info: ServerInfo) -> None:
         addresses = info.dialable
         if not set(addresses).isdisjoint(self.node.addresses):
             return
         with contextlib.suppress(SwarmError):
-            timeout = self._options.check_timeout
+            timeout = self._options.probe_timeout
             await self.node.call(addresses, CHECK, CheckAlive(), timeout=timeout, elsewhere=True)
-            self._namesake.answered(info)
-            logger.warning("%s", self._namesake.note)
+            self._conflict.answered(info)
+            logger.warning("%s", self._conflict.note)
 
     def allow_only(self, peers: Collection[PeerId]) -> None:
         self._replica.store.allow_only(peers)
@@ -200,9 +199,9 @@ class GossipRegistry(Registry):
         """Compare records with those peers at ``addresses`` that are not known as members: if they have a
         swarm of their own, the two become one, within some intervals. Who does not answer is tried again
         later, as a lost member is."""
-        for partner in self._partners.introduce(addresses):
+        for member in self._members.introduce(addresses):
             if self._started:
-                self._tasks.start(self._reconcile_with_one([partner]), "registry introduction")
+                self._tasks.start(self._push_pull_with_one([member]), "registry introduction")
 
     async def withdraw(self) -> None:
         """Take the announcement back, and wait up to three seconds until the next peers know."""
@@ -211,13 +210,13 @@ class GossipRegistry(Registry):
         self._announced = None
         if self._refresh is not None:
             self._refresh.cancel()
-        if self._namesake.shown is not None:  # what is announced is not this process
+        if self._conflict.shown is not None:  # what is announced is not this process
             return
         withdrawal = self._issuer.withdraw()
         self._replica.apply(withdrawal)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WITHDRAWAL_PATIENCE):
-                await self._pusher.push_now(withdrawal)
+                await self._broadcaster.broadcast_now(withdrawal)
 
     def view(self) -> SwarmView:
         return self._replica.store.view()
@@ -234,7 +233,7 @@ class GossipRegistry(Registry):
 
     def _publish(self, info: ServerInfo, ttl: float, *, refuting: bool = False) -> None:
         record = self._issuer.announce(info, ttl)
-        self._namesake.announced(self._issuer.last_sequence)
+        self._conflict.announced(self._issuer.last_sequence)
         before = self._announced[0] if self._announced is not None else None
         self._announced = (info, ttl)
         outcome = self._replica.apply(record)
@@ -244,15 +243,15 @@ class GossipRegistry(Registry):
         if isinstance(outcome, Drop):
             raise InternalError(f"this peer dropped its own record as {outcome}")
         urgent = refuting or (outcome.change is not None and not self._can_wait(before, info))
-        if urgent or self._options.pushes_refresh(ttl):
-            self._pusher.add(self.node.peer, record, urgent=urgent)
+        if urgent or self._options.broadcasts_refresh(ttl):
+            self._broadcaster.add(self.node.peer, record, urgent=urgent)
         self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
 
     def _can_wait(self, before: ServerInfo | None, info: ServerInfo) -> bool:
         """Whether news of this peer is only of its load, and the swarm too large to hear of it at once."""
         return (
             before is not None
-            and len(self._replica.store.view()) > self._options.pushes_load_below
+            and len(self._replica.store.view()) > self._options.broadcast_load_below
             and without_load(before) == without_load(info)
         )
 
@@ -284,17 +283,17 @@ class GossipRegistry(Registry):
         self._issuer.supersede(said.sequence)
         if self._announced is None:
             return
-        known = self._namesake.note
-        if self._namesake.heard(said, self._announced[0]) is Verdict.ANNOUNCE:
+        known = self._conflict.note
+        if self._conflict.heard(said, self._announced[0]) is Resolution.ANNOUNCE:
             self._publish_again(_CONTEST_PAUSE)
         elif self._refresh is not None:
             self._refresh.cancel()
-        if self._namesake.note not in ("", known):
-            logger.warning("%s", self._namesake.note)
+        if self._conflict.note not in ("", known):
+            logger.warning("%s", self._conflict.note)
 
     def _on_change(self, change: Change) -> None:
         self._detector.update(change)
-        if change.kind == "left" and change.info.peer == self.node.peer and self._namesake.shown is not None:
+        if change.kind == "left" and change.info.peer == self.node.peer and self._conflict.shown is not None:
             self._publish_again(0.0)  # the process that was shown has gone
 
     # --- gossip ---------------------------------------------------------------------------------------
@@ -303,33 +302,33 @@ class GossipRegistry(Registry):
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(jittered(self._options.interval, self._rng))
-            lost = self._partners.choose_lost(loop.time())
+            lost = self._members.choose_lost(loop.time())
             await asyncio.gather(
-                self._reconcile_with_one(self._partners.choose(3, loop.time())),
-                self._reconcile_with_one([lost] if lost else []),
+                self._push_pull_with_one(self._members.choose(3, loop.time())),
+                self._push_pull_with_one([lost] if lost else []),
             )
 
-    async def _reconcile_with_one(self, candidates: Sequence[Partner]) -> None:
-        for partner in candidates:
+    async def _push_pull_with_one(self, candidates: Sequence[Member]) -> None:
+        for member in candidates:
             try:
-                await self._reconcile(partner)
+                await self._push_pull(member)
             except SwarmError as exc:
-                logger.debug("could not compare records with %s: %s", short(partner.peer), exc)
+                logger.debug("could not compare records with %s: %s", short(member.peer), exc)
             else:
                 return
 
-    async def _reconcile(self, partner: Partner) -> None:
+    async def _push_pull(self, member: Member) -> None:
         now = asyncio.get_running_loop().time
         try:
-            said = await reconcile(self.node, self._replica, partner, timeout=self._options.timeout)
+            said = await push_pull(self.node, self._replica, member, timeout=self._options.timeout)
         except SwarmError:
-            self._partners.failed(partner.peer, now())
-            self._detector.suspect(partner.peer)
+            self._members.failed(member.peer, now())
+            self._detector.suspect(member.peer)
             raise
-        self._partners.answered(partner.peer)
-        self._detector.reached(partner.peer)
-        self._detector.hearsay(said.hidden, partner.peer, newcomer=not self._started)
-        self._check_clock(said.ahead, partner.peer)
+        self._members.answered(member.peer)
+        self._detector.reached(member.peer)
+        self._detector.dead_elsewhere(said.hidden, member.peer, newcomer=not self._started)
+        self._check_clock(said.ahead, member.peer)
 
     def _check_clock(self, ahead: float, peer: PeerId) -> None:
         off = abs(ahead) > self._replica.store.limits.max_skew
@@ -352,15 +351,15 @@ class GossipRegistry(Registry):
         if request.spread:
             for record, accepted in news:
                 said = accepted.announcement
-                urgent = accepted.change is not None or not self._options.pushes_refresh(said.ttl)
-                self._pusher.add(said.peer, record, urgent=urgent)
+                urgent = accepted.change is not None or not self._options.broadcasts_refresh(said.ttl)
+                self._broadcaster.add(said.peer, record, urgent=urgent)
         for suspected in request.suspected[:_MAX_SUSPICIONS]:
             self._detector.suspicion_heard(suspected)
         return reply
 
     def _spread_suspicion(self, suspected: Suspected) -> None:
         self._watchers.suspect(suspected.peer, suspected.sequence)
-        self._pusher.add_suspicion(suspected)
+        self._broadcaster.add_suspicion(suspected)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:

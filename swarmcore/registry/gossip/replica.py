@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from swarmcore.errors import ProtocolError
 from swarmcore.registry.base import Change
 from swarmcore.registry.changes import ChangeFeed
-from swarmcore.registry.gossip.members import Partners
+from swarmcore.registry.gossip.members import Members
 from swarmcore.registry.gossip.records import SignedRecord
 from swarmcore.registry.gossip.store import Accepted, Drop, RecordStore
 from swarmcore.types import PeerId, ServerInfo
@@ -18,21 +18,21 @@ _LONGEST_SLEEP = 60.0  # between looks at the wall clock, which may be set while
 
 
 class Replica:
-    """A `RecordStore` on the running loop. Every change reaches `feed` and ``partners``.
+    """A `RecordStore` on the running loop. Every change reaches `feed` and ``members``.
 
     ``on_accepted`` is called with every record taken, those that change nothing but their expiry included;
     ``on_change`` with every change, once `feed` has it; ``on_doubtful`` with a hidden peer of which a newer
     record came that may be from before its end.
     """
 
-    def __init__(self, store: RecordStore, partners: Partners, wall_clock: Callable[[], float]) -> None:
+    def __init__(self, store: RecordStore, members: Members, wall_clock: Callable[[], float]) -> None:
         self.store = store
         self.feed = ChangeFeed()
         self.on_accepted: Callable[[SignedRecord, Accepted], None] = lambda record, accepted: None
         self.on_change: Callable[[Change], None] = lambda change: None
         self.on_doubtful: Callable[[ServerInfo], None] = lambda info: None
         self.now = wall_clock
-        self._partners = partners
+        self._members = members
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -100,7 +100,7 @@ class Replica:
     def _changed(self, change: Change | None) -> bool:
         if change is None:
             return False
-        self._partners.update(change)
+        self._members.update(change)
         self.feed.publish(change)
         self.on_change(change)
         return True

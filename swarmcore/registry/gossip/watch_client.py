@@ -20,15 +20,14 @@ from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.clock import SwarmClock, how_far_off
 from swarmcore.registry.gossip.digest import unpack_entries
-from swarmcore.registry.gossip.failure_detector import Inquiries
-from swarmcore.registry.gossip.join import AT_ONCE, first_answer
-from swarmcore.registry.gossip.members import Partner, Partners
+from swarmcore.registry.gossip.failure_detector import Probes
+from swarmcore.registry.gossip.members import AT_ONCE, Member, Members, first_answer
 from swarmcore.registry.gossip.messages import REPORT, WATCH, RecordBatch, ReportSuspect, WatchRecords
 from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.records import SignedRecord, issued_at
 from swarmcore.registry.gossip.replica import Replica
 from swarmcore.registry.gossip.store import Drop, RecordStore
-from swarmcore.registry.gossip.watch_server import HEARTBEAT
+from swarmcore.registry.gossip.watch_server import KEEPALIVE
 from swarmcore.rpc import Channel, Node
 from swarmcore.tasks import BackgroundTasks, deadline_after
 from swarmcore.types import Address, PeerId, ServerInfo, short
@@ -66,19 +65,17 @@ class WatchingRegistry(Registry):
         self.node = node
         self._timeout = options.timeout
         self._rng = rng or Random()
-        self._partners = Partners(node.peer, bootstrap, self._rng, backoff=1.0)
+        self._members = Members(node.peer, bootstrap, self._rng, backoff=1.0)
         store = RecordStore(limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers)
         self._clock = SwarmClock(
             wall_clock, lambda: asyncio.get_running_loop().time(), options.limits.max_skew
         )
         self._clock_warned = False
-        self._replica = Replica(store, self._partners, self._clock)
+        self._replica = Replica(store, self._members, self._clock)
         self._most_read = 2 * options.capacity
         self._channel: Channel | None = None
         self._tasks = BackgroundTasks()
-        self._inquiries = Inquiries(
-            node, self._replica, self._partners, self._tasks, timeout=options.check_timeout
-        )
+        self._probes = Probes(node, self._replica, self._members, self._tasks, timeout=options.probe_timeout)
 
     def __repr__(self) -> str:
         watched = short(self._channel.remote) if self._channel else "nobody"
@@ -95,7 +92,7 @@ class WatchingRegistry(Registry):
         Raise `InputError` when there are neither bootstrap nor introduced peers, `PeerUnreachableError`,
         naming what was tried, when none answers; `start` may then be called again.
         """
-        candidates = self._partners.candidates
+        candidates = self._members.candidates
         if not candidates:
             raise InputError("a client needs the address of a member of the swarm to join through")
         self._rng.shuffle(candidates)
@@ -111,7 +108,7 @@ class WatchingRegistry(Registry):
 
     def introduce(self, addresses: Sequence[Address]) -> None:
         """Peers at ``addresses`` are asked at the start, and when the member that is followed is lost."""
-        self._partners.introduce(addresses)
+        self._members.introduce(addresses)
 
     async def announce(self, info: ServerInfo, ttl: float) -> None:
         """Raise `InputError`: only members announce."""
@@ -130,13 +127,13 @@ class WatchingRegistry(Registry):
         """Call ``peer``; if it does not answer, hide it here and tell the member that is watched."""
         sequence = self._replica.store.sequence(peer)
         if sequence is not None:
-            self._inquiries.open(peer, sequence, on_dead=self._report)
+            self._probes.start(peer, sequence, on_dead=self._report)
 
     def _report(self, peer: PeerId, sequence: int) -> None:
         self._tasks.start(self._send_report(ReportSuspect(peer, sequence)), "registry report")
 
     async def _send_report(self, report: ReportSuspect) -> None:
-        member = self._partners.live(self._channel.remote) if self._channel else None
+        member = self._members.live(self._channel.remote) if self._channel else None
         if member is None or member.peer == report.peer:
             return
         try:
@@ -144,11 +141,11 @@ class WatchingRegistry(Registry):
         except SwarmError as exc:
             logger.debug("could not report %s to %s: %s", short(report.peer), short(member.peer), exc)
 
-    async def _watch(self, partner: Partner) -> Channel:
-        """A channel to ``partner``, with all that it knows already read. Raises as `Node.call` does."""
+    async def _watch(self, member: Member) -> Channel:
+        """A channel to ``member``, with all that it knows already read. Raises as `Node.call` does."""
         opening = WatchRecords(self._replica.store.hashes())
         try:
-            channel = await self.node.open(partner.addresses, WATCH, opening, timeout=self._timeout)
+            channel = await self.node.open(member.addresses, WATCH, opening, timeout=self._timeout)
             try:
                 read: list[SignedRecord] = []
                 batches = 0
@@ -156,24 +153,24 @@ class WatchingRegistry(Registry):
                     read += batch.records
                     batches += 1
                     if batches + len(read) > self._most_read:
-                        raise ProtocolError(f"{short(partner.peer)} tells of ever more peers")
-                await self._judge_clock([*read, *batch.records], batch.clock, partner.peer)
+                        raise ProtocolError(f"{short(member.peer)} tells of ever more peers")
+                await self._judge_clock([*read, *batch.records], batch.clock, member.peer)
             except BaseException:
                 _abandon(channel)
                 raise
         except SwarmError:
-            self._partners.failed(partner.peer, asyncio.get_running_loop().time())
+            self._members.failed(member.peer, asyncio.get_running_loop().time())
             raise
-        self._partners.answered(partner.peer)
+        self._members.answered(member.peer)
         # A member that might leave out records altogether may be believed for as long as a check takes.
         for peer, sequence in self._replica.store.shown_among(unpack_entries(batch.suspected)):
             self._replica.hide(peer, sequence)
-        self._inquiries.recheck()
+        self._probes.recheck()
         return channel
 
     async def _read(self, channel: Channel) -> RecordBatch:
         """Take the records of the next batch."""
-        silence = 2 * HEARTBEAT + self._timeout
+        silence = 2 * KEEPALIVE + self._timeout
         async with deadline_after(silence, f"{short(channel.remote)} sent no sign of life for {silence:g} s"):
             batch: RecordBatch = (await channel.receive()).record
         if batch.clock:
@@ -220,10 +217,10 @@ class WatchingRegistry(Registry):
                     batch = await self._read(channel)
                     suspects = self._replica.store.shown_among(unpack_entries(batch.suspected))
                     for peer, sequence in suspects:
-                        self._inquiries.open(peer, sequence, public=True)
+                        self._probes.start(peer, sequence, public=True)
             except SwarmError as exc:
                 logger.info("lost sight of the swarm through %s: %s", short(channel.remote), exc)
-                self._partners.failed(channel.remote, asyncio.get_running_loop().time())
+                self._members.failed(channel.remote, asyncio.get_running_loop().time())
             finally:
                 self._channel = None
                 _abandon(channel)
@@ -234,8 +231,8 @@ class WatchingRegistry(Registry):
         loop = asyncio.get_running_loop()
         backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
-            candidates = self._partners.choose(AT_ONCE, loop.time())
-            if lost := self._partners.choose_lost(loop.time()):
+            candidates = self._members.choose(AT_ONCE, loop.time())
+            if lost := self._members.choose_lost(loop.time()):
                 candidates.append(lost)
             with contextlib.suppress(PeerUnreachableError):
                 if candidates:

@@ -18,18 +18,18 @@ from swarmcore.wire.limits import Limits
 
 MAX_WATCHERS = 1024
 MAX_OF_PEER = 8
-"""Watchers of one peer among them: each costs a list of all records at its beginning."""
-HEARTBEAT = 5.0
+"""WatchServer of one peer among them: each costs a list of all records at its beginning."""
+KEEPALIVE = 5.0
 """Seconds of silence after which a watcher is sent an empty batch."""
 STALL = 30.0
 """Seconds that a watcher may take to accept a batch."""
 _WAITING_NBYTES = 128
 """Memory for one record that waits for a watcher, beside the record itself, which the store holds."""
-SHORT_TTL = 12 * HEARTBEAT
-"""Records of a longer ttl that change nothing but their expiry wait for the next heartbeat."""
+SHORT_TTL = 12 * KEEPALIVE
+"""Records of a longer ttl that change nothing but their expiry wait for the next keep-alive."""
 
 
-class Watchers:
+class WatchServer:
     """Sends every record that is given to `offer`, and every suspicion, to all watchers.
 
     Records for a slow watcher wait, only the newest of each peer: what waits is bounded by the store's
@@ -93,7 +93,7 @@ class Watchers:
                     async with deadline_after(STALL, f"a watcher took nothing for {STALL:g} s"):
                         await channel.send(batch)
                 if batch.complete:
-                    await wait_until_set(watcher.wake, HEARTBEAT)
+                    await wait_until_set(watcher.wake, KEEPALIVE)
         finally:
             del self._watchers[watcher]
         raise UnavailableError("this peer is leaving; watch another one")

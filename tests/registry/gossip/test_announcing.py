@@ -65,7 +65,7 @@ async def test_all_members_and_clients_follow_a_peer_that_moves() -> None:
     addresses = [Address.parse(url) for url in seen.addresses]
     assert await swarm.nodes[client.identity.peer].call(addresses, PING, Ping(b"x")) == Pong(b"x")
 
-    await asyncio.sleep(2 * TTL)  # refreshes, comparisons and lifelines all find it there
+    await asyncio.sleep(2 * TTL)  # refreshes, comparisons and heartbeats all find it there
     assert all(len(member.registry.view()) == 5 for member in swarm.members)
     following.cancel()
     await swarm.aclose()

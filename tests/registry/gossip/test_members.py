@@ -7,7 +7,7 @@ import pytest
 
 from swarmcore.identity import Identity
 from swarmcore.registry.base import Change
-from swarmcore.registry.gossip.members import REMEMBERED, Partners, group_by_peer
+from swarmcore.registry.gossip.members import REMEMBERED, Members, group_by_peer
 from swarmcore.types import Address, ServerInfo
 
 IdentityOf = Callable[[int], Identity]
@@ -25,18 +25,18 @@ def info_of(identity_of: IdentityOf) -> Callable[..., ServerInfo]:
 InfoOf = Callable[..., ServerInfo]
 
 
-def joined(partners: Partners, *infos: ServerInfo) -> None:
+def joined(members: Members, *infos: ServerInfo) -> None:
     for info in infos:
-        partners.update(Change("joined", info))
+        members.update(Change("joined", info))
 
 
 def test_choices_are_different_live_peers_and_spread_over_all(info_of: InfoOf) -> None:
-    partners = Partners(info_of(99).peer, [], Random(1))
+    members = Members(info_of(99).peer, [], Random(1))
     infos = [info_of(n) for n in range(1, 11)]
-    joined(partners, info_of(99), *infos)
+    joined(members, info_of(99), *infos)
     seen = set()
     for _ in range(100):
-        chosen = [partner.peer for partner in partners.choose(3, now=0.0)]
+        chosen = [member.peer for member in members.choose(3, now=0.0)]
         assert len(set(chosen)) == 3
         seen.update(chosen)
     assert seen == {info.peer for info in infos}  # oneself is not among them
@@ -44,63 +44,63 @@ def test_choices_are_different_live_peers_and_spread_over_all(info_of: InfoOf) -
 
 def test_bootstrap_peers_count_before_they_announce_themselves(info_of: InfoOf) -> None:
     typed = [Address.parse(info_of(n).addresses[0]) for n in (1, 2, 99)]
-    partners = Partners(info_of(99).peer, typed, Random(1))
-    assert {p.peer for p in partners.choose(5, 0.0)} == {info_of(1).peer, info_of(2).peer}
-    joined(partners, info_of(1, port=7))
-    (moved,) = [p for p in partners.choose(5, 0.0) if p.peer == info_of(1).peer]
+    members = Members(info_of(99).peer, typed, Random(1))
+    assert {p.peer for p in members.choose(5, 0.0)} == {info_of(1).peer, info_of(2).peer}
+    joined(members, info_of(1, port=7))
+    (moved,) = [p for p in members.choose(5, 0.0) if p.peer == info_of(1).peer]
     assert [str(a) for a in moved.addresses] == [info_of(1, port=7).addresses[0], info_of(1).addresses[0]]
 
 
 def test_a_peer_in_trouble_is_left_alone_for_longer_and_longer(info_of: InfoOf) -> None:
-    partners = Partners(info_of(99).peer, [], Random(1), backoff=5.0, max_backoff=12.0)
-    joined(partners, info_of(1))
+    members = Members(info_of(99).peer, [], Random(1), backoff=5.0, max_backoff=12.0)
+    joined(members, info_of(1))
     peer = info_of(1).peer
-    partners.failed(peer, now=0.0)
-    assert not partners.choose(1, now=4.9)
-    assert partners.choose(1, now=5.0)
-    partners.failed(peer, now=5.0)
-    assert not partners.choose(1, now=14.9)
+    members.failed(peer, now=0.0)
+    assert not members.choose(1, now=4.9)
+    assert members.choose(1, now=5.0)
+    members.failed(peer, now=5.0)
+    assert not members.choose(1, now=14.9)
     for _ in range(50):
-        partners.failed(peer, now=20.0)
-    assert partners.choose(1, now=32.0)
-    partners.failed(peer, now=32.0)
-    partners.answered(peer)
-    assert partners.choose(1, now=32.0)
+        members.failed(peer, now=20.0)
+    assert members.choose(1, now=32.0)
+    members.failed(peer, now=32.0)
+    members.answered(peer)
+    assert members.choose(1, now=32.0)
 
 
 def test_a_peer_that_moves_is_tried_again_at_once(info_of: InfoOf) -> None:
-    partners = Partners(info_of(99).peer, [], Random(1))
-    joined(partners, info_of(1))
-    partners.failed(info_of(1).peer, now=0.0)
-    partners.update(Change("updated", info_of(1)))
-    assert not partners.choose(1, now=1.0)
-    partners.update(Change("updated", info_of(1, port=2)))
-    assert partners.choose(1, now=1.0)
+    members = Members(info_of(99).peer, [], Random(1))
+    joined(members, info_of(1))
+    members.failed(info_of(1).peer, now=0.0)
+    members.update(Change("updated", info_of(1)))
+    assert not members.choose(1, now=1.0)
+    members.update(Change("updated", info_of(1, port=2)))
+    assert members.choose(1, now=1.0)
 
 
 def test_the_last_ones_lost_are_remembered(info_of: InfoOf) -> None:
-    partners = Partners(info_of(999).peer, [Address.parse(info_of(500).addresses[0])], Random(1))
+    members = Members(info_of(999).peer, [Address.parse(info_of(500).addresses[0])], Random(1))
     for n in range(1, REMEMBERED + 11):
-        joined(partners, info_of(n))
-        partners.update(Change("left", info_of(n)))
-        partners.failed(info_of(n).peer, now=0.0)
-    assert [p.peer for p in partners.choose(9, 0.0)] == [info_of(500).peer]
+        joined(members, info_of(n))
+        members.update(Change("left", info_of(n)))
+        members.failed(info_of(n).peer, now=0.0)
+    assert [p.peer for p in members.choose(9, 0.0)] == [info_of(500).peer]
     found = set()
-    while lost := partners.choose_lost(now=100.0):
+    while lost := members.choose_lost(now=100.0):
         found.add(lost.peer)
-        partners.failed(lost.peer, now=100.0)
+        members.failed(lost.peer, now=100.0)
     assert found == {info_of(n).peer for n in (*range(11, REMEMBERED + 11), 500)}
-    assert repr(partners) == f"<Partners 0 live · {REMEMBERED} lost · {REMEMBERED + 1} in trouble>"
+    assert repr(members) == f"<Members 0 live · {REMEMBERED} lost · {REMEMBERED + 1} backing off>"
 
 
 def test_who_comes_back_is_not_lost(info_of: InfoOf) -> None:
-    partners = Partners(info_of(99).peer, [], Random(1))
-    joined(partners, info_of(1))
-    partners.update(Change("left", info_of(1)))
-    assert not partners.choose(1, 0.0)
-    joined(partners, info_of(1))
-    assert partners.choose(1, 0.0)
-    assert partners.choose_lost(0.0) is None
+    members = Members(info_of(99).peer, [], Random(1))
+    joined(members, info_of(1))
+    members.update(Change("left", info_of(1)))
+    assert not members.choose(1, 0.0)
+    joined(members, info_of(1))
+    assert members.choose(1, 0.0)
+    assert members.choose_lost(0.0) is None
 
 
 def test_addresses_of_one_peer_go_together(info_of: InfoOf) -> None:

@@ -120,5 +120,5 @@ async def test_what_is_introduced_is_bounded() -> None:
         registry = GossipRegistry(node, wall_clock=wall_clock)
         for _ in range(2 * REMEMBERED):
             registry.introduce([Address("memory", "//nowhere", Identity.generate().peer)])
-        assert f"{REMEMBERED} lost" in repr(registry._partners)
+        assert f"{REMEMBERED} lost" in repr(registry._members)
         await registry.close()

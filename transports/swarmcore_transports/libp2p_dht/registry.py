@@ -16,7 +16,7 @@ from swarmcore.errors import InputError, InternalError, PeerUnreachableError, Sw
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.clock import how_far_off
-from swarmcore.registry.gossip.members import Partners, group_by_peer
+from swarmcore.registry.gossip.members import Members, group_by_peer
 from swarmcore.registry.gossip.records import (
     Announcement,
     RecordIssuer,
@@ -52,7 +52,7 @@ _START_SECONDS = 30.0
 _PUBLISH_SECONDS = 60.0
 _IN_DIRECTORY = 4  # servers of one model, those with the lowest ids: enough to find it by
 _MODELS = 256  # followed at most where all are
-_INQUIRIES = 16  # at a time about peers found dead
+_PROBES = 16  # at a time about peers found dead
 _CONTEST_PAUSE = 1.0
 
 _INTRODUCED = 16  # peers remembered
@@ -117,7 +117,7 @@ class DhtRegistry(Registry):
         store = RecordStore(
             own=node.peer, limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers
         )
-        self._replica = Replica(store, Partners(node.peer, (), self._rng), wall_clock)
+        self._replica = Replica(store, Members(node.peer, (), self._rng), wall_clock)
         self._tasks = BackgroundTasks()
         self._lookups = asyncio.Semaphore(options.lookups)
         self._read_again: dict[PeerId, float] = {}
@@ -190,9 +190,9 @@ class DhtRegistry(Registry):
 
     def _entrances(self, addresses: Iterable[Address]) -> list[Entrance]:
         return [
-            (partner.peer, [to_multiaddr(address) for address in partner.addresses])
-            for partner in group_by_peer(addresses)
-            if partner.peer != self.node.peer
+            (member.peer, [to_multiaddr(address) for address in member.addresses])
+            for member in group_by_peer(addresses)
+            if member.peer != self.node.peer
         ]
 
     async def close(self) -> None:
@@ -308,7 +308,7 @@ class DhtRegistry(Registry):
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._options.refresh * self._rng.uniform(0.75, 1.25))
-            self._inquire_about_hidden()
+            self._probe_hidden()
             if self._dht and not self._dht.nodes and (self._bootstrap or self._introduced):
                 await self._join_again([*self._bootstrap, *self._introduced])
             try:
@@ -426,9 +426,9 @@ class DhtRegistry(Registry):
             return
         if (info := self._replica.store.info(peer)) is not None:
             self._suspected.add(peer)
-            self._tasks.start(self._inquire(info), f"inquiry about {short(peer)}")
+            self._tasks.start(self._probe(info), f"probe of {short(peer)}")
 
-    async def _inquire(self, info: ServerInfo) -> None:
+    async def _probe(self, info: ServerInfo) -> None:
         try:
             sequence = self._replica.store.sequence(info.peer)
             if await self._answers(info):
@@ -445,14 +445,14 @@ class DhtRegistry(Registry):
         places = [to_multiaddr(address) for address in parsed if address.scheme == SCHEME]
         try:
             return await self._thread.call(
-                self._dht.answers, info.peer, places, timeout=2 * self._options.timeout, what="an inquiry"
+                self._dht.answers, info.peer, places, timeout=2 * self._options.timeout, what="a probe"
             )
         except SwarmError:
             return False
 
-    def _inquire_about_hidden(self) -> None:
+    def _probe_hidden(self) -> None:
         hidden = [said.info for said in self._replica.store.hidden() if said.info is not None]
-        for info in hidden[:_INQUIRIES]:
+        for info in hidden[:_PROBES]:
             if info.peer not in self._suspected:
                 self._suspected.add(info.peer)
-                self._tasks.start(self._inquire(info), f"inquiry about {short(info.peer)}")
+                self._tasks.start(self._probe(info), f"probe of {short(info.peer)}")

@@ -8,7 +8,7 @@ from swarmcore.registry.gossip.records import Announcement
 from swarmcore.types import ServerInfo
 
 
-class Verdict(Enum):
+class Resolution(Enum):
     """What to do about a record of this peer that this process did not issue."""
 
     ANNOUNCE = auto()
@@ -17,7 +17,7 @@ class Verdict(Enum):
     """Announce nothing for now: another process, started later, is shown in place of this one."""
 
 
-class Namesake:
+class IdentityConflict:
     """Another process that announces itself with this peer's identity.
 
     There is one record for each identity, so only one of the two can be shown. The one that was started last
@@ -37,18 +37,18 @@ class Namesake:
         self._first = self._first or sequence
         self.shown = None
 
-    def heard(self, said: Announcement, own: ServerInfo) -> Verdict:
+    def heard(self, said: Announcement, own: ServerInfo) -> Resolution:
         """A record of this peer has come that this process, which announces ``own``, did not issue."""
         alive = said.info is not None and 0 < self._first < said.sequence
         if not alive:
             self.shown = self.seen = None
-            return Verdict.ANNOUNCE
+            return Resolution.ANNOUNCE
         assert said.info is not None
         self.seen = said.info
         if _order(said.info) > _order(own):
             self.shown = said.info
-            return Verdict.STEP_BACK
-        return Verdict.ANNOUNCE
+            return Resolution.STEP_BACK
+        return Resolution.ANNOUNCE
 
     def answered(self, info: ServerInfo) -> None:
         """Somebody with this peer's identity answers at the addresses of ``info``, which are not its own."""

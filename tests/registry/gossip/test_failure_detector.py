@@ -11,7 +11,7 @@ from random import Random
 import attrs
 import pytest
 
-from swarmcore.registry.gossip import failure_detector as inquiries
+from swarmcore.registry.gossip import failure_detector
 from swarmcore.registry.gossip.messages import CHECK, EXCHANGE, ExchangeRecords
 from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.suspicion import BURST, SHORTEST_MUTE, Suspected
@@ -23,7 +23,7 @@ from swarmcore.types import Address, PeerId
 pytestmark = pytest.mark.virtual_time
 
 TTL = 300.0
-NO_BEATS = GossipOptions(beat=0.0)
+NO_HEARTBEATS = GossipOptions(heartbeat_interval=0.0)
 
 
 @pytest.fixture
@@ -34,13 +34,15 @@ async def swarm() -> AsyncIterator[GossipSwarm]:
 
 @pytest.fixture
 async def quiet_swarm() -> AsyncIterator[GossipSwarm]:
-    """One without beats, for crashes: these the network tells of."""
-    async with aclosing(GossipSwarm(faulty_memory(Random(1), Faults(delay=0.02)), options=NO_BEATS)) as swarm:
+    """One without heartbeats, for crashes: these the network tells of."""
+    async with aclosing(
+        GossipSwarm(faulty_memory(Random(1), Faults(delay=0.02)), options=NO_HEARTBEATS)
+    ) as swarm:
         yield swarm
 
 
 async def announced(swarm: GossipSwarm, count: int) -> list[Member]:
-    """``count`` members, announced, that all know each other and hold their lifelines."""
+    """``count`` members, announced, that all know each other and hold their heartbeats."""
     members = await swarm.announced(count, ttl=TTL)
     await asyncio.sleep(15.0)
     return members
@@ -95,11 +97,11 @@ async def test_a_crash_is_known_to_members_and_clients_within_a_second(quiet_swa
     assert await gone_from(quiet_swarm, [*rest, *clients], [members[7]]) < 1.0
 
 
-@pytest.mark.parametrize("many", [inquiries.MANY, 4], ids=["each is called", "most are waited for"])
+@pytest.mark.parametrize("many", [failure_detector.MANY, 4], ids=["each is called", "most are waited for"])
 async def test_a_third_of_sixty_crash_at_once(
     many: int, quiet_swarm: GossipSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inquiries, "MANY", many)
+    monkeypatch.setattr(failure_detector, "MANY", many)
     members = await announced(quiet_swarm, 60)
     dead = Random(3).sample(members[1:], 20)
     rest = [member for member in members if member not in dead]
@@ -138,20 +140,20 @@ async def test_a_short_stall_evicts_nobody(swarm: GossipSwarm) -> None:
 
 
 def test_one_liar_has_not_the_credit_to_keep_others_from_calling() -> None:
-    assert BURST < inquiries.MANY
+    assert BURST < failure_detector.MANY
 
 
 async def test_who_is_waited_for_and_not_called_refutes(
     swarm: GossipSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In time for nearly all; whom the news misses, as it may, has it back with the next reconciliation."""
-    monkeypatch.setattr(inquiries, "MANY", 0)
+    """In time for nearly all; whom the news misses, as it may, has it back with the next anti-entropy."""
+    monkeypatch.setattr(failure_detector, "MANY", 0)
     members = await announced(swarm, 10)
     liar, victim, *others = members
     client = await swarm.watch(others[0].addresses)
     await accuse(swarm, liar, victim, others[3:4])
     observers = [*others, client]
-    await asyncio.sleep(inquiries.REFUTE + 0.5)
+    await asyncio.sleep(failure_detector.REFUTE + 0.5)
     assert sum(victim.identity.peer in o.registry.view().servers for o in observers) >= len(observers) - 2
     for observer in observers:
         await swarm.until(observer, lambda view: victim.identity.peer in view.servers)
@@ -198,7 +200,7 @@ async def test_forged_and_unknown_accusations_are_not_looked_into(
 
 async def test_an_accusation_about_an_older_record_is_looked_into() -> None:
     """Not everybody has what a server announced last before it died."""
-    options = GossipOptions(lifelines=0, interval=600.0)
+    options = GossipOptions(heartbeat_members=0, interval=600.0)
     async with aclosing(GossipSwarm(faulty_memory(Random(4)), options=options)) as swarm:
         swarm.patience = 1200.0
         members = await announced(swarm, 6)
@@ -255,7 +257,7 @@ async def test_a_peer_that_only_one_member_cannot_reach_stays_with_the_others(sw
 
 
 async def test_a_report_of_a_client_is_looked_into_by_the_swarm() -> None:
-    options = GossipOptions(lifelines=0, interval=60.0)
+    options = GossipOptions(heartbeat_members=0, interval=60.0)
     async with aclosing(GossipSwarm(faulty_memory(Random(2)), options=options)) as swarm:
         swarm.patience = 300.0
         members = [await swarm.join() for _ in range(4)]
@@ -342,11 +344,11 @@ async def test_the_living_stay_in_all_views_over_many_refreshes(quiet_swarm: Gos
                 await anext(reader)
 
 
-async def test_lifelines_lead_to_the_next_two_and_do_not_thrash(quiet_swarm: GossipSwarm) -> None:
+async def test_heartbeats_go_to_the_next_two_and_do_not_thrash(quiet_swarm: GossipSwarm) -> None:
     members = await announced(quiet_swarm, 12)
-    lines = [m.registry._detector.lifelines for m in members]  # type: ignore[attr-defined]
-    assert [len(line._held) for line in lines] == [2] * 12
-    assert sum(len(line._accepted) for line in lines) == 24
+    heartbeats = [m.registry._detector.heartbeats for m in members]  # type: ignore[attr-defined]
+    assert [len(each._opened) for each in heartbeats] == [2] * 12
+    assert sum(len(each._accepted) for each in heartbeats) == 24
     calls = quiet_swarm.calls()
     await asyncio.sleep(60.0)
     assert quiet_swarm.calls() - calls <= 12 * 60 / 5 * 1.4  # comparisons only

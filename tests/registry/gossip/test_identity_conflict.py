@@ -9,8 +9,8 @@ import attrs
 import pytest
 
 from swarmcore.registry.base import Registry
+from swarmcore.registry.gossip.identity_conflict import IdentityConflict, Resolution
 from swarmcore.registry.gossip.records import Announcement
-from swarmcore.registry.namesake import Namesake, Verdict
 from swarmcore.testing.gossip import GossipSwarm
 from swarmcore.testing.registry_contract import Member
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
@@ -24,23 +24,23 @@ def info(incarnation: int, place: str) -> ServerInfo:
 
 
 def test_the_one_that_was_started_last_is_shown() -> None:
-    namesake = Namesake()
-    namesake.announced(100)
-    assert namesake.note == ""
-    assert namesake.heard(Announcement(ME, 101, 300, info(1, "old")), info(2, "here")) is Verdict.ANNOUNCE
-    assert "memory://old/me: this one is shown" in namesake.note
-    assert namesake.heard(Announcement(ME, 102, 300, info(3, "new")), info(2, "here")) is Verdict.STEP_BACK
-    assert "memory://new/me: it is shown to the swarm and this one is not" in namesake.note
-    assert namesake.heard(Announcement(ME, 103, 300, None), info(2, "here")) is Verdict.ANNOUNCE
-    assert namesake.note == ""
+    conflict = IdentityConflict()
+    conflict.announced(100)
+    assert conflict.note == ""
+    assert conflict.heard(Announcement(ME, 101, 300, info(1, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    assert "memory://old/me: this one is shown" in conflict.note
+    assert conflict.heard(Announcement(ME, 102, 300, info(3, "new")), info(2, "here")) is Resolution.STEP_BACK
+    assert "memory://new/me: it is shown to the swarm and this one is not" in conflict.note
+    assert conflict.heard(Announcement(ME, 103, 300, None), info(2, "here")) is Resolution.ANNOUNCE
+    assert conflict.note == ""
 
 
 def test_a_record_from_before_the_start_is_nobody_elses() -> None:
-    namesake = Namesake()
-    assert namesake.heard(Announcement(ME, 90, 300, info(3, "old")), info(2, "here")) is Verdict.ANNOUNCE
-    namesake.announced(100)
-    assert namesake.heard(Announcement(ME, 99, 300, info(3, "old")), info(2, "here")) is Verdict.ANNOUNCE
-    assert namesake.note == ""
+    conflict = IdentityConflict()
+    assert conflict.heard(Announcement(ME, 90, 300, info(3, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    conflict.announced(100)
+    assert conflict.heard(Announcement(ME, 99, 300, info(3, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    assert conflict.note == ""
 
 
 class Twins:
