@@ -22,7 +22,7 @@ from swarmcore import sync
 from swarmcore.distribution import NAME
 from swarmcore.head.queue import GenerationLimits
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 PROGRAM = """
 import asyncio, importlib.util, sys
