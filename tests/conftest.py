@@ -6,12 +6,11 @@ import asyncio
 import gc
 import os
 import statistics
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import xdist_groups
 
 from swarmcore.testing.clock import VirtualClockLoop
@@ -129,8 +128,8 @@ def plain_smollm2(smollm2_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def fork_server() -> AsyncIterator[ForkServer]:
-    """Starts server processes quickly, for tests on the session's event loop."""
-    async with ForkServer() as fork_server:
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts servers and other programs quickly."""
+    with ForkServer() as fork_server:
         yield fork_server

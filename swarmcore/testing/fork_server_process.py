@@ -1,24 +1,28 @@
-"""The process of a `ForkServer`: imports what servers need, then forks one for each request.
+"""The process of a `ForkServer`: imports what servers need, then forks a Python program for each request.
 
-``python -m swarmcore.testing.fork_server_process FD``, where FD is a Unix socket. A request is one byte on it
-with three descriptors: a server's control socket, its stdout and its stderr. From the control socket come the
-command's arguments, a line of JSON; the pid is written to it, then it is the server's stdin, and once the
-server has ended, the exit status is written to it, negative for a signal.
+``python -m swarmcore.testing.fork_server_process FD [MODULE…]``, where FD is a Unix socket and the modules,
+if any, are imported in place of `PRELOADED` and `PRELOADED_EXTRAS`. A request is one byte on the socket with
+four descriptors: a control socket, then the stdin, stdout and stderr of the program. From the control socket
+comes a line of JSON, the arguments that ``python`` would be given and the environment. What is written to it
+are the program's pid and, once it has ended, its exit status, negative for a signal.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 PRELOADED = (
     "swarmcore.cli",
@@ -34,37 +38,51 @@ PRELOADED_EXTRAS = ("swarmcore_transports.libp2p", "swarmcore_transports.webrtc"
 
 
 class Forker:
-    """Forks servers, and reports how they ended. Everything is done in one thread, one thing at a time."""
+    """Forks programs, and reports how they ended. Everything is done in one thread, one thing at a time."""
 
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._running: dict[int, socket.socket] = {}
+        self._exit_status: int | None = None
+        """In a child: with what it ends."""
 
     def run(self) -> None:
-        """Fork until the requests end. Servers that still run then end with their stdin."""
+        """Fork until the requests end; programs that still run then are left alone. Return in each child."""
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self._wake.fileno())
-        while True:
+        while self._exit_status is None:
             ready, _, _ = select.select([self._requests, self._woken], [], [])
             if self._woken in ready:
                 self._woken.recv(4096)
                 self._reap()
             if self._requests in ready:
-                request, descriptors, _, _ = socket.recv_fds(self._requests, 1, 3)
+                request, descriptors, _, _ = socket.recv_fds(self._requests, 1, 4)
                 if not request:
                     return
                 self._fork(*descriptors)
 
-    def _fork(self, control: int, stdout: int, stderr: int) -> None:
+    def end_child(self) -> None:
+        """What a child does last: end without clearing away, and so copying, all that was imported."""
+        if self._exit_status is not None:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                    stream.flush()
+            os._exit(self._exit_status)
+
+    def _fork(self, control: int, *standard: int) -> None:
         with open(control, "rb", closefd=False) as lines:
-            arguments = json.loads(lines.readline())
+            arguments, environment = json.loads(lines.readline())
         pid = os.fork()
         if pid == 0:
-            os._exit(self._serve(arguments, control, stdout, stderr))
-        os.close(stdout)
-        os.close(stderr)
+            # Its control socket stays open here, so that its end says that this process has ended, too.
+            os.set_inheritable(control, False)
+            self._become_program(environment, standard)
+            self._exit_status = _run_program(arguments)
+            return
+        for descriptor in standard:
+            os.close(descriptor)
         self._running[pid] = socket.socket(fileno=control)
         self._report(pid, pid)
 
@@ -80,39 +98,48 @@ class Forker:
         with contextlib.suppress(OSError):  # nobody is there to read it
             self._running[pid].sendall(b"%d\n" % number)
 
-    def _serve(self, arguments: Sequence[str], *standard: int) -> int:
-        """In the child: be ``swarmcore ARGUMENTS``. Return the exit status."""
-        try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.setsid()
-            for theirs in (self._requests, self._woken, self._wake, *self._running.values()):
-                theirs.close()
-            for number, descriptor in enumerate(standard):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+    def _become_program(self, environment: dict[str, str], standard: Sequence[int]) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        for theirs in (self._requests, self._woken, self._wake, *self._running.values()):
+            theirs.close()
+        for number, descriptor in enumerate(standard):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.environ.clear()
+        os.environ.update(environment)
 
-            from swarmcore.cli import main
 
-            main(arguments, prog_name="swarmcore")
-        except SystemExit as exc:
-            return exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
-        except BaseException:
-            traceback.print_exc()
-            return 1
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        return 0
+def _run_program(arguments: Sequence[str]) -> int:
+    """Do what ``python ARGUMENTS`` does; return the exit status."""
+    try:
+        if arguments[0] == "-m":
+            sys.argv = list(arguments[1:])
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(arguments)
+            sys.path[0] = str(Path(arguments[0]).resolve().parent)
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as exc:
+        if isinstance(exc.code, str):
+            sys.stderr.write(f"{exc.code}\n")
+        return exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    for name in PRELOADED:
+    forker = Forker(socket.socket(fileno=int(sys.argv[1])))
+    atexit.register(forker.end_child)  # before what is imported registers anything, so that it comes last
+    for name in sys.argv[2:] or PRELOADED:
         importlib.import_module(name)
-    for name in PRELOADED_EXTRAS:
+    for name in () if sys.argv[2:] else PRELOADED_EXTRAS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.freeze()  # what the collector never touches stays shared
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    Forker(socket.socket(fileno=int(sys.argv[1]))).run()
+    forker.run()

@@ -30,8 +30,8 @@ def test_generate_from_arguments_and_from_stdin(start, client):
     assert stdin.end("The capital of France is")[:2] == (0, last["text"] + "\n")
 
 
-def test_status_on_a_terminal_of_few_characters(start, whole_model_server):
-    process = start("status", "--once", "--bootstrap", whole_model_server, PYTHONIOENCODING="ascii")
+def test_status_on_a_terminal_of_few_characters(start_afresh, whole_model_server):
+    process = start_afresh("status", "--once", "--bootstrap", whole_model_server, PYTHONIOENCODING="ascii")
     status, stdout, stderr = process.end()
     assert (status, stderr) == (0, "")
     assert "111111" in stdout

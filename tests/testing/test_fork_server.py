@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from swarmcore.errors import RemoteFaultError
 from swarmcore.testing.fork_server import ForkServer
@@ -22,12 +20,8 @@ pytestmark = [
 pytest.importorskip("torch")
 
 BOOTSTRAP = ("bootstrap", "--listen", "127.0.0.1:0")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def fork_server() -> AsyncIterator[ForkServer]:
-    async with ForkServer() as fork_server:
-        yield fork_server
+LIGHT = ["swarmcore.cli"]
+"""What the bootstrap peers need."""
 
 
 async def ended(pid: int) -> None:
@@ -93,7 +87,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(fork_server: ForkServer)
 
 
 async def test_leaving_the_fork_server_kills_its_servers() -> None:
-    async with ForkServer() as short_lived:
+    async with ForkServer(preload=LIGHT) as short_lived:
         server = await short_lived.start(*BOOTSTRAP)
     assert server.returncode == -signal.SIGKILL
     with pytest.raises(RuntimeError, match="async with"):
@@ -101,7 +95,7 @@ async def test_leaving_the_fork_server_kills_its_servers() -> None:
 
 
 async def test_without_the_fork_server_its_servers_live_until_their_program_ends() -> None:
-    async with ForkServer() as doomed:
+    async with ForkServer(preload=LIGHT) as doomed:
         server = await doomed.start(*BOOTSTRAP)
         assert doomed.pid is not None
         os.kill(doomed.pid, signal.SIGKILL)
@@ -113,3 +107,30 @@ async def test_without_the_fork_server_its_servers_live_until_their_program_ends
         await ended(server.pid)
         assert await server.stop() == -signal.SIGKILL  # nobody told how it ended
     assert isinstance(server, ServerProcess)
+
+
+async def test_a_program_has_the_arguments_environment_and_streams_that_it_is_given(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    (tmp_path / "sibling.py").write_text("status = 7\n")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, sibling\n"
+        "assert __name__ == '__main__'\n"
+        "print(sys.argv[1:], os.environ['WHO'], 'HOME' in os.environ, sys.stdin.read())\n"
+        "sys.exit(sibling.status)\n"
+    )
+    (stdin, typed), (printed, stdout) = os.pipe(), os.pipe()
+    with (
+        fork_server.launch([str(program), "one", "two"], stdin, stdout, stdout, env={"WHO": "me"}) as control,
+        control.makefile() as statuses,
+    ):
+        os.close(stdin)
+        os.close(stdout)
+        with os.fdopen(typed, "w") as writer:
+            writer.write("typed")
+        with os.fdopen(printed) as reader:
+            assert reader.read() == "['one', 'two'] me False typed\n"
+        pid, status = map(int, statuses)
+    assert pid != os.getpid()
+    assert status == 7
