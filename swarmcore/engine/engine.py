@@ -1,7 +1,7 @@
 """The engine of a server: sessions in, batches out. A thin asyncio driver around plain objects.
 
-`KVCacheManager` says who gets cache, `Scheduler` what runs next, `SessionTable` joins them. The engine checks
-what clients claim, runs the batches on a `BlockExecutor` and keeps the time.
+`KVCacheManager` says who gets cache, `Scheduler` what runs next, `SessionManager` joins them. The engine
+checks what clients claim, runs the batches on a `BlockExecutor` and keeps the time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from swarmcore.engine.kv_cache_manager import KVCacheManager
 from swarmcore.engine.kv_transfer import KVChunk, KVTransfer
 from swarmcore.engine.loop import BatchLoop
 from swarmcore.engine.scheduler import Scheduler
-from swarmcore.engine.session import EngineSession, KVImport, SessionStep, Turn
-from swarmcore.engine.sessions import SessionTable
+from swarmcore.engine.session import KVImport, PendingTokens, QueueItem, SessionStep
+from swarmcore.engine.session_manager import SessionManager
 from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
@@ -29,7 +29,6 @@ from swarmcore.errors import (
     RemoteFaultError,
     SessionLostError,
     SwarmError,
-    TooManyCallsError,
 )
 from swarmcore.executor.base import Adapter, BlockExecutor
 from swarmcore.types import Span
@@ -70,26 +69,25 @@ class Engine:
         """Most sequences of one session."""
         self.max_step_tokens = max_step_tokens
         """Most tokens of one step."""
-        self.max_pending_steps = max_pending_steps
-        """Most steps of one session that wait or compute."""
-        self.max_pending_tokens = max_pending_tokens
-        """Most tokens of all steps that wait or compute."""
         self.stats = EngineStats()
-        self._budget = KVCacheManager(
+        self._kv_cache = KVCacheManager(
             cache_tokens,
             executor.page,
+            blocks=len(executor.span),
             idle_timeout=idle_timeout,
             idle_grace=idle_grace,
             max_sessions=max_sessions,
         )
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
-        self._table = SessionTable(executor, self._budget, self._scheduler, self.stats)
-        self._transfer = KVTransfer(executor, self._table, self._carry_on)
-        self._gathering = BatchWindow()
+        pending = PendingTokens(max_steps=max_pending_steps, max_tokens=max_pending_tokens)
+        self._sessions = SessionManager(executor, self._kv_cache, self._scheduler, pending, self.stats)
+        self._transfer = KVTransfer(executor, self._sessions, self._carry_on)
+        self._window = BatchWindow()
         self.training = TrainingRunner(executor, self.stats, training_limits or TrainingLimits(), self._wake)
         """Forward and backward passes, which go after interactive steps: see `TrainingRunner.admit`."""
+        worker = self.training.worker
         self._batches = BatchLoop(
-            executor, self._table, self._scheduler, self._gathering, self.stats, self.training, self._carry_on
+            executor, self._sessions, self._scheduler, self._window, self.stats, worker, self._carry_on
         )
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -100,23 +98,23 @@ class Engine:
     @property
     def sessions(self) -> int:
         """Number of open sessions."""
-        return len(self._table.sessions)
+        return len(self._sessions.sessions)
 
     @property
     def cache_tokens(self) -> int:
         """The whole attention cache, in tokens of the span as it is now; the memory is always the same."""
-        return self._in_tokens(self._budget.pages)
+        return self._in_tokens(self._kv_cache.pages)
 
     @property
     def cache_tokens_free(self) -> int:
-        return self._in_tokens(self._budget.free)
+        return self._in_tokens(self._kv_cache.free)
 
     @property
     def cache_tokens_used(self) -> int:
-        return self._in_tokens(self._budget.held)
+        return self._in_tokens(self._kv_cache.held)
 
     def _in_tokens(self, pages: int) -> int:
-        return pages * self._budget.page * self._table.blocks // len(self.executor.span)
+        return self._kv_cache.tokens(pages, len(self.executor.span))
 
     @property
     def queue_seconds(self) -> float:
@@ -130,7 +128,7 @@ class Engine:
 
     def length(self, session: str) -> tuple[int, ...]:
         """Cached tokens of each sequence, of steps that are done. Raise `SessionLostError`."""
-        return tuple(self._table[session].lengths)
+        return tuple(self._sessions[session].lengths)
 
     @property
     def work(self) -> int:
@@ -139,17 +137,18 @@ class Engine:
 
     def computed(self, session: str) -> int:
         """Rows of the session computed so far, those of unfinished steps too. Raise `SessionLostError`."""
-        return self._table[session].computed
+        return self._sessions[session].computed
 
     def waits_for_room(self, session: str) -> bool:
         """Whether the session's steps wait for room in the cache. Raise `SessionLostError`."""
-        return self._table[session].holding.growth is not None
+        return self._sessions[session].allocation.growth is not None
 
     def __repr__(self) -> str:
         return (
             f"<Engine {self.executor.span} · {self.sessions} sessions · cache "
-            f"{self.cache_tokens_used}/{self.cache_tokens} · {self._table.pending_tokens} tokens pending · "
-            f"{self.stats.steps} steps in {self.stats.batches} batches · {len(self.training.queue)} passes>"
+            f"{self.cache_tokens_used}/{self.cache_tokens} · {self._sessions.pending.tokens} tokens "
+            f"pending · {self.stats.steps} steps in {self.stats.batches} batches · "
+            f"{len(self.training.queue)} passes>"
         )
 
     # --- life --------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ class Engine:
 
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
-        self._table.close_all(error, draining(), self._now())
+        self._sessions.close_all(error, draining(), self._now())
         self.training.stop(draining())
         if self._timer is not None:
             self._timer.cancel()
@@ -208,7 +207,7 @@ class Engine:
         """
         if self._closing:
             raise draining()
-        if session in self._table.sessions or session in self._table.opening:
+        if session in self._sessions.sessions or session in self._sessions.opening:
             raise InputError(f"session {session[:8]} is open already; choose a new random name for a new one")
         if not 0 < sequences <= self.max_sequences:
             raise InputError(f"a session of {sequences} sequences; expected 1 to {self.max_sequences}")
@@ -219,17 +218,17 @@ class Engine:
         now = self._now()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         deadline = now + check_timeout(timeout)
-        self._table.request(session, span, sequences, tokens, answer, deadline, now, adapter, caller)
+        self._sessions.request(session, span, sequences, tokens, answer, deadline, now, adapter, caller)
         self._carry_on()
         try:
             await answer
             check_held(span, self.executor.span)  # which may have changed in the meantime
         except BaseException:
-            self._table.withdraw(session, self._now())
+            self._sessions.withdraw(session, self._now())
             self._carry_on()
             raise
         finally:
-            del self._table.opening[session]
+            del self._sessions.opening[session]
 
     def step(
         self,
@@ -243,7 +242,7 @@ class Engine:
         timeout: float,
         sources: Sequence[int] = (),
     ) -> asyncio.Future[Tensor]:
-        """Put a step in its session's line; the future is its result, ``[rows, hidden size]`` in ``codec``.
+        """Put a step in its session's queue; the future is its result, ``[rows, hidden size]`` in ``codec``.
 
         ``starts`` and ``lengths`` have an entry for each sequence; ``hidden`` holds ``lengths[0]`` rows of
         the first, and so on. A sequence of length 0 is left alone; a start below its length rolls it back.
@@ -251,18 +250,18 @@ class Engine:
         beam search, sequence ``i`` first becomes a copy of what sequence ``sources[i]`` was; ``starts`` count
         from there.
 
-        Steps of a session run in the order of the calls, so the next may be put in line before the result of
+        Steps of a session run in the order of the calls, so the next may be queued before the result of
         the one before it is there. Cancelling the future withdraws the step. What is wrong with a step raises
         here, at once: `SessionLostError`, `InvalidStepError`, `UnknownCodecError`, and `TooManyCallsError`
         when too much waits. The future raises `DeadlineExceededError` after ``timeout`` seconds in which
         the engine got nothing done, `CacheFullError` when there was no room for it in that time,
         `SessionLostError` when the session was ended, or the executor's own error. The session is then as
         long as it was before the step, but for sequences that the step had begun to roll back: those end at
-        the step's start. Steps in line that build on the failed one fail like it. A step that fails when its
+        the step's start. Queued steps that build on the failed one fail like it. A step that fails when its
         caches have been reordered ends the session with `SessionLostError`: what it holds is not what its
         client takes it for.
         """
-        found = self._table[session]
+        found = self._sessions[session]
         try:
             segments = found.segments(starts, lengths, sources)
             width = self.executor.model.hidden_size
@@ -270,7 +269,7 @@ class Engine:
             check_codec(codec)
             if reply not in ("all", "last"):
                 raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
-            self._check_line(found, hidden.shape[0])
+            self._sessions.pending.check(found, hidden.shape[0])
             now = self._now()
             timeout = check_timeout(timeout)
         except SwarmError:
@@ -294,8 +293,8 @@ class Engine:
         )
         answer.add_done_callback(partial(self._answered, step))
         if step.decode:
-            self._gathering.arrived(session, now)
-        self._table.submit(step, now)
+            self._window.arrived(session, now)
+        self._sessions.submit(step, now)
         self._carry_on()
         return answer
 
@@ -305,9 +304,9 @@ class Engine:
         Sequence by sequence, each from its start. The session cannot be evicted meanwhile, and its steps wait
         until the iterator is exhausted or closed; other sessions go on. Raise `SessionLostError` when there
         is no such session or it ends, `InputError` when not one token fits in a chunk; `InvalidStepError`
-        at the first chunk while steps of the session are in line.
+        at the first chunk while steps of the session are queued.
         """
-        return self._transfer.export(self._table[session], max_bytes)
+        return self._transfer.export(self._sessions[session], max_bytes)
 
     async def import_cache(
         self,
@@ -321,12 +320,12 @@ class Engine:
     ) -> None:
         """Put a `KVChunk` of another server's session for the same blocks into this one.
 
-        It stands in the session's line like a step of ``count`` tokens at ``start`` would, needs the same
+        It stands in the session's queue like a step of ``count`` tokens at ``start`` would, needs the same
         room, and raises the same: `SessionLostError`, `InvalidStepError` (also for tensors of another layout
         or dtype), `TooManyCallsError`; `DeadlineExceededError` or `CacheFullError` after ``timeout`` seconds.
         When it fails the sequence ends at ``start``.
         """
-        found = self._table[session]
+        found = self._sessions[session]
         many = len(found.sequences)
         if not 0 <= sequence < many or count < 1:
             raise InvalidStepError(
@@ -336,10 +335,10 @@ class Engine:
         starts, lengths = [0] * many, [0] * many
         starts[sequence], lengths[sequence] = start, count
         [segment] = found.segments(starts, lengths)
-        self._check_line(found, count)
+        self._sessions.pending.check(found, count)
         now = self._now()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        turn = KVImport(
+        item = KVImport(
             session=found,
             segments=(segment,),
             timeout=(timeout := check_timeout(timeout)),
@@ -348,41 +347,24 @@ class Engine:
             answer=answer,
             begin=self._transfer.begin,
         )
-        answer.add_done_callback(partial(self._answered, turn))
-        self._table.submit(turn, now)
+        answer.add_done_callback(partial(self._answered, item))
+        self._sessions.submit(item, now)
         self._carry_on()
         await answer
 
     def close_session(self, session: str) -> None:
         """End a session and free its cache: at once, or after the batch that it computes in. Never fails."""
-        self._gathering.closed(session)
-        self._table.close(session, self._now())
+        self._window.closed(session)
+        self._sessions.close(session, self._now())
         self._carry_on()
 
-    def _check_line(self, session: EngineSession, rows: int) -> None:
-        if len(session.line) >= self.max_pending_steps:
-            raise TooManyCallsError(
-                f"{len(session.line)} steps of the session wait already; await some before sending more"
-            )
-        own = self._table.pending_by_caller[session.holding.caller]
-        if session.holding.caller and own and own + rows > self.max_pending_tokens // 2:
-            raise TooManyCallsError(
-                f"{own} tokens of yours wait to be computed, and one client may have "
-                f"{self.max_pending_tokens // 2}; await some before sending more"
-            )
-        waiting = self._table.pending_tokens
-        if waiting + rows > self.max_pending_tokens:
-            raise TooManyCallsError(
-                f"{waiting} tokens wait to be computed; try again later, or another server"
-            )
-
-    def _answered(self, turn: Turn, answer: asyncio.Future[Any]) -> None:
-        if turn.done:
+    def _answered(self, item: QueueItem, answer: asyncio.Future[Any]) -> None:
+        if item.done:
             return
         # Nobody but the caller ends the future of a step that is not done: it was cancelled.
         now = self._now()
-        self._table.fail(turn, InvalidStepError("the step was cancelled by its caller"), now)
-        self._table.poll(now)
+        self._sessions.fail(item, InvalidStepError("the step was cancelled by its caller"), now)
+        self._sessions.poll(now)
         self._carry_on()
 
     # --- time --------------------------------------------------------------------------------------------
@@ -394,12 +376,12 @@ class Engine:
         self._batches.wake()
 
     def _carry_on(self) -> None:
-        """After every change of the table: have the batches run, and the timer set."""
+        """After every change of the sessions: have the batches run, and the timer set."""
         if self._closing:
             return
         if len(self._scheduler):
             self._batches.wake()
-        when = self._table.wakeup
+        when = self._sessions.wakeup
         if self._timer is not None:
             if self._timer.when() <= when:
                 return
@@ -410,5 +392,5 @@ class Engine:
 
     def _tick(self) -> None:
         self._timer = None
-        self._table.tick(self._now())
+        self._sessions.tick(self._now())
         self._carry_on()

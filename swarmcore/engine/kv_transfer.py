@@ -1,4 +1,4 @@
-"""Attention caches on their way from one server to another: out in chunks, in through the session's line."""
+"""Attention caches on their way from one server to another: out in chunks, in through the session's queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 import attrs
 
 from swarmcore.engine.session import EngineSession, KVImport
-from swarmcore.engine.sessions import SessionTable
+from swarmcore.engine.session_manager import SessionManager
 from swarmcore.errors import InputError, SessionLostError, SwarmError
 from swarmcore.executor.base import BlockExecutor, executor_error
 from swarmcore.wire.tensors import Tensor
@@ -32,10 +32,12 @@ class KVChunk:
 class KVTransfer:
     """Moves caches out of and into the executor, never while a batch works on them."""
 
-    def __init__(self, executor: BlockExecutor, table: SessionTable, changed: Callable[[], None]) -> None:
-        """``changed`` is called after each change of the table that does not come from a caller."""
+    def __init__(
+        self, executor: BlockExecutor, sessions: SessionManager, changed: Callable[[], None]
+    ) -> None:
+        """``changed`` is called after each change of the sessions that does not come from a caller."""
         self._executor = executor
-        self._table = table
+        self._sessions = sessions
         self._changed = changed
         self._imports: set[asyncio.Task[None]] = set()
         self.pieces = 0
@@ -49,7 +51,7 @@ class KVTransfer:
                 f"a token of attention cache takes {self._executor.cache_bytes_per_token} bytes; no chunk of "
                 f"{max_bytes} bytes can hold it"
             )
-        self._table.hold(session)
+        self._sessions.pause(session)
         try:
             for index, sequence in enumerate(session.sequences):
                 for start in range(0, session.lengths[index], at_once):
@@ -60,12 +62,12 @@ class KVTransfer:
                     self.pieces += 1
                     yield KVChunk(index, start, count, tensors)
         finally:
-            self._table.let_go(session, _now())
-            self._settle()
+            self._sessions.resume(session, _now())
+            self._advance()
 
-    def begin(self, turn: KVImport) -> None:
-        """The turn has its room: have the executor take it in."""
-        task = asyncio.create_task(self._take_in(turn), name="cache import")
+    def begin(self, item: KVImport) -> None:
+        """The item has its room: have the executor take it in."""
+        task = asyncio.create_task(self._take_in(item), name="cache import")
         self._imports.add(task)
         task.add_done_callback(self._imports.discard)
 
@@ -74,17 +76,17 @@ class KVTransfer:
         if self._imports:
             await asyncio.wait(self._imports, timeout=timeout)
 
-    async def _take_in(self, turn: KVImport) -> None:
-        [segment] = turn.segments
+    async def _take_in(self, item: KVImport) -> None:
+        [segment] = item.segments
         error: SwarmError | None = None
         try:
             await self._executor.import_cache(
                 segment.sequence,
-                turn.session.span,
+                item.session.span,
                 segment.start,
                 segment.count,
-                turn.tensors,
-                turn.session.adapter,
+                item.tensors,
+                item.session.adapter,
             )
         except SwarmError as exc:
             error = exc
@@ -92,11 +94,11 @@ class KVTransfer:
             log.exception("the executor failed to take in %d tokens of attention cache", segment.count)
             error = executor_error(exc)
         self.pieces += 1
-        self._table.imported(turn, error, _now())
-        self._settle()
+        self._sessions.finish_import(item, error, _now())
+        self._advance()
 
-    def _settle(self) -> None:
-        self._table.poll(_now())
+    def _advance(self) -> None:
+        self._sessions.poll(_now())
         self._changed()
 
 

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Callable, Sequence
 
 from swarmcore.engine.batch_window import BatchWindow
-from swarmcore.engine.prefill_pacing import PrefillPacing
-from swarmcore.engine.scheduler import Batch, Scheduler
+from swarmcore.engine.scheduler import PrefillBudget, ScheduledBatch, Scheduler
 from swarmcore.engine.session import SessionStep
-from swarmcore.engine.sessions import SessionTable
+from swarmcore.engine.session_manager import SessionManager
 from swarmcore.engine.stats import EngineStats
-from swarmcore.engine.training import TrainingRunner
+from swarmcore.engine.training_worker import TrainingWorker
 from swarmcore.errors import InternalError, SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, executor_error
 from swarmcore.wire.tensors import Tensor
@@ -22,27 +21,27 @@ log = logging.getLogger(__name__)
 
 
 class BatchLoop:
-    """Runs what the scheduler holds on the executor, and gives the results to the table."""
+    """Runs what the scheduler holds on the executor, and gives the results to the sessions."""
 
     def __init__(
         self,
         executor: BlockExecutor,
-        table: SessionTable,
+        sessions: SessionManager,
         scheduler: Scheduler[SessionStep],
-        gathering: BatchWindow,
+        window: BatchWindow,
         stats: EngineStats,
-        passes: TrainingRunner,
+        training: TrainingWorker,
         changed: Callable[[], None],
     ) -> None:
-        """``changed`` is called after each change of the table."""
-        self._passes = passes
+        """``changed`` is called after each change of the sessions."""
+        self._training = training
         self._executor = executor
-        self._table = table
+        self._sessions = sessions
         self._scheduler = scheduler
-        self._gathering = gathering
+        self._window = window
         self._stats = stats
         self._changed = changed
-        self._pacing = PrefillPacing()
+        self._prefill = PrefillBudget()
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -58,7 +57,7 @@ class BatchLoop:
     async def run(self) -> None:
         """Compute until it is told to stop."""
         while not self._stopping:
-            if not len(self._scheduler) and not self._passes_wait:
+            if not len(self._scheduler) and not self._training_waits:
                 self._wake.clear()
                 await self._wake.wait()
             else:
@@ -66,30 +65,30 @@ class BatchLoop:
                 await asyncio.sleep(0)
             if len(self._scheduler):
                 await self._run_batch()
-            if self._passes_wait and not self._stopping:
-                await self._passes.run_unit()
-                self._table.worked(_now())
+            if self._training_waits and not self._stopping:
+                await self._training.run_unit()
+                self._sessions.note_progress(_now())
 
     @property
-    def _passes_wait(self) -> bool:
-        return len(self._passes.queue) > 0
+    def _training_waits(self) -> bool:
+        return len(self._training.queue) > 0
 
     async def _run_batch(self) -> None:
-        self._passes.pacing.stepped(_now())
-        await self._gather()
-        self._scheduler.prefill_rows = self._pacing.rows
-        batch = self._table.schedule(_now())
+        self._training.pacing.stepped(_now())
+        await self._wait_for_decodes()
+        self._scheduler.prefill_rows = self._prefill.rows
+        batch = self._sessions.schedule(_now())
         if batch.steps:
             await self._run(batch)
-            self._passes.pacing.stepped(_now())
-        self._table.poll(_now())
+            self._training.pacing.stepped(_now())
+        self._sessions.poll(_now())
         self._changed()
 
-    async def _gather(self) -> None:
+    async def _wait_for_decodes(self) -> None:
         """Give decode steps that are about to come the time to join the next batch, where that pays."""
         if not (here := self._scheduler.decode_waiting):
             return
-        wait = self._gathering.gather(here, self._stats.decode_seconds, _now())
+        wait = self._window.wait(here, self._stats.decode_seconds, _now())
         if wait is None:
             return
         with contextlib.suppress(TimeoutError):
@@ -98,38 +97,40 @@ class BatchLoop:
                     self._wake.clear()
                     await self._wake.wait()
 
-    async def _run(self, batch: Batch[SessionStep]) -> None:
+    async def _run(self, batch: ScheduledBatch[SessionStep]) -> None:
         started = _now()
         errors = await self._reorder(batch)
-        slices = [part for number, part in enumerate(batch.slices) if number not in errors]
-        computed = iter(await self._results(slices))
-        results = [errors.get(number) or next(computed) for number in range(len(batch.slices))]
+        chunks = [chunk for number, chunk in enumerate(batch.chunks) if number not in errors]
+        computed = iter(await self._results(chunks))
+        results = [errors.get(number) or next(computed) for number in range(len(batch.chunks))]
         now = _now()
         self._stats.note_batch(batch.tokens, now - started, batch.decode_only)
-        self._pacing.note_batch(
-            sum(part.tokens for step, part in zip(batch.steps, batch.slices, strict=True) if not step.decode),
+        self._prefill.note_batch(
+            sum(
+                chunk.tokens for step, chunk in zip(batch.steps, batch.chunks, strict=True) if not step.decode
+            ),
             now - started,
             decodes=any(step.decode for step in batch.steps),
             decode_seconds=self._stats.decode_seconds,
             now=now,
         )
-        for step in self._table.landed(batch, results, now):
+        for step in self._sessions.finish_batch(batch, results, now):
             try:
                 encoded = await self._executor.encode(step.result(), step.codec)
             except Exception as exc:
                 log.exception("the result of a step cannot be encoded as %s", step.codec)
-                self._table.fail(step, executor_error(exc), _now())
+                self._sessions.fail(step, executor_error(exc), _now())
             else:
-                self._table.complete(step, encoded, _now())
+                self._sessions.complete(step, encoded, _now())
         for step in batch.steps:
             if step.done:
-                self._gathering.answered(step.session.name, now)
+                self._window.answered(step.session.name, now)
 
-    async def _reorder(self, batch: Batch[SessionStep]) -> dict[int, SwarmError]:
+    async def _reorder(self, batch: ScheduledBatch[SessionStep]) -> dict[int, SwarmError]:
         """Reorder caches for the steps that begin in this batch and ask for it; errors of those that fail."""
         errors = {}
-        for number, (step, part) in enumerate(zip(batch.steps, batch.slices, strict=True)):
-            if step.sources and part.first_row == 0:
+        for number, (step, chunk) in enumerate(zip(batch.steps, batch.chunks, strict=True)):
+            if step.sources and chunk.first_row == 0:
                 try:
                     await self._executor.reorder(step.session.sequences, step.sources)
                 except Exception as exc:
@@ -138,21 +139,21 @@ class BatchLoop:
                     errors[number] = executor_error(exc)
         return errors
 
-    async def _results(self, slices: Sequence[ScheduledChunk]) -> Sequence[Tensor | SwarmError]:
-        if not slices:
+    async def _results(self, chunks: Sequence[ScheduledChunk]) -> Sequence[Tensor | SwarmError]:
+        if not chunks:
             return []
         try:
-            results = await self._executor.step(slices)
-            if len(results) == len(slices):
+            results = await self._executor.step(chunks)
+            if len(results) == len(chunks):
                 return results
-            raise InternalError(f"the executor gave {len(results)} results for {len(slices)} slices")
+            raise InternalError(f"the executor gave {len(results)} results for {len(chunks)} chunks")
         except Exception as exc:
             if not isinstance(exc, SwarmError):
                 log.exception(
-                    "the executor failed on a batch of %d tokens", sum(part.tokens for part in slices)
+                    "the executor failed on a batch of %d tokens", sum(chunk.tokens for chunk in chunks)
                 )
             # One instance for each step: an exception that is raised in several tasks mixes up tracebacks.
-            return [executor_error(exc) for _ in slices]
+            return [executor_error(exc) for _ in chunks]
 
 
 def _now() -> float:

@@ -1,25 +1,33 @@
-"""One session on one server: its sequences, how long each is, and the steps that wait in its line."""
+"""One session on one server: its sequences, how long each is, and the steps that wait in its queue."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import attrs
 
-from swarmcore.engine.cache_requests import Admission, Holding
+from swarmcore.engine.kv_allocation import AdmissionRequest, KVAllocation
 from swarmcore.engine.step import PendingStep
-from swarmcore.errors import DeadlineExceededError, InvalidStepError, SessionLostError, SwarmError
+from swarmcore.errors import (
+    DeadlineExceededError,
+    InvalidStepError,
+    SessionLostError,
+    SwarmError,
+    TooManyCallsError,
+)
 from swarmcore.executor.base import Adapter, Segment, SequenceId
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
+AnswerT = TypeVar("AnswerT")
+
 
 @attrs.define(eq=False, kw_only=True)
 class SessionStep(PendingStep):
-    """A step in the line of its session, and the future that its caller waits on."""
+    """A step in the queue of its session, and the future that its caller waits on."""
 
     session: EngineSession
     answer: asyncio.Future[Tensor]
@@ -27,18 +35,18 @@ class SessionStep(PendingStep):
     timeout: float
     """Seconds after which it fails while the engine gets nothing done; see `deadline`."""
     done: bool = False
-    """Whether it was answered, failed or cancelled; its last slice may still be computing then."""
+    """Whether it was answered, failed or cancelled; its last chunk may still be computing then."""
     reordered: bool = False
     """Whether the session's caches follow ``sources``, or are just being made to."""
 
     @property
     def caller(self) -> str:
-        return self.session.holding.caller
+        return self.session.allocation.caller
 
 
 @attrs.define(eq=False, kw_only=True)
 class KVImport:
-    """A piece of attention cache that comes from elsewhere, in the line of its session like a step."""
+    """A piece of attention cache that comes from elsewhere, in the queue of its session like a step."""
 
     session: EngineSession
     segments: tuple[Segment]
@@ -47,12 +55,16 @@ class KVImport:
     tensors: Sequence[Tensor]
     answer: asyncio.Future[None]
     begin: Callable[[KVImport], None]
-    """Called when it is first in line and there is room for it in the cache."""
+    """Called when it is first in the queue and there is room for it in the cache."""
     sources: ClassVar[tuple[int, ...]] = ()
     reordered: ClassVar[bool] = False
     done: bool = False
     begun: bool = False
     """Whether the executor has been told to take it in."""
+
+    @property
+    def caller(self) -> str:
+        return self.session.allocation.caller
 
     @property
     def rows(self) -> int:
@@ -62,56 +74,76 @@ class KVImport:
         return self.segments if self.begun else ()
 
 
-Turn = SessionStep | KVImport
-"""What stands in a session's line: it needs room in the cache, and then the executor."""
+QueueItem = SessionStep | KVImport
+"""What stands in a session's queue: it needs room in the cache, and then the executor."""
 
 
 @attrs.frozen
-class Share:
-    """What a session that passes through ``blocks`` blocks pays, where a page of the budget is one through
-    ``unit`` of them."""
-
-    blocks: int
-    unit: int
-
-    def charge(self, pages: int) -> int:
-        """What so many pages of the session's own take in the budget, rounded up."""
-        return -(-pages * self.blocks // self.unit)
-
-    def pages(self, charged: int) -> int:
-        """How many pages of the session's own have room in ``charged`` ones of the budget."""
-        return charged * self.unit // self.blocks
-
-
-@attrs.frozen
-class Opening:
+class PendingSession:
     """A session that waits to be admitted."""
 
     span: Span
-    share: Share
     adapter: Adapter | None
-    request: Admission
+    request: AdmissionRequest
     answer: asyncio.Future[None]
 
 
+class PendingTokens:
+    """Tokens of the steps in the queues of all sessions, and how many there may be."""
+
+    def __init__(self, *, max_steps: int, max_tokens: int) -> None:
+        """``max_steps`` of one session, ``max_tokens`` of all; half of these of one caller."""
+        self.max_steps = max_steps
+        self.max_tokens = max_tokens
+        self.tokens = 0
+        self._by_caller: Counter[str] = Counter()
+
+    def check(self, session: EngineSession, rows: int) -> None:
+        """Raise `TooManyCallsError` unless ``rows`` more may wait in the session's queue."""
+        if len(session.queue) >= self.max_steps:
+            raise TooManyCallsError(
+                f"{len(session.queue)} steps of the session wait already; await some before sending more"
+            )
+        caller = session.allocation.caller
+        own = self._by_caller[caller]
+        if caller and own and own + rows > self.max_tokens // 2:
+            raise TooManyCallsError(
+                f"{own} tokens of yours wait to be computed, and one client may have "
+                f"{self.max_tokens // 2}; await some before sending more"
+            )
+        if self.tokens + rows > self.max_tokens:
+            raise TooManyCallsError(
+                f"{self.tokens} tokens wait to be computed; try again later, or another server"
+            )
+
+    def add(self, caller: str, rows: int) -> None:
+        self.tokens += rows
+        self._by_caller[caller] += rows
+
+    def remove(self, caller: str, rows: int) -> None:
+        self.tokens -= rows
+        self._by_caller[caller] -= rows
+        if not self._by_caller[caller]:
+            del self._by_caller[caller]
+
+
 class EngineSession:
-    """The first turn in line is the only one that has room in the cache, or waits for it, or computes."""
+    """Only the first item in its queue has room in the cache, or waits for it, or computes."""
 
     def __init__(
-        self, name: str, opening: Opening, sequences: tuple[SequenceId, ...], holding: Holding
+        self, name: str, pending: PendingSession, sequences: tuple[SequenceId, ...], allocation: KVAllocation
     ) -> None:
         self.name = name
-        self.span = opening.span
-        self.share = opening.share
-        self.adapter = opening.adapter
+        self.span = pending.span
+        self.adapter = pending.adapter
         self.sequences = sequences
-        self.holding = holding
+        self.allocation = allocation
         self.lengths = [0] * len(sequences)
         """Cached tokens of each sequence, of steps that are done."""
         self.scheduled = list(self.lengths)
-        """The same once every step in line is done."""
-        self.line: deque[Turn] = deque()
-        self.active: Turn | None = None
+        """The same once every step in the queue is done."""
+        self.queue: deque[QueueItem] = deque()
+        self.active: QueueItem | None = None
         """What was last given to the scheduler, until it is done."""
         self.computing = False
         """Whether the executor works on its caches: ``active`` is in the batch that runs now, or caches are
@@ -119,18 +151,13 @@ class EngineSession:
         self.closed = False
         self.computed = 0
         """Rows computed or imported so far, those of unfinished steps included."""
-        self.reserved = list(holding.pages)
-        """Pages of the budget, for each sequence, that the executor was told of."""
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Cached positions before the first token of each sequence."""
-        return self.adapter.prefix_tokens if self.adapter is not None else 0
+        self.reserved = allocation.room
+        """Tokens, for each sequence, for which the executor was told that there is room."""
 
     def segments(
         self, starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()
     ) -> tuple[Segment, ...]:
-        """What a step adds to which sequences. Raise `InvalidStepError` unless it can follow the line."""
+        """What a step adds to which sequences. Raise `InvalidStepError` unless it can follow the queue."""
         count = len(self.sequences)
         if sources and len(sources) != count:
             raise InvalidStepError(
@@ -162,45 +189,45 @@ class EngineSession:
                 segments.append(Segment(self.sequences[index], start, length))
         return tuple(segments)
 
-    def append(self, turn: Turn) -> None:
-        self.line.append(turn)
-        self._apply(turn, self.scheduled)
+    def append(self, item: QueueItem) -> None:
+        self.queue.append(item)
+        self._apply(item, self.scheduled)
 
-    def target(self, turn: Turn) -> list[int]:
-        """The lengths once the first turn in line is done."""
+    def target(self, item: QueueItem) -> list[int]:
+        """The lengths once the first item in the queue is done."""
         lengths = list(self.lengths)
-        self._apply(turn, lengths)
+        self._apply(item, lengths)
         return lengths
 
     def reorder(self, step: SessionStep) -> None:
-        """The first step in line has its caches reordered from now on."""
+        """The first step in the queue has its caches reordered from now on."""
         self.lengths = [self.lengths[source] for source in step.sources]
         step.reordered = True
 
-    def complete(self, turn: Turn) -> None:
-        """The first turn in line has been computed."""
-        self.line.popleft()
+    def complete(self, item: QueueItem) -> None:
+        """The first item in the queue has been computed."""
+        self.queue.popleft()
         self.active = None
-        self._apply(turn, self.lengths)
+        self._apply(item, self.lengths)
 
-    def discard(self, turn: Turn) -> list[Turn]:
-        """The turn will not be computed; return those in line behind it that cannot run without it.
+    def discard(self, item: QueueItem) -> list[QueueItem]:
+        """The item will not be computed; return those behind it that cannot run without it.
 
         What it had run already is lost: where it rolled a sequence back, the tokens from its start on are
         gone.
         """
         first = self.sequences[0]
-        for segment in turn.started():
+        for segment in item.started():
             index = segment.sequence - first
             self.lengths[index] = min(self.lengths[index], segment.start)
-        if self.active is turn:
+        if self.active is item:
             self.active = None
-        self.line.remove(turn)
+        self.queue.remove(item)
         reachable = list(self.lengths)
-        orphans: list[Turn] = []
-        for later in self.line:
+        orphans: list[QueueItem] = []
+        for later in self.queue:
             # Which cache goes where was chosen in view of all that came before.
-            reorders = turn.sources or later.sources or any(orphan.sources for orphan in orphans)
+            reorders = item.sources or later.sources or any(orphan.sources for orphan in orphans)
             if reorders or any(seg.start > reachable[seg.sequence - first] for seg in later.segments):
                 orphans.append(later)
             else:
@@ -208,38 +235,52 @@ class EngineSession:
         self.scheduled = reachable
         return orphans
 
-    def _apply(self, turn: Turn, lengths: list[int]) -> None:
-        if turn.sources and not turn.reordered:
-            lengths[:] = [lengths[source] for source in turn.sources]
+    def _apply(self, item: QueueItem, lengths: list[int]) -> None:
+        if item.sources and not item.reordered:
+            lengths[:] = [lengths[source] for source in item.sources]
         first = self.sequences[0]
-        for segment in turn.segments:
+        for segment in item.segments:
             lengths[segment.sequence - first] = segment.start + segment.count
 
     def __repr__(self) -> str:
-        doing = "computing" if self.computing else "waiting for room" if self.holding.growth else "idle"
-        if self.line and doing == "idle":
+        doing = "computing" if self.computing else "waiting for room" if self.allocation.growth else "idle"
+        if self.queue and doing == "idle":
             doing = "queued"
-        return f"<EngineSession {self.name[:8]} · pos {max(self.lengths)} · {len(self.line)} steps · {doing}>"
+        return (
+            f"<EngineSession {self.name[:8]} · pos {max(self.lengths)} · {len(self.queue)} steps · {doing}>"
+        )
 
 
-def orphaned(error: SwarmError) -> SwarmError:
+def orphan_error(error: SwarmError) -> SwarmError:
     """What a step fails with when one that it builds on failed with ``error``."""
     message = f"an earlier step of the session, which this one builds on, failed: {error.message}"
     return type(error)(message, **error.details)
 
 
-def expired(turn: Turn) -> DeadlineExceededError:
-    """What a turn fails with when its deadline has passed."""
-    if isinstance(turn, KVImport):
-        return DeadlineExceededError(f"attention cache of {turn.rows} tokens did not get in by its deadline")
+def deadline_error(item: QueueItem) -> DeadlineExceededError:
+    """What an item fails with when its deadline has passed."""
+    if isinstance(item, KVImport):
+        return DeadlineExceededError(f"attention cache of {item.rows} tokens did not get in by its deadline")
     return DeadlineExceededError(
-        f"the step of {turn.rows} tokens was not computed by its deadline ({turn.taken} tokens were)"
+        f"the step of {item.rows} tokens was not computed by its deadline ({item.taken} tokens were)"
     )
 
 
-def confused(session: EngineSession, error: SwarmError) -> SessionLostError:
+def reordered_error(session: EngineSession, error: SwarmError) -> SessionLostError:
     """What a session ends with when a step failed with ``error`` after its caches had been reordered."""
     return SessionLostError(
         f"session {session.name[:8]} was ended: a step failed after its caches had been reordered "
         f"({error.message}); open a new one and replay"
     )
+
+
+def resolve(answer: asyncio.Future[AnswerT], result: AnswerT) -> None:
+    """Answer with ``result``, unless whoever waits was cancelled."""
+    if not answer.done():
+        answer.set_result(result)
+
+
+def reject(answer: asyncio.Future[Any], error: SwarmError) -> None:
+    """Answer with ``error``, unless there is an answer, or whoever waits was cancelled."""
+    if not answer.done():
+        answer.set_exception(error)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import attrs
+
+from swarmcore.executor.base import PassKind
 
 SMOOTHING = 0.1
 """Weight of the newest batch in the running averages."""
@@ -74,7 +75,7 @@ class EngineStats:
         self.pass_units += 1
         self.pass_seconds += seconds
 
-    def note_pass(self, kind: Literal["forward", "backward"], tokens: int) -> None:
+    def note_pass(self, kind: PassKind, tokens: int) -> None:
         """A pass is through."""
         self.pass_tokens += tokens
         if kind == "forward":

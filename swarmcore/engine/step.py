@@ -1,4 +1,4 @@
-"""One step on its way through the executor: cut into slices, run over several batches, put together again."""
+"""One step on its way through the executor: cut into chunks, run over several batches, put together again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swarmcore.wire.tensors import Tensor
 
 @attrs.define(eq=False)
 class PendingStep:
-    """A step that still has rows to run. Rows are taken in order, a slice at a time."""
+    """A step that still has rows to run. Rows are taken in order, a chunk at a time."""
 
     span: Span
     segments: tuple[Segment, ...]
@@ -57,14 +57,14 @@ class PendingStep:
 
     @property
     def whole(self) -> bool:
-        """Whether the step is, or was, run as a single slice."""
+        """Whether the step is, or was, run as a single chunk."""
         return len(self._parts) + (self._running is not None) <= 1 and self.taken == self.rows
 
     def take(self, rows: int) -> ScheduledChunk:
-        """The next slice, of at most ``rows`` rows."""
+        """The next chunk, of at most ``rows`` rows."""
         if self.taken == 0 and rows >= self.rows:
             self.taken, self._segment = self.rows, len(self.segments)
-            self._running = self._slice(0, self.segments, self.codec)
+            self._running = self._chunk(0, self.segments, self.codec)
             return self._running
         first, segments = self.taken, []
         while rows and self._segment < len(self.segments):
@@ -77,23 +77,23 @@ class PendingStep:
             if self._offset == segment.count:
                 self._segment, self._offset = self._segment + 1, 0
         # Encoded rows cannot be joined, so the parts of a step come raw and the whole is encoded at the end.
-        self._running = self._slice(first, tuple(segments), "raw")
+        self._running = self._chunk(first, tuple(segments), "raw")
         return self._running
 
-    def _slice(self, first: int, segments: tuple[Segment, ...], codec: str) -> ScheduledChunk:
+    def _chunk(self, first: int, segments: tuple[Segment, ...], codec: str) -> ScheduledChunk:
         return ScheduledChunk(self.hidden, first, self.span, segments, self.reply, codec, self.adapter)
 
     def put(self, result: Tensor) -> None:
-        """The result of the slice taken last. Raise `InternalError` when it has not the rows asked for."""
+        """The result of the chunk taken last. Raise `InternalError` when it has not the rows asked for."""
         part, self._running = self._running, None
         if part is None:
-            raise InternalError("a result came for a step of which no slice was running")
+            raise InternalError("a result came for a step of which no chunk was running")
         expected = part.tokens if self.reply == "all" else len(part.segments)
         if len(result.shape) != 2 or result.shape[0] != expected:
             raise InternalError(
                 f"the executor answered {expected} rows with a tensor of shape {result.shape}"
             )
-        # Only the last segment of a slice can be cut short; its "last" row is not the step's then.
+        # Only the last segment of a chunk can be cut short; its "last" row is not the step's then.
         if self.reply == "last" and self._offset:
             result = _first_rows(result, expected - 1)
         self._parts.append(result)

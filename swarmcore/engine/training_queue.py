@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Literal
 
 import attrs
 
 from swarmcore.errors import SwarmError, TooManyCallsError
-from swarmcore.executor.base import TrainingPass
+from swarmcore.executor.base import PassKind, TrainingPass
 from swarmcore.types import Span
-
-Kind = Literal["forward", "backward"]
-
-
-@attrs.define(eq=False)
-class Admission:
-    """Room for the rows of one pass, from before they are received until it is over."""
-
-    caller: str
-    tokens: int
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -28,7 +17,7 @@ class QueuedPass:
     """A pass that has all it needs."""
 
     caller: str
-    kind: Kind
+    kind: PassKind
     span: Span
     lengths: tuple[int, ...]
     work: TrainingPass
@@ -79,7 +68,7 @@ class TrainingQueue:
     @property
     def passes(self) -> list[QueuedPass]:
         """All that wait or compute."""
-        return [each for line in self._waiting.values() for each in line]
+        return [each for queue in self._waiting.values() for each in queue]
 
     @property
     def under_way(self) -> int:
@@ -88,7 +77,7 @@ class TrainingQueue:
 
     # --- room --------------------------------------------------------------------------------------------
 
-    def admit(self, caller: str, tokens: int) -> Admission:
+    def admit(self, caller: str, tokens: int) -> None:
         """Set room aside for a pass of ``tokens`` rows, until `leave`. Raise `TooManyCallsError`."""
         own = self._by_caller.get(caller, 0)
         if self.admitted_tokens + tokens > self.max_tokens:
@@ -103,31 +92,28 @@ class TrainingQueue:
             )
         self.admitted_tokens += tokens
         self._by_caller[caller] = own + tokens
-        return Admission(caller, tokens)
 
-    def leave(self, admission: Admission) -> None:
-        """The pass is over."""
-        self.admitted_tokens -= admission.tokens
-        left = self._by_caller[admission.caller] - admission.tokens
-        if left:
-            self._by_caller[admission.caller] = left
-        else:
-            del self._by_caller[admission.caller]
+    def leave(self, caller: str, tokens: int) -> None:
+        """A pass of ``tokens`` rows that was admitted is over."""
+        self.admitted_tokens -= tokens
+        self._by_caller[caller] -= tokens
+        if not self._by_caller[caller]:
+            del self._by_caller[caller]
 
     # --- turns -------------------------------------------------------------------------------------------
 
     def add(self, queued: QueuedPass) -> None:
         """It may compute from now on."""
-        line = self._waiting.setdefault(queued.caller, {})
-        if not line:
+        queue = self._waiting.setdefault(queued.caller, {})
+        if not queue:
             self._spent[queued.caller] = max(self._spent.get(queued.caller, 0.0), self._level)
-        line[queued] = None
+        queue[queued] = None
 
     def remove(self, queued: QueuedPass) -> None:
         """Forget it; harmless when it is not there."""
-        line = self._waiting.get(queued.caller, {})
-        line.pop(queued, None)
-        if not line:
+        queue = self._waiting.get(queued.caller, {})
+        queue.pop(queued, None)
+        if not queue:
             self._waiting.pop(queued.caller, None)
 
     def next(self, fits: Callable[[QueuedPass], bool] = lambda each: True) -> QueuedPass | None:
@@ -150,8 +136,8 @@ class TrainingQueue:
     def _chosen(self, *, full: bool) -> QueuedPass | None:
         heads = [
             head
-            for line in self._waiting.values()
-            if (head := next((each for each in line if each.begun or not full), None)) is not None
+            for queue in self._waiting.values()
+            if (head := next((each for each in queue if each.begun or not full), None)) is not None
         ]
         return min(heads, key=lambda head: self._spent[head.caller], default=None)
 
@@ -182,11 +168,11 @@ SMOOTHING = 0.1
 """Weight of a unit that took less time than expected; one that took more counts at once."""
 
 
-class Pacing:
+class TrainingPacing:
     """Learns how long units take. Times are in seconds."""
 
     def __init__(self) -> None:
-        self._per_token: dict[Kind, float] = {}
+        self._per_token: dict[PassKind, float] = {}
         self._stepped_at: float | None = None
 
     def stepped(self, now: float) -> None:
@@ -197,7 +183,7 @@ class Pacing:
         """Whether somebody waits for steps, or was just now."""
         return self._stepped_at is not None and now < self._stepped_at + ACTIVE
 
-    def unit_tokens(self, kind: Kind, lengths: tuple[int, ...], batch_seconds: float, now: float) -> int:
+    def unit_tokens(self, kind: PassKind, lengths: tuple[int, ...], batch_seconds: float, now: float) -> int:
         """Most tokens of the next unit of a pass over sequences of ``lengths``.
 
         ``batch_seconds`` is what a batch of decode steps takes; 0 when that is not known.
@@ -209,7 +195,7 @@ class Pacing:
             return 1  # one sequence, to learn from
         return max(1, min(sum(lengths), int(SHARE * batch_seconds / per_token)))
 
-    def note_unit(self, kind: Kind, lengths: tuple[int, ...], max_tokens: int, seconds: float) -> None:
+    def note_unit(self, kind: PassKind, lengths: tuple[int, ...], max_tokens: int, seconds: float) -> None:
         """A unit of ``max_tokens`` at most has taken so long."""
         mean = sum(lengths) / len(lengths)
         # Units are whole sequences; how many there were is not told, but the mean is near enough.

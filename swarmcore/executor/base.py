@@ -41,7 +41,7 @@ class Segment:
 class ScheduledChunk:
     """Some rows of one step's hidden states, to be run in one batch.
 
-    A step that is larger than a batch is run as several slices, in order, over several batches.
+    A step that is larger than a batch is run as several chunks, in order, over several batches.
     """
 
     hidden: Tensor
@@ -95,17 +95,17 @@ class BlockExecutor(ABC):
 
     @abstractmethod
     async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
-        """Run all slices, which are all of one ``span``, in one pass.
+        """Run all chunks, which are all of one ``span``, in one pass.
 
         Their keys and values are appended to the caches of their sequences.
         A segment whose ``start`` is below its sequence's cached length first rolls that cache back to
-        ``start``. Return for each slice a tensor ``"hidden"`` of ``[rows, hidden size]``, or the error that
-        is this slice's own (non-finite values: `InvalidStepError`); then its sequences' caches may hold
+        ``start``. Return for each chunk a tensor ``"hidden"`` of ``[rows, hidden size]``, or the error that
+        is this chunk's own (non-finite values: `InvalidStepError`); then its sequences' caches may hold
         anything from ``start`` on. Never blocks the event loop.
         """
 
     async def encode(self, tensor: Tensor, codec: str) -> Tensor:
-        """A raw result, put together from several slices, in another codec.
+        """A raw result, put together from several chunks, in another codec.
 
         Override it when encoding takes long enough to matter to the event loop.
         """
@@ -255,6 +255,9 @@ class TrainingBatch:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+
+PassKind = Literal["forward", "backward"]
 
 
 class TrainingPass(ABC):

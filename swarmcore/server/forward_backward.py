@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 from swarmcore.engine.engine import Engine
-from swarmcore.engine.training import TrainingLimits
-from swarmcore.engine.training_turn import TrainingRequest
+from swarmcore.engine.training import TrainingLimits, TrainingRequest
 from swarmcore.engine.validation import check_codec
 from swarmcore.errors import InvalidBatchError
 from swarmcore.executor.base import TrainingBatch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from swarmcore.engine.training_turn import TrainingRequest
+from swarmcore.engine.training import TrainingRequest
 from swarmcore.errors import DeadlineExceededError, InvalidBatchError, ProtocolError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.resources import Reservation

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.engine.scheduler import Batch, Scheduler
+from swarmcore.engine.scheduler import ScheduledBatch, Scheduler
 from swarmcore.engine.step import PendingStep
 from swarmcore.errors import InputError, InternalError
 from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
@@ -30,21 +30,21 @@ def pending(
     return PendingStep(span, segments, hidden, reply, codec, deadline)
 
 
-def answer(part: ScheduledChunk) -> Tensor:
-    """Run a slice: each row comes back as it was."""
-    rows = read_rows(part.hidden)[part.first_row : part.first_row + part.tokens]
-    if part.reply == "last":
+def answer(chunk: ScheduledChunk) -> Tensor:
+    """Run a chunk: each row comes back as it was."""
+    rows = read_rows(chunk.hidden)[chunk.first_row : chunk.first_row + chunk.tokens]
+    if chunk.reply == "last":
         ends, end = [], 0
-        for segment in part.segments:
+        for segment in chunk.segments:
             end += segment.count
             ends.append(rows[end - 1])
         rows = ends
     return hidden_states(rows)
 
 
-def run(batch: Batch[PendingStep]) -> list[PendingStep]:
-    for step, part in zip(batch.steps, batch.slices, strict=True):
-        step.put(answer(part))
+def run(batch: ScheduledBatch[PendingStep]) -> list[PendingStep]:
+    for step, chunk in zip(batch.steps, batch.chunks, strict=True):
+        step.put(answer(chunk))
     return [step for step in batch.steps if step.finished]
 
 
@@ -55,7 +55,7 @@ def test_decode_comes_before_prefill_in_one_batch() -> None:
         scheduler.add(step)
     batch = scheduler.schedule(0.0)
     assert batch.steps == [one, two, prefill]
-    assert [part.tokens for part in batch.slices] == [1, 2, 13]
+    assert [chunk.tokens for chunk in batch.chunks] == [1, 2, 13]
     assert batch.tokens == 16 and not batch.decode_only
     assert len(scheduler) == 1
 
@@ -69,7 +69,7 @@ def test_prefills_take_turns() -> None:
     while len(scheduler):
         batch = scheduler.schedule(0.0)
         order.append(
-            [(step is long, part.tokens) for step, part in zip(batch.steps, batch.slices, strict=True)]
+            [(step is long, chunk.tokens) for step, chunk in zip(batch.steps, batch.chunks, strict=True)]
         )
         run(batch)
     assert order[:2] == [[(True, 8)], [(False, 6), (True, 2)]]
@@ -115,7 +115,7 @@ def test_a_cut_step_keeps_its_positions_and_rows() -> None:
     step = pending(4, 5)
     first, second = (segment.sequence for segment in step.segments)
     scheduler.add(step)
-    one, two = scheduler.schedule(0.0).slices[0], scheduler.schedule(0.0).slices[0]
+    one, two = scheduler.schedule(0.0).chunks[0], scheduler.schedule(0.0).chunks[0]
     assert (one.first_row, one.segments) == (0, (Segment(first, 10, 4), Segment(second, 10, 2)))
     assert (two.first_row, two.segments) == (6, (Segment(second, 12, 3),))
     assert one.hidden is two.hidden is step.hidden
@@ -127,7 +127,7 @@ def test_a_whole_step_is_answered_in_its_codec_and_parts_come_raw() -> None:
     scheduler.add(small)
     scheduler.add(large)
     batch = scheduler.schedule(0.0)
-    assert [part.codec for part in batch.slices] == ["raw+zstd", "raw"]
+    assert [chunk.codec for chunk in batch.chunks] == ["raw+zstd", "raw"]
     run(batch)
     assert small.whole and not large.whole
 
@@ -177,7 +177,7 @@ def test_no_span_starves() -> None:
         for span in spans[:2]:
             scheduler.add(pending(1, span=span))
         batch = scheduler.schedule(0.0)
-        served.append(batch.slices[0].span)
+        served.append(batch.chunks[0].span)
         run(batch)
     assert prefill.finished
     assert all(served.count(span) >= 4 for span in spans[:2])

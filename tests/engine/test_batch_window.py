@@ -14,67 +14,67 @@ PASS = 1.0 / FIXED
 """A pass whose fixed part takes a second."""
 
 
-def rhythm(gathering: BatchWindow, session: str, returns: float, answered: float) -> None:
+def seen(window: BatchWindow, session: str, returns: float, answered: float) -> None:
     """Let the session have returned once after ``returns`` seconds, and have its latest answer."""
-    gathering.arrived(session, answered - returns - 1)
-    gathering.answered(session, answered - returns)
-    gathering.arrived(session, answered)
-    gathering.answered(session, answered)
+    window.arrived(session, answered - returns - 1)
+    window.answered(session, answered - returns)
+    window.arrived(session, answered)
+    window.answered(session, answered)
 
 
 def test_a_session_that_decodes_alone_is_never_made_to_wait():
-    gathering = BatchWindow()
-    rhythm(gathering, "one", 0.1, 10.0)
-    gathering.arrived("one", 10.1)
-    assert gathering.gather(1, PASS, 10.1) is None
+    window = BatchWindow()
+    seen(window, "one", 0.1, 10.0)
+    window.arrived("one", 10.1)
+    assert window.wait(1, PASS, 10.1) is None
 
 
 def test_a_session_that_is_about_to_come_is_waited_for():
-    gathering = BatchWindow()
-    rhythm(gathering, "other", 0.5, 10.0)
-    wait = gathering.gather(1, PASS, 10.2)
+    window = BatchWindow()
+    seen(window, "other", 0.5, 10.0)
+    wait = window.wait(1, PASS, 10.2)
     assert wait is not None
     assert wait.steps == 2
     assert wait.until == pytest.approx(10.5 + 0.1)
 
 
 def test_one_that_would_come_after_much_of_a_pass_is_not():
-    gathering = BatchWindow()
-    rhythm(gathering, "other", 0.5, 10.0)
-    assert gathering.gather(1, PASS, 9.9) is None
+    window = BatchWindow()
+    seen(window, "other", 0.5, 10.0)
+    assert window.wait(1, PASS, 9.9) is None
 
 
 def test_the_many_are_not_kept_waiting_for_the_few():
-    gathering = BatchWindow()
-    rhythm(gathering, "other", 0.5, 10.0)
-    assert gathering.gather(1, PASS, 10.2) is not None
-    assert gathering.gather(3, PASS, 10.2) is None
-    rhythm(gathering, "another", 0.5, 10.0)
-    assert gathering.gather(3, PASS, 10.2) is not None
+    window = BatchWindow()
+    seen(window, "other", 0.5, 10.0)
+    assert window.wait(1, PASS, 10.2) is not None
+    assert window.wait(3, PASS, 10.2) is None
+    seen(window, "another", 0.5, 10.0)
+    assert window.wait(3, PASS, 10.2) is not None
 
 
 def test_one_that_has_not_come_in_time_is_given_up():
-    gathering = BatchWindow()
-    rhythm(gathering, "other", 1.0, 10.0)
-    assert gathering.gather(1, PASS, 11.1) is not None
-    assert gathering.gather(1, PASS, 10.0 + LATE + 0.01) is None
+    window = BatchWindow()
+    seen(window, "other", 1.0, 10.0)
+    assert window.wait(1, PASS, 11.1) is not None
+    assert window.wait(1, PASS, 10.0 + LATE + 0.01) is None
 
 
 def test_closed_sessions_and_those_without_a_rhythm_are_not_waited_for():
-    gathering = BatchWindow()
-    rhythm(gathering, "other", 0.5, 10.0)
-    gathering.closed("other")
-    gathering.arrived("new", 10.0)
-    gathering.answered("new", 10.1)
-    assert gathering.gather(1, PASS, 10.2) is None
+    window = BatchWindow()
+    seen(window, "other", 0.5, 10.0)
+    window.closed("other")
+    window.arrived("new", 10.0)
+    window.answered("new", 10.1)
+    assert window.wait(1, PASS, 10.2) is None
 
 
 def test_one_long_absence_is_soon_forgotten():
-    gathering = BatchWindow()
-    rhythm(gathering, "other", 0.1, 10.0)
-    gathering.arrived("other", 500.0)
-    gathering.answered("other", 500.1)
-    wait = gathering.gather(1, PASS, 500.15)
+    window = BatchWindow()
+    seen(window, "other", 0.1, 10.0)
+    window.arrived("other", 500.0)
+    window.answered("other", 500.1)
+    wait = window.wait(1, PASS, 500.15)
     assert wait is not None
     assert wait.until < 500.5
 

@@ -238,8 +238,8 @@ async def test_activations_stay_within_their_budget(budget: int, kept: int) -> N
         rows, up = some_rows(8), some_rows(8)
         for name in "abc":
             await forward(engine, rows, (4, 4), keep=name)
-        assert len(engine.training.kept) == len(executor.passes) == kept
-        assert engine.training.kept.nbytes <= budget
+        assert len(engine.training.activations) == len(executor.passes) == kept
+        assert engine.training.activations.nbytes <= budget
         found = [(await backward(engine, rows, up, (4, 4), kept=name))[1] for name in "abc"]
         assert found == [False] * (3 - kept) + [True] * kept
 
@@ -257,12 +257,12 @@ async def test_passes_under_way_take_turns_for_memory() -> None:
         work = asyncio.gather(*(backward(engine, rows, up, (8,), caller=caller) for caller in "abc"))
         most = 0
         while not work.done():
-            most = max(most, engine.training.under_way_bytes + engine.training.kept.nbytes)
+            most = max(most, engine.training.under_way_bytes + engine.training.activations.nbytes)
             assert engine.training.queue.under_way <= 1
             await asyncio.sleep(0.004)
         assert one <= most <= limits.activation_budget
         assert [gradients for gradients, _ in await work] == [right[1]] * 3
-        assert not len(engine.training.kept)
+        assert not len(engine.training.activations)
 
 
 async def test_forward_passes_that_turn_out_too_large_keep_nothing() -> None:
@@ -363,7 +363,7 @@ async def test_blocks_that_leave_take_their_passes_with_them() -> None:
         with pytest.raises(ServerDrainingError):
             await leaving
         assert len(await staying) == 4
-        assert len(engine.training.kept) == 1
+        assert len(engine.training.activations) == 1
         last = asyncio.create_task(forward(engine, rows, (4,), span=stays))
         draining = asyncio.create_task(engine.training.drain())
         await draining
@@ -423,5 +423,5 @@ async def test_whatever_happens_results_are_right_and_nothing_is_left(seed: int)
         assert sum(done) > 10
         await asyncio.sleep(1)
         assert not len(engine.training.queue) and engine.training.queue.admitted_tokens == 0
-        assert len(executor.passes) == len(engine.training.kept)
-        assert engine.training.kept.nbytes <= limits.activation_budget
+        assert len(executor.passes) == len(engine.training.activations)
+        assert engine.training.activations.nbytes <= limits.activation_budget

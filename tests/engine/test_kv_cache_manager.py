@@ -4,45 +4,45 @@ import math
 
 import pytest
 
-from swarmcore.engine.cache_requests import Admitted, Evicted, Grown, Holding, Refused
+from swarmcore.engine.kv_allocation import Admitted, Evicted, Grown, KVAllocation, Refused
 from swarmcore.engine.kv_cache_manager import SHARE_GRACE, KVCacheManager
 from swarmcore.errors import CacheFullError
 
 
 def admit(
     budget: KVCacheManager, name: str, sequences: int = 1, tokens: int = 0, now: float = 0.0
-) -> Holding:
+) -> KVAllocation:
     budget.request(name, sequences, tokens, now + 10, now)
     [outcome] = budget.poll(now)
     assert isinstance(outcome, Admitted)
-    return outcome.holding
+    return outcome.allocation
 
 
-def busy(budget: KVCacheManager, name: str, tokens: int) -> Holding:
+def busy(budget: KVCacheManager, name: str, tokens: int) -> KVAllocation:
     """A session that holds ``tokens`` and has a step to run."""
-    holding = admit(budget, name)
-    holding.idle_since = None
-    assert budget.grow(holding, [tokens], math.inf, 0.0)
-    return holding
+    allocation = admit(budget, name)
+    allocation.idle_since = None
+    assert budget.grow(allocation, [tokens], math.inf, 0.0)
+    return allocation
 
 
 def test_sessions_take_whole_pages_as_they_grow() -> None:
     budget = KVCacheManager(tokens=100, page=16)
-    holding = admit(budget, "a", sequences=2)
+    allocation = admit(budget, "a", sequences=2)
     assert budget.pages == 6 and budget.held == 0
-    assert budget.grow(holding, [1, 17], 1.0, 0.0)
+    assert budget.grow(allocation, [1, 17], 1.0, 0.0)
     assert budget.held == 3
-    assert budget.grow(holding, [16, 32], 1.0, 0.0)
+    assert budget.grow(allocation, [16, 32], 1.0, 0.0)
     assert budget.held == 3
 
 
 def test_rollback_returns_pages_once_it_is_settled() -> None:
     budget = KVCacheManager(tokens=64, page=16)
-    holding = busy(budget, "a", 60)
+    allocation = busy(budget, "a", 60)
     # While the step computes, the old pages are still in use.
-    assert budget.grow(holding, [20], 1.0, 0.0)
+    assert budget.grow(allocation, [20], 1.0, 0.0)
     assert budget.held == 4
-    budget.settle(holding, [20], 0.0)
+    budget.settle(allocation, [20], 0.0)
     assert budget.held == 2
 
 
@@ -83,12 +83,12 @@ def test_the_wait_for_admission_ends_at_its_deadline_and_says_when_to_come_back(
 
 def test_retry_after_follows_the_rate_at_which_pages_come_free() -> None:
     budget = KVCacheManager(tokens=720, page=16, idle_timeout=600.0)
-    holdings = [busy(budget, f"{n}", 16) for n in range(40)]
-    for second, holding in enumerate(holdings[:20]):
-        budget.release(holding, float(second))
+    allocations = [busy(budget, f"{n}", 16) for n in range(40)]
+    for second, allocation in enumerate(allocations[:20]):
+        budget.release(allocation, float(second))
     slow = budget.retry_after(pages=40, now=20.0)
-    for holding in holdings[20:25]:
-        budget.release(holding, 20.0)
+    for allocation in allocations[20:25]:
+        budget.release(allocation, 20.0)
     assert 0.5 <= budget.retry_after(pages=40, now=20.0) < slow < 600.0
 
 
@@ -97,9 +97,9 @@ def test_a_request_above_the_whole_budget_is_refused_at_once() -> None:
     with pytest.raises(CacheFullError, match=r"80 tokens.* has 64 in all") as caught:
         budget.request("a", 1, 65, 10.0, 0.0)
     assert caught.value.retry_after == math.inf
-    holding = admit(budget, "b")
+    allocation = admit(budget, "b")
     with pytest.raises(CacheFullError, match="in all"):
-        budget.grow(holding, [65], 10.0, 0.0)
+        budget.grow(allocation, [65], 10.0, 0.0)
 
 
 def test_the_line_of_new_sessions_is_bounded() -> None:
@@ -148,7 +148,7 @@ def test_idle_sessions_end_after_their_time() -> None:
     assert budget.next_wakeup(0.0) == 30.0, "when what was set aside for it is free again"
     assert budget.expire(99.0) == []
     [outcome] = budget.expire(100.0)
-    assert isinstance(outcome, Evicted) and outcome.holding is idle
+    assert isinstance(outcome, Evicted) and outcome.allocation is idle
     assert "idle for 100 seconds" in outcome.error.message
     assert budget.held == working.held == 1
 
@@ -161,7 +161,7 @@ def test_growth_takes_the_room_of_the_longest_idle_after_their_grace() -> None:
     assert budget.poll(10.0) == [] and budget.next_wakeup(10.0) == 31.0
     outcomes = budget.poll(40.0)
     assert [type(outcome) for outcome in outcomes] == [Evicted, Grown]
-    assert isinstance(outcomes[0], Evicted) and outcomes[0].holding is older
+    assert isinstance(outcomes[0], Evicted) and outcomes[0].allocation is older
 
 
 def test_idle_sessions_stay_when_their_room_would_not_be_enough() -> None:
@@ -184,7 +184,7 @@ def test_when_all_wait_for_each_other_the_youngest_goes() -> None:
     assert not budget.grow(first, [48], 100.0, 0.0)
     outcomes = budget.poll(0.0)
     assert [type(outcome) for outcome in outcomes] == [Evicted, Grown]
-    assert [outcome.holding for outcome in outcomes if isinstance(outcome, Evicted)] == [third]
+    assert [outcome.allocation for outcome in outcomes if isinstance(outcome, Evicted)] == [third]
     assert second.growth is None and first.growth is not None
 
 
@@ -201,16 +201,16 @@ def test_what_is_set_aside_and_not_used_is_free_again_after_the_grace() -> None:
 # --- several callers -----------------------------------------------------------------------------------
 
 
-def admit_for(budget: KVCacheManager, caller: str, tokens: int = 0, now: float = 0.0) -> Holding:
+def admit_for(budget: KVCacheManager, caller: str, tokens: int = 0, now: float = 0.0) -> KVAllocation:
     request = budget.request(f"{caller}{now}{tokens}", 1, tokens, now + 100, now, caller)
-    return next(o.holding for o in budget.poll(now) if isinstance(o, Admitted) and o.request is request)
+    return next(o.allocation for o in budget.poll(now) if isinstance(o, Admitted) and o.request is request)
 
 
-def busy_for(budget: KVCacheManager, caller: str, tokens: int, now: float = 0.0) -> Holding:
-    holding = admit_for(budget, caller, now=now)
-    holding.idle_since = None
-    assert budget.grow(holding, [tokens], math.inf, now)
-    return holding
+def busy_for(budget: KVCacheManager, caller: str, tokens: int, now: float = 0.0) -> KVAllocation:
+    allocation = admit_for(budget, caller, now=now)
+    allocation.idle_since = None
+    assert budget.grow(allocation, [tokens], math.inf, now)
+    return allocation
 
 
 def test_what_was_set_aside_for_one_is_given_back_at_once_when_another_waits() -> None:
@@ -232,7 +232,7 @@ def test_a_caller_that_uses_more_than_its_share_loses_a_session_to_one_that_wait
     assert budget.poll(10.0) == []
     assert budget.next_wakeup(10.0) == 10.0 + SHARE_GRACE
     [evicted] = budget.poll(10.0 + SHARE_GRACE)
-    assert isinstance(evicted, Evicted) and evicted.holding is younger
+    assert isinstance(evicted, Evicted) and evicted.allocation is younger
     assert "more than its share" in evicted.error.message
     # It may compute: whoever carries that out says when it does not.
     assert younger.leaving and budget.held == 158
@@ -251,17 +251,17 @@ def test_of_those_above_their_share_the_idle_go_first() -> None:
     assert not budget.grow(growing, [40], 100.0, 4.0)
     assert budget.poll(8.0) == []
     evicted, grown = budget.poll(9.0) + budget.poll(9.0)
-    assert isinstance(evicted, Evicted) and evicted.holding is idle and not idle.leaving
+    assert isinstance(evicted, Evicted) and evicted.allocation is idle and not idle.leaving
     assert grown == Grown(growing)
     assert not working.leaving
 
 
 def test_nobody_loses_a_session_to_one_that_wants_more_than_its_share() -> None:
     budget = KVCacheManager(tokens=160, page=1)
-    holding = busy_for(budget, "one", 75)
+    allocation = busy_for(budget, "one", 75)
     other = busy_for(budget, "other", 75)
     other.idle_since = 1.0
-    assert not budget.grow(holding, [100], 1000.0, 2.0)
+    assert not budget.grow(allocation, [100], 1000.0, 2.0)
     assert budget.poll(20.0) == []
     # As for everyone: those that have been idle for long make room for those that grow.
     assert [type(outcome) for outcome in budget.poll(32.0)] == [Evicted, Grown]
@@ -295,7 +295,7 @@ def test_one_caller_has_not_all_sessions_that_there_may_be() -> None:
     wanted = budget.request("wanted", 1, 0, 100.0, 10.0, "other")
     assert budget.poll(14.0) == []
     [evicted] = budget.poll(15.0)
-    assert isinstance(evicted, Evicted) and evicted.holding is crowd[1]
+    assert isinstance(evicted, Evicted) and evicted.allocation is crowd[1]
     [admitted] = budget.poll(15.0)
     assert isinstance(admitted, Admitted) and admitted.request is wanted
 

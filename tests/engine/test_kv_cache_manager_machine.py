@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from swarmcore.engine.cache_requests import (
-    Admission,
+from swarmcore.engine.kv_allocation import (
+    AdmissionRequest,
     Admitted,
     Evicted,
     Grown,
-    Growth,
-    Holding,
+    GrowthRequest,
+    KVAllocation,
     Outcome,
     Refused,
 )
@@ -40,37 +40,39 @@ class BudgetMachine(RuleBasedStateMachine):
             max_waiting=4,
         )
         self.names = 0
-        self.open: dict[Holding, list[int]] = {}
-        self.waiting: list[Admission] = []
-        self.growing: dict[Holding, tuple[list[int], float]] = {}
+        self.open: dict[KVAllocation, list[int]] = {}
+        self.waiting: list[AdmissionRequest] = []
+        self.growing: dict[KVAllocation, tuple[list[int], float]] = {}
 
     # --- what the engine does with outcomes ---
 
-    def carry_out(self, outcomes: list[Outcome]) -> list[Holding]:
+    def carry_out(self, outcomes: list[Outcome]) -> list[KVAllocation]:
         admitted = []
         for outcome in outcomes:
             match outcome:
-                case Admitted(request, holding):
+                case Admitted(request, allocation):
                     assert request is self.waiting.pop(0), "admitted out of order"
-                    self.open[holding] = [0] * request.sequences
-                    admitted.append(holding)
-                case Grown(holding):
-                    assert holding is next(iter(self.growing)), "grown out of order"
-                    lengths, _ = self.growing.pop(holding)
-                    self.open[holding] = lengths
-                case Refused(Admission() as request, error):
+                    self.open[allocation] = [0] * request.sequences
+                    admitted.append(allocation)
+                case Grown(allocation):
+                    assert allocation is next(iter(self.growing)), "grown out of order"
+                    lengths, _ = self.growing.pop(allocation)
+                    self.open[allocation] = lengths
+                case Refused(AdmissionRequest() as request, error):
                     assert request.deadline <= self.now and error.retry_after > 0
                     self.waiting.remove(request)
-                case Refused(Growth(holding=holding), error):
-                    assert self.growing.pop(holding)[1] <= self.now and error.retry_after > 0
-                case Evicted(holding):
-                    idle = holding.idle_since is not None and self.now - holding.idle_since >= IDLE_GRACE
-                    assert idle or holding in self.growing, "a working session was evicted"
-                    self.growing.pop(holding, None)
-                    del self.open[holding]
+                case Refused(GrowthRequest(allocation=allocation), error):
+                    assert self.growing.pop(allocation)[1] <= self.now and error.retry_after > 0
+                case Evicted(allocation):
+                    idle = (
+                        allocation.idle_since is not None and self.now - allocation.idle_since >= IDLE_GRACE
+                    )
+                    assert idle or allocation in self.growing, "a working session was evicted"
+                    self.growing.pop(allocation, None)
+                    del self.open[allocation]
         return admitted
 
-    def settle_down(self) -> list[Holding]:
+    def settle_down(self) -> list[KVAllocation]:
         admitted = []
         while outcomes := self.budget.poll(self.now):
             admitted += self.carry_out(outcomes)
@@ -95,7 +97,7 @@ class BudgetMachine(RuleBasedStateMachine):
         return multiple(*self.settle_down())
 
     @rule(target=sessions, session=sessions, growth=st.lists(st.integers(-8, 12), min_size=3, max_size=3))
-    def step(self, session: Holding, growth: list[int]):  # type: ignore[no-untyped-def]
+    def step(self, session: KVAllocation, growth: list[int]):  # type: ignore[no-untyped-def]
         if session not in self.open or session in self.growing:
             return multiple()
         lengths = [max(0, n + more) for n, more in zip(self.open[session], growth, strict=False)]
@@ -112,7 +114,7 @@ class BudgetMachine(RuleBasedStateMachine):
         return multiple(*self.settle_down())
 
     @rule(target=sessions, session=sessions)
-    def finish(self, session: Holding):  # type: ignore[no-untyped-def]
+    def finish(self, session: KVAllocation):  # type: ignore[no-untyped-def]
         if session not in self.open or session in self.growing:
             return multiple()
         self.budget.settle(session, self.open[session], self.now)
@@ -121,7 +123,7 @@ class BudgetMachine(RuleBasedStateMachine):
         return multiple(*self.settle_down())
 
     @rule(target=sessions, session=consumes(sessions))
-    def close(self, session: Holding):  # type: ignore[no-untyped-def]
+    def close(self, session: KVAllocation):  # type: ignore[no-untyped-def]
         self.budget.release(session, self.now)
         self.growing.pop(session, None)
         self.open.pop(session, None)
@@ -132,8 +134,8 @@ class BudgetMachine(RuleBasedStateMachine):
         if self.waiting:
             self.budget.withdraw(self.waiting.pop())
         elif self.growing:
-            holding, _ = self.growing.popitem()
-            self.budget.stop_waiting(holding)
+            allocation, _ = self.growing.popitem()
+            self.budget.stop_waiting(allocation)
         return multiple(*self.settle_down())
 
     @rule(target=sessions, seconds=st.sampled_from([0.5, 5.0, 12.0, 70.0]))
@@ -158,23 +160,23 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @invariant()
     def conservation(self) -> None:
-        holdings = self.budget.holdings.values()
-        assert set(holdings) == set(self.open)
-        assert self.budget.held == sum(holding.held for holding in holdings)
-        for holding, lengths in self.open.items():
-            assert all(n <= pages * PAGE for n, pages in zip(lengths, holding.pages, strict=True))
+        allocations = self.budget.allocations.values()
+        assert set(allocations) == set(self.open)
+        assert self.budget.held == sum(allocation.held for allocation in allocations)
+        for allocation, lengths in self.open.items():
+            assert all(n <= pages * PAGE for n, pages in zip(lengths, allocation.pages, strict=True))
 
     @invariant()
     def nobody_is_lost_or_waits_in_vain(self) -> None:
         assert list(self.budget.admissions) == self.waiting
-        assert [growth.holding for growth in self.budget.growths] == list(self.growing)
+        assert [growth.allocation for growth in self.budget.growths] == list(self.growing)
         if self.growing:
-            assert self.budget.growths[0].extra > self.budget.free
+            assert self.budget.growths[0].wanted > self.budget.free
             # Someone else can still make room: by finishing, by closing, or by staying idle too long.
             assert any(h not in self.growing for h in self.open if h.held), "all wait on each other"
         elif self.waiting:
             head = self.waiting[0]
-            assert not self.budget.may_admit(head.sequences, head.pages)
+            assert not self.budget.may_admit(head.sequences, head.wanted)
             assert self.open, "an empty server lets nobody in"
 
 
@@ -199,45 +201,45 @@ CALLERS = ("ann", "bob", "eve")
 def test_nobody_waits_long_for_a_share_whatever_the_others_do(events: list[tuple[str, str, int]]) -> None:
     budget = KVCacheManager(PAGE * PAGES, PAGE, idle_timeout=1e6, idle_grace=1e5)
     now = 0.0
-    lengths: dict[Holding, int] = {}
+    lengths: dict[KVAllocation, int] = {}
 
     def settle_down() -> None:
         while outcomes := budget.poll(now):
             for outcome in outcomes:
                 match outcome:
-                    case Admitted(_, holding):
-                        lengths[holding] = 0
-                    case Grown(holding):
-                        lengths[holding] = sum(holding.pages) * PAGE
-                    case Evicted(holding):
-                        budget.release(holding, now)
-                        del lengths[holding]
+                    case Admitted(_, allocation):
+                        lengths[allocation] = 0
+                    case Grown(allocation):
+                        lengths[allocation] = sum(allocation.pages) * PAGE
+                    case Evicted(allocation):
+                        budget.release(allocation, now)
+                        del lengths[allocation]
         held = {caller: sum(h.held for h in lengths if h.caller == caller) for caller in CALLERS}
         assert budget.held == sum(held.values()) <= budget.pages
         assert all(budget._shares.held(caller) == pages for caller, pages in held.items())
 
     for number, (what, caller, tokens) in enumerate(events):
-        own = [holding for holding in lengths if holding.caller == caller]
+        own = [allocation for allocation in lengths if allocation.caller == caller]
         if what == "open":
             budget.request(f"{number}", 1, tokens, now + 1e6, now, caller)
         elif what == "wait":
             now += tokens / 16
         elif own and own[-1].growth is None:
-            holding = own[-1]
+            allocation = own[-1]
             if what == "grow":
-                holding.idle_since = None
-                if budget.grow(holding, [tokens], now + 1e6, now):
-                    lengths[holding] = tokens
+                allocation.idle_since = None
+                if budget.grow(allocation, [tokens], now + 1e6, now):
+                    lengths[allocation] = tokens
             elif what == "idle":
-                budget.settle(holding, [lengths[holding]], now)
-                holding.idle_since = now
+                budget.settle(allocation, [lengths[allocation]], now)
+                allocation.idle_since = now
             else:
-                budget.release(holding, now)
-                del lengths[holding]
+                budget.release(allocation, now)
+                del lengths[allocation]
         settle_down()
     # From here on nobody does anything of its own accord.
     for _ in range(len(events) + 1):
         now += SHARE_GRACE
         settle_down()
-    waiter = budget._rightful()
+    waiter = budget._entitled()
     assert waiter is None or all(not budget._shares.surplus(h.caller) for h in lengths)

@@ -13,9 +13,8 @@ from swarmcore.engine.training_queue import (
     ACTIVE,
     LONGEST,
     SHARE,
-    Admission,
-    Pacing,
     QueuedPass,
+    TrainingPacing,
     TrainingQueue,
 )
 from swarmcore.executor.base import TrainingBatch
@@ -83,28 +82,29 @@ async def test_who_comes_late_does_not_catch_up_and_who_comes_back_owes_what_was
 async def test_random_passes_never_upset_the_accounts() -> None:
     rng, passes = random.Random(1), queue(max_under_way=3)
     held: list[QueuedPass] = []
-    admitted: list[Admission] = []
+    admitted: list[tuple[str, int]] = []
     for _ in range(2000):
         choice = rng.random()
         if choice < 0.4 and len(held) < 20:
             held.append(await queued(rng.choice("abcdef")))
             passes.add(held[-1])
-            admitted.append(passes.admit(held[-1].caller, rng.randrange(1, 9)))
+            admitted.append((held[-1].caller, rng.randrange(1, 9)))
+            passes.admit(*admitted[-1])
         elif choice < 0.6 and held:
             passes.remove(held.pop(rng.randrange(len(held))))
-            passes.leave(admitted.pop(rng.randrange(len(admitted))))
+            passes.leave(*admitted.pop(rng.randrange(len(admitted))))
         elif (chosen := passes.next()) is not None:
             chosen.begun = True
             passes.charge(chosen, rng.random())
         assert passes.under_way <= 3 and len(passes) == len(held)
-        assert passes.admitted_tokens == sum(each.tokens for each in admitted)
+        assert passes.admitted_tokens == sum(tokens for _, tokens in admitted)
     for each in held:
         passes.remove(each)
     assert passes.next() is None
 
 
 def test_units_follow_what_was_measured_and_who_is_there() -> None:
-    pacing, lengths = Pacing(), (10,) * 100
+    pacing, lengths = TrainingPacing(), (10,) * 100
     assert pacing.unit_tokens("forward", lengths, 1.0, now=0.0) == 1000
     pacing.stepped(5.0)
     assert pacing.unit_tokens("forward", lengths, 1.0, now=5.0) == 1

@@ -13,8 +13,7 @@ from small_adapters import adapter_tensors, weights_of
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.autograd.rpc import MicroBatch, backward, forward
-from swarmcore.engine.training import TrainingLimits
-from swarmcore.engine.training_turn import TrainingRequest
+from swarmcore.engine.training import TrainingLimits, TrainingRequest
 from swarmcore.errors import AdapterNotFoundError
 from swarmcore.executor.base import TrainingBatch
 from swarmcore.rpc.channel import Channel

@@ -233,7 +233,7 @@ async def test_a_client_that_never_reads_is_not_waited_for_by_others() -> None:
         for number in range(20):
             await other.send(Step(number, (number,), (1,)), hidden_states(ROW))
             assert isinstance(await told(other), StepOutput)
-        assert server.engine._table.pending_tokens <= 8 * 5
+        assert server.engine._sessions.pending.tokens <= 8 * 5
         spamming.cancel()
         await asyncio.gather(spamming, return_exceptions=True)
         channel.abort("enough")

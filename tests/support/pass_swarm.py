@@ -65,7 +65,7 @@ async def quiet(swarm: Swarm) -> None:
                 or len(queue)
                 or queue.admitted_tokens
                 or server.adapters.in_use
-                or len(server.executor.passes) != len(server.engine.training.kept)
+                or len(server.executor.passes) != len(server.engine.training.activations)
             ):
                 await asyncio.sleep(0.01)
 

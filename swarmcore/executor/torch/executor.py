@@ -92,7 +92,7 @@ class TorchExecutor(BlockExecutor):
         self._decode_threads = self._forward_threads = self._threads
         if threads is None and self._device.type == "cpu":
             self.thread_choices = thread_choices(self._threads)
-        self._slices = StepRunner(model, layout, self._sequences, self._hooks, self.max_positions)
+        self._steps = StepRunner(model, layout, self._sequences, self._hooks, self.max_positions)
         self._thread = ComputeThread(self._run_unit, self._later, self._device, self._dtype)
         self._compute = ThreadPoolExecutor(
             1, "swarmcore-compute", initializer=torch.set_num_threads, initargs=(self._threads,)
@@ -133,7 +133,7 @@ class TorchExecutor(BlockExecutor):
         return f"<TorchExecutor {self.model.name} {self.span} {self.dtype} on {self._device} · {state}>"
 
     async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
-        """As `BlockExecutor.step`. The slices of one batch may belong to one sequence, in order."""
+        """As `BlockExecutor.step`. The chunks of one batch may belong to one sequence, in order."""
         return await self._in_compute_thread(self._step, batch)
 
     def use_threads(self, decode: int, forward: int) -> None:
@@ -189,7 +189,7 @@ class TorchExecutor(BlockExecutor):
             check_rows(batch.hidden, "inputs", batch.tokens, self.model.hidden_size)
         adapter = own_adapter(batch.adapter, batch.span)
         try:
-            self._slices.check_length(max(batch.lengths) + (adapter.prefix_tokens if adapter else 0))
+            self._steps.check_length(max(batch.lengths) + (adapter.prefix_tokens if adapter else 0))
         except InvalidStepError as exc:
             raise InvalidBatchError(exc.message) from exc
         if batch.padding and adapter is not None and adapter.prefixes:
@@ -302,7 +302,7 @@ class TorchExecutor(BlockExecutor):
         if self._changing is not None:
             self._changing.set()
         self._sequences.clear()
-        self._slices.clear()
+        self._steps.clear()
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._loading.shutdown)
         await asyncio.to_thread(self._adapting.shutdown)
@@ -327,7 +327,7 @@ class TorchExecutor(BlockExecutor):
             raise InternalError("the executor was closed before the cache was taken in")
         blocks.check(span)
         own = own_adapter(adapter, span)
-        self._slices.check_length(start + count + (own.prefix_tokens if own else 0))
+        self._steps.check_length(start + count + (own.prefix_tokens if own else 0))
         with memory_errors("a transfer of caches"):
             self._sequences.take_in(sequence, blocks, span, own, start, count, tensors)
 
@@ -337,7 +337,7 @@ class TorchExecutor(BlockExecutor):
         few = sum(part.tokens for part in batch) <= DECODE_TOKENS
         self._take_threads(self._decode_threads if few else self._forward_threads)
         with memory_errors("a step"):
-            return self._slices.run(self._held, batch, self._threads)
+            return self._steps.run(self._held, batch, self._threads)
 
     def _take_threads(self, threads: int) -> None:
         if threads != self._threads:

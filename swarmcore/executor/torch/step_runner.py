@@ -1,4 +1,4 @@
-"""Steps: slices of many sessions run as one ragged batch, each with its own result or error."""
+"""Steps: chunks of many sessions run as one ragged batch, each with its own result or error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StepRunner:
         self._max_positions = max_positions
         self._stacks = StackCache(layout.dtype)
         self.decoded: dict[int, tuple[weakref.ref[Tensor], torch.Tensor]] = {}
-        """Steps that are run in several slices, by identity."""
+        """Steps that are run in several chunks, by identity."""
 
     def clear(self) -> None:
         """Forget what is decoded."""
@@ -54,21 +54,21 @@ class StepRunner:
         accepted: list[_Accepted] = []
         pieces: list[tuple[SequenceCache, int, int]] = []
         lengths: dict[SequenceId, int] = {}
-        for index, piece in enumerate(batch):
+        for index, chunk in enumerate(batch):
             try:
-                rows = self._rows(piece)
-                adapter = own_adapter(piece.adapter, piece.span)
-                caches = self._place(blocks, piece, adapter, lengths)
+                rows = self._rows(chunk)
+                adapter = own_adapter(chunk.adapter, chunk.span)
+                caches = self._place(blocks, chunk, adapter, lengths)
             except SwarmError as exc:
                 results[index] = exc
                 continue
-            accepted.append(_Accepted(index, piece, adapter, rows))
+            accepted.append(_Accepted(index, chunk, adapter, rows))
             pieces += [
                 (cache, cache.prefix + segment.start, segment.count)
-                for cache, segment in zip(caches, piece.segments, strict=True)
+                for cache, segment in zip(caches, chunk.segments, strict=True)
             ]
         if accepted:
-            part = accepted[0].piece.span
+            part = accepted[0].chunk.span
             packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
             updates = self._updates(blocks, accepted)
             ragged = RaggedBatch(pieces, self._device, threads=threads, updates=updates)
@@ -76,10 +76,10 @@ class StepRunner:
             # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
             # another sequence. It also waits for the GPU: what is handed out has been computed.
             finite = bool(torch.isfinite(output).all())
-            counts = [each.piece.tokens for each in accepted]
+            counts = [each.chunk.tokens for each in accepted]
             for each, rows in zip(accepted, output.split_with_sizes(counts), strict=True):
                 results[each.index] = self._result(each, rows, finite)
-        return [result or InternalError("a slice was not computed") for result in results]
+        return [result or InternalError("a chunk was not computed") for result in results]
 
     def _updates(self, blocks: LoadedBlocks, accepted: Sequence[_Accepted]) -> RowAdapters | None:
         adapters = {each.adapter for each in accepted if each.adapter is not None and each.adapter.targets}
@@ -87,46 +87,46 @@ class StepRunner:
             return None
         for adapter in adapters:
             self._hooks.install(adapter, blocks)
-        rows = [(each.adapter if each.adapter in adapters else None, each.piece.tokens) for each in accepted]
+        rows = [(each.adapter if each.adapter in adapters else None, each.chunk.tokens) for each in accepted]
         return RowAdapters(rows, self._stacks.get(adapters))
 
-    def _rows(self, piece: ScheduledChunk) -> torch.Tensor:
-        """The slice's rows, ``[tokens, hidden size]``, in the executor's dtype and on its device."""
-        hidden = self._decode(piece)
-        last = piece.first_row + piece.tokens
+    def _rows(self, chunk: ScheduledChunk) -> torch.Tensor:
+        """The chunk's rows, ``[tokens, hidden size]``, in the executor's dtype and on its device."""
+        hidden = self._decode(chunk)
+        last = chunk.first_row + chunk.tokens
         if hidden.dim() != 2 or hidden.shape[1] != self._model.hidden_size or hidden.shape[0] < last:
             raise InvalidStepError(
                 f"hidden states have shape {list(hidden.shape)}; expected "
                 f"[tokens, {self._model.hidden_size}] with at least {last} tokens"
             )
-        return hidden[piece.first_row : last].to(self._device, self._dtype)
+        return hidden[chunk.first_row : last].to(self._device, self._dtype)
 
-    def _decode(self, piece: ScheduledChunk) -> torch.Tensor:
-        """The whole step's hidden states, decoded once however many slices it is run in."""
-        if piece.hidden.codec == "raw":
-            return to_torch(piece.hidden)
-        key = id(piece.hidden)
+    def _decode(self, chunk: ScheduledChunk) -> torch.Tensor:
+        """The whole step's hidden states, decoded once however many chunks it is run in."""
+        if chunk.hidden.codec == "raw":
+            return to_torch(chunk.hidden)
+        key = id(chunk.hidden)
         reference, hidden = self.decoded.get(key, (None, None))
-        if hidden is None or reference is None or reference() is not piece.hidden:
-            hidden = to_torch(piece.hidden)
+        if hidden is None or reference is None or reference() is not chunk.hidden:
+            hidden = to_torch(chunk.hidden)
         self.decoded = {at: kept for at, kept in self.decoded.items() if at != key and kept[0]() is not None}
-        if piece.first_row + piece.tokens < hidden.shape[0]:
-            self.decoded[key] = weakref.ref(piece.hidden), hidden
+        if chunk.first_row + chunk.tokens < hidden.shape[0]:
+            self.decoded[key] = weakref.ref(chunk.hidden), hidden
         return hidden
 
     def _place(
         self,
         blocks: LoadedBlocks,
-        piece: ScheduledChunk,
+        chunk: ScheduledChunk,
         adapter: TorchAdapter | None,
         lengths: dict[SequenceId, int],
     ) -> list[SequenceCache]:
-        """The caches of the slice's segments. ``lengths`` are as the batch so far will leave them."""
-        blocks.check(piece.span)
+        """The caches of the chunk's segments. ``lengths`` are as the batch so far will leave them."""
+        blocks.check(chunk.span)
         caches = []
         after = dict(lengths)
-        for segment in piece.segments:
-            cache = self._sequences.cache(segment.sequence, blocks, piece.span, adapter)
+        for segment in chunk.segments:
+            cache = self._sequences.cache(segment.sequence, blocks, chunk.span, adapter)
             length = after.get(segment.sequence, cache.length - cache.prefix)
             if segment.count < 1 or not 0 <= segment.start <= length:
                 raise InvalidStepError(
@@ -149,7 +149,7 @@ class StepRunner:
             )
 
     def _result(self, accepted: _Accepted, rows: torch.Tensor, finite: bool) -> Tensor | SwarmError:
-        piece = accepted.piece
+        chunk = accepted.chunk
         if not finite and not torch.isfinite(rows).all():
             if not torch.isfinite(accepted.rows).all():
                 return InvalidStepError(
@@ -157,24 +157,24 @@ class StepRunner:
                 )
             wider = "" if self._dtype_name != "float16" else "; bfloat16 or float32 has more range"
             return InvalidStepError(
-                f"blocks {piece.span} gave values that are not finite in {self._dtype_name}{wider}"
+                f"blocks {chunk.span} gave values that are not finite in {self._dtype_name}{wider}"
             )
-        if piece.reply == "last":
-            ends = torch.tensor([segment.count for segment in piece.segments]).cumsum(0) - 1
+        if chunk.reply == "last":
+            ends = torch.tensor([segment.count for segment in chunk.segments]).cumsum(0) - 1
             rows = rows[ends.to(rows.device)]
         elif 2 * rows.nbytes < rows.untyped_storage().nbytes():
             rows = rows.clone()  # who keeps it should not keep the whole batch
         try:
-            return to_wire("hidden", rows, piece.codec)
+            return to_wire("hidden", rows, chunk.codec)
         except SwarmError as exc:
             return exc
 
 
 @attrs.frozen
 class _Accepted:
-    """A slice that is part of the batch: its place among the results, and its rows."""
+    """A chunk that is part of the batch: its place among the results, and its rows."""
 
     index: int
-    piece: ScheduledChunk
+    chunk: ScheduledChunk
     adapter: TorchAdapter | None
     rows: torch.Tensor

@@ -71,7 +71,7 @@ async def test_one_slice_with_several_sequences_and_the_last_rows(executor: Torc
     assert torch.equal(last, whole[[3, 8]])
 
 
-async def test_a_step_in_slices(executor: TorchExecutor) -> None:
+async def test_a_step_in_steps(executor: TorchExecutor) -> None:
     hidden = rows(9)
     [whole] = await run(executor, step_of(executor, hidden, (0, 0, 9)))
     for codec in ("raw", "int8"):
@@ -81,7 +81,7 @@ async def test_a_step_in_slices(executor: TorchExecutor) -> None:
             for at, count in ((0, 4), (4, 1), (5, 4))
         ]
         torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5 if codec == "raw" else 0.1, rtol=0)
-    assert not executor._slices.decoded
+    assert not executor._steps.decoded
 
 
 async def test_slices_of_one_sequence_in_one_batch(executor: TorchExecutor) -> None:
@@ -278,13 +278,13 @@ async def test_few_tokens_and_many_are_computed_with_their_own_numbers_of_thread
 ) -> None:
     executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float32")
     threads: list[int] = []
-    run_slices = executor._slices.run
+    run_steps = executor._steps.run
 
     def spy(*args: Any) -> Any:
         threads.append(torch.get_num_threads())
-        return run_slices(*args)
+        return run_steps(*args)
 
-    executor._slices.run = spy  # type: ignore[method-assign]
+    executor._steps.run = spy  # type: ignore[method-assign]
     try:
         assert executor.thread_choices[:1] in ((), (torch.get_num_threads(),))
         executor.use_threads(1, 2)
@@ -306,7 +306,7 @@ async def test_a_step_without_memory_is_told_as_that(
     def no_memory(*args: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(executor._slices, "run", no_memory)
+    monkeypatch.setattr(executor._steps, "run", no_memory)
     with pytest.raises(ServerMemoryError, match="ran out of memory in a step"):
         await executor.step([step_of(executor, rows(3), (0, 0, 3))])
     monkeypatch.setattr(executor._sequences, "reorder", no_memory)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from swarmcore.engine.prefill_pacing import FIRST, LEAST, LONGEST, SHORTEST, PrefillPacing
+from swarmcore.engine.scheduler import FIRST, LEAST, LONGEST, SHORTEST, PrefillBudget
 
 SPEEDS = [1.0, 10.0, 1e2, 1e3, 1e4, 1e5]
 MOST = 512
@@ -20,7 +20,7 @@ def batches(
     With ``decode_seconds`` others decode meanwhile; with ``stalls`` so many of the batches take ten times as
     long, as on a machine that has other things to do.
     """
-    pacing, now, found, rng = PrefillPacing(), 0.0, [], random.Random(1)
+    pacing, now, found, rng = PrefillBudget(), 0.0, [], random.Random(1)
     while rows:
         taken = min(pacing.rows, rows, MOST)
         seconds = (fixed + taken / speed) * (10 if rng.random() < stalls else 1)
@@ -70,7 +70,7 @@ def test_a_busy_machine_does_not_fall_back_to_single_rows(fixed: float, stalls: 
 
 
 def test_long_batches_come_back_when_nobody_decodes_any_more() -> None:
-    pacing = PrefillPacing(256)
+    pacing = PrefillBudget(256)
     pacing.note_batch(256, 0.3, decodes=True, decode_seconds=0.01, now=1.0)
     assert pacing.rows == 128
     for now in (5.0, 6.0):
