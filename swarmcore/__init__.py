@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from swarmcore.generation_settings import GenerationSettings
     from swarmcore.identity import Identity
     from swarmcore.registry.base import Registry, SwarmView
-    from swarmcore.routing.chain import Chain, Router
+    from swarmcore.routing.base import Router
+    from swarmcore.routing.chain import Chain
     from swarmcore.routing.least_latency import LeastLatency
     from swarmcore.server.block_server import BlockServer
     from swarmcore.transport import Stream, Transport
@@ -58,7 +59,7 @@ _PLACES = {
     "RemoteBlocks": "client.generation.model",
     "RemoteGeneration": "client.generation.remote",
     "RemoteModel": "client.generation.model",
-    "Router": "routing.chain",
+    "Router": "routing.base",
     "ServerInfo": "types",
     "SessionOptions": "client.session.options",
     "Span": "types",

@@ -18,10 +18,10 @@ from swarmcore.client.session.session import InferenceSession, SessionOptions, o
 from swarmcore.errors import InputError, MissingBlocksError, PeerUnreachableError
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.lan import meet_neighbours
-from swarmcore.routing.chain import Chain, Router
-from swarmcore.routing.costs import ChainCost, CostModel
+from swarmcore.routing.base import Router
+from swarmcore.routing.chain import Chain
+from swarmcore.routing.costs import ChainCost, CostModel, Latencies
 from swarmcore.routing.health import PeerHealth
-from swarmcore.routing.latencies import Latencies
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import BackgroundTasks
@@ -161,10 +161,11 @@ class SwarmConnection:
 
     def route(self, model: ModelInfo, chain: Chain) -> ChainCost:
         """What a token is expected to take through ``chain``, stage by stage; as text, a table."""
-        router = self.router
-        if not isinstance(router, LeastLatency):
-            router = LeastLatency(random.Random(0), costs=CostModel(rtts=self.latencies.seconds))
-        return router.cost(self.view(), model, chain)
+        cost = self.router.cost(self.view(), model, chain)
+        if cost is None:  # not weighed by the router that is used
+            least_latency = LeastLatency(random.Random(0), costs=CostModel(rtts=self.latencies.seconds))
+            cost = least_latency.cost(self.view(), model, chain)
+        return cost
 
     async def wait_for_blocks(self, model: ModelInfo, *, timeout: float) -> Chain:
         """Wait until servers cover every block of ``model``; return the chain.

@@ -11,9 +11,8 @@ import attrs
 
 from swarmcore.errors import InputError, SwarmError
 from swarmcore.registry.base import SwarmView
-from swarmcore.routing.costs import CostModel
+from swarmcore.routing.costs import CostModel, Latencies
 from swarmcore.routing.health import PeerHealth
-from swarmcore.routing.latencies import Latencies
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import in_turns, measure_round_trip
 from swarmcore.tasks import BackgroundTasks

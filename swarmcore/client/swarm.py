@@ -22,8 +22,7 @@ from swarmcore.generation_settings import GenerationOptions, GenerationSettings,
 from swarmcore.identity import Identity, public_key
 from swarmcore.imports import import_large
 from swarmcore.registry.choice import RegistryChoice, make_registry
-from swarmcore.routing.costs import CostModel
-from swarmcore.routing.latencies import Latencies
+from swarmcore.routing.costs import CostModel, Latencies
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.rpc.node import Node
 from swarmcore.transport import transport_class

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from abc import ABC, abstractmethod
-from collections.abc import Collection
-
 import attrs
 
-from swarmcore.registry.base import SwarmView
-from swarmcore.routing.coverage import Bans, explain_missing, missing_ranges, reprieved
-from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore.types import PeerId, ServerInfo, Span, short
 
 
 @attrs.frozen
@@ -34,99 +28,21 @@ class Chain:
     def peers(self) -> tuple[PeerId, ...]:
         return tuple(stage.server.peer for stage in self.stages)
 
+    def replacements(self, other: Chain) -> list[tuple[int, int, Chain]]:
+        """What to replace to turn this chain into ``other``, which is for the same blocks, from its end to
+        its start: the first and the last stage to go, and the stages that come in their place.
+        """
+        cuts = sorted({s.span.start for s in self.stages} & {s.span.start for s in other.stages})
+        found = []
+        for start, end in zip(cuts, [*cuts[1:], self.stages[-1].span.end], strict=True):
+            old = [i for i, stage in enumerate(self.stages) if start <= stage.span.start < end]
+            new = Chain(tuple(stage for stage in other.stages if start <= stage.span.start < end))
+            if new.peers != tuple(self.stages[i].server.peer for i in old):
+                found.append((old[0], old[-1], new))
+        return found[::-1]
+
     def __len__(self) -> int:
         return len(self.stages)
 
     def __str__(self) -> str:
         return " → ".join(map(str, self.stages))
-
-
-class Router(ABC):
-    """Chooses chains. A plain object: the view comes in, the chain goes out."""
-
-    @abstractmethod
-    def plan(
-        self,
-        view: SwarmView,
-        model: ModelInfo,
-        span: Span,
-        *,
-        tokens: int = 0,
-        blocked: Collection[PeerId] = (),
-        banned: Bans = (),
-        after: PeerId | None = None,
-        before: PeerId | None = None,
-    ) -> Chain:
-        """The chain for blocks ``span`` of ``model``, for a session that will need ``tokens`` of cache.
-
-        Peers in ``blocked`` are not used; those in ``banned`` only for blocks that nobody else holds, and of
-        them no more than it takes, those whose ban ends first.
-        ``after`` and ``before`` are the servers between which the chain will stand, None for the client
-        itself. Raise `MissingBlocksError` when no servers outside ``blocked`` cover the span,
-        `ModelMismatchError` when the only servers of a model of that name hold other weights.
-        """
-
-    def admits(self, peer: PeerId) -> bool:
-        """Whether this router may use the peer at all."""
-        return True
-
-
-class FewestServers(Router):
-    """Covers a span with as few servers as possible; among equals prefers room in the cache, then chance.
-
-    ``allowed``, when given, are the only servers considered.
-    """
-
-    def __init__(self, rng: random.Random, *, allowed: Collection[PeerId] | None = None) -> None:
-        self._rng = rng
-        self._allowed = allowed
-
-    def plan(
-        self,
-        view: SwarmView,
-        model: ModelInfo,
-        span: Span,
-        *,
-        tokens: int = 0,
-        blocked: Collection[PeerId] = (),
-        banned: Bans = (),
-        after: PeerId | None = None,
-        before: PeerId | None = None,
-    ) -> Chain:
-        usable = [
-            server
-            for server in view.serving(model.fingerprint)
-            if server.state == "online"
-            and server.peer not in blocked
-            and (self._allowed is None or server.peer in self._allowed)
-        ]
-        trusted = [server for server in usable if server.peer not in banned]
-        suspects = [server for server in usable if server.peer in banned]
-        scarce = missing_ranges((s.span for s in trusted if s.span), span)
-        last_resort = reprieved(suspects, [b for part in scarce for b in range(part.start, part.end)], banned)
-        missing = [
-            gap for part in scarce for gap in missing_ranges((s.span for s in last_resort if s.span), part)
-        ]
-        if missing:
-            raise explain_missing(view, model, missing)
-        self._rng.shuffle(trusted)
-        stages = []
-        position = span.start
-        while position < span.end:
-            part = next((part for part in scarce if position in part), None)
-            limit = (
-                part.end if part else min((p.start for p in scarce if p.start > position), default=span.end)
-            )
-            # Greedy from the left is optimal for interval cover.
-            server, reach = max(
-                (
-                    (s, s.span.end)
-                    for s in (last_resort if part else trusted)
-                    if s.span and position in s.span
-                ),
-                key=lambda found: (min(found[1], limit), found[0].cache_tokens_free >= tokens),
-            )
-            end = min(reach, limit)
-            stages.append(Stage(server, Span(position, end)))
-            position = end
-        return Chain(tuple(stages))

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 
 from swarmcore.errors import InputError, MissingBlocksError
 from swarmcore.registry.base import SwarmView
-from swarmcore.routing.chain import Chain, Router, Stage
+from swarmcore.routing.base import Router
+from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.costs import ChainCost, CostModel, chain_cost, published_rtts
 from swarmcore.routing.coverage import Bans, explain_missing, missing_ranges, reprieved
 from swarmcore.routing.graph import ServerGraph

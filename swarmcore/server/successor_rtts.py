@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.errors import SwarmError
 from swarmcore.registry.base import SwarmView
-from swarmcore.routing.latencies import Latencies
+from swarmcore.routing.costs import Latencies
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import in_turns, measure_round_trip
 from swarmcore.tasks import BackgroundTasks

@@ -76,7 +76,8 @@ class SessionSteps:
         self.positions: tuple[int, ...] = (0,) * sequences
         self.settled = 0
         """Steps below this number have come home."""
-        self._next_step = 0
+        self.next_step = 0
+        """Number of the step that is planned next."""
         self._carried = set(carried)
 
     @property
@@ -232,8 +233,8 @@ class SessionSteps:
                 room -= count
             chunk_starts = tuple(map(int.__add__, starts, done))
             reorder = () if chunks else sources
-            chunks.append(Chunk(self._next_step, chunk_starts, tuple(take), first_row, reorder, reply))
-            self._next_step += 1
+            chunks.append(Chunk(self.next_step, chunk_starts, tuple(take), first_row, reorder, reply))
+            self.next_step += 1
             first_row += sum(take)
             done = list(map(int.__add__, done, take))
         return chunks

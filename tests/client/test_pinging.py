@@ -12,8 +12,8 @@ import pytest
 from measured_peers import MODEL, MeasuredPeers, measured_peers
 
 from swarmcore.client.pinging import Pinger, PingLimits, most_promising
+from swarmcore.routing.costs import Latencies
 from swarmcore.routing.health import PeerHealth
-from swarmcore.routing.latencies import Latencies
 from swarmcore.rpc.ping import PINGS
 
 pytestmark = pytest.mark.virtual_time

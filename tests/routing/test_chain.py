@@ -1,13 +1,13 @@
 import random
 
 import pytest
+from fewest_servers import FewestServers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import MissingBlocksError, ModelMismatchError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import SwarmView
-from swarmcore.routing.chain import FewestServers
 from swarmcore.routing.coverage import missing_ranges
 from swarmcore.types import ModelInfo, ServerInfo, ServerState, Span
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from announced import peer
 
-from swarmcore.routing.latencies import Latencies
+from swarmcore.routing.costs import Latencies
 
 
 def test_measurements_are_smoothed() -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import attrs
+from fewest_servers import FewestServers
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.autograd.micro_batches import BatchRunner
@@ -19,7 +20,6 @@ from swarmcore.engine.engine import Engine
 from swarmcore.executor.base import TrainingBatch
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
-from swarmcore.routing.chain import FewestServers
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import attrs
 
+from swarmcore.client.session.planner import SessionPlanner, random_session_id
 from swarmcore.client.session.session import InferenceSession, SessionOptions, open_session
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import (
@@ -72,12 +73,13 @@ async def serving(network: MemoryNetwork, *blocks: str) -> AsyncIterator[list[Se
         yield servers
 
 
-@attrs.define
-class PlannedBy:
+class PlannedBy(SessionPlanner):
     """A planner that asks a function for the chain around the peers to be avoided."""
 
-    chain: Callable[[frozenset[PeerId]], Chain]
-    adapter: None = None
+    def __init__(self, chain: Callable[[frozenset[PeerId]], Chain]) -> None:
+        self.chain = chain
+        self.adapter = None
+        self.session_id = random_session_id
 
     def plan(self, span: Span, *, blocked=frozenset(), **_) -> Chain:
         return self.chain(blocked)
@@ -90,9 +92,6 @@ class PlannedBy:
 
     def worked(self, peer: PeerId) -> None:
         pass
-
-    def session_id(self) -> str:
-        return secrets.token_hex(16)
 
 
 async def session_over(

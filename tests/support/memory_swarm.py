@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import attrs
+from fewest_servers import FewestServers
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.session.options import Failover, SessionOptions
@@ -19,7 +20,7 @@ from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
 from swarmcore.identity import Identity
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.resources import ResourceManager
-from swarmcore.routing.chain import FewestServers, Router
+from swarmcore.routing.base import Router
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore

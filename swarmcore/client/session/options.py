@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 
-from swarmcore.routing.moving import MoveLimits
+from swarmcore.session.move_policy import MoveLimits
 from swarmcore.session.steps import JournalMode
 
 

@@ -6,8 +6,9 @@ import asyncio
 import secrets
 from collections.abc import Callable, Collection
 
+import attrs
+
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.client.session.opening import Comparison
 from swarmcore.errors import (
     CacheFullError,
     ConnectionLostError,
@@ -19,9 +20,9 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.registry.base import Registry
-from swarmcore.routing.chain import Chain, Router
+from swarmcore.routing.base import Router
+from swarmcore.routing.chain import Chain
 from swarmcore.routing.health import PeerHealth
-from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.types import ModelInfo, PeerId, Span
 
 
@@ -30,8 +31,22 @@ def random_session_id() -> str:
     return secrets.token_hex(16)
 
 
+@attrs.frozen
+class Comparison:
+    """A session's chain, and the one it would take if it opened now."""
+
+    current: float
+    """Expected seconds of a token over the chain that it has."""
+    better: float
+    """The same over the best one."""
+    chain: Chain
+    """The best one."""
+    replay: float
+    """Expected seconds to fill the caches of its new servers."""
+
+
 class SessionPlanner:
-    """Plans the sessions of one model; see `swarmcore.client.session.opening.Planner`."""
+    """Chooses the servers of one model's sessions, and hears how they did."""
 
     def __init__(
         self,
@@ -44,10 +59,13 @@ class SessionPlanner:
         adapter: AdapterWeights | None = None,
         on_use: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_use`` is called whenever a session of the model has got something done."""
+        """``session_id`` makes up ids of sessions, 32 hex digits that nobody can guess; the sessions are
+        computed with ``adapter`` besides the frozen weights; ``on_use`` is called whenever one of them has
+        got something done.
+        """
         self.session_id = session_id
-        self._on_use = on_use
         self.adapter = adapter
+        self._on_use = on_use
         self._registry = registry
         self._router = router
         self._health = health
@@ -62,6 +80,7 @@ class SessionPlanner:
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> Chain:
+        """A chain for ``span``, as `Router.plan` gives it on what is known now."""
         view = self._registry.view()
         adapter = self.adapter.name.name if self.adapter is not None else ""
         if adapter:
@@ -86,18 +105,26 @@ class SessionPlanner:
                 **exc.details,
             ) from None
 
+    def alone(self, peer: PeerId, span: Span) -> bool:
+        """Whether nobody but ``peer`` has the blocks ``span``."""
+        try:
+            self.plan(span, blocked=frozenset([peer]))
+        except SwarmError:
+            return True
+        return False
+
     def compare(self, chain: Chain, *, tokens: int = 0) -> Comparison | None:
+        """A live session's chain beside the best there is for it; None when the router weighs no chains."""
         router, view = self._router, self._registry.view()
-        if not isinstance(router, LeastLatency):
+        current = router.cost(view, self._model, chain)
+        if current is None:
             return None
-        best = self.plan(Span(0, self._model.blocks), tokens=tokens)
+        best = self.plan(self._model.span, tokens=tokens)
+        better = router.cost(view, self._model, best)
+        assert better is not None, "it has weighed the other one"
         new = Chain(tuple(stage for stage in best.stages if stage not in chain.stages))
-        return Comparison(
-            current=router.cost(view, self._model, chain).seconds,
-            better=router.cost(view, self._model, best).seconds,
-            chain=best,
-            replay=router.prefill_seconds(view, self._model, new, tokens),
-        )
+        replay = router.prefill_seconds(view, self._model, new, tokens)
+        return Comparison(current.seconds, better.seconds, best, replay)
 
     def failed(self, peer: PeerId, error: SwarmError) -> None:
         """Avoid the server for a while, unless all it lacks is room or it was asked for the impossible.
@@ -111,5 +138,6 @@ class SessionPlanner:
             self._registry.suspect(peer)
 
     def worked(self, peer: PeerId) -> None:
+        """A server has done a step of a session."""
         self._health.succeeded(peer)
         self._on_use()

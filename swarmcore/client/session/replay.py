@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from swarmcore.client.session.pipeline import LiveStage, PendingChunk, Pipeline
+from swarmcore.client.session.live_chain import LiveStage
+from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.errors import DeadlineExceededError
 from swarmcore.wire.messages import Replay
 
@@ -41,10 +42,10 @@ async def replay(
             chunks.append(pipeline.begin(chunk))
             await _send(pipeline, first, chunks[-1])
             late = chunks[-REPLAYS_IN_FLIGHT:]
-            if len(late) == REPLAYS_IN_FLIGHT and not await _landed(pipeline, late[0], first, stages):
+            if len(late) == REPLAYS_IN_FLIGHT and not await _done(pipeline, late[0], first, stages):
                 return False
         for pending in chunks[-REPLAYS_IN_FLIGHT:]:
-            if not await _landed(pipeline, pending, first, stages):
+            if not await _done(pipeline, pending, first, stages):
                 return False
         return True
     finally:
@@ -76,7 +77,7 @@ async def _send(pipeline: Pipeline, first: int, pending: PendingChunk) -> None:
     await pipeline.send(first, pending, rows.encode(options.codec))
 
 
-async def _landed(pipeline: Pipeline, pending: PendingChunk, first: int, stages: Sequence[LiveStage]) -> bool:
+async def _done(pipeline: Pipeline, pending: PendingChunk, first: int, stages: Sequence[LiveStage]) -> bool:
     """Wait for the answer to a replay; False when one of those who take part has failed."""
     taking_part = [*pipeline.stages[max(first - 1, 0) : first], *stages]
 
@@ -86,7 +87,7 @@ async def _landed(pipeline: Pipeline, pending: PendingChunk, first: int, stages:
     loop, patience = asyncio.get_running_loop(), pipeline.options.step_timeout
     while not await pipeline.wait(settled, timeout=patience):
         stage = pipeline.stuck_at(pending)
-        verdict = pipeline.patience.look(loop.time(), held=stage.holds, alone=pipeline.alone(stage))
+        verdict = pipeline.patience.look(loop.time(), held=stage.holds_step, alone=pipeline.alone(stage))
         if verdict in ("replace", "give up"):
             pipeline.blame_stuck(pending, DeadlineExceededError("it did not rebuild its caches in time"))
             break

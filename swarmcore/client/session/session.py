@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 import attrs
 
 from swarmcore.client.session.failover import FailoverHandler
-from swarmcore.client.session.opening import ATTEMPTS, Comparison, OpenStage, Planner, located, open_chain
+from swarmcore.client.session.moves import SessionMoves
+from swarmcore.client.session.opening import ATTEMPTS, ChainOpener, OpenStage, located
 from swarmcore.client.session.options import Failover, SessionOptions
-from swarmcore.client.session.pipeline import LiveStage, PendingChunk, Pipeline
+from swarmcore.client.session.pipeline import PendingChunk, Pipeline
+from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.errors import (
     CacheFullError,
     DeadlineExceededError,
@@ -27,34 +27,22 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.routing.chain import Chain
-from swarmcore.routing.moving import MovePolicy
 from swarmcore.rpc.node import Node
 from swarmcore.session.patience import ALONE
 from swarmcore.session.steps import Chunk, Reply, StepPlan
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo
 from swarmcore.wire.tensors import Tensor
 
 __all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
 
-logger = logging.getLogger(__name__)
-
 CHUNKS_IN_FLIGHT = 8
 """Prefill chunks of one session under way in the chain."""
-
-LOOK_INTERVAL = 5.0
-"""Seconds between two looks for a better chain."""
-
-MOVE_PAUSE = 1.0
-"""Seconds between two attempts to move off a server that leaves."""
-
-LONGEST_LEAVE = 600.0
-"""Seconds for which that is tried, whatever the server says."""
 
 
 class InferenceSession:
     """Runs new tokens of some sequences through all blocks of a model; the servers keep the attention caches.
 
-    Made by `open_session`; close it, or use it as an async context manager, to free the caches. One plan at a
+    Made by `open_session`; close it, or use it as an async context manager, to free the caches. One step at a
     time: `step` must have returned before it is called again.
 
     A server that fails is replaced, its caches are rebuilt from the journal, and the step goes on: it then
@@ -64,7 +52,7 @@ class InferenceSession:
     def __init__(
         self,
         node: Node,
-        planner: Planner,
+        planner: SessionPlanner,
         model: ModelInfo,
         opened: Sequence[OpenStage],
         *,
@@ -75,17 +63,20 @@ class InferenceSession:
         self.sequences = sequences
         self.options = options
         self._node = node
-        self._pipeline = Pipeline(node, model, opened, sequences=sequences, options=options)
-        self._pipeline.on_draining = self._on_draining
-        self._failover = FailoverHandler(self._pipeline, planner)
-        self._turn = asyncio.Lock()
+        self._pipeline = Pipeline(
+            node,
+            planner,
+            model,
+            opened,
+            sequences=sequences,
+            options=options,
+            on_draining=lambda stage, seconds: self._moves.on_draining(stage, seconds),
+        )
+        self._step_lock = asyncio.Lock()
+        self._failover = FailoverHandler(self._pipeline)
+        self._moves = SessionMoves(self._pipeline, self._failover, self._step_lock)
         self._step: asyncio.Timeout | None = None
         self._broken: SwarmError | None = None
-        self._planner = planner
-        self._moves: set[asyncio.Task[None]] = set()
-        now = asyncio.get_running_loop().time()
-        self._policy = MovePolicy(now, options.moves)
-        self._next_look = now + LOOK_INTERVAL
         self._steps_done = 0
 
     @property
@@ -141,9 +132,8 @@ class InferenceSession:
             raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
         self._step = until_closed = asyncio.timeout(None)
         try:
-            async with until_closed, self._turn:
-                steps = self._pipeline.steps
-                plan = steps.begin(
+            async with until_closed, self._step_lock:
+                plan = self._pipeline.steps.begin(
                     lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources
                 )
                 output = await self._run(plan, hidden)
@@ -154,8 +144,8 @@ class InferenceSession:
         finally:
             self._step = None
         self._steps_done += 1
-        if asyncio.get_running_loop().time() >= self._next_look:
-            self._look_for_better()
+        if asyncio.get_running_loop().time() >= self._moves.next_look:
+            self._moves.look_for_better(self._steps_done)
         return output
 
     def rollback(self, positions: Sequence[int]) -> None:
@@ -171,10 +161,9 @@ class InferenceSession:
             self._broken = SessionLostError("the session was closed on this side")
         if self._step is not None and not self._step.expired():
             self._step.reschedule(0)
-        for task in self._moves:
-            task.cancel()
+        self._moves.cancel()
         try:
-            async with self._turn:
+            async with self._step_lock:
                 pass  # whoever had it has let go of what it was opening
         finally:
             await self._pipeline.close()
@@ -187,14 +176,14 @@ class InferenceSession:
     ) -> None:
         await self.close()
 
-    # --- one plan -----------------------------------------------------------------------------------------
+    # --- one step ----------------------------------------------------------------------------------------
 
     async def _run(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         pipeline = self._pipeline
-        self._failover.begin_step()
+        self._failover.retries.succeeded()
         in_flight: deque[PendingChunk] = deque()
         try:
-            outputs = await self._fly(plan, hidden, in_flight)
+            outputs = await self._run_chunks(plan, hidden, in_flight)
         except BaseException as exc:
             for pending in in_flight:
                 pipeline.forget(pending)
@@ -208,52 +197,51 @@ class InferenceSession:
             raise
         return outputs[0] if len(outputs) == 1 else _join(plan, outputs)
 
-    async def _fly(self, plan: StepPlan, hidden: Tensor, in_flight: deque[PendingChunk]) -> list[Tensor]:
-        """Send the chunks, a few at a time, and take what comes home; replace stages that fail meanwhile."""
-        pipeline = self._pipeline
+    async def _run_chunks(
+        self, plan: StepPlan, hidden: Tensor, in_flight: deque[PendingChunk]
+    ) -> list[Tensor]:
+        """Send the chunks, a few at a time, and take their outputs; replace stages that fail meanwhile."""
+        pipeline, failover = self._pipeline, self._failover
         waiting, outputs = deque(plan.chunks), list[Tensor]()
-        resent = False
         pipeline.patience.progressed(asyncio.get_running_loop().time())
+        resent = False
+
+        def news() -> bool:
+            return in_flight[0].done or in_flight[0].error is not None or pipeline.failed is not None
+
         while True:
             while in_flight and in_flight[0].done:
-                outputs.append(self._land(in_flight.popleft()))
+                outputs.append(pipeline.settle(in_flight.popleft()))
+                failover.retries.succeeded()
             if not waiting and not in_flight:
                 return outputs
             resent = resent and bool(in_flight)
+            again = False
             if pipeline.failed:
-                await self._failover.mend()
-                await self._failover.resend(in_flight)
-                resent = bool(in_flight)
+                await failover.replace_failed()
+                again = True
             elif in_flight and in_flight[0].error is not None:
-                if await self._judge(in_flight[0]):
-                    await self._failover.resend(in_flight)
-                    resent = True
+                again = await self._refused(in_flight[0])
             elif waiting and len(in_flight) < CHUNKS_IN_FLIGHT and not resent:
-                # What is sent again goes another way than what follows it: the one has to be home first.
+                # What is sent again goes another way than what follows it: the one has to be through first.
                 chunk = waiting.popleft()
                 rows = _rows(hidden, chunk).encode(self.options.codec)
                 in_flight.append(pipeline.begin(chunk, rows))
                 await pipeline.send(0, in_flight[-1], rows)
-            elif not await self._news(in_flight) and self._look_after(in_flight[0]):
-                await self._failover.resend(in_flight)
-                resent = True
+            elif not await pipeline.wait(news, timeout=pipeline.patience.look_after):
+                again = self._stuck(in_flight[0])
+            if again:
+                await failover.resend(in_flight)
+                resent = bool(in_flight)
 
-    async def _news(self, in_flight: Sequence[PendingChunk]) -> bool:
-        timeout = self._pipeline.patience.look_after
-        return await self._pipeline.wait(partial(self._has_news, in_flight), timeout=timeout)
-
-    def _has_news(self, in_flight: Sequence[PendingChunk]) -> bool:
-        return in_flight[0].done or in_flight[0].error is not None or self._pipeline.failed is not None
-
-    def _look_after(self, pending: PendingChunk) -> bool:
-        """Deal with a pending that gets no further; whether it is to be sent again.
+    def _stuck(self, pending: PendingChunk) -> bool:
+        """Deal with a chunk that gets no further; whether it is to be sent again.
 
         Raise `DeadlineExceededError` when nobody but the server that holds it has the blocks.
         """
         pipeline, now = self._pipeline, asyncio.get_running_loop().time()
         stage = pipeline.stuck_at(pending)
-        alone = pipeline.alone(stage)
-        verdict = pipeline.patience.look(now, held=stage.holds, alone=alone)
+        verdict = pipeline.patience.look(now, held=stage.holds_step, alone=pipeline.alone(stage))
         seconds = self.options.step_timeout * (ALONE if verdict == "give up" else 1)
         error = DeadlineExceededError(f"a step got no further in {seconds:.0f} s")
         if verdict == "give up":
@@ -262,110 +250,31 @@ class InferenceSession:
             pipeline.blame_stuck(pending, error)
         return verdict == "resend" and self.options.journal != "off"
 
-    def _land(self, pending: PendingChunk) -> Tensor:
-        """The chunk is home: from now on it is part of what is replayed."""
-        pipeline = self._pipeline
-        pipeline.steps.settle(pending.chunk)
-        pipeline.journal.settle(pending.chunk.entry)
-        pipeline.chunks.pop(pending.chunk.step)
-        self._failover.landed()
-        for stage in pipeline.stages:
-            if not stage.proven:
-                stage.proven = True
-                self._planner.worked(stage.peer)
-        assert pending.output is not None
-        return pending.output
-
-    async def _judge(self, pending: PendingChunk) -> bool:
+    async def _refused(self, pending: PendingChunk) -> bool:
         """A server refused a step, or failed on it: raise what only the caller can deal with.
 
         True when the step is to be sent again: the server had no memory or time for it, its caches are as
         they were, and nobody else has its blocks or has memory for it either.
         """
+        pipeline, failover = self._pipeline, self._failover
         error, stage = pending.error, pending.refused_by
         assert error is not None and stage is not None
         pending.error = None
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
         if self.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
-            if self._pipeline.alone(stage) or self._failover.short_of_memory:
-                await self._failover.pause_after(error, stage)
-                return stage in self._pipeline.stages and stage.failure is None
-            self._failover.note(error)
-        self._pipeline.fail(stage, error)
+            # Where one server was short of memory, another one would hardly do better at once.
+            if pipeline.alone(stage) or failover.retries.busy:
+                await failover.pause_after(error, stage)
+                return stage in pipeline.stages and stage.failure is None
+            failover.retries.failed(asyncio.get_running_loop().time(), error)
+        pipeline.fail(stage, error)
         return False
-
-    # --- servers that leave ------------------------------------------------------------------------------
-
-    def _on_draining(self, stage: LiveStage, seconds: float) -> None:
-        if not stage.leaving:
-            stage.leaving = True
-            self._start(self._move_off(stage, min(seconds, LONGEST_LEAVE)))
-
-    def _start(self, move: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(move, name="session move")
-        self._moves.add(task)
-        task.add_done_callback(self._move_ended)
-
-    def _move_ended(self, task: asyncio.Task[None]) -> None:
-        self._moves.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("moving %r failed unexpectedly", self, exc_info=error)
-
-    async def _move_off(self, stage: LiveStage, seconds: float) -> None:
-        """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
-        while loop.time() < deadline:
-            async with self._turn:
-                if stage not in self._pipeline.stages or stage.failure is not None:
-                    return
-                try:
-                    if await self._failover.hand_over(stage, deadline - loop.time()):
-                        return
-                    if self.options.journal != "off":
-                        await self._failover.leave(stage)
-                        return
-                except SwarmError as exc:
-                    # If it stays so, the next step after the server is gone says what is wrong.
-                    logger.info("could not move %r off %s: %s", self, stage, exc)
-            await asyncio.sleep(MOVE_PAUSE)
-        stage.leaving = False
-
-    # --- better chains -----------------------------------------------------------------------------------
-
-    def _look_for_better(self) -> None:
-        now = asyncio.get_running_loop().time()
-        self._next_look = now + LOOK_INTERVAL
-        if self.options.moves is None or self.options.journal == "off" or self._moves:
-            return
-        try:
-            found = self._planner.compare(self.chain, tokens=sum(self.positions))
-        except SwarmError:
-            return  # blocks are missing: no time for luxuries
-        if found is not None and self._policy.look(
-            now,
-            current=found.current,
-            better=found.better,
-            target=found.chain.peers,
-            tokens=self._steps_done,
-            replay=found.replay,
-        ):
-            self._start(self._move_to(found))
-
-    async def _move_to(self, found: Comparison) -> None:
-        async with self._turn:
-            why = f"{1000 * found.better:.0f} rather than {1000 * found.current:.0f} ms a token elsewhere"
-            try:
-                await self._failover.move(found.chain, why)
-            except SwarmError as exc:
-                logger.info("could not move %r to %s: %s", self, found.chain, exc)
-            self._policy.moved(asyncio.get_running_loop().time())
 
 
 async def open_session(
     node: Node,
-    planner: Planner,
+    planner: SessionPlanner,
     model: ModelInfo,
     *,
     sequences: int,
@@ -376,20 +285,14 @@ async def open_session(
     """Open a session through all blocks of ``model``, on every server of a chain at once.
 
     Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does
-    not answer is avoided in the next of ``attempts``, see `open_chain`. Raise `MissingBlocksError` when no
+    not answer is avoided in the next of ``attempts``, see `ChainOpener`. Raise `MissingBlocksError` when no
     chain is left, `CacheFullError` or the last server's error when the attempts are used up.
     """
     options = options or SessionOptions()
-    opened = await open_chain(
-        node,
-        planner,
-        model,
-        Span(0, model.blocks),
-        sequences=sequences,
-        tokens=tokens,
-        timeout=options.open_timeout,
-        attempts=attempts,
+    opener = ChainOpener(
+        node=node, planner=planner, model=model, sequences=sequences, timeout=options.open_timeout
     )
+    opened = await opener.open_best(model.span, tokens=tokens, attempts=attempts)
     return InferenceSession(node, planner, model, opened, sequences=sequences, options=options)
 
 
@@ -400,7 +303,7 @@ def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _join(plan: StepPlan, outputs: Sequence[Tensor]) -> Tensor:
-    """The rows of a plan from its chunks' outputs."""
+    """The rows of a step from its chunks' outputs."""
     if len({output.dtype for output in outputs}) > 1:  # another server took over in the middle
         outputs = [output.widened() for output in outputs]
     parts, last = list(outputs), dict[int, Tensor]()

@@ -166,7 +166,7 @@ async def test_a_server_that_lives_and_never_answers_is_replaced_in_time(lie: Li
         start = loop.time()
         await run.step(1)
         assert loop.time() - start < 25
-        assert len(session._moves) < 3
+        assert len(session._moves.tasks) < 3
         await session.close()
         for task in flooding:
             task.cancel()

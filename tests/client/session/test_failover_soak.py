@@ -15,7 +15,7 @@ from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 from swarmcore.client.session.session import InferenceSession
 from swarmcore.errors import BusyError
 from swarmcore.routing.least_latency import LeastLatency
-from swarmcore.routing.moving import MoveLimits
+from swarmcore.session.move_policy import MoveLimits
 from swarmcore.testing.clock import run as run_on_virtual_time
 from swarmcore.testing.executor import hidden_states
 from swarmcore.testing.faulty import Faults

@@ -11,7 +11,7 @@ from memory_swarm import Run, Server, quiet, swarm_of
 
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.least_latency import LeastLatency
-from swarmcore.routing.moving import MoveLimits, differences
+from swarmcore.session.move_policy import MoveLimits
 from swarmcore.types import PeerId, ServerInfo, Span
 
 pytestmark = pytest.mark.virtual_time
@@ -81,7 +81,7 @@ async def test_a_chain_that_dies_while_it_is_moved_to_costs_nothing() -> None:
             faster = await swarm.add("4:12")
             await announce(fast, 5)
             await announce(faster, 1000)
-            while not session._moves:
+            while not session._moves.tasks:
                 await asyncio.sleep(1)
                 await run.step(1)
             await asyncio.sleep(tick * 0.005)
@@ -103,9 +103,9 @@ def chain_of(*stages: tuple[str, str]) -> Chain:
 def test_only_what_differs_is_replaced() -> None:
     current = chain_of(("a", "0:4"), ("b", "4:6"), ("c", "6:8"), ("d", "8:12"))
     better = chain_of(("a", "0:4"), ("x", "4:8"), ("e", "8:12"))
-    parts = differences(current, better)
+    parts = current.replacements(better)
     assert [(first, last, new.peers) for first, last, new in parts] == [(3, 3, ("e",)), (1, 2, ("x",))]
-    assert differences(current, current) == []
+    assert current.replacements(current) == []
     shifted = chain_of(("y", "0:5"), ("z", "5:12"))
-    assert [(first, last) for first, last, _ in differences(current, shifted)] == [(0, 3)]
-    assert differences(current, chain_of(("a", "0:4"), ("b", "4:6"), ("c", "6:12")))[0][:2] == (2, 3)
+    assert [(first, last) for first, last, _ in current.replacements(shifted)] == [(0, 3)]
+    assert current.replacements(chain_of(("a", "0:4"), ("b", "4:6"), ("c", "6:12")))[0][:2] == (2, 3)

@@ -6,7 +6,7 @@ from typing import Any
 
 from announced import peer
 
-from swarmcore.routing.moving import MovePolicy
+from swarmcore.session.move_policy import MovePolicy
 
 BETTER = (peer(1), peer(2))
 

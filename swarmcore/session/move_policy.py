@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import attrs
 
-from swarmcore.routing.chain import Chain
 from swarmcore.types import PeerId
 
 
@@ -63,17 +62,3 @@ class MovePolicy:
         """The session has moved, by choice or after a failure."""
         self._moved_at = now
         self._target = None
-
-
-def differences(current: Chain, better: Chain) -> list[tuple[int, int, Chain]]:
-    """What to replace to turn ``current`` into ``better``, which is for the same blocks, from its end to its
-    start: the first and the last stage to go, and the stages that come in their place.
-    """
-    cuts = {stage.span.start for stage in current.stages} & {stage.span.start for stage in better.stages}
-    found = []
-    for start, end in zip(sorted(cuts), [*sorted(cuts)[1:], current.stages[-1].span.end], strict=True):
-        old = [i for i, stage in enumerate(current.stages) if start <= stage.span.start < end]
-        new = Chain(tuple(stage for stage in better.stages if start <= stage.span.start < end))
-        if new.peers != tuple(current.stages[i].server.peer for i in old):
-            found.append((old[0], old[-1], new))
-    return found[::-1]

@@ -1,0 +1,191 @@
+"""Moving a live session between two of its steps: off servers that leave, and to better chains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from swarmcore.client.session.failover import FailoverHandler
+from swarmcore.client.session.live_chain import LiveStage
+from swarmcore.client.session.opening import OpenStage
+from swarmcore.client.session.pipeline import Pipeline
+from swarmcore.client.session.planner import Comparison
+from swarmcore.errors import SessionLostError, SwarmError
+from swarmcore.routing.chain import Chain
+from swarmcore.session.move_policy import MovePolicy
+from swarmcore.wire.failure import to_error
+from swarmcore.wire.messages import KvTransferFailed, KvTransferred, TransferKv
+
+logger = logging.getLogger(__name__)
+
+LOOK_INTERVAL = 5.0
+"""Seconds between two looks for a better chain."""
+
+MOVE_PAUSE = 1.0
+"""Seconds between two attempts to move off a server that leaves."""
+
+LONGEST_LEAVE = 600.0
+"""Seconds for which that is tried, whatever the server says."""
+
+KV_TRANSFER_TIMEOUT = 60.0
+"""Seconds without progress after which a server that leaves cannot send its caches to another; its session
+waits meanwhile."""
+
+
+class SessionMoves:
+    """Moves a session while ``step_lock`` is free: no step is under way then."""
+
+    def __init__(self, pipeline: Pipeline, failover: FailoverHandler, step_lock: asyncio.Lock) -> None:
+        self._pipeline, self._failover, self._step_lock = pipeline, failover, step_lock
+        self.tasks: set[asyncio.Task[None]] = set()
+        now = asyncio.get_running_loop().time()
+        self._policy = MovePolicy(now, pipeline.options.moves)
+        self.next_look = now + LOOK_INTERVAL
+        """When `look_for_better` is to be called again, after a step."""
+
+    def _start(self, move: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(move, name="session move")
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("moving a session off %s failed", self._pipeline.chain, exc_info=error)
+
+    def cancel(self) -> None:
+        """The session is to be closed."""
+        for task in self.tasks:
+            task.cancel()
+
+    # --- servers that leave ------------------------------------------------------------------------------
+
+    def on_draining(self, stage: LiveStage, seconds: float) -> None:
+        """The server of ``stage`` leaves after so many seconds."""
+        if not stage.leaving:
+            stage.leaving = True
+            self._start(self._move_off(stage, min(seconds, LONGEST_LEAVE)))
+
+    async def _move_off(self, stage: LiveStage, seconds: float) -> None:
+        """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
+        pipeline, loop = self._pipeline, asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while loop.time() < deadline:
+            async with self._step_lock:
+                if stage not in pipeline.stages or stage.failure is not None:
+                    return
+                try:
+                    if await self._transfer_kv(stage, deadline - loop.time()):
+                        return
+                    if pipeline.options.journal != "off":
+                        await self._replay_elsewhere(stage)
+                        return
+                except SwarmError as exc:
+                    # If it stays so, the next step after the server is gone says what is wrong.
+                    logger.info("could not move a session off %s: %s", stage, exc)
+            await asyncio.sleep(MOVE_PAUSE)
+        stage.leaving = False
+
+    async def _transfer_kv(self, stage: LiveStage, seconds: float) -> bool:
+        """Move the caches of a server that leaves to one other server; False when that cannot be done.
+
+        Nothing is lost then: the stage works as before. Raise `MissingBlocksError` when nobody else has its
+        blocks, and the last server's error when nobody takes the session.
+        """
+        pipeline, loop = self._pipeline, asyncio.get_running_loop()
+        index, began = pipeline.stages.index(stage), loop.time()
+        opened = await self._failover.open_stages(index, index, blocked=(stage.peer,), caches_from=stage.peer)
+        try:
+            async with asyncio.timeout(seconds):
+                try:
+                    if len(opened) > 1 or not await self._kv_arrived(stage, opened[0]):
+                        raise SessionLostError("the caches are not those of the session")
+                except BaseException:
+                    for each in opened:
+                        each.channel.abort("the session was not moved here")
+                    raise
+        except (SwarmError, TimeoutError) as exc:
+            logger.info("%s could not hand its caches over: %s", stage, exc)
+            return False
+        stages = pipeline.replace(index, index, opened)
+        await self._failover.allow_upstream(stages[-1])
+        self._failover.report([stage], _shutting_down(), stages, "handed over", loop.time() - began)
+        return True
+
+    async def _kv_arrived(self, stage: LiveStage, opened: OpenStage) -> bool:
+        """Have ``stage`` send its caches to the server of ``opened``; whether all of them arrived."""
+        pipeline = self._pipeline
+        stage.kv_transfer = failure = asyncio.get_running_loop().create_future()
+        answer = asyncio.create_task(opened.channel.receive(), name="session KV transfer")
+        try:
+            answer.add_done_callback(lambda _: pipeline.check_awaited())
+            await pipeline.tell(stage, TransferKv(opened.hop))
+            if not await pipeline.wait(lambda: answer.done() or failure.done(), timeout=KV_TRANSFER_TIMEOUT):
+                return False
+            if not answer.done():
+                failure.result()
+            record, positions = (await answer).record, pipeline.steps.positions
+            if isinstance(record, KvTransferFailed):
+                raise to_error(record.failure, opened.hop.peer)
+            return (
+                isinstance(record, KvTransferred)
+                and len(record.lengths) == len(positions)
+                and all(map(int.__ge__, record.lengths, positions))
+            )
+        finally:
+            stage.kv_transfer = None
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+
+    async def _replay_elsewhere(self, stage: LiveStage) -> None:
+        index = self._pipeline.stages.index(stage)
+        await self._failover.rebuild(index, index, _shutting_down(), blocked=(stage.peer,))
+        await self._failover.replace_failed()
+
+    # --- better chains -----------------------------------------------------------------------------------
+
+    def look_for_better(self, steps_done: int) -> None:
+        """Begin to move if a better chain has been there for long enough."""
+        pipeline, now = self._pipeline, asyncio.get_running_loop().time()
+        self.next_look = now + LOOK_INTERVAL
+        if pipeline.options.moves is None or pipeline.options.journal == "off" or self.tasks:
+            return
+        try:
+            found = pipeline.planner.compare(pipeline.chain, tokens=sum(pipeline.steps.positions))
+        except SwarmError:
+            return  # blocks are missing: no time for luxuries
+        if found is not None and self._policy.look(
+            now,
+            current=found.current,
+            better=found.better,
+            target=found.chain.peers,
+            tokens=steps_done,
+            replay=found.replay,
+        ):
+            self._start(self._move_to(found))
+
+    async def _move_to(self, found: Comparison) -> None:
+        async with self._step_lock:
+            why = f"{1000 * found.better:.0f} rather than {1000 * found.current:.0f} ms a token elsewhere"
+            try:
+                await self._replace_parts(found.chain, SessionLostError(why))
+            except SwarmError as exc:
+                logger.info("could not move a session to %s: %s", found.chain, exc)
+            self._policy.moved(asyncio.get_running_loop().time())
+
+    async def _replace_parts(self, better: Chain, reason: SwarmError) -> None:
+        """Turn the chain into ``better``, one different part after the other; each is opened before the old
+        one is left. Raise what a new server refuses with; the session is whole all the same.
+        """
+        for first, last, part in self._pipeline.chain.replacements(better):
+            old = self._pipeline.chain.stages[first : last + 1]
+            ends = (part.stages[0].span.start, part.stages[-1].span.end)
+            if not old or (old[0].span.start, old[-1].span.end) != ends:
+                return  # a failure has changed the chain meanwhile
+            await self._failover.rebuild(first, last, reason, part)
+            await self._failover.replace_failed()
+
+
+def _shutting_down() -> SwarmError:
+    return SessionLostError("the server is shutting down")
