@@ -6,12 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum, StrEnum
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 from swarmcore.types import PeerId, short
-
-if TYPE_CHECKING:
-    from swarmcore.resources.manager import ResourceManager
 
 
 class Resource(StrEnum):
@@ -52,20 +49,30 @@ class Scope:
         self.waiting: OrderedDict[Waiting, None] = OrderedDict()
 
 
+class Ledger(Protocol):
+    """Where a reservation counts: the `ResourceManager` that gave it."""
+
+    def resize(self, reservation: Reservation, amount: int, priority: Priority) -> None: ...
+
+    def prove(self, reservation: Reservation, peer: PeerId) -> None: ...
+
+    def release(self, reservation: Reservation) -> None: ...
+
+
 class Reservation:
     """A part of a resource, held until `release`. Also a context manager, and an entry for `evict`."""
 
-    __slots__ = ("_manager", "amount", "evict", "peer", "resource", "scopes")
+    __slots__ = ("_ledger", "amount", "evict", "peer", "resource", "scopes")
 
     def __init__(
         self,
-        manager: ResourceManager,
+        ledger: Ledger,
         resource: Resource,
         peer: PeerId | None,
         amount: int,
         scopes: Sequence[Scope],
     ) -> None:
-        self._manager = manager
+        self._ledger = ledger
         self.scopes = scopes
         self.evict: Callable[[], object] | None = None
         self.resource = resource
@@ -79,7 +86,7 @@ class Reservation:
         Raise `ResourceLimitError`, and stay as it is, when that is too much.
         """
         if self.scopes:
-            self._manager.resize(self, amount, priority)
+            self._ledger.resize(self, amount, priority)
 
     def prove(self, peer: PeerId) -> None:
         """The peer has proven its id: count this for it, no longer among the unproven.
@@ -87,7 +94,7 @@ class Reservation:
         Raise `ResourceLimitError` when the peer then holds too much; the reservation stays as it was.
         """
         if self.scopes and self.peer is None:
-            self._manager.prove(self, peer)
+            self._ledger.prove(self, peer)
 
     def evictable(self, evict: Callable[[], object]) -> None:
         """From now on ``evict`` may be called, once, to make room for others; this is released before.
@@ -110,7 +117,7 @@ class Reservation:
     def release(self) -> None:
         """Give it back. Harmless when repeated."""
         if self.scopes:
-            self._manager.release(self)
+            self._ledger.release(self)
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import attrs
 
 from swarmcore.errors import MessageTooLargeError, StreamAbortedError, StreamClosedError, SwarmError
-from swarmcore.transport import Buffer, Stream
+from swarmcore.transport import Buffer, OnStream, Stream, serve_stream
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 
@@ -86,6 +86,29 @@ class MemoryStream(Stream):
     def __repr__(self) -> str:
         waiting = len(self._incoming.messages)
         return f"<MemoryStream {short(self._end.peer)} ⇄ {short(self.remote)} {waiting} waiting>"
+
+
+class Loopback:
+    """Streams of a peer with itself: the way out and back in need not be open, as behind most routers."""
+
+    def __init__(self, peer: PeerId, limits: Limits, on_stream: OnStream) -> None:
+        self._end = StreamEnd(peer, limits, set())
+        self._on_stream = on_stream
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open_stream(self) -> Stream:
+        near, far = stream_pair(self._end, self._end)
+        task = asyncio.create_task(serve_stream(far, self._on_stream), name="stream of a peer with itself")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return near
+
+    async def close(self, timeout: float, reason: str) -> None:
+        """Abort all streams, and give their handlers ``timeout`` seconds to end."""
+        for stream in list(self._end.open):
+            stream.abort(reason)
+        if tasks := self._tasks - {asyncio.current_task()}:
+            await asyncio.wait(tasks, timeout=timeout)
 
 
 class Pipe:

@@ -26,11 +26,11 @@ from swarmcore.resources import Reservation, Resource, ResourceManager
 from swarmcore.resources.hold_ups import HoldUps
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
-from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
+from swarmcore.rpc.memory_stream import Loopback
 from swarmcore.rpc.response_times import ResponseTimes
 from swarmcore.rpc.serving import Server
 from swarmcore.tasks import deadline_at
-from swarmcore.transport import Stream, Transport, serve_stream
+from swarmcore.transport import Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.failure import Failure, to_error, to_failure
 from swarmcore.wire.framing import Message, decode_message, encode_message, kinds_of, tag_of
@@ -87,8 +87,7 @@ class Node:
         self._calls_out = 0
         self._paths: OrderedDict[PeerId, str] = OrderedDict()
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
-        self._own_streams: set[MemoryStream] = set()
-        self._own_tasks: set[asyncio.Task[None]] = set()
+        self._loopback = Loopback(identity.peer, self.limits, self._accept)
         self._told_refused: set[PeerId] = set()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -188,11 +187,7 @@ class Node:
             _, late = await asyncio.wait(serving, timeout=_CLOSE_TIMEOUT)
             if late:
                 logger.warning("%r: %d handlers did not end when they were cancelled", self, len(late))
-        for stream in list(self._own_streams):
-            stream.abort("this node is closed")
-        own = self._own_tasks - {asyncio.current_task()}
-        if own:
-            await asyncio.wait(own, timeout=_CLOSE_TIMEOUT)
+        await self._loopback.close(_CLOSE_TIMEOUT, "this node is closed")
         await asyncio.gather(*(transport.close() for transport in self._transports.values()))
 
     async def __aenter__(self) -> Node:
@@ -311,22 +306,13 @@ class Node:
             raise PeerNotAllowedError(f"{short(peer)} is not among the allowed peers of this closed swarm")
         self.counters["calls_out"] += 1
         if peer == self.peer and not elsewhere:
-            return self._dial_itself()
+            return self._loopback.open_stream()
         stream = await dial(self._transports, addresses, deadline)
         self._paths[peer] = stream.path
         self._paths.move_to_end(peer)
         if len(self._paths) > _PATHS_KEPT:
             self._paths.popitem(last=False)
         return stream
-
-    def _dial_itself(self) -> Stream:
-        """A stream inside the process: the way out and back in need not be open, as behind most routers."""
-        end = StreamEnd(self.peer, self.limits, self._own_streams)
-        near, far = stream_pair(end, end)
-        task = asyncio.create_task(serve_stream(far, self._accept), name="stream of a peer with itself")
-        self._own_tasks.add(task)
-        task.add_done_callback(self._own_tasks.discard)
-        return near
 
     @property
     def paths(self) -> Mapping[PeerId, str]:
