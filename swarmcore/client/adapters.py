@@ -8,7 +8,7 @@ import attrs
 
 from swarmcore.errors import ProtocolError
 from swarmcore.rpc.channel import Channel
-from swarmcore.wire.passes import AdapterName, AdapterPart, adapter_parts
+from swarmcore.wire.forward_backward import AdapterName, AdapterPart, adapter_parts
 from swarmcore.wire.tensors import Tensor
 
 

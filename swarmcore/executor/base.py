@@ -116,11 +116,12 @@ class BlockExecutor(ABC):
         return tensor.decode()
 
     async def load_adapter(self, tensors: Sequence[Tensor], scaling: float) -> Adapter:
-        """Make an adapter ready for use, of raw tensors named as in `swarmcore.wire.passes.AdapterPart`.
+        """Make an adapter ready for use.
 
-        They are of blocks that are held; the adapter may be used in batches of some of them. May come while a
-        batch computes. Raise `AdapterError` for tensors that do not fit the blocks, and where the backend
-        takes no adapters.
+        Its raw tensors are named as in `swarmcore.wire.forward_backward.AdapterPart`. They are of
+        blocks that are held; the adapter may be used in batches of some of them. May come while a batch
+        computes. Raise `AdapterError` for tensors that do not fit the blocks, and where the backend takes no
+        adapters.
         """
         raise AdapterError(f"{type(self).__name__} takes no adapters")
 
@@ -226,7 +227,7 @@ class BlockExecutor(ABC):
 class Adapter:
     """Small weights that a backend has made ready to be used with its blocks; freed with the last reference.
 
-    Of the kinds that `swarmcore.wire.passes.AdapterPart` names.
+    Of the kinds that `swarmcore.wire.forward_backward.AdapterPart` names.
     """
 
     span: Span

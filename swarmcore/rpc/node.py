@@ -69,7 +69,7 @@ class Node:
         self.counters: Counter[str] = Counter()
         """What happened since the start, by name: calls_in, calls_out, refused."""
         self.response_times = ResponseTimes()
-        """What `swarmcore.rpc.asking.ask` has learned of other peers."""
+        """What `swarmcore.rpc.ping.probe` has learned of other peers."""
         self._transports = {transport.scheme: transport for transport in transports}
         self.resources = resources or ResourceManager.of_calls(
             self.limits.max_calls, self.limits.max_calls_per_peer

@@ -26,7 +26,7 @@ from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.tasks import deadline_after
 from swarmcore.types import PeerId, Span, short
-from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted
+from swarmcore.wire.forward_backward import AdapterName, AdapterPart, AdapterWanted
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from swarmcore.errors import DeadlineExceededError, PeerUnreachableError, SwarmE
 from swarmcore.pacing import TokenBuckets
 from swarmcore.registry.base import Registry
 from swarmcore.resources import Resource
-from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import probe
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import MAX_ADDRESSES
@@ -65,8 +65,8 @@ class StageDialer:
             raise PeerUnreachableError("the next stage was not reached") from exc
 
     async def probe(self, hop: Hop, *, least: float) -> None:
-        """Return when the stage answers; raise as `swarmcore.rpc.asking.ask`."""
-        await ask(self._node, await self._addresses(hop.peer), PING_METHOD, Ping(), least=least)
+        """Return when the stage answers; raise as `swarmcore.rpc.ping.probe`."""
+        await probe(self._node, await self._addresses(hop.peer), PING_METHOD, Ping(), least=least)
 
     async def _connect(self, hop: Hop, client: PeerId) -> Channel:
         now = asyncio.get_running_loop().time()

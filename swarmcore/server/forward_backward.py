@@ -22,7 +22,7 @@ from swarmcore.server.forward_backward_channel import ForwardBackwardChannel, Re
 from swarmcore.server.span_service import SpanService
 from swarmcore.tasks import deadline_after, running
 from swarmcore.types import ModelInfo, PeerId, Span
-from swarmcore.wire.passes import BackwardDone, ForwardDone, OpenBackward, OpenForward, PassProgress
+from swarmcore.wire.forward_backward import BackwardDone, ForwardDone, OpenBackward, OpenForward, PassProgress
 from swarmcore.wire.tensors import Tensor
 
 MAX_DEADLINE = 900.0

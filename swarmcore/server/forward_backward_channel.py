@@ -15,9 +15,15 @@ from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import Weights, WeightsIntake
 from swarmcore.types import Span
+from swarmcore.wire.forward_backward import (
+    AdapterPart,
+    AdapterWanted,
+    InputsWanted,
+    Rows,
+    RowsIntake,
+    adapter_parts,
+)
 from swarmcore.wire.framing import Message
-from swarmcore.wire.passes import AdapterPart, AdapterWanted, InputsWanted, Rows, adapter_parts
-from swarmcore.wire.row_intake import RowsIntake
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
 
 PIECE_BYTES = 2 * 2**20

@@ -31,6 +31,7 @@ from swarmcore.server.upstream import AllowedUpstream
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
+from swarmcore.wire.forward_backward import AdapterPart
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import (
     AllowUpstream,
@@ -45,7 +46,6 @@ from swarmcore.wire.messages import (
     StepForwarded,
     StepOutput,
 )
-from swarmcore.wire.passes import AdapterPart
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from swarmcore.types import Span
 class BlockAdapter(nn.Module):
     """Trainable weights for blocks that servers run; pass one as ``adapter=`` where blocks are called.
 
-    Its parameters are what is sent, under the names that `swarmcore.wire.passes.AdapterPart` gives them, and
+    Its parameters are what is sent, under the names of `swarmcore.wire.forward_backward.AdapterPart`, and
     receive their gradients from there. An ordinary module otherwise: it has a state dict, and goes into an
     optimiser.
     """

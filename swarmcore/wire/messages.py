@@ -7,8 +7,8 @@ import attrs
 from swarmcore.resources import ResourceUse
 from swarmcore.types import PeerId, ServerInfo
 from swarmcore.wire.failure import Failure
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.framing import wire_tag
-from swarmcore.wire.passes import AdapterName
 
 INFERENCE = "/swarmcore/inference/1"
 INFO = "/swarmcore/info/1"

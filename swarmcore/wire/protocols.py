@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import attrs
 
+from swarmcore.wire.forward_backward import (
+    BACKWARD,
+    BACKWARD_OF_PADDING,
+    FORWARD,
+    FORWARD_OF_PADDING,
+    AdapterPart,
+    AdapterWanted,
+    BackwardDone,
+    ForwardDone,
+    InputsWanted,
+    OpenBackward,
+    OpenForward,
+    PassProgress,
+    Rows,
+)
 from swarmcore.wire.generate import (
     GENERATE,
     GenerationEnded,
@@ -39,21 +54,6 @@ from swarmcore.wire.messages import (
     TransferKv,
 )
 from swarmcore.wire.method import Method, Protocol
-from swarmcore.wire.passes import (
-    BACKWARD,
-    BACKWARD_OF_PADDING,
-    FORWARD,
-    FORWARD_OF_PADDING,
-    AdapterPart,
-    AdapterWanted,
-    BackwardDone,
-    ForwardDone,
-    InputsWanted,
-    OpenBackward,
-    OpenForward,
-    PassProgress,
-    Rows,
-)
 
 INFERENCE_PROTOCOL = Protocol(
     name=INFERENCE,

@@ -30,7 +30,7 @@ from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import tensor_of
 from swarmcore.types import PeerId, Span
-from swarmcore.wire.passes import AdapterName, AdapterPart
+from swarmcore.wire.forward_backward import AdapterName, AdapterPart
 from swarmcore.wire.tensors import Tensor
 
 ALICE, BOB, CAROL = map(PeerId, ("alice", "bob", "carol"))

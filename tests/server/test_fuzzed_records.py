@@ -23,6 +23,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.types import ModelInfo, PeerId
 from swarmcore.wire.failure import Failure
+from swarmcore.wire.forward_backward import AdapterName, AdapterPart, OpenBackward, OpenForward, Rows
 from swarmcore.wire.messages import (
     AllowUpstream,
     CachePart,
@@ -34,7 +35,6 @@ from swarmcore.wire.messages import (
     TransferKv,
 )
 from swarmcore.wire.method import Protocol
-from swarmcore.wire.passes import AdapterName, AdapterPart, OpenBackward, OpenForward, Rows
 from swarmcore.wire.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL, INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 

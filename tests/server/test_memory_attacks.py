@@ -23,8 +23,8 @@ from swarmcore.resources import Bounds, Machine, ResourceLimits, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.types import ModelInfo
+from swarmcore.wire.forward_backward import AdapterName, AdapterPart, AdapterWanted, OpenForward
 from swarmcore.wire.messages import OpenSession
-from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted, OpenForward
 from swarmcore.wire.protocols import FORWARD_PROTOCOL, INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 

@@ -25,7 +25,7 @@ from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.testing.rows import hidden_states
 from swarmcore.types import Span
-from swarmcore.wire.passes import AdapterName, OpenForward, Rows
+from swarmcore.wire.forward_backward import AdapterName, OpenForward, Rows
 from swarmcore.wire.protocols import FORWARD_PROTOCOL
 
 ROWS = hidden_states([[0.5, 0.25, -0.5, 1.0]] * 6)

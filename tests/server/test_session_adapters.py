@@ -13,8 +13,8 @@ from swarmcore.errors import AdapterError, AdapterNotFoundError, SwarmError
 from swarmcore.server.adapters import Weights
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.types import Span
+from swarmcore.wire.forward_backward import AdapterName, AdapterPart, AdapterWanted
 from swarmcore.wire.messages import OpenSession, SessionOpened
-from swarmcore.wire.passes import AdapterName, AdapterPart, AdapterWanted
 from swarmcore.wire.protocols import INFERENCE_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 

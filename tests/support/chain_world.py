@@ -29,7 +29,7 @@ from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
 from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import PeerId, ServerInfo, Span
-from swarmcore.wire.passes import AdapterName
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
 from swarmcore.wire.tensors import Tensor
 

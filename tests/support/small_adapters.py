@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.testing.rows import tensor_of
-from swarmcore.wire.passes import AdapterName
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.tensors import Tensor
 
 WIDTH = 4

@@ -11,7 +11,7 @@ from swarmcore.client.adapters import AdapterWeights
 from swarmcore.errors import InputError, ProtocolError
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
-from swarmcore.wire.passes import AdapterName
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -25,8 +25,7 @@ from swarmcore.routing.chain import Stage
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.types import Address, ModelInfo, ServerInfo
-from swarmcore.wire.method import Protocol
-from swarmcore.wire.passes import (
+from swarmcore.wire.forward_backward import (
     AdapterPart,
     AdapterWanted,
     BackwardDone,
@@ -36,14 +35,15 @@ from swarmcore.wire.passes import (
     OpenForward,
     PassProgress,
     Rows,
+    RowsIntake,
 )
+from swarmcore.wire.method import Protocol
 from swarmcore.wire.protocols import (
     BACKWARD_OF_PADDING_PROTOCOL,
     BACKWARD_PROTOCOL,
     FORWARD_OF_PADDING_PROTOCOL,
     FORWARD_PROTOCOL,
 )
-from swarmcore.wire.row_intake import RowsIntake
 from swarmcore.wire.tensors import FLOATS, ITEM_BYTES, Tensor
 
 logger = logging.getLogger(__name__)

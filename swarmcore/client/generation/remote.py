@@ -29,9 +29,9 @@ from swarmcore.errors import (
 )
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.routing.health import PeerHealth
-from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import probe
 from swarmcore.sources import is_called
 from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, short
 from swarmcore.wire.generate import (
@@ -292,7 +292,7 @@ async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> A
 async def _check_alive(node: Node, addresses: Sequence[Address]) -> None:
     """Raise `DeadlineExceededError` when a generation server does not answer."""
     try:
-        await ask(node, addresses, PING_METHOD, Ping(), least=1.0)
+        await probe(node, addresses, PING_METHOD, Ping(), least=1.0)
     except DeadlineExceededError as exc:
         if exc.origin is None:
             raise

@@ -15,8 +15,8 @@ from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.errors import DeadlineExceededError, RemoteFaultError, SessionLostError, SwarmError
 from swarmcore.routing.chain import Chain
-from swarmcore.rpc.asking import ask
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import probe
 from swarmcore.rpc.response_times import ResponseTime
 from swarmcore.session.patience import StepPatience
 from swarmcore.types import Address, PeerId, Span
@@ -275,7 +275,7 @@ class LiveChain(ABC):
         least = 0.0 if hasty else LEAST_UNDER_LOAD
         question, addresses = AskSession(hop.session), Address.parse_all(hop.addresses)
         try:
-            state = await ask(self.node, addresses, SESSION_STATE_METHOD, question, least=least)
+            state = await probe(self.node, addresses, SESSION_STATE_METHOD, question, least=least)
         except DeadlineExceededError as exc:
             if exc.origin is None:
                 self._silent(stage, began, exc)

@@ -12,13 +12,13 @@ from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError
 from swarmcore.pacing import Backoff
 from swarmcore.routing.chain import Chain, Stage
-from swarmcore.rpc.asking import ask
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import probe
 from swarmcore.tasks import running
 from swarmcore.types import Address, ModelInfo, PeerId, Span, short
+from swarmcore.wire.forward_backward import AdapterWanted
 from swarmcore.wire.messages import Hop, OpenSession, Ping, SessionOpened
-from swarmcore.wire.passes import AdapterWanted
 from swarmcore.wire.protocols import INFERENCE_PROTOCOL, PING_METHOD
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class ChainOpener:
         while True:
             await asyncio.sleep(pauses.next())
             try:
-                await ask(self.node, addresses, PING_METHOD, Ping())
+                await probe(self.node, addresses, PING_METHOD, Ping())
             except DeadlineExceededError as exc:
                 if exc.origin is None and not self.planner.alone(hop.peer, Span(hop.start, hop.end)):
                     return exc

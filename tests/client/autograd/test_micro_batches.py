@@ -26,7 +26,7 @@ from swarmcore.routing.chain import Chain
 from swarmcore.routing.link_codec import LinkCodec, LinkDirection, Rung
 from swarmcore.testing.rows import hidden_states, read_rows
 from swarmcore.types import Span
-from swarmcore.wire.passes import AdapterName
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor, register_codec
 
 pytestmark = pytest.mark.virtual_time

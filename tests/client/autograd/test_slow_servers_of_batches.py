@@ -42,7 +42,7 @@ async def test_what_comes_by_a_slow_link_has_time() -> None:
         loop = asyncio.get_running_loop()
         from swarmcore.client.autograd import rpc as passes
         from swarmcore.rpc.channel import Channel
-        from swarmcore.wire.passes import Rows
+        from swarmcore.wire.forward_backward import Rows
 
         send = Channel.send
 

@@ -11,8 +11,8 @@ import pytest
 
 from swarmcore.errors import DeadlineExceededError, ProtocolError
 from swarmcore.identity import Identity
-from swarmcore.rpc.asking import ask
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import probe
 from swarmcore.rpc.response_times import LEAST, MOST, UNKNOWN, ResponseTime, ResponseTimes
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork
@@ -79,20 +79,20 @@ async def test_silence_is_noticed_sooner_where_answers_come_soon(
 ) -> None:
     async with pair(delay) as (near, far, transport):
         for _ in range(10):
-            await ask(near, far.addresses, PING_METHOD, Ping())
+            await probe(near, far.addresses, PING_METHOD, Ping())
         loop = asyncio.get_running_loop()
         transport.partition()
         began = loop.time()
         with pytest.raises(DeadlineExceededError, match="no sign of life"):
-            await ask(near, far.addresses, PING_METHOD, Ping())
+            await probe(near, far.addresses, PING_METHOD, Ping())
         assert least - 0.01 <= loop.time() - began <= most
         transport.heal()
-        await ask(near, far.addresses, PING_METHOD, Ping())
+        await probe(near, far.addresses, PING_METHOD, Ping())
 
 
 @pytest.mark.virtual_time
 async def test_a_refusal_is_an_answer() -> None:
     async with pair(0.01) as (near, far, _):
         with pytest.raises(ProtocolError):
-            await ask(near, far.addresses, INFO_METHOD, InfoRequest())
+            await probe(near, far.addresses, INFO_METHOD, InfoRequest())
         assert near.response_times.of(far.peer).known
