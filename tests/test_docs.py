@@ -29,7 +29,7 @@ import pytest
 from swarmcore.errors import SwarmError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 MARKED_BLOCK = re.compile(
     r"(?:<!-- (?P<mark>run|serve|address|not run: [^>]+) -->\n)?"
