@@ -37,6 +37,7 @@ MARKED_BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SHORT_ADDRESS = re.compile(r"tcp://\S+…")
+FILE = re.compile(r"`((?:swarmcore|transports|tests|examples)/[\w/]+\.py)`")
 LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -82,6 +83,12 @@ def test_python_blocks_compile(page: Path) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     targets = [found["target"] for found in LINK.finditer(page.read_text())]
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_files_exist(page: Path) -> None:
+    missing = [name for name in FILE.findall(page.read_text()) if not (ROOT / name).exists()]
+    assert not missing, f"{page.name} names files that are not there: {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
