@@ -24,8 +24,8 @@ from swarmcore.testing.processes import ServerProcess
 pytest.importorskip("aiortc", reason="needs the extra webrtc")
 import chromium
 
-from swarmcore_transports.webrtc.addresses import Service
-from swarmcore_transports.webrtc.signalling.messages import sealed
+from swarmcore_transports.webrtc.addresses import ServiceAddress
+from swarmcore_transports.webrtc.signalling.messages import signed_envelope
 from swarmcore_transports.webrtc.signalling.service import SignallingService
 
 pytestmark = [
@@ -326,13 +326,15 @@ class Forging(SignallingService):
     """Answers offers itself, in the name of whoever they are for."""
 
     def _pass(self, envelope: Any, sender: Any) -> None:
-        answer = sealed(Identity.generate(), envelope.sender, envelope.exchange, "answer", envelope.body)
+        answer = signed_envelope(
+            Identity.generate(), envelope.sender, envelope.exchange, "answer", envelope.body
+        )
         sender.put(msgspec.structs.replace(answer, sender=envelope.receiver))
 
 
 async def test_signalling_service_cannot_answer_for_others(page: chromium.Page) -> None:
     service = Forging()
-    place = await service.start(Service("127.0.0.1", 0))
+    place = await service.start(ServiceAddress("127.0.0.1", 0))
     try:
         with pytest.raises(AssertionError, match=r"PeerIdentityError: .* did not sign"):
             await page.run(JOINED, address=str(place.address(Identity.generate().peer)))

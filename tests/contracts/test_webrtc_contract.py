@@ -14,7 +14,7 @@ from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
-meeting_points = pytest.importorskip("swarmcore_transports.webrtc.signalling.endpoints")
+endpoints = pytest.importorskip("swarmcore_transports.webrtc.signalling.endpoints")
 signalling_service = pytest.importorskip("swarmcore_transports.webrtc.signalling.service")
 signals = pytest.importorskip("swarmcore_transports.webrtc.signalling.messages")
 locations = pytest.importorskip("swarmcore_transports.webrtc.addresses")
@@ -28,7 +28,7 @@ class Malicious(signalling_service.SignallingService):  # type: ignore[misc, nam
             super()._pass(envelope, sender)
             return
         accomplice = Identity.generate()
-        forged = signals.sealed(
+        forged = signals.signed_envelope(
             accomplice, PeerId(envelope.sender), envelope.exchange, "answer", envelope.body
         )
         fields = {name: getattr(forged, name) for name in forged.__struct_fields__}
@@ -39,7 +39,7 @@ class Malicious(signalling_service.SignallingService):  # type: ignore[misc, nam
 class TestWebRtc(TransportContract):
     @pytest.fixture(autouse=True)
     def malicious_service(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(meeting_points, "SignallingService", Malicious)
+        monkeypatch.setattr(endpoints, "SignallingService", Malicious)
 
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
         return webrtc.WebRtcTransport(identity, limits=limits, listen_on=listen_on)

@@ -159,7 +159,7 @@ async def _serve(options: dict[str, Any]) -> None:
         return await flows[number].stop()
 
     async def restarts() -> int:
-        return int(transport._restarts.begun)
+        return int(transport._connector.restarter.begun)
 
     async def end(number: int) -> str:
         """How the stream ends, once it does."""

@@ -24,10 +24,10 @@ class MemoryChannel(DataChannel):
         return near, far
 
     @property
-    def queued(self) -> int:
+    def buffered_amount(self) -> int:
         return 0
 
-    def set_low(self, amount: int) -> None: ...
+    def set_low_threshold(self, amount: int) -> None: ...
 
     def send(self, data: bytes) -> None:
         if not self._closed:
@@ -51,12 +51,12 @@ class MemoryConnection(PeerConnection):
         self.made[self._name] = self
         self._peer: MemoryConnection | None = None
         self._is_connected = asyncio.Event()
-        self._signals, self._signals_of_peer = MemoryChannel.both_ends()
+        self._signalling_channel, self._channel_of_peer = MemoryChannel.both_ends()
         self._closed = False
 
     @property
-    def signals(self) -> DataChannel:
-        return self._signals
+    def signalling_channel(self) -> DataChannel:
+        return self._signalling_channel
 
     async def offer(self) -> str:
         return self._name
@@ -64,7 +64,7 @@ class MemoryConnection(PeerConnection):
     async def answer(self, offer: str) -> str:
         if (peer := self.made.get(offer)) is None:
             raise ProtocolError(f"no connection {offer}")
-        self._peer, self._signals = peer, peer._signals_of_peer
+        self._peer, self._signalling_channel = peer, peer._channel_of_peer
         self._is_connected.set()
         return self._name
 

@@ -11,19 +11,19 @@ from aiohttp import web
 
 from swarmcore.identity import Identity
 from swarmcore.types import PeerId
-from swarmcore_transports.webrtc.addresses import PATH, Service
+from swarmcore_transports.webrtc.addresses import PATH, ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
     Absent,
     Challenge,
     Envelope,
-    Kind,
     Register,
     Registered,
     Signal,
+    SignalKind,
     decode,
     encode,
     registration,
-    sealed,
+    signed_envelope,
 )
 
 Socket = aiohttp.ClientWebSocketResponse
@@ -41,8 +41,8 @@ class RawPeer:
     def peer(self) -> PeerId:
         return self.identity.peer
 
-    async def send(self, receiver: PeerId, exchange: bytes, kind: Kind, body: str) -> None:
-        await self.socket.send_str(encode(sealed(self.identity, receiver, exchange, kind, body)))
+    async def send(self, receiver: PeerId, exchange: bytes, kind: SignalKind, body: str) -> None:
+        await self.socket.send_str(encode(signed_envelope(self.identity, receiver, exchange, kind, body)))
 
     async def receive(self) -> Envelope | Absent:
         """The next signal that the service passes on."""
@@ -52,14 +52,14 @@ class RawPeer:
 
 
 @asynccontextmanager
-async def connected(service: Service) -> AsyncIterator[Socket]:
+async def connected(service: ServiceAddress) -> AsyncIterator[Socket]:
     """A socket to ``service`` on which nothing has been said yet."""
     async with aiohttp.ClientSession() as session, session.ws_connect(service.url) as socket:
         yield socket
 
 
 @asynccontextmanager
-async def registered(service: Service, identity: Identity | None = None) -> AsyncIterator[RawPeer]:
+async def registered(service: ServiceAddress, identity: Identity | None = None) -> AsyncIterator[RawPeer]:
     identity = identity or Identity.generate()
     async with connected(service) as socket:
         challenge = decode(await socket.receive_str(timeout=10.0))
@@ -70,7 +70,9 @@ async def registered(service: Service, identity: Identity | None = None) -> Asyn
 
 
 @asynccontextmanager
-async def site(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[Service]:
+async def site(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[ServiceAddress]:
     """A web server that gives ``answer`` where a signalling service is expected."""
     application = web.Application()
     application.router.add_get(PATH, answer)
@@ -78,13 +80,13 @@ async def site(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield Service("127.0.0.1", int(runner.addresses[0][1]))
+        yield ServiceAddress("127.0.0.1", int(runner.addresses[0][1]))
     finally:
         await runner.cleanup()
 
 
 @asynccontextmanager
-async def talking(talk: Talk) -> AsyncIterator[Service]:
+async def talking(talk: Talk) -> AsyncIterator[ServiceAddress]:
     """A service that says to everybody what ``talk`` does, then waits for the other to hang up."""
 
     async def answer(request: web.Request) -> web.StreamResponse:

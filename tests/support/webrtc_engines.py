@@ -23,12 +23,12 @@ class Messages:
         self.low = asyncio.Event()
         self.closed = asyncio.Event()
         self._come: asyncio.Queue[bytes] = asyncio.Queue()
-        channel.use(self)
+        channel.set_handler(self)
 
     def message_received(self, data: bytes) -> None:
         self._come.put_nowait(data)
 
-    def queue_low(self) -> None:
+    def buffered_amount_low(self) -> None:
         self.low.set()
 
     def channel_closed(self) -> None:
@@ -86,7 +86,7 @@ class Pair:
         await asyncio.gather(self.dialler.connected(), self.listener.connected())
 
     async def restart(self) -> None:
-        """Exchange for a new path. When it is taken, if it is while the old one works, shows in `moved`."""
+        """Negotiate a new path. When it is taken, if it is while the old one works, shows in `moved`."""
         for event in self.moved.values():
             event.clear()
         await self.exchange(self.dialler.restart)
@@ -117,7 +117,7 @@ async def pair() -> AsyncIterator[Pair]:
     for side in sides:
         side.on_channel = found.arrived[side].put_nowait
         side.on_lost = lambda reason, event=found.lost[side]: event.set()  # type: ignore[misc]
-        side.on_moved = found.moved[side].set
+        side.on_path_changed = found.moved[side].set
     async with nothing_left():
         try:
             async with asyncio.timeout(DEADLINE):

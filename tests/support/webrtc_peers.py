@@ -11,10 +11,10 @@ from swarmcore.transport import Stream
 from swarmcore.types import Address
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.webrtc import WebRtcTransport
-from swarmcore_transports.webrtc.addresses import Service
+from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.service import SignallingService
 
-HERE = Service("127.0.0.1", 0)
+HERE = ServiceAddress("127.0.0.1", 0)
 LIMITS = Limits(connect_timeout=5.0)
 HASTY = Limits(connect_timeout=0.5)
 
@@ -51,7 +51,9 @@ async def listening(limits: Limits = LIMITS) -> AsyncIterator[tuple[Any, Address
 
 
 @asynccontextmanager
-async def service(kind: Callable[[], SignallingService] = SignallingService, at: Service = HERE) -> Any:
+async def service(
+    kind: Callable[[], SignallingService] = SignallingService, at: ServiceAddress = HERE
+) -> Any:
     """A running service, which is at its ``place``."""
     running = kind()
     running.place = await running.start(at)  # type: ignore[attr-defined]

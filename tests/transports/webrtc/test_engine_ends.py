@@ -133,7 +133,7 @@ async def test_a_closed_connection_does_nothing_more(state: State) -> None:
         answer = await other.listener.answer(offer)
     async with pair() as found:
         await state(found)
-        signals = Messages(found.dialler.signals)
+        signals = Messages(found.dialler.signalling_channel)
         await found.dialler.close()
         await signals.closed.wait()
         works: list[Callable[[], Awaitable[object]]] = [
@@ -190,6 +190,6 @@ async def test_what_is_sent_while_dtls_is_being_closed_is_lost_in_silence() -> N
         sctp = found.dialler._sctp  # type: ignore[attr-defined]
         sctp.transport._ssl.shutdown()
         with pytest.raises(ConnectionError):
-            await sctp._say_where()
-        sctp._soon(sctp._say_where)
-        found.dialler.signals.send(b"too late")
+            await sctp._probe_path()
+        sctp._send_soon(sctp._probe_path)
+        found.dialler.signalling_channel.send(b"too late")

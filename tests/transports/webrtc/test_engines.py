@@ -56,14 +56,14 @@ async def test_what_waits_is_told_and_leaves_when_it_can() -> None:
     async with connected() as found:
         sender, receiver = await found.channel(found.dialler)
         messages = [bytes([number]) * PIECES[-1] for number in range(200)]
-        sender.channel.set_low(PIECES[-1])
+        sender.channel.set_low_threshold(PIECES[-1])
         for message in messages:
             sender.channel.send(message)
-        assert sender.channel.queued > 8 * 2**20
+        assert sender.channel.buffered_amount > 8 * 2**20
         for message in messages:
             assert await receiver.next() == message
         await sender.low.wait()
-        assert sender.channel.queued <= PIECES[-1]
+        assert sender.channel.buffered_amount <= PIECES[-1]
 
 
 async def test_what_was_sent_before_the_end_of_a_channel_arrives() -> None:
@@ -84,10 +84,13 @@ async def test_the_first_channel_is_there_at_once_and_keeps_what_comes_early() -
     async with connected() as found:
         messages = numbered(20, 1)
         for message in messages:
-            found.dialler.signals.send(message)
+            found.dialler.signalling_channel.send(message)
         probe, probed = await found.channel(found.dialler)
         await carried(probe, probed, [b"behind"])
-        dialler, listener = Messages(found.dialler.signals), Messages(found.listener.signals)
+        dialler, listener = (
+            Messages(found.dialler.signalling_channel),
+            Messages(found.listener.signalling_channel),
+        )
         for message in messages:
             assert await listener.next() == message
         await asyncio.gather(

@@ -26,9 +26,9 @@ from swarmcore_transports.framed.frames import (  # noqa: E402
     encode_frame,
     message_header,
 )
-from swarmcore_transports.webrtc.channel_transport import ChannelPipe  # noqa: E402
+from swarmcore_transports.webrtc.channel_transport import ChannelTransport  # noqa: E402
 from swarmcore_transports.webrtc.engine import DataChannel  # noqa: E402
-from swarmcore_transports.webrtc.signalling.clients import MAX_IDLE, SignallingClients  # noqa: E402
+from swarmcore_transports.webrtc.signalling.client_pool import MAX_IDLE, SignallingClientPool  # noqa: E402
 
 LIMITS = Limits(max_message=2**20, max_calls_per_peer=4, keepalive=0.3, send_buffer=64 * 1024)
 
@@ -56,12 +56,12 @@ class Watch:
         self.channel = channel
         self.got = bytearray()
         self.closed = asyncio.Event()
-        channel.use(self)
+        channel.set_handler(self)
 
     def message_received(self, data: bytes) -> None:
         self.got += data
 
-    def queue_low(self) -> None: ...
+    def buffered_amount_low(self) -> None: ...
 
     def channel_closed(self) -> None:
         self.closed.set()
@@ -69,10 +69,10 @@ class Watch:
 
 async def raw(peer: Any, address: Any) -> Watch:
     """A channel to ``address`` on which nothing has been said."""
-    link = peer._links.get(address.peer) or await peer._dials.link_to(
+    managed = peer._connector.connections.get(address.peer) or await peer._connector.dials.dial(
         address.peer, webrtc.transport.service_of(address)
     )
-    return Watch(await link.connection.open_channel())
+    return Watch(await managed.connection.open_channel())
 
 
 HELLO = encode_frame(FrameType.HELLO, Settings.of(LIMITS).encode() + bytes(16))
@@ -97,7 +97,7 @@ async def test_what_breaks_the_rules_of_a_stream_ends_its_channel(said: bytes, r
         async with asyncio.timeout(5):
             await channel.closed.wait()
         assert reason in channel.got
-        stream = await peer.open_stream(address)  # the link lives
+        stream = await peer.open_stream(address)  # the connection lives
         stream.abort("done")
 
 
@@ -114,7 +114,7 @@ async def test_a_peer_opens_no_more_channels_than_its_share() -> None:
         channels = [await raw(peer, address) for _ in range(2 * LIMITS.max_calls_per_peer + 3)]
         async with asyncio.timeout(5):
             await asyncio.gather(*(channel.closed.wait() for channel in channels[-3:]))
-        assert listener._links.refused_channels == 3
+        assert listener._connector.connections.refused_channels == 3
         assert not any(channel.closed.is_set() for channel in channels[:-3])
 
 
@@ -126,9 +126,9 @@ async def test_a_channel_on_which_nothing_is_said_is_hung_up_on() -> None:
         async with asyncio.timeout(20):
             await asyncio.gather(*(channel.closed.wait() for channel in channels))
         assert not listener._handshaker.half_open
-        [link] = listener._links._all
-        assert not link.pipes
-        stream = await peer.open_stream(address)  # the link lives
+        [managed] = listener._connector.connections._all
+        assert not managed.channels
+        stream = await peer.open_stream(address)  # the connection lives
         await stream.send(b"there and back")
         assert bytes(await stream.receive()) == b"there and back"
 
@@ -150,25 +150,25 @@ async def test_of_channels_on_which_nothing_is_said_the_oldest_makes_room() -> N
 async def test_a_peer_that_falls_silent_is_lost_with_all_its_channels() -> None:
     async with pair() as (listener, peer, address):
         streams = [await peer.open_stream(address) for _ in range(3)]
-        [link] = listener._links._all
-        mute(link.connection)
+        [managed] = listener._connector.connections._all
+        mute(managed.connection)
         async with asyncio.timeout(10):
             for stream in streams:
                 with pytest.raises(ConnectionLostError):
                     await stream.receive()
-        assert not len(peer._links)
+        assert not len(peer._connector.connections)
 
 
 async def test_a_peer_whose_link_went_dead_is_dialled_anew() -> None:
     async with pair() as (listener, peer, address):
         first = await peer.open_stream(address)
-        before = peer._links.get(address.peer)
-        [link] = listener._links._all
-        mute(link.connection)
+        before = peer._connector.connections.get(address.peer)
+        [managed] = listener._connector.connections._all
+        mute(managed.connection)
         stream = await peer.open_stream(address)
         await stream.send(b"again")
         assert bytes(await stream.receive()) == b"again"
-        assert peer._links.get(address.peer) is not before
+        assert peer._connector.connections.get(address.peer) is not before
         with pytest.raises(ConnectionLostError):
             await first.receive()
 
@@ -186,8 +186,8 @@ def mute(connection: Any) -> None:
 async def test_a_peer_that_ends_its_connection_is_let_go_at_once() -> None:
     async with pair(limits=Limits(keepalive=60.0)) as (listener, peer, address):
         stream = await peer.open_stream(address)
-        [link] = listener._links._all
-        await link.connection.close()
+        [managed] = listener._connector.connections._all
+        await managed.connection.close()
         async with asyncio.timeout(5):
             with pytest.raises(ConnectionLostError):
                 await stream.receive()
@@ -201,10 +201,10 @@ class Channel(DataChannel):
         self.ended = False
 
     @property
-    def queued(self) -> int:
+    def buffered_amount(self) -> int:
         return 0
 
-    def set_low(self, amount: int) -> None: ...
+    def set_low_threshold(self, amount: int) -> None: ...
 
     def send(self, data: bytes) -> None: ...
 
@@ -214,7 +214,7 @@ class Channel(DataChannel):
 
 async def test_what_comes_while_reading_is_paused_is_bounded() -> None:
     channel, ended = Channel(), []
-    pipe = ChannelPipe(channel, "direct", ended.append)
+    pipe = ChannelTransport(channel, "direct", ended.append)
     piece = bytes(2**16)
     for _ in range(300):
         pipe.message_received(piece)
@@ -244,7 +244,7 @@ class _Client:
 @pytest.mark.virtual_time
 async def test_clients_of_services_are_closed_when_unused_and_bounded_in_number() -> None:
     make: Callable[[Any], Any] = lambda service, own: _Client()  # noqa: E731
-    clients = SignallingClients(make)
+    clients = SignallingClientPool(make)
     kept = clients.keep("kept")  # type: ignore[arg-type]
     with clients.using("used") as used:  # type: ignore[arg-type]
         for number in range(MAX_IDLE + 5):

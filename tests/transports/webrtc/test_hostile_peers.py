@@ -21,8 +21,8 @@ from webrtc_peers import dialler, listening, service  # noqa: E402
 
 from swarmcore_transports.webrtc.addresses import service_of  # noqa: E402
 from swarmcore_transports.webrtc.sdp import MAX_CANDIDATES, MAX_LINES  # noqa: E402
-from swarmcore_transports.webrtc.signalling.messages import EXCHANGE_BYTES, Absent  # noqa: E402
-from swarmcore_transports.webrtc.signalling.negotiations import MAX_ANSWERING_PEER  # noqa: E402
+from swarmcore_transports.webrtc.signalling.messages import NEGOTIATION_ID_BYTES, Absent  # noqa: E402
+from swarmcore_transports.webrtc.signalling.negotiations import MAX_INCOMING_OFFERS_OF_PEER  # noqa: E402
 
 
 async def serves(address: Address) -> None:
@@ -60,7 +60,7 @@ def description(port: int, *, setup: str = "actpass", candidates: int = 1, more:
 
 async def offer(peer: RawPeer, address: Address, body: str, exchange: bytes = b"") -> tuple[str, str]:
     """The kind and the text of what comes back."""
-    exchange = exchange or secrets.token_bytes(EXCHANGE_BYTES)
+    exchange = exchange or secrets.token_bytes(NEGOTIATION_ID_BYTES)
     await peer.send(address.peer, exchange, "offer", body)
     while True:
         reply = await peer.receive()
@@ -126,7 +126,7 @@ async def test_offers_of_who_never_comes_hold_no_place_for_long(nowhere: int) ->
     ):
         body = description(nowhere, candidates=MAX_CANDIDATES)
         async with asyncio.timeout(15):
-            for _ in range(MAX_ANSWERING_PEER):
+            for _ in range(MAX_INCOMING_OFFERS_OF_PEER):
                 assert await answered(peer, address, body)
             assert not await answered(peer, address, body)
             await serves(address)
@@ -140,7 +140,7 @@ async def test_a_flood_of_candidates_is_dropped_and_counted(nowhere: int) -> Non
         listening(Limits(connect_timeout=60.0)) as (listener, address),
         registered(service_of(address)) as peer,
     ):
-        exchange = secrets.token_bytes(EXCHANGE_BYTES)
+        exchange = secrets.token_bytes(NEGOTIATION_ID_BYTES)
         body = description(nowhere).replace("a=end-of-candidates\r\n", "")
         assert (await offer(peer, address, body, exchange))[0] == "answer"
         for host in range(envelopes):
@@ -151,8 +151,8 @@ async def test_a_flood_of_candidates_is_dropped_and_counted(nowhere: int) -> Non
         assert await offer(peer, address, description(nowhere, candidates=MAX_CANDIDATES + 1))
         taken = envelopes * lines - listener.counters["ignored"]
         assert taken == MAX_CANDIDATES + 1
-        under_way = listener._exchanges._by_name[exchange]
-        assert not under_way._heard and len(under_way._known) < envelopes
+        under_way = listener._connector.negotiations._by_id[exchange]
+        assert not under_way._remote_candidates and len(under_way._known_signatures) < envelopes
         agent = under_way.connection._agent_in_use()
         assert len(agent.remote_candidates) == 1 + taken
         assert len(agent._check_list) <= len(agent.remote_candidates) * len(agent.local_candidates)

@@ -87,8 +87,8 @@ async def test_a_peer_whose_port_is_closed_is_lost_once_something_is_sent() -> N
         stream = await opened(a, address)
         process.kill()
         await is_lost(stream)
-        assert a._restarts.begun == 0
-        assert not a._links.current()
+        assert a._connector.restarter.begun == 0
+        assert not a._connector.connections.current()
 
 
 async def test_a_peer_whose_signalling_service_goes_with_it_is_lost_at_once() -> None:
@@ -97,7 +97,7 @@ async def test_a_peer_whose_signalling_service_goes_with_it_is_lost_at_once() ->
         process.kill()
         with pytest.raises(ConnectionLostError):
             await stream.receive()
-        assert not a._links.current()
+        assert not a._connector.connections.current()
 
 
 async def test_a_peer_that_nobody_tells_of_is_lost_when_signalling_does_not_find_it(
@@ -109,31 +109,31 @@ async def test_a_peer_that_nobody_tells_of_is_lost_when_signalling_does_not_find
         stream = await opened(a, address)
         process.kill()
         await is_lost(stream)
-        assert a._restarts.begun == 1
-        assert not a._links.current()
+        assert a._connector.restarter.begun == 1
+        assert not a._connector.connections.current()
 
 
 async def test_a_peer_that_only_pauses_is_kept() -> None:
     async with echoing_process() as (process, address), dialler(PATIENT) as a:
         stream = await opened(a, address)
-        [link] = a._links.current()
-        unanswered, told = asyncio.Event(), link.connection.on_unanswered
-        link.connection.on_unanswered = lambda: (told(), unanswered.set())
+        [managed] = a._connector.connections.current()
+        unanswered, told = asyncio.Event(), managed.connection.on_unanswered
+        managed.connection.on_unanswered = lambda: (told(), unanswered.set())
         process.send_signal(signal.SIGSTOP)
         await stream.send(b"two")
         await unanswered.wait()
-        assert a._restarts.begun == 1
+        assert a._connector.restarter.begun == 1
         process.send_signal(signal.SIGCONT)
         assert await stream.receive() == b"two"
-        assert not link.connection.unanswered
-        assert a._links.current() == [link]
+        assert not managed.connection.unanswered
+        assert a._connector.connections.current() == [managed]
 
 
 async def test_a_forged_refusal_ends_nothing() -> None:
     async with listening() as (_, address), dialler() as a:
         stream = await opened(a, address)
-        [link] = a._links.current()
-        agent = link.connection._agent_in_use()
+        [managed] = a._connector.connections.current()
+        agent = managed.connection._agent_in_use()
         [pair] = agent._nominated.values()
         for _ in range(3):
             agent._refused(*pair.remote_addr)

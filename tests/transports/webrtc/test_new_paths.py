@@ -27,18 +27,18 @@ async def test_a_restart_keeps_streams_and_what_is_under_way() -> None:
         [address] = await listener.listen(echo)
         stream = await a.open_stream(address)
         await exchanged(stream, 1000)
-        [link] = a._links.current()
+        [managed] = a._connector.connections.current()
         moved = asyncio.Event()
-        link.connection.on_moved = moved.set
-        agent = link.connection._agent_in_use()
+        managed.connection.on_path_changed = moved.set
+        agent = managed.connection._agent_in_use()
         async with asyncio.timeout(10):
             exchange = asyncio.create_task(exchanged(stream, 2**20))
-            a._restarts.begin(link, "the test wants it")
+            a._connector.restarter.begin(managed, "the test wants it")
             await moved.wait()
             await exchange
-            assert link.connection._agent_in_use() is not agent
+            assert managed.connection._agent_in_use() is not agent
             await exchanged(stream, 2**18)
-        assert a._restarts.begun == 1
+        assert a._connector.restarter.begun == 1
 
 
 async def test_peers_that_share_a_third_need_no_service() -> None:
@@ -52,7 +52,7 @@ async def test_peers_that_share_a_third_need_no_service() -> None:
         both = [await one.open_stream(meeting) for one in (listener, a)]
         for stream in both:
             await exchanged(stream, 10)
-        for service in listener._meeting_points.services:
+        for service in listener._endpoints.services:
             await service.close()
         stream = await a.open_stream(address)
         assert stream.remote == address.peer
@@ -81,7 +81,7 @@ async def test_in_a_closed_swarm_nothing_is_passed_on_for_others() -> None:
         for one in (listener, a):
             await exchanged(await one.open_stream(meeting), 10)
         third.allow_only([listener.identity.peer])
-        for service in listener._meeting_points.services:
+        for service in listener._endpoints.services:
             await service.close()
         with pytest.raises(PeerUnreachableError):
             await a.open_stream(address)
@@ -95,5 +95,5 @@ async def test_in_a_closed_swarm_others_do_not_meet_here() -> None:
         await exchanged(await friend.open_stream(address), 10)
         with pytest.raises(PeerUnreachableError, match="this swarm is closed"):
             await stranger.open_stream(address)
-        [service] = listener._meeting_points.services
+        [service] = listener._endpoints.services
         assert service.counters["refused"] == 1

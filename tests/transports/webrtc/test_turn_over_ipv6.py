@@ -74,6 +74,6 @@ async def test_it_tells_addresses_and_relays(place: str, transport: str) -> None
         await stream.send(b"there and back")
         assert bytes(await stream.receive()) == b"there and back"
         assert stream.path == "relayed"
-        [link] = client._links._all
-        [candidate] = link.connection._agent_in_use().local_candidates
+        [managed] = client._connector.connections._all
+        [candidate] = managed.connection._agent_in_use().local_candidates
         assert (candidate.type, candidate.host) == ("relay", "::1")

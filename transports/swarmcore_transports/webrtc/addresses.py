@@ -20,7 +20,7 @@ _SERVICE = re.compile(
 
 
 @attrs.frozen
-class Service:
+class ServiceAddress:
     """A signalling service."""
 
     host: str
@@ -29,7 +29,7 @@ class Service:
     tls: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Service:
+    def parse(cls, text: str) -> ServiceAddress:
         """Read ``host:port``, ``ws://host:port`` or ``wss://host:port``. Raise `AddressError` on all else."""
         match = _SERVICE.fullmatch(text)
         if not match or int(match["port"]) > 65535:
@@ -39,7 +39,7 @@ class Service:
         host = match["host"].removeprefix("[").removesuffix("]")
         return cls(host, int(match["port"]), match["scheme"] == "wss")
 
-    def from_here(self) -> Service:
+    def from_here(self) -> ServiceAddress:
         """Where the machine reaches it that runs it, should it listen on all addresses."""
         return attrs.evolve(self, host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host))
 
@@ -60,11 +60,11 @@ class Service:
         return f"{'wss://' if self.tls else ''}{self._netloc}"
 
 
-def service_of(address: Address) -> Service:
+def service_of(address: Address) -> ServiceAddress:
     """Where the peer of ``address`` is met. Raise `AddressError` when it is no address of WebRTC."""
     if address.scheme != SCHEME:
         raise AddressError(f"{str(address)!r} is no address of WebRTC; expected webrtc://HOST:PORT/<peer id>")
-    service = Service.parse(address.location)
+    service = ServiceAddress.parse(address.location)
     if reason := undialable(service.host, service.port):
         raise AddressError(f"nobody can dial {address}: {reason}")
     return service
@@ -80,7 +80,7 @@ def announced_location(text: str, peer: PeerId) -> str:
     return address.location
 
 
-def announced_service(text: str, peer: PeerId) -> Service:
+def announced_service(text: str, peer: PeerId) -> ServiceAddress:
     """The service that ``--announce`` names. Raise `AddressError` when it is none that others can reach."""
     place = announced_location(text, peer).removesuffix(f"/{peer}")
-    return service_of(Service.parse(place).address(peer))
+    return service_of(ServiceAddress.parse(place).address(peer))

@@ -1,4 +1,4 @@
-"""A data channel as a byte pipe with the face of an `asyncio.Transport`."""
+"""A data channel as an `asyncio.Transport` of bytes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _PIECE = 32 * 1024
 _MESSAGE_BYTES = 64
 """What a message of the channel takes besides its bytes: a flood of short ones is bounded too."""
 
-_MOST_UNDELIVERED = 16 * 2**20
+_MAX_UNDELIVERED = 16 * 2**20
 """Bytes that may wait while reading is paused; a peer that keeps to its credit never comes near."""
 
 
-class ChannelPipe(asyncio.Transport):
-    """``channel`` is open and belongs to the pipe from now on; `start` begins to move bytes.
+class ChannelTransport(asyncio.Transport):
+    """``channel`` is open and belongs to the transport from now on; `start` begins to move bytes.
 
-    A data channel never pushes back, neither way. Writing pauses by what it says is queued; reading relies on
-    the credit that the streams above grant.
+    A data channel never pushes back, neither way (W3C's API has no means to). Writing pauses by its buffered
+    amount; reading relies on the credit that the streams above grant.
     """
 
     def __init__(
-        self, channel: DataChannel, path: Callable[[], str], on_end: Callable[[ChannelPipe], None]
+        self, channel: DataChannel, path: Callable[[], str], on_end: Callable[[ChannelTransport], None]
     ) -> None:
         super().__init__()
         self._channel = channel
@@ -47,7 +47,7 @@ class ChannelPipe(asyncio.Transport):
         self._peer_ended = False
         self.heard_at = self._loop.time()
         """When the peer was last heard on this channel, on the loop's clock."""
-        channel.use(self)
+        channel.set_handler(self)
 
     def start(self, protocol: asyncio.BufferedProtocol) -> None:
         """Connect ``protocol`` and begin to move bytes."""
@@ -59,7 +59,7 @@ class ChannelPipe(asyncio.Transport):
         return self._path() if name == "path" else default
 
     def path_changed(self) -> None:
-        """The way that the bytes travel is another one from now on."""
+        """The bytes travel by another path from now on."""
         if isinstance(self._protocol, Connection):
             self._protocol.path_changed()
 
@@ -68,7 +68,7 @@ class ChannelPipe(asyncio.Transport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._high_water = 512 * 1024 if high is None else high
-        self._channel.set_low(self._high_water // 2)
+        self._channel.set_low_threshold(self._high_water // 2)
 
     def is_closing(self) -> bool:
         return self._closing
@@ -82,12 +82,12 @@ class ChannelPipe(asyncio.Transport):
         data = b"".join(list_of_data)
         for start in range(0, len(data), _PIECE):
             self._channel.send(data[start : start + _PIECE])
-        if not self._writing_paused and self._channel.queued > self._high_water:
+        if not self._writing_paused and self._channel.buffered_amount > self._high_water:
             self._writing_paused = True
             if self._protocol:
                 self._protocol.pause_writing()
 
-    def queue_low(self) -> None:
+    def buffered_amount_low(self) -> None:
         """The channel has sent most of what was queued."""
         if self._writing_paused:
             self._writing_paused = False
@@ -109,14 +109,14 @@ class ChannelPipe(asyncio.Transport):
         self._undelivered.append(data)
         self._waiting += len(data) + _MESSAGE_BYTES
         self._deliver()
-        if self._waiting > _MOST_UNDELIVERED:
+        if self._waiting > _MAX_UNDELIVERED:
             self.abort()
 
     def _deliver(self) -> None:
         while self._undelivered and not self._reading_paused:
             data = self._undelivered.popleft()
             self._waiting -= len(data) + _MESSAGE_BYTES
-            rest = feed_protocol(data, self._taker)
+            rest = feed_protocol(data, self._reader)
             if rest and self._protocol is not None and not self._closing:  # it has paused
                 self._undelivered.appendleft(rest)
                 self._waiting += len(rest) + _MESSAGE_BYTES
@@ -126,7 +126,7 @@ class ChannelPipe(asyncio.Transport):
                 self._protocol.eof_received()
             self.abort()
 
-    def _taker(self) -> asyncio.BufferedProtocol | None:
+    def _reader(self) -> asyncio.BufferedProtocol | None:
         return None if self._reading_paused or self._closing else self._protocol
 
     def channel_closed(self) -> None:

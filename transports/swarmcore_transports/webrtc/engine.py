@@ -13,65 +13,65 @@ from swarmcore_transports.webrtc.ice import IceServer
 CHANNEL_LABEL = "/swarmcore/stream/1"
 """The label of data channels that carry our framed streams."""
 
-_MOST_EARLY = 64
+_MAX_EARLY = 64
 """Messages that may come on a channel before it is used: a peer's hello, and what goes with it."""
 
 
-class ChannelUser(Protocol):
+class ChannelHandler(Protocol):
     """Who is told what happens on a `DataChannel`, in the event loop."""
 
     def message_received(self, data: bytes) -> None: ...
 
-    def queue_low(self) -> None: ...
+    def buffered_amount_low(self) -> None: ...
 
     def channel_closed(self) -> None: ...
 
 
 class DataChannel(ABC):
-    """An ordered, reliable data channel. What comes before it is used waits for `use`."""
+    """An ordered, reliable data channel. What comes before it is used waits for `set_handler`."""
 
     def __init__(self) -> None:
-        self._user: ChannelUser | None = None
+        self._handler: ChannelHandler | None = None
         self._early: list[bytes] = []
         self._closed = False
 
-    def use(self, user: ChannelUser) -> None:
-        """From now on ``user`` is told; first of what has come already."""
-        self._user = user
+    def set_handler(self, handler: ChannelHandler) -> None:
+        """From now on ``handler`` is told; first of what has come already."""
+        self._handler = handler
         for data in self._early:
-            user.message_received(data)
+            handler.message_received(data)
         self._early.clear()
         if self._closed:
-            user.channel_closed()
+            handler.channel_closed()
 
     def _message(self, data: bytes) -> None:
         """For engines: a message has come."""
-        if self._user:
-            self._user.message_received(data)
-        elif len(self._early) < _MOST_EARLY:
+        if self._handler:
+            self._handler.message_received(data)
+        elif len(self._early) < _MAX_EARLY:
             self._early.append(data)
         else:
             self.close()
 
     def _low(self) -> None:
-        """For engines: `queued` has fallen to what `set_low` said."""
-        if self._user:
-            self._user.queue_low()
+        """For engines: `buffered_amount` has fallen to what `set_low_threshold` said."""
+        if self._handler:
+            self._handler.buffered_amount_low()
 
     def _ended(self) -> None:
         """For engines: the channel is closed."""
         self._closed = True
-        if self._user:
-            self._user.channel_closed()
+        if self._handler:
+            self._handler.channel_closed()
 
     @property
     @abstractmethod
-    def queued(self) -> int:
+    def buffered_amount(self) -> int:
         """Bytes that were sent and have not left yet."""
 
     @abstractmethod
-    def set_low(self, amount: int) -> None:
-        """Have the user told whenever `queued` falls to ``amount``."""
+    def set_low_threshold(self, amount: int) -> None:
+        """Have the handler told whenever `buffered_amount` falls to ``amount``."""
 
     @abstractmethod
     def send(self, data: bytes) -> None:
@@ -97,7 +97,7 @@ class PeerConnection(ABC):
         """The connection is gone for good. May be called more than once."""
         self.on_unanswered: Callable[[], None] = lambda: None
         """`unanswered` has become true."""
-        self.on_moved: Callable[[], None] = lambda: None
+        self.on_path_changed: Callable[[], None] = lambda: None
         """Another path is used than before."""
         self.on_candidate: Callable[[str], None] = lambda candidate: None
         """Called with each candidate of ours that the latest description does not name, in SDP's notation
@@ -106,7 +106,7 @@ class PeerConnection(ABC):
 
     @property
     @abstractmethod
-    def signals(self) -> DataChannel:
+    def signalling_channel(self) -> DataChannel:
         """The channel that both sides have from the start, without a word: number 0, negotiated."""
 
     @abstractmethod
@@ -152,7 +152,7 @@ class PeerConnection(ABC):
         """Whether the peer's side acknowledges nothing any more: for a second or longer, and until it does.
         What the peer's program makes of it is another matter. Never of a connection without traffic."""
 
-    def ask_peer(self) -> None:  # noqa: B027 - most do so by themselves, and in their own time
+    def probe_peer(self) -> None:  # noqa: B027 - most do so by themselves, and in their own time
         """There is reason to think that the peer is gone: find out now."""
 
     @property

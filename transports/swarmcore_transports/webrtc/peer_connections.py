@@ -14,8 +14,8 @@ from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Reservation
 from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.webrtc.addresses import Service
-from swarmcore_transports.webrtc.channel_transport import ChannelPipe
+from swarmcore_transports.webrtc.addresses import ServiceAddress
+from swarmcore_transports.webrtc.channel_transport import ChannelTransport
 from swarmcore_transports.webrtc.engine import DataChannel, PeerConnection
 
 logger = logging.getLogger(__name__)
@@ -27,26 +27,26 @@ IDLE_SECONDS = 90.0
 
 
 @attrs.define(eq=False)
-class Link:
-    """The connection to one peer: being made, or made."""
+class ManagedConnection:
+    """The connection to one peer, being made or made, with the channels over it and how it came about."""
 
     peer: PeerId
     connection: PeerConnection
-    exchange: bytes
-    """The name under which the two sides have signalled, and do so for a new path."""
-    dialled: Service | None = None
-    """Where this side has met the peer; None when the peer has dialled."""
+    negotiation_id: bytes
+    """Under which the two sides have signalled, and do so again for a new path."""
+    dialled: ServiceAddress | None = None
+    """The signalling service by which this side dialled; None when the peer has dialled."""
     sockets: Reservation | None = None
     """The descriptors that ICE takes; it makes room for others while it carries nothing."""
-    pipes: set[ChannelPipe] = attrs.field(factory=set)
+    channels: set[ChannelTransport] = attrs.field(factory=set)
     idle_since: float = 0.0
     restarting: bool = False
     restarted_at: float = float("-inf")
-    limit: TokenBucket = attrs.field(factory=lambda: TokenBucket(_RESTART_RATE, _RESTART_BURST))
+    restart_limit: TokenBucket = attrs.field(factory=lambda: TokenBucket(_RESTART_RATE, _RESTART_BURST))
     """How often the peer may ask for a new path."""
 
     async def close(self) -> None:
-        """Let go of it all. Harmless when repeated."""
+        """Close the connection and release its descriptors. Harmless when repeated."""
         try:
             await self.connection.close()
         finally:
@@ -54,29 +54,29 @@ class Link:
                 self.sockets.release()
 
     def silent_for(self, now: float) -> float:
-        """Seconds without a word from the peer on any channel; 0 when there is no channel to hear it on."""
-        return now - max((pipe.heard_at for pipe in self.pipes), default=now)
+        """Seconds without a byte from the peer on any channel; 0 when there is no channel to hear it on."""
+        return now - max((channel.heard_at for channel in self.channels), default=now)
 
     def __repr__(self) -> str:
-        return f"<Link {short(self.peer)} · {self.connection.path} · {len(self.pipes)} channels>"
+        path, channels = self.connection.path, len(self.channels)
+        return f"<ManagedConnection {short(self.peer)} · {path} · {channels} channels>"
 
 
-class Links:
-    """At most one link for each peer is for new channels: the latest. Those before it live as long as their
-    channels; one without channels is closed after `IDLE_SECONDS`. ``on_lost`` is told of each that ends.
+class PeerConnections:
+    """All that are connected. New channels of a peer go over its latest connection; those before it live as
+    long as their channels. One without channels is closed after `IDLE_SECONDS`. ``on_lost`` is told of each
+    that ends.
     """
 
     def __init__(
-        self,
-        limits: Limits,
-        on_lost: Callable[[Link], None] = lambda link: None,
+        self, limits: Limits, on_lost: Callable[[ManagedConnection], None] = lambda managed: None
     ) -> None:
-        self._most = limits.max_calls
-        self._most_channels = 2 * limits.max_calls_per_peer
+        self._max_connections = limits.max_calls
+        self._max_channels = 2 * limits.max_calls_per_peer
         self._silence = 2 * limits.keepalive
         self._on_lost = on_lost
-        self._current: dict[PeerId, Link] = {}
-        self._all: set[Link] = set()
+        self._current: dict[PeerId, ManagedConnection] = {}
+        self._all: set[ManagedConnection] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self.refused_channels = 0
@@ -88,65 +88,67 @@ class Links:
     @property
     def full(self) -> bool:
         """Whether no peer should be answered any more."""
-        return len(self._all) >= self._most
+        return len(self._all) >= self._max_connections
 
-    def get(self, peer: PeerId) -> Link | None:
-        """The link on which new channels to ``peer`` are opened."""
+    def get(self, peer: PeerId) -> ManagedConnection | None:
+        """The connection on which new channels to ``peer`` are opened."""
         return self._current.get(peer)
 
-    def current(self) -> list[Link]:
-        """The links for new channels, one for each peer."""
+    def current(self) -> list[ManagedConnection]:
+        """The connections for new channels, one for each peer."""
         return list(self._current.values())
 
-    def of_exchange(self, name: bytes) -> Link | None:
-        """The connected link that was made in the exchange ``name``."""
-        return next((link for link in self._all if link.exchange == name), None)
+    def of_negotiation(self, negotiation_id: bytes) -> ManagedConnection | None:
+        """The one that was made in this negotiation."""
+        return next((managed for managed in self._all if managed.negotiation_id == negotiation_id), None)
 
-    def add(self, link: Link) -> None:
-        """``link`` is connected."""
+    def add(self, managed: ManagedConnection) -> None:
+        """``managed`` is connected."""
         loop = asyncio.get_running_loop()
-        link.idle_since = loop.time()
-        self._all.add(link)
-        self._unused(link)
-        before, self._current[link.peer] = self._current.get(link.peer), link
-        if before and not before.pipes:
-            self.lost(before, "there is a newer one")
+        managed.idle_since = loop.time()
+        self._all.add(managed)
+        self._make_evictable(managed)
+        before, self._current[managed.peer] = self._current.get(managed.peer), managed
+        if before and not before.channels:
+            self.drop(before, "there is a newer one")
         if self._sweeper is None:
             self._sweeper = loop.call_later(IDLE_SECONDS, self._sweep)
 
-    def pipe(self, link: Link, channel: DataChannel) -> ChannelPipe | None:
-        """A pipe over ``channel`` of ``link``; None, and the channel closed, when the peer has too many."""
-        if len(link.pipes) >= self._most_channels:
+    def add_channel(self, managed: ManagedConnection, channel: DataChannel) -> ChannelTransport | None:
+        """A byte transport over ``channel``; None, and the channel closed, when the peer has too many."""
+        if len(managed.channels) >= self._max_channels:
             self.refused_channels += 1
             channel.close()
             return None
-        pipe = ChannelPipe(channel, lambda: link.connection.path, lambda ended: self._pipe_ended(link, ended))
-        link.pipes.add(pipe)
-        if link.sockets:
-            link.sockets.keep()
-        return pipe
+        transport = ChannelTransport(
+            channel, lambda: managed.connection.path, lambda ended: self._channel_ended(managed, ended)
+        )
+        managed.channels.add(transport)
+        if managed.sockets:
+            managed.sockets.keep()
+        return transport
 
-    def _unused(self, link: Link) -> None:
-        if link.sockets:
-            link.sockets.evictable(lambda: self.lost(link, "others need the room"))
+    def _make_evictable(self, managed: ManagedConnection) -> None:
+        if managed.sockets:
+            managed.sockets.evictable(lambda: self.drop(managed, "others need the room"))
 
-    def moved(self, link: Link) -> None:
-        """The bytes of ``link`` travel another way from now on."""
-        logger.info("another path to %s: %s", short(link.peer), link.connection.path)
-        for pipe in link.pipes:
-            pipe.path_changed()
+    def path_changed(self, managed: ManagedConnection) -> None:
+        """Its bytes travel by another path from now on."""
+        logger.info("another path to %s: %s", short(managed.peer), managed.connection.path)
+        for channel in managed.channels:
+            channel.path_changed()
 
-    def lost(self, link: Link, reason: str) -> None:
-        """``link`` is of no use any more: end what goes over it. Harmless when repeated."""
-        if self._current.get(link.peer) is link:
-            del self._current[link.peer]
-            logger.info("the connection to %s is gone: %s", short(link.peer), reason)
-        self._all.discard(link)
-        self._on_lost(link)
-        for pipe in tuple(link.pipes):
-            link.pipes.discard(pipe)
-            pipe.abort()
-        closing = asyncio.create_task(link.close())
+    def drop(self, managed: ManagedConnection, reason: str) -> None:
+        """Close ``managed``, which is lost or of no use any more. Harmless when repeated."""
+        if self._current.get(managed.peer) is managed:
+            del self._current[managed.peer]
+            logger.info("the connection to %s is gone: %s", short(managed.peer), reason)
+        self._all.discard(managed)
+        self._on_lost(managed)
+        for channel in tuple(managed.channels):
+            managed.channels.discard(channel)
+            channel.abort()
+        closing = asyncio.create_task(managed.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closed)
 
@@ -155,37 +157,37 @@ class Links:
         if not closing.cancelled() and (exc := closing.exception()):
             logger.error("a connection was not closed in order", exc_info=exc)
 
-    def _pipe_ended(self, link: Link, pipe: ChannelPipe) -> None:
-        """A pipe that long heard nothing was cut for that; if no other hears the peer, nobody is there."""
-        if pipe not in link.pipes:
+    def _channel_ended(self, managed: ManagedConnection, channel: ChannelTransport) -> None:
+        """One that long heard nothing was cut for that; if no other hears the peer, nobody is there."""
+        if channel not in managed.channels:
             return
         now = asyncio.get_running_loop().time()
-        silence = link.silent_for(now)
-        link.pipes.discard(pipe)
-        link.idle_since = now
+        silence = managed.silent_for(now)
+        managed.channels.discard(channel)
+        managed.idle_since = now
         if silence > self._silence:
-            self.lost(link, "the peer is silent")
-        elif not link.pipes and self._current.get(link.peer) is not link:
-            self.lost(link, "there is a newer one")
-        elif not link.pipes:
-            self._unused(link)
+            self.drop(managed, "the peer is silent")
+        elif not managed.channels and self._current.get(managed.peer) is not managed:
+            self.drop(managed, "there is a newer one")
+        elif not managed.channels:
+            self._make_evictable(managed)
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
-        for link in tuple(self._all):
-            if not link.pipes and loop.time() - link.idle_since >= IDLE_SECONDS:
-                self.lost(link, "it was idle")
+        for managed in tuple(self._all):
+            if not managed.channels and loop.time() - managed.idle_since >= IDLE_SECONDS:
+                self.drop(managed, "it was idle")
         self._sweeper = loop.call_later(IDLE_SECONDS / 3, self._sweep) if self._all else None
 
     async def close(self) -> None:
         """Close all, and wait for those that are being closed."""
         if self._sweeper:
             self._sweeper.cancel()
-        links, self._all = self._all, set()
-        for link in links:
-            self._on_lost(link)
+        closing, self._all = self._all, set()
+        for managed in closing:
+            self._on_lost(managed)
         self._current.clear()
-        await asyncio.gather(*(link.close() for link in links), *self._closing)
+        await asyncio.gather(*(managed.close() for managed in closing), *self._closing)
 
 
 _CLOSE_SECONDS = 5.0
@@ -193,29 +195,31 @@ _CLOSE_SECONDS = 5.0
 
 @attrs.frozen(eq=False)
 class _Attempt:
-    task: asyncio.Task[Link]
+    task: asyncio.Task[ManagedConnection]
     began: float
 
 
-class Dials:
+class DialSync:
     """Runs ``dial``, which gives up by itself after ``timeout`` seconds, once for each peer and service.
 
     An attempt goes on when those who wait for it stop waiting. One that has used up half its time is left to
     those who wait for it already: whoever comes then begins another.
     """
 
-    def __init__(self, dial: Callable[[PeerId, Service], Coroutine[Any, Any, Link]], timeout: float) -> None:
+    def __init__(
+        self, dial: Callable[[PeerId, ServiceAddress], Coroutine[Any, Any, ManagedConnection]], timeout: float
+    ) -> None:
         self._dial = dial
         self._timeout = timeout
-        self._latest: dict[tuple[PeerId, Service], _Attempt] = {}
-        self._running: set[asyncio.Task[Link]] = set()
+        self._latest: dict[tuple[PeerId, ServiceAddress], _Attempt] = {}
+        self._running: set[asyncio.Task[ManagedConnection]] = set()
         self._closed = False
 
     def __len__(self) -> int:
         return len(self._running)
 
-    async def link_to(self, peer: PeerId, service: Service) -> Link:
-        """A link to ``peer``, who is met at ``service``. Raise what ``dial`` raises, and
+    async def dial(self, peer: PeerId, service: ServiceAddress) -> ManagedConnection:
+        """A connection to ``peer`` by ``service``. Raise what ``dial`` raises, and
         `StreamClosedError` after `close`."""
         task = self._attempt(peer, service).task
         try:
@@ -230,7 +234,7 @@ class Dials:
             # For each who waits, with a traceback of its own.
             raise type(exc)(exc.message, **exc.details) from exc
 
-    def _attempt(self, peer: PeerId, service: Service) -> _Attempt:
+    def _attempt(self, peer: PeerId, service: ServiceAddress) -> _Attempt:
         key, now = (peer, service), asyncio.get_running_loop().time()
         attempt = self._latest.get(key)
         if attempt is None or now - attempt.began > self._timeout / 2:
@@ -240,7 +244,7 @@ class Dials:
             attempt.task.add_done_callback(lambda task: self._ended(key, task))
         return attempt
 
-    def _ended(self, key: tuple[PeerId, Service], task: asyncio.Task[Link]) -> None:
+    def _ended(self, key: tuple[PeerId, ServiceAddress], task: asyncio.Task[ManagedConnection]) -> None:
         self._running.discard(task)
         if (latest := self._latest.get(key)) and latest.task is task:
             del self._latest[key]

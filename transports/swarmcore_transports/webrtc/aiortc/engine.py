@@ -15,9 +15,9 @@ from aiortc.exceptions import InvalidStateError
 from aiortc.rtcconfiguration import RTCBundlePolicy, RTCIceTransportPolicy
 
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError
-from swarmcore_transports.webrtc.aiortc.ice_agent import TricklingAgent
-from swarmcore_transports.webrtc.aiortc.ice_transport import RestartableIceTransport, restartable_ice
-from swarmcore_transports.webrtc.aiortc.sctp_sender import QuickSctpTransport, quick_data_channels
+from swarmcore_transports.webrtc.aiortc.ice_agent import TrickleIceAgent
+from swarmcore_transports.webrtc.aiortc.ice_transport import RestartableIceTransport, repaired_ice
+from swarmcore_transports.webrtc.aiortc.sctp_sender import RackSctpTransport, repaired_sctp
 from swarmcore_transports.webrtc.engine import CHANNEL_LABEL, DataChannel, PeerConnection
 from swarmcore_transports.webrtc.ice import IceServer
 from swarmcore_transports.webrtc.sdp import (
@@ -70,10 +70,10 @@ class AiortcChannel(DataChannel):
             self.ended()
 
     @property
-    def queued(self) -> int:
+    def buffered_amount(self) -> int:
         return int(self._channel.bufferedAmount) + sum(map(len, self._waiting))
 
-    def set_low(self, amount: int) -> None:
+    def set_low_threshold(self, amount: int) -> None:
         self._channel.bufferedAmountLowThreshold = amount
 
     def send(self, data: bytes) -> None:
@@ -124,35 +124,35 @@ class AiortcConnection(PeerConnection):
         self._peer_username = ""
         self._left_out = False
         """Whether a candidate of the latest description was, so that their end is not the end."""
-        with restartable_ice(self._make_agent), quick_data_channels():
+        with repaired_ice(self._make_agent), repaired_sctp():
             first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
         # Not from inside: aiortc closes one channel after the other, and must not find one closed meanwhile.
         first.on("close", lambda: loop.call_soon(self._has_lost, "the peer has ended it"))
-        self._signals = self._watched(first)
+        self._signalling_channel = self._watched(first)
         assert self._connection.sctp
         self._sctp = self._connection.sctp
-        if isinstance(self._sctp, QuickSctpTransport):
+        if isinstance(self._sctp, RackSctpTransport):
             self._sctp.on_unanswered = lambda: self.on_unanswered()
         transport = self._sctp.transport.transport
         self._transport = transport if isinstance(transport, RestartableIceTransport) else None
         if self._transport:
-            self._transport.on_moved = self._moved
+            self._transport.on_path_changed = self._moved
 
-    def _make_agent(self, controlling: bool) -> TricklingAgent:
+    def _make_agent(self, controlling: bool) -> TrickleIceAgent:
         def found(candidate: Candidate | None) -> None:
             if candidate:
                 self.on_candidate(f"candidate:{candidate.to_sdp()} ufrag {agent.local_username}")
             else:
                 self.on_candidate("")
 
-        agent = TricklingAgent(self._ice, found, relay_only=self._relay_only, controlling=controlling)
+        agent = TrickleIceAgent(self._ice, found, relay_only=self._relay_only, controlling=controlling)
         return agent
 
     def _moved(self) -> None:
         self._path = path_of(self._nominated())
-        if isinstance(self._sctp, QuickSctpTransport):
+        if isinstance(self._sctp, RackSctpTransport):
             self._sctp.path_changed()
-        self.on_moved()
+        self.on_path_changed()
 
     def _state_changed(self) -> None:
         state = self._connection.connectionState
@@ -181,8 +181,8 @@ class AiortcConnection(PeerConnection):
             raise ConnectionLostError(self._lost or "the connection is closed")
 
     @property
-    def signals(self) -> DataChannel:
-        return self._signals
+    def signalling_channel(self) -> DataChannel:
+        return self._signalling_channel
 
     def _watched(self, channel: Any) -> AiortcChannel:
         watched = AiortcChannel(channel)
@@ -254,7 +254,7 @@ class AiortcConnection(PeerConnection):
         await self._move_to(ice_parameters(offer))
         return with_ice(self._connection.localDescription.sdp, _parameters(agent))
 
-    async def _gather_anew(self) -> TricklingAgent:
+    async def _gather_anew(self) -> TrickleIceAgent:
         if self._transport is None:
             raise ConnectionLostError("this version of aiortc cannot restart ICE")
         return await self._transport.gather_anew()
@@ -298,11 +298,11 @@ class AiortcConnection(PeerConnection):
 
     @property
     def unanswered(self) -> bool:
-        return isinstance(self._sctp, QuickSctpTransport) and self._sctp.unanswered
+        return isinstance(self._sctp, RackSctpTransport) and self._sctp.unanswered
 
-    def ask_peer(self) -> None:
-        if isinstance(agent := self._agent_in_use(), TricklingAgent):
-            agent.ask_peer()
+    def probe_peer(self) -> None:
+        if isinstance(agent := self._agent_in_use(), TrickleIceAgent):
+            agent.probe_peer()
 
     @property
     def path(self) -> str:
@@ -329,6 +329,6 @@ class AiortcConnection(PeerConnection):
             await self._connection.close()
 
 
-def _parameters(agent: TricklingAgent) -> IceParameters:
+def _parameters(agent: TrickleIceAgent) -> IceParameters:
     candidates = tuple(f"candidate:{one.to_sdp()}" for one in agent.local_candidates)
     return IceParameters(agent.local_username, agent.local_password, candidates, complete=not agent.gathering)

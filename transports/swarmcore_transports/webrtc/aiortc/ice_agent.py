@@ -29,7 +29,7 @@ MAX_REMOTE = 3 * MAX_CANDIDATES
 """Most addresses at which the peer is looked for: described, told later, and where its checks come from."""
 
 
-class TricklingAgent(Connection):
+class TrickleIceAgent(Connection):
     """aioice's side of a connection, which gathers in the background.
 
     `gather_candidates` returns with what this machine knows by itself; with ``relay_only``, with the first
@@ -186,9 +186,9 @@ class TricklingAgent(Connection):
     def _refused(self, host: str, port: int) -> None:
         if any(pair.remote_addr == (host, port) for pair in self._nominated.values()):
             self._refusals += 1
-            self.ask_peer()
+            self.probe_peer()
 
-    def ask_peer(self) -> None:
+    def probe_peer(self) -> None:
         """Find out whether the peer's port is closed. Harmless when repeated."""
         if self._asking_peer is None and self._nominated and not self._closing:
             self._asking_peer = asyncio.create_task(self._ask_peer(*self._nominated.values()))

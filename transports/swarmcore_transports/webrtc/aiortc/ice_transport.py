@@ -14,15 +14,15 @@ from aioice import ConnectionClosed
 from aiortc import RTCIceGatherer, RTCIceTransport
 
 from swarmcore_transports.webrtc.aiortc.compat import built_with, missing_of_ice
-from swarmcore_transports.webrtc.aiortc.ice_agent import TricklingAgent
+from swarmcore_transports.webrtc.aiortc.ice_agent import TrickleIceAgent
 
 logger = logging.getLogger(__name__)
 
-MakeAgent = Callable[[bool], TricklingAgent]
+MakeAgent = Callable[[bool], TrickleIceAgent]
 """An agent for one description; whether it is the controlling one."""
 
 
-class TricklingGatherer(RTCIceGatherer):
+class TrickleIceGatherer(RTCIceGatherer):
     """`RTCIceGatherer` over the first agent that ``make`` makes."""
 
     def __init__(self, make: MakeAgent) -> None:
@@ -39,14 +39,14 @@ class TricklingGatherer(RTCIceGatherer):
 class RestartableIceTransport(RTCIceTransport):
     """`RTCIceTransport` whose agent gives way to a newer one that has found a path; DTLS sees nothing."""
 
-    def __init__(self, gatherer: TricklingGatherer) -> None:
+    def __init__(self, gatherer: TrickleIceGatherer) -> None:
         super().__init__(gatherer)
         self._make = gatherer.make
-        self._next: TricklingAgent | None = None
+        self._next: TrickleIceAgent | None = None
         self._moving: asyncio.Task[None] | None = None
         self._recv = self._receive
         self._send = self._pass_on
-        self.on_moved: Callable[[], None] = lambda: None
+        self.on_path_changed: Callable[[], None] = lambda: None
         """Called when another agent has taken over."""
 
     async def _receive(self) -> bytes:
@@ -70,7 +70,7 @@ class RestartableIceTransport(RTCIceTransport):
                     self._RTCIceTransport__setState("failed")  # type: ignore[attr-defined]
                 return
 
-    async def gather_anew(self) -> TricklingAgent:
+    async def gather_anew(self) -> TrickleIceAgent:
         """An agent with candidates of the addresses that this machine has now.
 
         It replaces an earlier one that has found no path yet.
@@ -87,7 +87,7 @@ class RestartableIceTransport(RTCIceTransport):
         agent.remote_username, agent.remote_password = username, password
         self._moving = asyncio.create_task(self._move_to(agent))
 
-    async def _move_to(self, agent: TricklingAgent) -> None:
+    async def _move_to(self, agent: TrickleIceAgent) -> None:
         try:
             await agent.connect()
         except ConnectionError as exc:
@@ -96,7 +96,7 @@ class RestartableIceTransport(RTCIceTransport):
         before, self._connection = self._connection, agent
         self._next = None
         await before.close()
-        self.on_moved()
+        self.on_path_changed()
 
     async def _give_up(self) -> None:
         moving, agent = self._moving, self._next
@@ -113,14 +113,14 @@ class RestartableIceTransport(RTCIceTransport):
         await super().stop()
 
     @property
-    def newest(self) -> TricklingAgent:
+    def newest(self) -> TrickleIceAgent:
         """The agent that is to take over, else the one in use: what a peer says is for it."""
-        first: Any = self._connection  # as `TricklingGatherer` has made it
+        first: Any = self._connection  # as `TrickleIceGatherer` has made it
         return self._next or first
 
 
 @contextlib.contextmanager
-def restartable_ice(make: MakeAgent) -> Iterator[None]:
+def repaired_ice(make: MakeAgent) -> Iterator[None]:
     """Within, the first data channel of an `RTCPeerConnection` gives it a `RestartableIceTransport`.
 
     Where aiortc and aioice are not built as that expects, theirs stay, and a warning says so. Only for code
@@ -130,7 +130,7 @@ def restartable_ice(make: MakeAgent) -> Iterator[None]:
         yield
         return
     with built_with(
-        RTCIceGatherer=lambda **_: TricklingGatherer(make), RTCIceTransport=RestartableIceTransport
+        RTCIceGatherer=lambda **_: TrickleIceGatherer(make), RTCIceTransport=RestartableIceTransport
     ):
         yield
 

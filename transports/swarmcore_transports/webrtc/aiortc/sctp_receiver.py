@@ -58,7 +58,7 @@ class _InboundStream(InboundStream):
         return pruned
 
 
-class QuickReceiver(RTCSctpTransport):
+class DelayedSackReceiver(RTCSctpTransport):
     """Acknowledges every second packet, and at once the end of a message and what tells of a loss."""
 
     def __init__(self, transport: Any, port: int = 5000) -> None:
@@ -148,7 +148,7 @@ class QuickReceiver(RTCSctpTransport):
 
     def _sack_waiting(self) -> None:
         if self._packets_to_sack and self._association_state is not self.State.CLOSED:
-            self._soon(self._send_sack_now)
+            self._send_soon(self._send_sack_now)
 
     async def _send_chunk(self, chunk: Any) -> None:
         try:
@@ -156,7 +156,7 @@ class QuickReceiver(RTCSctpTransport):
         except SSL.Error as exc:  # while DTLS is being closed, which aiortc's state does not show yet
             raise ConnectionError("DTLS is closed") from exc
 
-    def _soon(self, send: Callable[[], Any]) -> None:
+    def _send_soon(self, send: Callable[[], Any]) -> None:
         async def guarded() -> None:
             with contextlib.suppress(ConnectionError):  # DTLS is closed: nothing is sent any more
                 await send()

@@ -21,21 +21,26 @@ from aiortc.rtcsctptransport import DataChunk, HeartbeatChunk, RTCSctpTransport,
 
 from swarmcore_transports.webrtc.aiortc.compat import built_with, missing_of_sctp
 from swarmcore_transports.webrtc.aiortc.congestion import CongestionWindow
-from swarmcore_transports.webrtc.aiortc.sctp_receiver import ACK_DELAY, TSN_MODULO, QuickReceiver, at_or_after
+from swarmcore_transports.webrtc.aiortc.sctp_receiver import (
+    ACK_DELAY,
+    TSN_MODULO,
+    DelayedSackReceiver,
+    at_or_after,
+)
 
 logger = logging.getLogger(__name__)
 
 _FIRST_RTO = 1.0
 _LEAST_RTO_SLACK = 0.2
 _MOST_RTO = 60.0
-_UNANSWERED = 3
+_UNANSWERED_TIMEOUTS = 3
 """Timeouts in a row, the probe being the first: about a second on most paths."""
 
 _HEARTBEAT_INFO = 1
 """The parameter of a heartbeat that comes back with its answer, whatever is in it."""
 
 
-class QuickSctpTransport(QuickReceiver):
+class RackSctpTransport(DelayedSackReceiver):
     """`RTCSctpTransport` with another sender's and receiver's behaviour, the same association."""
 
     def __init__(self, transport: Any, port: int = 5000) -> None:
@@ -49,9 +54,9 @@ class QuickSctpTransport(QuickReceiver):
         self._newest_sent_at = float("-inf")
         self._highest_acked = self._last_sacked_tsn
         self._reorders = False
-        self._some_lost = False
-        self._mend_at_once = False
-        self._some_abandoned = False
+        self._has_lost_chunks = False
+        self._retransmit_at_once = False
+        self._has_abandoned_chunks = False
         self._reorder_deadline: float | None = None
         # The probe and the timeout that follows it.
         self._progress_at = 0.0
@@ -97,7 +102,7 @@ class QuickSctpTransport(QuickReceiver):
     @property
     def unanswered(self) -> bool:
         """Whether several timeouts have passed without any acknowledgement."""
-        return self._timeouts >= _UNANSWERED
+        return self._timeouts >= _UNANSWERED_TIMEOUTS
 
     def path_changed(self) -> None:
         """Packets take another way from now on, of which nothing is known: send at once what is missing."""
@@ -109,11 +114,11 @@ class QuickSctpTransport(QuickReceiver):
         self._progress_at = now
         for chunk in self._sent_queue:
             if not chunk._acked:
-                self._lose(chunk)
+                self._mark_lost(chunk)
         self._update_advanced_peer_ack_point()
-        self._soon(self._say_where)
+        self._send_soon(self._probe_path)
 
-    async def _say_where(self) -> None:
+    async def _probe_path(self) -> None:
         """Send something by the new path, though nothing be missing, and then what is.
 
         A libwebrtc over there stays with the old path, where nobody listens, until it hears by the new one.
@@ -122,7 +127,7 @@ class QuickSctpTransport(QuickReceiver):
             heartbeat = HeartbeatChunk()
             heartbeat.params = [(_HEARTBEAT_INFO, b"path")]
             await self._send_chunk(heartbeat)
-        await self._send_on()
+        await self._send_more()
 
     # Sending
 
@@ -141,7 +146,7 @@ class QuickSctpTransport(QuickReceiver):
             self._cwnd = self._window.size
             self._set_loss_timer()
 
-    async def _send_on(self) -> None:
+    async def _send_more(self) -> None:
         await self._transmit()
         await self._data_channel_flush()  # cuts up the next messages once nothing else waits, and sends
 
@@ -149,15 +154,15 @@ class QuickSctpTransport(QuickReceiver):
         if self._forward_tsn_chunk is not None:
             forward, self._forward_tsn_chunk = self._forward_tsn_chunk, None
             await self._send_chunk(forward)
-        if self._some_lost:
+        if self._has_lost_chunks:
             lost = [chunk for chunk in self._sent_queue if chunk._retransmit]
             for chunk in lost:
-                if not self._mend_at_once and not self._may_send(self._window.size):
+                if not self._retransmit_at_once and not self._may_send(self._window.size):
                     return
                 if chunk._retransmit:
-                    self._mend_at_once = False
+                    self._retransmit_at_once = False
                     await self._send_data(chunk)
-            self._some_lost = False
+            self._has_lost_chunks = False
         if self._outbound_queue and self._idle_since is not None:
             self._window.resumed(self._clock.time() - self._idle_since)
             self._idle_since = None
@@ -179,7 +184,7 @@ class QuickSctpTransport(QuickReceiver):
 
     def _paced(self) -> None:
         self._pace_timer = None
-        self._soon(self._send_on)
+        self._send_soon(self._send_more)
 
     async def _send_data(self, chunk: DataChunk) -> None:
         now = self._clock.time()
@@ -200,18 +205,18 @@ class QuickSctpTransport(QuickReceiver):
         now = self._clock.time()
         self._last_sacked_tsn = chunk.cumulative_tsn
         self._peer_window = chunk.advertised_rwnd
-        arrived = self._take_arrived(chunk)
+        arrived = self._take_acknowledged(chunk)
         if arrived:
-            self._learn_from(arrived, now)
-        if chunk.gaps or self._some_lost or self._reorder_deadline is not None:
+            self._learn_from_acknowledged(arrived, now)
+        if chunk.gaps or self._has_lost_chunks or self._reorder_deadline is not None:
             self._detect_losses(sum(max(0, last - first + 1) for first, last in chunk.gaps), now)
         if not self._sent_queue:
             self._idle_since = now
-        if self._some_abandoned:
+        if self._has_abandoned_chunks:
             self._update_advanced_peer_ack_point()
-        await self._send_on()
+        await self._send_more()
 
-    def _take_arrived(self, sack: SackChunk) -> list[DataChunk]:
+    def _take_acknowledged(self, sack: SackChunk) -> list[DataChunk]:
         """Chunks that ``sack`` is the first to acknowledge; those below its cumulative TSN are let go."""
         arrived: list[DataChunk] = []
         queue, base = self._sent_queue, sack.cumulative_tsn
@@ -235,7 +240,7 @@ class QuickSctpTransport(QuickReceiver):
                     arrived.append(chunk)
         return arrived
 
-    def _learn_from(self, arrived: list[DataChunk], now: float) -> None:
+    def _learn_from_acknowledged(self, arrived: list[DataChunk], now: float) -> None:
         newest: DataChunk | None = None
         newest_at = float("-inf")
         for chunk in arrived:
@@ -284,17 +289,17 @@ class QuickSctpTransport(QuickReceiver):
                 self._reorder_deadline = min(due, self._reorder_deadline or due)
             else:
                 latest_lost = max(latest_lost, chunk._sent_time)
-                self._lose(chunk)
+                self._mark_lost(chunk)
         if latest_lost >= 0:
-            self._mend_at_once = True  # what the reader waits for does not wait for the window to drain
+            self._retransmit_at_once = True  # what the reader waits for does not wait for the window to drain
             self._window.lost(latest_lost, now)
 
-    def _lose(self, chunk: DataChunk) -> None:
+    def _mark_lost(self, chunk: DataChunk) -> None:
         if self._maybe_abandon(chunk):
-            self._some_abandoned = True
+            self._has_abandoned_chunks = True
         else:
             chunk._retransmit = True
-            self._some_lost = True
+            self._has_lost_chunks = True
         self._flight_size_decrease(chunk)
 
     # The one timer of the sender: a late packet, a probe for a lost tail, then the timeout
@@ -333,10 +338,10 @@ class QuickSctpTransport(QuickReceiver):
             self._set_loss_timer()
         elif self._reorder_deadline is not None:
             self._detect_losses(0, now)
-            self._soon(self._send_on)
+            self._send_soon(self._send_more)
         elif self._timeouts == 0 and self._srtt is not None:
             self._timeouts = 1
-            self._soon(self._probe)
+            self._send_soon(self._probe)
         else:
             self._timed_out(now)
 
@@ -355,24 +360,24 @@ class QuickSctpTransport(QuickReceiver):
             if self._timeouts > 2:
                 chunk._acked = False  # a receiver may drop what it acknowledged above a gap
             if not chunk._acked:
-                self._lose(chunk)
+                self._mark_lost(chunk)
         self._update_advanced_peer_ack_point()
-        self._soon(self._send_on)
-        if self._timeouts == _UNANSWERED:
+        self._send_soon(self._send_more)
+        if self._timeouts == _UNANSWERED_TIMEOUTS:
             self.on_unanswered()
 
 
 @contextlib.contextmanager
-def quick_data_channels() -> Iterator[None]:
-    """Within, the first data channel of an `RTCPeerConnection` gives it a `QuickSctpTransport`.
+def repaired_sctp() -> Iterator[None]:
+    """Within, the first data channel of an `RTCPeerConnection` gives it a `RackSctpTransport`.
 
-    Where aiortc is not built as `QuickSctpTransport` expects, its own transport stays, and a warning says so.
+    Where aiortc is not built as `RackSctpTransport` expects, its own transport stays, and a warning says so.
     Only for code without an ``await``.
     """
     if _unexpected():
         yield
         return
-    with built_with(RTCSctpTransport=QuickSctpTransport):
+    with built_with(RTCSctpTransport=RackSctpTransport):
         yield
 
 

@@ -18,7 +18,7 @@ from swarmcore.identity import Identity
 from swarmcore.pacing import TokenBucket
 from swarmcore.printable import printable_line
 from swarmcore.types import PeerId, short
-from swarmcore_transports.webrtc.addresses import Service
+from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
     MAX_SIGNAL,
     REPLACED,
@@ -28,7 +28,7 @@ from swarmcore_transports.webrtc.signalling.messages import (
     Registered,
     Signal,
     decode,
-    decode_passed,
+    decode_forwarded,
     encode,
     registration,
 )
@@ -62,12 +62,12 @@ class SignallingClient:
     def __init__(
         self,
         identity: Identity,
-        service: Service,
+        service: ServiceAddress,
         on_signal: OnSignal,
         *,
         timeout: float,
         tls: ssl.SSLContext | bool = True,
-        on_hung_up: Callable[[Service], None] = lambda service: None,
+        on_hung_up: Callable[[ServiceAddress], None] = lambda service: None,
         rng: random.Random,
         counters: Counter[str],
     ) -> None:
@@ -216,14 +216,14 @@ class SignallingClient:
                 self._counters["overflow"] += 1
                 continue
             try:
-                signal = decode_passed(message.data)
+                signal = decode_forwarded(message.data)
             except SwarmError as exc:
                 logger.info("dropped what came from signalling service %s: %s", self.service, exc)
                 continue
             self._on_signal(self, signal)
 
 
-def absent(signal: Absent) -> PeerUnreachableError:
+def unreachable(signal: Absent) -> PeerUnreachableError:
     """What an `Absent` means to whoever dials."""
     return PeerUnreachableError(
         f"{short(PeerId(signal.receiver))} cannot be reached by signalling: "

@@ -10,13 +10,13 @@ from swarmcore.errors import AddressError, SwarmError
 from swarmcore.resources import ResourceManager
 from swarmcore.types import Address, PeerId
 from swarmcore_transports.local_addresses import available, loopback_note, loopback_only, reachable_places
-from swarmcore_transports.webrtc.addresses import Service, announced_service
+from swarmcore_transports.webrtc.addresses import ServiceAddress, announced_service
 from swarmcore_transports.webrtc.signalling.client import SignallingClient
-from swarmcore_transports.webrtc.signalling.clients import SignallingClients
+from swarmcore_transports.webrtc.signalling.client_pool import SignallingClientPool
 from swarmcore_transports.webrtc.signalling.service import ServiceLimits, SignallingService
 
 
-class MeetingPoints:
+class SignallingEndpoints:
     """Those of ``peer``, who registers at all of them by ``clients``.
 
     ``tls``, ``limits`` and ``resources`` are for the services that are run here.
@@ -25,7 +25,7 @@ class MeetingPoints:
     def __init__(
         self,
         peer: PeerId,
-        clients: SignallingClients,
+        clients: SignallingClientPool,
         tls: ssl.SSLContext | None = None,
         limits: ServiceLimits | None = None,
         resources: Callable[[], ResourceManager] = ResourceManager,
@@ -36,10 +36,10 @@ class MeetingPoints:
         self._limits = limits
         self._resources = resources
         self._allowed: frozenset[PeerId] | None = None
-        self._announced: list[Service] = []
+        self._announced: list[ServiceAddress] = []
         self._places: list[str] = []
-        self._own: list[Service] = []
-        self._foreign: list[Service] = []
+        self._own: list[ServiceAddress] = []
+        self._foreign: list[ServiceAddress] = []
         self.services: list[SignallingService] = []
         """Those that run here."""
 
@@ -57,7 +57,7 @@ class MeetingPoints:
         """
         self._announced = [announced_service(text, self._peer) for text in announce]
         self._places = [place for place in places if "://" not in place]
-        self._foreign = [Service.parse(place) for place in places if "://" in place]
+        self._foreign = [ServiceAddress.parse(place) for place in places if "://" in place]
 
     async def open(self, timeout: float) -> None:
         """Run the services that are to run here, and register at all of those that were chosen.
@@ -66,7 +66,7 @@ class MeetingPoints:
         `AddressError` when nobody does within ``timeout`` seconds, or what the first to fail raises. What has
         been opened stays to be closed.
         """
-        places = [Service.parse(place) for place in self._places]
+        places = [ServiceAddress.parse(place) for place in self._places]
         for place in available(places, lambda place: place.host):
             self._own.append(await self._serve(place))
         own = [self._clients.keep(one.from_here(), own=True) for one in self._own]
@@ -80,7 +80,7 @@ class MeetingPoints:
         except TimeoutError as exc:
             raise AddressError("no signalling service answers; check that one runs there") from exc
 
-    async def _serve(self, place: Service) -> Service:
+    async def _serve(self, place: ServiceAddress) -> ServiceAddress:
         service = SignallingService(self._limits, self._resources(), self._peer)
         if self._allowed is not None:
             service.allow_only(self._allowed)
@@ -92,7 +92,7 @@ class MeetingPoints:
         """Those to announce, by the addresses that this machine has now."""
         tls = {one.port: one.tls for one in self._own}
         places = reachable_places((one.host, one.port) for one in self._own)
-        own = self._announced or [Service(host, port, tls[port]) for host, port in places]
+        own = self._announced or [ServiceAddress(host, port, tls[port]) for host, port in places]
         return tuple(one.address(self._peer) for one in [*own, *self._foreign])
 
     def notes(self) -> list[str]:

@@ -1,7 +1,7 @@
 """What travels between a peer and a signalling service: JSON, one text message each, and signed envelopes.
 
 A description says by which certificate (its DTLS fingerprint) and by which candidates a peer is reached. It
-is signed by the peer's identity, together with whom it is for and to which exchange it belongs: a service
+is signed by the peer's identity, together with whom it is for and to which negotiation it belongs: a service
 that changes, swaps or misdirects one is noticed, and cannot sit in the middle. It sees who talks to whom.
 """
 
@@ -15,8 +15,9 @@ from swarmcore.errors import PeerIdentityError, ProtocolError
 from swarmcore.identity import Identity, verify
 from swarmcore.types import PeerId, short
 
-EXCHANGE_BYTES = 16
-"""Length of the random name of an exchange: one offer, its answer, and the candidates of both."""
+NEGOTIATION_ID_BYTES = 16
+"""Length of the random id of a negotiation: one offer, its answer, and the candidates of both. The records
+call it ``exchange``."""
 
 NONCE_BYTES = 32
 
@@ -35,14 +36,14 @@ MAX_NAME = 128
 _DESCRIPTION_DOMAIN = b"swarmcore webrtc description 1\0"
 _REGISTRATION_DOMAIN = b"swarmcore webrtc registration 1\0"
 
-Kind = Literal["offer", "restart", "answer", "candidate", "refusal"]
+SignalKind = Literal["offer", "restart", "answer", "candidate", "refusal"]
 
-NO_MORE = "end-of-candidates"
+END_OF_CANDIDATES = "end-of-candidates"
 """The last line of a body of candidates."""
 
 
 class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
-    """The service's first words: sign this."""
+    """The service's first message: sign this."""
 
     nonce: bytes
 
@@ -67,15 +68,15 @@ class Absent(msgspec.Struct, frozen=True, tag="absent"):
 
 
 class Envelope(msgspec.Struct, frozen=True, tag="envelope"):
-    """One signed piece of an exchange between two peers."""
+    """One signed piece of a negotiation between two peers."""
 
     sender: str
     receiver: str
     exchange: bytes
-    kind: Kind
+    kind: SignalKind
     body: str
-    """SDP; ICE candidates in SDP's notation, a line each, with `NO_MORE` behind the last; or the reason of a
-    refusal. A ``restart`` is an offer for the connection that was made in the same exchange."""
+    """SDP; ICE candidates in SDP's notation, a line each, with `END_OF_CANDIDATES` behind the last; or the
+    reason of a refusal. A ``restart`` is an offer for the connection made in the same negotiation."""
     signature: bytes = b""
 
     def statement(self) -> bytes:
@@ -88,7 +89,7 @@ class Envelope(msgspec.Struct, frozen=True, tag="envelope"):
     def is_possible(self) -> bool:
         """Whether its parts are no longer than those of an honest one."""
         return (
-            len(self.exchange) == EXCHANGE_BYTES
+            len(self.exchange) == NEGOTIATION_ID_BYTES
             and len(self.body) <= MAX_BODY
             and max(len(self.sender), len(self.receiver), len(self.signature)) <= MAX_NAME
         )
@@ -131,15 +132,17 @@ def decode(text: str | bytes) -> Signal:
         raise ProtocolError(f"what came by signalling is no message of ours: {exc}") from exc
 
 
-def decode_passed(text: str | bytes) -> Envelope | Absent:
-    """What somebody passes on, or the news that it could not. Raise `ProtocolError` for all else."""
+def decode_forwarded(text: str | bytes) -> Envelope | Absent:
+    """What somebody forwards, or the news that it could not. Raise `ProtocolError` for all else."""
     signal = decode(text)
     if not isinstance(signal, Envelope | Absent):
         raise ProtocolError(f"a {type(signal).__name__} out of turn")
     return signal
 
 
-def sealed(identity: Identity, receiver: PeerId, exchange: bytes, kind: Kind, body: str) -> Envelope:
+def signed_envelope(
+    identity: Identity, receiver: PeerId, exchange: bytes, kind: SignalKind, body: str
+) -> Envelope:
     """An envelope signed by ``identity``."""
     plain = Envelope(identity.peer, receiver, exchange, kind, body)
     return msgspec.structs.replace(plain, signature=identity.sign(plain.statement()))

@@ -24,7 +24,7 @@ from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.types import PeerId, short
 from swarmcore_transports.listener import Endpoint
-from swarmcore_transports.webrtc.addresses import PATH, Service
+from swarmcore_transports.webrtc.addresses import PATH, ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
     MAX_SIGNAL,
     NONCE_BYTES,
@@ -39,7 +39,7 @@ from swarmcore_transports.webrtc.signalling.messages import (
     encode,
     registered_peer,
 )
-from swarmcore_transports.webrtc.signalling_sockets import SignallingSockets, accepted
+from swarmcore_transports.webrtc.signalling.sockets import SignallingSockets, accepted
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class SignallingService:
         """Let no others register from now on."""
         self._allowed = frozenset(peers)
 
-    async def start(self, place: Service, tls: ssl.SSLContext | None = None) -> Service:
+    async def start(self, place: ServiceAddress, tls: ssl.SSLContext | None = None) -> ServiceAddress:
         """Listen at ``place`` and return where that is, its port found.
 
         Raise `AddressInUseError` or `AddressError` when it cannot be listened on.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import attrs
 
-from swarmcore_transports.webrtc.addresses import Service
+from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.client import SignallingClient
 
 IDLE_SECONDS = 60.0
@@ -27,26 +27,26 @@ class _Entry:
     used_at: float = 0.0
 
 
-class SignallingClients:
+class SignallingClientPool:
     """Makes a client for each service with ``make``, and runs it. ``make`` is told whether the service is
     one that this process runs itself."""
 
-    def __init__(self, make: Callable[[Service, bool], SignallingClient]) -> None:
+    def __init__(self, make: Callable[[ServiceAddress, bool], SignallingClient]) -> None:
         self._make = make
-        self._entries: dict[Service, _Entry] = {}
+        self._entries: dict[ServiceAddress, _Entry] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, service: Service, *, own: bool = False) -> SignallingClient:
+    def keep(self, service: ServiceAddress, *, own: bool = False) -> SignallingClient:
         """The client for ``service``, which stays until the end: others are to meet this peer there."""
         entry = self._entry(service, own)
         entry.kept = True
         return entry.client
 
     @contextmanager
-    def using(self, service: Service) -> Iterator[SignallingClient]:
+    def using(self, service: ServiceAddress) -> Iterator[SignallingClient]:
         """The client for ``service``, not closed while it is used."""
         entry = self._entry(service)
         entry.uses += 1
@@ -63,7 +63,7 @@ class SignallingClients:
         for entry in self._entries.values():
             entry.client.reconnect()
 
-    def _entry(self, service: Service, own: bool = False) -> _Entry:
+    def _entry(self, service: ServiceAddress, own: bool = False) -> _Entry:
         if service not in self._entries:
             client = self._make(service, own)
             self._entries[service] = _Entry(client, asyncio.create_task(client.run()))

@@ -21,7 +21,7 @@ from aiortc.rtcsctptransport import DataChunk, RTCSctpCapabilities, RTCSctpTrans
 
 from swarmcore_transports.webrtc.aiortc import sctp_sender as sctp
 from swarmcore_transports.webrtc.aiortc.compat import missing_of_sctp
-from swarmcore_transports.webrtc.aiortc.sctp_sender import QuickSctpTransport, quick_data_channels
+from swarmcore_transports.webrtc.aiortc.sctp_sender import RackSctpTransport, repaired_sctp
 
 pytestmark = pytest.mark.virtual_time
 
@@ -89,7 +89,7 @@ class End:
 
 @asynccontextmanager
 async def associated(
-    first: type[RTCSctpTransport] = QuickSctpTransport, second: type[RTCSctpTransport] = QuickSctpTransport
+    first: type[RTCSctpTransport] = RackSctpTransport, second: type[RTCSctpTransport] = RackSctpTransport
 ) -> AsyncIterator[tuple[End, End]]:
     wires = Wire("client"), Wire("server")
     wires[0].other, wires[1].other = wires[1], wires[0]
@@ -150,7 +150,7 @@ async def test_the_window_opens_within_a_few_round_trips() -> None:
 
 
 async def test_understands_the_library_as_it_is() -> None:
-    async with associated(QuickSctpTransport, RTCSctpTransport) as (one, two):
+    async with associated(RackSctpTransport, RTCSctpTransport) as (one, two):
         await deliver(one, two, 32 * 1024, 20)
         await deliver(two, one, 32 * 1024, 20)
 
@@ -305,7 +305,7 @@ async def test_what_follows_a_gap_is_held_to_a_bound() -> None:
         assert two.transport.state == "connected"
 
 
-@pytest.mark.parametrize("made", [QuickSctpTransport, RTCSctpTransport])
+@pytest.mark.parametrize("made", [RackSctpTransport, RTCSctpTransport])
 async def test_the_end_of_one_channel_may_close_the_others(made: type[RTCSctpTransport]) -> None:
     async with associated(made, made) as (one, _):
         other = RTCDataChannel(one.transport, RTCDataChannelParameters(label="y", negotiated=True, id=1))
@@ -331,10 +331,10 @@ async def test_acknowledgements_of_what_was_never_sent_change_nothing() -> None:
 
 async def test_a_peer_connection_made_within_gets_it_and_no_other_does() -> None:
     quick, plain = RTCPeerConnection(), RTCPeerConnection()
-    with quick_data_channels():
+    with repaired_sctp():
         quick.createDataChannel("x")
     plain.createDataChannel("x")
-    assert type(quick.sctp) is QuickSctpTransport
+    assert type(quick.sctp) is RackSctpTransport
     assert type(plain.sctp) is RTCSctpTransport
     await quick.close()
     await plain.close()
@@ -351,7 +351,7 @@ async def test_a_library_of_another_shape_is_left_alone_with_a_warning(
     try:
         for _ in range(2):
             connection = RTCPeerConnection()
-            with quick_data_channels(), caplog.at_level(logging.WARNING):
+            with repaired_sctp(), caplog.at_level(logging.WARNING):
                 connection.createDataChannel("x", negotiated=True, id=0)
             assert type(connection.sctp) is RTCSctpTransport
         assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -363,7 +363,7 @@ async def test_a_library_of_another_shape_is_left_alone_with_a_warning(
 async def test_who_has_nothing_to_say_is_heard_on_a_new_path_all_the_same() -> None:
     async with associated() as (a, b):
         before = a.wire.count(DATA)
-        cast(QuickSctpTransport, a.transport).path_changed()
+        cast(RackSctpTransport, a.transport).path_changed()
         await asyncio.sleep(1)
         assert a.wire.count(HEARTBEAT) == b.wire.count(HEARTBEAT_ACK) == 1
         assert a.wire.count(DATA) == before

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from aioice import stun
 
-from swarmcore_transports.webrtc.aiortc.ice_agent import MAX_REMOTE, TricklingAgent
+from swarmcore_transports.webrtc.aiortc.ice_agent import MAX_REMOTE, TrickleIceAgent
 
 
 class Checker(asyncio.DatagramProtocol):
@@ -26,7 +26,7 @@ class Checker(asyncio.DatagramProtocol):
             self.answer.set_result(message)
 
 
-def check(agent: TricklingAgent) -> bytes:
+def check(agent: TrickleIceAgent) -> bytes:
     message = stun.Message(stun.Method.BINDING, stun.Class.REQUEST)
     message.attributes["USERNAME"] = f"{agent.local_username}:{agent.remote_username}"
     message.attributes["PRIORITY"] = 1
@@ -37,7 +37,7 @@ def check(agent: TricklingAgent) -> bytes:
 
 async def test_the_addresses_that_checks_come_from_are_bounded() -> None:
     loop = asyncio.get_running_loop()
-    agent = TricklingAgent([], lambda candidate: None)
+    agent = TrickleIceAgent([], lambda candidate: None)
     agent.remote_username, agent.remote_password = secrets.token_hex(2), secrets.token_hex(11)
     checkers = []
     connecting = None
@@ -69,7 +69,7 @@ async def test_a_check_that_was_turned_away_is_repeated_when_the_peers_comes_thr
     """As where a hole is punched by both sides. No timer repeats anything here."""
     monkeypatch.setattr(stun, "RETRY_RTO", 3600)
     dialler, listener = agents = [
-        TricklingAgent((), lambda _: None, controlling=controlling) for controlling in (True, False)
+        TrickleIceAgent((), lambda _: None, controlling=controlling) for controlling in (True, False)
     ]
     for agent in agents:
         await agent.gather_candidates()

@@ -18,20 +18,20 @@ from aiohttp import web  # noqa: E402
 from raw_signalling import admit, say, site, talking  # noqa: E402
 from webrtc_peers import HASTY, LIMITS, dialler, echo  # noqa: E402
 
-from swarmcore_transports.webrtc.addresses import Service  # noqa: E402
+from swarmcore_transports.webrtc.addresses import ServiceAddress  # noqa: E402
 from swarmcore_transports.webrtc.signalling.messages import (  # noqa: E402
-    EXCHANGE_BYTES,
     MAX_SIGNAL,
+    NEGOTIATION_ID_BYTES,
     Absent,
     Challenge,
     Envelope,
     Registered,
-    sealed,
+    signed_envelope,
 )
 from swarmcore_transports.webrtc.signalling.service import SignallingService  # noqa: E402
 
 
-def somebody(service: Service) -> Address:
+def somebody(service: ServiceAddress) -> Address:
     return service.address(Identity.generate().peer)
 
 
@@ -39,7 +39,9 @@ NO_CHALLENGE = {
     "garbage": "garbage",
     "bytes": b"\xff" * 100,
     "registered at once": Registered(),
-    "an envelope": sealed(Identity.generate(), Identity.generate().peer, bytes(EXCHANGE_BYTES), "offer", ""),
+    "an envelope": signed_envelope(
+        Identity.generate(), Identity.generate().peer, bytes(NEGOTIATION_ID_BYTES), "offer", ""
+    ),
     "too long": " " * (MAX_SIGNAL + 1),
 }
 
@@ -80,7 +82,7 @@ async def test_a_place_where_nothing_is_ever_said() -> None:
         writer.close()
 
     server = await asyncio.start_server(hold, "127.0.0.1", 0)
-    service = Service("127.0.0.1", server.sockets[0].getsockname()[1])
+    service = ServiceAddress("127.0.0.1", server.sockets[0].getsockname()[1])
     async with server, dialler(HASTY) as a:
         with pytest.raises(PeerUnreachableError, match=str(service)):
             await a.open_stream(somebody(service))
@@ -103,8 +105,8 @@ class Chattering(SignallingService):
             receiver = self._peers[envelope.receiver]  # type: ignore[index]
             stranger = Identity.generate()
             for number in range(self.CHATTER):
-                other = number.to_bytes(EXCHANGE_BYTES, "big")
-                receiver.put(sealed(stranger, receiver.peer, other, "answer", "for nothing"))
+                other = number.to_bytes(NEGOTIATION_ID_BYTES, "big")
+                receiver.put(signed_envelope(stranger, receiver.peer, other, "answer", "for nothing"))
                 receiver.put(Envelope(stranger.peer, receiver.peer, other, "offer", "", bytes(64)))
                 receiver.put(Absent(stranger.peer, other, "it says"))
                 receiver.put(Registered())
@@ -149,7 +151,7 @@ async def test_an_answer_after_the_deadline_is_counted_and_the_next_dial_is_a_ne
 
     released = asyncio.Event()
     late = Late()
-    place = await late.start(Service("127.0.0.1", 0))
+    place = await late.start(ServiceAddress("127.0.0.1", 0))
     listener = webrtc.WebRtcTransport(Identity.generate(), limits=LIMITS, listen_on=[f"ws://{place}"])
     hasty = Limits(connect_timeout=1.5)
     try:

@@ -13,21 +13,30 @@ import pytest
 
 from swarmcore.errors import PeerIdentityError, PeerUnreachableError, ProtocolError
 from swarmcore.identity import Identity
+from swarmcore.pacing import TokenBucket
 from swarmcore.types import Address, PeerId
 from swarmcore.wire.limits import Limits
 
 webrtc = pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 from webrtc_peers import HASTY, LIMITS, dialler, echo, exchanged, service  # noqa: E402
 
-from swarmcore_transports.webrtc.addresses import Service, service_of  # noqa: E402
-from swarmcore_transports.webrtc.signalling.messages import EXCHANGE_BYTES, Envelope, sealed  # noqa: E402
-from swarmcore_transports.webrtc.signalling.negotiations import FAIR_SECONDS, MAX_ANSWERING_PEER, Offers  # noqa: E402
+from swarmcore_transports.webrtc.addresses import ServiceAddress, service_of  # noqa: E402
+from swarmcore_transports.webrtc.connector import REFUSAL_RATE  # noqa: E402
+from swarmcore_transports.webrtc.signalling.messages import (  # noqa: E402
+    NEGOTIATION_ID_BYTES,
+    Envelope,
+    signed_envelope,
+)
+from swarmcore_transports.webrtc.signalling.negotiations import (  # noqa: E402
+    FAIR_SECONDS,
+    MAX_INCOMING_OFFERS_OF_PEER,
+    IncomingOffers,
+)
 from swarmcore_transports.webrtc.signalling.service import SignallingService  # noqa: E402
-from swarmcore_transports.webrtc.transport import REFUSALS  # noqa: E402
 
 
 @asynccontextmanager
-async def met_at(*services: Service, **options: Any) -> AsyncIterator[tuple[Any, list[Address]]]:
+async def met_at(*services: ServiceAddress, **options: Any) -> AsyncIterator[tuple[Any, list[Address]]]:
     """A peer that listens by way of ``services``, and its addresses."""
     options = {"limits": LIMITS, "identity": Identity.generate()} | options
     peer = webrtc.WebRtcTransport(listen_on=[f"ws://{one}" for one in services], **options)
@@ -37,7 +46,7 @@ async def met_at(*services: Service, **options: Any) -> AsyncIterator[tuple[Any,
         await peer.close()
 
 
-class Passing(SignallingService):
+class PeerRelay(SignallingService):
     """Passes each envelope as often as `altered` yields one."""
 
     def altered(self, envelope: Envelope) -> list[Envelope]:
@@ -48,17 +57,17 @@ class Passing(SignallingService):
             super()._pass(one, sender)
 
 
-class Dropping(Passing):
+class Dropping(PeerRelay):
     def altered(self, envelope: Envelope) -> list[Envelope]:
         return []
 
 
-class Repeating(Passing):
+class Repeating(PeerRelay):
     def altered(self, envelope: Envelope) -> list[Envelope]:
         return [envelope] * 20
 
 
-class Rewriting(Passing):
+class Rewriting(PeerRelay):
     """Puts a fingerprint of its own into every answer."""
 
     def altered(self, envelope: Envelope) -> list[Envelope]:
@@ -66,7 +75,7 @@ class Rewriting(Passing):
         return [msgspec.structs.replace(envelope, body=body)]
 
 
-class Misdirecting(Passing):
+class Misdirecting(PeerRelay):
     """Hands an answer to the answerer's own offers to somebody else: gives back what came, to its sender."""
 
     def altered(self, envelope: Envelope) -> list[Envelope]:
@@ -75,7 +84,7 @@ class Misdirecting(Passing):
         return [envelope]
 
 
-class Late(Passing):
+class Late(PeerRelay):
     """Passes answers after a while, in another order than they came."""
 
     def _pass(self, envelope: Envelope, sender: Any) -> None:
@@ -86,27 +95,27 @@ async def test_a_service_that_drops_ends_in_a_deadline():
     async with service(Dropping) as dropping, met_at(dropping.place) as (_, [address]), dialler(HASTY) as a:
         with pytest.raises(PeerUnreachableError, match="did not answer"):
             await a.open_stream(address)
-        if a._dials:
-            await asyncio.wait(a._dials._running)
-        assert not a._exchanges and not len(a._links)
+        if a._connector.dials:
+            await asyncio.wait(a._connector.dials._running)
+        assert not a._connector.negotiations and not len(a._connector.connections)
 
 
 @pytest.mark.parametrize("kind", [Repeating, Late])
-async def test_repeated_and_late_envelopes_do_no_harm(kind: type[Passing]):
+async def test_repeated_and_late_envelopes_do_no_harm(kind: type[PeerRelay]):
     async with service(kind) as odd, met_at(odd.place) as (listener, [address]), dialler() as a:
         await exchanged(a, address)
-        assert len(listener._links) == 1
+        assert len(listener._connector.connections) == 1
         if kind is Repeating:
             assert listener.counters["repeated"] >= 19  # the offer's; those of what follows are yet to come
 
 
 @pytest.mark.parametrize("kind", [Rewriting, Misdirecting])
-async def test_a_service_that_lies_is_noticed(kind: type[Passing]):
+async def test_a_service_that_lies_is_noticed(kind: type[PeerRelay]):
     async with service(kind) as lying, met_at(lying.place) as (listener, [address]), dialler(HASTY) as a:
         with pytest.raises((PeerIdentityError, PeerUnreachableError)):
             await a.open_stream(address)
         assert a.counters["forged"] + listener.counters["forged"] >= 1
-        assert not len(listener._links)
+        assert not len(listener._connector.connections)
 
 
 class Nowhere:
@@ -118,7 +127,7 @@ class Nowhere:
 async def test_an_offer_played_back_later_is_not_answered_again():
     heard: list[Envelope] = []
 
-    class Recording(Passing):
+    class Recording(PeerRelay):
         def altered(self, envelope: Envelope) -> list[Envelope]:
             heard.append(envelope)
             return [envelope]
@@ -130,9 +139,9 @@ async def test_an_offer_played_back_later_is_not_answered_again():
     ):
         await exchanged(a, address)
         again = next(one for one in heard if one.kind == "offer")
-        listener._exchanges.signalled(Nowhere(), again)
+        listener._connector.negotiations.signalled(Nowhere(), again)
         assert listener.counters["repeated"] == 1
-        assert not len(listener._offers)
+        assert not len(listener._connector.offers)
 
 
 async def test_who_is_absent_is_told_at_once():
@@ -145,8 +154,8 @@ async def test_who_is_absent_is_told_at_once():
 
 async def test_who_takes_no_connections_refuses_at_once():
     async with service() as meeting, dialler(Limits(connect_timeout=60.0)) as a, dialler() as deaf:
-        deaf._clients.keep(meeting.place)
-        await deaf._clients.keep(meeting.place).ready()
+        deaf._connector.clients.keep(meeting.place)
+        await deaf._connector.clients.keep(meeting.place).ready()
         async with asyncio.timeout(5):
             with pytest.raises(PeerUnreachableError, match="takes no connections"):
                 await a.open_stream(meeting.place.address(deaf.identity.peer))
@@ -167,15 +176,17 @@ def garbage() -> list[str]:
 @pytest.mark.parametrize("body", garbage())
 async def test_offers_that_cannot_be_read_are_refused(body: str):
     async with service() as meeting, met_at(meeting.place) as (listener, [address]), dialler() as a:
-        with a._clients.using(service_of(address)) as client:
-            link = await a._new_link(address.peer, b"e" * EXCHANGE_BYTES)
-            exchange = a._new_exchange(link)
-            await client.send(sealed(a.identity, address.peer, link.exchange, "offer", body))
+        with a._connector.clients.using(service_of(address)) as client:
+            managed = await a._connector._new_connection(address.peer, b"e" * NEGOTIATION_ID_BYTES)
+            negotiation = a._connector._negotiate(managed)
+            await client.send(
+                signed_envelope(a.identity, address.peer, managed.negotiation_id, "offer", body)
+            )
             with pytest.raises(PeerUnreachableError, match="refuses: the peer sent"):
                 async with asyncio.timeout(5):
-                    await exchange.answer
-            await link.connection.close()
-        assert not len(listener._offers)
+                    await negotiation.answered
+            await managed.connection.close()
+        assert not len(listener._connector.offers)
 
 
 @pytest.mark.parametrize("body", garbage())
@@ -183,11 +194,11 @@ async def test_answers_that_cannot_be_read_end_the_dial(body: str):
     async with service() as meeting, dialler() as a, dialler() as b:
 
         def answer(client: Any, offer: Envelope) -> None:
-            said = sealed(b.identity, PeerId(offer.sender), offer.exchange, "answer", body)
-            b._in_background(client.send(said))
+            said = signed_envelope(b.identity, PeerId(offer.sender), offer.exchange, "answer", body)
+            b._connector.tasks.start(client.send(said), "answer")
 
-        b._exchanges._on_offer = answer
-        await b._clients.keep(meeting.place).ready()
+        b._connector.negotiations._on_offer = answer
+        await b._connector.clients.keep(meeting.place).ready()
         with pytest.raises(ProtocolError):
             await a.open_stream(meeting.place.address(b.identity.peer))
 
@@ -195,7 +206,9 @@ async def test_answers_that_cannot_be_read_end_the_dial(body: str):
 async def test_offers_beyond_the_bounds_are_refused_and_then_dropped():
     me = Identity.generate()
     target = webrtc.WebRtcTransport(me, limits=HASTY)
-    target._listening = True
+    target._connector.accepting = True
+    _, refused = REFUSAL_RATE
+    target._connector._refusals = TokenBucket(0.0, refused)  # on a busy machine this takes a while
     sent: list[str] = []
 
     class Client:
@@ -204,21 +217,20 @@ async def test_offers_beyond_the_bounds_are_refused_and_then_dropped():
 
     flooders = [Identity.generate() for _ in range(4)]
     for number in range(300):
-        exchange = number.to_bytes(EXCHANGE_BYTES, "big")
-        offer = sealed(flooders[number % 4], me.peer, exchange, "offer", "garbage")
-        target._exchanges.signalled(Client(), offer)
-    _, refused = REFUSALS
-    assert target.counters["overflow"] == 300 - 4 * MAX_ANSWERING_PEER - refused
-    assert len(target._offers) == 4 * MAX_ANSWERING_PEER
-    while target._tasks:
-        await asyncio.wait(target._tasks)
+        exchange = number.to_bytes(NEGOTIATION_ID_BYTES, "big")
+        offer = signed_envelope(flooders[number % 4], me.peer, exchange, "offer", "garbage")
+        target._connector.negotiations.signalled(Client(), offer)
+    assert target.counters["overflow"] == 300 - 4 * MAX_INCOMING_OFFERS_OF_PEER - refused
+    assert len(target._connector.offers) == 4 * MAX_INCOMING_OFFERS_OF_PEER
+    while target._connector.tasks:
+        await asyncio.wait(tuple(target._connector.tasks._tasks))
     assert len([body for body in sent if "too many others" in body]) == refused
-    assert not len(target._offers)
+    assert not len(target._connector.offers)
     await target.close()
 
 
 def test_offers_are_answered_once_and_some_at_a_time():
-    offers = Offers(most=3, most_of_peer=2)
+    offers = IncomingOffers(limit=3, limit_of_peer=2)
     assert offers.is_new(b"a") and not offers.is_new(b"a")
     begun = [offers.begin(PeerId(peer), 0.0) for peer in "aaabb"]
     assert [one is not None for one in begun] == [True, True, False, True, False]
@@ -228,7 +240,7 @@ def test_offers_are_answered_once_and_some_at_a_time():
 
 
 def test_offers_that_take_long_make_room_for_others():
-    offers = Offers(most=2, most_of_peer=2)
+    offers = IncomingOffers(limit=2, limit_of_peer=2)
     given_up = []
     for peer in "ab":
         answering = offers.begin(PeerId(peer), 0.0)
@@ -256,7 +268,7 @@ async def test_a_dead_service_is_skipped_and_one_that_returns_is_used_again():
                 await exchanged(a, address)
                 async with service(at=second) as returned:
                     async with asyncio.timeout(5):
-                        await listener._clients.keep(second)._registered.wait()
+                        await listener._connector.clients.keep(second)._registered.wait()
                     assert returned.counters["registered"] >= 1
                     await exchanged(b, other)
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from raw_signalling import registered  # noqa: E402
 from webrtc_peers import dialler, echo, exchanged, service  # noqa: E402
 
-from swarmcore_transports.webrtc.addresses import Service  # noqa: E402
+from swarmcore_transports.webrtc.addresses import ServiceAddress  # noqa: E402
 
 
 def certificate(folder: Path, subject: x509.GeneralName) -> Path:
@@ -71,8 +71,8 @@ async def test_a_service_with_a_certificate_for_a_domain(tmp_path: Path) -> None
     tls, trusted = contexts(certificate(tmp_path, x509.DNSName("localhost")))
     async with dialler(listen_on=["127.0.0.1:0"], tls=tls) as listener, dialler(trusted=trusted) as a:
         [by_number] = await listener.listen(echo)
-        port = Service.parse(by_number.location).port
-        await exchanged(a, Service("localhost", port, tls=True).address(by_number.peer))
+        port = ServiceAddress.parse(by_number.location).port
+        await exchanged(a, ServiceAddress("localhost", port, tls=True).address(by_number.peer))
     async with dialler(listen_on=["127.0.0.1:0"], tls=tls) as listener, dialler(trusted=trusted) as a:
         [by_number] = await listener.listen(echo)
         with pytest.raises(PeerUnreachableError, match="its certificate is not to be believed"):
@@ -82,7 +82,7 @@ async def test_a_service_with_a_certificate_for_a_domain(tmp_path: Path) -> None
 async def test_where_nobody_listens_it_says_so() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        nowhere = Service("127.0.0.1", bound.getsockname()[1]).address(Identity.generate().peer)
+        nowhere = ServiceAddress("127.0.0.1", bound.getsockname()[1]).address(Identity.generate().peer)
         async with dialler() as a:
             with pytest.raises(
                 PeerUnreachableError, match="cannot be connected to: Connection refused"

@@ -18,10 +18,10 @@ pytest.importorskip("aiortc", reason="needs the extra webrtc")
 import aiohttp
 from raw_signalling import connected, registered
 
-from swarmcore_transports.webrtc.addresses import Service
+from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
-    EXCHANGE_BYTES,
     MAX_SIGNAL,
+    NEGOTIATION_ID_BYTES,
     REPLACED,
     Absent,
     Challenge,
@@ -29,25 +29,25 @@ from swarmcore_transports.webrtc.signalling.messages import (
     Registered,
     encode,
     registration,
-    sealed,
+    signed_envelope,
 )
 from swarmcore_transports.webrtc.signalling.service import ServiceLimits, SignallingService
 
-EXCHANGE = bytes(EXCHANGE_BYTES)
+EXCHANGE = bytes(NEGOTIATION_ID_BYTES)
 
 
 @asynccontextmanager
 async def service(
     resources: ResourceManager | None = None, **limits: Any
-) -> AsyncIterator[tuple[SignallingService, Service]]:
+) -> AsyncIterator[tuple[SignallingService, ServiceAddress]]:
     running = SignallingService(ServiceLimits(**limits), resources)
     try:
-        yield running, await running.start(Service("127.0.0.1", 0))
+        yield running, await running.start(ServiceAddress("127.0.0.1", 0))
     finally:
         await running.close()
 
 
-async def passes(place: Service) -> None:
+async def passes(place: ServiceAddress) -> None:
     """Two peers who do nothing wrong are served."""
     async with registered(place) as one, registered(place) as other:
         await one.send(other.peer, EXCHANGE, "offer", "hello")
@@ -144,7 +144,7 @@ async def test_envelopes_faster_than_the_rate_are_dropped() -> None:
         registered(place) as other,
     ):
         for number in range(100):
-            await one.send(other.peer, number.to_bytes(EXCHANGE_BYTES, "big"), "offer", "x")
+            await one.send(other.peer, number.to_bytes(NEGOTIATION_ID_BYTES, "big"), "offer", "x")
         await other.send(one.peer, EXCHANGE, "answer", "enough")
         assert (await one.receive()).exchange == EXCHANGE
         numbers = [int.from_bytes((await other.receive()).exchange, "big") for _ in range(5)]
@@ -159,7 +159,7 @@ async def test_whoever_runs_the_service_answers_as_much_as_it_has_to() -> None:
     owner = Identity.generate()
     running = SignallingService(ServiceLimits(rate=0.1, burst=2), owner=owner.peer)
     try:
-        place = await running.start(Service("127.0.0.1", 0))
+        place = await running.start(ServiceAddress("127.0.0.1", 0))
         async with registered(place, owner) as own, registered(place) as other:
             for _ in range(20):
                 await own.send(other.peer, EXCHANGE, "answer", "hello")
@@ -171,7 +171,9 @@ async def test_whoever_runs_the_service_answers_as_much_as_it_has_to() -> None:
 
 async def test_what_a_registered_peer_may_not_say_is_dropped_and_it_stays() -> None:
     async with service() as (running, place), registered(place) as one, registered(place) as other:
-        anothers = sealed(Identity.generate(), other.peer, EXCHANGE, "offer", "in the name of a third")
+        anothers = signed_envelope(
+            Identity.generate(), other.peer, EXCHANGE, "offer", "in the name of a third"
+        )
         wrong = ["", "garbage", "[1]", encode(Registered()), encode(anothers), '{"type":"envelope"}']
         for words in wrong:
             await one.socket.send_str(words)
