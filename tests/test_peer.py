@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from swarmcore import peer as peer_module
-from swarmcore.cli.listening import network_config
+from swarmcore.cli.peer import network_config
 from swarmcore.errors import AddressInUseError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.peer import NetworkConfig, join, listening

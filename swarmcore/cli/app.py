@@ -15,11 +15,11 @@ import click
 from swarmcore.cli.bench import bench
 from swarmcore.cli.bootstrap import bootstrap
 from swarmcore.cli.chat import chat
+from swarmcore.cli.command import Failure
 from swarmcore.cli.convert import convert
 from swarmcore.cli.generate import generate
 from swarmcore.cli.identity import identity
 from swarmcore.cli.interrupt import Interrupted
-from swarmcore.cli.options import Failure
 from swarmcore.cli.output import Output
 from swarmcore.cli.serve import serve
 from swarmcore.cli.sim import sim

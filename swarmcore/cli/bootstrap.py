@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.head import head_options
-from swarmcore.cli.listening import network_config
-from swarmcore.cli.options import network_options, own_identity, set_thread_environment, standard
+from swarmcore.cli.command import set_thread_environment, standard
+from swarmcore.cli.option_kinds import count, option
+from swarmcore.cli.options import (
+    dtype,
+    generation_server_options,
+    network_options,
+    process_options,
+    public_name,
+    revision,
+)
 from swarmcore.cli.output import Output
-from swarmcore.cli.reached import Reached, say_what_next
+from swarmcore.cli.peer import AddressReport, network_config, own_identity, say_what_next
 from swarmcore.errors import InputError
 from swarmcore.resources.limits import raise_descriptor_limit
 
@@ -22,19 +29,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--name", "public_name", default="", metavar="TEXT", help="Name shown to others in the status.")
-@click.option("--model", metavar="MODEL", help="With --serve-head: hub id, folder, or GGUF file.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Type of embeddings and head; auto is the checkpoint's own.",
-)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads of the head.")
-@head_options
+@public_name
+@option("--model", metavar="MODEL", help="With --serve-head: hub id, folder, or GGUF file.")
+@revision
+@dtype("embeddings and head")
+@count("--threads", help="Compute threads of the head.")
+@generation_server_options
 @network_options
+@process_options
 @standard
 def bootstrap(
     output: Output,
@@ -44,10 +46,10 @@ def bootstrap(
     dtype: str,
     threads: int | None,
     head: GenerationLimits | None,
+    network: dict[str, Any],
     exit_with_stdin: bool,
     identity_file: str | None,
     new_identity: bool,
-    **network: Any,
 ) -> None:
     """Run a meeting point without blocks of its own, until Ctrl-C.
 
@@ -70,13 +72,13 @@ def bootstrap(
             model=model, revision=revision, dtype=dtype, threads=threads, limits=head
         )
     identity = own_identity(output, identity_file, new_identity, public_name)
-    reached = Reached(output)
+    addresses = AddressReport(output)
 
     def on_online(info: ServerInfo) -> None:
         output.remark("online, at")
-        reached.begin(info.addresses)
-        talk = "chat --thin" if head is not None else ""
-        say_what_next(output, info.addresses, model=model or "", chat=talk)
+        addresses.online(info.addresses)
+        chat = "chat --thin" if head is not None else ""
+        say_what_next(output, info.addresses, model=model or "", chat=chat)
         output.event("online", peer=info.peer, addresses=info.addresses, pid=os.getpid())
 
     with output.progress() as progress:
@@ -88,7 +90,7 @@ def bootstrap(
                 head=gateway,
                 progress=progress,
                 on_online=on_online,
-                on_addresses=reached.change,
+                on_addresses=addresses.changed,
             ),
             interrupted_status=0,
             exit_with_stdin=exit_with_stdin,

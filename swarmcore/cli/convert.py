@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.options import standard
+from swarmcore.cli.command import standard
 from swarmcore.cli.output import Output
 from swarmcore.imports import import_large
 

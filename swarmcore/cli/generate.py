@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options, standard
+from swarmcore.cli.command import standard
+from swarmcore.cli.option_kinds import flag, option
+from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import remote_model, show_route
-from swarmcore.cli.thin import generate_thin, thin_here
+from swarmcore.cli.remote import is_thin, remote_model, show_route, thin_swarm
 from swarmcore.errors import InputError
 from swarmcore.generation_settings import GenerationSettings
 from swarmcore.prompts import checked_prompt
 
+if TYPE_CHECKING:
+    from swarmcore.client.generation.stream import TextStream
+
 
 @click.command()
 @click.argument("prompt", nargs=-1)
-@click.option("--chat", "as_chat", is_flag=True, help="Put PROMPT to the model as a chat message.")
-@click.option("--system", metavar="TEXT", help="System message; implies --chat.")
-@click.option("--thin", is_flag=True, help="Let a generation server make the text; that needs no torch here.")
+@flag("--chat", "as_chat", help="Put PROMPT to the model as a chat message.")
+@option("--system", metavar="TEXT", help="System message; implies --chat.")
 @remote_model_options
 @sampling_options
 @standard
@@ -30,7 +33,6 @@ def generate(
     prompt: tuple[str, ...],
     as_chat: bool,
     system: str | None,
-    thin: bool,
     remote: RemoteModelOptions,
     sampling: dict[str, Any],
 ) -> None:
@@ -44,7 +46,7 @@ def generate(
     asked = messages if as_chat or system is not None else text
     checked_prompt(asked)  # what cannot work is said before anything is loaded
     GenerationSettings.of(sampling)
-    make = generate_thin if thin_here(output, thin) else _generate
+    make = _generate_thin if is_thin(output, remote) else _generate
     interrupt.run(make(output, remote, asked, sampling))
 
 
@@ -55,20 +57,41 @@ async def _generate(
         remote_model(output, remote) as (swarm, model),
         model.generate(prompt, **sampling) as generation,
     ):
-        pieces = []
-        async for piece in generation:
-            pieces.append(piece)
-            output.piece(piece)
-        output.result("")
+        text = await _stream(output, generation)
         if remote.route:
             show_route(output, swarm, model.info, generation.chain)
-        output.event(
-            "generated",
-            text="".join(pieces),
-            finish_reason=generation.finish_reason,
-            prompt_tokens=generation.prompt_tokens,
-            new_tokens=generation.new_tokens,
-            seconds=round(generation.seconds, 4),
-            first_token_seconds=generation.first_token_seconds,
-            chain=str(generation.chain),
-        )
+        _report(output, generation, text, chain=str(generation.chain))
+
+
+async def _generate_thin(
+    output: Output, remote: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
+) -> None:
+    async with (
+        thin_swarm(remote) as swarm,
+        swarm.generate(prompt, model=remote.model or "", patience=remote.patience, **sampling) as generation,
+    ):
+        text = await _stream(output, generation)
+        _report(output, generation, text, head=generation.server)
+
+
+async def _stream(output: Output, generation: TextStream) -> str:
+    """Show the text as it comes; return the whole of it."""
+    pieces = []
+    async for piece in generation:
+        pieces.append(piece)
+        output.piece(piece)
+    output.result("")
+    return "".join(pieces)
+
+
+def _report(output: Output, generation: TextStream, text: str, **made_by: str | None) -> None:
+    output.event(
+        "generated",
+        text=text,
+        finish_reason=generation.finish_reason,
+        prompt_tokens=generation.prompt_tokens,
+        new_tokens=generation.new_tokens,
+        seconds=round(generation.seconds, 4),
+        first_token_seconds=generation.first_token_seconds,
+        **made_by,
+    )

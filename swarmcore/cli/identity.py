@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmcore.cli.options import standard
+from swarmcore.cli.command import standard
 from swarmcore.cli.output import Output
 from swarmcore.identity import Identity
 from swarmcore.identity_files import identity_path

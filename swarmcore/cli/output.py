@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import msgspec
 
-from swarmcore.cli.progress import BYTES, JsonProgress, PlainProgress, ProgressReport, TerminalProgress
+from swarmcore.cli.progress import BYTES, JsonProgress, PlainProgress, ProgressReport
 from swarmcore.printable import printable, printable_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def can_redraw(stream: TextIO) -> bool:
@@ -57,5 +60,14 @@ class Output:
         if self.json_lines:
             return JsonProgress(self.event)
         if can_redraw(sys.stderr):
+            from swarmcore.cli.terminal import TerminalProgress
+
             return TerminalProgress(unit)
         return PlainProgress(self.remark, unit)
+
+    def table(self, table: RenderableType) -> None:
+        """What rich draws, to stdout; nothing in JSON mode."""
+        if not self.json_lines:
+            from swarmcore.cli.terminal import PrintableConsole
+
+            PrintableConsole().print(table)

@@ -8,11 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.progress import Progress, TaskID
+from typing import Self
 
 BYTES = "bytes"
 
@@ -45,87 +41,6 @@ class ProgressReport(ABC):
     @abstractmethod
     def show(self, what: str, done: int, total: int) -> None:
         """Bring what is shown up to date."""
-
-
-class TerminalProgress(ProgressReport):
-    """A bar for each piece of work, redrawn in place on stderr and erased when all that began is done.
-
-    A piece of unknown size is over when something is heard of another one.
-    """
-
-    def __init__(self, unit: str = BYTES) -> None:
-        super().__init__()
-        self._unit = unit
-        self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._unknown: set[str] = set()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        bars = self._bars or self._start()
-        for other in self._unknown - {what}:
-            bars.remove_task(self._tasks.pop(other))
-        self._unknown = set() if total else {what}
-        if what not in self._tasks:
-            self._tasks[what] = bars.add_task(what, total=total or None)
-        bars.update(self._tasks[what], completed=done, total=total or None)
-        if bars.finished:
-            self._stop()
-
-    def _start(self) -> Progress:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            Task,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        from swarmcore.cli.console import PrintableConsole
-
-        class IfSizeKnown(ProgressColumn):
-            """A column that is empty beside what has no size."""
-
-            def __init__(self, column: ProgressColumn) -> None:
-                super().__init__()
-                self._column = column
-
-            def render(self, task: Task) -> RenderableType:
-                return self._column(task) if task.total is not None else ""
-
-        counting: list[ProgressColumn]
-        if self._unit == BYTES:
-            counting = [DownloadColumn(), TransferSpeedColumn()]
-        else:
-            counting = [MofNCompleteColumn(), TextColumn(self._unit)]
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            *map(IfSizeKnown, counting),
-            TimeElapsedColumn(),
-            IfSizeKnown(TimeRemainingColumn()),
-            console=PrintableConsole(stderr=True),
-            transient=True,
-        )
-        self._bars.start()
-        return self._bars
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-        self._bars = None
-        self._tasks.clear()
-        self._unknown.clear()
 
 
 class _SteppedProgress(ProgressReport):

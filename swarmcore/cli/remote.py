@@ -1,4 +1,4 @@
-"""From the options of a client to a model that the swarm runs."""
+"""How a client joins a swarm, and the model that ``generate`` and ``chat`` talk with."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from swarmcore.cli.options import RemoteModelOptions, load_identity, set_thread_environment
+from swarmcore.cli.command import set_thread_environment
+from swarmcore.cli.options import ClientOptions, RemoteModelOptions
 from swarmcore.cli.output import Output, can_redraw
+from swarmcore.cli.webrtc import client_transports
+from swarmcore.identity import Identity
 
 if TYPE_CHECKING:
     from swarmcore.client.generation.model import RemoteModel
@@ -19,6 +23,45 @@ if TYPE_CHECKING:
     from swarmcore.client.swarm import Swarm
     from swarmcore.routing.chain import Chain
     from swarmcore.types import ModelInfo
+
+
+def swarm_of(options: ClientOptions, **limits: Any) -> Swarm:
+    """The swarm to enter; ``limits`` are arguments of `connect`."""
+    from swarmcore.client.swarm import connect
+
+    file = options.identity_file
+    return connect(
+        *options.bootstrap,
+        mdns=options.mdns,
+        registry=options.registry,
+        identity=Identity.load_or_create(file) if file is not None else Identity.generate(),
+        transport_options=client_transports(
+            ice=options.ice,
+            ice_file=options.ice_file,
+            ice_relay_only=options.ice_relay_only,
+            signalling_ca=options.signalling_ca,
+            webrtc_engine=options.webrtc_engine,
+        ),
+        **limits,
+    )
+
+
+def is_thin(output: Output, options: RemoteModelOptions) -> bool:
+    """Whether generation servers make the text: when asked for, and where there is no torch to do
+    otherwise."""
+    if not options.thin and find_spec("torch") is None:
+        output.remark("torch is not installed here: a generation server makes the text, as with --thin")
+        return True
+    return options.thin
+
+
+def thin_swarm(options: RemoteModelOptions) -> Swarm:
+    """The swarm to enter, for one who has no part of a model."""
+    return swarm_of(
+        options,
+        allowed_servers=options.allowed_servers or None,
+        blocked_servers=options.blocked_servers,
+    )
 
 
 @asynccontextmanager
@@ -29,14 +72,9 @@ async def remote_model(
     set_thread_environment(options.threads)
 
     from swarmcore.client.session.session import SessionOptions
-    from swarmcore.client.swarm import connect
 
-    async with connect(
-        *options.bootstrap,
-        mdns=options.mdns,
-        registry=options.registry,
-        transport_options=options.transport_options,
-        identity=load_identity(options.identity_file),
+    async with swarm_of(
+        options,
         allowed_servers=options.allowed_servers or None,
         blocked_servers=options.blocked_servers,
         max_hops=options.max_hops,

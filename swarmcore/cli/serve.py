@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.head import head_options
-from swarmcore.cli.listening import network_config
-from swarmcore.cli.options import network_options, own_identity, set_thread_environment, standard
+from swarmcore.cli.command import set_thread_environment, standard
+from swarmcore.cli.option_kinds import flag, option, several
+from swarmcore.cli.options import (
+    dtype,
+    generation_server_options,
+    network_options,
+    process_options,
+    public_name,
+    revision,
+)
 from swarmcore.cli.output import Output
-from swarmcore.cli.reached import Reached, say_what_next
-from swarmcore.cli.values import parse_bytes, parse_named_paths
+from swarmcore.cli.peer import AddressReport, network_config, own_identity, say_what_next
 from swarmcore.errors import InputError
 from swarmcore.resources.limits import raise_descriptor_limit
 from swarmcore.types import Span
@@ -25,182 +33,137 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "--model", required=True, metavar="MODEL", help="Hub id, folder with safetensors, or GGUF file."
-)
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")
-@click.option(
+@option("--model", required=True, metavar="MODEL", help="Hub id, folder with safetensors, or GGUF file.")
+@revision
+@option(
     "--blocks",
     metavar="START:END",
     help="Blocks to hold, the end excluded, such as 0:10. [default: those that the swarm serves worst]",
 )
-@click.option(
-    "--num-blocks", type=int, metavar="N", help="How many blocks to hold. [default: as many as fit]"
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Type of weights and computation; auto is the checkpoint's own.",
-)
-@click.option(
+@option("--num-blocks", type=int, metavar="N", help="How many blocks to hold. [default: as many as fit]")
+@dtype("weights and computation")
+@option(
     "--executor",
     default="torch",
-    show_default=True,
     metavar="NAME",
     help="What computes the blocks: torch, or one that a plug-in brings.",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N.")
-@click.option(
+@option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N.")
+@option(
     "--cache-tokens",
     type=int,
     metavar="N",
     help="Attention cache, in tokens of all sessions together. [default: a quarter of the free memory]",
 )
-@click.option(
+@option(
     "--max-batch-tokens",
     type=int,
     default=512,
-    show_default=True,
     metavar="N",
     help="Most tokens computed in one pass; more is faster for prompts, slower for those who decode.",
 )
-@click.option(
-    "--threads", type=int, metavar="N", help="Compute threads. [default: the fastest number, measured]"
-)
-@click.option(
+@option("--threads", type=int, metavar="N", help="Compute threads. [default: the fastest number, measured]")
+@option(
     "--throughput",
     default="auto",
-    show_default=True,
     metavar="TOKENS_PER_S",
     help="What it carries through its blocks; auto measures it at the first start, measure does anew.",
 )
-@click.option(
+@option(
     "--rebalance",
     type=float,
     metavar="SECONDS",
     help="How often, on average, to look whether other blocks need this server more; 0 is never. "
     "[default: 60, never with --blocks]",
 )
-@click.option("--no-rebalance", is_flag=True, help="Keep the same blocks, whatever happens.")
-@click.option(
+@flag("--no-rebalance", help="Keep the same blocks, whatever happens.")
+@option(
     "--balance-quality",
     type=float,
     default=0.75,
-    show_default=True,
     metavar="SHARE",
     help="Move only in a swarm that runs below this share of what moves could give.",
 )
-@click.option(
+@option(
     "--drain",
     type=float,
     default=30.0,
-    show_default=True,
     metavar="SECONDS",
     help="How long sessions get to move elsewhere when it is stopped; a second Ctrl-C stops it at once.",
 )
-@click.option(
+@several(
     "--adapter",
     "adapters",
-    multiple=True,
     metavar="NAME=PATH",
     help="Serve the adapter in this folder, in PEFT's format, to those who ask for NAME. May be repeated.",
 )
-@click.option(
+@option(
     "--adapter-budget",
     default="256M",
-    show_default=True,
     metavar="BYTES",
     help="Memory for adapters that clients bring; 0 takes none. With K, M or G for short.",
 )
-@click.option(
+@option(
     "--activation-budget",
     metavar="BYTES",
     help="Memory for activations of forward and backward passes: of those under way, and kept in between; 0 "
     "keeps none. [default: a fifth of the free memory]",
 )
-@click.option(
+@option(
     "--max-pass-tokens",
     type=int,
     default=8192,
-    show_default=True,
     metavar="N",
     help="Most tokens of a batch that is run forward or back for fine-tuning; 0 runs none.",
 )
-@click.option("--name", "public_name", default="", metavar="TEXT", help="Name shown to others in the status.")
-@head_options
+@public_name
+@generation_server_options
 @network_options
+@process_options
 @standard
 def serve(
     output: Output,
-    model: str,
-    revision: str | None,
     blocks: str | None,
-    num_blocks: int | None,
-    dtype: str,
-    executor: str,
-    device: str,
-    cache_tokens: int | None,
-    max_batch_tokens: int,
-    threads: int | None,
     throughput: str,
     rebalance: float | None,
     no_rebalance: bool,
-    balance_quality: float,
-    drain: float,
     adapters: tuple[str, ...],
     adapter_budget: str,
     activation_budget: str | None,
-    max_pass_tokens: int,
-    public_name: str,
     head: GenerationLimits | None,
+    network: dict[str, Any],
     exit_with_stdin: bool,
     identity_file: str | None,
     new_identity: bool,
-    **network: Any,
+    **settings: Any,
 ) -> None:
     """Hold blocks of a model and serve them until Ctrl-C.
 
     Prints its addresses when online: give any of them to other servers and to clients as --bootstrap.
     """
-    if blocks is not None and num_blocks is not None:
+    if blocks is not None and settings["num_blocks"] is not None:
         raise InputError("--blocks says how many blocks there are; leave out --num-blocks")
-    set_thread_environment(threads)
+    set_thread_environment(settings["threads"])
     raise_descriptor_limit()
 
     from swarmcore.server.config import ServerConfig
     from swarmcore.serving import run_server
 
     config = ServerConfig(
-        model=model,
-        revision=revision,
         span=Span.parse(blocks) if blocks is not None else None,
-        num_blocks=num_blocks,
-        dtype=dtype,
-        executor=executor,
-        device=device,
-        cache_tokens=cache_tokens,
-        max_batch_tokens=max_batch_tokens,
-        threads=threads,
         throughput=_parse_throughput(throughput),
         rebalance=0.0 if no_rebalance else rebalance,
-        balance_quality=balance_quality,
-        drain=drain,
         adapters=parse_named_paths("--adapter", adapters),
         adapter_budget=parse_bytes("--adapter-budget", adapter_budget),
         activation_budget=(
             parse_bytes("--activation-budget", activation_budget) if activation_budget is not None else None
         ),
-        max_pass_tokens=max_pass_tokens,
-        public_name=public_name,
+        **settings,
     )
-
-    identity = own_identity(output, identity_file, new_identity, public_name)
+    identity = own_identity(output, identity_file, new_identity, config.public_name)
     network_settings = network_config(identity.peer, **network)
-
     grace = interrupt.GRACE
-    reached = Reached(output)
+    addresses = AddressReport(output)
 
     def on_plan(plan: CapacityPlan) -> None:
         for reason in plan.reasons:
@@ -211,9 +174,9 @@ def serve(
         nonlocal grace
         grace = config.drain + interrupt.GRACE
         _report_online(output, server)
-        reached.begin(server.info.addresses)
-        talk = "chat --thin" if head is not None else "chat"
-        say_what_next(output, server.info.addresses, model=model, chat=talk)
+        addresses.online(server.info.addresses)
+        chat = "chat --thin" if head is not None else "chat"
+        say_what_next(output, server.info.addresses, model=config.model, chat=chat)
 
     def on_leaving(server: BlockServer) -> None:
         sessions = server.inference.sessions
@@ -236,7 +199,7 @@ def serve(
                 progress=progress,
                 on_plan=on_plan,
                 on_online=on_online,
-                on_addresses=reached.change,
+                on_addresses=addresses.changed,
                 on_leaving=on_leaving,
             ),
             interrupted_status=0,
@@ -278,3 +241,28 @@ def _report_online(output: Output, server: BlockServer) -> None:
         cache_tokens=info.cache_tokens,
         throughput=info.throughput,
     )
+
+
+_FACTORS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """A number of bytes: ``"1048576"``, ``"512M"``, ``"1.5 GiB"``. Raise `InputError`."""
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"{option} {text!r} is no number of bytes; expected such as 512M or 2G")
+    return int(float(match[1]) * _FACTORS[match[2].upper()])
+
+
+def parse_named_paths(option: str, values: Sequence[str]) -> dict[str, str]:
+    """Paths by their names, from values of the form ``NAME=PATH``. Raise `InputError`."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not name or not path:
+            raise InputError(f"{option} {value!r} is not of the form NAME=PATH")
+        if name in found:
+            raise InputError(f"{option} names two adapters {name!r}")
+        found[name] = path
+    return found

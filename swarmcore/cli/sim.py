@@ -6,22 +6,21 @@ import shlex
 
 import click
 
+from swarmcore.cli.command import standard
 from swarmcore.cli.interrupt import Interrupted
-from swarmcore.cli.options import standard
+from swarmcore.cli.option_kinds import count, option
 from swarmcore.cli.output import Output
 
 
 @click.command()
 @click.argument("scenario")
-@click.option(
+@count(
     "--seed",
-    type=click.IntRange(min=0),
+    min=0,
     default=0,
-    show_default=True,
-    metavar="N",
     help="All randomness follows from it: the same seed gives the same run, message for message.",
 )
-@click.option("--plot", "plot_file", metavar="FILE", help="Draw the result into FILE: .png, .svg or .pdf.")
+@option("--plot", "plot_file", metavar="FILE", help="Draw the result into FILE: .png, .svg or .pdf.")
 @standard
 def sim(output: Output, scenario: str, seed: int, plot_file: str | None) -> None:
     """Simulate SCENARIO: a TOML file, or the name of one that comes with swarmcore.
@@ -33,7 +32,6 @@ def sim(output: Output, scenario: str, seed: int, plot_file: str | None) -> None
     balance          the paper's ablation of load balancing, under churn
     training         batches shared out by speed, failures, two chains beside one, codecs by link
     """
-    from swarmcore.cli.console import PrintableConsole
     from swarmcore.sim.kinds import KINDS
     from swarmcore.sim.plot import check_plot_file, save_plot
     from swarmcore.sim.scenario import load_scenario
@@ -58,10 +56,8 @@ def sim(output: Output, scenario: str, seed: int, plot_file: str | None) -> None
         replay=replay,
         data=report.data,
     )
-    if not output.json_lines:
-        console = PrintableConsole()
-        for table in report.tables:
-            console.print(table)
+    for table in report.tables:
+        output.table(table)
     for goal, reached in report.goals.items():
         output.result(f"{'reached' if reached else 'MISSED'}: {goal}")
     output.result(f"trace {report.trace} of {report.messages} messages, seed {seed}")

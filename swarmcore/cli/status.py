@@ -4,111 +4,78 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import attrs
 import click
 
 from swarmcore.cli import interrupt
-from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
-from swarmcore.cli.notes import Notes, RoundTrips, ask, round_trips
-from swarmcore.cli.options import client_options, load_identity, standard, transport_options
+from swarmcore.cli.command import standard
+from swarmcore.cli.option_kinds import flag
+from swarmcore.cli.options import ClientOptions, client_options
 from swarmcore.cli.output import Output, can_redraw
-from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore.cli.remote import swarm_of
+from swarmcore.errors import SwarmError
+from swarmcore.printable import printable_line
+from swarmcore.resources import ResourceUse
+from swarmcore.tasks import cancel_and_wait
+from swarmcore.types import ServerInfo
+from swarmcore.wire.messages import Ping
+from swarmcore.wire.protocols import PING_METHOD
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
-
+    from swarmcore.cli.status_view import Diagnostics, RoundTrips
     from swarmcore.client.swarm import Swarm
-    from swarmcore.registry.base import SwarmView
 
 _REFRESH = 0.5  # seconds between two looks at the view
 _ASK_AGAIN = 10.0  # seconds between two rounds of asking the servers what they are about to do
-_BAR_WIDTH = 40
-_SERVER_BAR_WIDTH = 8
-_STATE_STYLES = {"online": "green", "joining": "yellow", "draining": "magenta"}
-_SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+ASK_TIMEOUT = 3.0
+"""Seconds that one server gets to answer."""
+
+ASK_AT_ONCE = 16
+MOST_ASKED = 256
+MOST_LINES = 8
+MOST_CHARACTERS = 300
 
 
 @click.command()
 @client_options
-@click.option("--once", is_flag=True, help="Print the present state and leave.")
-@click.option(
+@flag("--once", help="Print the present state and leave.")
+@flag(
     "-v",
     "--verbose",
-    is_flag=True,
     help="Of each peer also its whole id, addresses, version, speeds, the round trip to it, and what others "
     "make it hold.",
 )
 @standard
-def status(
-    output: Output,
-    bootstrap: tuple[str, ...],
-    mdns: bool,
-    registry: str,
-    identity_file: str | None,
-    once: bool,
-    verbose: bool,
-    **webrtc: Any,
-) -> None:
+def status(output: Output, client: ClientOptions, once: bool, verbose: bool) -> None:
     """Show the swarm's servers, their blocks, load and cache, what they are about to do, and the members of
     training runs, until Ctrl-C.
 
     Where stdout is no terminal, or a dumb one, it prints once. With --json: a line at every change, or one
     with --once.
     """
-    interrupt.run(
-        _watch(
-            output,
-            bootstrap,
-            mdns,
-            registry,
-            identity_file,
-            transport_options(**webrtc),
-            once=once or not (can_redraw(sys.stdout) or output.json_lines),
-            verbose=verbose,
-        ),
-        interrupted_status=0,
-    )
+    once = once or not (can_redraw(sys.stdout) or output.json_lines)
+    interrupt.run(_watch(output, client, once=once, verbose=verbose), interrupted_status=0)
 
 
-async def _watch(
-    output: Output,
-    bootstrap: tuple[str, ...],
-    mdns: bool,
-    registry: str,
-    identity_file: str | None,
-    options: dict[str, dict[str, Any]],
-    *,
-    once: bool,
-    verbose: bool,
-) -> None:
+async def _watch(output: Output, client: ClientOptions, *, once: bool, verbose: bool) -> None:
     from rich.live import Live
 
-    from swarmcore.cli.console import PrintableConsole
-    from swarmcore.client.swarm import connect
+    from swarmcore.cli.status_view import describe, render
+    from swarmcore.cli.terminal import PrintableConsole
 
-    identity = load_identity(identity_file)
-    async with connect(
-        *bootstrap, mdns=mdns, registry=registry, identity=identity, transport_options=options
-    ) as swarm:
-        view, (notes, trips) = swarm.view(), await _ask(swarm, verbose)
-        output.event("status", **describe(view, notes, swarm.paths, trips))
-        if once and not output.json_lines:
-            PrintableConsole().print(render(view, notes, swarm.paths, trips))
+    async with swarm_of(client) as swarm:
+        view, (diagnostics, trips) = swarm.view(), await _ask(swarm, verbose)
+        output.event("status", **describe(view, diagnostics, swarm.paths, trips))
         if once:
+            output.table(render(view, diagnostics, swarm.paths, trips))
             return
-        live = (
-            None
-            if output.json_lines
-            else Live(
-                render(view, notes, swarm.paths, trips),
-                console=PrintableConsole(),
-                auto_refresh=False,
-                screen=False,
-            )
-        )
+        live = None
+        if not output.json_lines:
+            table = render(view, diagnostics, swarm.paths, trips)
+            live = Live(table, console=PrintableConsole(), auto_refresh=False, screen=False)
         asking = asyncio.create_task(_ask_later(swarm, verbose))
         try:
             if live:
@@ -116,212 +83,81 @@ async def _watch(
             while True:
                 await asyncio.sleep(_REFRESH)
                 seen, view = view.revision, swarm.view()
-                heard = notes
+                before = diagnostics
                 if asking.done():
-                    notes, trips = asking.result()
+                    diagnostics, trips = asking.result()
                     asking = asyncio.create_task(_ask_later(swarm, verbose))
-                if view.revision != seen or notes != heard:
-                    output.event("status", **describe(view, notes, swarm.paths, trips))
+                if view.revision != seen or diagnostics != before:
+                    output.event("status", **describe(view, diagnostics, swarm.paths, trips))
                     if live:
-                        live.update(render(view, notes, swarm.paths, trips), refresh=True)
+                        live.update(render(view, diagnostics, swarm.paths, trips), refresh=True)
         finally:
-            asking.cancel()
-            await asyncio.wait([asking])
+            await cancel_and_wait(asking)
             if live:
                 live.stop()
 
 
-async def _ask(swarm: Swarm, verbose: bool) -> tuple[Notes, RoundTrips | None]:
-    return await ask(swarm, verbose=verbose), await round_trips(swarm) if verbose else None
+async def _ask(swarm: Swarm, verbose: bool) -> tuple[Diagnostics, RoundTrips | None]:
+    return await ask_diagnostics(swarm, verbose=verbose), await round_trips(swarm) if verbose else None
 
 
-async def _ask_later(swarm: Swarm, verbose: bool) -> tuple[Notes, RoundTrips | None]:
+async def _ask_later(swarm: Swarm, verbose: bool) -> tuple[Diagnostics, RoundTrips | None]:
     await asyncio.sleep(_ASK_AGAIN)
     return await _ask(swarm, verbose)
 
 
-def describe(
-    view: SwarmView, notes: Notes, paths: Mapping[PeerId, str], trips: RoundTrips | None = None
-) -> dict[str, Any]:
-    """The view, what the servers said, and how each was reached, as plain values for JSON.
+async def ask_diagnostics(
+    swarm: Swarm, *, verbose: bool = False, timeout: float = ASK_TIMEOUT
+) -> Diagnostics:
+    """What the servers in the view say that they are about to do, and why, or why they do not answer; of no
+    more than `MOST_ASKED` of them.
 
-    With ``trips`` also the seconds to each peer and back.
+    What peers make a server hold is told if half of what it has room for is in use, or ``verbose``.
     """
-    models = []
-    for fingerprint, model in sorted(view.models().items()):
-        counts = _coverage_online(view, model)
-        models.append(
-            {
-                "name": model.name,
-                "fingerprint": fingerprint,
-                "source": model.source,
-                "blocks": model.blocks,
-                "coverage": counts,
-                "missing": [str(span) for span in uncovered(counts)],
-            }
-        )
-    servers = [
-        {
-            **_server_values(server, notes),
-            "path": paths.get(server.peer),
-            **({"round_trip": trips.get(server.peer)} if trips is not None else {}),
-        }
-        for server in sorted(view, key=_by_span)
-    ]
-    runs = [
-        {"name": name, "members": [member.peer for member in members]}
-        for name, members in view.runs().items()
-    ]
-    return {"models": models, "servers": servers, "runs": runs}
+    asked = [server for server in swarm.view() if server.span is not None][:MOST_ASKED]
+    room = asyncio.Semaphore(ASK_AT_ONCE)
+
+    async def one(server: ServerInfo) -> Sequence[str]:
+        async with room:
+            try:
+                reply = await swarm.info(server.peer, timeout=timeout)
+            except SwarmError as exc:
+                return (f"does not answer: {printable_line(str(exc), MOST_CHARACTERS)}",)
+        lines = [printable_line(note, MOST_CHARACTERS) for note in reply.notes[:MOST_LINES]]
+        uses = reply.resources if verbose else [use for use in reply.resources if 2 * use.used >= use.limit]
+        return [*lines, *([usage(uses)] if uses else [])]
+
+    answers = await asyncio.gather(*map(one, asked))
+    return {server.peer: lines for server, lines in zip(asked, answers, strict=True)}
 
 
-def _server_values(server: ServerInfo, notes: Notes) -> dict[str, Any]:
-    values = attrs.asdict(server, recurse=False)
-    values["model"] = server.model.name if server.model else None
-    values["span"] = str(server.span) if server.span else None
-    values["target"] = str(server.target) if server.target else None
-    values["heads"] = [model.name for model in server.heads]
-    values["rtts"] = {rtt.peer: rtt.seconds for rtt in server.rtts}
-    values["notes"] = list(notes.get(server.peer, ()))
-    return values
+async def round_trips(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> RoundTrips:
+    """Seconds to peers of the view and back, to those that answer; of no more than `MOST_ASKED` of them."""
+    room = asyncio.Semaphore(ASK_AT_ONCE)
+    now = asyncio.get_running_loop().time
+
+    async def one(server: ServerInfo) -> float | None:
+        async with room:
+            try:
+                began = 0.0
+                for _ in range(2):  # the first may have to connect
+                    began = now()
+                    await swarm.node.call(server.dialable, PING_METHOD, Ping(b""), timeout=timeout)
+                return now() - began
+            except SwarmError:
+                return None
+
+    asked = list(swarm.view())[:MOST_ASKED]
+    took = await asyncio.gather(*map(one, asked))
+    return {server.peer: seconds for server, seconds in zip(asked, took, strict=True) if seconds is not None}
 
 
-def render(
-    view: SwarmView, notes: Notes, paths: Mapping[PeerId, str], trips: RoundTrips | None = None
-) -> Group:
-    """The view as tables: one for each model, with what its servers said; then those who train, by runs,
-    those who make texts for others, and the peers that do none of it. How servers are reached is a column
-    unless all of them are reached directly. With ``trips``, round trips, all that is known of each peer."""
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = []
-    for model in sorted(view.models().values(), key=lambda m: (m.name, m.fingerprint)):
-        servers = view.serving(model.fingerprint)
-        parts += [
-            _model_line(view, model),
-            _server_table(servers, model, paths),
-            *_notes(servers, notes),
-            Text(),
-        ]
-    for name, members in view.runs().items():
-        how_many = f"{len(members)} member" + ("s" if len(members) > 1 else "")
-        parts.append(
-            Text.assemble("training run ", (name, "bold"), f", {how_many}: ", (_names(members), "dim"))
-        )
-    for model, heads in view.heads():
-        parts.append(
-            Text.assemble("texts of ", (model.name, "bold"), " for thin clients: ", (_names(heads), "dim"))
-        )
-    without_blocks = [s for s in view if s.span is None and not s.runs and not s.heads]
-    if without_blocks:
-        parts.append(Text(f"without blocks: {_names(without_blocks)}", style="dim"))
-    if trips is not None:
-        parts += [_whole(server, paths, trips) for server in sorted(view, key=_by_span)]
-    if not parts:
-        parts.append(Text("nobody serves anything yet"))
-    return Group(*parts)
+def usage(resources: Sequence[ResourceUse]) -> str:
+    """What remote peers make a server hold, in a line."""
+    return "held for peers: " + ", ".join(map(_used, resources[:MOST_LINES]))
 
 
-def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
-    from rich.text import Text
-
-    counts = _coverage_online(view, model)
-    line = Text.assemble(
-        (model.name, "bold"), f"  {model.blocks} blocks  ", (model.fingerprint[:12], "dim"), "  "
-    )
-    bar = coverage_bar(counts, _BAR_WIDTH)
-    line.append(bar, style="green")
-    line.highlight_regex("·+", "red")
-    missing = uncovered(counts)
-    if missing:
-        line.append(f"  missing {', '.join(map(str, missing))}", style="bold red")
-    else:
-        line.append(f"  complete, every block at least {min(counts)} x", style="green")
-    return line
-
-
-def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[PeerId, str]) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    # All but the name keep their width: on a narrow terminal that is what gives way.
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
-    for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH), ("dtype", 5)):
-        table.add_column(name, no_wrap=True, min_width=width)
-    for name, width in (("sessions", 8), ("tok/s", 6), ("cache", 8)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
-    if some_indirect := any(paths.get(server.peer, "direct") != "direct" for server in servers):
-        table.add_column("path", no_wrap=True, min_width=len("hole-punched"))
-    table.add_column("name", overflow="fold")
-    for server in servers:
-        assert server.span is not None
-        total, free = server.cache_tokens, server.cache_tokens_free
-        cache = f"{100 * (total - free) // total} % of {_thousands(total)}" if total else "-"
-        state = f"to {server.target}" if server.target else server.state
-        table.add_row(
-            short(server.peer),
-            # Text, not str: what strangers announce is not markup.
-            Text(state, style="cyan" if server.target else _STATE_STYLES.get(server.state, "")),
-            str(server.span),
-            coverage_bar(coverage([server.span], model.blocks), _SERVER_BAR_WIDTH),
-            Text(_SHORT_DTYPES.get(server.dtype, server.dtype)[:5]),
-            str(server.sessions),
-            f"{server.throughput:,.0f}" if server.throughput else "-",
-            cache,
-            *([paths.get(server.peer, "")] if some_indirect else []),
-            Text(server.public_name[:24]),
-        )
-    return table
-
-
-def _whole(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips) -> RenderableType:
-    """What an operator copies or compares, a line for each."""
-    from rich.text import Text
-
-    trip = trips.get(server.peer)
-    path = paths.get(server.peer)
-    speeds = [
-        f"decodes {server.decode_rps:,.1f} steps/s" if server.decode_rps else "",
-        f"reads {server.forward_rps:,.0f} tokens/s" if server.forward_rps else "",
-        f"a step waits {1000 * server.queue_seconds:.1f} ms" if server.queue_seconds else "",
-    ]
-    lines = [
-        f"{server.public_name} · swarmcore {server.version or 'of an unknown version'}".removeprefix(" · "),
-        *server.addresses,
-        f"round trip {1000 * trip:.1f} ms{f', {path}' if path else ''}" if trip is not None else "no answer",
-        ", ".join(filter(None, speeds)),
-        f"from {server.model.source}" if server.model is not None and server.model.source else "",
-    ]
-    text = Text(str(server.peer), style="bold", overflow="fold")
-    for line in filter(None, lines):
-        text.append(f"\n  {line}", style="not bold")
-    return text
-
-
-def _notes(servers: list[ServerInfo], notes: Notes) -> list[RenderableType]:
-    from rich.padding import Padding
-    from rich.text import Text
-
-    return [
-        Padding(Text(f"{short(server.peer)} {note}", style="dim"), (0, 0, 0, 2))
-        for server in servers
-        for note in notes.get(server.peer, ())
-    ]
-
-
-def _names(servers: list[ServerInfo]) -> str:
-    return ", ".join(f"{short(server.peer)} {server.public_name}".strip() for server in servers)
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens // 1000}k" if tokens >= 10_000 else str(tokens)
-
-
-def _coverage_online(view: SwarmView, model: ModelInfo) -> list[int]:
-    servers = view.serving(model.fingerprint)
-    return coverage((s.span for s in servers if s.span and s.state == "online"), model.blocks)
-
-
-def _by_span(server: ServerInfo) -> tuple[Span, str]:
-    return (server.span or Span(-1, 0), server.peer)
+def _used(use: ResourceUse) -> str:
+    if use.resource == "bytes":
+        return f"{use.used / 2**20:.0f} of {use.limit / 2**20:.0f} MiB"
+    return f"{use.used} of {use.limit} {printable_line(use.resource, MOST_CHARACTERS)}"

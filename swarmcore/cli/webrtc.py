@@ -1,4 +1,4 @@
-"""The options that concern WebRTC: how to get through routers, and whom to believe to be a meeting point."""
+"""From the options that concern WebRTC to what its transport is given: ICE servers and certificates."""
 
 from __future__ import annotations
 
@@ -9,56 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from swarmcore.errors import InputError
 
 SCHEME = "webrtc"
-
-CLIENT_OPTIONS = (
-    click.option(
-        "--ice",
-        multiple=True,
-        metavar="SERVER",
-        help="STUN or TURN server for the way through routers (WebRTC): stun:HOST:PORT, "
-        "turn:USER:PASSWORD@HOST:PORT or turn-secret:SECRET@HOST:PORT, with ?transport=tcp if need be; "
-        "repeat for several, of which those are used that answer.",
-    ),
-    click.option(
-        "--ice-file",
-        metavar="FILE",
-        help="The same from a file that only its owner may read, one a line: passwords are not for command "
-        "lines.",
-    ),
-    click.option(
-        "--ice-relay-only",
-        is_flag=True,
-        help="Talk by way of TURN servers alone (WebRTC): others do not learn this machine's address.",
-    ),
-    click.option(
-        "--signalling-ca",
-        metavar="FILE",
-        help="Certificates (PEM) to believe of meeting points with TLS. [default: the system's]",
-    ),
-    click.option(
-        "--webrtc-engine",
-        metavar="NAME",
-        help="WebRTC implementation, by the name under which a plugin has installed it. "
-        "[default: auto, which is aiortc]",
-    ),
-)
-"""What every peer takes that may dial."""
-
-LISTENING_OPTIONS = (
-    *CLIENT_OPTIONS,
-    click.option(
-        "--signalling-cert",
-        metavar="FILE",
-        help="Certificate chain (PEM) of the meeting point run here (WebRTC); with it, TLS.",
-    ),
-    click.option("--signalling-key", metavar="FILE", help="The key of --signalling-cert (PEM)."),
-)
-"""What every listening peer takes besides."""
 
 
 def webrtc_options(
@@ -86,6 +39,12 @@ def webrtc_options(
     elif signalling_key is not None:
         raise InputError("--signalling-key belongs to a certificate; name it with --signalling-cert")
     return options
+
+
+def client_transports(**given: Any) -> dict[str, dict[str, Any]]:
+    """The ``transport_options`` of `connect`, from the arguments of `webrtc_options`."""
+    options = webrtc_options(**given)
+    return {SCHEME: options} if options else {}
 
 
 def read_ice_file(file: str) -> tuple[str, ...]:

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from swarmcore.cli.listening import network_config
 from swarmcore.cli.output import Output
-from swarmcore.cli.reached import Reached
+from swarmcore.cli.peer import AddressReport, network_config
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
@@ -62,9 +61,9 @@ def test_places_that_cannot_be_announced_are_refused(text: str) -> None:
 
 def test_addresses_that_come_and_go_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     lan, mapped, relayed = (f"libp2p:/ip4/192.0.2.{host}/tcp/4001/p2p/{PEER}" for host in (7, 8, 9))
-    reached = Reached(Output(json_lines=False))
-    reached.begin((lan, mapped))
-    reached.change((lan, relayed))
+    report = AddressReport(Output(json_lines=False))
+    report.online((lan, mapped))
+    report.changed((lan, relayed))
     printed = capsys.readouterr()
     assert printed.out.split() == [lan, mapped]
     assert printed.err.splitlines() == [f"also reached at {relayed}", f"no longer reached at {mapped}"]

@@ -10,15 +10,21 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from swarmcore.cli.console import PrintableConsole
-from swarmcore.cli.coverage import coverage, coverage_bar, uncovered
-from swarmcore.cli.listening import by_scheme, network_config
-from swarmcore.cli.log_lines import LineFilter, LineLimit, PrintableFormatter
-from swarmcore.cli.notes import Notes, RoundTrips
-from swarmcore.cli.options import Failure
+from swarmcore.cli.command import Failure
+from swarmcore.cli.logs import LineFilter, LineLimit, PrintableFormatter
 from swarmcore.cli.output import Output
+from swarmcore.cli.peer import by_scheme, network_config
 from swarmcore.cli.progress import JsonProgress, PlainProgress
-from swarmcore.cli.status import describe, render
+from swarmcore.cli.status_view import (
+    Diagnostics,
+    RoundTrips,
+    coverage,
+    coverage_bar,
+    describe,
+    render,
+    uncovered,
+)
+from swarmcore.cli.terminal import PrintableConsole
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 from swarmcore.registry.base import SwarmView
@@ -144,7 +150,7 @@ def test_status_counts_only_servers_that_are_online():
 
 def printed(
     swarm: SwarmView,
-    notes: Notes,
+    diagnostics: Diagnostics,
     width: int,
     paths: Mapping[PeerId, str] | None = None,
     trips: RoundTrips | None = None,
@@ -152,7 +158,7 @@ def printed(
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render(swarm, notes, paths or {}, trips))
+    console.print(render(swarm, diagnostics, paths or {}, trips))
     return console.export_text()
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from swarmcore.cli import main
 from swarmcore.cli.output import can_redraw
-from swarmcore.cli.progress import TerminalProgress
+from swarmcore.cli.terminal import TerminalProgress
 
 
 def test_what_has_no_size_is_over_when_the_next_begins() -> None:

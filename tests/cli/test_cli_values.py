@@ -1,7 +1,8 @@
 import pytest
 
-from swarmcore.cli.notes import usage
-from swarmcore.cli.values import parse_bytes, parse_named_paths, parse_numbers
+from swarmcore.cli.bench import parse_numbers
+from swarmcore.cli.serve import parse_bytes, parse_named_paths
+from swarmcore.cli.status import usage
 from swarmcore.errors import InputError
 from swarmcore.resources import ResourceUse
 

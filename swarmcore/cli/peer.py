@@ -1,16 +1,21 @@
-"""From the options of a listening peer to its configuration."""
+"""What ``serve`` and ``bootstrap`` have in common: where a peer listens, who it is, how it is reached."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import SCHEME as _WEBRTC
 from swarmcore.cli.webrtc import webrtc_options
-from swarmcore.errors import InputError
-from swarmcore.identity import public_key
+from swarmcore.errors import IdentityFileError, InputError
+from swarmcore.identity import Identity, public_key
+from swarmcore.identity_files import HeldIdentity, kept_identity
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
@@ -123,3 +128,74 @@ def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tup
         else:
             raise InputError(f"{place!r} could be any of {', '.join(schemes)}; write {schemes[0]}://{place}")
     return {scheme: tuple(values) for scheme, values in found.items()}
+
+
+def own_identity(output: Output, file: str | None, new: bool, name: str) -> Identity:
+    """Whom a listening peer is, from `process_options`: the identity in ``file``, a ``new`` one, or the one
+    kept for its ``name``, and a new one where none can be kept. No other process gets it before this command
+    has ended.
+
+    Raise `IdentityInUseError` when another process uses ``file``, `IdentityFileError` when it is no key.
+    """
+    if file is None and new:
+        return Identity.generate()
+    try:
+        # Who was killed a moment ago, and is started anew, may not be quite gone yet.
+        held = HeldIdentity(file, patience=3.0) if file is not None else kept_identity(name)
+    except IdentityFileError as exc:
+        if file is not None:
+            raise
+        output.remark(f"a new identity, which is not kept: {exc}")
+        return Identity.generate()
+    click.get_current_context().call_on_close(held.release)
+    if file is None:
+        output.remark(f"this peer is {held.identity.peer}, kept in {held.path}")
+    return held.identity
+
+
+class AddressReport:
+    """Tells the user where a peer is reached: at first by results, whenever it changes by remarks."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._known: tuple[str, ...] = ()
+
+    def online(self, addresses: Sequence[str]) -> None:
+        """What a peer that has come online gives to others."""
+        self._known = tuple(addresses)
+        for address in addresses:
+            self._output.result(address)
+        self._say_if_local()
+
+    def changed(self, addresses: tuple[str, ...]) -> None:
+        """From now on these; a line for each that is new, and for each that is lost."""
+        known, self._known = self._known, addresses
+        for address in addresses:
+            if address not in known:
+                self._output.remark(f"also reached at {address}")
+        for address in known:
+            if address not in addresses:
+                self._output.remark(f"no longer reached at {address}")
+        self._say_if_local()
+        self._output.event("addresses", addresses=addresses)
+
+    def _say_if_local(self) -> None:
+        if self._known and all(Address.parse(url).on_loopback for url in self._known):
+            self._output.remark(
+                "joinable from this machine only: listen on 0.0.0.0 or [::] to be reached from others; an "
+                "address that comes up later is told then"
+            )
+
+
+def say_what_next(output: Output, addresses: Sequence[str], *, model: str = "", chat: str = "") -> None:
+    """How others join a peer that is reached at ``addresses``, and talk with its model.
+
+    ``model`` is what another server of it would be started with, ``chat`` a command that talks with it; each
+    is empty where there is none.
+    """
+    if not addresses:
+        return
+    bootstrap = f"--bootstrap {addresses[0]}"
+    output.remark(f"join:  swarmcore serve --model {shlex.quote(model) if model else 'MODEL'} {bootstrap}")
+    if chat:
+        output.remark(f"chat:  swarmcore {chat} {bootstrap}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections import OrderedDict
 from typing import Any
 
 import attrs
 
+from swarmcore.pacing import TokenBucket
 from swarmcore.printable import printable, printable_line
 
 MAX_LINE = 2000
@@ -22,6 +25,17 @@ PER_MINUTE = 10
 _MAX_KINDS = 1024
 
 
+def configure_logging(level: str) -> None:
+    """Log to stderr, from ``level`` up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(LineFilter())
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # The model libraries' own bars would fight with ours over the terminal.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 class PrintableFormatter(logging.Formatter):
     """One line for each record, and tracebacks below it; nothing in either that a terminal acts upon."""
 
@@ -34,9 +48,8 @@ class PrintableFormatter(logging.Formatter):
 
 
 @attrs.define
-class _Kind:
-    left: float
-    at: float
+class _LinesOfAKind:
+    bucket: TokenBucket
     left_out: int = 0
 
 
@@ -46,21 +59,18 @@ class LineLimit:
     def __init__(self, *, burst: int = BURST, per_minute: float = PER_MINUTE) -> None:
         self._burst = burst
         self._rate = per_minute / 60
-        self._kinds: OrderedDict[object, _Kind] = OrderedDict()
+        self._kinds: OrderedDict[object, _LinesOfAKind] = OrderedDict()
 
     def take(self, kind: object, now: float) -> int | None:
         """How many lines of this ``kind`` were left out since the last, or None to leave out this one."""
-        known = self._kinds.pop(kind, None) or _Kind(self._burst, now)
-        self._kinds[kind] = known
+        lines = self._kinds.pop(kind, None) or _LinesOfAKind(TokenBucket(self._rate, self._burst))
+        self._kinds[kind] = lines
         if len(self._kinds) > _MAX_KINDS:
             self._kinds.popitem(last=False)
-        known.left = min(self._burst, known.left + (now - known.at) * self._rate)
-        known.at = now
-        if known.left < 1:
-            known.left_out += 1
+        if not lines.bucket.take(now):
+            lines.left_out += 1
             return None
-        known.left -= 1
-        left_out, known.left_out = known.left_out, 0
+        left_out, lines.left_out = lines.left_out, 0
         return left_out
 
 
