@@ -104,7 +104,7 @@ def show_route(output: Output, swarm: Swarm, model: ModelInfo, chain: Chain) -> 
     output.event(
         "route",
         seconds=cost.seconds,
-        way_back=cost.way_back,
+        way_back=cost.return_seconds,
         stages=[
             {
                 "server": stage.stage.server.peer,

@@ -25,7 +25,7 @@ from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import BackgroundTasks
-from swarmcore.types import Address, ModelInfo, PeerId, Span, short
+from swarmcore.types import ModelInfo, PeerId, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest
 from swarmcore.wire.protocols import INFO_METHOD
 
@@ -153,7 +153,7 @@ class SwarmConnection:
         return self.router.plan(
             self.view(),
             model,
-            span or Span(0, model.blocks),
+            span or model.span,
             tokens=tokens,
             blocked=blocked,
             banned=self.health.banned(asyncio.get_running_loop().time()),
@@ -203,7 +203,7 @@ class SwarmConnection:
         """
         self._check_joined()
         self.node.check_loop()
-        await self._pinger.look_at(model)
+        await self._pinger.follow(model)
         planner = self.planner(model, adapter=adapter, on_use=functools.partial(self._pinger.used, model))
         return await open_session(
             self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
@@ -241,8 +241,7 @@ class SwarmConnection:
         server = self.view().servers.get(peer)
         if server is None:
             raise PeerUnreachableError(f"{peer} is not in this swarm")
-        addresses = [Address.parse(url) for url in server.addresses]
-        return await self.node.call(addresses, INFO_METHOD, InfoRequest(), timeout=timeout)
+        return await self.node.call(server.dialable, INFO_METHOD, InfoRequest(), timeout=timeout)
 
     async def _follow_health(self) -> None:
         """Tell `health` what servers announce: a fresh start forgives."""

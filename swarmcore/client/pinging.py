@@ -10,12 +10,13 @@ from random import Random
 import attrs
 
 from swarmcore.errors import InputError, SwarmError
+from swarmcore.pacing import jittered
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.costs import CostModel, Latencies
 from swarmcore.routing.health import PeerHealth
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import in_turns, measure_round_trip
-from swarmcore.tasks import BackgroundTasks
+from swarmcore.tasks import BackgroundTasks, wait_until_set
 from swarmcore.types import ModelInfo, PeerId, ServerInfo
 
 
@@ -61,14 +62,14 @@ class Pinger:
         self._rng = rng
         self._admits = admits
         self._limits = limits or PingLimits()
-        self._looked_at: dict[str, asyncio.Event] = {}
+        self._first_rounds: dict[str, asyncio.Event] = {}
         self._used: dict[str, float] = {}
         self._tried: dict[PeerId, float] = {}
         self._wake = asyncio.Event()
         self._tasks = BackgroundTasks()
 
     def __repr__(self) -> str:
-        return f"<Pinger of {len(self._looked_at)} models, {len(self._latencies)} peers measured>"
+        return f"<Pinger of {len(self._first_rounds)} models, {len(self._latencies)} peers measured>"
 
     def start(self) -> None:
         if self._limits.servers:
@@ -78,7 +79,7 @@ class Pinger:
         """Stop. Harmless when repeated."""
         await self._tasks.close()
 
-    async def look_at(self, model: ModelInfo, *, timeout: float = 1.0) -> None:
+    async def follow(self, model: ModelInfo, *, timeout: float = 1.0) -> None:
         """Ping servers of ``model`` from now on; wait until the first round is over, ``timeout`` at most.
 
         It goes on while the model is `used`.
@@ -86,14 +87,11 @@ class Pinger:
         if not len(self._tasks):
             return
         self.used(model)
-        if model.fingerprint not in self._looked_at:
-            self._looked_at[model.fingerprint] = asyncio.Event()
+        if model.fingerprint not in self._first_rounds:
+            self._first_rounds[model.fingerprint] = asyncio.Event()
             self._wake.set()
-        try:
-            async with asyncio.timeout(timeout):
-                await self._looked_at[model.fingerprint].wait()
-        except TimeoutError:
-            pass  # those that have not answered by now are not the nearest
+        # Those that have not answered by then are not the nearest.
+        await wait_until_set(self._first_rounds[model.fingerprint], timeout)
 
     def used(self, model: ModelInfo) -> None:
         """Sessions of the model are at work."""
@@ -102,24 +100,20 @@ class Pinger:
     async def _run(self) -> None:
         while True:
             self._drop_idle()
-            if not self._looked_at:
+            if not self._first_rounds:
                 await self._wake.wait()
             self._wake.clear()
-            looking_at = dict(self._looked_at)
-            await in_turns(self._due(looking_at), self._ping, at_once=self._limits.at_once)
-            for event in looking_at.values():
+            following = dict(self._first_rounds)
+            await in_turns(self._due(following), self._ping, at_once=self._limits.at_once)
+            for event in following.values():
                 event.set()
-            try:
-                async with asyncio.timeout(self._limits.round * self._rng.uniform(0.75, 1.25)):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await wait_until_set(self._wake, jittered(self._limits.round, self._rng))
 
     def _drop_idle(self) -> None:
         before = asyncio.get_running_loop().time() - self._limits.idle
         for fingerprint in [each for each, used in self._used.items() if used < before]:
             del self._used[fingerprint]
-            self._looked_at.pop(fingerprint, None)
+            self._first_rounds.pop(fingerprint, None)
 
     def _due(self, fingerprints: Iterable[str]) -> list[ServerInfo]:
         now = asyncio.get_running_loop().time()
@@ -180,9 +174,8 @@ def most_promising(
     holders: Counter[int] = Counter()
     for server in sorted((s for s in servers if s.span), key=seconds_a_block):
         assert server.span is not None
-        blocks = range(server.span.start, server.span.end)
-        if any(holders[block] < limits.for_each_block for block in blocks):
-            holders.update(blocks)
+        if any(holders[block] < limits.for_each_block for block in server.span):
+            holders.update(server.span)
             chosen.append(server)
         if len(chosen) == limits.servers:
             break

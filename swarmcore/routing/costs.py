@@ -1,7 +1,7 @@
 """What a chain costs: seconds on the network, in queues and in computation, for one token.
 
-The units of arXiv 2312.08361, section 3.2: an edge of the graph of (server, position) is either the way into
-a server or one block computed there.
+The units of arXiv 2312.08361, section 3.2: an edge of the graph of (server, position) is either entering a
+server or one block computed there.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class CostModel:
     ) -> float:
         """Delay of a message; None is this peer. ``published`` is the round trip that the sender announces.
 
-        Between two servers, where it is not published, it is taken to be that of the way by this peer: the
+        Between two servers, where it is not published, it is taken to be that by way of this peer: the
         longest it can be where no link is a detour. A lower guess would make a near server look like a short
         cut to a far one.
         """
@@ -153,7 +153,7 @@ class StageCost:
 
     stage: Stage
     network: float
-    """The way there from the stage before, or from the client, and the price of a hop."""
+    """From the stage before, or from the client, and the price of a hop."""
     queue: float
     compute: float
 
@@ -167,12 +167,12 @@ class ChainCost:
     """What one token is expected to take through a chain. As text, a table."""
 
     stages: tuple[StageCost, ...]
-    way_back: float
+    return_seconds: float
     """Seconds from the last stage to the client, or to the stage that follows."""
 
     @property
     def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages) + self.way_back
+        return sum(stage.seconds for stage in self.stages) + self.return_seconds
 
     def __str__(self) -> str:
         lines = [f"{'server':<13} {'blocks':>9} {'network':>11} {'queue':>11} {'compute':>11}"]
@@ -180,8 +180,8 @@ class ChainCost:
             peer = short(cost.stage.server.peer)
             figures = "".join(f" {_ms(part):>11}" for part in (cost.network, cost.queue, cost.compute))
             lines.append(f"{peer:<13} {cost.stage.span!s:>9}{figures}")
-        lines.append(f"{'back':<13} {'':>9} {_ms(self.way_back):>11}")
-        network = sum(cost.network for cost in self.stages) + self.way_back
+        lines.append(f"{'back':<13} {'':>9} {_ms(self.return_seconds):>11}")
+        network = sum(cost.network for cost in self.stages) + self.return_seconds
         queue = sum(cost.queue for cost in self.stages)
         compute = sum(cost.compute for cost in self.stages)
         lines.append(
@@ -213,8 +213,8 @@ def chain_cost(
         compute = len(stage.span) * costs.block_seconds(stage.server, "decode", typical)
         stages.append(StageCost(stage, network, stage.server.queue_seconds, compute))
         sender, known = stage.server.peer, published_rtts(stage.server)
-    way_back = costs.one_way(sender, before, known.get(before) if before else None)
-    return ChainCost(tuple(stages), way_back)
+    return_seconds = costs.one_way(sender, before, known.get(before) if before else None)
+    return ChainCost(tuple(stages), return_seconds)
 
 
 def _ms(seconds: float) -> str:

@@ -113,9 +113,9 @@ class LeastLatency(Router):
         graph = self._follow(view, model)
         servers = [graph.info(slot) for slot in graph.slots.values()]
         typical = self.costs.typical_block_seconds(servers, "prefill")
-        way = self.cost(view, model, chain)
-        seconds = way.way_back
-        for stage in way.stages:
+        cost = self.cost(view, model, chain)
+        seconds = cost.return_seconds
+        for stage in cost.stages:
             block = self.costs.block_seconds(stage.stage.server, "prefill", typical)
             seconds += stage.network + stage.queue + self.costs.transfer(model, tokens)
             seconds += tokens * len(stage.stage.span) * block

@@ -12,10 +12,10 @@ from swarmcore.types import Span
 INFINITE = float("inf")
 
 Path = tuple[int, int, "Path | None"]
-"""A server's slot, the position where it is entered, and the way there."""
+"""A server's slot, the position where it is entered, and the path to it."""
 
 Arrival = tuple[float, Path | None]
-"""Seconds until the hidden states are there, and the way they took."""
+"""Seconds until the hidden states are there, and the path they took."""
 
 
 @attrs.frozen(kw_only=True)
@@ -28,7 +28,7 @@ class Query:
     borders: frozenset[int]
     """Positions that nobody may pass without leaving a server."""
     entry: Sequence[float]
-    """Seconds of entering a server, on top of the way there, by slot."""
+    """Seconds of entering a server, on top of getting there, by slot."""
     arrive: Sequence[float]
     """Seconds on the way to a server that is the first, by slot."""
     leave: Mapping[int, float]
@@ -65,7 +65,7 @@ class _Layer:
         self._query = query
         self._seconds = [INFINITE] * len(graph.vertices)
         self._paths: list[Path | None] = [None] * len(graph.vertices)
-        self._enter = [way + entry for way, entry in zip(graph.to_hub, query.entry, strict=True)]
+        self._enter = [hub + entry for hub, entry in zip(graph.to_hub, query.entry, strict=True)]
         self._best = INFINITE
         self._nearest = -1
         """The server from which the hub is reached first, in ``_best`` seconds."""
@@ -132,22 +132,22 @@ class _Layer:
             if start + delay > best + to_hub[other] and graph.holds(other, position)
         ]
         for other in around:
-            found[other] = self._way_around(other, left)
+            found[other] = self._detour(other, left)
         exceptions = {other: (there, paths[slot]) for other, (there, slot) in found.items()}
         return (best, paths[self._nearest]), exceptions
 
-    def _way_around(self, slot: int, left: Sequence[int]) -> tuple[float, int]:
+    def _detour(self, slot: int, left: Sequence[int]) -> tuple[float, int]:
         """The first to arrive at a server that is farther from the nearest one than through the hub."""
         graph, seconds, following = self._graph, self._seconds, self._next
         if following < 0 or slot in graph.links[following]:
             return min((seconds[other] + graph.delay(other, slot), other) for other in left)
         # Nobody comes through the hub before the next one, nor by a link that is worse than the hub.
-        ways = [(seconds[following] + graph.to_hub[following] + graph.to_hub[slot], following)]
+        arrivals = [(seconds[following] + graph.to_hub[following] + graph.to_hub[slot], following)]
         for other in graph.linked_to(slot):
             there = seconds[other] + graph.links[other][slot]
-            if there < ways[0][0] and other in left:
-                ways.append((there, other))
-        return min(ways)
+            if there < arrivals[0][0] and other in left:
+                arrivals.append((there, other))
+        return min(arrivals)
 
     def end(self) -> tuple[float, Path | None]:
         """Seconds and path to the end of the span."""

@@ -55,7 +55,8 @@ class ThroughputShares:
             known.server, known.seconds = server, 1 / throughput
             return
         self.remove(server.peer)
-        rivals = [share.busy for share in self._shares.values() if _overlap(share.server, server)]
+        spans = ((share, share.server.span) for share in self._shares.values())
+        rivals = [share.busy for share, span in spans if span and span.overlap(server.span)]
         self._shares[server.peer] = _Share(server, 1 / throughput, min(rivals, default=0.0))
 
     def remove(self, peer: PeerId) -> None:
@@ -106,8 +107,3 @@ class ThroughputShares:
         for share, _, seconds in stages:
             share.busy += seconds
         return Chain(tuple(stage for _, stage, _ in stages))
-
-
-def _overlap(one: ServerInfo, other: ServerInfo) -> bool:
-    a, b = one.span, other.span
-    return bool(a and b and max(a.start, b.start) < min(a.end, b.end))

@@ -165,8 +165,8 @@ class RowHistory:
 class KeptOutputs:
     """What a server keeps of a session's outputs for a `Replay`: as the settled steps have left them.
 
-    A step that is computed here may never come home; until it has, what it does is only noted. Once it is
-    `drop`ped, nothing is kept any more.
+    A step that is computed here may never get through the chain; until it has, its rows only wait here. Once
+    all is `drop`ped, nothing is kept any more.
     """
 
     def __init__(self, sequences: int) -> None:
@@ -196,7 +196,7 @@ class KeptOutputs:
                 self._history.apply(*self._open.popleft())
 
     def settle(self, below: int) -> None:
-        """All steps with a lower number have come home, or were given up and are overwritten."""
+        """All steps with a lower number are through, or were given up and are overwritten."""
         while self._history is not None and self._open and self._open[0][0].step < below:
             self._history.apply(*self._open.popleft())
 
@@ -220,10 +220,10 @@ class KeptOutputs:
 
 
 class _StageInputs:
-    """The history of one stage's inputs, and what is on its way into it.
+    """The history of one stage's inputs, and what is about to enter it.
 
-    Rows come when they come: some time before or after their step is settled. They enter the history in the
-    order of the settled steps, so that the history is always what it was after one of them.
+    Rows arrive some time before or after their step is settled. They enter the history in the order of the
+    settled steps, so that it is always what it was after one of them.
     """
 
     def __init__(self, sequences: int) -> None:
@@ -300,7 +300,7 @@ class Journal:
         return True
 
     def settle(self, entry: Entry) -> None:
-        """The step has come home: its tokens are part of the session."""
+        """The step is through: its tokens are part of the session."""
         self._in_flight.pop(entry.step, None)
         for inputs in self._inputs.values():
             inputs.settle(entry)

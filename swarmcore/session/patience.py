@@ -13,6 +13,7 @@ from typing import Literal
 import attrs
 
 from swarmcore.errors import BusyError, DeadlineExceededError, MissingBlocksError, SwarmError
+from swarmcore.pacing import Backoff
 
 RESENDS = 3
 """How often a step that its server does not have is sent again before the stage counts as lost."""
@@ -24,16 +25,14 @@ ALONE = 10.0
 """Times the step's timeout that a server without progress is given when nobody else has its blocks: to open
 the session there again would not make it any faster."""
 
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 2.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two attempts at something that is missing or broken; twice as long each time."""
 
-BUSY_PAUSE = 1.0
-LONGEST_BUSY_PAUSE = 20.0
+BUSY_PAUSE, LONGEST_BUSY_PAUSE = 1.0, 20.0
 """The same for a server that has no room or memory now: to ask at once would only keep it busy."""
 
 MAX_FAILURES = 32
-"""Failures within one lap: a step that brings down every server it comes to must not go on for ever."""
+"""Failures within one step: one that brings down every server it comes to must not go on for ever."""
 
 Verdict = Literal["wait", "resend", "replace", "give up"]
 
@@ -86,21 +85,21 @@ class StepPatience:
 class RetryPolicy:
     """Decides when to try again what failed, and when to give up: after ``patience`` seconds.
 
-    A first failure is mended at once, further ones after pauses that double. Whoever has no room or memory is
-    left alone for longer each time, until a step gets through.
+    A first failure is repaired at once, further ones after pauses that double. A server that has no room or
+    memory is left alone for longer each time, until a step gets through.
     """
 
     patience: float
     failures: int = 0
     """Since the last step that got through, less those where nobody was there to try."""
     _since: float | None = None
-    _pause: float = 0.0
+    _pauses: Backoff = attrs.field(factory=lambda: Backoff(FIRST_PAUSE, LONGEST_PAUSE))
     _busy_since: float | None = None
-    _busy_pause: float = 0.0
+    _busy_pauses: Backoff = attrs.field(factory=lambda: Backoff(BUSY_PAUSE, LONGEST_BUSY_PAUSE))
 
     @property
     def busy(self) -> bool:
-        """Whether somebody had no room or memory since the last step that got through."""
+        """Whether a server had no room or memory since the last step that got through."""
         return self._busy_since is not None
 
     def failed(self, now: float, error: SwarmError) -> float:
@@ -111,20 +110,21 @@ class RetryPolicy:
             return math.inf
         if isinstance(error, BusyError) and not isinstance(error, DeadlineExceededError):
             self._busy_since = now if self._busy_since is None else self._busy_since
-            self._busy_pause = min(2 * self._busy_pause, LONGEST_BUSY_PAUSE) or BUSY_PAUSE
-            since, pause = self._busy_since, self._busy_pause
+            since, pause = self._busy_since, self._busy_pauses.next()
         else:
             self._since = now if self._since is None else self._since
-            self._pause = min(2 * self._pause, LONGEST_PAUSE) or FIRST_PAUSE
-            since, pause = self._since, self._pause
+            since, pause = self._since, self._pauses.next()
         return pause if now + pause <= since + self.patience else math.inf
 
     def replaced(self) -> None:
-        """Somebody has taken over. Whether he will do better is yet to be seen."""
+        """Another server has taken over. Whether it will do better is yet to be seen."""
         self.failures += 1
-        self._since, self._pause = None, 0.0
+        self._since = None
+        self._pauses.reset()
 
     def succeeded(self) -> None:
         """A step got through."""
-        self.replaced()
-        self._busy_since, self._busy_pause, self.failures = None, 0.0, 0
+        self._since = self._busy_since = None
+        self.failures = 0
+        self._pauses.reset()
+        self._busy_pauses.reset()

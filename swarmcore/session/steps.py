@@ -1,7 +1,7 @@
-"""The client's side of a session, without I/O: positions, step numbers, and each step's way along the chain.
+"""The client's side of a session, without I/O: positions, step numbers, and which servers each step visits.
 
-A *lap* is one trip of new tokens through all stages. A long lap is cut into chunks, each a step of its own,
-that follow each other through the chain so that stages overlap.
+A step of a session brings new tokens through all stages. A long one is cut into chunks, each a `Step` of its
+own on the wire, that follow each other through the chain so that stages overlap.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ JournalMode = Literal["client", "servers", "off"]
 
 @attrs.frozen
 class Chunk:
-    """A part of a lap: rows ``first_row:first_row + rows`` of its hidden states, sent as step ``step``."""
+    """A part of a step: rows ``first_row:first_row + rows`` of its hidden states, sent as step ``step``."""
 
     step: int
     starts: tuple[int, ...]
@@ -33,7 +33,7 @@ class Chunk:
     """How the sequences are reordered before, as in `Step.sources`."""
     reply: Reply = "last"
     until: int | None = None
-    """The block before which its way ends; None for the model's end."""
+    """The block before which it ends; None for the model's end."""
     replay: bool = False
 
     @property
@@ -68,14 +68,14 @@ class SessionSteps:
     """Numbers the steps of a session and routes them along its chain.
 
     ``hops`` are the stages in order. ``carried`` are stages that cannot reach the next one: the client takes
-    their output back and sends it on itself. `received` adds to them what it hears of.
+    their output back and sends it on itself. `received` adds those that say so.
     """
 
     def __init__(self, hops: Sequence[Hop], *, sequences: int, carried: Collection[int] = ()) -> None:
         self.hops = tuple(hops)
         self.positions: tuple[int, ...] = (0,) * sequences
         self.settled = 0
-        """Steps below this number have come home."""
+        """Steps below this number have come back."""
         self.next_step = 0
         """Number of the step that is planned next."""
         self._carried = set(carried)
@@ -112,11 +112,11 @@ class SessionSteps:
         chunk_rows: int,
         sources: Sequence[int] = (),
     ) -> StepPlan:
-        """Plan the lap for ``lengths`` new tokens of each sequence, from ``starts`` (default: `positions`).
+        """Plan a step of ``lengths`` new tokens of each sequence, from ``starts`` (default: `positions`).
 
         With ``sources``, sequence ``i`` first becomes a copy of sequence ``sources[i]``. A start below a
         sequence's position, after that, rolls it back. Raise `InvalidStepError` for counts that do not match
-        the session, an empty lap, a source that is not there, or a start beyond what is cached.
+        the session, an empty step, a source that is not there, or a start beyond what is cached.
         """
         lengths, sources = tuple(lengths), tuple(sources)
         if sources and (
@@ -129,7 +129,7 @@ class SessionSteps:
         starts = positions if starts is None else tuple(starts)
         if len(lengths) != len(self.positions) or len(starts) != len(self.positions):
             raise InvalidStepError(
-                f"a lap needs one length and one start for each of the session's {len(self.positions)} "
+                f"a step needs one length and one start for each of the session's {len(self.positions)} "
                 f"sequences, got {len(lengths)} lengths and {len(starts)} starts"
             )
         if min(lengths) < 0 or not any(lengths):
@@ -143,18 +143,18 @@ class SessionSteps:
         return StepPlan(tuple(chunks), starts, lengths, reply, sources)
 
     def settle(self, chunk: Chunk) -> None:
-        """The chunk came home: its tokens are cached on every stage. Chunks of a lap come in their order."""
+        """The chunk is through: its tokens are cached on every stage. Chunks of a step end in their order."""
         self.positions = tuple(map(int.__add__, chunk.starts, chunk.lengths))
         self.settled = chunk.step + 1
 
-    def abandon(self, lap: StepPlan) -> None:
-        """The lap failed: what it started from is kept, whatever the stages have cached beyond it."""
-        if not self.reordering(lap):
-            self.positions = tuple(map(min, lap.starts, self.positions))
+    def abandon(self, plan: StepPlan) -> None:
+        """The step failed: what it started from is kept, whatever the stages have cached beyond it."""
+        if not self.reordering(plan):
+            self.positions = tuple(map(min, plan.starts, self.positions))
 
-    def reordering(self, lap: StepPlan) -> bool:
-        """Whether stages may have reordered their sequences for a lap of which nothing has come home."""
-        return bool(lap.sources) and self.settled <= lap.chunks[0].step
+    def reordering(self, plan: StepPlan) -> bool:
+        """Whether stages may have reordered their sequences for a step of which nothing has come back."""
+        return bool(plan.sources) and self.settled <= plan.chunks[0].step
 
     def replay(
         self, starts: Sequence[int], ends: Sequence[int], *, until: int, reply: Reply, chunk_rows: int

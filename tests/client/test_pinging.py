@@ -34,7 +34,7 @@ async def test_round_trips_are_known_after_the_first_look() -> None:
         near, far = await peers.add(0, 12, 0.02), await peers.add(0, 12, 0.08)
         async with pinging(peers) as pinger:
             assert not pinger._latencies.seconds
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
             assert dict(pinger._latencies.seconds) == pytest.approx({near: 0.02, far: 0.08})
 
 
@@ -43,7 +43,7 @@ async def test_a_look_does_not_wait_for_who_does_not_answer() -> None:
         await peers.add(0, 12, 30.0)
         async with pinging(peers) as pinger:
             started = asyncio.get_running_loop().time()
-            await pinger.look_at(MODEL, timeout=1.0)
+            await pinger.follow(MODEL, timeout=1.0)
             assert asyncio.get_running_loop().time() - started == pytest.approx(1.0)
 
 
@@ -51,7 +51,7 @@ async def test_nobody_is_pinged_for_a_model_that_is_not_used_any_more() -> None:
     async with measured_peers() as peers:
         await peers.add(0, 12, 0.02)
         async with pinging(peers, limits=PingLimits(idle=100.0, refresh=30.0)) as pinger:
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
             for _ in range(6):
                 await asyncio.sleep(50)
                 pinger.used(MODEL)
@@ -61,7 +61,7 @@ async def test_nobody_is_pinged_for_a_model_that_is_not_used_any_more() -> None:
             assert PINGS + 300 / 60 < pinged < PINGS + 500 / 24
             await asyncio.sleep(1000)
             assert len(peers.pings) == pinged
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
             assert len(peers.pings) > pinged
 
 
@@ -71,7 +71,7 @@ async def test_nobody_is_pinged_before_a_model_is_in_use_and_nobody_after_the_en
         async with pinging(peers) as pinger:
             await asyncio.sleep(300)
             assert not peers.pings
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
         pinged = len(peers.pings)
         await asyncio.sleep(300)
         assert len(peers.pings) == pinged == PINGS
@@ -81,7 +81,7 @@ async def test_measurements_are_kept_fresh_and_new_servers_are_found() -> None:
     async with measured_peers() as peers:
         old = await peers.add(0, 12, 0.02)
         async with pinging(peers, limits=PingLimits(idle=1e9)) as pinger:
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
             new = await peers.add(0, 12, 0.04)
             for _ in range(30):
                 await asyncio.sleep(20)
@@ -96,7 +96,7 @@ async def test_who_does_not_answer_three_times_is_banned_until_it_does() -> None
         await peers.add(0, 12, 0.02)
         gone = peers.add_unreachable(0, 12)
         async with pinging(peers) as pinger:
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
             assert not pinger._health.banned(asyncio.get_running_loop().time())
             failures = 0
             for _ in range(60):
@@ -112,7 +112,7 @@ async def test_servers_that_may_not_be_used_are_not_pinged() -> None:
         used, unused = await peers.add(0, 12, 0.02), await peers.add(0, 12, 0.02)
         await peers.add(0, 12, 0.02, state="draining")
         async with pinging(peers, admits=lambda peer: peer != unused) as pinger:
-            await pinger.look_at(MODEL)
+            await pinger.follow(MODEL)
         assert set(peers.pings) == {used}
 
 

@@ -23,7 +23,7 @@ from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.testing.faulty import Faults
 from swarmcore.testing.rows import hidden_states, read_rows, read_values
 from swarmcore.types import Span
-from swarmcore.wire import passes as wire
+from swarmcore.wire import forward_backward as wire
 from swarmcore.wire.tensors import Tensor
 
 pytestmark = pytest.mark.virtual_time

@@ -26,7 +26,7 @@ from swarmcore.errors import (
 )
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.testing.rows import hidden_states, read_rows, tensor_of
-from swarmcore.wire import passes as wire
+from swarmcore.wire import forward_backward as wire
 from swarmcore.wire.method import Protocol
 from swarmcore.wire.protocols import BACKWARD_PROTOCOL, FORWARD_PROTOCOL
 from swarmcore.wire.tensors import Tensor

@@ -10,35 +10,35 @@ from swarmcore.wire.messages import Hop, StepOutput
 HOPS = [Hop(PeerId(f"p{i}"), (), f"{i:032x}", i * 4, i * 4 + 4) for i in range(3)]
 
 
-def laps(sequences: int = 1, **options) -> SessionSteps:
+def session_steps(sequences: int = 1, **options) -> SessionSteps:
     return SessionSteps(HOPS, sequences=sequences, **options)
 
 
 def run(session: SessionSteps, *lengths: int, starts=None):
-    lap = session.begin(lengths, starts, "last", chunk_rows=100)
-    for chunk in lap.chunks:
+    plan = session.begin(lengths, starts, "last", chunk_rows=100)
+    for chunk in plan.chunks:
         session.settle(chunk)
-    return lap
+    return plan
 
 
-def test_a_lap_goes_straight_through_the_chain():
-    session = laps()
-    lap = session.begin([5], None, "last", chunk_rows=100)
-    step = session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0)
+def test_a_step_goes_straight_through_the_chain():
+    session = session_steps()
+    plan = session.begin([5], None, "last", chunk_rows=100)
+    step = session.step_for(0, plan.chunks[0], codec="raw", deadline=1.0)
     assert step.chain == tuple(HOPS[1:])
     assert step.reply == "last"
     assert session.received(2, StepOutput(step.step, 12)) is None
 
 
 def test_positions_move_when_chunks_come_home():
-    session = laps(2)
+    session = session_steps(2)
     run(session, 3, 5)
     run(session, 1, 0)
     assert session.positions == (4, 5)
 
 
-def test_an_abandoned_lap_leaves_the_positions_where_it_started():
-    session = laps()
+def test_an_abandoned_step_leaves_the_positions_where_it_started():
+    session = session_steps()
     run(session, 9)
     session.abandon(session.begin([2], [4], "last", chunk_rows=100))
     assert session.positions == (4,)
@@ -47,29 +47,29 @@ def test_an_abandoned_lap_leaves_the_positions_where_it_started():
 
 
 def test_a_hop_that_a_server_cannot_make_is_carried_from_then_on():
-    session = laps()
-    lap = session.begin([5], None, "last", chunk_rows=100)
+    session = session_steps()
+    plan = session.begin([5], None, "last", chunk_rows=100)
     assert session.received(0, StepOutput(0, 4, undelivered="no route")) == 1
-    onward = session.step_for(1, lap.chunks[0], codec="raw", deadline=1.0)
+    onward = session.step_for(1, plan.chunks[0], codec="raw", deadline=1.0)
     assert onward.chain == (HOPS[2],)
     assert onward.reply == "last"
-    session.settle(lap.chunks[0])
-    lap = session.begin([1], None, "last", chunk_rows=100)
-    first = session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0)
+    session.settle(plan.chunks[0])
+    plan = session.begin([1], None, "last", chunk_rows=100)
+    first = session.step_for(0, plan.chunks[0], codec="raw", deadline=1.0)
     assert first.chain == ()
     assert first.reply == "all", "an output that is to be carried on must be whole"
 
 
 def test_a_carried_hop_known_at_opening_is_never_tried():
-    session = laps(carried=[1])
-    lap = session.begin([5], None, "last", chunk_rows=100)
-    step = session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0)
+    session = session_steps(carried=[1])
+    plan = session.begin([5], None, "last", chunk_rows=100)
+    step = session.step_for(0, plan.chunks[0], codec="raw", deadline=1.0)
     assert step.chain == (HOPS[1],)
     assert session.received(1, StepOutput(step.step, 8)) == 2
 
 
 def test_an_output_of_other_blocks_is_refused():
-    session = laps()
+    session = session_steps()
     session.begin([5], None, "last", chunk_rows=100)
     with pytest.raises(ProtocolError, match="block 7"):
         session.received(2, StepOutput(0, 7))
@@ -89,11 +89,11 @@ def test_an_output_of_other_blocks_is_refused():
 )
 def test_laps_that_do_not_fit_the_session_are_refused(lengths, starts):
     with pytest.raises(InvalidStepError):
-        laps(2).begin(lengths, starts, "last", chunk_rows=100)
+        session_steps(2).begin(lengths, starts, "last", chunk_rows=100)
 
 
 def test_rollback_is_only_to_what_is_cached():
-    session = laps(2)
+    session = session_steps(2)
     run(session, 3, 5)
     session.rollback([1, 5])
     assert session.positions == (1, 5)
@@ -109,42 +109,42 @@ def test_rollback_is_only_to_what_is_cached():
     cached=st.integers(0, 7),
 )
 def test_chunks_cover_every_row_once_and_in_order(lengths, chunk_rows, cached):
-    session = laps(len(lengths))
+    session = session_steps(len(lengths))
     session.positions = (cached,) * len(lengths)
-    lap = session.begin(lengths, None, "last", chunk_rows=chunk_rows)
-    rows = [row for chunk in lap.chunks for row in range(chunk.first_row, chunk.first_row + chunk.rows)]
+    plan = session.begin(lengths, None, "last", chunk_rows=chunk_rows)
+    rows = [row for chunk in plan.chunks for row in range(chunk.first_row, chunk.first_row + chunk.rows)]
     assert rows == list(range(sum(lengths)))
     at = [cached] * len(lengths)
-    for chunk in lap.chunks:
+    for chunk in plan.chunks:
         assert chunk.rows <= chunk_rows
         assert list(chunk.starts) == at
         at = [start + length for start, length in zip(at, chunk.lengths, strict=True)]
     assert at == [cached + length for length in lengths]
-    assert [chunk.step for chunk in lap.chunks] == list(range(len(lap.chunks)))
+    assert [chunk.step for chunk in plan.chunks] == list(range(len(plan.chunks)))
 
 
-def test_a_lap_may_reorder_its_sequences():
-    session = laps(3)
+def test_a_step_may_reorder_its_sequences():
+    session = session_steps(3)
     run(session, 4, 2, 7)
-    lap = session.begin([1, 1, 0], None, "last", chunk_rows=1, sources=[2, 2, 0])
-    assert lap.starts == (7, 7, 4)
-    assert [chunk.sources for chunk in lap.chunks] == [(2, 2, 0), ()], "once is enough"
-    assert session.reordering(lap)
-    session.abandon(lap)
+    plan = session.begin([1, 1, 0], None, "last", chunk_rows=1, sources=[2, 2, 0])
+    assert plan.starts == (7, 7, 4)
+    assert [chunk.sources for chunk in plan.chunks] == [(2, 2, 0), ()], "once is enough"
+    assert session.reordering(plan)
+    session.abandon(plan)
     assert session.positions == (4, 2, 7), "nothing of it came home"
-    session.settle(lap.chunks[0])
-    session.abandon(lap)
+    session.settle(plan.chunks[0])
+    session.abandon(plan)
     assert session.positions == (7, 7, 4), "the sequences are reordered for good"
 
 
 @pytest.mark.parametrize("sources", [[0], [0, 2], [0, -1]])
 def test_sources_are_sequences_of_the_session(sources):
     with pytest.raises(InvalidStepError):
-        laps(2).begin([1, 1], None, "last", chunk_rows=9, sources=sources)
+        session_steps(2).begin([1, 1], None, "last", chunk_rows=9, sources=sources)
 
 
 def test_stages_can_be_replaced_by_more_or_fewer():
-    session = laps(carried=[0, 2])
+    session = session_steps(carried=[0, 2])
     halves = [Hop(PeerId("a"), (), "a" * 32, 4, 6), Hop(PeerId("b"), (), "b" * 32, 6, 8)]
     session.replace(1, 1, halves, carried=[0])
     assert session.hops == (HOPS[0], *halves, HOPS[2])
@@ -156,7 +156,7 @@ def test_stages_can_be_replaced_by_more_or_fewer():
 
 
 def test_a_replay_ends_where_the_new_stages_do():
-    session = laps(2)
+    session = session_steps(2)
     chunks = session.replay([0, 3], [6, 5], until=8, reply="none", chunk_rows=5)
     assert [(chunk.starts, chunk.lengths) for chunk in chunks] == [((0, 3), (5, 0)), ((5, 3), (1, 2))]
     step = session.step_for(0, chunks[0], codec="raw", deadline=1.0, journal="client")
@@ -166,7 +166,7 @@ def test_a_replay_ends_where_the_new_stages_do():
 
 
 def test_a_step_tells_what_has_come_home():
-    session = laps()
+    session = session_steps()
     run(session, 3)
-    lap = session.begin([1], None, "last", chunk_rows=9)
-    assert session.step_for(0, lap.chunks[0], codec="raw", deadline=1.0, attempt=2).settled == 1
+    plan = session.begin([1], None, "last", chunk_rows=9)
+    assert session.step_for(0, plan.chunks[0], codec="raw", deadline=1.0, attempt=2).settled == 1

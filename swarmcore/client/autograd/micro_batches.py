@@ -10,15 +10,15 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
-from swarmcore.client.autograd import rpc as passes
+from swarmcore.client.autograd import rpc
 from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.limiter import Call, FairLimiter
 from swarmcore.client.autograd.options import LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SERVER, PassOptions
-from swarmcore.client.autograd.planner import PassKind, Work
+from swarmcore.client.autograd.planner import BatchPlanner, PassKind, Work
 from swarmcore.client.autograd.rpc import MicroBatch, as_computed
 from swarmcore.client.session.opening import located
 from swarmcore.client.session.planner import random_session_id
@@ -31,7 +31,8 @@ from swarmcore.errors import (
     TooManyCallsError,
     UnknownCodecError,
 )
-from swarmcore.routing.chain import Chain, Stage
+from swarmcore.pacing import Backoff
+from swarmcore.routing.chain import Stage
 from swarmcore.routing.link_codec import TensorKind
 from swarmcore.rpc.node import Node
 from swarmcore.types import ModelInfo, PeerId, Span
@@ -39,40 +40,14 @@ from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 2.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two attempts to find a server."""
 
 WARN_EVERY = 10.0
 """Seconds between two warnings that batches wait."""
 
 Result = TypeVar("Result")
-Done = TypeVar("Done", passes.ForwardResult, passes.BackwardResult)
-
-
-class Planner(Protocol):
-    """Chooses the servers of micro-batches, and hears how they did."""
-
-    @property
-    def servers(self) -> int:
-        """How many take batches now."""
-
-    def chain(
-        self,
-        span: Span,
-        *,
-        tokens: int = 0,
-        adapter: str = "",
-        avoid: Sequence[PeerId] = (),
-        work: Work = "forward",
-    ) -> Chain:
-        """A chain for ``span`` whose servers take ``tokens`` at a time, and are to do ``work`` on them."""
-
-    def worked(self, stage: Stage, kind: PassKind, tokens: int, seconds: float) -> None:
-        """A server has done a pass."""
-
-    def failed(self, peer: PeerId, error: SwarmError) -> None:
-        """A server failed a pass."""
+Done = TypeVar("Done", rpc.ForwardResult, rpc.BackwardResult)
 
 
 @attrs.frozen(eq=False)
@@ -119,7 +94,7 @@ class BatchRunner:
     def __init__(
         self,
         node: Node,
-        planner: Planner,
+        planner: BatchPlanner,
         model: ModelInfo,
         options: PassOptions | None = None,
         *,
@@ -219,7 +194,7 @@ class BatchRunner:
                 result = await search.attempt(
                     stage,
                     "forward",
-                    passes.forward(
+                    rpc.forward(
                         self.node,
                         self.model,
                         stage,
@@ -254,7 +229,7 @@ class BatchRunner:
             result = await search.attempt(
                 last.stage,
                 "backward",
-                passes.backward(
+                rpc.backward(
                     self.node,
                     self.model,
                     last.stage,
@@ -330,7 +305,7 @@ class _ServerSearch:
         self._failure: SwarmError | None = None
         self._avoid: list[PeerId] = []
         self._give_up = self.now() + runner.options.patience
-        self._pause = FIRST_PAUSE
+        self._pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._peers = peers
 
     def codecs(self, stage: Stage, kind: TensorKind, rows: Tensor) -> tuple[str, str]:
@@ -365,8 +340,7 @@ class _ServerSearch:
             if reason is not None:
                 raise reason from self._failure
             raise self._failure or InternalError("a batch found no server, for no reason")
-        await asyncio.sleep(min(left, self._pause))
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        await asyncio.sleep(min(left, self._pauses.next()))
 
     async def attempt(
         self, stage: Stage, kind: PassKind, work: Coroutine[Any, Any, Done], codecs: Iterable[str]
@@ -399,7 +373,8 @@ class _ServerSearch:
                 runner.planner.failed(peer, exc)
             return None
         runner.planner.worked(stage, kind, self._batch.rows, result.seconds)
-        self._give_up, self._pause = self.now() + runner.options.patience, FIRST_PAUSE
+        self._give_up = self.now() + runner.options.patience
+        self._pauses.reset()
         return result
 
     @staticmethod

@@ -15,7 +15,6 @@ import attrs
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.client.autograd.codecs import Transfer
 from swarmcore.errors import (
-    DeadlineExceededError,
     InternalError,
     ProtocolError,
     SwarmError,
@@ -24,7 +23,8 @@ from swarmcore.errors import (
 from swarmcore.routing.chain import Stage
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.types import Address, ModelInfo, ServerInfo
+from swarmcore.tasks import deadline_after, running
+from swarmcore.types import ModelInfo, ServerInfo
 from swarmcore.wire.forward_backward import (
     AdapterPart,
     AdapterWanted,
@@ -262,28 +262,18 @@ class _PassCall:
         answers: _Answers,
         end: type[Done],
     ) -> Done:
-        addresses = [Address.parse(url) for url in self._stage.server.addresses]
         timeout = self._batch.timeout
+        self._give_up = asyncio.get_running_loop().time() + MOST * timeout
         self._to_send.put_nowait(partial(self._send_rows, *rows))
-        try:
-            async with asyncio.timeout(timeout) as clock:
-                self._clock, self._give_up = clock, asyncio.get_running_loop().time() + MOST * timeout
-                async with await self._node.open(addresses, protocol, opening, timeout=timeout) as channel:
-                    sending = asyncio.create_task(self._send_queued(channel), name="pass rows")
-                    try:
-                        while not isinstance(record := await self._next(channel, answers), end):
-                            pass
-                        answers.check_complete()
-                        return record
-                    finally:
-                        sending.cancel()
-                        await asyncio.gather(sending, return_exceptions=True)
-        except TimeoutError as exc:
-            if not clock.expired():
-                raise
-            raise DeadlineExceededError(
-                f"{self._stage} got no further with a batch of {self._batch.rows} tokens in {timeout:.0f} s"
-            ) from exc
+        stuck = f"{self._stage} got no further with a batch of {self._batch.rows} tokens in {timeout:.0f} s"
+        async with deadline_after(timeout, stuck) as self._clock:
+            addresses = self._stage.server.dialable
+            channel = await self._node.open(addresses, protocol, opening, timeout=timeout)
+            async with channel, running(self._send_queued(channel), "rows of a batch"):
+                while not isinstance(record := await self._next(channel, answers), end):
+                    pass
+                answers.check_complete()
+                return record
 
     def _progressed(self) -> None:
         """The time of the pass begins anew, unless it is late already."""

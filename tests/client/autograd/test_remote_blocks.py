@@ -190,7 +190,7 @@ async def test_over_the_asynchronous_interface_the_swarm_is_joined_once_more(lla
         assert hidden.grad is not None
 
 
-def test_the_way_back_can_be_taken_twice_and_not_at_all(llama: Blocks) -> None:
+def test_the_backward_pass_can_be_run_twice_and_not_at_all(llama: Blocks) -> None:
     hidden = inputs()
     output = llama.model.blocks(hidden)
     first = torch.autograd.grad(output.sum(), hidden, retain_graph=True)[0]
