@@ -24,8 +24,8 @@ from swarmcore.types import Address, ModelInfo, ServerInfo, Span
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 from swarmcore_transports.libp2p import Libp2pTransport
 from swarmcore_transports.libp2p.multiaddrs import to_multiaddr
-from swarmcore_transports.libp2p_dht.node import Dht
-from swarmcore_transports.libp2p_dht.options import DhtOptions
+from swarmcore_transports.libp2p_dht.lookups import DhtOptions
+from swarmcore_transports.libp2p_dht.node import DhtNode
 from swarmcore_transports.libp2p_dht.records import ValueRules, encode_value, record_key
 from swarmcore_transports.libp2p_dht.registry import DhtRegistry
 
@@ -163,7 +163,7 @@ async def test_forged_and_stale_records_are_not_stored_and_counted() -> None:
         await victim.registry.announce(victim.info(sessions=1), 60.0)
         mallory = Libp2pTransport(Identity.generate())
         thread, host = await mallory.trio_side()
-        dht = Dht(host, ValueRules(RecordLimits()), QUICK, serving=False, heard=lambda record: None)
+        dht = DhtNode(host, ValueRules(RecordLimits()), QUICK, serving=False, on_record=lambda record: None)
         address = Address.parse(victim.addresses[0])
         await thread.call(dht.join, [(address.peer, [to_multiaddr(address)])], timeout=10.0, what="joining")
         own, key = victim.identity, record_key(victim.identity.peer)
@@ -173,7 +173,7 @@ async def test_forged_and_stale_records_are_not_stored_and_counted() -> None:
         lies = [encode_value(yesterday), encode_value(former), sound[:-1] + b"!", sound + bytes(2**17)]
         for lie in lies:
             stored = await thread.call(
-                dht.lookups.spread, key, lie, lambda held: True, timeout=10.0, what="lying"
+                dht.lookups.put_value, key, lie, lambda held: True, timeout=10.0, what="lying"
             )
             assert stored == 0
         await mallory.close()

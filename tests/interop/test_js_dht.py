@@ -18,7 +18,7 @@ from swarmcore.types import Address, ServerInfo
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 from swarmcore_transports.libp2p import Libp2pTransport
-from swarmcore_transports.libp2p_dht.options import DhtOptions
+from swarmcore_transports.libp2p_dht.lookups import DhtOptions
 from swarmcore_transports.libp2p_dht.records import encode_value, record_key
 from swarmcore_transports.libp2p_dht.registry import DhtRegistry
 

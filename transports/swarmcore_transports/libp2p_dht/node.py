@@ -14,11 +14,11 @@ from swarmcore.errors import PeerUnreachableError
 from swarmcore.registry.gossip.records import SignedRecord
 from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.host import Host
+from swarmcore_transports.libp2p.patches.kad_dht import PROVIDER_TTL
 from swarmcore_transports.libp2p.translation import translated
-from swarmcore_transports.libp2p_dht.lookups import Lookups
-from swarmcore_transports.libp2p_dht.options import DhtOptions
+from swarmcore_transports.libp2p_dht.lookups import DhtOptions, Lookups
 from swarmcore_transports.libp2p_dht.records import ValueRules, record_key, sequence_of
-from swarmcore_transports.libp2p_dht.server import KAD, LISTED_FOR, Kademlia
+from swarmcore_transports.libp2p_dht.server import KAD, KademliaServer
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ _EXPIRE_SECONDS = 60.0
 _PAUSE_SECONDS = 5.0
 
 
-class Dht:
+class DhtNode:
     """Runs in the trio thread; every method but the constructor is called there.
 
     ``serving`` is for peers that others can dial: they store for others and are asked. A client only asks.
-    ``heard`` is called with each sound record that others store here.
+    ``on_record`` is called with each sound record that others store here.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Dht:
         options: DhtOptions,
         *,
         serving: bool,
-        heard: Callable[[SignedRecord], None],
+        on_record: Callable[[SignedRecord], None],
     ) -> None:
         self._host = host
         self._options = options
         self._serving = serving
-        self._kademlia = Kademlia(host, rules, options.capacity, serving=serving, heard=heard)
+        self._kademlia = KademliaServer(host, rules, options.capacity, serving=serving, on_record=on_record)
         self.lookups = Lookups(host, self._kademlia, options)
-        self._told: dict[bytes, dict[ID, float]] = {}
+        self._provided_at: dict[bytes, dict[ID, float]] = {}
         self._stopped = trio.Event()
 
     @property
@@ -60,8 +60,13 @@ class Dht:
     async def run(self) -> None:
         """Live until `stop`."""
         async with trio.open_nursery() as nursery:
-            for task in (self._meet_newcomers, self._expire, self._explore, self.lookups.exchanges.run):
-                nursery.start_soon(_again_when_failed, task)
+            for task in (
+                self._add_newcomers,
+                self._expire,
+                self._refresh_table_forever,
+                self.lookups.sender.run,
+            ):
+                nursery.start_soon(_run_forever, task)
             if self._serving:
                 nursery.start_soon(self._host.tell_protocols)
             await self._stopped.wait()
@@ -72,15 +77,15 @@ class Dht:
     def stop(self) -> None:
         self._stopped.set()
 
-    async def _meet_newcomers(self) -> None:
+    async def _add_newcomers(self) -> None:
         async with trio.open_nursery() as nursery:
             async for peer in self._kademlia.newcomers:
-                nursery.start_soon(self._meet, peer)
+                nursery.start_soon(self._add_when_identified, peer)
 
-    async def _meet(self, peer: ID) -> None:
+    async def _add_when_identified(self, peer: ID) -> None:
         for pause in _IDENTIFY_SECONDS:
             if self._host.speaks(peer, KAD):
-                await self.lookups.learn(peer)
+                await self.lookups.add_node(peer)
                 return
             await trio.sleep(pause)
 
@@ -89,48 +94,47 @@ class Dht:
             await trio.sleep(_EXPIRE_SECONDS)
             self._kademlia.expire()
 
-    async def _explore(self) -> None:
-        """Look for the nodes next to this one, whose neighbour it becomes by asking them."""
+    async def _refresh_table_forever(self) -> None:
         while True:
             await trio.sleep(self._options.upkeep)
-            await self.explore()
+            await self.refresh_table()
 
-    async def explore(self) -> None:
+    async def refresh_table(self) -> None:
+        """Look for the nodes nearest to this one, whose neighbour it becomes by asking them."""
         own = self._host.libp2p.get_id().to_bytes()
-        await self.lookups.find(Message(type=Message.FIND_NODE, key=own), self._options.replicas)
+        await self.lookups.find_closest(Message.FIND_NODE, own, self._options.replicas)
 
     async def join(self, bootstrap: Sequence[tuple[PeerId, Sequence[Multiaddr]]]) -> None:
         """Become a node through any of ``bootstrap``. Raise `PeerUnreachableError` when none answers."""
         failures: list[str] = []
 
-        async def meet(peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
+        async def connect(peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
             node = ID.from_string(peer)
-            self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(LISTED_FOR))
+            self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(PROVIDER_TTL))
             try:
-                await self.lookups.exchanges.connect(node, addresses)
+                await self.lookups.sender.connect(node, addresses)
             except Exception as exc:
                 failures.append(f"{short(peer)}: {translated(exc).message}")
                 return
-            own = self._host.libp2p.get_id().to_bytes()
-            if await self.lookups.ask(node, Message(type=Message.FIND_NODE, key=own)) is None:
+            if not await self._ping(node):
                 failures.append(f"{short(peer)}: it does not speak {KAD}")
                 return
-            await self.lookups.learn(node)
+            await self.lookups.add_node(node)
 
         async with trio.open_nursery() as nursery:
             for peer, addresses in bootstrap:
-                nursery.start_soon(meet, peer, addresses)
+                nursery.start_soon(connect, peer, addresses)
         if bootstrap and len(failures) == len(bootstrap):
             raise PeerUnreachableError(f"no bootstrap peer serves the DHT: {'; '.join(failures)}")
-        await self.explore()
+        await self.refresh_table()
 
     # --- this peer's own ------------------------------------------------------------------------------
 
-    def keep(self, value: bytes, listed_under: Sequence[bytes]) -> None:
+    def put_own_record(self, value: bytes, listed_under: Sequence[bytes]) -> None:
         """Hold this peer's own record, and list it, where it can be read from this node at once."""
-        self._kademlia.store_own(record_key(self._host.peer), value)
+        self._kademlia.put_own_record(record_key(self._host.peer), value)
         for key in listed_under:
-            self._kademlia.list_own(key, self._host.addresses.all())
+            self._kademlia.provide_own(key, self._host.addresses.all())
 
     async def publish(self, value: bytes, listed_under: Sequence[bytes]) -> int:
         """Bring this peer's record and its entries to the nodes nearest to their keys that lack them.
@@ -139,36 +143,35 @@ class Dht:
         """
         sequence = sequence_of(value)
         key = record_key(self._host.peer)
-        for former in set(self._told).difference(listed_under):
-            del self._told[former]
-        holders = await self.lookups.spread(key, value, lambda held: sequence_of(held) < sequence)
+        for former in set(self._provided_at).difference(listed_under):
+            del self._provided_at[former]
+        holders = await self.lookups.put_value(key, value, lambda held: sequence_of(held) < sequence)
         for listing in listed_under:
-            await self.lookups.enlist(listing, self._told.setdefault(listing, {}), LISTED_FOR / 3)
+            await self.lookups.provide(listing, self._provided_at.setdefault(listing, {}), PROVIDER_TTL / 3)
         return holders
 
     # --- what others say ------------------------------------------------------------------------------
 
-    async def values(self, peer: PeerId) -> list[bytes]:
-        """What is stored as the record of ``peer``; anything may be among it."""
-        return await self.lookups.values(record_key(peer), self._options.read_width)
-
-    async def glance(self, peer: PeerId) -> list[bytes]:
-        """As `values`, but what one of the nodes has."""
-        return await self.lookups.values(record_key(peer), 1)
+    async def values(self, peer: PeerId, width: int) -> list[bytes]:
+        """What ``width`` nodes have as the record of ``peer``; anything may be among it."""
+        return await self.lookups.get_values(record_key(peer), width)
 
     async def listed(self, key: bytes) -> list[PeerId]:
         """Who is listed under ``key`` of an index."""
-        return [PeerId(str(node)) for node in await self.lookups.listed(key)]
+        return [PeerId(str(node)) for node in await self.lookups.get_providers(key)]
 
-    async def answers(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> bool:
+    async def _ping(self, node: ID) -> bool:
+        own = self._host.libp2p.get_id().to_bytes()
+        return await self.lookups.request(node, Message(type=Message.FIND_NODE, key=own)) is not None
+
+    async def ping(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> bool:
         """Whether ``peer``, which announces ``addresses``, answers itself."""
         node = ID.from_string(peer)
-        self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(LISTED_FOR))
-        own = self._host.libp2p.get_id().to_bytes()
-        return await self.lookups.ask(node, Message(type=Message.FIND_NODE, key=own)) is not None
+        self._host.libp2p.get_peerstore().add_addrs(node, list(addresses), int(PROVIDER_TTL))
+        return await self._ping(node)
 
 
-async def _again_when_failed(task: Callable[[], Awaitable[None]]) -> None:
+async def _run_forever(task: Callable[[], Awaitable[None]]) -> None:
     """Run ``task``, which never ends by itself: what is raised here would end the whole transport."""
     while True:
         try:

@@ -26,7 +26,6 @@ RANGES = 8
 _SEQUENCE_BYTES = 8
 _SIGNATURE_BYTES = 64
 _SHA2_256 = b"\x12\x20"  # in front of an index key, as libp2p's multihashes have it
-INDEX_KEY_BYTES = len(_SHA2_256) + 32
 
 
 def record_key(peer: PeerId) -> bytes:

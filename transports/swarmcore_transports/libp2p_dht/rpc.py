@@ -1,4 +1,4 @@
-"""One question to one node of the DHT, and its answer, over a stream that serves for several."""
+"""One message to one node of the DHT, and its reply, over a stream that serves for several."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from swarmcore_transports.libp2p.multiaddrs import preference
 from swarmcore_transports.libp2p_dht.server import KAD
 
 _MAX_REPLY = 2**20
-_DIALLED = 3  # addresses of a node
+_MAX_DIALLED = 3  # addresses of a node
 _CLOSE_SECONDS = 1.0
 _IDLE_SECONDS = 5.0
-_OLDEST = 20.0  # age of a stream, as nodes end them at thirty seconds
+_MAX_AGE_SECONDS = 20.0  # age of a stream, as nodes end them at thirty seconds
 _SWEEP_SECONDS = 1.0
 
 
 @attrs.define
-class _Open:
+class _OpenStream:
     stream: INetStream
     opened: float
     used: float
 
 
-class Exchanges:
-    """Keeps a stream to each node for some seconds: opening one takes ten times as long as a question."""
+class MessageSender:
+    """Keeps a stream to each node for some seconds: opening one takes ten times as long as a request."""
 
     def __init__(self, host: Host, timeout: float) -> None:
         self._host = host
         self._timeout = timeout
-        self._idle: dict[ID, _Open] = {}
+        self._idle: dict[ID, _OpenStream] = {}
 
     async def run(self) -> None:
         """Close streams that are not used any more, and all at the end."""
@@ -55,22 +55,22 @@ class Exchanges:
                 for one in list(self._idle.values()):
                     await _close(one.stream)
 
-    async def exchange(self, node: ID, message: Message) -> Message:
-        """The answer of ``node``, however long it takes. Raise whatever libp2p raises when there is none."""
+    async def send_request(self, node: ID, message: Message) -> Message:
+        """The reply of ``node``, however long it takes. Raise whatever libp2p raises when there is none."""
         now = trio.current_time()
         kept = self._idle.pop(node, None)
-        if kept is not None and kept.opened > now - _OLDEST:
+        if kept is not None and kept.opened > now - _MAX_AGE_SECONDS:
             try:
-                return await self._over(kept, node, message)
+                return await self._send_over(kept, node, message)
             except Exception:  # closed by the node meanwhile
                 if message.type == Message.PUT_VALUE:
                     raise  # that is how it refuses
-        return await self._over(_Open(await self.open(node), now, now), node, message)
+        return await self._send_over(_OpenStream(await self.open(node), now, now), node, message)
 
-    async def _over(self, one: _Open, node: ID, message: Message) -> Message:
+    async def _send_over(self, one: _OpenStream, node: ID, message: Message) -> Message:
         reply = Message()
         try:
-            await one.stream.write(_framed(message))
+            await one.stream.write(_with_length(message))
             reply.ParseFromString(await read_varint_prefixed_bytes_limited(one.stream, _MAX_REPLY))
         except BaseException:
             await _close(one.stream)
@@ -82,11 +82,11 @@ class Exchanges:
             self._idle[node] = one
         return reply
 
-    async def tell(self, node: ID, message: Message) -> None:
-        """Send what is not answered, or is by some only. Raise as `exchange` does."""
+    async def send_message(self, node: ID, message: Message) -> None:
+        """Send what is not answered, or is by some only. Raise as `send_request` does."""
         stream = await self.open(node)
         try:
-            await stream.write(_framed(message))
+            await stream.write(_with_length(message))
         finally:
             await _close(stream)
 
@@ -99,7 +99,7 @@ class Exchanges:
     async def connect(self, node: ID, addresses: Iterable[Multiaddr]) -> None:
         """Connect to ``node`` at the first of its ``addresses`` that answers; raise the last error."""
         error: Exception = PeerStoreError("no address of it is known")
-        for address in sorted(addresses, key=preference)[:_DIALLED]:
+        for address in sorted(addresses, key=preference)[:_MAX_DIALLED]:
             try:
                 with trio.fail_after(self._timeout / 2):
                     await self._host.connect(node, address)
@@ -116,7 +116,7 @@ class Exchanges:
             return ()
 
 
-def _framed(message: Message) -> bytes:
+def _with_length(message: Message) -> bytes:
     data: bytes = message.SerializeToString()
     prefix: bytes = varint.encode(len(data))
     return prefix + data
