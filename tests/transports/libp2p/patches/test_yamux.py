@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +13,24 @@ import pytest
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
 import trio
-from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import Yamux
-from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair
+from trio.testing import lockstep_stream_pair
+from yamux_pairs import (
+    DATA,
+    GO_AWAY,
+    PEER,
+    PING,
+    SYN,
+    WINDOW,
+    Pipe,
+    busy_both_ways,
+    header,
+    muxer_and_bytes,
+    pair,
+    read_exactly,
+    virtual,
+)
 
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p.patches import yamux
@@ -25,145 +38,23 @@ from swarmcore_transports.libp2p.patches.host import install_yamux
 from swarmcore_transports.libp2p.patches.yamux import PatientStream, QueuedYamux
 
 LIMITS = Limits(max_calls_per_peer=256, keepalive=3.0)
-PEER = ID(b"peer")
-DATA, WINDOW, PING, GO_AWAY = 0, 1, 2, 3
-SYN = 1
 
 
-class Pipe:
-    """What a muxer takes for a secured connection."""
-
-    def __init__(self, stream: trio.StapledStream, is_initiator: bool) -> None:
-        self.stream = stream
-        self.is_initiator = is_initiator
-
-    async def read(self, n: int | None = None) -> bytes:
-        try:
-            return bytes(await self.stream.receive_some(n))
-        except trio.ClosedResourceError:
-            return b""
-
-    async def write(self, data: bytes) -> None:
-        await self.stream.send_all(data)
-
-    async def close(self) -> None:
-        await self.stream.aclose()
-
-
-def virtual(main: Callable[[], Awaitable[None]]) -> None:
-    """Run ``main`` with an hour, of which no time is spent waiting."""
-
-    async def bounded() -> None:
-        with trio.fail_after(3600):
-            await main()
-
-    trio.run(bounded, clock=MockClock(autojump_threshold=0))
-
-
-@asynccontextmanager
-async def pair(
-    make: Callable[[Pipe], Yamux] = lambda pipe: QueuedYamux(pipe, PEER, LIMITS),  # type: ignore[arg-type]
-    pipes: Callable[[], Any] = lockstep_stream_pair,
-) -> AsyncIterator[tuple[Yamux, Yamux]]:
-    """Two muxers; over a lockstep pipe, whoever writes waits until the other has read that."""
-    left, right = pipes()
-    ends = make(Pipe(left, True)), make(Pipe(right, False))
-    async with trio.open_nursery() as nursery:
-        for end in ends:
-            nursery.start_soon(end.start)
-            await end.event_started.wait()
-        yield ends
-        nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def raw_peer(
-    limits: Limits = LIMITS,
-) -> AsyncIterator[tuple[trio.StapledStream, QueuedYamux]]:
-    """A muxer, and the bytes of whoever is at its other end."""
-    left, right = memory_stream_pair()
-    muxer = QueuedYamux(Pipe(right, False), PEER, limits)  # type: ignore[arg-type]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(muxer.start)
-        await muxer.event_started.wait()
-        yield left, muxer
-        nursery.cancel_scope.cancel()
-
-
-def header(kind: int, flags: int, stream_id: int, length: int) -> bytes:
-    return struct.pack("!BBHII", 0, kind, flags, stream_id, length)
-
-
-async def read_exactly(stream: Any, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        data += await stream.read(size - len(data))
-    return data
-
-
-async def busy_both_ways(ends: tuple[Yamux, Yamux], size: int) -> None:
-    """Each sends much to the other on a few streams, while both open and answer further ones."""
-
-    async def serve(end: Yamux) -> None:
-        async with trio.open_nursery() as nursery:
-            while True:
-                nursery.start_soon(answer, await end.accept_stream())
-
-    async def answer(stream: Any) -> None:
-        with suppress(MuxedStreamError):  # until it is reset
-            unanswered = 0
-            while data := await stream.read(1 << 16):
-                unanswered += len(data)
-                while unanswered >= 2000:
-                    unanswered -= 2000
-                    await stream.write(b"k")
-
-    async def send(end: Yamux) -> None:
-        stream = await end.open_stream()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(stream.write, bytes(size))
-            nursery.start_soon(read_exactly, stream, size // 2000)
-
-    async def call(end: Yamux) -> None:
-        for _ in range(20):
-            stream = await end.open_stream()
-            await stream.write(bytes(2000))
-            assert await stream.read(1) == b"k"
-            await stream.reset()
-
-    async with trio.open_nursery() as servers:
-        for end in ends:
-            servers.start_soon(serve, end)
-        async with trio.open_nursery() as nursery:
-            for end in ends:
-                for _ in range(3):
-                    nursery.start_soon(send, end)
-                    nursery.start_soon(call, end)
-        servers.cancel_scope.cancel()
+def queued(pipe: Pipe, limits: Limits = LIMITS) -> QueuedYamux:
+    return QueuedYamux(pipe, PEER, limits)  # type: ignore[arg-type]
 
 
 def test_much_both_ways_does_not_stop() -> None:
     async def main() -> None:
-        async with pair() as ends:
+        async with pair(queued) as ends:
             await busy_both_ways(ends, 2 * 2**20)
 
     virtual(main)
 
 
-def test_the_librarys_own_muxer_stops() -> None:
-    """If this fails, py-libp2p has been mended, and `QueuedYamux` has one reason less."""
-
-    async def main() -> None:
-        async with pair(lambda pipe: Yamux(pipe, PEER, pipe.is_initiator)) as ends:  # type: ignore[arg-type]
-            await busy_both_ways(ends, 2 * 2**20)
-
-    with pytest.raises(trio.TooSlowError):
-        virtual(main)
-
-
 def test_a_reader_may_rest_for_minutes() -> None:
     async def main() -> None:
-        async with pair() as (left, right):
+        async with pair(queued) as (left, right):
             stream = await left.open_stream()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.write, bytes(2**20))
@@ -178,7 +69,7 @@ def test_a_reader_may_rest_for_minutes() -> None:
 
 def test_small_messages_cause_no_frames_back() -> None:
     async def main() -> None:
-        async with raw_peer() as (peer, muxer):
+        async with muxer_and_bytes(queued) as (peer, muxer):
             await peer.send_all(header(WINDOW, SYN, 1, 0))
             stream = await muxer.accept_stream()
             for _ in range(100):
@@ -217,7 +108,7 @@ def test_many_streams_at_once() -> None:
 
         opened: list[Any] = []
         all_open = trio.Event()
-        async with pair() as (left, right), trio.open_nursery() as nursery:
+        async with pair(queued) as (left, right), trio.open_nursery() as nursery:
             nursery.start_soon(echo)
             async with trio.open_nursery() as calls:
                 for n in range(300):
@@ -229,7 +120,7 @@ def test_many_streams_at_once() -> None:
 
 def test_a_cancelled_write_leaves_the_connection_whole() -> None:
     async def main() -> None:
-        async with pair() as (left, right):
+        async with pair(queued) as (left, right):
             stuck, other = await left.open_stream(), await left.open_stream()
             with trio.move_on_after(60) as scope:
                 await stuck.write(bytes(2**20))
@@ -244,7 +135,7 @@ def test_a_cancelled_write_leaves_the_connection_whole() -> None:
 
 def test_writers_that_wait_hear_of_the_end() -> None:
     async def main() -> None:
-        async with pair() as (left, right):
+        async with pair(queued) as (left, right):
             stream = await left.open_stream()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_fails, stream.write, bytes(2**20))
@@ -263,7 +154,7 @@ async def _fails(write: Callable[[bytes], Awaitable[None]], data: bytes) -> None
 def test_what_was_written_before_a_close_leaves_first() -> None:
     async def main() -> None:
         left, right = lockstep_stream_pair()
-        muxer = QueuedYamux(Pipe(right, False), PEER, LIMITS)  # type: ignore[arg-type]
+        muxer = queued(Pipe(right, False))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(muxer.start)
             await muxer.event_started.wait()
@@ -281,10 +172,10 @@ def test_what_was_written_before_a_close_leaves_first() -> None:
 
 def test_a_silent_peer_is_lost_and_one_that_only_reads_is_not() -> None:
     async def main() -> None:
-        async with raw_peer() as (_, muxer):
+        async with muxer_and_bytes(queued) as (_, muxer):
             with trio.fail_after(3.1 * LIMITS.keepalive):
                 await muxer.event_closed.wait()
-        async with pair() as (left, _):
+        async with pair(queued) as (left, _):
             await trio.sleep(1000)
             assert not left.is_closed
 
@@ -295,7 +186,7 @@ def test_a_peer_that_asks_and_does_not_read_is_dropped() -> None:
     async def main() -> None:
         sent = 0
         left, right = lockstep_stream_pair()
-        muxer = QueuedYamux(Pipe(right, False), PEER, LIMITS)  # type: ignore[arg-type]
+        muxer = queued(Pipe(right, False))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(muxer.start)
             await muxer.event_started.wait()
@@ -314,7 +205,7 @@ def test_a_peer_that_ignores_windows_is_made_to_wait_and_dropped(monkeypatch: py
     mebibyte = bytes(2**20)
 
     async def main() -> None:
-        async with raw_peer() as (peer, muxer):
+        async with muxer_and_bytes(queued) as (peer, muxer):
             for stream_id in range(1, 25, 2):
                 await peer.send_all(header(DATA, SYN, stream_id, len(mebibyte)) + mebibyte)
             await trio.sleep(1)
@@ -333,7 +224,7 @@ def test_a_peer_that_ignores_windows_is_made_to_wait_and_dropped(monkeypatch: py
 
 def test_a_peer_that_sends_a_large_frame_is_dropped() -> None:
     async def main() -> None:
-        async with raw_peer() as (peer, muxer):
+        async with muxer_and_bytes(queued) as (peer, muxer):
             await peer.send_all(header(DATA, SYN, 1, 2**20 + 1))
             with trio.fail_after(1):
                 await muxer.event_closed.wait()
@@ -346,7 +237,7 @@ def test_connections_share_what_may_wait_unread(monkeypatch: pytest.MonkeyPatch)
     mebibyte = bytes(2**20)
 
     async def main() -> None:
-        async with raw_peer() as (greedy, first), raw_peer() as (later, second):
+        async with muxer_and_bytes(queued) as (greedy, first), muxer_and_bytes(queued) as (later, second):
             for peer in (greedy, later):
                 for stream_id in range(1, 25, 2):
                     await peer.send_all(header(DATA, SYN, stream_id, len(mebibyte)) + mebibyte)
@@ -362,7 +253,8 @@ def test_connections_share_what_may_wait_unread(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_peer_that_opens_too_many_streams_has_the_further_ones_reset() -> None:
     async def main() -> None:
-        async with raw_peer(Limits(max_calls_per_peer=2)) as (peer, muxer), trio.open_nursery() as nursery:
+        limited = partial(queued, limits=Limits(max_calls_per_peer=2))
+        async with muxer_and_bytes(limited) as (peer, muxer), trio.open_nursery() as nursery:
             nursery.start_soon(_accept_forever, muxer)
             await peer.send_all(b"".join(header(WINDOW, SYN, 2 * n + 1, 0) for n in range(50)))
             await trio.sleep(1)
@@ -379,7 +271,7 @@ async def _accept_forever(muxer: Yamux) -> None:
 
 def test_a_window_beyond_all_bounds_is_only_a_window() -> None:
     async def main() -> None:
-        async with raw_peer() as (peer, muxer):
+        async with muxer_and_bytes(queued) as (peer, muxer):
             await peer.send_all(header(WINDOW, SYN, 1, 2**32 - 1) + header(WINDOW, 0, 1, 2**32 - 1))
             stream = await muxer.accept_stream()
             assert isinstance(stream, PatientStream)
