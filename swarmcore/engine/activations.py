@@ -118,7 +118,7 @@ class ActivationStore:
         """Drop everything, or what is not of blocks in ``keep``."""
         for name, kept in list(self._kept.items()):
             span = kept.key[0]
-            if keep is None or not keep.start <= span.start < span.end <= keep.end:
+            if keep is None or not keep.covers(span):
                 self._drop(name)
 
     def _drop(self, name: tuple[str, str]) -> None:

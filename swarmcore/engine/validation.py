@@ -43,7 +43,7 @@ def check_codec(codec: str) -> None:
 
 def check_held(span: Span, held: Span) -> None:
     """Raise `SpanError` unless all blocks of ``span`` are among those ``held``."""
-    if not held.start <= span.start < span.end <= held.end:
+    if not held.covers(span):
         raise SpanError(f"blocks {span} are not all here: this server holds {held}")
 
 

@@ -71,6 +71,8 @@ class AttentionBatch(Protocol):
 
     updates: AdapterUpdates | None
     """What adapters change in it."""
+    origin: int
+    """The block of the model that the numbers of layers count from."""
     position_ids: torch.Tensor
     """Where each token is in its sequence, ``[1, tokens]``."""
 

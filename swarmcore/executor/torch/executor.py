@@ -32,7 +32,7 @@ from swarmcore.executor.torch.device import (
     thread_choices,
 )
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
-from swarmcore.executor.torch.loaded_blocks import LoadedBlocks, common
+from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.executor.torch.lora import Hooks
 from swarmcore.executor.torch.sequence_caches import SequenceCaches
 from swarmcore.executor.torch.span import SpanModel, load_span
@@ -257,7 +257,7 @@ class TorchExecutor(BlockExecutor):
         loop = asyncio.get_running_loop()
         try:
             # From here on the engine admits no session to blocks that leave.
-            self.span = common(span, self._held.span) or span
+            self.span = (self._held.span and self._held.span.overlap(span)) or span
             stays = await self._in_compute_thread(self._keep, span)
             loaded = [
                 await loop.run_in_executor(self._loading, self._load, part, progress)
@@ -277,7 +277,7 @@ class TorchExecutor(BlockExecutor):
         """
         if self._held is None:
             return None
-        self._hold(self._held.keep(common(span, self._held.span)))
+        self._hold(self._held.keep(span))
         return self._held.span
 
     def _hold(self, blocks: LoadedBlocks) -> None:

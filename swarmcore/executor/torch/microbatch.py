@@ -77,7 +77,7 @@ class Microbatch:
         for block in range(self._next, min(self._next + blocks, self._span.end)):
             inputs = self.hidden.detach().requires_grad_(self._graph)
             with torch.set_grad_enabled(self._graph):
-                outputs = held.differentiable(inputs.unsqueeze(0), self._batch, Span(block, block + 1))[0]
+                outputs = held.forward(inputs.unsqueeze(0), self._batch, Span(block, block + 1))[0]
             if self._graph:
                 self._stages.append(_Stage(block, inputs, outputs))
             self.hidden = outputs.detach()

@@ -65,16 +65,18 @@ class RaggedBatch:
         pieces: Sequence[tuple[SequenceCache, int, int]],
         device: torch.device,
         *,
+        first_block: int = 0,
         threads: int = 1,
         updates: AdapterUpdates | None = None,
     ) -> None:
         """``pieces`` are caches with the start position and the count of their new tokens.
 
-        A sequence may come more than once, its pieces in order. ``threads`` is what the computing thread has
+        The caches are of the blocks from ``first_block`` on. A sequence may come more than once, its pieces
+        in order. ``threads`` is what the computing thread has
         for one operation.
         """
-        self.first_layer = 0
-        """The layer that the caches begin with, in the numbering of the model that runs."""
+        self.origin = 0
+        self._first_block = first_block
         self.updates = updates
         for cache, start, count in pieces:
             cache.prepare(start, start + count)
@@ -97,7 +99,7 @@ class RaggedBatch:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
-        layer -= self.first_layer
+        layer += self.origin - self._first_block
         new = [*key.split_with_sizes(self.counts, 2), *value.split_with_sizes(self.counts, 2)]
         torch._foreach_copy_(self._slots[layer], new)
         if self._decode:

@@ -60,9 +60,7 @@ class Blocks(Protocol):
 
     def block(self, number: int) -> nn.Module: ...
 
-    def forward(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor, batch: AttentionBatch
-    ) -> torch.Tensor: ...
+    def forward(self, hidden: torch.Tensor, batch: AttentionBatch) -> torch.Tensor: ...
 
 
 def check_span(checkpoint: Checkpoint, span: Span, load: Callable[[Checkpoint, Span], Blocks]) -> None:
@@ -180,7 +178,7 @@ def _outputs(
         for number in range(span.start, span.end)
     ]
     try:
-        found[span.end - 1] = blocks.forward(entering[None], batch.position_ids, batch)[0]
+        found[span.end - 1] = blocks.forward(entering[None], batch)[0]
     finally:
         for hook in hooks:
             hook.remove()

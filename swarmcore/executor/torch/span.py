@@ -50,26 +50,9 @@ class SpanModel:
         self._takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
         self.layout = CacheLayout(self._probe(device, dtype), dtype, device)
 
-    @torch.inference_mode()
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        position_ids: torch.Tensor,
-        batch: AttentionBatch,
-        part: Span | None = None,
-    ) -> torch.Tensor:
-        """As `differentiable`, without gradients."""
-        return self.differentiable(hidden, position_ids, batch, part)
-
-    def differentiable(
-        self,
-        hidden: torch.Tensor,
-        position_ids: torch.Tensor,
-        batch: AttentionBatch,
-        part: Span | None = None,
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, batch: AttentionBatch, part: Span | None = None) -> torch.Tensor:
         """Hidden states ``[1, tokens, hidden size]`` through all blocks, or through ``part`` of them."""
-        positions = {"position_ids": position_ids} if self._takes_positions else {}
+        positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
         with computing(batch):
             output = self._part(part or self.span)(inputs_embeds=hidden, use_cache=False, **positions)
         result: torch.Tensor = output.last_hidden_state
@@ -106,17 +89,16 @@ class SpanModel:
         """Run one token, to learn the shapes of the caches and to refuse here what would go wrong later."""
         config = self._base.config
         hidden = torch.randn(1, 1, config.hidden_size, dtype=dtype, device=device)
-        position_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        probe = _Probe(position_ids)
+        probe = _Probe(torch.zeros(1, 1, dtype=torch.long, device=device))
         layers = layer_list(self._base)
         blocks = getattr(self._base, layers)
         try:
             if config.model_type not in OWN_MASKS:
                 config._attn_implementation = PROBE
-            self.forward(hidden, position_ids, probe)
+            self.forward(hidden, probe)
             config._attn_implementation = NAME
             setattr(self._base, layers, nn.ModuleList())
-            unchanged = self.forward(hidden, position_ids, probe)
+            unchanged = self.forward(hidden, probe)
         except SwarmError as exc:
             raise UnsupportedModelError(f"{self._name} ({config.model_type}): {exc}") from exc
         except Exception as exc:
@@ -142,6 +124,7 @@ class _Probe:
 
     def __init__(self, position_ids: torch.Tensor) -> None:
         self.position_ids = position_ids
+        self.origin = 0
         self.shapes: dict[int, LayerShape] = {}
         self.updates: AdapterUpdates | None = None
 

@@ -71,7 +71,9 @@ class StepRunner:
             part = accepted[0].chunk.span
             packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
             updates = self._updates(blocks, accepted)
-            ragged = RaggedBatch(pieces, self._device, threads=threads, updates=updates)
+            ragged = RaggedBatch(
+                pieces, self._device, first_block=part.start, threads=threads, updates=updates
+            )
             output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
             # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
             # another sequence. It also waits for the GPU: what is handed out has been computed.

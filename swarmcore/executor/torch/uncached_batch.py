@@ -33,7 +33,6 @@ class UncachedBatch:
         ``[2, prefix_tokens, key heads, size]``; the first token is at position ``prefix_tokens``.
         """
         self.origin = 0
-        """The block that the layers' numbers count from in the model that runs."""
         self.updates = updates
         self.tokens = sum(lengths)
         self._runs = [(len(list(run)), length) for length, run in groupby(lengths)]

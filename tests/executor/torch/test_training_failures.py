@@ -101,13 +101,13 @@ async def test_no_memory_ends_the_pass_and_nothing_else(
     [before] = await executor.step([step(0, HIDDEN[:6])])
     forward = executor.forward(batch_of(), keep=True)
     assert not await forward.advance(11)
-    original = LoadedBlocks.differentiable
+    original = LoadedBlocks.forward
 
     def huge(self: LoadedBlocks, *args: Any) -> torch.Tensor:
         original(self, *args)
         return torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(LoadedBlocks, "differentiable", huge)
+    monkeypatch.setattr(LoadedBlocks, "forward", huge)
     with pytest.raises(ServerMemoryError, match="smaller micro-batches"):
         await forward.advance(11)
     monkeypatch.undo()
