@@ -54,9 +54,9 @@ class TorchAdapter(Adapter):
 
 
 def make_adapter(
-    tensors: Sequence[Tensor], scaling: float, held: LoadedBlocks, dtype: torch.dtype, device: torch.device
+    tensors: Sequence[Tensor], scaling: float, loaded: LoadedBlocks, dtype: torch.dtype, device: torch.device
 ) -> TorchAdapter:
-    """As `BlockExecutor.load_adapter`, for ``held``, which computes in ``dtype``."""
+    """As `BlockExecutor.load_adapter`, for ``loaded``, which computes in ``dtype``."""
     if not math.isfinite(scaling):
         raise AdapterError(f"the adapter's scaling is {scaling}; expected a finite number")
     weights: dict[str, torch.Tensor] = {}
@@ -70,21 +70,21 @@ def make_adapter(
         elif not (match := _PREFIX.fullmatch(name)):
             raise _unknown(name)
         block = int(match[1])
-        if not held.holds(Span(block, block + 1)):
-            raise AdapterError(f"the adapter has weights for block {block}; held here are {held.span}")
+        if not loaded.holds(Span(block, block + 1)):
+            raise AdapterError(f"the adapter has weights for block {block}; held here are {loaded.span}")
         weights[name] = _values(tensor, dtype, device)
     if not weights:
         raise AdapterError("the adapter has no weights for these blocks")
     for target in targets.values():
-        _check_update(target, weights, scaling, held, dtype)
+        _check_update(target, weights, scaling, loaded, dtype)
     adapter = TorchAdapter(weights, list(targets.values()), scaling)
     for block, name in adapter.prefixes.items():
-        _check_prefix(block, weights[name], adapter.prefix_tokens, held)
+        _check_prefix(block, weights[name], adapter.prefix_tokens, loaded)
     return adapter
 
 
 def check_description(
-    name: str, dtype: str, shape: tuple[int, ...], span: Span, held: LoadedBlocks, max_tokens: int
+    name: str, dtype: str, shape: tuple[int, ...], span: Span, loaded: LoadedBlocks, max_tokens: int
 ) -> None:
     """As `BlockExecutor.check_adapter`; prefixes have ``max_tokens`` tokens at most."""
     update = _UPDATE.fullmatch(name)
@@ -93,17 +93,17 @@ def check_description(
     if match is None:
         raise _unknown(name)
     block = int(match[1])
-    if not span.start <= block < span.end or not held.holds(Span(block, block + 1)):
+    if not span.start <= block < span.end or not loaded.holds(Span(block, block + 1)):
         raise AdapterError(f"the adapter has weights for block {block}; asked for were those of {span}")
     if dtype not in FLOATS:
         raise AdapterError(f"the adapter's tensor {name!r} is {dtype}; expected {', '.join(FLOATS)}")
     if prefix is not None:
-        [layer] = held.layout(Span(block, block + 1)).layers
+        [layer] = loaded.layout(Span(block, block + 1)).layers
         expected = f"[2, 1 to {max_tokens}, {layer.heads}, {layer.key_size}]"
         fits = len(shape) == 4 and (shape[0], *shape[2:]) == (2, layer.heads, layer.key_size)
         rank, most = shape[1] if fits else 0, max_tokens
     else:
-        sizes = _sizes(projection(held, TargetModule(block, match[2])))
+        sizes = _sizes(projection(loaded, TargetModule(block, match[2])))
         assert sizes is not None
         most, first = max(sizes), name.endswith("A")
         expected = f"[rank, {sizes[0]}]" if first else f"[{sizes[1]}, rank]"
@@ -136,9 +136,9 @@ def own_adapter(adapter: Adapter | None, span: Span) -> TorchAdapter | None:
     return adapter
 
 
-def projection(held: LoadedBlocks, target: TargetModule) -> nn.Module:
+def projection(loaded: LoadedBlocks, target: TargetModule) -> nn.Module:
     """The module that ``target`` names. Raise `AdapterError` when it is no linear projection of all rows."""
-    block = held.block(target.block)
+    block = loaded.block(target.block)
     found: nn.Module | None = dict(block.named_modules()).get(target.module)
     # An expert sees the rows that are routed to it, which nobody could tell apart by adapter.
     if found is not None and _sizes(found) and ".experts." not in f".{target.module}.":
@@ -173,10 +173,10 @@ def _check_update(
     target: TargetModule,
     weights: dict[str, torch.Tensor],
     scaling: float,
-    held: LoadedBlocks,
+    loaded: LoadedBlocks,
     dtype: torch.dtype,
 ) -> None:
-    sizes = _sizes(projection(held, target))
+    sizes = _sizes(projection(loaded, target))
     assert sizes is not None
     a, b = weights.get(target.lora_a), weights.get(target.lora_b)
     if a is None or b is None:
@@ -192,8 +192,8 @@ def _check_update(
         raise AdapterError(f"{target.lora_b!r} times the scaling of {scaling} is not finite in {dtype}")
 
 
-def _check_prefix(block: int, prefix: torch.Tensor, tokens: int, held: LoadedBlocks) -> None:
-    [layer] = held.layout(Span(block, block + 1)).layers
+def _check_prefix(block: int, prefix: torch.Tensor, tokens: int, loaded: LoadedBlocks) -> None:
+    [layer] = loaded.layout(Span(block, block + 1)).layers
     if layer.key_size != layer.value_size:
         raise AdapterError("this model's keys and values differ in size; it takes no prefixes")
     if not tokens or prefix.shape != (2, tokens, layer.heads, layer.key_size):

@@ -23,7 +23,7 @@ from swarmcore.executor.base import (
     SequenceId,
     TrainingBatch,
 )
-from swarmcore.executor.torch.adapters import check_description, make_adapter, own_adapter
+from swarmcore.executor.torch.adapters import TorchAdapter, check_description, make_adapter, own_adapter
 from swarmcore.executor.torch.device import (
     DTYPE_NAMES,
     choose_dtype,
@@ -38,7 +38,6 @@ from swarmcore.executor.torch.sequence_caches import SequenceCaches
 from swarmcore.executor.torch.span import SpanModel, load_span
 from swarmcore.executor.torch.step_runner import StepRunner
 from swarmcore.executor.torch.training_passes import (
-    CheckedBatch,
     ComputeThread,
     TorchBackward,
     TorchForward,
@@ -83,7 +82,7 @@ class TorchExecutor(BlockExecutor):
         self.max_positions = span_model.max_positions
         """Longest sequence that this model's rotary embedding allows here; None: no limit of that kind."""
         self._device, self._dtype = layout.device, layout.dtype
-        self._held: LoadedBlocks | None = LoadedBlocks([span_model])
+        self._loaded: LoadedBlocks | None = LoadedBlocks([span_model])
         self._load = load
         self._changing: threading.Event | None = None
         self._sequences = SequenceCaches()
@@ -120,16 +119,16 @@ class TorchExecutor(BlockExecutor):
 
         Raise `InputError` for an unknown dtype or device, and what `load_span` raises.
         """
-        place = parse_device(device)
-        precision = choose_dtype(dtype, checkpoint.config.get_text_config(decoder=True), place)
+        torch_device = parse_device(device)
+        torch_dtype = choose_dtype(dtype, checkpoint.config.get_text_config(decoder=True), torch_device)
 
         def load(part: Span, progress: Progress | None) -> SpanModel:
-            return load_span(checkpoint, part, dtype=precision, device=place, progress=progress)
+            return load_span(checkpoint, part, dtype=torch_dtype, device=torch_device, progress=progress)
 
         return cls(checkpoint.info, load(span, progress), load, threads=threads)
 
     def __repr__(self) -> str:
-        state = "closed" if self._held is None else f"{len(self._sequences)} sequences"
+        state = "closed" if self._loaded is None else f"{len(self._sequences)} sequences"
         return f"<TorchExecutor {self.model.name} {self.span} {self.dtype} on {self._device} · {state}>"
 
     async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
@@ -161,7 +160,7 @@ class TorchExecutor(BlockExecutor):
 
     def forward(self, batch: TrainingBatch, *, keep: bool = False) -> TorchForward:
         """As `BlockExecutor.forward`. What is kept includes the blocks that it went through."""
-        return TorchForward(self._thread, self._checked(batch), keep=keep)
+        return TorchForward(self._thread, batch, self._check_batch(batch), keep=keep)
 
     def backward(
         self,
@@ -173,15 +172,16 @@ class TorchExecutor(BlockExecutor):
         weights: bool = False,
     ) -> TorchBackward:
         """As `BlockExecutor.backward`. Holds the graph of the sequences of one unit, through all blocks."""
-        checked = self._checked(batch, kept is not None)
+        adapter = self._check_batch(batch, kept is not None)
         check_rows(gradients, "gradients of the outputs", batch.tokens, self.model.hidden_size)
-        if weights and checked.adapter is None:
+        if weights and adapter is None:
             raise InvalidBatchError("gradients of an adapter's weights are wanted, and there is no adapter")
         if kept is not None and not isinstance(kept, TorchForward):
             raise InternalError(f"{kept!r} is no pass of this executor")
-        return TorchBackward(self._thread, checked, gradients, kept, inputs=inputs, weights=weights)
+        return TorchBackward(self._thread, batch, adapter, gradients, kept, inputs=inputs, weights=weights)
 
-    def _checked(self, batch: TrainingBatch, without_inputs: bool = False) -> CheckedBatch:
+    def _check_batch(self, batch: TrainingBatch, without_inputs: bool = False) -> TorchAdapter | None:
+        """The batch's adapter, once it is clear that both fit the blocks."""
         self._blocks().check(batch.span)
         if not batch.lengths or min(batch.lengths) < 1:
             raise InvalidBatchError("the batch has an empty sequence, or none; leave out what is empty")
@@ -194,24 +194,22 @@ class TorchExecutor(BlockExecutor):
             raise InvalidBatchError(exc.message) from exc
         if batch.padding and adapter is not None and adapter.prefixes:
             raise InvalidBatchError("padding attends to nothing, and so to no prefix of an adapter")
-        return CheckedBatch(
-            batch.span, batch.lengths, batch.hidden, adapter, batch.reproducible, batch.padding
-        )
+        return adapter
 
-    async def _run_unit(self, unit: Unit, batch: CheckedBatch) -> bool:
-        return await self._in_compute_thread(self._compute_unit, unit, batch)
+    async def _run_unit(self, unit: Unit, span: Span, adapter: TorchAdapter | None) -> bool:
+        return await self._in_compute_thread(self._compute_unit, unit, span, adapter)
 
-    def _compute_unit(self, unit: Unit, batch: CheckedBatch) -> bool:
+    def _compute_unit(self, unit: Unit, span: Span, adapter: TorchAdapter | None) -> bool:
         blocks = self._blocks()
-        blocks.check(batch.span)
+        blocks.check(span)
         self._take_threads(self._forward_threads)
-        if batch.adapter is not None:
-            self._hooks.install(batch.adapter, blocks)
+        if adapter is not None:
+            self._hooks.install(adapter, blocks)
         return unit(blocks)
 
     def _later(self, call: Callable[[], None]) -> None:
         """Call it after what the compute thread has to do now."""
-        if self._held is None:
+        if self._loaded is None:
             call()
         else:
             self._compute.submit(call)
@@ -240,7 +238,7 @@ class TorchExecutor(BlockExecutor):
 
     async def change_span(self, span: Span) -> None:
         """As `BlockExecutor.change_span`. Cancelled, it leaves what stays; reading ends soon after."""
-        if self._held is None:
+        if self._loaded is None:
             raise InternalError("the executor is closed")
         if self._changing is not None:
             raise InternalError("the span is being changed already")
@@ -257,15 +255,15 @@ class TorchExecutor(BlockExecutor):
         loop = asyncio.get_running_loop()
         try:
             # From here on the engine admits no session to blocks that leave.
-            self.span = (self._held.span and self._held.span.overlap(span)) or span
+            self.span = (self._loaded.span and self._loaded.span.overlap(span)) or span
             stays = await self._in_compute_thread(self._keep, span)
             loaded = [
                 await loop.run_in_executor(self._loading, self._load, part, progress)
                 for part in _missing(span, stays)
             ]
-            if self._held is None:
+            if self._loaded is None:
                 raise InternalError("the executor was closed while its span changed")
-            self._hold(LoadedBlocks([*self._held.models, *loaded]))
+            self._hold(LoadedBlocks([*self._loaded.models, *loaded]))
         finally:
             stop.set()
             self._changing = None
@@ -275,13 +273,13 @@ class TorchExecutor(BlockExecutor):
 
         In the compute thread, so that no step holds on to the others when this returns.
         """
-        if self._held is None:
+        if self._loaded is None:
             return None
-        self._hold(self._held.keep(span))
-        return self._held.span
+        self._hold(self._loaded.keep(span))
+        return self._loaded.span
 
     def _hold(self, blocks: LoadedBlocks) -> None:
-        self._held = blocks
+        self._loaded = blocks
         if blocks.span is not None:
             self.span = blocks.span
             self.cache_bytes_per_token = blocks.layout(blocks.span).bytes_per_token
@@ -289,16 +287,16 @@ class TorchExecutor(BlockExecutor):
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         """As `BlockExecutor.reserve`; a smaller reservation gives memory back before the next step."""
         shrunk = self._sequences.reserve(sequence, tokens)
-        if shrunk is not None and self._held is not None:
+        if shrunk is not None and self._loaded is not None:
             self._compute.submit(_trim, shrunk)
 
     def release(self, sequence: SequenceId) -> None:
         self._sequences.release(sequence)
 
     async def close(self) -> None:
-        if self._held is None:
+        if self._loaded is None:
             return
-        self._held = None
+        self._loaded = None
         if self._changing is not None:
             self._changing.set()
         self._sequences.clear()
@@ -308,7 +306,7 @@ class TorchExecutor(BlockExecutor):
         await asyncio.to_thread(self._adapting.shutdown)
 
     async def _in_compute_thread(self, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        if self._held is None:
+        if self._loaded is None:
             raise InternalError("the executor is closed")
         call = partial(work, *args, **options)
         return await asyncio.get_running_loop().run_in_executor(self._compute, call)
@@ -322,7 +320,7 @@ class TorchExecutor(BlockExecutor):
         tensors: Sequence[Tensor],
         adapter: Adapter | None,
     ) -> None:
-        blocks = self._held
+        blocks = self._loaded
         if blocks is None:
             raise InternalError("the executor was closed before the cache was taken in")
         blocks.check(span)
@@ -332,12 +330,12 @@ class TorchExecutor(BlockExecutor):
             self._sequences.take_in(sequence, blocks, span, own, start, count, tensors)
 
     def _step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
-        if self._held is None:
+        if self._loaded is None:
             return [InternalError("the executor was closed before the step was computed") for _ in batch]
         few = sum(part.tokens for part in batch) <= DECODE_TOKENS
         self._take_threads(self._decode_threads if few else self._forward_threads)
         with memory_errors("a step"):
-            return self._steps.run(self._held, batch, self._threads)
+            return self._steps.run(self._loaded, batch, self._threads)
 
     def _take_threads(self, threads: int) -> None:
         if threads != self._threads:
@@ -345,9 +343,9 @@ class TorchExecutor(BlockExecutor):
             self._threads = threads
 
     def _blocks(self) -> LoadedBlocks:
-        if self._held is None:
+        if self._loaded is None:
             raise InternalError("the executor is closed")
-        return self._held
+        return self._loaded
 
 
 def _missing(span: Span, stays: Span | None) -> list[Span]:

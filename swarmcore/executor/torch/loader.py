@@ -69,8 +69,8 @@ def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens
     for an unknown dtype or device, `UnsupportedModelError` when transformers cannot build the blocks.
     """
     config = checkpoint.config.get_text_config(decoder=True)
-    place = parse_device(device)
-    precision = choose_dtype(dtype, config, place)
+    torch_device = parse_device(device)
+    torch_dtype = choose_dtype(dtype, config, torch_device)
     weights = _largest_block(config)
     kept = getattr(config, "dtype", None) or torch.float32
     if isinstance(kept, str):
@@ -78,11 +78,11 @@ def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     return BlockNeeds(
-        weights=weights * precision.itemsize,
-        cache_per_token=_cached_values(config) * precision.itemsize,
-        backward=batch_tokens * (8 * hidden + 3 * inner) * precision.itemsize,
+        weights=weights * torch_dtype.itemsize,
+        cache_per_token=_cached_values(config) * torch_dtype.itemsize,
+        backward=batch_tokens * (8 * hidden + 3 * inner) * torch_dtype.itemsize,
         # On a GPU the checkpoint's bytes pass through the memory of the host.
-        reading=weights * kept.itemsize if place.type == "cpu" else 0,
+        reading=weights * kept.itemsize if torch_device.type == "cpu" else 0,
     )
 
 

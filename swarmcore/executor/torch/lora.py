@@ -33,19 +33,19 @@ class Hooks:
             weakref.WeakKeyDictionary()
         )
 
-    def install(self, adapter: TorchAdapter, held: LoadedBlocks) -> None:
+    def install(self, adapter: TorchAdapter, loaded: LoadedBlocks) -> None:
         """Make the modules that ``adapter`` changes ask for it, as far as they are held."""
         ready = self._ready.get(adapter)
-        if ready is not None and ready() is held:
+        if ready is not None and ready() is loaded:
             return
         for target in adapter.targets:
-            if not held.holds(Span(target.block, target.block + 1)):
+            if not loaded.holds(Span(target.block, target.block + 1)):
                 continue
-            module = projection(held, target)
+            module = projection(loaded, target)
             if module not in self._hooked:
                 module.register_forward_hook(_Hook(target))
                 self._hooked.add(module)
-        self._ready[adapter] = weakref.ref(held)
+        self._ready[adapter] = weakref.ref(loaded)
 
 
 class _Hook:

@@ -72,12 +72,12 @@ class Microbatch:
     def through(self) -> bool:
         return self._next == self._span.end
 
-    def forward(self, held: LoadedBlocks, blocks: int) -> None:
+    def forward(self, loaded: LoadedBlocks, blocks: int) -> None:
         """The next ``blocks`` blocks, or as many as are left."""
         for block in range(self._next, min(self._next + blocks, self._span.end)):
             inputs = self.hidden.detach().requires_grad_(self._graph)
             with torch.set_grad_enabled(self._graph):
-                outputs = held.forward(inputs.unsqueeze(0), self._batch, Span(block, block + 1))[0]
+                outputs = loaded.forward(inputs.unsqueeze(0), self._batch, Span(block, block + 1))[0]
             if self._graph:
                 self._stages.append(_Stage(block, inputs, outputs))
             self.hidden = outputs.detach()
@@ -111,12 +111,12 @@ class Microbatch:
 class SavedBytes:
     """Counts the memory of what graphs save for the backward pass, each tensor once and no weights."""
 
-    def __init__(self, held: LoadedBlocks, span: Span) -> None:
+    def __init__(self, loaded: LoadedBlocks, span: Span) -> None:
         self.total = 0
         self._seen = {
             tensor.untyped_storage().data_ptr()
             for block in range(span.start, span.end)
-            for tensor in _tensors(held.block(block))
+            for tensor in _tensors(loaded.block(block))
         }
 
     def counting(self) -> torch.autograd.graph.saved_tensors_hooks:

@@ -44,11 +44,11 @@ class SequenceCaches:
 
     def reserve(self, sequence: SequenceId, tokens: int) -> SequenceCache | None:
         """Room for ``tokens`` tokens; return the cache that has more than that now, to be trimmed."""
-        held = self._sequences.setdefault(sequence, _Sequence())
-        shrunk, held.reserved = tokens < held.reserved, tokens
-        if held.cache is not None:
-            held.cache.reserved = tokens
-        return held.cache if shrunk else None
+        entry = self._sequences.setdefault(sequence, _Sequence())
+        shrunk, entry.reserved = tokens < entry.reserved, tokens
+        if entry.cache is not None:
+            entry.cache.reserved = tokens
+        return entry.cache if shrunk else None
 
     def release(self, sequence: SequenceId) -> None:
         # A step that is being computed keeps its own reference until it is done.
@@ -62,34 +62,34 @@ class SequenceCaches:
         Raise `SessionLostError` for a sequence without a reservation, `InvalidStepError` for a span or a
         length of prefix that it did not begin with.
         """
-        held = self._reserved(sequence)
-        held.cache, held.span = _cache_for(held, blocks, span, adapter), span
-        return held.cache
+        entry = self._reserved(sequence)
+        entry.cache, entry.span = _cache_for(entry, blocks, span, adapter), span
+        return entry.cache
 
     @torch.inference_mode()
     def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         """As `BlockExecutor.reorder`."""
-        held = [self._reserved(sequence) for sequence in sequences]
-        caches = {source: (held[source].cache, held[source].span) for source in set(sources)}
-        for each in held:
+        entry = [self._reserved(sequence) for sequence in sequences]
+        caches = {source: (entry[source].cache, entry[source].span) for source in set(sources)}
+        for each in entry:
             each.cache = each.span = None  # frees what nobody goes on with, before anything is copied
         for at, source in sorted(enumerate(sources), key=lambda pair: pair[0] != pair[1]):
             cache, span = caches[source]
             if cache is not None:
-                if any(each.cache is cache for each in held):
-                    cache = cache.copy(held[at].reserved)
+                if any(each.cache is cache for each in entry):
+                    cache = cache.copy(entry[at].reserved)
                 else:
-                    cache.reserved = held[at].reserved
+                    cache.reserved = entry[at].reserved
                     cache.trim()
-            held[at].cache, held[at].span = cache, span
+            entry[at].cache, entry[at].span = cache, span
 
     @torch.inference_mode()
     def export(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
         """As `BlockExecutor.export_cache`."""
-        held = self._sequences.get(sequence)
-        if held is None or held.cache is None:
+        entry = self._sequences.get(sequence)
+        if entry is None or entry.cache is None:
             raise SessionLostError(f"sequence {sequence} has no cache here")
-        cache = held.cache
+        cache = entry.cache
         if start < 0 or count < 1 or start + count > cache.length - cache.prefix:
             raise InvalidStepError(
                 f"tokens {start} to {start + count} are not in a cache of "
@@ -114,8 +114,8 @@ class SequenceCaches:
         tensors: Sequence[Tensor],
     ) -> None:
         """As `BlockExecutor.import_cache`."""
-        held = self._reserved(sequence)
-        cache = _cache_for(held, blocks, span, adapter)
+        entry = self._reserved(sequence)
+        cache = _cache_for(entry, blocks, span, adapter)
         if not 0 <= start <= cache.length - cache.prefix:
             raise InvalidStepError(
                 f"a cache from token {start} on does not continue a sequence of "
@@ -128,35 +128,35 @@ class SequenceCaches:
             raise InvalidStepError(
                 f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
             )
-        held.cache, held.span = cache, span
+        entry.cache, entry.span = cache, span
         start += cache.prefix
         cache.prepare(start, start + count)
         for target, tensor in zip(cache.tensors(start, start + count).values(), tensors, strict=True):
             target.copy_(to_torch(tensor))
 
     def _reserved(self, sequence: SequenceId) -> _Sequence:
-        held = self._sequences.get(sequence)
-        if held is None:
+        entry = self._sequences.get(sequence)
+        if entry is None:
             raise SessionLostError(f"sequence {sequence} has been released")
-        return held
+        return entry
 
 
 def _cache_for(
-    held: _Sequence, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
+    entry: _Sequence, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
 ) -> SequenceCache:
     prefix = 0 if adapter is None else adapter.prefix_tokens
-    if held.cache is None:
+    if entry.cache is None:
         cache = SequenceCache(blocks.layout(span))
-        cache.reserved = held.reserved
+        cache.reserved = entry.reserved
         if adapter is not None and prefix:
             names = [adapter.prefixes[block] for block in range(span.start, span.end)]
             cache.begin_with([adapter.weights[name] for name in names])
         return cache
-    if held.span != span:
-        raise InvalidStepError(f"a sequence that began in blocks {held.span} cannot go on in blocks {span}")
-    if held.cache.prefix != prefix:
+    if entry.span != span:
+        raise InvalidStepError(f"a sequence that began in blocks {entry.span} cannot go on in blocks {span}")
+    if entry.cache.prefix != prefix:
         raise InvalidStepError(
-            f"a sequence that began with a prefix of {held.cache.prefix} tokens cannot go on with one of "
+            f"a sequence that began with a prefix of {entry.cache.prefix} tokens cannot go on with one of "
             f"{prefix} tokens"
         )
-    return held.cache
+    return entry.cache

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swarmcore.errors import InternalError, InvalidBatchError
-from swarmcore.executor.base import BackwardPass, ForwardPass, TrainingPass
+from swarmcore.executor.base import BackwardPass, ForwardPass, TrainingBatch, TrainingPass
 from swarmcore.executor.torch.adapters import TorchAdapter
 from swarmcore.executor.torch.device import memory_errors, wait_for
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
@@ -25,22 +25,6 @@ REPRODUCIBLE_TOKENS = 128
 """Sequences of a reproducible batch go together up to this many tokens, whatever a unit may have."""
 
 
-@attrs.frozen
-class CheckedBatch:
-    """A batch whose shapes and adapter fit the blocks."""
-
-    span: Span
-    lengths: tuple[int, ...]
-    hidden: Tensor
-    adapter: TorchAdapter | None
-    reproducible: bool
-    padding: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-
 Unit = Callable[[LoadedBlocks], bool]
 """Computes a unit on the blocks; returns whether it was the last."""
 
@@ -49,8 +33,11 @@ Unit = Callable[[LoadedBlocks], bool]
 class ComputeThread:
     """The executor's compute thread, as far as passes need it: units run there, one at a time."""
 
-    run: Callable[[Unit, CheckedBatch], Awaitable[bool]]
-    """Calls the unit with the blocks that are held now. Raises `SpanError` when the batch's are not."""
+    run: Callable[[Unit, Span, TorchAdapter | None], Awaitable[bool]]
+    """Calls the unit with the blocks that are loaded now, ready for the adapter.
+
+    Raises `SpanError` when those of the span are not loaded any more.
+    """
     later: Callable[[Callable[[], None]], None]
     """Calls something after what runs now."""
     device: torch.device
@@ -60,8 +47,9 @@ class ComputeThread:
 class _TorchPass(TrainingPass):
     """What both directions have in common: cutting into microbatches, timing, ending."""
 
-    def __init__(self, thread: ComputeThread, batch: CheckedBatch) -> None:
-        self._thread, self._batch = thread, batch
+    def __init__(self, thread: ComputeThread, batch: TrainingBatch, adapter: TorchAdapter | None) -> None:
+        """``adapter`` is that of ``batch``; the caller has checked that both fit the blocks."""
+        self._thread, self._batch, self._adapter = thread, batch, adapter
         self._inputs: torch.Tensor | None = None
         self._current: Microbatch | None = None
         self._sequence = self._row = 0  # of the next microbatch
@@ -73,11 +61,11 @@ class _TorchPass(TrainingPass):
             raise InternalError("the pass is over")
         clock = asyncio.get_running_loop().time
 
-        def unit(held: LoadedBlocks) -> bool:
+        def unit(loaded: LoadedBlocks) -> bool:
             began = clock()
             try:
                 with memory_errors("a pass"), self._kernels():
-                    self._done = self._unit(held, max_tokens)
+                    self._done = self._unit(loaded, max_tokens)
                     wait_for(self._thread.device)  # or steps would queue behind what is timed as nothing
             except BaseException:
                 self._free()
@@ -87,7 +75,7 @@ class _TorchPass(TrainingPass):
             return self._done
 
         try:
-            return await self._thread.run(unit, self._batch)
+            return await self._thread.run(unit, self._batch.span, self._adapter)
         except BaseException:
             self.close()
             raise
@@ -99,7 +87,7 @@ class _TorchPass(TrainingPass):
             self._thread.later(self._free)
 
     @abstractmethod
-    def _unit(self, held: LoadedBlocks, max_tokens: int) -> bool:
+    def _unit(self, loaded: LoadedBlocks, max_tokens: int) -> bool:
         """Compute a unit; return whether it was the last."""
 
     def _free(self) -> None:
@@ -134,7 +122,7 @@ class _TorchPass(TrainingPass):
             lengths[self._sequence : last],
             rows,
             self._batch.span,
-            self._batch.adapter,
+            self._adapter,
             graph=graph,
             padding=self._batch.padding,
         )
@@ -145,25 +133,27 @@ class _TorchPass(TrainingPass):
 class TorchForward(_TorchPass, ForwardPass):
     """A forward pass that keeps its microbatches' graphs, or nothing."""
 
-    def __init__(self, thread: ComputeThread, batch: CheckedBatch, *, keep: bool) -> None:
-        super().__init__(thread, batch)
+    def __init__(
+        self, thread: ComputeThread, batch: TrainingBatch, adapter: TorchAdapter | None, *, keep: bool
+    ) -> None:
+        super().__init__(thread, batch, adapter)
         self._keep = keep
         self._kept: list[Microbatch] = []
         self._saved: SavedBytes | None = None
         self._outputs: torch.Tensor | None = None
 
-    def _unit(self, held: LoadedBlocks, max_tokens: int) -> bool:
+    def _unit(self, loaded: LoadedBlocks, max_tokens: int) -> bool:
         if self._current is None:
             self._current = self._next_microbatch(max_tokens, graph=self._keep)
         current, blocks = self._current, max(1, max_tokens // self._current.tokens)
         if self._keep:
             if self._saved is None:
-                self._saved = SavedBytes(held, self._batch.span)
+                self._saved = SavedBytes(loaded, self._batch.span)
             with self._saved.counting():
-                current.forward(held, blocks)
+                current.forward(loaded, blocks)
             self.kept_bytes = self._saved.total
         else:
-            current.forward(held, blocks)
+            current.forward(loaded, blocks)
         if not current.through:
             return False
         if self._outputs is None:
@@ -205,14 +195,15 @@ class TorchBackward(_TorchPass, BackwardPass):
     def __init__(
         self,
         thread: ComputeThread,
-        batch: CheckedBatch,
+        batch: TrainingBatch,
+        adapter: TorchAdapter | None,
         gradients: Tensor,
         kept: TorchForward | None,
         *,
         inputs: bool,
         weights: bool,
     ) -> None:
-        super().__init__(thread, batch)
+        super().__init__(thread, batch, adapter)
         self._encoded = gradients
         self._given: torch.Tensor | None = None
         self._kept = None if kept is None else kept.take()
@@ -220,23 +211,23 @@ class TorchBackward(_TorchPass, BackwardPass):
         self._until = batch.span.start
         """The block that the way back ends with: below the adapter's first there may be nothing to find."""
         self._weights: dict[str, torch.Tensor] = {}
-        if batch.adapter is not None:
-            self._weights = batch.adapter.weights_in(batch.span) if weights else {}
+        if adapter is not None:
+            self._weights = adapter.weights_in(batch.span) if weights else {}
             if not inputs:
-                first = max(self._until, batch.adapter.span.start)
+                first = max(self._until, adapter.span.start)
                 self._until = min(first, batch.span.end - 1)
         self._found: torch.Tensor | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._saved: SavedBytes | None = None
 
-    def _unit(self, held: LoadedBlocks, max_tokens: int) -> bool:
+    def _unit(self, loaded: LoadedBlocks, max_tokens: int) -> bool:
         if self._given is None:
             self._begin()
         if self._current is None:
             self._current = self._next(max_tokens)
         current, blocks = self._current, max(1, max_tokens // self._current.tokens)
         if not current.through:
-            self._compute_again(current, held, blocks)
+            self._compute_again(current, loaded, blocks)
             return False
         if not current.backward(blocks, self._until, self._sums, inputs=self._want_inputs):
             return False
@@ -250,14 +241,14 @@ class TorchBackward(_TorchPass, BackwardPass):
         self._finish()
         return True
 
-    def _compute_again(self, current: Microbatch, held: LoadedBlocks, blocks: int) -> None:
+    def _compute_again(self, current: Microbatch, loaded: LoadedBlocks, blocks: int) -> None:
         if self.token_bytes:
-            current.forward(held, blocks)
+            current.forward(loaded, blocks)
             return
         if self._saved is None:
-            self._saved = SavedBytes(held, self._batch.span)
+            self._saved = SavedBytes(loaded, self._batch.span)
         with self._saved.counting():
-            current.forward(held, blocks)
+            current.forward(loaded, blocks)
         if current.through:
             self.token_bytes = self._saved.total / (current.tokens * len(self._batch.span))
 

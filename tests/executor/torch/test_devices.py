@@ -45,39 +45,39 @@ def moved(family: str, folder: Path) -> LoadedBlocks:
     return LoadedBlocks([model])
 
 
-def adapter_for(held: LoadedBlocks, module: str) -> TorchAdapter:
+def adapter_for(loaded: LoadedBlocks, module: str) -> TorchAdapter:
     """A low-rank update in block 1, and prefixes."""
     target = TargetModule(1, module)
-    projection: Any = held.block(1).get_submodule(module)
+    projection: Any = loaded.block(1).get_submodule(module)
     inside, outside = projection.weight.shape if module == "attn.c_attn" else projection.weight.shape[::-1]
     weights = {
         target.lora_a: torch.zeros(2, inside, device=ELSEWHERE),
         target.lora_b: torch.zeros(outside, 2, device=ELSEWHERE),
     }
-    for block, layer in enumerate(held.layout(SPAN).layers):
+    for block, layer in enumerate(loaded.layout(SPAN).layers):
         weights[f"{block}.prefix"] = torch.zeros(2, 3, layer.heads, layer.key_size, device=ELSEWHERE)
     return TorchAdapter(weights, [target], 0.5)
 
 
 @pytest.mark.parametrize("family", PROJECTIONS)
 def test_steps_and_passes_stay_on_the_device_of_the_blocks(family: str, tmp_path: Path) -> None:
-    held = moved(family, tmp_path)
-    adapter = adapter_for(held, PROJECTIONS[family])
-    Hooks().install(adapter, held)
+    loaded = moved(family, tmp_path)
+    adapter = adapter_for(loaded, PROJECTIONS[family])
+    Hooks().install(adapter, loaded)
     with torch.inference_mode():
-        caches = [SequenceCache(held.layout(SPAN)) for _ in range(3)]
+        caches = [SequenceCache(loaded.layout(SPAN)) for _ in range(3)]
         for counts in ((5, 70, 1), (1, 1, 1), (3, 1, 9)):
             pieces = [(cache, cache.length, count) for cache, count in zip(caches, counts, strict=True)]
             rows = [(None, counts[0]), (adapter, sum(counts[1:]))]
             updates = RowAdapters(rows, StackedAdapters([adapter], torch.float32))
             batch = RaggedBatch(pieces, ELSEWHERE, updates=updates)
-            output = held.forward(torch.zeros(1, batch.tokens, 64, device=ELSEWHERE), batch, SPAN)
+            output = loaded.forward(torch.zeros(1, batch.tokens, 64, device=ELSEWHERE), batch, SPAN)
             assert output.device == ELSEWHERE
     for chosen in (None, adapter):
         microbatch = Microbatch(
             0, (7, 7, 20), torch.zeros(34, 64, device=ELSEWHERE), SPAN, chosen, graph=True
         )
-        microbatch.forward(held, 3)
+        microbatch.forward(loaded, 3)
         microbatch.gradient = torch.zeros(34, 64, device=ELSEWHERE)
         weights = {} if chosen is None else chosen.weights
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}

@@ -59,8 +59,8 @@ async def run(
 def blocks(executor: TorchExecutor) -> dict[int, Any]:
     """The modules that hold the blocks, by number."""
     found: dict[int, Any] = {}
-    assert executor._held is not None
-    for model in executor._held.models:
+    assert executor._loaded is not None
+    for model in executor._loaded.models:
         base = model._base
         layers = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
         found |= dict(enumerate(layers, model.span.start))
@@ -108,7 +108,7 @@ async def test_pieces_give_exactly_what_the_whole_gives(family: str, dtype: str,
         await pieces.change_span(span)
         # A sequence of a block that stays, whose layer is another one in each span.
         kept.append(await run(pieces, 5, 9 + number, hidden[9 + number : 10 + number], stays))
-    assert pieces._held is not None and len(pieces._held.models) > 2
+    assert pieces._loaded is not None and len(pieces._loaded.models) > 2
     for executor, sequence in ((whole, 0), (pieces, 0)):
         executor.reserve(SequenceId(sequence), 24)
     for start, stop in ((0, 13), (13, 14), (14, 23), (10, 12), (12, 13)):

@@ -110,8 +110,8 @@ async def test_values_that_are_not_finite_hurt_no_other_slice(executor: TorchExe
 
 async def test_outputs_that_overflow_are_that_slice_s_error(tiny_llama: Checkpoint) -> None:
     executor = TorchExecutor.load(tiny_llama, SPAN, dtype="float16")
-    assert executor._held is not None
-    for block in executor._held.models[0]._base.layers:
+    assert executor._loaded is not None
+    for block in executor._loaded.models[0]._base.layers:
         for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
             ones = torch.ones(linear.out_features, linear.in_features, dtype=torch.float16)
             if isinstance(linear, PackedLinear):  # where the CPU multiplies in 16 bits
