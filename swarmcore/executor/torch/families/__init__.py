@@ -1,4 +1,7 @@
-"""Families that need code of their own to run on a ragged batch, by model type."""
+"""Families that need code of their own to run on a ragged batch: a module each, and a table by model type.
+
+All others attend through ``AttentionInterface`` (`swarmcore.executor.torch.attention`) and need none.
+"""
 
 from __future__ import annotations
 

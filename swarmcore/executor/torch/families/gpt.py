@@ -1,4 +1,4 @@
-"""Attention of families that do its products in a method of its own, ``_attn``; the rest stays as it is."""
+"""GPT-J, CodeGen, GPT-Neo, GPT-NeoX Japanese and GPT, whose attention is in a method, ``_attn``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swarmcore.executor.torch.attention import current_batch
 from swarmcore.executor.torch.batch import Attention
 
 
-class _Products:
+class _AttnMethod:
     """In place of ``_attn``: queries, keys and values of a layer go to the current batch.
 
     All are ``[1, heads, tokens, size]``, and so is the first of the results.
@@ -27,7 +27,7 @@ class _Products:
         return output.transpose(1, 2), None
 
 
-class _TransposedProducts(_Products):
+class _TransposedAttnMethod(_AttnMethod):
     """The same where keys come as ``[1, heads, size, tokens]``, and a list goes back."""
 
     def __call__(  # type: ignore[override]
@@ -36,9 +36,9 @@ class _TransposedProducts(_Products):
         return [super().__call__(query, key.transpose(2, 3), value)[0]]
 
 
-def _replace(attentions: Iterable[tuple[Any, Attention]], products: type[_Products] = _Products) -> None:
+def _replace(attentions: Iterable[tuple[Any, Attention]], method: type[_AttnMethod] = _AttnMethod) -> None:
     for layer, (attention, how) in enumerate(attentions):
-        attention._attn = products(layer, how)
+        attention._attn = method(layer, how)
 
 
 def replace_gptj(base: Any) -> None:
@@ -65,5 +65,5 @@ def replace_openai_gpt(base: Any) -> None:
     size = base.config.n_embd // base.config.n_head
     _replace(
         ((block.attn, Attention(size**-0.5 if block.attn.scale else 1.0)) for block in base.h),
-        _TransposedProducts,
+        _TransposedAttnMethod,
     )
