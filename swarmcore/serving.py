@@ -23,6 +23,7 @@ from swarmcore.registry.base import Registry
 from swarmcore.registry.lan import follow_addresses
 from swarmcore.resources.hold_ups import watching
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import answer_ping
 from swarmcore.server.adapters import Weights
 from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
@@ -39,7 +40,7 @@ from swarmcore.server.throughput import ServerSpeed, SpeedFile, measure_compute,
 from swarmcore.sources import announced_source
 from swarmcore.tasks import running
 from swarmcore.types import ServerInfo, Span
-from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
+from swarmcore.wire.messages import InfoReply, InfoRequest
 from swarmcore.wire.method import Caller
 from swarmcore.wire.protocols import INFO_METHOD, PING_METHOD
 from swarmcore.wire.tensors import ITEM_BYTES
@@ -241,9 +242,6 @@ async def run_bootstrap(
             version=version(),
         )
 
-        async def ping(request: Ping, caller: Caller) -> Pong:
-            return Pong(request.payload)
-
         async def describe(request: InfoRequest, caller: Caller) -> InfoReply:
             current = attrs.evolve(info, addresses=tuple(map(str, node.addresses)))
             counters = service.counters if service is not None else {}
@@ -252,7 +250,7 @@ async def run_bootstrap(
             notes = (*registry.notes, *node.notes)
             return InfoReply(current, uptime, counted, notes, node.resources.snapshot())
 
-        node.serve(PING_METHOD, ping)
+        node.serve(PING_METHOD, answer_ping)
         node.serve(INFO_METHOD, describe)
         await registry.announce(info, BOOTSTRAP_TTL)
         if on_online is not None:

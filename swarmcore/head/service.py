@@ -8,11 +8,11 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from types import TracebackType
-from typing import Protocol, Self, Unpack
+from typing import Protocol, Unpack
 
 import attrs
 
+from swarmcore.client.generation.stream import TextStream
 from swarmcore.errors import (
     BusyError,
     ServerDrainingError,
@@ -39,26 +39,6 @@ from swarmcore.wire.generate import (
 logger = logging.getLogger(__name__)
 
 
-class TextInTheMaking(Protocol):
-    """What a generation server needs of a `Generation`."""
-
-    @property
-    def tokens(self) -> list[int]: ...
-
-    @property
-    def finish_reason(self) -> str | None: ...
-
-    async def __anext__(self) -> str: ...
-
-    def __aiter__(self) -> Self: ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None: ...
-
-
 class TextModel(Protocol):
     """What a generation server needs of a `RemoteModel`."""
 
@@ -74,7 +54,7 @@ class TextModel(Protocol):
         adapter: str | None = None,
         so_far: Sequence[int] = (),
         **options: Unpack[GenerationOptions],
-    ) -> TextInTheMaking: ...
+    ) -> TextStream: ...
 
 
 class GenerationService:

@@ -185,7 +185,7 @@ def _steps(
         span, throughput, size = server.span, server.throughput, len(server.span)
         without = lacking[:]
         gone = in_all
-        for block in range(span.start, span.end):
+        for block in span:
             value = max(0.0, level - arrangement.throughputs[block] + throughput)
             gone += value * value - without[block] * without[block]
             without[block] = value

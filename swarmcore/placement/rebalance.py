@@ -134,10 +134,10 @@ def missed_while_loading(throughputs: list[float], here: Placement, target: Span
     become the worst ones."""
     without = list(throughputs)
     add(without, here.span, -here.throughput)
-    kept = Span(max(here.span.start, target.start), min(here.span.end, target.end))
-    if kept.start < kept.end:
+    kept = here.span.overlap(target)
+    if kept is not None:
         add(without, kept, here.throughput)
-    fresh = len(target) - max(0, kept.end - kept.start)
+    fresh = len(target) - (len(kept) if kept is not None else 0)
     return max(0.0, min(throughputs) - min(without)) * fresh * cost.seconds_per_block
 
 

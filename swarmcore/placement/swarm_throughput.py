@@ -41,7 +41,7 @@ def placements(
 
     Those that join count as if they were online, those that move as if they were there already, except
     the peers in ``staying``, which count where they are. Those that drain, and the peer ``without``, do not
-    count. A server that does not tell its throughput counts as the middling one of those that do.
+    count. A server that does not tell its throughput counts as the median of those that do.
     """
     servers = [
         server
@@ -49,13 +49,13 @@ def placements(
         if server.state != "draining" and server.peer != without
     ]
     keeping = unique_blocks(servers, model.blocks)
-    told = [server.throughput for server in servers if server.throughput > 0]
-    middling = statistics.median(told) if told else 1.0
+    stated = [server.throughput for server in servers if server.throughput > 0]
+    median = statistics.median(stated) if stated else 1.0
     found = []
     for server in servers:
         span = server.span if server.peer in staying else server.target or server.span
-        if span is not None and (held := _within(span, model.blocks)) is not None:
-            throughput = server.throughput if server.throughput > 0 else middling
+        if span is not None and (held := model.span.overlap(span)) is not None:
+            throughput = server.throughput if server.throughput > 0 else median
             settled = server.state == "online" and (server.target is None or server.peer in staying)
             keeps = keeping.get(server.peer) if settled and not server.pinned else held
             found.append(
@@ -79,7 +79,7 @@ def block_throughputs(placed: Iterable[Placement], blocks: int) -> list[float]:
 
 def add(throughputs: list[float], span: Span, throughput: float) -> None:
     """Let a server join the blocks ``span``, or leave them with a negative ``throughput``; in place."""
-    for block in range(span.start, span.end):
+    for block in span:
         throughputs[block] += throughput
 
 
@@ -93,32 +93,30 @@ def unique_blocks(servers: Sequence[ServerInfo], blocks: int) -> dict[PeerId, Sp
 
     Someone else holds a block who is online and is not about to leave it for another one.
     """
+    whole = Span(0, blocks)
     held = {}
     for server in servers:
-        if server.span is not None and (span := _within(server.span, blocks)) is not None:
+        if server.span is not None and (span := server.span.overlap(whole)) is not None:
             held[server.peer] = span
     lasting = [0] * blocks
     for server in servers:
         if server.state == "online" and server.peer in held:
-            for block in _lasting(server, held[server.peer]):
+            for block in _lasting(server, held[server.peer]) or ():
                 lasting[block] += 1
     unique = {}
     for server in servers:
         if server.peer not in held:
             continue
-        own = _lasting(server, held[server.peer]) if server.state == "online" else range(0)
-        span = held[server.peer]
-        alone = [block for block in range(span.start, span.end) if lasting[block] <= (block in own)]
+        own = _lasting(server, held[server.peer]) if server.state == "online" else None
+        alone = [block for block in held[server.peer] if lasting[block] <= (own is not None and block in own)]
         if alone:
             unique[server.peer] = Span(alone[0], alone[-1] + 1)
     return unique
 
 
-def _lasting(server: ServerInfo, held: Span) -> range:
+def _lasting(server: ServerInfo, held: Span) -> Span | None:
     """The blocks that it holds and will hold."""
-    if server.target is None:
-        return range(held.start, held.end)
-    return range(max(held.start, server.target.start), min(held.end, server.target.end))
+    return held if server.target is None else held.overlap(server.target)
 
 
 def _lost(server: ServerInfo, span: Span, blocks: int) -> float:
@@ -128,9 +126,3 @@ def _lost(server: ServerInfo, span: Span, blocks: int) -> float:
 def _exact(throughput: float) -> float:
     """The nearest multiple of 1 / `GRAIN`, above 0."""
     return max(1, round(min(throughput, MOST) * GRAIN)) / GRAIN
-
-
-def _within(span: Span, blocks: int) -> Span | None:
-    """The part of ``span`` that the model has: some may announce more blocks with the same fingerprint."""
-    held = Span(max(span.start, 0), min(span.end, blocks))
-    return held if held.start < held.end else None

@@ -10,8 +10,8 @@ from swarmcore.errors import DeadlineExceededError, SwarmError
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import Address, ServerInfo
-from swarmcore.wire.messages import Ping
-from swarmcore.wire.method import Method, Rep, Req
+from swarmcore.wire.messages import Ping, Pong
+from swarmcore.wire.method import Caller, Method, Rep, Req
 from swarmcore.wire.protocols import PING_METHOD
 
 PINGS = 3
@@ -28,6 +28,11 @@ LONGEST = 30.0
 
 TICK = 0.1
 """Seconds of waiting that count at a time: those in which this process was held up itself do not."""
+
+
+async def answer_ping(request: Ping, caller: Caller) -> Pong:
+    """Serve `PING_METHOD`."""
+    return Pong(request.payload)
 
 
 async def measure_round_trip(

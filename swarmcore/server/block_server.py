@@ -20,6 +20,7 @@ from swarmcore.executor.base import BlockExecutor
 from swarmcore.placement.rebalance import MoveCost
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.rpc.node import Node
+from swarmcore.rpc.ping import answer_ping
 from swarmcore.server.adapters import AdapterStore, Weights
 from swarmcore.server.announcer import Announcer
 from swarmcore.server.config import ServerConfig
@@ -31,7 +32,7 @@ from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sources import announced_source
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, ServerState, Span, short
-from swarmcore.wire.messages import InfoReply, InfoRequest, Ping, Pong
+from swarmcore.wire.messages import InfoReply, InfoRequest
 from swarmcore.wire.method import Caller
 from swarmcore.wire.protocols import (
     BACKWARD_OF_PADDING_PROTOCOL,
@@ -213,7 +214,7 @@ class BlockServer:
         self._started_at = asyncio.get_running_loop().time()
         await self._load_adapters()
         await self.engine.start()
-        self.node.serve(PING_METHOD, self._ping)
+        self.node.serve(PING_METHOD, answer_ping)
         self.node.serve(SESSION_STATE_METHOD, self.inference.state)
         self.node.serve(INFO_METHOD, self._info)
         self.node.serve_protocol(INFERENCE_PROTOCOL, self.inference.serve)
@@ -358,9 +359,6 @@ class BlockServer:
         self._tasks.clear()
         if self._successor_rtts is not None:
             await self._successor_rtts.close()
-
-    async def _ping(self, request: Ping, caller: Caller) -> Pong:
-        return Pong(request.payload)
 
     async def _info(self, request: InfoRequest, caller: Caller) -> InfoReply:
         services = self.inference.counters + self.training.counters + self.adapters.counters

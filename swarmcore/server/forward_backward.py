@@ -13,12 +13,12 @@ from swarmcore.engine.engine import Engine
 from swarmcore.engine.training import TrainingLimits, TrainingRequest
 from swarmcore.engine.validation import check_codec
 from swarmcore.errors import InvalidBatchError
-from swarmcore.executor.base import TrainingBatch
+from swarmcore.executor.base import Adapter, TrainingBatch
 from swarmcore.resources import Resource, ResourceManager
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.config import ACTIVATION_BUDGET, ServerConfig
-from swarmcore.server.forward_backward_channel import ForwardBackwardChannel, RenewableDeadline, Sender
+from swarmcore.server.forward_backward_channel import ForwardBackwardChannel, RenewableDeadline, RowSender
 from swarmcore.server.span_service import SpanService
 from swarmcore.tasks import deadline_after, running
 from swarmcore.types import ModelInfo, PeerId, Span
@@ -28,7 +28,7 @@ from swarmcore.wire.tensors import Tensor
 MAX_DEADLINE = 900.0
 """Longest deadline, in seconds, that a client may ask for; more is cut to this."""
 
-LOOK = 2.0
+PROGRESS_INTERVAL = 2.0
 """Seconds between two looks whether a pass, or those before it, got on."""
 
 _NAME = re.compile(r"[0-9a-f]{32}|")
@@ -61,7 +61,7 @@ class ForwardBackwardService(SpanService):
         self._resources = resources or ResourceManager()
         self.under_way = 0
         """Passes that are served now."""
-        self._senders: WeakValueDictionary[PeerId, Sender] = WeakValueDictionary()
+        self._senders: WeakValueDictionary[PeerId, RowSender] = WeakValueDictionary()
 
     async def drain(self, seconds: float, *, keep: Span | None = None) -> None:
         """Refuse new passes, and wait for up to ``seconds`` until those under way are through.
@@ -80,67 +80,64 @@ class ForwardBackwardService(SpanService):
     async def forward(self, channel: Channel) -> None:
         """Handle one channel of the forward protocol."""
         opening: OpenForward = channel.opening.record
-        async with self._turn(channel, opening) as (turn, talk):
-            talk.expect("inputs")
+        async with self._admitted(channel, opening) as (request, transfer):
+            transfer.expect("inputs")
             async with self._adapters.obtain(
-                channel.remote, opening.adapter, turn.span, talk.weights
+                channel.remote, opening.adapter, request.span, transfer.weights
             ) as adapter:
-                rows = await talk.rows("inputs")
-                batch = TrainingBatch(
-                    turn.span, turn.lengths, rows, adapter, opening.reproducible, opening.padding
-                )
-                async with self._prolonging(talk, channel):
-                    outputs, kept, seconds = await turn.forward(batch, keep=opening.keep)
-            await talk.send_rows("outputs", outputs, opening.codec)
-            await channel.send(ForwardDone(kept, seconds, talk.receiving))
+                batch = _batch(request, opening, await transfer.rows("inputs"), adapter)
+                async with self._reporting_progress(transfer, channel):
+                    outputs, kept, seconds = await request.forward(batch, keep=opening.keep)
+            await transfer.send_rows("outputs", outputs, opening.codec)
+            await channel.send(ForwardDone(kept, seconds, transfer.receiving))
 
     async def backward(self, channel: Channel) -> None:
         """Handle one channel of the backward protocol."""
         opening: OpenBackward = channel.opening.record
-        async with self._turn(channel, opening) as (turn, talk):
-            talk.expect("gradients")
+        async with self._admitted(channel, opening) as (request, transfer):
+            transfer.expect("gradients")
             async with self._adapters.obtain(
-                channel.remote, opening.adapter, turn.span, talk.weights
+                channel.remote, opening.adapter, request.span, transfer.weights
             ) as adapter:
-                batch = TrainingBatch(
-                    turn.span, turn.lengths, _NO_ROWS, adapter, opening.reproducible, opening.padding
-                )
-                reused = turn.reuse(opening.kept, batch)
+                batch = _batch(request, opening, _NO_ROWS, adapter)
+                reused = request.reuse(opening.kept, batch)
                 if not reused:
-                    await talk.ask_inputs()
-                gradients = await talk.rows("gradients")
+                    await transfer.ask_inputs()
+                gradients = await transfer.rows("gradients")
                 if not reused:
-                    batch.hidden = await talk.rows("inputs")
+                    batch.hidden = await transfer.rows("inputs")
                 weights = opening.weights and adapter is not None
-                async with self._prolonging(talk, channel):
-                    done = await turn.backward(batch, gradients, inputs=opening.inputs, weights=weights)
+                async with self._reporting_progress(transfer, channel):
+                    done = await request.backward(batch, gradients, inputs=opening.inputs, weights=weights)
             if done.gradients is not None:
-                await talk.send_rows("gradients", done.gradients, opening.codec)
+                await transfer.send_rows("gradients", done.gradients, opening.codec)
             if done.weights:
-                await talk.send_weights(done.weights)
-            await channel.send(BackwardDone(done.seconds, talk.receiving))
+                await transfer.send_weights(done.weights)
+            await channel.send(BackwardDone(done.seconds, transfer.receiving))
 
     @asynccontextmanager
-    async def _prolonging(self, talk: ForwardBackwardChannel, channel: Channel) -> AsyncIterator[None]:
+    async def _reporting_progress(
+        self, transfer: ForwardBackwardChannel, channel: Channel
+    ) -> AsyncIterator[None]:
         """While a pass computes, begin its time anew whenever the engine gets on, and tell the client."""
 
-        async def look() -> None:
+        async def watch() -> None:
             seen = self._engine.work
             while True:
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(PROGRESS_INTERVAL)
                 if (work := self._engine.work) > seen:
                     seen = work
-                    talk.patience.computed()
+                    transfer.deadline.computed()
                     await channel.send(PassProgress(work))
 
-        if not talk.patience.prolonged:
+        if not transfer.deadline.prolonged:
             yield  # the client gives up by itself, and does not expect to hear of it
             return
-        async with running(look(), "progress of a pass"):
+        async with running(watch(), "progress of a pass"):
             yield
 
     @asynccontextmanager
-    async def _turn(
+    async def _admitted(
         self, channel: Channel, opening: OpenForward | OpenBackward
     ) -> AsyncIterator[tuple[TrainingRequest, ForwardBackwardChannel]]:
         span = self._check(opening)
@@ -149,19 +146,21 @@ class ForwardBackwardService(SpanService):
             f"the pass of {sum(opening.lengths)} tokens was not through in {deadline:g} s; "
             f"send smaller batches, or allow it more time"
         )
-        sender = self._senders.setdefault(channel.remote, Sender(asyncio.get_running_loop().time()))
+        sender = self._senders.setdefault(channel.remote, RowSender(asyncio.get_running_loop().time()))
         self.under_way += 1
         try:
             async with deadline_after(deadline, late) as clock:
                 with (
-                    self._engine.training.admit(channel.remote, span, opening.lengths, deadline) as turn,
-                    self._resources.reserve(channel.remote, Resource.BYTES, 0) as held,
+                    self._engine.training.admit(channel.remote, span, opening.lengths, deadline) as request,
+                    self._resources.reserve(channel.remote, Resource.BYTES, 0) as reserved,
                 ):
                     rows = sum(opening.lengths)
-                    patience = RenewableDeadline(turn, clock, deadline, MAX_DEADLINE, opening.progress)
+                    renewable = RenewableDeadline(request, clock, deadline, MAX_DEADLINE, opening.progress)
                     yield (
-                        turn,
-                        ForwardBackwardChannel(channel, self._engine.executor, rows, sender, held, patience),
+                        request,
+                        ForwardBackwardChannel(
+                            channel, self._engine.executor, rows, sender, reserved, renewable
+                        ),
                     )
             self.counters["passes_served"] += 1
         finally:
@@ -187,3 +186,11 @@ class ForwardBackwardService(SpanService):
 
 _NO_ROWS = Tensor("hidden", "float32", (0, 0), memoryview(b""))
 """In place of inputs that are not needed again."""
+
+
+def _batch(
+    request: TrainingRequest, opening: OpenForward | OpenBackward, inputs: Tensor, adapter: Adapter | None
+) -> TrainingBatch:
+    return TrainingBatch(
+        request.span, request.lengths, inputs, adapter, opening.reproducible, opening.padding
+    )

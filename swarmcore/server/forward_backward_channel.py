@@ -41,7 +41,7 @@ others could have."""
 
 
 @attrs.define(eq=False)
-class Sender:
+class RowSender:
     """A client that sends rows of one pass or of several, which share its link in whatever order."""
 
     heard: float
@@ -55,10 +55,10 @@ class RenewableDeadline:
     """
 
     def __init__(
-        self, turn: TrainingRequest, clock: asyncio.Timeout, deadline: float, most: float, prolonged: bool
+        self, request: TrainingRequest, clock: asyncio.Timeout, deadline: float, most: float, prolonged: bool
     ) -> None:
         self.prolonged = prolonged
-        self._turn = turn
+        self._request = request
         self._clock = clock
         self._deadline = deadline
         self._most = most
@@ -76,7 +76,7 @@ class RenewableDeadline:
 
     def _extend(self, until: float) -> None:
         if self.prolonged and not self._clock.expired():
-            self._turn.extend(until)
+            self._request.extend(until)
             with contextlib.suppress(RuntimeError):  # it is just ending
                 self._clock.reschedule(until)
 
@@ -89,13 +89,13 @@ class ForwardBackwardChannel:
         channel: Channel,
         executor: BlockExecutor,
         rows: int,
-        sender: Sender,
-        held: Reservation,
-        patience: RenewableDeadline,
+        sender: RowSender,
+        reserved: Reservation,
+        deadline: RenewableDeadline,
     ) -> None:
-        """``sender`` is the same object for all passes of a client; in ``held`` its rows are counted."""
-        self._held = held
-        self.patience = patience
+        """``sender`` is the same object for all passes of a client; in ``reserved`` its rows are counted."""
+        self._reserved = reserved
+        self.deadline = deadline
         self._channel = channel
         self._sender = sender
         self._executor = executor
@@ -149,7 +149,7 @@ class ForwardBackwardChannel:
                     f"the client sent nothing for {PIECE_TIMEOUT:.0f} s, with rows still to come"
                 ) from exc
             self._sender.heard = _now()
-            self.patience.moved()
+            self.deadline.moved()
             return await self._take(message)
 
     async def _take(self, message: Message) -> Weights | None:
@@ -162,7 +162,7 @@ class ForwardBackwardChannel:
             self.receiving = _now() - self._opened
             hidden = message.tensor("hidden")
             intake.check(record, hidden)
-            self._held.resize(self._held.amount + hidden.decoded_nbytes)
+            self._reserved.resize(self._reserved.amount + hidden.decoded_nbytes)
             intake.add(await self._executor.decode(hidden))
             return None
         if self._weights is None:
@@ -180,13 +180,13 @@ class ForwardBackwardChannel:
             if codec != "raw":
                 piece = await self._executor.encode(piece, codec)
             await self._channel.send(Rows(kind, first), piece)
-            self.patience.moved()
+            self.deadline.moved()
 
     async def send_weights(self, tensors: Sequence[Tensor]) -> None:
         """Send gradients of an adapter's weights, as many to a message as fit well."""
         for part, last in adapter_parts(tensors):
             await self._channel.send(AdapterPart(last=last), *part)
-            self.patience.moved()
+            self.deadline.moved()
 
 
 def _now() -> float:
