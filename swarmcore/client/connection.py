@@ -216,7 +216,7 @@ class SwarmConnection:
         adapter: AdapterWeights | None = None,
         on_use: Callable[[], None] = lambda: None,
     ) -> SessionPlanner:
-        """What chooses the servers of ``model``'s sessions, and hears how they did."""
+        """What chooses the servers of ``model``'s sessions, and learns how they did."""
         self._check_joined()
         return SessionPlanner(
             self.registry,

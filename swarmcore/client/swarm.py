@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,7 +16,6 @@ from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.connection import SwarmConnection
 from swarmcore.client.generation.chat import Chat
 from swarmcore.client.generation.remote import PATIENCE, GenerationServerChoice, RemoteGeneration, RemoteRun
-from swarmcore.client.notebook import notebook_progress
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.errors import AddressError, InputError
 from swarmcore.generation_settings import GenerationOptions, GenerationSettings, open_generation
@@ -207,3 +207,35 @@ def connect(
         again=again,
         find_neighbours=mdns,
     )
+
+
+def notebook_progress() -> Callable[[str, int, int], None] | None:
+    """Bars of tqdm, in a notebook that has it; None elsewhere: there, programs show progress as they like."""
+    if "ipykernel" not in sys.modules:
+        return None
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    return TqdmProgress(tqdm)
+
+
+class TqdmProgress:
+    """A bar for each piece of work, closed when it is done; one of unknown size when the next begins."""
+
+    def __init__(self, tqdm: Callable[..., Any]) -> None:
+        self._tqdm = tqdm
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        bar = self._bars.get(what)
+        if bar is None:
+            for name in [name for name, other in self._bars.items() if not other.total]:
+                self._bars.pop(name).close()
+            bar = self._bars[what] = self._tqdm(
+                desc=what, total=total or None, unit="B", unit_scale=True, unit_divisor=1000
+            )
+        bar.total = total or None
+        bar.update(done - bar.n)
+        if total and done >= total:
+            self._bars.pop(what).close()

@@ -17,7 +17,7 @@ from swarmcore.errors import InvalidStepError, ResourceLimitError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.session.dedup import DedupCache
-from swarmcore.session.journal import Entry, KeptOutputs
+from swarmcore.session.journal import JournalEntry, OutputHistory
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.messages import Replay, Step
@@ -129,7 +129,7 @@ class AnswerCache:
 
 
 class ReplayCache:
-    """Outputs of a session that may be sent to a stage that is new to it: its `KeptOutputs`."""
+    """Outputs of a session that may be sent to a stage that is new to it: its `OutputHistory`."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class ReplayCache:
         counters: Counter[str],
         limits: Limits,
     ) -> None:
-        self._outputs = KeptOutputs(sequences)
+        self._outputs = OutputHistory(sequences)
         self._executor = executor
         self._counters = counters
         self._limits = limits
@@ -149,7 +149,7 @@ class ReplayCache:
 
     def add(self, step: Step, output: Tensor) -> None:
         """The output of a step that has been computed and sent on."""
-        entry = Entry(step.step, step.starts, step.lengths, step.sources)
+        entry = JournalEntry(step.step, step.starts, step.lengths, step.sources)
         self._outputs.settle(step.settled)
         self._outputs.keep(entry, output, settled=step.replay)
         self._bytes.resize(self._outputs.nbytes)

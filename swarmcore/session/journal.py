@@ -19,12 +19,12 @@ from swarmcore.wire.tensors import Tensor
 COMPACT_NBYTES = 16 << 20
 """Bytes that a history takes in, at least, before it looks for tensors of which little is left."""
 
-MAX_OPEN = 16
+MAX_UNSETTLED = 16
 """Steps that may be under way at a server, more than a client has at once; older ones were given up."""
 
 
 @attrs.frozen
-class Entry:
+class JournalEntry:
     """What a step does to a history: reorder, roll back, append. Fields as in `Step`."""
 
     step: int
@@ -72,7 +72,7 @@ class RowHistory:
         tensors = {id(run.tensor): run.tensor for runs in self._runs for run in runs}
         return sum(tensor.data.nbytes for tensor in tensors.values())
 
-    def apply(self, entry: Entry, rows: Tensor) -> None:
+    def apply(self, entry: JournalEntry, rows: Tensor) -> None:
         """Do what a step does; ``rows`` are its ``[sum(lengths), width]``."""
         if entry.sources:
             self._runs = [list(self._runs[source]) for source in entry.sources]
@@ -162,7 +162,7 @@ class RowHistory:
         return f"<RowHistory {','.join(map(str, self.lengths))} rows>"
 
 
-class KeptOutputs:
+class OutputHistory:
     """What a server keeps of a session's outputs for a `Replay`: as the settled steps have left them.
 
     A step that is computed here may never get through the chain; until it has, its rows only wait here. Once
@@ -171,34 +171,34 @@ class KeptOutputs:
 
     def __init__(self, sequences: int) -> None:
         self._history: RowHistory | None = RowHistory(sequences)
-        self._open: deque[tuple[Entry, Tensor]] = deque()
+        self._unsettled: deque[tuple[JournalEntry, Tensor]] = deque()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept, or somewhat more."""
         settled = self._history.counted_nbytes if self._history is not None else 0
-        return settled + sum(rows.data.nbytes for _, rows in self._open)
+        return settled + sum(rows.data.nbytes for _, rows in self._unsettled)
 
     def drop(self) -> None:
         """Forget everything, for good."""
         self._history = None
-        self._open.clear()
+        self._unsettled.clear()
 
-    def keep(self, entry: Entry, rows: Tensor, *, settled: bool = False) -> None:
+    def keep(self, entry: JournalEntry, rows: Tensor, *, settled: bool = False) -> None:
         """The outputs of a step, ``[sum(lengths), width]``; of a replay, which is of ``settled`` tokens."""
         if self._history is None:
             return
         if settled:
             self._history.apply(entry, rows)
         else:
-            self._open.append((entry, rows))
-            if len(self._open) > MAX_OPEN:
-                self._history.apply(*self._open.popleft())
+            self._unsettled.append((entry, rows))
+            if len(self._unsettled) > MAX_UNSETTLED:
+                self._history.apply(*self._unsettled.popleft())
 
     def settle(self, below: int) -> None:
         """All steps with a lower number are through, or were given up and are overwritten."""
-        while self._history is not None and self._open and self._open[0][0].step < below:
-            self._history.apply(*self._open.popleft())
+        while self._history is not None and self._unsettled and self._unsettled[0][0].step < below:
+            self._history.apply(*self._unsettled.popleft())
 
     def tensors(self, starts: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
         """As `RowHistory.tensors`. Raise `SessionLostError` when it was dropped."""
@@ -229,9 +229,9 @@ class _StageInputs:
     def __init__(self, sequences: int) -> None:
         self.history = RowHistory(sequences)
         self.arrived: dict[int, Tensor] = {}
-        self.due: deque[Entry] = deque()
+        self.due: deque[JournalEntry] = deque()
 
-    def settle(self, entry: Entry) -> None:
+    def settle(self, entry: JournalEntry) -> None:
         self.due.append(entry)
         self.advance()
 
@@ -299,7 +299,7 @@ class Journal:
         inputs.advance()
         return True
 
-    def settle(self, entry: Entry) -> None:
+    def settle(self, entry: JournalEntry) -> None:
         """The step is through: its tokens are part of the session."""
         self._in_flight.pop(entry.step, None)
         for inputs in self._inputs.values():
@@ -337,7 +337,7 @@ class Journal:
         inputs = self._inputs.setdefault(block, _StageInputs(self._sequences))
         return inputs.keep(positions)
 
-    def expect(self, block: int, entry: Entry) -> None:
+    def expect(self, block: int, entry: JournalEntry) -> None:
         """A replay with this number will bring rows into ``block``."""
         self._inputs[block].settle(entry)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import attrs
 
 from swarmcore.errors import InvalidStepError, ProtocolError
-from swarmcore.session.journal import Entry
+from swarmcore.session.journal import JournalEntry
 from swarmcore.wire.messages import Hop, Step, StepForwarded, StepOutput
 
 Reply = Literal["all", "last", "none"]
@@ -48,9 +48,9 @@ class Chunk:
         return self.rows if self.reply == "all" else sum(length > 0 for length in self.lengths)
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> JournalEntry:
         """What it does to the inputs of every stage."""
-        return Entry(self.step, self.starts, self.lengths, self.sources)
+        return JournalEntry(self.step, self.starts, self.lengths, self.sources)
 
 
 @attrs.frozen

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from swarmcore.client.notebook import TqdmProgress, notebook_progress
+from swarmcore.client.swarm import TqdmProgress, notebook_progress
 
 
 class Bar:

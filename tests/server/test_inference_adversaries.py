@@ -13,7 +13,7 @@ from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
 from swarmcore.resources import Resource
 from swarmcore.rpc.channel import Channel
-from swarmcore.session.journal import MAX_OPEN
+from swarmcore.session.journal import MAX_UNSETTLED
 from swarmcore.testing.executor import COUNTING_MODEL, hidden_states
 from swarmcore.wire.messages import (
     CachePart,
@@ -249,7 +249,7 @@ async def test_what_a_server_keeps_for_a_replay_is_bounded_whatever_the_client_s
             await channel.send(Step(number, (0,), (2,), journal="servers"), hidden_states(ROW * 2))
             await told(channel)
         kept = server.service._sessions[hop.session]._replay_cache._outputs
-        assert len(kept._open) <= MAX_OPEN
+        assert len(kept._unsettled) <= MAX_UNSETTLED
         assert kept._history.nbytes <= 2 * 4 * 4
         await channel.close()
         await quiet(swarm)

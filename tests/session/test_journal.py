@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError
-from swarmcore.session.journal import MAX_OPEN, Entry, Journal, KeptOutputs, RowHistory
+from swarmcore.session.journal import MAX_UNSETTLED, Journal, JournalEntry, OutputHistory, RowHistory
 from swarmcore.testing.executor import hidden_states, read_rows
 from swarmcore.wire.tensors import Tensor
 
@@ -21,7 +21,7 @@ def values_of(tensor) -> list[float]:
 
 
 @st.composite
-def histories(draw) -> list[Entry]:
+def histories(draw) -> list[JournalEntry]:
     count = draw(st.integers(1, 3))
     lengths = [0] * count
     entries = []
@@ -31,16 +31,16 @@ def histories(draw) -> list[Entry]:
         starts = [draw(st.integers(0, length)) for length in lengths]
         added = [draw(st.integers(0, 4)) for _ in lengths]
         if any(added):
-            entries.append(Entry(step, tuple(starts), tuple(added), sources))
+            entries.append(JournalEntry(step, tuple(starts), tuple(added), sources))
             lengths = [s + a if a else old for s, a, old in zip(starts, added, lengths, strict=True)]
         elif sources:
             lengths = [0] * count
-            entries.append(Entry(step, tuple(lengths), (1,) * count, sources))
+            entries.append(JournalEntry(step, tuple(lengths), (1,) * count, sources))
             lengths = [1] * count
     return entries
 
 
-def replayed(entries: list[Entry]) -> tuple[list[list[float]], list]:
+def replayed(entries: list[JournalEntry]) -> tuple[list[list[float]], list]:
     """What the sequences hold after ``entries``, and the rows that came with each of them."""
     count = len(entries[0].starts) if entries else 1
     sequences: list[list[float]] = [[] for _ in range(count)]
@@ -62,15 +62,15 @@ def replayed(entries: list[Entry]) -> tuple[list[list[float]], list]:
 @given(histories())
 def test_a_lane_holds_what_the_steps_left(entries):
     expected, tensors = replayed(entries)
-    lane = RowHistory(len(expected))
+    history = RowHistory(len(expected))
     for entry, tensor in zip(entries, tensors, strict=True):
-        lane.apply(entry, tensor)
-    assert lane.lengths == tuple(map(len, expected))
+        history.apply(entry, tensor)
+    assert history.lengths == tuple(map(len, expected))
     if any(expected):
-        found = lane.rows([0] * len(expected), lane.lengths)
+        found = history.rows([0] * len(expected), history.lengths)
         assert values_of(found) == [value for sequence in expected for value in sequence]
-        last = [max(length - 1, 0) for length in lane.lengths]
-        found = lane.rows(last, [min(length, 1) for length in lane.lengths])
+        last = [max(length - 1, 0) for length in history.lengths]
+        found = history.rows(last, [min(length, 1) for length in history.lengths])
         assert values_of(found) == [sequence[-1] for sequence in expected if sequence]
 
 
@@ -97,21 +97,21 @@ def test_rows_may_come_at_any_time_around_the_settling_of_their_step(entries, ra
 
 
 def test_rows_that_were_never_kept_are_not_made_up():
-    lane = RowHistory(2)
-    lane.apply(Entry(0, (0, 0), (3, 0)), rows_of(1, 2, 3))
+    history = RowHistory(2)
+    history.apply(JournalEntry(0, (0, 0), (3, 0)), rows_of(1, 2, 3))
     with pytest.raises(InvalidStepError, match="rows 3 to 4 of sequence 0"):
-        lane.rows([0, 0], [4, 0])
+        history.rows([0, 0], [4, 0])
     with pytest.raises(InvalidStepError, match="sequence 1"):
-        lane.rows([0, 0], [3, 1])
+        history.rows([0, 0], [3, 1])
 
 
 def test_a_reordered_lane_shares_its_tensors():
-    lane = RowHistory(3)
-    lane.apply(Entry(0, (0, 0, 0), (2, 2, 2)), rows_of(1, 2, 3, 4, 5, 6))
-    before = lane.nbytes
-    lane.apply(Entry(1, (2, 2, 2), (1, 1, 1), (1, 1, 0)), rows_of(7, 8, 9))
-    assert lane.nbytes == before + rows_of(7, 8, 9).data.nbytes
-    assert values_of(lane.rows([0, 0, 0], [3, 3, 3])) == [3, 4, 7, 3, 4, 8, 1, 2, 9]
+    history = RowHistory(3)
+    history.apply(JournalEntry(0, (0, 0, 0), (2, 2, 2)), rows_of(1, 2, 3, 4, 5, 6))
+    before = history.nbytes
+    history.apply(JournalEntry(1, (2, 2, 2), (1, 1, 1), (1, 1, 0)), rows_of(7, 8, 9))
+    assert history.nbytes == before + rows_of(7, 8, 9).data.nbytes
+    assert values_of(history.rows([0, 0, 0], [3, 3, 3])) == [3, 4, 7, 3, 4, 8, 1, 2, 9]
 
 
 def test_rows_of_a_step_that_was_given_up_are_not_taken():
@@ -129,11 +129,11 @@ def test_what_a_dead_server_still_owed_is_computed_again():
     for step, rows in enumerate([3, 2, 1]):
         journal.begin(step, rows)
     journal.receive(4, 0, rows_of(1, 2, 3))
-    journal.settle(Entry(0, (0, 0), (2, 1)))
-    journal.settle(Entry(1, (2, 1), (1, 1)))
+    journal.settle(JournalEntry(0, (0, 0), (2, 1)))
+    journal.settle(JournalEntry(1, (2, 1), (1, 1)))
     assert not journal.complete(4)
     assert journal.rebuild(4, (3, 2)) == (2, 1), "rows from before the gap are good"
-    journal.expect(4, Entry(7, (2, 1), (1, 1)))
+    journal.expect(4, JournalEntry(7, (2, 1), (1, 1)))
     assert not journal.complete(4)
     assert journal.receive(4, 7, rows_of(8, 9))
     assert journal.complete(4)
@@ -145,8 +145,8 @@ def test_after_a_reordering_that_was_missed_nothing_is_good():
     for step in range(2):
         journal.begin(step, 2)
     journal.receive(4, 0, rows_of(1, 2))
-    journal.settle(Entry(0, (0, 0), (1, 1)))
-    journal.settle(Entry(1, (1, 1), (1, 1), sources=(1, 1)))
+    journal.settle(JournalEntry(0, (0, 0), (1, 1)))
+    journal.settle(JournalEntry(1, (1, 1), (1, 1), sources=(1, 1)))
     assert journal.rebuild(4, (2, 2)) == (0, 0)
 
 
@@ -154,7 +154,7 @@ def test_only_the_places_that_are_wanted_are_kept():
     journal = Journal(1, [0, 4])
     journal.begin(0, 1)
     journal.receive(4, 0, rows_of(1))
-    journal.settle(Entry(0, (0,), (1,)))
+    journal.settle(JournalEntry(0, (0,), (1,)))
     journal.keep_only([0])
     assert journal.blocks == {0}
     assert repr(journal) == "<Journal 0: 0>"
@@ -162,37 +162,37 @@ def test_only_the_places_that_are_wanted_are_kept():
 
 def test_what_rollbacks_leave_of_large_tensors_is_copied_out_of_them(monkeypatch):
     monkeypatch.setattr("swarmcore.session.journal.COMPACT_NBYTES", 1000)
-    lane = RowHistory(1)
+    history = RowHistory(1)
     for step in range(200):  # each leaves one row of a hundred
-        lane.apply(Entry(step, (step,), (100,)), rows_of(*range(step, step + 100)))
-    assert lane.lengths == (299,)
+        history.apply(JournalEntry(step, (step,), (100,)), rows_of(*range(step, step + 100)))
+    assert history.lengths == (299,)
     row = rows_of(1).data.nbytes
-    assert lane.nbytes < 2 * 299 * row + 1000 + 2 * 100 * row
-    assert values_of(lane.rows([0], [299])) == list(range(299))
+    assert history.nbytes < 2 * 299 * row + 1000 + 2 * 100 * row
+    assert values_of(history.rows([0], [299])) == list(range(299))
 
 
 def test_rows_of_servers_that_compute_in_different_dtypes_are_made_alike():
-    lane = RowHistory(1)
+    history = RowHistory(1)
     values = [1.5, -0.25, 3.0, 1024.0]
     for start, (dtype, width, pack) in enumerate(
         [("float32", 4, "<f"), ("bfloat16", 2, "<f"), ("float16", 2, "<e"), ("float32", 4, "<f")]
     ):
         data = bytearray(struct.pack(pack, values[start])[-width:])
-        lane.apply(Entry(start, (start,), (1,)), Tensor("hidden", dtype, (1, 1), memoryview(data)))
-    rows = lane.rows([0], [4])
+        history.apply(JournalEntry(start, (start,), (1,)), Tensor("hidden", dtype, (1, 1), memoryview(data)))
+    rows = history.rows([0], [4])
     assert (rows.dtype, rows.shape) == ("float32", (4, 1))
     assert list(struct.unpack("<4f", rows.data)) == values
-    assert lane.rows([1], [1]).dtype == "bfloat16"
+    assert history.rows([1], [1]).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("starts", "lengths"), [((-1,), (1,)), ((0,), (-1,)), ((0, 0), (1, 1)), ((), ()), ((0,), (10**15,))]
 )
 def test_rows_that_cannot_be_are_refused(starts, lengths):
-    lane = RowHistory(1)
-    lane.apply(Entry(0, (0,), (3,)), rows_of(1, 2, 3))
+    history = RowHistory(1)
+    history.apply(JournalEntry(0, (0,), (3,)), rows_of(1, 2, 3))
     with pytest.raises(InvalidStepError):
-        lane.rows(starts, lengths)
+        history.rows(starts, lengths)
 
 
 def test_rows_that_are_not_those_of_their_step_are_refused():
@@ -202,27 +202,27 @@ def test_rows_that_are_not_those_of_their_step_are_refused():
         journal.receive(4, 0, rows_of(1, 2, 3))
     assert journal.receive(4, 0, rows_of(1, 2))
     assert not journal.receive(4, 0, rows_of(8, 9)), "the first ones count"
-    journal.settle(Entry(0, (0,), (2,)))
+    journal.settle(JournalEntry(0, (0,), (2,)))
     assert values_of(journal.rows(4, [0], [2])) == [1, 2]
 
 
-def test_outputs_of_steps_that_never_come_home_are_given_up_in_their_order():
-    kept = KeptOutputs(1)
-    for step in range(MAX_OPEN + 3):
-        kept.keep(Entry(step, (0,), (1,)), rows_of(step))
+def test_outputs_of_steps_that_never_get_through_are_given_up_in_their_order():
+    kept = OutputHistory(1)
+    for step in range(MAX_UNSETTLED + 3):
+        kept.keep(JournalEntry(step, (0,), (1,)), rows_of(step))
     assert values_of(kept.rows([0], [1])) == [2]
-    kept.settle(MAX_OPEN + 3)
-    assert values_of(kept.rows([0], [1])) == [MAX_OPEN + 2]
+    kept.settle(MAX_UNSETTLED + 3)
+    assert values_of(kept.rows([0], [1])) == [MAX_UNSETTLED + 2]
 
 
 def test_outputs_that_were_dropped_are_lost_and_take_nothing():
-    kept = KeptOutputs(1)
-    kept.keep(Entry(0, (0,), (2,)), rows_of(1, 2))
+    kept = OutputHistory(1)
+    kept.keep(JournalEntry(0, (0,), (2,)), rows_of(1, 2))
     kept.settle(1)
-    kept.keep(Entry(1, (2,), (1,)), rows_of(3))
+    kept.keep(JournalEntry(1, (2,), (1,)), rows_of(3))
     assert kept.nbytes == 3 * rows_of(1).data.nbytes
     kept.drop()
-    kept.keep(Entry(2, (3,), (1,)), rows_of(4))
+    kept.keep(JournalEntry(2, (3,), (1,)), rows_of(4))
     assert kept.nbytes == 0
     with pytest.raises(SessionLostError, match="make room"):
         kept.rows((0,), (2,))

@@ -131,7 +131,7 @@ def test_a_step_may_reorder_its_sequences():
     assert [chunk.sources for chunk in plan.chunks] == [(2, 2, 0), ()], "once is enough"
     assert session.reordering(plan)
     session.abandon(plan)
-    assert session.positions == (4, 2, 7), "nothing of it came home"
+    assert session.positions == (4, 2, 7), "nothing of it got through"
     session.settle(plan.chunks[0])
     session.abandon(plan)
     assert session.positions == (7, 7, 4), "the sequences are reordered for good"

@@ -73,7 +73,7 @@ class BatchCodecs:
         suspects = [codec for codec in codecs if codec != "raw"]
         if self._links is None or not suspects:
             return False
-        # Which of them it was is not told; and another micro-batch may have been refused just before.
+        # The server does not say which of them; and another micro-batch may have been refused just before.
         for codec in suspects:
             if self._links.refused(peer, codec):
                 break

@@ -346,12 +346,12 @@ class _ServerSearch:
         self, stage: Stage, kind: PassKind, work: Coroutine[Any, Any, Done], codecs: Iterable[str]
     ) -> Done | None:
         """Do one pass, in ``codecs``; None when its server failed and another is to be found, or the same one
-        is to be asked in others. Raise what none can mend.
+        is to be asked in others. Raise what no other server could do better.
         """
         runner, peer = self._runner, stage.server.peer
         try:
             result = await work
-        except SpanError as exc:  # it has moved, and this has not heard of it
+        except SpanError as exc:  # it has moved, and the view here is older
             self._failure = located(stage, exc)
             self._avoid.append(peer)
             return None

@@ -30,7 +30,7 @@ class PassOptions:
     """How rows are encoded on the way, as `SessionOptions.codec`; ``"auto"``: as each link allows, lossless
     where it is fast enough to be hidden by the computation, see `LinkCodec`."""
     keep: bool = True
-    """Whether servers may keep activations for the way back, where there is one."""
+    """Whether servers may keep activations for the backward pass, where there is one."""
     reproducible: bool = False
     """Have servers compute in an order that depends on the batch alone: the same batch through servers of one
     kind gives the same bits. Costs some speed."""

@@ -101,7 +101,7 @@ class ServerSpeeds:
 
 
 def announced_seconds(server: ServerInfo) -> float:
-    """Of a token through a block on its way forward, as ``server`` says; 0 when it says nothing."""
+    """Of a token through a block, forward, as ``server`` announces; 0 when it announces nothing."""
     rate = server.forward_rps or server.throughput
     return 1 / (rate * len(server.span)) if rate > 0 and server.span else 0.0
 
@@ -121,7 +121,7 @@ class BatchPlanner:
         *,
         admits: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
-        """``sessions`` hears of failures, as it does of those of sessions."""
+        """``sessions`` is told of failures, as it is of those of sessions."""
         self._registry, self._health, self._model = registry, health, model
         self._sessions, self._admits = sessions, admits
         self._shares = ThroughputShares(model)

@@ -81,7 +81,7 @@ class ForwardResult:
 
     outputs: Tensor
     kept: bool
-    """Whether the server said that it keeps activations for the way back."""
+    """Whether the server said that it keeps activations for the backward pass."""
     seconds: float
     """Time that the server was at work on it."""
     up: Transfer

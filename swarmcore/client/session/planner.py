@@ -46,7 +46,7 @@ class Comparison:
 
 
 class SessionPlanner:
-    """Chooses the servers of one model's sessions, and hears how they did."""
+    """Chooses the servers of one model's sessions, and learns how they did."""
 
     def __init__(
         self,

@@ -174,7 +174,7 @@ def test_from_every_kind_of_thread_and_loop(llama: Blocks) -> None:
         output = await blocks.forward_async(hidden)
         await asyncio.to_thread(output.sum().backward)
         assert hidden.grad is not None
-        # Also with the loop blocked by the way back itself.
+        # Also with the loop blocked by the backward pass itself.
         (await blocks.forward_async(inputs())).sum().backward()
 
     asyncio.run(inside())

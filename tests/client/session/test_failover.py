@@ -260,7 +260,7 @@ async def test_a_step_cancelled_anywhere_leaves_the_session_usable(journal: str,
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(tick * 0.0007):
                     await step
-            # Whatever of it came home before stays; the rest never was.
+            # Whatever of it got through before stays; the rest never was.
             kept = session.positions
             assert kept == (4, 6) or (sources and kept == (6, 4))
             run.reference.rows = [run.reference.rows[s] for s in (sources if kept == (6, 4) else (0, 1))]
