@@ -31,6 +31,7 @@ help:
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
 	@echo "make test-lowest  light tests at the oldest versions of the dependencies that are declared to work"
 	@echo "make check    formatting, lint, types and which part may import which"
+	@echo "make sync     write the synchronous classes anew, after a change of the asynchronous ones"
 	@echo "make demo     a swarm of four processes on this machine, with a real small model"
 	@echo "make soak     a swarm whose servers are killed at random (SECONDS=600 SEED=1; SECONDS=0: until Ctrl-C)"
 	@echo "make fuzz     a server under random and mutated input           (SECONDS=60 SEED=1)"
@@ -47,6 +48,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(UNTYPED)
+
+sync: $(VENV)/.installed
+	$(BIN)/python .ci/generate_sync.py
 
 demo: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -8,7 +8,7 @@ import concurrent.futures
 import functools
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from swarmcore.errors import InputError, SwarmError
@@ -52,6 +52,14 @@ class LoopThread:
                 "a call that waits was made on the loop that it waits for; use the asynchronous API"
             )
         return wait_on(self._loop, coroutine)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function on the loop and wait for its result."""
+
+        async def called() -> T:
+            return function()
+
+        return self.run(called())
 
     def opened(self, thing: Closable) -> None:
         """Close ``thing`` when the process ends, unless it is closed before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from swarmcore import sync
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.errors import AddressError, InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -146,3 +149,15 @@ def test_a_process_ends_although_nothing_was_closed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_the_generated_classes_are_up_to_date() -> None:
+    faces = runpy.run_path(str(ROOT / ".ci" / "generate_sync.py"))["faces"]
+    assert (ROOT / "swarmcore" / "sync" / "faces.py").read_text() == faces(), "run: make sync"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in swarmcore.sync.__all__:
+        assert getattr(swarmcore.sync, name) is not None
+    with pytest.warns(DeprecationWarning, match=r"sync\.RemoteGeneration now"):
+        assert swarmcore.sync.ThinGeneration is swarmcore.sync.RemoteGeneration

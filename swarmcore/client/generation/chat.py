@@ -27,6 +27,9 @@ class Chat(Generic[Answer]):
     the next: each is computed from the first message on.
     """
 
+    messages: list[dict[str, Any]]
+    """What was said so far, as the model's chat template takes it. You may change it between turns."""
+
     def __init__(
         self,
         generate: Callable[..., Answer],
@@ -35,8 +38,7 @@ class Chat(Generic[Answer]):
         open_session: Callable[[], Awaitable[ModelSession]] | None = None,
     ) -> None:
         """``generate`` is given the messages and settings, and a session where there is one."""
-        self.messages: list[dict[str, Any]] = []
-        """What was said so far, as the model's chat template takes it. You may change it between turns."""
+        self.messages = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
         self.generation: Answer | None = None
