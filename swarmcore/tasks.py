@@ -117,10 +117,16 @@ class BackgroundTasks:
         if not task.cancelled() and (exc := task.exception()) is not None:
             _log_failure(task, exc)
 
+    def cancel(self) -> None:
+        """Cancel all tasks but the one that runs, and start no more."""
+        self._closed = True
+        for task in list(self._tasks):
+            if task is not asyncio.current_task():
+                task.cancel()
+
     async def close(self) -> None:
         """Cancel all tasks and wait for them. Harmless when repeated."""
-        self._closed = True
+        self.cancel()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:  # not gather, which would cancel them again, in a circle when two of them close their owner
+            await asyncio.wait(tasks)

@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import attrs
 
 from swarmcore.errors import InputError
-
-if TYPE_CHECKING:
-    from swarmcore.sim.stream import SimStream
-    from swarmcore.sim.transport import SimTransport
 
 
 @attrs.frozen(kw_only=True)
@@ -60,13 +55,17 @@ class Host:
     power: bool = True
     boots: int = 0
     """How often its process was started: connections to an earlier one are of no use."""
-    listener: SimTransport | None = None
-    streams: dict[SimStream, None] = attrs.field(factory=dict, repr=False)
     sent: Counter[str] = attrs.field(factory=Counter, repr=False)
     """Bytes sent so far, by the method or protocol they were for."""
     received: Counter[str] = attrs.field(factory=Counter, repr=False)
     idle: dict[int, list[tuple[float, int]]] = attrs.field(factory=dict, repr=False)
     """Connections kept for later, by the host they lead to: until when, and to which of its boots."""
+
+    def hears(self, other: Host) -> bool:
+        """Whether anything gets through between the two."""
+        return self is other or (
+            self.island == other.island and not (self.hung or other.hung) and self.power and other.power
+        )
 
     def take_in(self, size: float, now: float) -> float:
         """When ``size`` bytes are here that would be here ``now``, had the link nothing else to carry.

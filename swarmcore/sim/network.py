@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import ClassVar
 
-from swarmcore.errors import ConnectionLostError
+from swarmcore.errors import AddressInUseError, ConnectionLostError, PeerUnreachableError, StreamClosedError
 from swarmcore.identity import Identity
+from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd
 from swarmcore.sim.hosts import Geography, Host, HostMaker
-from swarmcore.sim.stream import Connection, SimStream
+from swarmcore.sim.stream import Connection, SimStream, Wire
 from swarmcore.sim.trace import Trace
 from swarmcore.sim.traffic import Scale
-from swarmcore.sim.transport import SimTransport
+from swarmcore.testing.memory import InProcessTransport
+from swarmcore.transport import Stream
 from swarmcore.types import Address, short
 from swarmcore.wire.limits import Limits
 
@@ -36,8 +40,10 @@ class SimNetwork:
         handshakes: int = HANDSHAKES,
     ) -> None:
         self.hosts: list[Host] = []
-        self.trace = trace or Trace()
-        self.scale = scale or Scale()
+        self.streams: dict[Host, dict[SimStream, None]] = {}
+        """The ends of open streams, by the host where they are."""
+        self.listeners: dict[Host, SimTransport] = {}
+        self.wire = Wire(scale or Scale(), trace or Trace())
         self.handshakes = handshakes
         self._rng = rng
         self._maker = HostMaker(geography, rng)
@@ -46,6 +52,7 @@ class SimNetwork:
         """A new machine, somewhere."""
         host = self._maker.make(len(self.hosts), megabits=megabits)
         self.hosts.append(host)
+        self.streams[host] = {}
         return host
 
     def transport(
@@ -66,12 +73,6 @@ class SimNetwork:
         return self.hosts[int(number)] if int(number) < len(self.hosts) else None
 
     # --- faults ---------------------------------------------------------------------------------------
-
-    def blocked(self, one: Host, other: Host) -> bool:
-        """Whether nothing gets through between two hosts."""
-        return (
-            one.island != other.island or one.hung or other.hung or not one.power or not other.power
-        ) and one is not other
 
     def split(self, *groups: Iterable[Host]) -> None:
         """Cut the network: each of ``groups`` hears only itself, and so do the hosts in none of them.
@@ -103,8 +104,8 @@ class SimNetwork:
         """Kill the process on ``host`` together with its machine: nobody is told."""
         host.power = False
         self._look_for_silence()
-        if host.listener is not None:
-            host.listener.crash()
+        if (listener := self.listeners.get(host)) is not None:
+            listener.kill()
 
     def restore_power(self, host: Host) -> None:
         host.power = True
@@ -117,11 +118,10 @@ class SimNetwork:
 
     def break_any_connection(self) -> bool:
         """Lose the connection under a stream drawn from all that are open; False when there is none."""
-        busy = [host for host in self.hosts if host.streams]
+        busy = [streams for streams in self.streams.values() if streams]
         if not busy:
             return False
-        host = self._rng.choice(busy)
-        self.break_connection(self._rng.choice(list(host.streams)))
+        self.break_connection(self._rng.choice(list(self._rng.choice(busy))))
         return True
 
     def fall_silent(self, stream: SimStream) -> None:
@@ -131,9 +131,9 @@ class SimNetwork:
         loop.call_later(3 * Limits().keepalive, self._give_up, stream, stream.silent_since)
 
     def _look_for_silence(self) -> None:
-        for host in self.hosts:
-            for stream in host.streams:
-                if stream.silent_since is None and self.blocked(host, stream.far):
+        for host, streams in self.streams.items():
+            for stream in streams:
+                if stream.silent_since is None and not host.hears(stream.far):
                     self.fall_silent(stream)
 
     def _give_up(self, stream: SimStream, since: float) -> None:
@@ -141,24 +141,24 @@ class SimNetwork:
             self.break_connection(stream)
 
     def _resume(self) -> None:
-        for host in self.hosts:
-            for stream in list(host.streams):
-                if stream.silent_since is not None and not self.blocked(host, stream.far):
+        for host, streams in self.streams.items():
+            for stream in list(streams):
+                if stream.silent_since is not None and host.hears(stream.far):
                     stream.silent_since = None
                     stream.other.silent_since = None
                     stream.resume()
                     stream.other.resume()
 
-    # --- what transports and streams ask for ----------------------------------------------------------
+    # --- connections ----------------------------------------------------------------------------------
 
-    def delivered(self, source: Host, target: Host, message: bytearray) -> None:
-        self.trace.message(asyncio.get_running_loop().time(), source.index, target.index, message)
+    def connection(self, dialler: Host, target: Host, boot: int) -> Connection:
+        """A new one, to the process that is started on ``target`` for the ``boot``-th time."""
+        return Connection(partial(self._keep, dialler, target, boot))
 
-    def keep(self, connection: Connection) -> None:
+    def _keep(self, dialler: Host, target: Host, boot: int) -> None:
         """A connection without a stream is free for the next one from the same host."""
         until = asyncio.get_running_loop().time() + KEEP_IDLE
-        kept = connection.dialler.idle.setdefault(connection.target.index, [])
-        kept.append((until, connection.boot))
+        dialler.idle.setdefault(target.index, []).append((until, boot))
 
     def take(self, dialler: Host, target: Host) -> Connection | None:
         """A connection that was kept, if the process at its other end is still the same."""
@@ -166,12 +166,104 @@ class SimNetwork:
         now = asyncio.get_running_loop().time()
         while kept:
             until, boot = kept.pop()
-            if until > now and boot == target.boots and target.listener is not None:
+            if until > now and boot == target.boots and target in self.listeners:
                 if kept:
                     dialler.idle[target.index] = kept
-                return Connection(dialler, target, boot)
+                return self.connection(dialler, target, boot)
         return None
 
     def __repr__(self) -> str:
-        listening = sum(host.listener is not None for host in self.hosts)
-        return f"<SimNetwork {len(self.hosts)} hosts {listening} listening>"
+        return f"<SimNetwork {len(self.hosts)} hosts {len(self.listeners)} listening>"
+
+
+class SimTransport(InProcessTransport):
+    """Connects the hosts of one `SimNetwork`. Addresses are ``sim://<host number>/<peer id>``.
+
+    The first stream to a host waits for the handshakes of a TCP and TLS connection; a later one takes over a
+    connection that a stream before it has left, if there is one.
+    """
+
+    scheme: ClassVar[str] = "sim"
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        network: SimNetwork,
+        host: Host,
+        limits: Limits | None = None,
+        listen: bool = True,
+    ) -> None:
+        super().__init__(identity, limits=limits, listen_on=(str(host.index),) if listen else ())
+        self.network = network
+        self.host = host
+        self.streams = network.streams[host]
+
+    def _settle(self, places: Sequence[str]) -> None:
+        if self.network.listeners.setdefault(self.host, self) is not self:
+            raise AddressInUseError(f"a process listens on host {self.host.index} already")
+
+    def _leave(self) -> None:
+        if self.network.listeners.get(self.host) is self:
+            del self.network.listeners[self.host]
+
+    async def open_stream(self, address: Address) -> Stream:
+        await asyncio.sleep(0)
+        network, host = self.network, self.host
+        target = network.host_at(address)
+        if target is None:
+            raise PeerUnreachableError(f"{address} is no place on this network")
+        link = network.take(host, target) or await self._dial(address, target)
+        listener = network.listeners.get(target)
+        self._check_listener(address, listener)
+        assert listener is not None
+        near_end = StreamEnd(self.identity.peer, self.limits, self.streams)
+        far_end = StreamEnd(address.peer, listener.limits, listener.streams)
+        wire, delay = network.wire, network.delay(host, target)
+        near = SimStream(near_end, address.peer, host, target, link, wire, delay, self.accept)
+        far = SimStream(far_end, self.identity.peer, target, host, link, wire, delay, listener.accept)
+        near.connect(far)
+        if not host.hears(target):
+            network.fall_silent(near)
+        near.knock()
+        return near
+
+    async def _dial(self, address: Address, target: Host) -> Connection:
+        network = self.network
+        if not self.host.hears(target):
+            await asyncio.sleep(self.limits.connect_timeout)
+            raise PeerUnreachableError(f"{address} did not answer")
+        round_trip = 2 * network.delay(self.host, target)
+        if target not in network.listeners:
+            await asyncio.sleep(round_trip)
+            raise PeerUnreachableError(f"nobody listens on {address}")
+        boot = target.boots
+        await asyncio.sleep(network.handshakes * round_trip)
+        if not self.host.hears(target):
+            await asyncio.sleep(self.limits.connect_timeout)
+            raise PeerUnreachableError(f"{address} fell silent")
+        if target.boots != boot or target not in network.listeners:
+            raise PeerUnreachableError(f"{address} went away")
+        return network.connection(self.host, target, boot)
+
+    def accept(self, stream: MemoryStream) -> None:
+        if self._closed and isinstance(stream, SimStream):
+            stream.spoil()
+        super().accept(stream)
+
+    def kill(self) -> None:
+        """End like a killed process: the other ends see `ConnectionLostError` as soon as they hear of it.
+
+        With the power of the machine gone nobody tells them: they learn from the silence.
+        """
+        self._closed = True
+        self._leave()
+        here = StreamClosedError("this process was killed")
+        there = ConnectionLostError(f"the connection to {short(self.identity.peer)} was lost")
+        for stream in list(self.network.streams[self.host]):
+            stream.spoil()
+            if self.host.power:
+                stream.drop(here, there)
+            else:
+                stream.lose(here)
+        self._handlers.cancel()

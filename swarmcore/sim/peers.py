@@ -22,7 +22,7 @@ from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sim.executor import SimExecutor
-from swarmcore.sim.transport import SimTransport
+from swarmcore.sim.network import SimTransport
 from swarmcore.sim.world import World
 from swarmcore.types import Address, PeerId, ServerInfo, Span
 
@@ -115,7 +115,7 @@ class Peer:
         """Kill the process."""
         self.world.note(f"{self.name} is killed")
         if self._transport is not None:
-            self._transport.crash()
+            self._transport.kill()
         self._forget()
 
     def cut_power(self) -> None:

@@ -7,8 +7,9 @@ neither threads nor timers, so it runs under a virtual clock as well.
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from swarmcore.errors import (
     AddressInUseError,
@@ -20,32 +21,84 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.identity import Identity
-from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd, stream_pair
+from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.transport import OnStream, Stream, Transport, serve_stream
 from swarmcore.types import Address, short
 from swarmcore.wire.limits import Limits
 
 
-class MemoryNetwork:
-    """The places where memory transports listen. Peers on different networks cannot reach each other."""
+class InProcessTransport(Transport):
+    """What transports between the peers of one process have in common: who listens, and how they end."""
 
-    def __init__(self) -> None:
-        self._listeners: dict[str, MemoryTransport] = {}
-        self._places = 0
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        limits: Limits | None = None,
+        listen_on: Sequence[str] = (),
+        announce: Sequence[str] = (),
+    ) -> None:
+        super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
+        self.streams: dict[Any, None] = {}
+        """Those that are open here."""
+        self._on_stream: OnStream | None = None
+        self._handlers = BackgroundTasks()
+        self._closed = False
 
-    def transport(
-        self, identity: Identity, limits: Limits | None = None, *, listen: bool = True
-    ) -> MemoryTransport:
-        """A new transport for ``identity``, listening on a place of its own unless ``listen`` is false."""
-        self._places += 1
-        listen_on = (str(self._places),) if listen else ()
-        return MemoryTransport(identity, network=self, limits=limits, listen_on=listen_on)
+    async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
+        self._settle(self.listen_on)
+        self._on_stream = on_stream
+        return self._addresses()
+
+    def _addresses(self) -> tuple[Address, ...]:
+        places = self.announce or self.listen_on
+        return tuple(Address(self.scheme, f"//{place}", self.identity.peer) for place in places)
+
+    @abstractmethod
+    def _settle(self, places: Sequence[str]) -> None:
+        """Listen on ``places``; raise `AddressInUseError` when somebody does already."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Listen nowhere any more."""
+
+    def _check_listener(self, address: Address, listener: Transport | None) -> None:
+        if self._closed:
+            raise StreamClosedError("this transport is closed")
+        if address.scheme != self.scheme or listener is None:
+            raise PeerUnreachableError(f"nobody listens on {address}")
+        if listener.identity.peer != address.peer:
+            raise PeerIdentityError(f"{address} is answered by {short(listener.identity.peer)}")
+
+    def accept(self, stream: MemoryStream) -> None:
+        """Serve a stream that another peer has opened; without a listener it is lost."""
+        if self._closed or self._on_stream is None:
+            gone = f"{short(self.identity.peer)} is gone"
+            stream.drop(StreamClosedError("this transport is closed"), ConnectionLostError(gone))
+            return
+        serving = serve_stream(stream, self._on_stream)
+        self._handlers.start(serving, f"{self.scheme} stream of {short(stream.remote)}")
+
+    async def close(self) -> None:
+        await self._shut(StreamAbortedError("the peer closed its transport"))
+
+    async def crash(self) -> None:
+        """Vanish like a killed process: the other ends see `ConnectionLostError`, not an orderly abort."""
+        await self._shut(ConnectionLostError(f"the connection to {short(self.identity.peer)} was lost"))
+
+    async def _shut(self, seen_by_remote: SwarmError) -> None:
+        self._closed = True
+        self._leave()
+        for stream in list(self.streams):
+            stream.drop(StreamClosedError("this transport was closed"), seen_by_remote)
+        await self._handlers.close()
 
     def __repr__(self) -> str:
-        return f"<MemoryNetwork {len(self._listeners)} listening>"
+        return f"<{type(self).__name__} {short(self.identity.peer)} {len(self.streams)} streams>"
 
 
-class MemoryTransport(Transport):
+class MemoryTransport(InProcessTransport):
     """Connects the peers of one `MemoryNetwork`. Addresses are ``memory://<place>/<peer id>``."""
 
     scheme: ClassVar[str] = "memory"
@@ -60,16 +113,7 @@ class MemoryTransport(Transport):
         announce: Sequence[str] = (),
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
-        self._network = network
-        self._on_stream: OnStream | None = None
-        self._streams: set[MemoryStream] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
-
-    async def listen(self, on_stream: OnStream) -> tuple[Address, ...]:
-        self._settle(self.listen_on)
-        self._on_stream = on_stream
-        return self._addresses()
+        self._listeners = network.listeners
 
     def move(self, *places: str) -> None:
         """Listen on ``places`` instead and tell `on_addresses`, as when the network changes.
@@ -82,61 +126,43 @@ class MemoryTransport(Transport):
         self.on_addresses(self._addresses())
 
     def _settle(self, places: Sequence[str]) -> None:
-        listeners = self._network._listeners
         for place in places:
-            if place in listeners:
+            if place in self._listeners:
                 raise AddressInUseError(f"somebody listens on memory://{place} already; choose another place")
-        listeners.update(dict.fromkeys(places, self))
+        self._listeners.update(dict.fromkeys(places, self))
 
     def _leave(self) -> None:
-        listeners = self._network._listeners
-        for place in [place for place, transport in listeners.items() if transport is self]:
-            del listeners[place]
-
-    def _addresses(self) -> tuple[Address, ...]:
-        places = self.announce or self.listen_on
-        return tuple(Address(self.scheme, f"//{place}", self.identity.peer) for place in places)
+        for place in [place for place, transport in self._listeners.items() if transport is self]:
+            del self._listeners[place]
 
     async def open_stream(self, address: Address) -> Stream:
         await asyncio.sleep(0)
-        if self._closed:
-            raise StreamClosedError("this transport is closed")
-        listener = self._network._listeners.get(address.location.removeprefix("//"))
-        if address.scheme != self.scheme or listener is None:
-            raise PeerUnreachableError(f"nobody listens on {address}")
-        if listener.identity.peer != address.peer:
-            raise PeerIdentityError(f"{address} is answered by {short(listener.identity.peer)}")
-        near, far = stream_pair(
-            StreamEnd(self.identity.peer, self.limits, self._streams),
-            StreamEnd(listener.identity.peer, listener.limits, listener._streams),
+        listener = self._listeners.get(address.location.removeprefix("//"))
+        self._check_listener(address, listener)
+        assert listener is not None
+        near = MemoryStream(StreamEnd(self.identity.peer, self.limits, self.streams), address.peer)
+        far = MemoryStream(
+            StreamEnd(address.peer, listener.limits, listener.streams), remote=self.identity.peer
         )
-        listener._accept(far)
+        near.connect(far)
+        listener.accept(far)
         return near
 
-    def _accept(self, stream: MemoryStream) -> None:
-        assert self._on_stream is not None
-        serving = serve_stream(stream, self._on_stream)
-        task = asyncio.create_task(serving, name=f"memory stream of {short(stream.remote)}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
-    async def close(self) -> None:
-        await self._shut(StreamAbortedError("the peer closed its transport"))
+class MemoryNetwork:
+    """The places where memory transports listen. Peers on different networks cannot reach each other."""
 
-    async def crash(self) -> None:
-        """Vanish like a killed process: the other ends see `ConnectionLostError`, not an orderly abort."""
-        await self._shut(ConnectionLostError(f"the connection to {short(self.identity.peer)} was lost"))
+    def __init__(self) -> None:
+        self.listeners: dict[str, MemoryTransport] = {}
+        self._places = 0
 
-    async def _shut(self, seen_by_remote: SwarmError) -> None:
-        self._closed = True
-        self._leave()
-        for stream in list(self._streams):
-            stream.drop(StreamClosedError("this transport was closed"), seen_by_remote)
-        tasks = self._tasks - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+    def transport(
+        self, identity: Identity, limits: Limits | None = None, *, listen: bool = True
+    ) -> MemoryTransport:
+        """A new transport for ``identity``, listening on a place of its own unless ``listen`` is false."""
+        self._places += 1
+        listen_on = (str(self._places),) if listen else ()
+        return MemoryTransport(identity, network=self, limits=limits, listen_on=listen_on)
 
     def __repr__(self) -> str:
-        return f"<MemoryTransport {short(self.identity.peer)} {len(self._streams)} streams>"
+        return f"<MemoryNetwork {len(self.listeners)} listening>"

@@ -10,8 +10,7 @@ import pytest
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError
 from swarmcore.identity import Identity
 from swarmcore.sim.hosts import Geography, Host
-from swarmcore.sim.network import SimNetwork
-from swarmcore.sim.transport import SimTransport
+from swarmcore.sim.network import SimNetwork, SimTransport
 from swarmcore.transport import Stream
 
 pytestmark = pytest.mark.virtual_time
@@ -100,7 +99,7 @@ async def test_a_connection_is_dialled_once_and_used_again() -> None:
 async def test_a_killed_process_is_noticed_as_soon_as_the_news_can_travel() -> None:
     async with connected() as (pair, near, _):
         began = now()
-        pair.far.crash()
+        pair.far.kill()
         with pytest.raises(ConnectionLostError):
             await near.receive()
         assert now() - began == pytest.approx(DELAY, rel=0.01)
@@ -159,7 +158,7 @@ async def test_a_restarted_process_is_not_taken_for_the_old_one() -> None:
         await near.close()
         await far.close()
         await asyncio.sleep(1.0)
-        pair.far.crash()
+        pair.far.kill()
         pair.far = SimTransport(Identity.from_seed(bytes([1] * 32)), network=pair.network, host=pair.other)
         pair.other.boots += 1
         await pair.start()

@@ -7,8 +7,7 @@ import pytest
 
 from swarmcore.identity import Identity
 from swarmcore.sim.hosts import Geography
-from swarmcore.sim.network import SimNetwork
-from swarmcore.sim.transport import SimTransport
+from swarmcore.sim.network import SimNetwork, SimTransport
 from swarmcore.testing.transport_contract import TransportContract
 from swarmcore.transport import Transport
 from swarmcore.wire.limits import Limits
@@ -31,4 +30,4 @@ class TestSimulated(TransportContract):
 
     async def kill(self, transport: Transport) -> None:
         assert isinstance(transport, SimTransport)
-        transport.crash()
+        transport.kill()
