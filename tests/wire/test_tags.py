@@ -36,7 +36,7 @@ RECORDS = {
     "/swarmcore/gossip/exchange/1": "ExchangeRecords RecordsExchanged",
     "/swarmcore/gossip/check/1": "CheckAlive StillAlive",
     "/swarmcore/registry/report/1": "ReportSuspect SuspectReported",
-    "/swarmcore/alive/1": "Heartbeat OpenHeartbeats",
+    "/swarmcore/alive/1": "Beat HoldLine",
     "/swarmcore/registry/watch/1": "RecordBatch WatchRecords",
     "/swarmcore/localsteps/1": (
         "DeliverDelta FetchState GoTo Piece ResultsFollow RoundOpen RoundResult StateFollows"

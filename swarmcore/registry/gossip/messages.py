@@ -111,7 +111,7 @@ class SuspectReported:
     """The callee will see for itself, if it has not yet."""
 
 
-@wire_tag("OpenHeartbeats")
+@wire_tag("HoldLine")
 @attrs.frozen
 class OpenHeartbeats:
     """Opens a heartbeat channel: each side notices when the other one dies."""
@@ -120,7 +120,7 @@ class OpenHeartbeats:
     """Seconds between the heartbeats of both sides; 0 for none."""
 
 
-@wire_tag("Heartbeat")
+@wire_tag("Beat")
 @attrs.frozen
 class Heartbeat:
     """A sign of life."""
