@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
@@ -16,6 +17,7 @@ from huggingface_hub.utils import get_session
 
 from swarmcore.checkpoint.base import Counter, check_room, locked, one_line, storage_errors
 from swarmcore.errors import CheckpointError, ModelHubError
+from swarmcore.pacing import Backoff
 
 Range = tuple[int, int]
 """Bytes ``start`` to ``end``, the end excluded."""
@@ -134,7 +136,7 @@ class Downloader:
         self, file: RemoteFile, writer: Writer, piece: Range, stop: Event, report: Counter
     ) -> None:
         at, end = piece
-        failures = 0
+        pauses = Backoff(self.backoff, math.inf)
         while at < end:
             begun, wait = at, 0.0
             try:
@@ -144,13 +146,15 @@ class Downloader:
                 at, wait, reason = exc.at, exc.retry_after, str(exc)
             if stop.is_set() or at == end:
                 return
-            failures = 1 if at > begun else failures + 1
-            if failures >= self.attempts:
+            if at > begun:
+                pauses.reset()
+            wait = max(wait, pauses.next())
+            if pauses.failures >= self.attempts:
                 raise ModelHubError(
-                    f"{report.what} failed {failures} times in a row ({file.url}, byte {at}): {reason}; "
-                    f"run it again later, it goes on from there"
+                    f"{report.what} failed {pauses.failures} times in a row ({file.url}, byte {at}): "
+                    f"{reason}; run it again later, it goes on from there"
                 )
-            stop.wait(max(wait, self.backoff * 2 ** (failures - 1)))
+            stop.wait(wait)
 
     def _fetch_some(
         self, file: RemoteFile, writer: Writer, piece: Range, stop: Event, report: Counter
@@ -189,9 +193,8 @@ class Downloader:
         with get_session().stream("GET", file.url, headers=headers, timeout=self.timeout) as response:
             _check(file, piece, response.status_code, response.headers)
             left = end - start
-            for (
-                data
-            ) in response.iter_raw():  # with a chunk size, a broken connection would lose the last ones
+            # Without a chunk size: with one, a broken connection would lose the last bytes that came.
+            for data in response.iter_raw():
                 yield data[:left]
                 left -= len(data)
                 if left <= 0:

@@ -28,18 +28,9 @@ from swarmcore.checkpoint.base import (
     read_json,
     storage_errors,
 )
-from swarmcore.checkpoint.fingerprint import (
-    conversion_fingerprint,
-    file_hashes,
-    model_fingerprint,
-)
+from swarmcore.checkpoint.fingerprint import conversion_fingerprint, file_hashes, model_fingerprint
 from swarmcore.checkpoint.folder import MARKER, Marker, weight_files
-from swarmcore.checkpoint.gguf_config import (
-    Metadata,
-    check_metadata,
-    complete_config,
-    ends,
-)
+from swarmcore.checkpoint.gguf_config import Metadata, check_metadata, complete_config, ends
 from swarmcore.checkpoint.gguf_tokenizer import check_tokenizer, complete_tokenizer
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.distribution import install_command

@@ -56,35 +56,17 @@ _ROPE_FREQUENCIES = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 _COMMON_KEYS = frozenset(
-    [
-        "context_length",
-        "block_count",
-        "embedding_length",
-        "feed_forward_length",
-        "vocab_size",
-        "tensor_data_layout",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.layer_norm_epsilon",
-        "attention.causal",
-        "attention.sliding_window",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scale_linear",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "rope.scaling.attn_factor",
-        "rope.scaling.yarn_ext_factor",
-        "rope.scaling.yarn_attn_factor",
-        "rope.scaling.yarn_beta_fast",
+    {
+        "context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size",
+        "tensor_data_layout", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+        "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
+        "attention.causal", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
+        "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
+        "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor",
+        "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
         "rope.scaling.yarn_beta_slow",
-    ]
-)
+    }
+)  # fmt: skip
 _EXPERT_KEYS = frozenset(
     ["expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length"]
 )

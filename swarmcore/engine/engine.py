@@ -23,13 +23,7 @@ from swarmcore.engine.session_manager import SessionManager
 from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
-from swarmcore.errors import (
-    InputError,
-    InvalidStepError,
-    RemoteFaultError,
-    SessionLostError,
-    SwarmError,
-)
+from swarmcore.errors import InputError, InvalidStepError, RemoteFaultError, SessionLostError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor

@@ -12,6 +12,7 @@ from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training_queue import QueuedPass, TrainingPacing, TrainingQueue
 from swarmcore.errors import DeadlineExceededError, ServerMemoryError, SwarmError
 from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, TrainingBatch, executor_error
+from swarmcore.tasks import Deadline
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -147,13 +148,11 @@ class TrainingWorker:
         self.queue.add(queued)
         self._wake()
         try:
-            async with clock:
+            async with Deadline(clock, lambda: _too_late(queued)):
                 await queued.answer
-        except BaseException as exc:
+        except BaseException:
             self._stats.passes_failed += 1
             self._abandon(queued)
-            if isinstance(exc, TimeoutError) and clock.expired():
-                raise _too_late(queued) from exc
             raise
         self._stats.note_pass(queued.kind, queued.tokens)
 

@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: never over budget, nothing lost, nobody forgotten in line."""
+"""Whatever happens in whatever order: never over budget, nothing lost, nobody forgotten in the queue."""
 
 import math
 
@@ -23,7 +23,7 @@ PAGE, PAGES, MAX_SESSIONS = 4, 24, 6
 IDLE_TIMEOUT, IDLE_GRACE = 60.0, 10.0
 
 
-class BudgetMachine(RuleBasedStateMachine):
+class ManagerMachine(RuleBasedStateMachine):
     """Plays the engine: keeps its own books and compares."""
 
     sessions = Bundle("sessions")
@@ -31,7 +31,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.budget = KVCacheManager(
+        self.manager = KVCacheManager(
             PAGE * PAGES + 3,
             PAGE,
             idle_timeout=IDLE_TIMEOUT,
@@ -74,7 +74,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     def settle_down(self) -> list[KVAllocation]:
         admitted = []
-        while outcomes := self.budget.poll(self.now):
+        while outcomes := self.manager.poll(self.now):
             admitted += self.carry_out(outcomes)
         return admitted
 
@@ -89,7 +89,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def request(self, sequences: int, tokens: int, patience: int):  # type: ignore[no-untyped-def]
         self.names += 1
         try:
-            request = self.budget.request(f"s{self.names}", sequences, tokens, self.now + patience, self.now)
+            request = self.manager.request(f"s{self.names}", sequences, tokens, self.now + patience, self.now)
         except CacheFullError as error:
             assert len(self.waiting) == 4 or error.retry_after == math.inf
             return multiple()
@@ -103,7 +103,7 @@ class BudgetMachine(RuleBasedStateMachine):
         lengths = [max(0, n + more) for n, more in zip(self.open[session], growth, strict=False)]
         session.idle_since = None
         try:
-            granted = self.budget.grow(session, lengths, self.now + 15, self.now)
+            granted = self.manager.grow(session, lengths, self.now + 15, self.now)
         except CacheFullError as error:
             assert error.retry_after == math.inf
             return multiple()
@@ -117,14 +117,14 @@ class BudgetMachine(RuleBasedStateMachine):
     def finish(self, session: KVAllocation):  # type: ignore[no-untyped-def]
         if session not in self.open or session in self.growing:
             return multiple()
-        self.budget.settle(session, self.open[session], self.now)
+        self.manager.settle(session, self.open[session], self.now)
         if session.idle_since is None:
             session.idle_since = self.now
         return multiple(*self.settle_down())
 
     @rule(target=sessions, session=consumes(sessions))
     def close(self, session: KVAllocation):  # type: ignore[no-untyped-def]
-        self.budget.release(session, self.now)
+        self.manager.release(session, self.now)
         self.growing.pop(session, None)
         self.open.pop(session, None)
         return multiple(*self.settle_down())
@@ -132,56 +132,56 @@ class BudgetMachine(RuleBasedStateMachine):
     @rule(target=sessions)
     def cancel_a_wait(self):  # type: ignore[no-untyped-def]
         if self.waiting:
-            self.budget.withdraw(self.waiting.pop())
+            self.manager.withdraw(self.waiting.pop())
         elif self.growing:
             allocation, _ = self.growing.popitem()
-            self.budget.stop_waiting(allocation)
+            self.manager.stop_waiting(allocation)
         return multiple(*self.settle_down())
 
     @rule(target=sessions, seconds=st.sampled_from([0.5, 5.0, 12.0, 70.0]))
     def time_passes(self, seconds: float):  # type: ignore[no-untyped-def]
         """The driver wakes at every time it was told of, and at the end of the wait."""
         end, admitted = self.now + seconds, []
-        while (when := self.budget.next_wakeup(self.now)) is not None and when <= end:
+        while (when := self.manager.next_wakeup(self.now)) is not None and when <= end:
             self.now = max(when, self.now)
-            self.carry_out(self.budget.expire(self.now))
+            self.carry_out(self.manager.expire(self.now))
             admitted += self.settle_down()
-            again = self.budget.next_wakeup(self.now)
+            again = self.manager.next_wakeup(self.now)
             assert again is None or again > self.now, "it would wake for nothing, for ever"
         self.now = end
-        assert self.budget.expire(end) == []
+        assert self.manager.expire(end) == []
         return multiple(*admitted)
 
     # --- what always holds ---
 
     @invariant()
     def never_over_budget(self) -> None:
-        assert 0 <= self.budget.held <= PAGES
+        assert 0 <= self.manager.held <= PAGES
 
     @invariant()
     def conservation(self) -> None:
-        allocations = self.budget.allocations.values()
+        allocations = self.manager.allocations.values()
         assert set(allocations) == set(self.open)
-        assert self.budget.held == sum(allocation.held for allocation in allocations)
+        assert self.manager.held == sum(allocation.held for allocation in allocations)
         for allocation, lengths in self.open.items():
             assert all(n <= pages * PAGE for n, pages in zip(lengths, allocation.pages, strict=True))
 
     @invariant()
     def nobody_is_lost_or_waits_in_vain(self) -> None:
-        assert list(self.budget.admissions) == self.waiting
-        assert [growth.allocation for growth in self.budget.growths] == list(self.growing)
+        assert list(self.manager.admissions) == self.waiting
+        assert [growth.allocation for growth in self.manager.growths] == list(self.growing)
         if self.growing:
-            assert self.budget.growths[0].wanted > self.budget.free
+            assert self.manager.growths[0].wanted > self.manager.free
             # Someone else can still make room: by finishing, by closing, or by staying idle too long.
             assert any(h not in self.growing for h in self.open if h.held), "all wait on each other"
         elif self.waiting:
             head = self.waiting[0]
-            assert not self.budget.may_admit(head.sequences, head.wanted)
+            assert not self.manager.may_admit(head.sequences, head.wanted)
             assert self.open, "an empty server lets nobody in"
 
 
-BudgetMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
-TestBudgetMachine = BudgetMachine.TestCase
+ManagerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestManagerMachine = ManagerMachine.TestCase
 
 
 CALLERS = ("ann", "bob", "eve")
@@ -199,12 +199,12 @@ CALLERS = ("ann", "bob", "eve")
 )
 @settings(max_examples=150, deadline=None)
 def test_nobody_waits_long_for_a_share_whatever_the_others_do(events: list[tuple[str, str, int]]) -> None:
-    budget = KVCacheManager(PAGE * PAGES, PAGE, idle_timeout=1e6, idle_grace=1e5)
+    manager = KVCacheManager(PAGE * PAGES, PAGE, idle_timeout=1e6, idle_grace=1e5)
     now = 0.0
     lengths: dict[KVAllocation, int] = {}
 
     def settle_down() -> None:
-        while outcomes := budget.poll(now):
+        while outcomes := manager.poll(now):
             for outcome in outcomes:
                 match outcome:
                     case Admitted(_, allocation):
@@ -212,34 +212,34 @@ def test_nobody_waits_long_for_a_share_whatever_the_others_do(events: list[tuple
                     case Grown(allocation):
                         lengths[allocation] = sum(allocation.pages) * PAGE
                     case Evicted(allocation):
-                        budget.release(allocation, now)
+                        manager.release(allocation, now)
                         del lengths[allocation]
         held = {caller: sum(h.held for h in lengths if h.caller == caller) for caller in CALLERS}
-        assert budget.held == sum(held.values()) <= budget.pages
-        assert all(budget._shares.held(caller) == pages for caller, pages in held.items())
+        assert manager.held == sum(held.values()) <= manager.pages
+        assert all(manager._shares.held(caller) == pages for caller, pages in held.items())
 
     for number, (what, caller, tokens) in enumerate(events):
         own = [allocation for allocation in lengths if allocation.caller == caller]
         if what == "open":
-            budget.request(f"{number}", 1, tokens, now + 1e6, now, caller)
+            manager.request(f"{number}", 1, tokens, now + 1e6, now, caller)
         elif what == "wait":
             now += tokens / 16
         elif own and own[-1].growth is None:
             allocation = own[-1]
             if what == "grow":
                 allocation.idle_since = None
-                if budget.grow(allocation, [tokens], now + 1e6, now):
+                if manager.grow(allocation, [tokens], now + 1e6, now):
                     lengths[allocation] = tokens
             elif what == "idle":
-                budget.settle(allocation, [lengths[allocation]], now)
+                manager.settle(allocation, [lengths[allocation]], now)
                 allocation.idle_since = now
             else:
-                budget.release(allocation, now)
+                manager.release(allocation, now)
                 del lengths[allocation]
         settle_down()
     # From here on nobody does anything of its own accord.
     for _ in range(len(events) + 1):
         now += SHARE_GRACE
         settle_down()
-    waiter = budget._entitled()
-    assert waiter is None or all(not budget._shares.surplus(h.caller) for h in lengths)
+    waiter = manager._entitled()
+    assert waiter is None or all(not manager._shares.surplus(h.caller) for h in lengths)

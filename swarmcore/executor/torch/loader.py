@@ -31,10 +31,7 @@ class TorchLoader(BlockLoader):
     def needs(self) -> BlockNeeds:
         settings = self.settings
         return block_needs(
-            self.checkpoint,
-            dtype=settings.dtype,
-            device=settings.device,
-            batch_tokens=settings.batch_tokens,
+            self.checkpoint, dtype=settings.dtype, device=settings.device, batch_tokens=settings.batch_tokens
         )
 
     def free_memory(self) -> int:

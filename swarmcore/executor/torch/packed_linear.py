@@ -69,10 +69,9 @@ def pack_linears(model: nn.Module) -> int:
 def _packable(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu":
         return False
-    supported = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }.get(weight.dtype)
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(
+        weight.dtype
+    )
     operators = torch.ops.mkldnn
     # Operators that torch's own compiler relies on, but not public: do without them should they be gone.
     if supported is None or not all(
