@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
 
-from swarmcore.errors import InternalError, PeerUnreachableError, SwarmError, UnavailableError
+from swarmcore.errors import PeerUnreachableError, SwarmError, UnavailableError
 from swarmcore.pacing import jittered
 from swarmcore.registry.base import Change, Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
@@ -33,7 +33,8 @@ from swarmcore.registry.gossip.messages import (
     RecordsExchanged,
 )
 from swarmcore.registry.gossip.options import GossipOptions
-from swarmcore.registry.gossip.records import RecordIssuer, SignedRecord, check_info, without_load
+from swarmcore.registry.gossip.own_record import OwnRecord
+from swarmcore.registry.gossip.records import SignedRecord, check_info, without_load
 from swarmcore.registry.gossip.replica import Replica
 from swarmcore.registry.gossip.store import Accepted, Drop, RecordStore
 from swarmcore.registry.gossip.suspicion import Suspected
@@ -81,7 +82,6 @@ class GossipRegistry(Registry):
         self.node = node
         self._options = options
         self._rng = rng or Random()
-        self._issuer = RecordIssuer(node.identity, wall_clock, options.limits)
         store = RecordStore(
             own=node.peer, limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers
         )
@@ -101,9 +101,8 @@ class GossipRegistry(Registry):
         self._replica.on_change = self._on_change
         self._conflict = IdentityConflict()
         self._broadcaster = Broadcaster(node, self._members, options, self._detector.suspect)
-        self._watchers = WatchServer(store, node.limits, wall_clock, node.resources)
-        self._announced: tuple[ServerInfo, float] | None = None
-        self._refresh: asyncio.TimerHandle | None = None
+        self._watch_server = WatchServer(store, node.limits, wall_clock, node.resources)
+        self._own = OwnRecord(node.identity, self._replica, self._rng, self._publish)
         self._refuted_at = -math.inf
         self._started = False
         self._clock_warned = False
@@ -113,12 +112,11 @@ class GossipRegistry(Registry):
         node.serve(CHECK, self._detector.check)
         node.serve(REPORT, self._detector.report)
         node.serve_protocol(HEARTBEATS, self._detector.heartbeats.serve)
-        node.serve_protocol(WATCH, self._watchers.serve)
+        node.serve_protocol(WATCH, self._watch_server.serve)
 
     def __repr__(self) -> str:
-        return (
-            f"<GossipRegistry {short(self.node.peer)} {self._replica.store!r} {len(self._watchers)} watching>"
-        )
+        watching = len(self._watch_server)
+        return f"<GossipRegistry {short(self.node.peer)} {self._replica.store!r} {watching} watching>"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -153,9 +151,8 @@ class GossipRegistry(Registry):
 
     async def close(self) -> None:
         self._closed = True
-        if self._refresh is not None:
-            self._refresh.cancel()
-        self._watchers.close()
+        self._own.close()
+        self._watch_server.close()
         self._replica.close()
         await self._detector.close()
         await self._tasks.close()
@@ -170,9 +167,9 @@ class GossipRegistry(Registry):
             raise UnavailableError("this registry is closed")
         if self._conflict.shown is not None:
             check_info(info, self.node.peer)
-            self._announced = info, ttl
+            self._own.announced = info, ttl
             return
-        if self._announced is None:
+        if self._own.announced is None:
             self._look_for_conflict()
         self._publish(info, ttl)
 
@@ -205,15 +202,12 @@ class GossipRegistry(Registry):
 
     async def withdraw(self) -> None:
         """Take the announcement back, and wait up to three seconds until the next peers know."""
-        if self._announced is None:
+        if self._own.announced is None:
             return
-        self._announced = None
-        if self._refresh is not None:
-            self._refresh.cancel()
         if self._conflict.shown is not None:  # what is announced is not this process
+            self._own.forget()
             return
-        withdrawal = self._issuer.withdraw()
-        self._replica.apply(withdrawal)
+        withdrawal = self._own.withdraw()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WITHDRAWAL_PATIENCE):
                 await self._broadcaster.broadcast_now(withdrawal)
@@ -232,20 +226,12 @@ class GossipRegistry(Registry):
     # --- this peer's own record -----------------------------------------------------------------------
 
     def _publish(self, info: ServerInfo, ttl: float, *, refuting: bool = False) -> None:
-        record = self._issuer.announce(info, ttl)
-        self._conflict.announced(self._issuer.last_sequence)
-        before = self._announced[0] if self._announced is not None else None
-        self._announced = (info, ttl)
-        outcome = self._replica.apply(record)
-        if outcome is Drop.REPLAYED:  # the clock was set back
-            self._replica.store.forget_sequence(self.node.peer)
-            outcome = self._replica.apply(record)
-        if isinstance(outcome, Drop):
-            raise InternalError(f"this peer dropped its own record as {outcome}")
-        urgent = refuting or (outcome.change is not None and not self._can_wait(before, info))
+        before = self._own.announced[0] if self._own.announced is not None else None
+        record, accepted = self._own.issue(info, ttl)
+        self._conflict.announced(self._own.sequence)
+        urgent = refuting or (accepted.change is not None and not self._can_wait(before, info))
         if urgent or self._options.broadcasts_refresh(ttl):
             self._broadcaster.add(self.node.peer, record, urgent=urgent)
-        self._publish_again(ttl / 3 * self._rng.uniform(0.9, 1.0))
 
     def _can_wait(self, before: ServerInfo | None, info: ServerInfo) -> bool:
         """Whether news of this peer is only of its load, and the swarm too large to hear of it at once."""
@@ -255,46 +241,37 @@ class GossipRegistry(Registry):
             and without_load(before) == without_load(info)
         )
 
-    def _publish_again(self, delay: float) -> None:
-        if self._refresh is not None:
-            self._refresh.cancel()
-        if self._announced is not None and not self._closed:
-            loop = asyncio.get_running_loop()
-            self._refresh = loop.call_later(delay, self._publish, *self._announced)
-
     def _refute(self, sequence: int) -> None:
         """Answer a suspicion about the record of that number with a newer one, one a second at most."""
         loop = asyncio.get_running_loop()
-        if self._announced is None or self._closed or sequence != self._issuer.last_sequence:
+        if self._own.announced is None or self._closed or sequence != self._own.sequence:
             return
         if (wait := self._refuted_at + _REFUTATION_PAUSE - loop.time()) > 0:
             loop.call_later(wait, self._refute, sequence)
             return
         self._refuted_at = loop.time()
         logger.info("suspected to be dead: announcing again")
-        self._publish(*self._announced, refuting=True)
+        self._publish(*self._own.announced, refuting=True)
 
     def _on_accepted(self, record: SignedRecord, accepted: Accepted) -> None:
-        said = accepted.announcement
-        self._watchers.offer(record, accepted)
-        if said.peer != self.node.peer or said.sequence <= self._issuer.last_sequence:
+        announcement = accepted.announcement
+        self._watch_server.offer(record, accepted)
+        if announcement.peer != self.node.peer or not self._own.issued_elsewhere(announcement.sequence):
             return
-        # A record of our own that we did not issue: from before a restart, or from another process.
-        self._issuer.supersede(said.sequence)
-        if self._announced is None:
+        if self._own.announced is None:
             return
         known = self._conflict.note
-        if self._conflict.heard(said, self._announced[0]) is Resolution.ANNOUNCE:
-            self._publish_again(_CONTEST_PAUSE)
-        elif self._refresh is not None:
-            self._refresh.cancel()
+        if self._conflict.heard(announcement, self._own.announced[0]) is Resolution.ANNOUNCE:
+            self._own.refresh_in(_CONTEST_PAUSE)
+        else:
+            self._own.pause()
         if self._conflict.note not in ("", known):
             logger.warning("%s", self._conflict.note)
 
     def _on_change(self, change: Change) -> None:
         self._detector.update(change)
         if change.kind == "left" and change.info.peer == self.node.peer and self._conflict.shown is not None:
-            self._publish_again(0.0)  # the process that was shown has gone
+            self._own.refresh_in(0.0)  # the process that was shown has gone
 
     # --- gossip ---------------------------------------------------------------------------------------
 
@@ -320,15 +297,15 @@ class GossipRegistry(Registry):
     async def _push_pull(self, member: Member) -> None:
         now = asyncio.get_running_loop().time
         try:
-            said = await push_pull(self.node, self._replica, member, timeout=self._options.timeout)
+            result = await push_pull(self.node, self._replica, member, timeout=self._options.timeout)
         except SwarmError:
             self._members.failed(member.peer, now())
             self._detector.suspect(member.peer)
             raise
         self._members.answered(member.peer)
         self._detector.reached(member.peer)
-        self._detector.dead_elsewhere(said.hidden, member.peer, newcomer=not self._started)
-        self._check_clock(said.ahead, member.peer)
+        self._detector.dead_elsewhere(result.hidden, member.peer, newcomer=not self._started)
+        self._check_clock(result.ahead, member.peer)
 
     def _check_clock(self, ahead: float, peer: PeerId) -> None:
         off = abs(ahead) > self._replica.store.limits.max_skew
@@ -347,18 +324,18 @@ class GossipRegistry(Registry):
 
     async def _exchange(self, request: ExchangeRecords, caller: Caller) -> RecordsExchanged:
         self._refuse_when_closed()
-        reply, news = await answer_exchange(self.node, self._replica, request)
+        reply, taken = await answer_exchange(self.node, self._replica, request)
         if request.spread:
-            for record, accepted in news:
-                said = accepted.announcement
-                urgent = accepted.change is not None or not self._options.broadcasts_refresh(said.ttl)
-                self._broadcaster.add(said.peer, record, urgent=urgent)
+            for record, accepted in taken:
+                news = accepted.announcement
+                urgent = accepted.change is not None or not self._options.broadcasts_refresh(news.ttl)
+                self._broadcaster.add(news.peer, record, urgent=urgent)
         for suspected in request.suspected[:_MAX_SUSPICIONS]:
             self._detector.suspicion_heard(suspected)
         return reply
 
     def _spread_suspicion(self, suspected: Suspected) -> None:
-        self._watchers.suspect(suspected.peer, suspected.sequence)
+        self._watch_server.suspect(suspected.peer, suspected.sequence)
         self._broadcaster.add_suspicion(suspected)
 
     def _refuse_when_closed(self) -> None:

@@ -11,13 +11,13 @@ from random import Random
 
 from multiaddr import Multiaddr
 
-from swarmcore.errors import InputError, InternalError, PeerUnreachableError, SwarmError, UnavailableError
+from swarmcore.errors import InputError, PeerUnreachableError, SwarmError, UnavailableError
 from swarmcore.pacing import jittered
 from swarmcore.registry.base import Registry, SwarmView
 from swarmcore.registry.changes import ChangeReader
 from swarmcore.registry.gossip.members import Members, group_by_peer
+from swarmcore.registry.gossip.own_record import OwnRecord
 from swarmcore.registry.gossip.records import (
-    RecordIssuer,
     SignedRecord,
     without_load,
 )
@@ -101,16 +101,14 @@ class DhtRegistry(Registry):
         self._options = options
         self._rng = rng or Random()
         self._wall_clock = wall_clock
-        self._issuer = RecordIssuer(node.identity, wall_clock, options.limits)
         self._rules = ValueRules(options.limits, node.allowed_peers)
         store = RecordStore(
             own=node.peer, limits=options.limits, capacity=options.capacity, allowed=node.allowed_peers
         )
         self._replica = Replica(store, Members(node.peer, (), self._rng), wall_clock)
         self._tasks = BackgroundTasks()
-        self._announced: tuple[ServerInfo, float] | None = None
+        self._own = OwnRecord(node.identity, self._replica, self._rng, self._issue)
         self._current: tuple[SignedRecord, list[bytes]] | None = None
-        self._refresh: asyncio.TimerHandle | None = None
         self._urgent = asyncio.Event()
         self._thread: TrioThread | None = None
         self._dht: DhtNode | None = None
@@ -196,8 +194,7 @@ class DhtRegistry(Registry):
 
     async def close(self) -> None:
         self._closed = True
-        if self._refresh is not None:
-            self._refresh.cancel()
+        self._own.close()
         self._replica.close()
         await self._tasks.close()
         if self._thread and self._dht:
@@ -223,19 +220,14 @@ class DhtRegistry(Registry):
             raise UnavailableError("this registry is closed")
         if not self.node.addresses:
             raise InputError("a peer that does not listen cannot be listed in the DHT")
-        before = self._announced[0] if self._announced else None
+        before = self._own.announced[0] if self._own.announced else None
         self._issue(info, ttl, urgent=before is None or without_load(before) != without_load(info))
 
     async def withdraw(self) -> None:
         """Take the announcement back, and wait up to three seconds until the nodes that hold it know."""
-        if self._announced is None or self._current is None:
+        if self._own.announced is None or self._current is None:
             return
-        self._announced = None
-        if self._refresh is not None:
-            self._refresh.cancel()
-        withdrawal = self._issuer.withdraw()
-        self._replica.apply(withdrawal)
-        self._put_own_record(withdrawal, [])
+        self._put_own_record(self._own.withdraw(), [])
         try:
             async with asyncio.timeout(_WITHDRAWAL_SECONDS):
                 await self._publish()
@@ -243,25 +235,13 @@ class DhtRegistry(Registry):
             logger.debug("the withdrawal has not reached all nodes yet")
 
     def _issue(self, info: ServerInfo, ttl: float, *, urgent: bool = True) -> None:
-        record = self._issuer.announce(info, ttl)
-        self._announced = (info, ttl)
-        outcome = self._replica.apply(record)
-        if outcome is Drop.REPLAYED:  # the clock was set back
-            self._replica.store.forget_sequence(self.node.peer)
-            outcome = self._replica.apply(record)
-        if isinstance(outcome, Drop):
-            raise InternalError(f"this peer dropped its own record as {outcome}")
+        record, _ = self._own.issue(info, ttl)
         listings = [key_listing(info)]
         if self._in_directory(info):
             listings.append(directory_key())
         self._put_own_record(record, listings)
         if urgent:
             self._urgent.set()
-        if self._refresh is not None:
-            self._refresh.cancel()
-        if not self._closed:
-            loop = asyncio.get_running_loop()
-            self._refresh = loop.call_later(ttl / 3 * self._rng.uniform(0.9, 1.0), self._issue, info, ttl)
 
     def _in_directory(self, info: ServerInfo) -> bool:
         """A model is found by a few of its servers: those that believe themselves to be the first by id."""
@@ -323,17 +303,11 @@ class DhtRegistry(Registry):
 
     def _own_record_seen(self, sequence: int) -> None:
         """Outdo a record of our own that we did not issue: from before a restart, or from another process."""
-        if sequence <= self._issuer.last_sequence:
-            return
-        self._issuer.supersede(sequence)
-        if self._announced is not None:
+        if self._own.issued_elsewhere(sequence) and self._own.announced is not None:
             logger.warning(
                 "another process announces itself as %s; give each its own identity", self.node.peer
             )
-            if self._refresh is not None:
-                self._refresh.cancel()
-            loop = asyncio.get_running_loop()
-            self._refresh = loop.call_later(_CONTEST_SECONDS, self._issue, *self._announced)
+            self._own.refresh_in(_CONTEST_SECONDS)
 
     def suspect(self, peer: PeerId) -> None:
         if self._reader and not self._closed:
