@@ -22,7 +22,7 @@ if sys.platform != "win32":
 VARIABLE = "SWARMCORE_DATA"
 """Names the folder in which identities are kept."""
 
-MOST_OF_A_NAME = 64
+MAX_OF_A_NAME = 64
 """Processes of one name on one machine that get an identity each."""
 
 _PAUSE = 0.05
@@ -45,7 +45,7 @@ def identities_folder() -> Path:
     return (data if named else data / "swarmcore") / "identities"
 
 
-class HeldIdentity:
+class LockedIdentity:
     """An identity from a file that no other process uses as long as this one holds it."""
 
     def __init__(self, path: str | Path, *, patience: float = 0.0) -> None:
@@ -79,17 +79,17 @@ class HeldIdentity:
         self.release()
 
 
-def kept_identity(name: str = "") -> HeldIdentity:
+def stored_identity(name: str = "") -> LockedIdentity:
     """The identity kept for peers called ``name`` on this machine: the first that no other process uses.
 
     Created on first use, in `identities_folder`, for its owner alone. Raise `IdentityFileError` when that
     cannot be.
     """
-    for number in range(1, MOST_OF_A_NAME + 1):
+    for number in range(1, MAX_OF_A_NAME + 1):
         with contextlib.suppress(IdentityInUseError):
-            return HeldIdentity(identity_path(name, number))
+            return LockedIdentity(identity_path(name, number))
     raise IdentityFileError(
-        f"{MOST_OF_A_NAME} processes called {name or 'default'!r} run here; give this one another name, or a "
+        f"{MAX_OF_A_NAME} processes called {name or 'default'!r} run here; give this one another name, or a "
         f"file of its own with --identity"
     )
 

@@ -21,7 +21,7 @@ from swarmcore.peer import NetworkConfig, join, listening
 from swarmcore.placement.choice import join_span
 from swarmcore.registry.base import Registry
 from swarmcore.registry.lan import follow_addresses
-from swarmcore.resources.hold_ups import watching
+from swarmcore.resources.loop_stalls import watch_loop
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import answer_ping
 from swarmcore.server.adapters import Weights
@@ -135,7 +135,7 @@ async def run_server(
             incarnation=joining.incarnation,
             service=service,
         ) as server:
-            stack.enter_context(watching(node.hold_ups, places=True))
+            stack.enter_context(watch_loop(node.loop_stalls, places=True))
             if on_online is not None:
                 on_online(server)
             try:
@@ -255,7 +255,7 @@ async def run_bootstrap(
         await registry.announce(info, BOOTSTRAP_TTL)
         if on_online is not None:
             on_online(info)
-        stack.enter_context(watching(node.hold_ups, places=True))
+        stack.enter_context(watch_loop(node.loop_stalls, places=True))
         following = follow_addresses(node, registry, info, BOOTSTRAP_TTL)
         try:
             async with running(following, "addresses of a bootstrap peer"):

@@ -12,12 +12,12 @@ import pytest
 
 from swarmcore.errors import IdentityFileError, IdentityInUseError
 from swarmcore.identity import Identity
-from swarmcore.identity_files import HeldIdentity, identities_folder, identity_path, kept_identity
+from swarmcore.identity_files import LockedIdentity, identities_folder, identity_path, stored_identity
 
 HOLD = """
 import sys
-from swarmcore.identity_files import HeldIdentity
-held = HeldIdentity(sys.argv[1])
+from swarmcore.identity_files import LockedIdentity
+held = LockedIdentity(sys.argv[1])
 print(held.identity.peer, flush=True)
 sys.stdin.read()
 """
@@ -30,21 +30,21 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_for_each_name_kept_for_its_owner_alone(data: Path) -> None:
-    with kept_identity() as unnamed, kept_identity("attic") as attic:
+    with stored_identity() as unnamed, stored_identity("attic") as attic:
         assert unnamed.path == data / "identities" / "default.pem"
         assert attic.path == data / "identities" / "attic.pem"
         assert unnamed.identity.peer != attic.identity.peer
-    with kept_identity("attic") as again:
+    with stored_identity("attic") as again:
         assert again.identity.peer == attic.identity.peer
     assert stat.S_IMODE(attic.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(attic.path.parent.stat().st_mode) == 0o700
 
 
 def test_a_second_process_of_a_name_is_another_peer() -> None:
-    with kept_identity("attic") as one, kept_identity("attic") as other:
+    with stored_identity("attic") as one, stored_identity("attic") as other:
         assert other.path.name == "attic.2.pem"
         assert one.identity.peer != other.identity.peer
-    with kept_identity("attic") as again:
+    with stored_identity("attic") as again:
         assert again.identity.peer == one.identity.peer
 
 
@@ -55,7 +55,7 @@ def test_any_name_has_a_file_of_its_own_in_the_folder(name: str) -> None:
     path = identity_path(name)
     assert path.parent == identities_folder()
     assert len({path, *(identity_path(other) for other in ("", "default", "a_b", "____", "a" * 40))}) == 5
-    with kept_identity(name) as held:
+    with stored_identity(name) as held:
         assert held.path == path
 
 
@@ -68,11 +68,11 @@ def test_a_file_is_for_one_process_at_a_time(tmp_path: Path) -> None:
         assert process.stdout is not None
         peer = process.stdout.readline().strip()
         with pytest.raises(IdentityInUseError, match="in use by another process"):
-            HeldIdentity(key)
+            LockedIdentity(key)
         assert Identity.load_or_create(key).peer == peer  # a client may have it as well
     finally:
         process.kill()  # as it ends, so does its lock
-    with HeldIdentity(key, patience=30.0) as held:
+    with LockedIdentity(key, patience=30.0) as held:
         assert held.identity.peer == peer
     process.communicate()
 
@@ -81,14 +81,14 @@ def test_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SWARMCORE_DATA", str(tmp_path / "file"))
     with pytest.raises(IdentityFileError, match="SWARMCORE_DATA"):
-        kept_identity()
+        stored_identity()
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="takes another user")
 def test_a_user_without_a_home() -> None:
     program = (
-        "import os; from swarmcore.identity_files import kept_identity\n"
-        "os.setgroups([]); os.setuid(12345); kept_identity()"
+        "import os; from swarmcore.identity_files import stored_identity\n"
+        "os.setgroups([]); os.setuid(12345); stored_identity()"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

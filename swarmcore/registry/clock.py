@@ -40,28 +40,28 @@ class SwarmClock:
         """What this machine's clock shows."""
         return self._wall_clock()
 
-    def differs(self, told: float) -> bool:
-        """Whether a member's clock that shows ``told`` does not agree with this machine's."""
-        return abs(self._wall_clock() - told) > self._tolerance
+    def differs(self, member_time: float) -> bool:
+        """Whether a member's clock that shows ``member_time`` does not agree with this machine's."""
+        return abs(self._wall_clock() - member_time) > self._tolerance
 
-    def heard(self, told: float) -> None:
-        """A member's clock shows ``told``: go by this machine's while they agree.
+    def update(self, member_time: float) -> None:
+        """A member's clock shows ``member_time``: go by this machine's while they agree.
 
         Where they no longer do because this machine's clock has jumped, take the member's word; one that is
         followed already only keeps it exact.
         """
         now = self._wall_clock() - self._steady()
-        if not self.differs(told):
+        if not self.differs(member_time):
             self._base, self._agreed = None, now
         elif self._base is not None:
-            if abs(self() - told) <= self._tolerance:
-                self.follow(told)
+            if abs(self() - member_time) <= self._tolerance:
+                self.follow(member_time)
         elif self._agreed is not None and abs(now - self._agreed) > self._tolerance:
-            self.follow(told)
+            self.follow(member_time)
 
-    def follow(self, told: float) -> None:
-        """Take the word of a member whose clock shows ``told`` now."""
-        self._base = told - self._steady()
+    def follow(self, member_time: float) -> None:
+        """Take the word of a member whose clock shows ``member_time`` now."""
+        self._base = member_time - self._steady()
 
     def release(self) -> None:
         """Go by this machine's clock again."""

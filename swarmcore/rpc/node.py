@@ -23,7 +23,7 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.resources import Reservation, Resource, ResourceManager
-from swarmcore.resources.hold_ups import HoldUps
+from swarmcore.resources.loop_stalls import LoopStalls
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.dialing import dial, one_peer
 from swarmcore.rpc.memory_stream import Loopback
@@ -74,7 +74,7 @@ class Node:
         self.resources = resources or ResourceManager.of_calls(
             self.limits.max_calls, self.limits.max_calls_per_peer
         )
-        self.hold_ups = HoldUps()
+        self.loop_stalls = LoopStalls()
         """What holds the event loop up, in programs that watch it."""
         for transport in transports:
             transport.resources = self.resources
@@ -117,12 +117,12 @@ class Node:
         """How this peer is reached, where that could be better (see `Transport.notes`), what it had to refuse
         for lack of room, and what holds its event loop up."""
         reached = (note for transport in self._transports.values() for note in transport.notes())
-        return (*reached, *filter(None, (self.resources.note, self.hold_ups.note)))
+        return (*reached, *filter(None, (self.resources.note, self.loop_stalls.note)))
 
     @property
     def measures(self) -> dict[str, float]:
         """`counters`, and how often and for how many seconds at most the event loop was held up."""
-        held_up = {"loop_held_up": self.hold_ups.count, "loop_longest_hold_up": self.hold_ups.longest}
+        held_up = {"loop_held_up": self.loop_stalls.count, "loop_longest_hold_up": self.loop_stalls.longest}
         return {name: float(value) for name, value in {**self.counters, **held_up}.items()}
 
     async def addresses_other_than(self, known: Sequence[Address]) -> tuple[Address, ...]:

@@ -24,7 +24,7 @@ def history(events: list[tuple[str, int | None]]) -> list[Change]:
     return changes
 
 
-def told(view: dict[PeerId, ServerInfo], changes: list[Change]) -> dict[PeerId, ServerInfo]:
+def applied(view: dict[PeerId, ServerInfo], changes: list[Change]) -> dict[PeerId, ServerInfo]:
     view = dict(view)
     for change in changes:
         assert (change.info.peer in view) == (change.kind != "joined")
@@ -38,9 +38,9 @@ def told(view: dict[PeerId, ServerInfo], changes: list[Change]) -> dict[PeerId, 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 5))), st.integers(0, 20))
 def test_merged_changes_lead_to_the_same_view(events: list[tuple[str, int | None]], read: int) -> None:
     changes = history(events)
-    seen = told({}, changes[:read])
+    seen = applied({}, changes[:read])
     short = merged(changes[read:])
-    assert told(seen, short) == told({}, changes)
+    assert applied(seen, short) == applied({}, changes)
     assert len({change.info.peer for change in short}) == len(short)
 
 
@@ -52,7 +52,7 @@ async def test_a_reader_far_behind_holds_a_bounded_number_of_changes() -> None:
         feed.publish(change)
         assert len(reader._waiting) <= 10
     feed.close()
-    assert told({}, [change async for change in reader]) == told({}, changes)
+    assert applied({}, [change async for change in reader]) == applied({}, changes)
 
 
 async def test_more_peers_than_the_bound_are_all_told() -> None:
@@ -63,7 +63,7 @@ async def test_more_peers_than_the_bound_are_all_told() -> None:
         feed.publish(change)
         assert len(reader._waiting) <= 100
     feed.close()
-    assert told({}, [change async for change in reader]) == told({}, changes)
+    assert applied({}, [change async for change in reader]) == applied({}, changes)
 
 
 async def test_a_reader_that_is_dropped_is_forgotten() -> None:

@@ -1,4 +1,4 @@
-"""Clients whose clocks are wrong see the swarm all the same, and are told."""
+"""Clients whose clocks are wrong see the swarm all the same, and are member_time."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class Probes:
 
     async def _recheck(self) -> None:
         try:
-            hidden = [said.info for said in self._replica.store.hidden() if said.info is not None]
+            hidden = [each.info for each in self._replica.store.hidden() if each.info is not None]
             await asyncio.gather(*(self._probe_hidden(info) for info in hidden))
         finally:
             self._rechecking = False

@@ -37,16 +37,16 @@ class IdentityConflict:
         self._first = self._first or sequence
         self.shown = None
 
-    def heard(self, said: Announcement, own: ServerInfo) -> Resolution:
+    def resolve(self, announcement: Announcement, own: ServerInfo) -> Resolution:
         """A record of this peer has come that this process, which announces ``own``, did not issue."""
-        alive = said.info is not None and 0 < self._first < said.sequence
+        alive = announcement.info is not None and 0 < self._first < announcement.sequence
         if not alive:
             self.shown = self.seen = None
             return Resolution.ANNOUNCE
-        assert said.info is not None
-        self.seen = said.info
-        if _order(said.info) > _order(own):
-            self.shown = said.info
+        assert announcement.info is not None
+        self.seen = announcement.info
+        if _order(announcement.info) > _order(own):
+            self.shown = announcement.info
             return Resolution.STEP_BACK
         return Resolution.ANNOUNCE
 

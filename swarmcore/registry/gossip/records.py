@@ -110,10 +110,10 @@ def is_signed_by(record: SignedRecord, peer: PeerId) -> bool:
 @lru_cache(maxsize=_REMEMBERED)
 def may_announce(record: SignedRecord) -> bool:
     """Whether what ``record`` says passes `check_info`. Raise `ProtocolError` when it is malformed."""
-    said = decode_announcement(record)
+    announcement = decode_announcement(record)
     try:
-        if said.info is not None:
-            check_info(said.info, said.peer)
+        if announcement.info is not None:
+            check_info(announcement.info, announcement.peer)
     except InputError:
         return False
     return True

@@ -261,7 +261,7 @@ class GossipRegistry(Registry):
         if self._own.announced is None:
             return
         known = self._conflict.note
-        if self._conflict.heard(announcement, self._own.announced[0]) is Resolution.ANNOUNCE:
+        if self._conflict.resolve(announcement, self._own.announced[0]) is Resolution.ANNOUNCE:
             self._own.refresh_in(_CONTEST_PAUSE)
         else:
             self._own.pause()

@@ -174,23 +174,23 @@ class WatchingRegistry(Registry):
         async with deadline_after(silence, f"{short(channel.remote)} sent no sign of life for {silence:g} s"):
             batch: RecordBatch = (await channel.receive()).record
         if batch.clock:
-            self._clock.heard(batch.clock)
+            self._clock.update(batch.clock)
             if self._clock.followed:
                 self._warn_of_clock(batch.clock, channel.remote, "the swarm is seen by that one meanwhile")
         await self._replica.merge(batch.records)
         return batch
 
-    async def _judge_clock(self, read: Sequence[SignedRecord], told: float, member: PeerId) -> None:
+    async def _judge_clock(self, read: Sequence[SignedRecord], member_time: float, member: PeerId) -> None:
         """Find out whose clock is wrong when no record of a member that was just read holds here."""
         issued = [at for at in map(issued_at, read) if at is not None]
         if self.view().servers or not issued:
             return
         # One who does not tell the time has records that were issued not long ago.
-        if not self._clock.differs(time := told or max(issued)):
+        if not self._clock.differs(time := member_time or max(issued)):
             return
         taken = []
-        if told:
-            self._clock.follow(told)
+        if member_time:
+            self._clock.follow(member_time)
             taken = await self._replica.merge(read)
             if not taken:
                 self._clock.release()
@@ -200,12 +200,12 @@ class WatchingRegistry(Registry):
             "the swarm is seen by that one meanwhile" if taken else "nothing that it tells holds",
         )
 
-    def _warn_of_clock(self, told: float, member: PeerId, consequence: str) -> None:
+    def _warn_of_clock(self, member_time: float, member: PeerId, consequence: str) -> None:
         if not self._clock_warned:
             self._clock_warned = True
             logger.warning(
                 "this machine's clock is %s that of %s, so %s: set the clock",
-                how_far_off(self._clock.own() - told),
+                how_far_off(self._clock.own() - member_time),
                 short(member),
                 consequence,
             )

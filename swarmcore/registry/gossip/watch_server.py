@@ -55,10 +55,10 @@ class WatchServer:
         return len(self._watchers)
 
     def offer(self, record: SignedRecord, accepted: Accepted) -> None:
-        said = accepted.announcement
-        urgent = accepted.change is not None or said.ttl < SHORT_TTL
+        announcement = accepted.announcement
+        urgent = accepted.change is not None or announcement.ttl < SHORT_TTL
         for watcher in self._watchers:
-            watcher.waiting[said.peer] = record
+            watcher.waiting[announcement.peer] = record
             if urgent:
                 watcher.wake.set()
 

@@ -27,19 +27,23 @@ def test_the_one_that_was_started_last_is_shown() -> None:
     conflict = IdentityConflict()
     conflict.announced(100)
     assert conflict.note == ""
-    assert conflict.heard(Announcement(ME, 101, 300, info(1, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    assert (
+        conflict.resolve(Announcement(ME, 101, 300, info(1, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    )
     assert "memory://old/me: this one is shown" in conflict.note
-    assert conflict.heard(Announcement(ME, 102, 300, info(3, "new")), info(2, "here")) is Resolution.STEP_BACK
+    assert (
+        conflict.resolve(Announcement(ME, 102, 300, info(3, "new")), info(2, "here")) is Resolution.STEP_BACK
+    )
     assert "memory://new/me: it is shown to the swarm and this one is not" in conflict.note
-    assert conflict.heard(Announcement(ME, 103, 300, None), info(2, "here")) is Resolution.ANNOUNCE
+    assert conflict.resolve(Announcement(ME, 103, 300, None), info(2, "here")) is Resolution.ANNOUNCE
     assert conflict.note == ""
 
 
 def test_a_record_from_before_the_start_is_nobody_elses() -> None:
     conflict = IdentityConflict()
-    assert conflict.heard(Announcement(ME, 90, 300, info(3, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    assert conflict.resolve(Announcement(ME, 90, 300, info(3, "old")), info(2, "here")) is Resolution.ANNOUNCE
     conflict.announced(100)
-    assert conflict.heard(Announcement(ME, 99, 300, info(3, "old")), info(2, "here")) is Resolution.ANNOUNCE
+    assert conflict.resolve(Announcement(ME, 99, 300, info(3, "old")), info(2, "here")) is Resolution.ANNOUNCE
     assert conflict.note == ""
 
 

@@ -65,7 +65,7 @@ def test_changes_tell_the_view_and_sequences_only_grow_while_remembered(
     events: list[tuple[int, int, str | None, float] | float | SignedRecord],
 ) -> None:
     store, now = RecordStore(capacity=PEERS - 1), NOW
-    told: dict[PeerId, ServerInfo] = {}
+    applied: dict[PeerId, ServerInfo] = {}
     newest: dict[PeerId, tuple[int, float]] = {}
     """The highest number that was taken, and the moment until which it has to be remembered."""
     for event in events:
@@ -86,12 +86,12 @@ def test_changes_tell_the_view_and_sequences_only_grow_while_remembered(
                 newest[new.peer] = new.sequence, max(end, remembered)
                 changes = [outcome.change] if outcome.change else []
         for change in changes:
-            assert (change.info.peer in told) == (change.kind != "joined")
+            assert (change.info.peer in applied) == (change.kind != "joined")
             if change.kind == "left":
-                assert told.pop(change.info.peer) == change.info
+                assert applied.pop(change.info.peer) == change.info
             else:
-                told[change.info.peer] = change.info
-        assert told == dict(store.view().servers)
+                applied[change.info.peer] = change.info
+        assert applied == dict(store.view().servers)
         assert len(store) <= PEERS - 1
 
 

@@ -1,4 +1,4 @@
-"""What holds an event loop up: callbacks that run for so long that everything else waits."""
+"""Stalls of the event loop: callbacks that run for so long that everything else waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _LOG_GAP = 60.0
 _MOST_PLACES = 64
 
 
-class HoldUps:
+class LoopStalls:
     """Counts them by the place in the code that ran meanwhile. A plain object: ``now`` is passed in."""
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class HoldUps:
         self.places: Counter[str] = Counter()
         """How often, by the function that held it up; the rarest are forgotten first."""
         self._logged_at = float("-inf")
-        self._unsaid = 0
+        self._not_logged = 0
         self._warned = False
 
-    def held(self, seconds: float, place: str, now: float) -> str:
+    def stalled(self, seconds: float, place: str, now: float) -> str:
         """The loop was late by ``seconds`` because of ``place``.
 
         Return the warning to log, at most once a minute; otherwise nothing, as always for what is short or
@@ -54,12 +54,12 @@ class HoldUps:
             del self.places[min(self.places, key=lambda one: (self.places[one], one == place))]
         if seconds < WARNED or place == ELSEWHERE:
             return ""
-        self._unsaid += 1
+        self._not_logged += 1
         self._warned = True
         if now - self._logged_at < _LOG_GAP:
             return ""
-        more = f"; {self._unsaid} times since this was last said" if self._unsaid > 1 else ""
-        self._logged_at, self._unsaid = now, 0
+        more = f"; {self._not_logged} times since this was last said" if self._not_logged > 1 else ""
+        self._logged_at, self._not_logged = now, 0
         return f"the event loop was held up for {1000 * seconds:.0f} ms by {place}{more}"
 
     @property
@@ -75,31 +75,26 @@ class HoldUps:
 
 
 @contextmanager
-def watching(hold_ups: HoldUps, *, places: bool = False) -> Iterator[None]:
-    """Count in ``hold_ups`` what holds up the running event loop within this block, and warn of what is long.
+def watch_loop(loop_stalls: LoopStalls, *, places: bool = False) -> Iterator[None]:
+    """Count in ``loop_stalls`` what holds up the event loop within this block, and warn of what is long.
 
     With ``places`` it is found out which function does; that takes ``SIGALRM``, and is for programs that have
     their main thread to themselves. Elsewhere every place is ``"?"``.
     """
-    watchdog = _Watchdog(hold_ups)
+    watchdog = _Watchdog(loop_stalls)
     able = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
-    with watchdog.alarms() if places and able else _nothing():
+    with watchdog.alarms() if places and able else nullcontext():
         try:
             yield
         finally:
             watchdog.stop()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 class _Watchdog:
     """Calls itself again and again and sees how late it is."""
 
-    def __init__(self, hold_ups: HoldUps) -> None:
-        self._hold_ups = hold_ups
+    def __init__(self, loop_stalls: LoopStalls) -> None:
+        self._loop_stalls = loop_stalls
         self._loop = asyncio.get_running_loop()
         self._place = "?"
         self._alarmed = False
@@ -112,7 +107,7 @@ class _Watchdog:
         now = self._loop.time()
         late = now - self._next.when()
         if late > THRESHOLD:
-            line = self._hold_ups.held(late, self._place, now)
+            line = self._loop_stalls.stalled(late, self._place, now)
             if line:
                 logger.warning("%s", line)
         self._place = "?"
@@ -128,7 +123,7 @@ class _Watchdog:
     def alarms(self) -> Iterator[None]:
         """Have the kernel interrupt what makes the next tick late, to see what it is."""
         assert sys.platform != "win32"
-        before = signal.signal(signal.SIGALRM, self._seen)
+        before = signal.signal(signal.SIGALRM, self._on_alarm)
         signal.siginterrupt(signal.SIGALRM, False)
         self._alarmed = True
         self._set_alarm()
@@ -139,7 +134,7 @@ class _Watchdog:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
-    def _seen(self, number: int, frame: FrameType | None) -> None:
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         self._place = _place(frame)
 
 
