@@ -15,7 +15,7 @@ from swarmcore.cli.webrtc import SCHEME as _WEBRTC
 from swarmcore.cli.webrtc import webrtc_options
 from swarmcore.errors import IdentityFileError, InputError
 from swarmcore.identity import Identity, public_key
-from swarmcore.identity_files import HeldIdentity, kept_identity
+from swarmcore.identity_files import LockedIdentity, stored_identity
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
@@ -141,7 +141,7 @@ def own_identity(output: Output, file: str | None, new: bool, name: str) -> Iden
         return Identity.generate()
     try:
         # Who was killed a moment ago, and is started anew, may not be quite gone yet.
-        held = HeldIdentity(file, patience=3.0) if file is not None else kept_identity(name)
+        held = LockedIdentity(file, patience=3.0) if file is not None else stored_identity(name)
     except IdentityFileError as exc:
         if file is not None:
             raise
