@@ -170,43 +170,34 @@ def connect(
     addresses = [Address.parse(url) for url in bootstrap]
     for peer in (*(allowed_servers or ()), *blocked_servers):
         public_key(peer)
-    identity = identity or Identity.generate()
     options = transport_options or {}
     schemes = dict.fromkeys(
         [*(a.scheme for a in addresses), *transports, *options, *([_MDNS] if mdns else [])]
     )
-    backends = [
-        transport_class(scheme)(identity, limits=limits, **options.get(scheme, {})) for scheme in schemes
-    ]
-    node = Node(identity, backends, limits=limits)
-    latencies = Latencies()
-    router = LeastLatency(
-        random.Random(),
-        costs=CostModel(rtts=latencies.seconds),
-        allowed=allowed_servers,
-        blocked=blocked_servers,
-        max_hops=max_hops,
-    )
-    again = functools.partial(
-        connect,
-        *bootstrap,
-        transports=transports,
-        transport_options=transport_options,
-        mdns=mdns,
-        registry=registry,
-        allowed_servers=allowed_servers,
-        blocked_servers=blocked_servers,
-        max_hops=max_hops,
-        limits=limits,
-    )
-    return Swarm(
-        node,
-        make_registry(registry, node, addresses, member=False),
-        router=router,
-        latencies=latencies,
-        again=again,
-        find_neighbours=mdns,
-    )
+
+    def connection(identity: Identity) -> Swarm:
+        transports = [
+            transport_class(scheme)(identity, limits=limits, **options.get(scheme, {})) for scheme in schemes
+        ]
+        node = Node(identity, transports, limits=limits)
+        latencies = Latencies()
+        router = LeastLatency(
+            random.Random(),
+            costs=CostModel(rtts=latencies.seconds),
+            allowed=allowed_servers,
+            blocked=blocked_servers,
+            max_hops=max_hops,
+        )
+        return Swarm(
+            node,
+            make_registry(registry, node, addresses, member=False),
+            router=router,
+            latencies=latencies,
+            again=lambda: connection(Identity.generate()),
+            find_neighbours=mdns,
+        )
+
+    return connection(identity or Identity.generate())
 
 
 def notebook_progress() -> Callable[[str, int, int], None] | None:

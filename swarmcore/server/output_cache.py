@@ -168,11 +168,11 @@ class ReplayCache:
                 f"{self._limits.max_message}: ask for fewer at a time"
             )
         self._outputs.settle(order.settled)
-        tensors = self._outputs.tensors(order.starts, order.lengths)
+        tensors = self._outputs.settled.tensors(order.starts, order.lengths)
         if sum(tensor.decoded_nbytes for tensor in tensors) > self._limits.max_decoded:
             raise InvalidStepError("the replay touches too many outputs; ask for fewer tokens at a time")
         decoded = {id(tensor): await self._executor.decode(tensor) for tensor in tensors}
-        rows = self._outputs.rows(order.starts, order.lengths, decoded)
+        rows = self._outputs.settled.rows(order.starts, order.lengths, decoded)
         return rows if order.codec == "raw" else await self._executor.encode(rows, order.codec)
 
     def close(self) -> None:

@@ -176,8 +176,8 @@ class OutputHistory:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept, or somewhat more."""
-        settled = self._history.counted_nbytes if self._history is not None else 0
-        return settled + sum(rows.data.nbytes for _, rows in self._unsettled)
+        nbytes = self._history.counted_nbytes if self._history is not None else 0
+        return nbytes + sum(rows.data.nbytes for _, rows in self._unsettled)
 
     def drop(self) -> None:
         """Forget everything, for good."""
@@ -200,18 +200,9 @@ class OutputHistory:
         while self._history is not None and self._unsettled and self._unsettled[0][0].step < below:
             self._history.apply(*self._unsettled.popleft())
 
-    def tensors(self, starts: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
-        """As `RowHistory.tensors`. Raise `SessionLostError` when it was dropped."""
-        return self._kept.tensors(starts, lengths)
-
-    def rows(
-        self, starts: Sequence[int], lengths: Sequence[int], known: Mapping[int, Tensor] | None = None
-    ) -> Tensor:
-        """As `RowHistory.rows`. Raise `SessionLostError` when it was dropped."""
-        return self._kept.rows(starts, lengths, known)
-
     @property
-    def _kept(self) -> RowHistory:
+    def settled(self) -> RowHistory:
+        """The outputs of the settled steps. Raise `SessionLostError` when they were dropped."""
         if self._history is None:
             raise SessionLostError(
                 "what the session had computed here had to make room; replay it from the stage before"

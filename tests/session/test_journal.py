@@ -210,9 +210,9 @@ def test_outputs_of_steps_that_never_get_through_are_given_up_in_their_order():
     kept = OutputHistory(1)
     for step in range(MAX_UNSETTLED + 3):
         kept.keep(JournalEntry(step, (0,), (1,)), rows_of(step))
-    assert values_of(kept.rows([0], [1])) == [2]
+    assert values_of(kept.settled.rows([0], [1])) == [2]
     kept.settle(MAX_UNSETTLED + 3)
-    assert values_of(kept.rows([0], [1])) == [MAX_UNSETTLED + 2]
+    assert values_of(kept.settled.rows([0], [1])) == [MAX_UNSETTLED + 2]
 
 
 def test_outputs_that_were_dropped_are_lost_and_take_nothing():
@@ -225,4 +225,4 @@ def test_outputs_that_were_dropped_are_lost_and_take_nothing():
     kept.keep(JournalEntry(2, (3,), (1,)), rows_of(4))
     assert kept.nbytes == 0
     with pytest.raises(SessionLostError, match="make room"):
-        kept.rows((0,), (2,))
+        kept.settled.rows((0,), (2,))

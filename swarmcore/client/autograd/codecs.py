@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
-import attrs
-
+from swarmcore.client.autograd.rpc import PassResult
 from swarmcore.routing.link_codec import LinkCodec, TensorKind
 from swarmcore.types import PeerId
 from swarmcore.wire.tensors import Tensor
-
-
-@attrs.frozen
-class Transfer:
-    """Rows that went over a link."""
-
-    nbytes: int = 0
-    """As encoded."""
-    seconds: float = 0.0
-
-
-class Transferred(Protocol):
-    """What of a pass's result tells how fast its link and its server are."""
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def up(self) -> Transfer: ...
-
-    @property
-    def down(self) -> Transfer: ...
 
 
 class BatchCodecs:
@@ -60,7 +36,7 @@ class BatchCodecs:
         down = self._links.codec(peer, "down", kind, rows.dtype, rows.shape, now, chain=peers)
         return up, down
 
-    def done(self, peer: PeerId, kind: TensorKind, rows: Tensor, result: Transferred, now: float) -> None:
+    def done(self, peer: PeerId, kind: TensorKind, rows: Tensor, result: PassResult, now: float) -> None:
         """A pass of ``rows`` has come to its end."""
         if self._links is None:
             return

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import attrs
 
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.client.autograd.codecs import Transfer
 from swarmcore.errors import (
     InternalError,
     ProtocolError,
@@ -75,30 +74,42 @@ class MicroBatch:
         return sum(self.lengths)
 
 
-@attrs.frozen(eq=False)
-class ForwardResult:
-    """What a forward pass gave."""
+@attrs.frozen
+class Transfer:
+    """Rows that went over a link."""
 
-    outputs: Tensor
-    kept: bool
-    """Whether the server said that it keeps activations for the backward pass."""
+    nbytes: int = 0
+    """As encoded."""
+    seconds: float = 0.0
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class PassResult:
+    """What every pass tells of its server and of the link to it."""
+
     seconds: float
     """Time that the server was at work on it."""
     up: Transfer
     down: Transfer
 
 
-@attrs.frozen(eq=False)
-class BackwardResult:
+@attrs.frozen(eq=False, kw_only=True)
+class ForwardResult(PassResult):
+    """What a forward pass gave."""
+
+    outputs: Tensor
+    kept: bool
+    """Whether the server said that it keeps activations for the backward pass."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class BackwardResult(PassResult):
     """What a backward pass gave."""
 
     gradients: Tensor | None
     """Of the inputs."""
     weights: tuple[Tensor, ...]
     """Of the adapter's weights in the blocks of the stage."""
-    seconds: float
-    up: Transfer
-    down: Transfer
 
 
 async def forward(
@@ -135,8 +146,13 @@ async def forward(
     call = _PassCall(node, stage, batch, inputs, codec)
     protocol = FORWARD_OF_PADDING_PROTOCOL if batch.padding else FORWARD_PROTOCOL
     done = await call.run(protocol, opening, ("inputs", inputs, codec), answers, ForwardDone)
-    up = Transfer(call.sent, done.receiving)
-    return ForwardResult(answers.rows.whole(), done.kept, done.seconds, up, answers.transfer)
+    return ForwardResult(
+        outputs=answers.rows.whole(),
+        kept=done.kept,
+        seconds=done.seconds,
+        up=Transfer(call.sent, done.receiving),
+        down=answers.transfer,
+    )
 
 
 async def backward(
@@ -184,9 +200,13 @@ async def backward(
     call = _PassCall(node, stage, batch, inputs, inputs_codec)
     protocol = BACKWARD_OF_PADDING_PROTOCOL if batch.padding else BACKWARD_PROTOCOL
     done = await call.run(protocol, opening, ("gradients", gradients, codec), answers, BackwardDone)
-    found = rows.whole() if wants_inputs else None
-    up = Transfer(call.sent, done.receiving)
-    return BackwardResult(found, tuple(answers.weights), done.seconds, up, answers.transfer)
+    return BackwardResult(
+        gradients=rows.whole() if wants_inputs else None,
+        weights=tuple(answers.weights),
+        seconds=done.seconds,
+        up=Transfer(call.sent, done.receiving),
+        down=answers.transfer,
+    )
 
 
 async def as_computed(rows: Tensor, server: ServerInfo) -> Tensor:

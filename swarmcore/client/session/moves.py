@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 
 from swarmcore.client.session.failover import FailoverHandler
 from swarmcore.client.session.live_chain import LiveStage
@@ -14,6 +13,7 @@ from swarmcore.client.session.planner import Comparison
 from swarmcore.errors import SessionLostError, SwarmError
 from swarmcore.routing.chain import Chain
 from swarmcore.session.move_policy import MovePolicy
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.messages import KvTransferFailed, KvTransferred, TransferKv
 
@@ -38,26 +38,11 @@ class SessionMoves:
 
     def __init__(self, pipeline: Pipeline, failover: FailoverHandler, step_lock: asyncio.Lock) -> None:
         self._pipeline, self._failover, self._step_lock = pipeline, failover, step_lock
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks = BackgroundTasks()
         now = asyncio.get_running_loop().time()
         self._policy = MovePolicy(now, pipeline.options.moves)
         self.next_look = now + LOOK_INTERVAL
         """When `look_for_better` is to be called again, after a step."""
-
-    def _start(self, move: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(move, name="session move")
-        self.tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("moving a session off %s failed", self._pipeline.chain, exc_info=error)
-
-    def cancel(self) -> None:
-        """The session is to be closed."""
-        for task in self.tasks:
-            task.cancel()
 
     # --- servers that leave ------------------------------------------------------------------------------
 
@@ -65,7 +50,7 @@ class SessionMoves:
         """The server of ``stage`` leaves after so many seconds."""
         if not stage.leaving:
             stage.leaving = True
-            self._start(self._move_off(stage, min(seconds, LONGEST_LEAVE)))
+            self.tasks.start(self._move_off(stage, min(seconds, LONGEST_LEAVE)), "session move")
 
     async def _move_off(self, stage: LiveStage, seconds: float) -> None:
         """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
@@ -163,7 +148,7 @@ class SessionMoves:
             tokens=steps_done,
             replay=found.replay,
         ):
-            self._start(self._move_to(found))
+            self.tasks.start(self._move_to(found), "session move")
 
     async def _move_to(self, found: Comparison) -> None:
         async with self._step_lock:

@@ -161,10 +161,10 @@ class InferenceSession:
             self._broken = SessionLostError("the session was closed on this side")
         if self._step is not None and not self._step.expired():
             self._step.reschedule(0)
-        self._moves.cancel()
         try:
+            await self._moves.tasks.close()
             async with self._step_lock:
-                pass  # whoever had it has let go of what it was opening
+                pass  # the step has let go of what it was opening
         finally:
             await self._pipeline.close()
 

@@ -81,7 +81,7 @@ async def test_a_chain_that_dies_while_it_is_moved_to_costs_nothing() -> None:
             faster = await swarm.add("4:12")
             await announce(fast, 5)
             await announce(faster, 1000)
-            while not session._moves.tasks:
+            while not len(session._moves.tasks):
                 await asyncio.sleep(1)
                 await run.step(1)
             await asyncio.sleep(tick * 0.005)
