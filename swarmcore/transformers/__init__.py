@@ -9,8 +9,11 @@ model.generate(**tokenizer("The sea", return_tensors="pt"), num_beams=4)
 from __future__ import annotations
 
 import swarmcore.executor.torch  # noqa: F401  (before all else: it says which extra is missing)
-from swarmcore.transformers.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
+from swarmcore.transformers.auto import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from swarmcore.transformers.cache import RemoteCache
-from swarmcore.transformers.tokenizer import AutoTokenizer
 
 __all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer", "RemoteCache"]

@@ -1,4 +1,4 @@
-"""Transformers' automatic classes, over a swarm."""
+"""Transformers' automatic classes, over a swarm, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from swarmcore import sync
-from swarmcore.checkpoint import Checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.generation.generation_config import load_generation_config
 from swarmcore.client.generation.local_model import load_without_blocks, with_blocks
@@ -19,13 +19,14 @@ from swarmcore.client.session.options import SessionOptions
 from swarmcore.errors import InputError
 from swarmcore.executor.torch.device import DTYPE_NAMES
 from swarmcore.identity import Identity
+from swarmcore.prompts import load_tokenizer
 from swarmcore.transformers.model import remote_model
-from swarmcore.transformers.remote import RemoteStack
 from swarmcore.transformers.saving import read_saved_parts
+from swarmcore.transformers.stack import RemoteStack
 from swarmcore.types import Progress
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from swarmcore.training.adapter import BlockAdapter
 
@@ -172,6 +173,34 @@ class AutoModelForSequenceClassification(_AutoRemoteModel):
 
     _auto = transformers.AutoModelForSequenceClassification
     _what = "sequence classifier"
+
+
+class AutoTokenizer:
+    """As Transformers' own, for GGUF files and packages too."""
+
+    def __init__(self) -> None:
+        raise InputError("make one with AutoTokenizer.from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> PreTrainedTokenizerBase:
+        """The tokenizer of that folder, GGUF file or hub id; one without padding pads with its last token.
+
+        Raise `ModelNotFoundError`, and `CheckpointError` when there is no tokenizer.
+        """
+        checkpoint = open_checkpoint(
+            str(name_or_path), revision=revision, cache_dir=cache_dir, progress=progress
+        )
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from swarmcore.errors import InputError
+from swarmcore.transformers.packing import check_packed
 
 _HONOURED = frozenset(
     {
@@ -53,7 +54,7 @@ def check_options(config: Any, given: Mapping[str, Any], takes: Collection[str])
         if asked.get(name) is None and getattr(config, name, False):
             asked[name] = True
     if any(given.get(name) is not None for name in _OF_PACKED_ROWS):
-        _check_packed(given)
+        check_packed(given)
         asked = {name: value for name, value in asked.items() if name not in _OF_PACKED_ROWS}
     for name, value in asked.items():
         if value is not None and not (name in _AS_SERVERS_DO and value is _AS_SERVERS_DO[name]):
@@ -62,19 +63,3 @@ def check_options(config: Any, given: Mapping[str, Any], takes: Collection[str])
     types = given.get("token_type_ids")
     if types is not None and "token_type_ids" not in takes and bool(torch.as_tensor(types).any()):
         raise InputError("leave out token_type_ids: this family has none, and they are not all 0")
-
-
-def _check_packed(given: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless position ids tell the same sequences apart as the boundaries given."""
-    positions, ends = given.get("position_ids"), given.get("cu_seq_lens_q")
-    if positions is None:
-        raise InputError(
-            "pass position_ids: they tell packed sequences apart here, not cu_seq_lens or seq_idx"
-        )
-    if ends is None or positions.dim() != 2:
-        return
-    jumps = positions.diff(dim=1) != 1
-    starts = torch.cat([torch.ones_like(jumps[:, :1]), jumps], dim=1).flatten().nonzero()[:, 0]
-    told = torch.as_tensor(ends).flatten().to(starts)
-    if not torch.equal(told, torch.cat([starts, starts.new_tensor([positions.numel()])])):
-        raise InputError("cu_seq_lens_q and position_ids tell other sequences apart: leave out cu_seq_lens_q")

@@ -18,12 +18,12 @@ from swarmcore.errors import InputError, InvalidBatchError
 from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.batch_checks import IGNORED, check_sequence_labels, check_token_labels, problem_of
 from swarmcore.training.dropout import note_dropout
+from swarmcore.transformers.base_model import make_remote, rows_wanted
 from swarmcore.transformers.cache import RemoteCache
-from swarmcore.transformers.decoder import make_remote, rows_wanted
 from swarmcore.transformers.forward_options import check_options
-from swarmcore.transformers.layers import check_injected, using_layers
-from swarmcore.transformers.remote import RemoteStack
+from swarmcore.transformers.peft_layers import check_injected, using_layers
 from swarmcore.transformers.saving import save_parts, save_trained
+from swarmcore.transformers.stack import RemoteStack
 
 DEFAULT_NEW_TOKENS = 20
 """How many Transformers generates where nobody names a limit."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
+
+from swarmcore.errors import InputError
 
 
 class Packing:
@@ -26,10 +29,8 @@ class Packing:
 
         None where each row is one sequence.
         """
-        jumps = positions.diff(dim=1) != 1
-        if not jumps.any():
-            return None
-        return cls(torch.cat([torch.ones_like(jumps[:, :1]), jumps], dim=1))
+        starts = _starts(positions)
+        return cls(starts) if starts[:, 1:].any() else None
 
     def split(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[rows, columns, size]`` as ``[sequences, longest, size]`` with zeros behind the shorter ones, and
@@ -41,3 +42,25 @@ class Packing:
     def join(self, hidden: torch.Tensor) -> torch.Tensor:
         """The inverse of `split`."""
         return hidden[self._mask.to(hidden.device)].view(*self._shape, -1)
+
+
+def check_packed(given: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless position ids tell the same sequences apart as the boundaries given, for which
+    some attention kernels ask."""
+    positions, ends = given.get("position_ids"), given.get("cu_seq_lens_q")
+    if positions is None:
+        raise InputError(
+            "pass position_ids: they tell packed sequences apart here, not cu_seq_lens or seq_idx"
+        )
+    if ends is None or positions.dim() != 2:
+        return
+    starts = _starts(positions).flatten().nonzero()[:, 0]
+    told = torch.as_tensor(ends).flatten().to(starts)
+    if not torch.equal(told, torch.cat([starts, starts.new_tensor([positions.numel()])])):
+        raise InputError("cu_seq_lens_q and position_ids tell other sequences apart: leave out cu_seq_lens_q")
+
+
+def _starts(positions: torch.Tensor) -> torch.Tensor:
+    """Where ``positions`` ``[rows, columns]`` do not go on by one, and where rows begin, as a mask."""
+    jumps = positions.diff(dim=1) != 1
+    return torch.cat([torch.ones_like(jumps[:, :1]), jumps], dim=1)

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarmcore.errors import UnsupportedModelError
-from swarmcore.transformers.decoder import make_remote
+from swarmcore.transformers.base_model import make_remote
 
 SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -12,7 +12,7 @@ from tiny_swarm import Tiny, tiny_swarm
 
 from swarmcore.errors import InputError, InvalidBatchError, UnsupportedModelError
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from swarmcore.transformers.decoder import _positions
+from swarmcore.transformers.base_model import _positions
 
 IDS = torch.randint(3, 120, (3, 7), generator=torch.Generator().manual_seed(0))
 RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]])

@@ -22,9 +22,9 @@ from swarmcore.training.batch_checks import check_token_ids
 from swarmcore.training.model_layout import ModelLayout
 from swarmcore.transformers.cache import PADDING, RemoteCache
 from swarmcore.transformers.forward_options import check_options
-from swarmcore.transformers.layers import RemoteLayers, using_layers
 from swarmcore.transformers.packing import Packing
-from swarmcore.transformers.remote import RemoteStack, identity_of
+from swarmcore.transformers.peft_layers import RemoteLayers, using_layers
+from swarmcore.transformers.stack import RemoteStack, identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _ThisThread(threading.local):
     """The call that is under way. No context variable: tasks of the event loop keep copies of those, and with
     it a cache that nobody else has any more."""
 
-    passage: Passage | None = None
+    call: ForwardCall | None = None
     last_only = False
     padding = True
 
@@ -42,7 +42,7 @@ _this_thread = _ThisThread()
 
 
 @attrs.define(eq=False)
-class Passage:
+class ForwardCall:
     """One forward call, on its way through the base model."""
 
     stack: RemoteStack
@@ -140,8 +140,8 @@ def _layout_of(model: PreTrainedModel) -> ModelLayout | None:
 
 
 def _through_blocks(norm: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    assert _this_thread.passage is not None
-    return (_this_thread.passage.through_blocks(*args),)
+    assert _this_thread.call is not None
+    return (_this_thread.call.through_blocks(*args),)
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
         caching = getattr(self.config, "use_cache", True) if caching is None else caching
         if mask is None and cache is None and not caching:
             packing = Packing.of(columns)  # as Transformers, which asks for a cache to be ruled out
-        passage = Passage(
+        call = ForwardCall(
             self.stack,
             _positions(self.config, columns, mask, cache) if packing is None else columns,
             cache,
@@ -189,17 +189,17 @@ def _remote_base(family: Any) -> type[PreTrainedModel]:
         }
         if "token_type_ids" in takes and (types := given.get("token_type_ids")) is not None:
             inputs["token_type_ids"] = types.reshape(-1, 1)
-        before, _this_thread.passage = _this_thread.passage, passage
+        before, _this_thread.call = _this_thread.call, call
         try:
             output = family.forward(self, **{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
         finally:
-            _this_thread.passage = before
+            _this_thread.call = before
         last = output.last_hidden_state.view(*shape, -1)
         output["last_hidden_state"] = last
         if cache is not None:
             output["past_key_values"] = cache
-        if passage.every_block:
-            output["hidden_states"] = (*passage.states, last)
+        if call.every_block:
+            output["hidden_states"] = (*call.states, last)
         as_tuple = given.get("return_dict", getattr(self.config, "return_dict", True)) is False
         return output.to_tuple() if as_tuple else output
 
