@@ -32,7 +32,7 @@ def at(relay: str, peer: str) -> Address:
 
 
 async def served_by(peers: RelayedPeers, relay: JsNode) -> tuple[Peer, Address]:
-    """A peer of ours that keeps a place at ``relay``, and its address there."""
+    """A peer of ours that has a reservation at ``relay``, and its address there."""
     server = await peers.listening(listen_on=[PLACE], relays=[relay.addrs[0]])
     [address] = await server.announces(len)
     assert address == at(relay.addrs[0], server.id)
@@ -45,7 +45,7 @@ async def test_our_peers_talk_through_a_js_relay(js_libp2p, peers: RelayedPeers)
         stream = await peers.client().transport.open_stream(address)
         assert stream.path == "relayed"
         await check_echo(stream, 1, 70_000, 3 * MIB)
-        with pytest.raises(PeerUnreachableError, match="keeps no place"):
+        with pytest.raises(PeerUnreachableError, match="has no reservation"):
             await peers.client().transport.open_stream(at(relay.addrs[0], Identity.generate().peer))
 
 

@@ -183,9 +183,9 @@ async def _serve(options: dict[str, Any]) -> None:
             str(one.get_connection_type().name) for one in transport._host.connections(ID.from_string(peer))
         ]
 
-    async def standing(peer: str) -> str:
+    async def status(peer: str) -> str:
         assert transport._services
-        return transport._services.hole_puncher.standing(PeerId(peer))
+        return transport._services.hole_puncher.status(PeerId(peer))
 
     async def reached() -> str:
         assert transport._services
@@ -205,7 +205,7 @@ async def _serve(options: dict[str, Any]) -> None:
         restarts,
         end,
         connections,
-        standing,
+        status,
         reached,
         notes,
     ]

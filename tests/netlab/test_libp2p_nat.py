@@ -21,7 +21,7 @@ async def public_peer(lab: NatLab) -> LabPeer:
 
 
 async def homes(lab: NatLab, relay: LabPeer) -> tuple[LabPeer, LabPeer, str]:
-    """A server behind router a that keeps a place at ``relay``, a client behind b, the server's address."""
+    """A server behind router a, with a reservation at ``relay``, a client behind b, the server's address."""
     [at] = await relay.call("addresses")
     server, client = await asyncio.gather(
         LabPeer(lab, "a", listen_on=[f"{ANYWHERE}/4101"], relays=[at], upnp=False).start(),
@@ -41,7 +41,7 @@ async def test_two_homes_punch_through_and_no_longer_need_the_relay():
         server, client, address = await homes(lab, relay)
         stream = await client.call("open_stream", address)
         assert await client.until("path", stream, shows=lambda path: path != "relayed") == "hole-punched"
-        assert await client.call("standing", server.peer) == ""
+        assert await client.call("status", server.peer) == ""
         # It shows the new path from when the client has left the old one; what goes there and back after
         # that has found the server gone from there, too.
         await client.call("exchange", stream, [1])
@@ -55,7 +55,7 @@ async def test_a_home_behind_a_symmetric_router_stays_relayed_and_all_know_how_t
         relay = await public_peer(lab)
         server, client, address = await homes(lab, relay)
         stream = await client.call("open_stream", address)
-        said = await server.until("standing", client.peer, shows=lambda standing: "symmetric" in standing)
+        said = await server.until("status", client.peer, shows=lambda standing: "symmetric" in standing)
         assert said.startswith("relayed; a direct connection failed 1 times so far: no packet came through")
         assert await client.call("path", stream) == "relayed"
         assert await client.call("connections", server.peer) == ["RELAYED"]

@@ -21,7 +21,7 @@ async def relay_at(lab: NatLab, port: int) -> tuple[LabPeer, str]:
 
 
 async def place(server: LabPeer, *ports: int) -> list[str]:
-    """The addresses of ``server`` once it has places at the relays of these ports, and at no others."""
+    """The addresses of ``server`` once it has reservations at the relays of these ports, and at no others."""
 
     def relayed(found: list[str]) -> list[str]:
         return [address for address in found if "p2p-circuit" in address]

@@ -63,7 +63,7 @@ class Peer:
         return self.relayed
 
     async def through(self, *relays: Peer) -> list[Address]:
-        """Wait for a place at each of ``relays``, and at no other; the addresses there, in their order."""
+        """Wait for a reservation at each of ``relays`` and no other; the addresses there, in their order."""
         names = [relay.id for relay in relays]
 
         def relay_of(address: Address) -> str:
@@ -87,7 +87,7 @@ class RelayedPeers:
         return await self.listening(identity, **{"relay": "on", "listen_on": [PLACE], **options})
 
     async def server(self, *relays: Peer, **options: Any) -> Peer:
-        """One that asks ``relays`` for places."""
+        """One that asks ``relays`` for reservations."""
         given: Sequence[str] = [str(relay.addresses[0]) for relay in relays]
         return await self.listening(listen_on=[PLACE], relays=given, **options)
 

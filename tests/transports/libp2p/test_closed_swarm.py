@@ -51,12 +51,12 @@ async def connected(peer: Peer, to: Peer, function: Callable[[Services], Awaitab
 def dialled_back_by(other: Peer) -> Callable[[Services], Awaitable[Any]]:
     async def ask(services: Services) -> Any:
         [connection] = services.host.connections(ID.from_string(other.id))
-        return await services.autonat.ask(connection, [1])
+        return await services.autonat.request_dial_back(connection, [1])
 
     return ask
 
 
-async def test_members_alone_get_places_and_circuits(peers: RelayedPeers):
+async def test_members_alone_get_reservations_and_circuits(peers: RelayedPeers):
     one, other = Identity.generate(), Identity.generate()
     relay = await closed_relay(peers, one, other)
     server = await peers.listening(one, listen_on=[PLACE], relays=[str(relay.addresses[0])])

@@ -15,7 +15,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from swarmcore.identity import Identity
 from swarmcore.types import Address
 from swarmcore_transports.libp2p import Libp2pTransport
-from swarmcore_transports.libp2p.dial_ranker import Vicinity
+from swarmcore_transports.libp2p.dial_ranker import DialRanker
 from swarmcore_transports.local_addresses import Network, local_networks, reachable_hosts
 
 PEER, RELAY = (Identity.from_seed(bytes([n]) * 32).peer for n in (1, 2))
@@ -38,7 +38,7 @@ def networks(*texts: str) -> list[Network]:
 
 
 def test_lans_of_others_come_after_all_that_may_work() -> None:
-    vicinity = Vicinity(lambda: networks("192.168.1.0/24", "fd00::/64"))
+    vicinity = DialRanker(lambda: networks("192.168.1.0/24", "fd00::/64"))
     announced = [MALFORMED, OTHER_LAN, DOCKER, RELAYED, NAMED, PUBLIC, OWN_LAN, OWN_LAN_6, HERE]
     in_order = sorted(announced, key=lambda address: vicinity.preference(address, 0.0))
     assert in_order == [HERE, OWN_LAN, OWN_LAN_6, NAMED, PUBLIC, RELAYED, OTHER_LAN, DOCKER, MALFORMED]
@@ -46,7 +46,7 @@ def test_lans_of_others_come_after_all_that_may_work() -> None:
 
 def test_a_change_of_network_is_noticed_within_ten_seconds() -> None:
     here = networks("192.168.1.0/24")
-    vicinity = Vicinity(lambda: list(here))
+    vicinity = DialRanker(lambda: list(here))
     assert vicinity.distance(OTHER_LAN, 0.0) == "other lan"
     here[:] = networks("10.7.0.0/16")
     assert vicinity.distance(OTHER_LAN, 9.9) == "other lan"

@@ -44,16 +44,16 @@ async def test_what_a_cancelled_call_returns_is_unwanted(
 ) -> None:
     loop = asyncio.get_running_loop()
     dropped: asyncio.Future[str] = loop.create_future()
-    told, tell = threading.Event(), thread.tell
+    told, call_soon_asyncio = threading.Event(), thread.call_soon_asyncio
 
     async def drop(result: str) -> None:
         loop.call_soon_threadsafe(dropped.set_result, result)
 
     def tell_and_say_so(*arguments: Any) -> None:
-        tell(*arguments)
+        call_soon_asyncio(*arguments)
         told.set()
 
-    monkeypatch.setattr(thread, "tell", tell_and_say_so)
+    monkeypatch.setattr(thread, "call_soon_asyncio", tell_and_say_so)
     calling = asyncio.create_task(thread.call(open_at_once, timeout=5.0, what="opening", unwanted=drop))
     await asyncio.sleep(0)
     assert told.wait(5.0)  # what it returns waits in the queue of this loop

@@ -143,7 +143,7 @@ async def test_two_find_each_other_and_follow_changes(stack: AsyncExitStack) -> 
     other, theirs = await started(stack, OTHER, LOOPBACK)
     await mine.until(lambda: OTHER in mine.addresses)
     await theirs.until(lambda: OWN in theirs.addresses)
-    other.tell([Multiaddr("/ip4/127.0.0.1/tcp/5001")])
+    other.announce([Multiaddr("/ip4/127.0.0.1/tcp/5001")])
     await mine.until(lambda: mine.addresses[OTHER] == ["/ip4/127.0.0.1/tcp/5001/p2p"])
     assert OWN not in mine.addresses
     assert "told of · " in repr(other)

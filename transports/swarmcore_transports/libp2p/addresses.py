@@ -10,11 +10,11 @@ from multiaddr import Multiaddr
 from swarmcore.types import PeerId
 from swarmcore_transports.libp2p.multiaddrs import preference, reach
 
-Source = Literal["listening", "mapped", "verified", "relayed"]
+AddressSource = Literal["listening", "mapped", "verified", "relayed"]
 """Where an address comes from: a socket here, a port that the router maps, an address at which another peer
-has reached this one, a relay that keeps a place for it."""
+has reached this one, a relay at which it has a reservation."""
 
-MOST = 12
+MAX_ADDRESSES = 12
 """Addresses to announce, so that they fit into a record. A machine with containers has a LAN for each."""
 
 
@@ -28,12 +28,12 @@ class AddressManager:
         self.peer = peer
         self._fixed = list(fixed)
         self._on_change = on_change
-        self._of: dict[Source, list[Multiaddr]] = {}
-        self._watchers: list[Callable[[], None]] = []
+        self._by_source: dict[AddressSource, list[Multiaddr]] = {}
+        self._subscribers: list[Callable[[], None]] = []
 
-    def watch(self, watcher: Callable[[], None]) -> None:
-        """Call ``watcher`` after every change of what any source gives, told to others or not."""
-        self._watchers.append(watcher)
+    def subscribe(self, subscriber: Callable[[], None]) -> None:
+        """Call ``subscriber`` after every change of what any source gives, told to others or not."""
+        self._subscribers.append(subscriber)
 
     @property
     def public(self) -> bool:
@@ -41,36 +41,37 @@ class AddressManager:
 
         An IPv6 address that is valid everywhere says nothing: routers of homes let nobody in by it.
         """
-        said = [*self._fixed, *self.of("listening")]
+        known_to_all = [*self._fixed, *self.of("listening")]
         return bool(self.of("verified")) or any(
-            reach(address) == "public" and not str(address).startswith("/ip6") for address in said
+            reach(address) == "public" and not str(address).startswith("/ip6") for address in known_to_all
         )
 
-    def of(self, source: Source) -> list[Multiaddr]:
+    def of(self, source: AddressSource) -> list[Multiaddr]:
         """Those that came from ``source``."""
-        return list(self._of.get(source, ()))
+        return list(self._by_source.get(source, ()))
 
-    def put(self, source: Source, addresses: Iterable[Multiaddr]) -> None:
+    def put(self, source: AddressSource, addresses: Iterable[Multiaddr]) -> None:
         """Replace those of ``source``."""
         addresses = list(addresses)
         if addresses == self.of(source):
             return
         before = self.all()
-        self._of[source] = addresses
+        self._by_source[source] = addresses
         if self.all() != before:
             self._on_change()
-        for watcher in self._watchers:
-            watcher()
+        for subscriber in self._subscribers:
+            subscriber()
 
     def all(self) -> list[Multiaddr]:
         """Those to announce, in the order in which others should try them.
 
-        At most `MOST` and those given at the start; above that the last ones of LANs are left out.
+        At most `MAX_ADDRESSES` and those given at the start; above that the last ones of LANs are left out.
         """
         if self._fixed:
             return [*self._fixed, *self.of("relayed")]
-        known = {str(address): address for addresses in self._of.values() for address in addresses}
+        known = {str(address): address for addresses in self._by_source.values() for address in addresses}
         lan = [text for text, address in known.items() if reach(address) == "lan"]
-        for text in lan[max(0, len(lan) - (len(known) - MOST)) :] if len(known) > MOST else ():
+        excess = max(0, len(known) - MAX_ADDRESSES)
+        for text in lan[max(0, len(lan) - excess) :]:
             del known[text]
-        return sorted(known.values(), key=preference)[:MOST]
+        return sorted(known.values(), key=preference)[:MAX_ADDRESSES]

@@ -17,20 +17,20 @@ Distance = Literal["loopback", "own lan", "public", "relayed", "other lan", "unk
 
 _ORDER: tuple[Distance, ...] = ("loopback", "own lan", "public", "relayed", "other lan", "unknown")
 
-_LOOK_EVERY = 10.0
+_REFRESH_SECONDS = 10.0
 
 
-class Vicinity:
-    """Knows the networks that this machine is on; looks at them again after ten seconds.
+class DialRanker:
+    """Knows the networks that this machine is on; lists them again after ten seconds.
 
     Most peers announce addresses in the LAN of their own homes, which mean nothing or somebody else here:
     those come last, after the relays.
     """
 
     def __init__(self, networks: Callable[[], Sequence[Network]] = local_networks) -> None:
-        self._look = networks
+        self._list_networks = networks
         self._networks: Sequence[Network] = ()
-        self._looked_at = -math.inf
+        self._listed_at = -math.inf
 
     def preference(self, address: Address, now: float) -> int:
         """Lower is tried first. One that cannot be dialled at all comes last."""
@@ -38,16 +38,16 @@ class Vicinity:
 
     def distance(self, address: Address, now: float) -> Distance:
         """How far away ``address`` is from here."""
-        seen = _reach_and_host(address)
-        if seen is None:
+        parsed = _reach_and_host(address)
+        if parsed is None:
             return "unknown"
-        reached, host = seen
-        if reached != "lan":
-            return reached
-        if now >= self._looked_at + _LOOK_EVERY:
-            self._networks, self._looked_at = self._look(), now
-        near = any(ipaddress.ip_address(host) in network for network in self._networks)
-        return "own lan" if near else "other lan"
+        scope, host = parsed
+        if scope != "lan":
+            return scope
+        if now >= self._listed_at + _REFRESH_SECONDS:
+            self._networks, self._listed_at = self._list_networks(), now
+        is_ours = any(ipaddress.ip_address(host) in network for network in self._networks)
+        return "own lan" if is_ours else "other lan"
 
 
 @lru_cache(maxsize=4096)

@@ -31,12 +31,12 @@ from swarmcore.types import PeerId, short
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p.addresses import AddressManager
 from swarmcore_transports.libp2p.host_factory import make_host
-from swarmcore_transports.libp2p.multiaddrs import is_relayed, spelt_out
+from swarmcore_transports.libp2p.multiaddrs import is_relayed, resolve_wildcards
 from swarmcore_transports.libp2p.patches import host as patches
 from swarmcore_transports.libp2p.patches.host import reset
 from swarmcore_transports.libp2p.patches.tcp import TcpSocket, TcpSockets
 from swarmcore_transports.libp2p.patches.yamux import SILENT_KEEPALIVES, is_silent, silent_for
-from swarmcore_transports.libp2p.socket_counts import SocketCounts
+from swarmcore_transports.libp2p.socket_counts import SocketAccounting
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ PROTOCOL = TProtocol("/swarmcore/stream/1")
 
 _TELL_SECONDS = 5.0
 
-OnPipe = Callable[[INetStream, PeerId, str, trio.Event], None]
+StreamHandler = Callable[[INetStream, PeerId, str, trio.Event], None]
 """Takes a stream that a peer opened, the peer, the path; sets the event when it has let the stream go."""
 
 
-class Notices(INotifee):
+class ConnectionEvents(INotifee):
     """Calls everything in ``on_connected`` and ``on_disconnected``, which may neither wait nor raise."""
 
     def __init__(self) -> None:
@@ -85,10 +85,10 @@ class Host:
         identity: Identity,
         limits: Limits,
         addresses: AddressManager,
-        on_stream: OnPipe,
+        on_stream: StreamHandler,
         on_direct: Callable[[PeerId], None],
         allows: Callable[[PeerId], bool],
-        counts: SocketCounts,
+        counts: SocketAccounting,
     ) -> None:
         self._sockets = TcpSockets(limits, counts)
         self.libp2p, self.swarm = make_host(identity, limits, self._sockets, addresses.all)
@@ -101,16 +101,16 @@ class Host:
         self.allows = allows
         """Whether a peer may use what this one offers to others, relaying and dialling back."""
         self._dials: dict[Multiaddr, trio.Event] = {}
-        self.notices = Notices()
-        self.swarm.register_notifee(self.notices)
+        self.events = ConnectionEvents()
+        self.swarm.register_notifee(self.events)
         self._counts = counts
-        self.notices.on_connected.append(self._count_as_proven)
+        self.events.on_connected.append(self._peer_proven)
         self.dial_relayed: Callable[[ID, Multiaddr], Awaitable[None]] = _no_relay_client
         """Makes a connection at an address that leads through a relay; for a relay client to set."""
         self.hole_punched: WeakSet[INetConn] = WeakSet()
         """The direct connections that came about by hole punching."""
 
-    def _count_as_proven(self, connection: INetConn) -> None:
+    def _peer_proven(self, connection: INetConn) -> None:
         if sock := self.socket_of(connection):
             self._counts.proven(sock, PeerId(str(connection.muxed_conn.peer_id)))
 
@@ -120,7 +120,7 @@ class Host:
             return None
         return self._sockets.at(connection.muxed_conn.get_remote_address())  # type: ignore[attr-defined]
 
-    def make_room(self) -> None:
+    def close_idle_connection(self) -> None:
         """Cut the oldest connection that others have dialled and that carries nothing."""
         for connection in self.swarm.get_connections():
             carries = is_outbound(connection) or connection.get_streams()
@@ -160,7 +160,7 @@ class Host:
         """Take no further streams of ``protocol``."""
         self.libp2p.remove_stream_handler(protocol)
 
-    async def tell_protocols(self) -> None:
+    async def push_identify(self) -> None:
         """Say to every connected peer what this one speaks and where it is, as far as they listen."""
         with trio.move_on_after(_TELL_SECONDS):
             try:
@@ -177,7 +177,7 @@ class Host:
         """
         for place in places:
             await patches.listen(self.swarm, place)
-        self.addresses.put("listening", spelt_out(self.bound()))
+        self.addresses.put("listening", resolve_wildcards(self.listen_addresses()))
 
     def leave_addresses(self, gone: Collection[str]) -> int:
         """This machine has other IP addresses now, and no more those that are ``gone``.
@@ -185,7 +185,7 @@ class Host:
         Returns how many connections are cut, since what is sent from there arrives nowhere.
         """
         cut = self._sockets.cut(gone)
-        self.addresses.put("listening", spelt_out(self.bound()))
+        self.addresses.put("listening", resolve_wildcards(self.listen_addresses()))
         return cut
 
     async def _accept(self, stream: INetStream) -> None:
@@ -202,7 +202,7 @@ class Host:
         Returns it with its path. Several at a time to one address make one connection.
         """
         libp2p_peer = ID.from_string(peer)
-        if known := self._answering(libp2p_peer):
+        if known := self._live_connections(libp2p_peer):
             # The peer may be at `multiaddr` now and no more at the other end of a connection that is silent.
             with trio.move_on_after(SILENT_KEEPALIVES * self.limits.keepalive):
                 try:
@@ -222,14 +222,14 @@ class Host:
         there = self.connections(peer)
         if len(there) <= 1:
             return await self.libp2p.new_stream(peer, [protocol])
-        live = self._answering(peer, direct=True) or self._answering(peer) or there
+        live = self._live_connections(peer, direct=True) or self._live_connections(peer) or there
         heard_last = min(live, key=lambda connection: silent_for(connection.muxed_conn))
         try:
-            return await self.open_on(heard_last, protocol)
+            return await self.open_stream_on(heard_last, protocol)
         except MultiselectClientError as exc:
             raise StreamFailure(str(exc)) from exc
 
-    async def drop(self, opened: tuple[INetStream, str]) -> None:
+    async def discard(self, opened: tuple[INetStream, str]) -> None:
         """Reset a stream that `open` has opened and nobody waits for any more."""
         with contextlib.suppress(Exception):
             await reset(opened[0])
@@ -239,7 +239,7 @@ class Host:
 
         One over which nothing has come for some time does not count: the peer may be on another network now.
         """
-        while not self._answering(peer, direct=direct):
+        while not self._live_connections(peer, direct=direct):
             dialling = self._dials.get(multiaddr)
             if dialling is not None:
                 await dialling.wait()
@@ -278,7 +278,7 @@ class Host:
         dialling = transport.dial_with_source(multiaddr, source) if source else transport.dial(multiaddr)
         return cast(RawConnection, await dialling)
 
-    async def open_on(self, connection: INetConn, protocol: TProtocol) -> INetStream:
+    async def open_stream_on(self, connection: INetConn, protocol: TProtocol) -> INetStream:
         """A new stream of ``protocol`` over ``connection`` and no other."""
         stream = await connection.new_stream()
         try:
@@ -298,7 +298,7 @@ class Host:
             if not connection.is_closed and (is_direct(connection) or not direct)
         ]
 
-    def _answering(self, peer: ID, *, direct: bool = False) -> list[INetConn]:
+    def _live_connections(self, peer: ID, *, direct: bool = False) -> list[INetConn]:
         """Those of `connections` over which something has come lately, pings at least."""
         return [
             connection
@@ -306,7 +306,7 @@ class Host:
             if not is_silent(connection.muxed_conn)
         ]
 
-    def dialled(self, peer: ID) -> list[Multiaddr]:
+    def dialled_addresses(self, peer: ID) -> list[Multiaddr]:
         """Where this peer has dialled those direct connections to ``peer`` that are open."""
         return [
             address
@@ -315,7 +315,7 @@ class Host:
             for address in connection.get_transport_addresses()
         ]
 
-    def speaks(self, peer: ID, protocol: TProtocol) -> bool:
+    def supports(self, peer: ID, protocol: TProtocol) -> bool:
         """Whether ``peer`` has said that it speaks ``protocol``."""
         try:
             return protocol in self.libp2p.get_peerstore().get_protocols(peer)
@@ -333,7 +333,7 @@ class Host:
         """The connection that carries ``stream``."""
         return cast(INetConn, cast(NetStream, stream).swarm_conn)
 
-    def bound(self) -> list[Multiaddr]:
+    def listen_addresses(self) -> list[Multiaddr]:
         """What the listening sockets are bound to, wildcards among it."""
         return [address for listener in self.swarm.listeners.values() for address in listener.get_addrs()]
 

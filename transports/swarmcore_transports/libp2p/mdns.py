@@ -15,7 +15,13 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from swarmcore.errors import AddressError, UnavailableError
 from swarmcore.types import Address, PeerId, short
-from swarmcore_transports.libp2p.multiaddrs import is_relayed, parsed, reach, to_address, to_multiaddr
+from swarmcore_transports.libp2p.multiaddrs import (
+    is_relayed,
+    parse_multiaddr,
+    reach,
+    to_address,
+    to_multiaddr,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +30,7 @@ MAX_PEERS = 64
 """Most peers found that are remembered; further ones are ignored until some are gone."""
 MAX_ADDRESSES = 16
 """Most addresses of one peer, told or taken."""
-MAX_ASKING = 16
+MAX_RESOLVING = 16
 """Most instances at a time whose addresses are asked for."""
 
 _KEY = b"dnsaddr="
@@ -49,15 +55,15 @@ class Mdns:
         self._name = f"{secrets.token_hex(16)}.{SERVICE}"
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
-        self._told: AsyncServiceInfo | None = None
-        self._telling: set[asyncio.Task[None]] = set()
-        self._one_at_a_time = asyncio.Lock()
+        self._announced: AsyncServiceInfo | None = None
+        self._announcing: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
         self._found: dict[str, tuple[Address, ...]] = {}  # by name of the instance
-        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._resolving: dict[str, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
-        told = "told of" if self._told else "not told of"
-        return f"<Mdns {short(self._peer)} {told} · {len(self._found)} found>"
+        announced = "told of" if self._announced else "not told of"
+        return f"<Mdns {short(self._peer)} {announced} · {len(self._found)} found>"
 
     async def start(self, own: Sequence[Multiaddr]) -> None:
         """Begin to look, and to tell of this peer at ``own`` addresses.
@@ -71,43 +77,45 @@ class Mdns:
                 interfaces=["127.0.0.1"] if alone else InterfaceChoice.All, ip_version=IPVersion.V4Only
             )
             await self._zeroconf.zeroconf.async_wait_for_start()
-            self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE, handlers=[self._changed])
+            self._browser = AsyncServiceBrowser(
+                self._zeroconf.zeroconf, SERVICE, handlers=[self._service_changed]
+            )
         except (OSError, ZeroconfError) as exc:
             await self.close()
             raise UnavailableError(
                 f"cannot look for peers on the local network: {exc}; give --bootstrap instead of --mdns"
             ) from exc
-        self.tell(own)
+        self.announce(own)
 
-    def tell(self, own: Iterable[Multiaddr]) -> None:
+    def announce(self, own: Iterable[Multiaddr]) -> None:
         """From now on tell others that this peer is at ``own`` addresses; of none, nothing is told."""
-        task = asyncio.create_task(self._tell(encode(own, self._peer)), name="mDNS announcement")
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        task = asyncio.create_task(self._announce(encode(own, self._peer)), name="mDNS announcement")
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
 
-    async def _tell(self, text: bytes) -> None:
-        async with self._one_at_a_time:
-            if self._zeroconf is None or text == (self._told.text if self._told else b""):
+    async def _announce(self, text: bytes) -> None:
+        async with self._lock:
+            if self._zeroconf is None or text == (self._announced.text if self._announced else b""):
                 return
             info = AsyncServiceInfo(
                 SERVICE, self._name, port=_PORT, properties=text, server=f"{self._name[:32]}.local."
             )
             try:
                 if not text:
-                    assert self._told
-                    sent = await self._zeroconf.async_unregister_service(self._told)
-                elif self._told:
+                    assert self._announced
+                    sent = await self._zeroconf.async_unregister_service(self._announced)
+                elif self._announced:
                     sent = await self._zeroconf.async_update_service(info)
                 else:  # the name is random: nobody else has it
                     sent = await self._zeroconf.async_register_service(info, cooperating_responders=True)
-                self._told = info if text else None
+                self._announced = info if text else None
                 await sent
             except (OSError, ZeroconfError) as exc:
                 logger.warning("could not tell the local network of this peer: %s", exc)
 
     async def close(self) -> None:
         """Say that this peer is gone, and stop. Harmless when repeated."""
-        tasks = [*self._asking.values(), *self._telling]
+        tasks = [*self._resolving.values(), *self._announcing]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -124,20 +132,20 @@ class Mdns:
 
     # --- finding --------------------------------------------------------------------------------------
 
-    def _changed(
+    def _service_changed(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
         if state_change is ServiceStateChange.Removed:
             self._found.pop(name, None)
             return
-        if name == self._name or name in self._asking or len(self._asking) >= MAX_ASKING:
+        if name == self._name or name in self._resolving or len(self._resolving) >= MAX_RESOLVING:
             return
-        if name not in self._found and len(self._found) + len(self._asking) >= MAX_PEERS:
+        if name not in self._found and len(self._found) + len(self._resolving) >= MAX_PEERS:
             return
-        task = self._asking[name] = asyncio.create_task(self._ask(zeroconf, name), name=f"mDNS {name}")
-        task.add_done_callback(lambda _: self._asking.pop(name, None))
+        task = self._resolving[name] = asyncio.create_task(self._resolve(zeroconf, name), name=f"mDNS {name}")
+        task.add_done_callback(lambda _: self._resolving.pop(name, None))
 
-    async def _ask(self, zeroconf: Zeroconf, name: str) -> None:
+    async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
         try:
             info = AsyncServiceInfo(SERVICE, name)
             # What it takes for complete has the machine's addresses, which libp2p does not ask for.
@@ -180,7 +188,7 @@ def decode(text: bytes, own: PeerId) -> tuple[Address, ...]:
 
 
 def _address(text: str) -> Address:
-    location, _, peer = str(parsed(text)).rpartition("/p2p/")
+    location, _, peer = str(parse_multiaddr(text)).rpartition("/p2p/")
     address = Address.parse(str(to_address(Multiaddr(location), PeerId(peer))))
     to_multiaddr(address)
     return address

@@ -19,19 +19,19 @@ Reach = Literal["loopback", "lan", "public", "relayed"]
 """From where an address can be dialled, in the order in which addresses are tried."""
 
 
-def place(text: str) -> Multiaddr:
+def listen_multiaddr(text: str) -> Multiaddr:
     """Where to listen: ``/ip4/0.0.0.0/tcp/4001``, or for short ``0.0.0.0:4001`` or ``[::]:4001``.
 
     Raise `AddressError` unless it is an IP address and a TCP port.
     """
-    found = parsed(text if text.startswith("/") else _in_full(text))
+    found = parse_multiaddr(text if text.startswith("/") else _from_host_and_port(text))
     names = [protocol.name for protocol in found.protocols()]
     if names not in (["ip4", "tcp"], ["ip6", "tcp"]):
         raise AddressError(f"cannot listen on {text!r}: only /ip4/…/tcp/… and /ip6/…/tcp/… are served")
     return found
 
 
-def _in_full(text: str) -> str:
+def _from_host_and_port(text: str) -> str:
     """``0.0.0.0:4001``, ``[::]:4001`` or ``example.org:4001`` as a multiaddr."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -44,7 +44,7 @@ def _in_full(text: str) -> str:
     return f"/{kind}/{host}/tcp/{port}"
 
 
-def parsed(text: str) -> Multiaddr:
+def parse_multiaddr(text: str) -> Multiaddr:
     """Raise `AddressError` when ``text`` is no multiaddr."""
     try:
         return Multiaddr(text)
@@ -68,7 +68,7 @@ def to_multiaddr(address: Address) -> Multiaddr:
     """The multiaddr of ``address``, the peer at its end. Raise `AddressError` when it is none of ours."""
     if address.scheme != SCHEME or not address.location.endswith("/p2p"):
         raise AddressError(f"{str(address)!r} is not of the form libp2p:/ip4/192.0.2.7/tcp/4001/p2p/12D3Koo…")
-    found = parsed(f"{address.location}/{address.peer}")
+    found = parse_multiaddr(f"{address.location}/{address.peer}")
     names = [protocol.name for protocol in found.protocols()]
     if names[:2] not in _DIALLED:
         raise AddressError(f"{str(address)!r} cannot be dialled: only TCP, directly or through a relay, is")
@@ -79,7 +79,7 @@ def to_multiaddr(address: Address) -> Multiaddr:
     return found
 
 
-def announced_multiaddr(text: str, peer: PeerId) -> Multiaddr:
+def parse_announced(text: str, peer: PeerId) -> Multiaddr:
     """What ``--announce`` says, a whole address, a multiaddr, or ``host:port``, without the peer at its end.
 
     Raise `AddressError` when it is malformed or names another peer.
@@ -89,17 +89,19 @@ def announced_multiaddr(text: str, peer: PeerId) -> Multiaddr:
         if address.peer != peer:
             raise AddressError(f"cannot announce {text!r}: it names another peer than this one, {peer}")
     else:
-        address = to_address(parsed(text if text.startswith("/") else _in_full(text)), peer)
-    return parsed(str(to_multiaddr(address)).removesuffix(f"/p2p/{peer}"))
+        address = to_address(
+            parse_multiaddr(text if text.startswith("/") else _from_host_and_port(text)), peer
+        )
+    return parse_multiaddr(str(to_multiaddr(address)).removesuffix(f"/p2p/{peer}"))
 
 
-def spelt_out(bound: Iterable[Multiaddr]) -> list[Multiaddr]:
+def resolve_wildcards(bound: Iterable[Multiaddr]) -> list[Multiaddr]:
     """The addresses by which others reach sockets bound to ``bound``: wildcards become our own addresses."""
     places = reachable_places((host_of(multiaddr), port_of(multiaddr)) for multiaddr in bound)
-    return [on_host(host, port) for host, port in places]
+    return [tcp_multiaddr(host, port) for host, port in places]
 
 
-def on_host(host: str, port: int) -> Multiaddr:
+def tcp_multiaddr(host: str, port: int) -> Multiaddr:
     """TCP ``port`` at the IP address ``host``."""
     return Multiaddr(f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}")
 
@@ -109,13 +111,13 @@ def host_of(multiaddr: Multiaddr) -> str:
     return str(next(iter(multiaddr.values())))
 
 
-def told_address(data: bytes) -> Multiaddr | None:
+def decode_tcp_multiaddr(data: bytes) -> Multiaddr | None:
     """The IP address and TCP port that a peer told as ``data``, without a peer id; None if it is none."""
     try:
         address = Multiaddr(data)
         names = [protocol.name for protocol in address.protocols()]
         if names[:2] in (["ip4", "tcp"], ["ip6", "tcp"]) and names[2:] in ([], ["p2p"]):
-            return on_host(host_of(address), port_of(address))
+            return tcp_multiaddr(host_of(address), port_of(address))
     except Exception:  # for malformed bytes the library raises whatever comes
         pass
     return None
@@ -138,7 +140,7 @@ def relay_of(multiaddr: Multiaddr) -> tuple[Multiaddr, PeerId]:
     return Multiaddr(location), PeerId(peer)
 
 
-def given_relay(text: str) -> tuple[Multiaddr, PeerId]:
+def parse_relay(text: str) -> tuple[Multiaddr, PeerId]:
     """Where a relay is that somebody typed, as an address or a multiaddr, and who it is.
 
     Raise `AddressError` when it is malformed, leads through a relay itself or lacks the peer id.

@@ -21,7 +21,7 @@ from swarmcore_transports.libp2p.patches.yamux import LARGEST_PAYLOAD, silent_fo
 from swarmcore_transports.libp2p.translation import translated
 from swarmcore_transports.libp2p.trio_thread import TrioThread
 
-_PIECE = 2 * LARGEST_PAYLOAD
+_MAX_WRITE = 2 * LARGEST_PAYLOAD
 """Most bytes written to the muxer at a time."""
 
 _READ_AHEAD = 1024 * 1024
@@ -52,7 +52,7 @@ class StreamPipe(asyncio.Transport):
         self._silence = silence
         self._loop = asyncio.get_running_loop()
         self._protocol: asyncio.BufferedProtocol | None = None
-        self._heard_at = self._loop.time()
+        self._last_received_at = self._loop.time()
         self._closing = False
         # Out. asyncio adds to the queue and to `_queued`, trio takes and adds to `_written`.
         self._queue: deque[bytes] = deque()
@@ -104,7 +104,7 @@ class StreamPipe(asyncio.Transport):
         self._queued += len(data)
         if self._writer_waits:
             self._writer_waits = False
-            self._thread.post(self._wake_writer)
+            self._thread.call_soon_trio(self._wake_writer)
         if not self._writing_paused and self._queued - self._written > self._high_water:
             self._writing_paused = True
             if self._protocol:
@@ -128,27 +128,27 @@ class StreamPipe(asyncio.Transport):
 
     def close(self) -> None:
         """Close once everything is written; the protocol hears of it at once."""
-        self._end()
+        self._close_soon()
 
     def abort(self) -> None:
         """Let go at once. What is still queued leaves only if that is little and goes quickly."""
         if not self._closing:
-            self._was_silent = self._loop.time() - self._heard_at > self._silence
-            if self._was_silent or self._queued - self._written > _PIECE:
+            self._was_silent = self._loop.time() - self._last_received_at > self._silence
+            if self._was_silent or self._queued - self._written > _MAX_WRITE:
                 self._queue.clear()
-        self._end()
+        self._close_soon()
 
-    def _end(self) -> None:
+    def _close_soon(self) -> None:
         if not self._closing:
             self._closing = True
             if self._protocol is None:
                 self._thread.start_soon(self._release)
             else:
-                self._thread.post(self._begin_end)
-                self._loop.call_soon(self._lost, None)
+                self._thread.call_soon_trio(self._begin_close)
+                self._loop.call_soon(self._connection_lost, None)
 
     def _received_bytes(self, data: bytes) -> None:
-        self._heard_at = self._loop.time()
+        self._last_received_at = self._loop.time()
         self._undelivered.append(data)
         self._deliver_all()
 
@@ -156,34 +156,34 @@ class StreamPipe(asyncio.Transport):
         while self._undelivered and not self._reading_paused:
             data = self._undelivered.popleft()
             self._delivered += len(data)
-            rest = feed_protocol(data, self._taker)
+            rest = feed_protocol(data, self._receiving_protocol)
             if rest and self._protocol is not None and not self._closing:  # it has paused
                 self._undelivered.appendleft(rest)
                 self._delivered -= len(rest)
                 return
         if self._reader_waits and self._received - self._delivered <= _READ_AHEAD // 2:
             self._reader_waits = False
-            self._thread.post(self._wake_reader)
+            self._thread.call_soon_trio(self._wake_reader)
 
         if self._peer_ended and not self._undelivered and not self._closing:
             if self._protocol:
                 self._protocol.eof_received()
-            self._end()
+            self._close_soon()
 
-    def _taker(self) -> asyncio.BufferedProtocol | None:
+    def _receiving_protocol(self) -> asyncio.BufferedProtocol | None:
         return None if self._reading_paused or self._closing else self._protocol
 
     def _ended_by_peer(self) -> None:
         self._peer_ended = True
         self._deliver_all()
 
-    def _lost(self, error: Exception | None) -> None:
+    def _connection_lost(self, error: Exception | None) -> None:
         protocol, self._protocol = self._protocol, None
         if protocol:
             protocol.connection_lost(error)
         if not self._closing:
             self._closing = True
-            self._thread.post(self._begin_end)
+            self._thread.call_soon_trio(self._begin_close)
 
     # --- the trio side --------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class StreamPipe(asyncio.Transport):
     def _wake_reader(self) -> None:
         self._room_to_read.set()
 
-    def _begin_end(self) -> None:
+    def _begin_close(self) -> None:
         self._reader_scope.cancel()
         self._wake_writer()
 
@@ -217,32 +217,32 @@ class StreamPipe(asyncio.Transport):
                 else:
                     await self._stream.reset()
             except Exception as exc:
-                self._thread.tell(self._lost, translated(exc))
+                self._thread.call_soon_asyncio(self._connection_lost, translated(exc))
         self._released.set()
 
     async def _read_all(self) -> None:
         try:
             while data := await self._muxed.read(_READ):
                 self._received += len(data)
-                self._thread.tell(self._received_bytes, data)
+                self._thread.call_soon_asyncio(self._received_bytes, data)
                 while self._received - self._delivered > _READ_AHEAD:
                     self._room_to_read = trio.Event()
                     self._reader_waits = True
                     if self._received - self._delivered > _READ_AHEAD:
                         await self._room_to_read.wait()
-            self._thread.tell(self._ended_by_peer)
+            self._thread.call_soon_asyncio(self._ended_by_peer)
         except EOFError:
-            self._thread.tell(self._ended_by_peer)
+            self._thread.call_soon_asyncio(self._ended_by_peer)
         except Exception as exc:
-            self._thread.tell(self._lost, translated(exc))
+            self._thread.call_soon_asyncio(self._connection_lost, translated(exc))
 
     async def _write_all(self) -> None:
         try:
             while True:
                 while self._queue:
-                    await self._write(self._take())
+                    await self._write(self._next_write())
                     if self._writing_paused and self._queued - self._written <= self._high_water // 2:
-                        self._thread.tell(self._resume_writing)
+                        self._thread.call_soon_asyncio(self._resume_writing)
                 if self._closing:
                     return
                 self._something_to_write = trio.Event()
@@ -250,22 +250,22 @@ class StreamPipe(asyncio.Transport):
                 if not self._queue and not self._closing:
                     await self._something_to_write.wait()
         except Exception as exc:
-            self._thread.tell(self._lost, translated(exc))
+            self._thread.call_soon_asyncio(self._connection_lost, translated(exc))
 
-    def _take(self) -> bytes:
+    def _next_write(self) -> bytes:
         """What to write next: one long buffer, or as many short ones as make a piece."""
         data = self._queue.popleft()
-        if len(data) >= _PIECE or not self._queue:
+        if len(data) >= _MAX_WRITE or not self._queue:
             return data
         batch, size = [data], len(data)
-        while self._queue and size + len(self._queue[0]) <= _PIECE:
+        while self._queue and size + len(self._queue[0]) <= _MAX_WRITE:
             batch.append(self._queue.popleft())
             size += len(batch[-1])
         return b"".join(batch)
 
     async def _write(self, data: bytes) -> None:
         view = memoryview(data)
-        for start in range(0, len(data), _PIECE):
-            piece = view[start : start + _PIECE]
+        for start in range(0, len(data), _MAX_WRITE):
+            piece = view[start : start + _MAX_WRITE]
             await self._muxed.write(cast(bytes, piece))  # which the muxer copies anyway
             self._written += len(piece)

@@ -78,7 +78,7 @@ class Services:
         if not (addresses.of("relayed") or addresses.of("verified")) and loopback_only(
             map(host_of, addresses.all())
         ):
-            found.append(loopback_note(map(host_of, self.host.bound())))
+            found.append(loopback_note(map(host_of, self.host.listen_addresses())))
         outside = self.autonat.status
         why = "; ".join(reason for reason in (outside, mapping) if reason)
         if not addresses.public:
@@ -87,6 +87,6 @@ class Services:
             elif outside.startswith("not reachable"):
                 relays = self.relay_client.refusal or "no peer that it knows relays"
                 found.append(f"reached by nobody outside, nor through a relay ({relays}): {why}")
-        reasons = Counter(self.hole_puncher.given_up())
+        reasons = Counter(self.hole_puncher.failure_reasons())
         found += [f"{count} of its peers stay relayed: {reason}" for reason, count in reasons.most_common(1)]
         return found

@@ -1,4 +1,4 @@
-"""The sockets that the trio thread has open, counted in the event loop with those of other transports."""
+"""The sockets that the trio thread has open, accounted in the event loop with those of other transports."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Cuttable(Protocol):
         """End the connection. Called in the trio thread."""
 
 
-class SocketCounts:
+class SocketAccounting:
     """Reserves a descriptor for each socket, for the unproven until `proven`; cuts those that get none.
 
     `opened`, `proven` and `closed` are called in the trio thread, the rest happens in the event loop.
-    ``tell`` calls a function in the event loop, ``post`` one in the trio thread, where ``make_room`` is
-    called when accepted sockets are at their bound.
+    ``call_soon_asyncio`` calls a function in the event loop, ``call_soon_trio`` one in the trio thread, where
+    ``close_idle_connection`` is called when accepted sockets are at their bound.
     """
 
     def __init__(
@@ -34,28 +34,28 @@ class SocketCounts:
         own: PeerId,
         resources: Callable[[], ResourceManager],
         *,
-        tell: Callable[[Callable[[], object]], object],
-        post: Callable[[Callable[[], object]], object],
-        make_room: Callable[[], object],
+        call_soon_asyncio: Callable[[Callable[[], object]], object],
+        call_soon_trio: Callable[[Callable[[], object]], object],
+        close_idle_connection: Callable[[], object],
     ) -> None:
         self._own = own
         self._resources = resources
-        self._tell = tell
-        self._post = post
-        self._make_room = make_room
+        self._call_soon_asyncio = call_soon_asyncio
+        self._call_soon_trio = call_soon_trio
+        self._close_idle_connection = close_idle_connection
         self._held: dict[Cuttable, Reservation] = {}
 
     def opened(self, sock: Cuttable, *, dialled: bool) -> None:
         """``sock`` is connected; one that this side has dialled counts as its own."""
-        self._tell(partial(self._reserve, sock, dialled))
+        self._call_soon_asyncio(partial(self._reserve, sock, dialled))
 
     def proven(self, sock: Cuttable, peer: PeerId) -> None:
         """``peer`` is at the other end."""
-        self._tell(partial(self._prove, sock, peer))
+        self._call_soon_asyncio(partial(self._prove, sock, peer))
 
     def closed(self, sock: Cuttable) -> None:
         """``sock`` is closed."""
-        self._tell(partial(self._release, sock))
+        self._call_soon_asyncio(partial(self._release, sock))
 
     def _reserve(self, sock: Cuttable, dialled: bool) -> None:
         try:
@@ -63,12 +63,12 @@ class SocketCounts:
                 self._own if dialled else None,
                 Resource.DESCRIPTORS,
                 priority=Priority.HIGH if dialled else Priority.MEDIUM,
-                evict=None if dialled else partial(self._post, sock.cut),
+                evict=None if dialled else partial(self._call_soon_trio, sock.cut),
             )
         except ResourceLimitError as exc:
             logger.debug("a connection is cut: %s", exc)
-            self._post(sock.cut)
-            self._post(self._make_room)
+            self._call_soon_trio(sock.cut)
+            self._call_soon_trio(self._close_idle_connection)
 
     def _prove(self, sock: Cuttable, peer: PeerId) -> None:
         held = self._held.get(sock)
@@ -79,7 +79,7 @@ class SocketCounts:
             held.keep()
         except ResourceLimitError as exc:
             logger.debug("a connection is cut: %s", exc)
-            self._post(sock.cut)
+            self._call_soon_trio(sock.cut)
 
     def _release(self, sock: Cuttable) -> None:
         if (held := self._held.pop(sock, None)) is not None:

@@ -28,15 +28,15 @@ from swarmcore_transports.framed.connection import Connection
 from swarmcore_transports.framed.connection_manager import ConnectionManager
 from swarmcore_transports.framed.handshake import Handshaker
 from swarmcore_transports.libp2p.addresses import AddressManager
-from swarmcore_transports.libp2p.dial_ranker import Vicinity
+from swarmcore_transports.libp2p.dial_ranker import DialRanker
 from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.mdns import Mdns
 from swarmcore_transports.libp2p.multiaddrs import (
     SCHEME,
-    announced_multiaddr,
-    given_relay,
     host_of,
-    place,
+    listen_multiaddr,
+    parse_announced,
+    parse_relay,
     to_address,
     to_multiaddr,
 )
@@ -45,7 +45,7 @@ from swarmcore_transports.libp2p.patches.yamux import SILENT_KEEPALIVES
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.relay.limits import RelayLimits
 from swarmcore_transports.libp2p.services import RelayMode, Services
-from swarmcore_transports.libp2p.socket_counts import SocketCounts
+from swarmcore_transports.libp2p.socket_counts import SocketAccounting
 from swarmcore_transports.libp2p.trio_thread import TrioThread
 from swarmcore_transports.local_addresses import available
 
@@ -60,7 +60,7 @@ class Libp2pTransport(Transport):
     ``listen_on`` and ``announce`` hold multiaddrs, or ``host:port`` for short; port 0 takes a free one. A
     wildcard host is announced as this machine's own addresses.
 
-    While it listens and is not known to be reachable by everybody, it keeps places at up to two circuit
+    While it listens and is not known to be reachable by everybody, it keeps reservations at up to two circuit
     relays (version 2): at those of ``relays``, addresses of peers, else at connected peers that relay.
     ``relay`` says whether it relays for others, within ``relay_limits``; ``"auto"`` does once everybody is
     known to reach it. With ``upnp`` it asks the router of a LAN on which it listens to let others in. Raise
@@ -84,14 +84,14 @@ class Libp2pTransport(Transport):
         upnp: bool = True,
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
-        fixed = [announced_multiaddr(text, identity.peer) for text in announce]
-        self._addresses = AddressManager(identity.peer, fixed, self._own_changed)
+        fixed = [parse_announced(text, identity.peer) for text in announce]
+        self._addresses = AddressManager(identity.peer, fixed, self._addresses_changed)
         self._relay_mode = relay
         self._relay_limits = relay_limits
-        self._relays = [given_relay(text) for text in relays]
+        self._relays = [parse_relay(text) for text in relays]
         self._mdns: Mdns | None = None
-        self._vicinity = Vicinity()
-        self._port_mapper = PortMapper(self._mapped, random.Random()) if upnp else None
+        self._dial_ranker = DialRanker()
+        self._port_mapper = PortMapper(self._ports_mapped, random.Random()) if upnp else None
         self._host: Host | None = None
         self._services: Services | None = None
         self._thread: TrioThread | None = None
@@ -100,14 +100,14 @@ class Libp2pTransport(Transport):
         self._allowed: Collection[PeerId] | None = None
         self._connections = ConnectionManager(self.limits, self._is_stale, lambda: self.resources)
         self._handshaker = Handshaker(self._connections, self.limits)
-        self._counts = SocketCounts(
+        self._counts = SocketAccounting(
             identity.peer,
             lambda: self.resources,
-            tell=self._tell,
-            post=self._post,
-            make_room=self._make_room,
+            call_soon_asyncio=self._call_soon_asyncio,
+            call_soon_trio=self._call_soon_trio,
+            close_idle_connection=self._close_idle_connection,
         )
-        self._moves: set[asyncio.Task[None]] = set()
+        self._migrations: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -115,7 +115,7 @@ class Libp2pTransport(Transport):
         connections = f"{len(self._connections)} connections, {self._connections.idle} idle"
         return f"<Libp2pTransport {short(self.identity.peer)} {state} · {connections}>"
 
-    async def _started(self) -> tuple[TrioThread, Host]:
+    async def trio_side(self) -> tuple[TrioThread, Host]:
         """The trio side, started on first use."""
         async with self._starting:
             self._check_open()
@@ -125,7 +125,7 @@ class Libp2pTransport(Transport):
                     self.limits,
                     self._addresses,
                     self._stream_arrived,
-                    self._direct_way,
+                    self._direct_connected,
                     self._allows,
                     self._counts,
                 )
@@ -141,21 +141,17 @@ class Libp2pTransport(Transport):
                 self._host, self._services, self._thread = host, services, thread
             return self._thread, self._host
 
-    def _tell(self, function: Callable[[], object]) -> None:
+    def _call_soon_asyncio(self, function: Callable[[], object]) -> None:
         if self._thread:
-            self._thread.tell(function)
+            self._thread.call_soon_asyncio(function)
 
-    def _post(self, function: Callable[[], object]) -> None:
+    def _call_soon_trio(self, function: Callable[[], object]) -> None:
         if self._thread:
-            self._thread.post(function)
+            self._thread.call_soon_trio(function)
 
-    def _make_room(self) -> None:
+    def _close_idle_connection(self) -> None:
         if self._host:
-            self._host.make_room()
-
-    async def trio_side(self) -> tuple[TrioThread, Host]:
-        """The trio thread and its host, for what else runs on them; started on first use."""
-        return await self._started()
+            self._host.close_idle_connection()
 
     def _crashed(self, error: SwarmError) -> None:
         logger.error("%r: %s", self, error)
@@ -169,37 +165,37 @@ class Libp2pTransport(Transport):
             raise InputError("this transport listens already")
         if not self.listen_on:
             raise AddressError("no place to listen on; pass listen_on=['/ip4/0.0.0.0/tcp/4001']")
-        places = available([place(text) for text in self.listen_on], host_of)
-        thread, host = await self._started()
+        places = available([listen_multiaddr(text) for text in self.listen_on], host_of)
+        thread, host = await self.trio_side()
         self._connections.serve(on_stream)
         await thread.call(host.listen, places, timeout=self.limits.connect_timeout, what="listening")
         self._listening = True
-        self._tell_listening()
+        self._listening_changed()
         return self._announced()
 
     def _announced(self) -> tuple[Address, ...]:
         return tuple(to_address(own, self.identity.peer) for own in self._addresses.all())
 
-    def _own_changed(self) -> None:
+    def _addresses_changed(self) -> None:
         """Called in the trio thread."""
         if self._thread:
-            self._thread.tell(self._tell_addresses)
+            self._thread.call_soon_asyncio(self._announce_addresses)
 
-    def _tell_addresses(self) -> None:
+    def _announce_addresses(self) -> None:
         if self._listening and not self._closed:
             self.on_addresses(self._announced())
-            self._tell_listening()
+            self._listening_changed()
 
-    def _tell_listening(self) -> None:
+    def _listening_changed(self) -> None:
         listening = self._addresses.of("listening")
         if self._mdns:
-            self._mdns.tell(listening)
+            self._mdns.announce(listening)
         if self._port_mapper:
-            self._port_mapper.tell(listening)
+            self._port_mapper.update_listening(listening)
 
-    def _mapped(self, addresses: list[Multiaddr]) -> None:
+    def _ports_mapped(self, addresses: list[Multiaddr]) -> None:
         if self._thread:
-            self._thread.post(self._addresses.put, "mapped", addresses)
+            self._thread.call_soon_trio(self._addresses.put, "mapped", addresses)
 
     def allow_only(self, peers: Collection[PeerId]) -> None:
         self._allowed = frozenset(peers)
@@ -216,7 +212,7 @@ class Libp2pTransport(Transport):
 
     @classmethod
     def address_at(cls, place: str, peer: PeerId) -> Address:
-        return to_address(announced_multiaddr(place, peer), peer)
+        return to_address(parse_announced(place, peer), peer)
 
     async def find_neighbours(self, on_found: Callable[[tuple[Address, ...]], None]) -> None:
         self._check_open()
@@ -226,12 +222,12 @@ class Libp2pTransport(Transport):
         await self._mdns.start(self._addresses.of("listening"))
 
     def preference(self, address: Address) -> int:
-        return self._vicinity.preference(address, asyncio.get_running_loop().time())
+        return self._dial_ranker.preference(address, asyncio.get_running_loop().time())
 
     def _stream_arrived(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
         """Called in the trio thread."""
         assert self._thread
-        self._thread.tell(self._accept, stream, peer, path, released)
+        self._thread.call_soon_asyncio(self._accept, stream, peer, path, released)
 
     def _accept(self, stream: INetStream, peer: PeerId, path: str, released: trio.Event) -> None:
         pipe = self._pipe(stream, path, released)
@@ -250,14 +246,14 @@ class Libp2pTransport(Transport):
             seconds = self.limits.connect_timeout
             try:
                 async with asyncio.timeout(seconds):
-                    thread, host = await self._started()
+                    thread, host = await self.trio_side()
                     stream, path = await thread.call(
                         host.open,
                         address.peer,
                         multiaddr,
                         timeout=seconds,
                         what=f"dialling {multiaddr}",
-                        unwanted=host.drop,
+                        unwanted=host.discard,
                     )
                     connection = await self._greet(stream, address.peer, path)
             except (TimeoutError, DeadlineExceededError) as exc:
@@ -283,18 +279,18 @@ class Libp2pTransport(Transport):
 
     # --- leaving relays -------------------------------------------------------------------------------
 
-    def _direct_way(self, peer: PeerId) -> None:
+    def _direct_connected(self, peer: PeerId) -> None:
         """Called in the trio thread when there is a direct connection to a peer that was reached by relay."""
         if self._thread:
-            self._thread.tell(self._leave_relay, peer)
+            self._thread.call_soon_asyncio(self._migrate_to_direct, peer)
 
-    def _leave_relay(self, peer: PeerId) -> None:
+    def _migrate_to_direct(self, peer: PeerId) -> None:
         for connection in self._connections.relayed_to(peer):
-            task = asyncio.get_running_loop().create_task(self._move(connection, peer))
-            self._moves.add(task)
-            task.add_done_callback(self._moves.discard)
+            task = asyncio.get_running_loop().create_task(self._migrate(connection, peer))
+            self._migrations.add(task)
+            task.add_done_callback(self._migrations.discard)
 
-    async def _move(self, connection: Connection, peer: PeerId) -> None:
+    async def _migrate(self, connection: Connection, peer: PeerId) -> None:
         assert self._thread and self._host
         seconds = self.limits.connect_timeout
         fresh: Connection | None = None
@@ -329,10 +325,10 @@ class Libp2pTransport(Transport):
             await self._mdns.close()
         if self._port_mapper:
             await self._port_mapper.close()
-        for task in self._moves:
+        for task in self._migrations:
             task.cancel()
         self._connections.begin_close()
-        await self._connections.finish_close(self._moves)
+        await self._connections.finish_close(self._migrations)
         async with self._starting:
             if self._thread:
                 await self._thread.close()

@@ -16,7 +16,8 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from swarmcore.errors import ConnectionLostError, DeadlineExceededError, StreamClosedError, SwarmError
+from swarmcore.errors import ConnectionLostError, StreamClosedError, SwarmError
+from swarmcore.tasks import deadline_after
 from swarmcore_transports.libp2p.translation import translated
 
 logger = logging.getLogger(__name__)
@@ -71,11 +72,8 @@ class TrioThread:
         self._thread = threading.Thread(target=self._run, args=(ready,), name=self._name, daemon=True)
         self._thread.start()
         try:
-            async with asyncio.timeout(timeout):
+            async with deadline_after(timeout, f"libp2p did not start within {timeout:g} s"):
                 await ready
-        except TimeoutError as exc:
-            await self.close()
-            raise DeadlineExceededError(f"libp2p did not start within {timeout:g} s") from exc
         except BaseException:
             await self.close()
             raise
@@ -100,7 +98,7 @@ class TrioThread:
             self._nursery = nursery
             if self._closing:
                 self._stop.set()
-            await self._main(partial(self.tell, _settle, ready, None), self._stop)
+            await self._main(partial(self.call_soon_asyncio, _settle, ready, None), self._stop)
             nursery.cancel_scope.cancel()
 
     def _trio_ended(self, error: SwarmError | None) -> None:
@@ -154,7 +152,7 @@ class TrioThread:
                     error.__cause__ = exc if error is not exc else exc.__cause__
             if scope.cancelled_caught:
                 error = StreamClosedError(f"{what} was given up")
-            self.tell(settle, error, result)
+            self.call_soon_asyncio(settle, error, result)
 
         def settle(error: SwarmError | None, result: Any) -> None:
             if outcome.done() and error is None and unwanted:
@@ -168,17 +166,15 @@ class TrioThread:
         taken = False
         self._calls.add(outcome)
         try:
-            self.post(begin)
-            async with asyncio.timeout(timeout):
+            self.call_soon_trio(begin)
+            async with deadline_after(timeout, f"{what} took longer than {timeout:g} s"):
                 returned = await outcome
                 taken = True
                 return returned
-        except TimeoutError as exc:
-            raise DeadlineExceededError(f"{what} took longer than {timeout:g} s") from exc
         finally:
             self._calls.discard(outcome)
             if not outcome.done() or outcome.cancelled():
-                self.post(scope.cancel)
+                self.call_soon_trio(scope.cancel)
             elif not taken and unwanted and outcome.exception() is None:
                 self.start_soon(unwanted, outcome.result())
 
@@ -189,9 +185,9 @@ class TrioThread:
             if self._nursery and not self._nursery.cancel_scope.cancel_called:
                 self._nursery.start_soon(function, *arguments)
 
-        self.post(begin)
+        self.call_soon_trio(begin)
 
-    def post(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
+    def call_soon_trio(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
         """Call ``function`` soon on the trio side; nothing happens when that has ended."""
         if self._token:
             with contextlib.suppress(trio.RunFinishedError):
@@ -205,7 +201,7 @@ class TrioThread:
 
     # --- from trio to asyncio -------------------------------------------------------------------------
 
-    def tell(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
+    def call_soon_asyncio(self, function: Callable[[*Ts], object], *arguments: *Ts) -> None:
         """Call ``function`` soon on the asyncio side; nothing happens when its loop has been closed."""
         assert self._loop
         with contextlib.suppress(RuntimeError):
@@ -223,10 +219,10 @@ class TrioThread:
             if self._nursery:
                 self._nursery.cancel_scope.cancel()
 
-        self.post(self._stop.set)
+        self.call_soon_trio(self._stop.set)
         done, _ = await asyncio.wait([self._ended], timeout=_END_SECONDS)
         if not done:
-            self.post(give_up)
+            self.call_soon_trio(give_up)
             done, _ = await asyncio.wait([self._ended], timeout=_END_SECONDS)
         if not done:
             logger.error("libp2p did not end within %g s; its thread is left behind", _END_SECONDS)

@@ -207,10 +207,10 @@ class Lookups:
         lacking = [node for node in nodes if is_older(found.replies[node].record.value)]
         return len(nodes) - len(lacking) + await self._send_to_all(lacking, message)
 
-    async def provide(self, key: bytes, provided_at: dict[ID, float], again: float) -> int:
+    async def provide(self, key: bytes, provided_at: dict[ID, float], renew_after: float) -> int:
         """List this peer under ``key`` at the nodes nearest to it, but for those told lately.
 
-        ``provided_at`` says when each was told, and is updated; after ``again`` seconds a node is told again.
+        ``provided_at`` says when each was told, and is updated; after ``renew_after`` seconds it is again.
         Returns how many of the nearest have been told.
         """
         found = await self.find_closest(Message.FIND_NODE, key, self._options.replicas)
@@ -219,13 +219,13 @@ class Lookups:
         message = Message(type=Message.ADD_PROVIDER, key=key)
         message.providerPeers.add(id=own.to_bytes(), addrs=addresses)
         nodes = found.nodes[: self._options.replicas]
-        lacking = [node for node in nodes if provided_at.get(node, now - again) <= now - again]
-        told = await self._send_to_all(lacking, message)
+        lacking = [node for node in nodes if provided_at.get(node, now - renew_after) <= now - renew_after]
+        provided = await self._send_to_all(lacking, message)
         for node in list(provided_at):
             if node not in nodes:
                 del provided_at[node]
         provided_at.update(dict.fromkeys(lacking, now))
-        return len(nodes) - len(lacking) + told
+        return len(nodes) - len(lacking) + provided
 
     async def _send_to_all(self, nodes: Sequence[ID], message: Message) -> int:
         taken = 0

@@ -68,7 +68,7 @@ class DhtNode:
             ):
                 nursery.start_soon(_run_forever, task)
             if self._serving:
-                nursery.start_soon(self._host.tell_protocols)
+                nursery.start_soon(self._host.push_identify)
             await self._stopped.wait()
             nursery.cancel_scope.cancel()
         if self._serving:
@@ -84,7 +84,7 @@ class DhtNode:
 
     async def _add_when_identified(self, peer: ID) -> None:
         for pause in _IDENTIFY_SECONDS:
-            if self._host.speaks(peer, KAD):
+            if self._host.supports(peer, KAD):
                 await self.lookups.add_node(peer)
                 return
             await trio.sleep(pause)

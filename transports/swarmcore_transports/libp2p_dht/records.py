@@ -119,19 +119,19 @@ class ValueRules:
             raise RefusedValue(Drop.OVERSIZED)
         record = SignedRecord(value[header:], value[_SEQUENCE_BYTES:header])
         try:
-            said = decode_announcement(record)
+            announcement = decode_announcement(record)
             sound = may_announce(record)
         except ProtocolError as exc:
             raise RefusedValue(Drop.MALFORMED) from exc
-        if not sound or said.sequence != sequence_of(value):
+        if not sound or announcement.sequence != sequence_of(value):
             raise RefusedValue(Drop.MALFORMED)
-        if self._allowed is not None and said.peer not in self._allowed:
+        if self._allowed is not None and announcement.peer not in self._allowed:
             raise RefusedValue(Drop.UNLISTED)
-        if said.issued > now + self.limits.max_skew or said.ttl > self.limits.max_ttl:
+        if announcement.issued > now + self.limits.max_skew or announcement.ttl > self.limits.max_ttl:
             raise RefusedValue(Drop.SKEWED)
-        if now >= self.end_of(said):
+        if now >= self.end_of(announcement):
             raise RefusedValue(Drop.EXPIRED)
-        if key != record_key(said.peer) or not is_signed_by(record, said.peer):
+        if key != record_key(announcement.peer) or not is_signed_by(record, announcement.peer):
             raise RefusedValue(Drop.FORGED)
         return record
 
@@ -141,9 +141,9 @@ class ValueRules:
         As for all records its ttl runs from receipt, so that clocks need not agree, but never past `end_of`.
         """
         header = _SEQUENCE_BYTES + _SIGNATURE_BYTES
-        said = decode_announcement(SignedRecord(value[header:], value[_SEQUENCE_BYTES:header]))
-        return min(now + said.ttl, self.end_of(said))
+        announcement = decode_announcement(SignedRecord(value[header:], value[_SEQUENCE_BYTES:header]))
+        return min(now + announcement.ttl, self.end_of(announcement))
 
-    def end_of(self, said: Announcement) -> float:
-        """When nobody holds ``said`` any longer, however far its owner's clock is behind."""
-        return said.issued + said.ttl + self.limits.max_skew
+    def end_of(self, announcement: Announcement) -> float:
+        """When nobody holds ``announcement`` any longer, however far its owner's clock is behind."""
+        return announcement.issued + announcement.ttl + self.limits.max_skew

@@ -198,7 +198,7 @@ class DhtRegistry(Registry):
         self._replica.close()
         await self._tasks.close()
         if self._thread and self._dht:
-            self._thread.post(self._dht.stop)
+            self._thread.call_soon_trio(self._dht.stop)
 
     def view(self) -> SwarmView:
         return self._replica.store.view()
@@ -253,7 +253,7 @@ class DhtRegistry(Registry):
     def _put_own_record(self, record: SignedRecord, listings: list[bytes]) -> None:
         self._current = (record, listings)
         if self._thread and self._dht:
-            self._thread.post(self._dht.put_own_record, encode_value(record), listings)
+            self._thread.call_soon_trio(self._dht.put_own_record, encode_value(record), listings)
 
     async def _publish_forever(self) -> None:
         while True:
@@ -266,7 +266,7 @@ class DhtRegistry(Registry):
             return
         assert self._thread and self._dht
         record, listings = self._current
-        self._thread.post(self._dht.put_own_record, encode_value(record), listings)
+        self._thread.call_soon_trio(self._dht.put_own_record, encode_value(record), listings)
         try:
             await self._thread.call(
                 self._dht.publish,
@@ -295,7 +295,7 @@ class DhtRegistry(Registry):
     def _stored_here(self, record: SignedRecord) -> None:
         """Called in the trio thread."""
         if self._thread:
-            self._thread.tell(self._take, record)
+            self._thread.call_soon_asyncio(self._take, record)
 
     def _take(self, record: SignedRecord) -> None:
         if self._reader and not self._closed:

@@ -17,7 +17,7 @@ from relayed_peers import Peer, RelayedPeers
 from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId
 from swarmcore_transports.libp2p.nat import autonat
-from swarmcore_transports.libp2p.nat.autonat import MAX_PORTS, PROTOCOL, DialBackRates, DialBackReply
+from swarmcore_transports.libp2p.nat.autonat import MAX_PORTS, PROTOCOL, DialBackRateLimiter, DialBackReply
 
 CLOSED = 1
 
@@ -28,7 +28,7 @@ def port(peer: Peer) -> int:
 
 async def connection(asker: Peer, other: Peer) -> INetConn:
     if not asker.transport._host:
-        await asker.transport._started()
+        await asker.transport.trio_side()
     stream = await asker.transport.open_stream(other.addresses[0])
     await stream.close()
     [found] = connections(asker, other)
@@ -42,7 +42,7 @@ def connections(one: Peer, other: Peer) -> list[INetConn]:
 async def ask(asker: Peer, other: Peer, ports: list[int]) -> DialBackReply:
     way = await connection(asker, other)
     services, thread = asker.transport._services, asker.transport._thread
-    return await thread.call(services.autonat.ask, way, ports, timeout=10, what="asking")
+    return await thread.call(services.autonat.request_dial_back, way, ports, timeout=10, what="asking")
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ async def test_no_peer_can_have_a_third_one_dialled(peers):
     request = msgspec.msgpack.encode({"ports": [at], "host": "127.0.0.9", "addresses": [f"127.0.0.9:{at}"]})
 
     async def ask_in_own_words() -> bytes:
-        stream = await services.host.open_on(way, PROTOCOL)
+        stream = await services.host.open_stream_on(way, PROTOCOL)
         await stream.write(encode_varint_prefixed(request))
         return await read_varint_prefixed_bytes_limited(stream, 1024)
 
@@ -105,7 +105,7 @@ async def test_a_relayed_peer_is_not_dialled_back(peers):
     services, thread = client.transport._services, client.transport._thread
     [way] = connections(client, server)
     with pytest.raises(PeerUnreachableError, match="only those that are connected directly"):
-        await thread.call(services.autonat.ask, way, [CLOSED], timeout=10, what="asking")
+        await thread.call(services.autonat.request_dial_back, way, [CLOSED], timeout=10, what="asking")
 
 
 async def test_nonsense_ends_one_stream_and_nothing_else(peers):
@@ -114,7 +114,7 @@ async def test_nonsense_ends_one_stream_and_nothing_else(peers):
     services, thread = asker.transport._services, asker.transport._thread
 
     async def talk_nonsense() -> bytes:
-        stream = await services.host.open_on(way, PROTOCOL)
+        stream = await services.host.open_stream_on(way, PROTOCOL)
         await stream.write(encode_varint_prefixed(b"\xff nonsense"))
         return await stream.read(1)
 
@@ -124,8 +124,8 @@ async def test_nonsense_ends_one_stream_and_nothing_else(peers):
 
 
 def test_peers_at_one_address_share_a_rate():
-    rates = DialBackRates()
-    peers = [PeerId(str(number)) for number in range(autonat._PER_HOST + 1)]
+    rates = DialBackRateLimiter()
+    peers = [PeerId(str(number)) for number in range(autonat._MAX_PER_HOST + 1)]
     *admitted, last = [rates.admit(peer, "11.0.0.2", 0.0) for peer in peers]
     assert set(admitted) == {""}
     assert last == "11.0.0.2 was dialled 8 times in a minute"
@@ -135,6 +135,6 @@ def test_peers_at_one_address_share_a_rate():
 
 def test_what_is_remembered_of_askers_is_bounded(monkeypatch):
     monkeypatch.setattr(autonat, "_MAX_RECENT", 2)
-    rates = DialBackRates()
+    rates = DialBackRateLimiter()
     said = [rates.admit(PeerId(str(number)), f"11.0.0.{number}", 0.0) for number in range(3)]
     assert said == ["", "", "too many peers ask"]

@@ -18,13 +18,13 @@ from multiaddr import Multiaddr
 from relayed_peers import PATIENCE, PLACE, Peer, RelayedPeers, check_echo
 
 from swarmcore_transports.libp2p.host import is_direct
-from swarmcore_transports.libp2p.nat.hole_punching import MAX_ADDRESSES, HolePuncher, _usable
+from swarmcore_transports.libp2p.nat.hole_punching import MAX_ADDRESSES, HolePuncher, _usable_addresses
 
 EVERYWHERE = frozenset(["public", "lan", "loopback"])
 
 
 async def puncher(peer: Peer) -> HolePuncher:
-    await peer.transport._started()
+    await peer.transport.trio_side()
     return peer.transport._services.hole_puncher
 
 
@@ -58,8 +58,8 @@ async def test_a_relayed_stream_moves_to_a_direct_connection_by_itself(listens):
         stream = await client.transport.open_stream(address)
         await until(lambda: stream.path != "relayed")
         await check_echo(stream, 0, 100_000)
-        assert (await puncher(client)).standing(server.id) == ""
-        assert (await puncher(server)).standing(client.id) == ""
+        assert (await puncher(client)).status(server.id) == ""
+        assert (await puncher(server)).status(client.id) == ""
         further = await client.transport.open_stream(address)
         assert further.path == stream.path
 
@@ -72,7 +72,7 @@ async def test_a_peer_that_nobody_sees_from_outside_stays_relayed_and_says_so():
         client = peers.client()
         stream = await client.transport.open_stream(address)
         at_server = await puncher(server)
-        said = await until(lambda: "failed" in (said := at_server.standing(client.id)) and said)
+        said = await until(lambda: "failed" in (said := at_server.status(client.id)) and said)
         assert said.endswith("no peer says by which address it sees this one from outside")
         assert stream.path == "relayed"
         await check_echo(stream, 1000)
@@ -89,7 +89,7 @@ async def test_a_hole_is_not_punched_where_there_is_a_direct_connection_nor_by_n
 
         async def answer_to(message: bytes) -> bytes:
             try:
-                opened = await host.open_on(connection, DCUTR)
+                opened = await host.open_stream_on(connection, DCUTR)
                 await opened.write(encode_varint_prefixed(message))
                 return await opened.read(1)
             except Exception:
@@ -121,6 +121,6 @@ def test_only_so_many_addresses_and_only_those_that_can_be_dialled_are_taken():
         ),
     ]
     usable = [Multiaddr("/ip4/11.0.0.9/tcp/1"), Multiaddr("/ip6/2a00::9/tcp/1")]
-    assert _usable(told, frozenset(["public"])) == usable
+    assert _usable_addresses(told, frozenset(["public"])) == usable
     many = (Multiaddr(f"/ip4/11.0.0.9/tcp/{port}").to_bytes() for port in range(1, 1000))
-    assert len(_usable(many, frozenset(["public"]))) == MAX_ADDRESSES
+    assert len(_usable_addresses(many, frozenset(["public"]))) == MAX_ADDRESSES

@@ -20,8 +20,8 @@ def test_the_same_port_is_wanted_outside_and_then_any_other():
 
 async def test_no_router_is_looked_for_without_an_ipv4_address_of_a_lan():
     mapper = PortMapper(lambda addresses: pytest.fail(f"mapped {addresses}"), random.Random(1))
-    mapper.tell([Multiaddr("/ip4/127.0.0.1/tcp/4001"), Multiaddr("/ip4/11.0.0.1/tcp/4001")])
-    mapper.tell([Multiaddr("/ip6/fd00::1/tcp/4001")])
+    mapper.update_listening([Multiaddr("/ip4/127.0.0.1/tcp/4001"), Multiaddr("/ip4/11.0.0.1/tcp/4001")])
+    mapper.update_listening([Multiaddr("/ip6/fd00::1/tcp/4001")])
     assert mapper._task is None
     await mapper.close()
     assert repr(mapper) == "<PortMapper idle>"

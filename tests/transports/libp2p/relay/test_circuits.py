@@ -45,7 +45,7 @@ def through(relay: Peer, peer: str) -> Address:
 
 async def ask(asker: Peer, target: Address, protocol: str, message: HopMessage | StopMessage) -> int:
     """The status with which ``target`` answers ``message``."""
-    thread, host = await asker.transport._started()
+    thread, host = await asker.transport.trio_side()
 
     async def exchange() -> int:
         peer = ID.from_string(target.peer)
@@ -59,8 +59,8 @@ async def ask(asker: Peer, target: Address, protocol: str, message: HopMessage |
 
 
 async def becomes_public(peer: Peer) -> None:
-    thread, host = await peer.transport._started()
-    thread.post(
+    thread, host = await peer.transport.trio_side()
+    thread.call_soon_trio(
         host.addresses.put,
         "listening",
         [Multiaddr("/ip4/11.0.0.1/tcp/4001"), *host.addresses.of("listening")],
@@ -151,9 +151,9 @@ async def test_a_relay_that_is_full_says_so(peers: RelayedPeers):
     await check_echo(stream, 10)
 
 
-async def test_a_peer_without_a_place(peers: RelayedPeers):
+async def test_a_peer_without_a_reservation(peers: RelayedPeers):
     relay = await peers.relay()
-    with pytest.raises(PeerUnreachableError, match="keeps no place for that peer"):
+    with pytest.raises(PeerUnreachableError, match="has no reservation for that peer"):
         await peers.client().transport.open_stream(through(relay, Identity.generate().peer))
 
 
@@ -164,7 +164,7 @@ async def test_a_place_is_free_when_its_peer_has_left(peers: RelayedPeers):
     await first.transport.close()
     second = await peers.server(relay)
     await second.through(relay)
-    with pytest.raises(PeerUnreachableError, match="keeps no place"):
+    with pytest.raises(PeerUnreachableError, match="has no reservation"):
         await peers.client().transport.open_stream(address)
 
 
@@ -196,7 +196,7 @@ async def test_nobody_takes_a_place_in_the_name_of_another(peers: RelayedPeers):
     name = PeerMessage(id=ID.from_string(victim).to_bytes())
     message = HopMessage(type=HopMessage.RESERVE, peer=name)
     assert await ask(forger, relay.addresses[0], HOP, message) == StatusCode.OK
-    with pytest.raises(PeerUnreachableError, match="keeps no place"):
+    with pytest.raises(PeerUnreachableError, match="has no reservation"):
         await peers.client().transport.open_stream(through(relay, victim))
 
 
@@ -217,7 +217,7 @@ async def test_circuits_are_taken_from_own_relays_only(peers: RelayedPeers):
 
 async def test_a_peer_that_does_not_take_its_circuit(peers: RelayedPeers):
     relay, deaf = await peers.relay(), peers.client()
-    await deaf.transport._started()
+    await deaf.transport.trio_side()
     assert await ask(deaf, relay.addresses[0], HOP, HopMessage(type=HopMessage.RESERVE)) == StatusCode.OK
     with pytest.raises(PeerUnreachableError, match="the peer behind it did not answer"):
         await peers.client().transport.open_stream(through(relay, deaf.id))
@@ -279,7 +279,7 @@ async def test_a_peer_relays_once_everybody_reaches_it(peers: RelayedPeers):
     assert address.location.startswith("/ip4/11.0.0.1/")  # not the one that others cannot dial
 
 
-async def test_a_peer_that_everybody_reaches_gives_its_places_back(peers: RelayedPeers):
+async def test_a_peer_that_everybody_reaches_gives_its_reservations_back(peers: RelayedPeers):
     relay = await peers.relay()
     server = await peers.server(relay)
     await server.through(relay)
@@ -302,12 +302,12 @@ async def test_what_cannot_be_a_relay_is_refused_at_once(peers: RelayedPeers):
 async def test_a_relay_that_says_nothing_is_given_up(peers: RelayedPeers):
     """One that takes the question and never answers: asking ends with the time that the caller has."""
     relay = await peers.relay(relay="off")
-    thread, host = await relay.transport._started()
+    thread, host = await relay.transport.trio_side()
 
     async def silent(stream: object) -> None:
         await trio.sleep_forever()
 
-    thread.post(host.serve, HOP, silent)
+    thread.call_soon_trio(host.serve, HOP, silent)
     client = peers.client()
     with pytest.raises(PeerUnreachableError, match=r"did not answer within 0\.5 s"):
         client.transport.limits = client.transport.limits.__class__(connect_timeout=0.5)

@@ -9,8 +9,8 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from multiaddr import Multiaddr
 
 from swarmcore.identity import Identity
-from swarmcore_transports.libp2p.addresses import MOST, AddressManager
-from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, given_relay
+from swarmcore_transports.libp2p.addresses import MAX_ADDRESSES, AddressManager
+from swarmcore_transports.libp2p.multiaddrs import circuit_addresses, parse_relay
 
 RELAY = Identity.generate().peer
 PEER = Identity.generate().peer
@@ -36,7 +36,7 @@ def test_the_addresses_that_reach_farthest_are_used(told: list[str], used: list[
 
 @pytest.mark.parametrize("scheme", ["", "libp2p:"])
 def test_a_relay_is_given_as_an_address_or_a_multiaddr(scheme: str):
-    assert given_relay(f"{scheme}{PUBLIC}/p2p/{RELAY}") == (Multiaddr(PUBLIC), RELAY)
+    assert parse_relay(f"{scheme}{PUBLIC}/p2p/{RELAY}") == (Multiaddr(PUBLIC), RELAY)
 
 
 def own(*listening: str, announced: str = "") -> AddressManager:
@@ -57,7 +57,7 @@ def test_who_counts_as_reachable_by_everybody():
 
 def test_watchers_hear_of_changes_that_are_not_told_to_others():
     addresses, heard = own(LAN, announced=PUBLIC), []
-    addresses.watch(lambda: heard.append(addresses.of("verified")))
+    addresses.subscribe(lambda: heard.append(addresses.of("verified")))
     addresses.put("verified", [Multiaddr(PUBLIC)])
     addresses.put("verified", [Multiaddr(PUBLIC)])
     assert heard == [[Multiaddr(PUBLIC)]]
@@ -66,8 +66,8 @@ def test_watchers_hear_of_changes_that_are_not_told_to_others():
 def test_on_a_machine_with_many_networks_there_is_room_for_the_addresses_that_matter():
     lans = [f"/ip4/172.{n}.0.1/tcp/1" for n in range(17, 31)]
     addresses = own(*lans)
-    assert list(map(str, addresses.all())) == lans[:MOST]
+    assert list(map(str, addresses.all())) == lans[:MAX_ADDRESSES]
     addresses.put("mapped", [Multiaddr(PUBLIC)])
     relayed = Multiaddr(f"{PUBLIC}/p2p/{RELAY}/p2p-circuit")
     addresses.put("relayed", [relayed])
-    assert list(map(str, addresses.all())) == [*lans[: MOST - 2], PUBLIC, str(relayed)]
+    assert list(map(str, addresses.all())) == [*lans[: MAX_ADDRESSES - 2], PUBLIC, str(relayed)]

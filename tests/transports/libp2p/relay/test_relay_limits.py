@@ -9,24 +9,24 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from libp2p.relay.circuit_v2.protocol_buffer import StatusCode
 
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p.relay.limits import Refusal, RelayAccounts, RelayLimits, Way
+from swarmcore_transports.libp2p.relay.limits import Direction, RelayLimits, RelayRefusal, RelayResources
 
 A, B, C = (PeerId(name) for name in "ABC")
 
 
-def accounts(**limits: float) -> RelayAccounts:
-    return RelayAccounts(RelayLimits(**limits))
+def accounts(**limits: float) -> RelayResources:
+    return RelayResources(RelayLimits(**limits))
 
 
 def refused(status: StatusCode):
-    return pytest.raises(Refusal, match=status.name)
+    return pytest.raises(RelayRefusal, match=status.name)
 
 
 def everybody(peer: PeerId) -> bool:
     return True
 
 
-def test_places_are_bounded_over_all_and_for_each_host():
+def test_reservations_are_bounded_over_all_and_for_each_host():
     relay = accounts(reservations=2, reservations_per_host=1)
     relay.reserve(A, "host", 0)
     with refused(StatusCode.RESERVATION_REFUSED):
@@ -50,10 +50,10 @@ def test_a_place_ends_with_its_time_unless_renewed():
 def test_a_place_is_free_when_its_peer_has_left():
     relay = accounts(reservations=1)
     relay.reserve(A, "host", 0)
-    relay.drop(everybody, 1)
+    relay.expire(everybody, 1)
     with refused(StatusCode.RESERVATION_REFUSED):
         relay.reserve(B, "host", 1)
-    relay.drop(lambda peer: peer != A, 1)
+    relay.expire(lambda peer: peer != A, 1)
     relay.reserve(B, "host", 1)
     with refused(StatusCode.NO_RESERVATION):
         relay.open("source", A, 1)
@@ -83,16 +83,16 @@ def test_each_direction_of_a_circuit_carries_so_many_bytes():
     relay = accounts(circuit_bytes=100)
     relay.reserve(A, "host", 0)
     circuit = relay.open("source", A, 0)
-    circuit.take(Way.THERE, 100)
-    circuit.take(Way.BACK, 60)
+    circuit.count_bytes(Direction.TO_TARGET, 100)
+    circuit.count_bytes(Direction.TO_SOURCE, 60)
     with refused(StatusCode.RESOURCE_LIMIT_EXCEEDED):
-        circuit.take(Way.THERE, 1)
+        circuit.count_bytes(Direction.TO_TARGET, 1)
     with refused(StatusCode.RESOURCE_LIMIT_EXCEEDED):
-        circuit.take(Way.BACK, 41)
+        circuit.count_bytes(Direction.TO_SOURCE, 41)
 
 
 def test_circuits_share_the_rate_in_turn():
     relay = accounts(bytes_per_second=100)
-    assert [relay.wait(50, 10.0) for _ in range(3)] == [0.0, 0.5, 1.0]
-    assert relay.wait(50, 11.0) == 0.5
-    assert relay.wait(50, 99.0) == 0.0
+    assert [relay.delay(50, 10.0) for _ in range(3)] == [0.0, 0.5, 1.0]
+    assert relay.delay(50, 11.0) == 0.5
+    assert relay.delay(50, 99.0) == 0.0

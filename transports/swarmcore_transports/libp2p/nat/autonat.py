@@ -21,7 +21,7 @@ from swarmcore.errors import PeerUnreachableError
 from swarmcore.types import PeerId, short
 from swarmcore.wire.framing import decode_record, encode_record
 from swarmcore_transports.libp2p.host import Host, remote_host
-from swarmcore_transports.libp2p.multiaddrs import on_host, port_of, reach
+from swarmcore_transports.libp2p.multiaddrs import port_of, reach, tcp_multiaddr
 from swarmcore_transports.libp2p.nat.reachability import Reachability
 from swarmcore_transports.libp2p.patches.host import reset
 
@@ -34,13 +34,13 @@ PROTOCOL = TProtocol("/swarmcore/dialback/1")
 MAX_PORTS = 8
 """Most ports dialled for one request; further ones are ignored."""
 
-_GAP_SECONDS = 15.0
-"""A peer is dialled back at most this often, and all at one IP address `_PER_HOST` times a minute."""
+_MIN_INTERVAL_SECONDS = 15.0
+"""A peer is dialled back at most this often, and all at one IP address `_MAX_PER_HOST` times a minute."""
 
-_PER_HOST = 8
+_MAX_PER_HOST = 8
 _MINUTE = 60.0
 _MAX_RECENT = 4096
-_MAX_AT_A_TIME = 8
+_MAX_CONCURRENT_DIALS = 8
 
 _DIAL_SECONDS = 3.0
 _ANSWER_SECONDS = 10.0
@@ -65,7 +65,7 @@ class DialBackReply:
     """Why nothing was dialled; empty when it was."""
 
 
-class DialBackRates:
+class DialBackRateLimiter:
     """A plain object: who may be dialled back at the moment. What it remembers is bounded."""
 
     def __init__(self) -> None:
@@ -75,10 +75,10 @@ class DialBackRates:
         """Why ``peer``, seen at ``host``, is not dialled; empty, and counted, when it is."""
         self._recent = {by: (at, of) for by, (at, of) in self._recent.items() if now - at < _MINUTE}
         at, _ = self._recent.get(peer, (float("-inf"), ""))
-        if now - at < _GAP_SECONDS:
-            return f"asked less than {_GAP_SECONDS:g} s ago"
-        if sum(of == host for _, of in self._recent.values()) >= _PER_HOST:
-            return f"{host} was dialled {_PER_HOST} times in a minute"
+        if now - at < _MIN_INTERVAL_SECONDS:
+            return f"asked less than {_MIN_INTERVAL_SECONDS:g} s ago"
+        if sum(of == host for _, of in self._recent.values()) >= _MAX_PER_HOST:
+            return f"{host} was dialled {_MAX_PER_HOST} times in a minute"
         if len(self._recent) >= _MAX_RECENT:
             return "too many peers ask"
         self._recent[peer] = (now, host)
@@ -93,10 +93,10 @@ class AutoNat:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._rates = DialBackRates()
-        self._free = trio.CapacityLimiter(_MAX_AT_A_TIME)
-        self._asked_about: set[int] = set()
-        self._woken = trio.Event()
+        self._rate_limiter = DialBackRateLimiter()
+        self._dial_slots = trio.CapacityLimiter(_MAX_CONCURRENT_DIALS)
+        self._checked_ports: set[int] = set()
+        self._wake_event = trio.Event()
         self.reachability = Reachability()
         self.status = "nobody has tried to reach this peer from outside"
         """Whether this peer is reached from outside, in words."""
@@ -105,77 +105,77 @@ class AutoNat:
 
     async def run(self) -> None:
         """Serve, and ask connected peers whenever there is something to ask."""
-        self._host.serve(PROTOCOL, self._answer)
-        self._host.notices.on_connected.append(lambda connection: self._woken.set())
-        self._host.addresses.watch(lambda: self._woken.set())
+        self._host.serve(PROTOCOL, self._handle_request)
+        self._host.events.on_connected.append(lambda connection: self._wake_event.set())
+        self._host.addresses.subscribe(lambda: self._wake_event.set())
         while True:
-            self._woken = trio.Event()
+            self._wake_event = trio.Event()
             ports = self._ports()
-            if ports != self._asked_about:
-                self._asked_about = ports
-                self.reachability.forget()
+            if ports != self._checked_ports:
+                self._checked_ports = ports
+                self.reachability.clear()
             if ports:
-                await self._ask_those_due(sorted(ports))
-            self._tell()
-            with trio.CancelScope(deadline=self.reachability.next_at(trio.current_time())):
-                await self._woken.wait()
+                await self._request_due(sorted(ports))
+            self._update_status()
+            with trio.CancelScope(deadline=self.reachability.next_change_at(trio.current_time())):
+                await self._wake_event.wait()
 
     def network_changed(self) -> None:
         """This machine is on another network: what peers have found out before is no longer so."""
-        self.reachability.forget()
-        self._woken.set()
+        self.reachability.clear()
+        self._wake_event.set()
 
-    def _tell(self) -> None:
+    def _update_status(self) -> None:
         now = trio.current_time()
         verified = self.reachability.verified(now)
-        verdict = self.reachability.verdict(now)
-        if verdict is None:
-            standing = "nobody has tried to reach this peer from outside"
-        elif verdict:
-            standing = f"reachable from outside at {', '.join(map(str, verified))}"
+        is_reachable = self.reachability.is_reachable(now)
+        if is_reachable is None:
+            status = "nobody has tried to reach this peer from outside"
+        elif is_reachable:
+            status = f"reachable from outside at {', '.join(map(str, verified))}"
         else:
-            standing = "not reachable from outside: no peer that tried got through"
-        if standing != self.status:
-            self.status = standing
-            logger.info("%s is %s", short(self._host.peer), standing)
+            status = "not reachable from outside: no peer that tried got through"
+        if status != self.status:
+            self.status = status
+            logger.info("%s is %s", short(self._host.peer), status)
         self._host.addresses.put("verified", verified)
 
     def _ports(self) -> set[int]:
         own = [*self._host.addresses.of("mapped"), *self._host.addresses.of("listening")]
         return set([port_of(address) for address in own if reach(address) != "loopback"][:MAX_PORTS])
 
-    async def _ask_those_due(self, ports: list[int]) -> None:
+    async def _request_due(self, ports: list[int]) -> None:
         outside = {}
         for connection in self._host.swarm.get_connections():
             seen_at = remote_host(connection)
-            if seen_at and reach(on_host(seen_at, 1)) == "public":
+            if seen_at and reach(tcp_multiaddr(seen_at, 1)) == "public":
                 outside[PeerId(str(connection.muxed_conn.peer_id))] = connection
         due = self.reachability.to_ask(list(outside), trio.current_time())
         async with trio.open_nursery() as nursery:
             for peer in due:
-                nursery.start_soon(self._ask_one, peer, outside[peer], ports)
+                nursery.start_soon(self._request_one, peer, outside[peer], ports)
 
-    async def _ask_one(self, peer: PeerId, connection: INetConn, ports: list[int]) -> None:
+    async def _request_one(self, peer: PeerId, connection: INetConn, ports: list[int]) -> None:
         now = trio.current_time()
         try:
-            reply = await self.ask(connection, ports)
-            tried = [on_host(reply.host, port) for port in ports]
+            reply = await self.request_dial_back(connection, ports)
+            tried = [tcp_multiaddr(reply.host, port) for port in ports]
             if reach(tried[0]) != "public":
                 raise PeerUnreachableError(f"it sees this peer at {reply.host}, which is not public")
-            reached = [on_host(reply.host, port) for port in ports if port in reply.reached]
+            reached = [tcp_multiaddr(reply.host, port) for port in ports if port in reply.reached]
         except Exception as exc:
             logger.debug("%s does not dial back: %r", short(peer), exc)
-            self.reachability.silent(peer, now)
+            self.reachability.no_answer(peer, now)
         else:
             self.reachability.answered(peer, tried, reached, now)
 
-    async def ask(self, connection: INetConn, ports: list[int]) -> DialBackReply:
+    async def request_dial_back(self, connection: INetConn, ports: list[int]) -> DialBackReply:
         """Have the peer of ``connection`` dial back at ``ports``.
 
         Raise `PeerUnreachableError` when it refuses, and whatever libp2p raises when it does not answer.
         """
         with trio.fail_after(_ANSWER_SECONDS):
-            stream = await self._host.open_on(connection, PROTOCOL)
+            stream = await self._host.open_stream_on(connection, PROTOCOL)
             try:
                 await _write(stream, DialBackRequest(tuple(ports)))
                 reply: DialBackReply = await _read(stream, DialBackReply)
@@ -187,7 +187,7 @@ class AutoNat:
 
     # --- answering ------------------------------------------------------------------------------------
 
-    async def _answer(self, stream: INetStream) -> None:
+    async def _handle_request(self, stream: INetStream) -> None:
         """Dial the IP address that the asker's own connection comes from, and no other."""
         with trio.fail_after(_ANSWER_SECONDS):
             request: DialBackRequest = await _read(stream, DialBackRequest)
@@ -197,27 +197,27 @@ class AutoNat:
                 reply = DialBackReply(refused="only those that are connected directly are dialled back")
             elif not self._host.allows(PeerId(str(peer))):
                 reply = DialBackReply(refused="this swarm is closed; ask its owner to be allowed")
-            elif refused := self._rates.admit(PeerId(str(peer)), at, trio.current_time()):
+            elif refused := self._rate_limiter.admit(PeerId(str(peer)), at, trio.current_time()):
                 reply = DialBackReply(refused=refused)
             else:
                 ports = [port for port in dict.fromkeys(request.ports) if 0 < port < 2**16][:MAX_PORTS]
-                reply = DialBackReply(at, await self._reached(peer, at, ports))
+                reply = DialBackReply(at, await self._dial_ports(peer, at, ports))
             await _write(stream, reply)
             await stream.close()
 
-    async def _reached(self, peer: ID, at: str, ports: list[int]) -> tuple[int, ...]:
+    async def _dial_ports(self, peer: ID, at: str, ports: list[int]) -> tuple[int, ...]:
         reached = []
 
         async def dial(port: int) -> None:
-            if await self._answers(peer, on_host(at, port)):
+            if await self._dial_back(peer, tcp_multiaddr(at, port)):
                 reached.append(port)
 
-        async with self._free, trio.open_nursery() as nursery:
+        async with self._dial_slots, trio.open_nursery() as nursery:
             for port in ports:
                 nursery.start_soon(dial, port)
         return tuple(sorted(reached))
 
-    async def _answers(self, peer: ID, address: Multiaddr) -> bool:
+    async def _dial_back(self, peer: ID, address: Multiaddr) -> bool:
         """Whether ``peer`` proves itself at ``address``.
 
         The connection never becomes one of the host's: no stream could land on it before it is closed.

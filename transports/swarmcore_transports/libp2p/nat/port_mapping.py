@@ -10,7 +10,8 @@ from typing import TypeVar, TypeVarTuple
 
 from multiaddr import Multiaddr
 
-from swarmcore_transports.libp2p.multiaddrs import host_of, on_host, port_of, reach
+from swarmcore.tasks import wait_until_set
+from swarmcore_transports.libp2p.multiaddrs import host_of, port_of, reach, tcp_multiaddr
 from swarmcore_transports.libp2p.nat.upnp import PortTakenError, RouterError, UpnpRouter
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,12 @@ def external_ports(port: int, rng: random.Random) -> Iterator[int]:
 class PortMapper:
     """Asks a router over UPnP for the ports of listening addresses, renews that, and undoes it in `close`.
 
-    ``found`` is called with the public addresses that came of it, whenever they change. Without a router that
-    answers, or without a listening address on a LAN, nothing happens. Lives in asyncio.
+    ``on_mapped`` is called with the public addresses that came of it, whenever they change. Without a router
+    that answers, or without a listening address on a LAN, nothing happens. Lives in asyncio.
     """
 
-    def __init__(self, found: Callable[[list[Multiaddr]], None], rng: random.Random) -> None:
-        self._found = found
+    def __init__(self, on_mapped: Callable[[list[Multiaddr]], None], rng: random.Random) -> None:
+        self._on_mapped = on_mapped
         self._rng = rng
         self._listening: list[Multiaddr] = []
         self._changed = asyncio.Event()
@@ -60,7 +61,7 @@ class PortMapper:
             f"<PortMapper {', '.join(f'{out} → {port}' for port, out in self._external.items()) or 'idle'}>"
         )
 
-    def tell(self, listening: Sequence[Multiaddr]) -> None:
+    def update_listening(self, listening: Sequence[Multiaddr]) -> None:
         """Where this peer listens from now on."""
         lan = [a for a in listening if reach(a) == "lan" and ":" not in host_of(a)]
         if lan == self._listening:
@@ -68,7 +69,7 @@ class PortMapper:
         self._listening = lan
         self._changed.set()
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._keep(), name="port mapping")
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="port mapping")
 
     async def close(self) -> None:
         """Have the router forget the ports, within seconds. Harmless when repeated."""
@@ -89,7 +90,7 @@ class PortMapper:
         except TimeoutError:
             logger.debug("the router does not answer; its ports stay mapped until the lease ends")
 
-    async def _keep(self) -> None:
+    async def _run(self) -> None:
         while True:
             self._changed.clear()
             wait = _RETRY_SECONDS
@@ -97,26 +98,22 @@ class PortMapper:
                 if self._router and self._router.lan_host not in map(host_of, self._listening):
                     # Another network: what that router keeps for this machine ends with its lease.
                     self._router, self._external = None, {}
-                    self._found([])
+                    self._on_mapped([])
                 if self._listening:
                     self._router = self._router or await _in_thread(UpnpRouter.find)
                 if self._router:
                     self.refusal = ""
-                    self._found(await self._map_all(self._router))
+                    self._on_mapped(await self._map_all(self._router))
                     wait = RENEWAL_SECONDS
             except (RouterError, TimeoutError) as exc:
                 self.refusal = f"the router maps no port: {str(exc) or 'it does not answer'}"
                 logger.info("%s", self.refusal)
                 self._router = None
-                self._found([])
+                self._on_mapped([])
             except Exception:
                 logger.exception("port mapping failed")
                 return
-            try:
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+            await wait_until_set(self._changed, wait)
 
     async def _map_all(self, router: UpnpRouter) -> list[Multiaddr]:
         """The addresses outside of all ports that listen where ``router`` sees this machine."""
@@ -130,7 +127,7 @@ class PortMapper:
                 logger.info("the router maps %s port %d", router.external_host, self._external[port])
         if ports and not router.external_host:
             raise RouterError("it has no address outside")
-        outside = [on_host(router.external_host, port) for port in self._external.values()]
+        outside = [tcp_multiaddr(router.external_host, port) for port in self._external.values()]
         public = [address for address in outside if reach(address) == "public"]
         if len(public) < len(outside):
             self.refusal = f"the router is behind another one: {router.external_host} is not a public address"

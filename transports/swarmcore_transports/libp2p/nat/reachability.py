@@ -18,7 +18,7 @@ EXPIRY_SECONDS = 2 * ASK_AGAIN_SECONDS
 SILENCE_SECONDS = 1800.0
 """How long a peer that did not answer is left alone."""
 
-WITNESSES = 3
+ANSWERS_WANTED = 3
 """As many peers are asked as needed to have this many answers."""
 
 
@@ -36,7 +36,7 @@ class Reachability:
 
     def __init__(self) -> None:
         self._answers: dict[PeerId, Answer] = {}
-        self._silent: dict[PeerId, float] = {}
+        self._unanswered: dict[PeerId, float] = {}
 
     def __repr__(self) -> str:
         tried = {address for answer in self._answers.values() for address in answer.tried}
@@ -46,26 +46,26 @@ class Reachability:
         self, by: PeerId, tried: Iterable[Multiaddr], reached: Iterable[Multiaddr], now: float
     ) -> None:
         """``by`` has tried addresses, and reached some of them; this replaces what it said before."""
-        self._silent.pop(by, None)
+        self._unanswered.pop(by, None)
         tried = frozenset(tried)
         self._answers[by] = Answer(tried, tried & frozenset(reached), now)
 
-    def silent(self, by: PeerId, now: float) -> None:
+    def no_answer(self, by: PeerId, now: float) -> None:
         """``by`` was asked and gave no answer; what it said before still counts."""
-        self._silent[by] = now
+        self._unanswered[by] = now
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Own addresses have changed: no answer stands any longer."""
         self._answers.clear()
-        self._silent.clear()
+        self._unanswered.clear()
 
     def to_ask(self, connected: Sequence[PeerId], now: float) -> list[PeerId]:
         """Which of ``connected`` to ask now; those that have never answered come first."""
         self._drop_old(now)
         fresh = [by for by, answer in self._answers.items() if now - answer.at < ASK_AGAIN_SECONDS]
-        free = [by for by in connected if by not in fresh and by not in self._silent]
+        free = [by for by in connected if by not in fresh and by not in self._unanswered]
         free.sort(key=lambda by: by in self._answers)
-        return free[: max(0, WITNESSES - len(fresh))]
+        return free[: max(0, ANSWERS_WANTED - len(fresh))]
 
     def verified(self, now: float) -> list[Multiaddr]:
         """The addresses at which at least as many peers reached this one as failed to."""
@@ -77,18 +77,18 @@ class Reachability:
         reached = {address for answer in self._answers.values() for address in answer.reached}
         return sorted((address for address in reached if votes[address] >= 0), key=str)
 
-    def verdict(self, now: float) -> bool | None:
+    def is_reachable(self, now: float) -> bool | None:
         """Whether peers outside reach this one; None as long as none has tried."""
         verified = self.verified(now)
         return bool(verified) if self._answers else None
 
-    def next_at(self, now: float) -> float:
+    def next_change_at(self, now: float) -> float:
         """When `to_ask` or `verified` will change by the passing of time alone."""
         moments = [answer.at + EXPIRY_SECONDS for answer in self._answers.values()]
         moments += [answer.at + ASK_AGAIN_SECONDS for answer in self._answers.values()]
-        moments += [at + SILENCE_SECONDS for at in self._silent.values()]
+        moments += [at + SILENCE_SECONDS for at in self._unanswered.values()]
         return min((moment for moment in moments if moment > now), default=float("inf"))
 
     def _drop_old(self, now: float) -> None:
         self._answers = {by: a for by, a in self._answers.items() if now - a.at < EXPIRY_SECONDS}
-        self._silent = {by: at for by, at in self._silent.items() if now - at < SILENCE_SECONDS}
+        self._unanswered = {by: at for by, at in self._unanswered.items() if now - at < SILENCE_SECONDS}

@@ -32,7 +32,7 @@ class Upgrade:
     relayed: bool = True
 
 
-class Upgrades:
+class UpgradePlan:
     """A plain object: connections and failures in, peers to try now out. ``now`` is in seconds."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Upgrades:
         """``peer`` is connected by way of a relay only; what failed with it lately still counts."""
         upgrade = self._of.get(peer)
         if upgrade is None:
-            self._make_room(now)
+            self._close_idle_connection(now)
             self._of[peer] = Upgrade(due=now)
         else:
             upgrade.relayed = True
@@ -55,7 +55,7 @@ class Upgrades:
         """There is a direct connection to ``peer``: nothing is left to try, and nothing to remember."""
         self._of.pop(peer, None)
 
-    def gone(self, peer: PeerId, now: float) -> None:
+    def disconnected(self, peer: PeerId, now: float) -> None:
         """``peer`` is not connected any more."""
         upgrade = self._of.get(peer)
         if upgrade is not None:
@@ -63,7 +63,7 @@ class Upgrades:
             if upgrade.due <= now and not upgrade.running:
                 del self._of[peer]
 
-    def take(self, now: float) -> list[PeerId]:
+    def take_due(self, now: float) -> list[PeerId]:
         """Those to try now; each is running until `direct` or `failed` is called."""
         due = [peer for peer, upgrade in self._waiting() if upgrade.due <= now]
         for peer in due:
@@ -78,22 +78,24 @@ class Upgrades:
         upgrade.running = False
         upgrade.failed += 1
         upgrade.reason = reason
-        given_up = upgrade.failed % ATTEMPTS == 0
-        upgrade.due = now + (PAUSE_SECONDS if given_up else BACKOFF_SECONDS[upgrade.failed % ATTEMPTS - 1])
-        return given_up
+        failure_reasons = upgrade.failed % ATTEMPTS == 0
+        upgrade.due = now + (
+            PAUSE_SECONDS if failure_reasons else BACKOFF_SECONDS[upgrade.failed % ATTEMPTS - 1]
+        )
+        return failure_reasons
 
-    def again(self, now: float) -> None:
+    def retry_all(self, now: float) -> None:
         """Own addresses have changed: what has failed may succeed now."""
         for upgrade in self._of.values():
             if not upgrade.running:
                 upgrade.due = min(upgrade.due, now)
                 upgrade.failed = 0
 
-    def next_at(self) -> float:
-        """When `take` will have somebody."""
+    def next_change_at(self) -> float:
+        """When `take_due` will have somebody."""
         return min((upgrade.due for _, upgrade in self._waiting()), default=float("inf"))
 
-    def standing(self, peer: PeerId) -> str:
+    def status(self, peer: PeerId) -> str:
         """Where ``peer`` stands, in words; empty when there is nothing to try."""
         upgrade = self._of.get(peer)
         if upgrade is None or not upgrade.relayed:
@@ -104,7 +106,7 @@ class Upgrades:
             return f"relayed; a direct connection failed {upgrade.failed} times so far: {upgrade.reason}"
         return "relayed; a direct connection is being tried"
 
-    def given_up(self) -> list[str]:
+    def failure_reasons(self) -> list[str]:
         """Why peers stay relayed after `ATTEMPTS`, a reason for each. May be called in any thread."""
         return [
             upgrade.reason
@@ -117,7 +119,7 @@ class Upgrades:
             (peer, upgrade) for peer, upgrade in self._of.items() if upgrade.relayed and not upgrade.running
         ]
 
-    def _make_room(self, now: float) -> None:
+    def _close_idle_connection(self, now: float) -> None:
         for peer in [p for p, u in self._of.items() if not u.relayed and not u.running and u.due <= now]:
             del self._of[peer]
         if len(self._of) >= MAX_PEERS:

@@ -28,7 +28,7 @@ class UpnpRouter:
 
     def __init__(self, client: miniupnpc.UPnP) -> None:
         self._client = client
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         self.lan_host = client.lanaddr
         self.external_host = client.externalipaddress() or ""
 
@@ -51,7 +51,7 @@ class UpnpRouter:
         A router that knows only mappings for ever makes one. Raise `PortTakenError` when the port leads
         elsewhere, else `RouterError`.
         """
-        with self._one_at_a_time:
+        with self._lock:
             try:
                 there = self._client.getspecificportmapping(external, "TCP")
                 if there and (there[0], int(there[1])) != (self.lan_host, port):
@@ -74,7 +74,7 @@ class UpnpRouter:
 
     def unmap(self, external: int) -> None:
         """Undo `map`. Raise `RouterError` when that fails."""
-        with self._one_at_a_time:
+        with self._lock:
             try:
                 self._client.deleteportmapping(external, "TCP")
             except Exception as exc:

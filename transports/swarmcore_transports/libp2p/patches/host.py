@@ -18,7 +18,7 @@ from multiaddr import Multiaddr
 from swarmcore.errors import AddressError, AddressInUseError
 from swarmcore.types import short
 from swarmcore.wire.limits import Limits
-from swarmcore_transports.libp2p.patches.yamux import QueuedMuxer, missing
+from swarmcore_transports.libp2p.patches.yamux import QueuedMuxer, missing_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def install(swarm: Swarm, limits: Limits) -> None:
 
 def install_yamux(swarm: Swarm, limits: Limits) -> None:
     """Let every connection of ``swarm`` be a `QueuedYamux`, unless py-libp2p's yamux is not as it was."""
-    if names := missing(swarm):
+    if names := missing_attributes(swarm):
         logger.warning(
             "this version of py-libp2p has no %s: its own yamux is used, which may stop for good under load; "
             "install libp2p 0.8",

@@ -15,20 +15,20 @@ from multiaddr import Multiaddr
 
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p.multiaddrs import host_of, port_of
-from swarmcore_transports.libp2p.socket_counts import SocketCounts
+from swarmcore_transports.libp2p.socket_counts import SocketAccounting
 
 
 class TcpSockets(TCP):
     """To be given to ``new_host``. No Nagle's delay: trio's sockets have none."""
 
-    def __init__(self, limits: Limits, counts: SocketCounts) -> None:
+    def __init__(self, limits: Limits, counts: SocketAccounting) -> None:
         super().__init__(dns_resolution_timeout=max(0.1, limits.connect_timeout / 3))
         self._lost_after = 3 * limits.keepalive
         self._counts = counts
         self._open: set[TcpSocket] = set()
 
     def create_listener(self, handler_function: Callable[[ReadWriteCloser], Awaitable[None]]) -> TCPListener:
-        """Mends: the handler of a connection ends with the host, so each keeps its place among the most."""
+        """Repairs: the handler of a connection ends with the host, so each keeps its place among the most."""
 
         async def until_closed(stream: ReadWriteCloser) -> None:
             assert isinstance(stream, TrioTCPStream)
@@ -76,7 +76,7 @@ class TcpSockets(TCP):
 
 
 async def _connected(target: Multiaddr, source: tuple[str, int]) -> trio.SocketStream:
-    """Mends: a dial from ``source``, which may be where the host listens, leaks a socket when cancelled."""
+    """Repairs: a dial from ``source``, which may be where the host listens, leaks a socket when cancelled."""
     connecting = trio.socket.socket(socket.AF_INET6 if ":" in source[0] else socket.AF_INET)
     try:
         connecting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,7 +113,7 @@ class TcpSocket(TrioTCPStream):
         self.get_remote_address()  # remembered from now on: a lost socket has none
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        """Mends: IPv6 sockets, whose addresses have four parts, have none."""
+        """Repairs: IPv6 sockets, whose addresses have four parts, have none."""
         if self._cached_remote_address is None:
             with contextlib.suppress(OSError):
                 host, port = self.stream.socket.getpeername()[:2]

@@ -44,22 +44,22 @@ LARGEST_PAYLOAD = _BATCH - _HEADER.size
 _DATA, _PING, _GO_AWAY = 0, 2, 3
 _SYN = 1
 
-_DATA_ROOM = 256 * 1024
+_DATA_BUFFER = 256 * 1024
 """Bytes of streams that wait for the socket before writers wait as well."""
 
-_CONTROL_ROOM = 64 * 1024
+_CONTROL_BUFFER = 64 * 1024
 """Bytes of answers to the peer (to pings, to opened streams) that may wait until it reads them."""
 
 _MAX_UNREAD = 32 * 2**20
 """Bytes of one connection that nobody here has read yet, before no more is taken from the peer."""
 
-_LARGEST_TAKEN = 2**20
+_MAX_FRAME = 2**20
 """Most bytes of a frame that is taken from a peer: py-libp2p takes 16 MiB, those of its kind send 64 KiB."""
 
 _MAX_UNREAD_IN_ALL = 256 * 2**20
-"""Unread bytes of all connections of the process, above which `_UNREAD_SHARE` is the most of each."""
+"""Unread bytes of all connections of the process, above which each may have `_UNREAD_PER_CONNECTION`."""
 
-_UNREAD_SHARE = 2**20
+_UNREAD_PER_CONNECTION = 2**20
 
 _MAX_OUTGOING_STREAMS = 4096
 _FLUSH_SECONDS = 1.0
@@ -69,7 +69,7 @@ SILENT_KEEPALIVES = 1.5
 """Times `Limits.keepalive` without a word before nothing new is begun; a peer that lives is heard in each."""
 
 
-class _Watched:
+class _WakingAttribute:
     """An attribute that py-libp2p sets on a stream, as a window that grows, and that wakes its writers."""
 
     def __set_name__(self, owner: type[PatientStream], name: str) -> None:
@@ -87,12 +87,12 @@ class _Watched:
 class PatientStream(YamuxStream):
     """Waits for its window as long as it takes; py-libp2p resets a stream after five seconds of that."""
 
-    send_window = _Watched()
-    send_closed = _Watched()
-    closed = _Watched()
+    send_window = _WakingAttribute()
+    send_closed = _WakingAttribute()
+    closed = _WakingAttribute()
 
     @classmethod
-    def made_of(cls, stream: YamuxStream) -> PatientStream:
+    def from_stream(cls, stream: YamuxStream) -> PatientStream:
         """``stream`` itself, turned into one of these: py-libp2p makes it in the midst of its reading."""
         stream.__class__ = cls
         patient = cast(PatientStream, stream)
@@ -102,7 +102,7 @@ class PatientStream(YamuxStream):
     _changed: trio.lowlevel.ParkingLot
 
     async def write(self, data: bytes) -> None:
-        """Mends: gives up after five seconds, and looks at the window a hundred times a second till then."""
+        """Repairs: gives up after five seconds, and polls the window a hundred times a second till then."""
         at = 0
         while at < len(data):
             while self.send_window <= 0 and not (self.closed or self.send_closed):
@@ -118,22 +118,22 @@ class PatientStream(YamuxStream):
     async def read(self, n: int | None = -1) -> bytes:
         """Adds: a connection that takes no more for now hears that something has been read."""
         data = await super().read(n)
-        cast(QueuedYamux, self.conn).has_read()
+        cast(QueuedYamux, self.conn).notify_read()
         return data
 
     async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
-        """Mends: grants what was read each time, a frame for each message; half a window is soon enough."""
+        """Repairs: grants what was read each time, a frame for each message; half a window is soon enough."""
         unread = len(self.conn.stream_buffers.get(self.stream_id, b""))
         if self.target_recv_window - self.recv_window - unread >= self.target_recv_window // 2:
             await super()._auto_tune_and_send_window_update()
 
     async def reset(self) -> None:
-        """Mends: what nobody will read any more is kept for a minute."""
+        """Repairs: what nobody will read any more is kept for a minute."""
         await super().reset()
         if unread := self.conn.stream_buffers.get(self.stream_id):
             unread.clear()
             await self.conn._finalize_stream(self, fully_closed=True)
-        cast(QueuedYamux, self.conn).has_read()
+        cast(QueuedYamux, self.conn).notify_read()
 
 
 class QueuedYamux(Yamux):
@@ -142,8 +142,8 @@ class QueuedYamux(Yamux):
     _all: ClassVar[WeakSet[QueuedYamux]] = WeakSet()
 
     def __init__(self, secured_conn: ISecureConn, peer_id: ID, limits: Limits) -> None:
-        self._overheard = _Overheard(secured_conn)
-        super().__init__(cast(ISecureConn, self._overheard), peer_id, secured_conn.is_initiator)
+        self._timed_connection = _TimedConnection(secured_conn)
+        super().__init__(cast(ISecureConn, self._timed_connection), peer_id, secured_conn.is_initiator)
         # Of which the library has 256, and whoever needs one more waits without a deadline.
         self.stream_backlog_semaphore = trio.Semaphore(_MAX_OUTGOING_STREAMS)
         self._keepalive = limits.keepalive
@@ -152,9 +152,9 @@ class QueuedYamux(Yamux):
         self._data_bytes = self._control_bytes = 0
         self._writing = False
         self._something_to_write = trio.lowlevel.ParkingLot()
-        self._room = trio.lowlevel.ParkingLot()
+        self._buffer_space = trio.lowlevel.ParkingLot()
         self._all_written = trio.lowlevel.ParkingLot()
-        self._some_was_read = trio.lowlevel.ParkingLot()
+        self._read_notification = trio.lowlevel.ParkingLot()
         self._reading = trio.CancelScope()
         self._all.add(self)
 
@@ -172,7 +172,7 @@ class QueuedYamux(Yamux):
         if self._reading.cancelled_caught:
             await self._cleanup_on_error()
 
-    def _hang_up(self, reason: str) -> None:
+    def _disconnect(self, reason: str) -> None:
         if not self.event_shutting_down.is_set():
             logger.info("dropping the connection to %s: %s", short(str(self.peer_id)), reason)
             self._reading.cancel()
@@ -181,12 +181,12 @@ class QueuedYamux(Yamux):
 
     async def open_stream(self) -> YamuxStream:
         """Adds: patience."""
-        return PatientStream.made_of(await super().open_stream())
+        return PatientStream.from_stream(await super().open_stream())
 
     async def accept_stream(self) -> IMuxedStream:
         """Adds: patience, and a bound on the streams that a peer has open."""
         while True:
-            stream = PatientStream.made_of(cast(YamuxStream, await super().accept_stream()))
+            stream = PatientStream.from_stream(cast(YamuxStream, await super().accept_stream()))
             if sum(not one.is_initiator for one in self.streams.values()) <= self._max_incoming_streams:
                 return stream
             logger.info("%s opens too many streams; one was reset", short(str(self.peer_id)))
@@ -195,16 +195,16 @@ class QueuedYamux(Yamux):
     # --- out ------------------------------------------------------------------------------------------
 
     async def _write_frame(self, data: bytes) -> None:
-        """Mends: writes at once and in the task that calls. Data waits for room, all else never waits.
+        """Repairs: writes at once and in the task that calls. Data waits for room, all else never waits.
 
         Frames keep their order, since the end of a stream must not overtake its data.
         """
         kind = data[1]
-        while kind == _DATA and self._data_bytes >= _DATA_ROOM and not self.event_shutting_down.is_set():
-            await self._room.park()
-        if self._control_bytes > _CONTROL_ROOM:
-            self._hang_up("it does not read the answers to what it asks")
-        if self.event_shutting_down.is_set() or self._control_bytes > _CONTROL_ROOM:
+        while kind == _DATA and self._data_bytes >= _DATA_BUFFER and not self.event_shutting_down.is_set():
+            await self._buffer_space.park()
+        if self._control_bytes > _CONTROL_BUFFER:
+            self._disconnect("it does not read the answers to what it asks")
+        if self.event_shutting_down.is_set() or self._control_bytes > _CONTROL_BUFFER:
             raise ConnectionClosedError("the connection is closed")
         self._count(data, len(data))
         self._frames.append(data)
@@ -230,15 +230,15 @@ class QueuedYamux(Yamux):
                 self._writing = True
                 while self._frames:
                     await self.secured_conn.write(self._next_batch())
-                    if self._data_bytes < _DATA_ROOM:
-                        self._room.unpark_all()
+                    if self._data_bytes < _DATA_BUFFER:
+                        self._buffer_space.unpark_all()
                 self._writing = False
         except Exception as exc:
-            self._hang_up(f"it cannot be written to: {exc!r}")
+            self._disconnect(f"it cannot be written to: {exc!r}")
         finally:
             self._writing = False
             self._frames.clear()
-            self._room.unpark_all()
+            self._buffer_space.unpark_all()
             self._all_written.unpark_all()
 
     def _next_batch(self) -> bytes:
@@ -256,12 +256,12 @@ class QueuedYamux(Yamux):
 
     async def _read_data_body(self, length: int) -> bytes:
         """Adds: back-pressure for the whole connection; a peer may ignore the windows of its streams."""
-        if length > _LARGEST_TAKEN:
+        if length > _MAX_FRAME:
             logger.info("%s sends a frame of %d bytes", short(str(self.peer_id)), length)
             raise trio.TooSlowError  # for which the library closes the connection
         with trio.move_on_after(2 * self._keepalive) as patience:
             while (unread := self._unread) and unread + length > self._most_unread(unread):
-                await self._some_was_read.park()
+                await self._read_notification.park()
         if patience.cancelled_caught:
             logger.info("%s has sent %d bytes that nobody reads", short(str(self.peer_id)), self._unread)
             raise trio.TooSlowError
@@ -273,14 +273,14 @@ class QueuedYamux(Yamux):
 
     def _most_unread(self, unread: int) -> int:
         """How much of this connection, of which ``unread`` bytes wait now, may wait before it is read on."""
-        if unread <= _UNREAD_SHARE // 2:
+        if unread <= _UNREAD_PER_CONNECTION // 2:
             return _MAX_UNREAD  # a busy connection is not slowed down by counting what others hold
         in_all = sum(connection._unread for connection in self._all if not connection.is_closed)
-        return _MAX_UNREAD if in_all < _MAX_UNREAD_IN_ALL else _UNREAD_SHARE
+        return _MAX_UNREAD if in_all < _MAX_UNREAD_IN_ALL else _UNREAD_PER_CONNECTION
 
-    def has_read(self) -> None:
+    def notify_read(self) -> None:
         """Called by a stream when some of what has come was taken."""
-        self._some_was_read.unpark_all()
+        self._read_notification.unpark_all()
 
     # --- signs of life --------------------------------------------------------------------------------
 
@@ -290,15 +290,15 @@ class QueuedYamux(Yamux):
 
     @property
     def silent_for(self) -> float:
-        return trio.current_time() - self._overheard.heard_at
+        return trio.current_time() - self._timed_connection.last_read_at
 
     async def _measure_rtt_loop(self) -> None:
-        """Mends: pings each half minute, and lets a peer live that never answers.
+        """Repairs: pings each half minute, and lets a peer live that never answers.
 
         Ticks are counted, as in `framed`: a process that was stopped does not take that for the peer's
         silence. Any byte counts, since where the way is full, the answer to a ping comes late.
         """
-        silent_ticks, heard_at = 0, self._overheard.heard_at
+        silent_ticks, last_read_at = 0, self._timed_connection.last_read_at
         answered = self._ping_event
         answered.set()
         while not self.event_shutting_down.is_set():
@@ -312,10 +312,10 @@ class QueuedYamux(Yamux):
                     return
             with trio.move_on_after(self._keepalive):
                 await self.event_shutting_down.wait()
-            silent_ticks = silent_ticks + 1 if self._overheard.heard_at == heard_at else 0
-            heard_at = self._overheard.heard_at
+            silent_ticks = silent_ticks + 1 if self._timed_connection.last_read_at == last_read_at else 0
+            last_read_at = self._timed_connection.last_read_at
             if silent_ticks >= _SILENT_TICKS:
-                self._hang_up(f"it has been silent for {silent_ticks * self._keepalive:g} s")
+                self._disconnect(f"it has been silent for {silent_ticks * self._keepalive:g} s")
                 return
 
 
@@ -331,16 +331,16 @@ def is_silent(connection: IMuxedConn) -> bool:
     return isinstance(connection, QueuedYamux) and connection.is_silent
 
 
-class _Overheard:
+class _TimedConnection:
     """A secured connection, and when anything last came over it."""
 
     def __init__(self, secured_conn: ISecureConn) -> None:
         self._secured_conn = secured_conn
-        self.heard_at = trio.current_time()
+        self.last_read_at = trio.current_time()
 
     async def read(self, n: int | None = None) -> bytes:
         data = await self._secured_conn.read(n)
-        self.heard_at = trio.current_time()
+        self.last_read_at = trio.current_time()
         return data
 
     def __getattr__(self, name: str) -> Any:
@@ -355,7 +355,7 @@ class QueuedMuxer(MuxerMultistream):
         self._limits = limits
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        """Mends: the class of connections is written into the library's."""
+        """Repairs: the class of connections is written into the library's."""
         await self.select_transport(conn)
         return self._annotate_connection(QueuedYamux(conn, peer_id, self._limits), conn, YAMUX)
 
@@ -375,7 +375,7 @@ _STREAM_ATTRIBUTES = (
 )
 
 
-def missing(swarm: Swarm) -> list[str]:
+def missing_attributes(swarm: Swarm) -> list[str]:
     """What the classes above rely on and this version of the library does not have."""
     found = [
         f"{one.__name__}.{name}"

@@ -1,4 +1,4 @@
-"""The client of relays: places kept at one or two of them, and dialling peers that have one."""
+"""The client of relays: reservations at one or two of them, and dialling peers that have one."""
 
 from __future__ import annotations
 
@@ -33,139 +33,141 @@ from swarmcore_transports.libp2p.translation import translated
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 """py-libp2p tells nobody when it has learnt what a peer offers, so all that is left is to look."""
 
 _OK = to_proto_status(StatusCode.OK)
 _ANSWER_SECONDS = 10.0
 _RESET_SECONDS = 1.0
-_TOLD_ADDRESSES = 16
+_MAX_RELAY_ADDRESSES = 16
 """Addresses that a relay may tell of itself; further ones are not looked at."""
 
 _REFUSALS = {
-    StatusCode.NO_RESERVATION: "it keeps no place for that peer, which is gone or uses another relay by now; "
+    StatusCode.NO_RESERVATION: "it has no reservation for that peer, which is gone or has another relay now; "
     "look its addresses up anew",
     StatusCode.RESOURCE_LIMIT_EXCEEDED: "it has no room for a further circuit; try later or by another relay",
     StatusCode.PERMISSION_DENIED: "it does not relay for this peer; have its owner allow it "
     "(--allow-peer), or use another relay",
     StatusCode.CONNECTION_FAILED: "the peer behind it did not answer; it may be leaving",
-    StatusCode.RESERVATION_REFUSED: "it has no free place; use another relay",
+    StatusCode.RESERVATION_REFUSED: "it takes no more reservations; use another relay",
 }
 
 
 class RelayClient:
     """Keeps this peer reachable through relays, and reaches others through theirs. Lives in trio.
 
-    ``given`` are relays to prefer, with where they are. Others are found among the connected peers.
+    ``preferred`` are relays to prefer, with where they are. Others are found among the connected peers.
     """
 
-    def __init__(self, host: Host, given: Iterable[tuple[Multiaddr, PeerId]] = ()) -> None:
+    def __init__(self, host: Host, preferred: Iterable[tuple[Multiaddr, PeerId]] = ()) -> None:
         self._host = host
-        self._locations = {relay: location for location, relay in given if relay != host.peer}
+        self._locations = {relay: location for location, relay in preferred if relay != host.peer}
         self._plan = RelayPlan(self._locations, random.Random())
-        self._woken = trio.Event()
+        self._wake_event = trio.Event()
         self.refusal = ""
-        """Why the last relay that was asked gave no place; empty when it did."""
+        """Why the last relay that was asked gave no reservation; empty when it did."""
 
     def __repr__(self) -> str:
         return f"<RelayClient {self._plan!r}>"
 
-    # --- keeping places -------------------------------------------------------------------------------
+    # --- reservations ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep places, and their addresses in `Host.addresses`, while this peer listens and is not public."""
-        self._host.serve(STOP, self._take)
-        self._host.addresses.watch(self._wake)
-        self._host.notices.on_disconnected.append(lambda connection: self._wake())
+        """While this peer listens and is not public, keep reservations; their addresses become the host's."""
+        self._host.serve(STOP, self._accept_circuit)
+        self._host.addresses.subscribe(self._wake)
+        self._host.events.on_disconnected.append(lambda connection: self._wake())
         async with trio.open_nursery() as nursery:
             while True:
-                self._woken = trio.Event()
+                self._wake_event = trio.Event()
                 now = trio.current_time()
-                self._plan.see(self._near(), now)
+                self._plan.update_connected(self._connected_relays(), now)
                 wanted = bool(self._host.addresses.of("listening")) and not self._host.addresses.public
                 if wanted:
-                    for relay in self._plan.next(now):
-                        nursery.start_soon(self._keep, relay)
-                self._tell(wanted)
-                with trio.move_on_after(_LOOK_SECONDS):
-                    await self._woken.wait()
+                    for relay in self._plan.next_requests(now):
+                        nursery.start_soon(self._obtain_reservation, relay)
+                self._update_addresses(wanted)
+                with trio.move_on_after(_POLL_SECONDS):
+                    await self._wake_event.wait()
 
     def network_changed(self) -> None:
         """This machine is on another network: relays that could not be reached may be by now."""
-        self._plan.again(trio.current_time())
+        self._plan.retry_all(trio.current_time())
         self._wake()
 
     def _wake(self) -> None:
-        self._woken.set()
+        self._wake_event.set()
 
-    def _tell(self, wanted: bool) -> None:
-        places = self._plan.places().values() if wanted else ()
-        self._host.addresses.put("relayed", [address for place in places for address in place.addresses])
+    def _update_addresses(self, wanted: bool) -> None:
+        reservations = self._plan.reservations().values() if wanted else ()
+        self._host.addresses.put(
+            "relayed", [address for reservation in reservations for address in reservation.addresses]
+        )
 
-    def _near(self) -> list[PeerId]:
-        """The directly connected peers that say that they relay, or have given a place already."""
-        near = []
-        kept = self._plan.places()
+    def _connected_relays(self) -> list[PeerId]:
+        """The directly connected peers that say that they relay, or have given a reservation already."""
+        connected = []
+        kept = self._plan.reservations()
         for peer in self._host.libp2p.get_connected_peers():
             name = PeerId(str(peer))
-            if self._host.connections(peer, direct=True) and (name in kept or self._host.speaks(peer, HOP)):
-                near.append(name)
-        return near
+            if self._host.connections(peer, direct=True) and (name in kept or self._host.supports(peer, HOP)):
+                connected.append(name)
+        return connected
 
-    async def _keep(self, relay: PeerId) -> None:
+    async def _obtain_reservation(self, relay: PeerId) -> None:
         try:
             with trio.fail_after(self._host.limits.connect_timeout + _ANSWER_SECONDS):
                 addresses, seconds = await self._reserve(relay)
         except Exception as exc:
             reason = f"no answer within {_ANSWER_SECONDS:g} s" if isinstance(exc, trio.TooSlowError) else exc
-            self.refusal = f"no place at the relay {short(relay)}: {reason}"
+            self.refusal = f"no reservation at the relay {short(relay)}: {reason}"
             logger.info("%s", self.refusal)
             self._plan.refused(relay, trio.current_time())
         else:
             self.refusal = ""
-            logger.info("the relay %s keeps a place for %g s", short(relay), seconds)
+            logger.info("the relay %s has given a reservation for %g s", short(relay), seconds)
             self._plan.granted(relay, addresses, seconds, trio.current_time())
-        self._tell(not self._host.addresses.public)
+        self._update_addresses(not self._host.addresses.public)
 
     async def _reserve(self, relay: PeerId) -> tuple[list[Multiaddr], float]:
-        """Ask ``relay`` for a place: this peer's addresses there, and for how many seconds."""
+        """Ask ``relay`` for a reservation: this peer's addresses there, and for how many seconds."""
         peer = ID.from_string(relay)
         if location := self._locations.get(relay):
             await self._host.connect(peer, location, direct=True)
         elif not self._host.connections(peer, direct=True):
             raise PeerUnreachableError("it is not connected any more, and where it is is not known")
-        stream, answer = await self._ask(peer, HopMessage(type=HopMessage.RESERVE))
+        stream, answer = await self._request(peer, HopMessage(type=HopMessage.RESERVE))
         await reset(stream)
-        told = list(_parsed(answer.reservation.addrs))
-        addresses = circuit_addresses(relay, [*told, *self._dialled(peer)])
+        stated = list(_valid_multiaddrs(answer.reservation.addrs))
+        addresses = circuit_addresses(relay, [*stated, *self._addresses_of(peer)])
         if not addresses:
             raise PeerUnreachableError("it tells no address at which others could reach it")
         self._locations.setdefault(relay, relay_of(addresses[0])[0])
         # The relay speaks of the time of day.
         return addresses, answer.reservation.expire - time.time()
 
-    def _dialled(self, relay: ID) -> list[Multiaddr]:
+    def _addresses_of(self, relay: ID) -> list[Multiaddr]:
         """Where ``relay`` has been reached from here."""
         if location := self._locations.get(PeerId(str(relay))):
             return [location]
-        return self._host.dialled(relay)
+        return self._host.dialled_addresses(relay)
 
-    async def _take(self, stream: INetStream) -> None:
-        """A relay at which this peer has a place offers a circuit from somebody."""
+    async def _accept_circuit(self, stream: INetStream) -> None:
+        """A relay at which this peer has a reservation offers a circuit from somebody."""
         relay = stream.muxed_conn.peer_id
         with trio.fail_after(_ANSWER_SECONDS):
             offer = await read_delimited_msg(stream, StopMessage)
-            place = self._plan.places().get(PeerId(str(relay)))
-            taken = offer.type == StopMessage.CONNECT and place is not None
+            reservation = self._plan.reservations().get(PeerId(str(relay)))
+            taken = offer.type == StopMessage.CONNECT and reservation is not None
             status = StatusCode.OK if taken else StatusCode.PERMISSION_DENIED
             await write_delimited_msg(
                 stream, StopMessage(type=StopMessage.STATUS, status=to_proto_status(status))
             )
-        if place is None or not taken:
+        if reservation is None or not taken:
             await stream.close()
             return
         source = ID(offer.peer.id)
-        at = Multiaddr(f"{place.addresses[0]}/p2p/{source}")
+        at = Multiaddr(f"{reservation.addresses[0]}/p2p/{source}")
         raw = RawConnection(stream, False, ConnectionType.RELAYED, [at])
         muxed = await self._host.libp2p.upgrade_inbound_connection(raw, at)
         if muxed.peer_id == source:
@@ -202,7 +204,7 @@ class RelayClient:
                 f"cannot reach {short(relay)} at {location}, the relay of {short(str(peer))}: {reason}; "
                 f"look the peer's addresses up anew, it may use another relay"
             ) from exc
-        stream, _ = await self._ask(relay_id, ask)
+        stream, _ = await self._request(relay_id, ask)
         try:
             raw = RawConnection(stream, True, ConnectionType.RELAYED, [multiaddr])
             with trio.fail_after(self._host.limits.connect_timeout):
@@ -221,7 +223,7 @@ class RelayClient:
                 f"or by another relay"
             ) from exc
 
-    async def _ask(self, relay: ID, message: HopMessage) -> tuple[INetStream, HopMessage]:
+    async def _request(self, relay: ID, message: HopMessage) -> tuple[INetStream, HopMessage]:
         """What ``relay`` says, and on which stream. Raise `PeerUnreachableError` if it refuses."""
         name = short(str(relay))
         stream: INetStream | None = None
@@ -231,7 +233,7 @@ class RelayClient:
                 await write_delimited_msg(stream, message)
                 answer = await read_delimited_msg(stream, HopMessage)
             if answer.status != _OK:
-                raise PeerUnreachableError(f"the relay {name} refuses: {_meaning(answer.status)}")
+                raise PeerUnreachableError(f"the relay {name} refuses: {_describe_status(answer.status)}")
         except BaseException as exc:
             if stream:
                 await reset(stream)
@@ -250,7 +252,7 @@ class RelayClient:
         return stream, answer
 
 
-def _meaning(status: int) -> str:
+def _describe_status(status: int) -> str:
     try:
         known = StatusCode(status)
     except ValueError:
@@ -258,9 +260,9 @@ def _meaning(status: int) -> str:
     return _REFUSALS.get(known, known.name)
 
 
-def _parsed(told: Iterable[bytes]) -> Iterable[Multiaddr]:
-    """The addresses among ``told`` that are ones."""
-    for data in islice(told, _TOLD_ADDRESSES):
+def _valid_multiaddrs(stated: Iterable[bytes]) -> Iterable[Multiaddr]:
+    """The addresses among ``stated`` that are ones."""
+    for data in islice(stated, _MAX_RELAY_ADDRESSES):
         try:
             address = Multiaddr(data)
             str(address)  # parses it

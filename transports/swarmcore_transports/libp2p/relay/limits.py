@@ -17,10 +17,10 @@ class RelayLimits:
     """How much of itself a relay gives. A host is an IP address: one machine may be many peers."""
 
     reservations: int = 128
-    """Peers that may keep a place, to be reached by others."""
+    """Peers that may have a reservation, to be reached by others."""
     reservations_per_host: int = 16
     reservation_seconds: float = 3600.0
-    """For how long a place is kept unless it is renewed."""
+    """For how long a reservation holds unless it is renewed."""
     circuits: int = 256
     """Open at a time, those being set up among them."""
     circuits_per_target: int = 64
@@ -33,7 +33,7 @@ class RelayLimits:
     """Of all circuits together, both directions added up. Above it, all wait for their turn."""
 
 
-class Refusal(Exception):
+class RelayRefusal(Exception):
     """The relay does not do what it is asked; ``status`` goes back to the asker."""
 
     def __init__(self, status: StatusCode) -> None:
@@ -41,11 +41,11 @@ class Refusal(Exception):
         self.status = status
 
 
-class Way(Enum):
+class Direction(Enum):
     """A direction of a circuit, seen from the peer that dialled."""
 
-    THERE = 0
-    BACK = 1
+    TO_TARGET = 0
+    TO_SOURCE = 1
 
 
 @attrs.define
@@ -60,17 +60,17 @@ class Circuit:
 
     source_host: str
     target: PeerId
-    _room: dict[Way, int]
+    _bytes_left: dict[Direction, int]
 
-    def take(self, way: Way, size: int) -> None:
-        """Count ``size`` bytes; raise `Refusal` when they are more than the circuit may carry."""
-        self._room[way] -= size
-        if self._room[way] < 0:
-            raise Refusal(StatusCode.RESOURCE_LIMIT_EXCEEDED)
+    def count_bytes(self, direction: Direction, size: int) -> None:
+        """Count ``size`` bytes; raise `RelayRefusal` when they are more than the circuit may carry."""
+        self._bytes_left[direction] -= size
+        if self._bytes_left[direction] < 0:
+            raise RelayRefusal(StatusCode.RESOURCE_LIMIT_EXCEEDED)
 
 
-class RelayAccounts:
-    """Which peers keep a place at this relay, which circuits are open, and how fast bytes may pass."""
+class RelayResources:
+    """Which peers have reservations at this relay, which circuits are open, and how fast bytes may pass."""
 
     def __init__(self, limits: RelayLimits) -> None:
         self.limits = limits
@@ -81,24 +81,26 @@ class RelayAccounts:
     def __repr__(self) -> str:
         return f"<RelayAccounts {len(self._reservations)} reservations, {len(self._circuits)} circuits>"
 
-    def drop(self, connected: Callable[[PeerId], bool], now: float) -> None:
-        """Free the places that have run out, and those of peers that are not connected any more."""
+    def expire(self, connected: Callable[[PeerId], bool], now: float) -> None:
+        """Drop the reservations that have expired, and those of peers that are not connected any more."""
         self._reservations = {
-            peer: place for peer, place in self._reservations.items() if now < place.until and connected(peer)
+            peer: reservation
+            for peer, reservation in self._reservations.items()
+            if now < reservation.until and connected(peer)
         }
 
     def reserve(self, peer: PeerId, host: str, now: float) -> None:
-        """Keep a place for ``peer``, or keep it longer. Raise `Refusal` when there is none left."""
-        others = [place.host for other, place in self._reservations.items() if other != peer]
+        """Give ``peer`` a reservation, or renew it. Raise `RelayRefusal` when there are too many."""
+        others = [reservation.host for other, reservation in self._reservations.items() if other != peer]
         if len(others) >= self.limits.reservations or others.count(host) >= self.limits.reservations_per_host:
-            raise Refusal(StatusCode.RESERVATION_REFUSED)
+            raise RelayRefusal(StatusCode.RESERVATION_REFUSED)
         self._reservations[peer] = _Reservation(host, now + self.limits.reservation_seconds)
 
     def open(self, source_host: str, target: PeerId, now: float) -> Circuit:
-        """A circuit to ``target``, to be given to `close`. Raise `Refusal` when there may be none."""
-        place = self._reservations.get(target)
-        if place is None or now >= place.until:
-            raise Refusal(StatusCode.NO_RESERVATION)
+        """A circuit to ``target``, to be given to `close`. Raise `RelayRefusal` when there may be none."""
+        reservation = self._reservations.get(target)
+        if reservation is None or now >= reservation.until:
+            raise RelayRefusal(StatusCode.NO_RESERVATION)
         hosts = Counter(circuit.source_host for circuit in self._circuits)
         targets = Counter(circuit.target for circuit in self._circuits)
         if (
@@ -106,15 +108,15 @@ class RelayAccounts:
             or hosts[source_host] >= self.limits.circuits_per_host
             or targets[target] >= self.limits.circuits_per_target
         ):
-            raise Refusal(StatusCode.RESOURCE_LIMIT_EXCEEDED)
-        circuit = Circuit(source_host, target, dict.fromkeys(Way, self.limits.circuit_bytes))
+            raise RelayRefusal(StatusCode.RESOURCE_LIMIT_EXCEEDED)
+        circuit = Circuit(source_host, target, dict.fromkeys(Direction, self.limits.circuit_bytes))
         self._circuits.add(circuit)
         return circuit
 
     def close(self, circuit: Circuit) -> None:
         self._circuits.discard(circuit)
 
-    def wait(self, size: int, now: float) -> float:
+    def delay(self, size: int, now: float) -> float:
         """Seconds after which ``size`` bytes that have come may be passed on.
 
         Whoever asks first goes first, so that circuits that all want to send get equal shares.

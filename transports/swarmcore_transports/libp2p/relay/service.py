@@ -1,4 +1,4 @@
-"""The service of a circuit relay (version 2): places for peers that nobody can dial, and circuits to them."""
+"""The service of a circuit relay (version 2): reservations of peers that nobody can dial, and circuits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from swarmcore.types import PeerId, short
 from swarmcore_transports.libp2p.host import Host
 from swarmcore_transports.libp2p.multiaddrs import is_relayed
 from swarmcore_transports.libp2p.patches.host import reset
-from swarmcore_transports.libp2p.relay.limits import Circuit, Refusal, RelayAccounts, RelayLimits, Way
+from swarmcore_transports.libp2p.relay.limits import (
+    Circuit,
+    Direction,
+    RelayLimits,
+    RelayRefusal,
+    RelayResources,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,88 +35,88 @@ _OK = to_proto_status(StatusCode.OK)
 _ANSWER_SECONDS = 10.0
 """How long a peer may take to say what it wants, or whether it takes a circuit."""
 
-_PIECE = 64 * 1024
+_CHUNK_BYTES = 64 * 1024
 
 
 class RelayService:
     """Relays for others while ``offers()`` is true; what it gives is bounded by ``limits``. Lives in trio.
 
-    Neither places nor circuits are for peers that the host does not allow.
+    Neither reservations nor circuits are for peers that the host does not allow.
     """
 
     def __init__(self, host: Host, limits: RelayLimits, offers: Callable[[], bool]) -> None:
         self._host = host
         self._offers = offers
-        self._accounts = RelayAccounts(limits)
+        self._resources = RelayResources(limits)
         self._offered = False
-        self._changed = trio.Event()
+        self._update_event = trio.Event()
 
     def __repr__(self) -> str:
-        return f"<RelayService {'on' if self._offered else 'off'} · {self._accounts!r}>"
+        return f"<RelayService {'on' if self._offered else 'off'} · {self._resources!r}>"
 
     async def run(self) -> None:
         """Offer the service whenever it is to be offered, and tell connected peers when that changes."""
-        self._host.addresses.watch(self._wake)
+        self._host.addresses.subscribe(self._update)
         while True:
-            self._changed = trio.Event()
+            self._update_event = trio.Event()
             if self._offers() != self._offered:
                 self._offered = not self._offered
                 if self._offered:
-                    self._host.serve(HOP, self._answer)
+                    self._host.serve(HOP, self._handle)
                 else:
                     self._host.stop_serving(HOP)
-                await self._host.tell_protocols()
-            await self._changed.wait()
+                await self._host.push_identify()
+            await self._update_event.wait()
 
-    def _wake(self) -> None:
-        self._changed.set()
+    def _update(self) -> None:
+        self._update_event.set()
 
-    async def _answer(self, stream: INetStream) -> None:
+    async def _handle(self, stream: INetStream) -> None:
         asker = PeerId(str(stream.muxed_conn.peer_id))
         try:
             with trio.fail_after(_ANSWER_SECONDS):
                 ask = await read_delimited_msg(stream, HopMessage)
             if self._host.path_of(stream) == "relayed" or not self._host.allows(asker):
-                raise Refusal(StatusCode.PERMISSION_DENIED)
+                raise RelayRefusal(StatusCode.PERMISSION_DENIED)
             now = trio.current_time()
-            self._accounts.drop(self._is_near, now)
+            self._resources.expire(self._is_connected, now)
             if ask.type == HopMessage.RESERVE:
                 await self._reserve(stream, now)
             elif ask.type == HopMessage.CONNECT:
                 await self._connect(stream, ID(ask.peer.id), now)
             else:
-                raise Refusal(StatusCode.MALFORMED_MESSAGE)
-        except Refusal as refusal:
+                raise RelayRefusal(StatusCode.MALFORMED_MESSAGE)
+        except RelayRefusal as refusal:
             logger.debug("%s is refused a relay: %s", short(asker), refusal.status.name)
-            await self._say(stream, HopMessage(type=HopMessage.STATUS), refusal.status)
+            await self._reply(stream, HopMessage(type=HopMessage.STATUS), refusal.status)
             await stream.close()
 
-    def _is_near(self, peer: PeerId) -> bool:
+    def _is_connected(self, peer: PeerId) -> bool:
         return bool(self._host.connections(ID.from_string(peer), direct=True))
 
     @staticmethod
-    def _host_of(stream: INetStream) -> str:
+    def _remote_host(stream: INetStream) -> str:
         """The IP address of the asker, or its id where that is not known."""
         remote = stream.get_remote_address()
         return remote[0] if remote else str(stream.muxed_conn.peer_id)
 
     @staticmethod
-    async def _say(stream: INetStream, message: HopMessage, status: StatusCode) -> None:
+    async def _reply(stream: INetStream, message: HopMessage, status: StatusCode) -> None:
         message.status = to_proto_status(status)
         with trio.fail_after(_ANSWER_SECONDS):
             await write_delimited_msg(stream, message)
 
     def _limit(self) -> Limit:
-        limits = self._accounts.limits
+        limits = self._resources.limits
         return Limit(duration=int(limits.circuit_seconds), data=limits.circuit_bytes)
 
-    # --- places ---------------------------------------------------------------------------------------
+    # --- reservations ---------------------------------------------------------------------------------
 
     async def _reserve(self, stream: INetStream, now: float) -> None:
-        """Keep a place for the peer that Noise has proven to be at the other end, and for no other."""
-        self._accounts.reserve(PeerId(str(stream.muxed_conn.peer_id)), self._host_of(stream), now)
+        """Give a reservation to the peer that Noise has proven to be at the other end, and for no other."""
+        self._resources.reserve(PeerId(str(stream.muxed_conn.peer_id)), self._remote_host(stream), now)
         # The protocol wants the time of day.
-        until = int(time.time() + self._accounts.limits.reservation_seconds)
+        until = int(time.time() + self._resources.limits.reservation_seconds)
         own = [
             Multiaddr(f"{address}/p2p/{self._host.peer}")
             for address in self._host.addresses.all()
@@ -118,57 +124,68 @@ class RelayService:
         ]
         reservation = Reservation(expire=until, addrs=[address.to_bytes() for address in own])
         message = HopMessage(type=HopMessage.STATUS, reservation=reservation, limit=self._limit())
-        await self._say(stream, message, StatusCode.OK)
+        await self._reply(stream, message, StatusCode.OK)
         await stream.close()
 
     # --- circuits -------------------------------------------------------------------------------------
 
-    async def _connect(self, near: INetStream, target: ID, now: float) -> None:
-        circuit = self._accounts.open(self._host_of(near), PeerId(str(target)), now)
-        far: INetStream | None = None
+    async def _connect(self, source_stream: INetStream, target: ID, now: float) -> None:
+        circuit = self._resources.open(self._remote_host(source_stream), PeerId(str(target)), now)
+        target_stream: INetStream | None = None
         try:
-            far = await self._reach(target, near.muxed_conn.peer_id)
-            await self._say(near, HopMessage(type=HopMessage.STATUS, limit=self._limit()), StatusCode.OK)
-            with trio.move_on_after(self._accounts.limits.circuit_seconds):
+            target_stream = await self._open_stop_stream(target, source_stream.muxed_conn.peer_id)
+            await self._reply(
+                source_stream, HopMessage(type=HopMessage.STATUS, limit=self._limit()), StatusCode.OK
+            )
+            with trio.move_on_after(self._resources.limits.circuit_seconds):
                 async with trio.open_nursery() as nursery:
                     # A circuit is one connection: when one half ends, all of it does.
                     scope = nursery.cancel_scope
-                    nursery.start_soon(self._pass_on, circuit, Way.THERE, near, far, scope)
-                    nursery.start_soon(self._pass_on, circuit, Way.BACK, far, near, scope)
-            await reset(near)
+                    nursery.start_soon(
+                        self._copy, circuit, Direction.TO_TARGET, source_stream, target_stream, scope
+                    )
+                    nursery.start_soon(
+                        self._copy, circuit, Direction.TO_SOURCE, target_stream, source_stream, scope
+                    )
+            await reset(source_stream)
         finally:
-            self._accounts.close(circuit)
-            if far:
-                await reset(far)
+            self._resources.close(circuit)
+            if target_stream:
+                await reset(target_stream)
 
-    async def _reach(self, target: ID, source: ID) -> INetStream:
+    async def _open_stop_stream(self, target: ID, source: ID) -> INetStream:
         """A stream to ``target`` that it has taken as a circuit from ``source``."""
         message = StopMessage(
             type=StopMessage.CONNECT, peer=PeerMessage(id=source.to_bytes()), limit=self._limit()
         )
-        far: INetStream | None = None
+        target_stream: INetStream | None = None
         try:
             with trio.fail_after(_ANSWER_SECONDS):
-                far = await self._host.new_stream(target, STOP)
-                await write_delimited_msg(far, message)
-                answer = await read_delimited_msg(far, StopMessage)
+                target_stream = await self._host.new_stream(target, STOP)
+                await write_delimited_msg(target_stream, message)
+                answer = await read_delimited_msg(target_stream, StopMessage)
             if answer.status != _OK:
-                raise Refusal(StatusCode.CONNECTION_FAILED)
+                raise RelayRefusal(StatusCode.CONNECTION_FAILED)
         except BaseException as exc:
-            if far:
-                await reset(far)
+            if target_stream:
+                await reset(target_stream)
             if isinstance(exc, Exception):
-                raise Refusal(StatusCode.CONNECTION_FAILED) from exc
+                raise RelayRefusal(StatusCode.CONNECTION_FAILED) from exc
             raise
-        return far
+        return target_stream
 
-    async def _pass_on(
-        self, circuit: Circuit, way: Way, source: INetStream, sink: INetStream, scope: trio.CancelScope
+    async def _copy(
+        self,
+        circuit: Circuit,
+        direction: Direction,
+        source: INetStream,
+        sink: INetStream,
+        scope: trio.CancelScope,
     ) -> None:
         try:
-            while data := await source.read(_PIECE):
-                circuit.take(way, len(data))
-                await trio.sleep(self._accounts.wait(len(data), trio.current_time()))
+            while data := await source.read(_CHUNK_BYTES):
+                circuit.count_bytes(direction, len(data))
+                await trio.sleep(self._resources.delay(len(data), trio.current_time()))
                 await sink.write(data)
         except Exception as exc:
             logger.debug("a circuit to %s ends: %r", short(circuit.target), exc)
