@@ -11,6 +11,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.command import set_thread_environment, standard
 from swarmcore.cli.option_kinds import count, option
 from swarmcore.cli.options import (
+    ProcessOptions,
     dtype,
     generation_server_options,
     network_options,
@@ -47,9 +48,7 @@ def bootstrap(
     threads: int | None,
     head: GenerationLimits | None,
     network: dict[str, Any],
-    exit_with_stdin: bool,
-    identity_file: str | None,
-    new_identity: bool,
+    process: ProcessOptions,
 ) -> None:
     """Run a meeting point without blocks of its own, until Ctrl-C.
 
@@ -71,7 +70,7 @@ def bootstrap(
         gateway = GenerationServerConfig(
             model=model, revision=revision, dtype=dtype, threads=threads, limits=head
         )
-    identity = own_identity(output, identity_file, new_identity, public_name)
+    identity = own_identity(output, process, public_name)
     addresses = AddressReport(output)
 
     def on_online(info: ServerInfo) -> None:
@@ -93,5 +92,5 @@ def bootstrap(
                 on_addresses=addresses.changed,
             ),
             interrupted_status=0,
-            exit_with_stdin=exit_with_stdin,
+            exit_with_stdin=process.exit_with_stdin,
         )

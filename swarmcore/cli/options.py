@@ -135,7 +135,19 @@ network_options = gathered(
 )
 """What every listening peer takes; the command gets as ``network`` the arguments of `network_config`."""
 
-process_options = options(
+
+@attrs.frozen
+class ProcessOptions:
+    """The values of `process_options`."""
+
+    exit_with_stdin: bool
+    identity_file: str | None
+    new_identity: bool
+
+
+process_options = gathered(
+    "process",
+    ProcessOptions,
     flag(
         "--exit-with-stdin",
         help="Leave when stdin ends, for a program that starts peers: they end with it, however it ends.",
@@ -152,7 +164,8 @@ process_options = options(
         help="Be a new peer each time, unless --identity names a file.",
     ),
 )
-"""What every listening peer takes besides: until when it runs, and as whom."""
+"""What every listening peer takes besides: until when it runs, and as whom; the command gets `ProcessOptions`
+as ``process``."""
 
 
 def _generation_limits(serve_head: bool, **limits: int) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from swarmcore.cli.options import ProcessOptions
 from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import SCHEME as _WEBRTC
-from swarmcore.cli.webrtc import webrtc_options
+from swarmcore.cli.webrtc import transport_options
 from swarmcore.errors import IdentityFileError, InputError
 from swarmcore.identity import Identity, public_key
 from swarmcore.identity_files import LockedIdentity, stored_identity
@@ -77,22 +78,15 @@ def network_config(
 
 
 def _webrtc_options(transports: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What WebRTC is told. Raise `InputError` for a flag that concerns nobody here."""
-    flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
-    if flags and _WEBRTC not in transports:
-        raise InputError(f"{', '.join(flags)}: only for transport {_WEBRTC}; add --transport {_WEBRTC}")
-    options = webrtc_options(**given)
-    return {_WEBRTC: options} if options else {}
+    _check_concerned(_WEBRTC, transports, given)
+    return transport_options(**given)
 
 
 def _libp2p_options(
     transports: Sequence[str], relay: str | None, relay_peers: Sequence[str], no_upnp: bool, mdns: bool
 ) -> dict[str, dict[str, Any]]:
-    """What libp2p is told. Raise `InputError` for a flag that concerns nobody here."""
-    given = {"--relay": relay, "--relay-peer": relay_peers, "--no-upnp": no_upnp, "--mdns": mdns}
-    flags = [flag for flag, value in given.items() if value]
-    if flags and _LIBP2P not in transports:
-        raise InputError(f"{', '.join(flags)}: only for transport {_LIBP2P}; add --transport {_LIBP2P}")
+    given = {"relay": relay, "relay_peer": relay_peers, "no_upnp": no_upnp, "mdns": mdns}
+    _check_concerned(_LIBP2P, transports, given)
     options: dict[str, Any] = {}
     if relay is not None:
         options["relay"] = relay
@@ -101,6 +95,13 @@ def _libp2p_options(
     if no_upnp:
         options["upnp"] = False
     return {_LIBP2P: options} if options else {}
+
+
+def _check_concerned(scheme: str, transports: Sequence[str], given: Mapping[str, object]) -> None:
+    """Raise `InputError` for flags of a transport that is not used."""
+    flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if flags and scheme not in transports:
+        raise InputError(f"{', '.join(flags)}: only for transport {scheme}; add --transport {scheme}")
 
 
 def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -130,14 +131,14 @@ def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tup
     return {scheme: tuple(values) for scheme, values in found.items()}
 
 
-def own_identity(output: Output, file: str | None, new: bool, name: str) -> Identity:
-    """Whom a listening peer is, from `process_options`: the identity in ``file``, a ``new`` one, or the one
-    kept for its ``name``, and a new one where none can be kept. No other process gets it before this command
-    has ended.
+def own_identity(output: Output, process: ProcessOptions, name: str) -> Identity:
+    """Whom a listening peer is: the identity in a file, a new one, or the one kept for its ``name``, and a
+    new one where none can be kept. No other process gets it before this command has ended.
 
-    Raise `IdentityInUseError` when another process uses ``file``, `IdentityFileError` when it is no key.
+    Raise `IdentityInUseError` when another process uses the file, `IdentityFileError` when it is no key.
     """
-    if file is None and new:
+    file = process.identity_file
+    if file is None and process.new_identity:
         return Identity.generate()
     try:
         # Who was killed a moment ago, and is started anew, may not be quite gone yet.

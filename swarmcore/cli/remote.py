@@ -14,7 +14,7 @@ import attrs
 from swarmcore.cli.command import set_thread_environment
 from swarmcore.cli.options import ClientOptions, RemoteModelOptions
 from swarmcore.cli.output import Output, can_redraw
-from swarmcore.cli.webrtc import client_transports
+from swarmcore.cli.webrtc import transport_options
 from swarmcore.identity import Identity
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def swarm_of(options: ClientOptions, **limits: Any) -> Swarm:
         mdns=options.mdns,
         registry=options.registry,
         identity=Identity.load_or_create(file) if file is not None else Identity.generate(),
-        transport_options=client_transports(
+        transport_options=transport_options(
             ice=options.ice,
             ice_file=options.ice_file,
             ice_relay_only=options.ice_relay_only,

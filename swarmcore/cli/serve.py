@@ -13,6 +13,7 @@ from swarmcore.cli import interrupt
 from swarmcore.cli.command import set_thread_environment, standard
 from swarmcore.cli.option_kinds import flag, option, several
 from swarmcore.cli.options import (
+    ProcessOptions,
     dtype,
     generation_server_options,
     network_options,
@@ -132,9 +133,7 @@ def serve(
     activation_budget: str | None,
     head: GenerationLimits | None,
     network: dict[str, Any],
-    exit_with_stdin: bool,
-    identity_file: str | None,
-    new_identity: bool,
+    process: ProcessOptions,
     **settings: Any,
 ) -> None:
     """Hold blocks of a model and serve them until Ctrl-C.
@@ -160,7 +159,7 @@ def serve(
         ),
         **settings,
     )
-    identity = own_identity(output, identity_file, new_identity, config.public_name)
+    identity = own_identity(output, process, config.public_name)
     network_settings = network_config(identity.peer, **network)
     grace = interrupt.GRACE
     addresses = AddressReport(output)
@@ -203,7 +202,7 @@ def serve(
                 on_leaving=on_leaving,
             ),
             interrupted_status=0,
-            exit_with_stdin=exit_with_stdin,
+            exit_with_stdin=process.exit_with_stdin,
             grace=lambda: grace,
         )
 

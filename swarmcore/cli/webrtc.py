@@ -41,8 +41,8 @@ def webrtc_options(
     return options
 
 
-def client_transports(**given: Any) -> dict[str, dict[str, Any]]:
-    """The ``transport_options`` of `connect`, from the arguments of `webrtc_options`."""
+def transport_options(**given: Any) -> dict[str, dict[str, Any]]:
+    """What was ``given`` to `webrtc_options`, as `connect` takes options of transports."""
     options = webrtc_options(**given)
     return {SCHEME: options} if options else {}
 

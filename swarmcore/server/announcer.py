@@ -22,15 +22,15 @@ LOAD_CHANGES = 5.0
 """Changes of load a second, of all servers together, that a swarm is to carry: each goes to every member."""
 
 
+@attrs.define(eq=False)
 class Announcer:
     """Announces ``info()`` of a server by its registry, for ``ttl`` seconds each time."""
 
-    def __init__(self, node: Node, registry: Registry, info: Callable[[], ServerInfo], ttl: float) -> None:
-        self._node = node
-        self._registry = registry
-        self._info = info
-        self._ttl = ttl
-        self._announced: ServerInfo | None = None
+    _node: Node
+    _registry: Registry
+    _info: Callable[[], ServerInfo]
+    _ttl: float
+    _announced: ServerInfo | None = attrs.field(default=None, init=False)
 
     async def announce(self) -> None:
         """Say how it is now; raises as `Registry.announce` does."""

@@ -48,21 +48,22 @@ class RowSender:
     """When something came from it last, in loop time."""
 
 
+@attrs.define(eq=False)
 class RenewableDeadline:
     """How long a pass may take: ``deadline`` seconds, from when it last got on if it is to be ``prolonged``.
 
     Only what is computed here prolongs it for ever; what a client sends or takes, for ``most`` seconds.
     """
 
-    def __init__(
-        self, request: TrainingRequest, clock: asyncio.Timeout, deadline: float, most: float, prolonged: bool
-    ) -> None:
-        self.prolonged = prolonged
-        self._request = request
-        self._clock = clock
-        self._deadline = deadline
-        self._most = most
-        self._last = _now() + most
+    _request: TrainingRequest
+    _clock: asyncio.Timeout
+    _deadline: float
+    _most: float
+    prolonged: bool
+    _last: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._last = _now() + self._most
 
     def moved(self) -> None:
         """Some rows have come, or gone."""
@@ -81,30 +82,26 @@ class RenewableDeadline:
                 self._clock.reschedule(until)
 
 
+@attrs.define(eq=False)
 class ForwardBackwardChannel:
     """Receives what one pass needs, in whichever order it comes, and sends what comes of it."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        executor: BlockExecutor,
-        rows: int,
-        sender: RowSender,
-        reserved: Reservation,
-        deadline: RenewableDeadline,
-    ) -> None:
-        """``sender`` is the same object for all passes of a client; in ``reserved`` its rows are counted."""
-        self._reserved = reserved
-        self.deadline = deadline
-        self._channel = channel
-        self._sender = sender
-        self._executor = executor
-        self._rows = rows
-        self._intakes: dict[str, RowsIntake] = {}
-        self._weights: WeightsIntake | None = None
-        self._opened = sender.heard = _now()
-        self.receiving = 0.0
-        """Seconds from the opening until the last rows that have come."""
+    _channel: Channel
+    _executor: BlockExecutor
+    _rows: int
+    _sender: RowSender
+    """The same object for all passes of a client."""
+    _reserved: Reservation
+    """In which its rows are counted."""
+    deadline: RenewableDeadline
+    receiving: float = attrs.field(default=0.0, init=False)
+    """Seconds from the opening until the last rows that have come."""
+    _intakes: dict[str, RowsIntake] = attrs.field(factory=dict, init=False)
+    _weights: WeightsIntake | None = attrs.field(default=None, init=False)
+    _opened: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._opened = self._sender.heard = _now()
 
     def expect(self, kind: str) -> None:
         """Rows of this kind are to come."""

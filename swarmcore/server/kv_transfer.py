@@ -8,6 +8,8 @@ import logging
 from collections import Counter
 from contextlib import aclosing
 
+import attrs
+
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import InvalidStepError, SessionLostError, StreamClosedError, SwarmError
 from swarmcore.server.client_outbox import ClientOutbox
@@ -27,25 +29,16 @@ PART_TIMEOUT = 60.0
 """Seconds for the next part of the caches of one session to get across."""
 
 
+@attrs.frozen(kw_only=True, eq=False)
 class KvTransfer:
     """Sends a session's caches, and takes in those of another server. The client is told how it went."""
 
-    def __init__(
-        self,
-        session: str,
-        *,
-        engine: Engine,
-        dialer: StageDialer,
-        client: ClientOutbox,
-        in_flight: InFlightBytes,
-        counters: Counter[str],
-    ) -> None:
-        self._session = session
-        self._engine = engine
-        self._dialer = dialer
-        self._client = client
-        self._in_flight = in_flight
-        self._counters = counters
+    _session: str
+    _engine: Engine
+    _dialer: StageDialer
+    _client: ClientOutbox
+    _in_flight: InFlightBytes
+    _counters: Counter[str]
 
     async def send(self, order: TransferKv) -> None:
         """Send all caches to the session at ``order.hop``, which tells the client when it has them.

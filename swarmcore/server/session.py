@@ -82,7 +82,7 @@ class ServerSession:
         self._client = ClientOutbox(client, self._in_flight)
         self._downstream = Downstream(dialer, client.remote, counters)
         self._kv_transfer = KvTransfer(
-            opening.session,
+            session=opening.session,
             engine=engine,
             dialer=dialer,
             client=self._client,

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Protocol
 
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import ModelMismatchError, ServerDrainingError, SpanError
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.types import ModelInfo, Span
+from swarmcore.wire.forward_backward import OpenBackward, OpenForward
+from swarmcore.wire.messages import OpenSession
 
-
-class Opening(Protocol):
-    """The first message of a channel that needs blocks."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def end(self) -> int: ...
+Opening = OpenSession | OpenForward | OpenBackward
+"""The first message of a channel that needs blocks."""
 
 
 class SpanService:

@@ -9,6 +9,7 @@ from random import Random
 import attrs
 
 from swarmcore.errors import SwarmError
+from swarmcore.pacing import jittered
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.costs import Latencies
 from swarmcore.rpc.node import Node
@@ -35,6 +36,7 @@ class SuccessorRttLimits:
     """and seconds: on a local network the times of the machines vary more than those of the network."""
 
 
+@attrs.define(eq=False, repr=False)
 class SuccessorRtts:
     """Measures round trips to servers that hold the block after this server's last one.
 
@@ -42,32 +44,22 @@ class SuccessorRtts:
     something has changed that is worth the traffic.
     """
 
-    def __init__(
-        self,
-        node: Node,
-        view: Callable[[], SwarmView],
-        model: ModelInfo,
-        span: Callable[[], Span],
-        *,
-        rng: Random,
-        limits: SuccessorRttLimits | None = None,
-    ) -> None:
-        self.rtts: tuple[Rtt, ...] = ()
-        """Round trips to the nearest of those that may follow, nearest first."""
-        self._node = node
-        self._view = view
-        self._model = model
-        self._span = span
-        self._rng = rng
-        self._limits = limits or SuccessorRttLimits()
-        self._latencies = Latencies()
-        self._tasks = BackgroundTasks()
+    _node: Node
+    _view: Callable[[], SwarmView]
+    _model: ModelInfo
+    _span: Callable[[], Span]
+    _rng: Random = attrs.field(kw_only=True)
+    _limits: SuccessorRttLimits = attrs.field(factory=SuccessorRttLimits, kw_only=True)
+    rtts: tuple[Rtt, ...] = attrs.field(default=(), init=False)
+    """Round trips to the nearest of those that may follow, nearest first."""
+    _latencies: Latencies = attrs.field(factory=Latencies, init=False)
+    _tasks: BackgroundTasks = attrs.field(factory=BackgroundTasks, init=False)
 
     def __repr__(self) -> str:
         return f"<SuccessorRtts {len(self.rtts)} announced of {len(self._latencies)} measured>"
 
     def start(self) -> None:
-        self._tasks.start(self._run(), "neighbours")
+        self._tasks.start(self._run(), "round trips to successors")
 
     async def close(self) -> None:
         """Stop. Harmless when repeated."""
@@ -78,7 +70,7 @@ class SuccessorRtts:
             successors = self._successors()
             await in_turns(self._next(successors), self._ping, at_once=self._limits.at_once)
             self.rtts = self._worth_announcing(successors)
-            await asyncio.sleep(self._limits.round * self._rng.uniform(0.75, 1.25))
+            await asyncio.sleep(jittered(self._limits.round, self._rng))
 
     def _successors(self) -> list[ServerInfo]:
         end = self._span().end

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swarmcore.cli.peer import network_config
-from swarmcore.cli.webrtc import client_transports, read_ice_file
+from swarmcore.cli.webrtc import read_ice_file, transport_options
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
 from swarmcore.identity import Identity
@@ -34,7 +34,7 @@ def private(path: Path, text: str) -> str:
 def test_without_options_everything_is_left_to_the_transport() -> None:
     assert config().options == {}
     assert config().transports == {"webrtc": ("0.0.0.0:{port}", "[::]:{port}")}
-    assert client_transports(ice=(), ice_file=None, ice_relay_only=False, signalling_ca=None) == {}
+    assert transport_options(ice=(), ice_file=None, ice_relay_only=False, signalling_ca=None) == {}
 
 
 def test_every_option_arrives(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_meeting_points_of_others_are_places_to_listen_on_and_to_announce() -> N
 
 
 def test_a_client_has_the_transport_that_it_was_given_options_for() -> None:
-    swarm = connect(f"tcp://h:1/{PEER}", transport_options=client_transports(ice=(STUN,)))
+    swarm = connect(f"tcp://h:1/{PEER}", transport_options=transport_options(ice=(STUN,)))
     assert "webrtc" in swarm.node._transports
 
 

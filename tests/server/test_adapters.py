@@ -213,11 +213,17 @@ async def test_named_adapters_follow_the_blocks() -> None:
 
 
 def intake(
-    span: Span = WHOLE, *, peer_bytes: int = 2**20, executor: CountingExecutor | None = None
+    span: Span = WHOLE,
+    *,
+    executor: CountingExecutor | None = None,
+    resources: ResourceManager | None = None,
 ) -> WeightsIntake:
+    return WeightsIntake(executor or CountingExecutor(), span, NBYTES, resources or bounded(2**20), ALICE)
+
+
+def bounded(peer_bytes: int) -> ResourceManager:
     limits = ResourceLimits.of(Machine(1024, 2**30))
-    resources = ResourceManager(attrs.evolve(limits, bytes=Bounds(2**30, peer_bytes, 2**20, 2**30)))
-    return WeightsIntake(executor or CountingExecutor(), span, NBYTES, resources, ALICE)
+    return ResourceManager(attrs.evolve(limits, bytes=Bounds(2**30, peer_bytes, 2**20, 2**30)))
 
 
 async def test_parts_are_bounded_before_they_are_put_together() -> None:
@@ -242,8 +248,8 @@ async def test_parts_are_bounded_before_they_are_put_together() -> None:
 
 async def test_what_arrives_is_counted_for_its_client_until_it_is_let_go() -> None:
     tensors = adapter_tensors()
-    with intake(peer_bytes=NBYTES - 1) as arriving:
-        resources = arriving._held._manager
+    resources = bounded(NBYTES - 1)
+    with intake(resources=resources) as arriving:
         await arriving.take(AdapterPart(), tensors[:-1])
         assert resources.used(Resource.BYTES, ALICE) == NBYTES - tensors[-1].decoded_nbytes
         with pytest.raises(ResourceLimitError, match="bytes"):

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
+from typing import Any
 
 import pytest
 from measured_peers import MODEL, MeasuredPeers, measured_peers
@@ -17,10 +18,15 @@ pytestmark = pytest.mark.virtual_time
 
 
 @asynccontextmanager
-async def neighbours_of(
-    peers: MeasuredPeers, limits: SuccessorRttLimits | None = None
-) -> AsyncIterator[SuccessorRtts]:
-    found = SuccessorRtts(peers.node, peers.view, MODEL, lambda: Span(0, 6), rng=Random(0), limits=limits)
+async def rtts_of(peers: MeasuredPeers, **limits: Any) -> AsyncIterator[SuccessorRtts]:
+    found = SuccessorRtts(
+        peers.node,
+        peers.view,
+        MODEL,
+        lambda: Span(0, 6),
+        rng=Random(0),
+        limits=SuccessorRttLimits(**limits),
+    )
     found.start()
     try:
         yield found
@@ -36,9 +42,9 @@ async def test_round_trips_to_holders_of_the_next_block_are_published_nearest_fi
         await peers.add(6, 12, 0.01, state="joining")
         peers.announce(peers.node, 0, 7)
         peers.add_unreachable(6, 12)
-        async with neighbours_of(peers) as neighbours:
+        async with rtts_of(peers) as found:
             await asyncio.sleep(30)
-            assert [(rtt.peer, pytest.approx(rtt.seconds, abs=1e-4)) for rtt in neighbours.rtts] == [
+            assert [(rtt.peer, pytest.approx(rtt.seconds, abs=1e-4)) for rtt in found.rtts] == [
                 (near, 0.02),
                 (far, 0.08),
             ]
@@ -47,19 +53,19 @@ async def test_round_trips_to_holders_of_the_next_block_are_published_nearest_fi
 async def test_of_many_successors_the_nearest_are_found_in_some_rounds() -> None:
     async with measured_peers() as peers:
         added = [await peers.add(6, 12, 0.01 * (n + 1)) for n in range(12)]
-        async with neighbours_of(peers, SuccessorRttLimits(published=3, pinged=5)) as neighbours:
+        async with rtts_of(peers, published=3, pinged=5) as found:
             await asyncio.sleep(600)
-            assert [rtt.peer for rtt in neighbours.rtts] == added[:3]
+            assert [rtt.peer for rtt in found.rtts] == added[:3]
 
 
 async def test_what_is_announced_stays_the_same_while_nothing_changes() -> None:
     async with measured_peers() as peers:
         leaves, stays = await peers.add(6, 12, 0.02), await peers.add(6, 12, 0.04)
-        async with neighbours_of(peers) as neighbours:
+        async with rtts_of(peers) as found:
             await asyncio.sleep(30)
-            announced = neighbours.rtts
+            announced = found.rtts
             await asyncio.sleep(600)
-            assert neighbours.rtts is announced
+            assert found.rtts is announced
             del peers.servers[leaves]
             await asyncio.sleep(90)
-            assert [rtt.peer for rtt in neighbours.rtts] == [stays]
+            assert [rtt.peer for rtt in found.rtts] == [stays]
