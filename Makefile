@@ -48,6 +48,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(UNTYPED)
+	$(BIN)/lint-imports
 
 sync: $(VENV)/.installed
 	$(BIN)/python .ci/generate_sync.py

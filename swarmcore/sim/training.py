@@ -6,86 +6,36 @@ client does is section 2.2 of the paper.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
+from rich.table import Table
 
-from swarmcore.errors import InputError
 from swarmcore.sim.costs import load_costs
-from swarmcore.sim.link_times import RATES
-from swarmcore.sim.scenario import Progress, Report, Scenario, combined
-from swarmcore.sim.trainer import MicroBatches
-from swarmcore.sim.training_links import LinkResult, link_runs
-from swarmcore.sim.training_run import Arm, TrainingRun
+from swarmcore.sim.link_times import link_times
+from swarmcore.sim.scenario import Progress, Report, combined
+from swarmcore.sim.training_links import AT_ONCE, LinkResult, link_runs
+from swarmcore.sim.training_run import Arm, TrainingResult, TrainingRun, TrainingSettings
 from swarmcore.types import Span
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_OFF = 0.05
+LEAST_PART = 0.9
+LEAST_GAIN = 1.6
+
 
 @attrs.frozen(kw_only=True)
-class Holder:
-    """A server of `Training.overlapping`."""
-
-    span: str
-    speed: float = 1.0
-
-
-@attrs.frozen(kw_only=True)
-class Training(Scenario):
+class Training(TrainingSettings):
     """Shares, throughput against the bottleneck, churn, two chains against one, codecs by link."""
 
     kind: ClassVar[str] = "training"
 
-    stages: int = 3
-    speeds: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Of the servers of each stage, against the measured one."""
-    stated: tuple[float, ...] = (1.0,)
-    """What servers announce against their true speed, in turn."""
-    overlapping: tuple[Holder, ...] = ()
-    """Servers of another swarm, whose spans do not meet."""
-    sequence: int = 128
-    sequences: int = 8
-    """Of each micro-batch."""
-    keep: bool = False
-    """Whether servers keep activations; the bound is for servers that keep all or none."""
-    client_megabits: float = 10_000.0
-    """Of the client's link. Everything passes through it."""
-    micro_batches: int = 600
-    """In each run, or more where servers need as many to be busy."""
-    steps: tuple[int, ...] = (8, 32, 128)
-    """Micro-batches of a step, where each step waits for the one before."""
-    churn: float = 15.0
-    """Seconds between two servers that die or leave, on average; 0 for no such run."""
-    repair_seconds: float = 20.0
-    """From then until it starts again."""
-    links: tuple[float, ...] = RATES
-    """Mbit/s of the links for the table of codecs."""
-
-    def __attrs_post_init__(self) -> None:
-        if min(self.stages, self.sequence, self.sequences, self.micro_batches, *self.steps) < 1:
-            raise InputError("stages, sequence, sequences, micro_batches and steps have to be 1 or more")
-        rates = (*self.speeds, *self.stated, *self.links, self.client_megabits, self.repair_seconds)
-        rates += tuple(holder.speed for holder in self.overlapping)
-        if not self.speeds or not self.stated or not all(0 < rate < math.inf for rate in rates):
-            raise InputError("speeds, stated, links, client_megabits and repair_seconds have to be above 0")
-        if not 0 <= self.churn < math.inf:
-            raise InputError("churn has to be a number of seconds, or 0 for none")
-        blocks = load_costs(self.costs).blocks
-        if self.stages > blocks:
-            raise InputError(f"{self.stages} stages cannot share {blocks} blocks")
-        spans = [Span.parse(holder.span) for holder in self.overlapping]
-        covered = all(any(block in span for span in spans) for block in range(blocks))
-        if spans and not (covered and max(span.end for span in spans) == blocks):
-            raise InputError(f"overlapping servers have to hold blocks 0:{blocks} together, and no others")
-
-    @property
-    def work(self) -> MicroBatches:
-        return MicroBatches((self.sequence,) * self.sequences, self.keep)
-
     def simulate(self, seed: int, progress: Progress) -> Report:
-        from swarmcore.sim.training_report import training_report
-
         arms = self.arms
         total = len(arms) + len(self.links)
         runs = []
@@ -101,7 +51,7 @@ class Training(Scenario):
             trace=combined([run.trace for run in runs] + [link.trace for link in links]),
             messages=sum(run.messages for run in runs) + sum(link.messages for link in links),
         )
-        training_report(self, runs, links, report)
+        _fill_in(report, runs, links)
         return report
 
     @property
@@ -122,3 +72,115 @@ class Training(Scenario):
         blocks = load_costs(self.costs).blocks
         bounds = [blocks * stage // self.stages for stage in range(self.stages + 1)]
         return tuple((Span(start, end), speed) for start, end in pairwise(bounds) for speed in speeds)
+
+
+def _fill_in(report: Report, runs: Sequence[TrainingResult], links: Sequence[LinkResult]) -> None:
+    """Judge what was measured, and put it into tables and a plot."""
+    found = {run.name: run for run in runs}
+    report.problems += [f"{run.name}: {problem}" for run in runs for problem in run.problems]
+    report.problems += [
+        f"{run.name}: {run.lost} micro-batches lost, {run.doubled} came back twice"
+        for run in runs
+        if run.lost or run.doubled
+    ]
+    steady, gain = found["steady"], _gain(found)
+    report.goals["work is shared in proportion to speed within 5 %"] = steady.off <= MOST_OFF
+    report.goals["90 % of the bottleneck bound, or more"] = steady.part >= LEAST_PART
+    if churn := found.get("churn"):
+        report.goals["no micro-batch lost or done twice under churn"] = not (churn.lost or churn.doubled)
+    report.goals["two chains: 1.6 times one, or more"] = gain >= LEAST_GAIN
+    report.data["runs"] = [{**attrs.asdict(run), "part": run.part, "off": run.off} for run in runs]
+    report.data["links"] = [attrs.asdict(link) for link in links]
+    report.data["two_chains"] = gain
+    report.tables += [_throughputs(runs), _shares(steady)]
+    if links:
+        report.tables += [_links(links, at_once) for at_once in AT_ONCE]
+        report.plot = partial(_plot, runs, links)
+
+
+def _gain(found: dict[str, TrainingResult]) -> float:
+    return found["two chains"].tokens_per_second / found["one chain"].tokens_per_second
+
+
+def _throughputs(runs: Sequence[TrainingResult]) -> Table:
+    table = Table(title="tokens per second, there and back", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("measured", "bound", "part", "died", "lost", "redone", "extra"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        table.add_row(
+            run.name,
+            f"{run.tokens_per_second:,.0f}",
+            f"{run.bound:,.0f}",
+            f"{run.part:.1%}",
+            str(run.deaths),
+            str(run.lost),
+            str(run.redone),
+            f"{max(run.extra, 0.0):.1%}",
+        )
+    return table
+
+
+def _shares(run: TrainingResult) -> Table:
+    title = f"shares of the work, {run.in_flight} micro-batches under way"
+    table = Table(title=title, title_justify="left")
+    for name in ("blocks", "speed", "share", "by speed", "off by", "busy"):
+        table.add_column(name, justify="right")
+    for share in run.shares:
+        table.add_row(
+            str(share.span),
+            f"{share.speed:g}",
+            f"{share.share:.1%}",
+            f"{share.fair:.1%}",
+            f"{share.off:.1%}",
+            f"{share.busy:.1%}",
+        )
+    return table
+
+
+def _links(links: Sequence[LinkResult], at_once: int) -> Table:
+    """Simulated, beside calculated where only one micro-batch is under way."""
+    table = Table(
+        title=f"seconds per micro-batch over one link, {at_once} under way"
+        + (" (calculated)" if at_once == 1 else ""),
+        title_justify="left",
+    )
+    here = [link for link in links if link.at_once == at_once]
+    for name in ("Mbit/s", *dict.fromkeys(link.codec for link in here)):
+        table.add_column(name, justify="right")
+    table.add_column("auto came to, activations / gradients")
+    for line in link_times(tuple(dict.fromkeys(link.mbits for link in here))):
+        told = {"raw": line.raw, "auto": line.auto}
+        found = [link for link in here if link.mbits == line.mbits]
+        cells = [
+            f"{link.seconds:.2f}" + (f" ({told.get(link.codec, line.fixed):.2f})" if at_once == 1 else "")
+            for link in found
+        ]
+        used = found[-1].codecs
+        table.add_row(f"{line.mbits:g}", *cells, f"{used['activations']} / {used['gradients']}")
+    return table
+
+
+def _plot(runs: Sequence[TrainingResult], links: Sequence[LinkResult], figure: Figure) -> None:
+    figure.set_size_inches(10, 4)
+    left, right = figure.subplots(1, 2)
+    names = [run.name for run in runs]
+    left.barh(names, [100 * run.part for run in runs])
+    left.axvline(100 * LEAST_PART, color="grey", linestyle=":", linewidth=1)
+    left.invert_yaxis()
+    left.set_xlabel("% of the bottleneck bound")
+    for codec in dict.fromkeys(link.codec for link in links):
+        for at_once, style in zip(AT_ONCE, ("--", "-"), strict=True):
+            line = [link for link in links if link.codec == codec and link.at_once == at_once]
+            right.plot(
+                [link.mbits for link in line],
+                [link.seconds for link in line],
+                linestyle=style,
+                marker="o",
+                label=f"{codec}, {at_once} at once",
+            )
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("Mbit/s")
+    right.set_ylabel("seconds per micro-batch")
+    right.legend()

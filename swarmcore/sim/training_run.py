@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
-from typing import TYPE_CHECKING
 
 import attrs
 
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.errors import SwarmError
+from swarmcore.errors import InputError, SwarmError
 from swarmcore.sim.costs import load_costs
-from swarmcore.sim.trainer import Trainer, TrainingServer, TrainingSwarm
+from swarmcore.sim.link_times import RATES
+from swarmcore.sim.scenario import Scenario
+from swarmcore.sim.trainer import MicroBatches, Trainer, TrainingServer, TrainingSwarm
 from swarmcore.sim.world import World
 from swarmcore.types import Span
-
-if TYPE_CHECKING:
-    from swarmcore.sim.training import Training
 
 WARM_UP = 0.2
 """The part of a run's micro-batches that is not counted: speeds are measured, and the pipeline fills."""
@@ -26,6 +25,65 @@ LEAST_ROUNDS = 4
 
 STEPS = 4
 """Steps of a run by steps; the first is not counted."""
+
+
+@attrs.frozen(kw_only=True)
+class Holder:
+    """A server of `TrainingSettings.overlapping`."""
+
+    span: str
+    speed: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class TrainingSettings(Scenario):
+    """What a `Training` is run with."""
+
+    stages: int = 3
+    speeds: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Of the servers of each stage, against the measured one."""
+    stated: tuple[float, ...] = (1.0,)
+    """What servers announce against their true speed, in turn."""
+    overlapping: tuple[Holder, ...] = ()
+    """Servers of another swarm, whose spans do not meet."""
+    sequence: int = 128
+    sequences: int = 8
+    """Of each micro-batch."""
+    keep: bool = False
+    """Whether servers keep activations; the bound is for servers that keep all or none."""
+    client_megabits: float = 10_000.0
+    """Of the client's link. Everything passes through it."""
+    micro_batches: int = 600
+    """In each run, or more where servers need as many to be busy."""
+    steps: tuple[int, ...] = (8, 32, 128)
+    """Micro-batches of a step, where each step waits for the one before."""
+    churn: float = 15.0
+    """Seconds between two servers that die or leave, on average; 0 for no such run."""
+    repair_seconds: float = 20.0
+    """From then until it starts again."""
+    links: tuple[float, ...] = RATES
+    """Mbit/s of the links for the table of codecs."""
+
+    def __attrs_post_init__(self) -> None:
+        if min(self.stages, self.sequence, self.sequences, self.micro_batches, *self.steps) < 1:
+            raise InputError("stages, sequence, sequences, micro_batches and steps have to be 1 or more")
+        rates = (*self.speeds, *self.stated, *self.links, self.client_megabits, self.repair_seconds)
+        rates += tuple(holder.speed for holder in self.overlapping)
+        if not self.speeds or not self.stated or not all(0 < rate < math.inf for rate in rates):
+            raise InputError("speeds, stated, links, client_megabits and repair_seconds have to be above 0")
+        if not 0 <= self.churn < math.inf:
+            raise InputError("churn has to be a number of seconds, or 0 for none")
+        blocks = load_costs(self.costs).blocks
+        if self.stages > blocks:
+            raise InputError(f"{self.stages} stages cannot share {blocks} blocks")
+        spans = [Span.parse(holder.span) for holder in self.overlapping]
+        covered = all(any(block in span for span in spans) for block in range(blocks))
+        if spans and not (covered and max(span.end for span in spans) == blocks):
+            raise InputError(f"overlapping servers have to hold blocks 0:{blocks} together, and no others")
+
+    @property
+    def work(self) -> MicroBatches:
+        return MicroBatches((self.sequence,) * self.sequences, self.keep)
 
 
 @attrs.frozen
@@ -109,7 +167,7 @@ class _Look:
 class TrainingRun:
     """Runs an arm of a scenario in a world of its own."""
 
-    def __init__(self, training: Training, seed: int, arm: Arm) -> None:
+    def __init__(self, training: TrainingSettings, seed: int, arm: Arm) -> None:
         self._training, self._arm, self._work = training, arm, training.work
         # Which arm it is leaves network and failures alone.
         self._world = World(f"{seed}/training", training.network, load_costs(training.costs))

@@ -17,9 +17,9 @@ from swarmcore.sim.link_times import link_times
 from swarmcore.sim.model import SimModel, batch_numbers
 from swarmcore.sim.scenario import Report, load_scenario
 from swarmcore.sim.trainer import MicroBatches, TrainingServer, TrainingSwarm
-from swarmcore.sim.training import Holder, Training
+from swarmcore.sim.training import Training
 from swarmcore.sim.training_links import LinkRun
-from swarmcore.sim.training_run import TrainingRun
+from swarmcore.sim.training_run import Holder, TrainingRun
 from swarmcore.sim.world import World
 from swarmcore.types import Span
 
