@@ -18,7 +18,7 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.rpc.dialing import STAGGER, dial
-from swarmcore.rpc.memory_stream import StreamEnd, stream_pair
+from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd
 from swarmcore.testing import MemoryNetwork
 from swarmcore.testing.memory import MemoryTransport
 from swarmcore.transport import Stream
@@ -59,7 +59,8 @@ class Slow(MemoryTransport):
                 raise
         if isinstance(error, SwarmError):
             raise error
-        stream, _ = stream_pair(*(StreamEnd(peer, self.limits, set()) for peer in (ME.peer, address.peer)))
+        stream = MemoryStream(StreamEnd(ME.peer, self.limits, {}), address.peer)
+        stream.connect(MemoryStream(StreamEnd(address.peer, self.limits, {}), ME.peer))
         stream.path = place
         self.opened.append(stream)
         return stream
