@@ -1,18 +1,17 @@
-"""What we build on in aiortc and aioice, none of which the libraries promise to keep, and how it gets in."""
+"""What we build on in aiortc and aioice, none of which the libraries promise to keep."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from aioice import Connection
 from aioice.ice import StunProtocol, relayed_candidate
 from aiortc import RTCIceGatherer, RTCIceTransport, rtcpeerconnection, rtcsctptransport
-from aiortc.rtcsctptransport import InboundStream
+from aiortc.rtcsctptransport import DataChunk, InboundStream, RTCSctpTransport
 
-_METHODS = {
+_SCTP_METHODS = {
     "_transmit": ["self"],
     "_receive_sack_chunk": ["self", "chunk"],
     "_receive_data_chunk": ["self", "chunk"],
@@ -37,7 +36,7 @@ _STREAM_METHODS = {
     "pop_messages": ["self"],
     "prune_chunks": ["self", "tsn"],
 }
-_ATTRIBUTES = {
+_SCTP_ATTRIBUTES = {
     "_advertised_rwnd",
     "_association_state",
     "_cwnd",
@@ -114,11 +113,11 @@ _ICE_TRANSPORT_METHODS = {
 }
 
 
-def missing_of_sctp(transport: type, chunk: type) -> list[str]:
+def missing_of_sctp() -> list[str]:
     """What of aiortc that our SCTP builds on is not there, or takes other arguments."""
-    missing = _changed(transport, _METHODS) + _changed(InboundStream, _STREAM_METHODS)
-    missing += _not_made(transport, _ATTRIBUTES)
-    missing += sorted(_CHUNK_FIELDS - set(getattr(chunk, "__annotations__", ())))
+    missing = _changed(RTCSctpTransport, _SCTP_METHODS) + _changed(InboundStream, _STREAM_METHODS)
+    missing += _not_made(RTCSctpTransport, _SCTP_ATTRIBUTES)
+    missing += sorted(_CHUNK_FIELDS - set(getattr(DataChunk, "__annotations__", ())))
     missing += [
         name
         for name in ("USERDATA_MAX_LENGTH", "LOCAL_MAX_MESSAGE_SIZE")
@@ -153,21 +152,3 @@ def _changed(owner: type, methods: dict[str, list[str]]) -> list[str]:
 def _not_made(owner: type, attributes: set[str]) -> list[str]:
     """Those that the initialiser does not name."""
     return sorted(attributes - set(owner.__init__.__code__.co_names))  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def built_with(**parts: Any) -> Iterator[None]:
-    """Within, an `RTCPeerConnection` is made of ``parts``, by the names that aiortc's module has for them.
-
-    It names its classes in private methods and takes no others. Replacing the names around the one call that
-    uses them leaves every other peer connection of the process alone: only for code without an ``await``.
-    """
-    module: Any = rtcpeerconnection
-    originals = {name: getattr(module, name) for name in parts}
-    try:
-        for name, part in parts.items():
-            setattr(module, name, part)
-        yield
-    finally:
-        for name, part in originals.items():
-            setattr(module, name, part)

@@ -16,8 +16,9 @@ from aiortc.rtcconfiguration import RTCBundlePolicy, RTCIceTransportPolicy
 
 from swarmcore.errors import ConnectionLostError, PeerUnreachableError, ProtocolError
 from swarmcore_transports.webrtc.aiortc.ice_agent import TrickleIceAgent
-from swarmcore_transports.webrtc.aiortc.ice_transport import RestartableIceTransport, repaired_ice
-from swarmcore_transports.webrtc.aiortc.sctp_sender import RackSctpTransport, repaired_sctp
+from swarmcore_transports.webrtc.aiortc.ice_transport import RestartableIceTransport
+from swarmcore_transports.webrtc.aiortc.repairs import repaired
+from swarmcore_transports.webrtc.aiortc.sctp_sender import RackSctpTransport
 from swarmcore_transports.webrtc.engine import CHANNEL_LABEL, DataChannel, PeerConnection
 from swarmcore_transports.webrtc.ice import IceServer
 from swarmcore_transports.webrtc.sdp import (
@@ -124,7 +125,7 @@ class AiortcConnection(PeerConnection):
         self._peer_username = ""
         self._left_out = False
         """Whether a candidate of the latest description was, so that their end is not the end."""
-        with repaired_ice(self._make_agent), repaired_sctp():
+        with repaired(self._make_agent):
             first = self._connection.createDataChannel("swarmcore", negotiated=True, id=0)
         # Not from inside: aiortc closes one channel after the other, and must not find one closed meanwhile.
         first.on("close", lambda: loop.call_soon(self._has_lost, "the peer has ended it"))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
-import aiortc
 from aioice import ConnectionClosed
 from aiortc import RTCIceGatherer, RTCIceTransport
 
-from swarmcore_transports.webrtc.aiortc.compat import built_with, missing_of_ice
 from swarmcore_transports.webrtc.aiortc.ice_agent import TrickleIceAgent
 
 logger = logging.getLogger(__name__)
@@ -117,33 +113,3 @@ class RestartableIceTransport(RTCIceTransport):
         """The agent that is to take over, else the one in use: what a peer says is for it."""
         first: Any = self._connection  # as `TrickleIceGatherer` has made it
         return self._next or first
-
-
-@contextlib.contextmanager
-def repaired_ice(make: MakeAgent) -> Iterator[None]:
-    """Within, the first data channel of an `RTCPeerConnection` gives it a `RestartableIceTransport`.
-
-    Where aiortc and aioice are not built as that expects, theirs stay, and a warning says so. Only for code
-    without an ``await``.
-    """
-    if _unexpected():
-        yield
-        return
-    with built_with(
-        RTCIceGatherer=lambda **_: TrickleIceGatherer(make), RTCIceTransport=RestartableIceTransport
-    ):
-        yield
-
-
-@cache
-def _unexpected() -> bool:
-    missing = missing_of_ice()
-    if missing:
-        logger.warning(
-            "aiortc %s and its aioice have changed what ICE restarts build on (%s): connections are made "
-            "slowly, and lost when a machine changes its network, until swarmcore knows these versions; "
-            "aiortc 1.16 is one that it knows",
-            aiortc.__version__,
-            ", ".join(missing),
-        )
-    return bool(missing)

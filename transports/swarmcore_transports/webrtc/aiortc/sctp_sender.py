@@ -9,17 +9,12 @@ wire format is SCTP's as before, so the peer may be anything.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
-import aiortc
 from aiortc import rtcsctptransport
-from aiortc.rtcsctptransport import DataChunk, HeartbeatChunk, RTCSctpTransport, SackChunk
+from aiortc.rtcsctptransport import DataChunk, HeartbeatChunk, SackChunk
 
-from swarmcore_transports.webrtc.aiortc.compat import built_with, missing_of_sctp
 from swarmcore_transports.webrtc.aiortc.congestion import CongestionWindow
 from swarmcore_transports.webrtc.aiortc.sctp_receiver import (
     ACK_DELAY,
@@ -27,8 +22,6 @@ from swarmcore_transports.webrtc.aiortc.sctp_receiver import (
     DelayedSackReceiver,
     at_or_after,
 )
-
-logger = logging.getLogger(__name__)
 
 _FIRST_RTO = 1.0
 _LEAST_RTO_SLACK = 0.2
@@ -365,30 +358,3 @@ class RackSctpTransport(DelayedSackReceiver):
         self._send_soon(self._send_more)
         if self._timeouts == _UNANSWERED_TIMEOUTS:
             self.on_unanswered()
-
-
-@contextlib.contextmanager
-def repaired_sctp() -> Iterator[None]:
-    """Within, the first data channel of an `RTCPeerConnection` gives it a `RackSctpTransport`.
-
-    Where aiortc is not built as `RackSctpTransport` expects, its own transport stays, and a warning says so.
-    Only for code without an ``await``.
-    """
-    if _unexpected():
-        yield
-        return
-    with built_with(RTCSctpTransport=RackSctpTransport):
-        yield
-
-
-@cache
-def _unexpected() -> bool:
-    missing = missing_of_sctp(RTCSctpTransport, DataChunk)
-    if missing:
-        logger.warning(
-            "aiortc %s has changed what makes data channels quick on long links (%s): they are slow until "
-            "swarmcore knows this version; aiortc 1.16 is one that it knows",
-            aiortc.__version__,
-            ", ".join(missing),
-        )
-    return bool(missing)
