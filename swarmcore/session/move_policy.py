@@ -20,7 +20,7 @@ class MoveLimits:
 
 
 class MovePolicy:
-    """Decides for one session, on looks that its owner takes now and then. A plain object.
+    """Decides for one session, whenever its owner compares chains. A plain object.
 
     A move pays when what it saves on the tokens still to come is more than what it costs to replay those
     that are there. A generation is expected to go on for as long again as it has gone already.
@@ -32,7 +32,7 @@ class MovePolicy:
         self._target: tuple[PeerId, ...] | None = None
         self._since = now
 
-    def look(
+    def should_move(
         self,
         now: float,
         *,

@@ -57,7 +57,7 @@ class StepPatience:
         return f"<StepPatience since {self._latest:.1f} s · {self._resends} resends>"
 
     @property
-    def look_after(self) -> float:
+    def judge_after(self) -> float:
         """Seconds without progress after which a verdict is worth asking for."""
         return self._timeout / (RESENDS + 1)
 
@@ -70,9 +70,10 @@ class StepPatience:
         """The server where the step waits its turn got further with other work."""
         self._latest = now
 
-    def look(self, now: float, *, held: bool, alone: bool) -> Verdict:
+    def judge(self, now: float, *, held: bool, alone: bool) -> Verdict:
+        """What to do now, where the server has the step (``held``) or not, and others its blocks or not."""
         idle = now - self._latest
-        if not held and self._resends < RESENDS and idle >= (self._resends + 1) * self.look_after:
+        if not held and self._resends < RESENDS and idle >= (self._resends + 1) * self.judge_after:
             self._resends += 1
             return "resend"
         if alone and held:

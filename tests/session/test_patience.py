@@ -40,7 +40,7 @@ def outcome(
         elif int(busy) > work:
             work = int(busy)
             patience.others_progressed(now)
-        verdict = patience.look(now, held=True, alone=alone)
+        verdict = patience.judge(now, held=True, alone=alone)
         assert verdict != "resend", "the server has it"
         if verdict != "wait":
             return verdict, now
@@ -75,12 +75,12 @@ def test_a_turn_behind_others_is_waited_for_and_longer_where_nobody_else_is(
 
 def test_a_step_that_its_server_does_not_have_is_sent_again_thrice_and_then_the_server_is_replaced() -> None:
     patience = StepPatience(0.0, TIMEOUT)
-    verdicts = [(now, patience.look(float(now), held=False, alone=False)) for now in range(100)]
+    verdicts = [(now, patience.judge(float(now), held=False, alone=False)) for now in range(100)]
     assert [now for now, verdict in verdicts if verdict == "resend"] == [15, 30, 45]
     assert next(now for now, verdict in verdicts if verdict == "replace") == 60
     patience.progressed(100.0)
-    assert patience.look(101.0, held=False, alone=False) == "wait"
-    assert patience.look(115.0, held=False, alone=False) == "resend"
+    assert patience.judge(101.0, held=False, alone=False) == "wait"
+    assert patience.judge(115.0, held=False, alone=False) == "resend"
 
 
 def attempts(policy: RetryPolicy, error: Exception) -> list[float]:

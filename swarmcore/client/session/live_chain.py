@@ -171,7 +171,7 @@ class LiveChain(ABC):
             patience.progressed(loop.time())
         # Where nobody else has its blocks, that the link to it is slow is a reason to wait while it answers.
         alone = stage.answers and self.alone(stage)
-        if patience.look(loop.time(), held=stage.answers, alone=alone) in ("replace", "give up"):
+        if patience.judge(loop.time(), held=stage.answers, alone=alone) in ("replace", "give up"):
             self.fail(stage, DeadlineExceededError("it does not take in a step"))
 
     def _listening(self, opened: OpenStage, first_step: int = 0) -> LiveStage:

@@ -19,7 +19,7 @@ from swarmcore.wire.messages import KvTransferFailed, KvTransferred, TransferKv
 
 logger = logging.getLogger(__name__)
 
-LOOK_INTERVAL = 5.0
+CHECK_INTERVAL = 5.0
 """Seconds between two looks for a better chain."""
 
 MOVE_PAUSE = 1.0
@@ -41,7 +41,7 @@ class SessionMoves:
         self.tasks = BackgroundTasks()
         now = asyncio.get_running_loop().time()
         self._policy = MovePolicy(now, pipeline.options.moves)
-        self.next_look = now + LOOK_INTERVAL
+        self.next_check = now + CHECK_INTERVAL
         """When `look_for_better` is to be called again, after a step."""
 
     # --- servers that leave ------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ class SessionMoves:
     def look_for_better(self, steps_done: int) -> None:
         """Begin to move if a better chain has been there for long enough."""
         pipeline, now = self._pipeline, asyncio.get_running_loop().time()
-        self.next_look = now + LOOK_INTERVAL
+        self.next_check = now + CHECK_INTERVAL
         if pipeline.options.moves is None or pipeline.options.journal == "off" or self.tasks:
             return
         try:
             found = pipeline.planner.compare(pipeline.chain, tokens=sum(pipeline.steps.positions))
         except SwarmError:
             return  # blocks are missing: no time for luxuries
-        if found is not None and self._policy.look(
+        if found is not None and self._policy.should_move(
             now,
             current=found.current,
             better=found.better,

@@ -87,7 +87,7 @@ async def _done(pipeline: Pipeline, pending: PendingChunk, first: int, stages: S
     loop, patience = asyncio.get_running_loop(), pipeline.options.step_timeout
     while not await pipeline.wait(settled, timeout=patience):
         stage = pipeline.stuck_at(pending)
-        verdict = pipeline.patience.look(loop.time(), held=stage.holds_step, alone=pipeline.alone(stage))
+        verdict = pipeline.patience.judge(loop.time(), held=stage.holds_step, alone=pipeline.alone(stage))
         if verdict in ("replace", "give up"):
             pipeline.blame_stuck(pending, DeadlineExceededError("it did not rebuild its caches in time"))
             break

@@ -144,7 +144,7 @@ class InferenceSession:
         finally:
             self._step = None
         self._steps_done += 1
-        if asyncio.get_running_loop().time() >= self._moves.next_look:
+        if asyncio.get_running_loop().time() >= self._moves.next_check:
             self._moves.look_for_better(self._steps_done)
         return output
 
@@ -228,7 +228,7 @@ class InferenceSession:
                 rows = _rows(hidden, chunk).encode(self.options.codec)
                 in_flight.append(pipeline.begin(chunk, rows))
                 await pipeline.send(0, in_flight[-1], rows)
-            elif not await pipeline.wait(news, timeout=pipeline.patience.look_after):
+            elif not await pipeline.wait(news, timeout=pipeline.patience.judge_after):
                 again = self._stuck(in_flight[0])
             if again:
                 await failover.resend(in_flight)
@@ -241,7 +241,7 @@ class InferenceSession:
         """
         pipeline, now = self._pipeline, asyncio.get_running_loop().time()
         stage = pipeline.stuck_at(pending)
-        verdict = pipeline.patience.look(now, held=stage.holds_step, alone=pipeline.alone(stage))
+        verdict = pipeline.patience.judge(now, held=stage.holds_step, alone=pipeline.alone(stage))
         seconds = self.options.step_timeout * (ALONE if verdict == "give up" else 1)
         error = DeadlineExceededError(f"a step got no further in {seconds:.0f} s")
         if verdict == "give up":
