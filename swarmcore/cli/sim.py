@@ -28,7 +28,7 @@ def sim(output: Output, scenario: str, seed: int, plot_file: str | None) -> None
     \b
     failures         the paper's table of failure rates, this system beside restarts and no caches
     failures-paper   the same, with servers as fast as the paper's
-    crowd            1,000 servers, 200 clients, an hour; a third of the servers dies at once
+    load             1,000 servers, 200 clients, an hour; a third of the servers dies at once
     balance          the paper's ablation of load balancing, under churn
     training         batches shared out by speed, failures, two chains beside one, codecs by link
     """

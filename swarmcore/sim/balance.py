@@ -73,8 +73,6 @@ class Balance(Scenario):
             raise InputError("speeds has to list factors above 0")
 
     def simulate(self, seed: int, progress: Progress) -> Report:
-        from swarmcore.sim.balance import balance_report
-
         runs = []
         best: dict[frozenset[PeerId], float] = {}
         for done, balancing in enumerate(ARMS):

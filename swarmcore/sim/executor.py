@@ -18,8 +18,8 @@ from swarmcore.executor.base import (
     TrainingBatch,
 )
 from swarmcore.sim.costs import BatchLoad, MeasuredModel
+from swarmcore.sim.forward_backward import SimAdapter, SimBackward, SimForward, check_batch
 from swarmcore.sim.model import MASK, SimModel, next_state, pack_rows, unpack_rows
-from swarmcore.sim.passes import SimAdapter, SimBackward, SimForward, check_batch
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 

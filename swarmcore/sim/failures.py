@@ -61,8 +61,6 @@ class FailureTable(Scenario):
             raise InputError("probabilities have to be from 0 to below 1")
 
     def simulate(self, seed: int, progress: Progress) -> Report:
-        from swarmcore.sim.failures import failure_report
-
         cells = []
         wanted = [(a, t, p) for t in self.tokens for a in self.algorithms for p in self.probabilities]
         for done, (algorithm, tokens, probability) in enumerate(wanted):

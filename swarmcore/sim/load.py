@@ -36,10 +36,10 @@ _LOOK_LATER = 2.0
 
 
 @attrs.frozen(kw_only=True)
-class Crowd(Scenario):
+class Load(Scenario):
     """Whether sessions live through it all, how long they take to recover, and what the registry costs."""
 
-    kind: ClassVar[str] = "crowd"
+    kind: ClassVar[str] = "load"
     unit: ClassVar[str] = "s"
 
     servers: int = 1000
@@ -72,13 +72,11 @@ class Crowd(Scenario):
             raise InputError("disaster_at and rush are parts of a whole; disaster is a part below 1")
 
     def simulate(self, seed: int, progress: Progress) -> Report:
-        from swarmcore.sim.load import crowd_report
-
         world = World(seed, self.network, load_costs(self.costs))
         hour = _Hour(self, world, progress)
         world.run(hour.run)
         report = Report(trace=world.trace.hash, messages=world.trace.messages, problems=hour.problems)
-        crowd_report(self, hour, report)
+        _fill_in(report, self, hour)
         return report
 
 
@@ -102,8 +100,8 @@ class Cleaning:
 
 
 class _Hour:
-    def __init__(self, crowd: Crowd, world: World, progress: Progress) -> None:
-        self.crowd = crowd
+    def __init__(self, load: Load, world: World, progress: Progress) -> None:
+        self.load = load
         self.world = world
         self.problems: list[str] = []
         self.recoveries: list[Recovery] = []
@@ -117,7 +115,7 @@ class _Hour:
         self._progress = progress
         self._rng = world.rng("crowd")
         self._bootstraps = [
-            SimBootstrap(world, f"bootstrap {index}", crowd.gossip) for index in range(crowd.bootstraps)
+            SimBootstrap(world, f"bootstrap {index}", load.gossip) for index in range(load.bootstraps)
         ]
         self._doors = [bootstrap.address for bootstrap in self._bootstraps]
         self.servers: list[SimServer] = []
@@ -129,21 +127,21 @@ class _Hour:
         await self._assemble()
         self._began = self.world.now()
         self.world.founded()
-        crowd, rng = self.crowd, self._rng
-        disaster = crowd.disaster_at * crowd.seconds
+        load, rng = self.load, self._rng
+        disaster = load.disaster_at * load.seconds
         for client in self.clients:
-            moments = [rng.uniform(0, crowd.seconds) for _ in range(_rounded(crowd.requests, rng))]
-            if rng.random() < crowd.rush:
+            moments = [rng.uniform(0, load.seconds) for _ in range(_rounded(load.requests, rng))]
+            if rng.random() < load.rush:
                 moments.append(max(0.0, disaster - rng.uniform(1.0, 5.0)))
             self._start(self._use(client, sorted(moments)), f"{client.name} generates")
-        for _ in range(crowd.restarts):
-            self._start(self._restart(rng.uniform(0, crowd.seconds)), "a server restarts")
+        for _ in range(load.restarts):
+            self._start(self._restart(rng.uniform(0, load.seconds)), "a server restarts")
         self._start(self._strike(disaster), "the disaster")
-        for second in range(0, crowd.seconds, max(1, crowd.seconds // 100)):
+        for second in range(0, load.seconds, max(1, load.seconds // 100)):
             await self._until(second)
-            self._progress(f"{self.finished} generations", second, crowd.seconds)
-        await self._until(crowd.seconds)
-        self._progress("done", crowd.seconds, crowd.seconds)
+            self._progress(f"{self.finished} generations", second, load.seconds)
+        await self._until(load.seconds)
+        self._progress("done", load.seconds, load.seconds)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -151,16 +149,16 @@ class _Hour:
 
     async def _assemble(self) -> None:
         """A swarm that has been together for a while: everybody knows everybody, and no time has passed."""
-        crowd, world, rng = self.crowd, self.world, self._rng
+        load, world, rng = self.load, self.world, self._rng
         known = [bootstrap.record_of(bootstrap.info) for bootstrap in self._bootstraps]
         settings = ServerSettings(measures_neighbours=False)
         blocks = world.model.blocks
-        for index in range(crowd.servers):
-            size = min(rng.randint(*crowd.blocks), blocks)
+        for index in range(load.servers):
+            size = min(rng.randint(*load.blocks), blocks)
             # As the join rule would have it in the end: every block is held by about as many.
             start = min(max(0, rng.randint(1 - size, blocks - 1)), blocks - size)
             server = SimServer(
-                world, f"server {index}", crowd.gossip, Span(start, start + size), settings=settings
+                world, f"server {index}", load.gossip, Span(start, start + size), settings=settings
             )
             known.append(await server.prepare(self._doors, Span(start, start + size)))
             self.servers.append(server)
@@ -169,11 +167,11 @@ class _Hour:
         for done, server in enumerate(self.servers):
             await server.resume(known)
             if done % 50 == 0:
-                self._progress(f"{done} servers", 0, crowd.seconds)
-        for index in range(crowd.clients):
+                self._progress(f"{done} servers", 0, load.seconds)
+        for index in range(load.clients):
             door = self._doors[index % len(self._doors)]
             pings = PingLimits(servers=24, for_each_block=3)
-            self.clients.append(SimClient(world, f"client {index}", crowd.gossip, [door], pings=pings))
+            self.clients.append(SimClient(world, f"client {index}", load.gossip, [door], pings=pings))
         await asyncio.gather(*(client.start() for client in self.clients))
 
     async def _until(self, moment: float) -> None:
@@ -186,7 +184,7 @@ class _Hour:
         for moment in moments:
             await self._until(moment)
             generation = Generation.begin(
-                self.world.model, seed=self._rng.getrandbits(32), prompt=self.crowd.prompt
+                self.world.model, seed=self._rng.getrandbits(32), prompt=self.load.prompt
             )
             try:
                 await self._generate(client, generation)
@@ -202,7 +200,7 @@ class _Hour:
                 self.world.note(f"{client.name} has a text")
 
     async def _generate(self, client: SimClient, generation: Generation) -> None:
-        whole = self.crowd.prompt + self.crowd.tokens
+        whole = self.load.prompt + self.load.tokens
         options = SessionOptions(on_failover=lambda failover: self.failovers.append(failover.seconds))
         session = await client.open_session(max_tokens=whole, options=options)
         try:
@@ -228,7 +226,7 @@ class _Hour:
             return
         server.crash()
         self.killed += 1
-        await asyncio.sleep(self.crowd.restart_seconds)
+        await asyncio.sleep(self.load.restart_seconds)
         try:
             await server.start(self._doors)
         except SwarmError as exc:
@@ -236,7 +234,7 @@ class _Hour:
 
     async def _strike(self, moment: float) -> None:
         await self._until(moment)
-        victims = self._rng.sample(self.servers, round(self.crowd.disaster * len(self.servers)))
+        victims = self._rng.sample(self.servers, round(self.load.disaster * len(self.servers)))
         struck = [server for server in victims if self._spare(server)]
         for server in struck:
             server.crash()
@@ -296,11 +294,11 @@ SOON = 5.0
 _QUANTILES = (0.5, 0.9, 0.99)
 
 
-def crowd_report(crowd: Crowd, hour: _Hour, report: Report) -> None:
+def _fill_in(report: Report, load: Load, hour: _Hour) -> None:
     """Fill in what was measured."""
     recoveries = sorted(recovery.seconds for recovery in hour.recoveries)
-    servers = [_registry_bytes(server.host) / crowd.seconds for server in hour.servers]
-    clients = [_registry_bytes(client.host) / crowd.seconds for client in hour.clients]
+    servers = [_registry_bytes(server.host) / load.seconds for server in hour.servers]
+    clients = [_registry_bytes(client.host) / load.seconds for client in hour.clients]
     report.goals["no session gave up while every block had a holder"] = not report.problems
     if hour.cleaning.servers or hour.cleaning.never:
         seen_last = max((*hour.cleaning.servers, *hour.cleaning.clients), default=0.0)
@@ -321,7 +319,7 @@ def crowd_report(crowd: Crowd, hour: _Hour, report: Report) -> None:
         },
     )
     table = Table(
-        title=f"{crowd.servers} servers, {crowd.clients} clients, {crowd.seconds} s",
+        title=f"{load.servers} servers, {load.clients} clients, {load.seconds} s",
         title_justify="left",
         show_header=False,
     )

@@ -65,6 +65,9 @@ class Scenario(ABC):
         """Run it. Two runs with one ``seed`` are the same, message for message."""
 
 
+_RENAMED = {"crowd": "load"}  # scenarios and kinds, by what they were called before 0.2
+
+
 def scenario_names() -> list[str]:
     """The scenarios that come with swarmcore."""
     folder = resources.files(__package__).joinpath("scenarios")
@@ -78,6 +81,7 @@ def load_scenario(name: str, kinds: Sequence[type[Scenario]]) -> Scenario:
 
     Raise `InputError`, naming file and key, when it is not there, is no TOML, or says something unknown.
     """
+    name = _RENAMED.get(name, name)
     if name in scenario_names():
         text = resources.files(__package__).joinpath("scenarios", f"{name}.toml").read_text(encoding="utf-8")
     else:
@@ -99,6 +103,7 @@ def parse_scenario(data: JsonDict, kinds: Sequence[type[Scenario]], source: str)
     """What ``data`` from the file ``source`` describes. Raise `InputError` as `load_scenario` does."""
     by_name = {kind.kind: kind for kind in kinds}
     named = data.pop("kind", None)
+    named = _RENAMED.get(named, named)
     if named not in by_name:
         raise InputError(f"{source}: kind = {named!r} is none of {', '.join(by_name)}")
     return _structure(by_name[named], data, source)

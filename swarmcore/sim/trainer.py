@@ -17,8 +17,8 @@ from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.sim.costs import BatchLoad, CostModel
 from swarmcore.sim.executor import SimExecutor
+from swarmcore.sim.forward_backward import BACKWARD
 from swarmcore.sim.model import batch_numbers
-from swarmcore.sim.passes import BACKWARD
 from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimClient, SimServer
 from swarmcore.sim.world import World
 from swarmcore.types import Span

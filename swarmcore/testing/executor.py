@@ -26,7 +26,7 @@ from swarmcore.executor.base import (
     SequenceId,
     TrainingBatch,
 )
-from swarmcore.testing.passes import CountingAdapter, CountingBackward, CountingForward
+from swarmcore.testing.forward_backward import CountingAdapter, CountingBackward, CountingForward
 from swarmcore.testing.rows import Rows as Rows
 from swarmcore.testing.rows import hidden_states as hidden_states
 from swarmcore.testing.rows import read_rows as read_rows
@@ -148,7 +148,7 @@ class CountingExecutor(BlockExecutor):
         self.passes.add(found)
         return found
 
-    def closed_pass(self, closed: ForwardPass | BackwardPass) -> None:
+    def on_close(self, closed: ForwardPass | BackwardPass) -> None:
         """One of `passes` was closed."""
         self.passes.remove(closed)
 

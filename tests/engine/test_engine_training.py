@@ -25,7 +25,7 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.base import TrainingBatch, TrainingPass
 from swarmcore.testing.executor import CountingExecutor
-from swarmcore.testing.passes import CountingForward
+from swarmcore.testing.forward_backward import CountingForward
 from swarmcore.testing.rows import Rows, hidden_states, read_rows
 from swarmcore.types import Span
 

@@ -19,7 +19,7 @@ from swarmcore.engine.training_queue import (
 )
 from swarmcore.executor.base import TrainingBatch
 from swarmcore.testing.executor import CountingExecutor
-from swarmcore.testing.passes import CountingForward
+from swarmcore.testing.forward_backward import CountingForward
 from swarmcore.testing.rows import hidden_states
 from swarmcore.types import Span
 

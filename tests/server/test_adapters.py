@@ -27,7 +27,7 @@ from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, Resou
 from swarmcore.server import adapters as module
 from swarmcore.server.adapters import ARRIVAL_TIMEOUT, AdapterStore, Ask, Weights, WeightsIntake
 from swarmcore.testing.executor import CountingExecutor
-from swarmcore.testing.passes import CountingAdapter
+from swarmcore.testing.forward_backward import CountingAdapter
 from swarmcore.testing.rows import tensor_of
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.forward_backward import AdapterName, AdapterPart

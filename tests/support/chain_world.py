@@ -25,8 +25,8 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.adapters import AdapterStore
 from swarmcore.server.forward_backward import ForwardBackwardService
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor
+from swarmcore.testing.forward_backward import CountingAdapter
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
-from swarmcore.testing.passes import CountingAdapter
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import PeerId, ServerInfo, Span
 from swarmcore.wire.forward_backward import AdapterName

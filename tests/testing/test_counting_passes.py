@@ -11,7 +11,7 @@ import pytest
 from swarmcore.errors import AdapterError, InvalidBatchError, SpanError
 from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId, TrainingBatch, TrainingPass
 from swarmcore.testing.executor import CountingExecutor
-from swarmcore.testing.passes import CountingAdapter
+from swarmcore.testing.forward_backward import CountingAdapter
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor

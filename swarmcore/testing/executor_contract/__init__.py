@@ -15,7 +15,7 @@ pytest.register_assert_rewrite(
 )
 
 from swarmcore.testing.executor_contract.caches import CachesContract  # noqa: E402
-from swarmcore.testing.executor_contract.passes import PassesContract  # noqa: E402
+from swarmcore.testing.executor_contract.forward_backward import PassesContract  # noqa: E402
 from swarmcore.testing.executor_contract.spans import SpansContract  # noqa: E402
 from swarmcore.testing.executor_contract.steps import StepsContract  # noqa: E402
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from swarmcore.sim.hosts import Geography
-from swarmcore.sim.load import Crowd
+from swarmcore.sim.load import Load
 from swarmcore.sim.scenario import Report
 
-SMALL = Crowd(
+SMALL = Load(
     costs="bloom-7b1-paper",
     network=Geography(floor=2.0, width=80.0, regions=3, megabits=(100.0, 1000.0)),
     servers=20,

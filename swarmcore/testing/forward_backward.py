@@ -140,20 +140,20 @@ class CountingAdapter(Adapter):
                 _add(sums, f"{block}.prefix", keys + [2 * value for value in keys])
 
 
-class PassRunner(Protocol):
+class UnitRunner(Protocol):
     """What passes need of their executor."""
 
     def unit(self, tokens: int) -> AbstractAsyncContextManager[None]:
         """Around the computation of one unit: checks, delays and failures that a test asked for."""
 
-    def closed_pass(self, closed: BackwardPass | ForwardPass) -> None:
+    def on_close(self, closed: BackwardPass | ForwardPass) -> None:
         """The pass was closed, for the first time."""
 
 
 class CountingForward(ForwardPass):
     """A unit is as many whole sequences as fit, through one block."""
 
-    def __init__(self, runner: PassRunner, batch: TrainingBatch, adapter: CountingAdapter | None, keep: bool):
+    def __init__(self, runner: UnitRunner, batch: TrainingBatch, adapter: CountingAdapter | None, keep: bool):
         self.batch = batch
         self.inputs: dict[int, list[Rows]] = {}
         """The rows of each sequence that went into each block, if they are kept."""
@@ -202,7 +202,7 @@ class CountingForward(ForwardPass):
         self.inputs, self._rows, self.kept_bytes = {}, None, 0
         if not self._closed:
             self._closed = True
-            self._runner.closed_pass(self)
+            self._runner.on_close(self)
 
     @property
     def closed(self) -> bool:
@@ -214,7 +214,7 @@ class CountingBackward(BackwardPass):
 
     def __init__(
         self,
-        runner: PassRunner,
+        runner: UnitRunner,
         batch: TrainingBatch,
         gradients: Tensor,
         adapter: CountingAdapter | None,
@@ -278,7 +278,7 @@ class CountingBackward(BackwardPass):
         self._forward.close()
         if not self._closed:
             self._closed = True
-            self._runner.closed_pass(self)
+            self._runner.on_close(self)
 
 
 def split(hidden: Tensor, lengths: Sequence[int], what: str) -> list[Rows]:
