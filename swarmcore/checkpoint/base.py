@@ -301,7 +301,7 @@ def no_progress(what: str, done: int, total: int) -> None:
     """The `Progress` of a caller who gave none."""
 
 
-class Counter:
+class ProgressCounter:
     """Adds up what several threads have done of one piece of work."""
 
     def __init__(self, what: str, total: int, progress: Progress | None) -> None:

@@ -15,7 +15,7 @@ import attrs
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from swarmcore.checkpoint.base import Counter, check_room, locked, one_line, storage_errors
+from swarmcore.checkpoint.base import ProgressCounter, check_room, locked, one_line, storage_errors
 from swarmcore.errors import CheckpointError, ModelHubError
 from swarmcore.pacing import Backoff
 
@@ -100,7 +100,12 @@ class Downloader:
     """Seconds before the second attempt; doubled before each further one."""
 
     def fetch(
-        self, file: RemoteFile, into: SparseFile, wanted: Iterable[Range], cache: Path, report: Counter
+        self,
+        file: RemoteFile,
+        into: SparseFile,
+        wanted: Iterable[Range],
+        cache: Path,
+        report: ProgressCounter,
     ) -> None:
         """Make sure that the ranges ``wanted`` are in ``into``; only what is missing is downloaded.
 
@@ -120,7 +125,9 @@ class Downloader:
             with writer:
                 self._fetch_all(file, writer, list(pieces(missing, _PIECE)), report)
 
-    def _fetch_all(self, file: RemoteFile, writer: Writer, parts: list[Range], report: Counter) -> None:
+    def _fetch_all(
+        self, file: RemoteFile, writer: Writer, parts: list[Range], report: ProgressCounter
+    ) -> None:
         stop = Event()
         with ThreadPoolExecutor(self.connections, "download") as pool:
             running = [pool.submit(self._fetch_piece, file, writer, part, stop, report) for part in parts]
@@ -133,7 +140,7 @@ class Downloader:
                 raise
 
     def _fetch_piece(
-        self, file: RemoteFile, writer: Writer, piece: Range, stop: Event, report: Counter
+        self, file: RemoteFile, writer: Writer, piece: Range, stop: Event, report: ProgressCounter
     ) -> None:
         at, end = piece
         pauses = Backoff(self.backoff, math.inf)
@@ -157,7 +164,7 @@ class Downloader:
             stop.wait(wait)
 
     def _fetch_some(
-        self, file: RemoteFile, writer: Writer, piece: Range, stop: Event, report: Counter
+        self, file: RemoteFile, writer: Writer, piece: Range, stop: Event, report: ProgressCounter
     ) -> int:
         """Fetch as much of the piece as one request brings; return the position reached."""
         at = logged = piece[0]

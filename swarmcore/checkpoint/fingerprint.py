@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from swarmcore.checkpoint.base import Counter, locked, log, storage_errors, write_file
+from swarmcore.checkpoint.base import ProgressCounter, locked, log, storage_errors, write_file
 from swarmcore.errors import CheckpointError
 from swarmcore.types import Progress
 
@@ -103,7 +103,7 @@ def _compute(paths: Sequence[Path], name: str, cache: Path, progress: Progress) 
     ):
         known = {path: found for path in paths if (found := _recall(path, cache))}
         rest = [path for path in paths if path not in known]
-        report = Counter(what, sum(path.stat().st_size for path in rest), progress)
+        report = ProgressCounter(what, sum(path.stat().st_size for path in rest), progress)
         with ThreadPoolExecutor(_THREADS) as pool:
             return known | dict(zip(rest, pool.map(hash_file, rest), strict=True))
 

@@ -18,7 +18,7 @@ from swarmcore.checkpoint.base import (
     LFS_POINTER,
     WEIGHTS,
     Checkpoint,
-    Counter,
+    ProgressCounter,
     describe,
     lfs_pointer,
     load_config,
@@ -200,7 +200,7 @@ class FolderCheckpoint(Checkpoint):
         files: dict[Path, list[Entry]] = {}
         for entry in self._select(names):
             files.setdefault(self._files[entry.name], []).append(entry)
-        report = Counter(f"reading {self.name}", self.nbytes(names), progress)
+        report = ProgressCounter(f"reading {self.name}", self.nbytes(names), progress)
         tensors: dict[str, torch.Tensor] = {}
         for file, entries in files.items():
             tensors |= read_tensors(file, entries, report)
@@ -209,7 +209,7 @@ class FolderCheckpoint(Checkpoint):
     def _check_copy(self, file: Path, entry: Entry) -> None:
         """Raise `CheckpointError` when a tensor that is in another file, too, is another one there."""
         name = entry.name
-        report = Counter(f"comparing {name}", 2 * entry.nbytes, None)
+        report = ProgressCounter(f"comparing {name}", 2 * entry.nbytes, None)
         copies = ((self._files[name], self._entries[name]), (file, entry))
         one, other = (read_tensors(path, [there], report)[name] for path, there in copies)
         alike = one.dtype == other.dtype and one.shape == other.shape
@@ -275,7 +275,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         return parse_header(file.read(length), str(path), size)
 
 
-def read_tensors(path: Path, entries: Collection[Entry], report: Counter) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, entries: Collection[Entry], report: ProgressCounter) -> dict[str, torch.Tensor]:
     """Read these tensors from one file, into memory of their own.
 
     Not mapped: a mapped file that is cut off later kills the process.

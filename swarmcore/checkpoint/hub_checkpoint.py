@@ -19,7 +19,7 @@ from swarmcore.checkpoint.base import (
     INDEX,
     WEIGHTS,
     Checkpoint,
-    Counter,
+    ProgressCounter,
     check_room,
     describe,
     load_config,
@@ -112,11 +112,11 @@ class HubCheckpoint(Checkpoint):
         with storage_errors(f"downloading {self.name}", self._cache):
             absent = sum(length(shard.missing(_ranges(entries))) for shard, entries in wanted.items())
         if absent:
-            report = Counter(f"downloading {self.name}", absent, progress)
+            report = ProgressCounter(f"downloading {self.name}", absent, progress)
             check_room(report.what, self._cache, absent)
             for shard, entries in wanted.items():
                 shard.fetch(_ranges(entries), report)
-        report = Counter(f"reading {self.name}", self.nbytes(names), progress)
+        report = ProgressCounter(f"reading {self.name}", self.nbytes(names), progress)
         tensors: dict[str, torch.Tensor] = {}
         for shard, entries in wanted.items():
             tensors |= read_tensors(shard.path, entries, report)
@@ -160,7 +160,9 @@ class HubCheckpoint(Checkpoint):
 
     def _download_absent(self, progress: Progress | None) -> None:
         listed, absent = self._repository.files, self._absent()
-        report = Counter(f"downloading {self.name}", sum(listed[file].size for file in absent), progress)
+        report = ProgressCounter(
+            f"downloading {self.name}", sum(listed[file].size for file in absent), progress
+        )
         for file in absent:
             size = listed[file].size
             if size > _SMALL:
@@ -201,7 +203,7 @@ class _Shard:
     def missing(self, wanted: Collection[Range]) -> list[Range]:
         return [] if self._whole else self._sparse.missing(wanted)
 
-    def fetch(self, wanted: Collection[Range], report: Counter) -> None:
+    def fetch(self, wanted: Collection[Range], report: ProgressCounter) -> None:
         if not self._whole:
             self._downloader.fetch(self._remote, self._sparse, wanted, self._cache, report)
 
@@ -229,7 +231,7 @@ class _Shard:
         return parse_header(self._bytes(0, end, progress)[8:], self.label, size)
 
     def _bytes(self, start: int, end: int, progress: Progress | None) -> bytes:
-        report = Counter(f"listing the tensors of {self._repository.model}", end - start, progress)
+        report = ProgressCounter(f"listing the tensors of {self._repository.model}", end - start, progress)
         self.fetch([(start, end)], report)
         with storage_errors(report.what, self.path), self.path.open("rb") as file:
             file.seek(start)

@@ -67,6 +67,11 @@ class KVAllocation:
         return max(self.used, self.reserved)
 
     @property
+    def unused(self) -> int:
+        """Pages that are only set aside for it."""
+        return self.held - self.used
+
+    @property
     def room(self) -> list[int]:
         """Tokens that each sequence has room for."""
         return [self.page.room(pages) for pages in self.pages]
@@ -109,6 +114,9 @@ class GrowthRequest:
         return sum(self.pages) - self.allocation.held
 
 
+WaitingRequest = AdmissionRequest | GrowthRequest
+
+
 @attrs.frozen
 class Admitted:
     request: AdmissionRequest
@@ -124,7 +132,7 @@ class Grown:
 class Refused:
     """The deadline of the wait passed."""
 
-    waiter: AdmissionRequest | GrowthRequest
+    waiter: WaitingRequest
     error: CacheFullError
 
 
@@ -176,7 +184,7 @@ class FairShares:
         """Pages that the caller holds above its share."""
         return max(0, math.ceil(self._held[caller] - self._share))
 
-    def comes_first(self, waiter: AdmissionRequest | GrowthRequest) -> bool:
+    def comes_first(self, waiter: WaitingRequest) -> bool:
         """Whether others have to wait for this one: it stays within its share, or there are no shares."""
         return not self.contended or self.within(waiter.caller, waiter.wanted)
 
@@ -187,7 +195,7 @@ class FairShares:
 
     def entitled(
         self, growths: Iterable[GrowthRequest], admissions: Sequence[AdmissionRequest]
-    ) -> AdmissionRequest | GrowthRequest | None:
+    ) -> WaitingRequest | None:
         """Who waits for room within its share while others contend; the first in its queue."""
         if not self.contended:
             return None

@@ -22,6 +22,7 @@ from swarmcore.engine.kv_allocation import (
     PageSize,
     Refused,
     ReleaseRate,
+    WaitingRequest,
 )
 from swarmcore.errors import CacheFullError, SessionLostError
 
@@ -208,7 +209,7 @@ class KVCacheManager:
         allocation.reserved = max(0, allocation.reserved - pages)
         self._count(allocation, allocation.held - before, now)
 
-    # --- what follows ------------------------------------------------------------------------------------
+    # --- what can be granted -------------------------------------------------------------------------
 
     def poll(self, now: float) -> list[Outcome]:
         """What can be granted now: growth first, then new sessions; and who has to go for it."""
@@ -239,32 +240,26 @@ class KVCacheManager:
 
     # --- shares --------------------------------------------------------------------------------------
 
-    def _entitled(self) -> AdmissionRequest | GrowthRequest | None:
+    def _entitled(self) -> WaitingRequest | None:
         return self._shares.entitled(self.growths, self.admissions)
 
-    def _missing(self, waiter: AdmissionRequest | GrowthRequest) -> int:
+    def _missing(self, waiter: WaitingRequest) -> int:
         """Pages that would have to come free for it, besides those of sessions that leave."""
         needed = waiter.wanted
         if isinstance(waiter, AdmissionRequest):
             needed += self._growth_reserve(waiter.sequences)
-        return (
-            needed
-            - self.free
-            - sum(allocation.held for allocation in self.allocations.values() if allocation.leaving)
-        )
+        leaving = sum(allocation.held for allocation in self.allocations.values() if allocation.leaving)
+        return needed - self.free - leaving
 
-    def _reclaim_unused(self, waiter: AdmissionRequest | GrowthRequest, now: float) -> None:
+    def _reclaim_unused(self, waiter: WaitingRequest, now: float) -> None:
         """Have those above their share give back what was only set aside for them."""
         for allocation in _longest_idle(self.allocations.values()):
-            unused = allocation.held - allocation.used
             surplus = self._shares.surplus(allocation.caller)
-            if (
-                allocation.caller != waiter.caller
-                and (pages := min(unused, surplus, self._missing(waiter))) > 0
-            ):
+            pages = min(allocation.unused, surplus, self._missing(waiter))
+            if allocation.caller != waiter.caller and pages > 0:
                 self._return_unused(allocation, pages, now)
 
-    def _evict_from_busiest(self, waiter: AdmissionRequest | GrowthRequest, now: float) -> list[Outcome]:
+    def _evict_from_busiest(self, waiter: WaitingRequest, now: float) -> list[Outcome]:
         """Where all sessions that there may be are there: end an idle one of whoever has most of them."""
         if len(self.allocations) < self.max_sessions or isinstance(waiter, GrowthRequest):
             return []
@@ -275,7 +270,7 @@ class KVCacheManager:
             return []
         return [self._evict(idle[0], "its client had the most sessions here, and another one waited", now)]
 
-    def _evict_above_share(self, waiter: AdmissionRequest | GrowthRequest, now: float) -> list[Outcome]:
+    def _evict_above_share(self, waiter: WaitingRequest, now: float) -> list[Outcome]:
         """Evict sessions of those above their share until there is, or will be, room for ``waiter``."""
         outcomes: list[Outcome] = []
         idle = _longest_idle(self.allocations.values())
@@ -327,8 +322,9 @@ class KVCacheManager:
 
     def _expires(self, allocation: KVAllocation) -> float | None:
         """When pages that are set aside for the session, and that it does not use, are free again."""
-        unused = allocation.held > allocation.used and allocation.idle_since is not None
-        return (allocation.idle_since or 0.0) + self.idle_grace if unused else None
+        if not allocation.unused or allocation.idle_since is None:
+            return None
+        return allocation.idle_since + self.idle_grace
 
     def retry_after(self, pages: int, now: float) -> float:
         """How long, in seconds, until ``pages`` more may well be free.
@@ -343,7 +339,7 @@ class KVCacheManager:
         idle, unused = _longest_idle(self.allocations.values()), 0
         for allocation in idle:
             if (expires := self._expires(allocation)) is not None:
-                unused += allocation.held - allocation.used
+                unused += allocation.unused
                 if unused >= missing:
                     best = min(best, expires - now)
                     break
