@@ -15,7 +15,8 @@ import attrs
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from swarmcore.checkpoint.base import ProgressCounter, check_room, locked, one_line, storage_errors
+from swarmcore.checkpoint.base import one_line
+from swarmcore.checkpoint.storage import ProgressCounter, check_room, locked, storage_errors
 from swarmcore.errors import CheckpointError, ModelHubError
 from swarmcore.pacing import Backoff
 

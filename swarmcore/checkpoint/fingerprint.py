@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,11 @@ from typing import Any
 
 import msgspec
 
-from swarmcore.checkpoint.base import ProgressCounter, locked, log, storage_errors, write_file
+from swarmcore.checkpoint.storage import ProgressCounter, locked, storage_errors, write_file
 from swarmcore.errors import CheckpointError
 from swarmcore.types import Progress
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 4 * 1024 * 1024
 _THREADS = 4

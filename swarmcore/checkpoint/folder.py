@@ -18,16 +18,14 @@ from swarmcore.checkpoint.base import (
     LFS_POINTER,
     WEIGHTS,
     Checkpoint,
-    ProgressCounter,
     describe,
     lfs_pointer,
     load_config,
     missing_tensors,
-    no_progress,
     read_json,
-    storage_errors,
 )
 from swarmcore.checkpoint.fingerprint import file_hashes, model_fingerprint
+from swarmcore.checkpoint.storage import ProgressCounter, no_progress, storage_errors
 from swarmcore.errors import CheckpointError
 from swarmcore.types import Progress
 

@@ -16,23 +16,20 @@ from typing import Any
 import msgspec
 import torch
 
-from swarmcore.checkpoint.base import (
-    LFS_POINTER,
-    check_room,
-    disk_full,
-    lfs_pointer,
-    locked,
-    new_folder,
-    no_progress,
-    one_line,
-    read_json,
-    storage_errors,
-)
+from swarmcore.checkpoint.base import LFS_POINTER, lfs_pointer, one_line, read_json
 from swarmcore.checkpoint.fingerprint import conversion_fingerprint, file_hashes, model_fingerprint
 from swarmcore.checkpoint.folder import MARKER, Marker, weight_files
 from swarmcore.checkpoint.gguf_config import Metadata, check_metadata, complete_config, ends
 from swarmcore.checkpoint.gguf_tokenizer import check_tokenizer, complete_tokenizer
 from swarmcore.checkpoint.quiet import quiet_transformers
+from swarmcore.checkpoint.storage import (
+    check_room,
+    disk_full,
+    locked,
+    new_folder,
+    no_progress,
+    storage_errors,
+)
 from swarmcore.distribution import install_command
 from swarmcore.errors import (
     CheckpointError,

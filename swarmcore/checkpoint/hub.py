@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +19,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
-from swarmcore.checkpoint.base import log, one_line, storage_errors, write_file
+from swarmcore.checkpoint.base import one_line
 from swarmcore.checkpoint.download import HTTPError, RemoteFile
+from swarmcore.checkpoint.storage import storage_errors, write_file
 from swarmcore.errors import CheckpointError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
+
+log = logging.getLogger(__name__)
 
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -19,16 +19,10 @@ from swarmcore.checkpoint.base import (
     INDEX,
     WEIGHTS,
     Checkpoint,
-    ProgressCounter,
-    check_room,
     describe,
     load_config,
-    locked,
     missing_tensors,
-    no_progress,
     read_json,
-    storage_errors,
-    write_file,
 )
 from swarmcore.checkpoint.download import Downloader, Range, SparseFile, length
 from swarmcore.checkpoint.fingerprint import model_fingerprint
@@ -43,6 +37,14 @@ from swarmcore.checkpoint.folder import (
 )
 from swarmcore.checkpoint.hub import Repository, hub_folder, repository_folder, resolve
 from swarmcore.checkpoint.quantized import QUANTIZATION_FILES
+from swarmcore.checkpoint.storage import (
+    ProgressCounter,
+    check_room,
+    locked,
+    no_progress,
+    storage_errors,
+    write_file,
+)
 from swarmcore.errors import CheckpointError
 from swarmcore.types import Progress
 

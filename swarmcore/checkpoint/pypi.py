@@ -10,7 +10,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from swarmcore.checkpoint.base import check_room, locked, new_folder, no_progress, storage_errors
+from swarmcore.checkpoint.storage import check_room, locked, new_folder, no_progress, storage_errors
 from swarmcore.errors import ModelNotFoundError
 from swarmcore.types import Progress
 

@@ -6,12 +6,13 @@ import difflib
 import re
 from pathlib import Path
 
-from swarmcore.checkpoint.base import INDEX, WEIGHTS, Checkpoint, cache_folder, settle_dtype, storage_errors
+from swarmcore.checkpoint.base import INDEX, WEIGHTS, Checkpoint, settle_dtype
 from swarmcore.checkpoint.folder import FolderCheckpoint
 from swarmcore.checkpoint.gguf import convert as convert_gguf
 from swarmcore.checkpoint.gguf import converted, is_gguf, is_split
 from swarmcore.checkpoint.pypi import find_gguf
 from swarmcore.checkpoint.quantized import plain
+from swarmcore.checkpoint.storage import cache_folder, storage_errors
 from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError
 from swarmcore.types import Progress
 

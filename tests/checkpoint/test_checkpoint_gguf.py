@@ -140,7 +140,7 @@ def test_an_architecture_that_transformers_does_not_know(tiny_gguf: Path, tmp_pa
 def test_little_room_is_told_before_the_work(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmcore.checkpoint.base.free_bytes", lambda path: 5000)
+    monkeypatch.setattr("swarmcore.checkpoint.storage.free_bytes", lambda path: 5000)
     with pytest.raises(StorageError, match=r"disk is full: converting .* needs .* 5 kB is free") as caught:
         open_checkpoint(str(tiny_gguf), cache_dir=tmp_path)
     assert caught.value.needed > caught.value.free == 5000
@@ -150,7 +150,7 @@ FILL_DISK = """
 import sys
 from pathlib import Path
 from swarmcore.errors import StorageError
-from swarmcore.checkpoint import base, convert
+from swarmcore.checkpoint import convert, storage
 
 def attempt():
     try:
@@ -159,7 +159,7 @@ def attempt():
         print(error.message.split(":")[0], error.details, list(Path(sys.argv[2]).iterdir()))
 
 attempt()
-base.free_bytes = lambda path: 10**9  # as if others filled the disk while it is being written
+storage.free_bytes = lambda path: 10**9  # as if others filled the disk while it is being written
 attempt()
 """
 

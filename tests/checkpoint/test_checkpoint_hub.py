@@ -217,7 +217,7 @@ def test_a_full_disk_is_told_before_the_download(
     checkpoint = open_hub(hub, tmp_path)
     names = block(0, checkpoint.names())
     size = checkpoint.nbytes(names)
-    monkeypatch.setattr("swarmcore.checkpoint.base.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("swarmcore.checkpoint.storage.free_bytes", lambda path: 1000)
     with pytest.raises(StorageError, match="disk is full") as caught:
         checkpoint.read(names)
     assert (caught.value.needed, caught.value.free) == (size, 1000)

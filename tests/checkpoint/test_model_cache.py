@@ -9,7 +9,7 @@ from threading import Event, Thread
 import pytest
 
 from swarmcore.checkpoint import cache_folder
-from swarmcore.checkpoint.base import (
+from swarmcore.checkpoint.storage import (
     check_room,
     gigabytes,
     locked,

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from swarmcore.checkpoint import Checkpoint
-from swarmcore.checkpoint.base import gigabytes
 from swarmcore.checkpoint.quiet import quiet_transformers
+from swarmcore.checkpoint.storage import gigabytes
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list
 from swarmcore.executor.torch.small_config import VOCABULARY, small_config

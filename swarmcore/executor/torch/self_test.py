@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 
 from swarmcore.checkpoint import Checkpoint
-from swarmcore.checkpoint.base import cache_folder, write_file
+from swarmcore.checkpoint.storage import cache_folder, write_file
 from swarmcore.distribution import version
 from swarmcore.errors import SpanError, UnsupportedModelError
 from swarmcore.executor.torch.batch import AttentionBatch
