@@ -1,4 +1,4 @@
-"""What ``serve`` and ``bootstrap`` have in common: where a peer listens, who it is, how it is reached."""
+"""What ``serve`` and ``bootstrap`` have in common: where a peer listens, and how it is reached."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from swarmcore.cli.options import ProcessOptions
 from swarmcore.cli.output import Output
 from swarmcore.cli.webrtc import SCHEME as _WEBRTC
 from swarmcore.cli.webrtc import transport_options
-from swarmcore.errors import IdentityFileError, InputError
-from swarmcore.identity import Identity, public_key
-from swarmcore.identity_files import LockedIdentity, stored_identity
+from swarmcore.errors import InputError
+from swarmcore.identity import public_key
 from swarmcore.transport import transport_class
 from swarmcore.types import Address, PeerId
 
@@ -129,29 +125,6 @@ def by_scheme(transports: Iterable[str], places: Sequence[str]) -> dict[str, tup
         else:
             raise InputError(f"{place!r} could be any of {', '.join(schemes)}; write {schemes[0]}://{place}")
     return {scheme: tuple(values) for scheme, values in found.items()}
-
-
-def own_identity(output: Output, process: ProcessOptions, name: str) -> Identity:
-    """Whom a listening peer is: the identity in a file, a new one, or the one kept for its ``name``, and a
-    new one where none can be kept. No other process gets it before this command has ended.
-
-    Raise `IdentityInUseError` when another process uses the file, `IdentityFileError` when it is no key.
-    """
-    file = process.identity_file
-    if file is None and process.new_identity:
-        return Identity.generate()
-    try:
-        # Who was killed a moment ago, and is started anew, may not be quite gone yet.
-        held = LockedIdentity(file, patience=3.0) if file is not None else stored_identity(name)
-    except IdentityFileError as exc:
-        if file is not None:
-            raise
-        output.remark(f"a new identity, which is not kept: {exc}")
-        return Identity.generate()
-    click.get_current_context().call_on_close(held.release)
-    if file is None:
-        output.remark(f"this peer is {held.identity.peer}, kept in {held.path}")
-    return held.identity
 
 
 class AddressReport:

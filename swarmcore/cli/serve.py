@@ -11,6 +11,7 @@ import click
 
 from swarmcore.cli import interrupt
 from swarmcore.cli.command import set_thread_environment, standard
+from swarmcore.cli.identity import own_identity
 from swarmcore.cli.option_kinds import flag, option, several
 from swarmcore.cli.options import (
     ProcessOptions,
@@ -22,7 +23,7 @@ from swarmcore.cli.options import (
     revision,
 )
 from swarmcore.cli.output import Output
-from swarmcore.cli.peer import AddressReport, network_config, own_identity, say_what_next
+from swarmcore.cli.peer import AddressReport, network_config, say_what_next
 from swarmcore.errors import InputError
 from swarmcore.resources.limits import raise_descriptor_limit
 from swarmcore.types import Span

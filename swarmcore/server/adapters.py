@@ -53,10 +53,10 @@ class Weights:
     scaling: float = 1.0
 
 
-Ask = Callable[[Span, "WeightsIntake"], Awaitable[Weights]]
+AskForWeights = Callable[[Span, "WeightsIntake"], Awaitable[Weights]]
 """Ask a client for the weights of some blocks, and give what it sends to the intake, to the last part."""
 
-Read = Callable[[Span], Awaitable[Weights]]
+ReadWeights = Callable[[Span], Awaitable[Weights]]
 """Read the weights of some blocks from where a server has them."""
 
 
@@ -116,7 +116,7 @@ class WeightsIntake:
 
 
 async def ask_for_weights(channel: Channel, span: Span, intake: WeightsIntake) -> Weights:
-    """An `Ask` for a channel on which nothing else comes before its answer."""
+    """An `AskForWeights` for a channel on which nothing else comes before its answer."""
     await channel.send(AdapterWanted(tuple(span)))
     while True:
         late = f"nothing more of the adapter's weights came for {PART_TIMEOUT:.0f} s"
@@ -142,7 +142,7 @@ class _CachedAdapter:
 
 
 @attrs.define(eq=False)
-class _Arrival:
+class _Request:
     """Weights that one of the client's channels was asked for, while others wait for them."""
 
     span: Span
@@ -168,10 +168,10 @@ class AdapterStore:
         self._resources = resources or ResourceManager()
         self.counters: Counter[str] = Counter()
         self._executor = executor
-        self._sources: dict[str, Read] = {}
+        self._sources: dict[str, ReadWeights] = {}
         self._named: dict[str, Adapter | None] = {}
-        self._own: dict[tuple[PeerId, str], list[_CachedAdapter]] = {}
-        self._arriving: dict[tuple[PeerId, str], list[_Arrival]] = {}
+        self._of_clients: dict[tuple[PeerId, str], list[_CachedAdapter]] = {}
+        self._requested: dict[tuple[PeerId, str], list[_Request]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,14 +181,14 @@ class AdapterStore:
     @property
     def nbytes(self) -> int:
         """What clients' adapters take now."""
-        return sum(cached.nbytes for versions in self._own.values() for cached in versions)
+        return sum(cached.nbytes for versions in self._of_clients.values() for cached in versions)
 
     @property
     def in_use(self) -> int:
         """By how many sessions and passes clients' adapters are used."""
-        return sum(cached.users for versions in self._own.values() for cached in versions)
+        return sum(cached.users for versions in self._of_clients.values() for cached in versions)
 
-    async def load_named(self, name: str, read: Read) -> None:
+    async def load_named(self, name: str, read: ReadWeights) -> None:
         """Serve what ``read`` gives as ``name``, from now on. Raise what it raises, and `AdapterError`."""
         self._named[name] = await self._load(await read(self._executor.span))
         self._sources[name] = read
@@ -207,7 +207,7 @@ class AdapterStore:
 
     @asynccontextmanager
     async def obtain(
-        self, peer: PeerId, name: AdapterName | None, span: Span, ask: Ask
+        self, peer: PeerId, name: AdapterName | None, span: Span, ask: AskForWeights
     ) -> AsyncIterator[Adapter | None]:
         """The adapter that ``peer`` means, for the blocks ``span``, to be used inside of the context.
 
@@ -235,7 +235,7 @@ class AdapterStore:
                 f"this server has no adapter {name[:64]!r}; it serves {served}", adapters=list(self.names)
             ) from None
 
-    async def _of_peer(self, peer: PeerId, version: str, span: Span, ask: Ask) -> _CachedAdapter:
+    async def _of_peer(self, peer: PeerId, version: str, span: Span, ask: AskForWeights) -> _CachedAdapter:
         """What the peer has sent, or sends now; counted as used once more."""
         if not self.budget:
             raise AdapterNotFoundError("this server takes no adapters of clients; use another one")
@@ -244,7 +244,7 @@ class AdapterStore:
             if (cached := self._find(key, span)) is not None:
                 self.counters["adapter_hits"] += 1
                 return cached
-            coming = [each for each in self._arriving.get(key, ()) if each.span.covers(span)]
+            coming = [each for each in self._requested.get(key, ()) if each.span.covers(span)]
             if not coming:
                 return await self._fetch(key, span, ask)
             await coming[0].over.wait()
@@ -252,16 +252,16 @@ class AdapterStore:
                 raise executor_error(coming[0].refusal)
 
     def _find(self, key: tuple[PeerId, str], span: Span) -> _CachedAdapter | None:
-        for cached in self._own.get(key, ()):
+        for cached in self._of_clients.get(key, ()):
             if cached.span.covers(span):
-                self._own[key] = self._own.pop(key)  # the last to go
+                self._of_clients[key] = self._of_clients.pop(key)  # the last to go
                 cached.users += 1
                 return cached
         return None
 
-    async def _fetch(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _CachedAdapter:
-        arrival = _Arrival(span)
-        self._arriving.setdefault(key, []).append(arrival)
+    async def _fetch(self, key: tuple[PeerId, str], span: Span, ask: AskForWeights) -> _CachedAdapter:
+        request = _Request(span)
+        self._requested.setdefault(key, []).append(request)
         self.counters["adapters_asked"] += 1
         try:
             return await self._receive(key, span, ask)
@@ -269,17 +269,17 @@ class AdapterStore:
             # An instance of its own: the traceback of this one holds what has come.
             refusal = executor_error(exc)
             if isinstance(exc, InputError | ServerMemoryError):
-                arrival.refusal = refusal
+                request.refusal = refusal
             else:
                 raise
         finally:
-            arrival.over.set()
-            self._arriving[key].remove(arrival)
-            if not self._arriving[key]:
-                del self._arriving[key]
+            request.over.set()
+            self._requested[key].remove(request)
+            if not self._requested[key]:
+                del self._requested[key]
         raise executor_error(refusal)
 
-    async def _receive(self, key: tuple[PeerId, str], span: Span, ask: Ask) -> _CachedAdapter:
+    async def _receive(self, key: tuple[PeerId, str], span: Span, ask: AskForWeights) -> _CachedAdapter:
         intake = WeightsIntake(self._executor, span, self.share, self._resources, key[0])
         with intake:
             late = f"the weights of the adapter did not come within {ARRIVAL_TIMEOUT:.0f} s"
@@ -305,7 +305,7 @@ class AdapterStore:
                 f"the adapter takes {cached.nbytes} bytes here, and the server has {self.share} for adapters "
                 f"of one client; use a smaller one, or another server"
             )
-        same_peer = [other for other in self._own if other[0] == key[0] and other != key]
+        same_peer = [other for other in self._of_clients if other[0] == key[0] and other != key]
         for old in same_peer[: max(0, len(same_peer) + 1 - MAX_OF_ONE_PEER)]:
             self._drop_unused(old)
         used = self._used_by(key[0])
@@ -314,7 +314,7 @@ class AdapterStore:
                 f"the adapter takes {cached.nbytes} bytes, and of the {self.share} that this server has for "
                 f"adapters of one client {used} are in use by you; end some of your sessions"
             )
-        for old in list(self._own):
+        for old in list(self._of_clients):
             if self.nbytes + cached.nbytes <= self.budget:
                 break
             self._drop_unused(old)
@@ -323,25 +323,25 @@ class AdapterStore:
                 f"the adapter takes {cached.nbytes} bytes, and of the {self.budget} that this server has for "
                 f"adapters of clients {self.nbytes} are in use; try again later, or another server"
             )
-        self._own[key] = [*self._own.pop(key, ()), cached]
+        self._of_clients[key] = [*self._of_clients.pop(key, ()), cached]
 
     def _used_by(self, peer: PeerId) -> int:
         """Bytes of a client's adapters that it uses: the others make room for anybody."""
-        own = (cached for key, versions in self._own.items() if key[0] == peer for cached in versions)
+        own = (cached for key, versions in self._of_clients.items() if key[0] == peer for cached in versions)
         return sum(cached.nbytes for cached in own if cached.users)
 
     def _drop_unused(self, key: tuple[PeerId, str]) -> None:
-        used = [cached for cached in self._own[key] if cached.users]
-        self.counters["adapters_dropped"] += len(self._own[key]) - len(used)
+        used = [cached for cached in self._of_clients[key] if cached.users]
+        self.counters["adapters_dropped"] += len(self._of_clients[key]) - len(used)
         if used:
-            self._own[key] = used
+            self._of_clients[key] = used
         else:
-            del self._own[key]
+            del self._of_clients[key]
 
     def __repr__(self) -> str:
-        peers = ", ".join(sorted({short(peer) for peer, _ in self._own}))
+        peers = ", ".join(sorted({short(peer) for peer, _ in self._of_clients}))
         return (
-            f"<AdapterStore {len(self._named)} named · {len(self._own)} of {peers or 'nobody'} · "
+            f"<AdapterStore {len(self._named)} named · {len(self._of_clients)} of {peers or 'nobody'} · "
             f"{self.nbytes}/{self.budget} bytes>"
         )
 

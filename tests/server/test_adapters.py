@@ -25,7 +25,7 @@ from swarmcore.errors import (
 from swarmcore.executor.base import Adapter
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
 from swarmcore.server import adapters as module
-from swarmcore.server.adapters import ARRIVAL_TIMEOUT, AdapterStore, Ask, Weights, WeightsIntake
+from swarmcore.server.adapters import ARRIVAL_TIMEOUT, AdapterStore, AskForWeights, Weights, WeightsIntake
 from swarmcore.testing.executor import CountingExecutor
 from swarmcore.testing.forward_backward import CountingAdapter
 from swarmcore.testing.rows import tensor_of
@@ -65,7 +65,7 @@ def store(budget: int = 10 * NBYTES) -> AdapterStore:
 
 
 async def get(
-    where: AdapterStore, peer: PeerId, name: AdapterName, ask: Ask, span: Span = WHOLE
+    where: AdapterStore, peer: PeerId, name: AdapterName, ask: AskForWeights, span: Span = WHOLE
 ) -> Adapter | None:
     async with where.obtain(peer, name, span, ask) as adapter:
         return adapter
