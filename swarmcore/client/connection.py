@@ -50,11 +50,11 @@ class SwarmConnection:
         pings: PingLimits | None = None,
         rng: random.Random | None = None,
         session_id: Callable[[], str] = random_session_id,
-        again: Callable[[], SwarmConnection] | None = None,
+        connect_again: Callable[[], SwarmConnection] | None = None,
         find_neighbours: bool = False,
         owned: bool = True,
     ) -> None:
-        self.again = again
+        self.connect_again = connect_again
         """Makes another connection to the same swarm, under another name; None when that is not known."""
         self._rng = rng = rng or random.Random()
         self._owned = owned

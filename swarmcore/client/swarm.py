@@ -193,7 +193,7 @@ def connect(
             make_registry(registry, node, addresses, member=False),
             router=router,
             latencies=latencies,
-            again=lambda: connection(Identity.generate()),
+            connect_again=lambda: connection(Identity.generate()),
             find_neighbours=mdns,
         )
 

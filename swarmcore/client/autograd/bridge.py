@@ -28,10 +28,10 @@ class Bridge:
     """Runs work of one model's batches on an event loop, for callers in any thread and inside any loop.
 
     A caller that blocks must not block the loop that works for it. So what it asks for runs in the thread of
-    `background_loop`, over a connection to the swarm of its own (`SwarmConnection.again`), made at the first
-    call; a swarm that lives there already needs none. Only where a swarm cannot be joined again, since it was
-    put together by hand, does the work run on its own loop; blocking calls from that loop's thread are
-    refused.
+    `background_loop`, over a connection to the swarm of its own (`SwarmConnection.connect_again`), made at
+    the first call; a swarm that lives there already needs none. Only where a swarm cannot be joined again,
+    since it was put together by hand, does the work run on its own loop; blocking calls from that loop's
+    thread are refused.
     """
 
     def __init__(self, swarm: SwarmConnection, model: ModelInfo, options: PassOptions | None = None) -> None:
@@ -76,7 +76,7 @@ class Bridge:
             await asyncio.wrap_future(leaving)
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        return self._own_loop if self._swarm.again is None else background_loop().loop
+        return self._own_loop if self._swarm.connect_again is None else background_loop().loop
 
     async def _with_runner(self, work: Callable[[BatchRunner], Coroutine[Any, Any, T]]) -> T:
         if self._closed:
@@ -87,11 +87,11 @@ class Bridge:
         return await work(self._runner)
 
     async def _joined_swarm(self) -> SwarmConnection:
-        if self._swarm.again is None or asyncio.get_running_loop() is self._own_loop:
+        if self._swarm.connect_again is None or asyncio.get_running_loop() is self._own_loop:
             return self._swarm
         async with self._joining:
             if self._joined is None:
-                self._joined = await self._swarm.again()
+                self._joined = await self._swarm.connect_again()
             return self._joined
 
 
