@@ -36,7 +36,7 @@ from swarmcore_transports.libp2p.patches import host as patches
 from swarmcore_transports.libp2p.patches.host import reset
 from swarmcore_transports.libp2p.patches.tcp import TcpSocket, TcpSockets
 from swarmcore_transports.libp2p.patches.yamux import SILENT_KEEPALIVES, is_silent, silent_for
-from swarmcore_transports.libp2p.socket_counts import SocketAccounting
+from swarmcore_transports.libp2p.socket_accounting import SocketAccounting
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ class ConnectionEvents(INotifee):
         self.on_disconnected: list[Callable[[INetConn], None]] = []
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
-        for tell in self.on_connected:
-            tell(conn)
+        for callback in self.on_connected:
+            callback(conn)
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        for tell in self.on_disconnected:
-            tell(conn)
+        for callback in self.on_disconnected:
+            callback(conn)
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
         pass
@@ -88,9 +88,9 @@ class Host:
         on_stream: StreamHandler,
         on_direct: Callable[[PeerId], None],
         allows: Callable[[PeerId], bool],
-        counts: SocketAccounting,
+        accounting: SocketAccounting,
     ) -> None:
-        self._sockets = TcpSockets(limits, counts)
+        self._sockets = TcpSockets(limits, accounting)
         self.libp2p, self.swarm = make_host(identity, limits, self._sockets, addresses.all)
         self.peer = identity.peer
         self.addresses = addresses
@@ -103,7 +103,7 @@ class Host:
         self._dials: dict[Multiaddr, trio.Event] = {}
         self.events = ConnectionEvents()
         self.swarm.register_notifee(self.events)
-        self._counts = counts
+        self._accounting = accounting
         self.events.on_connected.append(self._peer_proven)
         self.dial_relayed: Callable[[ID, Multiaddr], Awaitable[None]] = _no_relay_client
         """Makes a connection at an address that leads through a relay; for a relay client to set."""
@@ -112,7 +112,7 @@ class Host:
 
     def _peer_proven(self, connection: INetConn) -> None:
         if sock := self.socket_of(connection):
-            self._counts.proven(sock, PeerId(str(connection.muxed_conn.peer_id)))
+            self._accounting.proven(sock, PeerId(str(connection.muxed_conn.peer_id)))
 
     def socket_of(self, connection: INetConn) -> TcpSocket | None:
         """The socket that carries ``connection``, unless that is relayed."""

@@ -45,7 +45,7 @@ from swarmcore_transports.libp2p.patches.yamux import SILENT_KEEPALIVES
 from swarmcore_transports.libp2p.pipe import StreamPipe
 from swarmcore_transports.libp2p.relay.limits import RelayLimits
 from swarmcore_transports.libp2p.services import RelayMode, Services
-from swarmcore_transports.libp2p.socket_counts import SocketAccounting
+from swarmcore_transports.libp2p.socket_accounting import SocketAccounting
 from swarmcore_transports.libp2p.trio_thread import TrioThread
 from swarmcore_transports.local_addresses import available
 
@@ -100,7 +100,7 @@ class Libp2pTransport(Transport):
         self._allowed: Collection[PeerId] | None = None
         self._connections = ConnectionManager(self.limits, self._is_stale, lambda: self.resources)
         self._handshaker = Handshaker(self._connections, self.limits)
-        self._counts = SocketAccounting(
+        self._accounting = SocketAccounting(
             identity.peer,
             lambda: self.resources,
             call_soon_asyncio=self._call_soon_asyncio,
@@ -127,7 +127,7 @@ class Libp2pTransport(Transport):
                     self._stream_arrived,
                     self._direct_connected,
                     self._allows,
-                    self._counts,
+                    self._accounting,
                 )
                 services = Services(
                     host, relay=self._relay_mode, relay_limits=self._relay_limits, relays=self._relays
@@ -255,7 +255,7 @@ class Libp2pTransport(Transport):
                         what=f"dialling {multiaddr}",
                         unwanted=host.discard,
                     )
-                    connection = await self._greet(stream, address.peer, path)
+                    connection = await self._handshake(stream, address.peer, path)
             except (TimeoutError, DeadlineExceededError) as exc:
                 self._check_open()
                 raise PeerUnreachableError(
@@ -268,7 +268,7 @@ class Libp2pTransport(Transport):
             return True
         return connection.silent_for > SILENT_KEEPALIVES * self.limits.keepalive
 
-    async def _greet(self, stream: INetStream, peer: PeerId, path: str) -> Connection:
+    async def _handshake(self, stream: INetStream, peer: PeerId, path: str) -> Connection:
         pipe = self._pipe(stream, path, trio.Event())
         try:
             self._check_open()
@@ -299,7 +299,7 @@ class Libp2pTransport(Transport):
                 stream, path = await self._thread.call(
                     self._host.open_direct, peer, timeout=seconds, what="leaving a relay"
                 )
-                fresh = await self._greet(stream, peer, path)
+                fresh = await self._handshake(stream, peer, path)
                 await self._connections.migrate(connection, fresh)
             logger.info("%s is reached directly now: %s", short(peer), path)
         except (TimeoutError, SwarmError) as exc:

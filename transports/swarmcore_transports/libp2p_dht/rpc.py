@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 import trio
-import varint  # type: ignore[import-untyped]
 from libp2p.abc import INetStream
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
-from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
 from swarmcore_transports.libp2p.host import Host
@@ -70,7 +69,7 @@ class MessageSender:
     async def _send_over(self, one: _OpenStream, node: ID, message: Message) -> Message:
         reply = Message()
         try:
-            await one.stream.write(_with_length(message))
+            await one.stream.write(encode_varint_prefixed(message.SerializeToString()))
             reply.ParseFromString(await read_varint_prefixed_bytes_limited(one.stream, _MAX_REPLY))
         except BaseException:
             await _close(one.stream)
@@ -86,7 +85,7 @@ class MessageSender:
         """Send what is not answered, or is by some only. Raise as `send_request` does."""
         stream = await self.open(node)
         try:
-            await stream.write(_with_length(message))
+            await stream.write(encode_varint_prefixed(message.SerializeToString()))
         finally:
             await _close(stream)
 
@@ -114,12 +113,6 @@ class MessageSender:
             return self._host.libp2p.get_peerstore().addrs(node)
         except PeerStoreError:
             return ()
-
-
-def _with_length(message: Message) -> bytes:
-    data: bytes = message.SerializeToString()
-    prefix: bytes = varint.encode(len(data))
-    return prefix + data
 
 
 async def _close(stream: INetStream) -> None:

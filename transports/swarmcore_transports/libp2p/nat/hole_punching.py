@@ -1,8 +1,9 @@
 """Direct connections to peers that are reached through a relay: by dialling, else by hole punching.
 
 Of two peers, the one that was dialled through the relay acts. First it dials the other's public addresses.
-Where nothing answers, both tell each other over the relay by which addresses they are seen (DCUtR), and dial
-at the same moment, each from the port where it listens: both routers then take what comes for answers.
+Where nothing answers, both tell each other over the relay by which addresses they are seen (DCUtR, libp2p's
+specification relay/DCUtR.md), and dial at the same moment, each from the port where it listens: both routers
+then take what comes for answers. That needs routers that keep a port for every destination (RFC 5382, REQ-1).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from libp2p.host.exceptions import StreamFailure
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.relay.circuit_v2.dcutr import PROTOCOL_ID as DCUTR
+from libp2p.relay.circuit_v2.dcutr import read_dcutr_msg
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
-from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
+from libp2p.relay.circuit_v2.utils import write_delimited_msg
 from multiaddr import Multiaddr
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError
@@ -54,7 +56,6 @@ _HANDSHAKE_SECONDS = 1.0
 _MAX_TRIES = 10
 _RETRY_SECONDS = 0.1
 _CLOSE_SECONDS = 1.0
-_MAX_MESSAGE = 4096
 
 _NOTHING_CAME_THROUGH = (
     "no packet came through: one router takes another port for every destination (symmetric NAT), "
@@ -246,8 +247,8 @@ class HolePuncher:
     ) -> bool:
         """Dial all of ``addresses`` while the peer dials this one; whether a connection came of it.
 
-        Two packets that cross make one connection, of which nobody is the listener: ``responder`` says who
-        answers in the handshake instead.
+        Two packets that cross make one connection (RFC 9293, 3.5), of which nobody is the listener:
+        ``responder`` says who answers in the handshake instead.
         """
         self._punching.add(peer)
         try:
@@ -353,11 +354,11 @@ async def _write(
     stream: INetStream, kind: HolePunch.Type.ValueType, addresses: Iterable[Multiaddr] = ()
 ) -> None:
     message = HolePunch(type=kind, ObsAddrs=[address.to_bytes() for address in addresses])
-    await stream.write(encode_varint_prefixed(message.SerializeToString()))
+    await write_delimited_msg(stream, message)
 
 
 async def _read(stream: INetStream, kind: HolePunch.Type.ValueType) -> HolePunch:
-    message = HolePunch.FromString(await read_varint_prefixed_bytes_limited(stream, _MAX_MESSAGE))
+    message = await read_dcutr_msg(stream, HolePunch)
     if message.type != kind:
         raise ProtocolError(f"DCUtR: message {message.type} instead of {kind}")
     return message

@@ -15,16 +15,16 @@ from multiaddr import Multiaddr
 
 from swarmcore.wire.limits import Limits
 from swarmcore_transports.libp2p.multiaddrs import host_of, port_of
-from swarmcore_transports.libp2p.socket_counts import SocketAccounting
+from swarmcore_transports.libp2p.socket_accounting import SocketAccounting
 
 
 class TcpSockets(TCP):
     """To be given to ``new_host``. No Nagle's delay: trio's sockets have none."""
 
-    def __init__(self, limits: Limits, counts: SocketAccounting) -> None:
+    def __init__(self, limits: Limits, accounting: SocketAccounting) -> None:
         super().__init__(dns_resolution_timeout=max(0.1, limits.connect_timeout / 3))
         self._lost_after = 3 * limits.keepalive
-        self._counts = counts
+        self._accounting = accounting
         self._open: set[TcpSocket] = set()
 
     def create_listener(self, handler_function: Callable[[ReadWriteCloser], Awaitable[None]]) -> TCPListener:
@@ -47,12 +47,12 @@ class TcpSockets(TCP):
     def _opened(self, stream: trio.SocketStream, handler: trio.CancelScope | None = None) -> TcpSocket:
         opened = TcpSocket(stream, self._lost_after, self._closed, handler)
         self._open.add(opened)
-        self._counts.opened(opened, dialled=handler is None)
+        self._accounting.opened(opened, dialled=handler is None)
         return opened
 
     def _closed(self, sock: TcpSocket) -> None:
         self._open.discard(sock)
-        self._counts.closed(sock)
+        self._accounting.closed(sock)
 
     def at(self, remote: tuple[str, int] | None) -> TcpSocket | None:
         """The open socket whose other end is ``remote``."""

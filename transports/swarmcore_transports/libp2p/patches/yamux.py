@@ -2,7 +2,8 @@
 
 py-libp2p writes from whichever task has something to say. So its reader, which answers pings and opened
 streams, waits for the peer to read, and two peers that send much to each other both stop for good; and a
-write that is cancelled leaves half a frame behind, which ends every stream of the connection.
+write that is cancelled leaves half a frame behind, which ends every stream of the connection. The frames are
+those of https://github.com/hashicorp/yamux/blob/master/spec.md.
 """
 
 from __future__ import annotations

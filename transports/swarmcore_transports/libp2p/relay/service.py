@@ -1,4 +1,7 @@
-"""The service of a circuit relay (version 2): reservations of peers that nobody can dial, and circuits."""
+"""The service of a circuit relay (version 2): reservations of peers that nobody can dial, and circuits.
+
+In libp2p's specifications: relay/circuit-v2.md.
+"""
 
 from __future__ import annotations
 
@@ -129,64 +132,58 @@ class RelayService:
 
     # --- circuits -------------------------------------------------------------------------------------
 
-    async def _connect(self, source_stream: INetStream, target: ID, now: float) -> None:
-        circuit = self._resources.open(self._remote_host(source_stream), PeerId(str(target)), now)
-        target_stream: INetStream | None = None
+    async def _connect(self, src: INetStream, target: ID, now: float) -> None:
+        circuit = self._resources.open(self._remote_host(src), PeerId(str(target)), now)
+        dst: INetStream | None = None
         try:
-            target_stream = await self._open_stop_stream(target, source_stream.muxed_conn.peer_id)
-            await self._reply(
-                source_stream, HopMessage(type=HopMessage.STATUS, limit=self._limit()), StatusCode.OK
-            )
+            dst = await self._open_stop_stream(target, src.muxed_conn.peer_id)
+            await self._reply(src, HopMessage(type=HopMessage.STATUS, limit=self._limit()), StatusCode.OK)
             with trio.move_on_after(self._resources.limits.circuit_seconds):
                 async with trio.open_nursery() as nursery:
                     # A circuit is one connection: when one half ends, all of it does.
                     scope = nursery.cancel_scope
-                    nursery.start_soon(
-                        self._copy, circuit, Direction.TO_TARGET, source_stream, target_stream, scope
-                    )
-                    nursery.start_soon(
-                        self._copy, circuit, Direction.TO_SOURCE, target_stream, source_stream, scope
-                    )
-            await reset(source_stream)
+                    nursery.start_soon(self._copy, circuit, Direction.TO_TARGET, src, dst, scope)
+                    nursery.start_soon(self._copy, circuit, Direction.TO_SOURCE, dst, src, scope)
+            await reset(src)
         finally:
             self._resources.close(circuit)
-            if target_stream:
-                await reset(target_stream)
+            if dst:
+                await reset(dst)
 
     async def _open_stop_stream(self, target: ID, source: ID) -> INetStream:
         """A stream to ``target`` that it has taken as a circuit from ``source``."""
         message = StopMessage(
             type=StopMessage.CONNECT, peer=PeerMessage(id=source.to_bytes()), limit=self._limit()
         )
-        target_stream: INetStream | None = None
+        dst: INetStream | None = None
         try:
             with trio.fail_after(_ANSWER_SECONDS):
-                target_stream = await self._host.new_stream(target, STOP)
-                await write_delimited_msg(target_stream, message)
-                answer = await read_delimited_msg(target_stream, StopMessage)
+                dst = await self._host.new_stream(target, STOP)
+                await write_delimited_msg(dst, message)
+                answer = await read_delimited_msg(dst, StopMessage)
             if answer.status != _OK:
                 raise RelayRefusal(StatusCode.CONNECTION_FAILED)
         except BaseException as exc:
-            if target_stream:
-                await reset(target_stream)
+            if dst:
+                await reset(dst)
             if isinstance(exc, Exception):
                 raise RelayRefusal(StatusCode.CONNECTION_FAILED) from exc
             raise
-        return target_stream
+        return dst
 
     async def _copy(
         self,
         circuit: Circuit,
         direction: Direction,
-        source: INetStream,
-        sink: INetStream,
+        src: INetStream,
+        dst: INetStream,
         scope: trio.CancelScope,
     ) -> None:
         try:
-            while data := await source.read(_CHUNK_BYTES):
+            while data := await src.read(_CHUNK_BYTES):
                 circuit.count_bytes(direction, len(data))
                 await trio.sleep(self._resources.delay(len(data), trio.current_time()))
-                await sink.write(data)
+                await dst.write(data)
         except Exception as exc:
             logger.debug("a circuit to %s ends: %r", short(circuit.target), exc)
         scope.cancel()
