@@ -37,7 +37,7 @@ FACES = {
         "swarmcore.client.generation.token_session",
         "ModelSession",
         "Face",
-        {"close", "embed", "open", "reuse", "step_embedded", "used", "sequences", "offset"},
+        {"close", "embed", "open", "reuse_prefix", "step_embedded", "exclusive", "sequences", "offset"},
     ),
     "Chat": ("swarmcore.client.generation.chat", "Chat", "Face", {"close", "generation"}),
     "Generation": (

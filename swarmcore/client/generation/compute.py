@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from swarmcore.client.generation.local_model import LocalParts
-from swarmcore.client.generation.sampling import TokenChooser, choose_tokens
+from swarmcore.client.generation.sampling import Sampler, sample
 from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
@@ -43,7 +43,7 @@ class _Job:
 
     done: asyncio.Future[Any]
     hidden: Tensor | None = None
-    choosers: Sequence[TokenChooser] | None = None
+    samplers: Sequence[Sampler] | None = None
     ids: Sequence[int] = ()
     positions: Sequence[int] = ()
     result: Any = None
@@ -100,14 +100,14 @@ class ModelCompute:
         return logits
 
     async def next_tokens(
-        self, hidden: Tensor, choosers: Sequence[TokenChooser], positions: Sequence[int]
+        self, hidden: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]
     ) -> tuple[list[int], torch.Tensor]:
         """Choose a token for each row of ``hidden`` and embed it for ``positions``, in one pass.
 
         Return the tokens, and their embeddings ``[rows, hidden size]``.
         """
         chosen: tuple[list[int], torch.Tensor] = await self._submit(
-            _Job(_future(), hidden, choosers, positions=positions)
+            _Job(_future(), hidden, samplers, positions=positions)
         )
         return chosen
 
@@ -217,19 +217,19 @@ def _run(parts: LocalParts, batch: Sequence[_Job]) -> None:
         [position for job in embedding for position in job.positions],
     )
     for job, rows in zip(embedding, torch.split(embedded, [len(job.ids) for job in embedding]), strict=True):
-        job.result = rows if job.choosers is None else (job.ids, rows)
+        job.result = rows if job.samplers is None else (job.ids, rows)
 
 
 def _run_heads(parts: LocalParts, heads: Sequence[tuple[_Job, torch.Tensor]]) -> None:
     hidden = heads[0][1] if len(heads) == 1 else torch.cat([rows.to(parts.dtype) for _, rows in heads])
     logits = parts.logits(hidden)
     for (job, _), rows in zip(heads, torch.split(logits, [len(rows) for _, rows in heads]), strict=True):
-        if job.choosers is None:
+        if job.samplers is None:
             # Its own memory: a caller who keeps it should not keep the whole batch.
             job.result = rows if len(heads) == 1 else rows.clone()
             continue
         try:
-            job.ids = choose_tokens(rows, job.choosers)
+            job.ids = sample(rows, job.samplers)
         except Exception as exc:  # a caller's own logits processor may raise anything
             job.error = exc
 

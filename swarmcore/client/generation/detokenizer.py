@@ -36,7 +36,7 @@ class TokenKinds:
     """Whether a token is left out: it is special, or the tokenizer has none of that id."""
 
 
-def kinds_of(tokenizer: PreTrainedTokenizerBase, decode: Decode) -> TokenKinds:
+def token_kinds(tokenizer: PreTrainedTokenizerBase, decode: Decode) -> TokenKinds:
     """The kinds of a tokenizer's tokens; ``decode`` makes its texts."""
     special = set(tokenizer.all_special_ids)
     added_tokens = getattr(tokenizer, "added_tokens_decoder", {})  # not of every kind of tokenizer

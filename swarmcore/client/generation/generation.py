@@ -10,7 +10,7 @@ import attrs
 
 from swarmcore.client.generation.compute import ModelCompute
 from swarmcore.client.generation.detokenizer import IncrementalDetokenizer, StopStrings
-from swarmcore.client.generation.sampling import TokenChooser
+from swarmcore.client.generation.sampling import Sampler
 from swarmcore.client.generation.stream import FinishReason, GeneratedText, GenerationStream, TextStream
 from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.prompts import EncodedPrompt
@@ -26,7 +26,7 @@ class Continuation:
     max_length: int
     """Tokens, prompt included, at which it ends."""
     eos: frozenset[int]
-    chooser: TokenChooser = attrs.field(repr=False)
+    sampler: Sampler = attrs.field(repr=False)
     detokenizer: IncrementalDetokenizer = attrs.field(repr=False)
     stops: StopStrings = attrs.field(repr=False)
 
@@ -45,7 +45,7 @@ class Continuation:
     def take(self, token: int) -> str:
         """Go on with ``token``; return the text that is certain now."""
         self.tokens.append(token)
-        self.chooser.append(token)
+        self.sampler.append(token)
         if token in self.eos:
             self.generated.finish_reason = "eos"
             return self._rest()
@@ -88,7 +88,7 @@ async def generate_pieces(
     if all(continuation.finished for continuation in continuations):
         return
     async with open_session(continuations) if session is None else nullcontext(session) as used:
-        with used.used():
+        with used.exclusive():
             run.chain = used.chain
             async for found in _steps(continuations, compute, used):
                 yield found
@@ -99,14 +99,16 @@ async def _steps(
     continuations: list[Continuation], compute: ModelCompute, session: ModelSession
 ) -> AsyncGenerator[tuple[int, str], None]:
     last_position = (compute.parts.max_positions or 2**62) - 1
-    new = session.reuse([continuation.prompt.tokens + continuation.tokens for continuation in continuations])
+    new = session.reuse_prefix(
+        [continuation.prompt.tokens + continuation.tokens for continuation in continuations]
+    )
     hidden = await session.embed(new)
     running = list(enumerate(continuations))
     while running:
         output = await session.step_embedded(new, hidden)
         tokens, hidden = await compute.next_tokens(
             output,
-            [continuation.chooser for _, continuation in running],
+            [continuation.sampler for _, continuation in running],
             # A token that ends its text at the model's limit is embedded too, and thrown away.
             [min(session.offset + continuation.length, last_position) for _, continuation in running],
         )

@@ -232,7 +232,7 @@ class LocalParts:
         return self._embed_with_base(ids, positions)
 
     @torch.inference_mode()
-    def enter(self, embeddings: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+    def embed_vectors(self, embeddings: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """As `embed`, of embeddings ``[tokens, hidden size]`` that are no token's, as in a soft prompt."""
         output = self._embedding_model(
             inputs_embeds=embeddings.detach().to("cpu", self.dtype)[:, None],

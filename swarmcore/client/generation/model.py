@@ -22,7 +22,7 @@ from swarmcore.client.generation.detokenizer import (
     IncrementalDetokenizer,
     StopStrings,
     TokenKinds,
-    kinds_of,
+    token_kinds,
 )
 from swarmcore.client.generation.generation import (
     BatchGeneration,
@@ -40,7 +40,7 @@ from swarmcore.client.generation.generation_config import (
     stop_strings,
 )
 from swarmcore.client.generation.local_model import LocalParts
-from swarmcore.client.generation.sampling import TokenChooser
+from swarmcore.client.generation.sampling import Sampler
 from swarmcore.client.generation.session_api import SessionOpener
 from swarmcore.client.generation.stream import GeneratedText
 from swarmcore.client.generation.token_session import ModelSession
@@ -297,9 +297,9 @@ class RemoteModel:
         async def prepare() -> list[Continuation]:
             continuations = await self._compute.run(self._continuations, run.texts, prompts, settings)
             if had := checked_ids(so_far):
-                await self._compute.run(_take_up, continuations[0], had, self._compute.parts.vocab_size)
+                await self._compute.run(_resume, continuations[0], had, self._compute.parts.vocab_size)
                 # Seconds, for thousands of tokens: not in the thread that all generations share.
-                skip = continuations[0].chooser.skip
+                skip = continuations[0].sampler.skip
                 await asyncio.to_thread(skip, len(had), self._compute.parts.vocab_size)
             return continuations
 
@@ -318,7 +318,7 @@ class RemoteModel:
         settings: GenerationSettings,
     ) -> list[Continuation]:
         check_generation_config(self.generation_config, self.info.name)
-        kinds = kinds_of(self.tokenizer, self._decode)
+        kinds = token_kinds(self.tokenizer, self._decode)
         return [
             self._continuation(text, prompt, settings.for_prompt(i), kinds)
             for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
@@ -351,7 +351,7 @@ class RemoteModel:
             encoded,
             max_length=max_length,
             eos=frozenset(end_of_text(own)),
-            chooser=TokenChooser(encoded.tokens, processors, greedy=settings.greedy, seed=settings.seed),
+            sampler=Sampler(encoded.tokens, processors, greedy=settings.greedy, seed=settings.seed),
             detokenizer=IncrementalDetokenizer(self._decode, encoded.context, kinds),
             stops=StopStrings(settings.stops or stop_strings(own)),
         )
@@ -374,7 +374,7 @@ class RemoteModel:
         return text
 
 
-def _take_up(continuation: Continuation, so_far: Sequence[int], vocab_size: int) -> None:
+def _resume(continuation: Continuation, so_far: Sequence[int], vocab_size: int) -> None:
     check_tokens(so_far, vocab_size)
     for token in so_far:
         if continuation.finished:

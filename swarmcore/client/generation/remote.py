@@ -45,6 +45,8 @@ from swarmcore.wire.generate import (
 from swarmcore.wire.messages import Ping
 from swarmcore.wire.protocols import GENERATE_PROTOCOL, PING_METHOD
 
+logger = logging.getLogger(__name__)
+
 
 class GenerationServerChoice:
     """Picks generation servers of one model, any of them as soon as another; those that leave or are banned
@@ -108,8 +110,6 @@ class GenerationServerChoice:
             f"swarmcore serve --serve-head, or swarmcore bootstrap --serve-head --model MODEL"
         )
 
-
-logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0
 """Seconds for which a text that broke off waits for a generation server that goes on with it."""
@@ -217,7 +217,7 @@ async def _from_server(
     """Let ``server`` go on with the text, to its end if it lives that long."""
     run.server = server.peer
     opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.text.tokens))
-    addresses = [Address.parse(url) for url in server.addresses]
+    addresses = server.dialable
     async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
         taken = told = 0
         started = False

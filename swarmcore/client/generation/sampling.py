@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, SynthIDTextWatermarkLogitsProcesso
 from swarmcore.errors import InputError, RemoteFaultError
 
 
-class TokenChooser:
+class Sampler:
     """Chooses the tokens of one sequence, which must be told to it in order (`append`).
 
     What it chooses depends on its own logits, history and seed, not on what else is in the batch.
@@ -33,7 +33,7 @@ class TokenChooser:
         self._length = len(prompt)
 
     @property
-    def takes_the_likeliest(self) -> bool:
+    def takes_likeliest(self) -> bool:
         """Whether the choice is the largest logit, whatever came before."""
         return self._generator is None and not self.processors
 
@@ -60,7 +60,7 @@ class TokenChooser:
             if self._generator is not None:
                 torch.multinomial(even, 1, generator=self._generator)
 
-    def choose(self, logits: torch.Tensor) -> int:
+    def sample(self, logits: torch.Tensor) -> int:
         """The next token, from ``[vocabulary]`` logits in float32, which may be overwritten.
 
         Raise `RemoteFaultError` when they are no numbers, `InputError` when processors forbid every token.
@@ -76,15 +76,15 @@ class TokenChooser:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
-    """One token for each row of ``[rows, vocabulary]`` logits in float32. Raise as `TokenChooser.choose`."""
-    if all(chooser.takes_the_likeliest for chooser in choosers):
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """One token for each row of ``[rows, vocabulary]`` logits in float32. Raise as `Sampler.sample`."""
+    if all(sampler.takes_likeliest for sampler in samplers):
         best, tokens = logits.max(-1)
         for value in best.tolist():
             _check(value)
         likeliest: list[int] = tokens.tolist()
         return likeliest
-    return [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
+    return [sampler.sample(row) for sampler, row in zip(samplers, logits, strict=True)]
 
 
 def _check(best: float) -> None:

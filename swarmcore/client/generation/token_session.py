@@ -101,7 +101,7 @@ class ModelSession:
         if self._soft_prompt is None:
             return
         positions = range(self._prefix_tokens, self.offset)
-        rows = await self._compute.run(self._compute.parts.enter, self._soft_prompt, positions)
+        rows = await self._compute.run(self._compute.parts.embed_vectors, self._soft_prompt, positions)
         many = self.sequences
         await remote.step(to_wire("hidden", rows.repeat(many, 1)), [self._prompt_rows] * many, reply="last")
 
@@ -141,7 +141,7 @@ class ModelSession:
         tokens = [list(self._tokens[source]) for source in sources] or self._tokens
         ids = [checked_ids(new) for new in ids]
         self._check(ids, tokens)
-        with self.used():
+        with self.exclusive():
             hidden = await self._compute.embed(*self._flat(ids, tokens))
             return await self._compute.logits(await self.step_embedded(ids, hidden, sources=sources))
 
@@ -159,7 +159,7 @@ class ModelSession:
             del tokens[length:]
 
     @contextmanager
-    def used(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Have the session to oneself. Raise `InputError` when a step or a generation is under way in it."""
         if self._in_use:
             raise InputError(
@@ -171,7 +171,7 @@ class ModelSession:
         finally:
             self._in_use = False
 
-    def reuse(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def reuse_prefix(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Roll back to what the sequences have in common with ``prompts``; return the tokens still to come.
 
         At least one for each, since a prediction is made of a token that is sent.

@@ -11,7 +11,12 @@ from byte_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from swarmcore.client.generation.detokenizer import IncrementalDetokenizer, StopStrings, TokenKinds, kinds_of
+from swarmcore.client.generation.detokenizer import (
+    IncrementalDetokenizer,
+    StopStrings,
+    TokenKinds,
+    token_kinds,
+)
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz.,!'")
@@ -96,7 +101,7 @@ class Counted:
 def pieces_of(
     decode: Counted, tokens: Sequence[int], context: Sequence[int] = (), known: bool = True
 ) -> list[str]:
-    stream = IncrementalDetokenizer(decode, context, kinds_of(decode.tokenizer, decode) if known else None)
+    stream = IncrementalDetokenizer(decode, context, token_kinds(decode.tokenizer, decode) if known else None)
     return [*map(stream.push, tokens), stream.finish()]
 
 
@@ -239,9 +244,9 @@ def test_stop_strings_within_runs_and_across_tokens(seed: int) -> None:
 
 
 def test_kinds_of_tokens() -> None:
-    assert len(kinds_of(LEGACY, Counted(LEGACY)).run_bytes) == 256
+    assert len(token_kinds(LEGACY, Counted(LEGACY)).run_bytes) == 256
     level = KINDS["byte level"]
-    known = kinds_of(level, Counted(level))
+    known = token_kinds(level, Counted(level))
     assert not known.run_bytes
     special = level.convert_tokens_to_ids("<|s|>")
     assert [known.silent(token) for token in (256, special, 5, 10**6)] == [True, True, False, True]
