@@ -137,11 +137,11 @@ async def test_a_forged_refusal_ends_nothing() -> None:
         [pair] = agent._nominated.values()
         for _ in range(3):
             agent._refused(*pair.remote_addr)
-            asking = agent._asking_peer
+            asking = agent._probing
             agent._refused(*pair.remote_addr)
-            assert agent._asking_peer is asking
+            assert agent._probing is asking
             await asking
         agent._refused("192.0.2.1", 1)
-        assert agent._asking_peer is None
+        assert agent._probing is None
         await stream.send(b"two")
         assert await stream.receive() == b"two"

@@ -1,4 +1,10 @@
-"""How much a sender may have in flight, and how fast it may leave: CUBIC (RFC 9438) with pacing."""
+"""How much a sender may have in flight, and how fast it may leave: CUBIC (RFC 9438) with pacing.
+
+In place of RFC 9260, 7.2, which is TCP's Reno of 1988: on a path of 100 ms it takes minutes to win back a
+window that one lost packet has halved. CUBIC grows with the time since the loss, whatever the round trip
+(https://www.rfc-editor.org/rfc/rfc9438). Pacing spreads a window over the round trip: sent in one burst it
+overflows the queue of the slowest link on the way, and is lost where a smooth flow would have fitted.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +13,14 @@ import attrs
 INITIAL_PACKETS = 16
 """Of the first flight: as many bytes as some 13 packets of TCP, which starts with 10 (RFC 6928)."""
 
-_LEAST_PACKETS = 4
+_MIN_PACKETS = 4
 _SEGMENT = 1460
 """Bytes by which the window grows where TCP's grows by a segment, for an equal share with smaller packets."""
-_BETA = 0.7
-_CUBIC = 0.4
+_BETA = 0.7  # RFC 9438, 4.6: what is left of the window after a loss
+_CUBIC = 0.4  # RFC 9438, 4.1.1: the constant C
 _RENO_FRIENDLY = 3 * (1 - _BETA) / (1 + _BETA)
 _IDLE_HALF_LIFE = 5.0
+"""Seconds of silence in which what is known of a path loses half of its worth (RFC 2861 takes a timeout)."""
 
 
 @attrs.define
@@ -49,6 +56,8 @@ class CongestionWindow:
 
         The window grows only where half of it was used, and not by what left before it was last cut.
         """
+        # The cubic curve runs on time in which the sender was limited by the window, not by its program: a
+        # pause must not let it leap (RFC 9438, 5.8).
         elapsed, self._last_ack = min(now - self._last_ack, rtt), now
         if sent_at < self._cut_at or sent_at > self._filled_at:
             return
@@ -57,6 +66,8 @@ class CongestionWindow:
             return
         self._avoiding += elapsed
         self._reno_size += _RENO_FRIENDLY * _SEGMENT * count / self.size
+        # RFC 9438, 4.2: K, the seconds until the window is as large as when it was cut; then the curve, for a
+        # round trip ahead, and never below what Reno would have by now (4.3).
         until_regained = (self._size_before_cut / _SEGMENT * (1 - _BETA) / _CUBIC) ** (1 / 3)
         cubic = self._size_before_cut + _CUBIC * (self._avoiding + rtt - until_regained) ** 3 * _SEGMENT
         step = (min(cubic, 1.5 * self.size) - self.size) * count / self.size
@@ -76,7 +87,7 @@ class CongestionWindow:
     def _cut(self, now: float) -> None:
         self._cut_at = now
         self._size_before_cut = self.size
-        self._threshold = self._reno_size = max(_BETA * self.size, _LEAST_PACKETS * self.packet)
+        self._threshold = self._reno_size = max(_BETA * self.size, _MIN_PACKETS * self.packet)
         self._avoiding = 0.0
 
     def resumed(self, idle: float) -> None:
@@ -94,4 +105,4 @@ class CongestionWindow:
         rate = (2.0 if self.size < self._threshold else 1.25) * self.size / max(rtt, 1e-3)
         self._budget = min(burst, self._budget + (now - self._budget_at) * rate)
         self._budget_at = now
-        return 0.0 if self._budget > 0 else (_LEAST_PACKETS * self.packet - self._budget) / rate
+        return 0.0 if self._budget > 0 else (_MIN_PACKETS * self.packet - self._budget) / rate

@@ -1,4 +1,7 @@
-"""ICE that trickles: candidates of this machine are told at once, those of servers as they come."""
+"""Trickle ICE (RFC 8838): candidates of this machine are told at once, those of servers as they come.
+
+https://www.rfc-editor.org/rfc/rfc8838 for trickling, https://www.rfc-editor.org/rfc/rfc8445 for the checks.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,8 @@ class TrickleIceAgent(Connection):
         self._relay_only = relay_only
         self._on_candidate = on_candidate
         self._some_found = asyncio.Event()
-        self._asking: asyncio.Task[None] | None = None
-        self._asking_peer: asyncio.Task[None] | None = None
+        self._querying: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
         self._refusals = 0
         self.relay_failure: str | None = None
         """Why the latest TURN server that failed relays nothing."""
@@ -63,10 +66,10 @@ class TrickleIceAgent(Connection):
 
     async def gather_candidates(self) -> None:
         await super().gather_candidates()  # it knows of no servers
-        if self._asking is None:
+        if self._querying is None:
             for protocol in self._protocols:
                 read_in_batches(protocol, protocol.transport)
-            self._asking = asyncio.create_task(self._ask_servers())
+            self._querying = asyncio.create_task(self._query_servers())
         if not self._local_candidates:
             await self._some_found.wait()
 
@@ -74,7 +77,7 @@ class TrickleIceAgent(Connection):
         """Let `gather_candidates` return with what there is."""
         self._some_found.set()
 
-    async def _ask_servers(self) -> None:
+    async def _query_servers(self) -> None:
         bases = list(self._protocols)
         asking = [asyncio.create_task(self._relayed(one)) for one in self._servers if one.relays]
         asking += [
@@ -93,6 +96,7 @@ class TrickleIceAgent(Connection):
         self.gathering = False
         self._some_found.set()
         self._on_candidate(None)
+        # All pairs may have failed while more candidates were to come; now none are (RFC 8838, 8.1.1).
         if self._early_checks_done and not self._check_list_maybe_complete():
             self._check_list_maybe_fail()
 
@@ -123,7 +127,7 @@ class TrickleIceAgent(Connection):
         inside = base.local_candidate
         try:
             request = stun.Message(stun.Method.BINDING, stun.Class.REQUEST)
-            response, _ = await base.request(request, await _address(server, inside.host))
+            response, _ = await base.request(request, await _server_address(server, inside.host))
             host, port = response.attributes["XOR-MAPPED-ADDRESS"][:2]
         except (OSError, stun.TransactionError, LookupError, ValueError) as exc:
             logger.debug("STUN server %s tells nothing to %s: %r", server, inside.host, exc)
@@ -153,6 +157,8 @@ class TrickleIceAgent(Connection):
         return self.gathering or super()._remote_candidates_expected()
 
     async def check_start(self, pair: CandidatePair) -> None:
+        # aioice nominates the first pair that works; a relayed one often does before the hole is punched. RFC
+        # 8445, 8.1.1 lets the controlling side decide how long it waits for a better one.
         if self.ice_controlling and _relayed(pair) and not self._relay_only:
             self.check_state(pair, CandidatePair.State.IN_PROGRESS)
             await asyncio.sleep(RELAY_PATIENCE)
@@ -163,9 +169,11 @@ class TrickleIceAgent(Connection):
         return request
 
     def check_incoming(self, message: stun.Message, addr: tuple[str, int], protocol: StunProtocol) -> None:
-        """The peer's check came through: one of ours that its router turned away before it is said again.
+        """The peer's check came through: repeat one of ours that its router turned away before.
 
-        Once for each check, and without waiting for the half second after which it is repeated anyway.
+        Our first check opened our router and was dropped by the peer's; the peer's, which opened its router,
+        shows that both are open now (a triggered check: RFC 8445, 7.3.1.4). Once for each check, and without
+        waiting for the half second after which it is repeated anyway.
         """
         known = any((one.host, one.port) == addr for one in self._remote_candidates)
         if not known and len(self._remote_candidates) >= MAX_REMOTE:
@@ -190,11 +198,16 @@ class TrickleIceAgent(Connection):
 
     def probe_peer(self) -> None:
         """Find out whether the peer's port is closed. Harmless when repeated."""
-        if self._asking_peer is None and self._nominated and not self._closing:
-            self._asking_peer = asyncio.create_task(self._ask_peer(*self._nominated.values()))
+        if self._probing is None and self._nominated and not self._closing:
+            self._probing = asyncio.create_task(self._probe(*self._nominated.values()))
 
-    async def _ask_peer(self, pair: CandidatePair) -> None:
-        """Take the peer for gone if it is silent, and said to be gone once more (consent: RFC 7675)."""
+    async def _probe(self, pair: CandidatePair) -> None:
+        """Take the peer for gone if it is silent, and its port said to be closed once more.
+
+        Consent alone takes half a minute to expire (RFC 7675, 5.1). ICMP alone could be forged by anybody who
+        knows both ports: it only makes us ask, and a peer that lives answers the check, which nobody can
+        answer without its password.
+        """
         before = self._refusals
         assert self.remote_password is not None
         try:
@@ -207,13 +220,13 @@ class TrickleIceAgent(Connection):
             gone = False
         except stun.TransactionError as exc:
             gone = isinstance(exc, stun.TransactionTimeout) and self._refusals > before
-        self._asking_peer = None
+        self._probing = None
         if gone:
             logger.info("%s:%s is closed", *pair.remote_addr)
             await self.close()
 
     async def close(self) -> None:
-        tasks = [task for task in (self._asking, self._asking_peer) if task]
+        tasks = [task for task in (self._querying, self._probing) if task]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -225,7 +238,7 @@ def _relayed(pair: CandidatePair) -> bool:
     return "relay" in (pair.local_candidate.type, pair.remote_candidate.type)
 
 
-async def _address(server: IceServer, asked_from: str) -> tuple[str, int]:
+async def _server_address(server: IceServer, asked_from: str) -> tuple[str, int]:
     """An address of ``server`` of the same family as ``asked_from``. Raise OSError when it has none."""
     family = socket.AF_INET6 if ipaddress.ip_address(asked_from).version == 6 else socket.AF_INET
     loop = asyncio.get_running_loop()

@@ -1,4 +1,8 @@
-"""aiortc's ICE transport over an agent that trickles, and whose place another one can take: ICE restart."""
+"""aiortc's ICE transport over an agent that trickles, and whose place another one can take: ICE restart.
+
+A restart (RFC 8445, 9) has credentials and candidates of its own; until it has found a path, the old one is
+used. So it is a second agent, beside the first. DTLS and SCTP above see datagrams come and go as before.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ class RestartableIceTransport(RTCIceTransport):
         self._next: TrickleIceAgent | None = None
         self._moving: asyncio.Task[None] | None = None
         self._recv = self._receive
-        self._send = self._pass_on
+        self._send = self._send_datagram
         self.on_path_changed: Callable[[], None] = lambda: None
         """Called when another agent has taken over."""
 
@@ -54,7 +58,7 @@ class RestartableIceTransport(RTCIceTransport):
                 if agent is self._connection and agent._closing:
                     raise  # else it was the end of the one before, heard through the queue that they share
 
-    async def _pass_on(self, data: bytes) -> None:
+    async def _send_datagram(self, data: bytes) -> None:
         await self._connection.send(data)
 
     async def _monitor(self) -> None:

@@ -128,7 +128,7 @@ REPAIRS = (
     Repair(
         "ICE restart",
         "cannot restart ICE",
-        "every stream ends when a machine changes its network; RFC 8445, 9 and RFC 8839, 4.4.1.1",
+        "every stream ends when a machine changes its network; RFC 8445, 9 and RFC 8839, 4.4.1.1.1",
         "RestartableIceTransport",
     ),
     Repair(

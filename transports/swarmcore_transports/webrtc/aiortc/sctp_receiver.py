@@ -1,4 +1,9 @@
-"""The receiving half of our SCTP: when it acknowledges, how it puts messages together, what it holds."""
+"""The receiving half of our SCTP: when it acknowledges, how it puts messages together, what it holds.
+
+RFC 9260, 6.2 (https://www.rfc-editor.org/rfc/rfc9260) asks for an acknowledgement of every second packet at
+least, within 200 ms, and at once where something is missing. Each one is a DTLS record: as much work for both
+sides as a packet of data. aiortc sends one for every packet.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +20,20 @@ from OpenSSL import SSL
 logger = logging.getLogger(__name__)
 
 ACK_DELAY = 0.02
-"""Seconds for which a packet may wait for the next, so that both are acknowledged at once."""
+"""Seconds for which a packet may wait for the next, so that both are acknowledged at once. A tenth of what is
+allowed: the peer's loss probe waits as long on top of a round trip."""
 
-_MOST_TO_SACK = 8
+_MAX_TO_SACK = 8
 """Packets that one acknowledgement is for when they come together; every second when they come one by one."""
 
 _FIRST_PACKETS = 128
-"""Packets of which every second is acknowledged in any case: by acknowledgements a sender's window opens."""
+"""Packets of which every second is acknowledged in any case: a sender in slow start opens its window by the
+acknowledgements it gets (RFC 9260, 7.2.1)."""
 
 TSN_MODULO = 2**32
-_MOST_DUPLICATES = 256
-_MOST_MISORDERED = 2048
-_MOST_FRAGMENTS = 4096
+_MAX_DUPLICATES = 256
+_MAX_MISORDERED = 2048
+_MAX_FRAGMENTS = 4096
 _LAST_FRAGMENT = 0x01
 
 
@@ -81,16 +88,20 @@ class DelayedSackReceiver(RTCSctpTransport):
     async def _receive_data_chunk(self, chunk: DataChunk) -> None:
         assert self._last_received_tsn is not None
         expected = chunk.tsn == (self._last_received_tsn + 1) % TSN_MODULO
-        if not expected and (self._advertised_rwnd <= 0 or len(self._sack_misordered) >= _MOST_MISORDERED):
+        if not expected and (self._advertised_rwnd <= 0 or len(self._sack_misordered) >= _MAX_MISORDERED):
             self._sack_needed = self._sack_at_once = True
-            return  # beyond the window: it is sent again once there is room
+            # Beyond the window: dropped (RFC 9260, 6.2), and sent again once there is room. What comes in its
+            # turn is taken all the same: only that can complete a message and make room.
+            return
         if self._advertised_rwnd < -rtcsctptransport.LOCAL_MAX_MESSAGE_SIZE or (
-            len(self._get_inbound_stream(chunk.stream_id).reassembly) >= _MOST_MISORDERED + _MOST_FRAGMENTS
+            len(self._get_inbound_stream(chunk.stream_id).reassembly) >= _MAX_MISORDERED + _MAX_FRAGMENTS
         ):
             logger.warning("a peer's message never ended: its data channels are closed")
             await self._abort()
             self._set_state(self.State.CLOSED)
             return
+        # A gap, and what fills one, are told at once (RFC 9260, 6.7). So is the end of a message: its sender
+        # often has nothing more to send, and would take the silence for a lost tail.
         if not expected or self._sack_misordered or chunk.flags & _LAST_FRAGMENT:
             self._sack_at_once = True
         await super()._receive_data_chunk(chunk)
@@ -118,11 +129,12 @@ class DelayedSackReceiver(RTCSctpTransport):
             self._sack_misordered.remove(following)
 
     async def _send_sack(self) -> None:
-        """Called for every packet with data."""
+        """Called for every packet with data. Those that came together, read from the socket in one go, are
+        acknowledged together: once the event loop gets on to something else."""
         self._packets_to_sack += 1
         self._packets_taken += 1
         self._sack_needed = False
-        if self._packets_to_sack >= (2 if self._packets_taken < _FIRST_PACKETS else _MOST_TO_SACK):
+        if self._packets_to_sack >= (2 if self._packets_taken < _FIRST_PACKETS else _MAX_TO_SACK):
             await self._send_sack_now()
         elif self._packets_to_sack >= 2 or self._sack_at_once:
             if not self._sack_soon:
@@ -139,7 +151,7 @@ class DelayedSackReceiver(RTCSctpTransport):
     async def _send_sack_now(self) -> None:
         self._packets_to_sack = 0
         self._sack_at_once = False
-        del self._sack_duplicates[_MOST_DUPLICATES:]
+        del self._sack_duplicates[_MAX_DUPLICATES:]
         await super()._send_sack()
 
     def _sack_delayed(self) -> None:

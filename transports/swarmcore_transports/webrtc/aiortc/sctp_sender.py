@@ -1,9 +1,10 @@
-"""SCTP of aiortc made quick on long links: its window, its loss recovery, and when it acknowledges.
+"""The sending half of our SCTP: what may be in flight, and what is taken for lost.
 
-aiortc starts with 3 packets, bursts 4, and notices a lost tail after a second or more. What is here instead:
-a larger first window with pacing (`congestion`), loss detection by time (RACK, with a tail loss probe, RFC
-8985), and an acknowledgement for every second packet and for every end of a message (`sctp_receiver`). The
-wire format is SCTP's as before, so the peer may be anything.
+aiortc's sender follows RFC 9260 to the letter. That lets a lost tail wait for a timeout of a second or more
+(section 6.3.1), and needs three later packets to notice any other loss (7.2.4): a token is few packets, of
+which the last is lost as often as any. So losses are detected by time instead, as TCP does it today: RACK
+with a tail loss probe, RFC 8985 (https://www.rfc-editor.org/rfc/rfc8985). What may be in flight is decided by
+`congestion`. The wire format is SCTP's as before, so the peer may be anything.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from swarmcore_transports.webrtc.aiortc.sctp_receiver import (
 )
 
 _FIRST_RTO = 1.0
-_LEAST_RTO_SLACK = 0.2
-_MOST_RTO = 60.0
+_MIN_RTO_SLACK = 0.2
+_MAX_RTO = 60.0
 _UNANSWERED_TIMEOUTS = 3
 """Timeouts in a row, the probe being the first: about a second on most paths."""
 
@@ -41,12 +42,12 @@ class RackSctpTransport(DelayedSackReceiver):
         self._rto = _FIRST_RTO
         self._window = CongestionWindow(rtcsctptransport.USERDATA_MAX_LENGTH)
         self._peer_window = self._advertised_rwnd
-        # What the latest acknowledgements told (RACK).
-        self._least_rtt = float("inf")
-        self._newest_rtt = 0.0
-        self._newest_sent_at = float("-inf")
-        self._highest_acked = self._last_sacked_tsn
-        self._reorders = False
+        # What the latest acknowledgements told: RACK's state, by RFC 8985's names in brackets.
+        self._min_rtt = float("inf")  # RACK.min_RTT
+        self._newest_rtt = 0.0  # RACK.rtt
+        self._newest_sent_at = float("-inf")  # RACK.xmit_ts: of what arrived, when the latest had left
+        self._highest_acked = self._last_sacked_tsn  # RACK.fack
+        self._reorders = False  # RACK.reordering_seen
         self._has_lost_chunks = False
         self._retransmit_at_once = False
         self._has_abandoned_chunks = False
@@ -66,7 +67,9 @@ class RackSctpTransport(DelayedSackReceiver):
 
     def _set_state(self, state: Any) -> None:
         if state is self.State.ESTABLISHED and self._association_state is not state:
-            self._peer_window = self._ssthresh  # where the base keeps what INIT advertised
+            # Where the base keeps what INIT advertised: it never looks at the peer's window again, which
+            # RFC 9260, 6.1 (A) does not allow to exceed.
+            self._peer_window = self._ssthresh
         super()._set_state(state)
 
     def _data_channel_closed(self, stream_id: int) -> None:
@@ -75,7 +78,7 @@ class RackSctpTransport(DelayedSackReceiver):
             super()._data_channel_closed(stream_id)
 
     def _t1_expired(self) -> None:
-        self._rto = min(2 * self._rto, _MOST_RTO)  # the base does not back off, which a short RTO needs
+        self._rto = min(2 * self._rto, _MAX_RTO)  # RFC 9260, 6.3.3 (E2), which the base leaves out
         super()._t1_expired()
 
     def _t3_cancel(self) -> None:
@@ -89,8 +92,9 @@ class RackSctpTransport(DelayedSackReceiver):
     def _update_rto(self, R: float) -> None:
         super()._update_rto(R)
         assert self._srtt is not None and self._rttvar is not None
-        # As Linux: the slack lies above the round trip, since a peer may delay its acknowledgement as long.
-        self._rto = min(self._srtt + max(4 * self._rttvar, _LEAST_RTO_SLACK), _MOST_RTO)
+        # RFC 9260, 6.3.1 asks for a second at least. As Linux does it: the least slack lies above the round
+        # trip instead, since a peer may delay its acknowledgement for 200 ms (6.2), whatever the distance.
+        self._rto = min(self._srtt + max(4 * self._rttvar, _MIN_RTO_SLACK), _MAX_RTO)
 
     @property
     def unanswered(self) -> bool:
@@ -98,10 +102,14 @@ class RackSctpTransport(DelayedSackReceiver):
         return self._timeouts >= _UNANSWERED_TIMEOUTS
 
     def path_changed(self) -> None:
-        """Packets take another way from now on, of which nothing is known: send at once what is missing."""
+        """Packets take another path from now on, of which nothing is known: send at once what is missing.
+
+        Window, round trip and timeout belong to a path (RFC 9260, 6.3 and 7.2): they begin anew. What was in
+        flight on the old path may have died with it; to wait for a timeout would stop every stream.
+        """
         now = self._clock.time()
         self._window = CongestionWindow(rtcsctptransport.USERDATA_MAX_LENGTH)
-        self._least_rtt = float("inf")
+        self._min_rtt = float("inf")
         self._timeouts = 0
         self._rto = _FIRST_RTO
         self._progress_at = now
@@ -112,9 +120,9 @@ class RackSctpTransport(DelayedSackReceiver):
         self._send_soon(self._probe_path)
 
     async def _probe_path(self) -> None:
-        """Send something by the new path, though nothing be missing, and then what is.
+        """Send a heartbeat (RFC 9260, 8.3) by the new path, though nothing be missing, and then what is.
 
-        A libwebrtc over there stays with the old path, where nobody listens, until it hears by the new one.
+        A browser over there stays with the old path, where nobody listens, until something comes by the new.
         """
         if self._association_state is self.State.ESTABLISHED:
             heartbeat = HeartbeatChunk()
@@ -126,7 +134,8 @@ class RackSctpTransport(DelayedSackReceiver):
 
     async def _transmit(self) -> None:
         self._send_again = True
-        # A send over TURN may wait, and this is called again meanwhile.
+        # A send over TURN may wait, and this is called again meanwhile: the first call then goes round once
+        # more, so that packets leave in the order of their TSNs.
         if self._sending or self._association_state is self.State.CLOSED:
             return
         self._sending = True
@@ -166,7 +175,7 @@ class RackSctpTransport(DelayedSackReceiver):
 
     def _may_send(self, limit: int) -> bool:
         if self._flight_size == 0:
-            return True  # also what probes a window that the peer closed
+            return True  # also what probes a window that the peer has closed (RFC 9260, 6.1 A)
         if self._flight_size >= limit:
             return False
         now = self._clock.time()
@@ -194,7 +203,7 @@ class RackSctpTransport(DelayedSackReceiver):
     async def _receive_sack_chunk(self, chunk: SackChunk) -> None:
         acknowledged = (chunk.cumulative_tsn - self._last_sacked_tsn) % TSN_MODULO
         if acknowledged > (self._local_tsn - 1 - self._last_sacked_tsn) % TSN_MODULO:
-            return  # older than what was heard, or of what was never sent
+            return  # older than what was heard, or of what was never sent (RFC 9260, 6.2.1)
         now = self._clock.time()
         self._last_sacked_tsn = chunk.cumulative_tsn
         self._peer_window = chunk.advertised_rwnd
@@ -239,9 +248,12 @@ class RackSctpTransport(DelayedSackReceiver):
         for chunk in arrived:
             assert chunk._sent_time is not None
             chunk._retransmit = False
-            if chunk._sent_count > 1 and now - chunk._sent_time < self._least_rtt / 2:
-                continue  # the first copy was only late: it says nothing of the second
-            if chunk.tsn == self._probed:  # the probe made up for a loss that nothing else would show
+            # Which copy has arrived cannot be told (Karn's ambiguity). If it is too soon for the second, the
+            # first was only late: then nothing is learnt of the path (RFC 8985, 6.2 step 2).
+            if chunk._sent_count > 1 and now - chunk._sent_time < self._min_rtt / 2:
+                continue
+            # The probe made up for a loss that nothing else shows: the window has to know (RFC 8985, 7.4).
+            if chunk.tsn == self._probed:
                 self._probed = None
                 self._window.lost(now, now)
             if chunk._sent_time >= newest_at:
@@ -256,7 +268,7 @@ class RackSctpTransport(DelayedSackReceiver):
             return
         rtt = now - newest_at
         if newest._sent_count == 1:
-            self._least_rtt = min(self._least_rtt, rtt)
+            self._min_rtt = min(self._min_rtt, rtt)
             self._update_rto(rtt)
         if newest_at >= self._newest_sent_at:
             self._newest_sent_at, self._newest_rtt = newest_at, rtt
@@ -264,15 +276,19 @@ class RackSctpTransport(DelayedSackReceiver):
         self._window.acknowledged(count, newest_at, self._srtt or rtt, now)
 
     def _detect_losses(self, beyond: int, now: float) -> None:
-        """Take for lost what left before something that arrived; wait a little where few packets tell so."""
-        patience = 0.0 if beyond >= 3 and not self._reorders else self._least_rtt / 4
+        """Take for lost what left before something that arrived (RFC 8985, 6.2 step 5).
+
+        Where packets were seen to overtake each other, or fewer than three tell so, they may yet come: they
+        get a quarter of a round trip, the reordering window. ``beyond`` is how many arrived above a gap.
+        """
+        patience = 0.0 if beyond >= 3 and not self._reorders else self._min_rtt / 4
         self._reorder_deadline = None
         latest_lost = float("-inf")
         for chunk in self._sent_queue:
             assert chunk._sent_time is not None
             if chunk._sent_time > self._newest_sent_at:
                 if chunk._sent_count == 1:
-                    break  # so did all that follow
+                    break  # so did all that follow: they were sent in this order
                 continue
             older = chunk._sent_time < self._newest_sent_at or at_or_after(self._highest_acked, chunk.tsn)
             if chunk._acked or not chunk._in_flight or not older:
@@ -284,7 +300,9 @@ class RackSctpTransport(DelayedSackReceiver):
                 latest_lost = max(latest_lost, chunk._sent_time)
                 self._mark_lost(chunk)
         if latest_lost >= 0:
-            self._retransmit_at_once = True  # what the reader waits for does not wait for the window to drain
+            # The window was just cut, and may be full for half a round trip. One packet goes beyond it, as in
+            # RFC 9260, 7.2.4 (3): the reader can take nothing of what follows before it has that.
+            self._retransmit_at_once = True
             self._window.lost(latest_lost, now)
 
     def _mark_lost(self, chunk: DataChunk) -> None:
@@ -305,7 +323,7 @@ class RackSctpTransport(DelayedSackReceiver):
         if self._timeouts or self._srtt is None or self._rttvar is None:
             return min(
                 self._progress_at + self._rto * 2.0 ** max(0, self._timeouts - 1),
-                self._progress_at + _MOST_RTO,
+                self._progress_at + _MAX_RTO,
             )
         probe_after = max(2 * self._srtt, self._srtt + 4 * self._rttvar) + ACK_DELAY
         return self._progress_at + min(probe_after, self._rto)
@@ -339,7 +357,10 @@ class RackSctpTransport(DelayedSackReceiver):
             self._timed_out(now)
 
     async def _probe(self) -> None:
-        """Send the last packet again: its acknowledgement tells what is missing before it."""
+        """Send the last packet again (RFC 8985, 7.3): its acknowledgement tells what is missing before it.
+
+        Without one nothing would: a lost tail has nothing behind it whose arrival shows the gap.
+        """
         tail = next((chunk for chunk in reversed(self._sent_queue) if chunk._in_flight), None)
         if tail is not None:
             self._probed = tail.tsn
@@ -351,7 +372,9 @@ class RackSctpTransport(DelayedSackReceiver):
         self._window.timed_out(now)
         for chunk in self._sent_queue:
             if self._timeouts > 2:
-                chunk._acked = False  # a receiver may drop what it acknowledged above a gap
+                # A receiver may drop what it acknowledged above a gap (RFC 9260, 6.2.1): after so many
+                # timeouts it is likely that it did.
+                chunk._acked = False
             if not chunk._acked:
                 self._mark_lost(chunk)
         self._update_advanced_peer_ack_point()

@@ -1,4 +1,4 @@
-"""Datagrams read many at a time: asyncio reads one, then looks at everything else that may have happened."""
+"""What asyncio does not do with UDP sockets: read many datagrams at a time, and say which were refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def borrowed(own: Any) -> socket.socket:
     return socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
 
 
-_MOST_READS = 32
+_MAX_READS = 32
 _LARGEST = 65536
 
 Received = Callable[[bytes, tuple[Any, ...]], None]
@@ -41,7 +41,7 @@ def read_in_batches(protocol: asyncio.DatagramProtocol, transport: asyncio.BaseT
         take(data, sender)
         reader = borrowed(own)
         try:
-            for _ in range(_MOST_READS - 1):
+            for _ in range(_MAX_READS - 1):
                 if transport.is_closing():
                     return
                 take(*reader.recvfrom(_LARGEST, socket.MSG_DONTWAIT))
@@ -56,12 +56,12 @@ def read_in_batches(protocol: asyncio.DatagramProtocol, transport: asyncio.BaseT
 
 
 # From linux/in.h and linux/in6.h; `socket` names them in newer versions of Python only.
-_TELL = {
+_RECEIVE_ERRORS = {
     socket.AF_INET: (socket.IPPROTO_IP, 11),
     socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
 }
 _MSG_ERRQUEUE = 0x2000
-_MOST_ERRORS = 64
+_MAX_ERRORS = 64
 
 
 def watch_refusals(
@@ -75,7 +75,7 @@ def watch_refusals(
     than Linux, nor of a transport without a socket of its own, such as one through a TURN server.
     """
     own = datagram_socket(transport)
-    if sys.platform != "linux" or own is None or own.family not in _TELL:
+    if sys.platform != "linux" or own is None or own.family not in _RECEIVE_ERRORS:
         return
     report = protocol.error_received
 
@@ -88,7 +88,7 @@ def watch_refusals(
     protocol.error_received = error_received  # type: ignore[method-assign]
     same = borrowed(own)
     try:
-        same.setsockopt(*_TELL[own.family], 1)
+        same.setsockopt(*_RECEIVE_ERRORS[own.family], 1)
     finally:
         same.detach()
 
@@ -97,7 +97,7 @@ def _refused(own: Any) -> list[tuple[str, int]]:
     found = []
     same = borrowed(own)
     try:
-        for _ in range(_MOST_ERRORS):
+        for _ in range(_MAX_ERRORS):
             _, notes, _, address = same.recvmsg(0, 512, _MSG_ERRQUEUE | socket.MSG_DONTWAIT)
             errors = [int.from_bytes(note[:4], sys.byteorder) for _, _, note in notes]
             if errno.ECONNREFUSED in errors:
