@@ -19,7 +19,7 @@ from swarmcore.cli.command import one_line, standard
 from swarmcore.cli.option_kinds import option
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import is_thin, remote_model, show_route, thin_swarm
+from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_route
 from swarmcore.errors import SwarmError
 from swarmcore.generation_settings import GenerationSettings
 
@@ -65,7 +65,7 @@ async def _converse(
 async def _converse_thin(
     output: Output, system: str | None, remote: RemoteModelOptions, sampling: dict[str, Any]
 ) -> None:
-    async with thin_swarm(remote) as swarm:
+    async with model_swarm(remote) as swarm:
         model = swarm.generation_model(remote.model or "").name
         output.remark(f"Generation servers answer, with {model}. Ctrl-C stops an answer, Ctrl-D leaves.")
         output.event("ready", model=model, chain="")

@@ -12,7 +12,7 @@ from swarmcore.cli.command import standard
 from swarmcore.cli.option_kinds import flag, option
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import is_thin, remote_model, show_route, thin_swarm
+from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_route
 from swarmcore.errors import InputError
 from swarmcore.generation_settings import GenerationSettings
 from swarmcore.prompts import checked_prompt
@@ -67,7 +67,7 @@ async def _generate_thin(
     output: Output, remote: RemoteModelOptions, prompt: str | list[dict[str, str]], sampling: dict[str, Any]
 ) -> None:
     async with (
-        thin_swarm(remote) as swarm,
+        model_swarm(remote) as swarm,
         swarm.generate(prompt, model=remote.model or "", patience=remote.patience, **sampling) as generation,
     ):
         text = await _stream(output, generation)

@@ -55,12 +55,13 @@ def is_thin(output: Output, options: RemoteModelOptions) -> bool:
     return options.thin
 
 
-def thin_swarm(options: RemoteModelOptions) -> Swarm:
-    """The swarm to enter, for one who has no part of a model."""
+def model_swarm(options: RemoteModelOptions) -> Swarm:
+    """The swarm to enter for a model, with the servers that may be used of it."""
     return swarm_of(
         options,
         allowed_servers=options.allowed_servers or None,
         blocked_servers=options.blocked_servers,
+        max_hops=options.max_hops,
     )
 
 
@@ -73,12 +74,7 @@ async def remote_model(
 
     from swarmcore.client.session.session import SessionOptions
 
-    async with swarm_of(
-        options,
-        allowed_servers=options.allowed_servers or None,
-        blocked_servers=options.blocked_servers,
-        max_hops=options.max_hops,
-    ) as swarm:
+    async with model_swarm(options) as swarm:
         with output.progress() as progress:
             model = await swarm.load_model(
                 options.model,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import math
-import os
 import random
 import statistics
 import time
@@ -242,16 +240,13 @@ class SpeedFile:
 
     def write(self, speed: ComputeSpeed) -> None:
         """Keep ``speed``, all or nothing. A disk that refuses costs a warning: it is measured again then."""
+        from swarmcore.checkpoint.storage import write_file
+
         record = _Record(key=dict(self.key), measured_at=self.wall_clock(), **attrs.asdict(speed))
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-            part.replace(self.path)
+            write_file(self.path, msgspec.json.format(msgspec.json.encode(record)))
         except OSError as exc:
             logger.warning("the measured throughput could not be kept: %s", exc)
-            with contextlib.suppress(OSError):
-                part.unlink()
 
 
 class _Record(msgspec.Struct):
