@@ -17,7 +17,7 @@ from swarmcore.errors import InvalidStepError, ResourceLimitError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.session.dedup import DedupCache
-from swarmcore.session.journal import JournalEntry, OutputHistory
+from swarmcore.session.journal import OutputHistory
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
 from swarmcore.wire.messages import Replay, Step
@@ -149,9 +149,8 @@ class ReplayCache:
 
     def add(self, step: Step, output: Tensor) -> None:
         """The output of a step that has been computed and sent on."""
-        entry = JournalEntry(step.step, step.starts, step.lengths, step.sources)
         self._outputs.settle(step.settled)
-        self._outputs.keep(entry, output, settled=step.replay)
+        self._outputs.keep(step, output, settled=step.replay)
         self._bytes.resize(self._outputs.nbytes)
 
     async def rows(self, order: Replay) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import attrs
 
@@ -23,14 +24,17 @@ MAX_UNSETTLED = 16
 """Steps that may be under way at a server, more than a client has at once; older ones were given up."""
 
 
-@attrs.frozen
-class JournalEntry:
-    """What a step does to a history: reorder, roll back, append. Fields as in `Step`."""
+class RowChange(Protocol):
+    """What a step does to a history: reorder, roll back, append. A `Step` is one, and a `Chunk`."""
 
-    step: int
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
-    sources: tuple[int, ...] = ()
+    @property
+    def step(self) -> int: ...
+    @property
+    def starts(self) -> tuple[int, ...]: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def sources(self) -> tuple[int, ...]: ...
 
 
 @attrs.frozen
@@ -72,12 +76,12 @@ class RowHistory:
         tensors = {id(run.tensor): run.tensor for runs in self._runs for run in runs}
         return sum(tensor.data.nbytes for tensor in tensors.values())
 
-    def apply(self, entry: JournalEntry, rows: Tensor) -> None:
+    def apply(self, change: RowChange, rows: Tensor) -> None:
         """Do what a step does; ``rows`` are its ``[sum(lengths), width]``."""
-        if entry.sources:
-            self._runs = [list(self._runs[source]) for source in entry.sources]
+        if change.sources:
+            self._runs = [list(self._runs[source]) for source in change.sources]
         first_row = 0
-        for sequence, (start, count) in enumerate(zip(entry.starts, entry.lengths, strict=True)):
+        for sequence, (start, count) in enumerate(zip(change.starts, change.lengths, strict=True)):
             if count:
                 self._truncate(sequence, start)
                 self._runs[sequence].append(_Run(start, count, rows, first_row))
@@ -171,7 +175,7 @@ class OutputHistory:
 
     def __init__(self, sequences: int) -> None:
         self._history: RowHistory | None = RowHistory(sequences)
-        self._unsettled: deque[tuple[JournalEntry, Tensor]] = deque()
+        self._unsettled: deque[tuple[RowChange, Tensor]] = deque()
 
     @property
     def nbytes(self) -> int:
@@ -184,14 +188,14 @@ class OutputHistory:
         self._history = None
         self._unsettled.clear()
 
-    def keep(self, entry: JournalEntry, rows: Tensor, *, settled: bool = False) -> None:
+    def keep(self, change: RowChange, rows: Tensor, *, settled: bool = False) -> None:
         """The outputs of a step, ``[sum(lengths), width]``; of a replay, which is of ``settled`` tokens."""
         if self._history is None:
             return
         if settled:
-            self._history.apply(entry, rows)
+            self._history.apply(change, rows)
         else:
-            self._unsettled.append((entry, rows))
+            self._unsettled.append((change, rows))
             if len(self._unsettled) > MAX_UNSETTLED:
                 self._history.apply(*self._unsettled.popleft())
 
@@ -220,27 +224,27 @@ class _StageInputs:
     def __init__(self, sequences: int) -> None:
         self.history = RowHistory(sequences)
         self.arrived: dict[int, Tensor] = {}
-        self.due: deque[JournalEntry] = deque()
+        self.due: deque[RowChange] = deque()
 
-    def settle(self, entry: JournalEntry) -> None:
-        self.due.append(entry)
+    def settle(self, change: RowChange) -> None:
+        self.due.append(change)
         self.advance()
 
     def advance(self) -> None:
         while self.due and self.due[0].step in self.arrived:
-            entry = self.due.popleft()
-            self.history.apply(entry, self.arrived.pop(entry.step))
+            change = self.due.popleft()
+            self.history.apply(change, self.arrived.pop(change.step))
 
     def keep(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Give up on rows that are due; return how many of each sequence, up to ``positions``, are good."""
         due, self.due = self.due, deque()
         good = self.history.lengths
-        if any(entry.sources for entry in due):
+        if any(change.sources for change in due):
             good = (0,) * len(good)
-        for entry in due:
+        for change in due:
             good = tuple(
                 min(have, start) if count else have
-                for have, start, count in zip(good, entry.starts, entry.lengths, strict=True)
+                for have, start, count in zip(good, change.starts, change.lengths, strict=True)
             )
         good = tuple(map(min, good, positions))
         self.history.truncate(good)
@@ -281,7 +285,7 @@ class Journal:
             return False
         expected = self._in_flight.get(step)
         if expected is None:
-            expected = next((sum(entry.lengths) for entry in inputs.due if entry.step == step), None)
+            expected = next((sum(change.lengths) for change in inputs.due if change.step == step), None)
             if expected is None:
                 return False
         if rows.shape[0] != expected:
@@ -290,11 +294,11 @@ class Journal:
         inputs.advance()
         return True
 
-    def settle(self, entry: JournalEntry) -> None:
+    def settle(self, change: RowChange) -> None:
         """The step is through: its tokens are part of the session."""
-        self._in_flight.pop(entry.step, None)
+        self._in_flight.pop(change.step, None)
         for inputs in self._inputs.values():
-            inputs.settle(entry)
+            inputs.settle(change)
 
     def forget(self, step: int) -> None:
         """The step was given up."""
@@ -328,9 +332,9 @@ class Journal:
         inputs = self._inputs.setdefault(block, _StageInputs(self._sequences))
         return inputs.keep(positions)
 
-    def expect(self, block: int, entry: JournalEntry) -> None:
+    def expect(self, block: int, change: RowChange) -> None:
         """A replay with this number will bring rows into ``block``."""
-        self._inputs[block].settle(entry)
+        self._inputs[block].settle(change)
 
     def keep_only(self, blocks: Iterable[int]) -> None:
         """Drop the places at which no stage begins any more."""

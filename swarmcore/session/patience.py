@@ -125,6 +125,8 @@ class RetryPolicy:
 
     def succeeded(self) -> None:
         """A step got through."""
+        if not self.failures and self._since is None and self._busy_since is None:
+            return
         self._since = self._busy_since = None
         self.failures = 0
         self._pauses.reset()

@@ -12,7 +12,6 @@ from typing import Literal
 import attrs
 
 from swarmcore.errors import InvalidStepError, ProtocolError
-from swarmcore.session.journal import JournalEntry
 from swarmcore.wire.messages import Hop, Step, StepForwarded, StepOutput
 
 Reply = Literal["all", "last", "none"]
@@ -46,11 +45,6 @@ class Chunk:
         if self.reply == "none":
             return 0
         return self.rows if self.reply == "all" else sum(length > 0 for length in self.lengths)
-
-    @property
-    def entry(self) -> JournalEntry:
-        """What it does to the inputs of every stage."""
-        return JournalEntry(self.step, self.starts, self.lengths, self.sources)
 
 
 @attrs.frozen

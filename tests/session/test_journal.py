@@ -2,14 +2,25 @@
 
 import struct
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError
-from swarmcore.session.journal import MAX_UNSETTLED, Journal, JournalEntry, OutputHistory, RowHistory
+from swarmcore.session.journal import MAX_UNSETTLED, Journal, OutputHistory, RowHistory
 from swarmcore.testing.executor import hidden_states, read_rows
 from swarmcore.wire.tensors import Tensor
+
+
+@attrs.frozen
+class Change:
+    """What a step does to the rows."""
+
+    step: int
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sources: tuple[int, ...] = ()
 
 
 def rows_of(*values: float):
@@ -21,7 +32,7 @@ def values_of(tensor) -> list[float]:
 
 
 @st.composite
-def histories(draw) -> list[JournalEntry]:
+def histories(draw) -> list[Change]:
     count = draw(st.integers(1, 3))
     lengths = [0] * count
     entries = []
@@ -31,16 +42,16 @@ def histories(draw) -> list[JournalEntry]:
         starts = [draw(st.integers(0, length)) for length in lengths]
         added = [draw(st.integers(0, 4)) for _ in lengths]
         if any(added):
-            entries.append(JournalEntry(step, tuple(starts), tuple(added), sources))
+            entries.append(Change(step, tuple(starts), tuple(added), sources))
             lengths = [s + a if a else old for s, a, old in zip(starts, added, lengths, strict=True)]
         elif sources:
             lengths = [0] * count
-            entries.append(JournalEntry(step, tuple(lengths), (1,) * count, sources))
+            entries.append(Change(step, tuple(lengths), (1,) * count, sources))
             lengths = [1] * count
     return entries
 
 
-def replayed(entries: list[JournalEntry]) -> tuple[list[list[float]], list]:
+def replayed(entries: list[Change]) -> tuple[list[list[float]], list]:
     """What the sequences hold after ``entries``, and the rows that came with each of them."""
     count = len(entries[0].starts) if entries else 1
     sequences: list[list[float]] = [[] for _ in range(count)]
@@ -98,7 +109,7 @@ def test_rows_may_come_at_any_time_around_the_settling_of_their_step(entries, ra
 
 def test_rows_that_were_never_kept_are_not_made_up():
     history = RowHistory(2)
-    history.apply(JournalEntry(0, (0, 0), (3, 0)), rows_of(1, 2, 3))
+    history.apply(Change(0, (0, 0), (3, 0)), rows_of(1, 2, 3))
     with pytest.raises(InvalidStepError, match="rows 3 to 4 of sequence 0"):
         history.rows([0, 0], [4, 0])
     with pytest.raises(InvalidStepError, match="sequence 1"):
@@ -107,9 +118,9 @@ def test_rows_that_were_never_kept_are_not_made_up():
 
 def test_a_reordered_lane_shares_its_tensors():
     history = RowHistory(3)
-    history.apply(JournalEntry(0, (0, 0, 0), (2, 2, 2)), rows_of(1, 2, 3, 4, 5, 6))
+    history.apply(Change(0, (0, 0, 0), (2, 2, 2)), rows_of(1, 2, 3, 4, 5, 6))
     before = history.nbytes
-    history.apply(JournalEntry(1, (2, 2, 2), (1, 1, 1), (1, 1, 0)), rows_of(7, 8, 9))
+    history.apply(Change(1, (2, 2, 2), (1, 1, 1), (1, 1, 0)), rows_of(7, 8, 9))
     assert history.nbytes == before + rows_of(7, 8, 9).data.nbytes
     assert values_of(history.rows([0, 0, 0], [3, 3, 3])) == [3, 4, 7, 3, 4, 8, 1, 2, 9]
 
@@ -129,11 +140,11 @@ def test_what_a_dead_server_still_owed_is_computed_again():
     for step, rows in enumerate([3, 2, 1]):
         journal.begin(step, rows)
     journal.receive(4, 0, rows_of(1, 2, 3))
-    journal.settle(JournalEntry(0, (0, 0), (2, 1)))
-    journal.settle(JournalEntry(1, (2, 1), (1, 1)))
+    journal.settle(Change(0, (0, 0), (2, 1)))
+    journal.settle(Change(1, (2, 1), (1, 1)))
     assert not journal.complete(4)
     assert journal.rebuild(4, (3, 2)) == (2, 1), "rows from before the gap are good"
-    journal.expect(4, JournalEntry(7, (2, 1), (1, 1)))
+    journal.expect(4, Change(7, (2, 1), (1, 1)))
     assert not journal.complete(4)
     assert journal.receive(4, 7, rows_of(8, 9))
     assert journal.complete(4)
@@ -145,8 +156,8 @@ def test_after_a_reordering_that_was_missed_nothing_is_good():
     for step in range(2):
         journal.begin(step, 2)
     journal.receive(4, 0, rows_of(1, 2))
-    journal.settle(JournalEntry(0, (0, 0), (1, 1)))
-    journal.settle(JournalEntry(1, (1, 1), (1, 1), sources=(1, 1)))
+    journal.settle(Change(0, (0, 0), (1, 1)))
+    journal.settle(Change(1, (1, 1), (1, 1), sources=(1, 1)))
     assert journal.rebuild(4, (2, 2)) == (0, 0)
 
 
@@ -154,7 +165,7 @@ def test_only_the_places_that_are_wanted_are_kept():
     journal = Journal(1, [0, 4])
     journal.begin(0, 1)
     journal.receive(4, 0, rows_of(1))
-    journal.settle(JournalEntry(0, (0,), (1,)))
+    journal.settle(Change(0, (0,), (1,)))
     journal.keep_only([0])
     assert journal.blocks == {0}
     assert repr(journal) == "<Journal 0: 0>"
@@ -164,7 +175,7 @@ def test_what_rollbacks_leave_of_large_tensors_is_copied_out_of_them(monkeypatch
     monkeypatch.setattr("swarmcore.session.journal.COMPACT_NBYTES", 1000)
     history = RowHistory(1)
     for step in range(200):  # each leaves one row of a hundred
-        history.apply(JournalEntry(step, (step,), (100,)), rows_of(*range(step, step + 100)))
+        history.apply(Change(step, (step,), (100,)), rows_of(*range(step, step + 100)))
     assert history.lengths == (299,)
     row = rows_of(1).data.nbytes
     assert history.nbytes < 2 * 299 * row + 1000 + 2 * 100 * row
@@ -178,7 +189,7 @@ def test_rows_of_servers_that_compute_in_different_dtypes_are_made_alike():
         [("float32", 4, "<f"), ("bfloat16", 2, "<f"), ("float16", 2, "<e"), ("float32", 4, "<f")]
     ):
         data = bytearray(struct.pack(pack, values[start])[-width:])
-        history.apply(JournalEntry(start, (start,), (1,)), Tensor("hidden", dtype, (1, 1), memoryview(data)))
+        history.apply(Change(start, (start,), (1,)), Tensor("hidden", dtype, (1, 1), memoryview(data)))
     rows = history.rows([0], [4])
     assert (rows.dtype, rows.shape) == ("float32", (4, 1))
     assert list(struct.unpack("<4f", rows.data)) == values
@@ -190,7 +201,7 @@ def test_rows_of_servers_that_compute_in_different_dtypes_are_made_alike():
 )
 def test_rows_that_cannot_be_are_refused(starts, lengths):
     history = RowHistory(1)
-    history.apply(JournalEntry(0, (0,), (3,)), rows_of(1, 2, 3))
+    history.apply(Change(0, (0,), (3,)), rows_of(1, 2, 3))
     with pytest.raises(InvalidStepError):
         history.rows(starts, lengths)
 
@@ -202,14 +213,14 @@ def test_rows_that_are_not_those_of_their_step_are_refused():
         journal.receive(4, 0, rows_of(1, 2, 3))
     assert journal.receive(4, 0, rows_of(1, 2))
     assert not journal.receive(4, 0, rows_of(8, 9)), "the first ones count"
-    journal.settle(JournalEntry(0, (0,), (2,)))
+    journal.settle(Change(0, (0,), (2,)))
     assert values_of(journal.rows(4, [0], [2])) == [1, 2]
 
 
 def test_outputs_of_steps_that_never_get_through_are_given_up_in_their_order():
     kept = OutputHistory(1)
     for step in range(MAX_UNSETTLED + 3):
-        kept.keep(JournalEntry(step, (0,), (1,)), rows_of(step))
+        kept.keep(Change(step, (0,), (1,)), rows_of(step))
     assert values_of(kept.settled.rows([0], [1])) == [2]
     kept.settle(MAX_UNSETTLED + 3)
     assert values_of(kept.settled.rows([0], [1])) == [MAX_UNSETTLED + 2]
@@ -217,12 +228,12 @@ def test_outputs_of_steps_that_never_get_through_are_given_up_in_their_order():
 
 def test_outputs_that_were_dropped_are_lost_and_take_nothing():
     kept = OutputHistory(1)
-    kept.keep(JournalEntry(0, (0,), (2,)), rows_of(1, 2))
+    kept.keep(Change(0, (0,), (2,)), rows_of(1, 2))
     kept.settle(1)
-    kept.keep(JournalEntry(1, (2,), (1,)), rows_of(3))
+    kept.keep(Change(1, (2,), (1,)), rows_of(3))
     assert kept.nbytes == 3 * rows_of(1).data.nbytes
     kept.drop()
-    kept.keep(JournalEntry(2, (3,), (1,)), rows_of(4))
+    kept.keep(Change(2, (3,), (1,)), rows_of(4))
     assert kept.nbytes == 0
     with pytest.raises(SessionLostError, match="make room"):
         kept.settled.rows((0,), (2,))

@@ -184,7 +184,7 @@ class Pipeline(LiveChain):
     def settle(self, pending: PendingChunk) -> Tensor:
         """The chunk is through: from now on it is part of what is replayed. Return its output."""
         self.steps.settle(pending.chunk)
-        self.journal.settle(pending.chunk.entry)
+        self.journal.settle(pending.chunk)
         del self.pending[pending.chunk.step]
         for stage in self.stages:
             if not stage.proven:

@@ -38,7 +38,7 @@ async def replay(
         for chunk, blocks in pieces:
             if pipeline.options.journal == "client":
                 for block in blocks:
-                    pipeline.journal.expect(block, chunk.entry)
+                    pipeline.journal.expect(block, chunk)
             chunks.append(pipeline.begin(chunk))
             await _send(pipeline, first, chunks[-1])
             late = chunks[-REPLAYS_IN_FLIGHT:]
