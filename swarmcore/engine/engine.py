@@ -127,7 +127,7 @@ class Engine:
     @property
     def work(self) -> int:
         """Grows with every batch, unit of a pass and piece of cache that is dealt with."""
-        return self.stats.batches + self.stats.pass_units + self._transfer.pieces
+        return self.stats.batches + self.stats.pass_units + self._transfer.chunks
 
     def computed(self, session: str) -> int:
         """Rows of the session computed so far, those of unfinished steps too. Raise `SessionLostError`."""

@@ -40,8 +40,8 @@ class KVTransfer:
         self._sessions = sessions
         self._changed = changed
         self._imports: set[asyncio.Task[None]] = set()
-        self.pieces = 0
-        """Pieces of cache that went out or came in so far."""
+        self.chunks = 0
+        """Chunks of cache that went out or came in so far."""
 
     async def export(self, session: EngineSession, max_bytes: int) -> AsyncGenerator[KVChunk, None]:
         """As `Engine.export_cache`."""
@@ -59,7 +59,7 @@ class KVTransfer:
                     tensors = await self._executor.export_cache(sequence, start, count)
                     if session.closed:
                         raise SessionLostError(f"session {session.name[:8]} ended while it was exported")
-                    self.pieces += 1
+                    self.chunks += 1
                     yield KVChunk(index, start, count, tensors)
         finally:
             self._sessions.resume(session, _now())
@@ -93,7 +93,7 @@ class KVTransfer:
         except Exception as exc:
             log.exception("the executor failed to take in %d tokens of attention cache", segment.count)
             error = executor_error(exc)
-        self.pieces += 1
+        self.chunks += 1
         self._sessions.finish_import(item, error, _now())
         self._advance()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NewType
+from typing import Any, Literal, NewType
 
 import attrs
 
@@ -306,3 +307,14 @@ class BackwardPass(TrainingPass):
     """Of the inputs, ``[tokens, hidden size]``, raw, in the executor's dtype; if they were asked for."""
     weights: tuple[Tensor, ...] = ()
     """Of the adapter's weights, under their names, in their dtypes; if they were asked for."""
+
+
+_RENAMED = {"Slice": "ScheduledChunk", "SequenceBatch": "TrainingBatch", "BatchPass": "TrainingPass"}
+"""What executors of others may still call by the name of the last version."""
+
+
+def __getattr__(name: str) -> Any:
+    if (new := _RENAMED.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is called {new} now", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -22,7 +22,7 @@ _SERIAL_VALUES = 512 * 1024
 """Below this many cached values, one thread attends to a sequence faster than two wake each other up."""
 
 
-class _Piece:
+class _CachedSegment:
     """Consecutive new tokens of one sequence: its rows of the batch and its views into the cache."""
 
     def __init__(self, cache: SequenceCache, start: int, count: int) -> None:
@@ -58,42 +58,42 @@ class _Piece:
 
 
 class RaggedBatch:
-    """The batch that goes through the span: pieces of sequences, packed in order."""
+    """The batch that goes through the span: consecutive new tokens of sequences, packed in order."""
 
     def __init__(
         self,
-        pieces: Sequence[tuple[SequenceCache, int, int]],
+        segments: Sequence[tuple[SequenceCache, int, int]],
         device: torch.device,
         *,
         first_block: int = 0,
         threads: int = 1,
         updates: AdapterUpdates | None = None,
     ) -> None:
-        """``pieces`` are caches with the start position and the count of their new tokens.
+        """``segments`` are caches with the start position and the count of their new tokens.
 
-        The caches are of the blocks from ``first_block`` on. A sequence may come more than once, its pieces
+        The caches are of the blocks from ``first_block`` on. A sequence may come more than once, its segments
         in order. ``threads`` is what the computing thread has
         for one operation.
         """
         self.origin = 0
         self._first_block = first_block
         self.updates = updates
-        for cache, start, count in pieces:
+        for cache, start, count in segments:
             cache.prepare(start, start + count)
-        self._pieces = [_Piece(*piece) for piece in pieces]
-        self.counts = [piece.count for piece in self._pieces]
+        self._segments = [_CachedSegment(*segment) for segment in segments]
+        self.counts = [segment.count for segment in self._segments]
         self.tokens = sum(self.counts)
-        self._decode = self.tokens == len(self._pieces)
+        self._decode = self.tokens == len(self._segments)
         self._slots = [
             keys + values
             for keys, values in zip(
-                zip(*(piece.new_keys for piece in self._pieces), strict=True),
-                zip(*(piece.new_values for piece in self._pieces), strict=True),
+                zip(*(segment.new_keys for segment in self._segments), strict=True),
+                zip(*(segment.new_values for segment in self._segments), strict=True),
                 strict=True,
             )
         ]
         self._threads = threads if device.type == "cpu" else 1
-        positions = [torch.arange(piece.start, piece.end) for piece in self._pieces]
+        positions = [torch.arange(segment.start, segment.end) for segment in self._segments]
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
 
     def attend(
@@ -105,25 +105,25 @@ class RaggedBatch:
         if self._decode:
             return self._attend_decode(layer, query, how)
         outputs = [
-            _attend_piece(piece, rows, piece.keys[layer], piece.values[layer], how)
-            for piece, rows in zip(self._pieces, query.split_with_sizes(self.counts, 2), strict=True)
+            _attend_segment(segment, rows, segment.keys[layer], segment.values[layer], how)
+            for segment, rows in zip(self._segments, query.split_with_sizes(self.counts, 2), strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     def _attend_decode(self, layer: int, query: torch.Tensor, how: Attention) -> torch.Tensor:
         """One new token for each sequence: no causal masks, and heads that share keys stacked into rows."""
         heads, tokens, size = query.shape[1:]
-        kv_heads = self._pieces[0].keys[layer].shape[1]
+        kv_heads = self._segments[0].keys[layer].shape[1]
         rows = heads // kv_heads
         queries = query.transpose(1, 2).reshape(tokens, 1, kv_heads, rows, size).unbind(0)
         outputs = []
         explicit, serial = how.explicit, False
         try:
-            for piece, row in zip(self._pieces, queries, strict=True):
-                keys, values = piece.keys[layer], piece.values[layer]
-                if first := how.first_key(piece.start):
-                    keys = keys.narrow(2, first, piece.end - first)
-                    values = values.narrow(2, first, piece.end - first)
+            for segment, row in zip(self._segments, queries, strict=True):
+                keys, values = segment.keys[layer], segment.values[layer]
+                if first := how.first_key(segment.start):
+                    keys = keys.narrow(2, first, segment.end - first)
+                    values = values.narrow(2, first, segment.end - first)
                 if self._threads > 1 and (keys.numel() < _SERIAL_VALUES) != serial:
                     serial = not serial
                     torch.set_num_threads(1 if serial else self._threads)
@@ -131,7 +131,7 @@ class RaggedBatch:
                     output = attend_explicitly(row.view(1, heads, 1, size), keys, values, None, how)
                     outputs.append(output.view(1, kv_heads, rows, -1))
                     continue
-                mask = piece.mask(how, rows, row.device, row.dtype) if how.bias else None
+                mask = segment.mask(how, rows, row.device, row.dtype) if how.bias else None
                 outputs.append(
                     scaled_dot_product_attention(row, keys, values, attn_mask=mask, scale=how.scale)
                 )
@@ -142,25 +142,25 @@ class RaggedBatch:
         return output.reshape(1, tokens, heads, -1)
 
 
-def _attend_piece(
-    piece: _Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attention
+def _attend_segment(
+    segment: _CachedSegment, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attention
 ) -> torch.Tensor:
     """Returns ``[1, count, heads, size]``."""
     heads, count, size = query.shape[1:]
     kv_heads = keys.shape[1]
     rows = heads // kv_heads
-    if first := how.first_key(piece.start):
+    if first := how.first_key(segment.start):
         keys, values = keys[:, :, first:], values[:, :, first:]
     if how.explicit:
-        output = attend_explicitly(query, keys, values, piece.mask(how, 1, query.device, query.dtype), how)
+        output = attend_explicitly(query, keys, values, segment.mask(how, 1, query.device, query.dtype), how)
     elif 1 < rows * count <= _PACKED_ROWS:
         packed = query.reshape(1, kv_heads, rows * count, size)
-        mask = piece.mask(how, rows, query.device, query.dtype)
+        mask = segment.mask(how, rows, query.device, query.dtype)
         output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=how.scale)
         output = output.reshape(1, heads, count, -1)
     else:
-        causal = piece.start == 0 and not how.first_key(piece.end - 1) and how.bias is None
-        mask = None if causal else piece.mask(how, 1, query.device, query.dtype)
+        causal = segment.start == 0 and not how.first_key(segment.end - 1) and how.bias is None
+        mask = None if causal else segment.mask(how, 1, query.device, query.dtype)
         output = scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=causal, scale=how.scale, enable_gqa=rows > 1
         )

@@ -52,7 +52,7 @@ class StepRunner:
         """As `BlockExecutor.step`; ``threads`` is what this thread has for one operation."""
         results: list[Tensor | SwarmError | None] = [None] * len(batch)
         accepted: list[_Accepted] = []
-        pieces: list[tuple[SequenceCache, int, int]] = []
+        segments: list[tuple[SequenceCache, int, int]] = []
         lengths: dict[SequenceId, int] = {}
         for index, chunk in enumerate(batch):
             try:
@@ -63,7 +63,7 @@ class StepRunner:
                 results[index] = exc
                 continue
             accepted.append(_Accepted(index, chunk, adapter, rows))
-            pieces += [
+            segments += [
                 (cache, cache.prefix + segment.start, segment.count)
                 for cache, segment in zip(caches, chunk.segments, strict=True)
             ]
@@ -72,7 +72,7 @@ class StepRunner:
             packed = torch.cat([each.rows for each in accepted]) if len(accepted) > 1 else accepted[0].rows
             updates = self._updates(blocks, accepted)
             ragged = RaggedBatch(
-                pieces, self._device, first_block=part.start, threads=threads, updates=updates
+                segments, self._device, first_block=part.start, threads=threads, updates=updates
             )
             output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
             # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
