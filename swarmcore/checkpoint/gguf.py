@@ -148,7 +148,7 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
 
     doing, size = f"converting {source.name}", source.stat().st_size
     folder = str(source.parent.resolve())
-    converting = _Rising(doing, size, progress)
+    converting = _MonotonicProgress(doing, size, progress)
     # Of these Transformers says nothing, and they take most of the time where the layers are small.
     progress(f"reading the metadata of {source.name}", 0, 0)
     metadata = Metadata.read(source)
@@ -215,8 +215,8 @@ def _parsed_once() -> Iterator[None]:
             setattr(gguf, name, made)
 
 
-class _Rising:
-    """Progress through stages that each begin at nothing: what is told never falls."""
+class _MonotonicProgress:
+    """Progress through stages that each begin at 0: what is reported never falls."""
 
     def __init__(self, what: str, size: int, progress: Progress) -> None:
         self._what, self._size, self._progress = what, size, progress

@@ -32,15 +32,15 @@ _BY_PATTERN = {
 
 def check_tokenizer(metadata: Metadata) -> None:
     """Raise `UnsupportedModelError` for a tokenizer that would not be the model's own."""
-    said = metadata.tokenizer
-    kind, before = str(said.get("model", "")), str(said.get("pre", ""))
+    settings = metadata.tokenizer
+    kind, pre = str(settings.get("model", "")), str(settings.get("pre", ""))
     if kind not in _KINDS:
         raise _unknown(metadata, f"a tokenizer of the kind {kind!r}")
-    spaced = said.get("add_space_prefix") is not False or metadata.architecture.startswith("gemma")
+    spaced = settings.get("add_space_prefix") is not False or metadata.architecture.startswith("gemma")
     if kind == "llama" and not spaced:
         raise _unknown(metadata, "tokenizer.ggml.add_space_prefix = False")
-    if kind == "gpt2" and not _is_known(before):
-        raise _unknown(metadata, f"tokenizer.ggml.pre = {before!r}")
+    if kind == "gpt2" and not _is_known(pre):
+        raise _unknown(metadata, f"tokenizer.ggml.pre = {pre!r}")
 
 
 def complete_tokenizer(tokenizer: Any, metadata: Metadata) -> None:
@@ -48,33 +48,33 @@ def complete_tokenizer(tokenizer: Any, metadata: Metadata) -> None:
     from tokenizers import Regex
     from tokenizers import pre_tokenizers as split
 
-    said, backend = metadata.tokenizer, tokenizer.backend_tokenizer
-    before = str(said.get("pre", "")) if said.get("model") == "gpt2" else ""
+    settings, backend = metadata.tokenizer, tokenizer.backend_tokenizer
+    pre = str(settings.get("pre", "")) if settings.get("model") == "gpt2" else ""
     like_gpt2 = split.ByteLevel(add_prefix_space=False, use_regex=True)
-    if before in _SINGLE_DIGITS:
+    if pre in _SINGLE_DIGITS:
         backend.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), like_gpt2])
-    elif before in _BY_PATTERN:
+    elif pre in _BY_PATTERN:
         by_bytes = split.ByteLevel(add_prefix_space=False, use_regex=False)
-        pattern = split.Split(Regex(_BY_PATTERN[before]), "isolated")
+        pattern = split.Split(Regex(_BY_PATTERN[pre]), "isolated")
         backend.pre_tokenizer = split.Sequence([pattern, by_bytes])
-    elif before == "falcon":
+    elif pre == "falcon":
         digits = [split.Digits(individual_digits=False), split.Split(Regex("[0-9][0-9][0-9]"), "isolated")]
         backend.pre_tokenizer = split.Sequence([split.Punctuation("contiguous"), like_gpt2, *digits])
-    if before in _LIKE_LLAMA3:
+    if pre in _LIKE_LLAMA3:
         backend.model.ignore_merges = True
-        if "add_bos_token" not in said and tokenizer.bos_token is not None:
+        if "add_bos_token" not in settings and tokenizer.bos_token is not None:
             tokenizer.add_bos_token = True
 
 
-def _is_known(before: str) -> bool:
+def _is_known(pre: str) -> bool:
     """Whether text is split as this name says, by transformers or here."""
-    if before in _LIKE_GPT2 | _SINGLE_DIGITS | _BY_PATTERN.keys() | {"falcon"}:
+    if pre in _LIKE_GPT2 | _SINGLE_DIGITS | _BY_PATTERN.keys() | {"falcon"}:
         return True
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:  # earlier 5.x go by the architecture
         return True
-    return before in GGUF_PRE_TOKENIZER_SPLITS
+    return pre in GGUF_PRE_TOKENIZER_SPLITS
 
 
 def _unknown(metadata: Metadata, what: str) -> UnsupportedModelError:

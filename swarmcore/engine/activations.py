@@ -1,4 +1,4 @@
-"""Memory for activations: of passes under way, and of forward passes that backward passes may follow.
+"""Memory for activations: of passes that compute, and of forward passes that backward passes may follow.
 
 A plain object.
 """

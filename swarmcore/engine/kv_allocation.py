@@ -149,7 +149,7 @@ Outcome = Admitted | Grown | Refused | Evicted
 
 
 class FairShares:
-    """Pages held by each caller (whoever sessions are for, such as a peer), and what an equal share would be.
+    """Pages held by each caller (the peer that sessions are for), and what an equal share would be.
 
     Shares matter only while callers contend: while one waits, and another one holds something.
     """

@@ -1,7 +1,7 @@
 """Who holds how many pages of the attention cache, who waits for more, who has to go.
 
-A plain object. It moves no memory and knows no clock: `KVCacheManager` is told what happens, with ``now``,
-and answers with outcomes for its driver to carry out (`swarmcore.engine.engine`).
+A plain object. It moves no memory and has no clock: its methods are called with what happens and ``now``, and
+return outcomes for the caller to apply (`swarmcore.engine.session_manager`).
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class KVCacheManager:
             allocation.growth = None
 
     def settle(self, allocation: KVAllocation, lengths: Sequence[int], now: float) -> None:
-        """The sequences are ``lengths`` tokens long now, and nothing more is under way: return the rest."""
+        """The sequences are ``lengths`` tokens long now, and no step is in the queue: return the rest."""
         pages = allocation.pages_for(lengths)
         if pages != allocation.pages:
             self._set_pages(allocation, pages, now)
@@ -260,7 +260,7 @@ class KVCacheManager:
                 self._return_unused(allocation, pages, now)
 
     def _evict_from_busiest(self, waiter: WaitingRequest, now: float) -> list[Outcome]:
-        """Where all sessions that there may be are there: end an idle one of whoever has most of them."""
+        """With as many sessions as there may be: evict an idle one of the caller that has most of them."""
         if len(self.allocations) < self.max_sessions or isinstance(waiter, GrowthRequest):
             return []
         sessions = Counter(allocation.caller for allocation in self.allocations.values())

@@ -212,8 +212,8 @@ def _all(queue: _SpanQueue[StepT]) -> Iterator[StepT]:
 class PrefillBudget:
     """How many rows of prefill go into a batch, so that no batch takes long; follows how long batches take.
 
-    Others' decode steps wait for the batch that runs, and a server that is slow shows that it gets on only by
-    batches that end. What a batch takes for a few rows it takes for many: the weights are read once. So it is
+    Others' decode steps wait for the batch that runs, and only the end of a batch shows that a slow server
+    makes progress. What a batch takes for a few rows it takes for many: the weights are read once. So it is
     not rows that are reckoned with but whole batches, and the number is only ever halved or doubled.
     """
 

@@ -60,7 +60,7 @@ class KVImport:
     reordered: ClassVar[bool] = False
     done: bool = False
     begun: bool = False
-    """Whether the executor has been told to take it in."""
+    """Whether the executor was asked to import it."""
 
     @property
     def caller(self) -> str:
@@ -152,7 +152,7 @@ class EngineSession:
         self.computed = 0
         """Rows computed or imported so far, those of unfinished steps included."""
         self.reserved = allocation.room
-        """Tokens, for each sequence, for which the executor was told that there is room."""
+        """Tokens, for each sequence, for which room was reserved in the executor."""
 
     def segments(
         self, starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()
@@ -226,7 +226,7 @@ class EngineSession:
         reachable = list(self.lengths)
         orphans: list[QueueItem] = []
         for later in self.queue:
-            # Which cache goes where was chosen in view of all that came before.
+            # A reordering was chosen for the caches as all earlier steps would have left them.
             reorders = item.sources or later.sources or any(orphan.sources for orphan in orphans)
             if reorders or any(seg.start > reachable[seg.sequence - first] for seg in later.segments):
                 orphans.append(later)

@@ -1,7 +1,7 @@
 """All sessions of an engine: how they begin and end, the steps in their lines, the cache they hold.
 
-A plain object, told ``now`` with every call. Afterwards its scheduler holds what can be computed, and
-`wakeup` says when to call `tick`. Answers go into the futures that came with the requests.
+A plain object without a clock: every call gets ``now``. After each, its scheduler holds what can be computed,
+and `wakeup` is when to call `tick`. Results and errors go into the futures that came with the requests.
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ class SessionManager:
     def note_progress(self, now: float) -> None:
         """The executor got something done: the time of steps that wait for it begins anew.
 
-        So a server that is slow computes what it has taken in; one that hangs says so in time. For those that
-        wait for room in the cache nothing changes.
+        So a slow server still computes the steps that it accepted, and one that hangs fails them in time. The
+        deadlines of steps that wait for room in the cache stay as they are.
         """
         if now < self._extended_at + EXTENDED_EVERY:
             return

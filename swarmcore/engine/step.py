@@ -1,4 +1,4 @@
-"""One step on its way through the executor: cut into chunks, run over several batches, put together again."""
+"""One step while it is computed: cut into chunks, run in one or several batches, put together again."""
 
 from __future__ import annotations
 

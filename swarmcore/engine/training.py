@@ -143,7 +143,7 @@ class TrainingRequest:
             raise self._error
 
     def extend(self, deadline: float) -> None:
-        """It gets on: it may take until ``deadline``."""
+        """Move its deadline, since there was progress."""
         self.deadline = deadline
         if self.clock is not None and not self.clock.expired():
             with contextlib.suppress(RuntimeError):  # it is just ending

@@ -47,7 +47,7 @@ class TrainingQueue:
     """Passes of many callers on one executor, a unit at a time.
 
     The caller that was given least of the executor's time goes next, with its oldest pass; one that comes
-    anew starts level with the others, so that nobody saves up or pays for what is long past. No more than
+    anew starts level with the others, so that neither idle time nor earlier use counts. No more than
     ``max_under_way`` passes are begun at once. ``max_tokens`` bounds the rows of all passes that wait,
     receive or compute, and half of it those of one caller.
     """
@@ -158,8 +158,7 @@ SHARE = 0.5
 step waits for one unit and its own batch, and some of them take longer than expected."""
 
 LONGEST = 5.0
-"""Seconds that a unit should take at most when nobody is interactive: only between two does it show that a
-pass gets on."""
+"""Seconds that a unit should take at most when nobody is interactive: progress shows only between two."""
 
 ACTIVE = 2.0
 """Seconds after its last step for which a session is taken to be about to send the next one."""
@@ -198,7 +197,7 @@ class TrainingPacing:
     def note_unit(self, kind: PassKind, lengths: tuple[int, ...], max_tokens: int, seconds: float) -> None:
         """A unit of ``max_tokens`` at most has taken so long."""
         mean = sum(lengths) / len(lengths)
-        # Units are whole sequences; how many there were is not told, but the mean is near enough.
+        # Units are whole sequences; how many there were is not known, but the mean is near enough.
         tokens = mean * max(1, min(len(lengths), int(max_tokens / mean)))
         took, old = seconds / tokens, self._per_token.get(kind, 0.0)
         self._per_token[kind] = max(took, old + SMOOTHING * (took - old))

@@ -30,7 +30,7 @@ class TrainingWorker:
         wake: Callable[[], None],
         in_use: Callable[[], int],
     ) -> None:
-        """``wake`` is called when there is something to compute; ``in_use`` tells the bytes of activations of
+        """``wake`` is called when there is something to compute; ``in_use`` gives the bytes of activations of
         all passes that compute, or are about to."""
         self.queue = queue
         self.activations = activations

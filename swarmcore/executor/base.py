@@ -205,8 +205,8 @@ class BlockExecutor(ABC):
         leave have ended before. `self.span` is the part that stays until all is loaded, and ``span`` after
         that; where nothing stays it is ``span`` at once, and no step may come before the return.
         `cache_bytes_per_token` follows `self.span`. When loading fails the part that stays is still served,
-        and another call may mend it. Never overlaps with itself. Raise `SpanError` for blocks that the model
-        does not have, and what loading raises.
+        and another call may load the rest. Never overlaps with itself. Raise `SpanError` for blocks that the
+        model does not have, and what loading raises.
         """
 
     @abstractmethod
@@ -263,7 +263,7 @@ PassKind = Literal["forward", "backward"]
 
 
 class TrainingPass(ABC):
-    """A pass under way. Close it in any case; its results stay."""
+    """A pass that has begun or is about to. Close it in any case; its results stay."""
 
     seconds: float = 0.0
     """Time at work on it so far."""

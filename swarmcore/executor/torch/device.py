@@ -68,7 +68,7 @@ def _computes_bfloat16(gpu: torch.device) -> bool:
 
 
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
-"""In the message of a ``RuntimeError``, by which torch tells of it on CPUs and in some libraries of GPUs."""
+"""In the message of a ``RuntimeError``, which is how torch reports it on CPUs and from some GPU libraries."""
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -80,7 +80,7 @@ def is_out_of_memory(exc: BaseException) -> bool:
 
 @contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Raise `ServerMemoryError` when memory runs out within it; what ``what`` had allocated is let go."""
+    """Raise `ServerMemoryError` when memory runs out within it; what ``what`` had allocated is freed."""
     with _out_of_memory_as(
         ServerMemoryError,
         f"the server ran out of memory in {what}; send smaller micro-batches or steps, or use another server",

@@ -23,7 +23,7 @@ _POSITIONS = (*range(9), 63, 64, 65, 1023, 1024, 4095, 4096, 4097, 131_071)
 
 
 class _Description:
-    """Takes the place of a mask on its way to the attention; whoever does anything to it is refused."""
+    """Takes the place of a mask until it reaches the attention; a family that changes it is refused."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""Some sequences of a batch on their way through the blocks, and their gradients on the way back."""
+"""Some sequences of a batch, forward through the blocks and backward."""
 
 from __future__ import annotations
 

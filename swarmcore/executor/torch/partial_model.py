@@ -143,7 +143,7 @@ def load_state(
     That loader knows how checkpoints differ from modules (fused experts, old names). What it says are
     ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``: of these the name, the shape in the
     checkpoint and that in the model. Raise `CheckpointError` when they do not fit the config otherwise; a
-    lack of memory is not told otherwise than torch does.
+    lack of memory is raised as torch raises it.
     """
     with quiet_transformers(lambda share: None):
         try:

@@ -1,6 +1,6 @@
 """Where a family's own model has its blocks, and what it does between the last of them and the head.
 
-Neither is told by names: a base model with one block that does nothing is run, and watched.
+Neither follows from names: a base model with one block that does nothing is run, and observed.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ class TorchForward(_TorchPass, ForwardPass):
         return self._exhausted
 
     def forget(self) -> None:
-        """As `ForwardPass.forget`; the microbatch that is on its way is not cut off."""
+        """As `ForwardPass.forget`; the microbatch that is being computed is not cut off."""
         self._keep, self._saved, self.kept_bytes = False, None, 0
         self._thread.later(self._kept.clear)
 
@@ -209,7 +209,7 @@ class TorchBackward(_TorchPass, BackwardPass):
         self._kept = None if kept is None else kept.take()
         self._want_inputs = inputs
         self._until = batch.span.start
-        """The block that the way back ends with: below the adapter's first there may be nothing to find."""
+        """The last block of the backward pass: below the adapter's first there may be nothing to compute."""
         self._weights: dict[str, torch.Tensor] = {}
         if adapter is not None:
             self._weights = adapter.weights_in(batch.span) if weights else {}
