@@ -134,7 +134,7 @@ class ServerGraph:
         if slot is None or before is None or (before.start, before.end) != (span.start, span.end):
             self._remove(info.peer)
             slot = self._take_slot(info.peer)
-            for block in range(span.start, span.end):
+            for block in span:
                 self.holders[block].append(slot)
             before = None
         measured = measured_block_seconds(info, "decode")

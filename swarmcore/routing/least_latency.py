@@ -149,9 +149,9 @@ class LeastLatency(Router):
         left_out = shut_out | suspects
         holders = list(graph.holders)
         if left_out:
-            for block in range(span.start, span.end):
+            for block in span:
                 holders[block] = [slot for slot in holders[block] if slot not in left_out]
-        scarce = [block for block in range(span.start, span.end) if not holders[block]]
+        scarce = [block for block in span if not holders[block]]
         if not scarce:
             return holders, frozenset()
         last_resort = reprieved([graph.info(slot) for slot in sorted(suspects)], scarce, banned)

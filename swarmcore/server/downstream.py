@@ -14,7 +14,7 @@ from swarmcore.resources import Resource
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import probe
-from swarmcore.tasks import cancel_and_wait
+from swarmcore.tasks import cancel_and_wait, deadline_after, running
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import MAX_ADDRESSES
 from swarmcore.wire.messages import Hop, JoinSession, Ping, Step
@@ -129,19 +129,19 @@ class Downstream:
     async def push(self, hop: Hop, step: Step, output: Tensor) -> None:
         """Send to ``hop``. Raise `UnavailableError` or `DeadlineExceededError` when it cannot be done."""
         channel = await self._channel_to(hop)
-        try:
-            async with asyncio.timeout(PUSH_TIMEOUT) as clock:
-                watch = asyncio.create_task(self._prolong(clock, hop), name="session push watch")
-                try:
-                    await channel.send(step, output)
-                finally:
-                    watch.cancel()
-        except TimeoutError as exc:
+
+        def too_late() -> DeadlineExceededError:
             # Part of the message may be on its way: nothing can follow it.
             channel.abort("the stage took too long to take in a step")
-            raise DeadlineExceededError(
+            return DeadlineExceededError(
                 f"{short(hop.peer)} did not take in a step within {PUSH_TIMEOUT:.0f} s"
-            ) from exc
+            )
+
+        async with (
+            deadline_after(PUSH_TIMEOUT, too_late) as clock,
+            running(self._prolong(clock, hop), "session push watch"),
+        ):
+            await channel.send(step, output)
         self._counters["steps_pushed"] += 1
 
     def abort_unless(self, hop: Hop | None) -> None:

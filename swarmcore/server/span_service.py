@@ -57,7 +57,7 @@ class SpanService:
                 f"({self._model.fingerprint[:12]}), the client asked for {opening.fingerprint[:12]}",
                 fingerprint=self._model.fingerprint,
             )
-        if not self.span.start <= opening.start < opening.end <= self.span.end:
+        if not self.span.covers(Span(opening.start, opening.end)):
             raise SpanError(
                 f"blocks {opening.start}:{opening.end} are not all here: this server holds {self.span}"
             )

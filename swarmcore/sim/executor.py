@@ -143,10 +143,9 @@ class SimExecutor(BlockExecutor):
         held.blocks = len(span)
 
     async def change_span(self, span: Span) -> None:
-        if not 0 <= span.start < span.end <= self.model.blocks:
+        if not self.model.span.covers(span):
             raise SpanError(f"{self.model.name} has no blocks {span}; it has {self.model.blocks}")
-        start, end = max(self.span.start, span.start), min(self.span.end, span.end)
-        stays = Span(start, end) if start < end else span
+        stays = self.span.overlap(span) or span
         coming = len(span) - (len(stays) if stays != span or span == self.span else 0)
         self.span = stays
         await asyncio.sleep(coming * self._costs.load_seconds / self._speed)

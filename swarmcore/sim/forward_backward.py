@@ -140,7 +140,7 @@ class _Units:
 
 def check_batch(model: ModelInfo, held: Span, batch: TrainingBatch, rows: Tensor) -> None:
     """Raise `SpanError` for blocks that are not held, `InvalidBatchError` for rows that do not fit."""
-    if not held.start <= batch.span.start < batch.span.end <= held.end:
+    if not held.covers(batch.span):
         raise SpanError(f"blocks {batch.span} are not all of {held}")
     if rows.shape != (batch.tokens, model.hidden_size) or not all(length > 0 for length in batch.lengths):
         raise InvalidBatchError(f"rows of shape {list(rows.shape)} for sequences of {batch.lengths} tokens")

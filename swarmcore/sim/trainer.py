@@ -124,10 +124,7 @@ class TrainingSwarm:
         Of all servers, or of those that are online ``now``.
         """
         servers = [server for server in self.servers if server.online or not now]
-        return min(
-            sum(server.rate(work) for server in servers if server.holds(block))
-            for block in range(self.span.start, self.span.end)
-        )
+        return min(sum(server.rate(work) for server in servers if server.holds(block)) for block in self.span)
 
 
 @attrs.define(eq=False)

@@ -311,7 +311,7 @@ class Churn:
                 for server in online
                 if all(
                     any(other is not server and other.holds(block) for other in online)
-                    for block in range(self._swarm.span.start, self._swarm.span.end)
+                    for block in self._swarm.span
                     if server.holds(block)
                 )
             ]

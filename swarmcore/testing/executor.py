@@ -172,7 +172,7 @@ class CountingExecutor(BlockExecutor):
 
     def _check_pass(self, batch: TrainingBatch, rows: Tensor) -> None:
         span, held = batch.span, self._loaded
-        if held is None or not held.start <= span.start < span.end <= held.end:
+        if held is None or not held.covers(span):
             raise SpanError(f"blocks {span} are not all of {held}")
         shape = (batch.tokens, self.model.hidden_size)
         if not batch.lengths or min(batch.lengths) < 1 or rows.shape != shape:
@@ -227,18 +227,17 @@ class CountingExecutor(BlockExecutor):
 
     async def change_span(self, span: Span) -> None:
         assert not self._changing, "change_span was called while the span changes"
-        if not 0 <= span.start < span.end <= self.model.blocks:
+        if not self.model.span.covers(span):
             raise SpanError(f"blocks {span} are not in a model of {self.model.blocks} blocks")
         held = self._loaded or span
-        stays = Span(max(held.start, span.start), min(held.end, span.end))
-        kept = stays if self._loaded and stays.start < stays.end else None
+        kept = held.overlap(span) if self._loaded else None
         for left in self._spans.values():
-            inside = kept is not None and kept.start <= left.start and left.end <= kept.end
+            inside = kept is not None and kept.covers(left)
             assert inside, f"blocks {left} leave while a sequence passes through them"
         for begun in self.passes:
             assert isinstance(begun, CountingForward | CountingBackward)
             left = begun.batch.span
-            inside = kept is not None and kept.start <= left.start and left.end <= kept.end
+            inside = kept is not None and kept.covers(left)
             assert inside, f"blocks {left} leave while a pass goes through them"
         self._changing = True
         self._hold(kept or span, loaded=kept is not None)
@@ -332,7 +331,7 @@ def _check_batch(batch: Sequence[ScheduledChunk], held: Span) -> None:
     spans = {part.span for part in batch}
     assert len(spans) == 1, f"one batch has slices of several spans: {spans}"
     span = spans.pop()
-    assert held.start <= span.start < span.end <= held.end, f"blocks {span} are not all of {held}"
+    assert held.covers(span), f"blocks {span} are not all of {held}"
     sequences = [segment.sequence for part in batch for segment in part.segments]
     assert len(sequences) == len(set(sequences)), "a sequence is twice in one batch"
     assert all(segment.count > 0 for part in batch for segment in part.segments), "a segment is empty"

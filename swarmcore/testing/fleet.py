@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-from swarmcore.errors import DeadlineExceededError
+from swarmcore.tasks import deadline_after
 from swarmcore.testing.fork_server import ForkServer
 from swarmcore.testing.processes import ServerProcess
 from swarmcore.types import PeerId, Span
@@ -137,17 +137,13 @@ class Fleet:
         """Wait until ``swarm`` takes every living server, or those of ``span``, for online."""
         awaited = self.members if span is None else [member.peer for member in self.holding(span)]
         changes = swarm.registry.changes()
-        try:
-            async with asyncio.timeout(SEEN_TIMEOUT):
-                while True:
-                    view = swarm.view().servers
-                    if all(p in view and view[p].state == "online" for p in awaited):
-                        return
-                    await anext(changes)
-        except TimeoutError as exc:
-            raise DeadlineExceededError(
-                f"{swarm!r} does not see all of {self!r} in {SEEN_TIMEOUT:.0f} s"
-            ) from exc
+        missed = f"{swarm!r} does not see all of {self!r} in {SEEN_TIMEOUT:.0f} s"
+        async with deadline_after(SEEN_TIMEOUT, missed):
+            while True:
+                view = swarm.view().servers
+                if all(p in view and view[p].state == "online" for p in awaited):
+                    return
+                await anext(changes)
 
     async def __aenter__(self) -> Self:
         try:

@@ -101,7 +101,7 @@ class ModelLayout:
     def span(self, span: Span | None) -> Span:
         """``span``, or all blocks. Raise `SpanError` for blocks that the model does not have."""
         span = span or Span(0, self.blocks)
-        if not 0 <= span.start < span.end <= self.blocks:
+        if not Span(0, self.blocks).covers(span):
             raise SpanError(f"there are no blocks {span} in a model with {self.blocks} blocks")
         return span
 

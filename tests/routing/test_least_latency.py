@@ -79,7 +79,7 @@ def test_no_chain_is_cheaper_than_the_one_planned(rng: Random, count: int, block
             planner.plan(swarm, model, span, tokens=tokens, blocked=blocked, **ends)
         return
     chain = planner.plan(swarm, model, span, tokens=tokens, blocked=blocked, **ends)
-    covered = [b for stage in chain.stages for b in range(stage.span.start, stage.span.end)]
+    covered = [b for stage in chain.stages for b in stage.span]
     assert covered == list(range(span.start, span.end))
     found = seconds(planner, swarm, model, chain, tokens=tokens, **ends)
     assert found <= min(costs) + TIE * len(chain)
@@ -242,7 +242,7 @@ def test_bans_never_leave_a_block_without_holder(rng: Random, count: int) -> Non
         return
     for stage in chain.stages:
         if stage.server.peer in banned:
-            for block in range(stage.span.start, stage.span.end):
+            for block in stage.span:
                 assert held_by[block] <= set(banned)
 
 

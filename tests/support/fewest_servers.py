@@ -44,7 +44,7 @@ class FewestServers(Router):
         trusted = [server for server in usable if server.peer not in banned]
         suspects = [server for server in usable if server.peer in banned]
         scarce = missing_ranges((s.span for s in trusted if s.span), span)
-        last_resort = reprieved(suspects, [b for part in scarce for b in range(part.start, part.end)], banned)
+        last_resort = reprieved(suspects, [b for part in scarce for b in part], banned)
         missing = [
             gap for part in scarce for gap in missing_ranges((s.span for s in last_resort if s.span), part)
         ]

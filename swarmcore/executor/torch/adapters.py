@@ -49,7 +49,7 @@ class TorchAdapter(Adapter):
 
     def weights_in(self, span: Span) -> dict[str, torch.Tensor]:
         """The weights for the blocks of ``span``."""
-        names = [name for block in range(span.start, span.end) for name in self.names_in(block)]
+        names = [name for block in span for name in self.names_in(block)]
         return {name: self.weights[name] for name in names}
 
 
@@ -130,7 +130,7 @@ def own_adapter(adapter: Adapter | None, span: Span) -> TorchAdapter | None:
         return None
     if not isinstance(adapter, TorchAdapter):
         raise InternalError(f"{adapter!r} is no adapter of this executor")
-    lacking = [block for block in range(span.start, span.end) if block not in adapter.prefixes]
+    lacking = [block for block in span if block not in adapter.prefixes]
     if adapter.prefixes and lacking:
         raise AdapterError(f"the adapter has prefixes, but none for block {lacking[0]} of {span}")
     return adapter

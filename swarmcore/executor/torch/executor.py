@@ -242,7 +242,7 @@ class TorchExecutor(BlockExecutor):
             raise InternalError("the executor is closed")
         if self._changing is not None:
             raise InternalError("the span is being changed already")
-        if not 0 <= span.start < span.end <= self.model.blocks:
+        if not self.model.span.covers(span):
             raise SpanError(
                 f"blocks {span} are not in {self.model.name}, which has blocks 0:{self.model.blocks}"
             )

@@ -114,9 +114,7 @@ class SavedBytes:
     def __init__(self, loaded: LoadedBlocks, span: Span) -> None:
         self.total = 0
         self._seen = {
-            tensor.untyped_storage().data_ptr()
-            for block in range(span.start, span.end)
-            for tensor in _tensors(loaded.block(block))
+            tensor.untyped_storage().data_ptr() for block in span for tensor in _tensors(loaded.block(block))
         }
 
     def counting(self) -> torch.autograd.graph.saved_tensors_hooks:

@@ -142,7 +142,7 @@ def _difference(reference: Reference, span: Span, blocks: Blocks) -> str | None:
         for block, rows in outputs.items():
             for (number, _, _), part in zip(step, torch.split(rows, batch.counts), strict=True):
                 seen.setdefault((block, number), []).append(part)
-    for block in range(span.start, span.end):
+    for block in span:
         for number in range(len(LENGTHS)):
             if found := compare(
                 torch.cat(seen[block, number]),
@@ -173,10 +173,7 @@ def _outputs(
     def note(number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found[number] = (output if isinstance(output, torch.Tensor) else output[0])[0].clone()
 
-    hooks = [
-        blocks.block(number).register_forward_hook(functools.partial(note, number))
-        for number in range(span.start, span.end)
-    ]
+    hooks = [blocks.block(number).register_forward_hook(functools.partial(note, number)) for number in span]
     try:
         found[span.end - 1] = blocks.forward(entering[None], batch)[0]
     finally:

@@ -149,7 +149,7 @@ def _cache_for(
         cache = SequenceCache(blocks.layout(span))
         cache.reserved = entry.reserved
         if adapter is not None and prefix:
-            names = [adapter.prefixes[block] for block in range(span.start, span.end)]
+            names = [adapter.prefixes[block] for block in span]
             cache.begin_with([adapter.weights[name] for name in names])
         return cache
     if entry.span != span:

@@ -172,7 +172,7 @@ def _load(
     name, config = checkpoint.name, checkpoint.config
     text = config.get_text_config(decoder=True)
     blocks = text.num_hidden_layers
-    if not 0 <= span.start < span.end <= blocks:
+    if not Span(0, blocks).covers(span):
         raise SpanError(f"blocks {span} are not in {name}, which has blocks 0:{blocks}")
     check_servable(text, name)
     structure, whole = structure_of(text), whole_config(text)

@@ -151,7 +151,7 @@ def check_info(info: ServerInfo, peer: PeerId) -> None:
         if model.blocks > MAX_BLOCKS:
             raise InputError(f"a model of {model.blocks} blocks is above the limit of {MAX_BLOCKS}")
     for span in (info.span, info.target):
-        if span is not None and (info.model is None or not 0 <= span.start < span.end <= info.model.blocks):
+        if span is not None and (info.model is None or not info.model.span.covers(span)):
             raise InputError(f"blocks {span} are not within an announced model")
 
 

@@ -22,7 +22,7 @@ class StepsContract(ExecutorHarness):
     async def test_describes_itself(self) -> None:
         async with self.driver() as driver:
             executor = driver.executor
-            assert 0 <= executor.span.start < executor.span.end <= executor.model.blocks
+            assert executor.model.span.covers(executor.span)
             assert executor.page > 0 and executor.cache_bytes_per_token > 0
             assert executor.dtype in ("float32", "float16", "bfloat16")
 

@@ -15,10 +15,9 @@ from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.registry.base import Registry
 from swarmcore.registry.lan import follow_addresses
 from swarmcore.rpc.node import Node
-from swarmcore.tasks import BackgroundTasks
+from swarmcore.tasks import BackgroundTasks, deadline_after
 from swarmcore.training.local_steps.claims import MOST_SAMPLES, contribute
 from swarmcore.training.local_steps.coordinator import Coordinator
-from swarmcore.training.local_steps.deadline import within
 from swarmcore.training.local_steps.lineage import by_rank, is_better
 from swarmcore.training.local_steps.outgoing import Outgoing, prepare
 from swarmcore.training.local_steps.partners import Partners
@@ -119,7 +118,9 @@ class RunMember:
 
     async def wait_for_peers(self, count: int, timeout: float) -> None:
         """Until ``count`` peers are known, this one included. Raise `DeadlineExceededError`."""
-        async with within(timeout, f"the run {self.settings.run!r} has not come to {count} peers"):
+        async with deadline_after(
+            timeout, f"the run {self.settings.run!r} has not come to {count} peers in {timeout:.0f} s"
+        ):
             await self._partners.until(lambda: len(self.alive) >= count)
 
     async def exchange(self, delta: torch.Tensor, samples: int) -> RoundReport:

@@ -11,7 +11,7 @@ from swarmcore.errors import DeltaError, ProtocolError, StreamAbortedError, Stre
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.training.local_steps.deadline import within
+from swarmcore.tasks import deadline_after
 from swarmcore.training.local_steps.pieces import Traffic, decode, next_message, receive, send
 from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result, State
 from swarmcore.types import Address, PeerId, short
@@ -93,8 +93,9 @@ class Partners:
         Raise `StaleRoundError` when it goes on from other parameters, what the connection raises, and
         `DeadlineExceededError` when the round should have ended long ago.
         """
+        seconds = opening.patience + self._closing_time
         async with (
-            within(opening.patience + self._closing_time, f"{short(peer)} did not end the round"),
+            deadline_after(seconds, f"{short(peer)} did not end the round in {seconds:.0f} s"),
             await self._open(peer, opening) as channel,
         ):
             with contextlib.suppress(StreamClosedError, StreamAbortedError):  # what is received says why
@@ -110,7 +111,12 @@ class Partners:
 
         Raise what the connection raises, `ProtocolError` and `DeltaError` for a state that is none.
         """
-        async with self._catching_up, within(self._closing_time, f"{short(peer)} did not send its state"):
+        async with (
+            self._catching_up,
+            deadline_after(
+                self._closing_time, f"{short(peer)} did not send its state in {self._closing_time:.0f} s"
+            ),
+        ):
             replica, before = self.replica, self.replica.lineage
             opening = FetchState(replica.terms, before.state)
             try:
@@ -180,8 +186,8 @@ class Partners:
             self._addresses(peer), LOCAL_STEPS_PROTOCOL, opening, timeout=OPEN_TIMEOUT
         )
 
-    def _addresses(self, peer: PeerId) -> list[Address]:
+    def _addresses(self, peer: PeerId) -> tuple[Address, ...]:
         info = self._registry.view().servers.get(peer)
         if info is None or not info.addresses:
             raise StreamClosedError(f"{short(peer)} has left the run")
-        return [Address.parse(url) for url in info.addresses]
+        return info.dialable

@@ -13,7 +13,7 @@ from swarmcore.errors import DeltaError, InputError, ProtocolError, UnknownCodec
 from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.rpc.channel import Channel
-from swarmcore.training.local_steps.deadline import within
+from swarmcore.tasks import deadline_after
 from swarmcore.wire.framing import Message
 from swarmcore.wire.local_steps import PIECE_VALUES, Piece
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
@@ -68,7 +68,7 @@ def decode(pieces: Sequence[Tensor]) -> torch.Tensor:
 
 async def send(channel: Channel, pieces: Sequence[Tensor], traffic: Traffic) -> None:
     for index, piece in enumerate(pieces):
-        async with within(MESSAGE_TIMEOUT, "the other side read nothing"):
+        async with deadline_after(MESSAGE_TIMEOUT, f"the other side read nothing in {MESSAGE_TIMEOUT:.0f} s"):
             await channel.send(Piece(index * PIECE_VALUES), piece)
         traffic.sent += piece.data.nbytes
 
@@ -99,5 +99,5 @@ async def receive(channel: Channel, values: int, traffic: Traffic) -> list[Tenso
 
 async def next_message(channel: Channel) -> Message:
     """Raise `DeadlineExceededError` when none comes in `MESSAGE_TIMEOUT` seconds."""
-    async with within(MESSAGE_TIMEOUT, "nothing came"):
+    async with deadline_after(MESSAGE_TIMEOUT, f"nothing came in {MESSAGE_TIMEOUT:.0f} s"):
         return await channel.receive()

@@ -39,7 +39,7 @@ def moved(family: str, folder: Path) -> LoadedBlocks:
     save_random_model(tiny_config(family), folder)
     checkpoint = open_checkpoint(str(folder))
     model = load_span(checkpoint, SPAN, dtype=torch.float32, device=torch.device("cpu"))
-    for number in range(SPAN.start, SPAN.end):
+    for number in SPAN:
         model.block(number).to(ELSEWHERE)
     model.layout = attrs.evolve(model.layout, device=ELSEWHERE)
     return LoadedBlocks([model])
