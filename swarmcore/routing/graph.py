@@ -26,7 +26,7 @@ class Vertex:
 
 
 Shortcut = tuple[float, int, float]
-"""Seconds gained over the way through the hub, the slot it leads to, and its own seconds one way."""
+"""Seconds gained over the path by way of the hub, the slot it leads to, and its own seconds one way."""
 
 
 class ServerGraph:
@@ -35,7 +35,7 @@ class ServerGraph:
     At each position there is a hub, which is where this peer is: by way of it is how long `CostModel.one_way`
     assumes a message takes between two servers that know nothing of each other. So a position costs as many
     edges as it has servers, not their square. Where a round trip is published, an edge of its own takes the
-    place of the way through the hub.
+    place of the path by way of the hub.
     """
 
     def __init__(self, model: ModelInfo, costs: CostModel, admits: Callable[[PeerId], bool]) -> None:
@@ -50,11 +50,11 @@ class ServerGraph:
         self.to_hub: list[float] = []
         """Seconds to the hub, and from it."""
         self.shortcuts: list[list[Shortcut]] = []
-        """Edges better than the way through the hub, the one that gains most first."""
+        """Edges better than by way of the hub, the one that gains most first."""
         self.nearness: list[float] = []
         """Seconds to the hub, less what the best shortcut gains."""
         self.links: list[dict[int, float]] = []
-        """All edges of its own: slots and seconds one way. Those worse than the way through the hub stand for
+        """All edges of its own: slots and seconds one way. Those worse than by way of the hub stand for
         it no less."""
         self._admits = admits
         self._seen: dict[PeerId, ServerInfo] = {}

@@ -30,9 +30,9 @@ class Query:
     entry: Sequence[float]
     """Seconds of entering a server, on top of getting there, by slot."""
     arrive: Sequence[float]
-    """Seconds on the way to a server that is the first, by slot."""
+    """Seconds to a server that is the first, by slot."""
     leave: Mapping[int, float]
-    """Seconds on the way from a server that is the last; of those that may be it, by slot."""
+    """Seconds from a server that is the last; of those that may be it, by slot."""
 
 
 def shortest_path(graph: ServerGraph, query: Query, *, max_hops: int | None = None) -> Path | None:

@@ -28,17 +28,17 @@ class VirtualLink:
 
     def send(
         self,
-        way: LinkDirection = "up",
+        direction: LinkDirection = "up",
         kind: TensorKind = "activations",
         rows: int = SHAPE[0],
         **others: object,
     ) -> str:
         shape = (rows, SHAPE[1])
         chain = [peer(n) for n in others.get("chain", ())]  # type: ignore[attr-defined]
-        codec = self.links.codec(self.peer, way, kind, "bfloat16", shape, self.now, chain=chain)
+        codec = self.links.codec(self.peer, direction, kind, "bfloat16", shape, self.now, chain=chain)
         nbytes = int(math.prod(shape) * BITS[codec] / 8)
         self.now += 1
-        self.links.transferred(self.peer, way, nbytes, self.delay + nbytes / self.rate, self.now)
+        self.links.transferred(self.peer, direction, nbytes, self.delay + nbytes / self.rate, self.now)
         self.links.computed(self.peer, kind, shape, self.seconds * rows / SHAPE[0], self.now)
         return codec
 
@@ -82,7 +82,7 @@ def test_the_slowest_server_of_the_chain_sets_the_pace() -> None:
     assert link.settle() != "raw"
 
 
-def test_links_and_ways_are_judged_apart() -> None:
+def test_links_and_directions_are_judged_apart() -> None:
     links = LinkCodec()
     slow, fast = VirtualLink(links, hidden_rate("int8"), 1), VirtualLink(links, 1e12, 1, number=2)
     assert (slow.settle(), fast.settle()) == ("int8", "raw")
@@ -109,7 +109,7 @@ def test_a_link_that_gets_faster_becomes_lossless_again() -> None:
     assert link.settle(40) == "raw"
 
 
-def test_a_long_way_does_not_make_a_fast_link_look_slow() -> None:
+def test_a_long_delay_does_not_make_a_fast_link_look_slow() -> None:
     links = LinkCodec()
     link = VirtualLink(links, hidden_rate("int8"), 1)
     assert link.settle() == "int8"

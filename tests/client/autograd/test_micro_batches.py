@@ -56,16 +56,16 @@ async def test_work_is_shared_out_by_speed() -> None:
         assert (slow.passes, fast.passes) == (10, 30)
 
 
-@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("nth", range(8))
-async def test_a_server_dies_at_every_pass(way: str, nth: int) -> None:
+async def test_a_server_dies_at_every_pass(direction: str, nth: int) -> None:
     async with world_of("0:6", "6:12", "0:6", "6:9", "9:12") as world:
         begun = 0
         deaths: list[asyncio.Task[None]] = []
 
         def begin(server: Server, at: str) -> None:
             nonlocal begun
-            begun += at == way
+            begun += at == direction
             if begun == nth + 1 and not deaths:
                 deaths.append(asyncio.create_task(server.die()))
 
@@ -119,13 +119,13 @@ async def test_an_adapter_travels_once_to_each_server() -> None:
         assert sorted(sent) == [tuple(range(6)), tuple(range(6, 12))]
 
 
-@pytest.mark.parametrize("way", ["up", "down"])
-async def test_a_codec_that_a_server_does_not_know_is_tried_once(way: LinkDirection) -> None:
+@pytest.mark.parametrize("direction", ["up", "down"])
+async def test_a_codec_that_a_server_does_not_know_is_tried_once(direction: LinkDirection) -> None:
     async with world_of("0:6", "6:12") as world:
         ladder = (Rung("of tomorrow", 1),)
         links = LinkCodec(ladders={"activations": ladder, "gradients": ladder})
         for peer in world.servers:  # slow ones
-            links.transferred(peer, way, 1000, 1e6, 0)
+            links.transferred(peer, direction, 1000, 1e6, 0)
             links.computed(peer, "activations", (1,), 1e-6, 0)
             links.computed(peer, "gradients", (1,), 1e-6, 0)
         runner = world.runner(codec="auto")
@@ -148,7 +148,7 @@ class Backwards:
         return math.prod(shape) * ITEM_BYTES[dtype]
 
 
-async def test_another_server_does_not_know_the_codec_of_the_way_there() -> None:
+async def test_another_server_does_not_know_the_codec_of_the_forward_pass() -> None:
     register_codec("backwards", Backwards())
     async with world_of("0:12") as world:
         [first] = world.servers.values()
