@@ -83,15 +83,15 @@ class IncrementalDetokenizer:
         self._run: codecs.IncrementalDecoder | None = None
         """Checks the bytes of the run that the tokens end with; None where they end with none."""
         self._run_broken = False
-        self._held = 0
-        """Tokens of the run that nothing was said of."""
+        self._pending = 0
+        """Tokens of the run that nothing was emitted of."""
         self._unfinished = 0
         """Tokens since the text last ended with a whole character; only where there are no runs."""
         self._tokens: list[int] = []
-        self._said = ""
-        """Text of the tokens that is certain and said already."""
-        self._given = ""
-        """As long as nothing is said, the text of the context, with characters that it leaves unfinished."""
+        self._emitted = ""
+        """Text of the tokens that is certain and emitted already."""
+        self._shown = ""
+        """As long as nothing is emitted, the context's text, with characters that it leaves unfinished."""
         self._take_context(context)
 
     def push(self, token: int) -> str:
@@ -104,24 +104,24 @@ class IncrementalDetokenizer:
         piece = self._end_run()
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        return piece + self._say(text, self._certain(text))
+        return piece + self._emit(text, self._certain(text))
 
     def finish(self) -> str:
         """What is left when no more tokens come, with U+FFFD for a character that was never completed."""
         piece = self._end_run()
         text = self._decode(self._tokens)
-        return piece + self._say(text, text)
+        return piece + self._emit(text, text)
 
-    def _say(self, text: str, certain: str) -> str:
+    def _emit(self, text: str, certain: str) -> str:
         """What is new in ``certain``, the beginning of the tokens' ``text``."""
-        begin = self._given if text.startswith(self._given) else self._said
+        begin = self._shown if text.startswith(self._shown) else self._emitted
         if not text.startswith(begin):
             if certain != text:
                 return ""
             begin = _common(begin, text)  # a decoder that takes back what it gave, as some do with spaces
         if len(certain) <= len(begin):
             return ""
-        self._said = self._given = certain
+        self._emitted = self._shown = certain
         if len(self._tokens) > self._limit:
             self._shorten(text)
         return certain[len(begin) :]
@@ -138,7 +138,7 @@ class IncrementalDetokenizer:
         if self._run_broken:
             return _CUT
         self._tokens.append(token)
-        self._held += 1
+        self._pending += 1
         self._run = self._run or codecs.getincrementaldecoder("utf-8")()
         begun = len(self._run.getstate()[0])
         try:
@@ -149,19 +149,19 @@ class IncrementalDetokenizer:
         return ""
 
     def _break_run(self, last: int) -> str:
-        """Say what is held of a run that is no text, as its ``last`` tokens show by themselves."""
+        """Emit what is pending of a run that is no text, as its ``last`` tokens show by themselves."""
         self._tokens = self._tokens[-last:]
-        self._said = self._given = self._decode(self._tokens)
-        piece, self._held = _CUT * self._held, 0
+        self._emitted = self._shown = self._decode(self._tokens)
+        piece, self._pending = _CUT * self._pending, 0
         return piece
 
     def _end_run(self) -> str:
-        """Say what is held of a run that is no text. The characters of one that is come with what follows."""
+        """Emit what is pending of a run that is no text. Characters of one that is come with what follows."""
         run, broken = self._run, self._run_broken
         self._run, self._run_broken = None, False
         begun = len(run.getstate()[0]) if run is not None and not broken else 0
         piece = self._break_run(begun) if begun else ""
-        self._held = 0
+        self._pending = 0
         return piece
 
     def _take_context(self, context: Sequence[int]) -> None:
@@ -178,20 +178,20 @@ class IncrementalDetokenizer:
         self._tokens = tokens[start:first]
         for token in tokens[first:]:
             self._push_byte(token, self._kinds.run_bytes[token])
-        self._held = 0
+        self._pending = 0
         if not self._run_broken and self._tokens:
             begun = len(self._run.getstate()[0]) if self._run is not None else 0
-            self._given = self._decode(self._tokens)
-            self._said = self._decode(self._tokens[:-begun]) if begun else self._certain(self._given)
+            self._shown = self._decode(self._tokens)
+            self._emitted = self._decode(self._tokens[:-begun]) if begun else self._certain(self._shown)
 
     def _shorten(self, text: str) -> None:
         start = self._cut(self._tokens, text)
-        said = len(self._said) - (len(text) - len(self._decode(self._tokens[start:])))
-        if start == 0 or said < 0:
+        emitted = len(self._emitted) - (len(text) - len(self._decode(self._tokens[start:])))
+        if start == 0 or emitted < 0:
             self._limit = 2 * len(self._tokens)
             return
         self._tokens = self._tokens[start:]
-        self._said = self._given = self._said[len(self._said) - said :]
+        self._emitted = self._shown = self._emitted[len(self._emitted) - emitted :]
         self._limit = _WINDOW
 
     def _cut(self, tokens: Sequence[int], text: str) -> int:
@@ -239,27 +239,27 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._pending = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """What may be said of the text up to here, and whether a stop string was met."""
+        """What may be emitted of the text up to here, and whether a stop string was met."""
         if not self._stops:
             return piece, False
-        text = self._held + piece
+        text = self._pending + piece
         met = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if met:
-            self._held = ""
+            self._pending = ""
             return text[: min(met)], True
         keep = max(map(len, self._stops)) - 1
         start = next(
             (i for i in range(max(0, len(text) - keep), len(text)) if self._may_begin(text[i:])), len(text)
         )
-        self._held = text[start:]
+        self._pending = text[start:]
         return text[:start], False
 
     def finish(self) -> str:
         """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
+        held, self._pending = self._pending, ""
         return held
 
     def _may_begin(self, tail: str) -> bool:
