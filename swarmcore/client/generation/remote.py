@@ -149,6 +149,126 @@ class RemoteRun:
     """Of the text so far."""
     empty_pieces: int = 0
 
+    async def pieces(self, request: OpenGeneration) -> AsyncGenerator[tuple[int, str], None]:
+        """The pieces of a text, by one generation server after the other until one has made it whole."""
+        now = asyncio.get_running_loop().time
+        tried: set[PeerId] = set()
+        errors: list[SwarmError] = []
+        give_up = None
+        while self.text.finish_reason is None:
+            banned = self.health.banned(now())
+            server = self.choice.pick(self.registry.view(), banned=banned, tried=tried)
+            if server is None:
+                if not self.text.tokens or (give_up is not None and now() >= give_up):
+                    raise self._why_none(errors)
+                await self._pause(errors, give_up)
+                tried.clear()
+                continue
+            before = len(self.text.tokens)
+            self.failovers += before > 0
+            try:
+                # Passing on what another generator makes: it is to be closed when this one is.
+                async with aclosing(self._from_server(server, request)) as pieces:
+                    async for piece in pieces:
+                        yield 0, piece
+            except StreamClosedError:
+                raise  # the swarm was closed on this side
+            except (UnavailableError, BusyError, UnknownTransportError) as exc:
+                if len(self.text.tokens) > before:
+                    tried, errors, give_up = set(), [], None
+                self._blame(server.peer, exc)
+                tried.add(server.peer)
+                errors.append(exc)
+                give_up = now() + self.patience if give_up is None else give_up
+
+    async def _from_server(self, server: ServerInfo, request: OpenGeneration) -> AsyncGenerator[str, None]:
+        """Let ``server`` go on with the text, to its end if it lives that long."""
+        self.server = server.peer
+        opening = attrs.evolve(request, model=self.choice.model, so_far=tuple(self.text.tokens))
+        addresses = server.dialable
+        async with await self.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
+            taken = reported = 0
+            started = False
+            while True:
+                record = await _next(self.node, addresses, channel)
+                if isinstance(record, GenerationStarted):
+                    if started:
+                        raise ProtocolError("the generation server began the text twice")
+                    started = True
+                    self.text.prompt_tokens = record.prompt_tokens
+                elif isinstance(record, TextPiece):
+                    whole = self._take(record, request.max_new_tokens)
+                    taken += len(record.tokens)
+                    yield record.text
+                    if not whole:
+                        why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
+                        logger.warning(
+                            "the text of generation server %s was cut: %s", short(server.peer), why
+                        )
+                        self.health.failed(server.peer, asyncio.get_running_loop().time(), why)
+                        self.text.finish_reason = "length"
+                        return
+                    if taken - reported >= AHEAD // 4:
+                        with suppress(StreamClosedError):  # what comes next says why it is closed
+                            await channel.send(TokensTaken(taken))
+                        reported = taken
+                else:
+                    self.text.finish_reason = _reason(record)
+                    self.text.tokens += record.tokens[: request.max_new_tokens - len(self.text.tokens)]
+                    self.health.succeeded(server.peer)
+                    return
+
+    def _take(self, piece: TextPiece, most: int) -> bool:
+        """Take in a piece; False when it has more tokens than were asked for, of which it then is the last.
+
+        Raise `ProtocolError` when its text is too long for its tokens, or too many pieces have none.
+        """
+        room = most - len(self.text.tokens)
+        characters = self.characters + len(piece.text)
+        empty = self.empty_pieces + (not piece.tokens)
+        tokens = min(len(self.text.tokens) + len(piece.tokens), most)
+        if characters > MOST_CHARACTERS * (tokens + 1) or empty > MOST_EMPTY_PIECES:
+            raise ProtocolError(
+                f"the generation server sent {characters} characters of text, {empty} pieces of it without a "
+                f"token, for {tokens} tokens"
+            )
+        self.characters, self.empty_pieces = characters, empty
+        self.text.tokens += piece.tokens[:room]
+        return len(piece.tokens) <= room
+
+    def _blame(self, peer: PeerId, error: SwarmError) -> None:
+        """Avoid a generation server that fell silent or failed, not one that said why it cannot."""
+        here = error.origin is None and not isinstance(error, UnknownTransportError)
+        if here or isinstance(error, RemoteFaultError | ProtocolError):
+            self.health.failed(peer, asyncio.get_running_loop().time(), error.message)
+        if here and isinstance(error, ConnectionLostError | PeerUnreachableError | DeadlineExceededError):
+            self.registry.suspect(peer)
+
+    def _why_none(self, errors: list[SwarmError]) -> SwarmError:
+        """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
+        if not errors:
+            return self.choice.missing(self.registry.view())
+        busy: list[SwarmError] = [error for error in errors if isinstance(error, BusyError)]
+        return (busy or errors)[-1]
+
+    async def _pause(self, errors: list[SwarmError], give_up: float | None) -> None:
+        """Wait for a generation server that is not known yet, or until one that was busy may have time."""
+        loop = asyncio.get_running_loop()
+        waits = [
+            wait for error in errors if isinstance(wait := error.details.get("retry_after"), int | float)
+        ]
+        seconds = min([max(PAUSE, wait) for wait in waits], default=PAUSE)
+        if give_up is not None:
+            seconds = min(seconds, max(0.0, give_up - loop.time()))
+        try:
+            async with asyncio.timeout(seconds):
+                async for change in self.registry.changes():
+                    if change.info.heads and change.kind != "left":
+                        return
+                await asyncio.sleep(seconds)  # the registry is closed
+        except TimeoutError:
+            return
+
 
 class RemoteGeneration(TextStream):
     """Text that a generation server makes: ``async for piece in swarm.generate(…)``, or awaited as a whole.
@@ -158,7 +278,7 @@ class RemoteGeneration(TextStream):
     """
 
     def __init__(self, run: RemoteRun, request: OpenGeneration) -> None:
-        super().__init__(run.text, generate_from_servers(run, request))
+        super().__init__(run.text, run.pieces(request))
         self._run = run
 
     @property
@@ -174,98 +294,6 @@ class RemoteGeneration(TextStream):
     @property
     def _made_by(self) -> str:
         return short(self.server) if self.server is not None else "no generation server"
-
-
-async def generate_from_servers(
-    run: RemoteRun, request: OpenGeneration
-) -> AsyncGenerator[tuple[int, str], None]:
-    """The pieces of a text, by one generation server after the other until one has made it whole."""
-    now = asyncio.get_running_loop().time
-    tried: set[PeerId] = set()
-    errors: list[SwarmError] = []
-    give_up = None
-    while run.text.finish_reason is None:
-        banned = run.health.banned(now())
-        server = run.choice.pick(run.registry.view(), banned=banned, tried=tried)
-        if server is None:
-            if not run.text.tokens or (give_up is not None and now() >= give_up):
-                raise _why_none(run, errors)
-            await _pause(run.registry, errors, give_up)
-            tried.clear()
-            continue
-        before = len(run.text.tokens)
-        run.failovers += before > 0
-        try:
-            # Passing on what another generator makes: it is to be closed when this one is.
-            async with aclosing(_from_server(run, server, request)) as pieces:
-                async for piece in pieces:
-                    yield 0, piece
-        except StreamClosedError:
-            raise  # the swarm was closed on this side
-        except (UnavailableError, BusyError, UnknownTransportError) as exc:
-            if len(run.text.tokens) > before:
-                tried, errors, give_up = set(), [], None
-            _blame(run, server.peer, exc)
-            tried.add(server.peer)
-            errors.append(exc)
-            give_up = now() + run.patience if give_up is None else give_up
-
-
-async def _from_server(
-    run: RemoteRun, server: ServerInfo, request: OpenGeneration
-) -> AsyncGenerator[str, None]:
-    """Let ``server`` go on with the text, to its end if it lives that long."""
-    run.server = server.peer
-    opening = attrs.evolve(request, model=run.choice.model, so_far=tuple(run.text.tokens))
-    addresses = server.dialable
-    async with await run.node.open(addresses, GENERATE_PROTOCOL, opening) as channel:
-        taken = told = 0
-        started = False
-        while True:
-            record = await _next(run.node, addresses, channel)
-            if isinstance(record, GenerationStarted):
-                if started:
-                    raise ProtocolError("the generation server began the text twice")
-                started = True
-                run.text.prompt_tokens = record.prompt_tokens
-            elif isinstance(record, TextPiece):
-                whole = _take(run, record, request.max_new_tokens)
-                taken += len(record.tokens)
-                yield record.text
-                if not whole:
-                    why = f"it sent more than the {request.max_new_tokens} tokens that were asked for"
-                    logger.warning("the text of generation server %s was cut: %s", short(server.peer), why)
-                    run.health.failed(server.peer, asyncio.get_running_loop().time(), why)
-                    run.text.finish_reason = "length"
-                    return
-                if taken - told >= AHEAD // 4:
-                    with suppress(StreamClosedError):  # what comes next says why it is closed
-                        await channel.send(TokensTaken(taken))
-                    told = taken
-            else:
-                run.text.finish_reason = _reason(record)
-                run.text.tokens += record.tokens[: request.max_new_tokens - len(run.text.tokens)]
-                run.health.succeeded(server.peer)
-                return
-
-
-def _take(run: RemoteRun, piece: TextPiece, most: int) -> bool:
-    """Take in a piece; False when it has more tokens than were asked for, of which it then is the last.
-
-    Raise `ProtocolError` when its text is too long for its tokens, or too many pieces have none.
-    """
-    room = most - len(run.text.tokens)
-    characters = run.characters + len(piece.text)
-    empty = run.empty_pieces + (not piece.tokens)
-    tokens = min(len(run.text.tokens) + len(piece.tokens), most)
-    if characters > MOST_CHARACTERS * (tokens + 1) or empty > MOST_EMPTY_PIECES:
-        raise ProtocolError(
-            f"the generation server sent {characters} characters of text, {empty} pieces of it without a "
-            f"token, for {tokens} tokens"
-        )
-    run.characters, run.empty_pieces = characters, empty
-    run.text.tokens += piece.tokens[:room]
-    return len(piece.tokens) <= room
 
 
 async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> Any:
@@ -305,37 +333,3 @@ def _reason(record: GenerationEnded) -> FinishReason:
     if record.reason not in get_args(FinishReason):
         raise ProtocolError(f"a text ended for an unknown reason: {record.reason[:40]!r}")
     return cast(FinishReason, record.reason)
-
-
-def _blame(run: RemoteRun, peer: PeerId, error: SwarmError) -> None:
-    """Avoid a generation server that fell silent or failed, not one that said why it cannot."""
-    here = error.origin is None and not isinstance(error, UnknownTransportError)
-    if here or isinstance(error, RemoteFaultError | ProtocolError):
-        run.health.failed(peer, asyncio.get_running_loop().time(), error.message)
-    if here and isinstance(error, ConnectionLostError | PeerUnreachableError | DeadlineExceededError):
-        run.registry.suspect(peer)
-
-
-def _why_none(run: RemoteRun, errors: list[SwarmError]) -> SwarmError:
-    """What the caller can best act on: a busy peer says when to come back, a lost one nothing."""
-    if not errors:
-        return run.choice.missing(run.registry.view())
-    busy: list[SwarmError] = [error for error in errors if isinstance(error, BusyError)]
-    return (busy or errors)[-1]
-
-
-async def _pause(registry: Registry, errors: list[SwarmError], give_up: float | None) -> None:
-    """Wait for a generation server that is not known yet, or until one that was busy may have time."""
-    loop = asyncio.get_running_loop()
-    waits = [wait for error in errors if isinstance(wait := error.details.get("retry_after"), int | float)]
-    seconds = min([max(PAUSE, wait) for wait in waits], default=PAUSE)
-    if give_up is not None:
-        seconds = min(seconds, max(0.0, give_up - loop.time()))
-    try:
-        async with asyncio.timeout(seconds):
-            async for change in registry.changes():
-                if change.info.heads and change.kind != "left":
-                    return
-            await asyncio.sleep(seconds)  # the registry is closed
-    except TimeoutError:
-        return
