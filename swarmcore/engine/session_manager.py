@@ -49,7 +49,13 @@ EXTENDED_EVERY = 1.0
 
 
 class SessionManager:
-    """Joins the budget, the scheduler and the sessions; reserves and releases the executor's caches."""
+    """Joins KV cache manager, scheduler and sessions; reserves and releases the executor's caches.
+
+    A step is put in its session's queue (`submit`). First there, it asks for its pages (`_activate`); once
+    they are granted it is the scheduler's (`_start`), and runs in chunks (`schedule`, `finish_batch`) until
+    it is done (`complete`) or fails (`fail`), with those in the queue that build on it. What a batch computes
+    with stays as it is until the batch is through, even that of a session that has ended.
+    """
 
     def __init__(
         self,
@@ -281,17 +287,22 @@ class SessionManager:
             session.computing = False
             if not isinstance(result, SwarmError):
                 session.computed += chunk.tokens
+                try:
+                    if not step.done:
+                        step.put(result)
+                except InternalError as exc:
+                    log.error("%s", exc)
+                    result = exc
             if session.closed:
                 self._free(session, now)
             elif step.done:
                 self._advance(session, now)
             elif isinstance(result, SwarmError):
                 self.fail(step, result, now)
-            elif self._store_result(step, result, now):
-                if step.whole or step.codec == "raw":
-                    self.complete(step, step.result(), now)
-                else:
-                    joined.append(step)
+            elif step.finished and (step.whole or step.codec == "raw"):
+                self.complete(step, step.result(), now)
+            elif step.finished:
+                joined.append(step)
         return joined
 
     def note_progress(self, now: float) -> None:
@@ -307,15 +318,6 @@ class SessionManager:
             if session.allocation.growth is None:
                 for item in session.queue:
                     item.deadline = max(item.deadline, now + item.timeout)
-
-    def _store_result(self, step: SessionStep, result: Tensor, now: float) -> bool:
-        try:
-            step.put(result)
-        except InternalError as exc:
-            log.error("%s", exc)
-            self.fail(step, exc, now)
-            return False
-        return step.finished
 
     # --- caches that come and go -------------------------------------------------------------------------
 

@@ -38,11 +38,11 @@ async def train(engine: Engine, caller: str, lengths: tuple[int, ...]) -> None:
     hidden = MODEL.embed(range(sum(lengths)))
     batch = TrainingBatch(Span(0, 10), lengths, hidden)
     for number in itertools.count():
-        with engine.training.admit(caller, batch.span, lengths, 1000.0) as turn:
-            await turn.forward(batch, keep=str(number))
-        with engine.training.admit(caller, batch.span, lengths, 1000.0) as turn:
-            turn.reuse(str(number) if number % 2 else "", batch)
-            await turn.backward(batch, hidden)
+        with engine.training.admit(caller, batch.span, lengths, 1000.0) as request:
+            await request.forward(batch, keep=str(number))
+        with engine.training.admit(caller, batch.span, lengths, 1000.0) as request:
+            request.reuse(str(number) if number % 2 else "", batch)
+            await request.backward(batch, hidden)
 
 
 @pytest.mark.parametrize("think", [0.0, 0.013, 0.2])

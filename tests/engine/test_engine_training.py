@@ -45,8 +45,8 @@ async def forward(
     timeout: float = 10.0,
 ) -> Rows:
     batch = TrainingBatch(span, tuple(lengths), hidden_states(rows))
-    with engine.training.admit(caller, span, batch.lengths, timeout) as turn:
-        outputs, _, _ = await turn.forward(batch, keep=keep)
+    with engine.training.admit(caller, span, batch.lengths, timeout) as request:
+        outputs, _, _ = await request.forward(batch, keep=keep)
         return read_rows(outputs)
 
 
@@ -62,9 +62,9 @@ async def backward(
 ) -> tuple[Rows, bool]:
     """The gradients, and whether kept activations were used."""
     batch = TrainingBatch(WHOLE, tuple(lengths), hidden_states(rows))
-    with engine.training.admit(caller, WHOLE, batch.lengths, timeout) as turn:
-        reused = turn.reuse(kept, batch)
-        done = await turn.backward(batch, hidden_states(gradients))
+    with engine.training.admit(caller, WHOLE, batch.lengths, timeout) as request:
+        reused = request.reuse(kept, batch)
+        done = await request.backward(batch, hidden_states(gradients))
         assert done.gradients is not None
         return read_rows(done.gradients), reused
 
@@ -198,13 +198,13 @@ async def test_the_queue_is_bounded_for_all_and_for_each() -> None:
                 passes.admit("a", WHOLE, lengths, 1.0)
         with pytest.raises(SpanError):
             passes.admit("a", Span(5, 13), (5,), 1.0)
-        with ExitStack() as turns:
+        with ExitStack() as requests:
             for some in ((10,), (5, 5)):
-                turns.enter_context(passes.admit("a", WHOLE, some, 1.0))
+                requests.enter_context(passes.admit("a", WHOLE, some, 1.0))
             with pytest.raises(TooManyCallsError, match="one caller"):
                 passes.admit("a", WHOLE, (1,), 1.0)
             for caller in "bc":
-                turns.enter_context(passes.admit(caller, WHOLE, (10,), 1.0))
+                requests.enter_context(passes.admit(caller, WHOLE, (10,), 1.0))
             with pytest.raises(TooManyCallsError, match="try again later"):
                 passes.admit("d", WHOLE, (1,), 1.0)
         assert passes.queue.admitted_tokens == 0

@@ -64,14 +64,14 @@ def block_states(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
 async def run_chain(
     chain: Sequence[TorchExecutor], parts: Sequence[tuple[Segment, torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """One batch through all executors: a slice for each segment."""
+    """One batch through all executors: a chunk for each segment."""
     hidden: list[Any] = [to_wire("hidden", rows.clone()) for _, rows in parts]
     for executor in chain:
-        slices = [
+        chunks = [
             ScheduledChunk(tensor, 0, executor.span, (segment,))
             for tensor, (segment, _) in zip(hidden, parts, strict=True)
         ]
-        hidden = await executor.step(slices)
+        hidden = await executor.step(chunks)
         assert not [each for each in hidden if isinstance(each, SwarmError)]
     return [to_torch(tensor) for tensor in hidden]
 

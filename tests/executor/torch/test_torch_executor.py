@@ -55,8 +55,8 @@ def step_of(
     return ScheduledChunk(wire, first_row, span, placed, reply, codec)
 
 
-async def run(executor: TorchExecutor, *slices: ScheduledChunk) -> list[torch.Tensor]:
-    results = await executor.step(slices)
+async def run(executor: TorchExecutor, *chunks: ScheduledChunk) -> list[torch.Tensor]:
+    results = await executor.step(chunks)
     values = []
     for result in results:
         assert isinstance(result, Tensor), result
