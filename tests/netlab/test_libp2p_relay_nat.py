@@ -20,7 +20,7 @@ async def relay_at(lab: NatLab, port: int) -> tuple[LabPeer, str]:
     return relay, address
 
 
-async def place(server: LabPeer, *ports: int) -> list[str]:
+async def reserved_at(server: LabPeer, *ports: int) -> list[str]:
     """The addresses of ``server`` once it has reservations at the relays of these ports, and at no others."""
 
     def relayed(found: list[str]) -> list[str]:
@@ -40,7 +40,7 @@ async def test_homes_behind_symmetric_routers_exchange_messages_by_a_relay():
             LabPeer(lab, "a", listen_on=[f"{ANYWHERE}/4101"], relays=[at], upnp=False).start(),
             LabPeer(lab, "b").start(),
         )
-        [address] = await place(server, 4001)
+        [address] = await reserved_at(server, 4001)
         stream = await client.call("open_stream", address)
         await client.call("exchange", stream, [1, 70_000, 3 * MIB])
         assert await client.call("path", stream) == "relayed"
@@ -57,9 +57,9 @@ async def test_another_relay_is_taken_when_one_dies_before_there_is_a_direct_way
             ).start(),
             LabPeer(lab, "b").start(),
         )
-        await place(server, 4001, 4002)
+        await reserved_at(server, 4001, 4002)
         await server.call("open_stream", at_third)
         await first.kill()
-        for address in await place(server, 4002, 4003):
+        for address in await reserved_at(server, 4002, 4003):
             stream = await client.call("open_stream", address)
             assert await client.call("path", stream) == "relayed"

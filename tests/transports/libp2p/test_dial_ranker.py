@@ -38,20 +38,20 @@ def networks(*texts: str) -> list[Network]:
 
 
 def test_lans_of_others_come_after_all_that_may_work() -> None:
-    vicinity = DialRanker(lambda: networks("192.168.1.0/24", "fd00::/64"))
+    ranker = DialRanker(lambda: networks("192.168.1.0/24", "fd00::/64"))
     announced = [MALFORMED, OTHER_LAN, DOCKER, RELAYED, NAMED, PUBLIC, OWN_LAN, OWN_LAN_6, HERE]
-    in_order = sorted(announced, key=lambda address: vicinity.preference(address, 0.0))
+    in_order = sorted(announced, key=lambda address: ranker.preference(address, 0.0))
     assert in_order == [HERE, OWN_LAN, OWN_LAN_6, NAMED, PUBLIC, RELAYED, OTHER_LAN, DOCKER, MALFORMED]
 
 
 def test_a_change_of_network_is_noticed_within_ten_seconds() -> None:
     here = networks("192.168.1.0/24")
-    vicinity = DialRanker(lambda: list(here))
-    assert vicinity.distance(OTHER_LAN, 0.0) == "other lan"
+    ranker = DialRanker(lambda: list(here))
+    assert ranker.distance(OTHER_LAN, 0.0) == "other lan"
     here[:] = networks("10.7.0.0/16")
-    assert vicinity.distance(OTHER_LAN, 9.9) == "other lan"
-    assert vicinity.distance(OTHER_LAN, 10.0) == "own lan"
-    assert vicinity.distance(OWN_LAN, 10.0) == "other lan"
+    assert ranker.distance(OTHER_LAN, 9.9) == "other lan"
+    assert ranker.distance(OTHER_LAN, 10.0) == "own lan"
+    assert ranker.distance(OWN_LAN, 10.0) == "other lan"
 
 
 async def test_the_transport_tells_its_preference() -> None:

@@ -40,9 +40,9 @@ def connections(one: Peer, other: Peer) -> list[INetConn]:
 
 
 async def ask(asker: Peer, other: Peer, ports: list[int]) -> DialBackReply:
-    way = await connection(asker, other)
+    carrier = await connection(asker, other)
     services, thread = asker.transport._services, asker.transport._thread
-    return await thread.call(services.autonat.request_dial_back, way, ports, timeout=10, what="asking")
+    return await thread.call(services.autonat.request_dial_back, carrier, ports, timeout=10, what="asking")
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ async def test_no_peer_can_have_a_third_one_dialled(peers):
     third = await asyncio.start_server(lambda reader, writer: dialled.append(writer), "127.0.0.9", 0)
     at = third.sockets[0].getsockname()[1]
     asker, other = await listening(peers), await listening(peers)
-    way = await connection(asker, other)
+    carrier = await connection(asker, other)
     services, thread = asker.transport._services, asker.transport._thread
     request = msgspec.msgpack.encode({"ports": [at], "host": "127.0.0.9", "addresses": [f"127.0.0.9:{at}"]})
 
     async def ask_in_own_words() -> bytes:
-        stream = await services.host.open_stream_on(way, PROTOCOL)
+        stream = await services.host.open_stream_on(carrier, PROTOCOL)
         await stream.write(encode_varint_prefixed(request))
         return await read_varint_prefixed_bytes_limited(stream, 1024)
 
@@ -103,18 +103,18 @@ async def test_a_relayed_peer_is_not_dialled_back(peers):
     client = peers.client()
     await client.transport.open_stream(address)
     services, thread = client.transport._services, client.transport._thread
-    [way] = connections(client, server)
+    [carrier] = connections(client, server)
     with pytest.raises(PeerUnreachableError, match="only those that are connected directly"):
-        await thread.call(services.autonat.request_dial_back, way, [CLOSED], timeout=10, what="asking")
+        await thread.call(services.autonat.request_dial_back, carrier, [CLOSED], timeout=10, what="asking")
 
 
 async def test_nonsense_ends_one_stream_and_nothing_else(peers):
     asker, other = [await listening(peers) for _ in range(2)]
-    way = await connection(asker, other)
+    carrier = await connection(asker, other)
     services, thread = asker.transport._services, asker.transport._thread
 
     async def talk_nonsense() -> bytes:
-        stream = await services.host.open_stream_on(way, PROTOCOL)
+        stream = await services.host.open_stream_on(carrier, PROTOCOL)
         await stream.write(encode_varint_prefixed(b"\xff nonsense"))
         return await stream.read(1)
 

@@ -69,7 +69,7 @@ def test_a_peer_that_is_gone_is_not_tried():
     assert plan.take_due(1.0) == []
 
 
-def test_other_own_addresses_are_a_reason_to_try_again():
+def test_new_addresses_of_this_peer_are_a_reason_to_try_again():
     plan = UpgradePlan()
     plan.relayed(A, 0.0)
     now = give_up(plan, A, 0.0)

@@ -38,7 +38,7 @@ async def peers() -> AsyncIterator[RelayedPeers]:
 
 
 def through(relay: Peer, peer: str) -> Address:
-    """The address of ``peer`` at ``relay``, whether it has a place there or not."""
+    """The address of ``peer`` at ``relay``, whether it has a reservation there or not."""
     location = relay.addresses[0].location
     return Address("libp2p", f"{location}/{relay.id}/p2p-circuit/p2p", peer)
 

@@ -34,7 +34,7 @@ def test_reservations_are_bounded_over_all_and_for_each_host():
     relay.reserve(B, "other", 0)
     with refused(StatusCode.RESERVATION_REFUSED):
         relay.reserve(C, "third", 0)
-    relay.reserve(A, "host", 1)  # renewing takes no second place
+    relay.reserve(A, "host", 1)  # renewing takes no second one
 
 
 def test_a_place_ends_with_its_time_unless_renewed():

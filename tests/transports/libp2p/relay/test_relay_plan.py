@@ -1,4 +1,4 @@
-"""Which relays are asked for a place, and when, decided without a socket or a clock."""
+"""Which relays are asked for a reservation, and when, decided without a socket or a clock."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_what_never_answered_is_forgotten_but_not_what_was_given():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_place_is_kept_while_relays_come_and_go(seed: int):
-    """Half of the relays are away at any time, one of four refuses; a place is missed for seconds at most."""
+def test_a_reservation_is_kept_while_relays_come_and_go(seed: int):
+    """Half of the relays are away at any time, one of four refuses; one is missed for seconds at most."""
     world, relays = Random(seed), RelayPlan([], Random(seed))
     names = [PeerId(f"relay{number}") for number in range(8)]
     away = dict.fromkeys(names, 0.0)

@@ -40,13 +40,13 @@ class UpgradePlan:
 
     def __repr__(self) -> str:
         running = sum(upgrade.running for upgrade in self._of.values())
-        return f"<Upgrades {len(self._of)} peers · {running} running>"
+        return f"<UpgradePlan {len(self._of)} peers · {running} running>"
 
     def relayed(self, peer: PeerId, now: float) -> None:
         """``peer`` is connected by way of a relay only; what failed with it lately still counts."""
         upgrade = self._of.get(peer)
         if upgrade is None:
-            self._close_idle_connection(now)
+            self._forget_idle(now)
             self._of[peer] = Upgrade(due=now)
         else:
             upgrade.relayed = True
@@ -119,7 +119,7 @@ class UpgradePlan:
             (peer, upgrade) for peer, upgrade in self._of.items() if upgrade.relayed and not upgrade.running
         ]
 
-    def _close_idle_connection(self, now: float) -> None:
+    def _forget_idle(self, now: float) -> None:
         for peer in [p for p, u in self._of.items() if not u.relayed and not u.running and u.due <= now]:
             del self._of[peer]
         if len(self._of) >= MAX_PEERS:
