@@ -16,17 +16,16 @@ import ast
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
 import pytest
+from programs import Program
 
 from swarmcore.errors import SwarmError
+from swarmcore.testing.fork_server import ForkServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -137,84 +136,87 @@ RUN_PAGES = [page for page in PAGES if any(block.mark in ("run", "serve") for bl
 def test_what_the_page_says_works(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if any(block.mark == "serve" for block in blocks(page)):
         request.getfixturevalue("smollm2_folder")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    programs: list[str] = []
-    with started_servers() as servers:
+    shell = Shell(request.getfixturevalue("fork_server"), tmp_path)
+    try:
         for block in blocks(page):
             where = f"{name(page)}:{block.line}"
             if block.mark == "serve":
                 for command in block.commands:
-                    command = SHORT_ADDRESS.sub(environment.get("SWARM", ""), command)
-                    address = servers.start(command, environment, tmp_path, where)
-                    environment.setdefault("SWARM", address)
+                    shell.serve(SHORT_ADDRESS.sub(shell.swarm, command))
             elif block.mark == "run" and block.language == "console":
                 for command in block.commands:
-                    run(["bash", "-euo", "pipefail", "-c", command], environment, tmp_path, where)
+                    shell.run(command, where)
             elif block.mark == "run":
                 program = tmp_path / f"{page.stem}_line_{block.line}.py"
                 program.write_text(block.body)
-                programs.append(str(program))
-        if programs:
-            words = [sys.executable, "-c", RUN_PROGRAMS, environment.get("SWARM", ""), *programs]
-            run(words, environment, tmp_path, name(page))
-
-
-RUN_PROGRAMS = """
-import contextlib, io, runpy, sys
-
-from swarmcore.imports import keep_imports
-
-keep_imports()
-address, *programs = sys.argv[1:]
-for program in programs:
-    sys.argv = [program, address]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        runpy.run_path(program, run_name="__main__")
-    assert printed.getvalue().strip(), f"{program} printed nothing"
-    print(program, "printed", len(printed.getvalue()), "characters")
-"""
-"""All programs of a page in one process: most of the time of each goes into importing torch."""
-
-
-def run(command: list[str], environment: dict[str, str], folder: Path, where: str) -> None:
-    done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, f"{where}: {done.stdout}\n{done.stderr}"
-    assert done.stdout.strip(), f"{where} printed nothing"
-
-
-class Servers:
-    def __init__(self) -> None:
-        self.processes: list[subprocess.Popen[str]] = []
-
-    def start(self, command: str, environment: dict[str, str], folder: Path, where: str) -> str:
-        # On the loopback interface, and on one thread: the machine that runs the tests has others to serve.
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {command} --listen 127.0.0.1:0 --threads 1"],
-            env=environment,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.processes.append(process)
-        assert process.stdout is not None
-        assert process.stderr is not None
-        address = process.stdout.readline().strip()
-        assert address.startswith("tcp://"), f"{where}: {address}\n{process.stderr.read()}"
-        return address
-
-
-@contextmanager
-def started_servers() -> Iterator[Servers]:
-    servers = Servers()
-    try:
-        yield servers
-        for process in servers.processes:
-            process.send_signal(signal.SIGINT)
-        assert [process.wait(timeout=10) for process in servers.processes] == [0] * len(servers.processes)
+                shell.end(shell.start(str(program), shell.swarm), where)
+        shell.interrupt_servers()
     finally:
-        for process in servers.processes:
-            process.kill()
-            process.communicate()
+        shell.kill()
+
+
+class Shell:
+    """Does what a reader does in a terminal, and what happens there when the page is left."""
+
+    def __init__(self, fork_server: ForkServer, folder: Path) -> None:
+        self.swarm = ""
+        """The address of the first server."""
+        self._fork_server = fork_server
+        self._folder = folder
+        self._servers: list[Program] = []
+        self._started: list[Program] = []
+
+    def start(self, *arguments: str) -> Program:
+        """``python ARGUMENTS``"""
+        program = Program(*arguments, fork_server=self._fork_server, cwd=self._folder, SWARM=self.swarm)
+        self._started.append(program)
+        return program
+
+    def serve(self, command: str) -> None:
+        """Start a server, on the loopback interface and one thread: this machine has others to serve."""
+        words = self._words(f"{command} --listen 127.0.0.1:0 --threads 1")
+        assert words is not None, command
+        server = self.start("-m", *words)
+        self._servers.append(server)
+        address = server.line()
+        assert address.startswith("tcp://"), f"{command}: {address}"
+        self.swarm = self.swarm or address
+
+    def run(self, command: str, where: str) -> None:
+        words = self._words(command)
+        if words is not None:
+            self.end(self.start("-m", *words), where)
+            return
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            env={**os.environ, "PATH": path, "SWARM": self.swarm},
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        check_end(done.returncode, done.stdout, done.stderr, where)
+
+    def end(self, program: Program, where: str) -> None:
+        check_end(*program.end(timeout=120), where)
+
+    def interrupt_servers(self) -> None:
+        for server in self._servers:
+            server.signal()
+        assert [server.end()[0] for server in self._servers] == [0] * len(self._servers)
+
+    def kill(self) -> None:
+        for program in self._started:
+            program.kill()
+
+    def _words(self, command: str) -> list[str] | None:
+        """The words of a command of ours; nothing where it takes a real shell."""
+        words = shlex.split(command.replace("$SWARM", self.swarm))
+        return words if words[0] == "swarmcore" and not set(command) & set("|<>&;`()") else None
+
+
+def check_end(status: int, stdout: str, stderr: str, where: str) -> None:
+    assert status == 0, f"{where}: {stdout}\n{stderr}"
+    assert stdout.strip(), f"{where} printed nothing"

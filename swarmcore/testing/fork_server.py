@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -68,6 +69,7 @@ class ForkServer:
         stderr: int,
         *,
         env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
     ) -> socket.socket:
         """Have ``python ARGUMENTS`` run in a forked process, with these descriptors, which stay the caller's.
 
@@ -79,7 +81,8 @@ class ForkServer:
             raise RuntimeError(
                 "a fork server starts programs once it is entered: async with ForkServer() as …"
             )
-        request = json.dumps([list(arguments), dict(peer_environment() if env is None else env)])
+        environment = peer_environment() if env is None else env
+        request = json.dumps([list(arguments), dict(environment), str(cwd or Path.cwd())])
         control, theirs = socket.socketpair()
         with theirs, contextlib.suppress(OSError):  # when the fork server is gone, the control socket ends
             control.sendall(request.encode() + b"\n")

@@ -3,8 +3,8 @@
 ``python -m swarmcore.testing.fork_server_process FD [MODULE…]``, where FD is a Unix socket and the modules,
 if any, are imported in place of `PRELOADED` and `PRELOADED_EXTRAS`. A request is one byte on the socket with
 four descriptors: a control socket, then the stdin, stdout and stderr of the program. From the control socket
-comes a line of JSON, the arguments that ``python`` would be given and the environment. What is written to it
-are the program's pid and, once it has ended, its exit status, negative for a signal.
+comes a line of JSON: the arguments that ``python`` would be given, the environment and the folder. What is
+written to it are the program's pid and, once it has ended, its exit status, negative for a signal.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 PRELOADED = (
     "swarmcore.cli",
     "swarmcore.serving",
+    "swarmcore.client.generation.model",
     "swarmcore.executor.torch.executor",
     "swarmcore_transports.tcp",
     "transformers.models.llama.modeling_llama",
@@ -73,12 +74,13 @@ class Forker:
 
     def _fork(self, control: int, *standard: int) -> None:
         with open(control, "rb", closefd=False) as lines:
-            arguments, environment = json.loads(lines.readline())
+            arguments, environment, folder = json.loads(lines.readline())
         pid = os.fork()
         if pid == 0:
             # Its control socket stays open here, so that its end says that this process has ended, too.
             os.set_inheritable(control, False)
             self._become_program(environment, standard)
+            os.chdir(folder)
             self._exit_status = _run_program(arguments)
             return
         for descriptor in standard:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from swarmcore.testing.fork_server import ForkServer
@@ -31,12 +32,13 @@ class Program:
         *arguments: str,
         fork_server: ForkServer | None = None,
         stdin: int = subprocess.PIPE,
+        cwd: Path | None = None,
         **environment: str,
     ) -> None:
         env = {**os.environ, **ENVIRONMENT, **environment}
         self._process: _Forked | subprocess.Popen[str]
         if fork_server is not None:
-            self._process = _Forked(fork_server, arguments, stdin, env)
+            self._process = _Forked(fork_server, arguments, stdin, env, cwd)
         else:
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -45,6 +47,7 @@ class Program:
                 stderr=subprocess.PIPE,
                 text=True,
                 env=env,
+                cwd=cwd,
             )
 
     def line(self) -> str:
@@ -64,9 +67,9 @@ class Program:
     def signal(self, number: int = signal.SIGINT) -> None:
         self._process.send_signal(number)
 
-    def end(self, stdin: str | None = None) -> tuple[int, str, str]:
+    def end(self, stdin: str | None = None, *, timeout: float = END_TIMEOUT) -> tuple[int, str, str]:
         """Wait for the end: exit status, and the rest of stdout and stderr."""
-        stdout, stderr = self._process.communicate(stdin, timeout=END_TIMEOUT)
+        stdout, stderr = self._process.communicate(stdin, timeout=timeout)
         return self._process.returncode, stdout, stderr
 
     def kill(self) -> None:
@@ -81,11 +84,16 @@ class _Forked:
     """As much of `subprocess.Popen` as `Program` needs, for a process that is not a child of this one."""
 
     def __init__(
-        self, fork_server: ForkServer, arguments: Sequence[str], stdin: int, env: Mapping[str, str]
+        self,
+        fork_server: ForkServer,
+        arguments: Sequence[str],
+        stdin: int,
+        env: Mapping[str, str],
+        cwd: Path | None,
     ) -> None:
         read, write = os.pipe() if stdin == subprocess.PIPE else (os.open(os.devnull, os.O_RDONLY), None)
         (out, their_out), (err, their_err) = os.pipe(), os.pipe()
-        with fork_server.launch(arguments, read, their_out, their_err, env=env) as control:
+        with fork_server.launch(arguments, read, their_out, their_err, env=env, cwd=cwd) as control:
             self._statuses = control.makefile()
         for theirs in (read, their_out, their_err):
             os.close(theirs)
