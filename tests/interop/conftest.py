@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from interop.js_node import install
+from js_node import install
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from interop.js_node import JsNode
+from js_node import JsNode
 
 from swarmcore.identity import Identity
 from swarmcore.registry.gossip.records import RecordIssuer

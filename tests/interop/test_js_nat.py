@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from interop.js_node import JsNode
-from netlab.lab_peer import LabPeer
-from netlab.netlab import NatLab, nat_lab, unavailable
+from js_node import JsNode
+from lab_peer import LabPeer
+from nat_lab import NatLab, nat_lab, unavailable
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from interop.js_node import JsNode, JsNodeError
+from js_node import JsNode, JsNodeError
 
 STREAM = "/swarmcore/stream/1"
 MIB = 2**20

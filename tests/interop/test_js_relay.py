@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
 import pytest_asyncio
-from interop.js_node import JsNode
+from js_node import JsNode
 from relayed_peers import PLACE, Peer, RelayedPeers, check_echo, check_end
 
 from swarmcore.errors import PeerUnreachableError

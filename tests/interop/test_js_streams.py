@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
 
 import pytest_asyncio
-from interop.js_node import JsNode, JsNodeError
+from js_node import JsNode, JsNodeError
 from libp2p.host.ping import PingService
 from libp2p.peer.id import ID
 from relayed_peers import PATIENCE, PLACE, Peer, RelayedPeers, check_echo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from netlab.netlab import unavailable
+from nat_lab import unavailable
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netlab.netlab import NatLab, nat_lab
-from netlab.texts import generate, pieces, plain_text, server_in, swarmcore_in
+from lab_texts import generate, pieces, plain_text, server_in, swarmcore_in
+from nat_lab import NatLab, nat_lab
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from netlab.netlab import ADDRESSES, nat_lab
-from netlab.texts import generate, pieces, plain_text, server_in, swarmcore_in
-from netlab.turn import PLACE, turn_server, unavailable
+from lab_texts import generate, pieces, plain_text, server_in, swarmcore_in
+from nat_lab import ADDRESSES, nat_lab
+from turn_server import PLACE, turn_server, unavailable
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 

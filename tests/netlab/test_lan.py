@@ -9,7 +9,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from typing import Any
 
 import pytest
-from netlab.lan import Lan, lan
+from lan_lab import Lan, lan
 
 pytest.importorskip("libp2p", reason="needs the extra libp2p")
 

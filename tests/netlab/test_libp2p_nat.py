@@ -7,8 +7,8 @@ import sys
 from asyncio.subprocess import PIPE
 
 import pytest
-from netlab.lab_peer import LabPeer
-from netlab.netlab import NatLab, nat_lab, unavailable
+from lab_peer import LabPeer
+from nat_lab import NatLab, nat_lab, unavailable
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 

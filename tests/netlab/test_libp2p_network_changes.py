@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from netlab.lab_peer import LabPeer
-from netlab.netlab import nat_lab
+from lab_peer import LabPeer
+from nat_lab import nat_lab
 
 pytest.importorskip("swarmcore_transports.libp2p", reason="needs the extra libp2p")
 

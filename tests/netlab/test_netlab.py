@@ -9,7 +9,7 @@ import sys
 from asyncio.subprocess import PIPE
 
 import pytest
-from netlab.netlab import Kind, NatLab, nat_lab, unavailable
+from nat_lab import Kind, NatLab, nat_lab, unavailable
 
 SOURCE_PORT = 4321
 
@@ -94,7 +94,7 @@ async def test_a_lab_leaves_nothing_and_clears_what_a_killed_run_left():
     killed = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "import asyncio, netlab.netlab as n\n"
+        "import asyncio, nat_lab as n\n"
         "async def main():\n"
         "    async with n.nat_lab() as lab:\n"
         "        await lab.run('a', ['sleep', '60'], stdout=asyncio.subprocess.DEVNULL)\n"

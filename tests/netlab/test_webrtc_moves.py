@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from netlab.lab_peer import PATIENCE, LabPeer
-from netlab.netlab import Host, nat_lab
-from netlab.test_webrtc_nat import STUN, homes, meeting_point
-from netlab.turn import turn_server, unavailable
+from lab_peer import PATIENCE, LabPeer
+from nat_lab import Host, nat_lab
+from turn_server import turn_server, unavailable
+from webrtc_homes import STUN, homes, meeting_point
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
-from netlab.lab_peer import LabPeer
-from netlab.netlab import ADDRESSES, Kind, NatLab, nat_lab
-from netlab.turn import PLACE, SECRET, turn_server, unavailable
+from lab_peer import LabPeer
+from nat_lab import ADDRESSES, Kind, nat_lab
+from turn_server import PLACE, SECRET, turn_server, unavailable
+from webrtc_homes import STUN, homes, meeting_point
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no TURN server: {unavailable()}")
 
-STUN, TURN = f"stun:{PLACE}", f"turn-secret:{SECRET}@{PLACE}"
+TURN = f"turn-secret:{SECRET}@{PLACE}"
 MESSAGES = [1, 16 * 1024, 512 * 1024]
-
-
-async def meeting_point(lab: NatLab) -> tuple[LabPeer, str]:
-    """A public peer, and its signalling service in the notation of ``listen_on``."""
-    public = await LabPeer(lab, "public", scheme="webrtc", listen_on=["11.0.0.1:4001"]).start()
-    return public, f"ws://{ADDRESSES['public']}:4001"
-
-
-async def homes(lab: NatLab, place: str, *ice: str, **options: object) -> tuple[LabPeer, LabPeer, str]:
-    """A server behind router a that is met at ``place``, a client behind b, and the server's address."""
-    server, client = await asyncio.gather(
-        LabPeer(lab, "a", scheme="webrtc", listen_on=[place], ice=ice, **options).start(),
-        LabPeer(lab, "b", scheme="webrtc", ice=ice, **options).start(),
-    )
-    [address] = await server.call("addresses")
-    return server, client, address
 
 
 async def test_two_homes_punch_through_and_need_the_meeting_point_no_longer():

@@ -10,7 +10,7 @@ from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
-from netlab.netlab import Host, NatLab
+from nat_lab import Host, NatLab
 
 from swarmcore.transport import Stream
 
@@ -32,7 +32,7 @@ class LabPeer:
     async def start(self) -> Self:
         """Start it, listening where ``listen_on`` says."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        argv = [sys.executable, "-m", "netlab.lab_peer", json.dumps(self._options)]
+        argv = [sys.executable, "-m", "lab_peer", json.dumps(self._options)]
         self.process = await self._lab.run(
             self._host, argv, stdin=PIPE, stdout=PIPE, env=environment, limit=_LONGEST_LINE
         )

@@ -10,7 +10,7 @@ from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
 
-from netlab.netlab import Host, NatLab
+from nat_lab import Host, NatLab
 
 PROMPT = "The sea was calm that morning, and the old fisherman"
 

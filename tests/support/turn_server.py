@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from asyncio.subprocess import PIPE
 
-from netlab.netlab import ADDRESSES, PATIENCE, PROGRAMS, NatLab
+from nat_lab import ADDRESSES, PATIENCE, PROGRAMS, NatLab
 
 from swarmcore.bench.namespaces import why_not
 from swarmcore.errors import UnavailableError

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import pytest
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parents[1] / "interop"
 FILES = ("node.mjs", "stream.mjs", "package.json", "package-lock.json")
 OLDEST_NODE = 20
 INSTALL_TIMEOUT = 180.0
