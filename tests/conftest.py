@@ -66,7 +66,8 @@ DELAYS = pytest.StashKey[dict[str, list[float]]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes run the suite, begin with what takes longest: none is to be left with it."""
     if config.pluginmanager.hasplugin("xdist"):
-        long = {xdist_groups.group_of(item.nodeid) for item in items if item.get_closest_marker("e2e")}
+        slow = [item for item in items for mark in ("e2e", "slow") if item.get_closest_marker(mark)]
+        long = {xdist_groups.group_of(item.nodeid) for item in slow}
         items.sort(key=lambda item: xdist_groups.order(xdist_groups.group_of(item.nodeid), long))
 
 

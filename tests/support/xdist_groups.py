@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 
-FLEET = "fleet"
-"""The tests in folders of which all share running servers."""
-
-FLEET_FOLDERS = ("tests/chaos/", "tests/e2e/")
+FOLDERS = ("tests/chaos/", "tests/e2e/")
+"""Folders of which all tests share running servers, those that take longest first."""
 
 
 def group_of(nodeid: str) -> str:
     """What shares expensive fixtures: fleets of servers, else files."""
-    return FLEET if nodeid.startswith(FLEET_FOLDERS) else nodeid.partition("::")[0]
+    return next((folder for folder in FOLDERS if nodeid.startswith(folder)), nodeid.partition("::")[0])
 
 
 def order(group: str, long: Container[str]) -> int:
     """The lower, the earlier ``group`` is to begin."""
-    return 0 if group == FLEET else 1 if group in long else 2
+    return FOLDERS.index(group) if group in FOLDERS else len(FOLDERS) + (group not in long)
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
