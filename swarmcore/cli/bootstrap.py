@@ -51,7 +51,7 @@ def bootstrap(
     network: dict[str, Any],
     process: ProcessOptions,
 ) -> None:
-    """Run a meeting point without blocks of its own, until Ctrl-C.
+    """Run a bootstrap peer without blocks of its own, until Ctrl-C.
 
     Prints its addresses: give them to servers and clients as --bootstrap. Every server can be joined through
     just as well; a swarm goes on when all the peers that it began with are gone. With --serve-head it is a

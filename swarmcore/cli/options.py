@@ -60,7 +60,7 @@ _webrtc = options(
     option(
         "--signalling-ca",
         metavar="FILE",
-        help="Certificates (PEM) to believe of meeting points with TLS. [default: the system's]",
+        help="Certificates (PEM) to believe of signalling services with TLS. [default: the system's]",
     ),
     option(
         "--webrtc-engine",
@@ -118,7 +118,7 @@ network_options = gathered(
     option(
         "--signalling-cert",
         metavar="FILE",
-        help="Certificate chain (PEM) of the meeting point run here (WebRTC); with it, TLS.",
+        help="Certificate chain (PEM) of the signalling service run here (WebRTC); with it, TLS.",
     ),
     option("--signalling-key", metavar="FILE", help="The key of --signalling-cert (PEM)."),
     several(

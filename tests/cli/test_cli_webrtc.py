@@ -44,7 +44,7 @@ def test_every_option_arrives(tmp_path: Path) -> None:
     transport_class("webrtc")(Identity.generate(), **options["webrtc"])  # takes them all
 
 
-def test_meeting_points_of_others_are_places_to_listen_on_and_to_announce() -> None:
+def test_signalling_services_of_others_are_places_to_listen_on_and_to_announce() -> None:
     given = config(listen=["webrtc:wss://meet.example:443"], announce=["webrtc:wss://other.example:443"])
     assert given.transports == {"webrtc": ("wss://meet.example:443",)}
     assert given.announce == (f"webrtc:wss://other.example:443/{PEER}",)

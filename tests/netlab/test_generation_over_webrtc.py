@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(unavailable() is not None, reason=f"no STUN server: {unavailable()}"),
 ]
 
-MEETING_POINT = f"{ADDRESSES['public']}:4001"
+SIGNALLING = f"{ADDRESSES['public']}:4001"
 TOKENS = 12
 WEBRTC = ("--transport", "webrtc", "--listen")
 
@@ -25,8 +25,8 @@ async def test_all_that_is_public_dies_once_they_are_connected_and_nothing_stops
     ice = f"stun:{PLACE}"
     async with nat_lab("cone", "cone") as lab:
         stun = await turn_server(lab)
-        bootstrap, address = await swarmcore_in(lab, "public", "bootstrap", *WEBRTC, MEETING_POINT)
-        listen = (*WEBRTC, f"webrtc:ws://{MEETING_POINT}", "--ice", ice)
+        bootstrap, address = await swarmcore_in(lab, "public", "bootstrap", *WEBRTC, SIGNALLING)
+        listen = (*WEBRTC, f"webrtc:ws://{SIGNALLING}", "--ice", ice)
         await server_in(lab, "a", smollm2_folder, "--bootstrap", address, *listen)
         client = await generate(lab, smollm2_folder, address, TOKENS, webrtc={"ice": [ice]})
         said = await pieces(client, 3)

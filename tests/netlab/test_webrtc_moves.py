@@ -31,7 +31,7 @@ async def test_a_stream_goes_on_when_a_home_moves(moving: Host) -> None:
     """Nothing of it is lost: every message comes back, in its order."""
     async with nat_lab() as lab, asyncio.timeout(2 * PATIENCE):
         await turn_server(lab)
-        _, place = await meeting_point(lab)
+        _, place = await signalling_peer(lab)
         _, client, address = await homes(lab, place, STUN, keepalive=KEEPALIVE)
         stream = await client.call("open_stream", address)
         await client.call("flow", stream)

@@ -18,7 +18,7 @@ MESSAGES = [1, 16 * 1024, 512 * 1024]
 async def test_two_homes_punch_through_and_need_the_meeting_point_no_longer():
     async with nat_lab() as lab:
         stun = await turn_server(lab)
-        public, place = await meeting_point(lab)
+        public, place = await signalling_peer(lab)
         _, client, address = await homes(lab, place, f"stun:{ADDRESSES['public']}:1", STUN)
         stream = await client.call("open_stream", address)
         assert await client.call("path", stream) == "hole-punched"
@@ -33,7 +33,7 @@ async def test_two_homes_punch_through_and_need_the_meeting_point_no_longer():
 async def test_a_turn_server_relays_where_no_hole_can_be_punched_or_none_may(kind: Kind):
     async with nat_lab(kind, kind) as lab:
         turn = await turn_server(lab)
-        _, place = await meeting_point(lab)
+        _, place = await signalling_peer(lab)
         _, client, address = await homes(lab, place, STUN, TURN, relay_only=kind == "cone", keepalive=0.3)
         stream = await client.call("open_stream", address)
         assert await client.call("path", stream) == "relayed"
@@ -48,7 +48,7 @@ async def test_a_turn_server_relays_where_no_hole_can_be_punched_or_none_may(kin
 
 async def test_a_home_reaches_a_public_peer_directly():
     async with nat_lab() as lab:
-        public, _ = await meeting_point(lab)
+        public, _ = await signalling_peer(lab)
         client = await LabPeer(lab, "a", scheme="webrtc").start()
         [address] = await public.call("addresses")
         stream = await client.call("open_stream", address)

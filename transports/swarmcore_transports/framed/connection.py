@@ -158,7 +158,7 @@ class Connection(asyncio.BufferedProtocol):
             self.established.set_result(None)
 
     def retire(self, reason: str, error: SwarmError | None = None, *, patience: float | None = None) -> None:
-        """Say why and let go: the other side drops the connection once it has read that, or is cut off.
+        """Say why and wait: the other side drops the connection once it has read that, or is cut off.
 
         Until then, at most ``patience`` seconds (`RETIRE_SECONDS`), what comes in is read and dropped: a
         socket closed with unread data would be reset (RFC 1122, 4.2.2.13), and the last frame lost.

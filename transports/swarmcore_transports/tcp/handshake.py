@@ -66,7 +66,7 @@ def check_certificate(certificate: bytes, expected: PeerId) -> None:
 
 
 def make_hello(challenge: bytes, settings: Settings) -> bytes:
-    """The listener's first words."""
+    """The listener's first frame."""
     return challenge + settings.encode()
 
 

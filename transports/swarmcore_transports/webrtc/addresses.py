@@ -1,4 +1,4 @@
-"""Where peers meet for WebRTC: ``webrtc://host:port/<peer id>``, or ``webrtc:wss://…`` with TLS."""
+"""The addresses of WebRTC peers: ``webrtc://host:port/<peer id>``, or ``webrtc:wss://…`` with TLS."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ServiceAddress:
 
 
 def service_of(address: Address) -> ServiceAddress:
-    """Where the peer of ``address`` is met. Raise `AddressError` when it is no address of WebRTC."""
+    """The signalling service of ``address``. Raise `AddressError` when it is no address of WebRTC."""
     if address.scheme != SCHEME:
         raise AddressError(f"{str(address)!r} is no address of WebRTC; expected webrtc://HOST:PORT/<peer id>")
     service = ServiceAddress.parse(address.location)

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 _SOCKETS_PER_CONNECTION = 4  # one for each address of this machine, two or three as a rule
 
 REFUSAL_RATE = 5.0, 20.0
-"""Offers a second that are refused with a word, on average and at once: services pass on 20 messages of one
+"""Offers a second that are refused with a reason, on average and at once: services pass on 20 messages of one
 peer a second, and some of those answer offers."""
 
 _MAX_TASKS = 4 * MAX_INCOMING_OFFERS
@@ -116,7 +116,7 @@ class Connector:
         )
 
     def _service_gone(self, service: ServiceAddress) -> None:
-        """It may have run in the same process as the peer that was met there."""
+        """It may have run in the same process as the peer that was registered there."""
         for managed in self.connections.current():
             if managed.dialled == service:
                 managed.connection.probe_peer()

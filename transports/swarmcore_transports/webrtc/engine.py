@@ -107,7 +107,7 @@ class PeerConnection(ABC):
     @property
     @abstractmethod
     def signalling_channel(self) -> DataChannel:
-        """The channel that both sides have from the start, without a word: number 0, negotiated."""
+        """The channel that both sides have from the start: number 0, negotiated out of band."""
 
     @abstractmethod
     async def offer(self) -> str:

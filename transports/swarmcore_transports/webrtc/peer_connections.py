@@ -158,7 +158,7 @@ class PeerConnections:
             logger.error("a connection was not closed in order", exc_info=exc)
 
     def _channel_ended(self, managed: ManagedConnection, channel: ChannelTransport) -> None:
-        """One that long heard nothing was cut for that; if no other hears the peer, nobody is there."""
+        """A channel that received nothing for long was cut for that; if no other does, the peer is gone."""
         if channel not in managed.channels:
             return
         now = asyncio.get_running_loop().time()

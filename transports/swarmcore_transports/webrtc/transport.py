@@ -34,9 +34,9 @@ from swarmcore_transports.webrtc.signalling.service import ServiceLimits
 class WebRtcTransport(Transport):
     """Streams over WebRTC data channels; addresses are ``webrtc://host:port/<peer id>``.
 
-    Host and port are those of a signalling service, where the peer is met.
+    Host and port are those of the signalling service where the peer is registered.
 
-    ``listen_on`` says where this peer can be met: ``host:port`` runs a signalling service there,
+    ``listen_on`` says where this peer can be dialled: ``host:port`` runs a signalling service there,
     ``ws://host:port`` or ``wss://host:port`` registers at one that others run. ``announce`` replaces the
     addresses of services run here. ``ice`` are STUN and TURN servers, or how they are written (see
     `IceServer.parse`), without which only peers are reached that see each other; with ``relay_only`` nothing

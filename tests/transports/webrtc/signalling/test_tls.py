@@ -29,7 +29,7 @@ from swarmcore_transports.webrtc.addresses import ServiceAddress  # noqa: E402
 def certificate(folder: Path, subject: x509.GeneralName) -> Path:
     """Of ``subject``, signed by itself, with its key."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "meeting point")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "signalling service")])
     now = datetime.datetime.now(datetime.UTC)
     made = (
         x509.CertificateBuilder()

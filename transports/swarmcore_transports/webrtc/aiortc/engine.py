@@ -192,7 +192,7 @@ class AiortcConnection(PeerConnection):
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self) -> AsyncIterator[None]:
-        """What is said of the connection; `close` waits for it, lest it be left behind."""
+        """One description at a time; `close` waits for it, lest it be left behind."""
         self._check_open()
         async with self._describing:
             self._check_open()

@@ -1,4 +1,4 @@
-"""The connections to signalling services: those where this peer can be met, and those needed to dial."""
+"""The connections to signalling services: those where this peer is registered, those needed to dial."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SignallingClientPool:
         return len(self._entries)
 
     def keep(self, service: ServiceAddress, *, own: bool = False) -> SignallingClient:
-        """The client for ``service``, which stays until the end: others are to meet this peer there."""
+        """The client for ``service``, which stays until the end: others dial this peer there."""
         entry = self._entry(service, own)
         entry.kept = True
         return entry.client

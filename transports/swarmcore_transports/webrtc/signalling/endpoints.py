@@ -1,4 +1,4 @@
-"""Where a listening peer can be met: signalling services that it runs, and those where it registers."""
+"""The signalling services of a listening peer: those that it runs, and those where it registers."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class SignallingEndpoints:
         """Those that run here."""
 
     def allow_only(self, peers: Collection[PeerId]) -> None:
-        """Let only these meet at the services that run here, and this peer itself."""
+        """Let only these register at the services that run here, and this peer itself."""
         self._allowed = frozenset({*peers, self._peer})
         for service in self.services:
             service.allow_only(self._allowed)
 
     def choose(self, places: Sequence[str], announce: Sequence[str]) -> None:
-        """Be met at ``places``: a service is to run at each ``host:port``, each ``ws://…`` is another's.
+        """Register at ``places``: a service is to run at each ``host:port``, each ``ws://…`` is another's.
 
         ``announce`` replaces the addresses of those that run here. Raise `AddressError` for what is neither,
         except for a ``host:port``, of which `open` says so.
@@ -96,7 +96,7 @@ class SignallingEndpoints:
         return tuple(one.address(self._peer) for one in [*own, *self._foreign])
 
     def notes(self) -> list[str]:
-        """What to tell of where this peer can be met."""
+        """What the user should know of where this peer can be reached."""
         places = reachable_places((one.host, one.port) for one in self._own)
         if self._announced or self._foreign or not places or not loopback_only(host for host, _ in places):
             return []

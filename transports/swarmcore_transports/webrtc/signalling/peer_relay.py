@@ -18,7 +18,7 @@ from swarmcore_transports.webrtc.signalling.service import ServiceLimits
 logger = logging.getLogger(__name__)
 
 _LIMITS = ServiceLimits()
-"""What one peer may have passed on is as much as at a signalling service."""
+"""What one peer may have forwarded is as much as at a signalling service."""
 
 _MAX_QUEUED = 256 * 1024
 """Bytes that may wait for one slow peer; for a further envelope the sender hears that it is absent."""
@@ -56,9 +56,9 @@ class PeerRoute:
 
 
 class PeerRelay:
-    """Passes envelopes between the peers that are connected to this one, and takes those for itself.
+    """Forwards envelopes between the peers that are connected to this one, and takes those for itself.
 
-    What a peer may have passed on is what it sends itself, to one that is connected here. ``on_signal`` is
+    What a peer may have forwarded is what it sends itself, to one that is connected here. ``on_signal`` is
     told what is for this peer; the signatures are yet to be checked.
     """
 

@@ -1,4 +1,4 @@
-"""The meeting point: passes envelopes between the peers that are connected to it, and keeps nothing."""
+"""The signalling service: passes envelopes between the peers that are connected to it, and keeps nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from swarmcore_transports.webrtc.signalling.sockets import SignallingSockets, ac
 logger = logging.getLogger(__name__)
 
 _http_logger = logger.getChild("http")
-_http_logger.addFilter(lambda record: not _of_no_concern(record))
+_http_logger.addFilter(lambda record: not _is_noise(record))
 
 _HEARTBEAT = 20.0
 _SEND_TIMEOUT = 5.0
@@ -60,7 +60,7 @@ class ServiceLimits:
     rate: float = 20.0
     """Envelopes a second that one peer may send, on average."""
     burst: float = 200.0
-    """And at once: an exchange with many candidates, several times over."""
+    """And at once: a negotiation with many candidates, several times over."""
     waiting: int = 256
     """Envelopes that wait for one slow peer; for a further one the sender hears that it is absent. What waits
     is counted among the sender's bytes, too."""
@@ -258,7 +258,7 @@ class SignallingService:
             await registration.socket.close()
 
 
-def _of_no_concern(record: logging.LogRecord) -> bool:
+def _is_noise(record: logging.LogRecord) -> bool:
     """Whether it is the traceback of what anybody could fill the log with: no request, or hanging up."""
     error = record.exc_info[1] if record.exc_info else None
     return isinstance(error, HttpProcessingError | ConnectionError)
