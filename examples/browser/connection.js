@@ -5,32 +5,32 @@ import { short } from './identity.js'
 
 const LABEL = '/swarmcore/stream/1'
 const CONNECT_TIMEOUT = 15
-const LOOK_MS = 1000
-const SILENCE = 1.5 * KEEPALIVE // after that without a word a new path is looked for; a stream ends after three times
+const WATCH_MS = 1000
+const SILENCE = 1.5 * KEEPALIVE // after that without data a new path is looked for; a stream ends after three times
 
 export class Connection {
   #rtc
-  #meet
-  #exchange
-  #forget = () => {}
+  #connectSignalling
+  #negotiation
+  #endNegotiation = () => {}
   #streams = new Set()
   #restarting = null
   #watching
 
-  constructor (peer, iceServers, meet) {
+  constructor (peer, iceServers, connectSignalling) {
     this.peer = peer
-    this.#meet = meet
+    this.#connectSignalling = connectSignalling
     this.#rtc = new RTCPeerConnection({ iceServers })
-    // Both sides know of it without a word: an offer needs one channel, and this one is open at once.
+    // Both sides have it from the start (negotiated): an offer needs one channel, and this one is open at once.
     this.#rtc.createDataChannel('swarmcore', { negotiated: true, id: 0 })
   }
 
   /**
-   * Throws a PeerUnreachableError, or what the peer or the signalling service has to say. For a new path later on, `meet`
-   * gives a `Signalling` that is connected then.
+   * Throws a PeerUnreachableError, or what the peer or the signalling service has to say. For a new path later on,
+   * `connectSignalling` gives a `Signalling` that is connected then.
    */
-  static async dial (peer, signalling, iceServers = [], meet = async () => signalling) {
-    const connection = new Connection(peer, iceServers, meet)
+  static async dial (peer, signalling, iceServers = [], connectSignalling = async () => signalling) {
+    const connection = new Connection(peer, iceServers, connectSignalling)
     try {
       await connection.#connect(signalling)
     } catch (error) {
@@ -57,15 +57,15 @@ export class Connection {
    * that works. Throws what hinders it; one at a time.
    */
   restart () {
-    this.#restarting ??= this.#meet()
-      .then(signalling => this.#agree('restart', signalling))
+    this.#restarting ??= this.#connectSignalling()
+      .then(signalling => this.#negotiate('restart', signalling))
       .finally(() => { this.#restarting = null })
     return this.#restarting
   }
 
   close () {
     clearInterval(this.#watching)
-    this.#forget()
+    this.#endNegotiation()
     this.#rtc.close()
   }
 
@@ -79,35 +79,35 @@ export class Connection {
         }
       }
     })
-    connected.catch(() => {}) // the exchange may fail first
-    await this.#agree('offer', signalling)
+    connected.catch(() => {}) // the negotiation may fail first
+    await this.#negotiate('offer', signalling)
     await within(CONNECT_TIMEOUT, connected, `connecting to ${short(this.peer)}`)
     rtc.onconnectionstatechange = () => {
-      if (rtc.connectionState === 'disconnected') this.#lookForPath()
+      if (rtc.connectionState === 'disconnected') this.#findPath()
     }
-    this.#watching = setInterval(() => this.#listenForSilence(), LOOK_MS)
+    this.#watching = setInterval(() => this.#watchSilence(), WATCH_MS)
   }
 
   /** Exchange descriptions, and candidates as they are found; the latter go on after that. */
-  async #agree (kind, signalling) {
+  async #negotiate (kind, signalling) {
     const rtc = this.#rtc
-    this.#forget()
-    const exchange = this.#exchange = signalling.begin(this.peer, this.#exchange?.name)
-    this.#forget = () => signalling.end(exchange)
-    rtc.onicecandidate = ({ candidate }) => exchange.found(candidate)
+    this.#endNegotiation()
+    const negotiation = this.#negotiation = signalling.begin(this.peer, this.#negotiation?.id)
+    this.#endNegotiation = () => signalling.end(negotiation)
+    rtc.onicecandidate = ({ candidate }) => negotiation.candidateFound(candidate)
     await rtc.setLocalDescription(await rtc.createOffer({ iceRestart: kind === 'restart' }))
-    const answer = await exchange.agree(kind, rtc.localDescription.sdp)
+    const answer = await negotiation.offer(kind, rtc.localDescription.sdp)
     await rtc.setRemoteDescription({ type: 'answer', sdp: answer })
-    exchange.onCandidate(candidate => addCandidate(rtc, candidate))
+    negotiation.onCandidate(candidate => addCandidate(rtc, candidate))
   }
 
-  #listenForSilence () {
+  #watchSilence () {
     for (const stream of this.#streams) if (stream.ended) this.#streams.delete(stream)
     const silence = Math.min(...[...this.#streams].map(stream => stream.silence))
-    if (this.#streams.size > 0 && silence > SILENCE) this.#lookForPath()
+    if (this.#streams.size > 0 && silence > SILENCE) this.#findPath()
   }
 
-  #lookForPath () {
+  #findPath () {
     if (this.alive) this.restart().catch(error => console.info(`no other path to ${short(this.peer)}:`, error))
   }
 }

@@ -6,7 +6,7 @@
  */
 import { SwarmError, within } from './errors.js'
 
-const Kind = {
+const FrameType = {
   HELLO: 1, OPEN: 3, MESSAGE: 4, MORE: 5, CREDIT: 6, END: 7, CLOSE: 8, ABORT: 9, HEARTBEAT: 10, DISMISS: 11
 }
 const HEADER = 9
@@ -29,7 +29,7 @@ export class FramedStream {
   #settings
   #credit = 0
   #charged = 0
-  #inbox = []
+  #queue = []
   #arriving
   #ended = false
   #closed = false
@@ -51,7 +51,7 @@ export class FramedStream {
   static async open (channel) {
     const stream = new FramedStream(channel)
     try {
-      await within(OPEN_TIMEOUT, stream.#greet(), 'opening a stream')
+      await within(OPEN_TIMEOUT, stream.#handshake(), 'opening a stream')
     } catch (error) {
       stream.abort('the stream did not open')
       throw error
@@ -64,7 +64,7 @@ export class FramedStream {
     return this.#closed || this.#ended || this.#error != null
   }
 
-  /** Milliseconds since the peer was heard on it. */
+  /** Milliseconds since the peer was last heard on it. */
   get silence () {
     return performance.now() - this.#heard
   }
@@ -78,19 +78,19 @@ export class FramedStream {
 
   /** The next message, or null when the other side has ended. */
   async receive () {
-    await this.#until(() => this.#inbox.length > 0 || this.#ended)
-    const message = this.#inbox.shift()
+    await this.#until(() => this.#queue.length > 0 || this.#ended)
+    const message = this.#queue.shift()
     if (message == null) return null
     const cost = message.length + MESSAGE_COST
     this.#charged -= cost
-    if (!this.#ended) this.#write(Kind.CREDIT, cost)
+    if (!this.#ended) this.#write(FrameType.CREDIT, cost)
     return message
   }
 
   /** What was sent is delivered, what still comes is dropped. */
   async close () {
     if (this.#closed) return
-    this.#write(Kind.CLOSE)
+    this.#write(FrameType.CLOSE)
     this.#closed = true
     const closed = this.#until(() => this.#ended)
     await within(CLOSE_TIMEOUT, closed, 'closing a stream').catch(() => {})
@@ -101,22 +101,22 @@ export class FramedStream {
   abort (reason) {
     if (this.#closed) return
     const error = new SwarmError('StreamClosedError', `this side gave up: ${reason}`)
-    this.#write(Kind.ABORT, 0, new TextEncoder().encode(reason))
+    this.#write(FrameType.ABORT, 0, new TextEncoder().encode(reason))
     this.#closed = true
     this.#fail(error)
   }
 
-  async #greet () {
+  async #handshake () {
     await this.#until(() => this.#channel.readyState === 'open')
     const settings = new DataView(new ArrayBuffer(12))
     for (const [i, value] of [MAX_MESSAGE, WINDOW, KEEPALIVE].entries()) settings.setUint32(4 * i, value, true)
-    this.#write(Kind.HELLO, 0, new Uint8Array(settings.buffer))
+    this.#write(FrameType.HELLO, 0, new Uint8Array(settings.buffer))
     await this.#until(() => this.#settings != null)
     this.#timers.push(
-      setInterval(() => this.#write(Kind.HEARTBEAT), Math.min(KEEPALIVE, this.#settings.keepalive) / 2),
+      setInterval(() => this.#write(FrameType.HEARTBEAT), Math.min(KEEPALIVE, this.#settings.keepalive) / 2),
       setInterval(() => this.#checkAlive(), KEEPALIVE / 2)
     )
-    this.#write(Kind.OPEN)
+    this.#write(FrameType.OPEN)
   }
 
   async #send (message) {
@@ -131,7 +131,7 @@ export class FramedStream {
       const cost = body.length + (at === 0 ? MESSAGE_COST : 0)
       await this.#until(() => this.#credit >= cost && this.#channel.bufferedAmount < HIGH_WATER)
       this.#credit -= cost
-      this.#write(at === 0 ? Kind.MESSAGE : Kind.MORE, at === 0 ? message.length : 0, body)
+      this.#write(at === 0 ? FrameType.MESSAGE : FrameType.MORE, at === 0 ? message.length : 0, body)
       at += body.length
     } while (at < message.length)
   }
@@ -161,19 +161,19 @@ export class FramedStream {
 
   #take ({ kind, value, body }) {
     if (this.#settings == null) this.#settings = settingsOf(kind, body)
-    else if (kind === Kind.MESSAGE || kind === Kind.MORE) this.#part(kind, value, body)
-    else if (kind === Kind.CREDIT) this.#credit += value
-    else if (kind === Kind.END || kind === Kind.CLOSE) this.#ended = true
-    else if (kind === Kind.ABORT) {
+    else if (kind === FrameType.MESSAGE || kind === FrameType.MORE) this.#part(kind, value, body)
+    else if (kind === FrameType.CREDIT) this.#credit += value
+    else if (kind === FrameType.END || kind === FrameType.CLOSE) this.#ended = true
+    else if (kind === FrameType.ABORT) {
       this.#fail(new SwarmError('StreamAbortedError', new TextDecoder().decode(body).slice(0, 200)))
-    } else if (kind !== Kind.HEARTBEAT && kind !== Kind.DISMISS) {
+    } else if (kind !== FrameType.HEARTBEAT && kind !== FrameType.DISMISS) {
       throw violation(`frame ${kind} out of place`)
     }
-    if (kind === Kind.HELLO) this.#credit = this.#settings.window
+    if (kind === FrameType.HELLO) this.#credit = this.#settings.window
   }
 
   #part (kind, value, body) {
-    const first = kind === Kind.MESSAGE
+    const first = kind === FrameType.MESSAGE
     if (this.#ended || first !== (this.#arriving == null)) throw violation('a part of a message out of place')
     if (first) {
       if (value > MAX_MESSAGE) throw violation(`a message of ${value} bytes`)
@@ -187,7 +187,7 @@ export class FramedStream {
     if (message.missing > 0 && body.length === 0) throw violation('an empty part')
     if (message.missing === 0) {
       this.#arriving = null
-      if (!this.#closed) this.#inbox.push(joined(message.parts))
+      if (!this.#closed) this.#queue.push(joined(message.parts))
     }
   }
 
@@ -256,7 +256,7 @@ class FrameReader {
 }
 
 function settingsOf (kind, body) {
-  if (kind !== Kind.HELLO || body.length < 12) throw violation('no hello')
+  if (kind !== FrameType.HELLO || body.length < 12) throw violation('no hello')
   const view = new DataView(body.buffer, body.byteOffset)
   const [maxMessage, window, keepalive] = [0, 4, 8].map(at => view.getUint32(at, true))
   if (window < 2 ** 14) throw violation(`only ${window} bytes granted`)

@@ -1,7 +1,7 @@
 /**
- * Where peers meet: a signalling service passes signed envelopes between those who are connected to it.
+ * How peers are reached: a signalling service passes signed envelopes between those who are connected to it.
  *
- * Nothing that it says is believed: an answer counts when the peer that was dialled has signed it, for this exchange.
+ * Nothing that it sends is believed: an answer counts when the peer that was dialled has signed it, for this negotiation.
  */
 import { SwarmError, within } from './errors.js'
 import { short, verify } from './identity.js'
@@ -10,8 +10,8 @@ const PATH = '/swarmcore/signalling/1'
 const DESCRIPTION = 'swarmcore webrtc description 1\0'
 const REGISTRATION = 'swarmcore webrtc registration 1\0'
 const TIMEOUT = 10
-const MOST_CANDIDATES = 33
-const NO_MORE = 'end-of-candidates'
+const MAX_CANDIDATES = 33
+const END_OF_CANDIDATES = 'end-of-candidates'
 const ADDRESS = /^webrtc:(?:(wss?):)?\/\/([^/\s]+)\/(12D3Koo[1-9A-HJ-NP-Za-km-z]{45})$/
 const encoder = new TextEncoder()
 
@@ -28,19 +28,19 @@ export function parseAddress (text) {
 export class Signalling {
   #identity
   #socket
-  #exchanges = new Map()
+  #negotiations = new Map()
   #sending = Promise.resolve()
   #arriving = Promise.resolve()
 
   constructor (identity, socket) {
     this.#identity = identity
     this.#socket = socket
-    socket.onmessage = event => { // one after the other, though each is looked at for a while
+    socket.onmessage = event => { // one after the other, though checking each takes a while
       this.#arriving = this.#arriving.then(() => this.#arrived(event.data))
         .catch(error => console.warn('dropped what came by signalling:', error))
     }
     socket.onclose = () => {
-      for (const exchange of this.#exchanges.values()) exchange.fail(gone(socket.url))
+      for (const negotiation of this.#negotiations.values()) negotiation.fail(gone(socket.url))
     }
   }
 
@@ -69,64 +69,64 @@ export class Signalling {
     return this.#socket.readyState === WebSocket.OPEN
   }
 
-  /** An exchange with `peer`, in place of an earlier one of that `name`: a restart goes by the name of its offer. */
-  begin (peer, name = base64(crypto.getRandomValues(new Uint8Array(16)))) {
-    const exchange = new Exchange(peer, name, (kind, body) => this.#send(peer, name, kind, body))
-    this.#exchanges.set(name, exchange)
-    return exchange
+  /** A negotiation with `peer`, in place of an earlier one of that `id`: a restart goes by the id of its offer. */
+  begin (peer, id = base64(crypto.getRandomValues(new Uint8Array(16)))) {
+    const negotiation = new Negotiation(peer, id, (kind, body) => this.#send(peer, id, kind, body))
+    this.#negotiations.set(id, negotiation)
+    return negotiation
   }
 
-  /** Nothing more that comes for `exchange` is wanted. */
-  end (exchange) {
-    if (this.#exchanges.get(exchange.name) === exchange) this.#exchanges.delete(exchange.name)
+  /** Nothing more that comes for `negotiation` is wanted. */
+  end (negotiation) {
+    if (this.#negotiations.get(negotiation.id) === negotiation) this.#negotiations.delete(negotiation.id)
   }
 
   close () {
     this.#socket.close()
   }
 
-  /** All in the order in which it is said, though each is signed for a while. */
-  #send (peer, name, kind, body) {
-    const envelope = { sender: this.#identity.peer, receiver: peer, exchange: name, kind, body }
+  /** All in the order in which it is sent, though signing each takes a while. */
+  #send (peer, id, kind, body) {
+    const envelope = { sender: this.#identity.peer, receiver: peer, exchange: id, kind, body }
     this.#sending = this.#sending.then(async () => {
       const signature = base64(await this.#identity.sign(statement(envelope)))
       if (this.open) this.#socket.send(JSON.stringify({ type: 'envelope', ...envelope, signature }))
-      else this.#exchanges.get(name)?.fail(gone(this.#socket.url))
+      else this.#negotiations.get(id)?.fail(gone(this.#socket.url))
     })
   }
 
   async #arrived (text) {
     const signal = JSON.parse(text)
-    const exchange = this.#exchanges.get(signal.exchange)
-    if (exchange == null) return
-    const peer = short(exchange.peer)
+    const negotiation = this.#negotiations.get(signal.exchange)
+    if (negotiation == null) return
+    const peer = short(negotiation.peer)
     if (signal.type === 'absent') {
-      exchange.fail(new SwarmError('PeerUnreachableError', `${peer} cannot be reached: ${signal.reason}`))
+      negotiation.fail(new SwarmError('PeerUnreachableError', `${peer} cannot be reached: ${signal.reason}`))
       return
     }
-    const meant = signal.receiver === this.#identity.peer && signal.sender === exchange.peer
+    const meant = signal.receiver === this.#identity.peer && signal.sender === negotiation.peer
     if (!meant || !await verify(signal.sender, statement(signal), unbase64(signal.signature))) {
-      exchange.fail(new SwarmError('PeerIdentityError', `${peer} did not sign what came in its name; the ` +
+      negotiation.fail(new SwarmError('PeerIdentityError', `${peer} did not sign what came in its name; the ` +
         'signalling service misdirects, or has changed it'))
       return
     }
-    exchange.heard(signal.kind, signal.body)
+    negotiation.received(signal.kind, signal.body)
   }
 }
 
-/** What two peers say to make a connection, or a new path for it. */
-class Exchange {
+/** What two peers send to make a connection, or a new path for it. */
+class Negotiation {
   #send
   #answer
   #resolve
   #described = false
-  #found = []
+  #candidates = []
   #early = []
   #take = candidate => this.#early.push(candidate)
 
-  constructor (peer, name, send) {
+  constructor (peer, id, send) {
     this.peer = peer
-    this.name = name
+    this.id = id
     this.#send = send
     this.#answer = new Promise((resolve, reject) => {
       this.#resolve = resolve
@@ -136,19 +136,19 @@ class Exchange {
   }
 
   /** Send a description, as `offer` or `restart`, and return the one that the peer answers. */
-  async agree (kind, description) {
+  async offer (kind, description) {
     this.#send(kind, description)
     this.#described = true
-    this.#found = this.#found.filter(line => line === NO_MORE || !description.includes(line))
-    this.#tell()
+    this.#candidates = this.#candidates.filter(line => line === END_OF_CANDIDATES || !description.includes(line))
+    this.#sendCandidates()
     return within(TIMEOUT, this.#answer, `the answer of ${short(this.peer)}`)
   }
 
   /** Send one of our candidates behind the description that it belongs to; null: there are no more. */
-  found (candidate) {
+  candidateFound (candidate) {
     if (candidate?.candidate === '') return // the end of a part, of which there is but one
-    this.#found.push(candidate ? named(candidate) : NO_MORE)
-    if (this.#described && this.#found.length === 1) queueMicrotask(() => this.#tell())
+    this.#candidates.push(candidate ? withFragment(candidate) : END_OF_CANDIDATES)
+    if (this.#described && this.#candidates.length === 1) queueMicrotask(() => this.#sendCandidates())
   }
 
   /** From now on `take` gets the peer's candidates; first those that have come already. */
@@ -157,21 +157,21 @@ class Exchange {
     this.#early.forEach(take)
   }
 
-  heard (kind, body) {
+  received (kind, body) {
     if (kind === 'answer') this.#resolve(body)
-    if (kind === 'candidate') body.split('\n').slice(0, MOST_CANDIDATES).forEach(line => this.#take(line))
+    if (kind === 'candidate') body.split('\n').slice(0, MAX_CANDIDATES).forEach(line => this.#take(line))
     if (kind === 'refusal') {
       this.fail(new SwarmError('PeerUnreachableError', `${short(this.peer)} refuses: ${body.slice(0, 200)}`))
     }
   }
 
-  #tell () {
-    if (this.#found.length > 0) this.#send('candidate', this.#found.splice(0).join('\n'))
+  #sendCandidates () {
+    if (this.#candidates.length > 0) this.#send('candidate', this.#candidates.splice(0).join('\n'))
   }
 }
 
 /** A candidate in the notation of SDP, with the description that it belongs to. */
-function named ({ candidate, usernameFragment }) {
+function withFragment ({ candidate, usernameFragment }) {
   return / ufrag /.test(candidate) || !usernameFragment ? candidate : `${candidate} ufrag ${usernameFragment}`
 }
 

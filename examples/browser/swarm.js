@@ -227,13 +227,13 @@ export class Swarm extends EventTarget {
     if (this.#closed) throw new SwarmError('StreamClosedError', 'the page has left this swarm')
     const usable = connection => connection.alive
     const connection = await once(this.#connections, peer, usable, async () => {
-      const meet = () => this.#meet(url)
-      return Connection.dial(peer, await meet(), this.#iceServers, meet)
+      const connectSignalling = () => this.#connectSignalling(url)
+      return Connection.dial(peer, await connectSignalling(), this.#iceServers, connectSignalling)
     })
     return connection.openStream()
   }
 
-  #meet (url) {
+  #connectSignalling (url) {
     const registered = signalling => signalling.open
     return once(this.#signalling, url, registered, () => Signalling.connect(url, this.#identity))
   }

@@ -9,7 +9,7 @@ import { byteStream } from '@libp2p/utils'
 
 export const PROTOCOL = '/swarmcore/stream/1'
 
-const Kind = {
+const FrameType = {
   HELLO: 1, OPEN: 3, MESSAGE: 4, MORE: 5, CREDIT: 6, END: 7, CLOSE: 8, ABORT: 9, HEARTBEAT: 10
 }
 const HEADER_BYTES = 9
@@ -23,7 +23,7 @@ const HEARTBEAT_MS = 5000
 class FramedStream {
   #bytes
   #credit = 0
-  #inbox = []
+  #queue = []
   #changed = Promise.withResolvers()
   #error
   #heartbeat
@@ -38,13 +38,13 @@ class FramedStream {
     settings.writeUInt32LE(MAX_MESSAGE)
     settings.writeUInt32LE(WINDOW, 4)
     settings.writeUInt32LE(HEARTBEAT_MS, 8)
-    await this.send(Kind.HELLO, settings)
+    await this.send(FrameType.HELLO, settings)
     const { kind, body } = await this.#receive()
     // A dialler of ours says behind its settings by which name it may move this stream to another connection.
-    if (kind !== Kind.HELLO || body.length < SETTINGS_BYTES) throw new Error(`frame ${kind} instead of a hello`)
+    if (kind !== FrameType.HELLO || body.length < SETTINGS_BYTES) throw new Error(`frame ${kind} instead of a hello`)
     this.#credit = body.readUInt32LE(4)
     const interval = Math.min(HEARTBEAT_MS, body.readUInt32LE(8)) / 2
-    this.#heartbeat = setInterval(() => { this.send(Kind.HEARTBEAT).catch(() => {}) }, interval)
+    this.#heartbeat = setInterval(() => { this.send(FrameType.HEARTBEAT).catch(() => {}) }, interval)
     this.#read().catch(error => { this.#error = error }).finally(() => {
       clearInterval(this.#heartbeat)
       this.#wake()
@@ -63,26 +63,26 @@ class FramedStream {
   async sendPart ({ kind, value, body }) {
     let sent = 0
     do {
-      const cost = kind === Kind.MESSAGE ? MESSAGE_COST : 0
+      const cost = kind === FrameType.MESSAGE ? MESSAGE_COST : 0
       await this.#until(() => this.#credit > cost)
       const piece = body.subarray(sent, sent + this.#credit - cost)
       this.#credit -= cost + piece.length
       await this.send(kind, piece, value)
       sent += piece.length
-      kind = Kind.MORE
+      kind = FrameType.MORE
       value = 0
     } while (sent < body.length)
   }
 
   /** The next part of a message, END or CLOSE. */
   async take () {
-    await this.#until(() => this.#inbox.length > 0)
-    return this.#inbox.shift()
+    await this.#until(() => this.#queue.length > 0)
+    return this.#queue.shift()
   }
 
   /** Give back what a part has cost the other side. */
   async grant ({ kind, body }) {
-    await this.send(Kind.CREDIT, undefined, body.length + (kind === Kind.MESSAGE ? MESSAGE_COST : 0))
+    await this.send(FrameType.CREDIT, undefined, body.length + (kind === FrameType.MESSAGE ? MESSAGE_COST : 0))
   }
 
   async #until (condition) {
@@ -108,9 +108,9 @@ class FramedStream {
   async #read () {
     for (;;) {
       const frame = await this.#receive()
-      if (frame.kind === Kind.ABORT) throw new Error(`aborted: ${frame.body}`)
-      if (frame.kind === Kind.CREDIT) this.#credit += frame.value
-      if ([Kind.MESSAGE, Kind.MORE, Kind.END, Kind.CLOSE].includes(frame.kind)) this.#inbox.push(frame)
+      if (frame.kind === FrameType.ABORT) throw new Error(`aborted: ${frame.body}`)
+      if (frame.kind === FrameType.CREDIT) this.#credit += frame.value
+      if ([FrameType.MESSAGE, FrameType.MORE, FrameType.END, FrameType.CLOSE].includes(frame.kind)) this.#queue.push(frame)
       this.#wake()
     }
   }
@@ -123,7 +123,7 @@ export async function echo (stream) {
     await framed.greet()
     for (;;) {
       const frame = await framed.take()
-      if (frame.kind === Kind.END || frame.kind === Kind.CLOSE) {
+      if (frame.kind === FrameType.END || frame.kind === FrameType.CLOSE) {
         await framed.send(frame.kind)
       } else {
         await framed.sendPart(frame)
@@ -139,14 +139,14 @@ export async function echo (stream) {
 export async function checkEcho (stream, sizes) {
   const framed = new FramedStream(stream)
   await framed.greet()
-  await framed.send(Kind.OPEN)
+  await framed.send(FrameType.OPEN)
   for (const [index, size] of sizes.entries()) {
     const message = Buffer.alloc(size, index + 1)
     const [echoed] = await Promise.all([receiveMessage(framed), sendMessage(framed, message)])
     if (!message.equals(echoed)) throw new Error(`the echo of ${size} bytes differs`)
   }
-  await framed.send(Kind.CLOSE)
-  while ((await framed.take()).kind !== Kind.CLOSE);
+  await framed.send(FrameType.CLOSE)
+  while ((await framed.take()).kind !== FrameType.CLOSE);
   await stream.close()
 }
 
@@ -155,8 +155,8 @@ async function sendMessage (framed, message) {
   do {
     const body = message.subarray(at, at + MAX_PART)
     await framed.sendPart(at === 0
-      ? { kind: Kind.MESSAGE, value: message.length, body }
-      : { kind: Kind.MORE, value: 0, body })
+      ? { kind: FrameType.MESSAGE, value: message.length, body }
+      : { kind: FrameType.MORE, value: 0, body })
     at += body.length
   } while (at < message.length)
 }
@@ -166,8 +166,8 @@ async function receiveMessage (framed) {
   let missing
   do {
     const part = await framed.take()
-    if (part.kind !== Kind.MESSAGE && part.kind !== Kind.MORE) throw new Error('the stream ended before the echo')
-    missing = (part.kind === Kind.MESSAGE ? part.value : missing) - part.body.length
+    if (part.kind !== FrameType.MESSAGE && part.kind !== FrameType.MORE) throw new Error('the stream ended before the echo')
+    missing = (part.kind === FrameType.MESSAGE ? part.value : missing) - part.body.length
     parts.push(part.body)
     await framed.grant(part)
   } while (missing > 0)
