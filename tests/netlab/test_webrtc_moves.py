@@ -8,7 +8,7 @@ import pytest
 from lab_peer import PATIENCE, LabPeer
 from nat_lab import Host, nat_lab
 from turn_server import turn_server, unavailable
-from webrtc_homes import STUN, homes, meeting_point
+from webrtc_homes import STUN, homes, signalling_peer
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 

@@ -6,7 +6,7 @@ import pytest
 from lab_peer import LabPeer
 from nat_lab import ADDRESSES, Kind, nat_lab
 from turn_server import PLACE, SECRET, turn_server, unavailable
-from webrtc_homes import STUN, homes, meeting_point
+from webrtc_homes import STUN, homes, signalling_peer
 
 pytest.importorskip("swarmcore_transports.webrtc", reason="needs the extra webrtc")
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no TURN server: {unavailable()}")
@@ -15,7 +15,7 @@ TURN = f"turn-secret:{SECRET}@{PLACE}"
 MESSAGES = [1, 16 * 1024, 512 * 1024]
 
 
-async def test_two_homes_punch_through_and_need_the_meeting_point_no_longer():
+async def test_two_homes_punch_through_and_need_the_signalling_service_no_longer():
     async with nat_lab() as lab:
         stun = await turn_server(lab)
         public, place = await signalling_peer(lab)

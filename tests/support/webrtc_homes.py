@@ -11,7 +11,7 @@ from turn_server import PLACE
 STUN = f"stun:{PLACE}"
 
 
-async def meeting_point(lab: NatLab) -> tuple[LabPeer, str]:
+async def signalling_peer(lab: NatLab) -> tuple[LabPeer, str]:
     """A public peer, and its signalling service in the notation of ``listen_on``."""
     public = await LabPeer(lab, "public", scheme="webrtc", listen_on=["11.0.0.1:4001"]).start()
     return public, f"ws://{ADDRESSES['public']}:4001"
