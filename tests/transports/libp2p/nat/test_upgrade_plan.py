@@ -84,4 +84,4 @@ def test_what_is_remembered_is_bounded(monkeypatch):
         peer = PeerId(str(number))
         plan.relayed(peer, 10 * number)
         plan.disconnected(peer, give_up(plan, peer, 10 * number))
-    assert repr(plan) == "<Upgrades 3 peers · 0 running>"
+    assert repr(plan) == "<UpgradePlan 3 peers · 0 running>"
