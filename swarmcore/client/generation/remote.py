@@ -33,6 +33,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import probe
 from swarmcore.sources import is_called
+from swarmcore.tasks import running
 from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, short
 from swarmcore.wire.generate import (
     AHEAD,
@@ -298,20 +299,17 @@ class RemoteGeneration(TextStream):
 
 async def _next(node: Node, addresses: Sequence[Address], channel: Channel) -> Any:
     """What the generation server says next, for as long as it lives."""
-    receiving = asyncio.create_task(channel.receive(), name="piece of a text")
     try:
-        for _ in range(int(LONGEST_SILENCE / ASK_AFTER)):
-            done, _ = await asyncio.wait([receiving], timeout=ASK_AFTER)
-            if done:
-                return receiving.result().record
-            await _check_alive(node, addresses)
+        async with running(channel.receive(), "piece of a text") as receiving:
+            for _ in range(int(LONGEST_SILENCE / ASK_AFTER)):
+                done, _ = await asyncio.wait([receiving], timeout=ASK_AFTER)
+                if done:
+                    return receiving.result().record
+                await _check_alive(node, addresses)
     except StreamClosedError as exc:
         raise ConnectionLostError(
             f"generation server {short(channel.remote)} ended before the text did"
         ) from exc
-    finally:
-        receiving.cancel()
-        await asyncio.gather(receiving, return_exceptions=True)
     raise DeadlineExceededError(
         f"generation server {short(channel.remote)} made nothing of the text for {LONGEST_SILENCE:.0f} s"
     )

@@ -13,7 +13,7 @@ from swarmcore.client.session.planner import Comparison
 from swarmcore.errors import SessionLostError, SwarmError
 from swarmcore.routing.chain import Chain
 from swarmcore.session.move_policy import MovePolicy
-from swarmcore.tasks import BackgroundTasks
+from swarmcore.tasks import BackgroundTasks, cancel_and_wait
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.messages import KvTransferFailed, KvTransferred, TransferKv
 
@@ -120,8 +120,7 @@ class SessionMoves:
             )
         finally:
             stage.kv_transfer = None
-            answer.cancel()
-            await asyncio.gather(answer, return_exceptions=True)
+            await cancel_and_wait(answer)
 
     async def _replay_elsewhere(self, stage: LiveStage) -> None:
         index = self._pipeline.stages.index(stage)

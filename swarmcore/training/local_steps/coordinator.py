@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from swarmcore.errors import StaleRoundError, StreamClosedError, SwarmError
+from swarmcore.tasks import cancel_and_wait, wait_until_set
 from swarmcore.training.local_steps.averaging import average, shares
 from swarmcore.training.local_steps.lineage import by_rank
 from swarmcore.training.local_steps.partners import Partners
@@ -92,8 +93,7 @@ class Coordinator:
     async def close(self) -> None:
         task = self._task
         self._cancel()
-        if task is not None:
-            await asyncio.gather(task, return_exceptions=True)
+        await cancel_and_wait(task)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -140,11 +140,7 @@ class Coordinator:
                 return True
             if now() >= until:
                 return False
-            try:
-                async with asyncio.timeout(min(_LOOK, round.ends - now())):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+            await wait_until_set(self._changed, min(_LOOK, round.ends - now()))
 
     async def _look_around(self, round: Round[torch.Tensor]) -> PeerId | None:
         """Ask those who are missing; return who should end the round instead."""

@@ -14,6 +14,7 @@ from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from swarmcore.errors import AddressError, UnavailableError
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import Address, PeerId, short
 from swarmcore_transports.libp2p.multiaddrs import (
     is_relayed,
@@ -115,11 +116,7 @@ class Mdns:
 
     async def close(self) -> None:
         """Say that this peer is gone, and stop. Harmless when repeated."""
-        tasks = [*self._resolving.values(), *self._announcing]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await cancel_and_wait(*self._resolving.values(), *self._announcing)
         zeroconf, self._zeroconf = self._zeroconf, None
         if zeroconf is None:
             return

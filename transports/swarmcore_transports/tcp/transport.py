@@ -21,6 +21,7 @@ from swarmcore.errors import (
 )
 from swarmcore.identity import Identity
 from swarmcore.resources import Reservation, Resource
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.transport import OnStream, Stream, Transport
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.limits import Limits
@@ -288,9 +289,7 @@ class TcpTransport(Transport):
 
     async def close(self) -> None:
         self._closed = True
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait({self._watch})
+        await cancel_and_wait(self._watch)
         self._stop_listening()
         loop = asyncio.get_running_loop()
         for deadline in self._dials:

@@ -10,7 +10,7 @@ from typing import TypeVar, TypeVarTuple
 
 from multiaddr import Multiaddr
 
-from swarmcore.tasks import wait_until_set
+from swarmcore.tasks import cancel_and_wait, wait_until_set
 from swarmcore_transports.libp2p.multiaddrs import host_of, port_of, reach, tcp_multiaddr
 from swarmcore_transports.libp2p.nat.upnp import PortTakenError, RouterError, UpnpRouter
 
@@ -75,8 +75,7 @@ class PortMapper:
         """Have the router forget the ports, within seconds. Harmless when repeated."""
         if self._task is None:
             return
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await cancel_and_wait(self._task)
         router, external, self._external = self._router, list(self._external.values()), {}
         if router is None:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import random
@@ -15,8 +14,9 @@ import aiohttp
 
 from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.identity import Identity
-from swarmcore.pacing import TokenBucket
+from swarmcore.pacing import Backoff, TokenBucket
 from swarmcore.printable import printable_line
+from swarmcore.tasks import wait_until_set
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
@@ -98,7 +98,7 @@ class SignallingClient:
 
     async def run(self) -> None:
         """Connect, again and again."""
-        delay = _RETRY_SECONDS[0]
+        backoff = Backoff(*_RETRY_SECONDS)
         while True:
             self._connecting = asyncio.create_task(self._connect())
             try:
@@ -122,15 +122,12 @@ class SignallingClient:
                     self._identity.peer,
                 )
             elif self.registered:  # it was there until now, and may be back soon
-                delay = _RETRY_SECONDS[0]
+                backoff.reset()
                 self._on_hung_up(self.service)
             self._registered.clear()
             self._replaced = False
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay * self._rng.uniform(0.75, 1.25)):
-                    await self._wanted.wait()
+            await wait_until_set(self._wanted, backoff.next(self._rng))
             self._wanted.clear()
-            delay = min(2 * delay, _RETRY_SECONDS[1])
 
     def reconnect(self) -> None:
         """Connect anew at once: this machine has other addresses than before."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import attrs
 
+from swarmcore.tasks import cancel_and_wait
 from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.client import SignallingClient
 
@@ -87,7 +88,4 @@ class SignallingClientPool:
             self._sweeper.cancel()
         tasks = [entry.task for entry in self._entries.values()]
         self._entries.clear()
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await cancel_and_wait(*tasks)
