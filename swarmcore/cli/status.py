@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,10 +19,9 @@ from swarmcore.cli.remote import swarm_of
 from swarmcore.errors import SwarmError
 from swarmcore.printable import printable_line
 from swarmcore.resources import ResourceUse
+from swarmcore.rpc.ping import in_turns, measure_round_trip
 from swarmcore.tasks import cancel_and_wait
-from swarmcore.types import ServerInfo
-from swarmcore.wire.messages import Ping
-from swarmcore.wire.protocols import PING_METHOD
+from swarmcore.types import PeerId, ServerInfo
 
 if TYPE_CHECKING:
     from swarmcore.cli.status_view import Diagnostics, RoundTrips
@@ -114,42 +114,33 @@ async def ask_diagnostics(
 
     What peers make a server hold is told if half of what it has room for is in use, or ``verbose``.
     """
-    asked = [server for server in swarm.view() if server.span is not None][:MOST_ASKED]
-    room = asyncio.Semaphore(ASK_AT_ONCE)
+    found: dict[PeerId, Sequence[str]] = {}
 
-    async def one(server: ServerInfo) -> Sequence[str]:
-        async with room:
-            try:
-                reply = await swarm.info(server.peer, timeout=timeout)
-            except SwarmError as exc:
-                return (f"does not answer: {printable_line(str(exc), MOST_CHARACTERS)}",)
+    async def ask(server: ServerInfo) -> None:
+        try:
+            reply = await swarm.info(server.peer, timeout=timeout)
+        except SwarmError as exc:
+            found[server.peer] = (f"does not answer: {printable_line(str(exc), MOST_CHARACTERS)}",)
+            return
         lines = [printable_line(note, MOST_CHARACTERS) for note in reply.notes[:MOST_LINES]]
         uses = reply.resources if verbose else [use for use in reply.resources if 2 * use.used >= use.limit]
-        return [*lines, *([usage(uses)] if uses else [])]
+        found[server.peer] = [*lines, *([usage(uses)] if uses else [])]
 
-    answers = await asyncio.gather(*map(one, asked))
-    return {server.peer: lines for server, lines in zip(asked, answers, strict=True)}
+    servers = [server for server in swarm.view() if server.span is not None]
+    await in_turns(servers[:MOST_ASKED], ask, at_once=ASK_AT_ONCE)
+    return found
 
 
 async def round_trips(swarm: Swarm, *, timeout: float = ASK_TIMEOUT) -> RoundTrips:
     """Seconds to peers of the view and back, to those that answer; of no more than `MOST_ASKED` of them."""
-    room = asyncio.Semaphore(ASK_AT_ONCE)
-    now = asyncio.get_running_loop().time
+    found: dict[PeerId, float] = {}
 
-    async def one(server: ServerInfo) -> float | None:
-        async with room:
-            try:
-                began = 0.0
-                for _ in range(2):  # the first may have to connect
-                    began = now()
-                    await swarm.node.call(server.dialable, PING_METHOD, Ping(b""), timeout=timeout)
-                return now() - began
-            except SwarmError:
-                return None
+    async def measure(server: ServerInfo) -> None:
+        with contextlib.suppress(SwarmError):
+            found[server.peer] = await measure_round_trip(swarm.node, server, timeout=timeout)
 
-    asked = list(swarm.view())[:MOST_ASKED]
-    took = await asyncio.gather(*map(one, asked))
-    return {server.peer: seconds for server, seconds in zip(asked, took, strict=True) if seconds is not None}
+    await in_turns(list(swarm.view())[:MOST_ASKED], measure, at_once=ASK_AT_ONCE)
+    return found
 
 
 def usage(resources: Sequence[ResourceUse]) -> str:

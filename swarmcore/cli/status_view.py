@@ -82,7 +82,6 @@ def render(
     """The view as tables: one for each model, with what its servers said; then those who train, by runs,
     those who make texts for others, and the peers that do none of it. How servers are reached is a column
     unless all of them are reached directly. With ``trips``, round trips, all that is known of each peer."""
-
     parts: list[RenderableType] = []
     for model in sorted(view.models().values(), key=lambda m: (m.name, m.fingerprint)):
         servers = view.serving(model.fingerprint)
@@ -112,7 +111,6 @@ def render(
 
 
 def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
-
     counts = _coverage_online(view, model)
     line = Text.assemble(
         (model.name, "bold"), f"  {model.blocks} blocks  ", (model.fingerprint[:12], "dim"), "  "
@@ -129,7 +127,6 @@ def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
 
 
 def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[PeerId, str]) -> RenderableType:
-
     # All but the name keep their width: on a narrow terminal that is what gives way.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
     for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH), ("dtype", 5)):
@@ -162,7 +159,6 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[Pe
 
 def _details(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips) -> RenderableType:
     """What an operator copies or compares, a line for each."""
-
     trip = trips.get(server.peer)
     path = paths.get(server.peer)
     speeds = [
@@ -184,7 +180,6 @@ def _details(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips)
 
 
 def _diagnostics(servers: list[ServerInfo], diagnostics: Diagnostics) -> list[RenderableType]:
-
     return [
         Padding(Text(f"{short(server.peer)} {line}", style="dim"), (0, 0, 0, 2))
         for server in servers
