@@ -20,7 +20,7 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 array of PyTorch or NumPy with one dimension, or with two and a single row."""
 
 
-_WHAT_IT_IS = (
+_EXPECTED = (
     "a prompt is a text, a list of token ids, or a list of messages such as "
     '{"role": "user", "content": "Hello"}'
 )
@@ -90,7 +90,7 @@ def checked_prompt(prompt: Any) -> str | list[Mapping[str, Any]] | list[int]:
     try:
         return checked_ids(prompt)
     except InputError as exc:
-        raise InputError(f"{_WHAT_IT_IS}; got {_shown(prompt)}") from exc
+        raise InputError(f"{_EXPECTED}; got {_shown(prompt)}") from exc
 
 
 def checked_ids(ids: Any) -> list[int]:
@@ -129,7 +129,7 @@ def _checked_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     content = message.get("content")
     # What goes with a message that has no content, such as calls of tools, is for the chat template to know.
     if not isinstance(message.get("role"), str) or (content is None and set(message) <= {"role", "content"}):
-        raise InputError(f"{_WHAT_IT_IS}; got the message {_shown(message)}")
+        raise InputError(f"{_EXPECTED}; got the message {_shown(message)}")
     if not isinstance(content, str | list | tuple | Mapping | None):
         raise InputError(f"the content of a message is text; got {_shown(content)}")
     for name in ("role", "content"):

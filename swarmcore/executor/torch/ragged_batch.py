@@ -72,8 +72,7 @@ class RaggedBatch:
         """``segments`` are caches with the start position and the count of their new tokens.
 
         The caches are of the blocks from ``first_block`` on. A sequence may come more than once, its segments
-        in order. ``threads`` is what the computing thread has
-        for one operation.
+        in order. ``threads`` is what the computing thread has for one operation.
         """
         self.origin = 0
         self._first_block = first_block
