@@ -55,9 +55,7 @@ class Pipeline(LiveChain):
         *,
         sequences: int,
         options: SessionOptions,
-        on_draining: Callable[[LiveStage, float], None],
     ) -> None:
-        """``on_draining`` is called when a server says that it leaves, with the seconds that it stays."""
         self.model = model
         self.steps = SessionSteps(
             [stage.hop for stage in opened],
@@ -66,7 +64,8 @@ class Pipeline(LiveChain):
         )
         self.journal = Journal(sequences, [])
         self.pending: dict[int, PendingChunk] = {}
-        self._on_draining = on_draining
+        self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
+        """Called when a server says that it leaves, with the seconds that it stays."""
         super().__init__(node, planner, opened, options)
         self._keep_inputs()
 
@@ -133,7 +132,7 @@ class Pipeline(LiveChain):
                     pending.error, pending.refused_by = to_error(record.failure, stage.peer), stage
                     self._progressed()
             case Draining():
-                self._on_draining(stage, record.seconds)
+                self.on_draining(stage, record.seconds)
             case KvTransferFailed():
                 self._kv_transfer_failed(stage, to_error(record.failure, stage.peer))
             case _:

@@ -12,7 +12,7 @@ import attrs
 
 from swarmcore.client.session.failover import FailoverHandler
 from swarmcore.client.session.moves import SessionMoves
-from swarmcore.client.session.opening import ATTEMPTS, ChainOpener, OpenStage, located
+from swarmcore.client.session.opening import ATTEMPTS, ChainOpener, located
 from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.client.session.planner import SessionPlanner
@@ -49,32 +49,15 @@ class InferenceSession:
     only takes longer (see `SessionOptions.journal`).
     """
 
-    def __init__(
-        self,
-        node: Node,
-        planner: SessionPlanner,
-        model: ModelInfo,
-        opened: Sequence[OpenStage],
-        *,
-        sequences: int,
-        options: SessionOptions,
-    ) -> None:
-        self.model = model
-        self.sequences = sequences
-        self.options = options
-        self._node = node
-        self._pipeline = Pipeline(
-            node,
-            planner,
-            model,
-            opened,
-            sequences=sequences,
-            options=options,
-            on_draining=lambda stage, seconds: self._moves.on_draining(stage, seconds),
-        )
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.model = pipeline.model
+        self.sequences = len(pipeline.steps.positions)
+        self.options = pipeline.options
+        self._pipeline = pipeline
         self._step_lock = asyncio.Lock()
-        self._failover = FailoverHandler(self._pipeline)
-        self._moves = SessionMoves(self._pipeline, self._failover, self._step_lock)
+        self._failover = FailoverHandler(pipeline)
+        self._moves = SessionMoves(pipeline, self._failover, self._step_lock)
+        pipeline.on_draining = self._moves.on_draining
         self._step: asyncio.Timeout | None = None
         self._broken: SwarmError | None = None
         self._steps_done = 0
@@ -122,7 +105,7 @@ class InferenceSession:
         `BusyError` when there were replacements and none would do. The session then stands where it was, and
         the step may be tried again; without a journal the session has ended.
         """
-        self._node.check_loop()
+        self._pipeline.node.check_loop()
         if self._broken is not None:
             raise self._broken
         if self._step is not None:
@@ -293,7 +276,7 @@ async def open_session(
         node=node, planner=planner, model=model, sequences=sequences, timeout=options.open_timeout
     )
     opened = await opener.open_best(model.span, tokens=tokens, attempts=attempts)
-    return InferenceSession(node, planner, model, opened, sequences=sequences, options=options)
+    return InferenceSession(Pipeline(node, planner, model, opened, sequences=sequences, options=options))
 
 
 def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:

@@ -44,7 +44,7 @@ async def test_blocks_that_nobody_holds(blocks: tuple[str, ...], missing: str) -
 
 
 async def full(server: Server) -> None:
-    server.engine._budget.max_sessions = 1
+    server.engine._kv_cache.max_sessions = 1
     await server.engine.open("f" * 32, 1, 0, timeout=1)
 
 
