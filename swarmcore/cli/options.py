@@ -23,7 +23,7 @@ public_name = option(
 
 
 def dtype(of: str) -> Option:
-    """``of`` what it is the type."""
+    """``--dtype``; the help says that it is the type of ``of``."""
     return choice("--dtype", *DTYPES, default="auto", help=f"Type of {of}; auto is the checkpoint's own.")
 
 
