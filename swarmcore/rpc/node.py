@@ -41,8 +41,8 @@ from swarmcore.wire.tensors import Tensor
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT = 5.0
-_PATHS_KEPT = 1024
-_REFUSALS_TOLD = 256  # in the log, one for each peer
+_MAX_PATHS = 1024
+_MAX_LOGGED_REFUSALS = 256  # in the log, one for each peer
 
 
 class Node:
@@ -88,7 +88,7 @@ class Node:
         self._paths: OrderedDict[PeerId, str] = OrderedDict()
         self._serving: dict[asyncio.Task[Any], None] = {}  # in order, so that a simulation repeats itself
         self._loopback = Loopback(identity.peer, self.limits, self._accept)
-        self._told_refused: set[PeerId] = set()
+        self._logged_refusals: set[PeerId] = set()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -310,7 +310,7 @@ class Node:
         stream = await dial(self._transports, addresses, deadline)
         self._paths[peer] = stream.path
         self._paths.move_to_end(peer)
-        if len(self._paths) > _PATHS_KEPT:
+        if len(self._paths) > _MAX_PATHS:
             self._paths.popitem(last=False)
         return stream
 
@@ -349,8 +349,8 @@ class Node:
     def _admitted(self, peer: PeerId) -> Reservation:
         """Room for one more call of ``peer``; raise what it is to hear where there is none."""
         if not self._allows(peer):
-            if peer not in self._told_refused and len(self._told_refused) < _REFUSALS_TOLD:
-                self._told_refused.add(peer)
+            if peer not in self._logged_refusals and len(self._logged_refusals) < _MAX_LOGGED_REFUSALS:
+                self._logged_refusals.add(peer)
                 logger.info("%s was refused: it is not on the list of this closed swarm", peer)
             raise PeerNotAllowedError(
                 f"this swarm is closed; ask its owner to allow {peer}, and keep that identity: "

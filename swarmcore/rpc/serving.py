@@ -34,7 +34,7 @@ _GROWTH = 16
 """Most bytes of memory that a byte of a header takes as a record: small objects in long lists."""
 UNREAD_TIMEOUT = 60.0
 """Seconds in which a caller has to take the answer to its call, however late its deadline."""
-_FAREWELL = 5.0
+_REFUSAL_TIMEOUT = 5.0
 """Seconds in which a failure has to get through to a peer that may not be reading."""
 
 CallHandler = Callable[[Any, Caller], Awaitable[Any]]
@@ -112,7 +112,7 @@ class Server:
     async def refuse(self, stream: Stream, failure: Failure) -> None:
         """Send ``failure`` in place of an answer and release the stream."""
         with contextlib.suppress(SwarmError, TimeoutError):
-            async with asyncio.timeout(_FAREWELL):
+            async with asyncio.timeout(_REFUSAL_TIMEOUT):
                 await stream.send(*encode_message(failure, (), self._limits))
                 await stream.close()
 
@@ -144,7 +144,7 @@ class Server:
                 raise TypeError(f"the handler of {method.name} returned {type(reply).__name__}")
             await self._send_answer(stream, encode_message(reply, (), self._limits))
 
-        await _watched(stream, deadline, method.name, answer)
+        await _run_until_gone(stream, deadline, method.name, answer)
 
     async def _send_answer(self, stream: Stream, buffers: Sequence[Buffer]) -> None:
         """Send the answer to a call, counted for the caller until it has taken it."""
@@ -177,7 +177,7 @@ class Server:
                     raise _PeerGone(exc.message) from exc
                 raise
 
-        await _watched(stream, None, protocol.name, converse)
+        await _run_until_gone(stream, None, protocol.name, converse)
 
     def _unknown(self, name: str) -> ProtocolError:
         stem = name.rpartition("/")[0] + "/"
@@ -194,7 +194,7 @@ class _PeerGone(Exception):
     """The other side ended, aborted or vanished: there is nobody left to answer."""
 
 
-async def _watched(
+async def _run_until_gone(
     stream: Stream, deadline: float | None, name: str, run: Callable[[ReadAhead], Awaitable[None]]
 ) -> None:
     """Run a handler; cancel it at ``deadline`` and when the peer is gone."""
