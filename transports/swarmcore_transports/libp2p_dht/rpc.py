@@ -47,8 +47,11 @@ class MessageSender:
             while True:
                 await trio.sleep(_SWEEP_SECONDS)
                 since = trio.current_time() - _IDLE_SECONDS
-                for node in [node for node, one in self._idle.items() if one.used < since]:
-                    await _close(self._idle.pop(node).stream)
+                for node, one in list(self._idle.items()):
+                    # It may have been taken for a request, and put back, while another one was closed.
+                    if one.used < since and self._idle.get(node) is one:
+                        del self._idle[node]
+                        await _close(one.stream)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_SECONDS):
                 for one in list(self._idle.values()):
