@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from swarmcore.errors import SwarmError
-from swarmcore.training.fit_progress import FitProgress
-from swarmcore.training.fit_run import FitReport, FitRun
+from swarmcore.training.fit_run import FitProgress, FitReport, FitRun
 from swarmcore.training.fit_settings import FitOptions, FitSettings
 
 Example = TypeVar("Example")

@@ -33,8 +33,7 @@ from torch.nn import functional
 
 from swarmcore.training import EarlyStop, FitReport, FitSettings, fit, fit_sync
 from swarmcore.training.fit_checkpoint import read_checkpoint
-from swarmcore.training.fit_progress import FitProgress
-from swarmcore.training.fit_run import FitRun
+from swarmcore.training.fit_run import FitProgress, FitRun
 
 
 def test_a_run_stopped_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
