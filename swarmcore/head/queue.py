@@ -98,7 +98,7 @@ class GenerationQueue:
             text.may_begin.set()
 
 
-def _above_zero(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+def _positive(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if value <= 0:
         raise InputError(f"head-{attribute.name.replace('_', '-')} must be above 0, got {value}")
 
@@ -107,15 +107,15 @@ def _above_zero(instance: object, attribute: attrs.Attribute[Any], value: float)
 class GenerationLimits:
     """How much a generation server does for others. Raise `InputError` for values that cannot work."""
 
-    at_once: int = attrs.field(default=8, validator=_above_zero)
+    at_once: int = attrs.field(default=8, validator=_positive)
     """Texts that are made at the same time."""
-    waiting: int = attrs.field(default=64, validator=_above_zero)
+    waiting: int = attrs.field(default=64, validator=_positive)
     """Texts that may wait for their text."""
-    queue_timeout: float = attrs.field(default=30.0, validator=_above_zero)
+    queue_timeout: float = attrs.field(default=30.0, validator=_positive)
     """Most seconds that one waits for it."""
-    prompt_tokens: int = attrs.field(default=4096, validator=_above_zero)
+    prompt_tokens: int = attrs.field(default=4096, validator=_positive)
     """Longest prompt."""
-    new_tokens: int = attrs.field(default=1024, validator=_above_zero)
+    new_tokens: int = attrs.field(default=1024, validator=_positive)
     """Longest answer."""
-    reader_timeout: float = attrs.field(default=60.0, validator=_above_zero)
+    reader_timeout: float = attrs.field(default=60.0, validator=_positive)
     """Seconds for which a client may take nothing of what it is sent."""

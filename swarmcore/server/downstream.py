@@ -122,9 +122,13 @@ class Downstream:
         self._session = ""
         self._watching: asyncio.Task[None] | None = None
 
-    async def dial(self, hop: Hop) -> None:
-        """Connect ahead of the first push. Raise `UnavailableError` when ``hop`` cannot be reached."""
-        await self._channel_to(hop)
+    async def dial(self, hop: Hop) -> bool:
+        """Connect ahead of the first push; False when ``hop`` cannot be reached."""
+        try:
+            await self._channel_to(hop)
+        except SwarmError:  # `StageDialer.connect` has logged why
+            return False
+        return True
 
     async def push(self, hop: Hop, step: Step, output: Tensor) -> None:
         """Send to ``hop``. Raise `UnavailableError` or `DeadlineExceededError` when it cannot be done."""

@@ -129,13 +129,8 @@ class ServerSession:
         )
 
     async def dial(self, hop: Hop) -> bool:
-        """Connect to the stage that will follow, before `start`; False when it cannot be reached."""
-        try:
-            await self._downstream.dial(hop)
-        except SwarmError as exc:
-            logger.debug("session %s: cannot reach %s: %s", self.id[:8], short(hop.peer), exc)
-            return False
-        return True
+        """As `Downstream.dial`, before `start`."""
+        return await self._downstream.dial(hop)
 
     def start(self) -> None:
         """Begin to send outputs; steps are taken in before that, as many as there is room for."""
