@@ -24,7 +24,7 @@ from swarmcore.rpc import Node
 
 
 @attrs.frozen
-class PushPulled:
+class PushPullResult:
     """What a member has said besides its records."""
 
     ahead: float
@@ -33,8 +33,8 @@ class PushPulled:
     """Keys and sequence numbers of records whose owners it found dead."""
 
 
-async def push_pull(node: Node, replica: Replica, member: Member, *, timeout: float) -> PushPulled:
-    """Make this replica and ``member``'s equal.
+async def push_pull(node: Node, replica: Replica, member: Member, *, timeout: float) -> PushPullResult:
+    """Make this replica and ``member``'s equal: memberlist's push-pull, by digests.
 
     Costs one call when they are equal already, else one more for every 248 records that one side lacks.
     Raises as `Node.call` does; ``timeout`` is for each call.
@@ -49,7 +49,7 @@ async def push_pull(node: Node, replica: Replica, member: Member, *, timeout: fl
         wanted, records = wanted[batch:], records[batch:]
         reply = await node.call(member.addresses, EXCHANGE, request, timeout=timeout)
         await replica.merge(reply.records)
-    return PushPulled(ahead, list(unpack_entries(compared.hidden)))
+    return PushPullResult(ahead, list(unpack_entries(compared.hidden)))
 
 
 def answer_compare(replica: Replica, request: CompareDigests) -> DigestsCompared:
