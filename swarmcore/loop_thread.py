@@ -92,7 +92,7 @@ def wait_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) 
 
     def start() -> None:
         tasks.append(loop.create_task(coroutine))
-        tasks[0].add_done_callback(functools.partial(_hand_over, answer))
+        tasks[0].add_done_callback(functools.partial(_copy_result, answer))
 
     def stop() -> None:
         for task in tasks:
@@ -115,7 +115,7 @@ def background_loop() -> LoopThread:
     return LoopThread()
 
 
-def _hand_over(answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+def _copy_result(answer: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
     if task.cancelled():
         answer.set_exception(concurrent.futures.CancelledError())
     elif (error := task.exception()) is not None:

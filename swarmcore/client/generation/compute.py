@@ -69,7 +69,7 @@ class ModelCompute:
         self._running: asyncio.Future[None] | None = None
         self._closed = False
         self.batches = 0
-        """Passes made so far."""
+        """Batches computed so far."""
 
     @property
     def parts(self) -> LocalParts:
