@@ -17,6 +17,7 @@ import attrs
 from aioice import stun
 
 from swarmcore.errors import AddressError
+from swarmcore.tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +135,8 @@ class IceServers:
     def __init__(self, servers: Sequence[IceServer | str], *, clock: Callable[[], float] = time.time) -> None:
         self._servers = tuple(IceServer.parse(one) if isinstance(one, str) else one for one in servers)
         self._clock = clock
-        self._asking: asyncio.Task[tuple[IceServer, ...]] | None = None
-        self._asked_at = 0.0
+        self._probing: asyncio.Task[tuple[IceServer, ...]] | None = None
+        self._probed_at = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._servers)
@@ -150,18 +151,18 @@ class IceServers:
         if not self._servers:
             return ()
         now = asyncio.get_running_loop().time()
-        if self._asking is None or (self._asking.done() and now - self._asked_at > _PROBE_AGAIN):
-            self._asked_at = now
-            self._asking = asyncio.create_task(self._ask())
-        chosen = await asyncio.shield(self._asking)
+        if self._probing is None or (self._probing.done() and now - self._probed_at > _PROBE_AGAIN):
+            self._probed_at = now
+            self._probing = asyncio.create_task(self._probe())
+        chosen = await asyncio.shield(self._probing)
         return tuple(one.with_login(self._clock()) for one in chosen)
 
     def forget(self) -> None:
         """Ask anew at the next choice: the network has changed, or a server failed."""
-        if self._asking and self._asking.done():
-            self._asking = None
+        if self._probing and self._probing.done():
+            self._probing = None
 
-    async def _ask(self) -> tuple[IceServer, ...]:
+    async def _probe(self) -> tuple[IceServer, ...]:
         """As soon as the first of each kind has answered, or when time is up."""
         kinds = [
             asyncio.create_task(_first([one for one in self._servers if one.relays is relays]))
@@ -175,9 +176,7 @@ class IceServers:
         return tuple(one for one in found if one)
 
     async def close(self) -> None:
-        if self._asking:
-            self._asking.cancel()
-            await asyncio.wait([self._asking])
+        await cancel_and_wait(self._probing)
 
 
 async def _first(servers: Sequence[IceServer]) -> IceServer | None:

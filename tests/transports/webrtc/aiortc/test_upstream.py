@@ -289,6 +289,24 @@ async def test_every_address_that_checks_come_from_is_remembered() -> None:
     await asyncio.wait(tasks)
 
 
+@shows("closed while connecting")
+async def test_an_agent_that_is_closed_as_it_connects_asks_for_consent() -> None:
+    agent = Connection(ice_controlling=True)
+    agent._local_candidates_end = agent._check_list_done = True
+    agent.remote_username, agent.remote_password = "x" * 4, "x" * 22
+    checked = CandidatePair(Silent(agent), candidate("127.0.0.1", 2))
+    checked.state = CandidatePair.State.SUCCEEDED
+    agent._check_list.append(checked)
+    connecting = asyncio.create_task(agent.connect())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    agent._check_list_state.put_nowait(aioice.ICE_COMPLETED)
+    await agent.close()
+    await connecting
+    assert agent._query_consent_task is not None and not agent._query_consent_task.done()
+    agent._query_consent_task.cancel()
+
+
 @shows("closed port")
 async def test_nothing_is_done_about_a_closed_port() -> None:
     """Consent expires after half a minute, whatever the network tells."""

@@ -87,6 +87,7 @@ _AGENT_ATTRIBUTES = {
     "_local_candidates",
     "_nominated",
     "_protocols",
+    "_query_consent_task",
     "_queue",
     "_remote_candidates",
 }

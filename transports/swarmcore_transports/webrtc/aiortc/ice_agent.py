@@ -16,6 +16,7 @@ from aioice import Candidate, Connection, TransportPolicy, stun
 from aioice.candidate import candidate_foundation, candidate_priority
 from aioice.ice import CandidatePair, StunProtocol, relayed_candidate
 
+from swarmcore.tasks import cancel_and_wait
 from swarmcore_transports.webrtc.aiortc.sockets import read_in_batches, watch_refusals
 from swarmcore_transports.webrtc.ice import IceServer
 from swarmcore_transports.webrtc.sdp import MAX_CANDIDATES
@@ -188,6 +189,9 @@ class TrickleIceAgent(Connection):
 
     async def connect(self) -> None:
         await super().connect()
+        if self._closing:  # in the moment before: the base has begun to ask for consent, and would for ever
+            await cancel_and_wait(self._query_consent_task)
+            raise ConnectionError("the agent was closed")
         for pair in self._nominated.values():
             watch_refusals(pair.protocol, pair.protocol.transport, self._refused)
 
@@ -220,17 +224,13 @@ class TrickleIceAgent(Connection):
             gone = False
         except stun.TransactionError as exc:
             gone = isinstance(exc, stun.TransactionTimeout) and self._refusals > before
-        self._probing = None
+        self._probing = None  # so that `close` does not wait for what calls it
         if gone:
             logger.info("%s:%s is closed", *pair.remote_addr)
             await self.close()
 
     async def close(self) -> None:
-        tasks = [task for task in (self._querying, self._probing) if task]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await cancel_and_wait(self._querying, self._probing)
         await super().close()
 
 

@@ -144,6 +144,12 @@ REPAIRS = (
         "TrickleIceAgent.check_incoming",
     ),
     Repair(
+        "closed while connecting",
+        "begins to ask for consent although it was closed in the moment in which it connected",
+        "a task that nobody ends, which keeps the connection in memory",
+        "TrickleIceAgent.connect",
+    ),
+    Repair(
         "closed port",
         "does nothing when the network says that the peer's port is closed",
         "a killed peer is noticed after half a minute (RFC 7675, 5.1) instead of half a second",

@@ -16,7 +16,7 @@ from swarmcore.errors import PeerUnreachableError, ProtocolError, SwarmError
 from swarmcore.identity import Identity
 from swarmcore.pacing import Backoff, TokenBucket
 from swarmcore.printable import printable_line
-from swarmcore.tasks import wait_until_set
+from swarmcore.tasks import cancel_and_wait, wait_until_set
 from swarmcore.types import PeerId, short
 from swarmcore_transports.webrtc.addresses import ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
@@ -149,8 +149,7 @@ class SignallingClient:
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for wait in waits:
-                wait.cancel()
+            await cancel_and_wait(*waits)
         if not self.registered and self._failure:
             raise PeerUnreachableError(self._failure.message)
 

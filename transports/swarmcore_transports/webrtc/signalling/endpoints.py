@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from swarmcore.errors import AddressError, SwarmError
 from swarmcore.resources import ResourceManager
+from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import Address, PeerId
 from swarmcore_transports.local_addresses import available, loopback_note, loopback_only, reachable_places
 from swarmcore_transports.webrtc.addresses import ServiceAddress, announced_service
@@ -121,5 +122,4 @@ async def _any_ready(clients: Sequence[SignallingClient]) -> None:
                 failure = exc
         raise failure
     finally:
-        for waiting in waits:
-            waiting.cancel()
+        await cancel_and_wait(*waits)
