@@ -7,7 +7,6 @@ from typing import Literal
 
 from multiaddr import Multiaddr
 
-from swarmcore.types import PeerId
 from swarmcore_transports.libp2p.multiaddrs import preference, reach
 
 AddressSource = Literal["listening", "mapped", "verified", "relayed"]
@@ -24,8 +23,7 @@ class AddressManager:
     Addresses are without this peer's id at their end. With ``fixed`` the others are known but not told.
     """
 
-    def __init__(self, peer: PeerId, fixed: Sequence[Multiaddr], on_change: Callable[[], None]) -> None:
-        self.peer = peer
+    def __init__(self, fixed: Sequence[Multiaddr], on_change: Callable[[], None]) -> None:
         self._fixed = list(fixed)
         self._on_change = on_change
         self._by_source: dict[AddressSource, list[Multiaddr]] = {}
@@ -41,9 +39,9 @@ class AddressManager:
 
         An IPv6 address that is valid everywhere says nothing: routers of homes let nobody in by it.
         """
-        known_to_all = [*self._fixed, *self.of("listening")]
+        certain = [*self._fixed, *self.of("listening")]
         return bool(self.of("verified")) or any(
-            reach(address) == "public" and not str(address).startswith("/ip6") for address in known_to_all
+            reach(address) == "public" and not str(address).startswith("/ip6") for address in certain
         )
 
     def of(self, source: AddressSource) -> list[Multiaddr]:

@@ -14,7 +14,7 @@ from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from swarmcore.errors import AddressError, UnavailableError
-from swarmcore.tasks import cancel_and_wait
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import Address, PeerId, short
 from swarmcore_transports.libp2p.multiaddrs import (
     is_relayed,
@@ -57,10 +57,10 @@ class Mdns:
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
         self._announced: AsyncServiceInfo | None = None
-        self._announcing: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
         self._lock = asyncio.Lock()
         self._found: dict[str, tuple[Address, ...]] = {}  # by name of the instance
-        self._resolving: dict[str, asyncio.Task[None]] = {}
+        self._resolving: set[str] = set()
 
     def __repr__(self) -> str:
         announced = "told of" if self._announced else "not told of"
@@ -90,9 +90,7 @@ class Mdns:
 
     def announce(self, own: Iterable[Multiaddr]) -> None:
         """From now on tell others that this peer is at ``own`` addresses; of none, nothing is told."""
-        task = asyncio.create_task(self._announce(encode(own, self._peer)), name="mDNS announcement")
-        self._announcing.add(task)
-        task.add_done_callback(self._announcing.discard)
+        self._tasks.start(self._announce(encode(own, self._peer)), "mDNS announcement")
 
     async def _announce(self, text: bytes) -> None:
         async with self._lock:
@@ -116,7 +114,7 @@ class Mdns:
 
     async def close(self) -> None:
         """Say that this peer is gone, and stop. Harmless when repeated."""
-        await cancel_and_wait(*self._resolving.values(), *self._announcing)
+        await self._tasks.close()
         zeroconf, self._zeroconf = self._zeroconf, None
         if zeroconf is None:
             return
@@ -139,8 +137,8 @@ class Mdns:
             return
         if name not in self._found and len(self._found) + len(self._resolving) >= MAX_PEERS:
             return
-        task = self._resolving[name] = asyncio.create_task(self._resolve(zeroconf, name), name=f"mDNS {name}")
-        task.add_done_callback(lambda _: self._resolving.pop(name, None))
+        self._resolving.add(name)
+        self._tasks.start(self._resolve(zeroconf, name), f"mDNS {name}")
 
     async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
         try:
@@ -152,6 +150,8 @@ class Mdns:
         except (OSError, ZeroconfError, ValueError) as exc:
             logger.debug("could not ask for the addresses of %s: %s", name, exc)
             return
+        finally:
+            self._resolving.discard(name)
         if found and self._found.get(name) != found:
             self._found[name] = found
             logger.info("found %s on the local network", short(found[0].peer))

@@ -85,7 +85,7 @@ class Libp2pTransport(Transport):
     ) -> None:
         super().__init__(identity, limits=limits, listen_on=listen_on, announce=announce)
         fixed = [parse_announced(text, identity.peer) for text in announce]
-        self._addresses = AddressManager(identity.peer, fixed, self._addresses_changed)
+        self._addresses = AddressManager(fixed, self._addresses_changed)
         self._relay_mode = relay
         self._relay_limits = relay_limits
         self._relays = [parse_relay(text) for text in relays]

@@ -40,7 +40,7 @@ def test_a_relay_is_given_as_an_address_or_a_multiaddr(scheme: str):
 
 
 def own(*listening: str, announced: str = "") -> AddressManager:
-    addresses = AddressManager(PEER, [Multiaddr(announced)] if announced else [], lambda: None)
+    addresses = AddressManager([Multiaddr(announced)] if announced else [], lambda: None)
     addresses.put("listening", map(Multiaddr, listening))
     return addresses
 
