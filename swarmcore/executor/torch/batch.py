@@ -7,9 +7,11 @@ own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 _EXPLICIT_SCORES = 8 * 1024 * 1024
 """Most scores that are held at a time where no fused kernel does the attention."""
@@ -112,6 +114,36 @@ def causal_mask(
             # CPUs take float32 masks at any dtype; kernels of GPUs refuse them, or misread them.
             mask = mask.to(dtype)
     return mask
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    how: Attention,
+    mask: Callable[[], torch.Tensor | None],
+) -> torch.Tensor:
+    """Attention of the tokens from position ``start`` on to the keys and values of all positions.
+
+    ``query`` is ``[sequences, heads, count, size]``, and so is the result. ``mask`` gives their
+    `causal_mask`, and is called only where one is needed.
+    """
+    last = keys.shape[2] - 1
+    if first := how.first_key(start):
+        keys, values = keys[:, :, first:], values[:, :, first:]
+    if how.explicit:
+        return attend_explicitly(query, keys, values, mask(), how)
+    causal = start == 0 and not how.first_key(last) and how.bias is None
+    return scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=None if causal else mask(),
+        is_causal=causal,
+        scale=how.scale,
+        enable_gqa=query.shape[1] > keys.shape[1],
+    )
 
 
 def attend_explicitly(

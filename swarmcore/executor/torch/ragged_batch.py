@@ -7,11 +7,12 @@ that the layers will need are made. The layers then call `RaggedBatch.attend`, o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend_explicitly, causal_mask
+from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend, attend_explicitly, causal_mask
 from swarmcore.executor.torch.kv_cache import SequenceCache
 
 _PACKED_ROWS = 64
@@ -148,19 +149,13 @@ def _attend_segment(
     heads, count, size = query.shape[1:]
     kv_heads = keys.shape[1]
     rows = heads // kv_heads
+    device, dtype = query.device, query.dtype
+    if how.explicit or not 1 < rows * count <= _PACKED_ROWS:
+        mask_of_head = partial(segment.mask, how, 1, device, dtype)
+        return attend(query, keys, values, segment.start, how, mask_of_head).transpose(1, 2)
     if first := how.first_key(segment.start):
         keys, values = keys[:, :, first:], values[:, :, first:]
-    if how.explicit:
-        output = attend_explicitly(query, keys, values, segment.mask(how, 1, query.device, query.dtype), how)
-    elif 1 < rows * count <= _PACKED_ROWS:
-        packed = query.reshape(1, kv_heads, rows * count, size)
-        mask = segment.mask(how, rows, query.device, query.dtype)
-        output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=how.scale)
-        output = output.reshape(1, heads, count, -1)
-    else:
-        causal = segment.start == 0 and not how.first_key(segment.end - 1) and how.bias is None
-        mask = None if causal else segment.mask(how, 1, query.device, query.dtype)
-        output = scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=causal, scale=how.scale, enable_gqa=rows > 1
-        )
-    return output.transpose(1, 2)
+    packed = query.reshape(1, kv_heads, rows * count, size)
+    mask = segment.mask(how, rows, device, dtype)
+    output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=how.scale)
+    return output.reshape(1, heads, count, -1).transpose(1, 2)

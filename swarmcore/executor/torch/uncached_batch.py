@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend_explicitly, causal_mask
+from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend, causal_mask
 
 
 class UncachedBatch:
@@ -54,31 +54,12 @@ class UncachedBatch:
             queries, keys, values = (_sequences(rows, first, many, length) for rows in (query, key, value))
             if prefix is not None:
                 keys, values = _after(prefix[0], keys), _after(prefix[1], values)
-            outputs.append(self._attend(queries, keys, values, how).transpose(1, 2).flatten(0, 1))
+            mask = partial(self._mask, queries, how)
+            output = attend(queries, keys, values, self._before, how, mask)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
             first += many * length
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.unsqueeze(0)
-
-    def _attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attention
-    ) -> torch.Tensor:
-        """All are ``[sequences, heads, tokens, size]``, and so is the result."""
-        end = keys.shape[2]
-        if start := how.first_key(self._before):
-            keys, values = keys[:, :, start:], values[:, :, start:]
-        if how.explicit:
-            return attend_explicitly(queries, keys, values, self._mask(queries, how), how)
-        causal = not self._before and how.bias is None and not how.first_key(end - 1)
-        mask = None if causal else self._mask(queries, how)
-        return scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=how.scale,
-            enable_gqa=queries.shape[1] > keys.shape[1],
-        )
 
     def _mask(self, queries: torch.Tensor, how: Attention) -> torch.Tensor | None:
         """Made once for all layers that attend alike, and all sequences of one length."""
