@@ -52,7 +52,9 @@ class GossipSwarm(RegistrySwarm):
         self.transports: dict[PeerId, Transport] = {}
         self.members: list[Member] = []
         """Those that run now, clients included."""
-        self._transport = transport or (lambda identity, listen: network.transport(identity, listen=listen))
+        self.make_transport = transport or (
+            lambda identity, listen: network.transport(identity, listen=listen)
+        )
         self._options = options or GossipOptions()
         self._random = Random(seed)
 
@@ -114,7 +116,7 @@ class GossipSwarm(RegistrySwarm):
     async def _start(self, identity: Identity, bootstrap: Sequence[str] | None, watching: bool) -> Member:
         if bootstrap is None:
             bootstrap = next((m.addresses for m in reversed(self.members) if m.addresses), ())
-        transport = self._transport(identity, not watching)
+        transport = self.make_transport(identity, not watching)
         node = Node(identity, [transport])
         await node.start()
         addresses = [Address.parse(url) for url in bootstrap]

@@ -71,9 +71,8 @@ async def test_two_swarms_become_one(swarm: GossipSwarm, both_ways: bool) -> Non
 
 async def test_a_member_is_introduced_before_it_joins(swarm: GossipSwarm) -> None:
     others = await of_its_own(swarm, 3)
-    network = swarm.transports[others[0].identity.peer]._network  # type: ignore[attr-defined]
     identity = Identity.generate()
-    async with Node(identity, [network.transport(identity)]) as node:
+    async with Node(identity, [swarm.make_transport(identity, True)]) as node:
         registry = GossipRegistry(node, wall_clock=wall_clock)
         registry.introduce([Address("memory", "//nowhere", others[1].identity.peer)])
         registry.introduce(addresses_of(others[0]))
@@ -102,9 +101,8 @@ async def test_who_is_introduced_need_not_answer_yet() -> None:
 
 async def test_a_client_joins_through_whom_it_was_introduced_to(swarm: GossipSwarm) -> None:
     members = await of_its_own(swarm, 3)
-    network = swarm.transports[members[0].identity.peer]._network  # type: ignore[attr-defined]
     identity = Identity.generate()
-    async with Node(identity, [network.transport(identity, listen=False)]) as node:
+    async with Node(identity, [swarm.make_transport(identity, False)]) as node:
         registry = WatchingRegistry(node, [], wall_clock=wall_clock)
         with pytest.raises(InputError, match="needs the address"):
             await registry.start()
