@@ -10,12 +10,11 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from swarmcore.errors import AdapterError, InputError
-from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.adapter import BlockAdapter, CombinedAdapter
-from swarmcore.training.dropout import note_dropout
 from swarmcore.training.files import write_file
 from swarmcore.training.heads import ClassificationHead
 from swarmcore.training.prompt import SoftPrompt
+from swarmcore.training.training_modes import NoActivationCheckpointing, note_dropout
 
 
 class TunedFace(NoActivationCheckpointing, PreTrainedModel):  # type: ignore[misc]

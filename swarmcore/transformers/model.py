@@ -15,9 +15,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from swarmcore.client.autograd.remote_blocks import RemoteBlocks
 from swarmcore.errors import InputError, InvalidBatchError
-from swarmcore.training.activation_checkpointing import NoActivationCheckpointing
 from swarmcore.training.batch_checks import IGNORED, check_sequence_labels, check_token_labels, problem_of
-from swarmcore.training.dropout import note_dropout
+from swarmcore.training.training_modes import NoActivationCheckpointing, note_dropout
 from swarmcore.transformers.base_model import make_remote, rows_wanted
 from swarmcore.transformers.cache import RemoteCache
 from swarmcore.transformers.forward_options import check_options

@@ -128,7 +128,7 @@ class TrainingRun:
 
     def coordinator(self, round_number: int) -> Trainee:
         """Who is first to coordinate a round."""
-        from swarmcore.training.local_steps.lineage import by_rank
+        from swarmcore.training.local_steps.replica import by_rank
 
         first = by_rank(self.settings.run, round_number, [t.peer for t in self.trainees])[0]
         return next(trainee for trainee in self.trainees if trainee.peer == first)

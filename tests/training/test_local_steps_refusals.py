@@ -22,12 +22,12 @@ from swarmcore.errors import (
 from swarmcore.executor.torch.wire_tensors import to_wire
 from swarmcore.registry.memory import MemoryRegistry
 from swarmcore.training.local_steps import serving
-from swarmcore.training.local_steps.claims import contribute
+from swarmcore.training.local_steps.contributions import contribute
+from swarmcore.training.local_steps.coordinator import Round
 from swarmcore.training.local_steps.member import RunMember
-from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import Traffic, decode, encode, next_message
 from swarmcore.training.local_steps.replica import Replica, Result, State
-from swarmcore.training.local_steps.round import Round
+from swarmcore.training.local_steps.run_peers import RunPeers
+from swarmcore.training.local_steps.vectors import Traffic, decode, encode, next_message
 from swarmcore.types import Address, ServerInfo
 from swarmcore.wire.local_steps import (
     LOCAL_STEPS_PROTOCOL,
@@ -65,7 +65,7 @@ async def test_a_delta_that_is_not_finite_is_refused():
         replica = liar.member.replica
         opening = DeliverDelta(replica.terms, replica.lineage, 1, 1, 5.0)
         with pytest.raises(DeltaError, match="not finite"):
-            await liar.member._partners.deliver(target.peer, opening, encode(poisoned, "raw"))
+            await liar.member._peers.deliver(target.peer, opening, encode(poisoned, "raw"))
         await exchange_all(run.trainees, 1.0)
         run.assert_same()
         assert {trainee.reports[-1].peers for trainee in run.trainees} == {2}
@@ -83,7 +83,7 @@ async def test_a_delta_that_is_not_what_was_signed_is_refused(claimed: dict[str,
         own = contribute(node.identity, replica.terms, replica.lineage, delivery=1, samples=1, length=2.0)
         opening = DeliverDelta(replica.terms, replica.lineage, 1, 1, 5.0, own.length, own.signature)
         with pytest.raises(DeltaError, match=said):
-            await one.member._partners.deliver(
+            await one.member._peers.deliver(
                 other.peer, attrs.evolve(opening, **claimed), encode(torch.ones(4), "raw")
             )
 
@@ -97,7 +97,7 @@ async def test_one_delta_at_a_time():
         async with await one.member.node.open(addresses, LOCAL_STEPS_PROTOCOL, opening):
             await asyncio.sleep(1)
             with pytest.raises(TooManyCallsError, match="another delta of yours"):
-                await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
+                await one.member._peers.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
         await exchange_all(run.trainees, 1.0)
         assert one.reports[-1].peers == 2
 
@@ -165,16 +165,16 @@ async def test_a_coordinator_that_lies_is_left_out(
         assert all(trainee.member.alive == {t.peer for t in honest} for trainee in honest)
         assert f"{liar.peer} is left out from now on" in caplog.text
         with pytest.raises(PeerNotAllowedError, match="listened to no more"):
-            await liar.member._partners.catch_up(honest[0].peer)
+            await liar.member._peers.catch_up(honest[0].peer)
 
 
-async def outsider(run: TrainingRun, target: Trainee, runs: tuple[str, ...], terms: RunTerms) -> Partners:
+async def outsider(run: TrainingRun, target: Trainee, runs: tuple[str, ...], terms: RunTerms) -> RunPeers:
     """A peer that announces ``runs``, and speaks to ``target`` as if it were of the run."""
     node, _ = run.node()
     await node.start()
     registry = MemoryRegistry(node.peer, run.directory)
     await registry.announce(ServerInfo(node.peer, tuple(map(str, node.addresses)), runs=runs), 1e6)
-    return Partners(node, registry, Replica(terms, State.first(terms, torch.zeros(terms.values))), Traffic())
+    return RunPeers(node, registry, Replica(terms, State.first(terms, torch.zeros(terms.values))), Traffic())
 
 
 RIGHT = RunTerms("test", 4, "", 0.7, 0.9)
@@ -202,14 +202,14 @@ async def test_who_does_not_belong_is_told_why(
 ):
     async with TrainingRun() as run:
         (target,) = await run.joined(1)
-        partners = await outsider(run, target, runs, terms)
+        peers = await outsider(run, target, runs, terms)
         opening = DeliverDelta(terms, target.member.replica.lineage, 1, 1, 5.0)
         with pytest.raises(error, match=said) as refused:
-            await partners.deliver(target.peer, opening, encode(torch.zeros(terms.values), "raw"))
+            await peers.deliver(target.peer, opening, encode(torch.zeros(terms.values), "raw"))
         assert refused.value.origin == target.peer
         with pytest.raises(error, match=said):
-            await partners.catch_up(target.peer)
-        (answer,) = (await partners.ask([target.peer])).values()
+            await peers.catch_up(target.peer)
+        (answer,) = (await peers.ask([target.peer])).values()
         assert isinstance(answer, error)
         assert target.member.replica.lineage.round == 0
 
@@ -221,7 +221,7 @@ async def test_a_delta_of_an_older_round_is_refused():
         opening = DeliverDelta(one.member.replica.terms, one.member.replica.lineage, 1, 1, 5.0)
         await exchange_all(run.trainees, 1.0)
         with pytest.raises(StaleRoundError, match=r"a delta of round 0 .* at round 1"):
-            await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
+            await one.member._peers.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
 
 
 async def test_a_state_that_is_claimed_and_not_there_is_refused():
@@ -230,7 +230,7 @@ async def test_a_state_that_is_claimed_and_not_there_is_refused():
         claimed = Lineage(9, "ff" * 32, 10**6)
         opening = DeliverDelta(one.member.replica.terms, claimed, 1, 1, 5.0)
         with pytest.raises(StaleRoundError):
-            await one.member._partners.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
+            await one.member._peers.deliver(other.peer, opening, encode(torch.ones(4), "raw"))
         assert other.member.replica.lineage.round == 0
 
 

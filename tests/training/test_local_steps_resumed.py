@@ -16,7 +16,7 @@ from training_run import MemoryPlaces
 from swarmcore.errors import CheckpointError, DeltaError, InputError, RunMismatchError
 from swarmcore.identity import Identity
 from swarmcore.training import LocalSteps, RoundReport
-from swarmcore.training.local_steps.lineage import by_rank
+from swarmcore.training.local_steps.replica import by_rank
 
 pytestmark = pytest.mark.virtual_time
 

@@ -13,12 +13,10 @@ import torch
 from swarmcore.errors import DeltaError, InputError, ProtocolError, StaleRoundError
 from swarmcore.identity import Identity
 from swarmcore.training.local_steps import LocalStepsSettings
-from swarmcore.training.local_steps.averaging import average, norm, shares
-from swarmcore.training.local_steps.claims import contribute
-from swarmcore.training.local_steps.lineage import by_rank, is_better
-from swarmcore.training.local_steps.pieces import encode
-from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result, State
-from swarmcore.training.local_steps.round import Round
+from swarmcore.training.local_steps.contributions import average, contribute, norm, shares
+from swarmcore.training.local_steps.coordinator import Round
+from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result, State, by_rank, is_better
+from swarmcore.training.local_steps.vectors import encode
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, Lineage, RoundResult, RunTerms
 

@@ -18,14 +18,9 @@ from transformers import AutoModelForSequenceClassification as PlainClassifier
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, set_seed
 
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
-from swarmcore.training import (
-    SequenceClassificationHead,
-    TunedModel,
-    activation_checkpointing,
-    dropout,
-    lora_tuning,
-    prompt_tuning,
-)
+from swarmcore.training import SequenceClassificationHead, TunedModel, lora_tuning, prompt_tuning
+from swarmcore.training import training_modes as activation_checkpointing
+from swarmcore.training import training_modes as dropout
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytestmark = [

@@ -1,22 +1,85 @@
-"""The end of a round on the peer that coordinates it."""
+"""A round on the peer that coordinates it: who has delivered, when it ends, and its result."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection, Sequence
+from typing import Generic, TypeVar
 
+import attrs
 import torch
 
 from swarmcore.errors import StaleRoundError, StreamClosedError, SwarmError
 from swarmcore.tasks import cancel_and_wait, wait_until_set
-from swarmcore.training.local_steps.averaging import average, shares
-from swarmcore.training.local_steps.lineage import by_rank
-from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import encode, result_codec
-from swarmcore.training.local_steps.replica import Result
-from swarmcore.training.local_steps.round import Delivery, Round
+from swarmcore.training.local_steps.contributions import average, shares
+from swarmcore.training.local_steps.replica import Result, by_rank
+from swarmcore.training.local_steps.run_peers import RunPeers
+from swarmcore.training.local_steps.vectors import encode, result_codec
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, GoTo, Lineage, RoundResult, Standing
+
+Values = TypeVar("Values")
+
+
+@attrs.frozen
+class Delivery(Generic[Values]):
+    """A delta that has arrived."""
+
+    contribution: Contribution
+    values: Values
+    ends: float
+    """When the round has to end for its sender."""
+
+
+class Round(Generic[Values]):
+    """Collects the deltas of one round.
+
+    It is due when all members have delivered, or when the patience of one that has is at its end.
+    """
+
+    def __init__(self, lineage: Lineage, members: Collection[PeerId]) -> None:
+        self.lineage = lineage
+        """What the deltas are to be subtracted from."""
+        self.members = frozenset(members)
+        self._deliveries: dict[PeerId, Delivery[Values]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Round {self.lineage.round} {len(self._deliveries)} of {len(self.missing) + len(self)}>"
+
+    def __len__(self) -> int:
+        return len(self._deliveries)
+
+    @property
+    def missing(self) -> frozenset[PeerId]:
+        """Members that have not delivered."""
+        return self.members - self._deliveries.keys()
+
+    @property
+    def deliveries(self) -> list[Delivery[Values]]:
+        """In the order of peer ids, which does not depend on who came first."""
+        return [self._deliveries[peer] for peer in sorted(self._deliveries)]
+
+    def deliver(self, contribution: Contribution, values: Values, *, now: float, patience: float) -> None:
+        """A peer's delta has come; a later one of the same peer replaces it, its end stays."""
+        before = self._deliveries.get(contribution.peer)
+        ends = now + patience
+        if before is not None:
+            ends = min(ends, before.ends)
+        self._deliveries[contribution.peer] = Delivery(contribution, values, ends)
+
+    def see(self, members: Collection[PeerId]) -> None:
+        """These are the members that are alive now."""
+        self.members = frozenset(members)
+
+    @property
+    def ends(self) -> float:
+        """When it has to end."""
+        return min((delivery.ends for delivery in self._deliveries.values()), default=math.inf)
+
+    def is_due(self, now: float) -> bool:
+        return bool(self._deliveries) and (not self.missing or now >= self.ends)
+
 
 _LOOK = 0.5
 """Seconds between looks at who is alive."""
@@ -35,16 +98,16 @@ class Coordinator:
     one of better rank has the round open too, all go there.
     """
 
-    def __init__(self, own: PeerId, partners: Partners, codec: str) -> None:
+    def __init__(self, own: PeerId, peers: RunPeers, codec: str) -> None:
         self._own = own
-        self._partners = partners
-        self._replica = partners.replica
+        self._peers = peers
+        self._replica = peers.replica
         self._codec = result_codec(codec)
         self._round: Round[torch.Tensor] | None = None
         self._ending: Ending | None = None
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        partners.on_change = self._changed.set
+        peers.on_change = self._changed.set
 
     def __repr__(self) -> str:
         return f"<Coordinator {self._round or 'no round'}>"
@@ -102,7 +165,7 @@ class Coordinator:
 
     @property
     def _members(self) -> Collection[PeerId]:
-        return self._partners.alive | {self._own}
+        return self._peers.alive | {self._own}
 
     async def _run(self, round: Round[torch.Tensor], ending: Ending) -> None:
         try:
@@ -147,11 +210,11 @@ class Coordinator:
         missing = round.missing - {self._own}
         if not missing:
             return None
-        answers = await self._partners.ask(missing)
+        answers = await self._peers.ask(missing)
         standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
         ahead = [peer for peer, said in standings.items() if self._replica.gives_way_to(said.lineage)]
         for peer in sorted(ahead, key=lambda peer: (standings[peer].lineage.work, peer), reverse=True):
-            if await self._partners.try_to_catch_up(peer):
+            if await self._peers.try_to_catch_up(peer):
                 break
         rank = by_rank(self._replica.terms.run, round.lineage.round, {self._own, *standings})
         for peer in rank[: rank.index(self._own)]:

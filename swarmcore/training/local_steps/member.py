@@ -16,15 +16,13 @@ from swarmcore.registry.base import Registry
 from swarmcore.registry.lan import follow_addresses
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import BackgroundTasks, deadline_after
-from swarmcore.training.local_steps.claims import MOST_SAMPLES, contribute
+from swarmcore.training.local_steps.contributions import MOST_SAMPLES, Outgoing, contribute, prepare
 from swarmcore.training.local_steps.coordinator import Coordinator
-from swarmcore.training.local_steps.lineage import by_rank, is_better
-from swarmcore.training.local_steps.outgoing import Outgoing, prepare
-from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import Traffic, decode
-from swarmcore.training.local_steps.replica import Replica, Result, State
+from swarmcore.training.local_steps.replica import Replica, Result, State, by_rank, is_better
+from swarmcore.training.local_steps.run_peers import RunPeers
 from swarmcore.training.local_steps.serving import Answering
 from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
+from swarmcore.training.local_steps.vectors import Traffic, decode
 from swarmcore.types import PeerId, ServerInfo, short
 from swarmcore.wire.local_steps import DeliverDelta, GoTo, Lineage, Standing
 
@@ -65,11 +63,11 @@ class RunMember:
         """Replaced and never changed."""
         self._registry = registry
         self._rng = rng or Random()
-        self._partners = Partners(node, registry, replica, self.traffic)
-        self._coordinator = Coordinator(node.peer, self._partners, settings.codec)
+        self._peers = RunPeers(node, registry, replica, self.traffic)
+        self._coordinator = Coordinator(node.peer, self._peers, settings.codec)
         self._reported = Traffic()
         self._tasks = BackgroundTasks()
-        Answering(node, self._partners, self._coordinator)
+        Answering(node, self._peers, self._coordinator)
 
     def __repr__(self) -> str:
         at = self.replica.lineage
@@ -81,7 +79,7 @@ class RunMember:
     @property
     def alive(self) -> frozenset[PeerId]:
         """The peers of the run that are known now, this one included."""
-        return self._partners.alive | {self.node.peer}
+        return self._peers.alive | {self.node.peer}
 
     async def join(self) -> None:
         """Announce that this peer takes part, and fetch the current parameters if others have begun.
@@ -91,7 +89,7 @@ class RunMember:
         addresses = tuple(map(str, self.node.addresses))
         info = ServerInfo(self.node.peer, addresses, runs=(self.settings.run,), version=version())
         await self._registry.announce(info, ANNOUNCE_TTL)
-        answers = await self._partners.ask(self._partners.alive)
+        answers = await self._peers.ask(self._peers.alive)
         standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
         refusals = [said for said in answers.values() if isinstance(said, RunMismatchError | DeltaError)]
         if refusals and not standings:
@@ -103,7 +101,7 @@ class RunMember:
                 break
             if not standings[peer].settled and not is_better(lineage, self.replica.lineage):
                 continue
-            if self.replica.gives_way_to(lineage) and await self._partners.try_to_catch_up(peer):
+            if self.replica.gives_way_to(lineage) and await self._peers.try_to_catch_up(peer):
                 break
         self.replica.settled = True
         following = follow_addresses(self.node, self._registry, info, ANNOUNCE_TTL)
@@ -121,7 +119,7 @@ class RunMember:
         async with deadline_after(
             timeout, f"the run {self.settings.run!r} has not come to {count} peers in {timeout:.0f} s"
         ):
-            await self._partners.until(lambda: len(self.alive) >= count)
+            await self._peers.until(lambda: len(self.alive) >= count)
 
     async def exchange(self, delta: torch.Tensor, samples: int) -> RoundReport:
         """Bring ``delta``, of the parameters before and after some local steps, into the run's next round.
@@ -191,19 +189,19 @@ class RunMember:
                     values = await asyncio.to_thread(decode, outgoing.pieces)
                     ended = await asyncio.shield(self._coordinator.deliver(lineage, own, values, patience))
                 else:
-                    ended = await self._partners.deliver(peer, opening, outgoing.pieces)
+                    ended = await self._peers.deliver(peer, opening, outgoing.pieces)
                 if isinstance(ended, Result) and self.replica.lineage == lineage:
-                    await self._partners.apply(peer, ended)
+                    await self._peers.apply(peer, ended)
                 elif isinstance(ended, GoTo) and visits[ended.peer] < 2 and useless[ended.peer] < 2:
                     if peer == self.node.peer:  # to come back to when that fails
                         waiting.appendleft(peer)
                     waiting.appendleft(ended.peer)
             except StaleRoundError as exc:
-                if peer != self.node.peer and not await self._partners.try_to_catch_up(peer):
+                if peer != self.node.peer and not await self._peers.try_to_catch_up(peer):
                     useless[peer] += 1
                 logger.debug("%r: %s", self, exc)
             except SwarmError as exc:
-                self._partners.failed(peer, exc)
+                self._peers.failed(peer, exc)
 
     def _report(self, included: bool, seconds: float) -> RoundReport:
         last = self.replica.last

@@ -1,8 +1,13 @@
-"""What every peer of a run has: the common parameters, the outer optimiser, and how they came about."""
+"""What every peer of a run has: the common parameters, the outer optimiser, and their lineage.
+
+A lineage is a chain of hashes, one link a round, so that peers know when their parameters differ.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,13 +15,45 @@ import attrs
 import torch
 
 from swarmcore.errors import ProtocolError, StaleRoundError
-from swarmcore.training.local_steps.averaging import norm
-from swarmcore.training.local_steps.claims import longest_mean
-from swarmcore.training.local_steps.lineage import following, founding, is_better
-from swarmcore.training.local_steps.pieces import decode
+from swarmcore.training.local_steps.contributions import longest_mean, norm
+from swarmcore.training.local_steps.vectors import decode
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, Lineage, RoundResult, RunTerms
 from swarmcore.wire.tensors import Tensor
+
+_NUMBERS = struct.Struct("<QQ")
+
+
+def founding(terms: RunTerms, parameters: memoryview) -> Lineage:
+    """Of a run's first state; ``parameters`` are the bytes of all of them."""
+    digest = hashlib.sha256(f"{terms.run}\0{terms.layout}\0".encode())
+    digest.update(parameters)
+    return Lineage(0, digest.hexdigest(), 0)
+
+
+def following(result: RoundResult, pieces: Iterable[memoryview]) -> Lineage:
+    """What comes after ``result``, whose averaged delta is in ``pieces``, as they travel."""
+    before = result.previous
+    digest = hashlib.sha256(before.state.encode())
+    digest.update(_NUMBERS.pack(before.round + 1, before.work + result.work))
+    for piece in pieces:
+        digest.update(piece)
+    return Lineage(before.round + 1, digest.hexdigest(), before.work + result.work)
+
+
+def is_better(one: Lineage, other: Lineage) -> bool:
+    """Whether ``one`` goes on where the two meet: it has more work in it; if equal, by its hash."""
+    return (one.work, one.state) > (other.work, other.state)
+
+
+def by_rank(run: str, round_number: int, peers: Iterable[PeerId]) -> Sequence[PeerId]:
+    """Peers in the order in which they are to coordinate a round, the first choice first.
+
+    Another order every round; where two peers see different members, the order of those that both see is the
+    same (rendezvous hashing), so that one who comes or goes seldom changes who is first.
+    """
+    return sorted(peers, key=lambda peer: hashlib.sha256(f"{run}\0{round_number}\0{peer}".encode()).digest())
+
 
 KEPT_RESULTS = 4
 """Rounds that a peer may have missed and still catch up with by their results alone."""

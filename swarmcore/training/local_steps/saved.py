@@ -9,9 +9,9 @@ import attrs
 import torch
 
 from swarmcore.errors import CheckpointError
-from swarmcore.training.local_steps.outgoing import Outgoing, restored
-from swarmcore.training.local_steps.pieces import decode
+from swarmcore.training.local_steps.contributions import Outgoing, restored
 from swarmcore.training.local_steps.replica import State
+from swarmcore.training.local_steps.vectors import decode
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import Contribution, Lineage, RunTerms
 

@@ -19,13 +19,12 @@ from swarmcore.errors import (
 )
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.training.local_steps.averaging import norm
-from swarmcore.training.local_steps.claims import MOST_SAMPLES, is_sound
+from swarmcore.training.local_steps.contributions import MOST_SAMPLES, is_sound, norm
 from swarmcore.training.local_steps.coordinator import Coordinator, Ending
-from swarmcore.training.local_steps.partners import Partners
-from swarmcore.training.local_steps.pieces import decode, encode, receive, send
 from swarmcore.training.local_steps.replica import Result
+from swarmcore.training.local_steps.run_peers import RunPeers
 from swarmcore.training.local_steps.settings import check_terms
+from swarmcore.training.local_steps.vectors import decode, encode, receive, send
 from swarmcore.types import PeerId
 from swarmcore.wire.local_steps import (
     LOCAL_STEPS_PROTOCOL,
@@ -61,10 +60,10 @@ _ROUNDING = 1e-3
 class Answering:
     """Serves the local-steps protocol on a node, for one run."""
 
-    def __init__(self, node: Node, partners: Partners, coordinator: Coordinator) -> None:
-        self._partners = partners
+    def __init__(self, node: Node, peers: RunPeers, coordinator: Coordinator) -> None:
+        self._peers = peers
         self._coordinator = coordinator
-        self._replica = partners.replica
+        self._replica = peers.replica
         self._delivering: set[PeerId] = set()
         self._fetching: Counter[PeerId] = Counter()
         node.serve(STANDING_METHOD, self._standing)
@@ -93,7 +92,7 @@ class Answering:
     async def _check(self, peer: PeerId, terms: RunTerms) -> None:
         """Raise unless ``peer`` may take part, on terms that are the same as here."""
         check_terms(self._replica.terms, terms)
-        if peer in self._partners.distrusted:
+        if peer in self._peers.distrusted:
             raise PeerNotAllowedError(
                 f"{peer} gave the result of a round that cannot be one, and is listened to no more"
             )
@@ -105,15 +104,15 @@ class Answering:
     async def _is_introduced(self, peer: PeerId) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_INTRODUCTION):
-                await self._partners.until(lambda: peer in self._partners.alive)
-        return peer in self._partners.alive
+                await self._peers.until(lambda: peer in self._peers.alive)
+        return peer in self._peers.alive
 
     async def _take(self, channel: Channel, opening: DeliverDelta) -> None:
         if not 0 < opening.samples <= MOST_SAMPLES or not 0 <= opening.patience <= MOST_PATIENCE:
             raise InputError(f"a delta of {opening.samples} samples that waits {opening.patience} s")
         if self._replica.gives_way_to(opening.lineage):
             try:
-                await self._partners.catch_up(channel.remote)
+                await self._peers.catch_up(channel.remote)
             except SwarmError as exc:
                 if opening.lineage != self._replica.lineage:
                     raise StaleRoundError(f"your state could not be fetched: {exc.message}") from exc
@@ -136,7 +135,7 @@ class Answering:
             await self._send_result(channel, ended)
 
     async def _deliver(self, channel: Channel, opening: DeliverDelta) -> Ending:
-        pieces = await receive(channel, self._replica.terms.values, self._partners.traffic)
+        pieces = await receive(channel, self._replica.terms.values, self._peers.traffic)
         contribution = Contribution(
             channel.remote, opening.delivery, opening.samples, opening.length, opening.signature
         )
@@ -153,11 +152,11 @@ class Answering:
             return
         await channel.send(StateFollows(state.lineage, tuple(state.included.values())))
         for vector in (state.parameters, state.velocity):
-            await send(channel, encode(vector, "raw"), self._partners.traffic)
+            await send(channel, encode(vector, "raw"), self._peers.traffic)
 
     async def _send_result(self, channel: Channel, result: Result) -> None:
         await channel.send(result.record)
-        await send(channel, result.pieces, self._partners.traffic)
+        await send(channel, result.pieces, self._peers.traffic)
 
 
 def _values(pieces: Sequence[Tensor], contribution: Contribution, opening: DeliverDelta) -> torch.Tensor:

@@ -17,11 +17,10 @@ from swarmcore.peer import NetworkConfig, listening
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.node import Node
 from swarmcore.training.local_steps.member import RunMember
-from swarmcore.training.local_steps.parameters import ParameterVector, Trained
-from swarmcore.training.local_steps.pieces import check_codec
 from swarmcore.training.local_steps.replica import Replica, State
 from swarmcore.training.local_steps.saved import SavedMember
 from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport, check_terms
+from swarmcore.training.local_steps.vectors import ParameterVector, Trained, check_codec
 from swarmcore.types import PeerId
 
 OpenNetwork = Callable[[], AbstractAsyncContextManager[tuple[Node, Registry]]]

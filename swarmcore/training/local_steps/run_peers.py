@@ -12,8 +12,8 @@ from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import deadline_after
-from swarmcore.training.local_steps.pieces import Traffic, decode, next_message, receive, send
 from swarmcore.training.local_steps.replica import KEPT_RESULTS, Replica, Result, State
+from swarmcore.training.local_steps.vectors import Traffic, decode, next_message, receive, send
 from swarmcore.types import Address, PeerId, short
 from swarmcore.wire.local_steps import (
     LOCAL_STEPS_PROTOCOL,
@@ -39,7 +39,7 @@ CLOSING_TIME = 60.0
 """Seconds beyond its patience in which a round has to end, and two more for each piece of the parameters."""
 
 
-class Partners:
+class RunPeers:
     """Calls to the peers that announce the run, and `replica` brought up to date from them.
 
     ``on_change`` is called after the replica has changed here.
