@@ -124,16 +124,29 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file all or nothing. Raise `OSError`."""
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Put ``content`` in place of what the file was, all or nothing. Raise `OSError`.
+
+    Folders on the way are made. It has reached the disk when this returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
+
+
+def save_file(path: Path, content: bytes | memoryview) -> None:
+    """`write_file` for a file that somebody asked for: raise `StorageError` when it cannot be written."""
+    try:
+        write_file(path, content)
+    except OSError as exc:
+        raise StorageError(f"{path} could not be written: {exc}") from exc
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarmcore.checkpoint.storage import save_file
 from swarmcore.errors import CheckpointError, InputError, StorageError
-from swarmcore.training.files import write_file
 
 FORMAT = 1
 
@@ -62,7 +62,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """All or nothing. Raise `StorageError` when the disk refuses."""
     content = io.BytesIO()
     torch.save({"format": FORMAT, **state}, content)
-    write_file(path, content.getbuffer())
+    save_file(path, content.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from swarmcore.checkpoint.storage import save_file
 from swarmcore.errors import AdapterError, InputError
 from swarmcore.training.adapter import BlockAdapter, CombinedAdapter
-from swarmcore.training.files import write_file
 from swarmcore.training.heads import ClassificationHead
 from swarmcore.training.prompt import SoftPrompt
 from swarmcore.training.training_modes import NoActivationCheckpointing, note_dropout
@@ -119,6 +119,6 @@ class TunedFace(NoActivationCheckpointing, PreTrainedModel):  # type: ignore[mis
             return
         state = self.state_dict() if state_dict is None else state_dict
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        write_file(Path(save_directory) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+        save_file(Path(save_directory) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
         if (self.prompt is None) != (self.adapter is None) and not isinstance(self.adapter, CombinedAdapter):
             self.save(save_directory)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from swarmcore.checkpoint.storage import save_file
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
-from swarmcore.training.files import write_file
 from swarmcore.types import JsonDict, ModelInfo
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def save_parts(
     settings = {} if model.can_generate() else {name: getattr(config, name, None) for name in _HEAD_SETTINGS}
     about = _Description(config._name_or_path, info.fingerprint, settings)
     save_trained(model, folder, state)
-    write_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(about)))
+    save_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(about)))
 
 
 def save_trained(model: nn.Module, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
@@ -103,7 +103,7 @@ def save_trained(model: nn.Module, folder: Path, state: Mapping[str, torch.Tenso
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    write_file(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
+    save_file(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
 
 
 def read_saved_parts(folder: Path) -> SavedParts | None:

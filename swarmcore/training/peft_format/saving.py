@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import torch
 
+from swarmcore.checkpoint.storage import save_file
 from swarmcore.errors import AdapterError
 from swarmcore.training.adapter import BlockAdapter
-from swarmcore.training.files import write_file
 from swarmcore.training.heads import ClassificationHead
 from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.model_layout import ModelLayout, Projection
@@ -75,7 +75,7 @@ def save_adapter(
         prefix = "base_model.model" if isinstance(adapter, LoraAdapter) else "base_model"
         tensors |= {f"{prefix}.{head.name}.{part}": value for part, value in head.linear.named_parameters()}
     write_tensors(folder, tensors)
-    write_file(folder / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(dict(sorted(config.items())))))
+    save_file(folder / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(dict(sorted(config.items())))))
 
 
 def _updates(adapter: LoraAdapter, layout: ModelLayout) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ from typing import Any, Self, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
+from swarmcore.checkpoint.storage import save_file
 from swarmcore.errors import AdapterError
-from swarmcore.training.files import write_file
 
 TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -69,4 +69,4 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save
 
     plain = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
-    write_file(folder / TENSOR_FILE, save(plain, metadata={"format": "pt"}))
+    save_file(folder / TENSOR_FILE, save(plain, metadata={"format": "pt"}))
