@@ -8,6 +8,7 @@ import attrs
 
 from swarmcore.errors import AddressError
 from swarmcore.types import Address, PeerId
+from swarmcore_transports.listener import Endpoint
 from swarmcore_transports.local_addresses import undialable
 
 SCHEME = "webrtc"
@@ -46,18 +47,18 @@ class ServiceAddress:
     @property
     def url(self) -> str:
         """Where a WebSocket to it is opened."""
-        return f"{'wss' if self.tls else 'ws'}://{self._netloc}{PATH}"
+        return f"{'wss' if self.tls else 'ws'}://{self.endpoint}{PATH}"
 
     def address(self, peer: PeerId) -> Address:
         """The address of ``peer``, who listens at this service."""
-        return Address(SCHEME, f"{'wss:' if self.tls else ''}//{self._netloc}", peer)
+        return Address(SCHEME, f"{'wss:' if self.tls else ''}//{self.endpoint}", peer)
 
     @property
-    def _netloc(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.host, self.port)
 
     def __str__(self) -> str:
-        return f"{'wss://' if self.tls else ''}{self._netloc}"
+        return f"{'wss://' if self.tls else ''}{self.endpoint}"
 
 
 def service_of(address: Address) -> ServiceAddress:

@@ -23,7 +23,6 @@ from swarmcore.errors import (
 from swarmcore.pacing import TokenBucket
 from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.types import PeerId, short
-from swarmcore_transports.listener import Endpoint
 from swarmcore_transports.webrtc.addresses import PATH, ServiceAddress
 from swarmcore_transports.webrtc.signalling.messages import (
     MAX_SIGNAL,
@@ -134,7 +133,7 @@ class SignallingService:
         assert server is not None
         self._sockets = SignallingSockets(self._resources, server, 2 * self._limits.proof_timeout, tls)
         try:
-            port = await self._sockets.listen(Endpoint(place.host, place.port))
+            port = await self._sockets.listen(place.endpoint)
         except BaseException:
             await self.close()
             raise
