@@ -40,6 +40,7 @@ FACES = {
         {"close", "embed", "open", "reuse_prefix", "step_embedded", "exclusive", "sequences", "offset"},
     ),
     "Chat": ("swarmcore.client.generation.chat", "Chat", "Face", {"close", "generation"}),
+    "Text": ("swarmcore.client.generation.stream", "TextStream", "WholeText", {"aclose"}),
     "Generation": (
         "swarmcore.client.generation.generation",
         "Generation",
@@ -82,7 +83,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Unpack
 
 from swarmcore.loop_thread import background_loop
-from swarmcore.sync.waiting import Face, Pieces, SwarmFace, Text, awaited
+from swarmcore.sync.waiting import Face, Pieces, SwarmFace, WholeText, awaited
 
 if TYPE_CHECKING:
 '''
@@ -115,12 +116,14 @@ class Writer:
 
     def face(self, name: str) -> str:
         module, there, base, left_out = FACES[name]
-        cls = getattr(import_module(module), there)
+        cls = _class(name)
         package, _, last = module.rpartition(".")
         self.imports.add(f"from {package} import {last} as _{last}")
         kind = f"_{last}.{there}" if there != "Chat" else f"_{last}.{there}[Any]"
         doc = f'    """`{_public(module, there)}`, waiting."""'
         parts = [f"class {name}({base}):\n{doc}\n\n    asynchronous: {kind}\n"]
+        if base in FACES:
+            left_out = left_out | {member for member, _ in _members(_class(base))}
         for member, value in _members(cls):
             if member not in left_out:
                 parts.append(self.member(cls, member, value))
@@ -182,6 +185,11 @@ class Writer:
             place = known.get(name, module.__name__ if hasattr(module, name) else "")
             if place and place != "typing":
                 self.imports.add(f"from {place} import {name}" if place != name else f"import {name}")
+
+
+def _class(name: str) -> type:
+    found: type = getattr(import_module(FACES[name][0]), FACES[name][1])
+    return found
 
 
 def _members(cls: type) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Unpack
 
 from swarmcore.loop_thread import background_loop
-from swarmcore.sync.waiting import Face, Pieces, SwarmFace, Text, awaited
+from swarmcore.sync.waiting import Face, Pieces, SwarmFace, WholeText, awaited
 
 if TYPE_CHECKING:
     import os
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from swarmcore.client.generation import generation as _generation
     from swarmcore.client.generation import model as _model
     from swarmcore.client.generation import remote as _remote
+    from swarmcore.client.generation import stream as _stream
     from swarmcore.client.generation import token_session as _token_session
     from swarmcore.client.generation.stream import FinishReason
     from swarmcore.client.served_models import ServedModel
@@ -314,15 +315,10 @@ class Chat(Face):
         return Pieces(self.loop, self.asynchronous.say(text, **options))
 
 
-class Generation(Text):
-    """`swarmcore.Generation`, waiting."""
+class Text(WholeText):
+    """`swarmcore.client.generation.stream.TextStream`, waiting."""
 
-    asynchronous: _generation.Generation
-
-    @property
-    def chain(self) -> Chain:
-        """The servers that it passes through."""
-        return self.asynchronous.chain
+    asynchronous: _stream.TextStream
 
     @property
     def tokens(self) -> list[int]:
@@ -353,6 +349,17 @@ class Generation(Text):
     def first_token_seconds(self) -> float | None:
         """From the start to the first piece of text; None before it."""
         return self.asynchronous.first_token_seconds
+
+
+class Generation(Text):
+    """`swarmcore.Generation`, waiting."""
+
+    asynchronous: _generation.Generation
+
+    @property
+    def chain(self) -> Chain:
+        """The servers that it passes through."""
+        return self.asynchronous.chain
 
 
 class RemoteGeneration(Text):
@@ -369,33 +376,3 @@ class RemoteGeneration(Text):
     def failovers(self) -> int:
         """How often another generation server has gone on with it."""
         return self.asynchronous.failovers
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens generated so far, the one that ended the text included."""
-        return self.asynchronous.tokens
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt; 0 before it starts."""
-        return self.asynchronous.prompt_tokens
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it has not."""
-        return self.asynchronous.finish_reason
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens generated so far, of all texts."""
-        return self.asynchronous.new_tokens
-
-    @property
-    def seconds(self) -> float:
-        """From the start to the end, or to now; by the event loop's clock."""
-        return self.asynchronous.seconds
-
-    @property
-    def first_token_seconds(self) -> float | None:
-        """From the start to the first piece of text; None before it."""
-        return self.asynchronous.first_token_seconds

@@ -82,7 +82,7 @@ class Pieces(Generic[Piece]):
         return found
 
 
-class Text(Pieces[str]):
+class WholeText(Pieces[str]):
     """A text that is being generated: iterate over its pieces, or take it whole."""
 
     asynchronous: Any
