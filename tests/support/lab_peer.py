@@ -121,6 +121,10 @@ async def _serve(options: dict[str, Any]) -> None:
     from swarmcore.types import Address, PeerId
     from swarmcore.wire.limits import Limits
 
+    if options.pop("library_dcutr", False):
+        from hole_punching_times import use_library
+
+        use_library()
     make: Callable[..., Any] = transport_class(options.pop("scheme"))
     limits = Limits(keepalive=options.pop("keepalive", Limits().keepalive))
     transport = make(Identity.generate(), limits=limits, **options)
