@@ -64,6 +64,7 @@ class Fleet:
         arguments: Sequence[str] = (),
     ) -> None:
         self.fork_server = fork_server
+        self.model = model
         self.spans = tuple(spans)
         self.replicas = replicas
         self.bootstrap: ServerProcess | None = None

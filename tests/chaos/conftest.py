@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,17 @@ class Client:
         await self.fleet.seen_by(self.swarm)
 
     async def replicas_of(self, stage: int) -> None:
-        """As `replicas`, for one of `STAGES` only."""
-        await self.fleet.settle(STAGES[stage])
-        await self.fleet.seen_by(self.swarm, STAGES[stage])
+        """As `replicas`, for one stage only."""
+        await self.fleet.settle(self.fleet.spans[stage])
+        await self.fleet.seen_by(self.swarm, self.fleet.spans[stage])
 
     def serving(self, session: swarmcore.ModelSession, stage: int) -> Member:
-        """The server of the session's chain that runs the first of the blocks ``STAGES[stage]``.
+        """The server of the session's chain that runs the first of the stage's blocks.
 
         Routing may split the rest of them off, to another server.
         """
-        (peer,) = (s.server.peer for s in session.chain.stages if s.span.start == STAGES[stage].start)
+        start = self.fleet.spans[stage].start
+        (peer,) = (s.server.peer for s in session.chain.stages if s.span.start == start)
         return self.fleet.members[peer]
 
 
@@ -85,9 +86,13 @@ StartFleet = Callable[..., Fleet]
 def make_fleet(fork_server: ForkServer, smollm2_folder: Path) -> StartFleet:
     """``make_fleet(**options)`` is a `Fleet` of the three stages, not entered yet."""
 
-    def make(fork_server: ForkServer = fork_server, **options: Any) -> Fleet:
-        spans = options.pop("spans", STAGES)
-        return Fleet(fork_server, str(smollm2_folder), spans, arguments=ARGUMENTS, **options)
+    def make(
+        fork_server: ForkServer = fork_server,
+        model: Path = smollm2_folder,
+        spans: Sequence[Span] = STAGES,
+        **options: Any,
+    ) -> Fleet:
+        return Fleet(fork_server, str(model), spans, arguments=ARGUMENTS, **options)
 
     return make
 
@@ -131,7 +136,7 @@ OpenClient = Callable[..., AbstractAsyncContextManager[Client]]
 
 
 @pytest.fixture(scope="session")
-def open_client(smollm2_folder: Path) -> OpenClient:
+def open_client() -> OpenClient:
     """``async with open_client(fleet, **session_options) as client``: with a connection of its own.
 
     Its sessions change servers when one fails or leaves, and never because another looks faster.
@@ -142,9 +147,7 @@ def open_client(smollm2_folder: Path) -> OpenClient:
         failovers: list[Any] = []
         settings = swarmcore.SessionOptions(on_failover=failovers.append, moves=None, **options)
         async with swarmcore.connect(*fleet.addresses) as swarm:
-            model = await swarm.load_model(
-                str(smollm2_folder), dtype="float32", threads=1, session_options=settings
-            )
+            model = await swarm.load_model(fleet.model, dtype="float32", threads=1, session_options=settings)
             client = Client(fleet, swarm, model, failovers)
             await client.replicas()
             yield client

@@ -1,4 +1,4 @@
-"""kill -9 before every token and at every stage: the text is that of plain Transformers."""
+"""kill -9 before every token, and while it is made: the text is that of plain Transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+from kills import text_amid_kills
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
@@ -13,24 +14,9 @@ PROMPT = "Once upon a time, in a village by the sea, there lived"
 TOKENS = 40
 
 
-@pytest.mark.parametrize("shift", range(3))
-async def test_a_server_is_killed_before_every_token(client, fleet, reference, delays, shift):
-    """Over the three generations, at every position each of the three stages falls once."""
-    clock = asyncio.get_running_loop().time
-    text = ""
-    async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
-        for position in range(TOKENS):
-            # What replaces the servers of the other two may still be starting.
-            stage = (position + shift) % 3
-            await client.replicas_of(stage)
-            victim = client.serving(session, stage)
-            fleet.kill(victim.peer)
-            fleet.start_soon(victim.span)
-            began = clock()
-            text += await anext(generation)
-            delays("kill -9 to the next token").append(clock() - began)
-            assert generation.new_tokens == position + 1
+async def test_a_server_is_killed_before_every_token(client, reference, delays):
+    """Of one stage after the other; `test_every_token_of_every_stage` does the rest."""
+    text = await text_amid_kills(client, PROMPT, TOKENS, delays("kill -9 to the next token"))
     assert text == await reference.text(PROMPT, TOKENS)
     assert len(client.failovers) >= TOKENS
 
