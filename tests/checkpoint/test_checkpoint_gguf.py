@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import shutil
 import subprocess
 import sys
@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
+from programs import Program
 
 from swarmcore.checkpoint import convert, open_checkpoint
 from swarmcore.errors import CheckpointError, ModelNotFoundError, StorageError, UnsupportedModelError
+from swarmcore.testing.fork_server import ForkServer
 
 
 def test_a_gguf_is_converted_once(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -81,20 +83,26 @@ def test_a_folder_with_a_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
         open_checkpoint(str(folder), cache_dir=tmp_path / "cache")
 
 
-def _open(source: str, cache: Path) -> tuple[str, list[str]]:
-    seen: list[str] = []
-    checkpoint = open_checkpoint(
-        source, cache_dir=cache, progress=lambda what, done, total: seen.append(what)
-    )
-    return checkpoint.info.fingerprint, seen
+OPEN = """
+import json, sys
+from swarmcore.checkpoint import open_checkpoint
+source, cache = sys.argv[1:]
+seen = []
+checkpoint = open_checkpoint(source, cache_dir=cache, progress=lambda what, done, total: seen.append(what))
+print(json.dumps([checkpoint.info.fingerprint, seen]))
+"""
 
 
-def test_several_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        results = pool.starmap(_open, [(str(tiny_gguf), tmp_path)] * 2)
+def test_several_processes_convert_once(tiny_gguf: Path, tmp_path: Path, fork_server: ForkServer) -> None:
+    program, cache = tmp_path / "program.py", tmp_path / "cache"
+    program.write_text(OPEN)
+    several = [Program(str(program), str(tiny_gguf), str(cache), fork_server=fork_server) for _ in range(2)]
+    ends = [each.end() for each in several]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    results = [json.loads(stdout) for _, stdout, _ in ends]
     assert len({fingerprint for fingerprint, _ in results}) == 1
     assert sum("converting tiny.Q8_0.gguf" in seen for _, seen in results) == 1
-    assert len(list((tmp_path / "converted").iterdir())) == 1
+    assert len(list((cache / "converted").iterdir())) == 1
 
 
 def test_what_a_killed_conversion_left_is_cleared_away(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Program
 from safetensors.torch import load_file, save_file
 
 from swarmcore.checkpoint.download import Downloader
@@ -26,6 +26,7 @@ from swarmcore.errors import (
     StorageError,
     UnsupportedModelError,
 )
+from swarmcore.testing.fork_server import ForkServer
 
 HEADER = 32 * 1024
 """What is read of a weight file to learn what is in it."""
@@ -244,19 +245,27 @@ def test_progress_that_raises_ends_the_download(hub: Any, tmp_path: Path) -> Non
         checkpoint.read(block(0, checkpoint.names()), progress=interrupt)
 
 
-def _read_block(url: str, cache: Path, number: int) -> int:
-    class At:
-        pass
+READ_BLOCK = """
+import sys
+from pathlib import Path
+from swarmcore.checkpoint.hub_checkpoint import HubCheckpoint
+url, cache, prefix = sys.argv[1:]
+checkpoint = HubCheckpoint("someone/tiny", cache=Path(cache), endpoint=url, revision=None)
+print(len(checkpoint.read([name for name in checkpoint.names() if name.startswith(prefix)])))
+"""
 
-    At.url = url
-    checkpoint = open_hub(At, cache)
-    return len(checkpoint.read(block(number, checkpoint.names())))
 
-
-def test_several_processes_share_one_cache(hub: Any, tiny_model: Path, tmp_path: Path) -> None:
-    blocks = [0, 1]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.starmap(_read_block, [(hub.url, tmp_path, number) for number in blocks]) == [9, 9]
+def test_several_processes_share_one_cache(
+    hub: Any, tiny_model: Path, tmp_path: Path, fork_server: ForkServer
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(READ_BLOCK)
+    several = [
+        Program(str(program), hub.url, str(tmp_path), f"model.layers.{number}.", fork_server=fork_server)
+        for number in range(2)
+    ]
+    ends = [each.end() for each in several]
+    assert [(status, stdout) for status, stdout, _ in ends] == [(0, "9\n")] * 2, ends
     checkpoint = open_hub(hub, tmp_path)
     size = checkpoint.nbytes([*block(0, checkpoint.names()), *block(1, checkpoint.names())])
     small = sum(path.stat().st_size for path in tiny_model.iterdir() if path.suffix != ".safetensors")

@@ -34,6 +34,7 @@ QUICK = DhtOptions(refresh=2.0, reread=10.0, upkeep=4.0)
 
 class DhtSwarm(RegistrySwarm):
     ttl, patience = 2.0, 30.0  # in real time
+    many = 8  # each with a thread and a libp2p host of its own
 
     def __init__(self, options: DhtOptions = QUICK) -> None:
         self.options = options
@@ -106,14 +107,14 @@ async def test_a_client_whose_clock_is_wrong_is_told(
 
 async def test_a_swarm_goes_on_when_half_of_its_nodes_vanish() -> None:
     async with aclosing(DhtSwarm()) as swarm:
-        members = [await swarm.join() for _ in range(12)]
+        members = [await swarm.join() for _ in range(8)]
         lasting, doomed = members[::2], members[1::2]
         for member in lasting:
             await member.registry.announce(serving(member, 4 * (member.identity.peer[-1] < "a")), 6.0)
         for member in doomed:
             await member.registry.announce(serving(member, 8), 6.0)
         observer = lasting[0]
-        await swarm.until(observer, lambda view: len(view.serving(MODEL.fingerprint)) == 12)
+        await swarm.until(observer, lambda view: len(view.serving(MODEL.fingerprint)) == 8)
         await asyncio.gather(*(swarm.crash(member) for member in doomed))
         await swarm.until(observer, lambda view: set(view.servers) == {m.identity.peer for m in lasting})
         client = await swarm.watch()

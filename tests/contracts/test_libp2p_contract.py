@@ -16,7 +16,6 @@ libp2p = pytest.importorskip("swarmcore_transports.libp2p", reason="needs the ex
 multiaddrs = pytest.importorskip("swarmcore_transports.libp2p.multiaddrs", reason="needs the extra libp2p")
 
 
-@pytest.mark.every_loop
 class TestLibp2p(TransportContract):
     def make(self, identity: Identity, limits: Limits, listen_on: Sequence[str]) -> Transport:
         return libp2p.Libp2pTransport(identity, limits=limits, listen_on=listen_on)
@@ -38,3 +37,7 @@ class TestLibp2p(TransportContract):
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+    @pytest.mark.every_loop
+    async def test_messages_arrive_whole_and_in_order_both_ways(self) -> None:
+        await super().test_messages_arrive_whole_and_in_order_both_ways()

@@ -35,7 +35,6 @@ class Malicious(signalling_service.SignallingService):  # type: ignore[misc, nam
         sender.put(signals.Envelope(**{**fields, "sender": envelope.receiver}))
 
 
-@pytest.mark.every_loop
 class TestWebRtc(TransportContract):
     @pytest.fixture(autouse=True)
     def malicious_service(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +56,7 @@ class TestWebRtc(TransportContract):
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+    @pytest.mark.every_loop
+    async def test_messages_arrive_whole_and_in_order_both_ways(self) -> None:
+        await super().test_messages_arrive_whole_and_in_order_both_ways()

@@ -11,6 +11,7 @@ import pytest
 
 from swarmcore.registry.clock import SwarmClock, how_far_off
 from swarmcore.registry.gossip.messages import RecordBatch
+from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.watch_server import _Watcher
 from swarmcore.testing.gossip import GossipSwarm, faulty_memory
 
@@ -22,7 +23,8 @@ OFF = [HOUR, -HOUR, 45.0, -200.0, 10 * YEAR, -50 * YEAR]
 
 @pytest.fixture
 async def swarm() -> AsyncIterator[GossipSwarm]:
-    async with aclosing(GossipSwarm(faulty_memory(Random(1)))) as swarm:
+    seldom = GossipOptions(heartbeat_interval=2.0)  # these tests last for hours, in virtual time
+    async with aclosing(GossipSwarm(faulty_memory(Random(1)), options=seldom)) as swarm:
         yield swarm
 
 

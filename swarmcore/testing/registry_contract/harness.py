@@ -38,6 +38,8 @@ class RegistrySwarm(ABC):
     """Seconds: short, but long enough for a record to be kept fresh and to reach everyone meanwhile."""
     patience: float = 60.0
     """Seconds in which any change has reached everyone, a death included."""
+    many: int = 16
+    """Members that find each other."""
 
     @abstractmethod
     async def join(self, identity: Identity | None = None) -> Member:

@@ -166,7 +166,7 @@ class RegistryContract:
         assert told == dict(watcher.registry.view().servers)
 
     async def test_many_peers_find_each_other(self, swarm: RegistrySwarm) -> None:
-        members = [await swarm.join() for _ in range(16)]
+        members = [await swarm.join() for _ in range(swarm.many)]
         for member in members:
             await member.registry.announce(member.info(), 3000.0)
         everyone = [member.info() for member in members]

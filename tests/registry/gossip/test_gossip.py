@@ -13,6 +13,7 @@ import pytest
 from swarmcore.errors import PeerUnreachableError, ProtocolError
 from swarmcore.identity import Identity
 from swarmcore.registry.gossip.messages import COMPARE, EXCHANGE, CompareDigests, ExchangeRecords
+from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.records import RecordIssuer, SignedRecord
 from swarmcore.registry.gossip.registry import GossipRegistry
 from swarmcore.registry.gossip.store import Drop
@@ -31,6 +32,14 @@ async def swarm() -> AsyncIterator[GossipSwarm]:
         yield swarm
 
 
+@pytest.fixture
+async def long_lived() -> AsyncIterator[GossipSwarm]:
+    """A swarm whose heartbeats are few, for tests of many minutes, in virtual time."""
+    seldom = GossipOptions(heartbeat_interval=3.0)
+    async with aclosing(GossipSwarm(faulty_memory(Random(1)), options=seldom)) as swarm:
+        yield swarm
+
+
 async def test_news_reach_thirty_members_within_a_second_and_a_bound_of_calls(swarm: GossipSwarm) -> None:
     members = await swarm.announced(30, ttl=3000.0)
     await asyncio.sleep(20.0)
@@ -46,12 +55,12 @@ async def test_news_reach_thirty_members_within_a_second_and_a_bound_of_calls(sw
     assert asyncio.get_running_loop().time() - started < 20.0
 
 
-async def test_a_swarm_at_rest_costs_one_call_a_member_and_interval(swarm: GossipSwarm) -> None:
-    await swarm.announced(10, ttl=3600.0)
+async def test_a_swarm_at_rest_costs_one_call_a_member_and_interval(long_lived: GossipSwarm) -> None:
+    await long_lived.announced(10, ttl=3600.0)
     await asyncio.sleep(30.0)
-    calls = swarm.calls()
+    calls = long_lived.calls()
     await asyncio.sleep(500.0)
-    assert swarm.calls() - calls <= 10 * 500 / 5 * 1.1
+    assert long_lived.calls() - calls <= 10 * 500 / 5 * 1.1
 
 
 async def test_one_may_join_through_any_member(swarm: GossipSwarm) -> None:
@@ -81,18 +90,20 @@ async def test_the_death_of_every_bootstrap_peer_breaks_nothing(swarm: GossipSwa
     assert newcomer.knows(*everyone)
 
 
-async def test_a_split_swarm_heals_although_all_records_of_the_other_side_expired(swarm: GossipSwarm) -> None:
-    members = await swarm.announced(10)
+async def test_a_split_swarm_heals_although_all_records_of_the_other_side_expired(
+    long_lived: GossipSwarm,
+) -> None:
+    members = await long_lived.announced(10)
     left, right = members[:5], members[5:]
-    swarm.split(left, right)
+    long_lived.split(left, right)
     for side in (left, right):
         for member in side:
-            await swarm.until_known(member, *(m.info() for m in side))
+            await long_lived.until_known(member, *(m.info() for m in side))
     await asyncio.sleep(600.0)
-    swarm.heal()
-    swarm.patience = 300.0
+    long_lived.heal()
+    long_lived.patience = 300.0
     for member in members:
-        await swarm.until_known(member, *(m.info() for m in members))
+        await long_lived.until_known(member, *(m.info() for m in members))
 
 
 async def test_a_peer_restarts_at_a_new_address(swarm: GossipSwarm) -> None:
