@@ -29,6 +29,12 @@ class BatchLoad:
     """The same for prefill rows: those of one sequence look at its cache together, which is cheaper."""
 
     @classmethod
+    def of_prompts(cls, lengths: Sequence[int]) -> BatchLoad:
+        """Sequences from their first token on."""
+        attended = sum(length * (length - 1) // 2 for length in lengths)
+        return cls(prefill_rows=sum(lengths), prefill_attended=attended)
+
+    @classmethod
     def of(cls, batch: Sequence[ScheduledChunk]) -> BatchLoad:
         decode = prefill = decode_attended = prefill_attended = 0
         for part in batch:

@@ -16,8 +16,7 @@ from swarmcore.registry.gossip.registry import GossipRegistry
 from swarmcore.rpc import Node
 from swarmcore.server.block_server import BlockServer
 from swarmcore.sim.costs import BatchLoad, CostModel
-from swarmcore.sim.executor import SimExecutor
-from swarmcore.sim.forward_backward import BACKWARD
+from swarmcore.sim.executor import BACKWARD, SimExecutor
 from swarmcore.sim.model import batch_numbers
 from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimClient, SimServer
 from swarmcore.sim.world import World
@@ -39,8 +38,7 @@ class MicroBatches:
 
     @property
     def load(self) -> BatchLoad:
-        attended = sum(length * (length - 1) // 2 for length in self.lengths)
-        return BatchLoad(prefill_rows=self.tokens, prefill_attended=attended)
+        return BatchLoad.of_prompts(self.lengths)
 
     @property
     def forwards(self) -> float:

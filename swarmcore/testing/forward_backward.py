@@ -10,15 +10,13 @@ batches are cut into micro-batches, units, and spans.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from array import array
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
 
 from swarmcore.errors import AdapterError, InvalidBatchError, SwarmError
-from swarmcore.executor.base import Adapter, BackwardPass, ForwardPass, TrainingBatch
+from swarmcore.executor.base import Adapter, TrainingBatch
+from swarmcore.testing.fake_executor import FakeBackward, FakeExecutor, FakeForward, Unit
 from swarmcore.testing.rows import Rows, hidden_states, read_rows, read_values, tensor_of
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -140,145 +138,83 @@ class CountingAdapter(Adapter):
                 _add(sums, f"{block}.prefix", keys + [2 * value for value in keys])
 
 
-class UnitRunner(Protocol):
-    """What passes need of their executor."""
+class CountingForward(FakeForward):
+    """Keeps what went into each block."""
 
-    def unit(self, tokens: int) -> AbstractAsyncContextManager[None]:
-        """Around the computation of one unit: checks, delays and failures that a test asked for."""
-
-    def on_close(self, closed: BackwardPass | ForwardPass) -> None:
-        """The pass was closed, for the first time."""
-
-
-class CountingForward(ForwardPass):
-    """A unit is as many whole sequences as fit, through one block."""
-
-    def __init__(self, runner: UnitRunner, batch: TrainingBatch, adapter: CountingAdapter | None, keep: bool):
-        self.batch = batch
+    def __init__(self, executor: FakeExecutor[Rows], batch: TrainingBatch, keep: bool) -> None:
+        super().__init__(executor, batch, keep)
         self.inputs: dict[int, list[Rows]] = {}
         """The rows of each sequence that went into each block, if they are kept."""
-        self.through = False
-        self._runner, self._adapter, self._keep = runner, adapter, keep
-        self._rows: list[Rows] | None = None
-        self._block, self._next, self._closed = batch.span.start, 0, False
+        self._adapter = counting_adapter(batch.adapter)
+        self._rows: list[Rows] = []
 
-    async def advance(self, max_tokens: int) -> bool:
-        assert not self.through and not self._closed, "a forward pass that is over was advanced"
-        loop = asyncio.get_running_loop()
-        began, end = loop.time(), _unit(self.batch.lengths, self._next, max_tokens)
-        try:
-            async with self._runner.unit(sum(self.batch.lengths[self._next : end])):
-                self.through = self._run(end)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self.seconds += loop.time() - began
-        return self.through
-
-    def _run(self, end: int) -> bool:
-        if self._rows is None:
-            self._rows = split(self.batch.hidden, self.batch.lengths, "inputs")
-        rows, width = self._rows, self.batch.hidden.shape[1]
-        if self._keep:
+    def run(self, unit: Unit) -> None:
+        self._rows = rows = self._rows or split(self.batch.hidden, self.batch.lengths, "inputs")
+        width = self.batch.hidden.shape[1]
+        if self.keep:
             self.token_bytes = 4.0 * width
-        for i in range(self._next, end):
-            if self._keep:
-                self.inputs.setdefault(self._block, []).append(rows[i])
+        for i in range(unit.first, unit.end):
+            if self.keep:
+                self.inputs.setdefault(unit.block, []).append(rows[i])
                 self.kept_bytes += 4 * width * len(rows[i])
-            rows[i] = run_block(self._block, rows[i], self._adapter)
-        self._next = end
-        if end == len(rows):
-            self._block, self._next = self._block + 1, 0
-        if self._block < self.batch.span.end:
-            return False
-        self.outputs = hidden_states([row for sequence in rows for row in sequence])
-        return True
+            rows[i] = run_block(unit.block, rows[i], self._adapter)
+        if unit.last:
+            self.outputs = hidden_states([row for sequence in rows for row in sequence])
 
     def forget(self) -> None:
-        self.inputs, self._keep, self.kept_bytes = {}, False, 0
+        super().forget()
+        self.inputs = {}
 
     def close(self) -> None:
-        self.inputs, self._rows, self.kept_bytes = {}, None, 0
-        if not self._closed:
-            self._closed = True
-            self._runner.on_close(self)
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
+        super().close()
+        self.inputs, self._rows = {}, []
 
 
-class CountingBackward(BackwardPass):
-    """First the forward units again, unless they were kept; then the same backwards."""
+class CountingBackward(FakeBackward):
+    """Gradients of the inputs and of the adapter's weights, from what the forward pass kept."""
 
     def __init__(
         self,
-        runner: UnitRunner,
+        executor: FakeExecutor[Rows],
         batch: TrainingBatch,
         gradients: Tensor,
-        adapter: CountingAdapter | None,
         forward: CountingForward,
+        *,
         inputs: bool,
         weights: bool,
     ) -> None:
-        self.batch = batch
-        self.recomputed = not forward.through
-        """Whether the forward pass is run again."""
-        self._runner, self._adapter, self._forward = runner, adapter, forward
+        super().__init__(executor, batch, forward)
+        self._kept = forward
+        self._adapter = counting_adapter(batch.adapter)
         self._given, self._inputs, self._weights = gradients, inputs, weights
-        self._rows: list[Rows] | None = None
+        self._rows: list[Rows] = []
         self._sums: dict[str, list[float]] = {}
-        self._block, self._next, self._closed, self._over = batch.span.end - 1, 0, False, False
 
-    async def advance(self, max_tokens: int) -> bool:
-        assert not self._over and not self._closed, "a backward pass that is over was advanced"
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        try:
-            if self._rows is None:
-                self._rows = split(self._given, self.batch.lengths, "gradients of the outputs")
-            if not self._forward.through:
-                await self._forward.advance(max_tokens)
-                self.token_bytes = self._forward.token_bytes
-                return False
-            end = _unit(self.batch.lengths, self._next, max_tokens)
-            async with self._runner.unit(sum(self.batch.lengths[self._next : end])):
-                self._over = self._run(self._rows, end)
-            return self._over
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self.seconds += loop.time() - began
+    async def _advance(self, max_tokens: int) -> None:
+        self._rows = self._rows or split(self._given, self.batch.lengths, "gradients of the outputs")
+        await super()._advance(max_tokens)
 
-    def _run(self, rows: list[Rows], end: int) -> bool:
-        block, adapter = self._block, self._adapter
-        for i in range(self._next, end):
-            given = self._forward.inputs[block][i]
+    def run(self, unit: Unit) -> None:
+        rows, block, adapter = self._rows, unit.block, self._adapter
+        for i in range(unit.first, unit.end):
+            given = self._kept.inputs[block][i]
             if self._weights and adapter is not None:
                 adapter.add_weights(self._sums, block, given, rows[i])
             rows[i] = run_block_backward(block, given, rows[i], adapter)
-        self._next = end
-        if end == len(rows):
-            self._block, self._next = block - 1, 0
-        if self._block >= self.batch.span.start:
-            return False
-        if self._inputs:
+        if unit.last and self._inputs:
             self.gradients = hidden_states([row for sequence in rows for row in sequence])
-        if self._weights and adapter is not None:
+        if unit.last and self._weights and adapter is not None:
             self.weights = tuple(
                 tensor_of(tensor.name, self._sums[tensor.name], tensor.shape, tensor.dtype)
                 for tensor in adapter.tensors
                 if tensor.name in self._sums
             )
-        return True
 
-    def close(self) -> None:
-        self._forward.close()
-        if not self._closed:
-            self._closed = True
-            self._runner.on_close(self)
+
+def counting_adapter(adapter: Adapter | None) -> CountingAdapter | None:
+    """The adapter of a batch."""
+    assert adapter is None or isinstance(adapter, CountingAdapter), "an adapter of another executor was given"
+    return adapter
 
 
 def split(hidden: Tensor, lengths: Sequence[int], what: str) -> list[Rows]:
@@ -294,14 +230,6 @@ def split(hidden: Tensor, lengths: Sequence[int], what: str) -> list[Rows]:
         found.append(rows[at : at + length])
         at += length
     return found
-
-
-def _unit(lengths: Sequence[int], first: int, max_tokens: int) -> int:
-    """Where a unit ends that begins with sequence ``first``."""
-    end, tokens = first + 1, lengths[first]
-    while end < len(lengths) and tokens + lengths[end] <= max_tokens:
-        tokens, end = tokens + lengths[end], end + 1
-    return end
 
 
 def _times(matrix: Sequence[Sequence[float]], x: Sequence[float]) -> list[float]:

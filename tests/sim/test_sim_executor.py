@@ -100,6 +100,7 @@ async def test_time_passes_as_the_costs_say() -> None:
     began = loop.time()
     await run(on, MODEL.embed([1]))
     assert loop.time() - began == pytest.approx(COSTS.costs.seconds(4, BatchLoad(decode_rows=1)))
+    on.release(SequenceId(0))
     began = loop.time()
     await on.change_span(Span(2, 8))
     assert loop.time() - began == pytest.approx(4 * COSTS.load_seconds)
