@@ -32,7 +32,7 @@ from torch import nn
 
 import swarmcore
 from swarmcore.cli import interrupt
-from swarmcore.testing.processes import ServerProcess
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.training import LocalSteps, prompt_tuning
 
 PEERS = 4
@@ -174,11 +174,12 @@ async def tune_real(steps: int, every: int) -> tuple[bool, bool]:
     async with AsyncExitStack() as stack:
         with console.status("starting servers"):
             folder = await asyncio.to_thread(find_model)
-            bootstrap = await ServerProcess.start("bootstrap", "--listen", "127.0.0.1:0")
+            fork_server = await stack.enter_async_context(ForkServer())
+            bootstrap = await fork_server.start("bootstrap", "--listen", "127.0.0.1:0")
             address = (await stack.enter_async_context(bootstrap)).address
             for span in SPANS:
                 place = ("--model", str(folder), "--blocks", span, "--bootstrap", address)
-                server = await ServerProcess.start("serve", *place, *SERVER)
+                server = await fork_server.start("serve", *place, *SERVER)
                 await stack.enter_async_context(server)
             # One way into the swarm for all four: what is their own are prompt, optimiser and data.
             model: Any = await asyncio.to_thread(

@@ -54,7 +54,7 @@ async def test_server_client_and_a_program_of_ones_own(start: Start, smollm2_fol
     said = ended(chat, "What is the capital of France?\n")
     assert said.strip()
 
-    thin = start("thin_client.py", address, "--chat", "--max-new-tokens", "8")
+    thin = start("remote_generation.py", address, "--chat", "--max-new-tokens", "8")
     same = ended(thin, "What is the capital of France?\n")
     assert same.strip()
     assert same.strip() in said

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+from programs import Program
 
 import swarmcore
 from swarmcore.errors import MissingBlocksError
+from swarmcore.testing.fork_server import ForkServer
 from swarmcore.types import PeerId
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
@@ -41,31 +41,23 @@ async def until_cache_is(swarm: swarmcore.Swarm, peers: list[str], expected: lis
 
 
 async def test_a_killed_client_frees_its_cache_and_hurts_no_other(
-    three_servers, swarm, model, smollm2_folder: Path
+    three_servers, swarm, model, smollm2_folder: Path, fork_server: ForkServer, tmp_path: Path
 ):
     peers = [server.peer for server in three_servers]
     await until_cache_is(swarm, peers, [4096] * 3)
-    client = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        CLIENT,
-        three_servers[0].address,
-        str(smollm2_folder),
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-    )
-    assert client.stdout is not None
+    program = tmp_path / "client.py"
+    program.write_text(CLIENT)
+    client = Program(str(program), three_servers[0].address, str(smollm2_folder), fork_server=fork_server)
     for _ in range(3):
-        assert await client.stdout.readline()
+        await asyncio.to_thread(client.line)
     assert all(free < 4096 for free in await free_cache(swarm, peers))
     pieces = []
     async for piece in model.generate("The sea is", max_new_tokens=12):
         pieces.append(piece)
         if len(pieces) == 3:
-            client.send_signal(signal.SIGKILL)
+            client.signal(signal.SIGKILL)
     assert len(pieces) > 3
-    await client.stdout.read()
-    await client.wait()
+    await asyncio.to_thread(client.kill)
     await until_cache_is(swarm, peers, [4096] * 3)
 
 
