@@ -90,6 +90,19 @@ def test_named_files_exist(page: Path) -> None:
     assert not missing, f"{page.name} names files that are not there: {missing}"
 
 
+def test_the_map_names_files_that_are_there() -> None:
+    """A file that is named without its folder lies in that of the file before it on its line."""
+    missing = []
+    for line in (ROOT / "docs/map.md").read_text().splitlines():
+        folder = ROOT
+        for named in re.findall(r"`([\w./]+\.py)`", line):
+            file = ROOT / named if "/" in named else folder / named
+            folder = file.parent
+            if not file.exists():
+                missing.append(named)
+    assert not missing
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_named_commands_and_options_exist(page: Path) -> None:
     from swarmcore.cli import main
