@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, NewType
 
 import attrs
@@ -18,9 +19,10 @@ PeerId = NewType("PeerId", str)
 ServerState = Literal["joining", "online", "draining"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, bytes done, bytes in all)``, from any thread but never from two at once.
+"""Called as ``progress(what, done, in all)``, from any thread but never from two at once.
 
-0 in all means that the total is not known. What it raises ends the work.
+Bytes are counted where nothing else is said; 0 in all means that the total is not known. What it raises
+ends the work.
 """
 
 _PEER_ID = re.compile(r"12D3Koo[1-9A-HJ-NP-Za-km-z]{45}")
@@ -118,6 +120,11 @@ class Span:
         """The blocks that are in both; None when there are none."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return Span(start, end) if start < end else None
+
+    def split(self, parts: int) -> list[Span]:
+        """All its blocks, in so many spans of about the same length."""
+        bounds = [self.start + number * len(self) // parts for number in range(parts + 1)]
+        return [Span(start, end) for start, end in pairwise(bounds)]
 
     def __str__(self) -> str:
         return f"{self.start}:{self.end}"

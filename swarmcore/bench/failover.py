@@ -11,18 +11,16 @@ from contextlib import AsyncExitStack
 import attrs
 from rich.table import Table
 
+from swarmcore.bench.swarms import start_fleet
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.swarm import Swarm, connect
 from swarmcore.session.steps import JournalMode
-from swarmcore.testing.fleet import Fleet, split_blocks
-from swarmcore.testing.fork_server import ForkServer
+from swarmcore.testing.fleet import Fleet
 from swarmcore.types import Progress
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
-
-CACHE_TOKENS = 16_384
 
 KILL_SHARE = 0.3
 """Of the tokens before which a server is killed."""
@@ -81,8 +79,10 @@ class FailoverBench:
         checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
         remark(f"starting {self.stages * self.replicas} servers")
         async with AsyncExitStack() as stack:
-            fork_server = await stack.enter_async_context(ForkServer(threads=self.threads))
-            fleet = await stack.enter_async_context(self._fleet(fork_server, checkpoint))
+            started = start_fleet(
+                checkpoint, self.stages, self.replicas, dtype=self.dtype, threads=self.threads
+            )
+            fleet = await stack.enter_async_context(started)
             swarm = await stack.enter_async_context(connect(*fleet.addresses))
             results = []
             for journal in self.journals:
@@ -90,18 +90,6 @@ class FailoverBench:
                 measuring = _Measuring(self, fleet, swarm, random.Random(f"{self.seed} {journal}"))
                 results.append(await measuring.run(checkpoint, journal))
             return results
-
-    def _fleet(self, fork_server: ForkServer, checkpoint: Checkpoint) -> Fleet:
-        return Fleet(
-            fork_server,
-            str(checkpoint.folder),
-            split_blocks(checkpoint.info.blocks, self.stages),
-            replicas=self.replicas,
-            arguments=(
-                *("--dtype", self.dtype, "--threads", str(self.threads)),
-                *("--cache-tokens", str(CACHE_TOKENS)),
-            ),
-        )
 
 
 class _Measuring:

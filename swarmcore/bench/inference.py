@@ -12,21 +12,17 @@ import attrs
 from rich.table import Table
 
 from swarmcore.bench.plain import PlainModel
+from swarmcore.bench.swarms import start_swarm
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.swarm import connect
-from swarmcore.errors import InputError
 from swarmcore.session.steps import JournalMode
-from swarmcore.testing.fleet import split_blocks
-from swarmcore.testing.processes import ServerProcess
-from swarmcore.types import Progress, Span
+from swarmcore.types import Progress
 
 if TYPE_CHECKING:
     from swarmcore.client.generation.model import RemoteModel
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
-
-_CACHE_TOKENS = 16_384
 
 
 @attrs.frozen
@@ -154,33 +150,6 @@ class InferenceBench:
                 )
             await swarm.wait_for_blocks(checkpoint.info, timeout=30)
             yield models
-
-
-@asynccontextmanager
-async def start_swarm(checkpoint: Checkpoint, size: int, *, dtype: str, threads: int) -> AsyncIterator[str]:
-    """``size`` server processes with the blocks split evenly; yields the address of one of them.
-
-    Raise `InputError` for more servers than there are blocks.
-    """
-    info = checkpoint.info
-    if size > info.blocks:
-        raise InputError(f"{size} servers cannot share the {info.blocks} blocks of {info.name}; use fewer")
-
-    async def server(span: Span, *more: str) -> ServerProcess:
-        return await ServerProcess.start(
-            "serve",
-            *("--model", str(checkpoint.folder), "--blocks", str(span), "--dtype", dtype),
-            *("--threads", str(threads), "--cache-tokens", str(_CACHE_TOKENS)),
-            *("--listen", "127.0.0.1:0"),
-            *more,
-        )
-
-    async with AsyncExitStack() as stack:
-        first, *rest = split_blocks(info.blocks, size)
-        bootstrap = await stack.enter_async_context(await server(first))
-        for span in rest:
-            await stack.enter_async_context(await server(span, "--bootstrap", bootstrap.address))
-        yield bootstrap.address
 
 
 _PLAIN = "plain Transformers"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import attrs
 
 from swarmcore.bench.contender import Contender
-from swarmcore.bench.transport_peer import ECHO, SINK, usage
+from swarmcore.bench.transport_peer import SINK, echo_seconds, usage
 from swarmcore.transport import Stream
 from swarmcore.types import Address
 
@@ -60,7 +60,7 @@ async def turn(contender: Contender, address: Address, effort: LinkEffort) -> Tu
         await usage(stream)
         connected = time.perf_counter() - started
         echoes = {
-            name: await _echoes(stream, size, effort.echoes[name], effort.echo_seconds)
+            name: await echo_seconds(stream, size, effort.echoes[name], at_most=effort.echo_seconds)
             for name, size in SIZES.items()
         }
         rate = await _rate(stream, effort.stream_seconds) if effort.stream_seconds else 0.0
@@ -68,17 +68,6 @@ async def turn(contender: Contender, address: Address, effort: LinkEffort) -> Tu
     finally:
         await transport.close()
     return Turn(str(contender), connected, echoes, rate)
-
-
-async def _echoes(stream: Stream, size: int, count: int, seconds: float) -> list[float]:
-    message = ECHO + bytes(size - 1)
-    times: list[float] = []
-    while len(times) < count and sum(times) < seconds:
-        started = time.perf_counter()
-        await stream.send(message)
-        await stream.receive()
-        times.append(time.perf_counter() - started)
-    return times
 
 
 async def _rate(stream: Stream, seconds: float) -> float:

@@ -9,19 +9,18 @@ import signal
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 
 import attrs
 
 from swarmcore.bench.plain import PlainModel
+from swarmcore.bench.swarms import start_fleet
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import SwarmError
 from swarmcore.session.steps import JournalMode
-from swarmcore.testing.fleet import Fleet, Member, split_blocks
-from swarmcore.testing.fork_server import ForkServer
+from swarmcore.testing.fleet import Fleet, Member
 from swarmcore.types import PeerId, Progress, Span
 
 PROMPTS = (
@@ -104,9 +103,14 @@ class Soak:
         remark("asking the model without a swarm")
         expected = await asyncio.to_thread(self._plain_texts, checkpoint)
         remark(f"starting {self.stages * self.replicas} servers")
-        async with AsyncExitStack() as stack:
-            fork_server = await stack.enter_async_context(ForkServer(threads=self.threads))
-            fleet = await stack.enter_async_context(self._fleet(fork_server, checkpoint))
+        async with start_fleet(
+            checkpoint,
+            self.stages,
+            self.replicas,
+            dtype="float32",
+            threads=self.threads,
+            cache_tokens=CACHE_TOKENS,
+        ) as fleet:
             clients = [_Client(self, fleet, checkpoint, expected, number) for number in range(self.clients)]
             disturber = _Disturber(self, fleet)
             remark(f"seed {self.seed}; Ctrl-C ends it")
@@ -130,18 +134,6 @@ class Soak:
     def _plain_texts(self, checkpoint: Checkpoint) -> dict[str, str]:
         plain = PlainModel(checkpoint, "float32", self.threads)
         return {prompt: plain.text(prompt, self.tokens) for prompt in PROMPTS}
-
-    def _fleet(self, fork_server: ForkServer, checkpoint: Checkpoint) -> Fleet:
-        return Fleet(
-            fork_server,
-            str(checkpoint.folder),
-            split_blocks(checkpoint.info.blocks, self.stages),
-            replicas=self.replicas,
-            arguments=(
-                *("--dtype", "float32", "--threads", str(self.threads)),
-                *("--cache-tokens", str(CACHE_TOKENS)),
-            ),
-        )
 
     async def _quiet(self, fleet: Fleet) -> None:
         """Give the servers time to forget all sessions; those that keep one are a fault."""

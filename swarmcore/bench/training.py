@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from rich.table import Table
 
-from swarmcore.bench.inference import start_swarm
+from swarmcore.bench.swarms import start_swarm
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.client.autograd.options import PassOptions

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from swarmcore.bench.contender import Contender, contenders, place_at
 from swarmcore.bench.figures import Figure, figures_table
-from swarmcore.bench.transport_peer import ECHO, SINK, answer, second_process, usage
+from swarmcore.bench.transport_peer import SINK, answer, echo_seconds, second_process, usage
 from swarmcore.bench.yardstick import Yardstick, yardstick_of
 from swarmcore.identity import Identity
 from swarmcore.testing.memory import MemoryNetwork
@@ -140,13 +140,7 @@ async def _turn(measured: _Measured, effort: Effort) -> None:
 
 
 async def _round_trips(measured: _Measured, stream: Stream, name: str, count: int) -> None:
-    message = ECHO + bytes(_SIZES[name] - 1)
-    times = []
-    for _ in range(count):
-        started = time.perf_counter()
-        await stream.send(message)
-        await stream.receive()
-        times.append(time.perf_counter() - started)
+    times = await echo_seconds(stream, _SIZES[name], count)
     ours = 1e3 * statistics.median(times)
     measured.add(f"{name} round trip, median", "ms", ours)
     measured.add(f"{name} round trip, 95th percentile", "ms", 1e3 * statistics.quantiles(times, n=20)[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import resource
 import struct
 import sys
@@ -64,6 +65,18 @@ async def usage(stream: Stream) -> tuple[float, int]:
     await stream.send(MARK)
     cpu, memory = USAGE.unpack(await stream.receive())
     return cpu, memory
+
+
+async def echo_seconds(stream: Stream, size: int, count: int, *, at_most: float = math.inf) -> list[float]:
+    """How long ``count`` echoes of ``size`` bytes took, each; no more are begun after ``at_most`` seconds."""
+    message = ECHO + bytes(size - 1)
+    times: list[float] = []
+    while len(times) < count and sum(times) < at_most:
+        started = time.perf_counter()
+        await stream.send(message)
+        await stream.receive()
+        times.append(time.perf_counter() - started)
+    return times
 
 
 async def answer(stream: Stream) -> None:

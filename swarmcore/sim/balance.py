@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import attrs
 from rich.table import Table
@@ -23,9 +23,9 @@ from swarmcore.sim.optimum import (
     worst_block,
 )
 from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimServer
-from swarmcore.sim.scenario import Progress, Report, Scenario, combined
+from swarmcore.sim.scenario import Report, Scenario, combined
 from swarmcore.sim.world import World
-from swarmcore.types import PeerId, Span
+from swarmcore.types import PeerId, Progress, Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,23 +134,20 @@ class _Run:
         self._joins = 0
         self._moves: dict[str, int] = {}
         self._samples: list[Sample] = []
-        self._problems: list[str] = []
         self._best = best
         self._good: dict[PeerId, Span] = {}
-        self._tasks: dict[asyncio.Task[None], None] = {}
 
     async def run(self, progress: Progress, done: int) -> None:
         balance = self.balance
         await self._bootstrap.start()
         for place in range(balance.servers):
-            self._start(self._occupy(place, self.world.rng(f"place {place}")))
+            servers = self._occupy(place, self.world.rng(f"place {place}"))
+            self.world.start(servers, f"place {place}")
         for second in range(balance.sample, balance.seconds + 1, balance.sample):
             await asyncio.sleep(second - self.world.now())
             self._look()
             progress(f"balancing: {self.balancing}", done + second, len(ARMS) * balance.seconds)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(list(self._tasks))
+        await self.world.stop_tasks()
 
     def result(self) -> BalanceResult:
         return BalanceResult(
@@ -159,7 +156,7 @@ class _Run:
             joins=self._joins,
             trace=self.world.trace.hash,
             messages=self.world.trace.messages,
-            problems=tuple(self._problems),
+            problems=tuple(self.world.problems),
         )
 
     async def _occupy(self, place: int, rng: random.Random) -> None:
@@ -193,7 +190,7 @@ class _Run:
                 await server.start([self._bootstrap.address])
                 await asyncio.sleep(stays)
             except SwarmError as exc:
-                self._problems.append(f"{server.name} could not join: {exc}")
+                world.problems.append(f"{server.name} could not join: {exc}")
             self._running.remove(server)
             if crashes:
                 server.crash()
@@ -240,16 +237,6 @@ class _Run:
         # A search may have missed what the swarm has found.
         self._best[who] = max(self._best[who], worst_block(serving, blocks))
         return self._best[who]
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="a place for servers")
-        self._tasks[task] = None
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._problems.append(f"{task.get_name()}: {type(error).__name__}: {error}")
 
 
 NAMES: dict[Balancing, str] = {"none": "no balancing", "new": "new servers only", "full": "full"}

@@ -20,9 +20,9 @@ from swarmcore.errors import InputError, SwarmError
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.generation import Generation
 from swarmcore.sim.peers import GossipSettings, SimBootstrap, SimClient, SimServer
-from swarmcore.sim.scenario import Progress, Report, Scenario, combined
+from swarmcore.sim.scenario import Report, Scenario, combined
 from swarmcore.sim.world import World
-from swarmcore.types import Span
+from swarmcore.types import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +103,6 @@ class _Cell:
         # Every algorithm meets the same network; failures come as its own steps take them.
         self.world = World(f"{seed}/{tokens}/{probability:g}", table.network, load_costs(table.costs))
         self.failovers: list[Failover] = []
-        self.problems: list[str] = []
         self.steps = 0
 
     def run(self) -> CellResult:
@@ -117,7 +116,7 @@ class _Cell:
             failures=failures.killed,
             spared=failures.spared,
             failovers=tuple(failover.seconds for failover in self.failovers),
-            problems=tuple(self.problems + failures.problems),
+            problems=tuple(world.problems),
             trace=world.trace.hash,
             messages=world.trace.messages,
         )
@@ -128,10 +127,9 @@ class _Cell:
         bootstrap = SimBootstrap(world, "bootstrap", gossip)
         await bootstrap.start()
         servers = []
-        for stage in range(table.stages):
-            bounds = [world.model.blocks * edge // table.stages for edge in (stage, stage + 1)]
+        for stage, span in enumerate(world.model.info.span.split(table.stages)):
             for replica in range(table.replicas):
-                server = SimServer(world, f"server {stage}.{replica}", gossip, Span(*bounds))
+                server = SimServer(world, f"server {stage}.{replica}", gossip, span)
                 await server.start([bootstrap.address])
                 servers.append(server)
         failures = Failures(world, servers, bootstrap, self.probability, table.repair_seconds)
@@ -154,7 +152,7 @@ class _Cell:
             try:
                 await self._extend(client, generation, failures)
             except SwarmError as exc:
-                self.problems.append(f"a session gave up at token {len(generation.tokens)}: {exc}")
+                self.world.problems.append(f"a session gave up at token {len(generation.tokens)}: {exc}")
                 return False
             return True
         limit = self.steps + self.table.patience * self.tokens
@@ -205,14 +203,12 @@ class Failures:
     ) -> None:
         self.killed = 0
         self.spared = 0
-        self.problems: list[str] = []
         self._world = world
         self._servers = {server.identity.peer: server for server in servers}
         self._bootstrap = bootstrap
         self._probability = probability
         self._repair_seconds = repair_seconds
         self._rng: random.Random = world.rng("failures")
-        self._starting: dict[asyncio.Task[None], None] = {}
 
     def strike(self, session: InferenceSession, within: float) -> None:
         """Let each server of the session's chain fail with the given probability, within so many seconds."""
@@ -235,14 +231,7 @@ class Failures:
         asyncio.get_running_loop().call_later(self._repair_seconds, self._start, server)
 
     def _start(self, server: SimServer) -> None:
-        task = asyncio.create_task(server.start([self._bootstrap.address]), name=f"start {server.name}")
-        self._starting[task] = None
-        task.add_done_callback(self._started)
-
-    def _started(self, task: asyncio.Task[None]) -> None:
-        del self._starting[task]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.problems.append(f"{task.get_name()}: {error}")
+        self._world.start(server.start([self._bootstrap.address]), f"start {server.name}")
 
 
 NAMES: dict[Algorithm, str] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 from rich.table import Table
@@ -20,9 +20,9 @@ from swarmcore.sim.costs import load_costs
 from swarmcore.sim.generation import Generation
 from swarmcore.sim.hosts import Host
 from swarmcore.sim.peers import GossipSettings, ServerSettings, SimBootstrap, SimClient, SimServer
-from swarmcore.sim.scenario import Progress, Report, Scenario
+from swarmcore.sim.scenario import Report, Scenario
 from swarmcore.sim.world import World
-from swarmcore.types import PeerId, Span
+from swarmcore.types import PeerId, Progress, Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ class Load(Scenario):
         world = World(seed, self.network, load_costs(self.costs))
         hour = _Hour(self, world, progress)
         world.run(hour.run)
-        report = Report(trace=world.trace.hash, messages=world.trace.messages, problems=hour.problems)
+        report = Report(trace=world.trace.hash, messages=world.trace.messages, problems=world.problems)
         _fill_in(report, self, hour)
         return report
 
@@ -103,7 +103,6 @@ class _Hour:
     def __init__(self, load: Load, world: World, progress: Progress) -> None:
         self.load = load
         self.world = world
-        self.problems: list[str] = []
         self.recoveries: list[Recovery] = []
         self.failovers: list[float] = []
         """Seconds from when a failure was noticed until the caches were there again."""
@@ -121,7 +120,6 @@ class _Hour:
         self.servers: list[SimServer] = []
         self.clients: list[SimClient] = []
         self._began = 0.0
-        self._tasks: dict[asyncio.Task[None], None] = {}
 
     async def run(self) -> None:
         await self._assemble()
@@ -133,19 +131,16 @@ class _Hour:
             moments = [rng.uniform(0, load.seconds) for _ in range(_rounded(load.requests, rng))]
             if rng.random() < load.rush:
                 moments.append(max(0.0, disaster - rng.uniform(1.0, 5.0)))
-            self._start(self._use(client, sorted(moments)), f"{client.name} generates")
+            self.world.start(self._use(client, sorted(moments)), f"{client.name} generates")
         for _ in range(load.restarts):
-            self._start(self._restart(rng.uniform(0, load.seconds)), "a server restarts")
-        self._start(self._strike(disaster), "the disaster")
+            self.world.start(self._restart(rng.uniform(0, load.seconds)), "a server restarts")
+        self.world.start(self._strike(disaster), "the disaster")
         for second in range(0, load.seconds, max(1, load.seconds // 100)):
             await self._until(second)
             self._progress(f"{self.finished} generations", second, load.seconds)
         await self._until(load.seconds)
         self._progress("done", load.seconds, load.seconds)
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(list(self._tasks))
+        await self.world.stop_tasks()
 
     async def _assemble(self) -> None:
         """A swarm that has been together for a while: everybody knows everybody, and no time has passed."""
@@ -190,7 +185,7 @@ class _Hour:
                 await self._generate(client, generation)
             except SwarmError as exc:
                 if not self._missing():
-                    self.problems.append(
+                    self.world.problems.append(
                         f"{client.name} gave up at {self.world.now() - self._began:.1f} s, token "
                         f"{len(generation.tokens)}, while every block had a holder: "
                         f"{type(exc).__name__}: {exc}"
@@ -230,7 +225,7 @@ class _Hour:
         try:
             await server.start(self._doors)
         except SwarmError as exc:
-            self.problems.append(f"{server.name} could not come back: {exc}")
+            self.world.problems.append(f"{server.name} could not come back: {exc}")
 
     async def _strike(self, moment: float) -> None:
         await self._until(moment)
@@ -271,16 +266,6 @@ class _Hour:
     def _missing(self, *, without: SimServer | None = None) -> list[Span]:
         spans = [s.span for s in self.servers if s is not without]
         return missing_ranges([span for span in spans if span], Span(0, self.world.model.blocks))
-
-    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._tasks[task] = None
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.problems.append(f"{task.get_name()}: {type(error).__name__}: {error}")
 
 
 def _rounded(mean: float, rng: random.Random) -> int:

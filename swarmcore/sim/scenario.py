@@ -15,16 +15,13 @@ import msgspec
 
 from swarmcore.errors import InputError
 from swarmcore.sim.hosts import Geography
-from swarmcore.types import JsonDict
+from swarmcore.types import JsonDict, Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
 ScenarioT = TypeVar("ScenarioT", bound="Scenario")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being simulated, how much of it is done, and how much there is in all."""
 
 
 @attrs.define(kw_only=True)
@@ -62,7 +59,7 @@ class Scenario(ABC):
 
     @abstractmethod
     def simulate(self, seed: int, progress: Progress) -> Report:
-        """Run it. Two runs with one ``seed`` are the same, message for message."""
+        """Run it. Two runs with one ``seed`` are the same, message for message. Progress counts `unit`."""
 
 
 _RENAMED = {"crowd": "load"}  # scenarios and kinds, by what they were called before 0.2

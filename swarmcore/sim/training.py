@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
@@ -16,10 +15,10 @@ from rich.table import Table
 
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.link_times import link_times
-from swarmcore.sim.scenario import Progress, Report, combined
+from swarmcore.sim.scenario import Report, combined
 from swarmcore.sim.training_links import AT_ONCE, LinkResult, link_runs
 from swarmcore.sim.training_run import Arm, TrainingResult, TrainingRun, TrainingSettings
-from swarmcore.types import Span
+from swarmcore.types import Progress, Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,8 +69,7 @@ class Training(TrainingSettings):
 
     def _replicas(self, speeds: Sequence[float]) -> tuple[tuple[Span, float], ...]:
         blocks = load_costs(self.costs).blocks
-        bounds = [blocks * stage // self.stages for stage in range(self.stages + 1)]
-        return tuple((Span(start, end), speed) for start, end in pairwise(bounds) for speed in speeds)
+        return tuple((span, speed) for span in Span(0, blocks).split(self.stages) for speed in speeds)
 
 
 def _fill_in(report: Report, runs: Sequence[TrainingResult], links: Sequence[LinkResult]) -> None:

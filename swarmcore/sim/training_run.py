@@ -9,7 +9,7 @@ import statistics
 import attrs
 
 from swarmcore.client.autograd.options import PassOptions
-from swarmcore.errors import InputError, SwarmError
+from swarmcore.errors import InputError
 from swarmcore.sim.costs import load_costs
 from swarmcore.sim.link_times import RATES
 from swarmcore.sim.scenario import Scenario
@@ -217,7 +217,7 @@ class TrainingRun:
             doubled=trainer.doubled,
             redone=runner.redone,
             extra=done / needed - 1,
-            problems=(*trainer.problems, *(churn.problems if churn else ())),
+            problems=(*trainer.problems, *world.problems),
             trace=world.trace.hash,
             messages=world.trace.messages,
         )
@@ -284,23 +284,15 @@ class Churn:
 
     def __init__(self, swarm: TrainingSwarm, every: float, repair_seconds: float) -> None:
         self.deaths = 0
-        self.problems: list[str] = []
         self._swarm = swarm
+        self._world = swarm.world
         self._every, self._repair_seconds = every, repair_seconds
         self._rng = swarm.world.rng("churn")
-        self._repairs: dict[asyncio.Task[None], None] = {}
-        self._task = asyncio.create_task(self._run(), name="churn")
+        self._world.start(self._run(), "churn")
 
     async def stop(self) -> None:
         """No more of it; those that are away come back no more."""
-        tasks = [self._task, *self._repairs]
-        for task in tasks:
-            task.cancel()
-        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(outcome, SwarmError):
-                self.problems.append(f"a server could not start again: {outcome}")
-            elif isinstance(outcome, Exception):
-                raise outcome
+        await self._world.stop_tasks()
 
     async def _run(self) -> None:
         while True:
@@ -322,8 +314,7 @@ class Churn:
             leaves = self._rng.random() < 0.5
             if not leaves:
                 server.crash()
-            task = asyncio.create_task(self._repair(server, leaves), name=f"repair {server.name}")
-            self._repairs[task] = None
+            self._world.start(self._repair(server, leaves), f"repair {server.name}")
 
     async def _repair(self, server: TrainingServer, leaves: bool) -> None:
         if leaves:

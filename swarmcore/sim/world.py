@@ -59,6 +59,9 @@ class World:
             trace=self.trace,
             scale=Scale(measured.row_bytes / self.model.row_bytes, measured.cache_bytes / _STATE_BYTES),
         )
+        self.problems: list[str] = []
+        """What should not have happened, tasks that failed included."""
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._names: dict[PeerId, str] = {}
         self._inhabitants: list[Inhabitant] = []
 
@@ -88,6 +91,24 @@ class World:
         """Put an event into the trace."""
         self.trace.note(self.now(), text)
 
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run ``work`` in a task of its own. What it raises is one of the `problems`."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.problems.append(f"{task.get_name()}: {type(error).__name__}: {error}")
+
+    async def stop_tasks(self) -> None:
+        """Cancel the tasks of `start`, and wait for them."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+
     def settle(self, inhabitant: Inhabitant) -> None:
         """Have a peer cleared away at the end."""
         self._inhabitants.append(inhabitant)
@@ -112,6 +133,7 @@ class World:
             return await main
         finally:
             self.trace.seal()
+            await self.stop_tasks()  # before what they talk to ends, which is no problem of theirs
             # All gossip ends before the first of those that gossip goes away.
             for inhabitant in self._inhabitants:
                 await inhabitant.fall_silent()

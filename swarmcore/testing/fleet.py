@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Coroutine, Sequence
-from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 
 SEEN_TIMEOUT = 60.0
 """Seconds for news of a server to reach a client."""
-
-
-def split_blocks(blocks: int, parts: int) -> list[Span]:
-    """All blocks of a model, in so many spans of about the same length."""
-    bounds = [number * blocks // parts for number in range(parts + 1)]
-    return [Span(start, end) for start, end in pairwise(bounds)]
 
 
 @attrs.frozen

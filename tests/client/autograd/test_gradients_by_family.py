@@ -19,8 +19,8 @@ from tiny_models import save_random_model, tiny_config
 from tiny_swarm import served
 
 from swarmcore import sync
-from swarmcore.testing.fleet import split_blocks
 from swarmcore.training import LoraAdapter, PrefixAdapter
+from swarmcore.types import Span
 
 TARGETS = {
     "llama": ("q_proj", "v_proj", "down_proj"),
@@ -132,7 +132,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("servers", [1, 3])
 def test_gradients_are_those_of_the_plain_model(reference: Reference, servers: int) -> None:
     folder, hidden = reference.folder, reference.hidden
-    spans = map(str, split_blocks(reference.config.num_hidden_layers, servers))
+    spans = map(str, Span(0, reference.config.num_hidden_layers).split(servers))
     with served(folder, *spans) as running, sync.connect(str(running[0].node.addresses[0])) as swarm:
         model = swarm.load_model(str(folder), dtype="float32")
         swarm.wait_for_blocks(model.info, timeout=30)

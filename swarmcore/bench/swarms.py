@@ -1,0 +1,70 @@
+"""Swarms of server processes on this machine, for benchmarks to measure."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from swarmcore.checkpoint import Checkpoint
+from swarmcore.errors import InputError
+from swarmcore.testing.fleet import Fleet
+from swarmcore.testing.fork_server import ForkServer
+from swarmcore.testing.processes import ServerProcess
+from swarmcore.types import Span
+
+CACHE_TOKENS = 16_384
+
+
+@asynccontextmanager
+async def start_swarm(checkpoint: Checkpoint, size: int, *, dtype: str, threads: int) -> AsyncIterator[str]:
+    """``size`` server processes with the blocks split evenly; yields the address of one of them.
+
+    Raise `InputError` for more servers than there are blocks.
+    """
+    info = checkpoint.info
+    if size > info.blocks:
+        raise InputError(f"{size} servers cannot share the {info.blocks} blocks of {info.name}; use fewer")
+
+    async def server(span: Span, *more: str) -> ServerProcess:
+        return await ServerProcess.start(
+            "serve",
+            *("--model", str(checkpoint.folder), "--blocks", str(span)),
+            *_options(dtype, threads, CACHE_TOKENS),
+            *("--listen", "127.0.0.1:0"),
+            *more,
+        )
+
+    async with AsyncExitStack() as stack:
+        first, *rest = info.span.split(size)
+        bootstrap = await stack.enter_async_context(await server(first))
+        for span in rest:
+            await stack.enter_async_context(await server(span, "--bootstrap", bootstrap.address))
+        yield bootstrap.address
+
+
+@asynccontextmanager
+async def start_fleet(
+    checkpoint: Checkpoint,
+    stages: int,
+    replicas: int,
+    *,
+    dtype: str,
+    threads: int,
+    cache_tokens: int = CACHE_TOKENS,
+) -> AsyncIterator[Fleet]:
+    """``replicas`` server processes for each of ``stages``, with the blocks split evenly."""
+    async with (
+        ForkServer(threads=threads) as fork_server,
+        Fleet(
+            fork_server,
+            str(checkpoint.folder),
+            checkpoint.info.span.split(stages),
+            replicas=replicas,
+            arguments=_options(dtype, threads, cache_tokens),
+        ) as fleet,
+    ):
+        yield fleet
+
+
+def _options(dtype: str, threads: int, cache_tokens: int) -> tuple[str, ...]:
+    return ("--dtype", dtype, "--threads", str(threads), "--cache-tokens", str(cache_tokens))
