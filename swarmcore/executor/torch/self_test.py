@@ -84,7 +84,8 @@ def check(checkpoint: Checkpoint, part: str, test: Callable[[Reference], str | N
     """
     global _reference
     check_servable(checkpoint.config.get_text_config(decoder=True), checkpoint.name)
-    model = _key(checkpoint.config.to_dict(), *_versions())
+    config = {key: value for key, value in checkpoint.config.to_dict().items() if key != "_name_or_path"}
+    model = _key(config, *_versions())  # wherever the checkpoint lies
     passed = _key(model, part)
     record = cache_folder() / "tested" / passed
     with _one_at_a_time:

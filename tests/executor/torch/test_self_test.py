@@ -55,6 +55,7 @@ def test_passed_once_for_a_config_and_a_span(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(self_test, "_remembered", set())  # another process
     monkeypatch.setattr(self_test, "_reference", None)
     TorchExecutor.load(checkpoint, Span(0, 2))
+    TorchExecutor.load(opened(tiny_config("mistral"), tmp_path / "copy"), Span(2, 5))
     assert made == [1]
     monkeypatch.setattr(self_test, "_versions", lambda: ("another version",))
     TorchExecutor.load(checkpoint, Span(0, 2))
