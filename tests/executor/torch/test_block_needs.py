@@ -18,13 +18,14 @@ def test_estimates_hold_for_blocks_that_are_loaded(family: str, tmp_path: Path) 
     save_random_model(tiny_config(family), tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     needs = block_needs(checkpoint, dtype="float32", device="cpu", batch_tokens=8)
-    loaded = []
-    for index in range(checkpoint.info.blocks):
-        model = load_span(checkpoint, Span(index, index + 1), dtype=torch.float32, device=torch.device("cpu"))
-        block = next(child for child in model._base.children() if isinstance(child, torch.nn.ModuleList))
-        loaded.append(sum(parameter.nbytes for parameter in block.parameters()))
-        assert model.layout.bytes_per_token <= needs.cache_per_token <= 4 * model.layout.bytes_per_token
-    assert needs.weights == max(loaded)
+    blocks = checkpoint.info.blocks
+    model = load_span(checkpoint, Span(0, blocks), dtype=torch.float32, device=torch.device("cpu"))
+    for index in range(blocks):
+        cache = model.layout.part(index, index + 1).bytes_per_token
+        assert cache <= needs.cache_per_token <= 4 * cache
+    assert needs.weights == max(
+        sum(parameter.nbytes for parameter in model.block(index).parameters()) for index in range(blocks)
+    )
 
 
 def test_half_the_precision_is_half_the_memory(tiny_llama: Checkpoint) -> None:

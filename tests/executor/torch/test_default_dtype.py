@@ -20,10 +20,11 @@ from swarmcore.wire.tensors import Tensor
 async def test_steps_give_the_same_at_any_default_dtype(family: str, tmp_path: Path) -> None:
     save_random_model(tiny_config(family), tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
+    span = Span(0, checkpoint.info.blocks)
     hidden = torch.randn(60, 64, generator=torch.Generator().manual_seed(3))
     outputs = []
     for default in (torch.float32, torch.bfloat16):
-        executor = TorchExecutor.load(checkpoint, Span(0, 3), dtype="bfloat16", threads=1)
+        executor = TorchExecutor.load(checkpoint, span, dtype="bfloat16", threads=1)
         executor.reserve(SequenceId(0), 64)
         torch.set_default_dtype(default)
         try:
