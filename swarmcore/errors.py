@@ -3,7 +3,7 @@
     SwarmError
     ├── UnavailableError      this peer or path will not do: try elsewhere
     ├── BusyError             it will do, but not now: wait, then retry (see ``retry_after``)
-    ├── InputError            what you passed is wrong: mend it, the message says how
+    ├── InputError            what you passed is wrong: fix it, the message says how
     └── InternalError         a bug in swarmcore: report it
 
 An error crosses the wire as its class's ``wire_tag``, message and ``details``; the other side raises the same
@@ -139,7 +139,7 @@ class DeadlineExceededError(BusyError, wire_tag="DeadlineExceededError"):
     """The deadline passed before the answer came."""
 
 
-# --- mend the input ----------------------------------------------------------------------------------
+# --- fix the input -----------------------------------------------------------------------------------
 
 
 class InputError(SwarmError, wire_tag="InputError"):

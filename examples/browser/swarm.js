@@ -174,13 +174,13 @@ export class Swarm extends EventTarget {
   async #readBatch (channel) {
     const { record } = await channel.receive(SILENCE)
     await this.#records.take(record.records ?? [])
-    this.#inquire(record.suspected ?? new Uint8Array())
+    this.#probe(record.suspected ?? new Uint8Array())
     this.#tell('changed')
     return record.complete !== false
   }
 
   /** See for ourselves whether those who may be dead are; whom a page cannot ask, it takes the member's word for. */
-  #inquire (entries) {
+  #probe (entries) {
     const view = new DataView(entries.buffer, entries.byteOffset, entries.length)
     for (let at = 0; at + 16 <= entries.length; at += 16) {
       const suspect = this.#records.numbered(Number(view.getBigUint64(at + 8, true)))

@@ -1,0 +1,1 @@
+"""Measurements, beside what others do in the same run: most are commands of ``swarmcore bench``."""

@@ -1,4 +1,4 @@
-"""The transport's yardstick: py-libp2p itself, inside trio, with a length before each message and no more."""
+"""The baseline for libp2p: py-libp2p itself, inside trio, with a length before each message and no more."""
 
 from __future__ import annotations
 

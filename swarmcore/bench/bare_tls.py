@@ -1,4 +1,4 @@
-"""TCP's yardstick: a blocking TLS 1.3 socket with nothing on top, read into one buffer and thrown away."""
+"""The baseline for TCP: a blocking TLS 1.3 socket, nothing on top, read into one buffer and thrown away."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def storage_errors(doing: str, path: Path, needed: int = 0) -> Iterator[None]:
             raise disk_full(doing, path, needed) from exc
         if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
-                f"no permission for {doing}: {exc.filename or path}; mend its permissions, or set "
+                f"no permission for {doing}: {exc.filename or path}; change its permissions, or set "
                 f"SWARMCORE_CACHE to a folder that you may write to"
             ) from exc
         raise StorageError(f"{doing} failed: {exc.strerror or exc}: {exc.filename or path}") from exc

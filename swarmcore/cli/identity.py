@@ -1,4 +1,4 @@
-"""``swarmcore identity``: the peer id of a key file, for allow-lists and addresses. Also: whom a peer is."""
+"""``swarmcore identity``: the peer id of a key file, for allow-lists and addresses; a peer's own identity."""
 
 from __future__ import annotations
 

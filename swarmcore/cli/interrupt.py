@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of stdin: the first asks, the second does not."""
+"""Ctrl-C, SIGTERM and the end of stdin: the first asks a command to end, the second ends it at once."""
 
 from __future__ import annotations
 

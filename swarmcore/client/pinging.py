@@ -1,4 +1,4 @@
-"""Keeps a client's round trips to servers fresh: those of the models it uses, the most promising first."""
+"""Measures a client's round trips to the servers of the models that it uses, the most promising first."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What runs on a server between its sessions and its executor: scheduling, attention cache, batches."""

@@ -1,4 +1,4 @@
-"""All sessions of an engine: how they begin and end, the steps in their lines, the cache they hold.
+"""All sessions of an engine: how they begin and end, the steps in their queues, the cache they hold.
 
 A plain object without a clock: every call gets ``now``. After each, its scheduler holds what can be computed,
 and `wakeup` is when to call `tick`. Results and errors go into the futures that came with the requests.

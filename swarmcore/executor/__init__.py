@@ -1,0 +1,1 @@
+"""What computes blocks: the abstract classes of executors, and the torch back end."""

@@ -1,4 +1,4 @@
-"""What an executor is installed as: something that opens a model and loads blocks of it for a server."""
+"""What an executor's entry point names: a `BlockLoader`, which opens a model and loads blocks of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXECUTORS = PluginGroup("executor", "swarmcore.executors", extras={"torch": "tor
 
 @attrs.frozen(kw_only=True)
 class LoadSettings:
-    """What a server is told about the model and the device."""
+    """Which model a server loads, and on which device."""
 
     model: str
     """A folder, a GGUF file, or a hub id."""

@@ -1,0 +1,1 @@
+"""Generation servers: peers that make texts for clients without torch."""

@@ -1,4 +1,4 @@
-"""A generation server's part of the model: the ordinary client's, inside of a peer that runs for itself."""
+"""The model that a generation server uses: a client's, over this peer's own node and registry."""
 
 from __future__ import annotations
 

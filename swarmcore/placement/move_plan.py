@@ -189,12 +189,12 @@ def _steps(
             value = max(0.0, level - arrangement.throughputs[block] + throughput)
             gone += value * value - without[block] * without[block]
             without[block] = value
-        # What it would mend of each block, summed up from the left: a span is a difference of two sums.
-        mended = [
+        # What it would add to each block, summed up from the left: a span is a difference of two sums.
+        gains = [
             value * value if value <= throughput else throughput * (2 * value - throughput)
             for value in without
         ]
-        sums = list(accumulate(mended, initial=0.0))
+        sums = list(accumulate(gains, initial=0.0))
         first, last = 0, len(without) - size
         if server.keeps is not None:
             first, last = max(first, server.keeps.end - size), min(last, server.keeps.start)

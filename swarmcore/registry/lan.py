@@ -1,4 +1,4 @@
-"""Meeting a swarm on the local network."""
+"""Joining a swarm on the local network: peers found there are introduced to the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether servers cover a span, which bans that calls off, and how to say that they do not."""
+"""Whether servers cover a span; which banned ones are needed for it; the error when blocks are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work shared out by throughput: for batches that go forward, where the sum counts and not the single one.
+"""Work shared out by throughput: for batches, where what all servers do together counts, not one alone.
 
 The interleaved weighted round-robin of SWARM parallelism (arXiv 2301.11913, section 3.2), for servers that
 hold spans of any length.

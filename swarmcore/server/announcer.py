@@ -39,7 +39,7 @@ class Announcer:
         self._announced = info
 
     async def try_to_announce(self) -> None:
-        """As `announce`; a failure is logged, and mended at the next refresh of `run`."""
+        """As `announce`; a failure is logged, and `run` tries again at its next refresh."""
         try:
             await self.announce()
         except Exception:

@@ -51,7 +51,7 @@ VERSION = version()
 
 
 class AnnouncedService(Protocol):
-    """A service beside the blocks that is announced with them: the one that makes texts for thin clients."""
+    """A service beside the blocks that is announced with them: the generation server of `swarmcore.head`."""
 
     counters: Counter[str]
 

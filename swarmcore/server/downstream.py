@@ -1,4 +1,4 @@
-"""The stage behind a session: how a server connects to whom a client names, and pushes its outputs there."""
+"""The next stage of a session: how a server connects to the peer that its client names, and pushes to it."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class KvTransfer:
         """
         try:
             if order.hop.session == self._session:
-                raise InvalidStepError("a session cannot be handed over to itself")
+                raise InvalidStepError("the caches of a session cannot be transferred to that session itself")
             async with deadline_after(PART_TIMEOUT, _too_slow) as clock:
                 chunks = self._engine.export_cache(self._session, max_bytes=PART_NBYTES)
                 connecting = self._dialer.connect(order.hop, self._client.peer)

@@ -1,4 +1,4 @@
-"""What the services on a server's blocks have in common: which blocks of which weights, and until when."""
+"""What the services on a server's blocks have in common: they check blocks and weights, and they drain."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Link:
             stream.lose()
 
     async def close(self) -> None:
-        """Let closed streams hand on what they have, unless nothing passes; then stop all of them."""
+        """Let closed streams pass on what they have, unless nothing passes; then stop all of them."""
         if self._timer is not None:
             self._timer.cancel()
         closing = [asyncio.create_task(stream.drained()) for stream in self.streams if stream.closed]
@@ -142,7 +142,7 @@ class FaultyStream(Stream):
         self._arrived.clear()
         self._fail_receive(StreamClosedError("the stream was closed on this side"))
         if self._send_error is None:
-            self._start_sender()  # which closes the inner stream once everything is handed on
+            self._start_sender()  # which closes the inner stream once everything is passed on
         else:
             await self._release()
 
@@ -167,7 +167,7 @@ class FaultyStream(Stream):
         self._link.streams.discard(self)
 
     async def drained(self) -> None:
-        """Wait until everything sent has been handed on, or cannot be."""
+        """Wait until everything sent has been passed on, or cannot be."""
         if self._sender is not None:
             await asyncio.wait([self._sender])
 

@@ -37,7 +37,7 @@ from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.peft_format import load_adapter, save_adapter
 from swarmcore.training.prefix import PrefixAdapter
 from swarmcore.training.prompt import SoftPrompt
-from swarmcore.training.tuned_face import TunedFace
+from swarmcore.training.trainer_interface import TrainerInterface
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 TunedOutput: TypeAlias = CausalLMOutputWithPast | SequenceClassifierOutput | TokenClassifierOutput
 
 
-class TunedModel(TunedFace):
+class TunedModel(TrainerInterface):
     """A remote language model with a soft prompt, an adapter of its blocks, a head, or several of them.
 
     ``model`` is one of `swarmcore.transformers.AutoModelForCausalLM`; it is shared, not changed and not

@@ -1,4 +1,4 @@
-"""Hugging Face Transformers' face of a swarm: its own model classes, with the blocks on servers.
+"""A swarm through Hugging Face Transformers: its own model classes, with the blocks on servers.
 
 from swarmcore.transformers import AutoModelForCausalLM
 

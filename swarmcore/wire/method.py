@@ -1,4 +1,4 @@
-"""What can be called: names, versions and the records that travel."""
+"""What can be called on a peer: a name, a version, and the records that travel."""
 
 from __future__ import annotations
 

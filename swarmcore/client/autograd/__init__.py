@@ -1,0 +1,1 @@
+"""Batches forward and backward through remote blocks, as part of PyTorch's autograd."""

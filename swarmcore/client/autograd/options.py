@@ -1,4 +1,4 @@
-"""How batches travel through servers."""
+"""The options of batches that go through servers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Models whose blocks are remote: embeddings, sampling and text; or all of that on a generation server."""

@@ -1,0 +1,1 @@
+"""One inference session through a chain of servers: its stages, its steps, failover and moves."""

@@ -199,7 +199,7 @@ class FailoverHandler:
             sent = True
         finally:
             if not sent:
-                error = SessionLostError("it was not told who comes before it now")
+                error = SessionLostError("it was not informed who comes before it now")
                 pipeline.fail(following, error, blame=False)
 
     def report(

@@ -1,4 +1,4 @@
-"""How a session travels, and what it tells of its misfortunes."""
+"""The options of a session, and what it reports of each failover."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tokens of each layer see, as the family's own model says.
+"""Which other tokens each token attends to, layer by layer, as the family's own model says.
 
 A family makes its masks through transformers' mask functions, and hands them to its layers. When a span is
 loaded, one run of it under `PROBE` makes a `Mask` in place of each: a description instead of a tensor. What

@@ -1,4 +1,4 @@
-"""A config made narrow and short-sighted: the same layers and flags, in sizes that take no time to run.
+"""A config made small: the same layers and flags, in widths and lengths that take no time to run.
 
 What is kept: the number of blocks, the kind of each, every flag and factor. What is made small: widths,
 counts of heads and experts (but not whether heads share keys), the vocabulary, and all lengths at which a

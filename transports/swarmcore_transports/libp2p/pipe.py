@@ -1,4 +1,4 @@
-"""A libp2p stream as asyncio sees it: a byte pipe with the face of an `asyncio.Transport`.
+"""A libp2p stream as asyncio sees it: a byte pipe with the interface of an `asyncio.Transport`.
 
 Two tasks in trio move the bytes. Counters that only one side writes tell the other how far it is, so that the
 threads wake each other only when somebody waits.

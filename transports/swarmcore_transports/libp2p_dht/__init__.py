@@ -1,0 +1,1 @@
+"""The registry over libp2p's Kademlia DHT."""

@@ -1,4 +1,4 @@
-"""CTRL between its blocks alone. These use the attention interface."""
+"""CTRL: only what its model does around the blocks. The blocks themselves use the attention interface."""
 
 from __future__ import annotations
 

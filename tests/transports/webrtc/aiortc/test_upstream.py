@@ -1,6 +1,6 @@
 """Each fault of aiortc and aioice that is repaired here is still in the installed versions.
 
-A test that fails says that upstream has mended it. Then its repair is to be taken out of `REPAIRS` and of the
+A test that fails says that upstream has fixed it. Then its repair is to be taken out of `REPAIRS` and of the
 class that it names, once the versions without it are no longer supported.
 """
 

@@ -1,0 +1,1 @@
+"""Peers behind routers: AutoNAT, UPnP port mappings, and hole punching (DCUtR)."""

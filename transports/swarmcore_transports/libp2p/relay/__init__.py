@@ -1,0 +1,1 @@
+"""Circuit relay version 2: its client and its service."""

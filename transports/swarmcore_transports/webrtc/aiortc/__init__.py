@@ -1,0 +1,1 @@
+"""The WebRTC engine on aiortc and aioice, and what of these is repaired."""

@@ -1,4 +1,4 @@
-"""Trickle ICE (RFC 8838): candidates of this machine are told at once, those of servers as they come.
+"""Trickle ICE (RFC 8838): candidates of this machine are sent at once, those of servers as they come.
 
 https://www.rfc-editor.org/rfc/rfc8838 for trickling, https://www.rfc-editor.org/rfc/rfc8445 for the checks.
 """

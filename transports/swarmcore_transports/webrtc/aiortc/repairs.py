@@ -3,7 +3,7 @@
 Each repair overrides private methods, which upstream may change with any release. So nothing of the libraries
 is patched: our subclasses take the place of theirs in the connections of this transport alone, and only where
 a library is built as they expect (`compat`). ``tests/transports/webrtc/aiortc/test_upstream.py`` shows each
-fault in the installed libraries; where it fails, upstream has mended one, and the repair can go.
+fault in the installed libraries; where it fails, upstream has fixed one, and the repair can go.
 """
 
 from __future__ import annotations

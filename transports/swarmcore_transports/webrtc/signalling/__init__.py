@@ -1,0 +1,1 @@
+"""Signalling: how two peers exchange offers, answers and candidates before they are connected."""

@@ -17,7 +17,7 @@ from swarmcore.training.prompt import SoftPrompt
 from swarmcore.training.training_modes import NoActivationCheckpointing, note_dropout
 
 
-class TunedFace(NoActivationCheckpointing, PreTrainedModel):  # type: ignore[misc]
+class TrainerInterface(NoActivationCheckpointing, PreTrainedModel):  # type: ignore[misc]
     """A ``PreTrainedModel`` that has the config of another one, ``model``, and what is trained besides it."""
 
     model: Any
