@@ -20,7 +20,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 
-from swarmcore.bench.yardstick import Yardstick
+from swarmcore.bench.contender import Yardstick
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from swarmcore.bench.yardstick import Yardstick
+from swarmcore.bench.contender import Yardstick
 
 _REQUEST = struct.Struct("<QQ")  # bytes that come in all, bytes that go back for each so many
 _ACKNOWLEDGEMENT = b"\x01"

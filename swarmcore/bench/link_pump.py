@@ -18,10 +18,9 @@ import select
 import struct
 import sys
 import time
+from collections import deque
 
 import attrs
-
-from swarmcore.bench.delay_line import DelayLine
 
 LEFT, RIGHT = "left", "right"
 
@@ -29,10 +28,63 @@ _SET_NAME_AND_KIND = 0x400454CA  # TUNSETIFF
 _PLAIN_PACKETS = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
 _LARGEST_PACKET = 65536
 _READ_AT_ONCE = 64
+LONGEST_QUEUE = 0.1
+"""Seconds that a packet may wait for those before it to leave; a router would drop it too."""
+
+MOST_PACKETS = 2**14
+"""On the way at once, whatever the delay and the rate."""
+
 EARLY = 50e-6
 """Seconds that a packet may leave before its time, so that a burst costs one wake-up."""
 _LATE = 1e-3
 _STDIN, _STDOUT = 0, 1
+
+
+@attrs.define
+class DelayLine:
+    """One direction of an emulated link: takes packets and gives them back ``delay`` seconds later, in order.
+
+    ``now`` is the caller's clock.
+
+    ``loss`` is the share that vanishes, chosen by ``rng``. ``rate``, in bytes per second, is how fast packets
+    leave one after the other; those that would wait longer than `LONGEST_QUEUE` are dropped.
+    """
+
+    delay: float
+    loss: float
+    rate: float
+    rng: random.Random
+    taken: int = 0
+    lost: int = 0
+    """By chance, as was asked for."""
+    dropped: int = 0
+    """For want of room."""
+    _free_at: float = float("-inf")
+    _on_the_way: deque[tuple[float, bytes]] = attrs.field(factory=deque)
+
+    def put(self, packet: bytes, now: float) -> None:
+        """``packet`` comes in."""
+        self.taken += 1
+        if self.loss and self.rng.random() < self.loss:
+            self.lost += 1
+            return
+        starts = max(now, self._free_at)
+        if starts - now > LONGEST_QUEUE or len(self._on_the_way) >= MOST_PACKETS:
+            self.dropped += 1
+            return
+        self._free_at = starts + len(packet) / self.rate
+        self._on_the_way.append((self._free_at + self.delay, packet))
+
+    def take(self, now: float) -> tuple[float, bytes] | None:
+        """The next packet whose time has come, and when that was; None when none is due."""
+        if self._on_the_way and self._on_the_way[0][0] <= now:
+            return self._on_the_way.popleft()
+        return None
+
+    @property
+    def next_at(self) -> float:
+        """When the next packet is due; infinity when there is none."""
+        return self._on_the_way[0][0] if self._on_the_way else float("inf")
 
 
 @attrs.frozen
@@ -40,7 +92,7 @@ class Carried:
     """What a link did."""
 
     packets: int
-    """That came in, both ways together."""
+    """That came in, both directions together."""
     lost: int
     """By chance, as was asked for."""
     dropped: int
@@ -51,7 +103,7 @@ class Carried:
 
 def carry(left: int, right: int, lines: tuple[DelayLine, DelayLine]) -> Carried:
     """Carry packets between two TUN devices, ``lines`` from left and from right, until stdin closes."""
-    ways = ((left, right, lines[0]), (right, left, lines[1]))
+    directions = ((left, right, lines[0]), (right, left, lines[1]))
     late = 0
     while True:
         # A loop of our own: asyncio's rounds its waits up to whole milliseconds, a share of the delay that
@@ -62,11 +114,11 @@ def carry(left: int, right: int, lines: tuple[DelayLine, DelayLine]) -> Carried:
         )
         if _STDIN in readable and not os.read(_STDIN, 1024):
             break
-        for source, _, line in ways:
+        for source, _, line in directions:
             if source in readable:
                 _read(source, line)
         now = time.monotonic()
-        for _, target, line in ways:
+        for _, target, line in directions:
             while arrived := line.take(now + EARLY):
                 late += now - arrived[0] > _LATE
                 if not _write(target, arrived[1]):

@@ -13,10 +13,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import attrs
 from rich.table import Table
 
-from swarmcore.bench.contender import Contender, contenders, place_at
-from swarmcore.bench.figures import Figure, figures_table
+from swarmcore.bench.contender import (
+    Contender,
+    Figure,
+    Yardstick,
+    contenders,
+    figures_table,
+    place_at,
+    yardstick_of,
+)
 from swarmcore.bench.transport_peer import SINK, answer, echo_seconds, second_process, usage
-from swarmcore.bench.yardstick import Yardstick, yardstick_of
 from swarmcore.identity import Identity
 from swarmcore.testing.memory import MemoryNetwork
 from swarmcore.transport import Stream, Transport

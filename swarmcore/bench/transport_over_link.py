@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import attrs
 from rich.table import Table
 
-from swarmcore.bench.contender import contenders, place_at
-from swarmcore.bench.figures import Figure, figures_table
+from swarmcore.bench.contender import Figure, contenders, figures_table, place_at
 from swarmcore.bench.link_dialler import SIZES, LinkEffort, Turn
 from swarmcore.bench.link_pump import LEFT, RIGHT, Carried
 from swarmcore.bench.long_link import CONGESTION_CONTROL, Link, LongLink, long_link

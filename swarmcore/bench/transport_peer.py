@@ -17,8 +17,7 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from swarmcore.bench.contender import Contender
-from swarmcore.bench.yardstick import yardstick_of
+from swarmcore.bench.contender import Contender, yardstick_of
 from swarmcore.errors import RemoteFaultError, StreamClosedError
 from swarmcore.transport import Stream
 from swarmcore.types import Address

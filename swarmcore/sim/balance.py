@@ -145,7 +145,7 @@ class _Run:
             self.world.start(servers, f"place {place}")
         for second in range(balance.sample, balance.seconds + 1, balance.sample):
             await asyncio.sleep(second - self.world.now())
-            self._look()
+            self._take_sample()
             progress(f"balancing: {self.balancing}", done + second, len(ARMS) * balance.seconds)
         await self.world.stop_tasks()
 
@@ -198,7 +198,7 @@ class _Run:
                 await server.leave()
             await asyncio.sleep(away)
 
-    def _look(self) -> None:
+    def _take_sample(self) -> None:
         serving, able = [], []
         for server in self._running:
             if server.server is None or not server.running:

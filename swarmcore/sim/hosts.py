@@ -67,7 +67,7 @@ class Host:
             self.island == other.island and not (self.hung or other.hung) and self.power and other.power
         )
 
-    def take_in(self, size: float, now: float) -> float:
+    def schedule_arrival(self, size: float, now: float) -> float:
         """When ``size`` bytes are here that would be here ``now``, had the link nothing else to carry.
 
         They shared the link with whatever came while they were on their way, small things that overtook

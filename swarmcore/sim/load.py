@@ -27,11 +27,11 @@ from swarmcore.types import PeerId, Progress, Span
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LOOK = 0.1
+_POLL = 0.1
 """Seconds between looks whether views still show the dead,"""
-_CLOSELY = 20.0
+_POLL_OFTEN = 20.0
 """in so many seconds after their death;"""
-_LOOK_LATER = 2.0
+_POLL_RARELY = 2.0
 """and after that."""
 
 
@@ -56,9 +56,9 @@ class Load(Scenario):
     restarts: int = 10
     """Servers that are killed one by one, at random moments, and come back after a while."""
     restart_seconds: float = 120.0
-    disaster_at: float = 0.5
+    mass_failure_at: float = 0.5
     """When many servers die at once, as a part of the whole time."""
-    disaster: float = 1 / 3
+    mass_failure: float = 1 / 3
     """The part of the servers that dies then."""
     rush: float = 0.3
     """The part of the clients that is in the middle of a generation when that happens."""
@@ -68,15 +68,15 @@ class Load(Scenario):
             raise InputError("servers, clients, bootstraps, seconds, prompt and tokens have to be 1 or more")
         if not 1 <= self.blocks[0] <= self.blocks[1]:
             raise InputError("blocks are the least and the most blocks of a server, 1 or more")
-        if not (0 <= self.disaster_at <= 1 and 0 <= self.disaster < 1 and 0 <= self.rush <= 1):
-            raise InputError("disaster_at and rush are parts of a whole; disaster is a part below 1")
+        if not (0 <= self.mass_failure_at <= 1 and 0 <= self.mass_failure < 1 and 0 <= self.rush <= 1):
+            raise InputError("mass_failure_at and rush are parts of a whole; mass_failure is a part below 1")
 
     def simulate(self, seed: int, progress: Progress) -> Report:
         world = World(seed, self.network, load_costs(self.costs))
-        hour = _Hour(self, world, progress)
-        world.run(hour.run)
+        run = _LoadRun(self, world, progress)
+        world.run(run.run)
         report = Report(trace=world.trace.hash, messages=world.trace.messages, problems=world.problems)
-        _fill_in(report, self, hour)
+        _fill_in(report, self, run)
         return report
 
 
@@ -91,7 +91,7 @@ class Recovery:
 
 @attrs.define
 class Cleaning:
-    """How long after the disaster its victims were gone from the views, in seconds; one figure a view."""
+    """How long after the mass failure the dead were gone from the views, in seconds; one figure a view."""
 
     servers: list[float] = attrs.field(factory=list)
     clients: list[float] = attrs.field(factory=list)
@@ -99,7 +99,7 @@ class Cleaning:
     """Views that showed one to the end."""
 
 
-class _Hour:
+class _LoadRun:
     def __init__(self, load: Load, world: World, progress: Progress) -> None:
         self.load = load
         self.world = world
@@ -116,7 +116,7 @@ class _Hour:
         self._bootstraps = [
             SimBootstrap(world, f"bootstrap {index}", load.gossip) for index in range(load.bootstraps)
         ]
-        self._doors = [bootstrap.address for bootstrap in self._bootstraps]
+        self._entry_addresses = [bootstrap.address for bootstrap in self._bootstraps]
         self.servers: list[SimServer] = []
         self.clients: list[SimClient] = []
         self._began = 0.0
@@ -124,17 +124,17 @@ class _Hour:
     async def run(self) -> None:
         await self._assemble()
         self._began = self.world.now()
-        self.world.founded()
+        self.world.freeze_garbage()
         load, rng = self.load, self._rng
-        disaster = load.disaster_at * load.seconds
+        failure_at = load.mass_failure_at * load.seconds
         for client in self.clients:
             moments = [rng.uniform(0, load.seconds) for _ in range(_rounded(load.requests, rng))]
             if rng.random() < load.rush:
-                moments.append(max(0.0, disaster - rng.uniform(1.0, 5.0)))
+                moments.append(max(0.0, failure_at - rng.uniform(1.0, 5.0)))
             self.world.start(self._use(client, sorted(moments)), f"{client.name} generates")
         for _ in range(load.restarts):
             self.world.start(self._restart(rng.uniform(0, load.seconds)), "a server restarts")
-        self.world.start(self._strike(disaster), "the disaster")
+        self.world.start(self._fail_many(failure_at), "the mass failure")
         for second in range(0, load.seconds, max(1, load.seconds // 100)):
             await self._until(second)
             self._progress(f"{self.finished} generations", second, load.seconds)
@@ -155,18 +155,18 @@ class _Hour:
             server = SimServer(
                 world, f"server {index}", load.gossip, Span(start, start + size), settings=settings
             )
-            known.append(await server.prepare(self._doors, Span(start, start + size)))
+            known.append(await server.prepare(self._entry_addresses, Span(start, start + size)))
             self.servers.append(server)
         for bootstrap in self._bootstraps:
-            await bootstrap.start(self._doors, known)
+            await bootstrap.start(self._entry_addresses, known)
         for done, server in enumerate(self.servers):
             await server.resume(known)
             if done % 50 == 0:
                 self._progress(f"{done} servers", 0, load.seconds)
         for index in range(load.clients):
-            door = self._doors[index % len(self._doors)]
+            entry = self._entry_addresses[index % len(self._entry_addresses)]
             pings = PingLimits(servers=24, for_each_block=3)
-            self.clients.append(SimClient(world, f"client {index}", load.gossip, [door], pings=pings))
+            self.clients.append(SimClient(world, f"client {index}", load.gossip, [entry], pings=pings))
         await asyncio.gather(*(client.start() for client in self.clients))
 
     async def _until(self, moment: float) -> None:
@@ -217,24 +217,24 @@ class _Hour:
     async def _restart(self, moment: float) -> None:
         await self._until(moment)
         server = self._rng.choice(self.servers)
-        if not self._spare(server):
+        if not self._can_spare(server):
             return
         server.crash()
         self.killed += 1
         await asyncio.sleep(self.load.restart_seconds)
         try:
-            await server.start(self._doors)
+            await server.start(self._entry_addresses)
         except SwarmError as exc:
             self.world.problems.append(f"{server.name} could not come back: {exc}")
 
-    async def _strike(self, moment: float) -> None:
+    async def _fail_many(self, moment: float) -> None:
         await self._until(moment)
-        victims = self._rng.sample(self.servers, round(self.load.disaster * len(self.servers)))
-        struck = [server for server in victims if self._spare(server)]
-        for server in struck:
+        victims = self._rng.sample(self.servers, round(self.load.mass_failure * len(self.servers)))
+        failing = [server for server in victims if self._can_spare(server)]
+        for server in failing:
             server.crash()
-        self.killed += len(struck)
-        await self._watch_views({server.identity.peer for server in struck})
+        self.killed += len(failing)
+        await self._watch_views({server.identity.peer for server in failing})
 
     async def _watch_views(self, dead: set[PeerId]) -> None:
         """See when each view is rid of the ``dead``."""
@@ -246,7 +246,7 @@ class _Hour:
         ]
         while unclean:
             self.cleaning.never = len(unclean)
-            await asyncio.sleep(_LOOK if now() < began + _CLOSELY else _LOOK_LATER)
+            await asyncio.sleep(_POLL if now() < began + _POLL_OFTEN else _POLL_RARELY)
             left = []
             for peer, times in unclean:
                 view = peer.view()
@@ -259,7 +259,7 @@ class _Hour:
             unclean = left
         self.cleaning.never = 0
 
-    def _spare(self, server: SimServer) -> bool:
+    def _can_spare(self, server: SimServer) -> bool:
         """Whether ``server`` runs and every block would have a holder without it."""
         return server.running and not self._missing(without=server)
 
@@ -274,30 +274,30 @@ def _rounded(mean: float, rng: random.Random) -> int:
 
 
 SOON = 5.0
-"""Seconds after which no view should show the victims of the disaster."""
+"""Seconds after which no view should show those that died together."""
 
 _QUANTILES = (0.5, 0.9, 0.99)
 
 
-def _fill_in(report: Report, load: Load, hour: _Hour) -> None:
+def _fill_in(report: Report, load: Load, run: _LoadRun) -> None:
     """Fill in what was measured."""
-    recoveries = sorted(recovery.seconds for recovery in hour.recoveries)
-    servers = [_registry_bytes(server.host) / load.seconds for server in hour.servers]
-    clients = [_registry_bytes(client.host) / load.seconds for client in hour.clients]
+    recoveries = sorted(recovery.seconds for recovery in run.recoveries)
+    servers = [_registry_bytes(server.host) / load.seconds for server in run.servers]
+    clients = [_registry_bytes(client.host) / load.seconds for client in run.clients]
     report.goals["no session gave up while every block had a holder"] = not report.problems
-    if hour.cleaning.servers or hour.cleaning.never:
-        seen_last = max((*hour.cleaning.servers, *hour.cleaning.clients), default=0.0)
+    if run.cleaning.servers or run.cleaning.never:
+        seen_last = max((*run.cleaning.servers, *run.cleaning.clients), default=0.0)
         report.goals[f"the dead were gone from every view within {SOON:g} s"] = (
-            not hour.cleaning.never and seen_last <= SOON
+            not run.cleaning.never and seen_last <= SOON
         )
     report.data.update(
-        finished=hour.finished,
-        killed=hour.killed,
-        recoveries=[attrs.asdict(recovery) for recovery in hour.recoveries],
-        failovers=hour.failovers,
-        usual_step=statistics.median(hour.steps) if hour.steps else None,
-        clean_after={"servers": sorted(hour.cleaning.servers), "clients": sorted(hour.cleaning.clients)},
-        never_clean=hour.cleaning.never,
+        finished=run.finished,
+        killed=run.killed,
+        recoveries=[attrs.asdict(recovery) for recovery in run.recoveries],
+        failovers=run.failovers,
+        usual_step=statistics.median(run.steps) if run.steps else None,
+        clean_after={"servers": sorted(run.cleaning.servers), "clients": sorted(run.cleaning.clients)},
+        never_clean=run.cleaning.never,
         registry_bytes_per_second={
             "server": {"mean": statistics.fmean(servers), "most": max(servers)},
             "client": {"mean": statistics.fmean(clients), "most": max(clients)},
@@ -308,11 +308,11 @@ def _fill_in(report: Report, load: Load, hour: _Hour) -> None:
         title_justify="left",
         show_header=False,
     )
-    table.add_row("generations that came to their end", str(hour.finished))
-    table.add_row("servers killed", str(hour.killed))
-    for whose, times in (("servers", hour.cleaning.servers), ("clients", hour.cleaning.clients)):
+    table.add_row("generations that came to their end", str(run.finished))
+    table.add_row("servers killed", str(run.killed))
+    for whose, times in (("servers", run.cleaning.servers), ("clients", run.cleaning.clients)):
         table.add_row(f"views of {whose} rid of the dead after", _spread(sorted(times)))
-    table.add_row("views that never were", str(hour.cleaning.never))
+    table.add_row("views that never were", str(run.cleaning.never))
     table.add_row("step without a failure, median", _seconds(report.data["usual_step"]))
     table.add_row("steps in which servers were lost", str(len(recoveries)))
     for quantile in _QUANTILES:

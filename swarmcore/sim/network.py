@@ -12,9 +12,8 @@ from swarmcore.errors import AddressInUseError, ConnectionLostError, PeerUnreach
 from swarmcore.identity import Identity
 from swarmcore.rpc.memory_stream import MemoryStream, StreamEnd
 from swarmcore.sim.hosts import Geography, Host, HostMaker
-from swarmcore.sim.stream import Connection, SimStream, Wire
+from swarmcore.sim.stream import Connection, Scale, SimStream, Wire
 from swarmcore.sim.trace import Trace
-from swarmcore.sim.traffic import Scale
 from swarmcore.testing.memory import InProcessTransport
 from swarmcore.transport import Stream
 from swarmcore.types import Address, short
@@ -82,7 +81,7 @@ class SimNetwork:
         for island, group in enumerate(groups, 1):
             for host in group:
                 host.island = island
-        self._look_for_silence()
+        self._check_silence()
 
     def heal(self) -> None:
         """Undo all cuts; what was under way arrives."""
@@ -93,7 +92,7 @@ class SimNetwork:
     def hang(self, host: Host) -> None:
         """Stop the process on ``host`` without ending it: whatever it still does is not heard."""
         host.hung = True
-        self._look_for_silence()
+        self._check_silence()
 
     def wake(self, host: Host) -> None:
         """Let a hung process go on."""
@@ -103,7 +102,7 @@ class SimNetwork:
     def cut_power(self, host: Host) -> None:
         """Kill the process on ``host`` together with its machine: nobody is told."""
         host.power = False
-        self._look_for_silence()
+        self._check_silence()
         if (listener := self.listeners.get(host)) is not None:
             listener.kill()
 
@@ -113,7 +112,7 @@ class SimNetwork:
     def break_connection(self, stream: SimStream) -> None:
         """Both ends of the connection under ``stream`` find it lost."""
         for end in (stream, stream.other):
-            end.spoil()
+            end.mark_broken()
             end.lose(ConnectionLostError(f"the connection to {short(end.remote)} was lost"))
 
     def break_any_connection(self) -> bool:
@@ -124,17 +123,17 @@ class SimNetwork:
         self.break_connection(self._rng.choice(list(self._rng.choice(busy))))
         return True
 
-    def fall_silent(self, stream: SimStream) -> None:
+    def start_keepalive(self, stream: SimStream) -> None:
         """Start the keep-alive of a stream through which nothing passes."""
         loop = asyncio.get_running_loop()
         stream.silent_since = stream.other.silent_since = loop.time()
         loop.call_later(3 * Limits().keepalive, self._give_up, stream, stream.silent_since)
 
-    def _look_for_silence(self) -> None:
+    def _check_silence(self) -> None:
         for host, streams in self.streams.items():
             for stream in streams:
                 if stream.silent_since is None and not host.hears(stream.far):
-                    self.fall_silent(stream)
+                    self.start_keepalive(stream)
 
     def _give_up(self, stream: SimStream, since: float) -> None:
         if stream.silent_since == since:
@@ -224,8 +223,8 @@ class SimTransport(InProcessTransport):
         far = SimStream(far_end, self.identity.peer, target, host, link, wire, delay, listener.accept)
         near.connect(far)
         if not host.hears(target):
-            network.fall_silent(near)
-        near.knock()
+            network.start_keepalive(near)
+        near.signal_open()
         return near
 
     async def _dial(self, address: Address, target: Host) -> Connection:
@@ -248,7 +247,7 @@ class SimTransport(InProcessTransport):
 
     def accept(self, stream: MemoryStream) -> None:
         if self._closed and isinstance(stream, SimStream):
-            stream.spoil()
+            stream.mark_broken()
         super().accept(stream)
 
     def kill(self) -> None:
@@ -261,7 +260,7 @@ class SimTransport(InProcessTransport):
         here = StreamClosedError("this process was killed")
         there = ConnectionLostError(f"the connection to {short(self.identity.peer)} was lost")
         for stream in list(self.network.streams[self.host]):
-            stream.spoil()
+            stream.mark_broken()
             if self.host.power:
                 stream.drop(here, there)
             else:

@@ -74,8 +74,8 @@ class Peer:
         self._starts = 0
         self._transport: SimTransport | None = None
         self._registry: Registry | None = None
-        self._remains: dict[asyncio.Task[None], None] = {}
-        world.settle(self)
+        self._closing: dict[asyncio.Task[None], None] = {}
+        world.add_participant(self)
 
     @property
     def address(self) -> Address:
@@ -116,32 +116,32 @@ class Peer:
         self.world.note(f"{self.name} is killed")
         if self._transport is not None:
             self._transport.kill()
-        self._forget()
+        self._detach()
 
     def cut_power(self) -> None:
         """Kill the process and switch off its machine, so that nobody is told."""
         self.world.note(f"the power of {self.name} is cut")
         self.world.network.cut_power(self.host)
-        self._forget()
+        self._detach()
 
-    def _forget(self) -> None:
+    def _detach(self) -> None:
         """Let go of a dead process: nothing it still does is heard outside."""
-        task = asyncio.create_task(self._bury(self.node, self._registry), name=f"remains of {self.name}")
-        self._remains[task] = None
-        task.add_done_callback(self._remains.pop)
+        task = asyncio.create_task(self._close_process(self.node, self._registry), name=f"close {self.name}")
+        self._closing[task] = None
+        task.add_done_callback(self._closing.pop)
         self.node = self._transport = self._registry = None
 
-    async def fall_silent(self) -> None:
+    async def stop_registry(self) -> None:
         if self._registry is not None:
             await self._registry.close()
 
     async def end(self) -> None:
         if self.running:
             self.crash()
-        if self._remains:
-            await asyncio.wait(list(self._remains))
+        if self._closing:
+            await asyncio.wait(list(self._closing))
 
-    async def _bury(self, node: Node | None, registry: Registry | None) -> None:
+    async def _close_process(self, node: Node | None, registry: Registry | None) -> None:
         if registry is not None:
             await registry.close()
         if node is not None:
@@ -288,9 +288,9 @@ class SimServer(Peer):
         """Whether it runs and takes sessions."""
         return self.running and self.server is not None and self.server.state == "online"
 
-    async def _bury(self, node: Node | None, registry: Registry | None) -> None:
+    async def _close_process(self, node: Node | None, registry: Registry | None) -> None:
         server, self.server = self.server, None
-        await super()._bury(node, registry)
+        await super()._close_process(node, registry)
         if server is not None:
             await server.close()
 
@@ -331,13 +331,13 @@ class SimClient:
             rng=world.rng(f"{name}/swarm"),
             session_id=lambda: f"{ids.getrandbits(128):032x}",
         )
-        world.settle(self)
+        world.add_participant(self)
 
     async def start(self) -> None:
         """Begin to watch the swarm."""
         await self.swarm.__aenter__()
 
-    async def fall_silent(self) -> None:
+    async def stop_registry(self) -> None:
         await self.swarm.registry.close()
 
     async def end(self) -> None:

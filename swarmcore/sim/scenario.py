@@ -63,6 +63,7 @@ class Scenario(ABC):
 
 
 _RENAMED = {"crowd": "load"}  # scenarios and kinds, by what they were called before 0.2
+_RENAMED_KEYS = {"disaster": "mass_failure", "disaster_at": "mass_failure_at"}
 
 
 def scenario_names() -> list[str]:
@@ -103,7 +104,8 @@ def parse_scenario(data: JsonDict, kinds: Sequence[type[Scenario]], source: str)
     named = _RENAMED.get(named, named)
     if named not in by_name:
         raise InputError(f"{source}: kind = {named!r} is none of {', '.join(by_name)}")
-    return _structure(by_name[named], data, source)
+    renamed = {_RENAMED_KEYS.get(key, key): value for key, value in data.items()}
+    return _structure(by_name[named], renamed, source)
 
 
 def combined(traces: Sequence[str]) -> str:

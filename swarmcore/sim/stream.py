@@ -8,16 +8,46 @@ from collections.abc import Callable
 
 import attrs
 
-from swarmcore.errors import SwarmError
+from swarmcore.errors import ProtocolError, SwarmError
 from swarmcore.rpc.memory_stream import MemoryStream, Parcel, StreamEnd
 from swarmcore.sim.hosts import Host
 from swarmcore.sim.trace import Trace
-from swarmcore.sim.traffic import Scale
 from swarmcore.transport import Buffer
 from swarmcore.types import PeerId
+from swarmcore.wire.framing import decode_header
+from swarmcore.wire.limits import Limits
 
 _SIGNAL_BYTES = 64.0
 """What the opening, the end or the abort of a stream takes on the wire."""
+
+_LIMITS = Limits()
+_FRAMING = 80
+"""Bytes that TCP, TLS and IP put around a small message."""
+
+
+@attrs.frozen
+class Scale:
+    """What the bytes of a simulated message stand for on the wire.
+
+    Hidden states of a simulated model are tiny. They count as many bytes as those of the model that they
+    stand for; everything else counts as it is.
+    """
+
+    hidden: float = 1.0
+    """In hidden states."""
+    cache: float = 1.0
+    """In attention caches that are handed over."""
+
+    def wire_size(self, message: bytearray) -> tuple[float, str]:
+        """Bytes that ``message`` takes on the wire, and the method that it opens a stream for, if any."""
+        size = float(len(message) + _FRAMING)
+        try:
+            header = decode_header(memoryview(message), _LIMITS)
+        except ProtocolError:
+            return size, ""
+        for tensor in header.tensors:
+            size += tensor.nbytes * ((self.hidden if tensor.name == "hidden" else self.cache) - 1)
+        return size, header.method
 
 
 @attrs.define(eq=False)
@@ -31,7 +61,7 @@ class Connection:
 
 @attrs.frozen
 class Wire:
-    """What all streams of a network share: what messages weigh, and the record of those that have arrived."""
+    """What all streams of a network share: how messages are scaled, and the record of those that arrived."""
 
     scale: Scale
     trace: Trace
@@ -68,14 +98,14 @@ class SimStream(MemoryStream):
     async def send(self, *buffers: Buffer) -> None:
         message = bytearray().join(buffers)
         self._check_size(len(message))
-        size, method = self._wire.scale.weigh(message)
+        size, method = self._wire.scale.wire_size(message)
         await self._make_room(size)
         if not self.method:
             self.method = self.other.method = method or "raw"
         self.host.sent[self.method] += round(size)
         self._post(Parcel(size, message))
 
-    def knock(self) -> None:
+    def signal_open(self) -> None:
         """Tell the other host that there is a new stream; what is sent meanwhile follows."""
         self._signal(Parcel(0, signal="open"))
 
@@ -84,7 +114,7 @@ class SimStream(MemoryStream):
         if self._open:
             self._leave(error, error)
 
-    def spoil(self) -> None:
+    def mark_broken(self) -> None:
         """The connection under the stream cannot carry another one."""
         self._link.broken = True
 
@@ -124,7 +154,7 @@ class SimStream(MemoryStream):
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        if (due := self.host.take_in(size, now)) > now:
+        if (due := self.host.schedule_arrival(size, now)) > now:
             loop.call_at(due, self._arrive)
         else:
             self._arrive()

@@ -148,12 +148,14 @@ def _links(links: Sequence[LinkResult], at_once: int) -> Table:
         table.add_column(name, justify="right")
     table.add_column("auto came to, activations / gradients")
     for line in link_times(tuple(dict.fromkeys(link.mbits for link in here))):
-        told = {"raw": line.raw, "auto": line.auto}
         found = [link for link in here if link.mbits == line.mbits]
-        cells = [
-            f"{link.seconds:.2f}" + (f" ({told.get(link.codec, line.fixed):.2f})" if at_once == 1 else "")
-            for link in found
-        ]
+        cells = [f"{link.seconds:.2f}" for link in found]
+        if at_once == 1:
+            calculated = {"raw": line.raw, "auto": line.auto}
+            cells = [
+                f"{cell} ({calculated.get(link.codec, line.fixed):.2f})"
+                for cell, link in zip(cells, found, strict=True)
+            ]
         used = found[-1].codecs
         table.add_row(f"{line.mbits:g}", *cells, f"{used['activations']} / {used['gradients']}")
     return table

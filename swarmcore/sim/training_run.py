@@ -156,7 +156,7 @@ class TrainingResult:
 
 
 @attrs.frozen
-class _Look:
+class _Snapshot:
     """The state of a run at one moment."""
 
     now: float
@@ -177,7 +177,7 @@ class TrainingRun:
             for n, (span, speed) in enumerate(arm.servers)
         ]
         self._swarm = TrainingSwarm(self._world, self._servers)
-        self._looks: list[_Look] = []
+        self._snapshots: list[_Snapshot] = []
 
     def result(self) -> TrainingResult:
         """Run it."""
@@ -199,7 +199,7 @@ class TrainingRun:
         finally:
             if churn is not None:
                 await churn.stop()
-        begun, ended = self._looks
+        begun, ended = self._snapshots
         if churn is not None:
             bound = await bounds
         seconds = ended.now - begun.now
@@ -236,29 +236,29 @@ class TrainingRun:
             for number in range(STEPS):
                 await trainer.step(step)
                 if number in (0, STEPS - 1):
-                    self._look(trainer)
+                    self._take_snapshot(trainer)
             return
         at_once = 2 * in_flight
         many = max(self._arm.micro_batches, LEAST_ROUNDS * at_once)
         # What is counted ends where the first stream does, while all servers still have enough to do.
-        trainer.at[int(WARM_UP * many)] = lambda: self._look(trainer)
-        trainer.at[max(many - at_once, int(WARM_UP * many) + 1)] = lambda: self._look(trainer)
+        trainer.at[int(WARM_UP * many)] = lambda: self._take_snapshot(trainer)
+        trainer.at[max(many - at_once, int(WARM_UP * many) + 1)] = lambda: self._take_snapshot(trainer)
         await trainer.streams(many, at_once)
 
     async def _bounds(self) -> float:
         """The mean of the bounds between the two looks."""
         found = []
-        while len(self._looks) < 2:
+        while len(self._snapshots) < 2:
             await asyncio.sleep(1)
-            if len(self._looks) == 1:
+            if len(self._snapshots) == 1:
                 found.append(self._swarm.bound(self._work, now=True))
         return statistics.fmean(found)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _take_snapshot(self, trainer: Trainer) -> None:
         busy = tuple(server.busy_seconds for server in self._servers)
-        self._looks.append(_Look(self._world.now(), len(trainer.finished), busy))
+        self._snapshots.append(_Snapshot(self._world.now(), len(trainer.finished), busy))
 
-    def _shares(self, begun: _Look, ended: _Look) -> list[ServerShare]:
+    def _shares(self, begun: _Snapshot, ended: _Snapshot) -> list[ServerShare]:
         busy = [after - before for before, after in zip(begun.busy, ended.busy, strict=True)]
         shares = []
         for (span, speed), server, seconds in zip(self._arm.servers, self._servers, busy, strict=True):

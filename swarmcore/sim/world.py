@@ -14,8 +14,8 @@ from swarmcore.sim.costs import MeasuredModel
 from swarmcore.sim.hosts import Geography
 from swarmcore.sim.model import SimModel
 from swarmcore.sim.network import SimNetwork
+from swarmcore.sim.stream import Scale
 from swarmcore.sim.trace import Trace
-from swarmcore.sim.traffic import Scale
 from swarmcore.testing import clock
 from swarmcore.types import PeerId
 
@@ -28,10 +28,10 @@ _STATE_BYTES = 8
 _GARBAGE = 200_000
 
 
-class Inhabitant(Protocol):
+class Participant(Protocol):
     """A peer that lives in a world."""
 
-    async def fall_silent(self) -> None:
+    async def stop_registry(self) -> None:
         """Begin nothing more."""
 
     async def end(self) -> None:
@@ -63,7 +63,7 @@ class World:
         """What should not have happened, tasks that failed included."""
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._names: dict[PeerId, str] = {}
-        self._inhabitants: list[Inhabitant] = []
+        self._participants: list[Participant] = []
 
     def rng(self, name: str) -> random.Random:
         """The source of randomness called ``name``: what one draws leaves the others alone."""
@@ -109,9 +109,9 @@ class World:
         if self._tasks:
             await asyncio.wait(list(self._tasks))
 
-    def settle(self, inhabitant: Inhabitant) -> None:
+    def add_participant(self, participant: Participant) -> None:
         """Have a peer cleared away at the end."""
-        self._inhabitants.append(inhabitant)
+        self._participants.append(participant)
 
     def run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run ``main`` to its end on a clock of its own, then end everybody who lives here."""
@@ -119,26 +119,26 @@ class World:
         thresholds = gc.get_threshold()
         gc.set_threshold(_GARBAGE, *thresholds[1:])
         try:
-            return clock.run(self._live(main()), horizon=float("inf"), threads=False)
+            return clock.run(self._run_to_end(main()), horizon=float("inf"), threads=False)
         finally:
             gc.unfreeze()
             gc.set_threshold(*thresholds)
 
-    def founded(self) -> None:
+    def freeze_garbage(self) -> None:
         """Whoever is here stays for long: garbage is looked for elsewhere from now on."""
         gc.freeze()
 
-    async def _live(self, main: Coroutine[Any, Any, T]) -> T:
+    async def _run_to_end(self, main: Coroutine[Any, Any, T]) -> T:
         try:
             return await main
         finally:
             self.trace.seal()
             await self.stop_tasks()  # before what they talk to ends, which is no problem of theirs
             # All gossip ends before the first of those that gossip goes away.
-            for inhabitant in self._inhabitants:
-                await inhabitant.fall_silent()
-            for inhabitant in self._inhabitants:
-                await inhabitant.end()
+            for participant in self._participants:
+                await participant.stop_registry()
+            for participant in self._participants:
+                await participant.end()
 
     def __repr__(self) -> str:
         return f"<World {self.seed} {self.network!r} {self.trace!r}>"

@@ -121,7 +121,7 @@ class FaultyTransport(Transport):
             await wrapped.drained()
 
     def _wrap(self, stream: Stream) -> FaultyStream:
-        return FaultyStream(stream, self._link(stream.remote), self.limits, self._fate)
+        return FaultyStream(stream, self._link(stream.remote), self.limits, self._schedule)
 
     def _link(self, peer: PeerId) -> Link:
         link = self._links.get(peer)
@@ -134,7 +134,7 @@ class FaultyTransport(Transport):
     def _faults_toward(self, peer: PeerId) -> Faults:
         return self.faults_toward.get(peer, self.faults)
 
-    def _fate(self, peer: PeerId, message: bytearray, now: float) -> float | None:
+    def _schedule(self, peer: PeerId, message: bytearray, now: float) -> float | None:
         """Corrupt ``message`` or not, and say when it arrives; None when its stream breaks instead."""
         faults = self._faults_toward(peer)
         if faults.loss and self._random.random() < faults.loss:

@@ -19,7 +19,7 @@ from swarmcore.wire.limits import Limits
 
 _LOST = "the connection was lost"
 _DRAIN_TIMEOUT = 5.0
-Fate = Callable[[PeerId, bytearray, float], float | None]
+Schedule = Callable[[PeerId, bytearray, float], float | None]
 
 
 class Link:
@@ -86,14 +86,14 @@ class Link:
 class FaultyStream(Stream):
     """Passes messages on when the link says that they have arrived."""
 
-    def __init__(self, inner: Stream, link: Link, limits: Limits, fate: Fate) -> None:
+    def __init__(self, inner: Stream, link: Link, limits: Limits, schedule: Schedule) -> None:
         self.remote = inner.remote
         self.path = inner.path
         self._inner = inner
         self._link = link
         self._limits = limits
-        self._fate = fate
-        self._under_way: deque[tuple[float, bytearray]] = deque()
+        self._schedule = schedule
+        self._in_flight: deque[tuple[float, bytearray]] = deque()
         self._nbytes = 0
         self._last_due = 0.0
         self._arrived: deque[memoryview] = deque()
@@ -114,12 +114,12 @@ class FaultyStream(Stream):
             )
         await self._until(lambda: self._may_send(len(message)))
         now = asyncio.get_running_loop().time()
-        due = self._fate(self.remote, message, now)
+        due = self._schedule(self.remote, message, now)
         if due is None:
             self.lose()
             raise ConnectionLostError(_LOST)
         self._last_due = max(self._last_due, due)
-        self._under_way.append((self._last_due, message))
+        self._in_flight.append((self._last_due, message))
         self._nbytes += len(message)
         self._start_sender()
 
@@ -186,7 +186,7 @@ class FaultyStream(Stream):
             raise type(self._send_error)(self._send_error.message)
         if self._ended:
             raise StreamClosedError("this side has ended the stream")
-        return not self._under_way or self._nbytes + size <= self._limits.send_buffer
+        return not self._in_flight or self._nbytes + size <= self._limits.send_buffer
 
     def _may_receive(self) -> bool:
         if not self._arrived and self._receive_error is not None:
@@ -209,15 +209,15 @@ class FaultyStream(Stream):
     async def _send_on_time(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while self._under_way or not self._ended:
-                await self._until(lambda: bool(self._under_way) or self._ended)
-                if not self._under_way:
+            while self._in_flight or not self._ended:
+                await self._until(lambda: bool(self._in_flight) or self._ended)
+                if not self._in_flight:
                     break
-                due, message = self._under_way[0]
+                due, message = self._in_flight[0]
                 await asyncio.sleep(max(0.0, due - loop.time()))
                 await self._link.passable()
                 await self._inner.send(message)
-                self._under_way.popleft()
+                self._in_flight.popleft()
                 self._nbytes -= len(message)
                 self._notify()
             await self._link.passable()
@@ -247,7 +247,7 @@ class FaultyStream(Stream):
 
     def _fail_send(self, error: SwarmError) -> None:
         self._send_error = self._send_error or error
-        self._under_way.clear()
+        self._in_flight.clear()
         self._nbytes = 0
         if self._sender is not None and self._sender is not asyncio.current_task():
             self._sender.cancel()

@@ -1,6 +1,6 @@
 import pytest
 
-from swarmcore.bench.figures import Figure
+from swarmcore.bench.contender import Figure
 from swarmcore.bench.link_dialler import Turn
 from swarmcore.bench.link_pump import Carried
 from swarmcore.bench.long_link import Link

@@ -169,8 +169,8 @@ async def test_a_restarted_process_is_not_taken_for_the_old_one() -> None:
 
 async def test_what_overtakes_a_large_message_delays_it_by_no_more_than_its_own_size() -> None:
     host = Host(0, 0.0, 0.0, rate=1.0)
-    assert host.take_in(0.1, 5.0) == 5.0
-    assert host.take_in(10.0, 10.0) == pytest.approx(10.1)  # under way since 0
-    assert host.take_in(5.0, 12.0) == pytest.approx(15.1)
-    assert host.take_in(1.0, 30.0) == 30.0  # the link was idle
-    assert host.take_in(1.0, 30.5) == pytest.approx(31.0)
+    assert host.schedule_arrival(0.1, 5.0) == 5.0
+    assert host.schedule_arrival(10.0, 10.0) == pytest.approx(10.1)  # under way since 0
+    assert host.schedule_arrival(5.0, 12.0) == pytest.approx(15.1)
+    assert host.schedule_arrival(1.0, 30.0) == 30.0  # the link was idle
+    assert host.schedule_arrival(1.0, 30.5) == pytest.approx(31.0)

@@ -10,6 +10,7 @@ from swarmcore.cli import main
 from swarmcore.errors import InputError
 from swarmcore.sim.costs import BatchLoad, cost_names, load_costs
 from swarmcore.sim.kinds import KINDS
+from swarmcore.sim.load import Load
 from swarmcore.sim.plot import save_plot
 from swarmcore.sim.scenario import Report, Scenario, load_scenario, parse_scenario, scenario_names
 
@@ -80,6 +81,12 @@ def test_a_run_that_fails_says_how_to_run_it_again(tmp_path: Path, monkeypatch: 
 def test_scenarios_parse_from_data_alone() -> None:
     scenario = parse_scenario({"kind": "failures", "tokens": [7]}, KINDS, "here")
     assert getattr(scenario, "tokens") == (7,)  # noqa: B009
+
+
+def test_keys_of_before_are_still_read() -> None:
+    scenario = parse_scenario({"kind": "crowd", "disaster": 0.25, "disaster_at": 0.75}, KINDS, "here")
+    assert isinstance(scenario, Load)
+    assert (scenario.mass_failure, scenario.mass_failure_at) == (0.25, 0.75)
 
 
 def test_a_plot_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import attrs
 import pytest
 
 from swarmcore.testing.fuzz.__main__ import fuzz
+from swarmcore.testing.fuzz.hostile_peers import HostilePeers
 from swarmcore.testing.fuzz.records import RecordMaker, mutate
-from swarmcore.testing.fuzz.strangers import Strangers
-from swarmcore.testing.fuzz.victim import FuzzFailure, victim
+from swarmcore.testing.fuzz.target import FuzzFailure, fuzz_target
 from swarmcore.types import PeerId
 from swarmcore.wire import messages
 from swarmcore.wire.messages import Ping, Pong
@@ -30,10 +30,10 @@ async def test_a_handler_that_fails_is_found(caplog: pytest.LogCaptureFixture) -
     async def fail(request: Ping, caller: Caller) -> Pong:
         raise ZeroDivisionError
 
-    async with victim() as target:
+    async with fuzz_target() as target:
         target.server.node.serve(broken, fail)
         with pytest.raises(ExceptionGroup) as caught:
-            await Strangers(target, random.Random(1)).run(30.0)
+            await HostilePeers(target, random.Random(1)).run(30.0)
         assert caught.group_contains(FuzzFailure, match="handler failed")
     assert any(record.levelno == logging.ERROR for record in caplog.records)
 

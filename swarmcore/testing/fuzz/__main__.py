@@ -9,11 +9,11 @@ import random
 import sys
 from pathlib import Path
 
-from swarmcore.testing.fuzz.strangers import Strangers
-from swarmcore.testing.fuzz.victim import FuzzFailure, victim
+from swarmcore.testing.fuzz.hostile_peers import HostilePeers
+from swarmcore.testing.fuzz.target import FuzzFailure, fuzz_target
 
 MOST_GROWTH = 512 * 2**20
-"""Bytes by which the process, server and strangers together, may grow at any time."""
+"""Bytes by which the process, server and hostile peers together, may grow at any time."""
 
 
 def main() -> int:
@@ -41,18 +41,18 @@ async def fuzz(seconds: float, seed: int) -> dict[str, float]:
 
     Raise `FuzzFailure` when it failed, does not answer any more, keeps something, or took too much memory.
     """
-    async with victim() as target:
+    async with fuzz_target() as target:
         await target.check_answers()
         before = _peak_rss()
-        strangers = Strangers(target, random.Random(seed))
-        await strangers.run(seconds)
+        peers = HostilePeers(target, random.Random(seed))
+        await peers.run(seconds)
         await target.check_answers()
         await target.check_settled()
         target.check()
         grown = _peak_rss() - before
         if grown > MOST_GROWTH:
             raise FuzzFailure(f"the process grew by {grown / 2**20:.0f} MiB")
-        return {**strangers.counts, "MiB grown": round(grown / 2**20)}
+        return {**peers.counts, "MiB grown": round(grown / 2**20)}
 
 
 def _peak_rss() -> int:

@@ -150,7 +150,7 @@ class RegistryContract:
     async def test_changes_tell_the_view(self, swarm: RegistrySwarm) -> None:
         watcher = await swarm.join()
         changes = watcher.registry.changes()
-        told: dict[PeerId, ServerInfo] = {}
+        seen: dict[PeerId, ServerInfo] = {}
         members = [await swarm.join() for _ in range(4)]
         for member in members:
             await member.registry.announce(member.info(), swarm.ttl)
@@ -159,11 +159,11 @@ class RegistryContract:
         await watcher.registry.close()
         async for change in changes:
             if change.kind == "left":
-                told.pop(change.info.peer)
+                seen.pop(change.info.peer)
             else:
-                assert (change.info.peer in told) == (change.kind == "updated")
-                told[change.info.peer] = change.info
-        assert told == dict(watcher.registry.view().servers)
+                assert (change.info.peer in seen) == (change.kind == "updated")
+                seen[change.info.peer] = change.info
+        assert seen == dict(watcher.registry.view().servers)
 
     async def test_many_peers_find_each_other(self, swarm: RegistrySwarm) -> None:
         members = [await swarm.join() for _ in range(swarm.many)]

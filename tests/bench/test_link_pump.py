@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from swarmcore.bench.delay_line import LONGEST_QUEUE, MOST_PACKETS, DelayLine
+from swarmcore.bench.link_pump import LONGEST_QUEUE, MOST_PACKETS, DelayLine
 
 ENDLESS = float("inf")
 

@@ -16,7 +16,7 @@ from swarmcore.errors import SwarmError
 from swarmcore.identity import Identity
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.testing.fuzz.records import RecordMaker, mutate
-from swarmcore.testing.fuzz.victim import Victim
+from swarmcore.testing.fuzz.target import FuzzTarget
 from swarmcore.transport import Stream, Transport, transport_class
 from swarmcore.wire.framing import encode_message
 from swarmcore.wire.limits import Limits
@@ -28,21 +28,21 @@ _IDENTITIES = 8
 _PATIENCE = 10.0
 
 
-class Strangers:
+class HostilePeers:
     """Several peers that send what ``rng`` says; `counts` is what they did."""
 
-    def __init__(self, victim: Victim, rng: Random) -> None:
+    def __init__(self, target: FuzzTarget, rng: Random) -> None:
         self.counts: Counter[str] = Counter()
-        self._victim = victim
+        self._target = target
         self._rng = rng
         self._transports: list[Transport] = []
-        kind = transport_class(victim.address.scheme)
+        kind = transport_class(target.address.scheme)
         for _ in range(_IDENTITIES):
             self._transports.append(kind(Identity.from_seed(rng.randbytes(32))))
         self._sessions = tuple(rng.randbytes(16).hex() for _ in range(16))
-        peers = (victim.address.peer, *(one.identity.peer for one in self._transports))
+        peers = (target.address.peer, *(one.identity.peer for one in self._transports))
         self._maker = RecordMaker(rng, self._plausible(), peers)
-        server = victim.server.node.served
+        server = target.server.node.served
         self._openings = [
             *((name, (method.request,), ()) for name, method in server.methods.items()),
             *((name, protocol.openings, protocol.to_acceptor) for name, protocol in server.protocols.items()),
@@ -61,7 +61,7 @@ class Strangers:
             "lengths": ((1,), (2,), (1, 1)),
             "codec": ("raw",),
             "deadline": (0.5, 5.0),
-            "addresses": ((str(self._victim.address),),),
+            "addresses": ((str(self._target.address),),),
             "chain": ((),),
             "adapter": (None,),
             "sources": ((),),
@@ -79,7 +79,7 @@ class Strangers:
                         await act()
                 except (OSError, SwarmError, TimeoutError) as exc:  # ssl.SSLError is an OSError
                     self.counts[type(exc).__name__] += 1
-                self._victim.check()
+                self._target.check()
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -89,7 +89,7 @@ class Strangers:
             await asyncio.gather(*(transport.close() for transport in self._transports))
 
     def _port(self) -> tuple[str, int]:
-        host, _, port = self._victim.address.location[2:].rpartition(":")
+        host, _, port = self._target.address.location[2:].rpartition(":")
         return host, int(port)
 
     async def _bytes(self) -> None:
@@ -123,7 +123,7 @@ class Strangers:
     async def _talk(self) -> None:
         """A stream with one opening message and what may follow it, more or less."""
         transport = self._rng.choice(self._transports)
-        stream = await transport.open_stream(self._victim.address)
+        stream = await transport.open_stream(self._target.address)
         self.counts["streams"] += 1
         try:
             name, openings, following = self._rng.choice(self._openings)

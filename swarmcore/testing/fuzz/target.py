@@ -31,7 +31,7 @@ class FuzzFailure(Exception):
 
 
 @attrs.define
-class Victim:
+class FuzzTarget:
     """The server, and what went wrong in it."""
 
     server: BlockServer
@@ -82,7 +82,7 @@ class _Errors(logging.Handler):
 
 
 @asynccontextmanager
-async def victim(scheme: str = "tcp") -> AsyncIterator[Victim]:
+async def fuzz_target(scheme: str = "tcp") -> AsyncIterator[FuzzTarget]:
     """A server that listens on this machine over the transport ``scheme``.
 
     What it logs as an error counts as a fault, and so does what the event loop has to complain about.
@@ -105,7 +105,7 @@ async def victim(scheme: str = "tcp") -> AsyncIterator[Victim]:
             await registry.start()
             executor = CountingExecutor(Span(0, COUNTING_MODEL.blocks))
             async with BlockServer(config, node, registry, executor, cache_tokens=_CACHE) as server:
-                yield Victim(server, faults)
+                yield FuzzTarget(server, faults)
             await registry.close()
     finally:
         logging.getLogger().removeHandler(handler)
