@@ -11,7 +11,10 @@ from typing import Any
 import attrs
 import pytest
 import pytest_asyncio
+import torch
+from byte_tokenizer import byte_tokenizer
 from census import Census
+from tiny_models import save_random_model, tiny_config
 
 import swarmcore
 from swarmcore.testing.fleet import Fleet, Member
@@ -77,6 +80,30 @@ def reference(plain_smollm2: Any, smollm2_folder: Path) -> Reference:
     from transformers import AutoTokenizer
 
     return Reference(plain_smollm2, AutoTokenizer.from_pretrained(smollm2_folder))
+
+
+@attrs.frozen
+class Talkative:
+    """A tiny model that neither ends nor repeats itself, for which a prompt has no spaces."""
+
+    folder: Path
+    spans: tuple[Span, ...]
+    reference: Reference
+
+
+@pytest.fixture(scope="session")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Talkative:
+    folder, tokenizer = tmp_path_factory.mktemp("talkative"), byte_tokenizer()
+    config = tiny_config("llama")
+    # The first 94 tokens of the byte tokenizer are one printable character each.
+    config.vocab_size, config.eos_token_id = 94, None
+    model = save_random_model(config, folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0 if parameter.dim() > 1 else 1.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Talkative(folder, (Span(0, 2), Span(2, 4), Span(4, 5)), Reference(model, tokenizer))
 
 
 StartFleet = Callable[..., Fleet]
