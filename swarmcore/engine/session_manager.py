@@ -340,7 +340,7 @@ class SessionManager:
         """
         if session.queue or session.computing:
             raise InvalidStepError(
-                f"session {session.name[:8]} has steps in line; its caches cannot be exported before these "
+                f"session {session.name[:8]} has queued steps; its caches cannot be exported before these "
                 f"are done"
             )
         session.computing = True

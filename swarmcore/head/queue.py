@@ -25,7 +25,7 @@ class QueuedText:
 
 
 class GenerationQueue:
-    """Texts of many peers, ``at_once`` of them made at a time, ``waiting`` more of them in line.
+    """Texts of many peers, ``at_once`` of them made at a time, ``waiting`` more of them queued.
 
     The peer that has the fewest under way goes next, with its oldest request. Where there is more than one
     place, a peer has all but one of them at most, and half of the line: another one always gets in.
@@ -50,7 +50,7 @@ class GenerationQueue:
         return len(self._running)
 
     @property
-    def in_line(self) -> int:
+    def queued(self) -> int:
         """Texts that wait for their turn."""
         return len(self._line)
 
@@ -60,7 +60,7 @@ class GenerationQueue:
         return self._seconds * (len(self._line) + 1) / self.at_once
 
     def enter(self, peer: PeerId) -> QueuedText:
-        """Get in line for a text; `leave` has to follow. Raise `BusyError` when the line is full."""
+        """Queue for a text; `leave` has to follow. Raise `BusyError` when the queue is full."""
         text = QueuedText(peer)
         self._line[text] = None
         self._begin()

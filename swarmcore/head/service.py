@@ -81,7 +81,7 @@ class GenerationService:
     def note(self) -> str:
         """What it is at, in words."""
         texts = "text" if self.queue.under_way == 1 else "texts"
-        return f"head: makes {self.queue.under_way} {texts} for thin clients, {self.queue.in_line} wait"
+        return f"head: makes {self.queue.under_way} {texts} for thin clients, {self.queue.queued} wait"
 
     async def drain(self, seconds: float) -> int:
         """Take no more texts, and wait for up to ``seconds`` for those that are here.

@@ -154,7 +154,7 @@ class LinkCodec:
     def transferred(
         self, peer: PeerId, direction: LinkDirection, nbytes: int, seconds: float, now: float
     ) -> None:
-        """``nbytes``, as encoded, took ``seconds`` over the link, without computation and waiting in line.
+        """``nbytes``, as encoded, took ``seconds`` over the link, without computation and waiting in queues.
 
         A latency in it does no harm. Values that cannot be are passed over: some come from the other side.
         """

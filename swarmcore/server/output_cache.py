@@ -82,7 +82,7 @@ class _Answer:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes once it is there; before that it is work in line."""
+        """Memory that it takes once it is there; before that it is queued work."""
         if not self.output.done() or self.output.cancelled() or self.output.exception() is not None:
             return 0
         return self.output.result().data.nbytes

@@ -69,7 +69,7 @@ async def fit(
                     pass
         except BaseException as exc:
             if not thread.is_busy:
-                await thread.run(functools.partial(_keep, run, exc))
+                await thread.run(functools.partial(_save_checkpoint, run, exc))
             raise
         return run.report()
     finally:
@@ -97,14 +97,14 @@ def fit_sync(
                 for _ in run.units(progress, _Uninterrupted()):
                     pass
         except BaseException as exc:
-            _keep(run, exc)
+            _save_checkpoint(run, exc)
             raise
         return run.report()
     finally:
         model.train(training)
 
 
-def _keep(run: FitRun[Example, Batch], stopped_by: BaseException) -> None:
+def _save_checkpoint(run: FitRun[Example, Batch], stopped_by: BaseException) -> None:
     """Write the checkpoint; where that fails too, say so in what stopped the run."""
     try:
         run.save()

@@ -239,7 +239,7 @@ class SessionState:
     known: bool
     """False when the server has no such session of the caller's (any more)."""
     holds: bool = False
-    """Whether steps of it are here: in line, being computed, or on their way out."""
+    """Whether steps of it are here: queued, being computed, or on their way out."""
     waits_for_room: bool = False
     """Whether they wait for room in the attention cache."""
     rows: int = 0

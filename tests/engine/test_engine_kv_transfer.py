@@ -136,7 +136,7 @@ async def test_what_cannot_be_exported() -> None:
             await export(engine, "a", TOKEN - 1)
         executor.gate = asyncio.Event()
         step = submit(engine, "a", 2, some_rows(1))
-        with pytest.raises(InvalidStepError, match="has steps in line"):
+        with pytest.raises(InvalidStepError, match="has queued steps"):
             await export(engine, "a")
         executor.gate.set()
         await step

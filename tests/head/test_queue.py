@@ -20,7 +20,7 @@ def test_one_peer_leaves_a_place_for_another() -> None:
     anns = [queue.enter(ANN) for _ in range(4)]
     assert may_begin(*anns) == [True, True, False, False]
     assert may_begin(queue.enter(BEN)) == [True]
-    assert (queue.under_way, queue.in_line) == (3, 2)
+    assert (queue.under_way, queue.queued) == (3, 2)
 
 
 def test_one_place_alone_is_for_anybody() -> None:
@@ -53,7 +53,7 @@ def test_the_line_is_bounded_and_half_of_it_for_one_peer() -> None:
     with pytest.raises(BusyError) as refused:
         queue.enter(PeerId("dan"))
     assert refused.value.retry_after == 5 * FIRST_GUESS
-    assert (queue.under_way, queue.in_line) == (1, 4)
+    assert (queue.under_way, queue.queued) == (1, 4)
 
 
 def test_who_gives_up_waiting_leaves_the_line() -> None:
@@ -64,4 +64,4 @@ def test_who_gives_up_waiting_leaves_the_line() -> None:
     assert may_begin(second, third) == [False, True]
     assert queue.retry_after < FIRST_GUESS, "the text that ended was shorter than was guessed"
     queue.leave(third)
-    assert (queue.under_way, queue.in_line) == (0, 0)
+    assert (queue.under_way, queue.queued) == (0, 0)

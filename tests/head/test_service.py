@@ -167,7 +167,7 @@ async def test_who_leaves_is_worked_for_no_longer(how: str) -> None:
         await asyncio.sleep(5)
         assert model.made <= made + 1
         assert model.under_way == 0
-        assert swarm.heads[0].service.queue.in_line == 0
+        assert swarm.heads[0].service.queue.queued == 0
 
 
 async def test_a_reader_that_stops_stops_the_text_and_loses_its_place_in_the_end() -> None:

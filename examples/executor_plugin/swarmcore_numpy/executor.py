@@ -66,7 +66,7 @@ class NumpyExecutor(BlockExecutor):
         return len(self.span) * 2 * self._shape.kv_heads * self._shape.head * 4
 
     async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
-        """As `BlockExecutor.step`; the slices are computed one by one, each reads the weights for itself."""
+        """As `BlockExecutor.step`; the chunks are computed one by one, each reads the weights for itself."""
         return await self._in_thread(lambda: [self._run(part) for part in batch])
 
     def _run(self, part: ScheduledChunk) -> Tensor | SwarmError:

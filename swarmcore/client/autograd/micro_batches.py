@@ -56,7 +56,7 @@ class StageContext:
 
     stage: Stage
     inputs: Tensor
-    kept: str
+    kept_as: str
     """Under which name its server keeps activations; empty when it does not."""
     codec: str = "raw"
     """Of the inputs when they went there. Sent again, they have to become the same values."""
@@ -236,7 +236,7 @@ class BatchRunner:
                     context.batch,
                     last.inputs,
                     gradient,
-                    kept=last.kept,
+                    kept_as=last.kept_as,
                     wants_inputs=inputs or len(left) > 1,
                     wants_weights=weights,
                     codec=up,

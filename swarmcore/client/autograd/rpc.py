@@ -163,7 +163,7 @@ async def backward(
     inputs: Tensor,
     gradients: Tensor,
     *,
-    kept: str = "",
+    kept_as: str = "",
     wants_inputs: bool = True,
     wants_weights: bool = False,
     codec: str = "raw",
@@ -173,7 +173,7 @@ async def backward(
     """From ``gradients`` of a stage's outputs to those of its ``inputs`` and of the adapter's weights.
 
     ``inputs`` are sent, in ``inputs_codec``, when the server asks for them: when it does not have the
-    activations ``kept``. Otherwise as `forward`.
+    activations kept as ``kept_as``. Otherwise as `forward`.
     """
     opening = OpenBackward(
         model.fingerprint,
@@ -183,7 +183,7 @@ async def backward(
         codec=answer_codec,
         deadline=batch.timeout,
         adapter=batch.adapter.name if batch.adapter else None,
-        kept=kept,
+        kept=kept_as,
         inputs=wants_inputs,
         weights=wants_weights,
         reproducible=batch.reproducible,

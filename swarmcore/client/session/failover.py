@@ -195,7 +195,7 @@ class FailoverHandler:
             return
         sent, following = False, pipeline.stages[index]
         try:
-            await pipeline.tell(following, AllowUpstream((stage.peer,)))
+            await pipeline.send_to(following, AllowUpstream((stage.peer,)))
             sent = True
         finally:
             if not sent:

@@ -148,7 +148,7 @@ class LiveChain(ABC):
 
     # --- streams -----------------------------------------------------------------------------------------
 
-    async def tell(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
+    async def send_to(self, stage: LiveStage, record: Any, *tensors: Tensor) -> None:
         """Send anything to a stage. A failure is that stage's, and is not raised."""
         loop = asyncio.get_running_loop()
         async with stage.sending:

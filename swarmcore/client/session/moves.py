@@ -105,7 +105,7 @@ class SessionMoves:
         answer = asyncio.create_task(opened.channel.receive(), name="session KV transfer")
         try:
             answer.add_done_callback(lambda _: pipeline.check_awaited())
-            await pipeline.tell(stage, TransferKv(opened.hop))
+            await pipeline.send_to(stage, TransferKv(opened.hop))
             if not await pipeline.wait(lambda: answer.done() or failure.done(), timeout=KV_TRANSFER_TIMEOUT):
                 return False
             if not answer.done():

@@ -117,7 +117,7 @@ class Pipeline(LiveChain):
             journal=self.options.journal,
             attempt=pending.attempt,
         )
-        await self.tell(self.stages[index], step, hidden)
+        await self.send_to(self.stages[index], step, hidden)
 
     # --- and back ----------------------------------------------------------------------------------------
 

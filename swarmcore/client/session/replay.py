@@ -71,7 +71,7 @@ async def _send(pipeline: Pipeline, first: int, pending: PendingChunk) -> None:
             settled=step.settled,
         )
         pending.sent = pipeline.stages[first - 1].start
-        await pipeline.tell(pipeline.stages[first - 1], order)
+        await pipeline.send_to(pipeline.stages[first - 1], order)
         return
     rows = pipeline.journal.rows(pipeline.stages[first].start, chunk.starts, chunk.lengths)
     await pipeline.send(first, pending, rows.encode(options.codec))

@@ -256,29 +256,29 @@ class TorchExecutor(BlockExecutor):
         try:
             # From here on the engine admits no session to blocks that leave.
             self.span = (self._loaded.span and self._loaded.span.overlap(span)) or span
-            stays = await self._in_compute_thread(self._keep, span)
+            stays = await self._in_compute_thread(self._keep_only, span)
             loaded = [
                 await loop.run_in_executor(self._loading, self._load, part, progress)
                 for part in _missing(span, stays)
             ]
             if self._loaded is None:
                 raise InternalError("the executor was closed while its span changed")
-            self._hold(LoadedBlocks([*self._loaded.models, *loaded]))
+            self._set_blocks(LoadedBlocks([*self._loaded.models, *loaded]))
         finally:
             stop.set()
             self._changing = None
 
-    def _keep(self, span: Span) -> Span | None:
+    def _keep_only(self, span: Span) -> Span | None:
         """Drop what is not in ``span``; return what is left.
 
         In the compute thread, so that no step holds on to the others when this returns.
         """
         if self._loaded is None:
             return None
-        self._hold(self._loaded.keep(span))
+        self._set_blocks(self._loaded.keep(span))
         return self._loaded.span
 
-    def _hold(self, blocks: LoadedBlocks) -> None:
+    def _set_blocks(self, blocks: LoadedBlocks) -> None:
         self._loaded = blocks
         if blocks.span is not None:
             self.span = blocks.span

@@ -107,8 +107,8 @@ def longest_mean(record: RoundResult, terms: RunTerms) -> float:
 
 
 def _signed(claim: Contribution, terms: RunTerms, lineage: Lineage) -> bytes:
-    said = (terms.run, terms.layout, lineage.state, claim.delivery, claim.samples, claim.length.hex())
-    return "\0".join((_DOMAIN, *map(str, said))).encode()
+    claimed = (terms.run, terms.layout, lineage.state, claim.delivery, claim.samples, claim.length.hex())
+    return "\0".join((_DOMAIN, *map(str, claimed))).encode()
 
 
 @attrs.frozen(eq=False)

@@ -211,8 +211,8 @@ class Coordinator:
         if not missing:
             return None
         answers = await self._peers.ask(missing)
-        standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
-        ahead = [peer for peer, said in standings.items() if self._replica.gives_way_to(said.lineage)]
+        standings = {peer: answer for peer, answer in answers.items() if isinstance(answer, Standing)}
+        ahead = [peer for peer, answer in standings.items() if self._replica.gives_way_to(answer.lineage)]
         for peer in sorted(ahead, key=lambda peer: (standings[peer].lineage.work, peer), reverse=True):
             if await self._peers.try_to_catch_up(peer):
                 break

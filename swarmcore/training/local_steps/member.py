@@ -90,8 +90,10 @@ class RunMember:
         info = ServerInfo(self.node.peer, addresses, runs=(self.settings.run,), version=version())
         await self._registry.announce(info, ANNOUNCE_TTL)
         answers = await self._peers.ask(self._peers.alive)
-        standings = {peer: said for peer, said in answers.items() if isinstance(said, Standing)}
-        refusals = [said for said in answers.values() if isinstance(said, RunMismatchError | DeltaError)]
+        standings = {peer: answer for peer, answer in answers.items() if isinstance(answer, Standing)}
+        refusals = [
+            answer for answer in answers.values() if isinstance(answer, RunMismatchError | DeltaError)
+        ]
         if refusals and not standings:
             await self._registry.withdraw()
             raise refusals[0]
@@ -219,5 +221,5 @@ class RunMember:
         return report
 
 
-def _merit(said: Standing) -> tuple[bool, int, str]:
-    return said.settled, said.lineage.work, said.lineage.state
+def _merit(standing: Standing) -> tuple[bool, int, str]:
+    return standing.settled, standing.lineage.work, standing.lineage.state

@@ -140,7 +140,7 @@ class LocalSteps:
             report = await member.exchange(delta, self._samples)
             await _to_its_end(self._go_on, member, delta)
             self._steps = 0
-        return self._told(report)
+        return self._reported(report)
 
     def step_sync(self, samples: int = 1) -> RoundReport | None:
         """`step` for code that cannot await, in any thread but the event loop's."""
@@ -152,7 +152,7 @@ class LocalSteps:
             report = self._wait(member.exchange(delta, self._samples))
             self._go_on(member, delta)
             self._steps = 0
-        return self._told(report)
+        return self._reported(report)
 
     def state_dict(self) -> dict[str, Any]:
         """All that this peer has of the run, its own parameters included, for `load_state_dict` later.
@@ -296,7 +296,7 @@ class LocalSteps:
         self._parameters.write(state.parameters)
         self._base = self._parameters.read()  # as they were rounded
 
-    def _told(self, report: RoundReport) -> RoundReport:
+    def _reported(self, report: RoundReport) -> RoundReport:
         if self._on_round is not None:
             self._on_round(report)
         return report

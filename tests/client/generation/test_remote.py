@@ -179,7 +179,7 @@ async def test_a_busy_generation_server_is_passed_over_and_when_all_are_they_say
         others = [await swarm.another_client() for _ in range(4)]
         running = [asyncio.ensure_future(_whole(other.generate("ab"))) for other in others]
         await asyncio.sleep(1)
-        assert [head.service.queue.in_line for head in swarm.heads] == [1, 1]
+        assert [head.service.queue.queued for head in swarm.heads] == [1, 1]
         with pytest.raises(BusyError) as busy:
             await swarm.client.generate("ab")
         assert busy.value.retry_after > 0
