@@ -151,8 +151,7 @@ def language_model_losses(
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-    "label smoothing": {"label_smoothing_factor": 0.2},
-    "both": {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1},
+    "accumulation and label smoothing": {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1},
     "packed": {"packed": True},
     "padding before": {"left": True, "gradient_accumulation_steps": 2},
     "smoothing and padding before": {"left": True, "label_smoothing_factor": 0.2},

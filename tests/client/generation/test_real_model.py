@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
@@ -22,14 +22,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def whole(smollm2_folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
-
-
 @pytest.fixture
-async def real_model(smollm2_folder: Path, whole: Any, sessions):
-    sessions.plain = whole
+async def real_model(smollm2_folder: Path, plain_smollm2: Any, sessions):
+    sessions.plain = plain_smollm2
     model = await RemoteModel.from_checkpoint(open_checkpoint(str(smollm2_folder)), sessions, dtype="float32")
     yield model
     await model.close()
@@ -49,21 +44,21 @@ def generated(whole: Any, ids: list[int], tokens: int, seed: int | None = None, 
     return output[0, len(ids) :].tolist()
 
 
-async def test_a_batch_of_prompts_of_different_lengths(real_model, whole, smollm2_folder):
+async def test_a_batch_of_prompts_of_different_lengths(real_model, plain_smollm2, smollm2_folder):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    texts = await real_model.generate_batch(PROMPTS, max_new_tokens=8)
-    expected = [generated(whole, tokenizer(prompt)["input_ids"], 8) for prompt in PROMPTS]
+    texts = await real_model.generate_batch(PROMPTS, max_new_tokens=5)
+    expected = [generated(plain_smollm2, tokenizer(prompt)["input_ids"], 5) for prompt in PROMPTS]
     assert texts == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
 
 
-async def test_chat_and_seeded_sampling(real_model, whole, smollm2_folder):
+async def test_chat_and_seeded_sampling(real_model, plain_smollm2, smollm2_folder):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     messages = [{"role": "user", "content": "Name a colour."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     options = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
     generation = real_model.generate(messages, max_new_tokens=8, seed=11, **options)
     await generation
-    assert generation.tokens == generated(whole, ids, 8, seed=11, **options)
+    assert generation.tokens == generated(plain_smollm2, ids, 8, seed=11, **options)
 
 
 async def test_characters_of_several_tokens(real_model):

@@ -13,7 +13,7 @@ from swarmcore.rpc.ping import measure_round_trip
 pytestmark = pytest.mark.virtual_time
 
 SPANS = ("0:4", "4:8", "8:12")
-SESSIONS = 8
+SESSIONS = 5
 ROW_SECONDS = 0.0007
 """Of a row through a third of the blocks: SmolLM2 on one core."""
 LIMIT = 2.5

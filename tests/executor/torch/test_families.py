@@ -37,6 +37,8 @@ STEPS: Sequence[Sequence[tuple[int, int, int]]] = [
 
 ROLLBACK = 5
 
+ONE_OF_EACH_TYPE = list({kind: family for family, (kind, _) in reversed(FAMILIES.items())}.values())
+
 
 def block_states(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence's hidden states before the first and after the last block, ``[tokens, hidden size]``."""
@@ -94,7 +96,7 @@ async def test_many_rows_are_not_stacked(tmp_path: Path, monkeypatch: pytest.Mon
     assert await largest_error("mistral", tmp_path) < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_EACH_TYPE)
 async def test_float16_is_close(family: str, tmp_path: Path) -> None:
     # Gemma 4 does not scale its scores, and is off by 0.16 in plain transformers too.
     assert await largest_error(family, tmp_path, "float16") < (0.3 if family == "gemma4" else 0.05)

@@ -15,7 +15,7 @@ from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
-PROMPT, TOKENS = 20, 110
+PROMPT, TOKENS = 50, 110
 """More than a page of the cache, many sliding windows, and more rows than are stacked."""
 
 
