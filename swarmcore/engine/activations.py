@@ -93,7 +93,7 @@ class ActivationStore:
         return True
 
     def take(self, caller: str, name: str, batch: TrainingBatch, now: float) -> ForwardPass | None:
-        """The pass that the caller named so, then its own to close; None when there is none of ``batch``.
+        """Hand out the pass kept under ``name``, for the caller to close; None when none of ``batch`` is.
 
         The batch's rows are not looked at.
         """

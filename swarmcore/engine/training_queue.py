@@ -142,7 +142,7 @@ class TrainingQueue:
         return min(heads, key=lambda head: self._spent[head.caller], default=None)
 
     def charge(self, queued: QueuedPass, seconds: float) -> None:
-        """A unit of it has taken so long."""
+        """Count the seconds that a unit of the pass has taken."""
         if queued.caller in self._spent:
             self._spent[queued.caller] += seconds
 

@@ -166,7 +166,7 @@ class ServerSession:
     # --- what comes in -----------------------------------------------------------------------------------
 
     async def receive_from(self, channel: Channel, *, is_client: bool) -> None:
-        """Take in all that comes by ``channel``, until its end; what comes of it, the client is told.
+        """Take in all that comes by ``channel``, until its end; the client learns what comes of it.
 
         Raise `SessionLostError` when the session is closed, `InvalidStepError` for what only the client may
         ask for, `ProtocolError` for a step without its tensor.
@@ -233,7 +233,7 @@ class ServerSession:
     # --- steps -------------------------------------------------------------------------------------------
 
     def _submit(self, step: Step, hidden: Tensor) -> tuple[asyncio.Future[Tensor], bool]:
-        """Put the step in the engine's line: its output to be, and whether it is new and not a repetition."""
+        """Queue the step in the engine; return its future output, and whether it is new, not a repetition."""
         self._check_chain(step.chain)
         whole = step.chain or step.reply == "all" or (step.reply == "none" and step.journal == "servers")
         reply: Reply = "all" if whole else "last"
@@ -256,7 +256,7 @@ class ServerSession:
         return output, True
 
     def _check_chain(self, chain: Sequence[Hop]) -> None:
-        """Every stage goes on where the one before ends: no step walks in circles."""
+        """Raise unless every stage begins where the one before ends: no step goes round in circles."""
         end = self.span.end
         for hop in chain:
             if not end == hop.start < hop.end <= self._engine.executor.model.blocks:

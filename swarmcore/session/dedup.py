@@ -74,7 +74,7 @@ class DedupCache(Generic[Answer]):
         return [seen.answer for seen in self._seen.values() if seen.answer is not None]
 
     def drop_answers(self, which: Callable[[Answer], bool]) -> None:
-        """Forget answers, and that their steps came not."""
+        """Forget some answers; that their steps came is still known."""
         for seen in self._seen.values():
             if seen.answer is not None and which(seen.answer):
                 seen.answer = None

@@ -264,7 +264,7 @@ class Journal:
 
     @property
     def blocks(self) -> frozenset[int]:
-        """The places that are kept."""
+        """The blocks whose inputs are kept."""
         return frozenset(self._inputs)
 
     @property

@@ -289,14 +289,14 @@ class LiveChain(ABC):
             self._answered(stage, state)
 
     def _silent(self, stage: LiveStage, since: float, error: SwarmError) -> None:
-        """It is replaced by whoever else has its blocks; if nobody has, it may come back."""
+        """It has failed, unless nobody else has its blocks: then it has `patience` seconds to come back."""
         stage.silent_since = since if stage.silent_since is None else stage.silent_since
         silence = asyncio.get_running_loop().time() - stage.silent_since
         if silence >= self.options.patience or not self.alone(stage):
             self.fail(stage, error)
 
     def _answered(self, stage: LiveStage, state: SessionState) -> None:
-        """Take note of how far a stage is; what it has not been sent it cannot have computed."""
+        """Take note of how far a stage is. It can be no further than what was sent to it."""
         before, stage.state = stage.state, state
         if not state.known:
             self.fail(stage, SessionLostError("it no longer has the session"), blame=False)

@@ -213,7 +213,7 @@ class ChainOpener:
         return OpenStage(stage, hop, channel, granted.next_hop_reachable)
 
     async def _until_silent(self, hop: Hop) -> SwarmError:
-        """Ask a server whether it lives for as long as it does; return what it is when it does not.
+        """Probe a server again and again; return the error once it no longer answers.
 
         One whose blocks nobody else has is given time to come back. What keeps it from being asked is not for
         this to say: the opening itself ends in the same error.

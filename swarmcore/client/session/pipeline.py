@@ -198,11 +198,11 @@ class Pipeline(LiveChain):
         self.journal.forget(pending.chunk.step)
 
     def stuck_at(self, pending: PendingChunk) -> LiveStage:
-        """The stage behind which the chunk is not known to have come."""
+        """The stage where the chunk is: the first one of which no output is known."""
         return next(stage for stage in self.stages if stage.end > pending.reached)
 
     def blame_stuck(self, pending: PendingChunk, error: SwarmError) -> None:
-        """The stage where the chunk got no further has failed."""
+        """Mark the stage where the chunk got no further as failed, and perhaps the one before it."""
         stage = self.stuck_at(pending)
         index = self.stages.index(stage)
         self.fail(stage, error)
