@@ -112,10 +112,14 @@ class _Measuring:
             threads=self._bench.threads,
             session_options=options,
         )
-        while len(self._recoveries) < self._bench.kills:
+        while not self._enough:
             await self._generate(model)
         await model.close()
         return FailoverResult(journal, tuple(self._recoveries), statistics.median(self._undisturbed))
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._recoveries) >= self._bench.kills and bool(self._undisturbed)
 
     async def _generate(self, model: RemoteModel) -> None:
         clock = asyncio.get_running_loop().time
@@ -123,10 +127,10 @@ class _Measuring:
         async with model.session(max_tokens=tokens) as session:
             generation = model.generate(PROMPT, session=session, max_new_tokens=tokens, min_new_tokens=tokens)
             await anext(generation)
-            while generation.finish_reason is None and len(self._recoveries) < self._bench.kills:
+            while generation.finish_reason is None and not self._enough:
                 await self._fleet.settle()
                 stage = None
-                if self._rng.random() < KILL_SHARE:
+                if len(self._recoveries) < self._bench.kills and self._rng.random() < KILL_SHARE:
                     await self._fleet.seen_by(self._swarm)
                     stage = self._rng.randrange(len(session.chain))
                     victim = self._fleet.kill(session.chain.peers[stage])

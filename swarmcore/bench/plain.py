@@ -1,4 +1,4 @@
-"""The model as plain Transformers runs it: what swarms are compared with."""
+"""Model and blocks as plain Transformers and PyTorch run them: what swarms are compared with."""
 
 from __future__ import annotations
 
@@ -57,3 +57,34 @@ class _TokenClock:
 
     def end(self) -> None:
         pass
+
+
+class PlainBlocks:
+    """The blocks in this process, run by Transformers and PyTorch alone."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, threads: int, shape: tuple[int, int]) -> None:
+        """``shape`` is that of the batch: sequences, and tokens of each."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        with quiet_transformers(lambda share: None):
+            whole: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+        self._base = whole.eval().requires_grad_(False).base_model
+        ids = torch.randint(0, whole.config.vocab_size, shape)
+        with torch.no_grad():
+            self.hidden: torch.Tensor = whole.get_input_embeddings()(ids)
+
+    def times(self) -> tuple[float, float]:
+        """Seconds of a forward pass, and of one with a backward pass to the inputs."""
+        import torch
+
+        began = time.perf_counter()
+        with torch.no_grad():
+            self._base(inputs_embeds=self.hidden, use_cache=False)
+        forward = time.perf_counter() - began
+        inputs = self.hidden.clone().requires_grad_()
+        began = time.perf_counter()
+        output = self._base(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+        return forward, time.perf_counter() - began

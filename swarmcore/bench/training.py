@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 from rich.table import Table
 
+from swarmcore.bench.plain import PlainBlocks
 from swarmcore.bench.swarms import start_swarm
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
-from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError
@@ -86,7 +86,8 @@ class TrainingBench:
         if positions is not None and self.length > positions:
             raise InputError(f"{checkpoint.name} takes {positions} tokens, not sequences of {self.length}")
         remark("loading the model, and starting the swarms")
-        plain = await asyncio.to_thread(_PlainBlocks, checkpoint, self)
+        shape = (self.batch, self.length)
+        plain = await asyncio.to_thread(PlainBlocks, checkpoint, self.dtype, self.threads, shape)
         times: dict[str, list[tuple[float, float]]] = {}
         async with AsyncExitStack() as stack:
             models = {}
@@ -186,36 +187,6 @@ class TrainingBench:
                 threads=self.threads,
                 pass_options=PassOptions(micro_batch_tokens=self.micro_batch_tokens),
             )
-
-
-class _PlainBlocks:
-    """The blocks in this process, run by Transformers and PyTorch alone."""
-
-    def __init__(self, checkpoint: Checkpoint, bench: TrainingBench) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(bench.threads)
-        with quiet_transformers(lambda share: None):
-            whole: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=bench.dtype)
-        self._base = whole.eval().requires_grad_(False).base_model
-        ids = torch.randint(0, whole.config.vocab_size, (bench.batch, bench.length))
-        with torch.no_grad():
-            self.hidden: torch.Tensor = whole.get_input_embeddings()(ids)
-
-    def times(self) -> tuple[float, float]:
-        """Seconds of a forward pass, and of one with a backward pass to the inputs."""
-        import torch
-
-        began = time.perf_counter()
-        with torch.no_grad():
-            self._base(inputs_embeds=self.hidden, use_cache=False)
-        forward = time.perf_counter() - began
-        inputs = self.hidden.clone().requires_grad_()
-        began = time.perf_counter()
-        output = self._base(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        torch.autograd.grad(output, inputs, torch.ones_like(output))
-        return forward, time.perf_counter() - began
 
 
 async def _forward_and_back(model: RemoteModel, hidden: torch.Tensor) -> None:

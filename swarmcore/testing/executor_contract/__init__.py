@@ -15,12 +15,12 @@ pytest.register_assert_rewrite(
 )
 
 from swarmcore.testing.executor_contract.caches import CachesContract  # noqa: E402
-from swarmcore.testing.executor_contract.forward_backward import PassesContract  # noqa: E402
+from swarmcore.testing.executor_contract.forward_backward import ForwardBackwardContract  # noqa: E402
 from swarmcore.testing.executor_contract.spans import SpansContract  # noqa: E402
 from swarmcore.testing.executor_contract.steps import StepsContract  # noqa: E402
 
 
-class ExecutorContract(StepsContract, CachesContract, SpansContract, PassesContract):
+class ExecutorContract(StepsContract, CachesContract, SpansContract, ForwardBackwardContract):
     """The whole contract. Override `tolerance` where arithmetic is exact."""
 
 

@@ -23,7 +23,7 @@ DIFFERENCE = 1e-2
 """How far inputs are moved to see how outputs follow."""
 
 
-class PassesContract(ExecutorHarness):
+class ForwardBackwardContract(ExecutorHarness):
     slope_tolerance = 2e-2
     """How far a gradient may be from the slope that is seen between two forward passes, relatively."""
 
