@@ -25,8 +25,7 @@ class CancellationContract(TransportHarness):
     """Cancel after 0, 1, … so many turns of the event loop: a step of each operation is hit."""
 
     async def test_a_cancelled_receive_loses_nothing(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             expected = [pattern(1000, seed) for seed in range(self.turns)]
             received: list[bytes] = []
             for turns, message in enumerate(expected):
@@ -63,8 +62,7 @@ class CancellationContract(TransportHarness):
                     assert after.exception() is None or isinstance(after.exception(), UnavailableError)
 
     async def test_a_cancelled_send_that_waits_for_a_slow_reader(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             flood = Flood(near, 4 * self.slack)
             await flood.stalled()
             await finish(flood.task)
@@ -109,8 +107,7 @@ class CancellationContract(TransportHarness):
                 await far.close()
 
     async def test_a_cancelled_end(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             ending: asyncio.Task[None] = asyncio.create_task(near.end())
             await asyncio.sleep(0)
             await finish(ending)

@@ -16,8 +16,7 @@ PROMPT = 10.0
 
 class EndingsContract(TransportHarness):
     async def test_half_close(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             await near.send(b"question")
             await near.end()
             await near.end()
@@ -34,8 +33,7 @@ class EndingsContract(TransportHarness):
                 await near.receive()
 
     async def test_end_wakes_a_waiting_receiver(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             receiving = asyncio.create_task(far.receive())
             await asyncio.sleep(0)
             await near.end()
@@ -44,8 +42,7 @@ class EndingsContract(TransportHarness):
 
     async def test_close_delivers_what_was_sent(self) -> None:
         messages = [pattern(40_000, seed) for seed in range(5)]
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             for message in messages:
                 await near.send(message)
             await near.close()
@@ -81,8 +78,7 @@ class EndingsContract(TransportHarness):
             await _works(*await pair.connect())
 
     async def test_close_returns_when_the_other_side_does_nothing(self) -> None:
-        async with self.pair() as pair:
-            near, _ = await pair.connect()
+        async with self.streams() as (near, _):
             flood = Flood(near, 4 * self.slack)
             await flood.stalled()
             async with asyncio.timeout(PROMPT):
@@ -90,8 +86,7 @@ class EndingsContract(TransportHarness):
             assert isinstance(await flood.failure(), UnavailableError)
 
     async def test_use_after_close(self) -> None:
-        async with self.pair() as pair:
-            near, _ = await pair.connect()
+        async with self.streams() as (near, _):
             await near.close()
             with pytest.raises(StreamClosedError):
                 await near.send(b"late")
@@ -101,8 +96,7 @@ class EndingsContract(TransportHarness):
             near.abort("late")
 
     async def test_close_wakes_a_waiting_receiver(self) -> None:
-        async with self.pair() as pair:
-            near, _ = await pair.connect()
+        async with self.streams() as (near, _):
             receiving = asyncio.create_task(near.receive())
             await asyncio.sleep(0)
             await near.close()
@@ -129,16 +123,14 @@ class EndingsContract(TransportHarness):
             await _works(*await pair.connect())
 
     async def test_a_long_reason_is_cut(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             near.abort("é" * 300)
             with pytest.raises(StreamAbortedError) as caught:
                 await far.receive()
             assert caught.value.message == "é" * 200
 
     async def test_abort_passes_a_stalled_stream(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             flood = Flood(near, 4 * self.slack)
             await flood.stalled()
             near.abort("enough")
@@ -149,8 +141,7 @@ class EndingsContract(TransportHarness):
                     await far.receive()
 
     async def test_the_receiver_may_abort(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             flood = Flood(near, 4 * self.slack)
             await far.receive()
             far.abort("not wanted")

@@ -84,6 +84,12 @@ class TransportHarness(ABC):
             yield Pair(listener, dialler, address, incoming)
 
     @asynccontextmanager
+    async def streams(self) -> AsyncIterator[tuple[Stream, Stream]]:
+        """Both ends of a stream between such a `pair`: the dialler's, the listener's."""
+        async with self.pair() as pair:
+            yield await pair.connect()
+
+    @asynccontextmanager
     async def serving(self, handler: OnStream) -> AsyncIterator[tuple[Transport, Address]]:
         """A transport to dial with, and the address of another whose streams ``handler`` gets."""
         async with self._connected(handler, self.limits) as (_, dialler, address):

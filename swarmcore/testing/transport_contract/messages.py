@@ -24,8 +24,7 @@ class MessagesContract(TransportHarness):
     async def test_messages_arrive_whole_and_in_order_both_ways(self) -> None:
         sizes = [random.Random(1).choice([0, 1, 5, 200, 4096, 20_000, 70_000]) for _ in range(200)]
         messages = [pattern(size, seed) for seed, size in enumerate(sizes)]
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             received = await asyncio.gather(
                 _receive_all(near), _receive_all(far), _send_all(near, messages), _send_all(far, messages)
             )
@@ -33,8 +32,7 @@ class MessagesContract(TransportHarness):
             assert received[1] == messages
 
     async def test_empty_messages_are_messages(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             await near.send()
             await near.send(b"")
             await near.send(b"", b"x", b"")
@@ -42,8 +40,7 @@ class MessagesContract(TransportHarness):
 
     async def test_a_message_is_the_concatenation_of_its_buffers(self) -> None:
         body = pattern(300_000)
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             sending = asyncio.create_task(
                 near.send(
                     b"head", bytearray(b"er"), memoryview(body)[:100_001], b"", memoryview(body)[100_001:]
@@ -54,8 +51,7 @@ class MessagesContract(TransportHarness):
 
     async def test_buffers_may_be_reused_after_send(self) -> None:
         small, big = bytearray(pattern(1000)), bytearray(pattern(200_000))
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             await near.send(small)
             small[:] = bytes(len(small))
             await near.send(big)
@@ -64,8 +60,7 @@ class MessagesContract(TransportHarness):
             assert await receive(far) == pattern(200_000)
 
     async def test_the_receiver_owns_what_it_receives(self) -> None:
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             for message in (b"first", b"other"):
                 await near.send(message)
             first = await far.receive()
@@ -77,8 +72,7 @@ class MessagesContract(TransportHarness):
     async def test_big_messages_cross_each_other(self) -> None:
         size = self.limits.max_message
         assert size > 4 * self.limits.send_buffer
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             _, _, at_far, at_near = await asyncio.gather(
                 near.send(pattern(size, 1)), far.send(pattern(size, 2)), far.receive(), near.receive()
             )
@@ -97,8 +91,7 @@ class MessagesContract(TransportHarness):
 
     async def test_a_slow_reader_makes_send_wait(self) -> None:
         bound = self.limits.send_buffer + self.slack
-        async with self.pair() as pair:
-            near, far = await pair.connect()
+        async with self.streams() as (near, far):
             flood = Flood(near, 2 * bound)
             await flood.stalled()
             assert flood.accepted <= bound
