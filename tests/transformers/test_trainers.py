@@ -18,9 +18,13 @@ from transformers import AutoModelForSequenceClassification as PlainClassifier
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, set_seed
 
 from swarmcore.errors import CheckpointError, InputError, ModelMismatchError
-from swarmcore.training import SequenceClassificationHead, TunedModel, lora_tuning, prompt_tuning
-from swarmcore.training import training_modes as activation_checkpointing
-from swarmcore.training import training_modes as dropout
+from swarmcore.training import (
+    SequenceClassificationHead,
+    TunedModel,
+    lora_tuning,
+    prompt_tuning,
+    training_modes,
+)
 from swarmcore.transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytestmark = [
@@ -181,7 +185,7 @@ def test_trainer_has_the_losses_of_peft_on_the_plain_model(llama: Tiny, name: st
 
 
 def test_gradient_checkpointing_is_noted_once(llama: Tiny, caplog: pytest.LogCaptureFixture) -> None:
-    activation_checkpointing._note.cache_clear()
+    training_modes._note_checkpointing.cache_clear()
     tuned = lora_tuning(llama.remote, rank=2)
     for model in (llama.remote, tuned, tuned):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -201,7 +205,7 @@ def test_a_model_of_which_nothing_is_trained(llama: Tiny, tmp_path: Path) -> Non
 
 
 def test_dropout_that_is_left_out_is_noted_once(llama: Tiny, caplog: pytest.LogCaptureFixture) -> None:
-    dropout._note.cache_clear()
+    training_modes._note_dropout.cache_clear()
     config = copy.deepcopy(llama.remote.config)
     for name, value in {"attention_dropout": 0.1, "embd_pdrop": 0.1, "hidden_dropout": 0.0}.items():
         setattr(config, name, value)
