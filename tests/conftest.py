@@ -132,5 +132,6 @@ def plain_smollm2(smollm2_folder: Path) -> Any:
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """Starts servers and other programs quickly."""
+    pytest.importorskip("torch", reason="needs the extra torch")
     with ForkServer() as fork_server:
         yield fork_server
