@@ -37,7 +37,7 @@ async def test_there_and_back_over_two_servers() -> None:
         middle = await forward(node, model, first, batch, hidden_states(rows))
         end = await forward(node, model, second, batch, middle.outputs, keep=KEEP)
         assert (middle.kept, end.kept) == (False, True)
-        half = await backward(node, model, second, batch, middle.outputs, hidden_states(up), kept=KEEP)
+        half = await backward(node, model, second, batch, middle.outputs, hidden_states(up), kept_as=KEEP)
         assert half.gradients is not None
         whole = await backward(node, model, first, batch, hidden_states(rows), half.gradients)
         assert whole.gradients is not None

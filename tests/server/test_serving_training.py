@@ -71,7 +71,7 @@ async def test_what_it_can_do_is_announced_and_what_it_did_is_counted() -> None:
         assert server.notes[1:] == ("adapters: poet", "memory: out of reach")
         batch, here = MicroBatch((2, 4), AdapterWeights(AdapterName(name="poet"))), stage(server, "0:12")
         await forward(swarm.node, COUNTING_MODEL, here, batch, ROWS, keep=KEEP)
-        await backward(swarm.node, COUNTING_MODEL, here, batch, ROWS, ROWS, kept=KEEP)
+        await backward(swarm.node, COUNTING_MODEL, here, batch, ROWS, ROWS, kept_as=KEEP)
         counters = (await swarm.info(server.node.peer)).counters
         expected = {"forwards": 1, "backwards": 1, "pass_tokens": 12, "kept_hits": 1, "passes_served": 2}
         assert {name: counters[name] for name in expected} == expected

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ async def test_a_cancelled_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert not model.training
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which has its programs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("where", ["loss", "optimizer", "on_step"])
 def test_ctrl_c_leaves_a_checkpoint(where: str, tmp_path: Path) -> None:
     expected, file, model = whole_run(), tmp_path / "run.pt", tiny_model()
@@ -84,6 +94,7 @@ def test_ctrl_c_leaves_a_checkpoint(where: str, tmp_path: Path) -> None:
     assert state_of(model, report) == expected
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_leaves_a_checkpoint_of_an_awaited_run(tmp_path: Path) -> None:
     expected, file, model = whole_run(), tmp_path / "run.pt", tiny_model()
     main = threading.main_thread().ident
