@@ -124,27 +124,28 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
+def write_file(path: Path, content: bytes | memoryview, *, durable: bool = False) -> None:
     """Put ``content`` in place of what the file was, all or nothing. Raise `OSError`.
 
-    Folders on the way are made. It has reached the disk when this returns.
+    Folders on the way are made. With ``durable`` it has reached the disk when this returns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def save_file(path: Path, content: bytes | memoryview) -> None:
-    """`write_file` for a file that somebody asked for: raise `StorageError` when it cannot be written."""
+    """`write_file`, durably, for what somebody wants kept. Raise `StorageError` when it cannot be written."""
     try:
-        write_file(path, content)
+        write_file(path, content, durable=True)
     except OSError as exc:
         raise StorageError(f"{path} could not be written: {exc}") from exc
 
