@@ -213,9 +213,7 @@ class SimTransport(InProcessTransport):
         if target is None:
             raise PeerUnreachableError(f"{address} is no place on this network")
         link = network.take(host, target) or await self._dial(address, target)
-        listener = network.listeners.get(target)
-        self._check_listener(address, listener)
-        assert listener is not None
+        listener = self._checked(network.listeners.get(target), address)
         near_end = StreamEnd(self.identity.peer, self.limits, self.streams)
         far_end = StreamEnd(address.peer, listener.limits, listener.streams)
         wire, delay = network.wire, network.delay(host, target)

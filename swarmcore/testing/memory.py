@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from swarmcore.errors import (
     AddressInUseError,
@@ -26,6 +26,8 @@ from swarmcore.tasks import BackgroundTasks
 from swarmcore.transport import OnStream, Stream, Transport, serve_stream
 from swarmcore.types import Address, short
 from swarmcore.wire.limits import Limits
+
+T = TypeVar("T", bound=Transport)
 
 
 class InProcessTransport(Transport):
@@ -63,13 +65,15 @@ class InProcessTransport(Transport):
     def _leave(self) -> None:
         """Listen nowhere any more."""
 
-    def _check_listener(self, address: Address, listener: Transport | None) -> None:
+    def _checked(self, listener: T | None, address: Address) -> T:
+        """``listener``, found at ``address``. Raise as `open_stream` does unless it answers there."""
         if self._closed:
             raise StreamClosedError("this transport is closed")
         if address.scheme != self.scheme or listener is None:
             raise PeerUnreachableError(f"nobody listens on {address}")
         if listener.identity.peer != address.peer:
             raise PeerIdentityError(f"{address} is answered by {short(listener.identity.peer)}")
+        return listener
 
     def accept(self, stream: MemoryStream) -> None:
         """Serve a stream that another peer has opened; without a listener it is lost."""
@@ -137,9 +141,7 @@ class MemoryTransport(InProcessTransport):
 
     async def open_stream(self, address: Address) -> Stream:
         await asyncio.sleep(0)
-        listener = self._listeners.get(address.location.removeprefix("//"))
-        self._check_listener(address, listener)
-        assert listener is not None
+        listener = self._checked(self._listeners.get(address.location.removeprefix("//")), address)
         near = MemoryStream(StreamEnd(self.identity.peer, self.limits, self.streams), address.peer)
         far = MemoryStream(
             StreamEnd(address.peer, listener.limits, listener.streams), remote=self.identity.peer
