@@ -16,6 +16,11 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+def loop_time() -> float:
+    """The clock of the running event loop, in seconds."""
+    return asyncio.get_running_loop().time()
+
+
 class Deadline:
     """A time limit on a block, which raises an error of ours in place of asyncio's when it passes.
 

@@ -25,6 +25,7 @@ from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
 from swarmcore.errors import InputError, InvalidStepError, RemoteFaultError, SessionLostError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor
+from swarmcore.tasks import loop_time
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -113,7 +114,7 @@ class Engine:
     @property
     def queue_seconds(self) -> float:
         """How long a decode step waits before it is computed, on average of late; fades when none comes."""
-        return self.stats.queue_seconds_at(self._now())
+        return self.stats.queue_seconds_at(loop_time())
 
     @property
     def counters(self) -> dict[str, float]:
@@ -164,7 +165,7 @@ class Engine:
 
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
-        self._sessions.close_all(error, draining(), self._now())
+        self._sessions.close_all(error, draining(), loop_time())
         self.training.stop(draining())
         if self._timer is not None:
             self._timer.cancel()
@@ -209,7 +210,7 @@ class Engine:
             raise InputError(f"a session that needs {tokens} cache tokens; expected 0 or more")
         span = span or self.executor.span
         check_held(span, self.executor.span)
-        now = self._now()
+        now = loop_time()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         deadline = now + check_timeout(timeout)
         self._sessions.request(session, span, sequences, tokens, answer, deadline, now, adapter, caller)
@@ -218,7 +219,7 @@ class Engine:
             await answer
             check_held(span, self.executor.span)  # which may have changed in the meantime
         except BaseException:
-            self._sessions.withdraw(session, self._now())
+            self._sessions.withdraw(session, loop_time())
             self._carry_on()
             raise
         finally:
@@ -264,7 +265,7 @@ class Engine:
             if reply not in ("all", "last"):
                 raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
             self._sessions.pending.check(found, hidden.shape[0])
-            now = self._now()
+            now = loop_time()
             timeout = check_timeout(timeout)
         except SwarmError:
             self.stats.refusals += 1
@@ -330,7 +331,7 @@ class Engine:
         starts[sequence], lengths[sequence] = start, count
         [segment] = found.segments(starts, lengths)
         self._sessions.pending.check(found, count)
-        now = self._now()
+        now = loop_time()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         item = KVImport(
             session=found,
@@ -349,22 +350,19 @@ class Engine:
     def close_session(self, session: str) -> None:
         """End a session and free its cache: at once, or after the batch that it computes in. Never fails."""
         self._window.closed(session)
-        self._sessions.close(session, self._now())
+        self._sessions.close(session, loop_time())
         self._carry_on()
 
     def _answered(self, item: QueueItem, answer: asyncio.Future[Any]) -> None:
         if item.done:
             return
         # Nobody but the caller ends the future of a step that is not done: it was cancelled.
-        now = self._now()
+        now = loop_time()
         self._sessions.fail(item, InvalidStepError("the step was cancelled by its caller"), now)
         self._sessions.poll(now)
         self._carry_on()
 
     # --- time --------------------------------------------------------------------------------------------
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
 
     def _wake(self) -> None:
         self._batches.wake()
@@ -386,5 +384,5 @@ class Engine:
 
     def _tick(self) -> None:
         self._timer = None
-        self._sessions.tick(self._now())
+        self._sessions.tick(loop_time())
         self._carry_on()

@@ -12,6 +12,7 @@ from swarmcore.engine.session import EngineSession, KVImport
 from swarmcore.engine.session_manager import SessionManager
 from swarmcore.errors import InputError, SessionLostError, SwarmError
 from swarmcore.executor.base import BlockExecutor, executor_error
+from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class KVTransfer:
                     self.chunks += 1
                     yield KVChunk(index, start, count, tensors)
         finally:
-            self._sessions.resume(session, _now())
+            self._sessions.resume(session, loop_time())
             self._advance()
 
     def begin(self, item: KVImport) -> None:
@@ -94,13 +95,9 @@ class KVTransfer:
             log.exception("the executor failed to take in %d tokens of attention cache", segment.count)
             error = executor_error(exc)
         self.chunks += 1
-        self._sessions.finish_import(item, error, _now())
+        self._sessions.finish_import(item, error, loop_time())
         self._advance()
 
     def _advance(self) -> None:
-        self._sessions.poll(_now())
+        self._sessions.poll(loop_time())
         self._changed()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

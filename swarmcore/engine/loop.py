@@ -15,6 +15,7 @@ from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training_worker import TrainingWorker
 from swarmcore.errors import InternalError, SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, executor_error
+from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -67,28 +68,28 @@ class BatchLoop:
                 await self._run_batch()
             if self._training_waits and not self._stopping:
                 await self._training.run_unit()
-                self._sessions.note_progress(_now())
+                self._sessions.note_progress(loop_time())
 
     @property
     def _training_waits(self) -> bool:
         return len(self._training.queue) > 0
 
     async def _run_batch(self) -> None:
-        self._training.pacing.stepped(_now())
+        self._training.pacing.stepped(loop_time())
         await self._wait_for_decodes()
         self._scheduler.prefill_rows = self._prefill.rows
-        batch = self._sessions.schedule(_now())
+        batch = self._sessions.schedule(loop_time())
         if batch.steps:
             await self._run(batch)
-            self._training.pacing.stepped(_now())
-        self._sessions.poll(_now())
+            self._training.pacing.stepped(loop_time())
+        self._sessions.poll(loop_time())
         self._changed()
 
     async def _wait_for_decodes(self) -> None:
         """Give decode steps that are about to come the time to join the next batch, where that pays."""
         if not (here := self._scheduler.decode_waiting):
             return
-        wait = self._window.wait(here, self._stats.decode_seconds, _now())
+        wait = self._window.wait(here, self._stats.decode_seconds, loop_time())
         if wait is None:
             return
         with contextlib.suppress(TimeoutError):
@@ -98,12 +99,12 @@ class BatchLoop:
                     await self._wake.wait()
 
     async def _run(self, batch: ScheduledBatch[SessionStep]) -> None:
-        started = _now()
+        started = loop_time()
         errors = await self._reorder(batch)
         chunks = [chunk for number, chunk in enumerate(batch.chunks) if number not in errors]
         computed = iter(await self._results(chunks))
         results = [errors.get(number) or next(computed) for number in range(len(batch.chunks))]
-        now = _now()
+        now = loop_time()
         self._stats.note_batch(batch.tokens, now - started, batch.decode_only)
         self._prefill.note_batch(
             sum(
@@ -119,9 +120,9 @@ class BatchLoop:
                 encoded = await self._executor.encode(step.result(), step.codec)
             except Exception as exc:
                 log.exception("the result of a step cannot be encoded as %s", step.codec)
-                self._sessions.fail(step, executor_error(exc), _now())
+                self._sessions.fail(step, executor_error(exc), loop_time())
             else:
-                self._sessions.complete(step, encoded, _now())
+                self._sessions.complete(step, encoded, loop_time())
         for step in batch.steps:
             if step.done:
                 self._window.answered(step.session.name, now)
@@ -154,7 +155,3 @@ class BatchLoop:
                 )
             # One instance for each step: an exception that is raised in several tasks mixes up tracebacks.
             return [executor_error(exc) for _ in chunks]
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

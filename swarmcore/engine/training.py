@@ -25,6 +25,7 @@ from swarmcore.executor.base import (
     TrainingPass,
     executor_error,
 )
+from swarmcore.tasks import loop_time
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -224,7 +225,7 @@ class TrainingRunner:
                     pass_tokens=limit,
                 )
             check_held(span, self._executor.span)
-            deadline = _now() + check_timeout(timeout)
+            deadline = loop_time() + check_timeout(timeout)
             self.queue.admit(caller, tokens)
         except SwarmError:
             self._stats.passes_refused += 1
@@ -283,7 +284,3 @@ class TrainingRunner:
 
 def _within(span: Span, keep: Span | None) -> bool:
     return keep is not None and keep.covers(span)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

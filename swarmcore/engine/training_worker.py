@@ -12,7 +12,7 @@ from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training_queue import QueuedPass, TrainingPacing, TrainingQueue
 from swarmcore.errors import DeadlineExceededError, ServerMemoryError, SwarmError
 from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, TrainingBatch, executor_error
-from swarmcore.tasks import Deadline
+from swarmcore.tasks import Deadline, loop_time
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TrainingWorker:
         queued = self.queue.next(self._fits)
         if queued is None:
             return
-        began = _now()
+        began = loop_time()
         limit = self.pacing.unit_tokens(queued.kind, queued.lengths, self._stats.decode_seconds, began)
         queued.begun = queued.running = True
         if queued.saves and self._set_aside(queued):
@@ -75,7 +75,7 @@ class TrainingWorker:
             queued.running, self.computing = False, None
             if queued.abandoned:
                 queued.work.close()
-        seconds = _now() - began
+        seconds = loop_time() - began
         self.activations.learn(queued.work)
         self.queue.charge(queued, seconds)
         self.pacing.note_unit(queued.kind, queued.lengths, limit, seconds)
@@ -165,13 +165,13 @@ class TrainingWorker:
 
     def keep(self, caller: str, name: str, batch: TrainingBatch, forward: ForwardPass) -> bool:
         """As `ActivationStore.keep`."""
-        kept = self.activations.keep(caller, name, batch, forward, _now(), under_way=self._in_use())
+        kept = self.activations.keep(caller, name, batch, forward, loop_time(), under_way=self._in_use())
         self._watch_expiry()
         return kept
 
     def take(self, caller: str, name: str, batch: TrainingBatch) -> ForwardPass | None:
         """As `ActivationStore.take`."""
-        found = self.activations.take(caller, name, batch, _now())
+        found = self.activations.take(caller, name, batch, loop_time())
         if found is not None:
             self._stats.kept_hits += 1
         else:
@@ -185,7 +185,7 @@ class TrainingWorker:
 
     def _expire(self) -> None:
         self._timer = None
-        self.activations.expire(_now())
+        self.activations.expire(loop_time())
         self._watch_expiry()
 
 
@@ -205,7 +205,3 @@ def _too_late(queued: QueuedPass) -> DeadlineExceededError:
         f"the {queued.kind} pass of {queued.tokens} tokens was not through by its deadline, with "
         f"{queued.work.seconds:.3g} s of work done; send smaller batches, or allow it more time"
     )
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -14,6 +14,7 @@ from swarmcore.executor.base import BlockExecutor
 from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.server.adapters import Weights, WeightsIntake
+from swarmcore.tasks import loop_time
 from swarmcore.types import Span
 from swarmcore.wire.forward_backward import (
     AdapterPart,
@@ -63,15 +64,15 @@ class RenewableDeadline:
     _last: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._last = _now() + self._most
+        self._last = loop_time() + self._most
 
     def moved(self) -> None:
         """Some rows have come, or gone."""
-        self._extend(min(_now() + self._deadline, self._last))
+        self._extend(min(loop_time() + self._deadline, self._last))
 
     def computed(self) -> None:
         """The engine got on."""
-        now = _now()
+        now = loop_time()
         self._last = now + self._most
         self._extend(now + self._deadline)
 
@@ -101,7 +102,7 @@ class ForwardBackwardChannel:
     _opened: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._opened = self._sender.heard = _now()
+        self._opened = self._sender.heard = loop_time()
 
     def expect(self, kind: str) -> None:
         """Rows of this kind are to come."""
@@ -131,7 +132,7 @@ class ForwardBackwardChannel:
         return intake.whole()
 
     async def _next(self) -> Weights | None:
-        quiet_since = _now()
+        quiet_since = loop_time()
         while True:
             try:
                 async with asyncio.timeout_at(quiet_since + PIECE_TIMEOUT) as clock:
@@ -145,7 +146,7 @@ class ForwardBackwardChannel:
                 raise DeadlineExceededError(
                     f"the client sent nothing for {PIECE_TIMEOUT:.0f} s, with rows still to come"
                 ) from exc
-            self._sender.heard = _now()
+            self._sender.heard = loop_time()
             self.deadline.moved()
             return await self._take(message)
 
@@ -156,7 +157,7 @@ class ForwardBackwardChannel:
             intake = self._intakes.get(record.kind)
             if intake is None or intake.complete:
                 raise InvalidBatchError(f"the client sent more {record.kind[:32]!r} than were asked for")
-            self.receiving = _now() - self._opened
+            self.receiving = loop_time() - self._opened
             hidden = message.tensor("hidden")
             intake.check(record, hidden)
             self._reserved.resize(self._reserved.amount + hidden.decoded_nbytes)
@@ -184,7 +185,3 @@ class ForwardBackwardChannel:
         for part, last in adapter_parts(tensors):
             await self._channel.send(AdapterPart(last=last), *part)
             self.deadline.moved()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -25,7 +25,7 @@ from swarmcore.registry.gossip.options import GossipOptions
 from swarmcore.registry.gossip.replica import Replica
 from swarmcore.registry.gossip.suspicion import Credibility, Suspected
 from swarmcore.rpc import Caller, Node
-from swarmcore.tasks import BackgroundTasks, cancel_and_wait
+from swarmcore.tasks import BackgroundTasks, cancel_and_wait, loop_time
 from swarmcore.types import Address, PeerId, ServerInfo, short
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ class FailureDetector:
             for peer, sequence in suspects:
                 self._replica.hide(peer, sequence)
             self._probes.recheck()
-        elif self._probes.credibility.believes(teller, _now()):
+        elif self._probes.credibility.believes(teller, loop_time()):
             for peer, sequence in suspects:
                 self._probes.start(peer, sequence, accuser=teller)
 
@@ -315,9 +315,9 @@ class FailureDetector:
         if suspected.peer == own:
             # Whoever it comes from: others may believe it.
             self._refute(suspected.sequence)
-            credibility.was_wrong([suspected.by], _now())
+            credibility.was_wrong([suspected.by], loop_time())
             return
-        if not credibility.spend(suspected.by, _now()):
+        if not credibility.spend(suspected.by, loop_time()):
             return
         if held is not None and held > suspected.sequence:
             # Refuted, or else the accuser has not seen all that the dead one announced: others may have.
@@ -335,10 +335,6 @@ class FailureDetector:
 
     async def report(self, request: ReportSuspect, caller: Caller) -> SuspectReported:
         """Serve `REPORT`."""
-        if self._probes.credibility.spend(caller.peer, _now()):
+        if self._probes.credibility.spend(caller.peer, loop_time()):
             self._probes.start(request.peer, request.sequence, accuser=caller.peer, on_dead=self._accuse)
         return SuspectReported()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
