@@ -25,6 +25,8 @@ def executor_error(exc: Exception) -> SwarmError:
     return error
 
 
+PrefixSharing = Literal["none", "copies", "pages"]
+
 SequenceId = NewType("SequenceId", int)
 """One sequence's attention cache in an executor, counted up from 0 and never used twice."""
 
@@ -84,6 +86,9 @@ class BlockExecutor(ABC):
     """Cache is allocated in multiples of this many tokens for each sequence."""
     computes_padding: bool = False
     """Whether `forward` and `backward` take batches with `TrainingBatch.padding`; they get none otherwise."""
+    prefix_sharing: PrefixSharing = "none"
+    """What `share_prefix` does: it is not there, it copies, or sequences have whole pages in common, which
+    takes no memory."""
     thread_choices: tuple[int, ...] = ()
     """Numbers of compute threads to choose from, most first; none where there is nothing to choose."""
 
@@ -166,6 +171,17 @@ class BlockExecutor(ABC):
         For beam search. Never overlaps with `step` or another `reorder`. Each sequence's room for tokens was
         reserved before, as for a step. When it fails the sequences may hold anything.
         """
+
+    async def share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
+        """Let ``target``, a sequence without a cache, begin with the first ``tokens`` tokens of ``source``.
+
+        With the prefix of its adapter, where ``source`` has one. Nothing is computed; from then on both go
+        on, roll back and end independently of each other. The target's room was reserved before, as for a
+        step. May come while a batch computes, with ``source`` too unless that rolls back into these tokens.
+        Raise `SessionLostError` when ``source`` has no cache or ``target`` no reservation,
+        `InvalidStepError` when the one is not that long or the other has a cache; nothing has changed then.
+        """
+        raise InternalError(f"{type(self).__name__} shares no prefixes")
 
     @abstractmethod
     async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:

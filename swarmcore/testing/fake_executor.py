@@ -42,6 +42,7 @@ class FakeExecutor(BlockExecutor, Generic[State]):
     """
 
     dtype = "float32"
+    prefix_sharing = "copies"
 
     def __init__(self, model: ModelInfo, span: Span, *, page: int, cache_bytes: int) -> None:
         """``cache_bytes`` of attention cache take a token in one block."""
@@ -197,6 +198,16 @@ class FakeExecutor(BlockExecutor, Generic[State]):
             if cache is not None and span is not None:
                 room = self._reserved.get(sequence, 0)
                 self._caches[sequence], self._spans[sequence] = cache[:room], span
+
+    async def share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
+        if source not in self._caches or target not in self._reserved:
+            raise SessionLostError(f"sequence {source} has no cache, or {target} no reservation")
+        if not 0 < tokens <= self.cached(source) or target in self._caches:
+            raise InvalidStepError(
+                f"{tokens} tokens of {self.cached(source)} cannot begin a sequence of {self.cached(target)}"
+            )
+        cache = self.roll_back(target, 0, tokens, self._spans[source])
+        cache += self._caches[source][:tokens]
 
     async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
         assert sequence not in self._busy, "a sequence was exported while it was in a batch"

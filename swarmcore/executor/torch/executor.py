@@ -64,6 +64,7 @@ class TorchExecutor(BlockExecutor):
     """Runs a span with torch, on the CPU or one GPU."""
 
     computes_padding = True
+    prefix_sharing = "copies"
 
     def __init__(
         self, model: ModelInfo, span_model: SpanModel, load: Loader, *, threads: int | None = None
@@ -221,6 +222,13 @@ class TorchExecutor(BlockExecutor):
     def _reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         with memory_errors("a reordering of caches"):
             self._sequences.reorder(sequences, sources)
+
+    async def share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
+        await self._in_compute_thread(self._share_prefix, source, target, tokens)
+
+    def _share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
+        with memory_errors("a prefix of a cache"):
+            self._sequences.share_prefix(source, target, tokens)
 
     async def export_cache(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
         return await self._in_compute_thread(self._sequences.export, sequence, start, count)

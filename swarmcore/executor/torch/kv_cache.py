@@ -97,12 +97,13 @@ class SequenceCache:
             self.length = min(self.length, capacity)
             self._resize(capacity, self.length)
 
-    def copy(self, reserved: int) -> SequenceCache:
-        """A cache of its own with the same tokens, as far as there is room for them in ``reserved``."""
+    def copy(self, reserved: int, tokens: int | None = None) -> SequenceCache:
+        """A cache of its own with the same tokens, the first ``tokens`` of them or all, as far as there is
+        room for them in ``reserved``."""
         new = SequenceCache(self.layout)
         new.reserved, new.prefix = reserved, self.prefix
         new._resize(-(-max(reserved, self.prefix) // PAGE) * PAGE, 0)
-        new.length = length = min(self.length, new.capacity)
+        new.length = length = min(self.length if tokens is None else tokens, new.capacity)
         for shape, pair in self._stores.items():
             for source, target in zip(pair, new._stores[shape], strict=True):
                 target[..., :length, :] = source[..., :length, :]

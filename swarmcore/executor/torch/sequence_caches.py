@@ -84,12 +84,20 @@ class SequenceCaches:
             entry[at].cache, entry[at].span = cache, span
 
     @torch.inference_mode()
+    def share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
+        """As `BlockExecutor.share_prefix`."""
+        cache, new = self._cached(source), self._reserved(target)
+        length = cache.length - cache.prefix
+        if not 0 < tokens <= length or new.cache is not None:
+            raise InvalidStepError(
+                f"{tokens} tokens of a cache of {length} cannot begin sequence {target}, or it has begun"
+            )
+        new.cache, new.span = cache.copy(new.reserved, cache.prefix + tokens), self._sequences[source].span
+
+    @torch.inference_mode()
     def export(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
         """As `BlockExecutor.export_cache`."""
-        entry = self._sequences.get(sequence)
-        if entry is None or entry.cache is None:
-            raise SessionLostError(f"sequence {sequence} has no cache here")
-        cache = entry.cache
+        cache = self._cached(sequence)
         if start < 0 or count < 1 or start + count > cache.length - cache.prefix:
             raise InvalidStepError(
                 f"tokens {start} to {start + count} are not in a cache of "
@@ -133,6 +141,12 @@ class SequenceCaches:
         cache.prepare(start, start + count)
         for target, tensor in zip(cache.tensors(start, start + count).values(), tensors, strict=True):
             target.copy_(to_torch(tensor))
+
+    def _cached(self, sequence: SequenceId) -> SequenceCache:
+        entry = self._sequences.get(sequence)
+        if entry is None or entry.cache is None:
+            raise SessionLostError(f"sequence {sequence} has no cache here")
+        return entry.cache
 
     def _reserved(self, sequence: SequenceId) -> _Sequence:
         entry = self._sequences.get(sequence)

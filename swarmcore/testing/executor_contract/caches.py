@@ -55,6 +55,67 @@ class CachesContract(ExecutorHarness):
             self.same(await driver.one(1, tail, start=3), (await driver.one(2, rows + tail))[3:])
             self.same(await driver.one(0, rows, start=0), expected)
 
+    # --- prefixes ----------------------------------------------------------------------------------------
+
+    async def test_a_new_sequence_begins_with_the_prefix_of_another(self) -> None:
+        async with self.driver() as driver:
+            executor = driver.executor
+            if executor.prefix_sharing == "none":
+                pytest.skip("this executor shares no prefixes")
+            shared = 2 * executor.page
+            rows = self.rows(driver, shared + 3)
+            tails = [self.rows(driver, 2, seed=n) for n in range(1, 4)]
+            await driver.one(0, rows)
+            driver.reserve(dict.fromkeys((1, 2), shared))
+            for n in (1, 2):
+                await executor.share_prefix(SequenceId(0), SequenceId(n), shared)
+            # All three write where the others read, or have read.
+            got = [await driver.one(n, tails[n]) for n in range(3)]
+            self.same(got[0], (await driver.one(10, rows + tails[0]))[-2:])
+            for n in (1, 2):
+                self.same(got[n], (await driver.one(10 + n, rows[:shared] + tails[n]))[-2:])
+            # A rollback into what they share, by the source and by a target.
+            for n in (0, 1):
+                rolled_back = await driver.one(n, tails[0], start=executor.page + 1)
+                whole = await driver.one(20 + n, rows[: executor.page + 1] + tails[0])
+                self.same(rolled_back, whole[-2:])
+            executor.release(SequenceId(0))
+            executor.release(SequenceId(1))
+            whole = await driver.one(30, rows[:shared] + tails[2] + tails[1])
+            self.same(await driver.one(2, tails[1]), whole[-2:])
+
+    async def test_prefixes_of_prefixes_of_a_part_of_the_span(self) -> None:
+        async with self.driver() as driver:
+            executor = driver.executor
+            if executor.prefix_sharing == "none":
+                pytest.skip("this executor shares no prefixes")
+            part = Span(executor.span.start + 1, executor.span.end)
+            rows, tail = self.rows(driver, 2 * executor.page + 1), self.rows(driver, 1, seed=1)
+            await driver.run(driver.part(0, rows, span=part))
+            for n, pages in ((1, 2), (2, 1)):
+                driver.reserve({n: pages * executor.page})
+                await executor.share_prefix(SequenceId(n - 1), SequenceId(n), pages * executor.page)
+                executor.release(SequenceId(n - 1))
+            [got] = await driver.run(driver.part(2, tail, span=part))
+            [whole] = await driver.run(driver.part(3, rows[: executor.page] + tail, span=part))
+            self.same(got, whole[-1:])
+
+    async def test_prefixes_that_are_not_there_or_do_not_fit_are_refused(self) -> None:
+        async with self.driver() as driver:
+            executor = driver.executor
+            if executor.prefix_sharing == "none":
+                pytest.skip("this executor shares no prefixes")
+            page, rows = executor.page, self.rows(driver, executor.page)
+            expected = await driver.one(0, rows)
+            driver.reserve({1: 2 * page})
+            for source, target in ((7, 1), (0, 7)):
+                with pytest.raises(SessionLostError):
+                    await executor.share_prefix(SequenceId(source), SequenceId(target), page)
+            for target, tokens in ((1, page + 1), (1, 0), (1, -1), (0, page)):
+                with pytest.raises(InvalidStepError):
+                    await executor.share_prefix(SequenceId(0), SequenceId(target), tokens)
+            self.same(await driver.one(1, rows, start=0), expected)
+
     # --- caches that come and go -------------------------------------------------------------------------
 
     async def test_a_cache_goes_from_one_executor_to_another(self) -> None:
