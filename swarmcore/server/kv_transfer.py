@@ -12,9 +12,8 @@ import attrs
 
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import InvalidStepError, SessionLostError, StreamClosedError, SwarmError
-from swarmcore.server.client_outbox import ClientOutbox
+from swarmcore.server.client_outbox import ClientOutbox, InFlightBytes
 from swarmcore.server.downstream import StageDialer
-from swarmcore.server.in_flight import InFlightBytes
 from swarmcore.tasks import deadline_after
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.messages import CachePart, KvTransferFailed, KvTransferred, TransferKv

@@ -22,9 +22,8 @@ from swarmcore.errors import (
 from swarmcore.resources import Reservation
 from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
-from swarmcore.server.client_outbox import ClientOutbox
+from swarmcore.server.client_outbox import ClientOutbox, InFlightBytes
 from swarmcore.server.downstream import Downstream, StageDialer
-from swarmcore.server.in_flight import InFlightBytes
 from swarmcore.server.kv_transfer import KvTransfer
 from swarmcore.server.output_cache import AnswerCache, ReplayCache, Reply
 from swarmcore.server.upstream import AllowedUpstream

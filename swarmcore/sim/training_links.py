@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import attrs
 
-from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.planner import BatchCodecs
 from swarmcore.errors import InternalError
 from swarmcore.routing.link_codec import LADDERS, LinkCodec, Rung, TensorKind
 from swarmcore.sim.costs import load_costs

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from swarmcore.errors import AdapterError, InternalError
 from swarmcore.training.adapter import BlockAdapter
 from swarmcore.training.model_layout import ModelLayout, Projection
-from swarmcore.training.peft_format.options import LORA, check_lora_config
+from swarmcore.training.peft_format.config import LORA, check_lora_config
 
 _ABOUT = frozenset(
     {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")}

@@ -10,8 +10,7 @@ from announced import peer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.routing.link_codec import LADDERS, PROBE_EVERY, LinkCodec, LinkDirection, TensorKind
-from swarmcore.routing.link_rate import LinkRate
+from swarmcore.routing.link_codec import LADDERS, PROBE_EVERY, LinkCodec, LinkDirection, LinkRate, TensorKind
 
 SHAPE = (1024, 1024)
 VALUES = math.prod(SHAPE)

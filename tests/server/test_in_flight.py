@@ -11,7 +11,7 @@ from memory_swarm import quiet, swarm_of
 
 from swarmcore.errors import DeadlineExceededError, InvalidStepError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
-from swarmcore.server.in_flight import UNCOUNTED_NBYTES, InFlightBytes
+from swarmcore.server.client_outbox import UNCOUNTED_NBYTES, InFlightBytes
 from swarmcore.testing.executor import COUNTING_MODEL
 from swarmcore.types import PeerId
 from swarmcore.wire.messages import OpenSession, SessionOpened, Step, StepFailed, StepOutput

@@ -9,8 +9,7 @@ import attrs
 import pytest
 
 from swarmcore.testing.fuzz.__main__ import fuzz
-from swarmcore.testing.fuzz.hostile_peers import HostilePeers
-from swarmcore.testing.fuzz.records import RecordMaker, mutate
+from swarmcore.testing.fuzz.hostile_peers import HostilePeers, RecordMaker, mutate
 from swarmcore.testing.fuzz.target import FuzzFailure, fuzz_target
 from swarmcore.types import PeerId
 from swarmcore.wire import messages

@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 import attrs
 
 from swarmcore.client.autograd import rpc
-from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.limiter import Call, FairLimiter
 from swarmcore.client.autograd.options import LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SERVER, PassOptions
-from swarmcore.client.autograd.planner import BatchPlanner, PassKind, Work
+from swarmcore.client.autograd.planner import BatchCodecs, BatchPlanner, PassKind, Work
 from swarmcore.client.autograd.rpc import MicroBatch, as_computed
 from swarmcore.client.session.opening import located
 from swarmcore.client.session.planner import random_session_id

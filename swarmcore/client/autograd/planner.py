@@ -1,20 +1,27 @@
-"""Which servers the batches of one model go to: shared out by speed, without those that fail."""
+"""Which servers the batches of one model go to, and in which codec.
+
+They are shared out by speed, without servers that fail; the codec is always the same one, or what the link to
+each server allows.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
+from swarmcore.client.autograd.rpc import PassResult
 from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.errors import InvalidBatchError, MissingBlocksError, SwarmError
 from swarmcore.registry.base import Registry
 from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.health import PeerHealth
+from swarmcore.routing.link_codec import LinkCodec, TensorKind
 from swarmcore.routing.shares import ThroughputShares
 from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore.wire.tensors import Tensor
 
 PassKind = Literal["forward", "backward"]
 Work = Literal["forward", "backward", "both"]
@@ -204,3 +211,53 @@ class BatchPlanner:
     @staticmethod
     def _takes(server: ServerInfo, tokens: int, adapter: str) -> bool:
         return server.pass_tokens >= max(tokens, 1) and (not adapter or adapter in server.adapters)
+
+
+class BatchCodecs:
+    """Chooses codecs, and learns from each pass. ``codec`` is for all rows, or ``"auto"``, by ``links``."""
+
+    def __init__(self, codec: str, links: LinkCodec | None = None) -> None:
+        self._fixed = codec
+        self._links: LinkCodec | None = None
+        if codec == "auto":
+            self._links = LinkCodec() if links is None else links
+
+    def __repr__(self) -> str:
+        return f"<BatchCodecs {self._links or self._fixed}>"
+
+    def choose(
+        self, peer: PeerId, kind: TensorKind, rows: Tensor, now: float, chain: Iterable[PeerId] = ()
+    ) -> tuple[str, str]:
+        """The codecs for ``rows`` to ``peer`` and for as many that come back.
+
+        ``chain`` is every server that the micro-batch passes through.
+        """
+        if self._links is None:
+            return self._fixed, self._fixed
+        peers = tuple(chain)
+        up = self._links.codec(peer, "up", kind, rows.dtype, rows.shape, now, chain=peers)
+        down = self._links.codec(peer, "down", kind, rows.dtype, rows.shape, now, chain=peers)
+        return up, down
+
+    def done(self, peer: PeerId, kind: TensorKind, rows: Tensor, result: PassResult, now: float) -> None:
+        """A pass of ``rows`` has come to its end."""
+        if self._links is None:
+            return
+        self._links.transferred(peer, "up", result.up.nbytes, result.up.seconds, now)
+        self._links.transferred(peer, "down", result.down.nbytes, result.down.seconds, now)
+        self._links.computed(peer, kind, rows.shape, result.seconds, now)
+
+    def refused(self, peer: PeerId, codecs: Iterable[str]) -> bool:
+        """``peer`` does not know one of ``codecs``. Return whether others will now be chosen for it."""
+        suspects = [codec for codec in codecs if codec != "raw"]
+        if self._links is None or not suspects:
+            return False
+        # The server does not say which of them; and another micro-batch may have been refused just before.
+        for codec in suspects:
+            if self._links.refused(peer, codec):
+                break
+        return True
+
+    def knows(self, peer: PeerId, codec: str) -> bool:
+        """Whether ``peer`` has not refused ``codec``, as far as choices are made here."""
+        return self._links is None or self._links.knows(peer, codec)

@@ -10,7 +10,7 @@ one after the other, and the last block is filled up with zeros.
 range of 2**17 within a block) times the block's scale; all others decode to 0. Encoded form of ``n`` blocks
 with ``k`` kept: ``n`` bfloat16 scales; where they are, ``k`` ascending bytes for each block or, when that is
 shorter, a bitmap; ``n * k`` float8 values. It is meant for what is sparse or has error feedback
-(`swarmcore.executor.torch.error_feedback`).
+(`swarmcore.training.local_steps.vectors`).
 
 ``mixed4`` keeps two of each 64, eight of 256, as bfloat16 and rounds the others to 16 levels, those that suit
 a normal distribution without its tails, times the root mean square of each 64. Encoded form of ``n`` blocks

@@ -11,13 +11,12 @@ import pytest
 
 # Before the imports, so that a failing assertion shows its values in an author's own test run.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{module}" for module in ("harness", "steps", "caches", "spans", "passes"))
+    *(f"{__name__}.{module}" for module in ("harness", "steps", "caches", "forward_backward"))
 )
 
 from swarmcore.testing.executor_contract.caches import CachesContract  # noqa: E402
 from swarmcore.testing.executor_contract.forward_backward import ForwardBackwardContract  # noqa: E402
-from swarmcore.testing.executor_contract.spans import SpansContract  # noqa: E402
-from swarmcore.testing.executor_contract.steps import StepsContract  # noqa: E402
+from swarmcore.testing.executor_contract.steps import SpansContract, StepsContract  # noqa: E402
 
 
 class ExecutorContract(StepsContract, CachesContract, SpansContract, ForwardBackwardContract):

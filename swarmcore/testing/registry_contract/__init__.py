@@ -17,7 +17,10 @@ import pytest
 # Before the imports, so that a failing assertion shows its values in an author's own test run.
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in ("harness", "suite")))
 
-from swarmcore.testing.registry_contract.harness import Member, RegistrySwarm  # noqa: E402
-from swarmcore.testing.registry_contract.suite import RegistryContract  # noqa: E402
+from swarmcore.testing.registry_contract.suite import (  # noqa: E402
+    Member,
+    RegistryContract,
+    RegistrySwarm,
+)
 
 __all__ = ["Member", "RegistryContract", "RegistrySwarm"]

@@ -10,9 +10,8 @@ import attrs
 import torch
 
 from swarmcore.errors import DeltaError, ProtocolError
-from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.identity import Identity, verify
-from swarmcore.training.local_steps.vectors import decode, encode
+from swarmcore.training.local_steps.vectors import ErrorFeedback, decode, encode
 from swarmcore.wire.local_steps import Contribution, Lineage, RoundResult, RunTerms
 from swarmcore.wire.tensors import Tensor
 

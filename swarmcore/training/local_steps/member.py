@@ -11,7 +11,6 @@ import torch
 
 from swarmcore.distribution import version
 from swarmcore.errors import DeltaError, InputError, RunMismatchError, StaleRoundError, SwarmError
-from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.registry.base import Registry
 from swarmcore.registry.lan import follow_addresses
 from swarmcore.rpc.node import Node
@@ -22,7 +21,7 @@ from swarmcore.training.local_steps.replica import Replica, Result, State, by_ra
 from swarmcore.training.local_steps.run_peers import RunPeers
 from swarmcore.training.local_steps.serving import Answering
 from swarmcore.training.local_steps.settings import LocalStepsSettings, RoundReport
-from swarmcore.training.local_steps.vectors import Traffic, decode
+from swarmcore.training.local_steps.vectors import ErrorFeedback, Traffic, decode
 from swarmcore.types import PeerId, ServerInfo, short
 from swarmcore.wire.local_steps import DeliverDelta, GoTo, Lineage, Standing
 

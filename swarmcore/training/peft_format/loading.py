@@ -14,8 +14,7 @@ from swarmcore.errors import AdapterError
 from swarmcore.training.heads import ClassificationHead, SequenceClassificationHead, TokenClassificationHead
 from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.model_layout import ModelLayout, Projection
-from swarmcore.training.peft_format.config import HEAD_LAYERS, AdapterConfig
-from swarmcore.training.peft_format.options import LORA, PREFIX, PROMPT
+from swarmcore.training.peft_format.config import HEAD_LAYERS, LORA, PREFIX, PROMPT, AdapterConfig
 from swarmcore.training.peft_format.tensors import AdapterTensors
 from swarmcore.training.prefix import PrefixAdapter, unpack_prompt_embeddings
 from swarmcore.training.prompt import SoftPrompt

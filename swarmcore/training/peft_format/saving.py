@@ -16,9 +16,8 @@ from swarmcore.training.adapter import BlockAdapter
 from swarmcore.training.heads import ClassificationHead
 from swarmcore.training.lora import LoraAdapter
 from swarmcore.training.model_layout import ModelLayout, Projection
-from swarmcore.training.peft_format.config import CONFIG_FILE, HEAD_LAYERS
+from swarmcore.training.peft_format.config import CONFIG_FILE, HEAD_LAYERS, LORA, PREFIX, PROMPT
 from swarmcore.training.peft_format.loading import PROMPT_EMBEDDINGS
-from swarmcore.training.peft_format.options import LORA, PREFIX, PROMPT
 from swarmcore.training.peft_format.tensors import write_tensors
 from swarmcore.training.prefix import PrefixAdapter, prefix_shape
 from swarmcore.training.prompt import SoftPrompt

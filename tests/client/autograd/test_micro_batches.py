@@ -11,8 +11,8 @@ import pytest
 from chain_world import WHOLE, WIDTH, Server, Work, adapter_of, world_of
 
 from swarmcore.client.adapters import AdapterWeights
-from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.options import PassOptions
+from swarmcore.client.autograd.planner import BatchCodecs
 from swarmcore.client.autograd.rpc import MicroBatch
 from swarmcore.errors import (
     AdapterNotFoundError,

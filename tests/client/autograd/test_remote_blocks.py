@@ -18,9 +18,9 @@ from torch import nn
 
 import swarmcore
 from swarmcore import sync
-from swarmcore.client.autograd.codecs import BatchCodecs
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.autograd.packing import PackedRows
+from swarmcore.client.autograd.planner import BatchCodecs
 from swarmcore.errors import InputError, InvalidBatchError, SpanError
 from swarmcore.routing.link_codec import TensorKind
 from swarmcore.training import LoraAdapter

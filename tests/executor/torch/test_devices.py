@@ -18,7 +18,7 @@ from swarmcore.checkpoint import open_checkpoint
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch.adapters import TorchAdapter
 from swarmcore.executor.torch.batch import Attention, TargetModule, causal_mask
-from swarmcore.executor.torch.families.bloom import AlibiBias
+from swarmcore.executor.torch.families.alibi import AlibiBias
 from swarmcore.executor.torch.kv_cache import SequenceCache
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.executor.torch.lora import Hooks, RowAdapters, StackedAdapters

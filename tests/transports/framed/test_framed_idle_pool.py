@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from swarmcore.types import PeerId
-from swarmcore_transports.framed.idle_pool import IdlePool
+from swarmcore_transports.framed.connection_manager import IdlePool
 
 A, B = PeerId("a"), PeerId("b")
 

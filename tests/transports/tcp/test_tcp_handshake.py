@@ -14,9 +14,9 @@ from swarmcore_transports.tcp.handshake import (
     answer_hello,
     check_certificate,
     check_proof,
+    listener_context,
     make_hello,
 )
-from swarmcore_transports.tcp.tls import listener_context
 
 LISTENER, DIALLER, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 CHANNEL = SecureChannel(secrets.token_bytes(32), secrets.token_bytes(48))

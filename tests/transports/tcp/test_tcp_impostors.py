@@ -26,7 +26,7 @@ from swarmcore.wire.limits import Limits
 from swarmcore_transports.framed.frames import FrameType, encode_frame
 from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp.addresses import endpoint_of
-from swarmcore_transports.tcp.tls import dialler_context, listener_context
+from swarmcore_transports.tcp.handshake import dialler_context, listener_context
 
 pytestmark = pytest.mark.every_loop
 

@@ -28,7 +28,7 @@ from swarmcore_transports.framed import connection as connection_module
 from swarmcore_transports.framed.flow_control import MESSAGE_COST
 from swarmcore_transports.tcp import TcpTransport
 from swarmcore_transports.tcp.addresses import endpoint_of
-from swarmcore_transports.tcp.tls import dialler_context
+from swarmcore_transports.tcp.handshake import dialler_context
 
 pytestmark = pytest.mark.every_loop
 

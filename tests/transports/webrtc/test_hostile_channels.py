@@ -28,7 +28,7 @@ from swarmcore_transports.framed.frames import (  # noqa: E402
 )
 from swarmcore_transports.webrtc.channel_transport import ChannelTransport  # noqa: E402
 from swarmcore_transports.webrtc.engine import DataChannel  # noqa: E402
-from swarmcore_transports.webrtc.signalling.client_pool import MAX_IDLE, SignallingClientPool  # noqa: E402
+from swarmcore_transports.webrtc.signalling.endpoints import MAX_IDLE, SignallingClientPool  # noqa: E402
 
 LIMITS = Limits(max_message=2**20, max_calls_per_peer=4, keepalive=0.3, send_buffer=64 * 1024)
 

@@ -43,9 +43,10 @@ from swarmcore_transports.tcp.handshake import (
     answer_hello,
     check_certificate,
     check_proof,
+    dialler_context,
+    listener_context,
     make_hello,
 )
-from swarmcore_transports.tcp.tls import dialler_context, listener_context
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from swarmcore_transports.webrtc.ice import IceServers
 from swarmcore_transports.webrtc.ice_restarts import IceRestarter
 from swarmcore_transports.webrtc.peer_connections import DialSync, ManagedConnection, PeerConnections
 from swarmcore_transports.webrtc.signalling.client import SignallingClient
-from swarmcore_transports.webrtc.signalling.client_pool import SignallingClientPool
+from swarmcore_transports.webrtc.signalling.endpoints import SignallingClientPool
 from swarmcore_transports.webrtc.signalling.messages import (
     NEGOTIATION_ID_BYTES,
     Envelope,

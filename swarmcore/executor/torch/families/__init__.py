@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from swarmcore.executor.torch.families import bloom, ctrl, diffllama, falcon, gpt, llama4, mpt, xglm
+from swarmcore.executor.torch.families import alibi, gpt, llama, sinusoidal
 
 REPLACE_ATTENTION: dict[str, Callable[[Any], None]] = {
-    "bloom": bloom.replace_attention,
+    "bloom": alibi.replace_bloom,
     "codegen": gpt.replace_gptj,
-    "ctrl": ctrl.replace_attention,
-    "diffllama": diffllama.replace_attention,
-    "falcon": falcon.replace_attention,
+    "ctrl": sinusoidal.replace_ctrl,
+    "diffllama": llama.replace_diffllama,
+    "falcon": alibi.replace_falcon,
     "gpt_neo": gpt.replace_gpt_neo,
     "gpt_neox_japanese": gpt.replace_gpt_neox_japanese,
     "gptj": gpt.replace_gptj,
-    "llama4_text": llama4.replace_attention,
-    "mpt": mpt.replace_attention,
+    "llama4_text": llama.replace_llama4,
+    "mpt": alibi.replace_mpt,
     "openai-gpt": gpt.replace_openai_gpt,
-    "xglm": xglm.replace_attention,
+    "xglm": sinusoidal.replace_xglm,
 }
 """Given a base model, has its blocks call the current batch."""
 

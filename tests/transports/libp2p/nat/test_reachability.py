@@ -7,7 +7,7 @@ pytest.importorskip("libp2p", reason="needs the extra libp2p")
 from multiaddr import Multiaddr
 
 from swarmcore.types import PeerId
-from swarmcore_transports.libp2p.nat.reachability import (
+from swarmcore_transports.libp2p.nat.autonat import (
     ANSWERS_WANTED,
     ASK_AGAIN_SECONDS,
     EXPIRY_SECONDS,

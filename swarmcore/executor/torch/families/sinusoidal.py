@@ -1,4 +1,6 @@
-"""XGLM's attention on a ragged batch."""
+"""Families with sinusoidal positions, which the client adds: CTRL and XGLM.
+
+CTRL's blocks themselves use the attention interface."""
 
 from __future__ import annotations
 
@@ -6,10 +8,26 @@ from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.ctrl.modeling_ctrl import CTRLModel
 from transformers.models.xglm.modeling_xglm import XGLMAttention, XGLMModel
 
 from swarmcore.executor.torch.attention import current_batch
 from swarmcore.executor.torch.batch import Attention
+
+
+class RaggedCTRLModel(CTRLModel):  # type: ignore[misc]
+    """Without the scaling and the positions, which the client has done; its blocks use the interface."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **others: Any) -> BaseModelOutput:
+        hidden = inputs_embeds
+        for block in self.h:
+            hidden = block(hidden, attention_mask=None)
+        return BaseModelOutput(last_hidden_state=self.layernorm(hidden))
+
+
+def replace_ctrl(base: Any) -> None:
+    """Have a ``CTRLModel`` take hidden states as they are between blocks."""
+    base.__class__ = RaggedCTRLModel
 
 
 class RaggedXGLMAttention(XGLMAttention):  # type: ignore[misc]
@@ -35,7 +53,7 @@ class RaggedXGLMModel(XGLMModel):  # type: ignore[misc]
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden))
 
 
-def replace_attention(base: Any) -> None:
+def replace_xglm(base: Any) -> None:
     """Give the blocks of an ``XGLMModel`` attention on the current batch."""
     base.__class__ = RaggedXGLMModel
     for layer, block in enumerate(base.layers):

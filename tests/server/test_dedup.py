@@ -2,7 +2,7 @@ import attrs
 import pytest
 
 from swarmcore.errors import InvalidStepError, SessionLostError
-from swarmcore.session.dedup import DedupCache
+from swarmcore.server.output_cache import DedupCache
 from swarmcore.wire.messages import Step
 
 

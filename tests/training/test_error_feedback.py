@@ -7,8 +7,8 @@ import torch
 
 from swarmcore.errors import UnknownCodecError
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
-from swarmcore.executor.torch.error_feedback import ErrorFeedback
 from swarmcore.executor.torch.wire_tensors import to_torch
+from swarmcore.training.local_steps.vectors import ErrorFeedback
 
 CODECS = ["topk0.01", "topk0.1", "mixed1", "mixed4"]
 
