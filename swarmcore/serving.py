@@ -87,7 +87,7 @@ async def run_server(
         plan = await asyncio.to_thread(plan_blocks, config, loader)
         if on_plan is not None:
             on_plan(plan)
-        speed_cache = await asyncio.to_thread(speed_file, config, loader)
+        speed_cache = await asyncio.to_thread(speed_file, loader)
         await join(node, registry, network)
         span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
         for folder in config.adapters.values():  # better refused now than once the blocks are loaded
@@ -240,6 +240,7 @@ async def run_bootstrap(
             heads=(service.announced,) if service is not None else (),
             public_name=public_name,
             version=version(),
+            capabilities=(),
         )
 
         async def describe(request: InfoRequest, caller: Caller) -> InfoReply:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NewType
 
 import attrs
 
-from swarmcore.errors import AddressError, SpanError
+from swarmcore.errors import AddressError, InputError, SpanError
 
 PeerId = NewType("PeerId", str)
 """An Ed25519 public key in libp2p's text form (``12D3Koo…``), the same on every transport."""
@@ -152,6 +152,65 @@ class ModelInfo:
         return Span(0, self.blocks)
 
 
+SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""What dtypes of hidden states are called in tables and in `Numerics`."""
+
+_NUMERICS_PART = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,23}")
+
+
+def _check_numerics_part(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not _NUMERICS_PART.fullmatch(value):
+        raise InputError(
+            f"{attribute.name} of a server's numerics is {value[:32]!r}; it has to be 1 to 24 small letters, "
+            f"digits and any of _ . + -"
+        )
+
+
+@attrs.frozen
+class Numerics:
+    """How a server computes, in what results depend on. Servers of equal numerics give the same tokens but
+    at near ties; between others they may differ sooner.
+
+    As text, ``torch/bf16``, parts at the end are left out that are like the one before them. Raise
+    `InputError` for a part that is not 1 to 24 small letters, digits and ``_.+-``.
+    """
+
+    executor: str = attrs.field(validator=_check_numerics_part)
+    """The back end: ``"torch"``, ``"ggml"``."""
+    weights: str = attrs.field(validator=_check_numerics_part)
+    """What the blocks' weights are kept in: ``"bf16"``, ``"nf4"``, ``"q4_k_m"``; the same for every block."""
+    dtype: str = attrs.field(validator=_check_numerics_part)
+    """What is computed in between the products, short: ``"bf16"``."""
+    cache_dtype: str = attrs.field(validator=_check_numerics_part)
+    """What keys and values are cached in: ``"bf16"``, ``"int8"``."""
+
+    @classmethod
+    def parse(cls, text: str) -> Numerics:
+        """Read ``"torch/bf16"`` or ``"ggml/q4_k_m/f32/f16"``. Raise `InputError` for anything else."""
+        return _parsed_numerics(text)
+
+    def __str__(self) -> str:
+        parts = [self.executor, self.weights, self.dtype, self.cache_dtype]
+        while len(parts) > 2 and parts[-1] == parts[-2]:
+            parts.pop()
+        return "/".join(parts)
+
+
+@lru_cache(maxsize=256)
+def _parsed_numerics(text: str) -> Numerics:
+    executor, *rest = text.split("/", 4)
+    if not 1 <= len(rest) <= 3:
+        raise InputError(
+            f"{text[:100]!r} names no numerics: expected such as torch/bf16 or ggml/q4_k_m/f32/f16"
+        )
+    return Numerics(executor, *rest, *[rest[-1]] * (3 - len(rest)))
+
+
+TRAINING, ADAPTERS = "training", "adapters"
+"""What a server may be able to do besides inference: forward and backward passes of batches; steps and passes
+with a client's adapter."""
+
+
 @attrs.frozen
 class Rtt:
     """A measured round trip to another peer."""
@@ -202,6 +261,18 @@ class ServerInfo:
     """Differs from one start of the server to the next: with another number, all is forgiven."""
     public_name: str = ""
     version: str = ""
+    numerics: str = ""
+    """How it computes, `Numerics` as text; empty for servers of earlier versions, see `computes`."""
+    capabilities: tuple[str, ...] = (TRAINING, ADAPTERS)
+    """What it can do besides inference; servers of earlier versions can do both."""
+
+    @property
+    def computes(self) -> Numerics | None:
+        """Its ``numerics``, parsed; None for a peer without blocks. Those of earlier versions run torch, with
+        weights and caches in their dtype."""
+        if self.span is None or not (self.numerics or self.dtype):
+            return None
+        return Numerics.parse(self.numerics or f"torch/{SHORT_DTYPES.get(self.dtype, 'unknown')}")
 
     @property
     def dialable(self) -> tuple[Address, ...]:

@@ -145,5 +145,5 @@ def test_the_executor_that_is_built_in() -> None:
     from swarmcore.executor.torch.loader import TorchLoader
 
     assert loader_class("torch") is loader_class(TorchLoader) is TorchLoader
-    assert ServerConfig(model="m").executor == "torch"
+    assert ServerConfig(model="m").executor == "auto"
     assert LoadSettings(model="m").dtype == "auto"

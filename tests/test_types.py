@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmcore.errors import AddressError, SpanError
+from swarmcore.errors import AddressError, InputError, SpanError
 from swarmcore.identity import Identity
-from swarmcore.types import Address, PeerId, ServerInfo, Span, short
+from swarmcore.types import Address, Numerics, PeerId, ServerInfo, Span, short
 
 PEER = Identity.from_seed(bytes(32)).peer
 
@@ -105,3 +105,42 @@ def test_addresses_that_cannot_be_read_are_left_out_of_those_to_dial() -> None:
     good = Address("tcp", "//host:1", PEER)
     info = ServerInfo(PEER, ("some new form", str(good)))
     assert info.dialable == (good,)
+
+
+@pytest.mark.parametrize(
+    ("text", "numerics"),
+    [
+        ("torch/bf16", Numerics("torch", "bf16", "bf16", "bf16")),
+        ("torch/nf4/bf16", Numerics("torch", "nf4", "bf16", "bf16")),
+        ("torch/bf16/bf16/int8", Numerics("torch", "bf16", "bf16", "int8")),
+        ("ggml/q4_k_m/f32/f16", Numerics("ggml", "q4_k_m", "f32", "f16")),
+    ],
+)
+def test_numerics_are_read_as_they_are_written(text: str, numerics: Numerics) -> None:
+    assert Numerics.parse(text) == numerics
+    assert str(numerics) == text
+
+
+PART = st.from_regex(r"[a-z0-9][a-z0-9_.+-]{0,23}", fullmatch=True)
+
+
+@given(PART, PART, PART, PART)
+def test_any_numerics_survive_as_text(executor: str, weights: str, dtype: str, cache_dtype: str) -> None:
+    numerics = Numerics(executor, weights, dtype, cache_dtype)
+    assert Numerics.parse(str(numerics)) == numerics
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "torch", "torch/", "/bf16", "torch/BF16", "torch/b f", "a/b/c/d/e", "torch/" + "x" * 25, "a/b\n"],
+)
+def test_what_names_no_numerics_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="numerics"):
+        Numerics.parse(text)
+
+
+def test_a_server_of_an_earlier_version_computes_with_torch_and_can_do_everything() -> None:
+    server = ServerInfo(PEER, (), span=Span(0, 2), dtype="bfloat16")
+    assert str(server.computes) == "torch/bf16"
+    assert set(server.capabilities) == {"training", "adapters"}
+    assert ServerInfo(PEER, ()).computes is None

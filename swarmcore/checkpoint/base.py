@@ -8,21 +8,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from swarmcore.checkpoint.location import INDEX, WEIGHTS
 from swarmcore.checkpoint.storage import storage_errors
 from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from swarmcore.imports import import_large
 from swarmcore.types import JsonDict, ModelInfo, Progress
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that git checked out without its content, where git-lfs is not installed."""
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 """Of PEFT: says that the weights beside it are an adapter's."""
 
@@ -142,6 +140,8 @@ def settle_dtype(checkpoint: Checkpoint) -> None:
 
 def _is_packed(dtype: object) -> bool:
     """Whether weights are kept in it, and nobody computes in it."""
+    import torch
+
     return isinstance(dtype, torch.dtype) and (dtype.itemsize == 1 or not dtype.is_floating_point)
 
 

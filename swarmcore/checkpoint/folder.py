@@ -14,9 +14,7 @@ import msgspec
 import torch
 
 from swarmcore.checkpoint.base import (
-    INDEX,
     LFS_POINTER,
-    WEIGHTS,
     Checkpoint,
     describe,
     lfs_pointer,
@@ -25,6 +23,7 @@ from swarmcore.checkpoint.base import (
     read_json,
 )
 from swarmcore.checkpoint.fingerprint import file_hashes, model_fingerprint
+from swarmcore.checkpoint.location import INDEX, WEIGHTS
 from swarmcore.checkpoint.storage import ProgressCounter, no_progress, storage_errors
 from swarmcore.errors import CheckpointError
 from swarmcore.types import Progress

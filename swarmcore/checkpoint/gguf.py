@@ -6,7 +6,6 @@ transformers takes tens of seconds; so it is dequantized once, into the model ca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +20,7 @@ from swarmcore.checkpoint.fingerprint import conversion_fingerprint, file_hashes
 from swarmcore.checkpoint.folder import MARKER, Marker, weight_files
 from swarmcore.checkpoint.gguf_config import Metadata, check_metadata, complete_config, ends
 from swarmcore.checkpoint.gguf_tokenizer import check_tokenizer, complete_tokenizer
+from swarmcore.checkpoint.location import is_split
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.checkpoint.storage import (
     check_room,
@@ -46,17 +46,6 @@ LAYOUT = "gguf-bfloat16-3"
 tensors or tokens."""
 
 _SHARD = "256MB"
-_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
-
-
-def is_split(path: Path) -> bool:
-    """Whether ``path`` is called as one of several parts of a GGUF."""
-    split = _SPLIT.search(path.name)
-    return split is not None and int(split[1]) > 1
 
 
 def converted(source: Path, cache: Path, progress: Progress | None = None) -> Path:

@@ -16,8 +16,6 @@ from huggingface_hub import try_to_load_from_cache
 
 from swarmcore.checkpoint.base import (
     ADAPTER,
-    INDEX,
-    WEIGHTS,
     Checkpoint,
     describe,
     load_config,
@@ -36,6 +34,7 @@ from swarmcore.checkpoint.folder import (
     read_tensors,
 )
 from swarmcore.checkpoint.hub import Repository, hub_folder, repository_folder, resolve
+from swarmcore.checkpoint.location import INDEX, WEIGHTS
 from swarmcore.checkpoint.quantized import QUANTIZATION_FILES
 from swarmcore.checkpoint.storage import (
     ProgressCounter,

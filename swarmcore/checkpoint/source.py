@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
-from swarmcore.checkpoint.base import INDEX, WEIGHTS, Checkpoint, settle_dtype
+from swarmcore.checkpoint.base import Checkpoint, settle_dtype
 from swarmcore.checkpoint.folder import FolderCheckpoint
 from swarmcore.checkpoint.gguf import convert as convert_gguf
-from swarmcore.checkpoint.gguf import converted, is_gguf, is_split
-from swarmcore.checkpoint.pypi import find_gguf
+from swarmcore.checkpoint.gguf import converted
+from swarmcore.checkpoint.location import find, gguf_at, looks_like_a_path, suggest
 from swarmcore.checkpoint.quantized import plain
-from swarmcore.checkpoint.storage import cache_folder, storage_errors
-from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError
+from swarmcore.checkpoint.storage import cache_folder
+from swarmcore.errors import InputError, ModelNotFoundError
 from swarmcore.types import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -45,19 +44,19 @@ def open_checkpoint(
 
 
 def _open(source: str, revision: str | None, cache: Path, progress: Progress | None) -> Checkpoint:
-    path = _find(source, cache, progress)
+    path = find(source, cache, progress)
     if revision is not None and (source.startswith("pypi:") or path.exists()):
         raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")
-    if gguf := _gguf_at(path):
+    if gguf := gguf_at(path):
         return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
     if path.is_dir():
         return FolderCheckpoint(path, cache, progress=progress)
     if path.exists():
         raise ModelNotFoundError(f"{path} is a file, but not a GGUF; name the folder that holds the model")
-    if _looks_like_a_path(source) or not _HUB_ID.fullmatch(source):
+    if looks_like_a_path(source) or not _HUB_ID.fullmatch(source):
         if url := _HUB_URL.match(source):
             raise ModelNotFoundError(f"{source} is an address; the model there is named {url[1]}")
-        raise ModelNotFoundError(f"no such file or folder: {source}{_suggest(path)}")
+        raise ModelNotFoundError(f"no such file or folder: {source}{suggest(path)}")
     from swarmcore.checkpoint.hub_checkpoint import HubCheckpoint
 
     try:
@@ -78,51 +77,9 @@ def convert(
     Raise as `open_checkpoint`, and `StorageError` when ``target`` exists already.
     """
     cache = cache_folder(cache_dir)
-    path = _find(source, cache, progress)
-    gguf = _gguf_at(path)
+    path = find(source, cache, progress)
+    gguf = gguf_at(path)
     if gguf is None:
         raise ModelNotFoundError(f"{source} is not a GGUF file, nor a folder with one; nothing to convert")
     convert_gguf(gguf, target, progress, cache=cache)
     return target
-
-
-def _find(source: str, cache: Path, progress: Progress | None) -> Path:
-    """Where ``source`` is, or would be if it were a path."""
-    if not source.strip():
-        raise InputError("the model has no name: pass a hub id, a folder, a GGUF file, or pypi:PACKAGE")
-    if source.startswith("pypi:"):
-        return find_gguf(source.removeprefix("pypi:"), cache, progress)
-    try:
-        return Path(source.removeprefix("gguf:")).expanduser()
-    except RuntimeError as exc:
-        raise ModelNotFoundError(f"no such file or folder: {source} ({exc})") from exc
-
-
-def _gguf_at(path: Path) -> Path | None:
-    """The GGUF that ``path`` is, or holds when it is a folder without safetensors."""
-    if path.is_file():
-        return path if is_gguf(path) else None
-    if not path.is_dir() or (path / WEIGHTS).exists() or (path / INDEX).exists():
-        return None
-    with storage_errors("reading the model's folder", path):
-        found = sorted(entry for entry in path.iterdir() if is_gguf(entry))
-    if len(found) > 1 and all(is_split(entry) for entry in found):
-        return found[0]  # which is refused, and it is told what to do
-    if len(found) > 1:
-        names = ", ".join(entry.name for entry in found)
-        raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
-    return found[0] if found else None
-
-
-def _looks_like_a_path(source: str) -> bool:
-    return source.startswith(("/", "./", "../", "~", "gguf:")) or is_gguf(Path(source))
-
-
-def _suggest(path: Path) -> str:
-    """The entry beside ``path`` that is nearest to it in name, as a question."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return f"; there is no folder {path.parent} either" if not path.parent.exists() else ""
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""

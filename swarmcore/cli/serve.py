@@ -46,9 +46,22 @@ if TYPE_CHECKING:
 @dtype("weights and computation")
 @option(
     "--executor",
-    default="torch",
+    default="auto",
     metavar="NAME",
-    help="What computes the blocks: torch, or one that a plug-in brings.",
+    help="What computes the blocks: torch, ggml (llama.cpp, for GGUF), or one that a plug-in brings; auto is "
+    "ggml for GGUF where it is installed.",
+)
+@option(
+    "--weights",
+    default="auto",
+    metavar="KIND",
+    help="What the blocks' weights are kept in; auto is as the checkpoint has them where the executor can.",
+)
+@option(
+    "--cache-dtype",
+    default="auto",
+    metavar="KIND",
+    help="What the attention cache is kept in; auto is what is computed in.",
 )
 @option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N.")
 @option(

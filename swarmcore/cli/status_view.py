@@ -26,8 +26,8 @@ _BAR_WIDTH = 40
 _SERVER_BAR_WIDTH = 8
 _LEVELS = "·▂▄▆█"
 _ASCII_LEVELS = ".1234"
+_NUMERICS_WIDTH = 24
 _STATE_STYLES = {"online": "green", "joining": "yellow", "draining": "magenta"}
-_SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def describe(
@@ -69,6 +69,7 @@ def _server_values(server: ServerInfo, diagnostics: Diagnostics) -> dict[str, An
     values = attrs.asdict(server, recurse=False)
     values["model"] = server.model.name if server.model else None
     values["span"] = str(server.span) if server.span else None
+    values["numerics"] = str(server.computes) if server.computes else None
     values["target"] = str(server.target) if server.target else None
     values["heads"] = [model.name for model in server.heads]
     values["rtts"] = {rtt.peer: rtt.seconds for rtt in server.rtts}
@@ -129,7 +130,13 @@ def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
 def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[PeerId, str]) -> RenderableType:
     # All but the name keep their width: on a narrow terminal that is what gives way.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
-    for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH), ("dtype", 5)):
+    for name, width in (
+        ("server", 11),
+        ("state", 8),
+        ("blocks", 7),
+        ("", _SERVER_BAR_WIDTH),
+        ("numerics", 8),
+    ):
         table.add_column(name, no_wrap=True, min_width=width)
     for name, width in (("sessions", 8), ("tok/s", 6), ("cache", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
@@ -147,7 +154,7 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[Pe
             Text(state, style="cyan" if server.target else _STATE_STYLES.get(server.state, "")),
             str(server.span),
             coverage_bar(coverage([server.span], model.blocks), _SERVER_BAR_WIDTH),
-            Text(_SHORT_DTYPES.get(server.dtype, server.dtype)[:5]),
+            Text(str(server.computes or "-")[:_NUMERICS_WIDTH]),
             str(server.sessions),
             f"{server.throughput:,.0f}" if server.throughput else "-",
             cache,
@@ -171,6 +178,7 @@ def _details(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips)
         *server.addresses,
         f"round trip {1000 * trip:.1f} ms{f', {path}' if path else ''}" if trip is not None else "no answer",
         ", ".join(filter(None, speeds)),
+        f"can do {', '.join(('inference', *server.capabilities))}" if server.span else "",
         f"from {server.model.source}" if server.model is not None and server.model.source else "",
     ]
     text = Text(str(server.peer), style="bold", overflow="fold")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NewType
 import attrs
 
 from swarmcore.errors import AdapterError, InternalError, InvalidBatchError, RemoteFaultError, SwarmError
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ModelInfo, Numerics, Span
 from swarmcore.wire.tensors import Tensor
 
 
@@ -80,6 +80,11 @@ class BlockExecutor(ABC):
     span: Span
     dtype: str
     """Name of the dtype that hidden states have here: ``"float32"``, ``"bfloat16"``, ``"float16"``."""
+    numerics: Numerics
+    """How it computes. The same for every span of a model and for as long as the executor lives."""
+    capabilities: frozenset[str] = frozenset()
+    """What it can do besides steps: ``"training"`` is `forward` and `backward`, ``"adapters"`` is
+    `load_adapter`. Clients use other servers for the rest."""
     cache_bytes_per_token: int
     """Bytes of attention cache that one token takes, over all blocks of the span."""
     page: int

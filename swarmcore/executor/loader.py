@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import attrs
 
@@ -14,19 +15,28 @@ from swarmcore.placement.capacity import BlockNeeds
 from swarmcore.plugins import PluginGroup
 from swarmcore.types import ModelInfo, Progress, Span
 
-EXECUTORS = PluginGroup("executor", "swarmcore.executors", extras={"torch": "torch"})
+EXECUTORS = PluginGroup("executor", "swarmcore.executors", extras={"torch": "torch", "ggml": "ggml"})
 """The installed back ends; each entry point is a `BlockLoader` subclass."""
+
+
+AUTO = "auto"
+"""In place of an executor, a dtype, a kind of weights: what fits the model, the machine and the rest best."""
 
 
 @attrs.frozen(kw_only=True)
 class LoadSettings:
-    """Which model a server loads, and on which device."""
+    """Which model a server loads, on which device, and what its weights and caches are kept in."""
 
     model: str
     """A folder, a GGUF file, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: str = "auto"
+    dtype: str = AUTO
+    weights: str = AUTO
+    """What the blocks' weights are kept in, of `BlockLoader.weight_types`; ``"auto"`` is as the checkpoint
+    has them where the back end can, in ``dtype`` else."""
+    cache_dtype: str = AUTO
+    """What keys and values are cached in, of `BlockLoader.cache_dtypes`."""
     device: str = "cpu"
     threads: int | None = None
     """Compute threads; None for the back end's own choice."""
@@ -40,6 +50,10 @@ class BlockLoader(ABC):
     Every method may block (disk, network) and is called in a thread, one at a time.
     """
 
+    weight_types: ClassVar[tuple[str, ...]] = (AUTO,)
+    """What `LoadSettings.weights` may be; `open_loader` refuses the rest."""
+    cache_dtypes: ClassVar[tuple[str, ...]] = (AUTO,)
+    """What `LoadSettings.cache_dtype` may be."""
     model: ModelInfo
     """Servers of one swarm and their clients have to agree on its fingerprint, which is that of
     `swarmcore.checkpoint.open_checkpoint`."""
@@ -73,6 +87,35 @@ class BlockLoader(ABC):
         A speed that was measured under an equal key is taken for this one.
         """
         return {}
+
+
+def choose_executor(model: str, *, adapters: bool = False, weights: str = AUTO) -> str:
+    """What ``"auto"`` stands for: ``"ggml"`` for a GGUF where its library is installed, ``"torch"`` else.
+
+    Also torch where ``adapters`` are to be served, or ``weights`` are asked for: ggml has those of the file
+    alone. Nothing large is imported. Raise as `names_gguf`.
+    """
+    if adapters or weights != AUTO or "ggml" not in EXECUTORS.installed() or find_spec("llama_cpp") is None:
+        return "torch"
+    from swarmcore.checkpoint.location import names_gguf  # needs what either extra brings
+
+    return "ggml" if names_gguf(model) else "torch"
+
+
+def open_loader(
+    executor: str | type[BlockLoader], settings: LoadSettings, *, progress: Progress | None = None
+) -> BlockLoader:
+    """Open the model of ``settings`` with a back end. Raise as `loader_class` and the `BlockLoader`; as well
+    `InputError` for weights or a dtype of caches that the back end does not have."""
+    loader = loader_class(executor)
+    name = executor if isinstance(executor, str) else executor.__name__
+    for what, wanted, choices in (
+        ("weights", settings.weights, loader.weight_types),
+        ("cache dtype", settings.cache_dtype, loader.cache_dtypes),
+    ):
+        if wanted not in choices:
+            raise InputError(f"executor {name} has no {what} {wanted!r}; it has {', '.join(choices)}")
+    return loader(settings, progress=progress)
 
 
 def loader_class(executor: str | type[BlockLoader]) -> type[BlockLoader]:

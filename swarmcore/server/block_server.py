@@ -31,7 +31,7 @@ from swarmcore.server.successor_rtts import SuccessorRtts
 from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sources import announced_source
 from swarmcore.tasks import cancel_and_wait
-from swarmcore.types import ModelInfo, PeerId, ServerInfo, ServerState, Span, short
+from swarmcore.types import ADAPTERS, TRAINING, ModelInfo, PeerId, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest
 from swarmcore.wire.method import Caller
 from swarmcore.wire.protocols import (
@@ -166,12 +166,14 @@ class BlockServer:
             rtts=self._successor_rtts.rtts if self._successor_rtts is not None else (),
             target=self.target,
             pinned=self._rebalancing is None,
-            pass_tokens=self.config.max_pass_tokens,
+            pass_tokens=self.config.max_pass_tokens if TRAINING in self.executor.capabilities else 0,
             adapters=self.adapters.names,
             heads=(self.service.announced,) if self.service is not None else (),
             incarnation=self.incarnation,
             public_name=self.config.public_name,
             version=VERSION,
+            numerics=str(self.executor.numerics),
+            capabilities=tuple(sorted(self.executor.capabilities)),
         )
 
     @property
@@ -189,6 +191,8 @@ class BlockServer:
             notes.append(self._rebalancing.note)
         else:
             notes.append("placement: it stays on its blocks, as it was told")
+        if lacking := sorted({TRAINING, ADAPTERS} - self.executor.capabilities):
+            notes.append(f"its executor ({self.executor.numerics}) has no {' and no '.join(lacking)}")
         if self.adapters.names:
             notes.append(f"adapters: {', '.join(self.adapters.names)}")
         if self.service is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from swarmcore.errors import InputError
-from swarmcore.executor.loader import BlockLoader
+from swarmcore.executor.loader import AUTO, BlockLoader
 from swarmcore.types import Span
 
 REBALANCE = 60.0
@@ -62,9 +62,14 @@ class ServerConfig:
     """Blocks to hold; None for those that the swarm serves worst."""
     num_blocks: int | None = attrs.field(default=None, validator=_positive)
     """How many blocks to hold; None for as many as fit. ``span`` goes before it."""
-    executor: str | type[BlockLoader] = "torch"
-    """What computes the blocks: the name of a back end that is installed, or one itself."""
-    dtype: str = "auto"
+    executor: str | type[BlockLoader] = AUTO
+    """What computes the blocks: the name of a back end that is installed, or one itself; ``"auto"`` is
+    `choose_executor`'s choice."""
+    dtype: str = AUTO
+    weights: str = AUTO
+    """What the blocks' weights are kept in; ``"auto"``, or another that the executor has."""
+    cache_dtype: str = AUTO
+    """What keys and values are cached in; ``"auto"``, or another that the executor has."""
     device: str = "cpu"
     cache_tokens: int | None = attrs.field(default=None, validator=_positive)
     """Attention cache budget in tokens; None for a quarter of the memory that is free after loading."""

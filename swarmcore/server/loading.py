@@ -11,7 +11,7 @@ from typing import Any
 from swarmcore.distribution import version
 from swarmcore.errors import AdapterError, SpanError
 from swarmcore.executor.base import BlockExecutor
-from swarmcore.executor.loader import BlockLoader, LoadSettings, loader_class
+from swarmcore.executor.loader import AUTO, BlockLoader, LoadSettings, choose_executor, open_loader
 from swarmcore.imports import import_large
 from swarmcore.placement.capacity import DEFAULT_CACHE_TOKENS, CapacityPlan, plan_capacity
 from swarmcore.server.adapters import Weights
@@ -23,18 +23,23 @@ MAX_DEFAULT_CACHE_TOKENS = 131_072
 
 
 def open_model(config: ServerConfig, progress: Progress | None) -> BlockLoader:
-    """Find the model; raises as `loader_class` and the `BlockLoader` do."""
-    if config.executor == "torch":
+    """Find the model; raises as `choose_executor` and `open_loader` do."""
+    executor = config.executor
+    if executor == AUTO:
+        executor = choose_executor(config.model, adapters=bool(config.adapters), weights=config.weights)
+    if executor == "torch":
         import_large("swarmcore.executor.torch.loader", progress=progress)
     settings = LoadSettings(
         model=config.model,
         revision=config.revision,
         dtype=config.dtype,
+        weights=config.weights,
+        cache_dtype=config.cache_dtype,
         device=config.device,
         threads=config.threads,
         batch_tokens=config.max_batch_tokens,
     )
-    return loader_class(config.executor)(settings, progress=progress)
+    return open_loader(executor, settings, progress=progress)
 
 
 def plan_blocks(config: ServerConfig, loader: BlockLoader) -> CapacityPlan:
@@ -74,14 +79,13 @@ def read_adapter(folder: str, config: Any, span: Span) -> Weights:
     return Weights([to_wire(name, values) for name, values in tensors.items()], scaling)
 
 
-def speed_file(config: ServerConfig, loader: BlockLoader) -> SpeedFile:
+def speed_file(loader: BlockLoader) -> SpeedFile:
     """Where the measured speed of this model's blocks on this device is kept."""
     from swarmcore.checkpoint import cache_folder
 
-    name = config.executor if isinstance(config.executor, str) else config.executor.__qualname__
     key = {
         "model": loader.model.fingerprint,
-        "executor": name,
+        "executor": f"{type(loader).__module__}.{type(loader).__qualname__}",
         "swarmcore": version(),
         **loader.speed_key(),
     }

@@ -26,7 +26,7 @@ from swarmcore.executor.base import (
     TrainingBatch,
     TrainingPass,
 )
-from swarmcore.types import ModelInfo, Span
+from swarmcore.types import ADAPTERS, TRAINING, ModelInfo, Numerics, Span
 from swarmcore.wire.tensors import Tensor
 
 State = TypeVar("State")
@@ -43,6 +43,8 @@ class FakeExecutor(BlockExecutor, Generic[State]):
 
     dtype = "float32"
     prefix_sharing = "copies"
+    numerics = Numerics("fake", "f32", "f32", "f32")
+    capabilities = frozenset({TRAINING, ADAPTERS})
 
     def __init__(self, model: ModelInfo, span: Span, *, page: int, cache_bytes: int) -> None:
         """``cache_bytes`` of attention cache take a token in one block."""

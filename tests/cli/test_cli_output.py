@@ -172,12 +172,13 @@ def test_a_verbose_status_has_all_there_is_to_copy_and_compare():
     swarm = view(busy, silent)
     lines = printed(swarm, {}, 160, {busy.peer: "relayed"}, {busy.peer: 0.0123}).splitlines()
     at = lines.index(busy.peer)
-    assert lines[at : at + 6] == [
+    assert lines[at : at + 7] == [
         busy.peer,
         "  attic · swarmcore 0.1.0",
         f"  {busy.addresses[0]}",
         "  round trip 12.3 ms, relayed",
         "  decodes 12.3 steps/s, reads 718 tokens/s, a step waits 3.0 ms",
+        "  can do inference, training, adapters",
         "  from pypi:tiny",
     ]
     at = lines.index(silent.peer)
@@ -258,7 +259,7 @@ def test_status_shows_moves_and_reasons_and_fits_80_columns():
     row = next(line for line in text.splitlines() if "0:3 " in line)
     assert "to 3:6" in row
     assert "1,234" in row
-    assert "bf16" in row
+    assert "torch/bf16" in row
     assert "0 % of 131k" in row
     assert "attic" in row
     assert "placement: moving from 0:3 to 3:6: [red]nobody" in text

@@ -68,6 +68,8 @@ async def test_a_server_announces_itself_and_withdraws(swarms):
             assert info.cache_tokens == info.cache_tokens_free == CACHE
             assert info.addresses == tuple(map(str, server.node.addresses))
             assert info.public_name == "test"
+            assert info.computes == server.executor.numerics
+            assert set(info.capabilities) == {"training", "adapters"}
         assert len(client.view()) == 0
         assert server.executor.closed
 

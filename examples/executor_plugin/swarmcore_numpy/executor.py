@@ -13,7 +13,7 @@ import numpy as np
 
 from swarmcore.errors import InternalError, InvalidStepError, SessionLostError, SpanError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId
-from swarmcore.types import ModelInfo, Progress, Span
+from swarmcore.types import ModelInfo, Numerics, Progress, Span
 from swarmcore.wire.tensors import FLOATS, Tensor
 from swarmcore_numpy.llama import Array, Block, Shape
 
@@ -42,6 +42,7 @@ class NumpyExecutor(BlockExecutor):
     """Runs a span in float32. The defaults of `BlockExecutor` refuse adapters, and batches for training."""
 
     dtype = "float32"
+    numerics = Numerics("numpy", weights="f32", dtype="f32", cache_dtype="f32")
     page = 64
 
     def __init__(

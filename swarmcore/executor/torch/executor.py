@@ -44,7 +44,7 @@ from swarmcore.executor.torch.training_passes import (
     Unit,
     check_rows,
 )
-from swarmcore.types import ModelInfo, Progress, Span
+from swarmcore.types import ADAPTERS, SHORT_DTYPES, TRAINING, ModelInfo, Numerics, Progress, Span
 from swarmcore.wire.tensors import Tensor
 
 MAX_PREFIX_TOKENS = 4096
@@ -65,6 +65,7 @@ class TorchExecutor(BlockExecutor):
 
     computes_padding = True
     prefix_sharing = "copies"
+    capabilities = frozenset({TRAINING, ADAPTERS})
 
     def __init__(
         self, model: ModelInfo, span_model: SpanModel, load: Loader, *, threads: int | None = None
@@ -78,6 +79,8 @@ class TorchExecutor(BlockExecutor):
         self.model = model
         self.span = span_model.span
         self.dtype = DTYPE_NAMES[layout.dtype]
+        short = SHORT_DTYPES[self.dtype]
+        self.numerics = Numerics("torch", weights=short, dtype=short, cache_dtype=short)
         self.cache_bytes_per_token = layout.bytes_per_token
         self.page = PAGE
         self.max_positions = span_model.max_positions

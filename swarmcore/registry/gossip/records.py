@@ -14,7 +14,7 @@ import attrs
 
 from swarmcore.errors import AddressError, InputError, ProtocolError
 from swarmcore.identity import Identity, verify
-from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo
+from swarmcore.types import Address, ModelInfo, Numerics, PeerId, ServerInfo
 from swarmcore.wire.framing import decode_record, encode_record
 from swarmcore.wire.limits import MAX_ADDRESSES
 
@@ -26,6 +26,7 @@ MAX_BLOCKS = 100_000
 MAX_RTTS = 16
 MAX_RUNS = 16
 MAX_HEADS = 4
+MAX_CAPABILITIES = 8
 
 # What a record says and whether it is sound depends on its bytes alone. Each arrives by several ways, and at
 # every member where many run in one process.
@@ -150,6 +151,12 @@ def check_info(info: ServerInfo, peer: PeerId) -> None:
         _check_fields(model)
         if model.blocks > MAX_BLOCKS:
             raise InputError(f"a model of {model.blocks} blocks is above the limit of {MAX_BLOCKS}")
+    if len(info.capabilities) > MAX_CAPABILITIES:
+        raise InputError(f"{len(info.capabilities)} capabilities announced, more than {MAX_CAPABILITIES}")
+    for capability in info.capabilities:
+        _check_text("capability", capability)
+    if info.numerics:
+        Numerics.parse(info.numerics)
     for span in (info.span, info.target):
         if span is not None and (info.model is None or not info.model.span.covers(span)):
             raise InputError(f"blocks {span} are not within an announced model")
