@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmcore.registry.base import SwarmView
-from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore.types import ModelInfo, Numerics, PeerId, ServerInfo, Span, short
 
 Diagnostics = Mapping[PeerId, Sequence[str]]
 """A few lines of each server that was asked."""
@@ -26,7 +26,6 @@ _BAR_WIDTH = 40
 _SERVER_BAR_WIDTH = 8
 _LEVELS = "·▂▄▆█"
 _ASCII_LEVELS = ".1234"
-_NUMERICS_WIDTH = 24
 _STATE_STYLES = {"online": "green", "joining": "yellow", "draining": "magenta"}
 
 
@@ -81,8 +80,8 @@ def render(
     view: SwarmView, diagnostics: Diagnostics, paths: Mapping[PeerId, str], trips: RoundTrips | None = None
 ) -> Group:
     """The view as tables: one for each model, with what its servers said; then those who train, by runs,
-    those who make texts for others, and the peers that do none of it. How servers are reached is a column
-    unless all of them are reached directly. With ``trips``, round trips, all that is known of each peer."""
+    those who make texts for others, and the peers that do none of it. How servers compute and how they are
+    reached are columns where that differs. With ``trips``, round trips, all that is known of each peer."""
     parts: list[RenderableType] = []
     for model in sorted(view.models().values(), key=lambda m: (m.name, m.fingerprint)):
         servers = view.serving(model.fingerprint)
@@ -119,6 +118,8 @@ def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
     bar = coverage_bar(counts, _BAR_WIDTH)
     line.append(bar, style="green")
     line.highlight_regex("·+", "red")
+    if len(numerics := _numerics(view.serving(model.fingerprint))) == 1:
+        line.append(f"  {numerics[0]}")
     missing = uncovered(counts)
     if missing:
         line.append(f"  missing {', '.join(map(str, missing))}", style="bold red")
@@ -130,16 +131,12 @@ def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
 def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[PeerId, str]) -> RenderableType:
     # All but the name keep their width: on a narrow terminal that is what gives way.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
-    for name, width in (
-        ("server", 11),
-        ("state", 8),
-        ("blocks", 7),
-        ("", _SERVER_BAR_WIDTH),
-        ("numerics", 8),
-    ):
+    for name, width in (("server", 11), ("state", 8), ("blocks", 7), ("", _SERVER_BAR_WIDTH)):
         table.add_column(name, no_wrap=True, min_width=width)
     for name, width in (("sessions", 8), ("tok/s", 6), ("cache", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    if some_differ := len(_numerics(servers)) > 1:
+        table.add_column("numerics", no_wrap=True)
     if some_indirect := any(paths.get(server.peer, "direct") != "direct" for server in servers):
         table.add_column("path", no_wrap=True, min_width=len("hole-punched"))
     table.add_column("name", overflow="fold")
@@ -154,10 +151,10 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[Pe
             Text(state, style="cyan" if server.target else _STATE_STYLES.get(server.state, "")),
             str(server.span),
             coverage_bar(coverage([server.span], model.blocks), _SERVER_BAR_WIDTH),
-            Text(str(server.computes or "-")[:_NUMERICS_WIDTH]),
             str(server.sessions),
             f"{server.throughput:,.0f}" if server.throughput else "-",
             cache,
+            *([str(server.computes or "-")] if some_differ else []),
             *([paths.get(server.peer, "")] if some_indirect else []),
             Text(server.public_name[:24]),
         )
@@ -193,6 +190,11 @@ def _diagnostics(servers: list[ServerInfo], diagnostics: Diagnostics) -> list[Re
         for server in servers
         for line in diagnostics.get(server.peer, ())
     ]
+
+
+def _numerics(servers: list[ServerInfo]) -> list[Numerics]:
+    """How they compute, those that say so; each way once."""
+    return list(dict.fromkeys(server.computes for server in servers if server.computes))
 
 
 def _names(servers: list[ServerInfo]) -> str:

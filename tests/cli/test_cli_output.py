@@ -259,7 +259,7 @@ def test_status_shows_moves_and_reasons_and_fits_80_columns():
     row = next(line for line in text.splitlines() if "0:3 " in line)
     assert "to 3:6" in row
     assert "1,234" in row
-    assert "torch/bf16" in row
+    assert "  torch/bf16  missing" in text
     assert "0 % of 131k" in row
     assert "attic" in row
     assert "placement: moving from 0:3 to 3:6: [red]nobody" in text
@@ -270,6 +270,22 @@ def test_status_shows_moves_and_reasons_and_fits_80_columns():
         list(notes[mover.peer]),
     )
     json.dumps(values)
+
+
+def test_how_servers_compute_is_shown_where_it_differs():
+    one, other = (
+        server(Span(0, 6), numerics=numerics, capabilities=able)
+        for numerics, able in (("torch/bf16", ("adapters", "training")), ("ggml/q4_k_m/f32/f16", ()))
+    )
+    lines = printed(view(one, other), {}, 100).splitlines()
+    for info in one, other:
+        assert info.numerics in next(line for line in lines if short(info.peer) in line)
+    assert "torch/bf16" not in lines[0]
+    told = {values["peer"]: values for values in describe(view(one, other), {}, {})["servers"]}
+    assert [told[each.peer]["numerics"] for each in (one, other)] == [one.numerics, other.numerics]
+    assert [told[each.peer]["capabilities"] for each in (one, other)] == [("adapters", "training"), ()]
+    verbose = [line.strip() for line in printed(view(one, other), {}, 100, {}, {}).splitlines()]
+    assert {"can do inference, adapters, training", "can do inference"} <= set(verbose)
 
 
 def test_how_servers_are_reached_is_shown_where_it_matters():
