@@ -17,14 +17,16 @@ from swarmcore.engine.batch_window import BatchWindow
 from swarmcore.engine.kv_cache_manager import KVCacheManager
 from swarmcore.engine.kv_transfer import KVChunk, KVTransfer
 from swarmcore.engine.loop import BatchLoop
+from swarmcore.engine.prefix_cache import PrefixCache, PrefixScope
 from swarmcore.engine.scheduler import Scheduler
-from swarmcore.engine.session import KVImport, PendingTokens, QueueItem, SessionStep
+from swarmcore.engine.session import PendingTokens, QueueItem, SessionStep
 from swarmcore.engine.session_manager import SessionManager
 from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
 from swarmcore.errors import InputError, InvalidStepError, RemoteFaultError, SessionLostError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor
+from swarmcore.session.prefix_names import NAMED_TOKENS
 from swarmcore.tasks import loop_time
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -57,6 +59,7 @@ class Engine:
         max_step_tokens: int = 16384,
         max_pending_steps: int = 64,
         max_pending_tokens: int = 262144,
+        named_tokens: int = NAMED_TOKENS,
         training_limits: TrainingLimits | None = None,
     ) -> None:
         self.executor = executor
@@ -73,10 +76,15 @@ class Engine:
             idle_grace=idle_grace,
             max_sessions=max_sessions,
         )
+        self._prefixes = PrefixCache(
+            executor, self._kv_cache.pages, blocks=self._kv_cache.blocks, named_tokens=named_tokens
+        )
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
         pending = PendingTokens(max_steps=max_pending_steps, max_tokens=max_pending_tokens)
-        self._sessions = SessionManager(executor, self._kv_cache, self._scheduler, pending, self.stats)
-        self._transfer = KVTransfer(executor, self._sessions, self._carry_on)
+        self._sessions = SessionManager(
+            executor, self._kv_cache, self._scheduler, pending, self._prefixes, self.stats
+        )
+        self._transfer = KVTransfer(executor, self._sessions, self._prefixes, self._carry_on, self._answered)
         self._window = BatchWindow()
         self.training = TrainingRunner(executor, self.stats, training_limits or TrainingLimits(), self._wake)
         """Forward and backward passes, which go after interactive steps: see `TrainingRunner.admit`."""
@@ -108,6 +116,11 @@ class Engine:
     def cache_tokens_used(self) -> int:
         return self._in_tokens(self._kv_cache.held)
 
+    @property
+    def cache_tokens_kept(self) -> int:
+        """Of those that are free: what holds beginnings of sequences whose sessions have ended."""
+        return self._in_tokens(self._prefixes.pages)
+
     def _in_tokens(self, pages: int) -> int:
         return self._kv_cache.tokens(pages, len(self.executor.span))
 
@@ -119,7 +132,12 @@ class Engine:
     @property
     def counters(self) -> dict[str, float]:
         """What has happened since the start, by name."""
-        return self.stats.counters()
+        return {
+            **self.stats.counters(),
+            "prefix_hits": self._prefixes.hits,
+            "prefix_tokens": self._prefixes.hit_tokens,
+            "prefixes_kept": len(self._prefixes),
+        }
 
     def length(self, session: str) -> tuple[int, ...]:
         """Cached tokens of each sequence, of steps that are done. Raise `SessionLostError`."""
@@ -166,6 +184,7 @@ class Engine:
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
         self._sessions.close_all(error, draining(), loop_time())
+        self._sessions.forget_prefixes()
         self.training.stop(draining())
         if self._timer is not None:
             self._timer.cancel()
@@ -188,7 +207,9 @@ class Engine:
         span: Span | None = None,
         adapter: Adapter | None = None,
         caller: str = "",
-    ) -> None:
+        names: Sequence[bytes] = (),
+        scope: PrefixScope | None = None,
+    ) -> tuple[int, ...]:
         """Admit a session of ``sequences`` sequences, with ``tokens`` of cache (over all of them) set aside.
 
         Its steps go through the blocks ``span``, by default all that the executor has. A session that passes
@@ -199,6 +220,10 @@ class Engine:
         its ``retry_after``, when it does not come free or never could. ``caller`` is whose share of the cache
         it counts in while others wait. Beyond ``tokens`` the session grows as
         it goes. Raise `SpanError` for blocks that are not here, `InputError` for numbers that make no sense.
+
+        Return how many tokens each sequence begins with: as many as pages called by the first of its
+        ``names`` (`swarmcore.session.prefix_names`) are here within ``scope``, computed before. Its first
+        step may begin there, or at any position below. What it computes is found by its names in turn.
         """
         if self._closing:
             raise draining()
@@ -218,12 +243,30 @@ class Engine:
         try:
             await answer
             check_held(span, self.executor.span)  # which may have changed in the meantime
+            if any(names) and self._prefixes.enabled:
+                await self._transfer.begin_with(
+                    self._sessions[session], scope or PrefixScope(caller, span), names
+                )
+            return self.length(session)
         except BaseException:
             self._sessions.withdraw(session, loop_time())
             self._carry_on()
             raise
         finally:
             del self._sessions.opening[session]
+
+    def name_prefixes(self, session: str, names: Sequence[bytes]) -> None:
+        """What a session's client calls the pages of its sequences by now, so that they are found later.
+
+        Names of pages that have others already are passed over. Raise `SessionLostError`.
+        """
+        found = self._sessions[session]
+        for prefix, each, length in zip(found.prefixes, names, found.lengths, strict=False):
+            self._prefixes.rename(prefix, each, length)
+
+    def forget_prefixes(self, keep: Span | None = None) -> None:
+        """Let go of what is kept of blocks outside of ``keep``: the executor is about to drop them."""
+        self._sessions.forget_prefixes(keep)
 
     def step(
         self,
@@ -331,19 +374,7 @@ class Engine:
         starts[sequence], lengths[sequence] = start, count
         [segment] = found.segments(starts, lengths)
         self._sessions.pending.check(found, count)
-        now = loop_time()
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        item = KVImport(
-            session=found,
-            segments=(segment,),
-            timeout=(timeout := check_timeout(timeout)),
-            deadline=now + timeout,
-            tensors=tensors,
-            answer=answer,
-            begin=self._transfer.begin,
-        )
-        answer.add_done_callback(partial(self._answered, item))
-        self._sessions.submit(item, now)
+        answer = self._transfer.submit(found, segment, check_timeout(timeout), tensors)
         self._carry_on()
         await answer
 

@@ -1,21 +1,27 @@
-"""Attention caches on their way from one server to another: out in chunks, in through the session's queue."""
+"""Attention caches on their way: to another server in chunks, and into a session through its queue, from
+another server or another sequence."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 import attrs
 
-from swarmcore.engine.session import EngineSession, KVImport
+from swarmcore.engine.prefix_cache import PrefixCache, PrefixScope, SequencePrefix
+from swarmcore.engine.session import EngineSession, KVImport, QueueItem
 from swarmcore.engine.session_manager import SessionManager
 from swarmcore.errors import InputError, SessionLostError, SwarmError
-from swarmcore.executor.base import BlockExecutor, executor_error
+from swarmcore.executor.base import BlockExecutor, Segment, executor_error
 from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
+
+SHARE_TIMEOUT = 1.0
+"""Seconds that a new session waits for room for what it begins with, at most."""
 
 
 @attrs.frozen
@@ -34,12 +40,20 @@ class KVTransfer:
     """Moves caches out of and into the executor, never while a batch works on them."""
 
     def __init__(
-        self, executor: BlockExecutor, sessions: SessionManager, changed: Callable[[], None]
+        self,
+        executor: BlockExecutor,
+        sessions: SessionManager,
+        prefixes: PrefixCache,
+        changed: Callable[[], None],
+        answered: Callable[[QueueItem, asyncio.Future[None]], None],
     ) -> None:
-        """``changed`` is called after each change of the sessions that does not come from a caller."""
+        """``changed`` is called after each change of the sessions that does not come from a caller,
+        ``answered`` when an item of a session's queue is answered or cancelled."""
         self._executor = executor
         self._sessions = sessions
+        self._prefixes = prefixes
         self._changed = changed
+        self._answered = answered
         self._imports: set[asyncio.Task[None]] = set()
         self.chunks = 0
         """Chunks of cache that went out or came in so far."""
@@ -66,7 +80,55 @@ class KVTransfer:
             self._sessions.resume(session, loop_time())
             self._advance()
 
-    def begin(self, item: KVImport) -> None:
+    def submit(
+        self,
+        session: EngineSession,
+        segment: Segment,
+        timeout: float,
+        tensors: Sequence[Tensor] = (),
+        *,
+        source: SequencePrefix | None = None,
+    ) -> asyncio.Future[None]:
+        """Have ``tensors``, or what ``source`` begins with, put into a session, in its turn."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        now = loop_time()
+        item = KVImport(
+            session=session,
+            segments=(segment,),
+            timeout=timeout,
+            deadline=now + timeout,
+            tensors=tensors,
+            source=source,
+            answer=answer,
+            begin=self._begin,
+        )
+        answer.add_done_callback(partial(self._answered, item))
+        self._sessions.submit(item, now)
+        return answer
+
+    async def begin_with(self, session: EngineSession, scope: PrefixScope, names: Sequence[bytes]) -> None:
+        """Let the sequences of a new session begin with what is here of the pages that have these names.
+
+        Where that fails they begin with nothing. Raise `SessionLostError` when the session has ended.
+        """
+        caller, prefix_tokens = session.allocation.caller, session.allocation.page.prefix_tokens
+        session.prefixes = [
+            self._prefixes.begin(sequence, scope, caller, each, prefix_tokens)
+            for sequence, each in zip(session.sequences, names, strict=True)
+        ]
+        answers = []
+        for prefix in session.prefixes:
+            if (found := self._prefixes.find(scope, prefix.names)) is not None:
+                source, pages = found
+                segment = Segment(prefix.sequence, 0, pages * self._prefixes.named_tokens)
+                answers.append(self.submit(session, segment, SHARE_TIMEOUT, source=source))
+        for result in await asyncio.gather(*answers, return_exceptions=True):
+            if isinstance(result, BaseException):
+                log.info("session %s begins without a prefix: %s", session.name[:8], result)
+        if session.closed:
+            raise SessionLostError(f"session {session.name[:8]} ended while it was opened")
+
+    def _begin(self, item: KVImport) -> None:
         """The item has its room: have the executor take it in."""
         task = asyncio.create_task(self._take_in(item), name="cache import")
         self._imports.add(task)
@@ -81,14 +143,17 @@ class KVTransfer:
         [segment] = item.segments
         error: SwarmError | None = None
         try:
-            await self._executor.import_cache(
-                segment.sequence,
-                item.session.span,
-                segment.start,
-                segment.count,
-                item.tensors,
-                item.session.adapter,
-            )
+            if item.source is None:
+                await self._executor.import_cache(
+                    segment.sequence,
+                    item.session.span,
+                    segment.start,
+                    segment.count,
+                    item.tensors,
+                    item.session.adapter,
+                )
+            else:
+                await self._share(item, item.source)
         except SwarmError as exc:
             error = exc
         except Exception as exc:
@@ -97,6 +162,16 @@ class KVTransfer:
         self.chunks += 1
         self._sessions.finish_import(item, error, loop_time())
         self._advance()
+
+    async def _share(self, item: KVImport, source: SequencePrefix) -> None:
+        [segment] = item.segments
+        pages = source.pages[: segment.count // self._prefixes.named_tokens]
+        if len(pages) * self._prefixes.named_tokens < segment.count:
+            raise SessionLostError("the prefix is no longer here")
+        await self._executor.share_prefix(source.sequence, segment.sequence, segment.count)
+        if not item.session.closed:
+            first = item.session.sequences[0]
+            self._prefixes.shared(pages, item.session.prefixes[segment.sequence - first])
 
     def _advance(self) -> None:
         self._sessions.poll(loop_time())

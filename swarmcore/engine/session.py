@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import attrs
 
 from swarmcore.engine.kv_allocation import AdmissionRequest, KVAllocation
+from swarmcore.engine.prefix_cache import SequencePrefix
 from swarmcore.engine.step import PendingStep
 from swarmcore.errors import (
     DeadlineExceededError,
@@ -36,6 +37,7 @@ class SessionStep(PendingStep):
     """Seconds after which it fails while the engine gets nothing done; see `deadline`."""
     done: bool = False
     """Whether it was answered, failed or cancelled; its last chunk may still be computing then."""
+    source: ClassVar[None] = None
     reordered: bool = False
     """Whether the session's caches follow ``sources``, or are just being made to."""
 
@@ -46,13 +48,17 @@ class SessionStep(PendingStep):
 
 @attrs.define(eq=False, kw_only=True)
 class KVImport:
-    """A piece of attention cache that comes from elsewhere, in the queue of its session like a step."""
+    """A piece of attention cache that comes from elsewhere, in the queue of its session like a step.
+
+    From another server, as ``tensors``; or from another sequence here, that of ``source``.
+    """
 
     session: EngineSession
     segments: tuple[Segment]
     timeout: float
     deadline: float
-    tensors: Sequence[Tensor]
+    tensors: Sequence[Tensor] = ()
+    source: SequencePrefix | None = None
     answer: asyncio.Future[None]
     begin: Callable[[KVImport], None]
     """Called when it is first in the queue and there is room for it in the cache."""
@@ -150,9 +156,11 @@ class EngineSession:
         imported or exported."""
         self.closed = False
         self.computed = 0
-        """Rows computed or imported so far, those of unfinished steps included."""
+        """Rows computed or imported so far, those of unfinished steps included; not those of prefixes."""
         self.reserved = allocation.room
         """Tokens, for each sequence, for which room was reserved in the executor."""
+        self.prefixes: list[SequencePrefix] = []
+        """One for each sequence, where their client has named what they begin with."""
 
     def segments(
         self, starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()

@@ -22,6 +22,7 @@ from swarmcore.engine.kv_allocation import (
     Refused,
 )
 from swarmcore.engine.kv_cache_manager import KVCacheManager
+from swarmcore.engine.prefix_cache import PrefixCache
 from swarmcore.engine.scheduler import ScheduledBatch, Scheduler
 from swarmcore.engine.session import (
     EngineSession,
@@ -49,7 +50,7 @@ EXTENDED_EVERY = 1.0
 
 
 class SessionManager:
-    """Joins KV cache manager, scheduler and sessions; reserves and releases the executor's caches.
+    """Joins KV cache manager, prefix cache, scheduler and sessions; reserves and releases executor's caches.
 
     A step is put in its session's queue (`submit`). First there, it asks for its pages (`_activate`); once
     they are granted it is the scheduler's (`_start`), and runs in chunks (`schedule`, `finish_batch`) until
@@ -63,6 +64,7 @@ class SessionManager:
         kv_cache: KVCacheManager,
         scheduler: Scheduler[SessionStep],
         pending: PendingTokens,
+        prefixes: PrefixCache,
         stats: EngineStats,
     ) -> None:
         self.sessions: dict[str, EngineSession] = {}
@@ -73,6 +75,7 @@ class SessionManager:
         self._executor = executor
         self._kv_cache = kv_cache
         self._scheduler = scheduler
+        self._prefixes = prefixes
         self._stats = stats
         self._next_sequence = 0
         self._extended_at = -math.inf
@@ -158,7 +161,23 @@ class SessionManager:
 
     def _free(self, session: EngineSession, now: float) -> None:
         self._kv_cache.release(session.allocation, now)
+        page = session.allocation.page
+        kept = {prefix.sequence: self._prefixes.keep(prefix) for prefix in session.prefixes}
         for sequence in session.sequences:
+            if tokens := kept.get(sequence):
+                self._executor.reserve(sequence, page.room(page.pages(tokens)))
+            else:
+                self._executor.release(sequence)
+        self._shrink_prefixes()
+
+    def forget_prefixes(self, keep: Span | None = None) -> None:
+        """Let go of what is kept of blocks outside of ``keep``; without it, of all, for good."""
+        for sequence in self._prefixes.leave(keep):
+            self._executor.release(sequence)
+
+    def _shrink_prefixes(self) -> None:
+        """Take back from what is kept of sessions that have ended as much as others need."""
+        for sequence in self._prefixes.shrink(self._kv_cache.free):
             self._executor.release(sequence)
 
     # --- steps in the queue ------------------------------------------------------------------------------
@@ -186,6 +205,8 @@ class SessionManager:
         item.done = True
         self.pending.remove(item.caller, item.rows)
         item.session.complete(item)
+        for prefix, length in zip(item.session.prefixes, item.session.lengths, strict=False):
+            self._prefixes.computed(prefix, length, own=item.source is None)
 
     def fail(self, item: QueueItem, error: SwarmError, now: float) -> None:
         """Take an item out of its queue, and those that build on it; harmless when it is done.
@@ -249,12 +270,15 @@ class SessionManager:
         if isinstance(item, SessionStep):
             self._scheduler.add(item)
         else:
+            self._roll_back(item)
             session.computing = item.begun = True
             item.begin(item)
 
     def _reserve(self, session: EngineSession) -> None:
         """Tell the executor for how many tokens the session has room."""
         room = session.allocation.room
+        if room != session.reserved:
+            self._shrink_prefixes()
         for sequence, old, new in zip(session.sequences, session.reserved, room, strict=True):
             if old != new:
                 self._executor.reserve(sequence, new)
@@ -272,9 +296,19 @@ class SessionManager:
             if chunk.first_row == 0:
                 if step.sources:
                     step.session.reorder(step)
+                    if step.session.prefixes:
+                        self._prefixes.reordered(step.session.prefixes, step.sources)
+                self._roll_back(step)
                 if step.decode:
                     self._stats.note_wait(now - step.submitted, now)
         return batch
+
+    def _roll_back(self, item: QueueItem) -> None:
+        """The item is about to write into its sequences: what they began with ends there."""
+        if prefixes := item.session.prefixes:
+            first = item.session.sequences[0]
+            for segment in item.segments:
+                self._prefixes.rolled_back(prefixes[segment.sequence - first], segment.start)
 
     def finish_batch(
         self, batch: ScheduledBatch[SessionStep], results: Sequence[Tensor | SwarmError], now: float
@@ -328,7 +362,8 @@ class SessionManager:
         if error is not None:
             self.fail(item, error, now)
         elif not item.done:
-            item.session.computed += item.rows
+            if item.source is None:
+                item.session.computed += item.rows
             self._finish(item)
             resolve(item.answer, None)
             self._advance(item.session, now)
