@@ -131,6 +131,11 @@ if TYPE_CHECKING:
     metavar="N",
     help="Most tokens of a batch that is run forward or back for fine-tuning; 0 runs none.",
 )
+@flag(
+    "--share-prefixes",
+    help="Let a client's session begin with what was computed of the same text for another one. For members "
+    "who trust each other: names of texts cannot be checked, and times tell what others have asked.",
+)
 @public_name
 @generation_server_options
 @network_options

@@ -76,15 +76,16 @@ class Engine:
             idle_grace=idle_grace,
             max_sessions=max_sessions,
         )
-        self._prefixes = PrefixCache(
+        self.prefixes = PrefixCache(
             executor, self._kv_cache.pages, blocks=self._kv_cache.blocks, named_tokens=named_tokens
         )
+        """What sessions may begin with, and what is kept of those that have ended."""
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
         pending = PendingTokens(max_steps=max_pending_steps, max_tokens=max_pending_tokens)
         self._sessions = SessionManager(
-            executor, self._kv_cache, self._scheduler, pending, self._prefixes, self.stats
+            executor, self._kv_cache, self._scheduler, pending, self.prefixes, self.stats
         )
-        self._transfer = KVTransfer(executor, self._sessions, self._prefixes, self._carry_on, self._answered)
+        self._transfer = KVTransfer(executor, self._sessions, self.prefixes, self._carry_on, self._answered)
         self._window = BatchWindow()
         self.training = TrainingRunner(executor, self.stats, training_limits or TrainingLimits(), self._wake)
         """Forward and backward passes, which go after interactive steps: see `TrainingRunner.admit`."""
@@ -116,11 +117,6 @@ class Engine:
     def cache_tokens_used(self) -> int:
         return self._in_tokens(self._kv_cache.held)
 
-    @property
-    def cache_tokens_kept(self) -> int:
-        """Of those that are free: what holds beginnings of sequences whose sessions have ended."""
-        return self._in_tokens(self._prefixes.pages)
-
     def _in_tokens(self, pages: int) -> int:
         return self._kv_cache.tokens(pages, len(self.executor.span))
 
@@ -134,9 +130,9 @@ class Engine:
         """What has happened since the start, by name."""
         return {
             **self.stats.counters(),
-            "prefix_hits": self._prefixes.hits,
-            "prefix_tokens": self._prefixes.hit_tokens,
-            "prefixes_kept": len(self._prefixes),
+            "prefix_hits": self.prefixes.hits,
+            "prefix_tokens": self.prefixes.hit_tokens,
+            "prefix_pages": self.prefixes.pages,
         }
 
     def length(self, session: str) -> tuple[int, ...]:
@@ -243,7 +239,7 @@ class Engine:
         try:
             await answer
             check_held(span, self.executor.span)  # which may have changed in the meantime
-            if any(names) and self._prefixes.enabled:
+            if any(names) and self.prefixes.enabled:
                 await self._transfer.begin_with(
                     self._sessions[session], scope or PrefixScope(caller, span), names
                 )
@@ -262,7 +258,7 @@ class Engine:
         """
         found = self._sessions[session]
         for prefix, each, length in zip(found.prefixes, names, found.lengths, strict=False):
-            self._prefixes.rename(prefix, each, length)
+            self.prefixes.rename(prefix, each, length)
 
     def forget_prefixes(self, keep: Span | None = None) -> None:
         """Let go of what is kept of blocks outside of ``keep``: the executor is about to drop them."""

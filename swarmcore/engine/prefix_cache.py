@@ -259,4 +259,10 @@ class PrefixCache:
             prefix.pages.pop()
 
     def __repr__(self) -> str:
-        return f"<PrefixCache {len(self)} kept in {self.pages} pages · {self.hits} hits>"
+        return f"<PrefixCache {self}>"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hits} sequences began with {self.hit_tokens} tokens computed before; "
+            f"{len(self)} are kept in {self.pages} pages"
+        )

@@ -114,6 +114,7 @@ class BlockServer:
             registry,
             admission_timeout=config.admission_timeout,
             adapters=self.adapters,
+            share_prefixes=config.share_prefixes,
         )
         self.training = ForwardBackwardService(
             self.engine, executor.model, executor.span, self.adapters, node.resources
@@ -197,6 +198,8 @@ class BlockServer:
             notes.append(f"adapters: {', '.join(self.adapters.names)}")
         if self.service is not None:
             notes.append(self.service.note)
+        if self.engine.prefixes.hits or len(self.engine.prefixes):
+            notes.append(f"prefix cache: {self.engine.prefixes}")
         return (*notes, *self.node.notes)
 
     def __repr__(self) -> str:
@@ -326,6 +329,7 @@ class BlockServer:
         loop = asyncio.get_running_loop()
         before = loop.time()
         try:
+            self.engine.forget_prefixes(span.overlap(instead_of) or span)
             await self.executor.change_span(span)
         except SwarmError as exc:
             logger.error("could not load blocks %s, going back to %s: %s", span, instead_of, exc)

@@ -104,6 +104,9 @@ class ServerConfig:
     loading where that is known. See `TrainingLimits.activation_budget`."""
     max_pass_tokens: int = attrs.field(default=8192, validator=_not_negative)
     """Most tokens of one batch that is run forward or back for a client; 0 when none is."""
+    share_prefixes: bool = False
+    """Whether sessions of one client begin with what was computed for another one under the same names: for
+    swarms whose members trust each other."""
     public_name: str = ""
 
     @property

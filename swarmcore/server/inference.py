@@ -9,6 +9,7 @@ import re
 from functools import partial
 
 from swarmcore.engine.engine import Engine
+from swarmcore.engine.prefix_cache import PrefixScope
 from swarmcore.errors import InvalidStepError, ServerDrainingError, SessionLostError
 from swarmcore.registry.base import Registry
 from swarmcore.rpc.channel import Channel
@@ -18,8 +19,10 @@ from swarmcore.server.downstream import StageDialer
 from swarmcore.server.session import ServerSession
 from swarmcore.server.span_service import SpanService
 from swarmcore.server.upstream import check_upstream
+from swarmcore.session.prefix_names import check_names
 from swarmcore.tasks import Deadline, deadline_after
-from swarmcore.types import ModelInfo, Span, short
+from swarmcore.types import ModelInfo, PeerId, Span, short
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 from swarmcore.wire.method import Caller
 
@@ -46,12 +49,15 @@ class InferenceService(SpanService):
         *,
         admission_timeout: float,
         adapters: AdapterStore | None = None,
+        share_prefixes: bool = False,
     ) -> None:
-        """Without ``adapters`` no session has one."""
+        """Without ``adapters`` no session has one. With ``share_prefixes`` sessions begin with what was
+        computed for other clients, too."""
         super().__init__(engine, model, span, adapters or AdapterStore(engine.executor, 0, node.resources))
         self._node = node
         self._dialer = StageDialer(node, registry, self.counters)
         self._admission_timeout = admission_timeout
+        self._share_prefixes = share_prefixes
         self._sessions: dict[str, ServerSession] = {}
         self._awaited: dict[str, set[asyncio.Future[ServerSession]]] = {}
         self._session_ended = asyncio.Event()
@@ -116,7 +122,7 @@ class InferenceService(SpanService):
         span = self._check(opening)
         ask = partial(ask_for_weights, channel)
         async with self._adapters.obtain(channel.remote, opening.adapter, span, ask) as adapter:
-            await self._engine.open(
+            cached = await self._engine.open(
                 opening.session,
                 opening.sequences,
                 opening.tokens,
@@ -124,10 +130,18 @@ class InferenceService(SpanService):
                 span=span,
                 adapter=adapter,
                 caller=channel.remote,
+                names=opening.names,
+                scope=self._prefix_scope(channel.remote, opening.adapter, span),
             )
-            await self._run(channel, opening)
+            await self._run(channel, opening, cached)
 
-    async def _run(self, channel: Channel, opening: OpenSession) -> None:
+    def _prefix_scope(self, client: PeerId, adapter: AdapterName | None, span: Span) -> PrefixScope:
+        """Whose prefixes are a client's, too. Nobody else knows what its own adapters are."""
+        own = adapter is not None and adapter.version != ""
+        name = "" if adapter is None else adapter.version or adapter.name
+        return PrefixScope("" if self._share_prefixes and not own else client, span, name)
+
+    async def _run(self, channel: Channel, opening: OpenSession, cached: tuple[int, ...]) -> None:
         """Serve a session for which there is room, to its end."""
         session = ServerSession(
             opening,
@@ -152,7 +166,7 @@ class InferenceService(SpanService):
                     if not waiting.done():
                         waiting.set_result(session)
                 reachable = opening.next_hop is None or await session.dial(opening.next_hop)
-                await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable))
+                await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable, cached))
                 session.start()
                 await session.receive_from(channel, is_client=True)
         finally:
@@ -189,6 +203,7 @@ class InferenceService(SpanService):
         if opening.session in self._sessions:
             raise InvalidStepError("a session id is 32 hex digits, random, and used once")
         check_upstream(opening.pushers or ())
+        check_names(opening.names, opening.sequences)
         return span
 
 

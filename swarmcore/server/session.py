@@ -27,6 +27,7 @@ from swarmcore.server.downstream import Downstream, StageDialer
 from swarmcore.server.kv_transfer import KvTransfer
 from swarmcore.server.output_cache import AnswerCache, ReplayCache, Reply
 from swarmcore.server.upstream import AllowedUpstream
+from swarmcore.session.prefix_names import check_names
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
@@ -37,6 +38,7 @@ from swarmcore.wire.messages import (
     CachePart,
     Draining,
     Hop,
+    NamePages,
     OpenSession,
     Replay,
     SessionState,
@@ -75,6 +77,7 @@ class ServerSession:
         self.upstream = AllowedUpstream(opening.pushers)
         self.lifetime = asyncio.timeout(None)
         """Ends when the server has to let go of the session, by `end`."""
+        self._sequences = opening.sequences
         self._engine = engine
         self._counters = counters
         self._in_flight = InFlightBytes(node.resources, client.remote)
@@ -189,6 +192,9 @@ class ServerSession:
             raise InvalidStepError(f"only the client of a session may send {message.kind}")
         elif isinstance(record, AllowUpstream):
             self.upstream.allow_only(record.pushers)
+        elif isinstance(record, NamePages):
+            check_names(record.names, self._sequences)
+            self._engine.name_prefixes(self.id, record.names)
         elif isinstance(record, Replay):
             self._downstream.abort_unless(record.chain[0] if record.chain else None)
             await self._wait_for_slot()

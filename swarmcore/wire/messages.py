@@ -51,6 +51,9 @@ class OpenSession:
     pushers: tuple[PeerId, ...] | None = None
     """Who may join the session: the stage before, and a server that hands its caches over. None: whoever
     knows the session's id."""
+    names: tuple[bytes, ...] = ()
+    """What the client calls the pages that each sequence will begin with: 16 bytes for every 64 tokens, each
+    name standing for all that comes before as well. None for no sequence."""
 
 
 @wire_tag("Admit")
@@ -69,6 +72,18 @@ class SessionOpened:
     cache_tokens_free: int
     next_hop_reachable: bool = True
     """False when the server could not dial ``next_hop``: the client then carries that hop itself."""
+    cached: tuple[int, ...] = ()
+    """Tokens that each sequence has from the beginning, computed before under the same names: its first step
+    may start there, or anywhere below. Empty for none."""
+
+
+@wire_tag("NamePages")
+@attrs.frozen
+class NamePages:
+    """Client to server, if it answered ``cached``: what the session's sequences consist of by now, as in
+    `OpenSession.names`, so that it is found again when the session has ended."""
+
+    names: tuple[bytes, ...]
 
 
 @wire_tag("JoinSession")

@@ -41,6 +41,7 @@ from swarmcore.wire.messages import (
     JoinSession,
     KvTransferFailed,
     KvTransferred,
+    NamePages,
     OpenSession,
     Ping,
     Pong,
@@ -58,7 +59,7 @@ from swarmcore.wire.method import Method, Protocol
 INFERENCE_PROTOCOL = Protocol(
     name=INFERENCE,
     openings=(OpenSession, JoinSession),
-    to_acceptor=(Step, Replay, TransferKv, AllowUpstream, CachePart, AdapterPart),
+    to_acceptor=(Step, Replay, TransferKv, AllowUpstream, NamePages, CachePart, AdapterPart),
     to_opener=(
         SessionOpened,
         AdapterWanted,

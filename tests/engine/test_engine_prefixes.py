@@ -50,7 +50,7 @@ async def test_a_second_session_begins_where_the_first_has_been(closed: bool) ->
         await prompted(engine, "a", "xyz")
         if closed:
             engine.close_session("a")
-            assert engine.cache_tokens_used == 0 and engine.cache_tokens_kept == 12
+            assert engine.cache_tokens_used == 0 and engine.prefixes.pages == 3
         computed = engine.stats.tokens
         assert await begin(engine, "b", "xyzw") == (12,)
         assert engine.computed("b") == 0
@@ -91,19 +91,19 @@ async def test_a_part_of_the_blocks_is_another_prefix() -> None:
         assert await begin(engine, "b", "xyz") == (0,)
         assert await begin(engine, "c", "xyz", span=part) == (12,)
         assert await run(engine, "c", 12, TAIL) == (await expected(ROWS[:12] + TAIL, part))[12:]
-        assert engine.cache_tokens_kept == 8, "half of three pages, rounded up"
+        assert engine.prefixes.pages == 2, "half of three pages, rounded up"
 
 
 async def test_what_is_kept_makes_room_for_whoever_asks_before_anyone_waits() -> None:
     async with prefixes(cache_tokens=32) as (engine, _):
         await prompted(engine, "a", "xyz", 13)
         engine.close_session("a")
-        assert engine.cache_tokens_free == 32 and engine.cache_tokens_kept == 12
+        assert engine.cache_tokens_free == 32 and engine.prefixes.pages == 3
         await engine.open("b", 1, 0, timeout=0.0)
         await run(engine, "b", 0, some_rows(17, seed=3))  # there is room for both
-        assert engine.cache_tokens_kept == 12
+        assert engine.prefixes.pages == 3
         await run(engine, "b", 17, some_rows(4, seed=4))
-        assert engine.cache_tokens_kept == 0
+        assert engine.prefixes.pages == 0
         assert engine.counters["sessions_evicted"] == engine.counters["refusals"] == 0
 
 
@@ -121,9 +121,9 @@ async def test_a_rollback_ends_what_is_found() -> None:
         await run(engine, "a", 6, TAIL)
         assert await begin(engine, "b", "xyz") == (4,)
         engine.close_session("a")
-        assert engine.cache_tokens_kept == 0, "the other session has the same page"
+        assert engine.prefixes.pages == 0, "the other session has the same page"
         engine.close_session("b")
-        assert engine.cache_tokens_kept == 4
+        assert engine.prefixes.pages == 1
 
 
 async def test_a_step_that_fails_ends_what_it_had_begun_to_write_over() -> None:
@@ -143,7 +143,7 @@ async def test_beams_are_called_what_they_are_copies_of() -> None:
         await submit_beams(engine, "a", [14, 14], [TAIL[:1], TAIL[:1]], [0, 0])
         assert await begin(engine, "b", "uv") == (0,)
         engine.close_session("a")
-        assert engine.cache_tokens_kept == 12
+        assert engine.prefixes.pages == 3
         assert await begin(engine, "c", "xyz") == (12,)
         assert await run(engine, "c", 12, TAIL) == (await expected(ROWS[:12] + TAIL))[12:]
 

@@ -29,6 +29,7 @@ from swarmcore.wire.messages import (
     CachePart,
     Hop,
     JoinSession,
+    NamePages,
     OpenSession,
     Replay,
     Step,
@@ -112,6 +113,9 @@ class Stranger:
                 made_up[name] = tuple(self.hop() for _ in range(self.random.choice((0, 1, 2, 50))))
             elif name == "adapter":
                 made_up[name] = self.adapter()
+            elif name == "names":
+                several = (b"x" * 16,), (b"y" * 32, b"z" * 16), (b"x" * 15,), (b"x" * 16 * 5000,), (b"",)
+                made_up[name] = self.random.choice(((), *several))
             elif name == "pushers":
                 made_up[name] = self.random.choice((None, (), (self.peer,), tuple([self.peer] * 5000)))
             elif isinstance(value, bool):
@@ -153,6 +157,7 @@ class Stranger:
                 Replay(step, (0,), (1,), (self.hop(),)),
                 TransferKv(self.hop()),
                 AllowUpstream(()),
+                NamePages((b"x" * 32,) * sequences),
                 CachePart(0, 0, 1, self.random.random() < 0.5),
                 AdapterPart(last=True),
             )
