@@ -19,8 +19,9 @@ from swarmcore.checkpoint.base import LFS_POINTER, lfs_pointer, one_line, read_j
 from swarmcore.checkpoint.fingerprint import conversion_fingerprint, file_hashes, model_fingerprint
 from swarmcore.checkpoint.folder import MARKER, Marker, weight_files
 from swarmcore.checkpoint.gguf_config import Metadata, check_metadata, complete_config, ends
+from swarmcore.checkpoint.gguf_model import LAYOUT
 from swarmcore.checkpoint.gguf_tokenizer import check_tokenizer, complete_tokenizer
-from swarmcore.checkpoint.location import is_split
+from swarmcore.checkpoint.location import split_name
 from swarmcore.checkpoint.quiet import quiet_transformers
 from swarmcore.checkpoint.storage import (
     check_room,
@@ -40,10 +41,6 @@ from swarmcore.errors import (
 )
 from swarmcore.imports import import_large
 from swarmcore.types import Progress
-
-LAYOUT = "gguf-bfloat16-3"
-"""What a conversion writes. Part of the fingerprint: count it up when a file would give other
-tensors or tokens."""
 
 _SHARD = "256MB"
 
@@ -104,7 +101,7 @@ def check_gguf(source: Path) -> None:
         raise lfs_pointer(source)
     if magic != b"GGUF":
         raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
-    if is_split(source):
+    if split_name(source.name):
         raise CheckpointError(
             f"{source} is one part of a split GGUF; join the parts with llama-gguf-split --merge"
         )

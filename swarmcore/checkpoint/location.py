@@ -14,17 +14,39 @@ from swarmcore.types import Progress
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+_MAX_PARTS = 1000
 
 
 def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def is_split(path: Path) -> bool:
-    """Whether ``path`` is called as one of several parts of a GGUF."""
-    split = _SPLIT.search(path.name)
-    return split is not None and int(split[1]) > 1
+def split_name(file: str) -> tuple[str, int, int] | None:
+    """Of a file called as one of several parts: the name of the whole, which part it is from 1 on, and of how
+    many; None for any other."""
+    match = _SPLIT.fullmatch(file)
+    return (match[1], int(match[2]), int(match[3])) if match and int(match[3]) > 1 else None
+
+
+def all_parts(file: str) -> list[str]:
+    """The names of all parts of the model that ``file`` is a part of; itself alone when it is no part.
+
+    Raise `CheckpointError` for an absurd number.
+    """
+    split = split_name(file)
+    if split is None:
+        return [file]
+    whole, _, count = split
+    if count > _MAX_PARTS:
+        raise CheckpointError(f"{file} is called one of {count} parts, which is more than {_MAX_PARTS}")
+    return [f"{whole}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
+def model_name(file: str) -> str:
+    """What people call the model that is in a file of this name."""
+    split = split_name(file)
+    return split[0] if split else Path(file).stem
 
 
 def names_gguf(source: str) -> bool:
@@ -63,7 +85,7 @@ def gguf_at(path: Path) -> Path | None:
         return None
     with storage_errors("reading the model's folder", path):
         found = sorted(entry for entry in path.iterdir() if is_gguf(entry))
-    if len(found) > 1 and all(is_split(entry) for entry in found):
+    if len(found) > 1 and all(split_name(entry.name) for entry in found):
         return found[0]  # which is refused, and it is told what to do
     if len(found) > 1:
         names = ", ".join(entry.name for entry in found)

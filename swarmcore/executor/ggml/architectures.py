@@ -1,0 +1,182 @@
+"""What llama.cpp makes of the number of a layer, by architecture: where a model may be cut, and how.
+
+llama.cpp runs a span as a model of its own, whose layers it numbers from 0. Read from its sources (version of
+llama-cpp-python 0.3.36): how each architecture uses a layer's number and the number of layers, what it does
+with hidden states that come in, and which tensors outside the layers it wants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+
+from swarmcore.checkpoint.gguf_model import GgufModel
+from swarmcore.errors import UnsupportedModelError
+from swarmcore.types import Span
+
+
+@attrs.frozen(kw_only=True)
+class Architecture:
+    """How spans of one architecture are cut. By default every layer is like every other."""
+
+    windows: tuple[int, bool] | None = None
+    """Of sliding windows, where the file has no pattern: every how manieth layer attends to everything, and
+    whether it is the first of them rather than the last. The pattern is written out for a span's layers."""
+    period: Callable[[GgufModel], Mapping[str, int]] | None = None
+    """What repeats itself after so many layers, and cannot be written out: a span starts at a multiple."""
+    refusal: Callable[[GgufModel, Span], str | None] | None = None
+    """Why this span would not compute what the whole model does; None where it does."""
+    scales_inputs: bool = False
+    """Hidden states that come in are multiplied by ``embedding_scale``, which is 1 for a span."""
+    residual_scale: float | None = None
+    """The default of ``residual_scale``, times the root of the number of layers."""
+
+
+def architecture_of(model: GgufModel) -> Architecture:
+    """Raise `UnsupportedModelError` for one that nobody has looked at."""
+    found = ARCHITECTURES.get(model.architecture)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{model.name} is of the architecture {model.architecture!r}, and how llama.cpp computes a part "
+            f"of such a model is not known; it is known of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return found
+
+
+def check_cut(model: GgufModel, span: Span) -> None:
+    """Raise `UnsupportedModelError` where llama.cpp would not compute ``span`` as in the whole model.
+
+    It says what stands in the way, and which spans could be had. What it lets pass is right for every length.
+    """
+    found = architecture_of(model)
+    if found.refusal is not None and (why := found.refusal(model, span)):
+        raise UnsupportedModelError(
+            f"blocks {span} of {model.name} ({model.architecture}) are not cut out: {why}"
+        )
+    step = start_step(model)
+    if span.start % step:
+        periods = found.period(model) if found.period else {}
+        why = ", ".join(f"{key} repeats after {period}" for key, period in periods.items() if period > 1)
+        raise UnsupportedModelError(
+            f"blocks {span} of {model.name} ({model.architecture}) are not cut out: {why} blocks, so a span "
+            f"starts at a multiple of {step}, such as {span.start - span.start % step}"
+        )
+
+
+def start_step(model: GgufModel) -> int:
+    """Spans of the model start at multiples of this many blocks."""
+    found = architecture_of(model)
+    return math.lcm(*found.period(model).values()) if found.period else 1
+
+
+def _whole_only(why: str) -> Callable[[GgufModel, Span], str | None]:
+    def refusal(model: GgufModel, span: Span) -> str | None:
+        return why
+
+    return refusal
+
+
+def _gemma(largest: int) -> Callable[[GgufModel, Span], str | None]:
+    """Queries are scaled by another size in the model of so many layers, which is told by their number."""
+
+    def refusal(model: GgufModel, span: Span) -> str | None:
+        heads = model.own("attention.head_count")
+        heads = heads if isinstance(heads, int) and heads > 0 else 1
+        share, size = model.width // heads, model.own("attention.key_length", model.width // heads)
+        if share == size or (len(span) == largest) == (model.blocks == largest):
+            return None
+        return (
+            f"llama.cpp tells by the number of {largest} layers how queries are scaled, and would scale "
+            f"those of a part in another way; only all {model.blocks} blocks together can be had"
+        )
+
+    return refusal
+
+
+def _exaone4(model: GgufModel, span: Span) -> str | None:
+    if (model.blocks == 64) == (len(span) == 64):
+        return None
+    return "llama.cpp tells by the number of 64 layers whether windows slide; take all blocks or none"
+
+
+def _deepseek2(model: GgufModel, span: Span) -> str | None:
+    """Smaller models, whose queries are not compressed, are told by their number of layers."""
+    lite = (26, 27)
+    if model.own("expert_gating_func") is None and model.blocks in (47, 48):
+        return "it does not say how its experts are chosen, and llama.cpp tells by the number of layers"
+    if model.own("attention.q_lora_rank") is None:
+        if len(span) in lite:
+            return None
+        return f"it has no attention.q_lora_rank, which llama.cpp takes of models of {lite} layers only"
+    if len(span) in lite:
+        return f"llama.cpp takes models of {lite} layers for others; take more or fewer blocks"
+    return None
+
+
+def _smollm3(model: GgufModel) -> dict[str, int]:
+    return {"the layers without rope": 4}
+
+
+def _llama4(model: GgufModel) -> dict[str, int]:
+    return {"the layers without rope": 4, **_interleaved(model)}
+
+
+def _llama4_windowless(model: GgufModel, span: Span) -> str | None:
+    if model.own("attention.sliding_window") == 0 and len(span) < model.blocks:
+        return "without windows llama.cpp leaves out the rope of the last of its layers"
+    return None
+
+
+def _interleaved(model: GgufModel) -> dict[str, int]:
+    step = model.own("interleave_moe_layer_step", 1)
+    return {"interleave_moe_layer_step": step if isinstance(step, int) and step > 0 else 1}
+
+
+_EVERY = Architecture()
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "arcee": _EVERY,
+    "bloom": Architecture(
+        refusal=_whole_only("llama.cpp normalises what comes in, which the client has done already")
+    ),
+    "cohere2": Architecture(windows=(4, False)),
+    "command-r": _EVERY,
+    "deepseek2": Architecture(refusal=_deepseek2),
+    "dots1": _EVERY,
+    "ernie4_5": _EVERY,
+    "ernie4_5-moe": Architecture(period=_interleaved),
+    "exaone4": Architecture(windows=(4, False), refusal=_exaone4),
+    "falcon": _EVERY,
+    "gemma": Architecture(
+        refusal=_whole_only("llama.cpp scales what comes in, which the client has done already")
+    ),
+    "gemma2": Architecture(windows=(2, False), refusal=_gemma(46)),
+    "gemma3": Architecture(windows=(6, False), refusal=_gemma(62)),
+    "glm4": _EVERY,
+    "glm4moe": _EVERY,
+    "gpt-oss": Architecture(windows=(2, False)),
+    "gpt2": _EVERY,
+    "gptneox": _EVERY,
+    "granite": Architecture(scales_inputs=True),
+    "granitemoe": Architecture(scales_inputs=True),
+    "internlm2": _EVERY,
+    "llama": _EVERY,
+    "llama4": Architecture(windows=(4, False), period=_llama4, refusal=_llama4_windowless),
+    "minicpm": Architecture(scales_inputs=True, residual_scale=1.4),
+    "mistral3": _EVERY,
+    "nemotron": _EVERY,
+    "olmo2": Architecture(windows=(4, False)),
+    "olmoe": _EVERY,
+    "phi2": _EVERY,
+    "phi3": _EVERY,
+    "qwen2": _EVERY,
+    "qwen2moe": _EVERY,
+    "qwen3": _EVERY,
+    "qwen3moe": _EVERY,
+    "seed_oss": _EVERY,
+    "smollm3": Architecture(period=_smollm3),
+    "stablelm": _EVERY,
+    "starcoder2": _EVERY,
+}
