@@ -10,13 +10,13 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 
-from swarmcore.client.session.live_chain import LiveStage
+from swarmcore.client.session.live_chain import LiveStage, chain_of
 from swarmcore.client.session.opening import ChainOpener, OpenStage, Refusals, located
 from swarmcore.client.session.options import Failover
 from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.client.session.replay import REPLAY_ROWS, replay
 from swarmcore.errors import DeadlineExceededError, ServerMemoryError, SessionLostError, SwarmError
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, named
 from swarmcore.session.patience import MAX_FAILURES, RetryPolicy
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.messages import AllowUpstream, Hop
@@ -168,6 +168,7 @@ class FailoverHandler:
         """Open the stages of ``chain``, or the best there are, for the blocks of ``first`` to ``last``."""
         pipeline = self._pipeline
         stages, positions = pipeline.stages, pipeline.steps.positions
+        lost = chain_of(stages[first : last + 1]).numerics
         opener = ChainOpener(
             node=pipeline.node,
             planner=pipeline.planner,
@@ -178,6 +179,7 @@ class FailoverHandler:
             after=_hop_of(stages, first - 1),
             before=_hop_of(stages, last + 1),
             caches_from=caches_from,
+            like=lost[0] if len(lost) == 1 else None,
         )
         if chain is None:
             span = Span(stages[first].start, stages[last].end)
@@ -212,6 +214,7 @@ class FailoverHandler:
     ) -> None:
         """Count a failover, log it, and tell `SessionOptions.on_failover`."""
         self.failovers += 1
+        before, after = chain_of(lost).numerics, chain_of(stages).numerics
         failover = Failover(
             lost=_names(lost),
             reason=reason.message,
@@ -219,6 +222,7 @@ class FailoverHandler:
             tokens=sum(self._pipeline.steps.positions),
             how=how,
             seconds=seconds,
+            numerics="" if set(after) <= set(before) else f"{named(before)} to {named(after)}",
         )
         callback = self._pipeline.options.on_failover
         logger.log(logging.WARNING if callback is None else logging.INFO, "%s", failover)

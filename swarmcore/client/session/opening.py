@@ -16,7 +16,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import probe
 from swarmcore.tasks import running
-from swarmcore.types import Address, ModelInfo, PeerId, Span, short
+from swarmcore.types import Address, ModelInfo, Numerics, PeerId, Span, short
 from swarmcore.wire.forward_backward import AdapterWanted
 from swarmcore.wire.messages import Hop, OpenSession, Ping, SessionOpened
 from swarmcore.wire.protocols import INFERENCE_PROTOCOL, PING_METHOD
@@ -66,6 +66,8 @@ class ChainOpener:
     after: Hop | None = None
     before: Hop | None = None
     caches_from: PeerId | None = None
+    like: Numerics | None = None
+    """How the new servers should compute, if there are such."""
 
     async def open_best(
         self, span: Span, *, tokens: int, blocked: Collection[PeerId] = (), attempts: int = ATTEMPTS
@@ -92,6 +94,7 @@ class ChainOpener:
                     blocked=frozenset(avoided),
                     after=self.after.peer if self.after else None,
                     before=self.before.peer if self.before else None,
+                    like=self.like,
                 )
             except SwarmError as exc:
                 if failure is None:

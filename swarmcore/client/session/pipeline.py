@@ -67,6 +67,8 @@ class Pipeline(LiveChain):
         self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
         """Called when a server says that it leaves, with the seconds that it stays."""
         super().__init__(node, planner, opened, options)
+        self.numerics = list(self.chain.numerics)
+        """How servers of the session have computed so far, each way once."""
         self._keep_inputs()
 
     def replace(self, first: int, last: int, opened: Sequence[OpenStage]) -> list[LiveStage]:
@@ -74,6 +76,7 @@ class Pipeline(LiveChain):
         before = self.stages[first : last + 1]
         stages = [self._listening(stage, self.steps.next_step) for stage in opened]
         self.stages[first : last + 1] = stages
+        self.numerics += [way for way in self.chain.numerics if way not in self.numerics]
         carried = [i for i, stage in enumerate(opened) if not stage.next_hop_reachable]
         self.steps.replace(first, last, [stage.hop for stage in opened], carried=carried)
         self._keep_inputs()

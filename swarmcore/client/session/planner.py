@@ -22,8 +22,10 @@ from swarmcore.errors import (
 from swarmcore.registry.base import Registry
 from swarmcore.routing.base import Router
 from swarmcore.routing.chain import Chain
+from swarmcore.routing.coverage import left_out
 from swarmcore.routing.health import PeerHealth
-from swarmcore.types import ModelInfo, PeerId, Span
+from swarmcore.routing.numerics import plan_alike
+from swarmcore.types import ADAPTERS, ModelInfo, Numerics, PeerId, ServerInfo, Span
 
 
 def random_session_id() -> str:
@@ -79,31 +81,43 @@ class SessionPlanner:
         blocked: Collection[PeerId] = (),
         after: PeerId | None = None,
         before: PeerId | None = None,
+        like: Numerics | None = None,
     ) -> Chain:
-        """A chain for ``span``, as `Router.plan` gives it on what is known now."""
+        """A chain for ``span``, as `plan_alike` gives it on what is known now.
+
+        Sessions with an adapter go through servers that have it, or take it. When too few do, the
+        `MissingBlocksError` says which were left out for that.
+        """
         view = self._registry.view()
-        adapter = self.adapter.name.name if self.adapter is not None else ""
-        if adapter:
-            blocked = {*blocked, *(server.peer for server in view if adapter not in server.adapters)}
+        servers = view.serving(self._model.fingerprint) if self.adapter is not None else []
+        unable = [server.peer for server in servers if not self._has_adapter(server)]
         try:
-            return self._router.plan(
+            return plan_alike(
+                self._router,
                 view,
                 self._model,
                 span,
+                like=like,
                 tokens=tokens,
-                blocked=blocked,
+                blocked={*blocked, *unable},
                 banned=self._health.banned(asyncio.get_running_loop().time()),
                 after=after,
                 before=before,
             )
         except MissingBlocksError as exc:
-            if not adapter:
+            if self.adapter is None:
                 raise
+            name = self.adapter.name.name
+            used = f"with the adapter {name!r} are used (serve --adapter {name}=FOLDER)"
+            used = used if name else "that take adapters are used"
             raise MissingBlocksError(
-                f"only servers with the adapter {adapter!r} are used (serve --adapter {adapter}=FOLDER): "
-                f"{exc.message}",
-                **exc.details,
+                f"only servers {used}: {exc.message}{left_out(servers, [ADAPTERS])}", **exc.details
             ) from None
+
+    def _has_adapter(self, server: ServerInfo) -> bool:
+        """Whether it serves the sessions' adapter, or takes the client's own."""
+        name = self.adapter.name.name if self.adapter is not None else ""
+        return ADAPTERS in server.capabilities and (not name or name in server.adapters)
 
     def alone(self, peer: PeerId, span: Span) -> bool:
         """Whether nobody but ``peer`` has the blocks ``span``."""
@@ -114,12 +128,19 @@ class SessionPlanner:
         return False
 
     def compare(self, chain: Chain, *, tokens: int = 0) -> Comparison | None:
-        """A live session's chain beside the best there is for it; None when the router weighs no chains."""
+        """A live session's chain beside the best there is for it; None when the router weighs no chains.
+
+        Also None when that would compute in another way than all of the session's servers: no session changes
+        that for speed.
+        """
         router, view = self._router, self._registry.view()
         current = router.cost(view, self._model, chain)
         if current is None:
             return None
-        best = self.plan(self._model.span, tokens=tokens)
+        (like,) = chain.numerics if len(chain.numerics) == 1 else (None,)
+        best = self.plan(self._model.span, tokens=tokens, like=like)
+        if like is not None and best.numerics != (like,):
+            return None
         better = router.cost(view, self._model, best)
         assert better is not None, "it has weighed the other one"
         new = Chain(tuple(stage for stage in best.stages if stage not in chain.stages))

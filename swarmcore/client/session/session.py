@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -26,14 +27,16 @@ from swarmcore.errors import (
     SwarmError,
     TooManyCallsError,
 )
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, named
 from swarmcore.rpc.node import Node
 from swarmcore.session.patience import ALONE
 from swarmcore.session.steps import Chunk, Reply, StepPlan
-from swarmcore.types import ModelInfo
+from swarmcore.types import ModelInfo, Numerics
 from swarmcore.wire.tensors import Tensor
 
 __all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
+
+logger = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT = 8
 """Prefill chunks of one session under way in the chain."""
@@ -66,6 +69,12 @@ class InferenceSession:
     def chain(self) -> Chain:
         """The servers that the session passes through now."""
         return self._pipeline.chain
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How its servers have computed so far, each way once. With more than one, what was generated may
+        differ from what servers of either make alone, from a near tie on."""
+        return tuple(way for way in self._pipeline.numerics if way is not None)
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -276,7 +285,10 @@ async def open_session(
         node=node, planner=planner, model=model, sequences=sequences, timeout=options.open_timeout
     )
     opened = await opener.open_best(model.span, tokens=tokens, attempts=attempts)
-    return InferenceSession(Pipeline(node, planner, model, opened, sequences=sequences, options=options))
+    pipeline = Pipeline(node, planner, model, opened, sequences=sequences, options=options)
+    if len(pipeline.numerics) > 1:
+        logger.info("a session's servers compute in several ways: %s", named(pipeline.numerics))
+    return InferenceSession(pipeline)
 
 
 def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
