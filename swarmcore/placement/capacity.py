@@ -25,6 +25,9 @@ class BlockNeeds:
     reading: int = 0
     """The weights as the checkpoint has them, beside the others only while they are loaded."""
 
+    once: int = 0
+    """What is taken beside all blocks together, however many they are, as each is loaded in its turn."""
+
     def total(self, cache_tokens: int) -> int:
         """Most memory that the block takes at any one time, with so many tokens in its cache."""
         return self.weights + max(self.reading, self.backward + self.cache_per_token * cache_tokens)
@@ -54,13 +57,13 @@ def plan_capacity(
     """
     tokens = cache_tokens or DEFAULT_CACHE_TOKENS
     each = needs.total(tokens)
-    usable = int(memory_free * (1 - SPARE))
+    usable = max(int(memory_free * (1 - SPARE)) - needs.once, 0)
     fit = usable // each
     reasons = [
         f"memory: {size(memory_free)} free, of which {100 * SPARE:.0f} % are left to others",
         f"a block: {size(needs.weights)} of weights, {size(needs.cache_per_token * tokens)} of cache for "
         f"{tokens:,} tokens, {size(needs.backward)} for backward passes; "
-        f"{size(needs.reading)} more while it is loaded",
+        f"{size(needs.reading + needs.once)} more while it is loaded",
     ]
     if wanted is not None:
         chosen = min(wanted, blocks)
@@ -71,8 +74,9 @@ def plan_capacity(
         return CapacityPlan(chosen, tuple(reasons))
     if fit < 1:
         raise InputError(
-            f"not one block fits: it takes {size(each)} ({'; '.join(reasons)}); free some memory, ask for "
-            f"a smaller --dtype or fewer --cache-tokens, or override this estimate with --num-blocks 1"
+            f"not one block fits: it takes {size(each + needs.once)} ({'; '.join(reasons)}); free some "
+            f"memory, ask for --weights nf4, a smaller --dtype or fewer --cache-tokens, or override this "
+            f"estimate with --num-blocks 1"
         )
     chosen = min(fit, blocks)
     reasons.append(f"room for {fit}: {'all' if chosen == blocks else chosen} of {blocks} blocks")
