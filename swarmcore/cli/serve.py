@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     "--weights",
     default="auto",
     metavar="KIND",
-    help="What the blocks' weights are kept in; auto is as the checkpoint has them where the executor can.",
+    help="What the blocks' weights are kept in: bf16, int8, nf4 (needs bitsandbytes), or int4 (plain "
+    "rounding, which costs quality); auto is as the checkpoint has them where the executor can.",
 )
 @option(
     "--cache-dtype",

@@ -79,7 +79,7 @@ class TorchExecutor(BlockExecutor):
         self.span = span_model.span
         self.dtype = DTYPE_NAMES[layout.dtype]
         short = SHORT_DTYPES[self.dtype]
-        self.numerics = Numerics("torch", weights=short, dtype=short, cache_dtype=short)
+        self.numerics = Numerics("torch", weights=span_model.weights or short, dtype=short, cache_dtype=short)
         self.cache_bytes_per_token = layout.bytes_per_token
         self.page = PAGE
         self.max_positions = span_model.max_positions

@@ -15,6 +15,7 @@ from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES, Precision, choo
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list, whole_config
 from swarmcore.executor.torch.quantized_layers import quantized_nbytes
+from swarmcore.executor.torch.quantized_matrix import WEIGHT_TYPES
 from swarmcore.placement.capacity import BlockNeeds
 from swarmcore.resources import limits
 from swarmcore.types import Progress, Span
@@ -22,6 +23,8 @@ from swarmcore.types import Progress, Span
 
 class TorchLoader(BlockLoader):
     """Blocks of a checkpoint, run by torch. Back ends that read the same checkpoints may subclass it."""
+
+    weight_types = WEIGHT_TYPES
 
     def __init__(self, settings: LoadSettings, *, progress: Progress | None = None) -> None:
         self.settings = settings

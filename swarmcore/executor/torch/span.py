@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from typing import Any
@@ -179,11 +180,11 @@ def check_blocks(checkpoint: Checkpoint, span: Span, *, quantized: bool = False)
     With ``quantized`` they are tried in layers for quantised weights, on weights that are exact.
     """
     weights = ExactMatrix.kind if quantized else None
+    check_span(checkpoint, span, functools.partial(_load_small, weights=weights), how=weights)
 
-    def load(small: Checkpoint, span: Span) -> SpanModel:
-        return _load(small, span, torch.float32, torch.device("cpu"), weights, None)
 
-    check_span(checkpoint, span, load, how=weights)
+def _load_small(checkpoint: Checkpoint, span: Span, weights: str | None = None) -> SpanModel:
+    return _load(checkpoint, span, torch.float32, torch.device("cpu"), weights, None)
 
 
 def _load(
