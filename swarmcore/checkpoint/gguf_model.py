@@ -114,10 +114,12 @@ class GgufModel:
         """The blocks in it, and behind them those that only predict further tokens."""
         self.blocks = self.all_blocks - self._number("nextn_predict_layers", self.all_blocks - 1, 0)
         self.width = self._number("embedding_length", _MAX_WIDTH)
+        self.around: list[str] = []
+        """The names of the tensors that are of no block."""
         self._by_block: dict[int, list[str]] = {}
         for tensor in places:
-            if match := re.fullmatch(r"blk\.(\d{1,6})\..+", tensor):
-                self._by_block.setdefault(int(match[1]), []).append(tensor)
+            match = re.fullmatch(r"blk\.(\d{1,6})\..+", tensor)
+            (self._by_block.setdefault(int(match[1]), []) if match else self.around).append(tensor)
         if absent := sorted(set(range(self.blocks)) - self._by_block.keys()):
             raise CheckpointError(
                 f"{name} is incomplete: it has {self.blocks} blocks, and no tensors of block {absent[0]}"
