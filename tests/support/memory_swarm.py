@@ -172,12 +172,15 @@ class Swarm:
         peer = session.chain.peers[stage]
         return next(server for server in self.servers if server.peer == peer and not server.dead)
 
-    async def open(self, sequences: int = 1, **options: object) -> InferenceSession:
+    async def open(
+        self, sequences: int = 1, prompts: Sequence[Sequence[int]] = (), **options: object
+    ) -> InferenceSession:
         return await open_session(
             self.client,
             self.planner,
             COUNTING_MODEL,
             sequences=sequences,
+            prompts=prompts,
             options=SessionOptions(**{"on_failover": self.failovers.append, **options}),  # type: ignore[arg-type]
         )
 

@@ -119,12 +119,18 @@ class FailoverHandler:
     ) -> bool:
         """Replace some stages in a row, by those of ``chain`` or the best there are but for ``blocked``.
 
-        False when more stages have failed meanwhile.
+        With those before them, where nobody has what these computed before the session began. False when more
+        stages have failed meanwhile.
         """
         pipeline, loop = self._pipeline, asyncio.get_running_loop()
-        lost, began = pipeline.stages[first : last + 1], loop.time()
+        began = loop.time()
         if not await self._inputs_are_known(first):
             return False
+        if self._inputs_lack_beginning(first):
+            if chain is not None:
+                chain = Chain((*pipeline.chain.stages[:first], *chain.stages))
+            first = 0
+        lost = pipeline.stages[first : last + 1]
         opened = await self.open_stages(first, last, chain, blocked=blocked)
         stages = pipeline.replace(first, last, opened)
         replayed = False
@@ -156,6 +162,18 @@ class FailoverHandler:
             pipeline.fail(before, DeadlineExceededError("it does not send copies of its outputs"))
         return not before.failure
 
+    def _inputs_lack_beginning(self, first: int) -> bool:
+        """Whether the first inputs of a stage came from pages that servers had kept: nobody can replay them.
+
+        The client has the first stage's.
+        """
+        pipeline = self._pipeline
+        if first == 0:
+            return False
+        if pipeline.options.journal == "servers":
+            return pipeline.stages[first - 1].lacks_outputs
+        return pipeline.journal.lacks(pipeline.stages[first].start, pipeline.steps.positions)
+
     async def open_stages(
         self,
         first: int,
@@ -180,6 +198,7 @@ class FailoverHandler:
             before=_hop_of(stages, last + 1),
             caches_from=caches_from,
             like=lost[0] if len(lost) == 1 else None,
+            prefix=pipeline.prefix,
         )
         if chain is None:
             span = Span(stages[first].start, stages[last].end)

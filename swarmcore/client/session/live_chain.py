@@ -48,6 +48,8 @@ class LiveStage:
     """Why the stage has to be replaced."""
     proven: bool = False
     """Whether it has done a step."""
+    lacks_outputs: bool = False
+    """Whether the session began with rows that it had computed before, and sent nowhere this time."""
     leaving: bool = False
     """Whether the session is trying to move off it."""
     kv_transfer: asyncio.Future[None] | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 import attrs
 
 from swarmcore.client.adapters import AdapterWeights
+from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.errors import (
     CacheFullError,
     ConnectionLostError,
@@ -21,10 +22,11 @@ from swarmcore.errors import (
 )
 from swarmcore.registry.base import Registry
 from swarmcore.routing.base import Router
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, Stage
 from swarmcore.routing.coverage import left_out
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.numerics import plan_alike
+from swarmcore.routing.prefix_memory import PrefixMemory
 from swarmcore.types import ADAPTERS, ModelInfo, Numerics, PeerId, ServerInfo, Span
 
 
@@ -59,14 +61,16 @@ class SessionPlanner:
         *,
         session_id: Callable[[], str] = random_session_id,
         adapter: AdapterWeights | None = None,
+        prefixes: PrefixMemory | None = None,
         on_use: Callable[[], None] = lambda: None,
     ) -> None:
         """``session_id`` makes up ids of sessions, 32 hex digits that nobody can guess; the sessions are
-        computed with ``adapter`` besides the frozen weights; ``on_use`` is called whenever one of them has
-        got something done.
+        computed with ``adapter`` besides the frozen weights; ``prefixes`` knows who has computed what before;
+        ``on_use`` is called whenever one of them has got something done.
         """
         self.session_id = session_id
         self.adapter = adapter
+        self.prefixes = prefixes if prefixes is not None else PrefixMemory()
         self._on_use = on_use
         self._registry = registry
         self._router = router
@@ -118,6 +122,38 @@ class SessionPlanner:
         """Whether it serves the sessions' adapter, or takes the client's own."""
         name = self.adapter.name.name if self.adapter is not None else ""
         return ADAPTERS in server.capabilities and (not name or name in server.adapters)
+
+    def begun(self, best: Chain, prefix: SessionPrefix, *, tokens: int, blocked: Collection[PeerId]) -> Chain:
+        """The chain that has computed what a session begins with, or ``best`` where that takes less time.
+
+        In all, for the prompt and for the tokens that follow it, of ``tokens``.
+        """
+        if (found := self.prefixes.recall(prefix.names_on(""))) is None:
+            return best
+        view, (known, begun) = self._registry.view(), found
+        banned = self._health.banned(asyncio.get_running_loop().time())
+        stages = [
+            Stage(server, stage.span)
+            for stage in known.stages
+            for server in view.serving(self._model.fingerprint)
+            if server.peer == stage.server.peer
+            and server.state == "online"
+            and server.span is not None
+            and server.span.covers(stage.span)
+            and server.peer not in blocked
+            and server.peer not in banned
+            and self._router.admits(server.peer)
+            and (self.adapter is None or self._has_adapter(server))
+        ]
+        chain, router = Chain(tuple(stages)), self._router
+        if len(chain) < len(known) or chain.numerics != best.numerics:
+            return best
+        usual, again = router.cost(view, self._model, best), router.cost(view, self._model, chain)
+        if usual is None or again is None:
+            return chain
+        follow = max(tokens - sum(map(len, prefix.tokens)), 0) // len(prefix.tokens)
+        saved = router.prefill_seconds(view, self._model, best, begun)
+        return chain if follow * (again.seconds - usual.seconds) <= saved else best
 
     def alone(self, peer: PeerId, span: Span) -> bool:
         """Whether nobody but ``peer`` has the blocks ``span``."""
