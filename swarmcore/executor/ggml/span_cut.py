@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-
-import attrs
+from collections.abc import Iterator
 
 from swarmcore.checkpoint.gguf_header import (
     ARRAY,
@@ -15,10 +13,10 @@ from swarmcore.checkpoint.gguf_header import (
     SCALARS,
     STRING,
     UINT32,
-    Tensor,
     Value,
 )
 from swarmcore.checkpoint.gguf_model import GgufModel
+from swarmcore.checkpoint.gguf_writer import GgufContent, Part
 from swarmcore.errors import CheckpointError, SpanError, UnsupportedModelError
 from swarmcore.executor.ggml.architectures import WINDOW_PATTERN, architecture_of, check_cut, sliding_layers
 from swarmcore.printable import printable_line
@@ -27,7 +25,6 @@ from swarmcore.types import Span
 VOCABULARY = 32
 """Tokens of a span's model, whose embeddings and head are zeros: llama.cpp wants some, nobody uses them."""
 
-_F32 = 0
 _PER_LAYER = frozenset(
     {
         "attention.head_count", "attention.head_count_kv", "feed_forward_length",
@@ -52,30 +49,7 @@ _FILLED = {
 learned positions add, the client has added."""
 
 
-@attrs.frozen
-class Part:
-    """A tensor of a span's GGUF: copied from ``source``, or as large as ``tensor`` says and all ``fill``."""
-
-    tensor: Tensor
-    """Without a place."""
-    source: str | None = None
-    fill: float = 0.0
-
-
-@attrs.frozen
-class SpanCut:
-    """The content of a span's GGUF."""
-
-    metadata: Mapping[str, Value]
-    parts: tuple[Part, ...]
-
-    @property
-    def sources(self) -> list[str]:
-        """The names of the tensors that are copied."""
-        return [part.source for part in self.parts if part.source is not None]
-
-
-def cut_span(model: GgufModel, span: Span) -> SpanCut:
+def cut_span(model: GgufModel, span: Span) -> GgufContent:
     """What a GGUF of the blocks ``span`` has in it.
 
     Raise `SpanError` for blocks that the model does not have, `UnsupportedModelError` where the blocks cannot
@@ -84,7 +58,7 @@ def cut_span(model: GgufModel, span: Span) -> SpanCut:
     if not Span(0, model.blocks).covers(span):
         raise SpanError(f"blocks {span} are not in {model.name}, which has blocks 0:{model.blocks}")
     check_cut(model, span)
-    return SpanCut(dict(_Layers(model, span).metadata()), tuple(_parts(model, span)))
+    return GgufContent(dict(_Layers(model, span).metadata()), tuple(_parts(model, span)))
 
 
 class _Layers:
@@ -175,14 +149,14 @@ def _parts(model: GgufModel, span: Span) -> Iterator[Part]:
     for name in model.around:
         tensor = model.places[name].tensor
         if name in _ROPE:
-            yield Part(tensor, name)
+            yield Part.copied(tensor)
         elif name in _FILLED:
             shape = tensor.shape
             if name in ("token_embd.weight", "output.weight"):
                 shape = (model.width, VOCABULARY)
             elif name == "output.bias":
                 shape = (VOCABULARY,)
-            yield Part(Tensor(name, _F32, shape, 0, 4 * math.prod(shape)), fill=_FILLED[name])
+            yield Part.filled(name, shape, _FILLED[name])
         else:
             raise UnsupportedModelError(
                 f"{model.name} has the tensor {printable_line(name)} beside its blocks, and a part of the "
@@ -191,4 +165,4 @@ def _parts(model: GgufModel, span: Span) -> Iterator[Part]:
     for block in span:
         for name in model.of_block(block):
             renamed = f"blk.{block - span.start}.{name.split('.', 2)[2]}"
-            yield Part(attrs.evolve(model.places[name].tensor, name=renamed), name)
+            yield Part.copied(model.places[name].tensor, renamed)
