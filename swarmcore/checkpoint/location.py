@@ -69,9 +69,9 @@ def names_gguf(source: str) -> bool:
     if source.startswith("pypi:"):
         return True
     path = local_path(source)
-    if is_gguf(path) or path.exists():
-        return gguf_at(path) is not None
-    hub = hub_name(source)
+    if is_gguf(path) or gguf_at(path) is not None:
+        return True
+    hub = None if path.exists() else hub_name(source)
     return hub is not None and (hub[1] is not None or hub[0].lower().endswith("gguf"))
 
 
