@@ -239,7 +239,7 @@ class Engine:
         try:
             await answer
             check_held(span, self.executor.span)  # which may have changed in the meantime
-            if any(names) and self.prefixes.enabled:
+            if names and self.prefixes.enabled:
                 await self._transfer.begin_with(
                     self._sessions[session], scope or PrefixScope(caller, span), names
                 )
