@@ -60,13 +60,7 @@ async def _generate(
         text = await _stream(output, generation)
         if remote.route:
             show_route(output, swarm, model.info, generation.chain)
-        _report(
-            output,
-            generation,
-            text,
-            chain=str(generation.chain),
-            cached_tokens=generation.cached_tokens,
-        )
+        _report(output, generation, text, chain=str(generation.chain))
 
 
 async def _generate_thin(
@@ -90,7 +84,7 @@ async def _stream(output: Output, generation: TextStream) -> str:
     return "".join(pieces)
 
 
-def _report(output: Output, generation: TextStream, text: str, **made_by: str | int | None) -> None:
+def _report(output: Output, generation: TextStream, text: str, **made_by: str | None) -> None:
     output.event(
         "generated",
         text=text,

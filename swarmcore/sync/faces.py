@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from swarmcore.routing.costs import ChainCost
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
-    from swarmcore.types import ModelInfo, Numerics, PeerId, Progress, Span
+    from swarmcore.types import ModelInfo, PeerId, Progress, Span
     from swarmcore.wire.limits import Limits
     from swarmcore.wire.messages import InfoReply
 
@@ -214,18 +214,13 @@ class Model(Face):
         max_tokens: int = 1024,
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
-        namespace: str = "",
     ) -> Session:
         """A session for hand-made loops, or for several turns of `generate`: ``with model.session()``."""
         return Session(
             self.loop,
             self.loop.run(
                 self.asynchronous.session(
-                    sequences=sequences,
-                    max_tokens=max_tokens,
-                    adapter=adapter,
-                    soft_prompt=soft_prompt,
-                    namespace=namespace,
+                    sequences=sequences, max_tokens=max_tokens, adapter=adapter, soft_prompt=soft_prompt
                 ).open()
             ),
         )
@@ -238,7 +233,6 @@ class Model(Face):
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
         so_far: Sequence[int] = (),
-        namespace: str = "",
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Continue a text, or answer chat messages: iterate over its pieces as they come, or take `text`."""
@@ -246,13 +240,7 @@ class Model(Face):
         return Generation(
             self.loop,
             self.asynchronous.generate(
-                prompt,
-                session=inner,
-                adapter=adapter,
-                soft_prompt=soft_prompt,
-                so_far=so_far,
-                namespace=namespace,
-                **options,
+                prompt, session=inner, adapter=adapter, soft_prompt=soft_prompt, so_far=so_far, **options
             ),
         )
 
@@ -299,11 +287,6 @@ class Session(Face):
     def chain(self) -> Chain:
         """The servers that the session passes through now; none before it is open."""
         return self.asynchronous.chain
-
-    @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        """How the servers of the session have computed so far, each way once; see `Generation.numerics`."""
-        return self.asynchronous.numerics
 
     def step(self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = ()) -> torch.Tensor:
         """Append new tokens to each sequence and return what the model predicts after the last of them."""
@@ -374,21 +357,9 @@ class Generation(Text):
     asynchronous: _generation.Generation
 
     @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that servers had computed before, in its session or an earlier one."""
-        return self.asynchronous.cached_tokens
-
-    @property
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self.asynchronous.chain
-
-    @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        """How the servers of its session have computed, each way once. With more than one the text may differ
-        from what servers of either make alone, from a near tie on.
-        """
-        return self.asynchronous.numerics
 
 
 class RemoteGeneration(Text):

@@ -319,7 +319,7 @@ class _ServerSearch:
                 chain = runner.planner.chain(
                     span,
                     tokens=self._batch.rows,
-                    adapter=adapter.name if adapter else None,
+                    adapter=adapter.name.name if adapter else "",
                     avoid=self._avoid,
                     work=work,
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import AsyncExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -15,7 +15,6 @@ from swarmcore.client.generation.stream import FinishReason, GeneratedText, Gene
 from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.prompts import EncodedPrompt
 from swarmcore.routing.chain import Chain
-from swarmcore.types import Numerics
 
 
 @attrs.define(eq=False)
@@ -72,8 +71,6 @@ class GenerationRun:
 
     texts: list[GeneratedText]
     chain: Chain = attrs.field(factory=lambda: Chain(()))
-    numerics: tuple[Numerics, ...] = ()
-    """How the servers of its session have computed so far, each way once."""
 
 
 async def generate_pieces(
@@ -90,37 +87,32 @@ async def generate_pieces(
     continuations = await prepare()
     if all(continuation.finished for continuation in continuations):
         return
-    prompts = [continuation.prompt.tokens + continuation.tokens for continuation in continuations]
-    async with AsyncExitStack() as stack:
-        used = session
-        if used is None:
-            used = open_session(continuations)
-            stack.push_async_callback(used.close)
+    async with open_session(continuations) if session is None else nullcontext(session) as used:
         with used.exclusive():
-            await used.open(prompts)
-            run.chain, run.numerics = used.chain, used.numerics
-            async for found in _steps(continuations, prompts, compute, used):
-                yield found
-            run.chain, run.numerics = used.chain, used.numerics
-            await used.name_pages()
+            run.chain = used.chain
+            with compute.generating(run):
+                async for found in _steps(run, continuations, compute, used):
+                    yield found
+            run.chain = used.chain
 
 
 async def _steps(
-    continuations: list[Continuation], prompts: list[list[int]], compute: ModelCompute, session: ModelSession
+    run: GenerationRun, continuations: list[Continuation], compute: ModelCompute, session: ModelSession
 ) -> AsyncGenerator[tuple[int, str], None]:
     last_position = (compute.parts.max_positions or 2**62) - 1
-    new = session.reuse_prefix(prompts)
+    new = session.reuse_prefix(
+        [continuation.prompt.tokens + continuation.tokens for continuation in continuations]
+    )
     hidden = await session.embed(new)
     running = list(enumerate(continuations))
-    output = await session.step_embedded(new, hidden)
-    for continuation, prompt, sent, cached in zip(continuations, prompts, new, session.cached, strict=True):
-        continuation.generated.cached_tokens = len(prompt) - len(sent) + cached
-    while True:
+    while running:
+        output = await session.step_embedded(new, hidden)
         tokens, hidden = await compute.next_tokens(
             output,
             [continuation.sampler for _, continuation in running],
             # A token that ends its text at the model's limit is embedded too, and thrown away.
             [min(session.offset + continuation.length, last_position) for _, continuation in running],
+            run,
         )
         pieces = [continuation.take(token) for (_, continuation), token in zip(running, tokens, strict=True)]
         for (index, _), piece in zip(running, pieces, strict=True):
@@ -130,10 +122,7 @@ async def _steps(
         if len(rows) < len(running):
             running = [running[row] for row in rows]
             hidden = hidden[rows]
-        if not running:
-            return
         new = [[] if c.finished else c.tokens[-1:] for c in continuations]
-        output = await session.step_embedded(new, hidden)
 
 
 class Generation(TextStream):
@@ -149,20 +138,9 @@ class Generation(TextStream):
         self._run = run
 
     @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that servers had computed before, in its session or an earlier one."""
-        return self._text.cached_tokens
-
-    @property
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self._run.chain
-
-    @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        """How the servers of its session have computed, each way once. With more than one the text may differ
-        from what servers of either make alone, from a near tie on."""
-        return self._run.numerics
 
     @property
     def _made_by(self) -> str:
@@ -194,11 +172,6 @@ class BatchGeneration(GenerationStream[tuple[int, str]]):
         return [text.prompt_tokens for text in self._texts]
 
     @property
-    def cached_tokens(self) -> list[int]:
-        """Tokens of each prompt that servers had computed before."""
-        return [text.cached_tokens for text in self._texts]
-
-    @property
     def finish_reasons(self) -> list[FinishReason | None]:
         """Why each text ended; None while it has not."""
         return [text.finish_reason for text in self._texts]
@@ -207,12 +180,6 @@ class BatchGeneration(GenerationStream[tuple[int, str]]):
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self._run.chain
-
-    @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        """How the servers of its session have computed, each way once. With more than one the text may differ
-        from what servers of either make alone, from a near tie on."""
-        return self._run.numerics
 
     @property
     def _made_by(self) -> str:

@@ -25,15 +25,11 @@ class Failover:
     """``"replayed"`` from the journal, or ``"handed over"`` by a server that leaves."""
     seconds: float
     """From the failure's being noticed until the caches were there again."""
-    numerics: str = ""
-    """From which numerics to which, where nobody was left who computes as the lost servers did: the text may
-    be another one than without the failover, from a near tie on."""
 
     def __str__(self) -> str:
-        changed = f", by other numerics: {self.numerics}" if self.numerics else ""
         return (
             f"{self.lost} left the session ({self.reason}); {self.took_over} took over, {self.tokens} tokens "
-            f"{self.how} in {self.seconds:.2f} s{changed}"
+            f"{self.how} in {self.seconds:.2f} s"
         )
 
 
@@ -54,9 +50,6 @@ class SessionOptions:
     """Who keeps what lost stages are rebuilt from: the ``"client"``, to which servers send copies of their
     outputs when they have time; the ``"servers"``, each its own outputs, for a client whose downlink is slow;
     or nobody (``"off"``): a failure then ends the session."""
-    prefix_cache: bool = True
-    """Whether a session begins with what servers have kept of its prompt from earlier ones, and has them keep
-    what it consists of."""
     patience: float = 60.0
     """Seconds to wait for a server that holds the blocks of one that was lost."""
     moves: MoveLimits | None = attrs.field(factory=MoveLimits)
