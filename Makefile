@@ -98,7 +98,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@rm -rf *.egg-info
 	@$(PIP) uninstall -y swarmcore 2>/dev/null # what the distribution was called
 	@$(PIP) install -c constraints.txt pip setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,sim,dev,webrtc]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[torch,quant,sim,dev,webrtc]'
 	@if .ci/prepare-libp2p $(BIN)/python; then \
 	    $(PIP) install -c constraints.txt --no-build-isolation -e '.[libp2p]' || \
 	        echo "note: the libp2p transport is left out, pip could not install it; TCP and all else works without it"; \

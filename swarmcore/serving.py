@@ -29,8 +29,8 @@ from swarmcore.server.block_server import BlockServer
 from swarmcore.server.config import ServerConfig
 from swarmcore.server.loading import (
     check_span,
-    default_activation_budget,
     default_cache_tokens,
+    memory_left,
     open_model,
     plan_blocks,
     read_adapter,
@@ -118,10 +118,11 @@ async def run_server(
         except BaseException:
             await registry.withdraw()
             raise
-        cache_tokens = config.cache_tokens or default_cache_tokens(executor, loader)
+        memory = memory_left(plan, executor, loader)
+        cache_tokens = config.cache_tokens or default_cache_tokens(executor, memory)
         settings = config
         if settings.activation_budget is None:
-            settings = attrs.evolve(config, activation_budget=default_activation_budget(loader))
+            settings = attrs.evolve(config, activation_budget=memory // 5)
         async with BlockServer(
             settings,
             node,

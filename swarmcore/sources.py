@@ -17,12 +17,16 @@ MAX_SOURCE = 200
 """Characters of an announced source."""
 
 _PYPI = re.compile(r"pypi:[A-Za-z0-9][\w.-]*(?:==[\w.]+)?", re.ASCII)
-_HUB = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([A-Za-z0-9][\w.-]*))?", re.ASCII)
+_WORD = r"[A-Za-z0-9][\w.-]*"
+_HUB = re.compile(rf"({_WORD}(?:/{_WORD}(?::{_WORD})?)?)(?:@({_WORD}))?", re.ASCII)
 
 
 @attrs.frozen
 class Source:
-    """A public place of a model: ``pypi:PACKAGE``, or a hub id with or without a revision."""
+    """A public place of a model: ``pypi:PACKAGE``, or a hub id with or without a revision.
+
+    The id of a model in GGUF may say which of those in its repository: ``org/name:Q4_K_M``.
+    """
 
     name: str
     revision: str | None = None

@@ -6,7 +6,6 @@ Nothing here needs torch. `swarmcore.checkpoint.gguf` turns such a model into wh
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 
 import attrs
 
-from swarmcore.checkpoint.fingerprint import conversion_fingerprint, file_hashes
+from swarmcore.checkpoint.fingerprint import conversion_fingerprint
 from swarmcore.checkpoint.gguf_header import Header, Tensor, Value, read_header
 from swarmcore.checkpoint.location import all_parts, model_name
 from swarmcore.checkpoint.storage import ProgressCounter, no_progress, storage_errors
+from swarmcore.checkpoint.weight_file import LocalFile, WeightFile
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.printable import printable_line
 from swarmcore.types import ModelInfo, Progress
@@ -31,69 +31,11 @@ MAX_BLOCKS = 512
 _MAX_WIDTH = 1 << 20
 
 
-class GgufFile(ABC):
-    """One file with a part of the model, here or elsewhere. Methods block."""
-
-    label: str
-    """What errors call it."""
-    size: int
-
-    @abstractmethod
-    def read(self, start: int, end: int) -> bytes:
-        """These bytes, fetched if need be; fewer where the file has become shorter."""
-
-    @abstractmethod
-    def fetch(self, ranges: Collection[tuple[int, int]], report: ProgressCounter) -> None:
-        """Make sure that these bytes are here."""
-
-    @abstractmethod
-    def missing(self, ranges: Collection[tuple[int, int]]) -> int:
-        """How many of these bytes `fetch` would have to download."""
-
-    @property
-    @abstractmethod
-    def path(self) -> Path:
-        """Where the bytes are that are here, each at its place in the whole file."""
-
-    @abstractmethod
-    def sha256(self, cache: Path, progress: Progress) -> str:
-        """Of the whole file, in hex."""
-
-
-class LocalFile(GgufFile):
-    """A file on this machine."""
-
-    def __init__(self, path: Path) -> None:
-        self.label = str(path)
-        self._path = path
-        with storage_errors("reading the model", path):
-            self.size = path.stat().st_size
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    def read(self, start: int, end: int) -> bytes:
-        with storage_errors("reading the model", self._path), self._path.open("rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-
-    def fetch(self, ranges: Collection[tuple[int, int]], report: ProgressCounter) -> None:
-        pass
-
-    def missing(self, ranges: Collection[tuple[int, int]]) -> int:
-        return 0
-
-    def sha256(self, cache: Path, progress: Progress) -> str:
-        (digest,) = file_hashes([self._path], self._path.name, cache, progress)
-        return digest
-
-
 @attrs.frozen
 class Place:
     """Where a tensor is."""
 
-    file: GgufFile
+    file: WeightFile
     tensor: Tensor
 
 
@@ -114,10 +56,12 @@ class GgufModel:
         """The blocks in it, and behind them those that only predict further tokens."""
         self.blocks = self.all_blocks - self._number("nextn_predict_layers", self.all_blocks - 1, 0)
         self.width = self._number("embedding_length", _MAX_WIDTH)
+        self.around: list[str] = []
+        """The names of the tensors that are of no block."""
         self._by_block: dict[int, list[str]] = {}
         for tensor in places:
-            if match := re.fullmatch(r"blk\.(\d{1,6})\..+", tensor):
-                self._by_block.setdefault(int(match[1]), []).append(tensor)
+            match = re.fullmatch(r"blk\.(\d{1,6})\..+", tensor)
+            (self._by_block.setdefault(int(match[1]), []) if match else self.around).append(tensor)
         if absent := sorted(set(range(self.blocks)) - self._by_block.keys()):
             raise CheckpointError(
                 f"{name} is incomplete: it has {self.blocks} blocks, and no tensors of block {absent[0]}"
@@ -126,7 +70,7 @@ class GgufModel:
             raise CheckpointError(f"{name} has {self.all_blocks} blocks, and tensors of a block {most}")
 
     @property
-    def files(self) -> list[GgufFile]:
+    def files(self) -> list[WeightFile]:
         """Those that tensors are in, in no order."""
         return list({place.file.label: place.file for place in self.places.values()}.values())
 
@@ -150,7 +94,7 @@ class GgufModel:
         return sum(self.places[name].tensor.nbytes for name in names)
 
     def fetch(self, names: Collection[str], report: ProgressCounter) -> None:
-        """Make sure that the bytes of these tensors are here. Raises as `GgufFile.fetch`."""
+        """Make sure that the bytes of these tensors are here. Raises as `WeightFile.fetch`."""
         for file, ranges in self._ranges(names):
             file.fetch(ranges, report)
 
@@ -174,8 +118,8 @@ class GgufModel:
         fingerprint = conversion_fingerprint("+".join(sorted(hashes)), LAYOUT)
         return ModelInfo(self.name, fingerprint, self.blocks, self.width)
 
-    def _ranges(self, names: Collection[str]) -> list[tuple[GgufFile, list[tuple[int, int]]]]:
-        found: dict[str, tuple[GgufFile, list[tuple[int, int]]]] = {}
+    def _ranges(self, names: Collection[str]) -> list[tuple[WeightFile, list[tuple[int, int]]]]:
+        found: dict[str, tuple[WeightFile, list[tuple[int, int]]]] = {}
         for place in (self.places[name] for name in names):
             ranges = found.setdefault(place.file.label, (place.file, []))[1]
             ranges.append((place.tensor.start, place.tensor.end))
@@ -190,7 +134,7 @@ class GgufModel:
         return found
 
 
-def read_model(name: str, files: Sequence[GgufFile]) -> GgufModel:
+def read_model(name: str, files: Sequence[WeightFile]) -> GgufModel:
     """Read the headers of a model's files, the first of which has the metadata.
 
     Raise as `read_header` does, and `CheckpointError` for parts that do not belong together.

@@ -131,7 +131,7 @@ def _ask(model: str, revision: str | None, endpoint: str | None) -> Repository:
 
 
 def _is_used(file: str) -> bool:
-    return Path(file).name == file or file.endswith(".safetensors")
+    return Path(file).name == file or file.endswith((".safetensors", ".gguf"))
 
 
 def _listed(file: RepoSibling) -> HubFile:

@@ -7,12 +7,10 @@ weights share them. A weight file that the hub library has downloaded whole is r
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from swarmcore.checkpoint.base import (
     ADAPTER,
@@ -22,7 +20,7 @@ from swarmcore.checkpoint.base import (
     missing_tensors,
     read_json,
 )
-from swarmcore.checkpoint.download import Downloader, Range, SparseFile, length
+from swarmcore.checkpoint.download import Downloader, Range, SparseFile
 from swarmcore.checkpoint.fingerprint import model_fingerprint
 from swarmcore.checkpoint.folder import (
     Entry,
@@ -33,7 +31,8 @@ from swarmcore.checkpoint.folder import (
     read_header,
     read_tensors,
 )
-from swarmcore.checkpoint.hub import Repository, hub_folder, repository_folder, resolve
+from swarmcore.checkpoint.hub import Repository, repository_folder, resolve
+from swarmcore.checkpoint.hub_file import MAX_SMALL, HubFile
 from swarmcore.checkpoint.location import INDEX, WEIGHTS
 from swarmcore.checkpoint.quantized import QUANTIZATION_FILES
 from swarmcore.checkpoint.storage import (
@@ -57,7 +56,6 @@ SMALL_FILES = frozenset(
 )  # fmt: skip
 """What is downloaded whole. Nothing else is, so no code and no pickles."""
 
-_SMALL = 256 * 1024 * 1024
 _HEADER_GUESS = 32 * 1024
 """What is asked for first of a weight file: most headers fit, and few bytes of tensors come along."""
 
@@ -74,22 +72,28 @@ class HubCheckpoint(Checkpoint):
         progress: Progress | None = None,
         endpoint: str | None = None,
         downloader: Downloader | None = None,
+        repository: Repository | None = None,
     ) -> None:
-        """Raise `ModelNotFoundError`, `ModelHubError`, `CheckpointError` or `StorageError`."""
+        """Raise `ModelNotFoundError`, `ModelHubError`, `CheckpointError` or `StorageError`.
+
+        ``repository`` is what the hub has said of the model, where it has been asked.
+        """
         self.name = model
         self._cache = cache
         self._endpoint = endpoint
         self._downloader = downloader or Downloader()
-        self._repository = resolve(model, revision, cache, endpoint)
+        self._repository = repository or resolve(model, revision, cache, endpoint)
         self.folder = repository_folder(model, cache, endpoint) / "snapshots" / self._repository.commit
-        files = self._repository.files
-        if not files.keys() & {WEIGHTS, INDEX, ADAPTER}:
-            raise _not_loadable(model, files)
+        if not self._repository.files.keys() & {WEIGHTS, INDEX, ADAPTER}:
+            raise no_weights(model, self._repository.files)
         self._download_small_files(progress)
         self.config, self.raw_config = load_config(self.folder, model)
         self._shards: dict[str, _Shard] = {}
         self._weight_map = self._map_weights(progress)
-        weights = [self._shard(file).sha256(progress) for file in sorted(set(self._weight_map.values()))]
+        weights = [
+            self._shard(file).sha256(cache, progress or no_progress)
+            for file in sorted(set(self._weight_map.values()))
+        ]
         fingerprint = model_fingerprint(self.raw_config, weights)
         self.info = describe(model, self.config, fingerprint)
 
@@ -111,7 +115,7 @@ class HubCheckpoint(Checkpoint):
     def read(self, names: Collection[str], *, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         wanted = self._select(names, progress)
         with storage_errors(f"downloading {self.name}", self._cache):
-            absent = sum(length(shard.missing(_ranges(entries))) for shard, entries in wanted.items())
+            absent = sum(shard.missing(_ranges(entries)) for shard, entries in wanted.items())
         if absent:
             report = ProgressCounter(f"downloading {self.name}", absent, progress)
             check_room(report.what, self._cache, absent)
@@ -166,7 +170,7 @@ class HubCheckpoint(Checkpoint):
         )
         for file in absent:
             size = listed[file].size
-            if size > _SMALL:
+            if size > MAX_SMALL:
                 raise CheckpointError(f"{file} of {self.name} has {size} bytes, far too many for such a file")
             part = SparseFile(self.folder / ".parts" / file, size)
             remote = self._repository.remote(file, self._endpoint)
@@ -178,75 +182,21 @@ class HubCheckpoint(Checkpoint):
                 write_file(self.folder / file, content)
 
 
-class _Shard:
-    """One weight file of a repository: what of it is here, and how to get the rest."""
+class _Shard(HubFile):
+    """One weight file of a repository, and the tensors in it."""
 
-    def __init__(
-        self, file: str, repository: Repository, cache: Path, endpoint: str | None, downloader: Downloader
-    ) -> None:
-        listed = repository.files[file]
-        self.label = f"{file} of {repository.model}"
-        self._listed, self._file, self._repository = listed, file, repository
-        self._cache, self._downloader = cache, downloader
-        self._remote = repository.remote(file, endpoint)
-        self._sparse = SparseFile(
-            hub_folder(cache, endpoint) / "blobs" / (listed.sha256 or listed.blob), listed.size
-        )
-        self._entries: dict[str, Entry] | None = None
-        whole = try_to_load_from_cache(repository.model, file, revision=repository.commit)
-        found = isinstance(whole, str) and Path(whole).stat().st_size == listed.size
-        self._whole = Path(str(whole)) if found else None
-
-    @property
-    def path(self) -> Path:
-        return self._whole or self._sparse.path
-
-    def missing(self, wanted: Collection[Range]) -> list[Range]:
-        return [] if self._whole else self._sparse.missing(wanted)
-
-    def fetch(self, wanted: Collection[Range], report: ProgressCounter) -> None:
-        if not self._whole:
-            self._downloader.fetch(self._remote, self._sparse, wanted, self._cache, report)
+    _entries: dict[str, Entry] | None = None
 
     def entries(self, progress: Progress | None) -> dict[str, Entry]:
         if self._entries is None:
-            self._entries = read_header(self._whole) if self._whole else self._read_header(progress)
+            self._entries = read_header(self.path) if self.is_whole else self._read_header(progress)
         return self._entries
 
-    def sha256(self, progress: Progress | None) -> str:
-        """As listed by the hub, which does so for files in large file storage: all but very small weights."""
-        if self._listed.sha256 is not None:
-            return self._listed.sha256
-        if self._listed.size > _SMALL:
-            raise CheckpointError(
-                f"the hub lists no SHA-256 for {self.label}, so the weights have no identity"
-            )
-        content = self._bytes(0, self._listed.size, progress)
-        self._repository.check(self._file, content)
-        return hashlib.sha256(content).hexdigest()
-
     def _read_header(self, progress: Progress | None) -> dict[str, Entry]:
-        size = self._listed.size
-        start = self._bytes(0, min(size, _HEADER_GUESS), progress)
-        end = 8 + header_length(start, self.label, size)
-        return parse_header(self._bytes(0, end, progress)[8:], self.label, size)
-
-    def _bytes(self, start: int, end: int, progress: Progress | None) -> bytes:
-        report = ProgressCounter(f"listing the tensors of {self._repository.model}", end - start, progress)
-        self.fetch([(start, end)], report)
-        with storage_errors(report.what, self.path), self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(end - start)
+        start = self.read(0, min(self.size, _HEADER_GUESS), progress)
+        end = 8 + header_length(start, self.label, self.size)
+        return parse_header(self.read(0, end, progress)[8:], self.label, self.size)
 
 
 def _ranges(entries: Collection[Entry]) -> list[Range]:
     return [(entry.start, entry.end) for entry in entries]
-
-
-def _not_loadable(model: str, files: Collection[str]) -> CheckpointError:
-    if gguf := sorted(file for file in files if file.endswith(".gguf")):
-        return CheckpointError(
-            f"{model} has GGUF files only; download one (hf download {model} {gguf[0]} --local-dir .) and "
-            f"name that file"
-        )
-    return no_weights(model, files)

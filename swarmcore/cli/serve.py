@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     "--weights",
     default="auto",
     metavar="KIND",
-    help="What the blocks' weights are kept in; auto is as the checkpoint has them where the executor can.",
+    help="What the blocks' weights are kept in: bf16, int8, nf4 (needs bitsandbytes), or int4 (plain "
+    "rounding, which costs quality); auto is as the checkpoint has them where the executor can.",
 )
 @option(
     "--cache-dtype",
@@ -64,6 +65,12 @@ if TYPE_CHECKING:
     help="What the attention cache is kept in; auto is what is computed in.",
 )
 @option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N.")
+@option(
+    "--memory",
+    metavar="BYTES",
+    help="Most memory for weights, caches and activations, with K, M or G for short. [default: what is free, "
+    "less a tenth]",
+)
 @option(
     "--cache-tokens",
     type=int,
@@ -144,6 +151,7 @@ if TYPE_CHECKING:
 def serve(
     output: Output,
     blocks: str | None,
+    memory: str | None,
     throughput: str,
     rebalance: float | None,
     no_rebalance: bool,
@@ -169,6 +177,7 @@ def serve(
 
     config = ServerConfig(
         span=Span.parse(blocks) if blocks is not None else None,
+        memory=parse_bytes("--memory", memory) if memory is not None else None,
         throughput=_parse_throughput(throughput),
         rebalance=0.0 if no_rebalance else rebalance,
         adapters=parse_named_paths("--adapter", adapters),

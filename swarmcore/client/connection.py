@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ from swarmcore.routing.chain import Chain
 from swarmcore.routing.costs import ChainCost, CostModel, Latencies
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.least_latency import LeastLatency
+from swarmcore.routing.prefix_memory import PrefixMemory
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import ModelInfo, PeerId, Span, short
@@ -66,6 +67,8 @@ class SwarmConnection:
         self.router = router or LeastLatency(rng, costs=CostModel(rtts=self.latencies.seconds))
         self.health = PeerHealth()
         """Which servers have failed of late."""
+        self.prefixes = PrefixMemory()
+        """Which chains have computed which beginnings of texts of late."""
         self._pinger = Pinger(
             node, registry.view, self.latencies, self.health, rng=rng, admits=self.router.admits, limits=pings
         )
@@ -193,20 +196,31 @@ class SwarmConnection:
         max_tokens: int = 0,
         options: SessionOptions | None = None,
         adapter: AdapterWeights | None = None,
+        prompts: Sequence[Sequence[int]] = (),
+        namespace: str = "",
     ) -> InferenceSession:
         """Open a session through all blocks of ``model``, without torch: hidden states in, hidden states out.
 
         ``max_tokens`` is what each sequence is expected to grow to; servers without that much free cache are
         avoided, and grow the cache as it is needed. Its steps are computed with ``adapter`` besides the
-        frozen weights. The first session of a model waits for up to a second
-        until its servers have been pinged. Raises as `swarmcore.client.session.session.open_session` does.
+        frozen weights. ``prompts`` are the tokens of each sequence whose rows will come first: what servers
+        keep of these from earlier sessions of the same ``namespace`` is not computed again. The first
+        session of a model waits for up to a second until its servers have been pinged. Raises as
+        `swarmcore.client.session.session.open_session` does.
         """
         self._check_joined()
         self.node.check_loop()
         await self._pinger.follow(model)
         planner = self.planner(model, adapter=adapter, on_use=functools.partial(self._pinger.used, model))
         return await open_session(
-            self.node, planner, model, sequences=sequences, tokens=sequences * max_tokens, options=options
+            self.node,
+            planner,
+            model,
+            sequences=sequences,
+            tokens=sequences * max_tokens,
+            options=options,
+            prompts=prompts,
+            namespace=namespace,
         )
 
     def planner(
@@ -225,6 +239,7 @@ class SwarmConnection:
             model,
             session_id=self.session_id,
             adapter=adapter,
+            prefixes=self.prefixes,
             on_use=on_use,
         )
 

@@ -26,9 +26,9 @@ from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
 from swarmcore.errors import InputError, InvalidStepError, RemoteFaultError, SessionLostError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor
-from swarmcore.session.prefix_names import NAMED_TOKENS
 from swarmcore.tasks import loop_time
 from swarmcore.types import Span
+from swarmcore.wire.prefix_names import NAMED_TOKENS
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class Engine:
         it goes. Raise `SpanError` for blocks that are not here, `InputError` for numbers that make no sense.
 
         Return how many tokens each sequence begins with: as many as pages called by the first of its
-        ``names`` (`swarmcore.session.prefix_names`) are here within ``scope``, computed before. Its first
+        ``names`` (`swarmcore.wire.prefix_names`) are here within ``scope``, computed before. Its first
         step may begin there, or at any position below. What it computes is found by its names in turn.
         """
         if self._closing:
@@ -327,7 +327,7 @@ class Engine:
         )
         answer.add_done_callback(partial(self._answered, step))
         if step.decode:
-            self._window.arrived(session, now, found.span)
+            self._window.arrived(session, now)
         self._sessions.submit(step, now)
         self._carry_on()
         return answer

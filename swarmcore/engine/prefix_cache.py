@@ -1,7 +1,7 @@
 """Beginnings of sequences, found again by the names of their pages, also when their session has ended.
 
 A server sees hidden states and never tokens. So it is the client that names what its sequences begin with:
-`swarmcore.session.prefix_names` makes a name for each page, chained, so that equal names mean equal
+`swarmcore.wire.prefix_names` makes a name for each page, chained, so that equal names mean equal
 beginnings. Who names wrongly gets wrong results, and nobody else does: names are looked up among those of
 the same `PrefixScope` only.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from swarmcore.executor.base import BlockExecutor, SequenceId
-from swarmcore.session.prefix_names import NAME_BYTES, NAMED_TOKENS
 from swarmcore.types import Span
+from swarmcore.wire.prefix_names import NAME_BYTES, NAMED_TOKENS
 
 MAX_KEPT = 1024
 """Sequences of which the beginning is kept when their session has ended."""

@@ -107,9 +107,10 @@ class SessionManager:
         Raise `CacheFullError` when it could never be admitted, or too many wait.
         """
         prefix = adapter.prefix_tokens if adapter is not None else 0
+        blocks = len(self._executor.span if self._executor.caches_whole_span else span)
         try:
             request = self._kv_cache.request(
-                name, sequences, tokens, deadline, now, caller, blocks=len(span), prefix_tokens=prefix
+                name, sequences, tokens, deadline, now, caller, blocks=blocks, prefix_tokens=prefix
             )
         except CacheFullError:
             self._stats.refusals += 1

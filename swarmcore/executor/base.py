@@ -94,6 +94,9 @@ class BlockExecutor(ABC):
     prefix_sharing: PrefixSharing = "none"
     """What `share_prefix` does: it is not there, it copies, or sequences have whole pages in common, which
     takes no memory."""
+    caches_whole_span: bool = False
+    """Whether a sequence takes `cache_bytes_per_token` for each of its tokens, also where it goes through a
+    part of the span."""
     thread_choices: tuple[int, ...] = ()
     """Numbers of compute threads to choose from, most first; none where there is nothing to choose."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -87,6 +89,26 @@ class BlockLoader(ABC):
         A speed that was measured under an equal key is taken for this one.
         """
         return {}
+
+
+def thread_choices(threads: int) -> tuple[int, ...]:
+    """``threads``, half of them, and so on down to one; nothing where that is no choice.
+
+    Fewer can be faster: on few cores, waking threads and waiting for them can cost more than they bring.
+    """
+    choices = tuple(threads >> halvings for halvings in range(threads.bit_length()))
+    return choices if len(choices) > 1 else ()
+
+
+def processor_name() -> str:
+    """What the CPU is, as its maker calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def choose_executor(model: str, *, adapters: bool = False, weights: str = AUTO) -> str:

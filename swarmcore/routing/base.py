@@ -47,10 +47,14 @@ class Router(ABC):
         model: ModelInfo,
         chain: Chain,
         *,
+        tokens: int = 0,
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> ChainCost | None:
-        """What a decode step through ``chain`` is expected to take; None where chains are not weighed."""
+        """What a decode step through ``chain`` is expected to take; None where chains are not weighed.
+
+        With ``tokens`` also the wait for room for so many, as part of the queues.
+        """
         return None
 
     def prefill_seconds(self, view: SwarmView, model: ModelInfo, chain: Chain, tokens: int) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 
-from swarmcore.types import PeerId, ServerInfo, Span, short
+from swarmcore.types import Numerics, PeerId, ServerInfo, Span, short
 
 
 @attrs.frozen
@@ -28,6 +30,11 @@ class Chain:
     def peers(self) -> tuple[PeerId, ...]:
         return tuple(stage.server.peer for stage in self.stages)
 
+    @property
+    def numerics(self) -> tuple[Numerics | None, ...]:
+        """How its servers compute, each way once; None for one that does not say."""
+        return tuple(dict.fromkeys(stage.server.computes for stage in self.stages))
+
     def replacements(self, other: Chain) -> list[tuple[int, int, Chain]]:
         """What to replace to turn this chain into ``other``, which is for the same blocks, from its end to
         its start: the first and the last stage to go, and the stages that come in their place.
@@ -46,3 +53,8 @@ class Chain:
 
     def __str__(self) -> str:
         return " → ".join(map(str, self.stages))
+
+
+def named(numerics: Iterable[Numerics | None]) -> str:
+    """Ways to compute, for people."""
+    return ", ".join(str(each or "unknown") for each in numerics)

@@ -197,13 +197,15 @@ def chain_cost(
     chain: Chain,
     *,
     typical: float,
+    tokens: int = 0,
     after: PeerId | None = None,
     before: PeerId | None = None,
     published: Mapping[PeerId, float] | None = None,
 ) -> ChainCost:
     """Seconds of a decode step through ``chain``, which stands between two servers or begins at this peer.
 
-    ``published`` are the round trips that the server ``after`` announces.
+    ``tokens`` are those that there has to be room for in caches, ``published`` the round trips that the
+    server ``after`` announces.
     """
     stages = []
     sender, known = after, published or {}
@@ -211,7 +213,8 @@ def chain_cost(
         network = costs.one_way(sender, stage.server.peer, known.get(stage.server.peer))
         network += costs.transfer(model) + costs.hop_seconds
         compute = len(stage.span) * costs.block_seconds(stage.server, "decode", typical)
-        stages.append(StageCost(stage, network, stage.server.queue_seconds, compute))
+        queue = stage.server.queue_seconds + costs.room(stage.server, tokens)
+        stages.append(StageCost(stage, network, queue, compute))
         sender, known = stage.server.peer, published_rtts(stage.server)
     return_seconds = costs.one_way(sender, before, known.get(before) if before else None)
     return ChainCost(tuple(stages), return_seconds)

@@ -8,10 +8,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from swarmcore.errors import MissingBlocksError, ModelMismatchError
 from swarmcore.registry.base import SwarmView
 from swarmcore.routing.health import Ban
-from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span
+from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
 
 Bans = Mapping[PeerId, Ban] | Collection[PeerId]
 """Whom to do without if that can be done; with `Ban`s it is known whose ends first."""
+
+
+MOST_NAMED = 4
+"""Servers that a message names."""
 
 
 def missing_ranges(spans: Iterable[Span], whole: Span) -> list[Span]:
@@ -45,6 +49,18 @@ def reprieved(suspects: Iterable[ServerInfo], scarce: Collection[int], banned: B
             needed.remove(server)
             holders.subtract(held[server.peer])
     return needed
+
+
+def left_out(servers: Iterable[ServerInfo], needed: Collection[str]) -> str:
+    """Which online ``servers`` cannot be used for lack of ``needed`` capabilities, to end a message with;
+    empty when all have them."""
+    unable = [s for s in servers if s.state == "online" and not set(needed) <= set(s.capabilities)]
+    if not unable:
+        return ""
+    named = ", ".join(f"{short(s.peer)} {s.span} ({s.computes})" for s in unable[:MOST_NAMED])
+    return f"; left out, as their executors have no {' or no '.join(needed)}: {named}" + ", …" * (
+        len(unable) > MOST_NAMED
+    )
 
 
 def explain_missing(

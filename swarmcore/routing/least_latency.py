@@ -89,10 +89,11 @@ class LeastLatency(Router):
         model: ModelInfo,
         chain: Chain,
         *,
+        tokens: int = 0,
         after: PeerId | None = None,
         before: PeerId | None = None,
     ) -> ChainCost:
-        """What a decode step through ``chain`` is expected to take, as its servers announce themselves now.
+        """As `Router.cost`, as the chain's servers announce themselves now.
 
         Servers that have left the view count as they were in ``chain``.
         """
@@ -103,6 +104,7 @@ class LeastLatency(Router):
             model,
             current,
             typical=graph.typical,
+            tokens=tokens,
             after=after,
             before=before,
             published=_published(view, after),

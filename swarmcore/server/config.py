@@ -73,6 +73,8 @@ class ServerConfig:
     device: str = "cpu"
     cache_tokens: int | None = attrs.field(default=None, validator=_positive)
     """Attention cache budget in tokens; None for a quarter of the memory that is free after loading."""
+    memory: int | None = attrs.field(default=None, validator=_positive)
+    """Bytes to take at most for weights, caches and activations; None for what is free, less a tenth."""
     throughput: float | Literal["auto", "measure"] = attrs.field(default="auto", validator=_throughput)
     """Tokens per second through the whole span; ``"auto"`` measures it once, ``"measure"`` anew."""
     max_batch_tokens: int = attrs.field(default=512, validator=_positive)

@@ -19,12 +19,12 @@ from swarmcore.server.downstream import StageDialer
 from swarmcore.server.session import ServerSession
 from swarmcore.server.span_service import SpanService
 from swarmcore.server.upstream import check_upstream
-from swarmcore.session.prefix_names import check_names
 from swarmcore.tasks import Deadline, deadline_after
 from swarmcore.types import ModelInfo, PeerId, Span, short
 from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 from swarmcore.wire.method import Caller
+from swarmcore.wire.prefix_names import check_names
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,11 @@ earliest, after the caller has set the environment that they read.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from swarmcore.distribution import version
-from swarmcore.errors import AdapterError, SpanError
+from swarmcore.errors import AdapterError, SpanError, UnsupportedModelError
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.executor.loader import AUTO, BlockLoader, LoadSettings, choose_executor, open_loader
 from swarmcore.imports import import_large
@@ -19,14 +20,29 @@ from swarmcore.server.config import ServerConfig
 from swarmcore.server.throughput import SpeedFile
 from swarmcore.types import Progress, Span
 
+logger = logging.getLogger(__name__)
+
 MAX_DEFAULT_CACHE_TOKENS = 131_072
 
 
 def open_model(config: ServerConfig, progress: Progress | None) -> BlockLoader:
-    """Find the model; raises as `choose_executor` and `open_loader` do."""
-    executor = config.executor
-    if executor == AUTO:
-        executor = choose_executor(config.model, adapters=bool(config.adapters), weights=config.weights)
+    """Find the model; raises as `choose_executor` and `open_loader` do.
+
+    A GGUF that ggml does not run goes to torch, if the choice was left to us.
+    """
+    if config.executor != AUTO:
+        return _open(config, config.executor, progress)
+    chosen = choose_executor(config.model, adapters=bool(config.adapters), weights=config.weights)
+    try:
+        return _open(config, chosen, progress)
+    except UnsupportedModelError as exc:
+        if chosen == "torch":
+            raise
+        logger.warning("executor %s does not run it, torch is taken instead: %s", chosen, exc)
+    return _open(config, "torch", progress)
+
+
+def _open(config: ServerConfig, executor: str | type[BlockLoader], progress: Progress | None) -> BlockLoader:
     if executor == "torch":
         import_large("swarmcore.executor.torch.loader", progress=progress)
     settings = LoadSettings(
@@ -47,22 +63,28 @@ def plan_blocks(config: ServerConfig, loader: BlockLoader) -> CapacityPlan:
     return plan_capacity(
         loader.needs(),
         memory_free=loader.free_memory(),
+        most=config.memory,
         blocks=loader.model.blocks,
         cache_tokens=config.cache_tokens,
         wanted=len(config.span) if config.span else config.num_blocks,
     )
 
 
-def default_cache_tokens(executor: BlockExecutor, loader: BlockLoader) -> int:
-    """A quarter of the memory that is free now that the weights are in it, or what was planned for."""
-    room = loader.free_memory() // executor.cache_bytes_per_token
+def memory_left(plan: CapacityPlan, executor: BlockExecutor, loader: BlockLoader) -> int:
+    """Bytes for caches and activations now that the weights are in memory.
+
+    Weights that the operating system reads from their file as they are needed still count as free there; by
+    the plan they do not.
+    """
+    free, planned = loader.free_memory(), plan.room(len(executor.span))
+    return min(free, planned) if planned else free  # more blocks than seemed to fit, as the user wants
+
+
+def default_cache_tokens(executor: BlockExecutor, memory: int) -> int:
+    """A quarter of the ``memory`` that is left, or what was planned for."""
+    room = memory // executor.cache_bytes_per_token
     tokens = max(room // 4, min(DEFAULT_CACHE_TOKENS, room * 3 // 4))
     return max(executor.page, min(tokens, MAX_DEFAULT_CACHE_TOKENS))
-
-
-def default_activation_budget(loader: BlockLoader) -> int:
-    """Bytes for activations: a fifth of the memory that is free now."""
-    return loader.free_memory() // 5
 
 
 def read_adapter(folder: str, config: Any, span: Span) -> Weights:

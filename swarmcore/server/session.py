@@ -27,7 +27,6 @@ from swarmcore.server.downstream import Downstream, StageDialer
 from swarmcore.server.kv_transfer import KvTransfer
 from swarmcore.server.output_cache import AnswerCache, ReplayCache, Reply
 from swarmcore.server.upstream import AllowedUpstream
-from swarmcore.session.prefix_names import check_names
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
@@ -47,6 +46,7 @@ from swarmcore.wire.messages import (
     StepForwarded,
     StepOutput,
 )
+from swarmcore.wire.prefix_names import check_names
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)

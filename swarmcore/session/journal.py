@@ -91,6 +91,21 @@ class RowHistory:
         if self._room < 0:
             self._compact()
 
+    def begin_with(self, lengths: Sequence[int], rows: Tensor) -> None:
+        """Each sequence begins with so many of ``rows``, and nothing else is here of those that have any."""
+        first_row = 0
+        for sequence, count in enumerate(lengths):
+            if count:
+                self._runs[sequence] = [_Run(0, count, rows, first_row)]
+                first_row += count
+
+    def lacks(self, positions: Sequence[int]) -> bool:
+        """Whether the first rows of a sequence, which has some, are not here."""
+        return any(
+            position > 0 and (not runs or runs[0].start > 0)
+            for position, runs in zip(positions, self._runs, strict=True)
+        )
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget rows beyond ``lengths``."""
         for sequence, length in enumerate(lengths):
@@ -319,6 +334,16 @@ class Journal:
         """Whether the rows of all settled steps have come in."""
         inputs = self._inputs.get(block)
         return inputs is not None and not inputs.due
+
+    def begin_with(self, block: int, lengths: Sequence[int], rows: Tensor) -> None:
+        """The sequences begin with ``rows`` that the servers have computed before: no step brings them."""
+        if (inputs := self._inputs.get(block)) is not None:
+            inputs.history.begin_with(lengths, rows)
+
+    def lacks(self, block: int, positions: Sequence[int]) -> bool:
+        """Whether the first rows of some sequence never came to ``block``, which has to be `complete`."""
+        inputs = self._inputs.get(block)
+        return inputs is None or inputs.history.lacks(positions)
 
     def rows(self, block: int, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """As `RowHistory.rows`. The history has to be `complete`."""

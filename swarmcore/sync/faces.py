@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from swarmcore.routing.costs import ChainCost
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
-    from swarmcore.types import ModelInfo, PeerId, Progress, Span
+    from swarmcore.types import ModelInfo, Numerics, PeerId, Progress, Span
     from swarmcore.wire.limits import Limits
     from swarmcore.wire.messages import InfoReply
 
@@ -288,6 +288,11 @@ class Session(Face):
         """The servers that the session passes through now; none before it is open."""
         return self.asynchronous.chain
 
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of the session have computed so far, each way once; see `Generation.numerics`."""
+        return self.asynchronous.numerics
+
     def step(self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = ()) -> torch.Tensor:
         """Append new tokens to each sequence and return what the model predicts after the last of them."""
         return self.loop.run(self.asynchronous.step(ids, sources=sources))
@@ -360,6 +365,13 @@ class Generation(Text):
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self.asynchronous.chain
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of its session have computed, each way once. With more than one the text may differ
+        from what servers of either make alone, from a near tie on.
+        """
+        return self.asynchronous.numerics
 
 
 class RemoteGeneration(Text):

@@ -11,7 +11,7 @@ from kills import text_amid_kills
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = "Once upon a time, in a village by the sea, there lived"
-TOKENS = 40
+TOKENS = 32
 
 
 async def test_a_server_is_killed_before_every_token(client, reference, delays):

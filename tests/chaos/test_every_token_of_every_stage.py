@@ -14,7 +14,7 @@ from swarmcore.testing.fleet import Fleet
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = "Once-upon-a-time"
-TOKENS = 40
+TOKENS = 32
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

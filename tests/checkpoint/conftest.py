@@ -17,6 +17,8 @@ import pytest
 from huggingface_hub import close_session
 
 COMMIT = "c0ffee" + "0" * 34
+LARGE = (".safetensors", ".gguf")
+"""Files that a hub keeps in large file storage."""
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +139,7 @@ class Hub:
             name = path.relative_to(self.models[model]).as_posix()
             entry: dict[str, Any] = {"rfilename": name, "size": len(content)}
             entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            if path.suffix == ".safetensors":
+            if path.suffix in LARGE:
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
@@ -162,7 +164,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
                 self.answer_listing(match[1], match[2] or "main")
             elif match := re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", path):
-                self.answer_file(match[1], match[3], redirect=match[3].endswith(".safetensors"))
+                self.answer_file(match[1], match[3], redirect=match[3].endswith(LARGE))
             elif match := re.fullmatch(r"/cdn/(.+?)/-/(.+)", path):
                 self.answer_file(match[1], match[2], redirect=False)
             else:
@@ -180,7 +182,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if redirect:
                 self.reply(302, b"", {"Location": f"/cdn/{model}/-/{file}"})
                 return
-            large = file.endswith(".safetensors")
+            large = file.endswith(LARGE)
             with hub.guard:
                 status = hub.statuses.pop(0) if hub.statuses and large else None
                 cut = hub.cut_after.pop(0) if hub.cut_after and large else None

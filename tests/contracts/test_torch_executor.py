@@ -38,6 +38,7 @@ def checkpoint_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
 
 class TestTorchExecutor(ExecutorContract):
     large_step = 1024
+    weights = "auto"
 
     @pytest.fixture(autouse=True)
     def _use(self, checkpoint_folder: Path) -> None:
@@ -48,4 +49,23 @@ class TestTorchExecutor(ExecutorContract):
         from swarmcore.executor.torch.executor import TorchExecutor
 
         checkpoint = open_checkpoint(str(self.folder))
-        return TorchExecutor.load(checkpoint, Span(1, 4), dtype="float32", threads=1)
+        return TorchExecutor.load(checkpoint, Span(1, 4), dtype="float32", weights=self.weights, threads=1)
+
+
+@pytest.mark.parametrize("checkpoint_folder", ["llama"], indirect=True)
+class TestInt8Weights(TestTorchExecutor):
+    weights = "int8"
+
+
+@pytest.mark.parametrize("checkpoint_folder", ["llama"], indirect=True)
+class TestInt4Weights(TestTorchExecutor):
+    weights = "int4"
+
+
+@pytest.mark.parametrize("checkpoint_folder", ["llama"], indirect=True)
+class TestNf4Weights(TestTorchExecutor):
+    weights = "nf4"
+
+    @pytest.fixture(autouse=True)
+    def _needs(self) -> None:
+        pytest.importorskip("bitsandbytes")

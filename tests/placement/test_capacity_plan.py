@@ -30,6 +30,15 @@ def test_more_cache_leaves_room_for_fewer_blocks():
     assert plan_capacity(NEEDS, memory_free=2 * GIB, blocks=30, cache_tokens=100_000).blocks == 3
 
 
+def test_no_more_than_is_allowed():
+    plan = plan_capacity(NEEDS, memory_free=20 * GIB, blocks=30, most=GIB)
+    assert plan.blocks == 4
+    assert plan.reasons[0].endswith("are left to others, and 1.0 GiB may be taken")
+    assert plan.room(4) == 224 * MIB
+    assert plan.room(30) == 0
+    assert plan_capacity(NEEDS, memory_free=2 * GIB, blocks=30, most=20 * GIB).blocks == 7
+
+
 def test_what_loading_takes_counts_instead_of_the_cache_when_it_is_more():
     loading = BlockNeeds(weights=100 * MIB, cache_per_token=1024, reading=300 * MIB)
     assert plan_capacity(loading, memory_free=GIB, blocks=30).blocks == 2

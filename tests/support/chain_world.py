@@ -71,7 +71,14 @@ class World:
     def _identity(self) -> Identity:
         return Identity.from_seed(self.random.randbytes(32))
 
-    async def add(self, blocks: str, *, speed: float = 100.0, pass_tokens: int = 64) -> Server:
+    async def add(
+        self,
+        blocks: str,
+        *,
+        speed: float = 100.0,
+        pass_tokens: int = 64,
+        able: tuple[str, ...] = ("training", "adapters"),
+    ) -> Server:
         identity = self._identity()
         transport = self.network.transport(identity)
         node = Node(identity, [transport])
@@ -103,6 +110,8 @@ class World:
             span=executor.span,
             forward_rps=speed,
             pass_tokens=pass_tokens,
+            numerics="fake/f32",
+            capabilities=able,
         )
         await server.registry.announce(info, 3600)
         self.servers[node.peer] = server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 import attrs
@@ -29,7 +29,7 @@ from swarmcore.server.inference import InferenceService
 from swarmcore.testing.executor import COUNTING_MODEL, CountingExecutor, Rows, hidden_states, read_rows
 from swarmcore.testing.faulty import Faults, FaultyTransport
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
-from swarmcore.types import PeerId, ServerInfo, Span
+from swarmcore.types import Numerics, PeerId, ServerInfo, Span
 from swarmcore.wire.messages import Ping, Pong
 from swarmcore.wire.method import Caller
 from swarmcore.wire.protocols import (
@@ -73,6 +73,8 @@ class Server:
             cache_tokens_free=self.engine.cache_tokens_free,
             pass_tokens=self.engine.training.limits.max_tokens,
             adapters=self.adapters.names,
+            numerics=str(self.executor.numerics),
+            capabilities=tuple(sorted(self.executor.capabilities)),
         )
 
     async def kill(self) -> None:
@@ -123,12 +125,15 @@ class Swarm:
         limits: TrainingLimits | None = None,
         adapter_budget: int = ADAPTER_BUDGET,
         resources: ResourceManager | None = None,
+        numerics: Numerics = CountingExecutor.numerics,
+        capabilities: Collection[str] = CountingExecutor.capabilities,
     ) -> Server:
         identity = identity or self._identity()
         transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
         node = Node(identity, [transport], resources=resources)
         await node.start()
         executor = CountingExecutor(Span.parse(blocks))
+        executor.numerics, executor.capabilities = numerics, frozenset(capabilities)
         engine = Engine(executor, cache_tokens=cache, training_limits=limits)
         await engine.start()
         adapters = AdapterStore(executor, adapter_budget)
@@ -167,12 +172,15 @@ class Swarm:
         peer = session.chain.peers[stage]
         return next(server for server in self.servers if server.peer == peer and not server.dead)
 
-    async def open(self, sequences: int = 1, **options: object) -> InferenceSession:
+    async def open(
+        self, sequences: int = 1, prompts: Sequence[Sequence[int]] = (), **options: object
+    ) -> InferenceSession:
         return await open_session(
             self.client,
             self.planner,
             COUNTING_MODEL,
             sequences=sequences,
+            prompts=prompts,
             options=SessionOptions(**{"on_failover": self.failovers.append, **options}),  # type: ignore[arg-type]
         )
 

@@ -319,7 +319,7 @@ class _ServerSearch:
                 chain = runner.planner.chain(
                     span,
                     tokens=self._batch.rows,
-                    adapter=adapter.name.name if adapter else "",
+                    adapter=adapter.name if adapter else None,
                     avoid=self._avoid,
                     work=work,
                 )

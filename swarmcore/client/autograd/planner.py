@@ -17,10 +17,12 @@ from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.errors import InvalidBatchError, MissingBlocksError, SwarmError
 from swarmcore.registry.base import Registry
 from swarmcore.routing.chain import Chain, Stage
+from swarmcore.routing.coverage import left_out
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.link_codec import LinkCodec, TensorKind
 from swarmcore.routing.shares import ThroughputShares
-from swarmcore.types import ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore.types import ADAPTERS, TRAINING, ModelInfo, PeerId, ServerInfo, Span, short
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.tensors import Tensor
 
 PassKind = Literal["forward", "backward"]
@@ -140,22 +142,23 @@ class BatchPlanner:
     @property
     def servers(self) -> int:
         """How many take batches now."""
-        return sum(self._takes(server, 1, "") for server in self._online())
+        return sum(_takes(server, 1, None) for server in self._online())
 
     def chain(
         self,
         span: Span,
         *,
         tokens: int = 0,
-        adapter: str = "",
+        adapter: AdapterName | None = None,
         avoid: Collection[PeerId] = (),
         work: Work = "forward",
     ) -> Chain:
         """A chain for the next micro-batch of ``tokens`` through ``span``; its servers are charged with it.
 
         Servers of ``avoid``, and those banned, are gone without unless nobody else has the blocks. Those that
-        take no batch of that size, or do not serve the ``adapter`` of that name, are never asked. Raise
-        `MissingBlocksError`, and `InvalidBatchError` when no server at all takes so many tokens at a time.
+        take no batch of that size, or neither serve the ``adapter`` nor take it from clients, are never
+        asked. Raise `MissingBlocksError`, and `InvalidBatchError` when no server at all takes so many tokens
+        at a time.
         """
         servers = self._online()
         # All keep their place, also those that this micro-batch goes without.
@@ -164,7 +167,7 @@ class BatchPlanner:
         for server in servers:
             if server.span:
                 self._shares.add(server, 1 / (seconds[server.peer] * len(server.span)))
-        able = [server for server in servers if self._takes(server, tokens, adapter)]
+        able = [server for server in servers if _takes(server, tokens, adapter)]
         unable = {server.peer for server in servers} - {server.peer for server in able}
         shunned = {*self._health.banned(asyncio.get_running_loop().time()), *avoid}
         amount = max(tokens, 1)
@@ -184,10 +187,11 @@ class BatchPlanner:
                     f"--max-pass-tokens",
                     pass_tokens=most,
                 ) from None
-            such = f" with the adapter {adapter!r}" if adapter else ""
+            such = f" with the adapter {adapter.name!r}" if adapter is not None and adapter.name else ""
             others = ", ".join(f"{short(server.peer)} {server.span}" for server in able[:4])
             found = f"those that do hold other blocks: {others}" if able else "none that is online does"
-            raise MissingBlocksError(f"{exc.message}{such}; {found}", **exc.details) from None
+            out = left_out(servers, _needed(adapter))
+            raise MissingBlocksError(f"{exc.message}{such}; {found}{out}", **exc.details) from None
 
     def worked(self, stage: Stage, kind: PassKind, tokens: int, seconds: float) -> None:
         """A server was at work on a pass of ``tokens`` tokens for so many seconds."""
@@ -208,9 +212,15 @@ class BatchPlanner:
             and self._admits(server.peer)
         ]
 
-    @staticmethod
-    def _takes(server: ServerInfo, tokens: int, adapter: str) -> bool:
-        return server.pass_tokens >= max(tokens, 1) and (not adapter or adapter in server.adapters)
+
+def _takes(server: ServerInfo, tokens: int, adapter: AdapterName | None) -> bool:
+    if server.pass_tokens < max(tokens, 1) or not set(_needed(adapter)) <= set(server.capabilities):
+        return False
+    return adapter is None or not adapter.name or adapter.name in server.adapters
+
+
+def _needed(adapter: AdapterName | None) -> list[str]:
+    return [TRAINING] if adapter is None else [TRAINING, ADAPTERS]
 
 
 class BatchCodecs:

@@ -15,6 +15,7 @@ from swarmcore.client.generation.stream import FinishReason, GeneratedText, Gene
 from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.prompts import EncodedPrompt
 from swarmcore.routing.chain import Chain
+from swarmcore.types import Numerics
 
 
 @attrs.define(eq=False)
@@ -71,6 +72,8 @@ class GenerationRun:
 
     texts: list[GeneratedText]
     chain: Chain = attrs.field(factory=lambda: Chain(()))
+    numerics: tuple[Numerics, ...] = ()
+    """How the servers of its session have computed so far, each way once."""
 
 
 async def generate_pieces(
@@ -89,15 +92,14 @@ async def generate_pieces(
         return
     async with open_session(continuations) if session is None else nullcontext(session) as used:
         with used.exclusive():
-            run.chain = used.chain
-            with compute.generating(run):
-                async for found in _steps(run, continuations, compute, used):
-                    yield found
-            run.chain = used.chain
+            run.chain, run.numerics = used.chain, used.numerics
+            async for found in _steps(continuations, compute, used):
+                yield found
+            run.chain, run.numerics = used.chain, used.numerics
 
 
 async def _steps(
-    run: GenerationRun, continuations: list[Continuation], compute: ModelCompute, session: ModelSession
+    continuations: list[Continuation], compute: ModelCompute, session: ModelSession
 ) -> AsyncGenerator[tuple[int, str], None]:
     last_position = (compute.parts.max_positions or 2**62) - 1
     new = session.reuse_prefix(
@@ -112,7 +114,6 @@ async def _steps(
             [continuation.sampler for _, continuation in running],
             # A token that ends its text at the model's limit is embedded too, and thrown away.
             [min(session.offset + continuation.length, last_position) for _, continuation in running],
-            run,
         )
         pieces = [continuation.take(token) for (_, continuation), token in zip(running, tokens, strict=True)]
         for (index, _), piece in zip(running, pieces, strict=True):
@@ -141,6 +142,12 @@ class Generation(TextStream):
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self._run.chain
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of its session have computed, each way once. With more than one the text may differ
+        from what servers of either make alone, from a near tie on."""
+        return self._run.numerics
 
     @property
     def _made_by(self) -> str:
@@ -180,6 +187,12 @@ class BatchGeneration(GenerationStream[tuple[int, str]]):
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self._run.chain
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of its session have computed, each way once. With more than one the text may differ
+        from what servers of either make alone, from a near tie on."""
+        return self._run.numerics
 
     @property
     def _made_by(self) -> str:

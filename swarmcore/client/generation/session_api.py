@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.routing.chain import Chain
+from swarmcore.types import Numerics
 from swarmcore.wire.tensors import Tensor
 
 
@@ -19,6 +20,10 @@ class RemoteSession(Protocol):
     @property
     def chain(self) -> Chain:
         """The servers that the session passes through now."""
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How its servers have computed so far, each way once."""
 
     @property
     def positions(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from swarmcore.errors import InputError, SessionLostError
 from swarmcore.executor.torch.wire_tensors import to_wire
 from swarmcore.prompts import check_tokens, checked_ids
 from swarmcore.routing.chain import Chain
+from swarmcore.types import Numerics
 from swarmcore.wire.tensors import Tensor
 
 
@@ -68,6 +69,11 @@ class ModelSession:
     def chain(self) -> Chain:
         """The servers that the session passes through now; none before it is open."""
         return self._remote.chain if self._remote is not None else Chain(())
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of the session have computed so far, each way once; see `Generation.numerics`."""
+        return self._remote.numerics if self._remote is not None else ()
 
     @property
     def offset(self) -> int:

@@ -10,13 +10,13 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 
-from swarmcore.client.session.live_chain import LiveStage
+from swarmcore.client.session.live_chain import LiveStage, chain_of
 from swarmcore.client.session.opening import ChainOpener, OpenStage, Refusals, located
 from swarmcore.client.session.options import Failover
 from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.client.session.replay import REPLAY_ROWS, replay
 from swarmcore.errors import DeadlineExceededError, ServerMemoryError, SessionLostError, SwarmError
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, named
 from swarmcore.session.patience import MAX_FAILURES, RetryPolicy
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.messages import AllowUpstream, Hop
@@ -119,12 +119,18 @@ class FailoverHandler:
     ) -> bool:
         """Replace some stages in a row, by those of ``chain`` or the best there are but for ``blocked``.
 
-        False when more stages have failed meanwhile.
+        With those before them, where nobody has what these computed before the session began. False when more
+        stages have failed meanwhile.
         """
         pipeline, loop = self._pipeline, asyncio.get_running_loop()
-        lost, began = pipeline.stages[first : last + 1], loop.time()
+        began = loop.time()
         if not await self._inputs_are_known(first):
             return False
+        if self._inputs_lack_beginning(first):
+            if chain is not None:
+                chain = Chain((*pipeline.chain.stages[:first], *chain.stages))
+            first = 0
+        lost = pipeline.stages[first : last + 1]
         opened = await self.open_stages(first, last, chain, blocked=blocked)
         stages = pipeline.replace(first, last, opened)
         replayed = False
@@ -156,6 +162,18 @@ class FailoverHandler:
             pipeline.fail(before, DeadlineExceededError("it does not send copies of its outputs"))
         return not before.failure
 
+    def _inputs_lack_beginning(self, first: int) -> bool:
+        """Whether the first inputs of a stage came from pages that servers had kept: nobody can replay them.
+
+        The client has the first stage's.
+        """
+        pipeline = self._pipeline
+        if first == 0:
+            return False
+        if pipeline.options.journal == "servers":
+            return pipeline.stages[first - 1].lacks_outputs
+        return pipeline.journal.lacks(pipeline.stages[first].start, pipeline.steps.positions)
+
     async def open_stages(
         self,
         first: int,
@@ -168,6 +186,7 @@ class FailoverHandler:
         """Open the stages of ``chain``, or the best there are, for the blocks of ``first`` to ``last``."""
         pipeline = self._pipeline
         stages, positions = pipeline.stages, pipeline.steps.positions
+        lost = chain_of(stages[first : last + 1]).numerics
         opener = ChainOpener(
             node=pipeline.node,
             planner=pipeline.planner,
@@ -178,6 +197,8 @@ class FailoverHandler:
             after=_hop_of(stages, first - 1),
             before=_hop_of(stages, last + 1),
             caches_from=caches_from,
+            like=lost[0] if len(lost) == 1 else None,
+            prefix=pipeline.prefix,
         )
         if chain is None:
             span = Span(stages[first].start, stages[last].end)
@@ -212,6 +233,7 @@ class FailoverHandler:
     ) -> None:
         """Count a failover, log it, and tell `SessionOptions.on_failover`."""
         self.failovers += 1
+        before, after = chain_of(lost).numerics, chain_of(stages).numerics
         failover = Failover(
             lost=_names(lost),
             reason=reason.message,
@@ -219,6 +241,7 @@ class FailoverHandler:
             tokens=sum(self._pipeline.steps.positions),
             how=how,
             seconds=seconds,
+            numerics="" if set(after) <= set(before) else f"{named(before)} to {named(after)}",
         )
         callback = self._pipeline.options.on_failover
         logger.log(logging.WARNING if callback is None else logging.INFO, "%s", failover)

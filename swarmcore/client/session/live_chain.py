@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -48,6 +48,8 @@ class LiveStage:
     """Why the stage has to be replaced."""
     proven: bool = False
     """Whether it has done a step."""
+    lacks_outputs: bool = False
+    """Whether the session began with rows that it had computed before, and sent nowhere this time."""
     leaving: bool = False
     """Whether the session is trying to move off it."""
     kv_transfer: asyncio.Future[None] | None = None
@@ -89,6 +91,10 @@ class LiveStage:
         return str(self.opened.stage)
 
 
+def chain_of(stages: Iterable[LiveStage]) -> Chain:
+    return Chain(tuple(stage.opened.stage for stage in stages))
+
+
 class LiveChain(ABC):
     """The stages of a session. One that fails in any way is marked with its ``failure``, and left to the
     owner, who may `wait` for that among other things. The owner is one task at a time.
@@ -112,7 +118,7 @@ class LiveChain(ABC):
 
     @property
     def chain(self) -> Chain:
-        return Chain(tuple(stage.opened.stage for stage in self.stages))
+        return chain_of(self.stages)
 
     @property
     def failed(self) -> tuple[int, int] | None:

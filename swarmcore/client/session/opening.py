@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 import attrs
 
 from swarmcore.client.session.planner import SessionPlanner
+from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.errors import DeadlineExceededError, ProtocolError, SwarmError
 from swarmcore.pacing import Backoff
 from swarmcore.routing.chain import Chain, Stage
@@ -16,7 +17,7 @@ from swarmcore.rpc.channel import Channel
 from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import probe
 from swarmcore.tasks import running
-from swarmcore.types import Address, ModelInfo, PeerId, Span, short
+from swarmcore.types import Address, ModelInfo, Numerics, PeerId, Span, short
 from swarmcore.wire.forward_backward import AdapterWanted
 from swarmcore.wire.messages import Hop, OpenSession, Ping, SessionOpened
 from swarmcore.wire.protocols import INFERENCE_PROTOCOL, PING_METHOD
@@ -42,6 +43,8 @@ class OpenStage:
     hop: Hop
     channel: Channel
     next_hop_reachable: bool
+    cached: tuple[int, ...] = ()
+    """Tokens that it has of each sequence, computed before; empty for servers that know nothing of that."""
 
 
 class Refusals(dict[PeerId, SwarmError]):
@@ -66,6 +69,10 @@ class ChainOpener:
     after: Hop | None = None
     before: Hop | None = None
     caches_from: PeerId | None = None
+    like: Numerics | None = None
+    """How the new servers should compute, if there are such."""
+    prefix: SessionPrefix | None = None
+    """What the sequences consist of, so far."""
 
     async def open_best(
         self, span: Span, *, tokens: int, blocked: Collection[PeerId] = (), attempts: int = ATTEMPTS
@@ -92,7 +99,10 @@ class ChainOpener:
                     blocked=frozenset(avoided),
                     after=self.after.peer if self.after else None,
                     before=self.before.peer if self.before else None,
+                    like=self.like,
                 )
+                if self.prefix is not None and len(span) == self.model.blocks:
+                    chain = self.planner.begun(chain, self.prefix, tokens=tokens, blocked=avoided)
             except SwarmError as exc:
                 if failure is None:
                     raise
@@ -116,6 +126,7 @@ class ChainOpener:
         before_first = (self.after.peer if self.after else None, self.caches_from)
         upstream = [tuple(peer for peer in before_first if peer), *((hop.peer,) for hop in hops)]
         adapter = self.planner.adapter
+        names = self.prefix.names(chain) if self.prefix is not None else ()
         requests = [
             OpenSession(
                 hop.session,
@@ -127,6 +138,7 @@ class ChainOpener:
                 next_hop,
                 adapter=adapter.name if adapter else None,
                 pushers=allowed,
+                names=names,
             )
             for hop, next_hop, allowed in zip(hops, [*hops[1:], self.before], upstream, strict=False)
         ]
@@ -210,7 +222,8 @@ class ChainOpener:
         except BaseException:
             channel.abort("the session was not opened")
             raise
-        return OpenStage(stage, hop, channel, granted.next_hop_reachable)
+        cached = granted.cached if len(granted.cached) == self.sequences and min(granted.cached) >= 0 else ()
+        return OpenStage(stage, hop, channel, granted.next_hop_reachable, cached)
 
     async def _until_silent(self, hop: Hop) -> SwarmError:
         """Probe a server again and again; return the error once it no longer answers.

@@ -25,11 +25,15 @@ class Failover:
     """``"replayed"`` from the journal, or ``"handed over"`` by a server that leaves."""
     seconds: float
     """From the failure's being noticed until the caches were there again."""
+    numerics: str = ""
+    """From which numerics to which, where nobody was left who computes as the lost servers did: the text may
+    be another one than without the failover, from a near tie on."""
 
     def __str__(self) -> str:
+        changed = f", by other numerics: {self.numerics}" if self.numerics else ""
         return (
             f"{self.lost} left the session ({self.reason}); {self.took_over} took over, {self.tokens} tokens "
-            f"{self.how} in {self.seconds:.2f} s"
+            f"{self.how} in {self.seconds:.2f} s{changed}"
         )
 
 

@@ -10,7 +10,9 @@ from swarmcore.client.session.live_chain import LiveChain, LiveStage
 from swarmcore.client.session.opening import OpenStage
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.client.session.planner import SessionPlanner
+from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.errors import ProtocolError, SwarmError
+from swarmcore.routing.chain import Chain
 from swarmcore.rpc.node import Node
 from swarmcore.session.journal import Journal
 from swarmcore.session.steps import Chunk, SessionSteps
@@ -55,8 +57,11 @@ class Pipeline(LiveChain):
         *,
         sequences: int,
         options: SessionOptions,
+        prefix: SessionPrefix | None = None,
     ) -> None:
         self.model = model
+        self.prefix = prefix
+        """What the sequences consist of, where the session's caller says it."""
         self.steps = SessionSteps(
             [stage.hop for stage in opened],
             sequences=sequences,
@@ -67,13 +72,29 @@ class Pipeline(LiveChain):
         self.on_draining: Callable[[LiveStage, float], None] = lambda stage, seconds: None
         """Called when a server says that it leaves, with the seconds that it stays."""
         super().__init__(node, planner, opened, options)
+        self.numerics = list(self.chain.numerics)
+        """How servers of the session have computed so far, each way once."""
         self._keep_inputs()
+        self.cached = tuple(map(min, zip(*(stage.cached for stage in opened), strict=False)))
+        """Tokens of each sequence that all stages have before the first step; empty for none, or after it."""
+        if self.prefix is not None:
+            self.prefix.opened_on(self.chain)
+
+    def begin_with(self, lengths: Sequence[int], rows: Tensor) -> None:
+        """The sequences begin with so many ``rows`` that all stages have computed before."""
+        self.journal.begin_with(self.stages[0].start, lengths, rows.encode(self.options.codec))
+        self.steps.positions = tuple(lengths)
+        for stage in self.stages:
+            stage.lacks_outputs = True
 
     def replace(self, first: int, last: int, opened: Sequence[OpenStage]) -> list[LiveStage]:
         """Put new stages in the place of ``first`` to ``last``; return them."""
         before = self.stages[first : last + 1]
         stages = [self._listening(stage, self.steps.next_step) for stage in opened]
         self.stages[first : last + 1] = stages
+        self.numerics += [way for way in self.chain.numerics if way not in self.numerics]
+        if self.prefix is not None:
+            self.prefix.replaced_by(Chain(tuple(stage.stage for stage in opened)))
         carried = [i for i, stage in enumerate(opened) if not stage.next_hop_reachable]
         self.steps.replace(first, last, [stage.hop for stage in opened], carried=carried)
         self._keep_inputs()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 import attrs
 
 from swarmcore.client.adapters import AdapterWeights
+from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.errors import (
     CacheFullError,
     ConnectionLostError,
@@ -21,9 +22,12 @@ from swarmcore.errors import (
 )
 from swarmcore.registry.base import Registry
 from swarmcore.routing.base import Router
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, Stage
+from swarmcore.routing.coverage import left_out
 from swarmcore.routing.health import PeerHealth
-from swarmcore.types import ModelInfo, PeerId, Span
+from swarmcore.routing.numerics import plan_alike
+from swarmcore.routing.prefix_memory import PrefixMemory
+from swarmcore.types import ADAPTERS, ModelInfo, Numerics, PeerId, ServerInfo, Span
 
 
 def random_session_id() -> str:
@@ -57,14 +61,16 @@ class SessionPlanner:
         *,
         session_id: Callable[[], str] = random_session_id,
         adapter: AdapterWeights | None = None,
+        prefixes: PrefixMemory | None = None,
         on_use: Callable[[], None] = lambda: None,
     ) -> None:
         """``session_id`` makes up ids of sessions, 32 hex digits that nobody can guess; the sessions are
-        computed with ``adapter`` besides the frozen weights; ``on_use`` is called whenever one of them has
-        got something done.
+        computed with ``adapter`` besides the frozen weights; ``prefixes`` knows who has computed what before;
+        ``on_use`` is called whenever one of them has got something done.
         """
         self.session_id = session_id
         self.adapter = adapter
+        self.prefixes = prefixes if prefixes is not None else PrefixMemory()
         self._on_use = on_use
         self._registry = registry
         self._router = router
@@ -79,31 +85,75 @@ class SessionPlanner:
         blocked: Collection[PeerId] = (),
         after: PeerId | None = None,
         before: PeerId | None = None,
+        like: Numerics | None = None,
     ) -> Chain:
-        """A chain for ``span``, as `Router.plan` gives it on what is known now."""
+        """A chain for ``span``, as `plan_alike` gives it on what is known now.
+
+        Sessions with an adapter go through servers that have it, or take it. When too few do, the
+        `MissingBlocksError` says which were left out for that.
+        """
         view = self._registry.view()
-        adapter = self.adapter.name.name if self.adapter is not None else ""
-        if adapter:
-            blocked = {*blocked, *(server.peer for server in view if adapter not in server.adapters)}
+        servers = view.serving(self._model.fingerprint) if self.adapter is not None else []
+        unable = [server.peer for server in servers if not self._has_adapter(server)]
         try:
-            return self._router.plan(
+            return plan_alike(
+                self._router,
                 view,
                 self._model,
                 span,
+                like=like,
                 tokens=tokens,
-                blocked=blocked,
+                blocked={*blocked, *unable},
                 banned=self._health.banned(asyncio.get_running_loop().time()),
                 after=after,
                 before=before,
             )
         except MissingBlocksError as exc:
-            if not adapter:
+            if self.adapter is None:
                 raise
+            name = self.adapter.name.name
+            used = f"with the adapter {name!r} are used (serve --adapter {name}=FOLDER)"
+            used = used if name else "that take adapters are used"
             raise MissingBlocksError(
-                f"only servers with the adapter {adapter!r} are used (serve --adapter {adapter}=FOLDER): "
-                f"{exc.message}",
-                **exc.details,
+                f"only servers {used}: {exc.message}{left_out(servers, [ADAPTERS])}", **exc.details
             ) from None
+
+    def _has_adapter(self, server: ServerInfo) -> bool:
+        """Whether it serves the sessions' adapter, or takes the client's own."""
+        name = self.adapter.name.name if self.adapter is not None else ""
+        return ADAPTERS in server.capabilities and (not name or name in server.adapters)
+
+    def begun(self, best: Chain, prefix: SessionPrefix, *, tokens: int, blocked: Collection[PeerId]) -> Chain:
+        """The chain that has computed what a session begins with, or ``best`` where that takes less time.
+
+        In all, for the prompt and for the tokens that follow it, of ``tokens``.
+        """
+        if (found := self.prefixes.recall(prefix.names_on(""))) is None:
+            return best
+        view, (known, begun) = self._registry.view(), found
+        banned = self._health.banned(asyncio.get_running_loop().time())
+        stages = [
+            Stage(server, stage.span)
+            for stage in known.stages
+            for server in view.serving(self._model.fingerprint)
+            if server.peer == stage.server.peer
+            and server.state == "online"
+            and server.span is not None
+            and server.span.covers(stage.span)
+            and server.peer not in blocked
+            and server.peer not in banned
+            and self._router.admits(server.peer)
+            and (self.adapter is None or self._has_adapter(server))
+        ]
+        chain, router = Chain(tuple(stages)), self._router
+        if len(chain) < len(known) or chain.numerics != best.numerics:
+            return best
+        usual, again = router.cost(view, self._model, best), router.cost(view, self._model, chain)
+        if usual is None or again is None:
+            return chain
+        follow = max(tokens - sum(map(len, prefix.tokens)), 0) // len(prefix.tokens)
+        saved = router.prefill_seconds(view, self._model, best, begun)
+        return chain if follow * (again.seconds - usual.seconds) <= saved else best
 
     def alone(self, peer: PeerId, span: Span) -> bool:
         """Whether nobody but ``peer`` has the blocks ``span``."""
@@ -114,12 +164,19 @@ class SessionPlanner:
         return False
 
     def compare(self, chain: Chain, *, tokens: int = 0) -> Comparison | None:
-        """A live session's chain beside the best there is for it; None when the router weighs no chains."""
+        """A live session's chain beside the best there is for it; None when the router weighs no chains.
+
+        Also None when that would compute in another way than all of the session's servers: no session changes
+        that for speed.
+        """
         router, view = self._router, self._registry.view()
         current = router.cost(view, self._model, chain)
         if current is None:
             return None
-        best = self.plan(self._model.span, tokens=tokens)
+        (like,) = chain.numerics if len(chain.numerics) == 1 else (None,)
+        best = self.plan(self._model.span, tokens=tokens, like=like)
+        if like is not None and best.numerics != (like,):
+            return None
         better = router.cost(view, self._model, best)
         assert better is not None, "it has weighed the other one"
         new = Chain(tuple(stage for stage in best.stages if stage not in chain.stages))

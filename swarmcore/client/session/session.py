@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -16,6 +17,7 @@ from swarmcore.client.session.opening import ATTEMPTS, ChainOpener, located
 from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.client.session.planner import SessionPlanner
+from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.errors import (
     CacheFullError,
     DeadlineExceededError,
@@ -26,14 +28,18 @@ from swarmcore.errors import (
     SwarmError,
     TooManyCallsError,
 )
-from swarmcore.routing.chain import Chain
+from swarmcore.routing.chain import Chain, named
 from swarmcore.rpc.node import Node
 from swarmcore.session.patience import ALONE
 from swarmcore.session.steps import Chunk, Reply, StepPlan
-from swarmcore.types import ModelInfo
+from swarmcore.types import ModelInfo, Numerics
+from swarmcore.wire.forward_backward import AdapterName
+from swarmcore.wire.messages import NamePages
 from swarmcore.wire.tensors import Tensor
 
 __all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
+
+logger = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT = 8
 """Prefill chunks of one session under way in the chain."""
@@ -61,6 +67,7 @@ class InferenceSession:
         self._step: asyncio.Timeout | None = None
         self._broken: SwarmError | None = None
         self._steps_done = 0
+        self._cached = (0,) * self.sequences
 
     @property
     def chain(self) -> Chain:
@@ -68,9 +75,20 @@ class InferenceSession:
         return self._pipeline.chain
 
     @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How its servers have computed so far, each way once. With more than one, what was generated may
+        differ from what servers of either make alone, from a near tie on."""
+        return tuple(way for way in self._pipeline.numerics if way is not None)
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """Tokens of each sequence in the servers' caches."""
         return self._pipeline.steps.positions
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """Tokens of each sequence that servers had computed before it began; see `open_session`."""
+        return self._cached
 
     @property
     def failovers(self) -> int:
@@ -116,6 +134,8 @@ class InferenceSession:
         self._step = until_closed = asyncio.timeout(None)
         try:
             async with until_closed, self._step_lock:
+                if self._pipeline.cached:
+                    hidden, lengths, starts = self._begin(hidden, lengths, starts, sources, reply)
                 plan = self._pipeline.steps.begin(
                     lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources
                 )
@@ -126,6 +146,9 @@ class InferenceSession:
             raise self._broken from exc
         finally:
             self._step = None
+        self._pipeline.cached = ()
+        if self._steps_done == 0:
+            self._remember()
         self._steps_done += 1
         if asyncio.get_running_loop().time() >= self._moves.next_check:
             self._moves.look_for_better(self._steps_done)
@@ -137,6 +160,27 @@ class InferenceSession:
         Raise `InvalidStepError` for a position that is not cached.
         """
         self._pipeline.steps.rollback(positions)
+
+    async def name_pages(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Tell the servers what the sequences consist of by now, so that it is found when they are closed.
+
+        ``tokens`` are those that are cached, of each sequence. Of no effect without the ``prompts`` of
+        `open_session`, or when there is no whole page more.
+        """
+        pipeline, prefix = self._pipeline, self._pipeline.prefix
+        if prefix is None or self._broken is not None or not prefix.grown(tokens):
+            return
+        if names := prefix.names():
+            for stage in pipeline.stages:
+                if stage.opened.cached and stage.failure is None:
+                    await pipeline.send_to(stage, NamePages(names))
+            self._remember()
+
+    def _remember(self) -> None:
+        """Prefer this chain for sessions that begin with the same."""
+        pipeline = self._pipeline
+        if pipeline.prefix is not None and all(stage.opened.cached for stage in pipeline.stages):
+            pipeline.planner.prefixes.remember(pipeline.prefix.names_on(""), self.chain)
 
     async def close(self) -> None:
         """End the session on every server; a step under way raises. Harmless when repeated."""
@@ -159,7 +203,44 @@ class InferenceSession:
     ) -> None:
         await self.close()
 
+    def _begin_with_nothing(self) -> None:
+        self._pipeline.cached, self._cached = (), (0,) * self.sequences
+
     # --- one step ----------------------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        starts: Sequence[int] | None,
+        sources: Sequence[int],
+        reply: Reply,
+    ) -> tuple[Tensor, Sequence[int], Sequence[int] | None]:
+        """Leave out of the first step what all servers have: it is only put down for failovers.
+
+        Not the last row of a sequence, of which the result is made.
+        """
+        pipeline, prefix = self._pipeline, self._pipeline.prefix
+        if (
+            reply != "last"
+            or any(sources)
+            or any(starts or ())
+            or len(lengths) != self.sequences
+            or not prefix
+        ):
+            self._begin_with_nothing()
+            return hidden, lengths, starts
+        skipped = tuple(map(prefix.skipped, range(self.sequences), pipeline.cached, lengths))
+        if not any(skipped):
+            return hidden, lengths, starts
+        left_out, rest, row = [], [], 0
+        for skip, length in zip(skipped, lengths, strict=True):
+            left_out.append(hidden.rows(row, row + skip))
+            rest.append(hidden.rows(row + skip, row + length))
+            row += length
+        pipeline.begin_with(skipped, _concatenated(left_out))
+        self._cached = skipped
+        return _concatenated(rest), tuple(map(int.__sub__, lengths, skipped)), skipped
 
     async def _run(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         pipeline = self._pipeline
@@ -175,6 +256,9 @@ class InferenceSession:
                     error = SessionLostError("it may have reordered its caches for a step that was given up")
                     pipeline.fail(stage, error, blame=False)
             pipeline.steps.abandon(plan)
+            if self._steps_done == 0:  # what it began with is for its caller to send again
+                self._begin_with_nothing()
+                pipeline.steps.rollback((0,) * self.sequences)
             if self.options.journal == "off" and pipeline.failed and isinstance(exc, SwarmError):
                 self._broken = exc
             raise
@@ -243,6 +327,11 @@ class InferenceSession:
         error, stage = pending.error, pending.refused_by
         assert error is not None and stage is not None
         pending.error = None
+        if isinstance(error, InvalidStepError) and pipeline.cached and any(self._cached):
+            # It may have lost what it said it had. Once all is computed again this says if it was that.
+            self._begin_with_nothing()
+            pipeline.fail(stage, SessionLostError(f"it has lost its prefix: {error.message}"), blame=False)
+            return False
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
         if self.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
@@ -264,19 +353,41 @@ async def open_session(
     tokens: int = 0,
     options: SessionOptions | None = None,
     attempts: int = ATTEMPTS,
+    prompts: Sequence[Sequence[int]] = (),
+    namespace: str = "",
 ) -> InferenceSession:
     """Open a session through all blocks of ``model``, on every server of a chain at once.
 
     Servers with ``tokens`` of cache free, over all sequences, are preferred. A server that refuses or does
     not answer is avoided in the next of ``attempts``, see `ChainOpener`. Raise `MissingBlocksError` when no
     chain is left, `CacheFullError` or the last server's error when the attempts are used up.
+
+    ``prompts`` are the tokens of each sequence, whose rows the first step will bring, from 0 on: of these,
+    what all servers have kept of earlier sessions of this client and ``namespace`` is not computed again.
     """
     options = options or SessionOptions()
+    prefix = None
+    if prompts:
+        if len(prompts) != sequences:
+            raise InputError(f"{len(prompts)} prompts for {sequences} sequences; expected one for each")
+        adapter = planner.adapter.name if planner.adapter is not None else AdapterName()
+        values = model.fingerprint, adapter.name, adapter.version, options.codec, namespace
+        prefix = SessionPrefix(prompts, *values)
     opener = ChainOpener(
-        node=node, planner=planner, model=model, sequences=sequences, timeout=options.open_timeout
+        node=node,
+        planner=planner,
+        model=model,
+        sequences=sequences,
+        timeout=options.open_timeout,
+        prefix=prefix,
     )
     opened = await opener.open_best(model.span, tokens=tokens, attempts=attempts)
-    return InferenceSession(Pipeline(node, planner, model, opened, sequences=sequences, options=options))
+    pipeline = Pipeline(node, planner, model, opened, sequences=sequences, options=options, prefix=prefix)
+    if len(pipeline.numerics) > 1:
+        logger.info("a session's servers compute in several ways: %s", named(pipeline.numerics))
+    if prefix is not None and not any(pipeline.cached):
+        planner.prefixes.forget(prefix.names_on(""))
+    return InferenceSession(pipeline)
 
 
 def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
@@ -296,6 +407,12 @@ def _join(plan: StepPlan, outputs: Sequence[Tensor]) -> Tensor:
             for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
                 last[sequence] = output.rows(row, row + 1)
         parts = [last[sequence] for sequence in sorted(last)]
+    return _concatenated(parts)
+
+
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     joined = memoryview(bytearray().join(part.data for part in parts))
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     return attrs.evolve(parts[0], shape=shape, data=joined)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from swarmcore.checkpoint.gguf_model import GgufModel
-from swarmcore.errors import UnsupportedModelError
+from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.types import Span
+
+WINDOW_PATTERN = "attention.sliding_window_pattern"
 
 
 @attrs.frozen(kw_only=True)
@@ -71,7 +73,28 @@ def start_step(model: GgufModel) -> int:
     return math.lcm(*found.period(model).values()) if found.period else 1
 
 
-def _whole_only(why: str) -> Callable[[GgufModel, Span], str | None]:
+def sliding_layers(model: GgufModel) -> list[bool] | None:
+    """For each block of the model, whether its window slides; None for an architecture without windows.
+
+    Raise `CheckpointError` for a pattern that is none.
+    """
+    windows = architecture_of(model).windows
+    if windows is None:
+        return None
+    every, first = windows
+    pattern = model.own(WINDOW_PATTERN, every)
+    if isinstance(pattern, list) and len(pattern) >= model.blocks:
+        return [bool(slides) for slides in pattern[: model.blocks]]
+    if not isinstance(pattern, int) or pattern < 0:
+        raise CheckpointError(
+            f"{model.name} is damaged: its {model.architecture}.{WINDOW_PATTERN} is no pattern for "
+            f"{model.blocks} blocks"
+        )
+    full = 0 if first else pattern - 1
+    return [pattern == 0 or layer % pattern != full for layer in range(model.blocks)]
+
+
+def _never(why: str) -> Callable[[GgufModel, Span], str | None]:
     def refusal(model: GgufModel, span: Span) -> str | None:
         return why
 
@@ -95,10 +118,20 @@ def _gemma(largest: int) -> Callable[[GgufModel, Span], str | None]:
     return refusal
 
 
-def _exaone4(model: GgufModel, span: Span) -> str | None:
-    if (model.blocks == 64) == (len(span) == 64):
+def _cohere2(model: GgufModel, span: Span) -> str | None:
+    sliding = sliding_layers(model)
+    if sliding is None or any(sliding[span.start : span.end]):
         return None
-    return "llama.cpp tells by the number of 64 layers whether windows slide; take all blocks or none"
+    return (
+        "llama.cpp aborts where no layer looks at positions, and those without windows do not; take a block "
+        "with a window, too"
+    )
+
+
+def _exaone4(model: GgufModel, span: Span) -> str | None:
+    if 64 in (model.blocks, len(span)):
+        return "llama.cpp tells by the number of 64 layers that windows slide; those of a part would not"
+    return None
 
 
 def _deepseek2(model: GgufModel, span: Span) -> str | None:
@@ -139,23 +172,24 @@ _EVERY = Architecture()
 ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": _EVERY,
     "bloom": Architecture(
-        refusal=_whole_only("llama.cpp normalises what comes in, which the client has done already")
+        refusal=_never("llama.cpp normalises what comes in, which the client has done already")
     ),
-    "cohere2": Architecture(windows=(4, False)),
+    "cohere2": Architecture(windows=(4, False), refusal=_cohere2),
     "command-r": _EVERY,
     "deepseek2": Architecture(refusal=_deepseek2),
     "dots1": _EVERY,
     "ernie4_5": _EVERY,
     "ernie4_5-moe": Architecture(period=_interleaved),
-    "exaone4": Architecture(windows=(4, False), refusal=_exaone4),
+    "exaone4": Architecture(refusal=_exaone4),
     "falcon": _EVERY,
     "gemma": Architecture(
-        refusal=_whole_only("llama.cpp scales what comes in, which the client has done already")
+        refusal=_never("llama.cpp scales what comes in, which the client has done already")
     ),
-    "gemma2": Architecture(windows=(2, False), refusal=_gemma(46)),
+    "gemma2": Architecture(
+        windows=(2, False),
+        refusal=_never("llama.cpp scales what comes in, which the client has done already"),
+    ),
     "gemma3": Architecture(windows=(6, False), refusal=_gemma(62)),
-    "glm4": _EVERY,
-    "glm4moe": _EVERY,
     "gpt-oss": Architecture(windows=(2, False)),
     "gpt2": _EVERY,
     "gptneox": _EVERY,

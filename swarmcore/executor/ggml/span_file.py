@@ -7,19 +7,16 @@ when it is whole. Whoever uses it holds a lock on it that others share, so that 
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import re
-import struct
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from swarmcore.checkpoint.gguf_header import MAGIC, padded
 from swarmcore.checkpoint.gguf_model import GgufModel
+from swarmcore.checkpoint.gguf_writer import GgufContent
 from swarmcore.checkpoint.storage import (
     ProgressCounter,
     cache_folder,
@@ -29,8 +26,7 @@ from swarmcore.checkpoint.storage import (
     no_progress,
     storage_errors,
 )
-from swarmcore.errors import CheckpointError
-from swarmcore.executor.ggml.span_cut import Part, SpanCut, cut_span
+from swarmcore.executor.ggml.span_cut import cut_span
 from swarmcore.types import Progress, Span
 
 FORMAT = 1
@@ -38,7 +34,6 @@ FORMAT = 1
 FOLDER = "spans"
 """In the cache folder."""
 
-_CHUNK = 4 * 1024 * 1024
 _KEPT = 1
 """Spans of a model that are kept, the last ones used, besides those in use."""
 _KEPT_FOR = 7 * 24 * 3600.0
@@ -88,72 +83,36 @@ def span_file(
     fingerprint = model.info(cache, progress).fingerprint
     stem = re.sub(r"[^\w.-]", "_", model.name)[:100]
     target = cache / FOLDER / f"{stem}-{fingerprint[:16]}-{span.start}-{span.end}-v{FORMAT}.gguf"
-    head, ends = _head(cut)
     while True:
-        if (found := _held(target, ends[-1])) is not None:
+        if (found := _held(target, cut.nbytes)) is not None:
             return found
         what = f"waiting for another process that writes blocks {span} of {model.name}"
         with locked(target, cache, what, progress):
-            if (found := _held(target, ends[-1])) is not None:
+            if (found := _held(target, cut.nbytes)) is not None:
                 return found
-            _write(model, cut, head, ends, target, progress)
-            found = _held(target, ends[-1])
+            _write(model, cut, target, progress)
+            found = _held(target, cut.nbytes)
         _tidy(target)
         if found is not None:
             return found
 
 
-def _head(cut: SpanCut) -> tuple[bytes, list[int]]:
-    """What stands before the tensors in the file, padded, and at which of its bytes each of them ends."""
-    written = [MAGIC, struct.pack("<IQQ", 3, len(cut.parts), len(cut.metadata))]
-    for key, value in cut.metadata.items():
-        written += [_text(key), value.encode()]
-    offset, sizes = 0, []
-    for part in cut.parts:
-        shape = part.tensor.shape
-        written.append(_text(part.tensor.name))
-        written.append(struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, part.tensor.type, offset))
-        sizes.append(padded(part.tensor.nbytes))
-        offset += sizes[-1]
-    head = b"".join(written)
-    head += bytes(padded(len(head)) - len(head))
-    ends, at = [], len(head)
-    for size in sizes:
-        at += size
-        ends.append(at)
-    return head, ends
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _write(
-    model: GgufModel, cut: SpanCut, head: bytes, ends: list[int], target: Path, progress: Progress
-) -> None:
+def _write(model: GgufModel, cut: GgufContent, target: Path, progress: Progress) -> None:
     """Write ``target``, all or nothing. The caller holds its lock."""
     doing = f"writing blocks of {model.name} as {target.name}"
     part = target.with_name(f".{target.name}.part")
     with storage_errors(doing, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)  # of a writer that was killed
-    _make_room(doing, target, ends[-1])
+    _make_room(doing, target, cut.nbytes)
     if absent := model.missing(cut.sources):
-        check_room(f"downloading {model.name}", target, absent + ends[-1])
+        check_room(f"downloading {model.name}", target, absent + cut.nbytes)
         model.fetch(cut.sources, ProgressCounter(f"downloading {model.name}", absent, progress))
-    report = ProgressCounter(doing, ends[-1], progress)
     try:
-        with storage_errors(doing, target, ends[-1]), part.open("wb", buffering=0) as file:
+        with storage_errors(doing, target, cut.nbytes), part.open("wb", buffering=0) as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _put(file, head)
-            report.add(len(head))
-            for each, end in zip(cut.parts, ends, strict=True):
-                for data in _content(model, each):
-                    _put(file, data)
-                    report.add(len(data))
-                _put(file, bytes(end - file.tell()))
+            cut.write(model, file, ProgressCounter(doing, cut.nbytes, progress))
             os.fsync(file.fileno())
         with storage_errors(doing, target):
             part.replace(target)
@@ -162,37 +121,12 @@ def _write(
         part.unlink(missing_ok=True)
 
 
-def _content(model: GgufModel, part: Part) -> Iterator[bytes]:
-    if part.source is None:
-        filled = struct.pack("<f", part.fill) * min(math.prod(part.tensor.shape), _CHUNK // 4)
-        left = part.tensor.nbytes
-        while left:
-            yield filled[:left]
-            left -= len(filled[:left])
-        return
-    with model.opened(part.source) as (descriptor, tensor):
-        at = tensor.start
-        while at < tensor.end:
-            data = os.pread(descriptor, min(_CHUNK, tensor.end - at), at)
-            if not data:
-                raise CheckpointError(f"{model.name} was cut off while it was read: it has no byte {at}")
-            yield data
-            at += len(data)
-
-
-def _put(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
 def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _held(path: Path, size: int) -> SpanFile | None:

@@ -8,14 +8,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import InputError, ServerMemoryError, SwarmError
+from swarmcore.executor.torch.quantized_matrix import choose_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes a span can be computed in, by the name they have on the wire."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@attrs.frozen
+class Precision:
+    """In what blocks are kept and computed, and where."""
+
+    device: torch.device
+    dtype: torch.dtype
+    weights: str | None
+    """What weights are rounded to, of `quantized_matrix.MATRICES`; None where they are in ``dtype``."""
+
+
+def choose_precision(checkpoint: Checkpoint, *, dtype: str, weights: str, device: str) -> Precision:
+    """What these names come to for a checkpoint; ``bf16`` weights are plain ones in ``bfloat16``.
+
+    Raise `InputError` for unknown names and what does not go together, `MissingExtraError` for a library that
+    the weights need.
+    """
+    where = parse_device(device)
+    if weights == "bf16":
+        if dtype not in ("auto", "bfloat16"):
+            raise InputError(f"weights bf16 and dtype {dtype} exclude each other; leave one of them out")
+        dtype = "bfloat16"
+    plain = choose_dtype(dtype, checkpoint.config.get_text_config(decoder=True), where)
+    return Precision(where, plain, choose_weights(weights, checkpoint.stored_weights, where))
 
 
 def parse_device(name: str) -> torch.device:
@@ -108,12 +136,3 @@ def _out_of_memory_as(error: type[SwarmError], message: str) -> Iterator[None]:
         # The error outlives this call, and with its traceback every tensor that was a local variable.
         traceback.clear_frames(exc.__traceback__)
         raise error(message) from exc
-
-
-def thread_choices(threads: int) -> tuple[int, ...]:
-    """``threads``, half of them, and so on down to one; nothing where that is no choice.
-
-    Fewer can be faster: on few cores, waking threads and waiting for them can cost more than they bring.
-    """
-    choices = tuple(threads >> halvings for halvings in range(threads.bit_length()))
-    return choices if len(choices) > 1 else ()

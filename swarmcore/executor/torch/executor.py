@@ -23,13 +23,12 @@ from swarmcore.executor.base import (
     SequenceId,
     TrainingBatch,
 )
+from swarmcore.executor.loader import thread_choices
 from swarmcore.executor.torch.adapters import TorchAdapter, check_description, make_adapter, own_adapter
 from swarmcore.executor.torch.device import (
     DTYPE_NAMES,
-    choose_dtype,
+    choose_precision,
     memory_errors,
-    parse_device,
-    thread_choices,
 )
 from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
@@ -80,7 +79,7 @@ class TorchExecutor(BlockExecutor):
         self.span = span_model.span
         self.dtype = DTYPE_NAMES[layout.dtype]
         short = SHORT_DTYPES[self.dtype]
-        self.numerics = Numerics("torch", weights=short, dtype=short, cache_dtype=short)
+        self.numerics = Numerics("torch", weights=span_model.weights or short, dtype=short, cache_dtype=short)
         self.cache_bytes_per_token = layout.bytes_per_token
         self.page = PAGE
         self.max_positions = span_model.max_positions
@@ -115,19 +114,22 @@ class TorchExecutor(BlockExecutor):
         span: Span,
         *,
         dtype: str = "auto",
+        weights: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> TorchExecutor:
         """Load blocks ``span`` of a checkpoint. Blocks: call it in a thread.
 
-        Raise `InputError` for an unknown dtype or device, and what `load_span` raises.
+        ``weights`` is of `quantized_matrix.WEIGHT_TYPES`. Raise `InputError` for an unknown dtype or device
+        and for weights that the device cannot have, and what `load_span` raises.
         """
-        torch_device = parse_device(device)
-        torch_dtype = choose_dtype(dtype, checkpoint.config.get_text_config(decoder=True), torch_device)
+        how = choose_precision(checkpoint, dtype=dtype, weights=weights, device=device)
 
         def load(part: Span, progress: Progress | None) -> SpanModel:
-            return load_span(checkpoint, part, dtype=torch_dtype, device=torch_device, progress=progress)
+            return load_span(
+                checkpoint, part, dtype=how.dtype, device=how.device, weights=how.weights, progress=progress
+            )
 
         return cls(checkpoint.info, load(span, progress), load, threads=threads)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
-from swarmcore.executor.loader import BlockLoader, LoadSettings
-from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES, choose_dtype, parse_device
+from swarmcore.executor.loader import BlockLoader, LoadSettings, processor_name
+from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES, Precision, choose_precision, parse_device
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list, whole_config
+from swarmcore.executor.torch.quantized_layers import quantized_nbytes
+from swarmcore.executor.torch.quantized_matrix import WEIGHT_TYPES
 from swarmcore.placement.capacity import BlockNeeds
 from swarmcore.resources import limits
 from swarmcore.types import Progress, Span
@@ -21,6 +21,8 @@ from swarmcore.types import Progress, Span
 
 class TorchLoader(BlockLoader):
     """Blocks of a checkpoint, run by torch. Back ends that read the same checkpoints may subclass it."""
+
+    weight_types = WEIGHT_TYPES
 
     def __init__(self, settings: LoadSettings, *, progress: Progress | None = None) -> None:
         self.settings = settings
@@ -31,7 +33,11 @@ class TorchLoader(BlockLoader):
     def needs(self) -> BlockNeeds:
         settings = self.settings
         return block_needs(
-            self.checkpoint, dtype=settings.dtype, device=settings.device, batch_tokens=settings.batch_tokens
+            self.checkpoint,
+            dtype=settings.dtype,
+            weights=settings.weights,
+            device=settings.device,
+            batch_tokens=settings.batch_tokens,
         )
 
     def free_memory(self) -> int:
@@ -43,6 +49,7 @@ class TorchLoader(BlockLoader):
             self.checkpoint,
             span,
             dtype=settings.dtype,
+            weights=settings.weights,
             device=settings.device,
             threads=settings.threads,
             progress=progress,
@@ -50,36 +57,45 @@ class TorchLoader(BlockLoader):
 
     def speed_key(self) -> Mapping[str, str]:
         settings = self.settings
-        text = self.config.get_text_config(decoder=True)
+        how = choose_precision(
+            self.checkpoint, dtype=settings.dtype, weights=settings.weights, device=settings.device
+        )
         return {
-            "dtype": DTYPE_NAMES[choose_dtype(settings.dtype, text, parse_device(settings.device))],
+            "dtype": DTYPE_NAMES[how.dtype],
+            **({"weights": how.weights} if how.weights else {}),
             "device": device_name(settings.device),
             "threads": str(settings.threads or f"best of {torch.get_num_threads()}"),
             "torch": str(torch.__version__),
         }
 
 
-def block_needs(checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int) -> BlockNeeds:
+def block_needs(
+    checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int, weights: str = "auto"
+) -> BlockNeeds:
     """Memory for one block of the model in ``dtype`` on ``device``, with batches of ``batch_tokens``.
 
-    Weights are counted exactly; cache and backward pass are estimates, on the high side. Raise `InputError`
-    for an unknown dtype or device, `UnsupportedModelError` when transformers cannot build the blocks.
+    Weights are counted exactly (quantised ones on the high side, by less than a tenth); cache and backward
+    pass are estimates, on the high side. Raise `InputError` for an unknown dtype, device or kind of weights,
+    `UnsupportedModelError` when transformers cannot build the blocks.
     """
     config = checkpoint.config.get_text_config(decoder=True)
-    torch_device = parse_device(device)
-    torch_dtype = choose_dtype(dtype, config, torch_device)
-    weights = _largest_block(config)
+    how = choose_precision(checkpoint, dtype=dtype, weights=weights, device=device)
+    parameters, plain, largest = _largest_block(config, how)
     kept = getattr(config, "dtype", None) or torch.float32
     if isinstance(kept, str):
         kept = DTYPES.get(kept.removeprefix("torch."), torch.float32)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    one_by_one = bool(how.weights or checkpoint.stored_weights)
+    on_cpu = how.device.type == "cpu"  # on a GPU the checkpoint's bytes pass through the memory of the host
+    reading = parameters * kept.itemsize
     return BlockNeeds(
-        weights=weights * torch_dtype.itemsize,
-        cache_per_token=_cached_values(config) * torch_dtype.itemsize,
-        backward=batch_tokens * (8 * hidden + 3 * inner) * torch_dtype.itemsize,
-        # On a GPU the checkpoint's bytes pass through the memory of the host.
-        reading=weights * kept.itemsize if torch_device.type == "cpu" else 0,
+        weights=largest,
+        cache_per_token=_cached_values(config) * how.dtype.itemsize,
+        backward=batch_tokens * (8 * hidden + 3 * inner) * how.dtype.itemsize,
+        reading=reading if on_cpu and not one_by_one else 0,
+        # Plain weights: of a block that is loaded, and later of one product at a time.
+        once=(reading * on_cpu + plain) if one_by_one else 0,
     )
 
 
@@ -95,20 +111,22 @@ def device_name(device: str) -> str:
     """What the device is, as its maker calls it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(parse_device(device))
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
-def _largest_block(config: Any) -> int:
-    """How many parameters the largest block has: in some families not all are alike."""
+def _largest_block(config: Any, how: Precision) -> tuple[int, int, int]:
+    """Of the largest block its parameters, their bytes when plain and as they are kept.
+
+    In some families not all blocks are alike.
+    """
     _, base = find_base(build_on_meta(whole_config(config)))
     blocks = getattr(base, layer_list(base))
-    return max(sum(int(parameter.numel()) for parameter in block.parameters()) for block in blocks)
+    sizes = [sum(int(parameter.numel()) for parameter in block.parameters()) for block in blocks]
+    most = max(sizes)
+    plain = most * how.dtype.itemsize
+    if how.weights is None:
+        return most, plain, plain
+    return most, plain, quantized_nbytes(blocks[sizes.index(most)], how.weights, how.dtype)
 
 
 def _cached_values(config: Any) -> int:

@@ -63,17 +63,23 @@ class Blocks(Protocol):
     def forward(self, hidden: torch.Tensor, batch: AttentionBatch) -> torch.Tensor: ...
 
 
-def check_span(checkpoint: Checkpoint, span: Span, load: Callable[[Checkpoint, Span], Blocks]) -> None:
+def check_span(
+    checkpoint: Checkpoint,
+    span: Span,
+    load: Callable[[Checkpoint, Span], Blocks],
+    *,
+    how: str | None = None,
+) -> None:
     """Raise `UnsupportedModelError` when ``span``, as ``load`` makes it, computes other than the whole model.
 
-    ``load`` is given a small checkpoint of the same kind, to be loaded in float32 on the CPU. Returns at once
-    when this test has been passed before.
+    ``load`` is given a small checkpoint of the same kind, to be loaded in float32 on the CPU; ``how`` is
+    what is special about it. Returns at once when this test has been passed before.
     """
 
     def test(reference: Reference) -> str | None:
         return _difference(reference, span, load(reference, span))
 
-    check(checkpoint, f"blocks {span}", test)
+    check(checkpoint, f"blocks {span} ({how} weights)" if how else f"blocks {span}", test)
 
 
 def check(checkpoint: Checkpoint, part: str, test: Callable[[Reference], str | None]) -> None:

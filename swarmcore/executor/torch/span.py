@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from typing import Any
@@ -30,6 +31,8 @@ from swarmcore.executor.torch.partial_model import (
     misshapen,
     whole_config,
 )
+from swarmcore.executor.torch.quantized_layers import quantize
+from swarmcore.executor.torch.quantized_matrix import ExactMatrix
 from swarmcore.executor.torch.self_test import check_span
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.tensor_names import is_computed, text_tower, whole_numbers
@@ -39,8 +42,18 @@ from swarmcore.types import Progress, Span
 class SpanModel:
     """Blocks ``span`` of a model, ready to run."""
 
-    def __init__(self, base: Any, span: Span, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: Any,
+        span: Span,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: str | None = None,
+    ) -> None:
         self.span = span
+        self.weights = weights
+        """What those of its products are rounded to; None where they are in ``dtype``."""
         self.origin = span.start
         """The block that its layers' numbers count from."""
         self.max_positions = fixed_positions(base.config)
@@ -144,41 +157,84 @@ def load_span(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> SpanModel:
     """Read the tensors of ``span`` and make a model of them. Blocks for as long as that takes.
+
+    ``weights`` is what those of linear layers and experts are rounded to (`quantized_matrix.MATRICES`), block
+    by block as they are read: no more than one block is in memory in another form than it stays in.
 
     Before that, `self_test` has it tried in small. Raise `SpanError` for blocks that the model does not have,
     `UnsupportedModelError` for a family that cannot be served or does not pass, `CheckpointError` for missing
     or misshapen tensors, `InputError` when memory runs out, and what `Checkpoint.read` raises.
     """
     with loading_memory(checkpoint.name):
-        check_blocks(checkpoint, span)
-        return _load(checkpoint, span, dtype, device, progress)
+        check_blocks(checkpoint, span, quantized=weights is not None)
+        return _load(checkpoint, span, dtype, device, weights, progress)
 
 
-def check_blocks(checkpoint: Checkpoint, span: Span) -> None:
-    """Raise `UnsupportedModelError` when these blocks fail the self-test. Looks at the config alone."""
-    check_span(checkpoint, span, _load_small)
+def check_blocks(checkpoint: Checkpoint, span: Span, *, quantized: bool = False) -> None:
+    """Raise `UnsupportedModelError` when these blocks fail the self-test. Looks at the config alone.
+
+    With ``quantized`` they are tried in layers for quantised weights, on weights that are exact.
+    """
+    weights = ExactMatrix.kind if quantized else None
+    check_span(checkpoint, span, functools.partial(_load_small, weights=weights), how=weights)
 
 
-def _load_small(checkpoint: Checkpoint, span: Span) -> SpanModel:
-    return _load(checkpoint, span, torch.float32, torch.device("cpu"), None)
+def _load_small(checkpoint: Checkpoint, span: Span, weights: str | None = None) -> SpanModel:
+    return _load(checkpoint, span, torch.float32, torch.device("cpu"), weights, None)
 
 
 def _load(
-    checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device, progress: Progress | None
+    checkpoint: Checkpoint,
+    span: Span,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: str | None,
+    progress: Progress | None,
 ) -> SpanModel:
-    name, config = checkpoint.name, checkpoint.config
-    text = config.get_text_config(decoder=True)
-    blocks = text.num_hidden_layers
-    if not Span(0, blocks).covers(span):
-        raise SpanError(f"blocks {span} are not in {name}, which has blocks 0:{blocks}")
+    name = checkpoint.name
+    text = checkpoint.config.get_text_config(decoder=True)
+    if not Span(0, text.num_hidden_layers).covers(span):
+        raise SpanError(f"blocks {span} are not in {name}, which has blocks 0:{text.num_hidden_layers}")
     check_servable(text, name)
-    structure, whole = structure_of(text), whole_config(text)
+    structure = structure_of(text)
+    names = _block_tensors(checkpoint, structure, span)
+    one_by_one = weights is not None or checkpoint.stored_weights is not None
+    parts = [Span(block, block + 1) for block in span] if one_by_one else [span]
+    report = _Progress(progress, checkpoint.nbytes(names))
+    bases = []
+    for part in parts:
+        inner = {key: place for key, place in names.items() if place[0] in part}
+        base = _load_base(checkpoint, structure, part, inner, dtype, report)
+        base.to(device)
+        if weights is not None:
+            for index, block in enumerate(getattr(base, layer_list(base))):
+                quantize(block, weights, f"block {part.start + index} of {name}")
+        pack_linears(base)
+        bases.append(base)
+    base = _joined(bases, whole_config(text), span)
+    if weights is not None:
+        base.config._experts_implementation = "eager"  # one after the other
+    if replace := REPLACE_ATTENTION.get(text.model_type):
+        replace(base)
+    return SpanModel(base, span, name, device, dtype, weights)
+
+
+def _load_base(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    span: Span,
+    names: dict[str, tuple[int, str]],
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Any:
+    """The family's base model with the blocks ``span`` alone, whose tensors are ``names``."""
+    name, whole = checkpoint.name, whole_config(checkpoint.config.get_text_config(decoder=True))
     empty = build_on_meta(whole)
     blocks_path = f"{structure.base}.{structure.layers}"
-    names = _block_tensors(checkpoint, structure, span)
     tensors = checkpoint.read(names, progress=progress)
     tensors = {key: data for key, data in tensors.items() if not is_computed(key, data)}
     integers = {key for key, data in empty.state_dict().items() if not data.is_floating_point()}
@@ -204,12 +260,42 @@ def _load(
     base = model.get_submodule(structure.base)
     _keep_only_blocks(base, structure)
     base.config._attn_implementation = NAME
-    base.eval().requires_grad_(False).to(device)
-    if replace := REPLACE_ATTENTION.get(text.model_type):
-        replace(base)
-    del state, model
-    pack_linears(base)
-    return SpanModel(base, span, name, device, dtype)
+    return base.eval().requires_grad_(False)
+
+
+def _joined(bases: list[Any], whole: Any, span: Span) -> Any:
+    """One base model of all blocks of ``bases``, which have one each."""
+    base, layers = bases[0], layer_list(bases[0])
+    if len(bases) == 1:
+        return base
+    config = cut_config(whole, span)
+    config._attn_implementation = NAME
+    blocks = nn.ModuleList()
+    for index, part in enumerate(bases):
+        [block] = getattr(part, layers)
+        for module in block.modules():
+            if getattr(module, "config", None) is part.config:
+                module.config = config
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx += index
+        blocks.append(block)
+    setattr(base, layers, blocks)
+    base.config = config
+    return base
+
+
+class _Progress:
+    """Of several readings, as one."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._before = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(what, min(self._before + done, self._total), self._total)
+        if done >= total:
+            self._before += total
 
 
 def _block_tensors(checkpoint: Checkpoint, structure: Structure, span: Span) -> dict[str, tuple[int, str]]:

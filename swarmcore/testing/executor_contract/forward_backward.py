@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import pytest
 
-from swarmcore.errors import InvalidBatchError, SpanError
-from swarmcore.executor.base import BackwardPass, BlockExecutor, ForwardPass, TrainingBatch
+from swarmcore.errors import AdapterError, InvalidBatchError, SpanError
+from swarmcore.executor.base import BackwardPass, ForwardPass, TrainingBatch
 from swarmcore.testing.executor import Rows, hidden_states, read_rows
 from swarmcore.testing.executor_contract.harness import Driver, ExecutorHarness
-from swarmcore.types import Span
+from swarmcore.types import ADAPTERS, TRAINING, Numerics, Span
 
 Work = TypeVar("Work", ForwardPass, BackwardPass)
 
@@ -30,7 +30,7 @@ class ForwardBackwardContract(ExecutorHarness):
     @asynccontextmanager
     async def passes(self) -> AsyncIterator[Driver]:
         async with self.driver() as driver:
-            if type(driver.executor).forward is BlockExecutor.forward:
+            if TRAINING not in driver.executor.capabilities:
                 pytest.skip("this backend runs no passes")
             yield driver
 
@@ -59,6 +59,21 @@ class ForwardBackwardContract(ExecutorHarness):
         backward.close()
         assert backward.gradients is not None and not backward.weights
         return read_rows(backward.gradients)
+
+    async def test_what_it_cannot_do_is_refused(self) -> None:
+        async with self.driver() as driver:
+            executor = driver.executor
+            assert Numerics.parse(str(executor.numerics)) == executor.numerics
+            assert executor.capabilities <= {TRAINING, ADAPTERS}
+            if TRAINING not in executor.capabilities:
+                batch = self.batch(driver, self.rows(driver, sum(LENGTHS)))
+                with pytest.raises(InvalidBatchError):
+                    executor.forward(batch)
+                with pytest.raises(InvalidBatchError):
+                    executor.backward(batch, batch.hidden)
+            if ADAPTERS not in executor.capabilities:
+                with pytest.raises(AdapterError):
+                    await executor.load_adapter([], 1.0)
 
     async def test_results_have_the_shape_and_dtype_announced(self) -> None:
         async with self.passes() as driver:

@@ -25,7 +25,7 @@ from swarmcore.errors import (
 from swarmcore.routing.chain import Chain
 from swarmcore.routing.link_codec import LinkCodec, LinkDirection, Rung
 from swarmcore.testing.rows import hidden_states, read_rows
-from swarmcore.types import Span
+from swarmcore.types import Span, short
 from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor, register_codec
 
@@ -238,6 +238,23 @@ async def test_batches_that_are_too_large_or_want_an_unknown_adapter_find_nobody
         unknown = Work.of([(2,)], AdapterWeights(AdapterName(name="poems")))
         with pytest.raises((MissingBlocksError, AdapterNotFoundError)):
             await world.runner(patience=0).forward(WHOLE, unknown.batches)
+
+
+async def test_batches_pass_by_servers_that_cannot_train_or_take_no_adapters() -> None:
+    async with world_of("0:12") as world:
+        (able,) = world.servers.values()
+        unable = await world.add("0:12", speed=1000.0, able=())
+        frozen = await world.add("0:12", speed=1000.0, able=("training",))
+        await Work.of(adapter=adapter_of()).check(world.runner())
+        assert able.passes and not unable.passes and not frozen.passes
+        await able.node.close()
+        await able.registry.withdraw()
+        await Work.of().check(world.runner())
+        assert frozen.passes and not unable.passes
+        with pytest.raises(MissingBlocksError, match="no training or no adapters: ") as refused:
+            await world.runner(patience=0).forward(WHOLE, Work.of(adapter=adapter_of()).batches)
+        for server in unable, frozen:
+            assert f"{short(server.node.peer)} 0:12 (fake/f32)" in refused.value.message
 
 
 async def test_cancelling_leaves_nothing_behind() -> None:

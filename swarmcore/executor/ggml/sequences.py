@@ -1,0 +1,172 @@
+"""The sequences of an executor, and which sequence of llama.cpp's context each of them is."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+import attrs
+
+from swarmcore.errors import CacheFullError, InvalidStepError, ServerMemoryError, SessionLostError
+from swarmcore.executor.base import SequenceId
+from swarmcore.executor.ggml.span_model import CELLS, SCRATCH, SpanModel
+from swarmcore.types import Span
+
+LOST = "the attention cache of this sequence is lost on the server"
+
+
+@attrs.define(eq=False)
+class CachedSequence:
+    """One that has a reservation."""
+
+    id: SequenceId
+    slot: int | None = None
+    """Its number in the context; None as long as nothing is cached."""
+    span: Span | None = None
+    """The blocks that it goes through; with the slot."""
+    length: int = 0
+    lost: bool = False
+
+
+class Sequences:
+    """`reserve` and `release` are called on the event loop, all else in the compute thread.
+
+    The caller keeps them apart: nothing happens to a sequence while the compute thread works on it.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[SequenceId, CachedSequence] = {}
+        self._released = deque[CachedSequence]()
+        self._slots = list(range(SCRATCH))
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def reserve(self, sequence: SequenceId) -> None:
+        """Let there be such a sequence. Cells are taken as tokens come; the engine's budget bounds them."""
+        self._sequences.setdefault(sequence, CachedSequence(sequence))
+
+    def release(self, sequence: SequenceId) -> bool:
+        """Return whether there is something for `tidy` to do."""
+        entry = self._sequences.pop(sequence, None)
+        if entry is None:
+            return False
+        self._released.append(entry)
+        return entry.slot is not None
+
+    def entry(self, sequence: SequenceId) -> CachedSequence:
+        """Raise `SessionLostError` for one without a reservation, and one whose cache is gone."""
+        entry = self._sequences.get(sequence)
+        if entry is None:
+            raise SessionLostError(f"sequence {sequence} has been released")
+        if entry.lost:
+            raise SessionLostError(LOST)
+        return entry
+
+    def cached(self, sequence: SequenceId) -> CachedSequence:
+        """Raise `SessionLostError` for one without a cache."""
+        entry = self._sequences.get(sequence)
+        if entry is None or entry.slot is None:
+            raise SessionLostError(f"sequence {sequence} has no cache here")
+        return entry
+
+    def begin(self, entry: CachedSequence, span: Span) -> None:
+        """See to it that the sequence has a slot, for the blocks ``span``.
+
+        Raise `InvalidStepError` for blocks that it did not begin with, `CacheFullError` when no slot is free.
+        """
+        if entry.slot is None:
+            entry.slot, entry.span, entry.length = self._free_slot(), span, 0
+        elif entry.span != span:
+            raise InvalidStepError(
+                f"a sequence that began in blocks {entry.span} cannot go on in blocks {span}"
+            )
+
+    def cut(self, model: SpanModel, entry: CachedSequence, length: int) -> None:
+        """Roll the sequence back to ``length`` tokens; raise `SessionLostError` when that is not possible."""
+        if entry.slot is None or length >= entry.length:
+            return
+        entry.length = length
+        if not model.remove(entry.slot, length):
+            self.lose(model, entry)
+            raise SessionLostError(f"{LOST}: windows of attention have left what comes before token {length}")
+
+    def lose(self, model: SpanModel, entry: CachedSequence) -> None:
+        """Forget what the sequence has cached. Whoever goes on with it is told."""
+        self._give_back(model, entry)
+        entry.lost = True
+
+    def lose_slots(self, model: SpanModel, slots: set[int]) -> None:
+        for entry in list(self._sequences.values()):
+            if entry.slot in slots:
+                self.lose(model, entry)
+
+    def lose_all(self) -> None:
+        """What they had cached is gone already, with its context."""
+        self._released.clear()
+        self._slots = list(range(SCRATCH))
+        for entry in list(self._sequences.values()):
+            if entry.slot is not None:
+                entry.slot, entry.length, entry.lost = None, 0, True
+
+    def tidy(self, model: SpanModel) -> None:
+        """Forget what was released, and give memory back that is far too much."""
+        while self._released:
+            self._give_back(model, self._released.popleft())
+        cached = self.cached_tokens
+        if model.cells > CELLS and 4 * cached < model.cells:
+            with suppress(ServerMemoryError):  # for as long as both are there
+                model.resize(max(CELLS, 2 * cached))
+
+    @property
+    def cached_tokens(self) -> int:
+        """At most so many cells are in use: sequences may have some in common."""
+        return sum(entry.length for entry in list(self._sequences.values()))
+
+    def reorder(self, model: SpanModel, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
+        """As `BlockExecutor.reorder`. Nothing is copied: sequences have in common what they both hold."""
+        entries = [self.entry(sequence) for sequence in sequences]
+        copies: list[tuple[CachedSequence, int | None, Span | None, int]] = []
+        for entry, at in zip(entries, sources, strict=True):
+            source = entries[at]
+            if source is entry:
+                continue
+            slot = None
+            if source.slot is not None:
+                slot = self._free_slot()
+                model.copy(source.slot, slot, 0, source.length)
+            copies.append((entry, slot, source.span, source.length))
+        for entry, slot, span, length in copies:
+            self._give_back(model, entry)
+            entry.slot, entry.span, entry.length = slot, span, length
+
+    def share_prefix(self, model: SpanModel, source: SequenceId, target: SequenceId, tokens: int) -> None:
+        """As `BlockExecutor.share_prefix`."""
+        held, new = self.cached(source), self.entry(target)
+        assert held.slot is not None
+        if new.slot is not None or not 0 < tokens <= held.length:
+            raise InvalidStepError(
+                f"{tokens} tokens of a sequence of {held.length} cannot begin one of {new.length} tokens"
+            )
+        slot = self._free_slot()
+        model.copy(held.slot, slot, 0, tokens)
+        new.slot, new.span, new.length = slot, held.span, tokens
+
+    def clear(self) -> None:
+        self._sequences.clear()
+        self._released.clear()
+
+    def _free_slot(self) -> int:
+        if not self._slots:
+            raise CacheFullError(
+                f"llama.cpp holds {SCRATCH} sequences at a time, and there are so many; try again later, or "
+                f"another server"
+            )
+        return self._slots.pop()
+
+    def _give_back(self, model: SpanModel, entry: CachedSequence) -> None:
+        if entry.slot is not None:
+            model.remove(entry.slot, 0)
+            self._slots.append(entry.slot)
+        entry.slot, entry.span, entry.length = None, None, 0

@@ -1,0 +1,83 @@
+"""Models in GGUF on a hub: which is meant, and that only what is needed of it is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_gguf import write_random_gguf
+
+from swarmcore.checkpoint.download import Downloader
+from swarmcore.checkpoint.gguf_model import GgufModel, open_local
+from swarmcore.checkpoint.gguf_source import open_gguf, open_on_hub
+from swarmcore.checkpoint.hub import resolve
+from swarmcore.checkpoint.location import names_gguf
+from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.executor.ggml.span_file import span_file
+from swarmcore.types import Span
+
+HEADER = 256 * 1024
+
+
+@pytest.fixture
+def ggufs(hub: Any, tmp_path: Path) -> Path:
+    """The folder of ``someone/tiny-GGUF``, empty."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    hub.models["someone/tiny-GGUF"] = folder
+    return folder
+
+
+def open_there(hub: Any, cache: Path, tag: str | None = None) -> GgufModel:
+    listed = resolve("someone/tiny-GGUF", None, cache, hub.url)
+    return open_on_hub(listed, tag, cache, endpoint=hub.url, downloader=Downloader(backoff=0.001))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_only_the_span_is_downloaded(parts: int, hub: Any, ggufs: Path, tmp_path: Path) -> None:
+    local = open_local(write_random_gguf(ggufs / "tiny-F32.gguf", blocks=40, parts=parts))
+    there = open_there(hub, tmp_path)
+    assert there.info(tmp_path).fingerprint == local.info(tmp_path).fingerprint
+    headers = hub.sent
+    assert headers <= parts * HEADER
+    with (
+        span_file(there, Span(30, 32), cache=tmp_path / "one") as span,
+        span_file(local, Span(30, 32), cache=tmp_path / "other") as same,
+    ):
+        assert span.path.read_bytes() == same.path.read_bytes()
+        assert hub.sent - headers <= span.nbytes + 2 * 16384
+    sent = hub.sent
+    span_file(open_there(hub, tmp_path), Span(30, 32), cache=tmp_path / "one").close()
+    assert hub.sent == sent
+
+
+def test_which_model_is_meant(hub: Any, ggufs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="has no GGUF file"):
+        open_there(hub, tmp_path, "Q8_0")
+    (ggufs / "BF16").mkdir()
+    write_random_gguf(ggufs / "tiny-Q8_0.gguf", keys={"general.name": "small"})
+    write_random_gguf(ggufs / "BF16" / "tiny-BF16.gguf", parts=2)
+    write_random_gguf(ggufs / "mmproj-F16.gguf")
+    assert open_there(hub, tmp_path, "q8_0").value("general.name") == "small"
+    assert len(open_there(hub, tmp_path, "BF16").files) == 2
+    assert open_there(hub, tmp_path, "tiny-Q8_0").name == "someone/tiny-GGUF:tiny-Q8_0"
+    with pytest.raises(ModelNotFoundError, match=r"several GGUF models, tiny-BF16, tiny-Q8_0; .*GGUF:BF16$"):
+        open_there(hub, tmp_path)
+    with pytest.raises(ModelNotFoundError, match="no GGUF that is called Q4_K_M; it has tiny-BF16, "):
+        open_there(hub, tmp_path, "Q4_K_M")
+    (ggufs / "BF16" / "tiny-BF16-00002-of-00002.gguf").unlink()
+    with pytest.raises(CheckpointError, match="it has no BF16/tiny-BF16-00002"):
+        open_there(hub, tmp_path, "BF16")
+
+
+def test_what_is_no_gguf(tmp_path: Path) -> None:
+    for source in (str(tmp_path), str(tmp_path / "absent")):
+        with pytest.raises(ModelNotFoundError, match="is no GGUF file"):
+            open_gguf(source, cache_dir=tmp_path)
+
+
+def test_hub_models_in_gguf_are_told_by_their_names() -> None:
+    assert names_gguf("someone/tiny-GGUF")
+    assert names_gguf("someone/tiny:Q4_K_M")
+    assert not names_gguf("someone/tiny")
