@@ -60,7 +60,13 @@ async def _generate(
         text = await _stream(output, generation)
         if remote.route:
             show_route(output, swarm, model.info, generation.chain)
-        _report(output, generation, text, chain=str(generation.chain))
+        _report(
+            output,
+            generation,
+            text,
+            chain=str(generation.chain),
+            cached_tokens=generation.cached_tokens,
+        )
 
 
 async def _generate_thin(
@@ -84,7 +90,7 @@ async def _stream(output: Output, generation: TextStream) -> str:
     return "".join(pieces)
 
 
-def _report(output: Output, generation: TextStream, text: str, **made_by: str | None) -> None:
+def _report(output: Output, generation: TextStream, text: str, **made_by: str | int | None) -> None:
     output.event(
         "generated",
         text=text,

@@ -260,6 +260,7 @@ class RemoteModelOptions(ClientOptions):
     blocked_servers: tuple[PeerId, ...]
     max_hops: int | None
     journal: JournalMode
+    no_prefix_cache: bool
     patience: float
     route: bool
     wait: float
@@ -305,6 +306,10 @@ remote_model_options = gathered(
         default="client",
         help="Who keeps what lost servers are rebuilt from; servers spares this machine's downlink, with off "
         "a lost server ends the generation.",
+    ),
+    flag(
+        "--no-prefix-cache",
+        help="Compute all of the prompt, whatever servers have kept of it, and have them keep nothing.",
     ),
     number(
         "--patience",

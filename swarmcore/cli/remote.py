@@ -84,6 +84,7 @@ async def remote_model(
                 session_options=SessionOptions(
                     codec=options.codec,
                     journal=options.journal,
+                    prefix_cache=not options.no_prefix_cache,
                     patience=options.patience,
                     on_failover=partial(_show_failover, output),
                 ),

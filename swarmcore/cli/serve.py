@@ -252,7 +252,7 @@ def _report_online(output: Output, server: BlockServer) -> None:
     assert info.span is not None
     output.remark(f"speed: {server.speed.describe(len(info.span))}")
     output.remark(
-        f"online: blocks {info.span} of {info.model.blocks} of {info.model.name} in {info.dtype}, "
+        f"online: blocks {info.span} of {info.model.blocks} of {info.model.name} as {info.numerics}, "
         f"cache for {info.cache_tokens} tokens, at"
     )
     output.event(
@@ -265,6 +265,8 @@ def _report_online(output: Output, server: BlockServer) -> None:
         blocks=str(info.span),
         blocks_in_all=info.model.blocks,
         dtype=info.dtype,
+        numerics=info.numerics,
+        capabilities=info.capabilities,
         cache_tokens=info.cache_tokens,
         throughput=info.throughput,
     )

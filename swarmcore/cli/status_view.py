@@ -154,7 +154,7 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[Pe
             str(server.sessions),
             f"{server.throughput:,.0f}" if server.throughput else "-",
             cache,
-            *([str(server.computes or "-")] if some_differ else []),
+            *([_short(server.computes)] if some_differ else []),
             *([paths.get(server.peer, "")] if some_indirect else []),
             Text(server.public_name[:24]),
         )
@@ -175,7 +175,10 @@ def _details(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips)
         *server.addresses,
         f"round trip {1000 * trip:.1f} ms{f', {path}' if path else ''}" if trip is not None else "no answer",
         ", ".join(filter(None, speeds)),
-        f"can do {', '.join(('inference', *server.capabilities))}" if server.span else "",
+        f"computes as {server.computes or 'it does not say'}, can do "
+        f"{', '.join(('inference', *server.capabilities))}"
+        if server.span
+        else "",
         f"from {server.model.source}" if server.model is not None and server.model.source else "",
     ]
     text = Text(str(server.peer), style="bold", overflow="fold")
@@ -195,6 +198,10 @@ def _diagnostics(servers: list[ServerInfo], diagnostics: Diagnostics) -> list[Re
 def _numerics(servers: list[ServerInfo]) -> list[Numerics]:
     """How they compute, those that say so; each way once."""
     return list(dict.fromkeys(server.computes for server in servers if server.computes))
+
+
+def _short(numerics: Numerics | None) -> str:
+    return f"{numerics.executor}/{numerics.weights}" if numerics else "-"
 
 
 def _names(servers: list[ServerInfo]) -> str:

@@ -239,7 +239,7 @@ class Engine:
         try:
             await answer
             check_held(span, self.executor.span)  # which may have changed in the meantime
-            if any(names) and self.prefixes.enabled:
+            if names and self.prefixes.enabled:
                 await self._transfer.begin_with(
                     self._sessions[session], scope or PrefixScope(caller, span), names
                 )
@@ -327,7 +327,7 @@ class Engine:
         )
         answer.add_done_callback(partial(self._answered, step))
         if step.decode:
-            self._window.arrived(session, now)
+            self._window.arrived(session, now, found.span)
         self._sessions.submit(step, now)
         self._carry_on()
         return answer

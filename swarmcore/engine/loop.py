@@ -87,16 +87,22 @@ class BatchLoop:
 
     async def _wait_for_decodes(self) -> None:
         """Give decode steps that are about to come the time to join the next batch, where that pays."""
-        if not (here := self._scheduler.decode_waiting):
-            return
-        wait = self._window.wait(here, self._stats.decode_seconds, loop_time())
-        if wait is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(wait.until):
-                while 0 < self._scheduler.decode_waiting < wait.steps and not self._stopping:
-                    self._wake.clear()
-                    await self._wake.wait()
+        since = now = loop_time()
+        waited_for = None
+        while not self._stopping:
+            span, here = self._scheduler.decode_waiting
+            wait = self._window.wait(here, since, now, span) if here else None
+            if wait is None:
+                break
+            waited_for = here if waited_for is None else waited_for
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(wait.until):
+                    while 0 < self._scheduler.decode_waiting[1] < wait.steps and not self._stopping:
+                        self._wake.clear()
+                        await self._wake.wait()
+            now = loop_time()
+        if waited_for is not None:
+            self._stats.note_window(now - since, self._scheduler.decode_waiting[1] > waited_for, now)
 
     async def _run(self, batch: ScheduledBatch[SessionStep]) -> None:
         started = loop_time()
@@ -105,7 +111,9 @@ class BatchLoop:
         computed = iter(await self._results(chunks))
         results = [errors.get(number) or next(computed) for number in range(len(batch.chunks))]
         now = loop_time()
-        self._stats.note_batch(batch.tokens, now - started, batch.decode_only)
+        self._stats.note_batch(batch.tokens, now - started, batch.decode_only, now)
+        if batch.decode_only:
+            self._window.passes.note(len(batch.steps), now - started)
         self._prefill.note_batch(
             sum(
                 chunk.tokens for step, chunk in zip(batch.steps, batch.chunks, strict=True) if not step.decode

@@ -106,11 +106,13 @@ class Scheduler(Generic[StepT]):
         return sum(len(queue.decode) + len(queue.prefill) for queue in self._queues.values())
 
     @property
-    def decode_waiting(self) -> int:
-        """How many decode steps wait; 0 when any prefill does."""
-        if any(queue.prefill for queue in self._queues.values()):
-            return 0
-        return sum(len(queue.decode) for queue in self._queues.values())
+    def decode_waiting(self) -> tuple[Span | None, int]:
+        """Through which span the next batch goes, and how many decode steps wait for it; 0 when any prefill
+        waits."""
+        if not self._queues or any(queue.prefill for queue in self._queues.values()):
+            return None, 0
+        span, queue = self._next()
+        return span, len(queue.decode)
 
     def add(self, step: StepT) -> None:
         """The step may run from now on."""
@@ -138,15 +140,19 @@ class Scheduler(Generic[StepT]):
             self.remove(step)
         if not self._queues:
             return batch
-        for queue in self._queues.values():
-            queue.passed_over += 1
-        span, queue = max(self._queues.items(), key=lambda item: item[1].urgency())
+        span, queue = self._next()
+        for other in self._queues.values():
+            other.passed_over += 1
         queue.passed_over = 0
         self._fill(batch, queue)
         self._drop_empty(span, queue)
         callers = {step.caller for queue in self._queues.values() for step in _all(queue)}
         self._given = {caller: rows for caller, rows in self._given.items() if caller in callers}
         return batch
+
+    def _next(self) -> tuple[Span, _SpanQueue[StepT]]:
+        """The span whose turn it is."""
+        return max(self._queues.items(), key=lambda item: item[1].urgency())
 
     def _fill(self, batch: ScheduledBatch[StepT], queue: _SpanQueue[StepT]) -> None:
         kept = max(self.max_batch_tokens // PREFILL_SHARE, 1) if queue.prefill else 0

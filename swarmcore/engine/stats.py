@@ -15,6 +15,31 @@ QUEUE_MEMORY = 30.0
 """Seconds in which the average wait of decode steps fades to a third when no more of them come."""
 
 
+RECENT = 15.0
+"""Seconds after which what batches did counts a third of what it did."""
+
+
+@attrs.define
+class _Recent:
+    """What batches did of late: sums that fade."""
+
+    batches: float = 0.0
+    tokens: float = 0.0
+    busy: float = 0.0
+    waited: float = 0.0
+    _at: float = 0.0
+
+    def add(
+        self, now: float, *, batches: float = 0.0, tokens: float = 0.0, busy: float = 0.0, waited: float = 0.0
+    ) -> None:
+        left = math.exp((self._at - now) / RECENT)
+        self._at = now
+        self.batches = left * self.batches + batches
+        self.tokens = left * self.tokens + tokens
+        self.busy = left * self.busy + busy
+        self.waited = left * self.waited + waited
+
+
 @attrs.define
 class EngineStats:
     """Counts since start; rates are running averages over the last batches."""
@@ -22,6 +47,18 @@ class EngineStats:
     steps: int = 0
     tokens: int = 0
     batches: int = 0
+    batch_seconds: float = 0.0
+    """Time at work on batches."""
+    decode_batches: int = 0
+    """Batches of decode steps alone."""
+    decode_tokens: int = 0
+    """Tokens in these."""
+    batch_waits: int = 0
+    """Batches of decode steps that waited for more of them."""
+    batch_waits_in_vain: int = 0
+    """Those of them for which none came."""
+    batch_wait_seconds: float = 0.0
+    """Time that they waited, together."""
     steps_failed: int = 0
     """Steps that were accepted and then failed, expired or were cancelled."""
     refusals: int = 0
@@ -49,6 +86,7 @@ class EngineStats:
     queue_seconds: float = 0.0
     """Seconds that a decode step waits until its first batch starts; see `queue_seconds_at`."""
     _waited_at: float = attrs.field(default=0.0, repr=False)
+    _recent: _Recent = attrs.field(factory=_Recent, repr=False)
 
     @property
     def mean_batch(self) -> float:
@@ -60,15 +98,28 @@ class EngineStats:
         """Seconds that a batch of decode steps takes; 0 until one has been measured."""
         return 1 / self.decode_rps if self.decode_rps else 0.0
 
-    def note_batch(self, tokens: int, seconds: float, decode_only: bool) -> None:
+    def note_batch(self, tokens: int, seconds: float, decode_only: bool, now: float) -> None:
+        """A batch is through; whether it was one of decode steps alone."""
         self.batches += 1
         self.tokens += tokens
+        self.batch_seconds += seconds
+        if decode_only:
+            self.decode_batches += 1
+            self.decode_tokens += tokens
+        self._recent.add(now, batches=1.0, tokens=tokens, busy=seconds)
         if seconds <= 0:
             return
         if decode_only:
             self.decode_rps = _average(self.decode_rps, 1 / seconds)
         else:
             self.forward_rps = _average(self.forward_rps, tokens / seconds)
+
+    def note_window(self, seconds: float, more_came: bool, now: float) -> None:
+        """A batch of decode steps waited so long for more of them."""
+        self._recent.add(now, waited=seconds)
+        self.batch_waits += 1
+        self.batch_waits_in_vain += not more_came
+        self.batch_wait_seconds += seconds
 
     def note_unit(self, seconds: float) -> None:
         """A unit of a pass was computed."""
@@ -92,6 +143,19 @@ class EngineStats:
     def queue_seconds_at(self, now: float) -> float:
         """`queue_seconds`, fading since the last step: a queue that keeps everyone away is soon gone."""
         return self.queue_seconds * math.exp((self._waited_at - now) / QUEUE_MEMORY)
+
+    def recent(self, now: float) -> str:
+        """How batches have been of late, in words; empty when there were next to none."""
+        recent = self._recent
+        recent.add(now)
+        if recent.batches < 0.5:
+            return ""
+        batches, busy, waited = recent.batches / RECENT, recent.busy / RECENT, recent.waited / RECENT
+        size = recent.tokens / recent.batches
+        return (
+            f"{batches:.1f} batches/s of {size:.1f} tokens: {busy:.0%} of the time at work, {waited:.0%} "
+            f"waiting for more steps"
+        )
 
     def counters(self) -> dict[str, float]:
         """Everything by name, for `InfoReply` and metrics."""

@@ -128,6 +128,7 @@ class TextModel(Protocol):
         *,
         adapter: str | None = None,
         so_far: Sequence[int] = (),
+        namespace: str = "",
         **options: Unpack[GenerationOptions],
     ) -> TextStream: ...
 
@@ -264,7 +265,7 @@ class GenerationService:
         had = sent = len(request.so_far)
         adapter = request.adapter or None
         async with self.model.generate(
-            encoded, adapter=adapter, so_far=request.so_far, **options
+            encoded, adapter=adapter, so_far=request.so_far, namespace=channel.remote, **options
         ) as generation:
             async for text in generation:
                 tokens = tuple(generation.tokens[sent:])

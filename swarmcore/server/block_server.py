@@ -30,7 +30,7 @@ from swarmcore.server.rebalancing import Rebalancing
 from swarmcore.server.successor_rtts import SuccessorRtts
 from swarmcore.server.throughput import ServerSpeed
 from swarmcore.sources import announced_source
-from swarmcore.tasks import cancel_and_wait
+from swarmcore.tasks import cancel_and_wait, loop_time
 from swarmcore.types import ADAPTERS, TRAINING, ModelInfo, PeerId, ServerInfo, ServerState, Span, short
 from swarmcore.wire.messages import InfoReply, InfoRequest
 from swarmcore.wire.method import Caller
@@ -374,8 +374,9 @@ class BlockServer:
             services += self.service.counters
         counted = {**self.engine.counters, **services, "moves": self.moves}
         counters = {name: float(count) for name, count in counted.items()} | self.node.measures
-        uptime = asyncio.get_running_loop().time() - self._started_at
-        return InfoReply(self.info, uptime, counters, self.notes, self.node.resources.snapshot())
+        now = loop_time()
+        notes = (*self.notes, *filter(None, [self.engine.stats.recent(now)]))
+        return InfoReply(self.info, now - self._started_at, counters, notes, self.node.resources.snapshot())
 
 
 def _is_number(throughput: float | str) -> TypeGuard[float]:

@@ -214,13 +214,18 @@ class Model(Face):
         max_tokens: int = 1024,
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
+        namespace: str = "",
     ) -> Session:
         """A session for hand-made loops, or for several turns of `generate`: ``with model.session()``."""
         return Session(
             self.loop,
             self.loop.run(
                 self.asynchronous.session(
-                    sequences=sequences, max_tokens=max_tokens, adapter=adapter, soft_prompt=soft_prompt
+                    sequences=sequences,
+                    max_tokens=max_tokens,
+                    adapter=adapter,
+                    soft_prompt=soft_prompt,
+                    namespace=namespace,
                 ).open()
             ),
         )
@@ -233,6 +238,7 @@ class Model(Face):
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
         so_far: Sequence[int] = (),
+        namespace: str = "",
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Continue a text, or answer chat messages: iterate over its pieces as they come, or take `text`."""
@@ -240,7 +246,13 @@ class Model(Face):
         return Generation(
             self.loop,
             self.asynchronous.generate(
-                prompt, session=inner, adapter=adapter, soft_prompt=soft_prompt, so_far=so_far, **options
+                prompt,
+                session=inner,
+                adapter=adapter,
+                soft_prompt=soft_prompt,
+                so_far=so_far,
+                namespace=namespace,
+                **options,
             ),
         )
 
@@ -360,6 +372,11 @@ class Generation(Text):
     """`swarmcore.Generation`, waiting."""
 
     asynchronous: _generation.Generation
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that servers had computed before, in its session or an earlier one."""
+        return self.asynchronous.cached_tokens
 
     @property
     def chain(self) -> Chain:

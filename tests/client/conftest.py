@@ -39,11 +39,18 @@ class WholeModelSession:
         self.plain = plain
         self.sequences = sequences
         self.chain = Chain(())
+        self.numerics = ()
+        self.cached = (0,) * sequences
         self.rows = [torch.empty(0, plain.config.hidden_size) for _ in range(sequences)]
         self.sent: list[tuple[int, ...]] = []
         """The lengths of every step."""
         self.closed = False
         self.stepped: Callable[[], Awaitable[None]] | None = None
+        self.prompts: Sequence[Sequence[int]] = ()
+        """What it was opened with."""
+        self.namespace = ""
+        self.named: list[list[int]] = []
+        """What it consisted of when it was last said."""
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -75,6 +82,9 @@ class WholeModelSession:
         if self.stepped is not None:
             await self.stepped()
         return to_wire("hidden", torch.cat(outputs))
+
+    async def name_pages(self, tokens: Sequence[Sequence[int]]) -> None:
+        self.named = [list(each) for each in tokens]
 
     async def close(self) -> None:
         self.closed = True
@@ -114,8 +124,17 @@ class Sessions:
         self.opened: list[WholeModelSession] = []
         self.stepped: Callable[[], Awaitable[None]] | None = None
 
-    async def __call__(self, *, sequences: int, max_tokens: int, adapter: None = None) -> WholeModelSession:
+    async def __call__(
+        self,
+        *,
+        sequences: int,
+        max_tokens: int,
+        adapter: None = None,
+        prompts: Sequence[Sequence[int]] = (),
+        namespace: str = "",
+    ) -> WholeModelSession:
         session = WholeModelSession(self.plain, sequences)
+        session.prompts, session.namespace = prompts, namespace
         session.stepped = self.stepped
         self.opened.append(session)
         return session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
@@ -35,9 +35,9 @@ class Chat(Generic[Answer]):
         generate: Callable[..., Answer],
         system: str | None,
         *,
-        open_session: Callable[[], Awaitable[ModelSession]] | None = None,
+        open_session: Callable[[], ModelSession] | None = None,
     ) -> None:
-        """``generate`` is given the messages and settings, and a session where there is one."""
+        """``generate`` is given the messages and settings, and a session to open where there is one."""
         self.messages = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
@@ -86,7 +86,7 @@ class Chat(Generic[Answer]):
         self.messages.append({"role": "user", "content": text})
         try:
             if self._open_session is not None and self._session is None:
-                self._session = await self._open_session()
+                self._session = self._open_session()
             session = {} if self._session is None else {"session": self._session}
             self.generation = self._generate(list(self.messages), **session, **options)
             async with aclosing(self.generation) as pieces:

@@ -1,16 +1,18 @@
 """The client's torch work: one thread for each model, in which what waits together is done together.
 
 The head's matrix product reads the whole vocabulary matrix, for one row or for fifty: generations that run at
-the same time share it.
+the same time share it, and those whose rows are about to come are waited for where that pays.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import itertools
 import math
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,11 +21,13 @@ import torch
 
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.client.generation.sampling import Sampler, sample
+from swarmcore.engine.batch_window import BatchWindow
 from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.loader import thread_choices
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
 from swarmcore.executor.torch.wire_tensors import to_torch
+from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
 
 P = ParamSpec("P")
@@ -46,6 +50,8 @@ class _Job:
     samplers: Sequence[Sampler] | None = None
     ids: Sequence[int] = ()
     positions: Sequence[int] = ()
+    generation: Hashable = None
+    """Whose choice it is, where the same one comes again and again."""
     result: Any = None
     error: Exception | None = None
 
@@ -67,6 +73,12 @@ class ModelCompute:
         self._parts: LocalParts | None = None
         self._waiting: list[_Job] = []
         self._running: asyncio.Future[None] | None = None
+        # What shares a pass here came in one from the servers: no groups are made of it that take turns.
+        self._window = BatchWindow(turns=False)
+        self._ready_since: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._wanted = 0
+        """Choices for which the timer is not waited for any longer."""
         self._closed = False
         self.batches = 0
         """Batches computed so far."""
@@ -99,15 +111,30 @@ class ModelCompute:
         logits: torch.Tensor = await self._submit(_Job(_future(), hidden))
         return logits
 
+    @contextlib.contextmanager
+    def generating(self, generation: Hashable) -> Iterator[None]:
+        """Within it ``generation`` calls `next_tokens` again and again."""
+        try:
+            yield
+        finally:
+            self._window.closed(generation)
+
     async def next_tokens(
-        self, hidden: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]
+        self,
+        hidden: Tensor,
+        samplers: Sequence[Sampler],
+        positions: Sequence[int],
+        generation: Hashable = None,
     ) -> tuple[list[int], torch.Tensor]:
         """Choose a token for each row of ``hidden`` and embed it for ``positions``, in one pass.
 
-        Return the tokens, and their embeddings ``[rows, hidden size]``.
+        Return the tokens, and their embeddings ``[rows, hidden size]``. Within `generating` it may wait for
+        other generations whose rows are about to come, for a part of the time that the pass takes.
         """
+        if generation is not None:
+            self._window.arrived(generation, loop_time())
         chosen: tuple[list[int], torch.Tensor] = await self._submit(
-            _Job(_future(), hidden, samplers, positions=positions)
+            _Job(_future(), hidden, samplers, positions=positions, generation=generation)
         )
         return chosen
 
@@ -118,6 +145,7 @@ class ModelCompute:
             if not job.done.done():
                 job.done.set_exception(SessionLostError("the model was closed"))
         self._waiting.clear()
+        self._stop_timer()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._running is not None:
             await asyncio.wait([self._running])
@@ -132,12 +160,35 @@ class ModelCompute:
             # Not at once: answers that arrived in the same turn of the loop are to share the pass.
             asyncio.get_running_loop().call_soon(self._start)
         self._waiting.append(job)
+        if self._timer is not None and (job.generation is None or len(self._waiting) >= self._wanted):
+            self._stop_timer()
+            asyncio.get_running_loop().call_soon(self._start)
         return await job.done
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _holds_back(self) -> bool:
+        """Whether what waits is joined by more before long; `_start` is called again then."""
+        if not all(job.generation is not None for job in self._waiting):
+            return False
+        now = loop_time()
+        if self._ready_since is None:
+            self._ready_since = now
+        wait = self._window.wait(len(self._waiting), self._ready_since, now)
+        if wait is not None:
+            self._wanted = wait.steps
+            self._timer = asyncio.get_running_loop().call_at(wait.until, self._start)
+        return wait is not None
+
     def _start(self) -> None:
+        self._stop_timer()
         self._waiting = [job for job in self._waiting if not job.done.done()]
-        if self._running is not None or not self._waiting:
+        if self._running is not None or not self._waiting or self._holds_back():
             return
+        self._ready_since = None
         count, rows = 1, self._waiting[0].rows
         while count < len(self._waiting) and rows + self._waiting[count].rows <= MAX_ROWS:
             rows += self._waiting[count].rows
@@ -145,11 +196,17 @@ class ModelCompute:
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         loop = asyncio.get_running_loop()
         self._running = loop.run_in_executor(self._pool, _run, self.parts, batch)
-        self._running.add_done_callback(functools.partial(self._finished, batch))
+        self._running.add_done_callback(functools.partial(self._finished, batch, loop.time()))
 
-    def _finished(self, batch: Sequence[_Job], future: asyncio.Future[None]) -> None:
+    def _finished(self, batch: Sequence[_Job], began: float, future: asyncio.Future[None]) -> None:
         self._running = None
         self.batches += 1
+        now = loop_time()
+        if all(job.generation is not None for job in batch):
+            self._window.passes.note(len(batch), now - began)
+        for job in batch:
+            if job.generation is not None:
+                self._window.answered(job.generation, now)
         failure = None if future.cancelled() else future.exception()
         for job in batch:
             if job.done.done():
@@ -222,16 +279,23 @@ def _run(parts: LocalParts, batch: Sequence[_Job]) -> None:
 
 def _run_heads(parts: LocalParts, heads: Sequence[tuple[_Job, torch.Tensor]]) -> None:
     hidden = heads[0][1] if len(heads) == 1 else torch.cat([rows.to(parts.dtype) for _, rows in heads])
-    logits = parts.logits(hidden)
+    logits = parts.scores(hidden)
+    choosing, chosen_from = [], []
     for (job, _), rows in zip(heads, torch.split(logits, [len(rows) for _, rows in heads]), strict=True):
         if job.samplers is None:
             # Its own memory: a caller who keeps it should not keep the whole batch.
-            job.result = rows if len(heads) == 1 else rows.clone()
-            continue
-        try:
-            job.ids = sample(rows, job.samplers)
-        except Exception as exc:  # a caller's own logits processor may raise anything
-            job.error = exc
+            job.result = rows.to(torch.float32, copy=len(heads) > 1)
+        else:
+            choosing.append((job, job.samplers))
+            chosen_from.append(rows)
+    if not choosing:
+        return
+    rows = logits if len(choosing) == len(heads) else torch.cat(chosen_from)
+    chosen = iter(sample(rows, [sampler for _, samplers in choosing for sampler in samplers]))
+    for job, samplers in choosing:
+        ids = list(itertools.islice(chosen, len(samplers)))
+        job.error = next((choice for choice in ids if isinstance(choice, Exception)), None)
+        job.ids = [choice for choice in ids if not isinstance(choice, Exception)]
 
 
 def _checked(hidden: Tensor, hidden_size: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import nullcontext
+from contextlib import AsyncExitStack
 from typing import Any
 
 import attrs
@@ -90,30 +90,43 @@ async def generate_pieces(
     continuations = await prepare()
     if all(continuation.finished for continuation in continuations):
         return
-    async with open_session(continuations) if session is None else nullcontext(session) as used:
+    prompts = [continuation.prompt.tokens + continuation.tokens for continuation in continuations]
+    async with AsyncExitStack() as stack:
+        used = session
+        if used is None:
+            used = open_session(continuations)
+            stack.push_async_callback(used.close)
         with used.exclusive():
+            await used.open(prompts)
             run.chain, run.numerics = used.chain, used.numerics
-            async for found in _steps(continuations, compute, used):
-                yield found
+            with compute.generating(run):
+                async for found in _steps(run, continuations, prompts, compute, used):
+                    yield found
             run.chain, run.numerics = used.chain, used.numerics
+            await used.name_pages()
 
 
 async def _steps(
-    continuations: list[Continuation], compute: ModelCompute, session: ModelSession
+    run: GenerationRun,
+    continuations: list[Continuation],
+    prompts: list[list[int]],
+    compute: ModelCompute,
+    session: ModelSession,
 ) -> AsyncGenerator[tuple[int, str], None]:
     last_position = (compute.parts.max_positions or 2**62) - 1
-    new = session.reuse_prefix(
-        [continuation.prompt.tokens + continuation.tokens for continuation in continuations]
-    )
+    new = session.reuse_prefix(prompts)
     hidden = await session.embed(new)
     running = list(enumerate(continuations))
-    while running:
-        output = await session.step_embedded(new, hidden)
+    output = await session.step_embedded(new, hidden)
+    for continuation, prompt, sent, cached in zip(continuations, prompts, new, session.cached, strict=True):
+        continuation.generated.cached_tokens = len(prompt) - len(sent) + cached
+    while True:
         tokens, hidden = await compute.next_tokens(
             output,
             [continuation.sampler for _, continuation in running],
             # A token that ends its text at the model's limit is embedded too, and thrown away.
             [min(session.offset + continuation.length, last_position) for _, continuation in running],
+            run,
         )
         pieces = [continuation.take(token) for (_, continuation), token in zip(running, tokens, strict=True)]
         for (index, _), piece in zip(running, pieces, strict=True):
@@ -123,7 +136,10 @@ async def _steps(
         if len(rows) < len(running):
             running = [running[row] for row in rows]
             hidden = hidden[rows]
+        if not running:
+            return
         new = [[] if c.finished else c.tokens[-1:] for c in continuations]
+        output = await session.step_embedded(new, hidden)
 
 
 class Generation(TextStream):
@@ -137,6 +153,11 @@ class Generation(TextStream):
     def __init__(self, run: GenerationRun, pieces: AsyncGenerator[tuple[int, str], None]) -> None:
         super().__init__(run.texts[0], pieces)
         self._run = run
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that servers had computed before, in its session or an earlier one."""
+        return self._text.cached_tokens
 
     @property
     def chain(self) -> Chain:
@@ -177,6 +198,11 @@ class BatchGeneration(GenerationStream[tuple[int, str]]):
     def prompt_tokens(self) -> list[int]:
         """Tokens of each prompt; 0 before it starts."""
         return [text.prompt_tokens for text in self._texts]
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """Tokens of each prompt that servers had computed before."""
+        return [text.cached_tokens for text in self._texts]
 
     @property
     def finish_reasons(self) -> list[FinishReason | None]:

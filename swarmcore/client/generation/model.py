@@ -186,12 +186,14 @@ class RemoteModel:
         max_tokens: int = 1024,
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
+        namespace: str = "",
     ) -> ModelSession:
         """A session for hand-made loops, or for several turns of `generate`: ``async with model.session()``.
 
         ``max_tokens`` is what each sequence is expected to grow to; it is no limit. ``adapter`` is one of the
         client's own, as it is now, or the name of one that servers have; a ``soft_prompt`` goes before the
-        tokens of every sequence. Raise `AdapterError` for a soft prompt of another model.
+        tokens of every sequence. ``namespace`` keeps what servers cache of it apart from that of others, such
+        as of other users of a service. Raise `AdapterError` for a soft prompt of another model.
         """
         weights = snapshot(adapter, Span(0, self.info.blocks))
         if soft_prompt is not None and soft_prompt.hidden_size != self.info.hidden_size:
@@ -207,6 +209,7 @@ class RemoteModel:
             on_close=self._sessions.discard,
             soft_prompt=None if soft_prompt is None else soft_prompt.embeddings.detach().clone(),
             prefix_tokens=0 if adapter is None or isinstance(adapter, str) else adapter.prefix_tokens,
+            namespace=namespace,
         )
         self._sessions.add(session)
         return session
@@ -225,6 +228,7 @@ class RemoteModel:
         adapter: BlockAdapter | str | None = None,
         soft_prompt: SoftPrompt | None = None,
         so_far: Sequence[int] = (),
+        namespace: str = "",
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Continue a text, or answer chat messages: iterate over its pieces as they come, or await it whole.
@@ -235,7 +239,7 @@ class RemoteModel:
 
         ``prompt`` is always the whole context; with a ``session`` (of one sequence) what it has in common
         with the session's tokens is not sent again. Without one, a session is opened and closed here, with
-        ``adapter`` and ``soft_prompt`` as in `session`.
+        ``adapter``, ``soft_prompt`` and ``namespace`` as in `session`.
 
         ``so_far`` are the tokens of an answer that broke off, to the same prompt with the same settings: it
         goes on where that was, greedy or with the same seed with what would have come next. The pieces are of
@@ -246,7 +250,7 @@ class RemoteModel:
         """
         run = GenerationRun([GeneratedText()])
         settings = GenerationSettings.of(options)
-        pieces = self._pieces(run, [prompt], settings, session, adapter, soft_prompt, so_far)
+        pieces = self._pieces(run, [prompt], settings, session, adapter, soft_prompt, so_far, namespace)
         return Generation(run, pieces)
 
     def generate_batch(
@@ -274,7 +278,7 @@ class RemoteModel:
 
     def chat(self, *, system: str | None = None) -> Chat[Generation]:
         """A conversation: ``async with model.chat() as chat: async for piece in chat.say("Hello")``."""
-        return Chat(self.generate, system, open_session=lambda: self.session().open())
+        return Chat(self.generate, system, open_session=self.session)
 
     def _pieces(
         self,
@@ -285,6 +289,7 @@ class RemoteModel:
         adapter: BlockAdapter | str | None,
         soft_prompt: SoftPrompt | None,
         so_far: Sequence[int] = (),
+        namespace: str = "",
     ) -> AsyncGenerator[tuple[int, str], None]:
         if session is not None and (adapter is not None or soft_prompt is not None):
             raise InputError("a session has its adapter and soft prompt for life; pass them to model.session")
@@ -306,7 +311,11 @@ class RemoteModel:
         def open_session(continuations: list[Continuation]) -> ModelSession:
             longest = max(continuation.max_length for continuation in continuations)
             return self.session(
-                sequences=len(continuations), max_tokens=longest, adapter=adapter, soft_prompt=soft_prompt
+                sequences=len(continuations),
+                max_tokens=longest,
+                adapter=adapter,
+                soft_prompt=soft_prompt,
+                namespace=namespace,
             )
 
         return generate_pieces(run, self._compute, prepare, session, open_session)

@@ -76,15 +76,28 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token for each row of ``[rows, vocabulary]`` logits in float32. Raise as `Sampler.sample`."""
-    if all(sampler.takes_likeliest for sampler in samplers):
-        best, tokens = logits.max(-1)
-        for value in best.tolist():
-            _check(value)
-        likeliest: list[int] = tokens.tolist()
-        return likeliest
-    return [sampler.sample(row) for sampler, row in zip(samplers, logits, strict=True)]
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """One token for each row of ``[rows, vocabulary]`` logits, of any dtype, which may be overwritten; or why
+    there is none, which is what `Sampler.sample` raises and whatever a caller's own processors do.
+
+    The likeliest tokens are found for all rows at once, as they are; only rows that more is done with are
+    turned into float32.
+    """
+    best: list[float] = []
+    tokens: list[int] = []
+    if any(sampler.takes_likeliest for sampler in samplers):
+        best, tokens = (found.tolist() for found in logits.max(-1))
+    chosen: list[int | Exception] = []
+    for row, sampler in enumerate(samplers):
+        try:
+            if sampler.takes_likeliest:
+                _check(best[row])
+                chosen.append(tokens[row])
+            else:
+                chosen.append(sampler.sample(logits[row].float()))
+        except Exception as exc:
+            chosen.append(exc)
+    return chosen
 
 
 def _check(best: float) -> None:

@@ -29,6 +29,10 @@ class RemoteSession(Protocol):
     def positions(self) -> tuple[int, ...]:
         """Tokens of each sequence in the remote caches."""
 
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """Tokens of each sequence that servers had computed before, of those that the first step brought."""
+
     async def step(
         self,
         hidden: Tensor,
@@ -45,6 +49,9 @@ class RemoteSession(Protocol):
         of length above 0 (``"last"``), or one for every token (``"all"``).
         """
 
+    async def name_pages(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Say what the sequences consist of by now, for sessions to come; of no effect where none ask."""
+
     async def close(self) -> None:
         """Free the remote caches. Harmless when repeated."""
 
@@ -53,9 +60,17 @@ class SessionOpener(Protocol):
     """Opens sessions of one model."""
 
     async def __call__(
-        self, *, sequences: int, max_tokens: int, adapter: AdapterWeights | None = None
+        self,
+        *,
+        sequences: int,
+        max_tokens: int,
+        adapter: AdapterWeights | None = None,
+        prompts: Sequence[Sequence[int]] = (),
+        namespace: str = "",
     ) -> RemoteSession:
         """``max_tokens`` is what each sequence is expected to grow to; it is no limit.
 
-        ``adapter`` is what its steps are computed with besides the frozen weights.
+        ``adapter`` is what its steps are computed with besides the frozen weights. ``prompts`` are the tokens
+        that the first step will bring, where they are known: what servers have of them from earlier sessions
+        of the ``namespace`` need not be computed.
         """

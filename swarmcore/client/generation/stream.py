@@ -23,6 +23,8 @@ class GeneratedText:
     tokens: list[int] = attrs.field(factory=list)
     """The generated tokens, the one that ended the text included."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that servers had computed before."""
     finish_reason: FinishReason | None = None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,9 @@ from swarmcore.prompts import check_tokens, checked_ids
 from swarmcore.routing.chain import Chain
 from swarmcore.types import Numerics
 from swarmcore.wire.tensors import Tensor
+
+NAMING_TIMEOUT = 1.0
+"""Seconds that the end of a session takes longer, at most, to say what it consisted of."""
 
 
 class ModelSession:
@@ -36,9 +40,11 @@ class ModelSession:
         on_close: Callable[[ModelSession], None],
         soft_prompt: torch.Tensor | None = None,
         prefix_tokens: int = 0,
+        namespace: str = "",
     ) -> None:
         """``soft_prompt``, ``[tokens, hidden size]``, goes before the tokens of every sequence; so do the
-        ``prefix_tokens`` positions of an adapter, on the servers.
+        ``prefix_tokens`` positions of an adapter, on the servers. ``namespace`` is whose earlier sessions it
+        may begin with.
         """
         if sequences < 1:
             raise InputError(f"sequences must be 1 or more; got {sequences}")
@@ -50,8 +56,12 @@ class ModelSession:
         self._soft_prompt = soft_prompt
         self._prompt_rows = 0 if soft_prompt is None else soft_prompt.shape[0]
         self._prefix_tokens = prefix_tokens
+        self._namespace = namespace
+        self._begun = False
         self._remote: RemoteSession | None = None
         self._tokens: list[list[int]] = [[] for _ in range(sequences)]
+        self.cached: tuple[int, ...] = (0,) * sequences
+        """How many of the tokens of the latest step, of each sequence, servers had computed before."""
         self._in_use = False
         self._closed = False
 
@@ -84,8 +94,11 @@ class ModelSession:
         state = "closed" if self._closed else f"pos {','.join(map(str, self.positions))}"
         return f"<ModelSession {self.chain} · {state}>"
 
-    async def open(self) -> Self:
+    async def open(self, prompts: Sequence[Sequence[int]] = ()) -> Self:
         """Open it on the servers; `step` does not. Harmless when it is open.
+
+        ``prompts`` are the tokens of each sequence that the first step will bring, where they are known: what
+        the servers have of them from earlier sessions is not computed again.
 
         Raise `MissingBlocksError` when no servers hold some of the blocks, `CacheFullError` when they have no
         room.
@@ -94,7 +107,13 @@ class ModelSession:
             raise SessionLostError("the session was closed; make another one")
         if self._remote is None:
             room = self._max_tokens + self._prompt_rows
-            remote = await self._open_remote(sequences=self.sequences, max_tokens=room)
+            remote = await self._open_remote(
+                sequences=self.sequences,
+                max_tokens=room,
+                # Rows of a soft prompt have no name.
+                prompts=() if self._prompt_rows else prompts or [()] * self.sequences,
+                namespace=self._namespace,
+            )
             try:
                 await self._send_soft_prompt(remote)
             except BaseException:
@@ -116,8 +135,22 @@ class ModelSession:
         self._closed = True
         self._on_close(self)
         remote, self._remote = self._remote, None
-        if remote is not None:
+        if remote is None:
+            return
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(NAMING_TIMEOUT):
+                    await remote.name_pages(self._tokens)
+        finally:
             await remote.close()
+
+    async def name_pages(self) -> None:
+        """Have what the session consists of by now found by later ones, also if it is never closed.
+
+        Closing it does so, too.
+        """
+        if self._remote is not None:
+            await self._remote.name_pages(self._tokens)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -213,6 +246,8 @@ class ModelSession:
             sources=sources,
             reply="last",
         )
+        self.cached = (0,) * self.sequences if self._begun else self._remote.cached
+        self._begun = True
         self._tokens = tokens
         for sequence, new in zip(tokens, ids, strict=True):
             sequence.extend(new)

@@ -54,6 +54,9 @@ class SessionOptions:
     """Who keeps what lost stages are rebuilt from: the ``"client"``, to which servers send copies of their
     outputs when they have time; the ``"servers"``, each its own outputs, for a client whose downlink is slow;
     or nobody (``"off"``): a failure then ends the session."""
+    prefix_cache: bool = True
+    """Whether a session begins with what servers have kept of its prompt from earlier ones, and has them keep
+    what it consists of."""
     patience: float = 60.0
     """Seconds to wait for a server that holds the blocks of one that was lost."""
     moves: MoveLimits | None = attrs.field(factory=MoveLimits)

@@ -68,6 +68,8 @@ class InferenceSession:
         self._broken: SwarmError | None = None
         self._steps_done = 0
         self._cached = (0,) * self.sequences
+        self._settled = False
+        """Whether the caches hold what the latest step has left, as opposed to a part of one that failed."""
 
     @property
     def chain(self) -> Chain:
@@ -132,6 +134,7 @@ class InferenceSession:
         if hidden.shape != expected:
             raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
         self._step = until_closed = asyncio.timeout(None)
+        self._settled = False
         try:
             async with until_closed, self._step_lock:
                 if self._pipeline.cached:
@@ -146,7 +149,7 @@ class InferenceSession:
             raise self._broken from exc
         finally:
             self._step = None
-        self._pipeline.cached = ()
+        self._pipeline.cached, self._settled = (), True
         if self._steps_done == 0:
             self._remember()
         self._steps_done += 1
@@ -168,7 +171,9 @@ class InferenceSession:
         `open_session`, or when there is no whole page more.
         """
         pipeline, prefix = self._pipeline, self._pipeline.prefix
-        if prefix is None or self._broken is not None or not prefix.grown(tokens):
+        if prefix is None or not self._settled or self._broken is not None or pipeline.failed:
+            return
+        if not prefix.grown(tokens):
             return
         if names := prefix.names():
             for stage in pipeline.stages:
@@ -367,7 +372,7 @@ async def open_session(
     """
     options = options or SessionOptions()
     prefix = None
-    if prompts:
+    if prompts and options.prefix_cache:
         if len(prompts) != sequences:
             raise InputError(f"{len(prompts)} prompts for {sequences} sequences; expected one for each")
         adapter = planner.adapter.name if planner.adapter is not None else AdapterName()

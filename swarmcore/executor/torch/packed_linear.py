@@ -60,13 +60,14 @@ def pack_linears(model: nn.Module) -> int:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             # Subclasses may compute differently, and experts hold their weights without linear layers.
-            if type(child) is nn.Linear and _packable(child.weight):
+            if type(child) is nn.Linear and packable(child.weight):
                 setattr(module, name, PackedLinear(child))
                 packed += 1
     return packed
 
 
-def _packable(weight: torch.Tensor) -> bool:
+def packable(weight: torch.Tensor) -> bool:
+    """Whether a weight can be packed, and products with it are faster then."""
     if weight.device.type != "cpu":
         return False
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.compute import MAX_ROWS, ModelCompute
 from swarmcore.client.generation.local_model import LocalParts
+from swarmcore.client.generation.sampling import Sampler
 from swarmcore.errors import ProtocolError, SessionLostError
 from swarmcore.executor.torch.wire_tensors import to_wire
 
@@ -37,10 +39,10 @@ class Counted:
         assert self.leave.wait(10)
         return self.parts.embed(ids, positions)
 
-    def logits(self, hidden):
+    def scores(self, hidden):
         self.heads.append(len(hidden))
         assert self.leave.wait(10)
-        return self.parts.logits(hidden)
+        return self.parts.scores(hidden)
 
 
 @pytest.fixture
@@ -116,6 +118,60 @@ async def test_16_generations_share_every_head_product(model, sessions, counted)
     sessions.stepped = together
     await asyncio.gather(*(model.generate(f"number {i}", max_new_tokens=6) for i in range(16)))
     assert counted.heads == [16] * 6
+
+
+def returned(compute: ModelCompute, generation: str, *, away: float, due: float) -> None:
+    """Let passes take a second, and a generation be back every ``away`` seconds, next in ``due`` seconds."""
+    now = asyncio.get_running_loop().time() + due - away
+    for turn in range(30, 0, -1):
+        compute._window.passes.note(1, 1.0)
+        compute._window.answered(generation, now - turn * away)
+        compute._window.arrived(generation, now - (turn - 1) * away)
+    compute._window.answered(generation, now)
+
+
+def greedy() -> Sampler:
+    return Sampler([1], LogitsProcessorList(), greedy=True)
+
+
+async def test_a_generation_that_is_about_to_come_is_waited_for(compute, counted):
+    returned(compute, "other", away=20.0, due=0.2)
+    first = asyncio.create_task(compute.next_tokens(rows(1), [greedy()], [0], "one"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert counted.heads == []
+    tokens, embedded = await compute.next_tokens(rows(1), [greedy()], [0], "other")
+    assert len(tokens) == len(embedded) == 1
+    await first
+    assert counted.heads == [2]
+
+
+async def test_one_that_has_ended_is_not_waited_for(compute, counted):
+    with compute.generating("other"):
+        returned(compute, "other", away=20.0, due=0.2)
+    first = asyncio.create_task(compute.next_tokens(rows(1), [greedy()], [0], "one"))
+    while not counted.heads:
+        await asyncio.sleep(0)
+    await first
+
+
+async def test_other_work_is_not_held_back(compute, counted):
+    returned(compute, "other", away=3600.0, due=0.5)
+    waits = asyncio.create_task(compute.next_tokens(rows(1), [greedy()], [0], "one"))
+    await asyncio.sleep(0)
+    await compute.logits(rows(2))
+    await waits
+    assert counted.heads == [3]
+
+
+async def test_closing_ends_the_wait(compute, counted):
+    returned(compute, "other", away=3600.0, due=0.5)
+    waits = asyncio.create_task(compute.next_tokens(rows(1), [greedy()], [0], "one"))
+    await asyncio.sleep(0)
+    await compute.close()
+    with pytest.raises(SessionLostError, match="closed"):
+        await waits
+    assert counted.heads == []
 
 
 async def test_cancelled_work_is_not_done(compute, counted):

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
+from transformers import LlamaForCausalLM
 
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import CheckpointError, InputError
+from swarmcore.executor.torch.packed_linear import PackedLinear, packable
 from swarmcore.executor.torch.partial_model import find_base, layer_list
 
 BLOCKS = ("layers.", "h.")
@@ -85,6 +87,25 @@ def test_bfloat16_equals_the_whole_model_in_bfloat16(tmp_path: Path) -> None:
     assert parts.embed([5], [0]).dtype == torch.bfloat16
     expected = whole.lm_head(whole.model.norm(hidden.bfloat16())).float()
     assert torch.equal(parts.logits(hidden), expected)
+    assert parts.scores(hidden).dtype == torch.bfloat16
+    assert isinstance(parts._head_model.lm_head, PackedLinear) == packable(whole.lm_head.weight)
+
+
+@torch.inference_mode()
+def test_a_head_whose_weight_is_read_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint = saved(tmp_path, "llama")
+    forward = LlamaForCausalLM.forward
+    scaled: list[float] = []
+
+    def reads_weight(self: Any, *args: Any, **options: Any) -> Any:
+        scaled.append(self.lm_head.weight.float().norm().item())
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", reads_weight)
+    parts = LocalParts.load(checkpoint, dtype="bfloat16")
+    assert isinstance(parts._head_model.lm_head, torch.nn.Linear)
+    assert parts.logits(torch.randn(1, 64)).isfinite().all()
+    assert scaled
 
 
 def test_the_checkpoints_own_dtype_is_the_default(tmp_path: Path) -> None:
