@@ -1,0 +1,168 @@
+"""What the contract does not ask: how caches grow and are mended, what is refused, what is not imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swarmcore.errors import CacheFullError, InputError, InvalidStepError, SwarmError
+from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
+from swarmcore.executor.loader import LoadSettings
+from swarmcore.types import Span
+from swarmcore.wire.tensors import Tensor
+
+pytest.importorskip("llama_cpp", reason="needs the extra ggml")
+gguf = pytest.importorskip("gguf")
+
+from random_gguf import WIDTH, write_random_gguf  # noqa: E402
+
+from swarmcore.executor.ggml.arrays import to_rows, to_tensor  # noqa: E402
+from swarmcore.executor.ggml.library import MAX_SEQUENCES  # noqa: E402
+from swarmcore.executor.ggml.loader import GgmlLoader  # noqa: E402
+from swarmcore.executor.ggml.span_model import CELLS  # noqa: E402
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_random_gguf(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+
+
+def random_rows(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, WIDTH), dtype=np.float32)
+
+
+def chunk(executor: BlockExecutor, sequence: int, rows: np.ndarray, start: int = 0) -> ScheduledChunk:
+    executor.reserve(SequenceId(sequence), -(-(start + len(rows)) // executor.page) * executor.page)
+    segments = (Segment(SequenceId(sequence), start, len(rows)),)
+    return ScheduledChunk(to_tensor("hidden", rows, "float32"), 0, executor.span, segments)
+
+
+async def run(executor: BlockExecutor, *chunks: ScheduledChunk) -> list[np.ndarray]:
+    results = await executor.step(chunks)
+    for result in results:
+        if isinstance(result, SwarmError):
+            raise result
+    return [to_rows(result) for result in results if isinstance(result, Tensor)]
+
+
+def cells(executor: BlockExecutor) -> int:
+    return executor._loaded.model.cells
+
+
+async def test_the_cache_grows_and_shrinks_with_what_is_in_it(path: Path, load) -> None:
+    executor = await load(path)
+    assert cells(executor) == CELLS
+    before = random_rows(30)
+    [expected] = await run(executor, chunk(executor, 0, before))
+    [alone] = await run(executor, chunk(executor, 0, random_rows(1, 1), 30))
+    for sequence in (1, 2, 3):  # in steps that are larger than a pass
+        await run(executor, chunk(executor, sequence, random_rows(700, sequence)))
+    assert cells(executor) >= 3 * 700
+    [after] = await run(executor, chunk(executor, 0, random_rows(1, 1), 30))
+    assert np.array_equal(after, alone)
+    for sequence in (1, 2, 3):
+        executor.release(SequenceId(sequence))
+    [again] = await run(executor, chunk(executor, 4, before))
+    assert np.array_equal(again, expected)
+    assert cells(executor) == CELLS
+
+
+async def test_more_sequences_than_llama_cpp_takes(path: Path, load) -> None:
+    executor = await load(path, "0:1")
+    row = random_rows(1)
+    many = MAX_SEQUENCES + 3
+    results = await executor.step([chunk(executor, sequence, row) for sequence in range(many)])
+    refused = [number for number, result in enumerate(results) if isinstance(result, CacheFullError)]
+    assert refused == list(range(MAX_SEQUENCES - 1, many))
+    executor.release(SequenceId(0))
+    [got] = await run(executor, chunk(executor, many - 1, row))
+    assert isinstance(results[0], Tensor) and np.array_equal(got, to_rows(results[0]))
+
+
+async def test_values_that_overflow_within_a_block_hurt_nobody_else(tmp_path: Path, load) -> None:
+    path = write_random_gguf(tmp_path / "overflows.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    [values] = [tensor for tensor in reader.tensors if tensor.name == "blk.1.attn_v.weight"]
+    values.data[0] = 0
+    values.data[0, 0] = 1e6  # more than float16 has, where the first value of a row is not 0
+    reader.data.flush()
+    executor = await load(path, "1:3")
+    sound = random_rows(40)
+    sound[:, 0] = 0
+    first, then = sound[:39], sound[39:]
+    [expected] = await run(executor, chunk(executor, 0, first))
+    [expected_then] = await run(executor, chunk(executor, 0, then, 39))
+    await run(executor, chunk(executor, 1, first), chunk(executor, 2, sound[:5]))
+    chunks = [
+        chunk(executor, 1, then, 39),
+        chunk(executor, 2, random_rows(4, 1), 5),
+        chunk(executor, 3, first),
+    ]
+    one, two, three = await executor.step(chunks)
+    assert isinstance(two, InvalidStepError) and "not finite" in two.message
+    assert isinstance(one, Tensor) and np.array_equal(to_rows(one), expected_then)
+    assert isinstance(three, Tensor) and np.array_equal(to_rows(three), expected)
+    # The one that overflowed can be repeated, and nothing of it is left in the cache.
+    [mended] = await run(executor, chunk(executor, 2, sound[5:39], 5))
+    assert np.abs(mended - expected[5:]).max() < 1e-2
+    [again] = await run(executor, chunk(executor, 4, first))
+    assert np.array_equal(again, expected)
+
+
+async def test_sequences_of_a_dropped_span_are_gone_and_others_begin(path: Path, load) -> None:
+    executor = await load(path, "0:2")
+    await run(executor, chunk(executor, 0, random_rows(3)))
+    executor.release(SequenceId(0))
+    await executor.change_span(Span(2, 4))
+    other = await load(path, "2:4")
+    rows = random_rows(3)
+    assert np.array_equal(
+        (await run(executor, chunk(executor, 1, rows)))[0], (await run(other, chunk(other, 0, rows)))[0]
+    )
+
+
+async def test_a_result_may_be_rounded(path: Path, load) -> None:
+    exact, rounded = await load(path), await load(path, dtype="bfloat16")
+    assert (rounded.dtype, str(rounded.numerics)) == ("bfloat16", "ggml/q8_0/bf16/f16")
+    rows = random_rows(5)
+    [expected], [got] = await run(exact, chunk(exact, 0, rows)), await run(rounded, chunk(rounded, 0, rows))
+    assert np.abs(got - expected).max() <= np.abs(expected).max() / 256
+    assert not (got.view(np.uint32) & 0xFFFF).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"device": "CUDA7"}, "it has cpu"), ({"dtype": "int3"}, "float32, float16, bfloat16")],
+)
+def test_what_is_not_there_is_refused_and_what_is_there_named(path: Path, settings, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        GgmlLoader(LoadSettings(model=str(path), **settings))
+
+
+MEASURE = """
+import asyncio, json, sys
+from swarmcore.executor.loader import LoadSettings, loader_class
+from swarmcore.server.loading import open_model, plan_blocks
+from swarmcore.server.config import ServerConfig
+import swarmcore.serving, swarmcore.cli.serve
+config = ServerConfig(model=sys.argv[1], executor="ggml", threads=1)
+loader = open_model(config, None)
+plan_blocks(config, loader)
+executor = loader.load(loader.model.span)
+asyncio.run(executor.close())
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_a_server_needs_no_torch(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARMCORE_CACHE", str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(json.loads(done.stdout))
+    assert "llama_cpp" in loaded and loaded.isdisjoint({"torch", "transformers", "safetensors"})
