@@ -15,10 +15,11 @@ from typing import Any
 import msgspec
 import torch
 
-from swarmcore.checkpoint.base import LFS_POINTER, lfs_pointer, one_line, read_json
+from swarmcore.checkpoint.base import one_line, read_json
 from swarmcore.checkpoint.fingerprint import conversion_fingerprint, file_hashes, model_fingerprint
 from swarmcore.checkpoint.folder import MARKER, Marker, weight_files
 from swarmcore.checkpoint.gguf_config import Metadata, check_metadata, complete_config, ends
+from swarmcore.checkpoint.gguf_header import read_header
 from swarmcore.checkpoint.gguf_model import LAYOUT
 from swarmcore.checkpoint.gguf_tokenizer import check_tokenizer, complete_tokenizer
 from swarmcore.checkpoint.location import split_name
@@ -31,6 +32,7 @@ from swarmcore.checkpoint.storage import (
     no_progress,
     storage_errors,
 )
+from swarmcore.checkpoint.weight_file import LocalFile
 from swarmcore.distribution import install_command
 from swarmcore.errors import (
     CheckpointError,
@@ -82,7 +84,8 @@ def convert(
         doing = f"converting {source.name}"
         check_room(doing, target, source.stat().st_size)
         with new_folder(target) as part:
-            _write(source, part, progress)
+            with translated(source, part):
+                _convert(source, part, progress)
             hashes = file_hashes(list(weight_files(part)), target.name, cache, progress)
             marker = Marker(
                 name=source.stem,
@@ -94,23 +97,21 @@ def convert(
 
 
 def check_gguf(source: Path) -> None:
-    """Raise `CheckpointError` unless the file looks like a whole model in GGUF."""
-    with storage_errors("reading the model", source), source.open("rb") as file:
-        magic = file.read(4)
-    if magic == LFS_POINTER[:4]:
-        raise lfs_pointer(source)
-    if magic != b"GGUF":
-        raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
+    """Raise `CheckpointError` unless the file is a whole one in GGUF: its readers believe what it says."""
+    file = LocalFile(source)
+    read_header(file.read, file.size, file.label)
     if split_name(source.name):
         raise CheckpointError(
-            f"{source} is one part of a split GGUF; join the parts with llama-gguf-split --merge"
+            f"{source} is one part of a split GGUF, which is served as it is, but not converted; join the "
+            f"parts with llama-gguf-split --merge"
         )
 
 
-def _write(source: Path, part: Path, progress: Progress) -> None:
-    """Convert, and translate what transformers, gguf and safetensors raise, which is anything at all."""
+@contextmanager
+def translated(source: Path, target: Path) -> Iterator[None]:
+    """Translate what transformers, gguf and safetensors raise, which is anything at all."""
     try:
-        _convert(source, part, progress)
+        yield
     except SwarmError:
         raise
     except ImportError as exc:
@@ -121,7 +122,7 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
         if "not supported" in str(exc):
             raise UnsupportedModelError(f"{source}: {one_line(exc)}") from exc
         if "No space left" in str(exc):
-            raise disk_full(f"converting {source.name}", part) from exc
+            raise disk_full(f"converting {source.name}", target) from exc
         raise CheckpointError(
             f"{source} ({source.stat().st_size} bytes) cannot be read as GGUF; if it is truncated "
             f"or damaged, download or copy it again ({type(exc).__name__}: {one_line(exc)})"
@@ -130,33 +131,11 @@ def _write(source: Path, part: Path, progress: Progress) -> None:
 
 def _convert(source: Path, part: Path, progress: Progress) -> None:
     import_large("transformers.modeling_utils")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     doing, size = f"converting {source.name}", source.stat().st_size
-    folder = str(source.parent.resolve())
     converting = _MonotonicProgress(doing, size, progress)
-    # Of these Transformers says nothing, and they take most of the time where the layers are small.
-    progress(f"reading the metadata of {source.name}", 0, 0)
-    metadata = Metadata.read(source)
-    check_metadata(metadata)
-    check_tokenizer(metadata)
-    progress(f"reading the tokenizer of {source.name}", 0, 0)
-    with quiet_transformers(converting.report), _parsed_once():  # the first lets in one thread at a time
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
-        complete_tokenizer(tokenizer, metadata)
-        progress(f"reading the config of {source.name}", 0, 0)
-        config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
-        if config.model_type == "mistral":  # the file's name, not its architecture, had transformers say so
-            config = AutoConfig.for_model("llama", **_shape(config))
-        complete_config(config, metadata)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=source.name,
-            config=config,
-            dtype=torch.bfloat16,
-            output_loading_info=True,
-            **_dequantize(),
-        )
+    with quiet_transformers(converting.report), parsed_once():  # the first lets in one thread at a time
+        tokenizer, config, metadata = _read_settings(source, progress)
+        model, report = load_gguf(source, config)
         _check_loaded(source.name, report)
         if len(tokens := ends(metadata)) > 1:
             model.generation_config.eos_token_id = tokens
@@ -170,6 +149,66 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
         mode = (part / "config.json").stat().st_mode
         for path in part.glob("*.safetensors"):  # always written for the owner alone
             path.chmod(mode)
+
+
+def write_settings(source: Path, folder: Path, progress: Progress) -> None:
+    """Write config, tokenizer and settings of generation of the GGUF ``source`` into ``folder``.
+
+    Raise as `convert`. The values of its weights do not matter.
+    """
+    with translated(source, folder), quiet_transformers(lambda share: None), parsed_once():
+        import_large("transformers.modeling_utils")
+        from transformers import GenerationConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        tokenizer, config, metadata = _read_settings(source, progress)
+        config.dtype = torch.bfloat16
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        generation = GenerationConfig.from_model_config(config)
+        if len(tokens := ends(metadata)) > 1:
+            generation.eos_token_id = tokens
+        with storage_errors(f"converting {source.name}", folder):
+            for each in (tokenizer, config, generation):
+                each.save_pretrained(folder)
+
+
+def load_gguf(source: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of ``config`` with the tensors of the GGUF ``source`` in bfloat16, and what was not found.
+
+    To be called within `quiet_transformers`. Raises what transformers does, which is anything at all.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(source.parent.resolve()),
+        gguf_file=source.name,
+        config=config,
+        dtype=torch.bfloat16,
+        output_loading_info=True,
+        **_dequantize(),
+    )
+    return model, report
+
+
+def _read_settings(source: Path, progress: Progress) -> tuple[Any, Any, Metadata]:
+    """Tokenizer, config and metadata. To be called within `quiet_transformers`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = str(source.parent.resolve())
+    # Of these Transformers says nothing, and they take most of the time where the layers are small.
+    progress(f"reading the metadata of {source.name}", 0, 0)
+    metadata = Metadata.read(source)
+    check_metadata(metadata)
+    check_tokenizer(metadata)
+    progress(f"reading the tokenizer of {source.name}", 0, 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
+    complete_tokenizer(tokenizer, metadata)
+    progress(f"reading the config of {source.name}", 0, 0)
+    config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
+    if config.model_type == "mistral":  # the file's name, not its architecture, had transformers say so
+        config = AutoConfig.for_model("llama", **_shape(config))
+    complete_config(config, metadata)
+    return tokenizer, config, metadata
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -186,7 +225,7 @@ def _check_loaded(name: str, report: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
+def parsed_once() -> Iterator[None]:
     """Within it a GGUF file is parsed once, not for tokenizer, config and tensors each, and the table of
     tensor names made once, not for every layer: that is most of the time of a small model."""
     import gguf

@@ -171,7 +171,10 @@ class _Cursor:
         self._read, self._buffer = read, bytearray()
 
     def damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.label} is damaged: {why}; download or copy it again", actual=self.size)
+        return CheckpointError(
+            f"{self.label} ({self.size} bytes) is truncated or damaged: {why}; download or copy it again",
+            actual=self.size,
+        )
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes."""

@@ -84,7 +84,7 @@ class HubCheckpoint(Checkpoint):
         self._downloader = downloader or Downloader()
         self._repository = repository or resolve(model, revision, cache, endpoint)
         self.folder = repository_folder(model, cache, endpoint) / "snapshots" / self._repository.commit
-        if not self._repository.files.keys() & {WEIGHTS, INDEX, ADAPTER}:
+        if not has_safetensors(self._repository):
             raise no_weights(model, self._repository.files)
         self._download_small_files(progress)
         self.config, self.raw_config = load_config(self.folder, model)
@@ -200,3 +200,8 @@ class _Shard(HubFile):
 
 def _ranges(entries: Collection[Entry]) -> list[Range]:
     return [(entry.start, entry.end) for entry in entries]
+
+
+def has_safetensors(repository: Repository) -> bool:
+    """Whether there are weights in safetensors in it, or an adapter."""
+    return bool(repository.files.keys() & {WEIGHTS, INDEX, ADAPTER})

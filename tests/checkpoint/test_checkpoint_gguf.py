@@ -8,12 +8,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
+from gguf_files import write_gguf
 from programs import Program
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarmcore.checkpoint import convert, open_checkpoint
 from swarmcore.errors import CheckpointError, ModelNotFoundError, StorageError, UnsupportedModelError
@@ -120,9 +123,9 @@ def test_a_truncated_gguf(tiny_gguf: Path, tmp_path: Path, share: float) -> None
     cut = tmp_path / "cut.gguf"
     size = int(tiny_gguf.stat().st_size * share)
     cut.write_bytes(tiny_gguf.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=rf"\({size} bytes\) cannot be read.*truncated"):
+    with pytest.raises(CheckpointError, match=rf"truncated.*\b{size} bytes|\({size} bytes\) is truncated"):
         open_checkpoint(str(cut), cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache" / "converted").iterdir())
+    assert not (tmp_path / "cache" / "converted").exists()
 
 
 def test_files_that_are_no_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -130,12 +133,36 @@ def test_files_that_are_no_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
     other.write_bytes(b"PK\x03\x04")
     with pytest.raises(CheckpointError, match="is not a GGUF file"):
         open_checkpoint(str(other), cache_dir=tmp_path / "cache")
-    part = tmp_path / "big-00001-of-00003.gguf"
-    part.symlink_to(tiny_gguf)
-    other.rename(tmp_path / "big-00002-of-00003.gguf")
-    for source in (part, tmp_path):
-        with pytest.raises(CheckpointError, match="llama-gguf-split"):
-            open_checkpoint(str(source), cache_dir=tmp_path / "cache")
+
+
+def test_a_split_gguf_is_one_model(tmp_path: Path) -> None:
+    whole = open_checkpoint(
+        str(write_gguf(tmp_path / "whole.gguf", tiny_llama(), "llama", keys={})), cache_dir=tmp_path / "cache"
+    )
+    (tmp_path / "folder").mkdir()
+    first = write_gguf(tmp_path / "folder" / "tiny.gguf", tiny_llama(), "llama", keys={}, parts=3)
+    again = [open_checkpoint(str(at), cache_dir=tmp_path / "cache") for at in (first, first.parent)]
+    split = again[0]
+    assert (split.name, split.info) == ("tiny", again[1].info)
+    assert split.names() == whole.names()
+    assert split.nbytes(split.names()) == whole.nbytes(whole.names())
+    one = [name for name in split.names() if name.startswith("model.layers.2.")]
+    for names in (one, split.names()):
+        for name, data in split.read(names).items():
+            assert torch.equal(data, whole.read([name])[name]), name
+    assert (split.folder / "tokenizer.json").read_bytes() == (whole.folder / "tokenizer.json").read_bytes()
+    with pytest.raises(CheckpointError, match="llama-gguf-split"):
+        convert(str(first), tmp_path / "out", cache_dir=tmp_path / "cache")
+    first.unlink()
+    with pytest.raises(CheckpointError, match=r"tiny-00001-of-00003\.gguf is missing"):
+        open_checkpoint(str(first.parent), cache_dir=tmp_path / "cache")
+
+
+def tiny_llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tokens = {"vocab_size": 259, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens))
 
 
 def test_an_architecture_that_transformers_does_not_know(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from gguf_files import write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from swarmcore.checkpoint import open_checkpoint
+from swarmcore.checkpoint.gguf_checkpoint import GgufCheckpoint
 from swarmcore.checkpoint.gguf_config import Metadata
+from swarmcore.checkpoint.gguf_model import open_local
 from swarmcore.checkpoint.gguf_tokenizer import check_tokenizer
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 
@@ -222,6 +224,21 @@ def test_the_model_is_the_one_that_was_written(case: str, tmp_path: Path) -> Non
     expected, found = model(ids).logits, converted(ids).logits
     # Norms that are kept as their weight plus one, and rounded there, are less precise.
     assert (found - expected).abs().max() < 0.03 * expected.std()
+    assert_read_by_blocks(path, converted, tmp_path / "cache")
+
+
+def assert_read_by_blocks(path: Path, converted: Any, cache: Path) -> None:
+    """Dequantised block by block, the tensors are those of the whole conversion, under the model's names."""
+    checkpoint = GgufCheckpoint(open_local(path), cache)
+    state = converted.state_dict()
+    tied = {"lm_head.weight"} if converted.config.tie_word_embeddings else set()
+    assert set(checkpoint.names()) == state.keys() - tied
+    for name, data in checkpoint.read(checkpoint.names()).items():
+        assert torch.equal(data.float(), state[name]), name
+    own, other = (config.to_dict() for config in (checkpoint.config, converted.config))
+    for key in ("_name_or_path", "dtype"):
+        del own[key], other[key]
+    assert own == other
 
 
 @pytest.mark.parametrize(

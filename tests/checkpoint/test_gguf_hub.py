@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gguf_files import write_gguf
 from random_gguf import write_random_gguf
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.checkpoint.download import Downloader
+from swarmcore.checkpoint.gguf_checkpoint import GgufCheckpoint
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local
 from swarmcore.checkpoint.gguf_source import open_gguf, open_on_hub
 from swarmcore.checkpoint.hub import resolve
@@ -50,6 +55,34 @@ def test_only_the_span_is_downloaded(parts: int, hub: Any, ggufs: Path, tmp_path
     sent = hub.sent
     span_file(open_there(hub, tmp_path), Span(30, 32), cache=tmp_path / "one").close()
     assert hub.sent == sent
+
+
+def test_torch_downloads_only_what_it_reads(hub: Any, ggufs: Path, tmp_path: Path) -> None:
+    path = write_gguf(ggufs / "tiny-F32.gguf", wide_llama(), "llama", keys={})
+    there = GgufCheckpoint(open_there(hub, tmp_path), tmp_path)
+    here = open_checkpoint(str(path), cache_dir=tmp_path)
+    assert there.info.fingerprint == here.info.fingerprint
+    opened = hub.sent
+    assert opened <= HEADER
+    one = [name for name in there.names() if name.startswith("model.layers.2.")]
+    around = [name for name in there.names() if not name.startswith("model.layers.")]
+    for names in (one, around):
+        before = hub.sent
+        for name, data in there.read(names).items():
+            assert torch.equal(data, here.read([name])[name]), name
+        assert hub.sent - before <= 2 * there.nbytes(names) + 2 * 16384  # in float32 there
+    sent = hub.sent
+    again = GgufCheckpoint(open_there(hub, tmp_path), tmp_path)
+    again.read([*one, *around])
+    assert hub.sent == sent
+    assert AutoTokenizer.from_pretrained(again.folder)("hello")["input_ids"]
+
+
+def wide_llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tokens = {"vocab_size": 259, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens))
 
 
 def test_which_model_is_meant(hub: Any, ggufs: Path, tmp_path: Path) -> None:

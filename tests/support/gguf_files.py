@@ -23,13 +23,17 @@ def write_gguf(
     keys: Mapping[str, Any],
     tensors: Mapping[str, Sequence[float]] | None = None,
     pre: str = "default",
+    parts: int = 1,
 ) -> Path:
     """Write ``model`` in float32. ``keys`` are metadata, without the architecture; ``tensors`` come on top.
 
-    The shape of the model is written from its config.
+    The shape of the model is written from its config. Return the file, or the first of so many ``parts``.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    found = {name: data.float().numpy() for name, data in _converted(model, architecture).items()}
+    found |= {name: np.asarray(values, dtype=np.float32) for name, values in (tensors or {}).items()}
+    each = -(-len(found) // parts)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=each if parts > 1 else 0)
     heads = config.num_attention_heads
     own = {
         "block_count": config.num_hidden_layers,
@@ -42,15 +46,13 @@ def write_gguf(
     for key, value in (own | dict(keys)).items():
         _add(writer, key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}", value)
     _add_vocabulary(writer, config.vocab_size, pre)
-    for name, data in _converted(model, architecture).items():
-        writer.add_tensor(name, np.ascontiguousarray(data.float().numpy()))
-    for name, values in (tensors or {}).items():
-        writer.add_tensor(name, np.asarray(values, dtype=np.float32))
+    for name, data in found.items():
+        writer.add_tensor(name, np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
