@@ -34,7 +34,7 @@ from swarmcore.checkpoint.folder import (
 from swarmcore.checkpoint.hub import Repository, repository_folder, resolve
 from swarmcore.checkpoint.hub_file import MAX_SMALL, HubFile
 from swarmcore.checkpoint.location import INDEX, WEIGHTS
-from swarmcore.checkpoint.quantized import QUANTIZATION_FILES
+from swarmcore.checkpoint.quantization_settings import QUANTIZATION_FILES
 from swarmcore.checkpoint.storage import (
     ProgressCounter,
     check_room,

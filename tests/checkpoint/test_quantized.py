@@ -9,20 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_random_model, tiny_config
 
 from swarmcore.checkpoint import open_checkpoint
-from swarmcore.checkpoint.quantized import Scheme, dequantize
+from swarmcore.checkpoint.packed_formats import scaled
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.types import Span
 
-FP8 = Scheme("fp8", frozenset({torch.float8_e4m3fn}))
+FP8 = frozenset({torch.float8_e4m3fn})
 Tensors = dict[str, torch.Tensor]
 
 
@@ -150,24 +149,38 @@ def test_weights_are_dequantised_as_they_are_read(kind: str, model: Path, plain_
     LocalParts.load(checkpoint)
 
 
+FORMATS = {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}
 REFUSED: dict[str, dict[str, Any]] = {
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
-    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
+    "gptq, the layout marlin": {
+        "quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}
+    },
+    "gptq, with hadamard": {"quantization_config": {"quant_method": "gptq", "bits": 4, "hadamard": True}},
+    "awq, the layout gemv": {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}},
+    "awq, 3 bits": {"quantization_config": {"quant_method": "awq", "bits": 3}},
+    "fp8, fmt e3m4": {"quantization_config": {"quant_method": "fp8", "fmt": "e3m4"}},
     "hqq": {"quantization_config": {"quant_method": "hqq"}},
     "eetq": {"quantization_config": {"quant_method": "eetq"}},
     "quanto": {"quantization_config": {"quant_method": "quanto", "weights": "int8"}},
     "torchao": {"quantization_config": {"quant_method": "torchao"}},
     "auto-round": {"quantization_config": {"quant_method": "auto-round"}},
     "bitnet": {"quantization_config": {"quant_method": "bitnet"}},
-    "modelopt NVFP4": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
-    "pack-quantized": {"quantization_config": {**COMPRESSED, "format": "pack-quantized"}},
+    "modelopt, W4A8_AWQ": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}},
+    "marlin-24": {"quantization_config": {**COMPRESSED, "format": "marlin-24"}},
     "sparse-24-bitmask": {
         "quantization_config": {**COMPRESSED, "sparsity_config": {"format": "sparse-24-bitmask"}}
     },
-    "4 bits": {"compression_config": {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 4}}}}},
+    "4 bits": {"compression_config": {**COMPRESSED, **FORMATS}},
+    "actorder group": {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"g": {"weights": {"num_bits": 4, "actorder": "group"}}},
+        }
+    },
+    "with rotation": {
+        "quantization_config": {**COMPRESSED, "config_groups": {"g": {"weights": {"rotation": 1}}}}
+    },
     "transform_config": {"quantization_config": {**COMPRESSED, "transform_config": {"r": 1}}},
-    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
     "MLX": {"quantization": {"group_size": 64, "bits": 4}},
     "new method": {"llm_settings": {"language": {"quantization_config": {"quant_method": "new method"}}}},
 }
@@ -183,9 +196,9 @@ def test_other_methods_are_refused_by_name(method: str, model: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "modelopt NVFP4"),
-        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
-        ("quant_config.json", {"w_bit": 4}, "awq"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "W4A8_AWQ"}}, "modelopt, W4A8_AWQ"),
+        ("quantize_config.json", {"bits": 4, "pack_dtype": "int16"}, "gptq, pack_dtype int16"),
+        ("quant_config.json", {"w_bit": 3}, "awq, 3 bits"),
         ("quanto_qmap.json", {"model.layers.0": {"weights": "qint8"}}, "quanto"),
     ],
 )
@@ -288,7 +301,7 @@ def test_bitsandbytes_in_the_order_of_a_kernel(model: Path) -> None:
 )
 def test_scales_of_every_shape(scale: torch.Tensor, spread: torch.Tensor) -> None:
     weight = torch.randn(4, 6).to(torch.float8_e4m3fn)
-    assert torch.equal(dequantize(weight, FP8, scale=scale), weight.float() * spread)
+    assert torch.equal(scaled(FP8).unpack(weight, scale=scale), weight.float() * spread)
 
 
 @pytest.mark.parametrize("rows", [4, 3])
@@ -297,27 +310,27 @@ def test_scales_of_blocks(rows: int, columns: int) -> None:
     weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     spread = scale.kron(torch.ones(2, 3))[:rows, :columns]
-    of_blocks = attrs.evolve(FP8, block=(2, 3))
-    assert torch.equal(dequantize(weight, of_blocks, scale=scale), weight.float() * spread)
+    of_blocks = scaled(FP8, block=(2, 3))
+    assert torch.equal(of_blocks.unpack(weight, scale=scale), weight.float() * spread)
     with pytest.raises(ValueError, match="does not fit"):  # nobody says how large its blocks are
-        dequantize(weight, FP8, scale=scale)
+        scaled(FP8).unpack(weight, scale=scale)
 
 
 def test_scales_of_groups_of_columns() -> None:
     weight = torch.randn(4, 6).to(torch.float8_e4m3fn)
     scale = torch.rand(4, 3)
-    of_groups = attrs.evolve(FP8, block=(None, 2))
+    of_groups = scaled(FP8, block=(None, 2))
     spread = scale.repeat_interleave(2, 1)
-    assert torch.equal(dequantize(weight, of_groups, scale=scale), weight.float() * spread)
+    assert torch.equal(of_groups.unpack(weight, scale=scale), weight.float() * spread)
 
 
 def test_scales_of_fused_experts() -> None:
     weight = torch.randn(3, 4, 6).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 1, 6)
-    assert torch.equal(dequantize(weight, FP8, scale=scale), weight.float() * scale)
+    assert torch.equal(scaled(FP8).unpack(weight, scale=scale), weight.float() * scale)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (4, 4), (1, 2, 2)])
 def test_scales_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        dequantize(torch.zeros(4, 6).to(torch.float8_e4m3fn), FP8, scale=torch.rand(shape))
+        scaled(FP8).unpack(torch.zeros(4, 6).to(torch.float8_e4m3fn), scale=torch.rand(shape))

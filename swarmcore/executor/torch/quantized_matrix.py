@@ -143,9 +143,16 @@ class Int8Matrix(QuantizedMatrix):
 
     def _pack(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values = part.float()
-        scales = _not_zero(values.abs().amax(1) / 127).to(self.dtype)
-        whole = (values / scales.float()[:, None]).round_().clamp_(-127, 127)
-        return whole.to(torch.int8), scales
+        largest = values.abs().amax(1)
+        # Rows that have been rounded before may reach to -128; they stay as they are.
+        (scales, whole), other = (self._round(values, largest / most) for most in (127, 128))
+        better = _lost(values, *other) < _lost(values, scales, whole)
+        whole[better], scales[better] = other[1][better], other[0][better]
+        return whole.to(torch.int8), scales.to(self.dtype)
+
+    def _round(self, values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = _not_zero(scales).to(self.dtype).float()
+        return scales, (values / scales[:, None]).round_().clamp_(-128, 127)
 
     def _kernel(self, rows: torch.Tensor) -> torch.Tensor:
         return torch._weight_int8pack_mm(rows, self._packed, self._scales)
@@ -179,7 +186,7 @@ class Int4Matrix(QuantizedMatrix):
         grid = self._round(values, 15)
         some, finest = values[:64], (grid[0][:64], grid[1][:64], grid[2][:64])
         # Weights that have been on a grid before, by a better method than this, stay where they are.
-        if _lost(some, *self._best_grid(some)).sum() < _lost(some, *finest).sum() / 10:
+        if self._lost(some, self._best_grid(some)).sum() < self._lost(some, finest).sum() / 10:
             grid = self._best_grid(values)
         scales, offsets, whole = grid
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
@@ -193,10 +200,10 @@ class Int4Matrix(QuantizedMatrix):
     def _best_grid(self, values: torch.Tensor) -> Grid:
         """Of grids with 9 to 16 points for the values of a group, those that lose least."""
         best = self._round(values, 15)
-        lost = _lost(values, *best)
+        lost = self._lost(values, best)
         for steps in range(14, 7, -1):
             other = self._round(values, steps)
-            now = _lost(values, *other)
+            now = self._lost(values, other)
             better = now < lost
             lost = torch.where(better, now, lost)
             best = (
@@ -213,6 +220,10 @@ class Int4Matrix(QuantizedMatrix):
         offsets = (low + 8 * scales).to(self.dtype).float()
         whole = (values - offsets[..., None]).div_(scales[..., None]).round_().add_(8).clamp_(0, 15)
         return scales, offsets, whole
+
+    def _lost(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+        scales, offsets, whole = grid
+        return _lost(values - offsets[..., None], scales, whole - 8)
 
     def _kernel(self, rows: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -396,11 +407,9 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _lost(
-    values: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, whole: torch.Tensor
-) -> torch.Tensor:
-    """The squared error of each group."""
-    return (whole - 8).mul_(scales[..., None]).add_(offsets[..., None]).sub_(values).square_().sum(-1)
+def _lost(values: torch.Tensor, scales: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The squared error of each row or group."""
+    return (whole * scales[..., None]).sub_(values).square_().sum(-1)
 
 
 def _up(count: int, multiple: int) -> int:
