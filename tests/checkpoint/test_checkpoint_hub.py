@@ -315,9 +315,9 @@ def test_weights_of_a_hub_are_dequantised_as_they_are_read(
 def test_a_method_that_is_refused_is_refused_before_weights_are_downloaded(
     hub: Any, model_copy: Path, tmp_path: Path
 ) -> None:
-    (model_copy / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    (model_copy / "quantize_config.json").write_text('{"bits": 4, "checkpoint_format": "marlin"}')
     hub.models["someone/gptq"] = model_copy
-    with pytest.raises(UnsupportedModelError, match="gptq"):
+    with pytest.raises(UnsupportedModelError, match="gptq, the layout marlin"):
         plain(open_hub(hub, tmp_path, "someone/gptq"))
     assert not any(path.endswith(".safetensors") and "/cdn/" in path for path in hub.requests)
 
