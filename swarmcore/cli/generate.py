@@ -65,6 +65,7 @@ async def _generate(
             generation,
             text,
             chain=str(generation.chain),
+            numerics=[str(way) for way in generation.numerics],
             cached_tokens=generation.cached_tokens,
         )
 
@@ -90,7 +91,9 @@ async def _stream(output: Output, generation: TextStream) -> str:
     return "".join(pieces)
 
 
-def _report(output: Output, generation: TextStream, text: str, **made_by: str | int | None) -> None:
+def _report(
+    output: Output, generation: TextStream, text: str, **made_by: str | int | list[str] | None
+) -> None:
     output.event(
         "generated",
         text=text,

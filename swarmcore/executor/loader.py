@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -20,6 +21,9 @@ from swarmcore.types import ModelInfo, Progress, Span
 EXECUTORS = PluginGroup("executor", "swarmcore.executors", extras={"torch": "torch", "ggml": "ggml"})
 """The installed back ends; each entry point is a `BlockLoader` subclass."""
 
+
+_CUDA = re.compile(r"cuda(:\d+)?")
+"""Devices by torch's names; those of llama.cpp have others."""
 
 AUTO = "auto"
 """In place of an executor, a dtype, a kind of weights: what fits the model, the machine and the rest best."""
@@ -111,17 +115,21 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def choose_executor(model: str, *, adapters: bool = False, weights: str = AUTO) -> str:
+def choose_executor(settings: LoadSettings, *, adapters: bool = False) -> str:
     """What ``"auto"`` stands for: ``"ggml"`` for a GGUF where its library is installed, ``"torch"`` else.
 
-    Also torch where ``adapters`` are to be served, or ``weights`` are asked for: ggml has those of the file
-    alone. Nothing large is imported. Raise as `names_gguf`.
+    Also torch where ``adapters`` are to be served, and where weights, caches or a device are asked for that
+    only torch has. Nothing large is imported. Raise as `names_gguf`.
     """
-    if adapters or weights != AUTO or "ggml" not in EXECUTORS.installed() or find_spec("llama_cpp") is None:
+    if adapters or _CUDA.fullmatch(settings.device) or "ggml" not in EXECUTORS.installed():
+        return "torch"
+    if find_spec("llama_cpp") is None:
         return "torch"
     from swarmcore.checkpoint.location import names_gguf  # needs what either extra brings
 
-    return "ggml" if names_gguf(model) else "torch"
+    if not names_gguf(settings.model):
+        return "torch"
+    return "torch" if _lacking(loader_class("ggml"), settings) else "ggml"
 
 
 def open_loader(
@@ -130,14 +138,19 @@ def open_loader(
     """Open the model of ``settings`` with a back end. Raise as `loader_class` and the `BlockLoader`; as well
     `InputError` for weights or a dtype of caches that the back end does not have."""
     loader = loader_class(executor)
-    name = executor if isinstance(executor, str) else executor.__name__
-    for what, wanted, choices in (
-        ("weights", settings.weights, loader.weight_types),
-        ("cache dtype", settings.cache_dtype, loader.cache_dtypes),
-    ):
-        if wanted not in choices:
-            raise InputError(f"executor {name} has no {what} {wanted!r}; it has {', '.join(choices)}")
+    if lacking := _lacking(loader, settings):
+        name = executor if isinstance(executor, str) else executor.__name__
+        raise InputError(f"executor {name} has no {lacking}")
     return loader(settings, progress=progress)
+
+
+def _lacking(loader: type[BlockLoader], settings: LoadSettings) -> str:
+    """What of ``settings`` the back end does not have, and what it has instead; empty if nothing."""
+    if settings.weights not in loader.weight_types:
+        return f"weights {settings.weights!r}; it has {', '.join(loader.weight_types)}"
+    if settings.cache_dtype not in loader.cache_dtypes:
+        return f"cache dtype {settings.cache_dtype!r}; it has {', '.join(loader.cache_dtypes)}"
+    return ""
 
 
 def loader_class(executor: str | type[BlockLoader]) -> type[BlockLoader]:

@@ -30,21 +30,6 @@ def open_model(config: ServerConfig, progress: Progress | None) -> BlockLoader:
 
     A GGUF that ggml does not run goes to torch, if the choice was left to us.
     """
-    if config.executor != AUTO:
-        return _open(config, config.executor, progress)
-    chosen = choose_executor(config.model, adapters=bool(config.adapters), weights=config.weights)
-    try:
-        return _open(config, chosen, progress)
-    except UnsupportedModelError as exc:
-        if chosen == "torch":
-            raise
-        logger.warning("executor %s does not run it, torch is taken instead: %s", chosen, exc)
-    return _open(config, "torch", progress)
-
-
-def _open(config: ServerConfig, executor: str | type[BlockLoader], progress: Progress | None) -> BlockLoader:
-    if executor == "torch":
-        import_large("swarmcore.executor.torch.loader", progress=progress)
     settings = LoadSettings(
         model=config.model,
         revision=config.revision,
@@ -55,7 +40,18 @@ def _open(config: ServerConfig, executor: str | type[BlockLoader], progress: Pro
         threads=config.threads,
         batch_tokens=config.max_batch_tokens,
     )
-    return open_loader(executor, settings, progress=progress)
+    executor = config.executor
+    if executor == AUTO:
+        executor = choose_executor(settings, adapters=bool(config.adapters))
+    if executor != "torch":
+        try:
+            return open_loader(executor, settings, progress=progress)
+        except UnsupportedModelError as exc:
+            if config.executor != AUTO:
+                raise
+            logger.warning("executor %s does not run it, torch is taken instead: %s", executor, exc)
+    import_large("swarmcore.executor.torch.loader", progress=progress)
+    return open_loader("torch", settings, progress=progress)
 
 
 def plan_blocks(config: ServerConfig, loader: BlockLoader) -> CapacityPlan:

@@ -38,6 +38,7 @@ def with_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the extra were installed."""
     entries = {"ggml": EntryPoint("ggml", "some.module:Loader", "swarmcore.executors")}
     monkeypatch.setattr(PluginGroup, "installed", lambda self: entries)
+    monkeypatch.setattr(PluginGroup, "load", lambda self, name: PlainLoader)
     monkeypatch.setattr(loading, "find_spec", lambda name: object())
 
 
@@ -47,17 +48,18 @@ def test_auto_is_ggml_for_gguf_where_it_is_installed(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "m.gguf").touch()
     for source in "pypi:some-package", "model.gguf", f"gguf:{tmp_path}/m.gguf", str(folder):
-        assert choose_executor(source) == "ggml"
-        assert choose_executor(source, adapters=True) == "torch"
-        assert choose_executor(source, weights="nf4") == "torch"
-    assert choose_executor("some/model") == "torch"
+        assert choose_executor(LoadSettings(model=source, device="Vulkan0", weights="int8")) == "ggml"
+        assert choose_executor(LoadSettings(model=source), adapters=True) == "torch"
+        for asked in {"weights": "nf4"}, {"cache_dtype": "int8"}, {"device": "cuda:1"}:
+            assert choose_executor(LoadSettings(model=source, **asked)) == "torch"
+    assert choose_executor(LoadSettings(model="some/model")) == "torch"
     (folder / "model.safetensors").touch()
-    assert choose_executor(str(folder)) == "torch"
+    assert choose_executor(LoadSettings(model=str(folder))) == "torch"
 
 
 def test_auto_is_torch_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    assert choose_executor("model.gguf") == "torch"
+    assert choose_executor(LoadSettings(model="model.gguf")) == "torch"
 
 
 def test_a_back_end_without_its_library_says_how_to_install_it(
