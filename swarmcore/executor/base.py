@@ -97,6 +97,8 @@ class BlockExecutor(ABC):
     caches_whole_span: bool = False
     """Whether a sequence takes `cache_bytes_per_token` for each of its tokens, also where it goes through a
     part of the span."""
+    max_sequences: int | None = None
+    """How many sequences may have a cache at a time; steps of more are refused (`CacheFullError`)."""
     thread_choices: tuple[int, ...] = ()
     """Numbers of compute threads to choose from, most first; none where there is nothing to choose."""
 

@@ -22,7 +22,7 @@ from swarmcore.executor.ggml import kv_transfer
 from swarmcore.executor.ggml.library import Library, library
 from swarmcore.executor.ggml.sequences import Sequences
 from swarmcore.executor.ggml.span_file import SpanFile, span_file
-from swarmcore.executor.ggml.span_model import ModelSettings, SpanModel
+from swarmcore.executor.ggml.span_model import SCRATCH, ModelSettings, SpanModel
 from swarmcore.executor.ggml.step_runner import StepRunner
 from swarmcore.types import ModelInfo, Numerics, Progress, Span
 from swarmcore.wire.tensors import Tensor
@@ -51,6 +51,7 @@ class GgmlExecutor(BlockExecutor):
 
     prefix_sharing = "pages"
     caches_whole_span = True
+    max_sequences = SCRATCH
 
     def __init__(
         self,
