@@ -30,6 +30,9 @@ class Architecture:
     """What repeats itself after so many layers, and cannot be written out: a span starts at a multiple."""
     refusal: Callable[[GgufModel, Span], str | None] | None = None
     """Why this span would not compute what the whole model does; None where it does."""
+    entrance: str | None = None
+    """The node of llama.cpp's graph that the first layer takes, where something is done to what comes in that
+    the client has done already. The hidden states are put in its place."""
     scales_inputs: bool = False
     """Hidden states that come in are multiplied by ``embedding_scale``, which is 1 for a span."""
     residual_scale: float | None = None
@@ -92,13 +95,6 @@ def sliding_layers(model: GgufModel) -> list[bool] | None:
         )
     full = 0 if first else pattern - 1
     return [pattern == 0 or layer % pattern != full for layer in range(model.blocks)]
-
-
-def _never(why: str) -> Callable[[GgufModel, Span], str | None]:
-    def refusal(model: GgufModel, span: Span) -> str | None:
-        return why
-
-    return refusal
 
 
 def _gemma(largest: int) -> Callable[[GgufModel, Span], str | None]:
@@ -171,9 +167,7 @@ _EVERY = Architecture()
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": _EVERY,
-    "bloom": Architecture(
-        refusal=_never("llama.cpp normalises what comes in, which the client has done already")
-    ),
+    "bloom": Architecture(entrance="inp_norm-0"),
     "cohere2": Architecture(windows=(4, False), refusal=_cohere2),
     "command-r": _EVERY,
     "deepseek2": Architecture(refusal=_deepseek2),
@@ -182,13 +176,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "ernie4_5-moe": Architecture(period=_interleaved),
     "exaone4": Architecture(refusal=_exaone4),
     "falcon": _EVERY,
-    "gemma": Architecture(
-        refusal=_never("llama.cpp scales what comes in, which the client has done already")
-    ),
-    "gemma2": Architecture(
-        windows=(2, False),
-        refusal=_never("llama.cpp scales what comes in, which the client has done already"),
-    ),
+    "gemma": Architecture(entrance="inp_scaled"),
+    "gemma2": Architecture(windows=(2, False), refusal=_gemma(46), entrance="inp_scaled"),
     "gemma3": Architecture(windows=(6, False), refusal=_gemma(62)),
     "gpt-oss": Architecture(windows=(2, False)),
     "gpt2": _EVERY,

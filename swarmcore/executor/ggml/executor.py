@@ -19,6 +19,7 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId
 from swarmcore.executor.ggml import kv_transfer
+from swarmcore.executor.ggml.architectures import architecture_of
 from swarmcore.executor.ggml.library import Library, library
 from swarmcore.executor.ggml.sequences import Sequences
 from swarmcore.executor.ggml.span_file import SpanFile, span_file
@@ -95,7 +96,8 @@ class GgmlExecutor(BlockExecutor):
     def _load(self, span: Span, progress: Progress | None) -> _Loaded:
         file = span_file(self._gguf, span, progress=progress)
         try:
-            return _Loaded(span, SpanModel(self._library, file.path, self._settings), file)
+            entrance = architecture_of(self._gguf).entrance
+            return _Loaded(span, SpanModel(self._library, file.path, self._settings, entrance), file)
         except BaseException:
             file.close()
             raise

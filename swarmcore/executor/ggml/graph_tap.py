@@ -48,7 +48,9 @@ class GraphTap:
     Layers are numbered as in the context's model.
     """
 
-    def __init__(self, library: Library, width: int, layers: int) -> None:
+    def __init__(self, library: Library, width: int, layers: int, entrance: str | None = None) -> None:
+        """``entrance`` is the node that the first layer takes, where it is not what goes into the graph."""
+        self._entrance = entrance
         self._ggml = library.ggml
         self._width, self._layers = width, layers
         self._layouts: dict[_GraphKind, _Layout] = {}
@@ -75,7 +77,7 @@ class GraphTap:
         if layout is not None:
             self._next = layout.leave if layout.enter is None else layout.enter
             self._idle = layout.idle
-        plan.entered = first == 0
+        plan.entered = first == 0 and self._entrance is None
 
     def end(self) -> Rows | None:
         """The rows behind the last layer, ``[rows, width]``; None when the graph was not as expected: then it
@@ -127,20 +129,16 @@ class GraphTap:
     def _learn_node(self, plan: _Plan, tensor: int, ask: bool) -> bool:
         if plan.output is not None:
             return False
-        first, last = plan.kind[2:]
-        wanted = last - 1 if plan.entered else first - 1
         if ask:
             plan.nodes.append((self._count, tensor))
-            return self._name(tensor) == f"l_out-{wanted}".encode()
+            return self._name(tensor) == self._awaited(plan)
         if plan.entered:
             return self._leave(plan, tensor, self._count - 1)
         return self._enter(plan, tensor, self._count - 1)
 
     def _reached(self, plan: _Plan, tensor: int, ask: bool) -> bool:
-        first, last = plan.kind[2:]
         if ask:
-            wanted = last - 1 if plan.entered else first - 1
-            if self._name(tensor) != f"l_out-{wanted}".encode():
+            if self._name(tensor) != self._awaited(plan):
                 # Of another make than the one that was learnt. Nothing behind the last event is computed yet.
                 plan.restore()
                 self._next = None
@@ -151,6 +149,13 @@ class GraphTap:
         if plan.entered:
             return self._leave(plan, tensor, self._count - 1)
         return self._enter(plan, tensor, self._count - 1)
+
+    def _awaited(self, plan: _Plan) -> bytes:
+        """The name of the node that matters next."""
+        first, last = plan.kind[2:]
+        if not plan.entered and first == 0 and self._entrance is not None:
+            return self._entrance.encode()
+        return f"l_out-{last - 1 if plan.entered else first - 1}".encode()
 
     def _enter(self, plan: _Plan, tensor: int, at: int) -> bool:
         plan.restore()

@@ -14,6 +14,7 @@ from swarmcore.checkpoint.storage import cache_folder
 from swarmcore.errors import InputError
 from swarmcore.executor.ggml.executor import GgmlExecutor
 from swarmcore.executor.ggml.library import library
+from swarmcore.executor.ggml.span_cut import cut_span
 from swarmcore.executor.ggml.span_model import CACHE_TYPES, ModelSettings
 from swarmcore.executor.loader import AUTO, BlockLoader, LoadSettings, processor_name, thread_choices
 from swarmcore.placement.capacity import BlockNeeds
@@ -40,6 +41,7 @@ class GgmlLoader(BlockLoader):
             raise InputError(f"dtype {settings.dtype!r} is not known; it is auto, {', '.join(FLOATS)}")
         self._cache_dtype = CACHE_DTYPE if settings.cache_dtype == AUTO else settings.cache_dtype
         self._gguf = open_gguf(settings.model, revision=settings.revision, progress=progress)
+        cut_span(self._gguf, Span(0, self._gguf.blocks))  # refused now rather than when it is served
         self.model = self._gguf.info(cache_folder(), progress)
 
     def needs(self) -> BlockNeeds:

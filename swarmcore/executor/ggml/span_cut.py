@@ -44,9 +44,11 @@ _FILLED = {
     "output_norm.weight": 1.0,
     "output_norm.bias": 0.0,
     "position_embd.weight": 0.0,
+    "token_embd_norm.weight": 1.0,
+    "token_embd_norm.bias": 0.0,
 }
 """Tensors around the layers that llama.cpp wants, and a span has no use for: what they are filled with. What
-learned positions add, the client has added."""
+learned positions add, the client has added, as it has normalised embeddings."""
 
 
 def cut_span(model: GgufModel, span: Span) -> GgufContent:

@@ -43,8 +43,12 @@ class ModelSettings:
 class SpanModel:
     """Used by one thread at a time, except for `close`."""
 
-    def __init__(self, library: Library, path: Path, settings: ModelSettings) -> None:
+    def __init__(
+        self, library: Library, path: Path, settings: ModelSettings, entrance: str | None = None
+    ) -> None:
         """Map the weights in the GGUF ``path``, which has these blocks as all of its layers.
+
+        ``entrance`` is as in `GraphTap`.
 
         Raise `CheckpointError` when llama.cpp cannot read it, `UnsupportedModelError` for an architecture
         that cannot be cut into spans, `ServerMemoryError` when there is no room for a cache.
@@ -55,7 +59,7 @@ class SpanModel:
         try:
             self.layers: int = self._llama.llama_model_n_layer(self._model)
             self.width: int = self._llama.llama_model_n_embd(self._model)
-            self._tap = GraphTap(library, self.width, self.layers)
+            self._tap = GraphTap(library, self.width, self.layers, entrance)
             self._batch = _Batch(self._llama, settings.batch_tokens, self.width)
             self.cells = 0
             self._context = self._make_context(CELLS)

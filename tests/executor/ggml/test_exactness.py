@@ -7,16 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.types import Span
 
 pytest.importorskip("llama_cpp", reason="needs the extra ggml")
 gguf = pytest.importorskip("gguf")
 
+from executor_rows import through  # noqa: E402
 from llama_rows import rows_of  # noqa: E402
 from random_gguf import WIDTH, write_random_gguf  # noqa: E402
-
-from swarmcore.executor.ggml.arrays import to_rows, to_tensor  # noqa: E402
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_1"]
 REPLAYS_EXACTLY = {"Q8_0", "Q4_1"}
@@ -28,18 +26,6 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_random_gguf(
         tmp_path / f"{request.param}.gguf", kind=gguf.GGMLQuantizationType[request.param]
     )
-
-
-async def through(
-    executor: BlockExecutor, rows: np.ndarray, sequence: int = 0, *, start: int = 0, span: Span | None = None
-) -> np.ndarray:
-    executor.reserve(SequenceId(sequence), -(-(start + len(rows)) // executor.page) * executor.page)
-    segments = (Segment(SequenceId(sequence), start, len(rows)),)
-    hidden = to_tensor("hidden", rows, "float32")
-    [result] = await executor.step([ScheduledChunk(hidden, 0, span or executor.span, segments)])
-    if isinstance(result, Exception):
-        raise result
-    return to_rows(result)
 
 
 async def test_halves_and_parts_give_what_the_whole_model_does(path: Path, load) -> None:
