@@ -151,6 +151,26 @@ def inference(output: Output, threads: int, servers: str, clients: str, **settin
 @_dtype
 @_threads
 @_servers("1,2")
+@count("--shared", min=64, default=2000, help="Tokens that two prompts have in common.")
+@count("--tokens", default=16, help="Of each text.")
+@_rounds(3)
+@standard
+def prefix(output: Output, threads: int, servers: str, **settings: Any) -> None:
+    """Measure the time to the first token of a prompt whose beginning servers have computed before."""
+    set_thread_environment(threads)
+
+    from swarmcore.bench.prefix import PrefixBench, prefix_table
+
+    bench = PrefixBench(threads=threads, swarm_sizes=parse_numbers("--servers", servers), **settings)
+    results = _measured(output, bench.run)
+    _show(output, "prefix", prefix_table(results), settings=bench, results=results)
+
+
+@bench.command()
+@_model
+@_dtype
+@_threads
+@_servers("1,2")
 @count("--batch", default=8, help="Sequences.")
 @count(
     "--length",
