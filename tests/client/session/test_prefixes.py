@@ -4,23 +4,29 @@ gone, or was never there."""
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import pytest
-from memory_swarm import Reference, Swarm, swarm_of
+from memory_swarm import Reference, Server, Swarm, swarm_of
 
+from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.client.session.session import InferenceSession
 from swarmcore.engine.engine import Engine
 from swarmcore.errors import InvalidStepError
-from swarmcore.testing.executor import Rows, hidden_states, read_rows
+from swarmcore.routing.least_latency import LeastLatency
+from swarmcore.server import inference
+from swarmcore.testing.executor import COUNTING_MODEL, Rows, hidden_states, read_rows
+from swarmcore.wire.messages import SessionOpened
 
 pytestmark = pytest.mark.virtual_time
 
 TWICE = ("0:4", "4:8", "8:12", "0:4", "4:8", "8:12")
 PROMPT = [7 * n % 101 for n in range(150)]
 OTHER = [*PROMPT[:70], *range(200, 270)]
+PARTS = (COUNTING_MODEL.fingerprint, "", "", "raw", "")
 MODES = pytest.mark.parametrize("journal", ["client", "servers"])
 
 
@@ -309,3 +315,110 @@ async def test_other_steps_than_the_prompt_first() -> None:
         assert read_rows(result) == await expected(PROMPT[:30]) and session.cached == (29,)
         await session.close()
         await over(swarm)
+
+
+@MODES
+async def test_a_server_that_leaves_hands_over_what_was_shared_too(journal: str) -> None:
+    async with swarm_of(*TWICE, delay=0.01) as swarm:
+        await computed(swarm, PROMPT)
+        text = await Text.begin(swarm, PROMPT, journal=journal)
+        await text.prompt()
+        leaving = swarm.serving(text.session, 1)
+        await leaving.registry.withdraw()
+        drained = asyncio.create_task(leaving.service.drain(30))
+        for token in range(5):
+            await text.say(token)
+        assert await drained == 0
+        assert [failover.how for failover in swarm.failovers] == ["handed over"]
+        taker = swarm.serving(text.session, 1)
+        assert taker.engine.counters["tokens"] < 10, "nothing was computed again"
+        for stage in (2, 1):
+            await swarm.serving(text.session, stage).kill()
+            await swarm.add(TWICE[stage])
+            await text.say(9)
+        await text.end()
+        await over(swarm)
+        assert taker.dead or taker.engine.prefixes.pages > 0
+
+
+@MODES
+async def test_a_session_moves_to_a_better_chain(journal: str) -> None:
+    async with swarm_of("0:4", "4:12", router=LeastLatency(random.Random(1))) as swarm:
+        for server in swarm.servers:
+            await announce(server, 10)
+        await computed(swarm, PROMPT)
+        text = await Text.begin(swarm, PROMPT, journal=journal)
+        await text.prompt()
+        fast = await swarm.add("4:12")
+        await announce(fast, 100)
+        for token in range(40):
+            await text.say(token)
+            await asyncio.sleep(4)
+        assert text.session.chain.peers == (swarm.servers[0].peer, fast.peer)
+        await swarm.serving(text.session, 1).kill()
+        await text.say(1)
+        await text.end()
+        await over(swarm)
+
+
+async def announce(server: Server, tokens_per_second: float) -> None:
+    """Say that a token takes so long there."""
+    info = attrs.evolve(server.info(), decode_rps=tokens_per_second, forward_rps=100 * tokens_per_second)
+    await server.registry.announce(info, 3600)
+
+
+@pytest.mark.parametrize(("faster", "again"), [(1.05, True), (1.5, False)])
+async def test_a_prefix_is_weighed_against_a_faster_chain(faster: float, again: bool) -> None:
+    async with swarm_of("0:12", router=LeastLatency(random.Random(1))) as swarm:
+        await announce(swarm.servers[0], 10)
+        await computed(swarm, PROMPT)
+        await announce(await swarm.add("0:12"), 10 * faster)
+        best = swarm.planner.plan(swarm.planner._model.span)
+        assert best.peers == (swarm.servers[1].peer,)
+        prefix = SessionPrefix([PROMPT], *PARTS)
+        chain = swarm.planner.begun(best, prefix, tokens=160, blocked=())
+        assert (chain.peers == (swarm.servers[0].peer,)) is again
+
+
+async def test_without_a_journal_or_without_the_cache() -> None:
+    async with swarm_of("0:6", "6:12") as swarm:
+        await computed(swarm, PROMPT)
+        text = await Text.begin(swarm, PROMPT, journal="off")
+        await text.prompt()
+        assert text.session.cached == (128,)
+        await text.say(1)
+        await text.end()
+        text = await Text.begin(swarm, PROMPT, prefix_cache=False)
+        await text.prompt()
+        assert text.session.cached == (0,)
+        await text.end()
+
+
+async def test_servers_of_earlier_versions_have_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm_of("0:6", "6:12") as swarm:
+        await computed(swarm, PROMPT)
+        monkeypatch.setattr(inference, "SessionOpened", lambda free, reachable, cached: SessionOpened(free))
+        text = await Text.begin(swarm, PROMPT)
+        await text.prompt()
+        assert text.session.cached == (0,)
+        await text.end()
+
+
+async def test_a_step_that_was_given_up_names_nothing() -> None:
+    async with swarm_of("0:12") as swarm:
+        text = await Text.begin(swarm, PROMPT[:70], PROMPT[70:140])
+        await text.prompt()
+        [server] = swarm.servers
+        server.executor.gate = asyncio.Event()
+        step = asyncio.create_task(text.session.step(hidden_states(embed([1, 2])), [1, 1], sources=(1, 0)))
+        await asyncio.sleep(0.1)
+        step.cancel()
+        await asyncio.wait([step])
+        server.executor.gate.set()
+        await text.session.name_pages([PROMPT[:70] + [3] * 60, PROMPT[70:140] + [3] * 60])
+        await text.session.close()
+        await over(swarm)
+        for prompt in (PROMPT[:70], PROMPT[70:140]):
+            again = await Text.begin(swarm, [*prompt, *[3] * 60])
+            await again.prompt()
+            await again.end()
