@@ -1,10 +1,10 @@
-"""Tokens per second of plain Transformers, of swarms of server processes, and of several clients at once."""
+"""Tokens per second of plain Transformers, llama.cpp, swarms of server processes, and clients at once."""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ from swarmcore.bench.plain import PlainModel
 from swarmcore.bench.swarms import start_swarm
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.session.options import SessionOptions
-from swarmcore.client.swarm import connect
+from swarmcore.client.swarm import Swarm, connect
 from swarmcore.session.steps import JournalMode
 from swarmcore.types import Progress
 
 if TYPE_CHECKING:
+    from swarmcore.bench.llama_cpp_peer import LlamaCppModel
     from swarmcore.client.generation.model import RemoteModel
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
@@ -40,24 +41,38 @@ class InferenceResult:
     ratio_to: str
     milliseconds: float
     """Between two tokens of one client."""
+    peer_ratio: float | None = None
+    """To llama.cpp with as many clients, where that was measured; the median of the rounds."""
+    batches: BatchFigures | None = None
+    """Of the servers; the median of the rounds."""
 
 
-@attrs.define
-class _Samples:
-    """What was measured under one name: tokens per second, in each round."""
+@attrs.frozen
+class BatchFigures:
+    """How servers batched the steps of clients, on average over the servers of a chain."""
+
+    tokens: float
+    """In a batch of decode steps."""
+    per_second: float
+    """Batches."""
+    waited: float
+    """The part of the time that batches waited for more steps."""
+
+
+@attrs.frozen
+class _Measured:
+    """One figure of one round."""
 
     servers: int
     clients: int
     against: str
-    rates: list[float] = attrs.field(factory=list)
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
+    rate: float
+    """Tokens per second."""
+    batches: BatchFigures | None = None
 
 
-Measured = dict[str, tuple[int, int, str, float]]
-"""Of one round, by name: servers, clients, what it is compared with, tokens per second."""
+Counters = Sequence[Mapping[str, float]]
+"""Those of each server of a chain."""
 
 
 @attrs.frozen(kw_only=True)
@@ -65,6 +80,12 @@ class InferenceBench:
     """What to measure."""
 
     model: str
+    executor: str = "auto"
+    """What servers compute with, and"""
+    weights: str = "auto"
+    """what they keep weights in; as ``swarmcore serve`` takes both."""
+    peer: str | None = None
+    """``"llama.cpp"`` to measure that on the same GGUF, too."""
     dtype: str = "bfloat16"
     threads: int = 1
     swarm_sizes: tuple[int, ...] = (1, 3)
@@ -81,32 +102,61 @@ class InferenceBench:
         remark("loading the model, and starting the swarms")
         plain = await asyncio.to_thread(PlainModel, checkpoint, self.dtype, self.threads)
         async with AsyncExitStack() as stack:
+            peer = await asyncio.to_thread(self._peer)
+            if peer is not None:
+                stack.callback(peer.close)
             swarms = {}
             for size in self.swarm_sizes:
                 swarms[size] = await stack.enter_async_context(self._swarm(checkpoint, size))
-            samples: dict[str, _Samples] = {}
+            samples: dict[str, list[_Measured]] = {}
             # The first round warms everything up: allocators, connections, kernels. It does not count.
             for turn in range(self.rounds + 1):
                 remark(f"round {turn} of {self.rounds}" if turn else "warming up")
-                measured = await self._round(plain, swarms)
-                if turn:
-                    for name, (servers, clients, against, rate) in measured.items():
-                        samples.setdefault(name, _Samples(servers, clients, against)).rates.append(rate)
+                for name, found in (await self._round(plain, peer, swarms)).items():
+                    if turn:
+                        samples.setdefault(name, []).append(found)
         return _results(samples)
 
-    async def _round(self, plain: PlainModel, swarms: dict[int, Models]) -> Measured:
+    @property
+    def _counts(self) -> list[int]:
+        return sorted({1, *self.client_counts})
+
+    def _peer(self) -> LlamaCppModel | None:
+        if self.peer is None:
+            return None
+        from swarmcore.bench.llama_cpp_peer import LlamaCppModel, gguf_file
+
+        room = self.tokens + len(PROMPT)  # no tokenizer makes more tokens than there are characters
+        return LlamaCppModel(
+            gguf_file(self.model), threads=self.threads, texts=max(self._counts), tokens=room
+        )
+
+    async def _round(
+        self, plain: PlainModel, peer: LlamaCppModel | None, swarms: dict[int, _Chain]
+    ) -> dict[str, _Measured]:
         rate = await asyncio.to_thread(plain.rate, PROMPT, self.tokens)
-        measured: Measured = {_PLAIN: (0, 1, _PLAIN, rate)}
-        for size, models in swarms.items():
-            for clients in sorted({1, *self.client_counts}):
+        measured = {_PLAIN: _Measured(0, 1, _PLAIN, rate)}
+        for clients in self._counts:
+            if peer is not None:
+                rate = await asyncio.to_thread(peer.rate, _prompts(clients), self.tokens)
+                measured[_name(0, clients)] = _Measured(0, clients, _name(0, 1), rate)
+            for size, swarm in swarms.items():
                 against = _PLAIN if clients == 1 else _name(size, 1)
-                rate = await self._rate(models["client"], clients)
-                measured[_name(size, clients)] = (size, clients, against, rate)
+                rate, batches = await self._batches(swarm, clients)
+                measured[_name(size, clients)] = _Measured(size, clients, against, rate, batches)
         size = max(swarms)
         without = _journal_name(size, "off")
-        for journal, rate in (await self._journal_rates(swarms[size])).items():
-            measured[_journal_name(size, journal)] = (size, 1, without, rate)
+        for journal, rate in (await self._journal_rates(swarms[size].models)).items():
+            measured[_journal_name(size, journal)] = _Measured(size, 1, without, rate)
         return measured
+
+    async def _batches(self, chain: _Chain, clients: int) -> tuple[float, BatchFigures]:
+        """`_rate`, and how servers batched meanwhile."""
+        clock = asyncio.get_running_loop().time
+        before, began = await chain.counters(), clock()
+        rate = await self._rate(chain.models["client"], clients)
+        seconds = clock() - began
+        return rate, _batch_figures(before, await chain.counters(), seconds)
 
     async def _journal_rates(self, models: Models) -> dict[JournalMode, float]:
         """One client with each kind of journal, there and back, so that a drift of the machine hits all."""
@@ -119,8 +169,8 @@ class InferenceBench:
         """Tokens per second of ``clients`` generations at once, from the last one's first token on."""
         clock = asyncio.get_running_loop().time
         generations = [
-            model.generate(f"{PROMPT} {number}", max_new_tokens=self.tokens, min_new_tokens=self.tokens)
-            for number in range(clients)
+            model.generate(prompt, max_new_tokens=self.tokens, min_new_tokens=self.tokens)
+            for prompt in _prompts(clients)
         ]
         started: list[tuple[float, int]] = []
 
@@ -135,11 +185,18 @@ class InferenceBench:
         return (self.tokens * clients - before) / (clock() - began)
 
     @asynccontextmanager
-    async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[Models]:
+    async def _swarm(self, checkpoint: Checkpoint, size: int) -> AsyncIterator[_Chain]:
         """``size`` server processes with the blocks split evenly, and models over them."""
         async with AsyncExitStack() as stack:
             address = await stack.enter_async_context(
-                start_swarm(checkpoint, size, dtype=self.dtype, threads=self.threads)
+                start_swarm(
+                    checkpoint,
+                    size,
+                    dtype=self.dtype,
+                    threads=self.threads,
+                    model=self.model,
+                    more=("--executor", self.executor, "--weights", self.weights),
+                )
             )
             swarm = await stack.enter_async_context(connect(address))
             models: Models = {}
@@ -149,7 +206,20 @@ class InferenceBench:
                     str(checkpoint.folder), dtype=self.dtype, threads=self.threads, session_options=options
                 )
             await swarm.wait_for_blocks(checkpoint.info, timeout=30)
-            yield models
+            yield _Chain(swarm, models)
+
+
+@attrs.frozen
+class _Chain:
+    """Servers on this machine, as a client sees them."""
+
+    swarm: Swarm
+    models: Models
+
+    async def counters(self) -> Counters:
+        """What each server has counted."""
+        servers = [server.peer for server in self.swarm.view() if server.span is not None]
+        return [(await self.swarm.info(peer)).counters for peer in servers]
 
 
 _PLAIN = "plain Transformers"
@@ -159,7 +229,13 @@ Models = dict[JournalMode, "RemoteModel"]
 """The same model with each kind of journal."""
 
 
+def _prompts(clients: int) -> list[str]:
+    return [f"{PROMPT} {number}" for number in range(clients)]
+
+
 def _name(size: int, clients: int) -> str:
+    if not size:
+        return f"llama.cpp, {clients} text{'s' if clients > 1 else ''}"
     return f"{size} server{'s' if size > 1 else ''}, {clients} client{'s' if clients > 1 else ''}"
 
 
@@ -167,20 +243,44 @@ def _journal_name(size: int, journal: JournalMode) -> str:
     return f"{size} server{'s' if size > 1 else ''}, journal: {journal}"
 
 
-def _results(samples: dict[str, _Samples]) -> list[InferenceResult]:
+def _batch_figures(before: Counters, after: Counters, seconds: float) -> BatchFigures:
+    def counted(name: str) -> float:
+        return sum(new[name] - old[name] for old, new in zip(before, after, strict=True))
+
+    batches = counted("decode_batches")
+    return BatchFigures(
+        counted("decode_tokens") / batches if batches else 0.0,
+        batches / len(after) / seconds,
+        counted("batch_wait_seconds") / len(after) / seconds,
+    )
+
+
+def _results(samples: Mapping[str, Sequence[_Measured]]) -> list[InferenceResult]:
+    def ratio(found: Sequence[_Measured], other: Sequence[_Measured]) -> float:
+        # Round by round: what else the machine did then, it did to both.
+        return statistics.median(a.rate / b.rate for a, b in zip(found, other, strict=True))
+
     results: list[InferenceResult] = []
     for name, found in samples.items():
-        # Round by round: what else the machine did then, it did to both.
-        ratios = [a / b for a, b in zip(found.rates, samples[found.against].rates, strict=True)]
+        servers, clients, against = found[0].servers, found[0].clients, found[0].against
+        rate = statistics.median(each.rate for each in found)
+        peer = (
+            samples.get(_name(0, clients)) if servers and against != _journal_name(servers, "off") else None
+        )
+        batches = [each.batches for each in found if each.batches is not None]
         results.append(
             InferenceResult(
                 name=name,
-                servers=found.servers,
-                clients=found.clients,
-                tokens_per_second=found.rate,
-                ratio=statistics.median(ratios),
-                ratio_to=found.against,
-                milliseconds=1000 * found.clients / found.rate,
+                servers=servers,
+                clients=clients,
+                tokens_per_second=rate,
+                ratio=ratio(found, samples[against]),
+                ratio_to=against,
+                milliseconds=1000 * clients / rate,
+                peer_ratio=ratio(found, peer) if peer else None,
+                batches=BatchFigures(*map(statistics.median, zip(*map(attrs.astuple, batches), strict=True)))
+                if batches
+                else None,
             )
         )
     return results
@@ -198,17 +298,28 @@ def hop_milliseconds(results: Sequence[InferenceResult]) -> float | None:
 def inference_table(results: Sequence[InferenceResult]) -> Table:
     """The figures as people read them."""
     table = Table(title="decoding, one machine")
-    table.add_column("")
-    for name in ("tokens/s", "ms per token", "ratio"):
+    table.add_column("", no_wrap=True)
+    peers = any(result.peer_ratio is not None for result in results)
+    for name in ("tokens/s", "ms/token", "ratio"):
         table.add_column(name, justify="right")
     table.add_column("to")
+    for name in (*(["to llama.cpp"] if peers else []), "batch", "batches/s", "waits"):
+        table.add_column(name, justify="right")
     for result in results:
+        peer = "" if result.peer_ratio is None else f"{result.peer_ratio:.2f}"
+        found = result.batches
         table.add_row(
             result.name,
             f"{result.tokens_per_second:.1f}",
             f"{result.milliseconds:.1f}",
             f"{result.ratio:.2f}",
             "" if result.ratio_to == result.name else result.ratio_to,
+            *([peer] if peers else []),
+            *(
+                [f"{found.tokens:.1f}", f"{found.per_second:.1f}", f"{found.waited:.0%}"]
+                if found
+                else [""] * 3
+            ),
         )
     if (hop := hop_milliseconds(results)) is not None:
         table.caption = f"each further server adds {hop:.1f} ms to a token"

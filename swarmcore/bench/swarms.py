@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from swarmcore.checkpoint import Checkpoint
@@ -16,22 +16,32 @@ CACHE_TOKENS = 16_384
 
 
 @asynccontextmanager
-async def start_swarm(checkpoint: Checkpoint, size: int, *, dtype: str, threads: int) -> AsyncIterator[str]:
+async def start_swarm(
+    checkpoint: Checkpoint,
+    size: int,
+    *,
+    dtype: str,
+    threads: int,
+    model: str = "",
+    more: Sequence[str] = (),
+) -> AsyncIterator[str]:
     """``size`` server processes with the blocks split evenly; yields the address of one of them.
 
-    Raise `InputError` for more servers than there are blocks.
+    They open ``model``, by default what the ``checkpoint`` was made into, and are given the arguments
+    ``more``. Raise `InputError` for more servers than there are blocks.
     """
     info = checkpoint.info
     if size > info.blocks:
         raise InputError(f"{size} servers cannot share the {info.blocks} blocks of {info.name}; use fewer")
 
-    async def server(span: Span, *more: str) -> ServerProcess:
+    async def server(span: Span, *joining: str) -> ServerProcess:
         return await ServerProcess.start(
             "serve",
-            *("--model", str(checkpoint.folder), "--blocks", str(span)),
+            *("--model", model or str(checkpoint.folder), "--blocks", str(span)),
             *_options(dtype, threads, CACHE_TOKENS),
             *("--listen", "127.0.0.1:0"),
             *more,
+            *joining,
         )
 
     async with AsyncExitStack() as stack:

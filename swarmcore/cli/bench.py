@@ -113,6 +113,22 @@ def transport(
 
 @bench.command()
 @_model
+@option(
+    "--executor",
+    default="auto",
+    metavar="NAME",
+    help="What the servers compute with, as for swarmcore serve.",
+)
+@option(
+    "--weights", default="auto", metavar="KIND", help="What they keep weights in, as for swarmcore serve."
+)
+@choice(
+    "--peer",
+    "llama.cpp",
+    help="Measure this on the same GGUF as well: the whole model in one process, as many texts in one batch "
+    "as there are clients. Its own way to use several machines is not measured: llama-cpp-python has no "
+    "rpc-server.",
+)
 @_dtype
 @_threads
 @_servers("1,3")
@@ -131,7 +147,7 @@ def transport(
 @_rounds(3)
 @standard
 def inference(output: Output, threads: int, servers: str, clients: str, **settings: Any) -> None:
-    """Measure tokens per second: plain Transformers, swarms of server processes, clients at once."""
+    """Measure tokens per second: plain Transformers, llama.cpp, swarms of server processes, many clients."""
     set_thread_environment(threads)
 
     from swarmcore.bench.inference import InferenceBench, inference_table
