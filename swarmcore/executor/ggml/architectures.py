@@ -17,6 +17,8 @@ from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.types import Span
 
 WINDOW_PATTERN = "attention.sliding_window_pattern"
+POSITIONS = "position_embd.weight"
+LONG_FREQUENCIES, SHORT_FREQUENCIES = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 @attrs.frozen(kw_only=True)
@@ -74,6 +76,24 @@ def start_step(model: GgufModel) -> int:
     """Spans of the model start at multiples of this many blocks."""
     found = architecture_of(model)
     return math.lcm(*found.period(model).values()) if found.period else 1
+
+
+def max_positions(model: GgufModel) -> int | None:
+    """How long sequences may become; None where llama.cpp computes any position in one and the same way.
+
+    It aborts past the end of learned positions. Of rotary frequencies that change with the length it would
+    take those for the room there is, whatever the length, so spans have the short ones alone.
+    """
+    if (table := model.places.get(POSITIONS)) is not None:
+        return table.tensor.shape[-1]
+    if LONG_FREQUENCIES not in model.places:
+        return None
+    found = model.own("rope.scaling.original_context_length", model.own("context_length"))
+    if not isinstance(found, int) or found < 1:
+        raise CheckpointError(
+            f"{model.name} is damaged: it does not say up to which length it has frequencies"
+        )
+    return found
 
 
 def sliding_layers(model: GgufModel) -> list[bool] | None:

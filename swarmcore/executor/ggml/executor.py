@@ -19,7 +19,7 @@ from swarmcore.errors import (
 )
 from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId
 from swarmcore.executor.ggml import kv_transfer
-from swarmcore.executor.ggml.architectures import architecture_of
+from swarmcore.executor.ggml.architectures import architecture_of, max_positions
 from swarmcore.executor.ggml.library import Library, library
 from swarmcore.executor.ggml.sequences import Sequences
 from swarmcore.executor.ggml.span_file import SpanFile, span_file
@@ -84,7 +84,9 @@ class GgmlExecutor(BlockExecutor):
         self._changing = False
         self._set_span(span)
         self._sequences = Sequences()
-        self._steps = StepRunner(info.hidden_size, dtype, settings.batch_tokens, self._sequences)
+        self._steps = StepRunner(
+            info.hidden_size, dtype, settings.batch_tokens, self._sequences, max_positions(model)
+        )
         self._compute = ThreadPoolExecutor(1, "swarmcore-compute")
         self._loading = ThreadPoolExecutor(1, "swarmcore-load")
 

@@ -18,7 +18,15 @@ from swarmcore.checkpoint.gguf_header import (
 from swarmcore.checkpoint.gguf_model import GgufModel
 from swarmcore.checkpoint.gguf_writer import GgufContent, Part
 from swarmcore.errors import CheckpointError, SpanError, UnsupportedModelError
-from swarmcore.executor.ggml.architectures import WINDOW_PATTERN, architecture_of, check_cut, sliding_layers
+from swarmcore.executor.ggml.architectures import (
+    LONG_FREQUENCIES,
+    POSITIONS,
+    SHORT_FREQUENCIES,
+    WINDOW_PATTERN,
+    architecture_of,
+    check_cut,
+    sliding_layers,
+)
 from swarmcore.printable import printable_line
 from swarmcore.types import Span
 
@@ -35,15 +43,17 @@ _PER_LAYER = frozenset(
 _WHOLE_ARRAYS = frozenset({"rope.dimension_sections"})
 _BY_NUMBER = re.compile(r"layer(?!_?norm)|block|interval|pattern|nextn|deepstack|shared_kv|_step|indexer")
 """In a key's name: that it is about layers by their number. Those that are not handled are refused."""
-_ROPE = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
-"""Tensors that all layers share."""
+_ROPE = {"rope_freqs.weight": "rope_freqs.weight"} | dict.fromkeys(
+    (LONG_FREQUENCIES, SHORT_FREQUENCIES), SHORT_FREQUENCIES
+)
+"""Tensors that all layers share, and which one is taken for each (see `max_positions`)."""
 _FILLED = {
     "token_embd.weight": 0.0,
     "output.weight": 0.0,
     "output.bias": 0.0,
     "output_norm.weight": 1.0,
     "output_norm.bias": 0.0,
-    "position_embd.weight": 0.0,
+    POSITIONS: 0.0,
     "token_embd_norm.weight": 1.0,
     "token_embd_norm.bias": 0.0,
 }
@@ -151,7 +161,9 @@ def _parts(model: GgufModel, span: Span) -> Iterator[Part]:
     for name in model.around:
         tensor = model.places[name].tensor
         if name in _ROPE:
-            yield Part.copied(tensor)
+            if (taken := model.places.get(_ROPE[name])) is None:
+                raise CheckpointError(f"{model.name} is incomplete: it has {name}, and no {_ROPE[name]}")
+            yield Part.copied(taken.tensor, name)
         elif name in _FILLED:
             shape = tensor.shape
             if name in ("token_embd.weight", "output.weight"):

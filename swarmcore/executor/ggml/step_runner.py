@@ -38,8 +38,15 @@ class _Accepted:
 class StepRunner:
     """Runs in the compute thread; what it remembers from step to step is decoded tensors."""
 
-    def __init__(self, width: int, dtype: str, batch_tokens: int, sequences: Sequences) -> None:
-        self._width, self._dtype = width, dtype
+    def __init__(
+        self,
+        width: int,
+        dtype: str,
+        batch_tokens: int,
+        sequences: Sequences,
+        max_positions: int | None = None,
+    ) -> None:
+        self._width, self._dtype, self._max_positions = width, dtype, max_positions
         self._batch_tokens, self._sequences = batch_tokens, sequences
         self._decoded: tuple[weakref.ref[Tensor], Rows] | None = None
         """The last step that is run in several chunks."""
@@ -89,7 +96,12 @@ class StepRunner:
                     f"a step of {segment.count} tokens at position {segment.start} does not continue a "
                     f"sequence of {length} tokens"
                 )
-            after[segment.sequence] = segment.start + segment.count
+            after[segment.sequence] = end = segment.start + segment.count
+            if self._max_positions is not None and end > self._max_positions:
+                raise InvalidStepError(
+                    f"a sequence of {end} tokens is too long: what the model has for positions ends, or "
+                    f"changes, at {self._max_positions} tokens"
+                )
             entries.append(entry)
         lengths.update(after)
         return _Accepted(index, chunk, rows, entries)

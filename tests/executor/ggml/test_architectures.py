@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from random_gguf import ATTENTION, GATED, HEADS, INNER, LLAMA, WIDTH, Shapes, write_random_gguf
 
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local
-from swarmcore.errors import CheckpointError, UnsupportedModelError
+from swarmcore.errors import CheckpointError, InvalidStepError, UnsupportedModelError
 from swarmcore.executor.ggml.architectures import ARCHITECTURES, start_step
 from swarmcore.executor.ggml.span_cut import cut_span
 from swarmcore.executor.ggml.span_file import span_file
@@ -229,7 +229,7 @@ CASES = [
     Case(
         "phi3",
         {**FUSED, "ffn_up.weight": (2 * INNER, WIDTH), "ffn_down.weight": (WIDTH, INNER)},
-        {},
+        {"rope.scaling.original_context_length": 4096},
         {"rope_factors_long.weight": (SIZE // 2,), "rope_factors_short.weight": (SIZE // 2,)},
     ),
     Case("qwen2", LLAMA | QKV_BIAS),
@@ -380,6 +380,50 @@ def test_cuts_that_are_refused(why: str, tmp_path: Path) -> None:
     case, span, said = REFUSED[why]
     with pytest.raises(UnsupportedModelError, match=said):
         cut_span(open_local(written(case, tmp_path)), span)
+
+
+POSITIONS: dict[str, tuple[Shapes, dict[str, Any]]] = {
+    "that are learned": ({"position_embd.weight": (24, WIDTH)}, {"context_length": 24}),
+    "whose frequencies change": (
+        {"rope_factors_long.weight": (SIZE // 2,), "rope_factors_short.weight": (SIZE // 2,)},
+        {"rope.scaling.original_context_length": 24},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", POSITIONS)
+async def test_positions_end(what: str, tmp_path: Path, load: Any) -> None:
+    """llama.cpp would abort, or rotate by other frequencies as soon as it is given room for more tokens."""
+    around, keys = POSITIONS[what]
+    case = next(
+        case
+        for case in CASES
+        if case.architecture == ("phi3" if "rope_factors_long.weight" in around else "gpt2")
+    )
+    case = attrs.evolve(case, around={**case.around, **around}, keys={**case.keys, **keys})
+    executor = await load(written(case, tmp_path), "0:5")
+    from executor_rows import through
+
+    rows = np.random.default_rng(0).standard_normal((25, WIDTH)).astype(np.float32)
+    assert np.isfinite(await through(executor, rows[:24])).all()
+    with pytest.raises(InvalidStepError, match=r"25 tokens is too long: .* at 24 tokens"):
+        await through(executor, rows[24:], start=24)
+    with pytest.raises(InvalidStepError, match="too long"):
+        await through(executor, rows, 1)
+
+
+async def test_frequencies_do_not_depend_on_the_room(tmp_path: Path, load: Any) -> None:
+    from executor_rows import through
+
+    case = next(case for case in CASES if case.architecture == "phi3")
+    rows = np.random.default_rng(0).standard_normal((8, WIDTH)).astype(np.float32)
+    results = []
+    for length in (16, 100_000):  # less and more than the room that a span begins with
+        keys = {**case.keys, "rope.scaling.original_context_length": length}
+        (folder := tmp_path / str(length)).mkdir()
+        executor = await load(written(attrs.evolve(case, keys=keys), folder), "0:5")
+        results.append(await through(executor, rows))
+    assert np.array_equal(*results)
 
 
 def test_what_does_not_matter_for_a_part_is_left_out(tmp_path: Path) -> None:
