@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
-from random_gguf import write_random_gguf
+from programs import Program
+from random_gguf import LLAMA, WIDTH, write_random_gguf
 
 from swarmcore.checkpoint.gguf_model import open_local
-from swarmcore.errors import SpanError, StorageError
+from swarmcore.errors import CheckpointError, SpanError, StorageError
 from swarmcore.executor.ggml.span_file import span_file
 from swarmcore.types import Span
 
@@ -79,3 +86,120 @@ def test_blocks_that_are_not_there(tmp_path: Path) -> None:
     model = open_local(write_random_gguf(tmp_path / "tiny.gguf"))
     with pytest.raises(SpanError, match="0:4"):
         span_file(model, Span(3, 5), cache=tmp_path)
+
+
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+from swarmcore.checkpoint.gguf_model import open_local
+from swarmcore.errors import StorageError
+from swarmcore.executor.ggml.span_file import span_file
+from swarmcore.types import Span
+
+source, cache, kill_at = sys.argv[1:]
+seen = []
+
+def progress(what, done, total):
+    seen.append(what)
+    if "writing" in what and done >= float(kill_at) * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+try:
+    span = span_file(open_local(Path(source)), Span(0, 2), cache=Path(cache), progress=progress)
+except StorageError as error:
+    print(json.dumps([error.message, error.details]), flush=True)
+else:
+    print(json.dumps([span.path.stat().st_ino, any("writing" in what for what in seen)]), flush=True)
+    sys.stdin.read()
+"""
+
+
+def run(source: Path, cache: Path, kill_at: float = 2.0) -> Program:
+    program = cache.with_name("program.py")
+    program.write_text(PROGRAM)
+    return Program(str(program), str(source), str(cache), str(kill_at))
+
+
+def test_several_processes_write_once_and_share(tmp_path: Path) -> None:
+    source, cache = write_random_gguf(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    several = [run(source, cache) for _ in range(3)]
+    results = [json.loads(each.line()) for each in several]
+    assert len({inode for inode, _ in results}) == 1
+    assert sum(wrote for _, wrote in results) == 1
+    model = open_local(source)
+    for start in (1, 2):  # would remove what nobody uses
+        span_file(model, Span(start, start + 1), cache=cache).close()
+    assert len(list(cache.glob("spans/*-0-2-*.gguf"))) == 1
+    for each in several:
+        assert each.end()[0] == 0
+    span_file(model, Span(3, 4), cache=cache).close()
+    assert not list(cache.glob("spans/*-0-2-*.gguf"))
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    source, cache = write_random_gguf(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    assert run(source, cache, kill_at=0.5).end()[0] == -signal.SIGKILL
+    [left] = (cache / "spans").iterdir()
+    assert left.name.startswith(".")
+    other = left.with_name(".other-model.gguf.part")
+    other.write_bytes(b"half")
+    os.utime(other, (1, 1))
+    model = open_local(source)
+    with span_file(model, Span(0, 2), cache=cache) as span:
+        assert list((cache / "spans").iterdir()) == [span.path]
+    left.write_bytes(b"half")  # of a writer that is at work
+    span_file(model, Span(2, 3), cache=cache).close()
+    assert left.exists()
+
+
+def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("writing") and done > total / 2:
+            raise KeyboardInterrupt
+
+    model = open_local(write_random_gguf(tmp_path / "tiny.gguf"))
+    with pytest.raises(KeyboardInterrupt):
+        span_file(model, Span(0, 2), cache=tmp_path, progress=stop)
+    assert list((tmp_path / "spans").iterdir()) == []
+
+
+def test_a_file_that_became_shorter(tmp_path: Path) -> None:
+    source = write_random_gguf(tmp_path / "tiny.gguf")
+    model = open_local(source)
+    model.info(tmp_path)
+    os.truncate(source, source.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="cut off while it was read"):
+        span_file(model, Span(3, 4), cache=tmp_path)
+    assert list((tmp_path / "spans").iterdir()) == []
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    source = write_random_gguf(tmp_path / "tiny.gguf")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    filled = "from swarmcore.executor.ggml import span_file; span_file.check_room = lambda *about: None\n"
+    (tmp_path / "program.py").write_text(filled + PROGRAM)
+    mount = 'mount -t tmpfs -o size=100k none "$1" && shift && exec "$@"'
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(disk)]
+    if not shutil.which("unshare") or subprocess.run([*enter, "true"], capture_output=True).returncode:
+        pytest.skip("no small disk can be made here: mounting needs user namespaces")
+    command = [sys.executable, str(tmp_path / "program.py"), str(source), str(disk), "2"]
+    done = subprocess.run([*enter, *command], capture_output=True, text=True, check=False)
+    message, details = json.loads(done.stdout)
+    assert message.startswith("the disk is full: writing blocks of tiny")
+    assert str(disk) in message
+    assert details["needed"] > details["free"]
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    source = write_random_gguf(
+        tmp_path / "wide.gguf", blocks=1, each=LLAMA | {"ffn_up.weight": (1 << 16, WIDTH)}
+    )
+    model = open_local(source)
+    model.info(tmp_path)
+    tracemalloc.start()
+    with span_file(model, Span(0, 1), cache=tmp_path) as span:
+        _, most = tracemalloc.get_traced_memory()
+        assert span.nbytes > 16 * 1024 * 1024
+    tracemalloc.stop()
+    assert most < 10 * 1024 * 1024
