@@ -7,14 +7,9 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-
-_EXPLICIT_SCORES = 8 * 1024 * 1024
-"""Most scores that are held at a time where no fused kernel does the attention."""
 
 
 class Bias(Protocol):
@@ -114,68 +109,3 @@ def causal_mask(
             # CPUs take float32 masks at any dtype; kernels of GPUs refuse them, or misread them.
             mask = mask.to(dtype)
     return mask
-
-
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    start: int,
-    how: Attention,
-    mask: Callable[[], torch.Tensor | None],
-) -> torch.Tensor:
-    """Attention of the tokens from position ``start`` on to the keys and values of all positions.
-
-    ``query`` is ``[sequences, heads, count, size]``, and so is the result. ``mask`` gives their
-    `causal_mask`, and is called only where one is needed.
-    """
-    last = keys.shape[2] - 1
-    if first := how.first_key(start):
-        keys, values = keys[:, :, first:], values[:, :, first:]
-    if how.explicit:
-        return attend_explicitly(query, keys, values, mask(), how)
-    causal = start == 0 and not how.first_key(last) and how.bias is None
-    return scaled_dot_product_attention(
-        query,
-        keys,
-        values,
-        attn_mask=None if causal else mask(),
-        is_causal=causal,
-        scale=how.scale,
-        enable_gqa=query.shape[1] > keys.shape[1],
-    )
-
-
-def attend_explicitly(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: Attention
-) -> torch.Tensor:
-    """Attention with a soft cap or sinks, which the fused kernels lack, and without a bias.
-
-    ``query`` is ``[sequences, heads, count, size]``, and so is the result.
-    """
-    many, heads, count, size = query.shape
-    kv_heads, length = keys.shape[1:3]
-    rows = heads // kv_heads
-    grouped = query.view(many, kv_heads, rows, count, size)
-    sinks = None if how.sinks is None else how.sinks.float().view(1, kv_heads, rows, 1, 1)
-    block = max(1, _EXPLICIT_SCORES // (many * heads * length))
-    outputs = []
-    for at in range(0, count, block):
-        part = grouped[:, :, :, at : at + block]
-        tokens = part.shape[3]
-        # Scaled before the product, which in float16 could overflow.
-        stacked = (part * how.scale).reshape(many, kv_heads, rows * tokens, size)
-        scores = torch.matmul(stacked, keys.transpose(2, 3)).float()
-        scores = scores.view(many, kv_heads, rows, tokens, length)
-        if how.softcap is not None:
-            scores = torch.tanh(scores / how.softcap) * how.softcap
-        if mask is not None:
-            scores = scores + mask[:, :, at : at + block].unsqueeze(2)
-        if sinks is None:
-            weights = torch.softmax(scores, -1)
-        else:
-            scores = torch.cat((scores, sinks.expand(many, -1, -1, tokens, 1)), -1)
-            weights = torch.softmax(scores, -1)[..., :-1]
-        weights = weights.to(values.dtype).reshape(many, kv_heads, rows * tokens, length)
-        outputs.append(torch.matmul(weights, values).view(many, heads, tokens, -1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

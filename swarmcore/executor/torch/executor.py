@@ -25,12 +25,12 @@ from swarmcore.executor.base import (
 )
 from swarmcore.executor.loader import thread_choices
 from swarmcore.executor.torch.adapters import TorchAdapter, check_description, make_adapter, own_adapter
+from swarmcore.executor.torch.cache_pages import PAGE
 from swarmcore.executor.torch.device import (
     DTYPE_NAMES,
     choose_precision,
     memory_errors,
 )
-from swarmcore.executor.torch.kv_cache import PAGE, SequenceCache
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.executor.torch.lora import Hooks
 from swarmcore.executor.torch.sequence_caches import SequenceCaches
@@ -63,7 +63,7 @@ class TorchExecutor(BlockExecutor):
     """Runs a span with torch, on the CPU or one GPU."""
 
     computes_padding = True
-    prefix_sharing = "copies"
+    prefix_sharing = "pages"
     capabilities = frozenset({TRAINING, ADAPTERS})
 
     def __init__(
@@ -136,6 +136,11 @@ class TorchExecutor(BlockExecutor):
     def __repr__(self) -> str:
         state = "closed" if self._loaded is None else f"{len(self._sequences)} sequences"
         return f"<TorchExecutor {self.model.name} {self.span} {self.dtype} on {self._device} · {state}>"
+
+    @property
+    def cache_bytes_held(self) -> int:
+        """Memory that attention caches take now. What sequences share is counted once."""
+        return self._sequences.pool.nbytes
 
     async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
         """As `BlockExecutor.step`. The chunks of one batch may belong to one sequence, in order."""
@@ -221,7 +226,7 @@ class TorchExecutor(BlockExecutor):
             self._compute.submit(call)
 
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
-        """As `BlockExecutor.reorder`. A cache that several go on with is copied, for all of them but one."""
+        """As `BlockExecutor.reorder`. Sequences that go on from one cache share its pages."""
         await self._in_compute_thread(self._reorder, sequences, sources)
 
     def _reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
@@ -301,10 +306,12 @@ class TorchExecutor(BlockExecutor):
         """As `BlockExecutor.reserve`; a smaller reservation gives memory back before the next step."""
         shrunk = self._sequences.reserve(sequence, tokens)
         if shrunk is not None and self._loaded is not None:
-            self._compute.submit(_trim, shrunk)
+            self._compute.submit(self._sequences.trim, shrunk)
 
     def release(self, sequence: SequenceId) -> None:
-        self._sequences.release(sequence)
+        cache = self._sequences.pop(sequence)
+        if cache is not None and self._loaded is not None:
+            self._compute.submit(self._sequences.release, cache)
 
     async def close(self) -> None:
         if self._loaded is None:
@@ -367,8 +374,3 @@ def _missing(span: Span, stays: Span | None) -> list[Span]:
         return [span]
     parts = Span(span.start, stays.start), Span(stays.end, span.end)
     return [part for part in parts if len(part)]
-
-
-@torch.inference_mode()
-def _trim(cache: SequenceCache) -> None:
-    cache.trim()

@@ -1,4 +1,4 @@
-"""Attention caches: keys and values of one sequence in all blocks of a span.
+"""The attention cache of one sequence: a table of extents, which it may share with others.
 
 Every key is kept, also by layers with a sliding window (they read only the last ones), so that a cache can be
 rolled back to any earlier position exactly, by forgetting what lies after it.
@@ -6,161 +6,206 @@ rolled back to any earlier position exactly, by forgetting what lies after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
 
-PAGE = 64
-"""Caches grow in multiples of this many tokens."""
-
-Views = Sequence[torch.Tensor]
-"""One tensor per layer."""
+from swarmcore.executor.torch.cache_pages import PAGE, CacheLayout, Extent, PagePool, Planes, pages_of, stored
 
 
-@attrs.frozen
-class LayerShape:
-    """What one token leaves in one layer's cache."""
+@attrs.define(eq=False)
+class Run:
+    """Consecutive tokens of a sequence: the first ``tokens`` of an extent."""
 
-    heads: int
-    """Key/value heads."""
-    key_size: int
-    value_size: int
+    extent: Extent
+    start: int
+    """Position of the first."""
+    tokens: int
 
     @property
-    def values(self) -> int:
-        return self.heads * (self.key_size + self.value_size)
-
-
-@attrs.frozen
-class CacheLayout:
-    """The caches of some blocks: one shape per layer, one dtype and device for all."""
-
-    layers: tuple[LayerShape, ...]
-    dtype: torch.dtype
-    device: torch.device
+    def end(self) -> int:
+        return self.start + self.tokens
 
     @property
-    def bytes_per_token(self) -> int:
-        return sum(layer.values for layer in self.layers) * self.dtype.itemsize
-
-    def part(self, first: int, last: int) -> CacheLayout:
-        """The layout of the layers ``first:last`` of these."""
-        return attrs.evolve(self, layers=self.layers[first:last])
+    def writable(self) -> bool:
+        return self.extent.references == 1
 
 
 class SequenceCache:
-    """The cache of one sequence: ``length`` tokens stored, a prefix included, room for ``capacity``.
+    """The cache of one sequence: ``length`` tokens stored, a prefix included.
 
-    Layers of equal shape share one tensor, ``[layers, 1, heads, capacity, size]``, so that a step's views are
-    made by a few calls rather than a few per layer.
+    All runs but the last are of whole pages. An extent that others read, too, is never written: the run then
+    ends with its last whole page, and the tokens after it are copied into an extent of the cache's own (copy
+    on write).
     """
 
-    def __init__(self, layout: CacheLayout) -> None:
+    def __init__(self, layout: CacheLayout, pool: PagePool | None = None) -> None:
         self.length = 0
-        self.capacity = 0
         self.reserved = 0
         """Tokens the cache is to have room for at its next step."""
         self.prefix = 0
         """How many of the tokens were put before the sequence's own, for good."""
         self.layout = layout
-        self._groups: dict[LayerShape, list[int]] = {}
-        for index, shape in enumerate(layout.layers):
-            self._groups.setdefault(shape, []).append(index)
-        self._stores: dict[LayerShape, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.runs: list[Run] = []
+        self._pool = pool or PagePool()
 
     def __repr__(self) -> str:
-        return f"<SequenceCache {self.length}/{self.capacity} tokens>"
+        return f"<SequenceCache {self.length}/{self.capacity} tokens in {len(self.runs)} extents>"
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for, if nobody else comes to read them."""
+        return self.runs[-1].start + self.runs[-1].extent.capacity if self.runs else 0
 
     def prepare(self, start: int, end: int) -> None:
         """Roll back to ``start`` and make room up to ``end``; the tokens between count as stored from now on.
 
         Takes or gives back memory, which invalidates views. ``start`` is at most ``length``.
         """
-        capacity = -(-max(self.reserved, end) // PAGE) * PAGE
-        if capacity != self.capacity:
-            self._resize(capacity, start)
+        self._cut(start)
+        self._own_tail()
+        self._fit(pages_of(max(self.reserved, end)), end)
+        for run in self.runs:
+            run.tokens = min(end - run.start, run.extent.capacity) if run.writable else run.tokens
         self.length = end
 
     def begin_with(self, prefixes: Sequence[torch.Tensor]) -> None:
         """Put keys and values, ``[2, tokens, heads, size]`` for each layer, into a cache that is empty."""
         self.prefix = prefixes[0].shape[1]
         self.prepare(0, self.prefix)
-        for prefix, keys, values in zip(prefixes, *self.views(0, self.prefix), strict=True):
-            keys[0].copy_(prefix[0].transpose(0, 1))
-            values[0].copy_(prefix[1].transpose(0, 1))
+        first = 0
+        for slots in self.slots(0, self.prefix):
+            count = slots[0][0].shape[2]
+            for prefix, planes in zip(prefixes, slots, strict=True):
+                pair = prefix[:, first : first + count].transpose(1, 2).to(self.layout.dtype)
+                for plane, rows in zip(planes, stored(self.layout, pair[:1], pair[1:]), strict=True):
+                    plane.copy_(rows)
+            first += count
 
     def trim(self) -> None:
         """Give back at once what lies beyond the reservation. Not while a batch holds views of this cache."""
-        capacity = -(-max(self.reserved, self.prefix) // PAGE) * PAGE
-        if capacity < self.capacity:
-            self.length = min(self.length, capacity)
-            self._resize(capacity, self.length)
+        room = pages_of(max(self.reserved, self.prefix))
+        if not room:
+            self.release()
+        elif room < self.capacity:
+            self.length = min(self.length, room)
+            self._cut(self.length)
+            self._fit(room, self.length)
 
-    def copy(self, reserved: int, tokens: int | None = None) -> SequenceCache:
-        """A cache of its own with the same tokens, the first ``tokens`` of them or all, as far as there is
-        room for them in ``reserved``."""
-        new = SequenceCache(self.layout)
+    def fork(self, reserved: int, tokens: int | None = None) -> SequenceCache:
+        """A cache with the same tokens, the first ``tokens`` of them or all, as far as ``reserved`` has room.
+
+        Both share them until one of them writes.
+        """
+        new = SequenceCache(self.layout, self._pool)
         new.reserved, new.prefix = reserved, self.prefix
-        new._resize(-(-max(reserved, self.prefix) // PAGE) * PAGE, 0)
-        new.length = length = min(self.length if tokens is None else tokens, new.capacity)
-        for shape, pair in self._stores.items():
-            for source, target in zip(pair, new._stores[shape], strict=True):
-                target[..., :length, :] = source[..., :length, :]
+        length = self.length if tokens is None else tokens
+        new.length = min(length, pages_of(max(reserved, self.prefix)))
+        new.runs = [
+            Run(run.extent.share(), run.start, min(run.tokens, new.length - run.start))
+            for run in self.runs
+            if run.start < new.length
+        ]
         return new
 
-    def tensors(self, start: int, end: int) -> dict[str, torch.Tensor]:
-        """Keys and values of the tokens ``start:end`` by name, views of ``[layers, heads, tokens, size]``.
+    def release(self) -> bool:
+        """Forget everything; return whether others go on reading some of it."""
+        runs, self.runs, self.length = self.runs, [], 0
+        shared = any(not run.writable for run in runs)
+        for run in runs:
+            run.extent.drop()
+        return shared
 
-        The layers of one shape are together, in order: ``keys.0`` and ``values.0`` are those of the shape
-        that the first layer has, and so on.
+    def slots(self, start: int, end: int) -> Iterator[list[Planes]]:
+        """Where the tokens ``start:end`` are kept: for each run, and in it for each layer,
+        ``[1, heads, tokens, size]``."""
+        for run, at, count in self._pieces(start, end):
+            yield run.extent.slots(at, count)
+
+    def wipe(self, start: int, end: int) -> None:
+        """Leave nothing of the tokens ``start:end``, which the last step wrote."""
+        for run, at, count in self._pieces(start, end):
+            run.extent.wipe(at, count)
+
+    def tensors(self, start: int, end: int) -> dict[str, list[torch.Tensor]]:
+        """What is kept of the tokens ``start:end``, by name: views ``[layers, heads, tokens, size]``.
+
+        The layers of one shape are together: ``keys.0`` and ``values.0`` are those of the shape that the
+        first layer has, and so on.
         """
-        parts = {}
-        for number, shape in enumerate(self._groups):
-            for name, store in zip(("keys", "values"), self._stores[shape], strict=True):
-                parts[f"{name}.{number}"] = store[:, 0, :, start:end]
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.shapes(0)}
+        for run, at, count in self._pieces(start, end):
+            planes = (plane for store in run.extent.stores for plane in store)
+            for views, plane in zip(parts.values(), planes, strict=True):
+                views.append(plane.squeeze(1).narrow(2, at, count))
         return parts
 
-    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `tensors` gives for ``count`` tokens."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for number, (shape, layers) in enumerate(self._groups.items()):
-            for name, size in (("keys", shape.key_size), ("values", shape.value_size)):
-                shapes[f"{name}.{number}"] = (len(layers), shape.heads, count, size)
-        return shapes
+    def shapes(self, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what `tensors` gives for ``count`` tokens, put together."""
+        return {
+            f"{name}.{number}": plane
+            for number, (shape, layers) in enumerate(self.layout.groups().items())
+            for name, plane in self.layout.planes(shape, len(layers), count).items()
+        }
 
-    def views(self, start: int, end: int) -> tuple[Views, Views]:
-        """Keys and values of the tokens ``start:end``, ``[1, heads, end - start, size]`` for each layer."""
-        if len(self._groups) == 1:
-            [(keys, values)] = self._stores.values()
-            return _unstack(keys, start, end), _unstack(values, start, end)
-        layers = len(self.layout.layers)
-        all_keys, all_values = [torch.Tensor()] * layers, [torch.Tensor()] * layers
-        for shape, indices in self._groups.items():
-            keys, values = self._stores[shape]
-            for index, key, value in zip(
-                indices, _unstack(keys, start, end), _unstack(values, start, end), strict=True
-            ):
-                all_keys[index], all_values[index] = key, value
-        return all_keys, all_values
+    def _cut(self, length: int) -> None:
+        """Forget the tokens from ``length`` on."""
+        while self.runs and self.runs[-1].start >= max(1, length):
+            self.runs.pop().extent.drop()
+        if self.runs:
+            last = self.runs[-1]
+            last.tokens = min(last.tokens, length - last.start)
 
-    def _resize(self, capacity: int, keep: int) -> None:
-        for shape, indices in self._groups.items():
-            old = self._stores.pop(shape, None)
-            new = tuple(
-                torch.empty(
-                    (len(indices), 1, shape.heads, capacity, size),
-                    dtype=self.layout.dtype,
-                    device=self.layout.device,
-                )
-                for size in (shape.key_size, shape.value_size)
-            )
-            if old is not None:
-                for source, target in zip(old, new, strict=True):
-                    target[..., :keep, :] = source[..., :keep, :]
-            self._stores[shape] = (new[0], new[1])
-        self.capacity = capacity
+    def _own_tail(self) -> None:
+        """See to it that the next token can be written, or begins a page that is not there yet."""
+        if not self.runs or self.runs[-1].writable:
+            return
+        last = self.runs[-1]
+        copied = last.tokens % PAGE
+        last.tokens -= copied
+        if copied:
+            own = Extent(self._pool, self.layout, PAGE)
+            own.take(0, last.extent, last.tokens, copied)
+            self.runs.append(Run(own, last.end, copied))
+        if not last.tokens:
+            self.runs.remove(last)
+            last.extent.drop()
 
+    def _fit(self, room: int, end: int) -> None:
+        """Have extents for ``end`` tokens, and the last of them as large as ``room`` tokens allow."""
+        for run in self.runs[:-1]:
+            if run.writable and run.extent.capacity > run.tokens:  # others read more of it, and are gone
+                run.extent.resize(run.tokens, run.tokens)
+        covered = 0
+        if self.runs:
+            if self.runs[-1].writable:
+                self._resize_tail(room)
+            last = self.runs[-1]
+            covered = last.start + (last.extent.capacity if last.writable else last.tokens)
+        while covered < end:
+            extent = Extent(self._pool, self.layout, min(room - covered, self.layout.extent))
+            self.runs.append(Run(extent, covered, 0))
+            covered += extent.capacity
 
-def _unstack(store: torch.Tensor, start: int, end: int) -> Views:
-    return store.narrow(3, start, end - start).unbind(0)
+    def _resize_tail(self, room: int) -> None:
+        tail, limit = self.runs[-1], self.layout.extent
+        capacity = min(room - tail.start, limit)
+        if capacity > tail.extent.capacity and len(self.runs) > 1:
+            before = self.runs[-2]
+            joined = min(room - before.start, limit)
+            if before.writable and joined >= tail.start - before.start + capacity:
+                before.extent.resize(joined, before.tokens)
+                before.extent.take(before.tokens, tail.extent, 0, tail.tokens)
+                before.tokens += tail.tokens
+                self.runs.pop().extent.drop()
+                return
+        if capacity != tail.extent.capacity:
+            tail.extent.resize(capacity, tail.tokens)
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[Run, int, int]]:
+        """The runs that have some of the tokens ``start:end``: from which on in there, and how many."""
+        for run in self.runs:
+            first, last = max(start, run.start), min(end, run.end)
+            if first < last:
+                yield run, first - run.start, last - first

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 from torch import nn
 
 from swarmcore.errors import SpanError
 from swarmcore.executor.torch.batch import AttentionBatch
-from swarmcore.executor.torch.kv_cache import CacheLayout
+from swarmcore.executor.torch.cache_pages import CacheLayout
 from swarmcore.executor.torch.span import SpanModel
 from swarmcore.types import Span
 
@@ -48,7 +49,7 @@ class LoadedBlocks:
         first = part.start - self.span.start
         layers = tuple(layer for model in self.models for layer in model.layout.layers)
         layout = self.models[0].layout
-        return CacheLayout(layers[first : first + len(part)], layout.dtype, layout.device)
+        return attrs.evolve(layout, layers=layers[first : first + len(part)])
 
     def forward(self, hidden: torch.Tensor, batch: AttentionBatch, part: Span) -> torch.Tensor:
         """Hidden states ``[1, tokens, hidden size]`` through the blocks ``part``."""

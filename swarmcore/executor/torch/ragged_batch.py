@@ -1,61 +1,25 @@
 """The ragged batch: new tokens of many sequences, each at its own position, packed into one row of tokens.
 
-A batch is planned once, before it enters the span: caches are rolled back and grown, and the views into them
-that the layers will need are made. The layers then call `RaggedBatch.attend`, one after the other.
+A batch is planned once, before it enters the span: caches are rolled back and grown, and it is looked up
+where the layers will write. They then call `RaggedBatch.attend`, one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import chain
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend, attend_explicitly, causal_mask
+from swarmcore.executor.torch.attention_products import attend, attend_to_pieces
+from swarmcore.executor.torch.batch import AdapterUpdates, Attention
+from swarmcore.executor.torch.cache_pages import stored
+from swarmcore.executor.torch.cached_segment import PACKED_ROWS, CachedSegment, Reading
 from swarmcore.executor.torch.kv_cache import SequenceCache
-
-_PACKED_ROWS = 64
-"""Up to this many query rows, the query heads that share a key head are stacked into rows instead of copying
-keys and values for each of them."""
 
 _SERIAL_VALUES = 512 * 1024
 """Below this many cached values, one thread attends to a sequence faster than two wake each other up."""
-
-
-class _CachedSegment:
-    """Consecutive new tokens of one sequence: its rows of the batch and its views into the cache."""
-
-    def __init__(self, cache: SequenceCache, start: int, count: int) -> None:
-        self.start, self.count, self.end = start, count, start + count
-        self.new_keys, self.new_values = cache.views(start, self.end)
-        self.keys, self.values = cache.views(0, self.end)
-        self._masks: dict[object, torch.Tensor | None] = {}
-
-    def mask(
-        self, how: Attention, rows: int, device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        """What is added to the scores, ``[1 or heads, count, keys]``; None when nothing is.
-
-        Made once for all layers that attend alike. ``rows`` is how many heads share a mask when stacked.
-        """
-        label = (how.window, how.chunk, how.bias, rows)
-        if label not in self._masks:
-            self._masks[label] = self._make_mask(how, rows, device, dtype)
-        return self._masks[label]
-
-    def _make_mask(
-        self, how: Attention, rows: int, device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        mask = causal_mask(self.start, self.end, how, device, dtype)
-        if mask is not None and rows > 1:
-            heads = mask.shape[1]
-            mask = (
-                mask.repeat(1, 1, rows, 1)
-                if heads == 1
-                else mask.reshape(1, heads // rows, -1, mask.shape[-1])
-            )
-        return mask
 
 
 class RaggedBatch:
@@ -80,18 +44,19 @@ class RaggedBatch:
         self.updates = updates
         for cache, start, count in segments:
             cache.prepare(start, start + count)
-        self._segments = [_CachedSegment(*segment) for segment in segments]
+        self._layout = segments[0][0].layout
+        self._segments = [CachedSegment(*segment) for segment in segments]
         self.counts = [segment.count for segment in self._segments]
         self.tokens = sum(self.counts)
         self._decode = self.tokens == len(self._segments)
+        runs = [slots for segment in self._segments for slots in segment.slots]
+        self._lengths = [slots[0][0].shape[2] for slots in runs]
+        """How many rows go into each run of tokens, in order."""
         self._slots = [
-            keys + values
-            for keys, values in zip(
-                zip(*(segment.new_keys for segment in self._segments), strict=True),
-                zip(*(segment.new_values for segment in self._segments), strict=True),
-                strict=True,
-            )
+            list(chain.from_iterable(zip(*layer, strict=True))) for layer in zip(*runs, strict=True)
         ]
+        """For each layer where they go: the runs' keys, then their values, and so on."""
+        self._readings: dict[object, list[Reading]] = {}
         self._threads = threads if device.type == "cpu" else 1
         positions = [torch.arange(segment.start, segment.end) for segment in self._segments]
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
@@ -100,62 +65,56 @@ class RaggedBatch:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         layer += self.origin - self._first_block
-        new = [*key.split_with_sizes(self.counts, 2), *value.split_with_sizes(self.counts, 2)]
+        planes = stored(self._layout, key, value)
+        new = [rows for plane in planes for rows in plane.split_with_sizes(self._lengths, 2)]
         torch._foreach_copy_(self._slots[layer], new)
-        if self._decode:
-            return self._attend_decode(layer, query, how)
-        outputs = [
-            _attend_segment(segment, rows, segment.keys[layer], segment.values[layer], how)
-            for segment, rows in zip(self._segments, query.split_with_sizes(self.counts, 2), strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-    def _attend_decode(self, layer: int, query: torch.Tensor, how: Attention) -> torch.Tensor:
-        """One new token for each sequence: no causal masks, and heads that share keys stacked into rows."""
         heads, tokens, size = query.shape[1:]
-        kv_heads = self._segments[0].keys[layer].shape[1]
+        kv_heads = key.shape[1]
         rows = heads // kv_heads
-        queries = query.transpose(1, 2).reshape(tokens, 1, kv_heads, rows, size).unbind(0)
+        # One for all layers that attend alike.
+        label = (how.window, how.chunk, how.bias, how.explicit, kv_heads, query.shape)
+        readings = self._readings.get(label)
+        if readings is None:
+            readings = [segment.reading(how, query, kv_heads) for segment in self._segments]
+            self._readings[label] = readings
+        if self._decode:
+            queries = query.transpose(1, 2).reshape(tokens, 1, kv_heads, rows, size).unbind(0)
+            return self._attend_decode(layer, queries, readings, how).view(1, tokens, heads, -1)
         outputs = []
-        explicit, serial = how.explicit, False
+        for reading, part in zip(readings, query.split_with_sizes(self.counts, 2), strict=True):
+            count = part.shape[2]
+            if rows * count > PACKED_ROWS:
+                keys, values = reading.one_piece(layer)
+                outputs.append(attend(part, keys, values, reading.start, how, reading.unstacked_mask))
+            else:
+                output = _attend_few(reading, layer, part.reshape(1, kv_heads, rows * count, size), rows, how)
+                outputs.append(output.view(1, heads, count, -1))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return output.transpose(1, 2)
+
+    def _attend_decode(
+        self, layer: int, queries: Sequence[torch.Tensor], readings: Sequence[Reading], how: Attention
+    ) -> torch.Tensor:
+        """One new token of each sequence, ``[1, key heads, rows of each, size]``."""
+        outputs, serial = [], False
+        kv_heads, rows, size = queries[0].shape[1:]
         try:
-            for segment, row in zip(self._segments, queries, strict=True):
-                keys, values = segment.keys[layer], segment.values[layer]
-                if first := how.first_key(segment.start):
-                    keys = keys.narrow(2, first, segment.end - first)
-                    values = values.narrow(2, first, segment.end - first)
-                if self._threads > 1 and (keys.numel() < _SERIAL_VALUES) != serial:
+            for reading, query in zip(readings, queries, strict=True):
+                if self._threads > 1 and (reading.length * kv_heads * size < _SERIAL_VALUES) != serial:
                     serial = not serial
                     torch.set_num_threads(1 if serial else self._threads)
-                if explicit:
-                    output = attend_explicitly(row.view(1, heads, 1, size), keys, values, None, how)
-                    outputs.append(output.view(1, kv_heads, rows, -1))
-                    continue
-                mask = segment.mask(how, rows, row.device, row.dtype) if how.bias else None
-                outputs.append(
-                    scaled_dot_product_attention(row, keys, values, attn_mask=mask, scale=how.scale)
-                )
+                outputs.append(_attend_few(reading, layer, query, rows, how))
         finally:
             if serial:
                 torch.set_num_threads(self._threads)
-        output = outputs[0] if tokens == 1 else torch.cat(outputs)
-        return output.reshape(1, tokens, heads, -1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_segment(
-    segment: _CachedSegment, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attention
-) -> torch.Tensor:
-    """Returns ``[1, count, heads, size]``."""
-    heads, count, size = query.shape[1:]
-    kv_heads = keys.shape[1]
-    rows = heads // kv_heads
-    device, dtype = query.device, query.dtype
-    if how.explicit or not 1 < rows * count <= _PACKED_ROWS:
-        mask_of_head = partial(segment.mask, how, 1, device, dtype)
-        return attend(query, keys, values, segment.start, how, mask_of_head).transpose(1, 2)
-    if first := how.first_key(segment.start):
-        keys, values = keys[:, :, first:], values[:, :, first:]
-    packed = query.reshape(1, kv_heads, rows * count, size)
-    mask = segment.mask(how, rows, device, dtype)
-    output = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=how.scale)
-    return output.reshape(1, heads, count, -1).transpose(1, 2)
+def _attend_few(reading: Reading, layer: int, query: torch.Tensor, rows: int, how: Attention) -> torch.Tensor:
+    """``query`` is ``[1, key heads, rows of each * count, size]``, and so is the result."""
+    if reading.columns is None:
+        keys, values = reading.one_piece(layer)
+        return scaled_dot_product_attention(query, keys, values, attn_mask=reading.mask, scale=how.scale)
+    sinks = None if how.sinks is None else how.sinks.view(-1, rows)
+    pieces = reading.columns.pieces(layer)
+    return attend_to_pieces(query[0], pieces, rows, how, mask=reading.mask, sinks=sinks).unsqueeze(0)

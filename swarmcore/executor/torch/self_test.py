@@ -27,7 +27,8 @@ from swarmcore.checkpoint.storage import cache_folder, write_file
 from swarmcore.distribution import version
 from swarmcore.errors import SpanError, UnsupportedModelError
 from swarmcore.executor.torch.batch import AttentionBatch
-from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
+from swarmcore.executor.torch.cache_pages import CacheLayout
+from swarmcore.executor.torch.kv_cache import SequenceCache
 from swarmcore.executor.torch.partial_model import check_servable
 from swarmcore.executor.torch.ragged_batch import RaggedBatch
 from swarmcore.executor.torch.reference import LENGTHS, Reference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 import torch
@@ -10,10 +10,10 @@ import torch
 from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.executor.base import SequenceId
 from swarmcore.executor.torch.adapters import TorchAdapter
-from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.kv_cache import SequenceCache
+from swarmcore.executor.torch.cache_pages import Extent, PagePool, pages_of
+from swarmcore.executor.torch.kv_cache import Run, SequenceCache
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
-from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
+from swarmcore.executor.torch.wire_tensors import WIRE_DTYPES, WIRE_NAMES, to_torch, to_wire
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
 
@@ -28,13 +28,14 @@ class _Sequence:
 
 
 class SequenceCaches:
-    """`reserve` and `release` are called on the event loop, all else in the compute thread.
+    """`reserve` and `pop` are called on the event loop, all else in the compute thread.
 
     The caller keeps them apart: nothing happens to a sequence while the compute thread works on it.
     """
 
     def __init__(self) -> None:
         self._sequences: dict[SequenceId, _Sequence] = {}
+        self.pool = PagePool()
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -50,9 +51,22 @@ class SequenceCaches:
             entry.cache.reserved = tokens
         return entry.cache if shrunk else None
 
-    def release(self, sequence: SequenceId) -> None:
-        # A step that is being computed keeps its own reference until it is done.
-        self._sequences.pop(sequence, None)
+    def pop(self, sequence: SequenceId) -> SequenceCache | None:
+        """Forget the sequence; return its cache, to be released in the compute thread."""
+        entry = self._sequences.pop(sequence, None)
+        return None if entry is None else entry.cache
+
+    @torch.inference_mode()
+    def release(self, cache: SequenceCache) -> None:
+        if cache.release():
+            self._settle(each.cache for each in list(self._sequences.values()))
+
+    @torch.inference_mode()
+    def trim(self, cache: SequenceCache) -> None:
+        """Give back what lies beyond the cache's reservation."""
+        cache.trim()
+        if any(not run.writable for run in cache.runs):
+            self._settle(each.cache for each in list(self._sequences.values()))
 
     def cache(
         self, sequence: SequenceId, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
@@ -63,25 +77,25 @@ class SequenceCaches:
         length of prefix that it did not begin with.
         """
         entry = self._reserved(sequence)
-        entry.cache, entry.span = _cache_for(entry, blocks, span, adapter), span
+        entry.cache, entry.span = self._cache_for(entry, blocks, span, adapter), span
         return entry.cache
 
     @torch.inference_mode()
     def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         """As `BlockExecutor.reorder`."""
-        entry = [self._reserved(sequence) for sequence in sequences]
-        caches = {source: (entry[source].cache, entry[source].span) for source in set(sources)}
-        for each in entry:
-            each.cache = each.span = None  # frees what nobody goes on with, before anything is copied
-        for at, source in sorted(enumerate(sources), key=lambda pair: pair[0] != pair[1]):
-            cache, span = caches[source]
+        entries = [self._reserved(sequence) for sequence in sequences]
+        before = [(each.cache, each.span) for each in entries]
+        after = []
+        for each, source in zip(entries, sources, strict=True):
+            cache, span = before[source]
+            after.append((None if cache is None else cache.fork(each.reserved), span))
+        for cache, _ in before:
             if cache is not None:
-                if any(each.cache is cache for each in entry):
-                    cache = cache.copy(entry[at].reserved)
-                else:
-                    cache.reserved = entry[at].reserved
-                    cache.trim()
-            entry[at].cache, entry[at].span = cache, span
+                cache.release()
+        for each, (each.cache, each.span) in zip(entries, after, strict=True):
+            if each.cache is not None:
+                each.cache.trim()
+        self._settle(each.cache for each in entries)
 
     @torch.inference_mode()
     def share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
@@ -92,7 +106,7 @@ class SequenceCaches:
             raise InvalidStepError(
                 f"{tokens} tokens of a cache of {length} cannot begin sequence {target}, or it has begun"
             )
-        new.cache, new.span = cache.copy(new.reserved, cache.prefix + tokens), self._sequences[source].span
+        new.cache, new.span = cache.fork(new.reserved, cache.prefix + tokens), self._sequences[source].span
 
     @torch.inference_mode()
     def export(self, sequence: SequenceId, start: int, count: int) -> tuple[Tensor, ...]:
@@ -106,8 +120,8 @@ class SequenceCaches:
         start += cache.prefix
         # Copied even where it is in one piece: the cache goes on to change.
         return tuple(
-            to_wire(name, part.to("cpu", copy=True, memory_format=torch.contiguous_format))
-            for name, part in cache.tensors(start, start + count).items()
+            to_wire(name, torch.cat(parts, 2).cpu())
+            for name, parts in cache.tensors(start, start + count).items()
         )
 
     @torch.inference_mode()
@@ -123,24 +137,33 @@ class SequenceCaches:
     ) -> None:
         """As `BlockExecutor.import_cache`."""
         entry = self._reserved(sequence)
-        cache = _cache_for(entry, blocks, span, adapter)
-        if not 0 <= start <= cache.length - cache.prefix:
-            raise InvalidStepError(
-                f"a cache from token {start} on does not continue a sequence of "
-                f"{cache.length - cache.prefix} tokens"
-            )
-        dtype = DTYPE_NAMES[cache.layout.dtype]
-        expected = [(name, dtype, shape, "raw") for name, shape in cache.shapes(count).items()]
-        given = [(tensor.name, tensor.dtype, tensor.shape, tensor.codec) for tensor in tensors]
-        if given != expected or any(tensor.data.nbytes != tensor.decoded_nbytes for tensor in tensors):
-            raise InvalidStepError(
-                f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
-            )
+        cache = self._cache_for(entry, blocks, span, adapter)
+        try:
+            values = _values(cache, span, start, count, tensors)
+        except InvalidStepError:
+            if cache is not entry.cache:
+                cache.release()
+            raise
         entry.cache, entry.span = cache, span
         start += cache.prefix
         cache.prepare(start, start + count)
-        for target, tensor in zip(cache.tensors(start, start + count).values(), tensors, strict=True):
-            target.copy_(to_torch(tensor))
+        targets = cache.tensors(start, start + count).values()
+        for parts, each in zip(targets, values, strict=True):
+            for target, part in zip(
+                parts, each.split_with_sizes([part.shape[2] for part in parts], 2), strict=True
+            ):
+                target.copy_(part)
+
+    def _settle(self, caches: Iterable[SequenceCache | None]) -> None:
+        """Give back what those that share an extent do not read, and have no room for between them."""
+        readers: dict[Extent, list[Run]] = {}
+        for cache in caches:
+            for run in cache.runs if cache is not None else ():
+                readers.setdefault(run.extent, []).append(run)
+        for extent, runs in readers.items():
+            pages = [pages_of(run.tokens) for run in runs]
+            if extent.references == len(runs) > 1 and extent.capacity > sum(pages):
+                extent.resize(max(pages), max(run.tokens for run in runs))
 
     def _cached(self, sequence: SequenceId) -> SequenceCache:
         entry = self._sequences.get(sequence)
@@ -154,23 +177,46 @@ class SequenceCaches:
             raise SessionLostError(f"sequence {sequence} has been released")
         return entry
 
+    def _cache_for(
+        self, entry: _Sequence, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
+    ) -> SequenceCache:
+        prefix = 0 if adapter is None else adapter.prefix_tokens
+        if entry.cache is None:
+            cache = SequenceCache(blocks.layout(span), self.pool)
+            cache.reserved = entry.reserved
+            if adapter is not None and prefix:
+                names = [adapter.prefixes[block] for block in span]
+                cache.begin_with([adapter.weights[name] for name in names])
+            return cache
+        if entry.span != span:
+            raise InvalidStepError(
+                f"a sequence that began in blocks {entry.span} cannot go on in blocks {span}"
+            )
+        if entry.cache.prefix != prefix:
+            raise InvalidStepError(
+                f"a sequence that began with a prefix of {entry.cache.prefix} tokens cannot go on "
+                f"with one of {prefix} tokens"
+            )
+        return entry.cache
 
-def _cache_for(
-    entry: _Sequence, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
-) -> SequenceCache:
-    prefix = 0 if adapter is None else adapter.prefix_tokens
-    if entry.cache is None:
-        cache = SequenceCache(blocks.layout(span))
-        cache.reserved = entry.reserved
-        if adapter is not None and prefix:
-            names = [adapter.prefixes[block] for block in span]
-            cache.begin_with([adapter.weights[name] for name in names])
-        return cache
-    if entry.span != span:
-        raise InvalidStepError(f"a sequence that began in blocks {entry.span} cannot go on in blocks {span}")
-    if entry.cache.prefix != prefix:
+
+def _values(
+    cache: SequenceCache, span: Span, start: int, count: int, tensors: Sequence[Tensor]
+) -> list[torch.Tensor]:
+    """What is to be put into the cache from token ``start`` on, if it may follow there."""
+    length = cache.length - cache.prefix
+    if not 0 <= start <= length:
         raise InvalidStepError(
-            f"a sequence that began with a prefix of {entry.cache.prefix} tokens cannot go on with one of "
-            f"{prefix} tokens"
+            f"a cache from token {start} on does not continue a sequence of {length} tokens"
         )
-    return entry.cache
+    shapes = cache.shapes(count)
+    expected = [(name, WIRE_NAMES[dtype], shape, "raw") for name, (shape, dtype) in shapes.items()]
+    given = [(tensor.name, tensor.dtype, tensor.shape, tensor.codec) for tensor in tensors]
+    if given != expected or any(tensor.data.nbytes != tensor.decoded_nbytes for tensor in tensors):
+        raise InvalidStepError(
+            f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
+        )
+    values = [to_torch(tensor, WIRE_DTYPES) for tensor in tensors]
+    if not all(bool(torch.isfinite(each).all()) for each in values):
+        raise InvalidStepError("a cache with values that are not finite cannot be taken in")
+    return values

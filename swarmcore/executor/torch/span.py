@@ -16,9 +16,9 @@ from swarmcore.checkpoint.quantized import check_plain, unexpected_tensors
 from swarmcore.errors import CheckpointError, SpanError, SwarmError, UnsupportedModelError
 from swarmcore.executor.torch.attention import NAME, computing
 from swarmcore.executor.torch.batch import AdapterUpdates, Attention, AttentionBatch
+from swarmcore.executor.torch.cache_pages import CacheLayout, LayerShape
 from swarmcore.executor.torch.device import loading_memory
 from swarmcore.executor.torch.families import OWN_MASKS, REPLACE_ATTENTION
-from swarmcore.executor.torch.kv_cache import CacheLayout, LayerShape
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packed_linear import pack_linears
 from swarmcore.executor.torch.partial_model import (

@@ -11,8 +11,9 @@ import torch
 from swarmcore.errors import InternalError, InvalidStepError, SwarmError
 from swarmcore.executor.base import ScheduledChunk, SequenceId
 from swarmcore.executor.torch.adapters import TorchAdapter, own_adapter
+from swarmcore.executor.torch.cache_pages import CacheLayout
 from swarmcore.executor.torch.device import DTYPE_NAMES
-from swarmcore.executor.torch.kv_cache import CacheLayout, SequenceCache
+from swarmcore.executor.torch.kv_cache import SequenceCache
 from swarmcore.executor.torch.loaded_blocks import LoadedBlocks
 from swarmcore.executor.torch.lora import Hooks, RowAdapters, StackCache
 from swarmcore.executor.torch.ragged_batch import RaggedBatch
@@ -74,13 +75,20 @@ class StepRunner:
             ragged = RaggedBatch(
                 segments, self._device, first_block=part.start, threads=threads, updates=updates
             )
-            output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
+            try:
+                output = blocks.forward(packed.unsqueeze(0), ragged, part)[0]
+            except Exception:
+                _wipe(segments)
+                raise
             # Blocks add to their input, so this finds what came in as well, and nothing in a row reaches
             # another sequence. It also waits for the GPU: what is handed out has been computed.
             finite = bool(torch.isfinite(output).all())
             counts = [each.chunk.tokens for each in accepted]
             for each, rows in zip(accepted, output.split_with_sizes(counts), strict=True):
                 results[each.index] = self._result(each, rows, finite)
+                written, segments = segments[: len(each.chunk.segments)], segments[len(each.chunk.segments) :]
+                if not finite and isinstance(results[each.index], SwarmError):
+                    _wipe(written)
         return [result or InternalError("a chunk was not computed") for result in results]
 
     def _updates(self, blocks: LoadedBlocks, accepted: Sequence[_Accepted]) -> RowAdapters | None:
@@ -170,6 +178,12 @@ class StepRunner:
             return to_wire("hidden", rows, chunk.codec)
         except SwarmError as exc:
             return exc
+
+
+def _wipe(segments: Sequence[tuple[SequenceCache, int, int]]) -> None:
+    """Leave nothing of a failed step: later ones read what is behind their last token, with a weight of 0."""
+    for cache, start, count in segments:
+        cache.wipe(start, start + count)
 
 
 @attrs.frozen

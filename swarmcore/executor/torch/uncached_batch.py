@@ -8,7 +8,8 @@ from itertools import groupby
 
 import torch
 
-from swarmcore.executor.torch.batch import AdapterUpdates, Attention, attend, causal_mask
+from swarmcore.executor.torch.attention_products import attend
+from swarmcore.executor.torch.batch import AdapterUpdates, Attention, causal_mask
 
 
 class UncachedBatch:
@@ -54,6 +55,8 @@ class UncachedBatch:
             queries, keys, values = (_sequences(rows, first, many, length) for rows in (query, key, value))
             if prefix is not None:
                 keys, values = _after(prefix[0], keys), _after(prefix[1], values)
+            if unseen := how.first_key(self._before):
+                keys, values = keys[:, :, unseen:], values[:, :, unseen:]
             mask = partial(self._mask, queries, how)
             output = attend(queries, keys, values, self._before, how, mask)
             outputs.append(output.transpose(1, 2).flatten(0, 1))

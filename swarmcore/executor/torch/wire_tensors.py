@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from swarmcore.errors import InvalidStepError
-from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES
+from swarmcore.executor.torch.device import DTYPES
 from swarmcore.wire.tensors import Tensor
 
+WIRE_DTYPES = {**DTYPES, "int8": torch.int8}
+"""What attention caches may be kept in."""
 
-def to_torch(tensor: Tensor) -> torch.Tensor:
-    """The values of a wire tensor of floats, on the CPU, in its own dtype and shape.
+WIRE_NAMES = {dtype: name for name, dtype in WIRE_DTYPES.items()}
+
+
+def to_torch(tensor: Tensor, dtypes: Mapping[str, torch.dtype] = DTYPES) -> torch.Tensor:
+    """The values of a wire tensor of floats, or of ``dtypes``, on the CPU, in its own dtype and shape.
 
     Raw tensors share the memory of ``tensor.data`` (copied only when that is read-only). Raise
-    `InvalidStepError` for a dtype that is not a float, and what `Tensor.decode` raises.
+    `InvalidStepError` for another dtype, and what `Tensor.decode` raises.
     """
-    dtype = DTYPES.get(tensor.dtype)
+    dtype = dtypes.get(tensor.dtype)
     if dtype is None:
         raise InvalidStepError(
-            f"tensor {tensor.name!r} is {tensor.dtype}; expected one of {', '.join(DTYPES)}"
+            f"tensor {tensor.name!r} is {tensor.dtype}; expected one of {', '.join(dtypes)}"
         )
     data = tensor.decode().data
     if not data.nbytes:
@@ -34,9 +41,12 @@ def cast(tensor: Tensor, dtype: str) -> Tensor:
 
 
 def to_wire(name: str, values: torch.Tensor, codec: str = "raw") -> Tensor:
-    """A float tensor of any device as a wire tensor; shares its memory if on the CPU, contiguous and raw."""
+    """A tensor of floats or int8, of any device, as a wire tensor.
+
+    Shares its memory if it is on the CPU, contiguous and raw.
+    """
     values = values.detach().cpu().contiguous()
     shape = tuple(values.shape)
     data = values.view(-1).view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
-    tensor = Tensor(name, DTYPE_NAMES[values.dtype], shape, data)
+    tensor = Tensor(name, WIRE_NAMES[values.dtype], shape, data)
     return tensor if codec == "raw" else tensor.encode(codec)

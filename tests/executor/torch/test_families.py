@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, VOCABULARY, save_random_model, tiny_config
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import SwarmError
 from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
-from swarmcore.executor.torch import batch, ragged_batch
+from swarmcore.executor.torch import attention_products, cached_segment, ragged_batch
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.partial_model import find_base, layer_list
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
@@ -87,12 +87,14 @@ async def test_spans_in_ragged_batches_equal_the_whole_model(family: str, tmp_pa
 async def test_scores_computed_in_blocks(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "_EXPLICIT_SCORES", 64)
+    monkeypatch.setattr(attention_products, "BLOCK", 4)
+    monkeypatch.setattr(attention_products, "_SCORES", 64)
     assert await largest_error(family, tmp_path) < 1e-4
 
 
 async def test_many_rows_are_not_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ragged_batch, "_PACKED_ROWS", 1)
+    monkeypatch.setattr(cached_segment, "PACKED_ROWS", 1)
+    monkeypatch.setattr(ragged_batch, "PACKED_ROWS", 1)
     assert await largest_error("mistral", tmp_path) < 1e-4
 
 

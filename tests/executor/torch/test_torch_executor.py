@@ -18,6 +18,7 @@ from swarmcore.errors import (
     UnknownCodecError,
 )
 from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId
+from swarmcore.executor.torch.cache_pages import PAGE
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.packed_linear import PackedLinear
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
@@ -253,22 +254,26 @@ async def test_length_dependent_rope_is_refused_past_its_length(tmp_path: Any) -
     await executor.close()
 
 
-async def test_only_caches_that_several_go_on_with_are_copied(executor: TorchExecutor) -> None:
+async def test_sequences_that_go_on_from_one_cache_share_its_pages(executor: TorchExecutor) -> None:
+    def pages() -> float:
+        return executor.cache_bytes_held / (PAGE * executor.cache_bytes_per_token)
+
     for sequence in range(4):
         await run(executor, step_of(executor, rows(70, seed=sequence), (sequence, 0, 70)))
+    assert pages() == 8
     ids = [SequenceId(sequence) for sequence in range(4)]
-    held = executor._sequences._sequences
-    before = [held[each].cache for each in ids]
     await executor.reorder(ids, [2, 1, 1, 0])
-    after = [held[each].cache for each in ids]
-    assert (after[0], after[1], after[3]) == (before[2], before[1], before[0])
-    assert after[2] is not None and after[2] not in before
-    assert after[2].length == 70 and after[2].capacity == 128
-    # The fourth's old cache is nobody's; a shrunk reservation holds for what moves in.
+    assert pages() == 6
+    # Each of the two that share copies the page that it writes, and no other.
+    for sequence in range(4):
+        await run(executor, step_of(executor, rows(1), (sequence, 70, 1)))
+    assert pages() == 8
+    # A shrunk reservation holds for what moves in.
     executor.reserve(SequenceId(3), 64)
     await executor.reorder(ids, [3, 2, 1, 0])
-    assert held[SequenceId(3)].cache is before[2] and before[2] is not None
-    assert before[2].capacity == before[2].length == 64
+    with pytest.raises(InvalidStepError):
+        await executor.export_cache(SequenceId(3), 64, 1)
+    assert pages() == 6
     with pytest.raises(SessionLostError):
         await executor.reorder([*ids, SequenceId(9)], [0, 1, 2, 3, 4])
 
