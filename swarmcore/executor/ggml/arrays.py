@@ -10,6 +10,9 @@ from swarmcore.errors import InvalidStepError
 from swarmcore.executor.ggml.graph_tap import Rows
 from swarmcore.wire.tensors import FLOATS, Tensor
 
+LARGEST = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}
+"""The largest value of each dtype."""
+
 
 def to_rows(tensor: Tensor) -> Rows:
     """The values of a wire tensor of floats as float32, exactly, in its own shape; read-only where shared.
@@ -29,7 +32,10 @@ def to_rows(tensor: Tensor) -> Rows:
 
 
 def to_tensor(name: str, rows: Rows, dtype: str, codec: str = "raw") -> Tensor:
-    """Rows as a wire tensor of ``dtype``, rounded to the nearest value, to even at ties."""
+    """Rows as a wire tensor of ``dtype``, rounded to the nearest value, to even at ties.
+
+    None may be above `LARGEST`.
+    """
     values: np.ndarray[Any, Any]
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(rows).view(np.uint32)

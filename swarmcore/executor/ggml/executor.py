@@ -18,6 +18,7 @@ from swarmcore.errors import (
     SwarmError,
 )
 from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId
+from swarmcore.executor.ggml import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.ggml import kv_transfer
 from swarmcore.executor.ggml.architectures import architecture_of, max_positions
 from swarmcore.executor.ggml.library import Library, library

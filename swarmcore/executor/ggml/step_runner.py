@@ -10,7 +10,7 @@ import numpy as np
 
 from swarmcore.errors import InternalError, InvalidStepError, SwarmError
 from swarmcore.executor.base import ScheduledChunk, Segment
-from swarmcore.executor.ggml.arrays import to_rows, to_tensor
+from swarmcore.executor.ggml.arrays import LARGEST, to_rows, to_tensor
 from swarmcore.executor.ggml.graph_tap import Rows
 from swarmcore.executor.ggml.kv_state import read_state
 from swarmcore.executor.ggml.sequences import CachedSequence, Sequences
@@ -207,6 +207,11 @@ class StepRunner:
         rows = each.outputs[0] if len(each.outputs) == 1 else np.concatenate(each.outputs)
         if rows.base is not None and 2 * rows.nbytes < rows.base.nbytes:
             rows = rows.copy()  # who keeps it should not keep the whole batch
+        if np.abs(rows).max() > LARGEST[self._dtype]:
+            return InvalidStepError(
+                f"blocks {each.chunk.span} gave values that are not finite in {self._dtype}; float32 has "
+                f"more range"
+            )
         try:
             return to_tensor("hidden", rows, self._dtype, each.chunk.codec)
         except SwarmError as exc:

@@ -166,3 +166,32 @@ def test_a_server_needs_no_torch(path: Path, tmp_path: Path, monkeypatch: pytest
     )
     loaded = set(json.loads(done.stdout))
     assert "llama_cpp" in loaded and loaded.isdisjoint({"torch", "transformers", "safetensors"})
+
+
+async def test_results_beyond_the_range_of_a_dtype_are_errors(path: Path, load) -> None:
+    executor = await load(path, dtype="float16")
+    large = chunk(executor, 1, 1e6 * random_rows(1))
+    sound, error = await executor.step([chunk(executor, 0, random_rows(1)), large])
+    assert isinstance(sound, Tensor) and sound.dtype == "float16"
+    assert isinstance(error, InvalidStepError) and "not finite in float16" in error.message
+
+
+async def test_once_learnt_a_graph_is_counted_and_not_read(path: Path, load, monkeypatch) -> None:
+    executor = await load(path)
+    tap, names = executor._loaded.model._tap, []
+    read = tap._name
+    monkeypatch.setattr(tap, "_name", lambda tensor: names.append(tensor) or read(tensor))
+    for start in range(5):
+        names.clear()
+        await run(executor, chunk(executor, 0, random_rows(1), start))
+    assert len(names) == 1
+    part = Span(2, 4)
+    for start in range(3):
+        names.clear()
+        step = chunk(executor, 1, random_rows(1), start)
+        step.span = part
+        await run(executor, step)
+    assert len(names) == 2
+    layout = tap._layouts[False, True, 2, 4]
+    # What comes before block 2 is not computed: half of all nodes.
+    assert len(layout.idle) > layout.leave / 3
