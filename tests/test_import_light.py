@@ -10,14 +10,18 @@ HEAVY = ("torch", "transformers", "libp2p", "trio", "aiortc", "numpy", "huggingf
 MEASURE = """
 import json, sys, time
 start = time.process_time()
-import swarmcore
+import {module}
 print(json.dumps({"seconds": time.process_time() - start, "modules": list(sys.modules)}))
 """
 
 
-def measure() -> dict[str, object]:
+def measure(module: str = "swarmcore") -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", MEASURE.replace("{module}", module)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     result: dict[str, object] = json.loads(done.stdout)
     return result
@@ -33,3 +37,11 @@ def test_the_import_is_light() -> None:
     loaded = {str(module).partition(".")[0] for module in modules}
     assert "swarmcore" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_a_server_without_a_head_is_without_a_client() -> None:
+    modules = measure("swarmcore.serving")["modules"]
+    assert isinstance(modules, list)
+    assert "swarmcore.server.block_server" in modules
+    assert "swarmcore.client.swarm" not in modules
+    assert not set(HEAVY) & {str(module).partition(".")[0] for module in modules}

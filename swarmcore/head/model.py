@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from swarmcore.client.generation.generation_config import check_generation_config
-from swarmcore.client.swarm import Swarm
 from swarmcore.head.queue import GenerationLimits
 from swarmcore.head.service import GenerationService
 from swarmcore.registry.base import Registry
@@ -44,6 +42,10 @@ async def serving_generations(
     open. Raises as `Swarm.load_model` does, and `UnsupportedModelError` for a model whose generation config
     asks for what cannot be done here.
     """
+    # Most servers make no texts, and are online sooner without all of a client.
+    from swarmcore.client.generation.generation_config import check_generation_config
+    from swarmcore.client.swarm import Swarm
+
     async with Swarm(node, registry, owned=False) as swarm:
         model = await swarm.load_model(
             config.model,

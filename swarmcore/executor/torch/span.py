@@ -18,7 +18,7 @@ from swarmcore.executor.torch.attention import NAME, computing
 from swarmcore.executor.torch.batch import AdapterUpdates, Attention, AttentionBatch
 from swarmcore.executor.torch.cache_pages import CacheLayout, LayerShape
 from swarmcore.executor.torch.device import loading_memory
-from swarmcore.executor.torch.families import OWN_MASKS, REPLACE_ATTENTION
+from swarmcore.executor.torch.families import OWN_MASKS, attention_replacement
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packed_linear import pack_linears
 from swarmcore.executor.torch.partial_model import (
@@ -218,7 +218,7 @@ def _load(
     base = _joined(bases, whole_config(text), span)
     if weights is not None:
         base.config._experts_implementation = "eager"  # one after the other
-    if replace := REPLACE_ATTENTION.get(text.model_type):
+    if replace := attention_replacement(text.model_type):
         replace(base)
     return SpanModel(base, span, name, device, dtype, weights)
 
