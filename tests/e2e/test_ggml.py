@@ -21,7 +21,7 @@ NEAR = 0.5
 
 
 def shortfalls(path: Path, tokens: Sequence[int], prompt: int) -> list[float]:
-    """How far each token after the prompt is from llama.cpp's own choice, by its logits, in the whole model."""
+    """How far each token after the prompt is from llama.cpp's own choice in the whole model, in logits."""
     import numpy as np
 
     from swarmcore.executor.ggml.library import library
