@@ -13,7 +13,7 @@ import attrs
 from swarmcore.engine.prefix_cache import PrefixCache, PrefixScope, SequencePrefix
 from swarmcore.engine.session import EngineSession, KVImport, QueueItem
 from swarmcore.engine.session_manager import SessionManager
-from swarmcore.errors import InputError, SessionLostError, SwarmError
+from swarmcore.errors import InputError, InvalidStepError, SessionLostError, SwarmError
 from swarmcore.executor.base import BlockExecutor, Segment, executor_error
 from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
@@ -168,7 +168,11 @@ class KVTransfer:
         pages = source.pages[: segment.count // self._prefixes.named_tokens]
         if len(pages) * self._prefixes.named_tokens < segment.count:
             raise SessionLostError("the prefix is no longer here")
-        await self._executor.share_prefix(source.sequence, segment.sequence, segment.count)
+        try:
+            await self._executor.share_prefix(source.sequence, segment.sequence, segment.count)
+        except (SessionLostError, InvalidStepError):
+            self._sessions.forget_prefix(source)
+            raise
         if not item.session.closed:
             first = item.session.sequences[0]
             self._prefixes.shared(pages, item.session.prefixes[segment.sequence - first])

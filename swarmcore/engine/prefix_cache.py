@@ -215,6 +215,12 @@ class PrefixCache:
             if keep is None or not keep.covers(prefix.scope.span):
                 yield self.forget(prefix)
 
+    def lost(self, prefix: SequencePrefix) -> bool:
+        """Its pages turn out not to be there. Whether its sequence, without a session, is to be released."""
+        kept = prefix in self._kept
+        self.forget(prefix)
+        return kept
+
     def forget(self, prefix: SequencePrefix) -> SequenceId:
         """Its sequence is about to be released."""
         if prefix in self._kept:

@@ -22,7 +22,7 @@ from swarmcore.engine.kv_allocation import (
     Refused,
 )
 from swarmcore.engine.kv_cache_manager import KVCacheManager
-from swarmcore.engine.prefix_cache import PrefixCache
+from swarmcore.engine.prefix_cache import PrefixCache, SequencePrefix
 from swarmcore.engine.scheduler import ScheduledBatch, Scheduler
 from swarmcore.engine.session import (
     EngineSession,
@@ -175,6 +175,11 @@ class SessionManager:
         """Let go of what is kept of blocks outside of ``keep``; without it, of all, for good."""
         for sequence in self._prefixes.leave(keep):
             self._executor.release(sequence)
+
+    def forget_prefix(self, prefix: SequencePrefix) -> None:
+        """The executor does not have it."""
+        if self._prefixes.lost(prefix):
+            self._executor.release(prefix.sequence)
 
     def _shrink_prefixes(self) -> None:
         """Take back from what is kept of sessions that have ended as much as others need."""

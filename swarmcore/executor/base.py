@@ -239,6 +239,8 @@ class BlockExecutor(ABC):
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         """Make the sequence's cache ready for ``tokens`` tokens in all; memory is taken at its next step.
 
+        Where there are more, those beyond are forgotten before anything else is done with the sequence.
+
         The `Adapter.prefix_tokens` of its adapter count; they have no positions in steps and exports.
         """
 

@@ -170,6 +170,8 @@ class FakeExecutor(BlockExecutor, Generic[State]):
 
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         self._reserved[sequence] = tokens
+        if tokens < self.cached(sequence):
+            del self._caches[sequence][tokens:]
 
     def release(self, sequence: SequenceId) -> None:
         for of_sequences in (self._reserved, self._caches, self._spans):

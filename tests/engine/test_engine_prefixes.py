@@ -207,6 +207,20 @@ async def test_a_prefix_that_goes_while_it_is_shared_is_one_that_was_not_there(
         assert await run(engine, "b", 0, TAIL) == await expected(TAIL)
 
 
+async def test_a_prefix_that_the_executor_has_lost_is_forgotten() -> None:
+    async with prefixes() as (engine, executor):
+        for session in "ab":
+            await prompted(engine, session, "xyz")
+            engine.close_session(session)
+            executor._caches.clear()
+            assert await begin(engine, session + session, "xyz") == (0,)
+            assert engine.prefixes.pages == 0
+            await run(engine, session + session, 0, ROWS)
+            engine.close_session(session + session)
+            assert engine.prefixes.pages == 3
+            engine.forget_prefixes(Span(0, 1))
+
+
 async def test_an_opening_that_is_cancelled_while_it_shares_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

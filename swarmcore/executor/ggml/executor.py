@@ -168,7 +168,8 @@ class GgmlExecutor(BlockExecutor):
 
     def reserve(self, sequence: SequenceId, tokens: int) -> None:
         """As `BlockExecutor.reserve`; memory is that of all sequences together, and grows with them."""
-        self._sequences.reserve(sequence)
+        if self._sequences.reserve(sequence, tokens) and not self._closed:
+            self._compute.submit(self._tidy)
 
     def release(self, sequence: SequenceId) -> None:
         if self._sequences.release(sequence) and not self._closed:

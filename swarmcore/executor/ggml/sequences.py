@@ -26,6 +26,8 @@ class CachedSequence:
     span: Span | None = None
     """The blocks that it goes through; with the slot."""
     length: int = 0
+    room: int = 0
+    """Tokens that are reserved."""
     lost: bool = False
 
 
@@ -38,14 +40,22 @@ class Sequences:
     def __init__(self) -> None:
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._released = deque[CachedSequence]()
+        self._shrunk = deque[CachedSequence]()
         self._slots = list(range(SCRATCH))
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def reserve(self, sequence: SequenceId) -> None:
-        """Let there be such a sequence. Cells are taken as tokens come; the engine's budget bounds them."""
-        self._sequences.setdefault(sequence, CachedSequence(sequence))
+    def reserve(self, sequence: SequenceId, tokens: int) -> bool:
+        """Let there be such a sequence. Cells are taken as tokens come; the engine's budget bounds them.
+
+        Return whether it has more tokens than that, for `tidy` to forget.
+        """
+        entry = self._sequences.setdefault(sequence, CachedSequence(sequence))
+        entry.room = tokens
+        if shrunk := tokens < entry.length:
+            self._shrunk.append(entry)
+        return shrunk
 
     def release(self, sequence: SequenceId) -> bool:
         """Return whether there is something for `tidy` to do."""
@@ -114,6 +124,10 @@ class Sequences:
         """Forget what was released, and give memory back that is far too much."""
         while self._released:
             self._give_back(model, self._released.popleft())
+        while self._shrunk:
+            entry = self._shrunk.popleft()
+            with suppress(SessionLostError):  # whoever goes on with it is told
+                self.cut(model, entry, entry.room)
         cached = self.cached_tokens
         if model.cells > CELLS and 4 * cached < model.cells:
             with suppress(ServerMemoryError):  # for as long as both are there
@@ -156,6 +170,7 @@ class Sequences:
     def clear(self) -> None:
         self._sequences.clear()
         self._released.clear()
+        self._shrunk.clear()
 
     def _free_slot(self) -> int:
         if not self._slots:

@@ -25,7 +25,7 @@ class CachesContract(ExecutorHarness):
             for n, rows in enumerate(prompts):
                 await driver.one(n, rows)
             sequences = [SequenceId(n) for n in range(3)]
-            driver.reserve({n: len(prompts[source]) for n, source in enumerate(sources)})
+            driver.reserve({n: max(len(prompts[n]), len(prompts[at])) for n, at in enumerate(sources)})
             await driver.executor.reorder(sequences, sources)
             for n, source in enumerate(sources):
                 got = await driver.one(n, tails[n], start=len(prompts[source]))
@@ -83,6 +83,20 @@ class CachesContract(ExecutorHarness):
             executor.release(SequenceId(1))
             whole = await driver.one(30, rows[:shared] + tails[2] + tails[1])
             self.same(await driver.one(2, tails[1]), whole[-2:])
+
+    async def test_a_smaller_reservation_leaves_the_prefix(self) -> None:
+        async with self.driver() as driver:
+            executor = driver.executor
+            if executor.prefix_sharing == "none":
+                pytest.skip("this executor shares no prefixes")
+            page = executor.page
+            rows, tail = self.rows(driver, 2 * page + 3), self.rows(driver, 2, seed=1)
+            await driver.one(0, rows)
+            driver.reserve({0: page, 1: page})
+            with pytest.raises(InvalidStepError):
+                await executor.export_cache(SequenceId(0), 0, page + 1)
+            await executor.share_prefix(SequenceId(0), SequenceId(1), page)
+            self.same(await driver.one(1, tail), (await driver.one(2, rows[:page] + tail))[-2:])
 
     async def test_prefixes_of_prefixes_of_a_part_of_the_span(self) -> None:
         async with self.driver() as driver:
