@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,9 @@ def before_the_first_block(case: Case, source: Path, rows: np.ndarray) -> np.nda
 
 def test_every_architecture_is_tried() -> None:
     assert {case.architecture for case in CASES} == ARCHITECTURES.keys()
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    listed = page.split("<!-- architectures: begin -->")[1].split("<!-- architectures: end -->")[0]
+    assert set(re.findall(r"`(.+?)`", listed)) == ARCHITECTURES.keys()
 
 
 REFUSED = {
