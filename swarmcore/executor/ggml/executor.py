@@ -125,6 +125,12 @@ class GgmlExecutor(BlockExecutor):
         loaded.model.use_threads(*self._threads)
         return self._steps.run(loaded.model, loaded.span, batch)
 
+    async def encode(self, tensor: Tensor, codec: str) -> Tensor:
+        return await self._in_compute_thread(tensor.encode, codec)
+
+    async def decode(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.codec == "raw" else await self._in_compute_thread(tensor.decode)
+
     async def reorder(self, sequences: Sequence[SequenceId], sources: Sequence[int]) -> None:
         """As `BlockExecutor.reorder`. Beams have in common what they both hold; nothing is copied."""
         await self._in_compute_thread(self._reorder, sequences, sources)
