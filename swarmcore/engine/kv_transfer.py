@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
@@ -21,7 +22,7 @@ from swarmcore.wire.tensors import Tensor
 log = logging.getLogger(__name__)
 
 SHARE_TIMEOUT = 1.0
-"""Seconds that a new session waits for room for what it begins with, at most."""
+"""Seconds that a new session waits for room for what it begins with; it can do without."""
 
 
 @attrs.frozen
@@ -130,6 +131,10 @@ class KVTransfer:
 
     def _begin(self, item: KVImport) -> None:
         """The item has its room: have the executor take it in."""
+        if item.source is not None:
+            item.deadline = (
+                math.inf
+            )  # it may have to wait for a batch, which computing anew would have to, too
         task = asyncio.create_task(self._take_in(item), name="cache import")
         self._imports.add(task)
         task.add_done_callback(self._imports.discard)

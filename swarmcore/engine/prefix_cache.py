@@ -275,6 +275,6 @@ class PrefixCache:
 
     def __str__(self) -> str:
         return (
-            f"{self.hits} sequences began with {self.hit_tokens} tokens computed before; "
-            f"{len(self)} are kept in {self.pages} pages"
+            f"hits {self.hits}, tokens not computed again {self.hit_tokens}, sequences kept {len(self)}, "
+            f"in pages {self.pages}"
         )

@@ -83,7 +83,7 @@ def test_a_beginning_in_common_is_computed_once(setting: Setting) -> None:
     assert setting.rows() - before == len(SYSTEM) + len("Is it cold?") - common + TOKENS - 1
     hits = [server.engine.counters["prefix_hits"] for server in setting.servers]
     assert hits == [2, 2]
-    assert any("2 sequences began with" in note for note in setting.servers[0].notes)
+    assert any("prefix cache: hits 2" in note for note in setting.servers[0].notes)
 
 
 def test_what_was_answered_belongs_to_the_next_prompt(setting: Setting) -> None:
