@@ -42,8 +42,14 @@ class Place:
 class GgufModel:
     """A model in GGUF whose headers have been read and checked. Made by `read_model`."""
 
-    def __init__(self, name: str, metadata: Mapping[str, Value], places: Mapping[str, Place]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[WeightFile],
+        metadata: Mapping[str, Value],
+        places: Mapping[str, Place],
+    ) -> None:
+        self.name, self.files = name, files
         self.metadata = metadata
         self.places = places
         """By the names of the tensors."""
@@ -68,11 +74,6 @@ class GgufModel:
             )
         if (most := max(self._by_block)) >= self.all_blocks:
             raise CheckpointError(f"{name} has {self.all_blocks} blocks, and tensors of a block {most}")
-
-    @property
-    def files(self) -> list[WeightFile]:
-        """Those that tensors are in, in no order."""
-        return list({place.file.label: place.file for place in self.places.values()}.values())
 
     def of_block(self, block: int) -> list[str]:
         """The names of the block's tensors."""
@@ -151,7 +152,7 @@ def read_model(name: str, files: Sequence[WeightFile]) -> GgufModel:
                     f"several models are mixed up"
                 )
             places[tensor.name] = Place(file, tensor)
-    model = GgufModel(name, headers[0][1].metadata, places)
+    model = GgufModel(name, files, headers[0][1].metadata, places)
     if (stated := model.value("split.tensors.count")) not in (None, len(places)):
         raise CheckpointError(
             f"{name} is incomplete: its parts have {len(places)} tensors of the {stated} that belong to it"

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_gguf import LLAMA, WIDTH, write_random_gguf
 
-from swarmcore.checkpoint.gguf_header import TENSOR_TYPES, Header, read_header
-from swarmcore.checkpoint.gguf_model import open_local
+from swarmcore.checkpoint.gguf_header import TENSOR_TYPES, Header, Value, read_header
+from swarmcore.checkpoint.gguf_model import GgufModel, open_local
+from swarmcore.checkpoint.gguf_writer import GgufContent, Part
+from swarmcore.checkpoint.storage import ProgressCounter
 from swarmcore.errors import CheckpointError, SwarmError, UnsupportedModelError
 
 INTEGER, TEXT, LIST = 4, 8, 9
@@ -198,12 +200,33 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
     assert first.name == names[0]
 
 
-def content_of(model: object, name: str) -> np.ndarray:
-    from swarmcore.checkpoint.gguf_model import GgufModel
-
-    assert isinstance(model, GgufModel)
+def content_of(model: GgufModel, name: str) -> np.ndarray:
     place = model.places[name]
     return np.frombuffer(place.file.read(place.tensor.start, place.tensor.end), np.uint8)
+
+
+def test_a_part_without_tensors_counts(tmp_path: Path) -> None:
+    """Splitting tools can leave the first part to the metadata; another rope is another model."""
+    infos = []
+    for number, theta in enumerate((1e4, 1e6)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_random_gguf(folder / "m.gguf", parts=2, keys={"rope.freq_base": theta})
+        first, second = sorted(folder.iterdir())
+        model = open_local(first)
+        head = {**model.metadata, "split.count": Value.of(2, 3)}
+        _write(folder / "t-00001-of-00003.gguf", model, GgufContent(head, ()))
+        for part, file in enumerate((first, second), 1):
+            mine = [Part.copied(place.tensor) for place in model.places.values() if place.file.path == file]
+            about = {"split.no": Value.of(2, part), "split.count": Value.of(2, 3)}
+            _write(folder / f"t-0000{part + 1}-of-00003.gguf", model, GgufContent(about, tuple(mine)))
+        infos.append(open_local(folder / "t-00001-of-00003.gguf").info(tmp_path))
+    assert infos[0].fingerprint != infos[1].fingerprint
+
+
+def _write(path: Path, model: GgufModel, content: GgufContent) -> None:
+    with path.open("wb", buffering=0) as file:
+        content.write(model, file, ProgressCounter("", content.nbytes, None))
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from programs import Program
 from random_gguf import LLAMA, WIDTH, write_random_gguf
 
+from swarmcore.checkpoint.gguf_header import TENSOR_TYPES
 from swarmcore.checkpoint.gguf_model import open_local
 from swarmcore.errors import CheckpointError, SpanError, StorageError
 from swarmcore.executor.ggml.span_file import span_file
@@ -47,6 +49,29 @@ def test_the_span_has_the_bytes_of_its_blocks(tmp_path: Path) -> None:
     assert (here["output_norm.weight"].data == 1).all()
     assert made.fields["llama.block_count"].contents() == 2
     assert made.fields["tokenizer.ggml.model"].contents() == "none"
+
+
+def test_every_type_of_tensors_is_copied_as_it_is(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "all.gguf", "llama")
+    for key, value in {"block_count": 1, "embedding_length": 256}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    kinds = [kind for kind in gguf.GGMLQuantizationType if kind.value in TENSOR_TYPES]
+    for kind in kinds:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        data = random.integers(0, 256, (3, 256 // block * size), dtype=np.uint8)
+        writer.add_tensor(f"blk.0.{kind.name}.weight", data, raw_shape=data.shape, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with span_file(open_local(tmp_path / "all.gguf"), Span(0, 1), cache=tmp_path) as span:
+        found = {tensor.name: tensor for tensor in GGUFReader(span.path).tensors}
+    there = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "all.gguf").tensors}
+    assert len(there) == len(kinds) > 25
+    for name, tensor in there.items():
+        assert found[name].tensor_type == tensor.tensor_type
+        assert found[name].data.tobytes() == tensor.data.tobytes(), name
 
 
 def test_it_is_written_once(tmp_path: Path) -> None:
