@@ -4,6 +4,8 @@ import pytest
 
 from swarmcore.executor.base import BlockExecutor
 from swarmcore.testing.executor_contract import ExecutorContract
+from swarmcore.testing.executor_contract.caches import CachesContract
+from swarmcore.testing.executor_contract.steps import SpansContract, StepsContract
 from swarmcore.types import Span
 
 torch = pytest.importorskip("torch")
@@ -36,9 +38,10 @@ def checkpoint_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
     return folder
 
 
-class TestTorchExecutor(ExecutorContract):
+class LoadsTorch:
     large_step = 1024
     weights = "auto"
+    cache_dtype = "auto"
 
     @pytest.fixture(autouse=True)
     def _use(self, checkpoint_folder: Path) -> None:
@@ -49,7 +52,27 @@ class TestTorchExecutor(ExecutorContract):
         from swarmcore.executor.torch.executor import TorchExecutor
 
         checkpoint = open_checkpoint(str(self.folder))
-        return TorchExecutor.load(checkpoint, Span(1, 4), dtype="float32", weights=self.weights, threads=1)
+        return TorchExecutor.load(
+            checkpoint,
+            Span(1, 4),
+            dtype="float32",
+            weights=self.weights,
+            cache_dtype=self.cache_dtype,
+            threads=1,
+        )
+
+
+class TestTorchExecutor(LoadsTorch, ExecutorContract):
+    pass
+
+
+@pytest.mark.parametrize("checkpoint_folder", ["llama"], indirect=True)
+class TestInt8Caches(LoadsTorch, StepsContract, CachesContract, SpansContract):
+    """Without passes for training, which have no caches."""
+
+    cache_dtype = "int8"
+    # Where rounding differs, between a batch and its rows, a value may come to be the next integer.
+    tolerance = 2e-2
 
 
 @pytest.mark.parametrize("checkpoint_folder", ["llama"], indirect=True)

@@ -12,6 +12,8 @@ from itertools import chain
 import attrs
 import torch
 
+from swarmcore.errors import InputError
+
 PAGE = 64
 """Tokens of a page; caches are held in multiples of it."""
 
@@ -21,6 +23,9 @@ EXTENT = 32 * PAGE
 _LARGEST = 127.0
 """What the largest value of a row becomes as an int8."""
 
+CACHE_DTYPES = ("auto", "int8")
+"""What keys and values may be kept in; ``"auto"`` is what is computed in."""
+
 Planes = tuple[torch.Tensor, ...]
 """Keys and values, ``[..., heads, tokens, size]``, and the scales of int8 ones, ``[..., heads, tokens]``."""
 
@@ -28,6 +33,13 @@ Planes = tuple[torch.Tensor, ...]
 def pages_of(tokens: int) -> int:
     """Room for ``tokens`` tokens, in tokens: whole pages."""
     return -(-tokens // PAGE) * PAGE
+
+
+def parse_cache_dtype(name: str) -> bool:
+    """Whether caches are quantised. Raise `InputError` for a name that is not of `CACHE_DTYPES`."""
+    if name not in CACHE_DTYPES:
+        raise InputError(f"cache dtype {name!r} is not known; use {', '.join(CACHE_DTYPES)}")
+    return name == "int8"
 
 
 @attrs.frozen

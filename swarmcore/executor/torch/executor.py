@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+import attrs
 import torch
 
 import swarmcore.executor.torch.codecs  # registers the int8 codec
@@ -25,7 +26,7 @@ from swarmcore.executor.base import (
 )
 from swarmcore.executor.loader import thread_choices
 from swarmcore.executor.torch.adapters import TorchAdapter, check_description, make_adapter, own_adapter
-from swarmcore.executor.torch.cache_pages import PAGE
+from swarmcore.executor.torch.cache_pages import PAGE, parse_cache_dtype
 from swarmcore.executor.torch.device import (
     DTYPE_NAMES,
     choose_precision,
@@ -69,7 +70,7 @@ class TorchExecutor(BlockExecutor):
     def __init__(
         self, model: ModelInfo, span_model: SpanModel, load: Loader, *, threads: int | None = None
     ) -> None:
-        """``load`` gives more blocks when the span changes.
+        """``load`` gives more blocks when the span changes, with the same layout of caches.
 
         ``threads`` is how many threads torch may use for one operation; None leaves it to `use_threads`, and
         to torch before that.
@@ -79,7 +80,12 @@ class TorchExecutor(BlockExecutor):
         self.span = span_model.span
         self.dtype = DTYPE_NAMES[layout.dtype]
         short = SHORT_DTYPES[self.dtype]
-        self.numerics = Numerics("torch", weights=span_model.weights or short, dtype=short, cache_dtype=short)
+        self.numerics = Numerics(
+            "torch",
+            weights=span_model.weights or short,
+            dtype=short,
+            cache_dtype="int8" if layout.quantised else short,
+        )
         self.cache_bytes_per_token = layout.bytes_per_token
         self.page = PAGE
         self.max_positions = span_model.max_positions
@@ -115,21 +121,26 @@ class TorchExecutor(BlockExecutor):
         *,
         dtype: str = "auto",
         weights: str = "auto",
+        cache_dtype: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> TorchExecutor:
         """Load blocks ``span`` of a checkpoint. Blocks: call it in a thread.
 
-        ``weights`` is of `quantized_matrix.WEIGHT_TYPES`. Raise `InputError` for an unknown dtype or device
-        and for weights that the device cannot have, and what `load_span` raises.
+        ``weights`` is of `quantized_matrix.WEIGHT_TYPES`, ``cache_dtype`` of `CACHE_DTYPES`. Raise
+        `InputError` for an unknown dtype or device and for weights that the device cannot have, and what
+        `load_span` raises.
         """
+        quantised = parse_cache_dtype(cache_dtype)
         how = choose_precision(checkpoint, dtype=dtype, weights=weights, device=device)
 
         def load(part: Span, progress: Progress | None) -> SpanModel:
-            return load_span(
+            model = load_span(
                 checkpoint, part, dtype=how.dtype, device=how.device, weights=how.weights, progress=progress
             )
+            model.layout = attrs.evolve(model.layout, quantised=quantised)
+            return model
 
         return cls(checkpoint.info, load(span, progress), load, threads=threads)
 

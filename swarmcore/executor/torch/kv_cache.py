@@ -88,10 +88,12 @@ class SequenceCache:
         room = pages_of(max(self.reserved, self.prefix))
         if not room:
             self.release()
-        elif room < self.capacity:
-            self.length = min(self.length, room)
-            self._cut(self.length)
-            self._fit(room, self.length)
+        else:
+            self._trim_runs()
+            if room < self.capacity:
+                self.length = min(self.length, room)
+                self._cut(self.length)
+                self._fit(room, self.length)
 
     def fork(self, reserved: int, tokens: int | None = None) -> SequenceCache:
         """A cache with the same tokens, the first ``tokens`` of them or all, as far as ``reserved`` has room.
@@ -174,9 +176,7 @@ class SequenceCache:
 
     def _fit(self, room: int, end: int) -> None:
         """Have extents for ``end`` tokens, and the last of them as large as ``room`` tokens allow."""
-        for run in self.runs[:-1]:
-            if run.writable and run.extent.capacity > run.tokens:  # others read more of it, and are gone
-                run.extent.resize(run.tokens, run.tokens)
+        self._trim_runs()
         covered = 0
         if self.runs:
             if self.runs[-1].writable:
@@ -187,6 +187,12 @@ class SequenceCache:
             extent = Extent(self._pool, self.layout, min(room - covered, self.layout.extent))
             self.runs.append(Run(extent, covered, 0))
             covered += extent.capacity
+
+    def _trim_runs(self) -> None:
+        """Give back what only others read of extents before the last, now that they do so no more."""
+        for run in self.runs[:-1]:
+            if run.writable and run.extent.capacity > run.tokens:
+                run.extent.resize(run.tokens, run.tokens)
 
     def _resize_tail(self, room: int) -> None:
         tail, limit = self.runs[-1], self.layout.extent

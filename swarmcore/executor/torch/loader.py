@@ -9,6 +9,7 @@ import torch
 
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.executor.loader import BlockLoader, LoadSettings, processor_name
+from swarmcore.executor.torch.cache_pages import CACHE_DTYPES, parse_cache_dtype
 from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES, Precision, choose_precision, parse_device
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.partial_model import build_on_meta, find_base, layer_list, whole_config
@@ -23,6 +24,7 @@ class TorchLoader(BlockLoader):
     """Blocks of a checkpoint, run by torch. Back ends that read the same checkpoints may subclass it."""
 
     weight_types = WEIGHT_TYPES
+    cache_dtypes = CACHE_DTYPES
 
     def __init__(self, settings: LoadSettings, *, progress: Progress | None = None) -> None:
         self.settings = settings
@@ -38,6 +40,7 @@ class TorchLoader(BlockLoader):
             weights=settings.weights,
             device=settings.device,
             batch_tokens=settings.batch_tokens,
+            cache_dtype=settings.cache_dtype,
         )
 
     def free_memory(self) -> int:
@@ -50,6 +53,7 @@ class TorchLoader(BlockLoader):
             span,
             dtype=settings.dtype,
             weights=settings.weights,
+            cache_dtype=settings.cache_dtype,
             device=settings.device,
             threads=settings.threads,
             progress=progress,
@@ -63,6 +67,7 @@ class TorchLoader(BlockLoader):
         return {
             "dtype": DTYPE_NAMES[how.dtype],
             **({"weights": how.weights} if how.weights else {}),
+            **({"cache": "int8"} if parse_cache_dtype(settings.cache_dtype) else {}),
             "device": device_name(settings.device),
             "threads": str(settings.threads or f"best of {torch.get_num_threads()}"),
             "torch": str(torch.__version__),
@@ -70,13 +75,19 @@ class TorchLoader(BlockLoader):
 
 
 def block_needs(
-    checkpoint: Checkpoint, *, dtype: str, device: str, batch_tokens: int, weights: str = "auto"
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    device: str,
+    batch_tokens: int,
+    weights: str = "auto",
+    cache_dtype: str = "auto",
 ) -> BlockNeeds:
     """Memory for one block of the model in ``dtype`` on ``device``, with batches of ``batch_tokens``.
 
     Weights are counted exactly (quantised ones on the high side, by less than a tenth); cache and backward
-    pass are estimates, on the high side. Raise `InputError` for an unknown dtype, device or kind of weights,
-    `UnsupportedModelError` when transformers cannot build the blocks.
+    pass are estimates, on the high side. Raise `InputError` for an unknown dtype, device, kind of weights or
+    of cache, `UnsupportedModelError` when transformers cannot build the blocks.
     """
     config = checkpoint.config.get_text_config(decoder=True)
     how = choose_precision(checkpoint, dtype=dtype, weights=weights, device=device)
@@ -91,7 +102,7 @@ def block_needs(
     reading = parameters * kept.itemsize
     return BlockNeeds(
         weights=largest,
-        cache_per_token=_cached_values(config) * how.dtype.itemsize,
+        cache_per_token=_cached_bytes(config, None if parse_cache_dtype(cache_dtype) else how.dtype),
         backward=batch_tokens * (8 * hidden + 3 * inner) * how.dtype.itemsize,
         reading=reading if on_cpu and not one_by_one else 0,
         # Plain weights: of a block that is loaded, and later of one product at a time.
@@ -127,6 +138,14 @@ def _largest_block(config: Any, how: Precision) -> tuple[int, int, int]:
     if how.weights is None:
         return most, plain, plain
     return most, plain, quantized_nbytes(blocks[sizes.index(most)], how.weights, how.dtype)
+
+
+def _cached_bytes(config: Any, dtype: torch.dtype | None) -> int:
+    """Memory of one token's keys and values in one block: of ``dtype``, or of int8 with scales."""
+    values = _cached_values(config)
+    if dtype is not None:
+        return values * dtype.itemsize
+    return values + 8 * int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _cached_values(config: Any) -> int:

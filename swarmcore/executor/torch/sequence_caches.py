@@ -59,14 +59,14 @@ class SequenceCaches:
     @torch.inference_mode()
     def release(self, cache: SequenceCache) -> None:
         if cache.release():
-            self._settle(each.cache for each in list(self._sequences.values()))
+            self._settle(list(self._sequences.values()))
 
     @torch.inference_mode()
     def trim(self, cache: SequenceCache) -> None:
         """Give back what lies beyond the cache's reservation."""
         cache.trim()
         if any(not run.writable for run in cache.runs):
-            self._settle(each.cache for each in list(self._sequences.values()))
+            self._settle(list(self._sequences.values()))
 
     def cache(
         self, sequence: SequenceId, blocks: LoadedBlocks, span: Span, adapter: TorchAdapter | None
@@ -92,10 +92,9 @@ class SequenceCaches:
         for cache, _ in before:
             if cache is not None:
                 cache.release()
-        for each, (each.cache, each.span) in zip(entries, after, strict=True):
-            if each.cache is not None:
-                each.cache.trim()
-        self._settle(each.cache for each in entries)
+        for each, (cache, span) in zip(entries, after, strict=True):
+            each.cache, each.span = cache, span
+        self._settle(entries)
 
     @torch.inference_mode()
     def share_prefix(self, source: SequenceId, target: SequenceId, tokens: int) -> None:
@@ -154,16 +153,17 @@ class SequenceCaches:
             ):
                 target.copy_(part)
 
-    def _settle(self, caches: Iterable[SequenceCache | None]) -> None:
-        """Give back what those that share an extent do not read, and have no room for between them."""
+    def _settle(self, entries: Iterable[_Sequence]) -> None:
+        """Give back what none of the sequences that share an extent, or shared it, reads any more."""
         readers: dict[Extent, list[Run]] = {}
-        for cache in caches:
-            for run in cache.runs if cache is not None else ():
+        for cache in filter(None, (each.cache for each in entries)):
+            cache.trim()
+            for run in cache.runs:
                 readers.setdefault(run.extent, []).append(run)
         for extent, runs in readers.items():
-            pages = [pages_of(run.tokens) for run in runs]
-            if extent.references == len(runs) > 1 and extent.capacity > sum(pages):
-                extent.resize(max(pages), max(run.tokens for run in runs))
+            read = max(run.tokens for run in runs)
+            if extent.references == len(runs) > 1 and extent.capacity > pages_of(read):
+                extent.resize(pages_of(read), read)
 
     def _cached(self, sequence: SequenceId) -> SequenceCache:
         entry = self._sequences.get(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -9,6 +10,7 @@ import pytest
 
 from swarmcore.errors import InvalidStepError, SessionLostError
 from swarmcore.executor.base import SequenceId
+from swarmcore.testing.executor import read_rows
 from swarmcore.testing.executor_contract.harness import ExecutorHarness
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor
@@ -114,6 +116,39 @@ class CachesContract(ExecutorHarness):
             [whole] = await driver.run(driver.part(3, rows[: executor.page] + tail, span=part))
             self.same(got, whole[-1:])
 
+    async def test_sequences_that_share_a_prefix_do_not_notice_each_other(self) -> None:
+        """One of them overwrites a part of what they share, fails, or grows, in one batch with the others."""
+        async with self.driver() as driver:
+            executor = driver.executor
+            if executor.prefix_sharing == "none":
+                pytest.skip("this executor shares no prefixes")
+            shared, odd = 2 * executor.page, executor.page + executor.page // 2
+            rows, tail = self.rows(driver, shared + 1), self.rows(driver, 2, seed=1)
+            bad = [[math.nan] * len(row) for row in self.rows(driver, 3)]
+            await driver.one(0, rows)
+            driver.reserve({1: shared, 2: odd})
+            await executor.share_prefix(SequenceId(0), SequenceId(1), shared)
+            await executor.share_prefix(SequenceId(1), SequenceId(2), odd)
+            expected = [
+                (await driver.one(10 + n, [*rows[:length], *tail]))[length:]
+                for n, length in enumerate((shared + 1, shared, odd))
+            ]
+            for writer in range(3):
+                starts = [shared + 1, shared, odd]
+                parts = [driver.part(n, tail[:1], start=start) for n, start in enumerate(starts)]
+                parts[writer] = driver.part(writer, bad, start=executor.page - 1)
+                results = await executor.step(parts)
+                assert isinstance(results[writer], InvalidStepError)
+                for n, result in enumerate(results):
+                    if n != writer:
+                        assert isinstance(result, Tensor)
+                        self.same(read_rows(result), expected[n][:1])
+                        self.same(await driver.one(n, tail[1:], start=starts[n] + 1), expected[n][1:])
+                # It goes on from where it was good, and later has the others' tokens again.
+                again = rows[executor.page - 1 : starts[writer]]
+                await driver.one(writer, again, start=executor.page - 1)
+                self.same(await driver.one(writer, tail), expected[writer])
+
     async def test_prefixes_that_are_not_there_or_do_not_fit_are_refused(self) -> None:
         async with self.driver() as driver:
             executor = driver.executor
@@ -184,7 +219,7 @@ class CachesContract(ExecutorHarness):
                 (span, 0, 4, tensors[1:]),
                 (span, 0, 4, (*tensors, one)),
                 (span, 0, 4, (attrs.evolve(one, name="other"), *tensors[1:])),
-                (span, 0, 4, (attrs.evolve(one, dtype="int8"), *tensors[1:])),
+                (span, 0, 4, (attrs.evolve(one, dtype="bool"), *tensors[1:])),
                 (span, 0, 4, (attrs.evolve(one, data=one.data[:-1]), *tensors[1:])),
                 (span, 0, 4, (one.encode("raw+zstd"), *tensors[1:])),
             ]
