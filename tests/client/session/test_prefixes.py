@@ -177,7 +177,7 @@ async def test_a_server_that_shares_prefixes_shares_them() -> None:
 
 @MODES
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", range(5))
 async def test_a_server_dies_at_every_moment(journal: str, stage: int, moment: int) -> None:
     async with swarm_of(*TWICE) as swarm:
         await computed(swarm, PROMPT)
