@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,10 +25,12 @@ from swarmcore.executor.ggml.architectures import architecture_of, max_positions
 from swarmcore.executor.ggml.library import Library, library
 from swarmcore.executor.ggml.sequences import Sequences
 from swarmcore.executor.ggml.span_file import SpanFile, span_file
-from swarmcore.executor.ggml.span_model import SCRATCH, ModelSettings, SpanModel
+from swarmcore.executor.ggml.span_model import ModelSettings, SpanModel
 from swarmcore.executor.ggml.step_runner import StepRunner
 from swarmcore.types import ModelInfo, Numerics, Progress, Span
 from swarmcore.wire.tensors import Tensor
+
+logger = logging.getLogger(__name__)
 
 PAGE = 64
 
@@ -53,7 +56,6 @@ class GgmlExecutor(BlockExecutor):
 
     prefix_sharing = "pages"
     caches_whole_span = True
-    max_sequences = SCRATCH
 
     def __init__(
         self,
@@ -80,11 +82,13 @@ class GgmlExecutor(BlockExecutor):
         self._gguf, self._settings = model, settings
         self._threads = settings.threads, settings.threads
         self._library: Library = library()
-        self._loaded: _Loaded | None = self._load(span, progress)
+        loaded = self._load(span, progress)
+        self._loaded: _Loaded | None = loaded
         self._closed = False
         self._changing = False
         self._set_span(span)
-        self._sequences = Sequences()
+        self.max_sequences = loaded.model.slots
+        self._sequences = Sequences(loaded.model.slots)
         self._steps = StepRunner(
             info.hidden_size, dtype, settings.batch_tokens, self._sequences, max_positions(model)
         )
@@ -241,8 +245,12 @@ class GgmlExecutor(BlockExecutor):
     # --- the compute thread ----------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        if self._loaded is not None:
-            self._sequences.tidy(self._loaded.model)
+        """Between steps, with nobody who waits for it."""
+        try:
+            if self._loaded is not None:
+                self._sequences.tidy(self._loaded.model)
+        except Exception:
+            logger.exception("the caches of released sequences could not be tidied up")
 
     def _tidied(self) -> _Loaded:
         """What is loaded, without the caches of sequences that were released."""

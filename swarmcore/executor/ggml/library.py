@@ -29,8 +29,9 @@ CPU = "cpu"
 _FUNCTIONS = (
     "llama_backend_init", "llama_batch_free", "llama_batch_init", "llama_context_default_params",
     "llama_decode", "llama_free", "llama_get_memory", "llama_init_from_model", "llama_memory_clear",
-    "llama_memory_seq_cp", "llama_memory_seq_pos_min", "llama_memory_seq_rm", "llama_model_default_params",
+    "llama_memory_seq_cp", "llama_memory_seq_rm", "llama_model_default_params",
     "llama_model_free", "llama_model_load_from_file", "llama_model_n_embd", "llama_model_n_layer",
+    "llama_model_n_swa",
     "llama_n_ctx", "llama_set_n_threads", "llama_state_get_data", "llama_state_get_size",
     "llama_state_seq_get_data", "llama_state_seq_get_size", "llama_state_seq_set_data",
     "llama_state_set_data",

@@ -10,10 +10,8 @@ import attrs
 
 from swarmcore.errors import CacheFullError, InvalidStepError, ServerMemoryError, SessionLostError
 from swarmcore.executor.base import SequenceId
-from swarmcore.executor.ggml.span_model import CELLS, SCRATCH, SpanModel
+from swarmcore.executor.ggml.span_model import CELLS, SpanModel
 from swarmcore.types import Span
-
-LOST = "the attention cache of this sequence is lost on the server"
 
 
 @attrs.define(eq=False)
@@ -37,11 +35,13 @@ class Sequences:
     The caller keeps them apart: nothing happens to a sequence while the compute thread works on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int) -> None:
+        """``slots`` is how many may have a cache at a time."""
+        self.slots = slots
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._released = deque[CachedSequence]()
         self._shrunk = deque[CachedSequence]()
-        self._slots = list(range(SCRATCH))
+        self._free = list(range(slots))
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -71,7 +71,7 @@ class Sequences:
         if entry is None:
             raise SessionLostError(f"sequence {sequence} has been released")
         if entry.lost:
-            raise SessionLostError(LOST)
+            raise SessionLostError("the attention cache of this sequence is lost on the server")
         return entry
 
     def cached(self, sequence: SequenceId) -> CachedSequence:
@@ -94,28 +94,22 @@ class Sequences:
             )
 
     def cut(self, model: SpanModel, entry: CachedSequence, length: int) -> None:
-        """Roll the sequence back to ``length`` tokens; raise `SessionLostError` when that is not possible."""
-        if entry.slot is None or length >= entry.length:
-            return
-        entry.length = length
-        if not model.remove(entry.slot, length):
-            self.lose(model, entry)
-            raise SessionLostError(f"{LOST}: windows of attention have left what comes before token {length}")
-
-    def lose(self, model: SpanModel, entry: CachedSequence) -> None:
-        """Forget what the sequence has cached. Whoever goes on with it is told."""
-        self._give_back(model, entry)
-        entry.lost = True
+        """Roll the sequence back to ``length`` tokens, if it has more."""
+        if entry.slot is not None and length < entry.length:
+            entry.length = length
+            model.remove(entry.slot, length)
 
     def lose_slots(self, model: SpanModel, slots: set[int]) -> None:
+        """Forget what these have cached. Whoever goes on with it is told."""
         for entry in list(self._sequences.values()):
             if entry.slot in slots:
-                self.lose(model, entry)
+                self._give_back(model, entry)
+                entry.lost = True
 
     def lose_all(self) -> None:
         """What they had cached is gone already, with its context."""
         self._released.clear()
-        self._slots = list(range(SCRATCH))
+        self._free = list(range(self.slots))
         for entry in list(self._sequences.values()):
             if entry.slot is not None:
                 entry.slot, entry.length, entry.lost = None, 0, True
@@ -126,8 +120,7 @@ class Sequences:
             self._give_back(model, self._released.popleft())
         while self._shrunk:
             entry = self._shrunk.popleft()
-            with suppress(SessionLostError):  # whoever goes on with it is told
-                self.cut(model, entry, entry.room)
+            self.cut(model, entry, entry.room)
         cached = self.cached_tokens
         if model.cells > CELLS and 4 * cached < model.cells:
             with suppress(ServerMemoryError):  # for as long as both are there
@@ -173,15 +166,15 @@ class Sequences:
         self._shrunk.clear()
 
     def _free_slot(self) -> int:
-        if not self._slots:
+        if not self._free:
             raise CacheFullError(
-                f"llama.cpp holds {SCRATCH} sequences at a time, and there are so many; try again later, or "
-                f"another server"
+                f"llama.cpp holds {self.slots} sequences at a time, and there are so many; try again later, "
+                f"or another server"
             )
-        return self._slots.pop()
+        return self._free.pop()
 
     def _give_back(self, model: SpanModel, entry: CachedSequence) -> None:
         if entry.slot is not None:
             model.remove(entry.slot, 0)
-            self._slots.append(entry.slot)
+            self._free.append(entry.slot)
         entry.slot, entry.span, entry.length = None, None, 0

@@ -59,6 +59,10 @@ class SpanModel:
         try:
             self.layers: int = self._llama.llama_model_n_layer(self._model)
             self.width: int = self._llama.llama_model_n_embd(self._model)
+            self._window: int = self._llama.llama_model_n_swa(self._model)
+            # llama.cpp takes cells for others that the window of the one sequence they belong to has passed.
+            # So that rolling back stays possible, each sequence has a twin to which they belong as well.
+            self.slots = SCRATCH // 2 if self._window else SCRATCH
             self._tap = GraphTap(library, self.width, self.layers, entrance)
             self._batch = _Batch(self._llama, settings.batch_tokens, self.width)
             self.cells = 0
@@ -160,6 +164,7 @@ class SpanModel:
             if status:
                 raise InternalError(f"llama.cpp gave up on a step ({status}): {'; '.join(lines)}")
             if found is not None:
+                self._keep(positions, slots)
                 return found[wanted[outputs]]
             for slot in set(slots.tolist()):  # as it was, for another try
                 self.remove(slot, int(positions[slots == slot].min()))
@@ -167,22 +172,27 @@ class SpanModel:
 
     # --- sequences of the cache ------------------------------------------------------------------------
 
-    def remove(self, slot: int, start: int) -> bool:
-        """Forget a sequence from ``start`` on; return whether what is left is whole.
-
-        It is not where windows of attention have passed, and what they left behind has been overwritten.
-        """
-        if not self._llama.llama_memory_seq_rm(self._memory, slot, start, -1):
-            return False
-        return start == 0 or self.begins_at(slot) == 0
-
-    def begins_at(self, slot: int) -> int:
-        """The first position that is kept of a sequence; -1 of an empty one."""
-        return int(self._llama.llama_memory_seq_pos_min(self._memory, slot))
+    def remove(self, slot: int, start: int) -> None:
+        """Forget a sequence from ``start`` on."""
+        self._llama.llama_memory_seq_rm(self._memory, slot, start, -1)
+        if self._window and slot != SCRATCH:
+            self._llama.llama_memory_seq_rm(self._memory, self.slots + slot, start, -1)
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let ``target`` have positions ``start:end`` of ``source``, in the same memory."""
         self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
+        if self._window and target != SCRATCH:
+            self._llama.llama_memory_seq_cp(self._memory, source, self.slots + target, start, end)
+
+    def _keep(
+        self, positions: np.ndarray[Any, np.dtype[np.int32]], slots: np.ndarray[Any, np.dtype[np.int32]]
+    ) -> None:
+        """Let the twins of sequences have what has just been computed."""
+        if self._window:
+            for slot in set(slots.tolist()):
+                own = positions[slots == slot]
+                start, end = int(own.min()), int(own.max()) + 1
+                self._llama.llama_memory_seq_cp(self._memory, slot, self.slots + slot, start, end)
 
     # --- the cache as bytes ----------------------------------------------------------------------------
 

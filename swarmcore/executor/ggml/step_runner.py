@@ -177,8 +177,7 @@ class StepRunner:
         for segment, entry in zip(each.chunk.segments, each.entries, strict=True):
             if entry.slot is not None:
                 entry.length = min(entry.length, segment.start)
-                if not model.remove(entry.slot, segment.start):
-                    self._sequences.lose(model, entry)
+                model.remove(entry.slot, segment.start)
 
     def _repair(self, model: SpanModel) -> None:
         """Wipe what is cached and not finite: sequences are kept apart by factors of 0, and 0 · ∞ is none."""
