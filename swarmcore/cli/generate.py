@@ -58,6 +58,11 @@ async def _generate(
         model.generate(prompt, **sampling) as generation,
     ):
         text = await _stream(output, generation)
+        if len(generation.numerics) > 1:
+            ways = ", ".join(map(str, generation.numerics))
+            output.remark(
+                f"made by servers that compute in several ways, {ways}: one alone may say it otherwise"
+            )
         if remote.route:
             show_route(output, swarm, model.info, generation.chain)
         _report(
