@@ -151,17 +151,18 @@ def _convert(source: Path, part: Path, progress: Progress) -> None:
             path.chmod(mode)
 
 
-def write_settings(source: Path, folder: Path, progress: Progress) -> None:
+def write_settings(source: Path, folder: Path, progress: Progress, config: Any = None) -> None:
     """Write config, tokenizer and settings of generation of the GGUF ``source`` into ``folder``.
 
-    Raise as `convert`. The values of its weights do not matter.
+    The config is that of the file, or the one given. Raise as `convert`. The values of its weights do not
+    matter.
     """
     with translated(source, folder), quiet_transformers(lambda share: None), parsed_once():
         import_large("transformers.modeling_utils")
         from transformers import GenerationConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        tokenizer, config, metadata = _read_settings(source, progress)
+        tokenizer, config, metadata = _read_settings(source, progress, config)
         config.dtype = torch.bfloat16
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         generation = GenerationConfig.from_model_config(config)
@@ -190,19 +191,22 @@ def load_gguf(source: Path, config: Any) -> tuple[Any, dict[str, Any]]:
     return model, report
 
 
-def _read_settings(source: Path, progress: Progress) -> tuple[Any, Any, Metadata]:
-    """Tokenizer, config and metadata. To be called within `quiet_transformers`."""
+def _read_settings(source: Path, progress: Progress, config: Any = None) -> tuple[Any, Any, Metadata]:
+    """Tokenizer, config (or the one given) and metadata. To be called within `quiet_transformers`."""
     from transformers import AutoConfig, AutoTokenizer
 
     folder = str(source.parent.resolve())
     # Of these Transformers says nothing, and they take most of the time where the layers are small.
     progress(f"reading the metadata of {source.name}", 0, 0)
     metadata = Metadata.read(source)
-    check_metadata(metadata)
+    if config is None:
+        check_metadata(metadata)
     check_tokenizer(metadata)
     progress(f"reading the tokenizer of {source.name}", 0, 0)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
     complete_tokenizer(tokenizer, metadata)
+    if config is not None:
+        return tokenizer, config, metadata
     progress(f"reading the config of {source.name}", 0, 0)
     config = AutoConfig.from_pretrained(folder, gguf_file=source.name)
     if config.model_type == "mistral":  # the file's name, not its architecture, had transformers say so

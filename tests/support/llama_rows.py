@@ -34,6 +34,16 @@ def rows_of(path: Path, block: int, rows: np.ndarray, *, chunk: int = 512) -> np
 
     Raise `ValueError`, with what llama.cpp logs, when it does not take the file.
     """
+    return _seen(path, f"l_out-{block}".encode(), rows, chunk)
+
+
+def logits_of(path: Path, tokens: list[int]) -> np.ndarray:
+    """The model's logits behind each token, ``[tokens, vocabulary]``. Raise as `rows_of`."""
+    return _seen(path, b"result_output", np.array(tokens, np.int32), len(tokens))
+
+
+def _seen(path: Path, wanted: bytes, given: np.ndarray, chunk: int) -> np.ndarray:
+    """What the node ``wanted`` of the graph has for each row or token that is given."""
     lib.llama_backend_init()
     lib.llama_log_set(_log, None)
     said.clear()
@@ -44,7 +54,6 @@ def rows_of(path: Path, block: int, rows: np.ndarray, *, chunk: int = 512) -> np
         raise ValueError("".join(said))
     width = lib.llama_model_n_embd(model)
     found: list[np.ndarray] = []
-    wanted = f"l_out-{block}".encode()
 
     @_EVALUATED
     def evaluated(tensor: Any, asked: bool, _: Any) -> bool:
@@ -52,11 +61,11 @@ def rows_of(path: Path, block: int, rows: np.ndarray, *, chunk: int = 512) -> np
             return bool(_base.ggml_get_name(tensor) == wanted)
         values = np.empty(_base.ggml_nbytes(tensor) // 4, np.float32)
         _base.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
-        found.append(values.reshape(-1, width))
+        found.append(values.reshape(len(part), -1))
         return True
 
     settings = lib.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, len(rows))
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, len(given))
     settings.n_threads = settings.n_threads_batch = 1
     settings.swa_full = True
     settings.cb_eval = ctypes.cast(evaluated, type(settings.cb_eval))
@@ -64,11 +73,11 @@ def rows_of(path: Path, block: int, rows: np.ndarray, *, chunk: int = 512) -> np
     if not context:
         lib.llama_model_free(model)
         raise ValueError("".join(said))
-    batch = lib.llama_batch_init(chunk, width, 1)
-    for start in range(0, len(rows), chunk):
-        part = np.ascontiguousarray(rows[start : start + chunk], np.float32)
+    batch = lib.llama_batch_init(chunk, width if given.ndim > 1 else 0, 1)
+    for start in range(0, len(given), chunk):
+        part = np.ascontiguousarray(given[start : start + chunk])
         batch.n_tokens = len(part)
-        ctypes.memmove(batch.embd, part.ctypes.data, part.nbytes)
+        ctypes.memmove(batch.embd if given.ndim > 1 else batch.token, part.ctypes.data, part.nbytes)
         for row in range(len(part)):
             batch.pos[row], batch.n_seq_id[row], batch.logits[row] = start + row, 1, 1
             batch.seq_id[row][0] = 0

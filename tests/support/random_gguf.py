@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf_files import add_vocabulary
 
 WIDTH, HEADS, INNER = 64, 4, 96
 ATTENTION = {
@@ -38,13 +39,19 @@ def write_random_gguf(
     keys: Mapping[str, Any] | None = None,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     parts: int = 1,
+    vocabulary: int = 0,
 ) -> Path:
     """Write a model; return its file, or the first of so many parts.
+
+    ``vocabulary`` is how many tokens its tokenizer has; without, it has none.
 
     ``each`` has the shapes of a block's tensors, or of those of every block, as numpy has them; ``around``
     those that are not in blocks, beside embeddings and norm. Tensors of two dimensions are of the ``kind``.
     """
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (48, WIDTH), "output_norm.weight": (WIDTH,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (vocabulary or 48, WIDTH),
+        "output_norm.weight": (WIDTH,),
+    }
     shapes |= dict(around or {})
     for block, own in enumerate([each] * blocks if isinstance(each, Mapping) else each):
         shapes |= {f"blk.{block}.{name}": shape for name, shape in own.items()}
@@ -54,7 +61,11 @@ def write_random_gguf(
         file = path if parts == 1 else _part(path, part, parts)
         writer = gguf.GGUFWriter(file, architecture)
         if part == 0:
-            _add_keys(writer, architecture, blocks, keys or {})
+            _add_keys(writer, architecture, blocks, {"vocab_size": vocabulary or 48, **(keys or {})})
+            if vocabulary:
+                add_vocabulary(writer, vocabulary)
+            else:
+                writer.add_string("tokenizer.ggml.model", "none")
         if parts > 1:
             writer.add_uint16("split.no", part)
             writer.add_uint16("split.count", parts)
@@ -82,9 +93,7 @@ def _add_keys(writer: gguf.GGUFWriter, architecture: str, blocks: int, keys: Map
         "attention.head_count_kv": HEADS // 2,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "attention.layer_norm_epsilon": 1e-5,
-        "vocab_size": 48,
     }
-    writer.add_string("tokenizer.ggml.model", "none")
     for key, value in (own | dict(keys)).items():
         name = key if key.startswith("general.") else f"{architecture}.{key}"
         if isinstance(value, bool):
