@@ -21,6 +21,7 @@ from swarmcore.engine.prefix_cache import PrefixCache, PrefixScope
 from swarmcore.engine.scheduler import Scheduler
 from swarmcore.engine.session import PendingTokens, QueueItem, SessionStep
 from swarmcore.engine.session_manager import SessionManager
+from swarmcore.engine.session_prefixes import SessionPrefixes
 from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training import TrainingLimits, TrainingRunner
 from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
@@ -82,10 +83,11 @@ class Engine:
         """What sessions may begin with, and what is kept of those that have ended."""
         self._scheduler: Scheduler[SessionStep] = Scheduler(max_batch_tokens)
         pending = PendingTokens(max_steps=max_pending_steps, max_tokens=max_pending_tokens)
+        self._prefixes = prefixes = SessionPrefixes(executor, self.prefixes)
         self._sessions = SessionManager(
-            executor, self._kv_cache, self._scheduler, pending, self.prefixes, self.stats
+            executor, self._kv_cache, self._scheduler, pending, prefixes, self.stats
         )
-        self._transfer = KVTransfer(executor, self._sessions, self.prefixes, self._carry_on, self._answered)
+        self._transfer = KVTransfer(executor, self._sessions, prefixes, self._carry_on, self._answered)
         self._window = BatchWindow()
         self.training = TrainingRunner(executor, self.stats, training_limits or TrainingLimits(), self._wake)
         """Forward and backward passes, which go after interactive steps: see `TrainingRunner.admit`."""
@@ -180,7 +182,7 @@ class Engine:
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
         self._sessions.close_all(error, draining(), loop_time())
-        self._sessions.forget_prefixes()
+        self._prefixes.forget_outside(None)
         self.training.stop(draining())
         if self._timer is not None:
             self._timer.cancel()
@@ -256,13 +258,11 @@ class Engine:
 
         Names of pages that have others already are passed over. Raise `SessionLostError`.
         """
-        found = self._sessions[session]
-        for prefix, each, length in zip(found.prefixes, names, found.lengths, strict=False):
-            self.prefixes.rename(prefix, each, length)
+        self._prefixes.rename(self._sessions[session], names)
 
     def forget_prefixes(self, keep: Span | None = None) -> None:
         """Let go of what is kept of blocks outside of ``keep``: the executor is about to drop them."""
-        self._sessions.forget_prefixes(keep)
+        self._prefixes.forget_outside(keep)
 
     def step(
         self,

@@ -11,10 +11,11 @@ from functools import partial
 
 import attrs
 
-from swarmcore.engine.prefix_cache import PrefixCache, PrefixScope, SequencePrefix
+from swarmcore.engine.prefix_cache import PrefixScope, SequencePrefix
 from swarmcore.engine.session import EngineSession, KVImport, QueueItem
 from swarmcore.engine.session_manager import SessionManager
-from swarmcore.errors import InputError, InvalidStepError, SessionLostError, SwarmError
+from swarmcore.engine.session_prefixes import SessionPrefixes
+from swarmcore.errors import InputError, SessionLostError, SwarmError
 from swarmcore.executor.base import BlockExecutor, Segment, executor_error
 from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
@@ -44,7 +45,7 @@ class KVTransfer:
         self,
         executor: BlockExecutor,
         sessions: SessionManager,
-        prefixes: PrefixCache,
+        prefixes: SessionPrefixes,
         changed: Callable[[], None],
         answered: Callable[[QueueItem, asyncio.Future[None]], None],
     ) -> None:
@@ -112,17 +113,10 @@ class KVTransfer:
 
         Where that fails they begin with nothing. Raise `SessionLostError` when the session has ended.
         """
-        caller, prefix_tokens = session.allocation.caller, session.allocation.page.prefix_tokens
-        session.prefixes = [
-            self._prefixes.begin(sequence, scope, caller, each, prefix_tokens)
-            for sequence, each in zip(session.sequences, names, strict=True)
+        answers = [
+            self.submit(session, segment, SHARE_TIMEOUT, source=source)
+            for segment, source in self._prefixes.begin(session, scope, names)
         ]
-        answers = []
-        for prefix in session.prefixes:
-            if (found := self._prefixes.find(scope, prefix.names)) is not None:
-                source, pages = found
-                segment = Segment(prefix.sequence, 0, pages * self._prefixes.named_tokens)
-                answers.append(self.submit(session, segment, SHARE_TIMEOUT, source=source))
         for result in await asyncio.gather(*answers, return_exceptions=True):
             if isinstance(result, BaseException):
                 log.info("session %s begins without a prefix: %s", session.name[:8], result)
@@ -158,7 +152,7 @@ class KVTransfer:
                     item.session.adapter,
                 )
             else:
-                await self._share(item, item.source)
+                await self._prefixes.share(item, item.source)
         except SwarmError as exc:
             error = exc
         except Exception as exc:
@@ -167,20 +161,6 @@ class KVTransfer:
         self.chunks += 1
         self._sessions.finish_import(item, error, loop_time())
         self._advance()
-
-    async def _share(self, item: KVImport, source: SequencePrefix) -> None:
-        [segment] = item.segments
-        pages = source.pages[: segment.count // self._prefixes.named_tokens]
-        if len(pages) * self._prefixes.named_tokens < segment.count:
-            raise SessionLostError("the prefix is no longer here")
-        try:
-            await self._executor.share_prefix(source.sequence, segment.sequence, segment.count)
-        except (SessionLostError, InvalidStepError):
-            self._sessions.forget_prefix(source)
-            raise
-        if not item.session.closed:
-            first = item.session.sequences[0]
-            self._prefixes.shared(pages, item.session.prefixes[segment.sequence - first])
 
     def _advance(self) -> None:
         self._sessions.poll(loop_time())

@@ -90,7 +90,7 @@ class PrefixCache:
         self._shares_pages = executor.prefix_sharing == "pages"
         self._blocks = blocks if executor.caches_whole_span else 0
         self._max_kept = min(MAX_KEPT, (executor.max_sequences or 2 * MAX_KEPT) // 2)
-        self._page_room = page * blocks
+        self._page, self._page_room = page, page * blocks
         self._max_of_caller = pages * self._page_room // 2
         self._kept: dict[SequencePrefix, None] = {}
         self._superseded: list[SequencePrefix] = []
@@ -194,7 +194,7 @@ class PrefixCache:
         for page in prefix.pages:
             page.kept_by += 1
             self._room[page.caller] += self._weight(prefix) * (page.kept_by == 1)
-        self._room[prefix.caller] += prefix.prefix_tokens * self._through(prefix)
+        self._room[prefix.caller] += self._before(prefix)
         return count * self.named_tokens
 
     def shrink(self, pages: int) -> Iterator[SequenceId]:
@@ -228,13 +228,17 @@ class PrefixCache:
             for page in prefix.pages:
                 page.kept_by -= 1
                 self._room[page.caller] -= self._weight(prefix) * (page.kept_by == 0)
-            self._room[prefix.caller] -= prefix.prefix_tokens * self._through(prefix)
+            self._room[prefix.caller] -= self._before(prefix)
         self._forget_pages(prefix, 0)
         self._set_names(prefix, b"")
         return prefix.sequence
 
     def _weight(self, prefix: SequencePrefix) -> int:
         return self.named_tokens * self._through(prefix)
+
+    def _before(self, prefix: SequencePrefix) -> int:
+        """What its positions before the first token take, in whole pages."""
+        return -(-prefix.prefix_tokens // self._page) * self._page * self._through(prefix)
 
     def _through(self, prefix: SequencePrefix) -> int:
         """How many blocks' caches it takes."""

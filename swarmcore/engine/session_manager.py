@@ -22,7 +22,6 @@ from swarmcore.engine.kv_allocation import (
     Refused,
 )
 from swarmcore.engine.kv_cache_manager import KVCacheManager
-from swarmcore.engine.prefix_cache import PrefixCache, SequencePrefix
 from swarmcore.engine.scheduler import ScheduledBatch, Scheduler
 from swarmcore.engine.session import (
     EngineSession,
@@ -37,6 +36,7 @@ from swarmcore.engine.session import (
     reordered_error,
     resolve,
 )
+from swarmcore.engine.session_prefixes import SessionPrefixes
 from swarmcore.engine.stats import EngineStats
 from swarmcore.errors import CacheFullError, InternalError, InvalidStepError, SessionLostError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor, SequenceId
@@ -64,7 +64,7 @@ class SessionManager:
         kv_cache: KVCacheManager,
         scheduler: Scheduler[SessionStep],
         pending: PendingTokens,
-        prefixes: PrefixCache,
+        prefixes: SessionPrefixes,
         stats: EngineStats,
     ) -> None:
         self.sessions: dict[str, EngineSession] = {}
@@ -162,29 +162,8 @@ class SessionManager:
 
     def _free(self, session: EngineSession, now: float) -> None:
         self._kv_cache.release(session.allocation, now)
-        page = session.allocation.page
-        kept = {prefix.sequence: self._prefixes.keep(prefix) for prefix in session.prefixes}
-        for sequence in session.sequences:
-            if tokens := kept.get(sequence):
-                self._executor.reserve(sequence, page.room(page.pages(tokens)))
-            else:
-                self._executor.release(sequence)
-        self._shrink_prefixes()
-
-    def forget_prefixes(self, keep: Span | None = None) -> None:
-        """Let go of what is kept of blocks outside of ``keep``; without it, of all, for good."""
-        for sequence in self._prefixes.leave(keep):
-            self._executor.release(sequence)
-
-    def forget_prefix(self, prefix: SequencePrefix) -> None:
-        """The executor does not have it."""
-        if self._prefixes.lost(prefix):
-            self._executor.release(prefix.sequence)
-
-    def _shrink_prefixes(self) -> None:
-        """Take back from what is kept of sessions that have ended as much as others need."""
-        for sequence in self._prefixes.shrink(self._kv_cache.free):
-            self._executor.release(sequence)
+        self._prefixes.release(session)
+        self._prefixes.shrink(self._kv_cache.free)
 
     # --- steps in the queue ------------------------------------------------------------------------------
 
@@ -211,8 +190,7 @@ class SessionManager:
         item.done = True
         self.pending.remove(item.caller, item.rows)
         item.session.complete(item)
-        for prefix, length in zip(item.session.prefixes, item.session.lengths, strict=False):
-            self._prefixes.computed(prefix, length, own=item.source is None)
+        self._prefixes.finished(item)
 
     def fail(self, item: QueueItem, error: SwarmError, now: float) -> None:
         """Take an item out of its queue, and those that build on it; harmless when it is done.
@@ -276,7 +254,7 @@ class SessionManager:
         if isinstance(item, SessionStep):
             self._scheduler.add(item)
         else:
-            self._roll_back(item)
+            self._prefixes.begins(item)
             session.computing = item.begun = True
             item.begin(item)
 
@@ -284,7 +262,7 @@ class SessionManager:
         """Tell the executor for how many tokens the session has room."""
         room = session.allocation.room
         if room != session.reserved:
-            self._shrink_prefixes()
+            self._prefixes.shrink(self._kv_cache.free)
         for sequence, old, new in zip(session.sequences, session.reserved, room, strict=True):
             if old != new:
                 self._executor.reserve(sequence, new)
@@ -302,19 +280,10 @@ class SessionManager:
             if chunk.first_row == 0:
                 if step.sources:
                     step.session.reorder(step)
-                    if step.session.prefixes:
-                        self._prefixes.reordered(step.session.prefixes, step.sources)
-                self._roll_back(step)
+                self._prefixes.begins(step)
                 if step.decode:
                     self._stats.note_wait(now - step.submitted, now)
         return batch
-
-    def _roll_back(self, item: QueueItem) -> None:
-        """The item is about to write into its sequences: what they began with ends there."""
-        if prefixes := item.session.prefixes:
-            first = item.session.sequences[0]
-            for segment in item.segments:
-                self._prefixes.rolled_back(prefixes[segment.sequence - first], segment.start)
 
     def finish_batch(
         self, batch: ScheduledBatch[SessionStep], results: Sequence[Tensor | SwarmError], now: float
