@@ -9,7 +9,7 @@ import attrs
 from swarmcore.errors import InternalError
 from swarmcore.executor.base import Adapter, ScheduledChunk, Segment
 from swarmcore.types import Span
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import Tensor, joined
 
 
 @attrs.define(eq=False)
@@ -100,12 +100,7 @@ class PendingStep:
 
     def result(self) -> Tensor:
         """The step's result, encoded with ``codec`` when `whole`, else raw."""
-        if len(self._parts) == 1:
-            return self._parts[0]
-        joined = bytearray().join(part.data for part in self._parts)
-        rows = sum(part.shape[0] for part in self._parts)
-        last = self._parts[-1]
-        return Tensor(last.name, last.dtype, (rows, last.shape[1]), memoryview(joined))
+        return joined(self._parts)
 
     def started(self) -> tuple[Segment, ...]:
         """The segments of which rows were handed out: their caches are no longer what they were."""

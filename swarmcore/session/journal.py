@@ -15,7 +15,7 @@ from typing import Protocol
 import attrs
 
 from swarmcore.errors import InvalidStepError, ProtocolError, SessionLostError, SwarmError
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import Tensor, joined
 
 COMPACT_NBYTES = 16 << 20
 """Bytes that a history takes in, at least, before it looks for tensors of which little is left."""
@@ -152,9 +152,7 @@ class RowHistory:
             raise InvalidStepError("no rows were asked for")
         if len({part.dtype for part in parts}) > 1:  # of servers that compute in different ones
             parts = [part.widened() for part in parts]
-        shape = (sum(lengths), parts[0].shape[1])
-        data = parts[0].data if len(parts) == 1 else memoryview(bytearray().join(p.data for p in parts))
-        return Tensor("hidden", parts[0].dtype, shape, data)
+        return attrs.evolve(joined(parts), name="hidden")
 
     def _truncate(self, sequence: int, length: int) -> None:
         runs = self._runs[sequence]

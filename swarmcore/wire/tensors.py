@@ -129,6 +129,15 @@ class Tensor:
         return TensorHeader(self.name, self.dtype, self.shape, self.codec, self.data.nbytes)
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of raw tensors of one dtype and width, in one tensor with the name of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    data = memoryview(bytearray().join(part.data for part in parts))
+    return Tensor(first.name, first.dtype, (rows, first.shape[1]), data)
+
+
 class Codec(Protocol):
     """A lossy or lossless form of a tensor's bytes."""
 

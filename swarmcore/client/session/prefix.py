@@ -12,6 +12,7 @@ from swarmcore.wire.prefix_names import (
     prefix_names,
     prefix_root,
 )
+from swarmcore.wire.tensors import Tensor, joined
 
 
 def chain_numerics(chain: Chain) -> str:
@@ -74,3 +75,13 @@ class SessionPrefix:
         """What they are called on chains of these numerics; for none, what this client remembers them by."""
         root, most = prefix_root(*self._parts, numerics), MAX_SESSION_NAMES // max(1, len(self.tokens))
         return tuple(prefix_names(each, root)[: most * NAME_BYTES] for each in self.tokens)
+
+
+def parted(hidden: Tensor, lengths: Sequence[int], first: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The ``first`` so many of each sequence's rows, and the others."""
+    ones, others, row = [], [], 0
+    for count, length in zip(first, lengths, strict=True):
+        ones.append(hidden.rows(row, row + count))
+        others.append(hidden.rows(row + count, row + length))
+        row += length
+    return joined(ones), joined(others)

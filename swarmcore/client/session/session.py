@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-import attrs
-
 from swarmcore.client.session.failover import FailoverHandler
 from swarmcore.client.session.moves import SessionMoves
 from swarmcore.client.session.opening import ATTEMPTS, ChainOpener, located
 from swarmcore.client.session.options import Failover, SessionOptions
 from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.client.session.planner import SessionPlanner
-from swarmcore.client.session.prefix import SessionPrefix
+from swarmcore.client.session.prefix import SessionPrefix, parted
 from swarmcore.errors import (
     CacheFullError,
     DeadlineExceededError,
@@ -35,7 +33,7 @@ from swarmcore.session.steps import Chunk, Reply, StepPlan
 from swarmcore.types import ModelInfo, Numerics
 from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.messages import NamePages
-from swarmcore.wire.tensors import Tensor
+from swarmcore.wire.tensors import Tensor, joined
 
 __all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
 
@@ -238,14 +236,10 @@ class InferenceSession:
         skipped = tuple(map(prefix.skipped, range(self.sequences), pipeline.cached, lengths))
         if not any(skipped):
             return hidden, lengths, starts
-        left_out, rest, row = [], [], 0
-        for skip, length in zip(skipped, lengths, strict=True):
-            left_out.append(hidden.rows(row, row + skip))
-            rest.append(hidden.rows(row + skip, row + length))
-            row += length
-        pipeline.begin_with(skipped, _concatenated(left_out))
+        left_out, rest = parted(hidden, lengths, skipped)
+        pipeline.begin_with(skipped, left_out)
         self._cached = skipped
-        return _concatenated(rest), tuple(map(int.__sub__, lengths, skipped)), skipped
+        return rest, tuple(map(int.__sub__, lengths, skipped)), skipped
 
     async def _run(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         pipeline = self._pipeline
@@ -412,12 +406,4 @@ def _join(plan: StepPlan, outputs: Sequence[Tensor]) -> Tensor:
             for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
                 last[sequence] = output.rows(row, row + 1)
         parts = [last[sequence] for sequence in sorted(last)]
-    return _concatenated(parts)
-
-
-def _concatenated(parts: Sequence[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    joined = memoryview(bytearray().join(part.data for part in parts))
-    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-    return attrs.evolve(parts[0], shape=shape, data=joined)
+    return joined(parts)
