@@ -131,7 +131,7 @@ class Int8Matrix(QuantizedMatrix):
     """Whole numbers of 8 bits with a scale for each row."""
 
     kind = "int8"
-    kernel_rows = 8
+    kernel_rows = 16
     largest_error = 0.05
 
     @classmethod
@@ -165,7 +165,7 @@ class Int4Matrix(QuantizedMatrix):
     """Whole numbers of 4 bits; each group within a row has a scale and an offset."""
 
     kind = "int4"
-    kernel_rows = 24
+    kernel_rows = 64
     largest_error = 0.3
     group: ClassVar[int] = 32
 
@@ -174,11 +174,14 @@ class Int4Matrix(QuantizedMatrix):
         return _up(rows, 64) * (columns // 2 + 2 * (columns // cls.group) * dtype.itemsize)
 
     def dense(self) -> torch.Tensor:
-        scales, offsets = self._scales.transpose(0, 1).unbind(-1)
-        values = _unpack_int4(self._packed).to(self.dtype).sub_(8)
-        grouped = values.view(*scales.shape, self.group)
-        grouped.mul_(scales[..., None]).add_(offsets[..., None])
-        return values[: self.shape[0]]
+        order = _int4_order()
+        assert order is not None
+        # Turned, as both numbers and scales are kept: column by column.
+        values = _unpack_int4(self._packed, order, self.dtype)
+        grouped = values.view(-1, self.group, values.shape[1])
+        scales, offsets = (part.contiguous()[:, None] for part in self._scales.unbind(-1))
+        torch.addcmul(offsets, grouped, scales, out=grouped)
+        return values.t()[: self.shape[0]]
 
     def _pack(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         columns = part.shape[1]
@@ -243,7 +246,7 @@ class Nf4Matrix(QuantizedMatrix):
     """
 
     kind = "nf4"
-    kernel_rows = 128
+    kernel_rows = 256
     largest_error = 0.3
     group: ClassVar[int] = 64
 
@@ -416,37 +419,43 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """The numbers, ``[out, in]``, in uint8, of what torch has packed."""
-    order = _int4_order()
-    assert order is not None
-    block, rows = order
-    columns = 2 * packed.shape[1]
-    numbers = torch.stack([packed & 15, packed >> 4], -1).view(-1, columns, block)
-    return numbers[..., rows].transpose(1, 2).reshape(-1, columns)
+Order = tuple[int, slice, slice]
+"""How torch packs numbers of 4 bits: so many rows in a block, and which of them are in the low and the high
+bits."""
+
+
+def _unpack_int4(packed: torch.Tensor, order: Order, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers less 8, ``[in, out]``, of what torch has packed."""
+    block, low, high = order
+    rows, columns = len(packed), 2 * packed.shape[1]
+    numbers = packed.new_empty(columns, rows // block, block, dtype=dtype)
+    pairs = packed.view(rows // block, columns, block // 2).transpose(0, 1)
+    numbers[..., low] = (pairs & 15).view(torch.int8).sub_(8)
+    numbers[..., high] = (pairs >> 4).view(torch.int8).sub_(8)
+    return numbers.view(columns, rows)
 
 
 @functools.cache
-def _int4_order() -> tuple[int, torch.Tensor] | None:
-    """How torch packs on this CPU: rows in a block, and where each is among the numbers of a column.
+def _int4_order() -> Order | None:
+    """That of this CPU, which is no part of torch's interface: found out by packing the rows' own numbers.
 
-    That order is no part of its interface, so it is found out by packing the rows' own numbers. None when it
-    is of another kind, or torch has no such operator.
+    None when it is of another kind, or torch has no such operator.
     """
     pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
     if pack is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None
     size, columns = 64, 4
-    numbers = torch.arange(size * columns, dtype=torch.int32).view(size, columns)
-    digits = [pack((numbers // place) % 16, 1).flatten() for place in (1, 16)]
-    found = [torch.stack([digit & 15, digit >> 4], -1).flatten().long() for digit in digits]
-    places = found[0] + 16 * found[1]
+    rows = torch.arange(size, dtype=torch.int32)[:, None].expand(size, columns)
+    column = torch.arange(columns, dtype=torch.int32).expand(size, columns)
+    packed = [pack(digit.contiguous(), 1) for digit in (rows % 16, rows // 16, column)]
     for block in (64, 32, 16):
-        rows = places[:block] // columns
-        first = torch.arange(0, size, block)[:, None, None]
-        expected = (first + rows) * columns + torch.arange(columns)[:, None]
-        if torch.equal(places.view(-1, columns, block), expected):
-            return block, rows.argsort()
+        for halves in (
+            (slice(0, block // 2), slice(block // 2, None)),
+            (slice(0, None, 2), slice(1, None, 2)),
+        ):
+            found = [8 + _unpack_int4(digit, (block, *halves), torch.int32).t() for digit in packed]
+            if torch.equal(found[0] + 16 * found[1], rows) and torch.equal(found[2], column):
+                return block, *halves
     return None
 
 
