@@ -117,18 +117,6 @@ def quantized_nbytes(block: nn.Module, kind: str, dtype: torch.dtype) -> int:
     return total
 
 
-def weights_nbytes(block: nn.Module) -> int:
-    """The memory that a block's weights take, as they are kept."""
-    quantized = sum(
-        module.matrix.nbytes
-        if isinstance(module, QuantizedLinear)
-        else sum(expert.matrix.nbytes for expert in module.experts)
-        for module in block.modules()
-        if isinstance(module, QuantizedLinear | QuantizedExperts)
-    )
-    return quantized + sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
-
-
 def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """The weights that are kept in fewer bits: path and module of what holds them, and their names there."""
     for path, module in block.named_modules():

@@ -13,12 +13,16 @@ import functools
 import importlib
 import logging
 import math
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import linear, pad
 
+from swarmcore.distribution import install_command
 from swarmcore.errors import InputError, MissingExtraError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -112,9 +116,10 @@ class QuantizedMatrix(ABC):
 
     def _kernel_is_right(self) -> bool:
         """Compare kernel and plain product, once for each size: both are of libraries, for many machines."""
-        key = (self.kind, self.shape, self.dtype)
+        key = (self.kind, self.shape, self.dtype, self.device)
         if key not in _verified:
-            rows = torch.randn(2, self.shape[1], generator=torch.Generator().manual_seed(0)).to(self.dtype)
+            rows = torch.randn(2, self.shape[1], generator=torch.Generator().manual_seed(0))
+            rows = rows.to(self.device, self.dtype)
             found = self._kernel(rows)[:, : self.shape[0]]
             if not _relative(found, linear(rows, self.dense())) < _DIFFERENT_KERNELS:
                 log.warning(
@@ -367,14 +372,32 @@ class Bitsandbytes:
 
     def __init__(self) -> None:
         try:
-            functional = importlib.import_module("bitsandbytes.functional")
+            with _without_code_from_a_hub():
+                functional = importlib.import_module("bitsandbytes.functional")
         except ImportError as exc:
-            raise MissingExtraError(
-                "nf4 weights need bitsandbytes: pip install 'swarmcore-llm[quant]'"
-            ) from exc
+            raise MissingExtraError(f"nf4 weights need bitsandbytes: {install_command('quant')}") from exc
         self.operators = torch.ops.bitsandbytes
         self.code: torch.Tensor = functional.get_4bit_type(self.KIND, device="cpu")
         self.cpu_kernel = bool(getattr(functional, "has_avx512bf16", bool)())
+
+
+@contextmanager
+def _without_code_from_a_hub() -> Iterator[None]:
+    """Hide a package by which bitsandbytes would download a kernel, and run it, as it is imported.
+
+    It has another of its own, and says so in a warning.
+    """
+    logger, hidden = logging.getLogger("bitsandbytes.backends.cpu.ops"), "kernels" not in sys.modules
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    if hidden:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        if hidden:
+            del sys.modules["kernels"]
 
 
 bitsandbytes = functools.cache(Bitsandbytes)
@@ -387,7 +410,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
         ctx.matrix = matrix
-        return matrix.product(hidden)
+        output = matrix.product(hidden)
+        return output.clone() if output._is_view() else output  # some families add to it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

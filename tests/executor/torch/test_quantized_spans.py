@@ -16,7 +16,7 @@ from swarmcore.executor.base import ScheduledChunk, Segment, SequenceId, Trainin
 from swarmcore.executor.torch import span as span_module
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.loader import block_needs
-from swarmcore.executor.torch.quantized_layers import QuantizedExperts, QuantizedLinear, weights_nbytes
+from swarmcore.executor.torch.quantized_layers import QuantizedExperts, QuantizedLinear
 from swarmcore.executor.torch.quantized_matrix import MATRICES
 from swarmcore.executor.torch.span import SpanModel, load_span
 from swarmcore.executor.torch.uncached_batch import UncachedBatch
@@ -31,6 +31,18 @@ LENGTHS = (9, 4)
 def load(folder: Path, weights: str | None) -> SpanModel:
     checkpoint = open_checkpoint(str(folder))
     return load_span(checkpoint, Span(1, 4), dtype=torch.float32, device=CPU, weights=weights)
+
+
+def nbytes(block: nn.Module) -> int:
+    """What a block's weights take as they are kept."""
+    matrices = []
+    for module in block.modules():
+        if isinstance(module, QuantizedLinear):
+            matrices.append(module.matrix)
+            matrices += [] if module.bias is None else [module.bias]  # type: ignore[list-item]
+        elif isinstance(module, QuantizedExperts):
+            matrices += [expert.matrix for expert in module.experts]
+    return sum(part.nbytes for part in (*matrices, *block.parameters()))
 
 
 def run(model: SpanModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -68,6 +80,11 @@ def test_equal_to_plain_layers_on_rounded_weights(family: str, weights: str, tmp
                 getattr(modules[parent], name).copy_(module.dense())
                 seen |= {expert.matrix.kind for expert in module.experts}
     assert weights in seen
+    needs = block_needs(
+        open_checkpoint(str(tmp_path)), dtype="float32", weights=weights, device="cpu", batch_tokens=8
+    )
+    assert needs.weights >= max(nbytes(rounded.block(number)) for number in rounded.span)
+    assert needs.weights < 1.1 * max(nbytes(rounded.block(number)) for number in rounded.span)
     hidden = torch.randn(1, sum(LENGTHS), plain._base.config.hidden_size)
     gradients = torch.randn_like(hidden)
     results = []
@@ -110,7 +127,7 @@ def test_memory_is_that_of_what_is_kept_and_one_block(
     before = _live_bytes()
     model = load_span(checkpoint, Span(0, 8), dtype=torch.float32, device=CPU, weights=weights)
     needs = block_needs(checkpoint, dtype="float32", weights=weights, device="cpu", batch_tokens=8)
-    kept = weights_nbytes(model.block(3))
+    kept = nbytes(model.block(3))
     assert kept <= needs.weights <= 1.1 * kept
     plain = block_needs(checkpoint, dtype="float32", weights="auto", device="cpu", batch_tokens=8)
     assert needs.weights < plain.weights * (0.3 if weights == "int8" else 0.26)
