@@ -64,7 +64,12 @@ if TYPE_CHECKING:
     metavar="KIND",
     help="What the attention cache is kept in; auto is what is computed in.",
 )
-@option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N.")
+@option(
+    "--device",
+    default="cpu",
+    metavar="DEVICE",
+    help="cpu, cuda or cuda:N; for ggml cpu or a device of llama.cpp's.",
+)
 @option(
     "--memory",
     metavar="BYTES",
