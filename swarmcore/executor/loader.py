@@ -95,6 +95,11 @@ class BlockLoader(ABC):
         return {}
 
 
+THREADS_WORTH = 1.25
+"""Half as many threads have to take this many times as long for the whole number to be taken: what a second
+thread keeps of a core is lost to event loops, to clients and to other servers on the machine."""
+
+
 def thread_choices(threads: int) -> tuple[int, ...]:
     """``threads``, half of them, and so on down to one; nothing where that is no choice.
 

@@ -18,6 +18,7 @@ import msgspec
 
 from swarmcore.errors import SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
+from swarmcore.executor.loader import THREADS_WORTH
 from swarmcore.rpc.node import Node
 from swarmcore.types import ServerInfo
 from swarmcore.wire.messages import Ping
@@ -132,17 +133,17 @@ async def measure_network(
 async def _fastest(executor: BlockExecutor, start: int, count: int) -> tuple[float, int]:
     """The seconds of `_pass_seconds` with the best number of threads, and that number; 0: no choice.
 
-    Fewer are tried for as long as that makes it faster: waking and joining threads for each small operation
-    can cost more than they bring.
+    Fewer are tried for as long as they take hardly longer (`THREADS_WORTH`): waking and joining threads for
+    each small operation can cost more than they bring.
     """
-    best, threads = math.inf, 0
+    taken, threads = math.inf, 0
     for choice in executor.thread_choices:
         executor.use_threads(choice, choice)
         seconds = await _pass_seconds(executor, start, count)
-        if seconds >= best:
+        if seconds > THREADS_WORTH * taken:
             break
-        best, threads = seconds, choice
-    return (best, threads) if threads else (await _pass_seconds(executor, start, count), 0)
+        taken, threads = seconds, choice
+    return (taken, threads) if threads else (await _pass_seconds(executor, start, count), 0)
 
 
 async def _pass_seconds(executor: BlockExecutor, start: int, count: int) -> float:

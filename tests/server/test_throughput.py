@@ -91,6 +91,22 @@ async def test_the_best_number_of_threads_is_found_for_single_tokens_and_for_man
     assert "with 1 and 4 threads" in ServerSpeed(speed).describe(6)
 
 
+class WeightBoundExecutor(ThreadedExecutor):
+    """Hardly gains by a second thread, as when all cores wait for the same memory."""
+
+    async def step(self, batch: Sequence[ScheduledChunk]) -> list[Tensor | SwarmError]:
+        await asyncio.sleep({1: 0.0110, 2: 0.0100, 4: 0.0095}[self.threads[1]])
+        return await CountingExecutor.step(self, batch)
+
+
+@pytest.mark.virtual_time
+async def test_threads_that_bring_next_to_nothing_are_left_to_others():
+    executor = WeightBoundExecutor(Span(0, 6))
+    speed = await measure_compute(executor)
+    assert executor.threads == (1, 1)
+    assert speed.decode_rps == pytest.approx(6 / 0.011)
+
+
 @asynccontextmanager
 async def echoes(count: int, faults: Faults) -> AsyncIterator[tuple[Node, list[ServerInfo], list[int]]]:
     """A node, servers that echo pings over links with ``faults`` both ways, and the sizes of these pings."""

@@ -23,7 +23,7 @@ from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.client.generation.sampling import Sampler, sample
 from swarmcore.engine.batch_window import BatchWindow
 from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
-from swarmcore.executor.loader import thread_choices
+from swarmcore.executor.loader import THREADS_WORTH, thread_choices
 from swarmcore.executor.torch import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.torch import sparse_codecs as _sparse  # noqa: F401  (registers topk and mixed)
 from swarmcore.executor.torch.wire_tensors import to_torch
@@ -231,18 +231,18 @@ def _use_threads(threads: int | None) -> None:
 
 @torch.inference_mode()
 def _choose_threads(parts: LocalParts) -> None:
-    """Let this thread have as many threads of torch as make logits of one row fastest.
+    """Let this thread have as many threads of torch as are worth it for logits of one row.
 
-    Half as many are tried for as long as that is faster.
+    Half as many are tried for as long as that takes hardly longer (`THREADS_WORTH`).
     """
     row = torch.zeros(1, parts.hidden_size, dtype=parts.dtype)
-    threads, fastest = torch.get_num_threads(), math.inf
+    threads, taken = torch.get_num_threads(), math.inf
     for choice in thread_choices(threads):
         torch.set_num_threads(choice)
         seconds = min(timeit.repeat(lambda: parts.logits(row), repeat=_HEAD_REPEATS, number=1))
-        if seconds >= fastest:
+        if seconds > THREADS_WORTH * taken:
             break
-        threads, fastest = choice, seconds
+        threads, taken = choice, seconds
     torch.set_num_threads(threads)
 
 
