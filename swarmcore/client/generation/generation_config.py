@@ -152,6 +152,8 @@ def logits_processors(
     import torch
     from transformers import LogitsProcessorList
 
+    from swarmcore.client.generation.logits_processors import faster
+
     merged = _merged(config, settings)
     eos = end_of_text(config)
     asked = [name for name in (*PENALTY_FIELDS, *SAMPLING_FIELDS) if getattr(merged, name, None) is not None]
@@ -184,7 +186,7 @@ def logits_processors(
             f"the generation config of the model asks for what transformers does not take, in one of "
             f"{', '.join(asked)}: {exc}"
         ) from exc
-    return found
+    return faster(found, exact=settings.seed is not None)
 
 
 def _merged(config: GenerationConfig, settings: GenerationSettings) -> GenerationConfig:

@@ -23,6 +23,7 @@ class Sampler:
         """``processors`` are of this sequence alone. Without a ``seed`` it draws others every time."""
         self.processors = processors
         self._generator: torch.Generator | None = None
+        self._seeded = seed is not None
         if not greedy:
             self._generator = torch.Generator()
             if seed is None:
@@ -73,7 +74,9 @@ class Sampler:
         if self._generator is None or best == math.inf:
             return int(token)
         probabilities = torch.softmax(scores, -1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        if self._seeded:  # as transformers draws it, with as many random numbers as there are tokens
+            return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return _draw(probabilities[0], self._generator)
 
 
 def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
@@ -98,6 +101,14 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Exce
         except Exception as exc:
             chosen.append(exc)
     return chosen
+
+
+def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
+    """A token, each with its probability, for a single random number."""
+    sums = probabilities.cumsum(0, dtype=torch.float64)
+    drawn = sums[-1:] * torch.rand(1, generator=generator, dtype=torch.float64)
+    token = int(torch.searchsorted(sums, drawn, right=True))
+    return token if token < len(sums) else int(probabilities.argmax())
 
 
 def _check(best: float) -> None:
