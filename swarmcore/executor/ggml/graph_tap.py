@@ -105,7 +105,7 @@ class GraphTap:
             self._count = count = self._count + 1
             if count != self._next:
                 if self._next is None:
-                    return self._learn(tensor, ask)
+                    return self._guarded(self._learn, tensor, ask)
                 if count in self._idle:
                     return self._guarded(self._set_idle, tensor, count)
                 return False
@@ -123,18 +123,13 @@ class GraphTap:
             plan.error = exc
             return False
 
-    def _learn(self, tensor: int, ask: bool) -> bool:
-        return self._guarded(self._learn_node, tensor, ask)
-
-    def _learn_node(self, plan: _Plan, tensor: int, ask: bool) -> bool:
+    def _learn(self, plan: _Plan, tensor: int, ask: bool) -> bool:
         if plan.output is not None:
             return False
         if ask:
             plan.nodes.append((self._count, tensor))
             return self._name(tensor) == self._awaited(plan)
-        if plan.entered:
-            return self._leave(plan, tensor, self._count - 1)
-        return self._enter(plan, tensor, self._count - 1)
+        return self._computed(plan, tensor)
 
     def _reached(self, plan: _Plan, tensor: int, ask: bool) -> bool:
         if ask:
@@ -146,9 +141,12 @@ class GraphTap:
                 return False
             self._next = self._count + 1
             return True
-        if plan.entered:
-            return self._leave(plan, tensor, self._count - 1)
-        return self._enter(plan, tensor, self._count - 1)
+        return self._computed(plan, tensor)
+
+    def _computed(self, plan: _Plan, tensor: int) -> bool:
+        """The node that was awaited has its values, and was asked about just before."""
+        do = self._leave if plan.entered else self._enter
+        return do(plan, tensor, self._count - 1)
 
     def _awaited(self, plan: _Plan) -> bytes:
         """The name of the node that matters next."""

@@ -64,7 +64,7 @@ class StepRunner:
         if accepted:
             try:
                 self._compute(model, held, accepted)
-            except SwarmError:
+            except Exception:
                 for each in accepted:
                     self._undo(model, each)
                 raise
@@ -148,7 +148,7 @@ class StepRunner:
             row = 0
             for segment, entry in zip(each.chunk.segments, each.entries, strict=True):
                 if segment.start < entry.length:
-                    if waiting:  # of this sequence, perhaps
+                    if any(piece.entry is entry for piece in waiting):
                         run(waiting)
                         waiting, room = [], self._batch_tokens
                     self._sequences.cut(model, entry, segment.start)
@@ -165,11 +165,11 @@ class StepRunner:
 
     def _with_room(self, model: SpanModel, new: int, run: Callable[[], Rows]) -> Rows:
         """Let the cache grow when there are no cells left; ``new`` tokens are about to come."""
-        while True:
-            try:
-                return run()
-            except NoCellsError:
-                model.resize(max(model.cells * 3 // 2, self._sequences.cached_tokens + new))
+        try:
+            return run()
+        except NoCellsError:
+            model.resize(max(model.cells * 3 // 2, self._sequences.cached_tokens + new))
+            return run()
 
     def _undo(self, model: SpanModel, each: _Accepted) -> None:
         """Roll its sequences back to where the chunk began."""
