@@ -24,11 +24,14 @@ from swarmcore.wire.tensors import FLOATS
 
 CACHE_DTYPE = "f16"
 """What llama.cpp itself takes unless it is told."""
+REPACKED = "repacked"
+"""Weights that llama.cpp arranges anew for the processor, where it can for their type: a copy in memory."""
 
 
 class GgmlLoader(BlockLoader):
     """Blocks of a GGUF, run by llama.cpp."""
 
+    weight_types = (AUTO, REPACKED)
     cache_dtypes = (AUTO, *CACHE_TYPES)
 
     def __init__(self, settings: LoadSettings, *, progress: Progress | None = None) -> None:
@@ -39,6 +42,7 @@ class GgmlLoader(BlockLoader):
         self._dtype = "float32" if settings.dtype == AUTO else settings.dtype
         if self._dtype not in FLOATS:
             raise InputError(f"dtype {settings.dtype!r} is not known; it is auto, {', '.join(FLOATS)}")
+        self._repacked = settings.weights == REPACKED
         self._cache_dtype = CACHE_DTYPE if settings.cache_dtype == AUTO else settings.cache_dtype
         self._gguf = open_gguf(settings.model, revision=settings.revision, progress=progress)
         cut_span(self._gguf, Span(0, self._gguf.blocks))  # refused now rather than when it is served
@@ -47,9 +51,10 @@ class GgmlLoader(BlockLoader):
     def needs(self) -> BlockNeeds:
         """Weights are counted exactly, cache on the high side; results and masks of a batch are left out."""
         gguf = self._gguf
-        blocks = range(gguf.blocks)
+        weights = max(gguf.nbytes(gguf.of_block(block)) for block in range(gguf.blocks))
         return BlockNeeds(
-            weights=max(gguf.nbytes(gguf.of_block(block)) for block in blocks),
+            weights=weights,
+            reading=weights if self._repacked else 0,
             cache_per_token=_cached_values(gguf) * (4 if self._cache_dtype == "f32" else 2),
         )
 
@@ -68,12 +73,13 @@ class GgmlLoader(BlockLoader):
                 device=self._device,
                 threads=threads,
                 cache_dtype=self._cache_dtype,
+                repacked=self._repacked,
                 batch_tokens=self.settings.batch_tokens,
             ),
             dtype=self._dtype,
             numerics=Numerics(
                 "ggml",
-                weights=_main_type(self._gguf),
+                weights=_main_type(self._gguf) + (f"+{REPACKED}" if self._repacked else ""),
                 dtype=SHORT_DTYPES[self._dtype],
                 cache_dtype=self._cache_dtype,
             ),
@@ -86,6 +92,7 @@ class GgmlLoader(BlockLoader):
             "device": self._device.description if self._device.handle else processor_name(),
             "threads": str(self.settings.threads or f"best of {usual_threads()}"),
             "cache": self._cache_dtype,
+            "weights": self.settings.weights,
             "llama-cpp-python": self._library.version,
         }
 

@@ -36,6 +36,9 @@ class ModelSettings:
     device: Device
     threads: int
     cache_dtype: str = "f16"
+    repacked: bool = False
+    """Whether weights are arranged anew for the processor: faster with few rows, slower with many, and a copy
+    in memory that is shared with nobody."""
     batch_tokens: int = 512
     """Most rows of one pass."""
 
@@ -81,8 +84,7 @@ class SpanModel:
         parameters.devices = ctypes.cast(devices, ctypes.c_void_p)
         parameters.n_gpu_layers = _ALL_LAYERS if handles else 0
         parameters.split_mode = _SPLIT_NONE
-        # Weights that are arranged anew for the CPU would be a second copy, shared with nobody.
-        parameters.use_extra_bufts = False
+        parameters.use_extra_bufts = self._settings.repacked
         with self._library.reporting() as lines:
             model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
         if not model:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,30 +141,6 @@ def test_what_is_not_there_is_refused_and_what_is_there_named(path: Path, settin
         GgmlLoader(LoadSettings(model=str(path), **settings))
 
 
-MEASURE = """
-import asyncio, json, sys
-from swarmcore.executor.loader import LoadSettings, loader_class
-from swarmcore.server.loading import open_model, plan_blocks
-from swarmcore.server.config import ServerConfig
-import swarmcore.serving, swarmcore.cli.serve
-config = ServerConfig(model=sys.argv[1], executor="ggml", threads=1)
-loader = open_model(config, None)
-plan_blocks(config, loader)
-executor = loader.load(loader.model.span)
-asyncio.run(executor.close())
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
-"""
-
-
-def test_a_server_needs_no_torch(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SWARMCORE_CACHE", str(tmp_path / "cache"))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True, timeout=60
-    )
-    loaded = set(json.loads(done.stdout))
-    assert "llama_cpp" in loaded and loaded.isdisjoint({"torch", "transformers", "safetensors"})
-
-
 async def test_results_beyond_the_range_of_a_dtype_are_errors(path: Path, load) -> None:
     executor = await load(path, dtype="float16")
     large = chunk(executor, 1, 1e6 * random_rows(1))
@@ -210,3 +183,13 @@ async def test_sequences_that_roll_back_share_a_pass(path: Path, load, monkeypat
     assert sizes == [9]
     await run(executor, chunk(executor, 0, random_rows(3), 6), chunk(executor, 0, random_rows(1), 7))
     assert sizes == [9, 3, 1]
+
+
+async def test_weights_may_be_arranged_anew(tmp_path: Path, load) -> None:
+    path = write_random_gguf(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
+    mapped, repacked = await load(path), await load(path, weights="repacked")
+    assert [mapped.numerics.weights, repacked.numerics.weights] == ["q4_0", "q4_0+repacked"]
+    rows = random_rows(5)
+    [expected] = await run(mapped, chunk(mapped, 0, rows))
+    [got] = await run(repacked, chunk(repacked, 0, rows))
+    assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
