@@ -56,15 +56,15 @@ if TYPE_CHECKING:
     default="auto",
     metavar="KIND",
     help="What the blocks' weights are kept in: bf16, int8, nf4 (needs bitsandbytes), or int4 (plain "
-    "rounding, which costs quality); for ggml repacked (decodes some types faster, a copy in memory); auto is "
-    "as the checkpoint has them where the executor can.",
+    "rounding, which costs quality); for ggml repacked (decodes some types faster, a copy in memory); auto "
+    "is as the checkpoint has them where the executor can.",
 )
 @option(
     "--cache-dtype",
     default="auto",
     metavar="KIND",
-    help="What the attention cache is kept in: int8 (torch), f16 or f32 (ggml); auto is what is computed in, for "
-    "ggml f16.",
+    help="What the attention cache is kept in: int8 (torch), f16 or f32 (ggml); auto is what is computed in, "
+    "for ggml f16.",
 )
 @option(
     "--device",
