@@ -120,7 +120,8 @@ def _add_tensor(
         writer.add_tensor(name, 1 + 0.1 * data if name.endswith("norm.weight") else 0.1 * data)
         return
     data *= shape[-1] ** -0.5
-    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16) or "embd" in name:
-        writer.add_tensor(name, data.astype(np.float16) if kind.name == "F16" else data)
+    plain = name.endswith(".bias") or "_norm." in name
+    if plain or kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16) or "embd" in name:
+        writer.add_tensor(name, data.astype(np.float16) if kind.name == "F16" and not plain else data)
     else:
         writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)

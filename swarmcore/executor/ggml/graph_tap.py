@@ -80,8 +80,9 @@ class GraphTap:
         plan.entered = first == 0 and self._entrance is None
 
     def end(self) -> Rows | None:
-        """The rows behind the last layer, ``[rows, width]``; None when the graph was not as expected: then it
-        has to be evaluated once more, and is learnt anew.
+        """The rows behind the last layer, ``[rows, width]``: all of them, or those of the outputs.
+
+        None when the graph was not as expected: then it has to be evaluated once more, and is learnt anew.
 
         Raise `InternalError` for what has gone wrong in the callback, and a graph that has no such nodes.
         """
@@ -164,8 +165,10 @@ class GraphTap:
         return True
 
     def _leave(self, plan: _Plan, tensor: int, at: int) -> bool:
-        self._check(tensor, plan.wanted)
-        output = np.empty((plan.wanted, self._width), np.float32)
+        # Some architectures leave out the rows that are no outputs in the last layer, others behind it.
+        count = len(plan.rows) if self._ggml.ggml_nbytes(tensor) == plan.rows.nbytes else plan.wanted
+        self._check(tensor, count)
+        output = np.empty((count, self._width), np.float32)
         self._ggml.ggml_backend_tensor_get(tensor, output.ctypes.data, 0, output.nbytes)
         plan.output = output
         if self._next is None:

@@ -12,7 +12,9 @@ from swarmcore.checkpoint.gguf_header import (
     FLOAT32,
     SCALARS,
     STRING,
+    TENSOR_TYPES,
     UINT32,
+    Tensor,
     Value,
 )
 from swarmcore.checkpoint.gguf_model import GgufModel
@@ -43,6 +45,7 @@ _PER_LAYER = frozenset(
 _WHOLE_ARRAYS = frozenset({"rope.dimension_sections"})
 _BY_NUMBER = re.compile(r"layer(?!_?norm)|block|interval|pattern|nextn|deepstack|shared_kv|_step|indexer")
 """In a key's name: that it is about layers by their number. Those that are not handled are refused."""
+_NOT_COMPUTED = frozenset({"I8", "I16", "I32", "I64", "F64"})
 _ROPE = {"rope_freqs.weight": "rope_freqs.weight"} | dict.fromkeys(
     (LONG_FREQUENCIES, SHORT_FREQUENCIES), SHORT_FREQUENCIES
 )
@@ -163,7 +166,7 @@ def _parts(model: GgufModel, span: Span) -> Iterator[Part]:
         if name in _ROPE:
             if (taken := model.places.get(_ROPE[name])) is None:
                 raise CheckpointError(f"{model.name} is incomplete: it has {name}, and no {_ROPE[name]}")
-            yield Part.copied(taken.tensor, name)
+            yield _copied(model, taken.tensor, name)
         elif name in _FILLED:
             shape = tensor.shape
             if name in ("token_embd.weight", "output.weight"):
@@ -179,4 +182,16 @@ def _parts(model: GgufModel, span: Span) -> Iterator[Part]:
     for block in span:
         for name in model.of_block(block):
             renamed = f"blk.{block - span.start}.{name.split('.', 2)[2]}"
-            yield Part.copied(model.places[name].tensor, renamed)
+            yield _copied(model, model.places[name].tensor, renamed)
+
+
+def _copied(model: GgufModel, tensor: Tensor, name: str) -> Part:
+    """Raise `CheckpointError` for a type that llama.cpp would not compute with, but end the process."""
+    kind = TENSOR_TYPES[tensor.type].name
+    small = len(tensor.shape) == 1 or name.endswith(".bias") or "_norm." in name
+    if kind in _NOT_COMPUTED or (small and kind != "F32"):
+        raise CheckpointError(
+            f"{model.name} is damaged: its tensor {printable_line(tensor.name)} is of the type {kind}, in "
+            f"which there are no {'norms and biases' if small else 'weights'}"
+        )
+    return Part.copied(tensor, name)

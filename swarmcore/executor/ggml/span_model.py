@@ -167,7 +167,7 @@ class SpanModel:
                 raise InternalError(f"llama.cpp gave up on a step ({status}): {'; '.join(lines)}")
             if found is not None:
                 self._keep(positions, slots)
-                return found[wanted[outputs]]
+                return found[wanted] if len(found) == len(rows) else found[wanted[outputs]]
             for slot in set(slots.tolist()):  # as it was, for another try
                 self.remove(slot, int(positions[slots == slot].min()))
         raise InternalError("llama.cpp computes another graph each time")

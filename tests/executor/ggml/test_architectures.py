@@ -10,10 +10,11 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
-from ggml_cases import CASES, SIZE, WIDTH, Case
+from ggml_cases import CASES, LLAMA, QKV_BIAS, SIZE, WIDTH, Case
 from gguf import GGUFReader
 from random_gguf import Shapes, write_random_gguf
 
+from swarmcore.checkpoint.gguf_header import TENSOR_TYPES
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local
 from swarmcore.errors import CheckpointError, InvalidStepError, UnsupportedModelError
 from swarmcore.executor.ggml.architectures import ARCHITECTURES, start_step
@@ -54,6 +55,43 @@ def test_a_chain_of_spans_is_the_whole_model(case: Case, tmp_path: Path) -> None
             with span_file(model, Span(start, end), cache=tmp_path) as span:
                 hidden = rows_of(span.path, end - start - 1, hidden)
         assert np.array_equal(hidden, whole), cuts
+
+
+LAST_LAYERS = {
+    "bloom",
+    "cohere2",
+    "deepseek2",
+    "falcon",
+    "gemma3",
+    "gpt-oss",
+    "gpt2",
+    "llama4",
+    "phi3",
+    "qwen2moe",
+}
+"""Architectures that differ in what they do with rows that are no outputs, or before and after the last layer."""
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.architecture in LAST_LAYERS], ids=lambda case: case.architecture
+)
+async def test_parts_of_what_is_held_and_last_rows(case: Case, tmp_path: Path, load: Any) -> None:
+    """As sessions ask for them: through some blocks of a server's, and of a prompt the last row alone."""
+    from executor_rows import through
+
+    executor = await load(written(case, tmp_path), f"0:{case.blocks}")
+    rows = np.random.default_rng(0).standard_normal((6, WIDTH)).astype(np.float32)
+    whole = await through(executor, rows)
+    first = await through(executor, rows, 1, span=Span(0, 2))
+    assert np.array_equal(await through(executor, first, 2, span=Span(2, case.blocks)), whole)
+    await through(executor, rows[:5], 3, reply="last")
+    for last in (  # which other kernels compute than several rows
+        await through(executor, first, 4, span=Span(2, case.blocks), reply="last"),
+        await through(executor, rows, 5, reply="last"),
+        await through(executor, rows[5:], 3, start=5),
+    ):
+        assert last.shape == (1, WIDTH)
+        assert np.abs(last - whole[-1:]).max() < 0.01 * whole.std()
 
 
 @pytest.mark.parametrize("case", ENTERED, ids=lambda case: case.architecture)
@@ -201,6 +239,21 @@ def test_what_does_not_matter_for_a_part_is_left_out(tmp_path: Path) -> None:
     assert cut.metadata["llama.block_count"].decode() == 2
     assert "llama.nextn_predict_layers" not in cut.metadata
     assert "blk.4.attn_q.weight" not in cut.sources
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "blk.2.attn_q.bias", "blk.1.ffn_up.weight"])
+def test_types_that_nobody_computes_with(name: str, tmp_path: Path) -> None:
+    """llama.cpp ends the process when it comes to such a tensor."""
+    model = open_local(written(Case("qwen2", LLAMA | QKV_BIAS), tmp_path))
+    cut_span(model, Span(0, 3))
+    [type_of] = [number for number, kind in TENSOR_TYPES.items() if kind.name == "F64"]
+    if not name.startswith("blk.1"):
+        [type_of] = [number for number, kind in TENSOR_TYPES.items() if kind.name == "F16"]
+    place = model.places[name]
+    wrong = attrs.evolve(place, tensor=attrs.evolve(place.tensor, type=type_of))
+    mislabelled = GgufModel(model.name, model.files, model.metadata, {**model.places, name: wrong})
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is of the type F(16|64)"):
+        cut_span(mislabelled, Span(0, 3))
 
 
 @pytest.mark.parametrize("values", [[2, 2], ["a"] * 5])
