@@ -69,7 +69,7 @@ LAST_LAYERS = {
     "phi3",
     "qwen2moe",
 }
-"""Architectures that differ in what they do with rows that are no outputs, or before and after the last layer."""
+"""Architectures that differ in what they do with rows that are no outputs, or before the first layer."""
 
 
 @pytest.mark.parametrize(
