@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     "--cache-dtype",
     default="auto",
     metavar="KIND",
-    help="What the attention cache is kept in: int8 (torch), f16 or f32 (ggml); auto is what is computed in, "
+    help="What the attention cache is kept in: int8, for ggml also f16 and f32; auto is what is computed in, "
     "for ggml f16.",
 )
 @option(

@@ -16,8 +16,13 @@ from swarmcore.errors import InternalError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-DTYPES = {0: "float32", 1: "float16"}
-"""What keys and values may be kept in, by ggml's number for it."""
+F32, F16, Q8_0 = 0, 1, 8
+"""What keys and values may be kept in, as ggml numbers it."""
+_DTYPES = {F32: "float32", F16: "float16", Q8_0: "uint8"}
+"""As what they travel."""
+_UNITS = {F32: 4, F16: 2, Q8_0: 34}
+"""Bytes of what is kept together: a value; of Q8_0 a scale in float16, and 32 values."""
+_SCALE = 2
 _MAX_ARCHITECTURE = 256
 _SEQUENCE_HEAD = 8
 """A magic number, and which sequence it was."""
@@ -45,7 +50,8 @@ class CacheLayout:
 
     @property
     def dtype(self) -> str:
-        return DTYPES[self.keys[0].kind]
+        """Of wire tensors with keys or values."""
+        return _DTYPES[self.keys[0].kind]
 
     def part(self, first: int, last: int) -> CacheLayout:
         return attrs.evolve(self, keys=self.keys[first:last], values=self.values[first:last])
@@ -63,13 +69,18 @@ class CacheState:
     head: bytes
     """What stands before it."""
 
-    def unsound(self, layout: CacheLayout) -> set[int]:
-        """The sequences that have values which are not finite."""
-        bad = np.zeros(len(self.positions), np.bool_)
+    def sound(self, layout: CacheLayout) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """For each token, whether all that is kept of it is finite."""
+        found = np.ones(len(self.positions), np.bool_)
         for widths, arrays in ((layout.keys, self.keys), (layout.values, self.values)):
             for width, array in zip(widths, arrays, strict=True):
-                bad |= ~np.isfinite(array.view(DTYPES[width.kind])).all(1)
-        return {owner for at in np.flatnonzero(bad) for owner in self.owners[at]}
+                if width.kind == Q8_0:
+                    units = array.reshape(len(array), -1, _UNITS[Q8_0])[:, :, :_SCALE]
+                    values = np.ascontiguousarray(units).view(np.float16).reshape(len(array), -1)
+                else:
+                    values = array.view(_DTYPES[width.kind])
+                found &= np.isfinite(values).all(1)
+        return found
 
     def write(self, layout: CacheLayout) -> bytes:
         """As llama.cpp reads it."""
@@ -82,7 +93,7 @@ class CacheState:
                 parts += [struct.pack("<iQ", width.kind, width.nbytes), array.tobytes()]
             for width, array in zip(layout.values, self.values, strict=True):
                 if layout.transposed:
-                    item = _item(width.kind)
+                    item = _UNITS[width.kind]
                     many = width.nbytes // item
                     by_value = array.reshape(len(array), many, item).transpose(1, 0, 2)
                     parts += [struct.pack("<iII", width.kind, item, many), by_value.tobytes()]
@@ -114,10 +125,6 @@ def read_state(state: memoryview, layout: CacheLayout, *, whole: bool) -> CacheS
     if len(found.positions) and seen != layout:
         raise InternalError(f"the state of llama.cpp's cache is laid out as {seen}, expected {layout}")
     return found
-
-
-def _item(kind: int) -> int:
-    return int(np.dtype(DTYPES[kind]).itemsize)
 
 
 class _Reader:
@@ -184,14 +191,14 @@ def _read(state: memoryview, *, whole: bool) -> tuple[CacheState, CacheLayout]:
 def _rows(reader: _Reader, tokens: int, widths: list[Width]) -> Bytes:
     kind, nbytes = reader.take("<iQ")
     widths.append(Width(kind, nbytes))
-    if nbytes % _item(kind):
+    if nbytes % _UNITS[kind]:
         raise ValueError("a row of half a value")
     return np.frombuffer(reader.raw(tokens * nbytes), np.uint8).reshape(tokens, nbytes)
 
 
 def _columns(reader: _Reader, tokens: int, widths: list[Width]) -> Bytes:
     kind, item, many = reader.take("<iII")
-    if item != _item(kind):
+    if item != _UNITS[kind]:
         raise ValueError(f"values of {item} bytes")
     widths.append(Width(kind, item * many))
     by_value = np.frombuffer(reader.raw(tokens * item * many), np.uint8).reshape(many, tokens, item)

@@ -74,12 +74,12 @@ def take_in(
         raise InvalidStepError(
             f"a cache laid out as {given} cannot be taken in; blocks {span} here need {expected}"
         )
-    if not all(np.isfinite(np.frombuffer(tensor.data, layout.dtype)).all() for tensor in tensors):
+    state = _of_all_layers(layout, part, first, count, tensors)
+    if not state.sound(layout).all():
         raise InvalidStepError("the cache that came has values that are not finite")
     sequences.begin(entry, span)
     sequences.cut(model, entry, start)
     assert entry.slot is not None
-    state = _of_all_layers(layout, part, first, count, tensors)
     try:
         model.write_sequence(entry.slot, start, state)
     except NoCellsError:

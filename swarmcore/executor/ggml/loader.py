@@ -24,6 +24,8 @@ from swarmcore.wire.tensors import FLOATS
 
 CACHE_DTYPE = "f16"
 """What llama.cpp itself takes unless it is told."""
+_CACHE_BITS = {"f32": 32, "f16": 16, "int8": 9}
+"""Of a value, rounded up."""
 REPACKED = "repacked"
 """Weights that llama.cpp arranges anew for the processor, where it can for their type: a copy in memory."""
 
@@ -55,7 +57,7 @@ class GgmlLoader(BlockLoader):
         return BlockNeeds(
             weights=weights,
             reading=weights if self._repacked else 0,
-            cache_per_token=_cached_values(gguf) * (4 if self._cache_dtype == "f32" else 2),
+            cache_per_token=_cached_values(gguf) * _CACHE_BITS[self._cache_dtype] // 8,
         )
 
     def free_memory(self) -> int:

@@ -9,16 +9,22 @@ from typing import Any
 import attrs
 import numpy as np
 
-from swarmcore.errors import CheckpointError, InternalError, ServerMemoryError, UnsupportedModelError
+from swarmcore.errors import (
+    CheckpointError,
+    InputError,
+    InternalError,
+    ServerMemoryError,
+    UnsupportedModelError,
+)
 from swarmcore.executor.ggml.graph_tap import GraphTap, Rows
-from swarmcore.executor.ggml.kv_state import CacheLayout, CacheState, read_layout, read_state
+from swarmcore.executor.ggml.kv_state import F16, F32, Q8_0, CacheLayout, CacheState, read_layout, read_state
 from swarmcore.executor.ggml.library import MAX_SEQUENCES, Device, Library
 
 SCRATCH = MAX_SEQUENCES - 1
 """The sequence of a context that is nobody's: pieces of caches pass through it."""
 CELLS = 1024
 """Tokens that the cache of a new context has room for."""
-CACHE_TYPES = {"f32": 0, "f16": 1}
+CACHE_TYPES = {"f32": F32, "f16": F16, "int8": Q8_0}
 _ALL_LAYERS = 999
 _SPLIT_NONE = 0
 _NO_FLASH_ATTENTION = 0
@@ -54,7 +60,8 @@ class SpanModel:
         ``entrance`` is as in `GraphTap`.
 
         Raise `CheckpointError` when llama.cpp cannot read it, `UnsupportedModelError` for an architecture
-        that cannot be cut into spans, `ServerMemoryError` when there is no room for a cache.
+        that cannot be cut into spans, `InputError` when there is no room for a cache, or none of the type
+        that is asked for.
         """
         self._library, self._llama, self._settings = library, library.llama, settings
         self._model = self._load(path)
@@ -69,7 +76,10 @@ class SpanModel:
             self._tap = GraphTap(library, self.width, self.layers, entrance)
             self._batch = _Batch(self._llama, settings.batch_tokens, self.width)
             self.cells = 0
-            self._context = self._make_context(CELLS)
+            try:
+                self._context = self._make_context(CELLS)
+            except ServerMemoryError as exc:
+                raise InputError(exc.message) from exc
             self.bytes_per_token = 0
             self.layout = self._look_into()
         except BaseException:
@@ -110,7 +120,9 @@ class SpanModel:
             context = self._llama.llama_init_from_model(self._model, parameters)
         if not context:
             why = "; ".join(lines) or "it does not say why"
-            raise ServerMemoryError(f"llama.cpp has no room for a cache of {cells} tokens: {why}")
+            raise ServerMemoryError(
+                f"llama.cpp makes no cache of {cells} tokens in {settings.cache_dtype}: {why}"
+            )
         self.cells = int(self._llama.llama_n_ctx(context))
         self._memory = self._llama.llama_get_memory(context)
         return context

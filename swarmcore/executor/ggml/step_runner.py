@@ -184,8 +184,9 @@ class StepRunner:
         if model.layout is None:
             model.restore(model.whole_state())
             return
-        bad = read_state(memoryview(model.whole_state()), model.layout, whole=True).unsound(model.layout)
-        self._sequences.lose_slots(model, bad)
+        state = read_state(memoryview(model.whole_state()), model.layout, whole=True)
+        bad = np.flatnonzero(~state.sound(model.layout))
+        self._sequences.lose_slots(model, {owner for at in bad for owner in state.owners[at]})
         model.restore(model.whole_state())
 
     def _alone(self, model: SpanModel, held: Span, each: _Accepted) -> Tensor | SwarmError:

@@ -193,3 +193,34 @@ async def test_weights_may_be_arranged_anew(tmp_path: Path, load) -> None:
     [expected] = await run(mapped, chunk(mapped, 0, rows))
     [got] = await run(repacked, chunk(repacked, 0, rows))
     assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
+
+
+async def test_caches_in_eight_bits(tmp_path: Path, load) -> None:
+    heads = {"attention.head_count": 2, "attention.head_count_kv": 1}
+    path = write_random_gguf(tmp_path / "heads.gguf", keys=heads)
+    exact, small, other = (
+        await load(path),
+        await load(path, cache_dtype="int8"),
+        await load(path, cache_dtype="int8"),
+    )
+    assert small.numerics.cache_dtype == "int8"
+    assert small.cache_bytes_per_token * 32 == exact.cache_bytes_per_token * 17
+    rows = random_rows(20)
+    [expected], [got] = await run(exact, chunk(exact, 0, rows)), await run(small, chunk(small, 0, rows))
+    assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    tensors = await small.export_cache(SequenceId(0), 0, 20)
+    assert sum(tensor.data.nbytes for tensor in tensors) == 20 * small.cache_bytes_per_token
+    other.reserve(SequenceId(5), other.page)
+    with pytest.raises(InvalidStepError, match="not finite"):
+        scales = np.full(tensors[0].data.nbytes, 0xFF, np.uint8).data
+        bad = Tensor(tensors[0].name, "uint8", tensors[0].shape, scales)
+        await other.import_cache(SequenceId(5), other.span, 0, 20, (bad, tensors[1]))
+    await other.import_cache(SequenceId(5), other.span, 0, 20, tensors)
+    then = random_rows(1, 1)
+    [here], [there] = await run(small, chunk(small, 0, then, 20)), await run(other, chunk(other, 5, then, 20))
+    assert np.array_equal(here, there)
+
+
+async def test_caches_that_the_model_cannot_have(path: Path, load) -> None:
+    with pytest.raises(InputError, match=r"no cache of 1024 tokens in int8: .*32"):  # heads of 16 values
+        await load(path, cache_dtype="int8")
