@@ -296,15 +296,12 @@ def hop_milliseconds(results: Sequence[InferenceResult]) -> float | None:
 
 
 def inference_table(results: Sequence[InferenceResult]) -> Table:
-    """The figures as people read them."""
-    table = Table(title="decoding, one machine")
-    table.add_column("", no_wrap=True)
+    """The figures as people read them, in 80 columns."""
     peers = any(result.peer_ratio is not None for result in results)
-    for name in ("tokens/s", "ms/token", "ratio"):
-        table.add_column(name, justify="right")
-    table.add_column("to")
-    for name in (*(["to llama.cpp"] if peers else []), "batch", "batches/s", "waits"):
-        table.add_column(name, justify="right")
+    table = Table(title="decoding, one machine", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in ("tok/s", "ms/tok", "ratio", *(["llama.cpp"] if peers else []), "batch", "per s", "waits"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         peer = "" if result.peer_ratio is None else f"{result.peer_ratio:.2f}"
         found = result.batches
@@ -312,8 +309,7 @@ def inference_table(results: Sequence[InferenceResult]) -> Table:
             result.name,
             f"{result.tokens_per_second:.1f}",
             f"{result.milliseconds:.1f}",
-            f"{result.ratio:.2f}",
-            "" if result.ratio_to == result.name else result.ratio_to,
+            "" if result.ratio_to == result.name else f"{result.ratio:.2f}",
             *([peer] if peers else []),
             *(
                 [f"{found.tokens:.1f}", f"{found.per_second:.1f}", f"{found.waited:.0%}"]
@@ -321,6 +317,12 @@ def inference_table(results: Sequence[InferenceResult]) -> Table:
                 else [""] * 3
             ),
         )
-    if (hop := hop_milliseconds(results)) is not None:
-        table.caption = f"each further server adds {hop:.1f} ms to a token"
+    hop = hop_milliseconds(results)
+    table.caption = (
+        "ratio: one client to plain Transformers, several to one, journals to none"
+        + ("; llama.cpp: to as many texts there" if peers else "")
+        + ". batch: tokens in one of a server, how many a second, and the time they waited for more"
+        + (f". Each further server adds {hop:.1f} ms to a token." if hop is not None else ".")
+    )
+    table.caption_justify = "left"
     return table

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 from swarmcore.bench.inference import (
     BatchFigures,
+    InferenceResult,
     _batch_figures,
     _Measured,
     _results,
@@ -32,8 +36,28 @@ def test_ratios_are_of_figures_of_one_round() -> None:
     assert found["1 server, journal: off"].peer_ratio is None
     assert found[PLAIN].batches is None
     titles = [column.header for column in inference_table(list(found.values())).columns]
-    assert "to llama.cpp" in titles
-    assert "to llama.cpp" not in [c.header for c in inference_table([found[PLAIN]]).columns]
+    assert "llama.cpp" in titles
+    assert "llama.cpp" not in [c.header for c in inference_table([found[PLAIN]]).columns]
+
+
+def test_the_table_fits_a_terminal() -> None:
+    result = InferenceResult(
+        name="3 servers, journal: servers",
+        servers=3,
+        clients=16,
+        tokens_per_second=1234.5,
+        ratio=12.34,
+        ratio_to="3 servers, journal: off",
+        milliseconds=1234.5,
+        peer_ratio=12.34,
+        batches=BatchFigures(16.0, 1234.5, 0.99),
+    )
+    console = Console(width=80, file=StringIO())
+    console.print(inference_table([result]))
+    assert isinstance(console.file, StringIO)
+    shown = console.file.getvalue()
+    assert "1234.5" in shown
+    assert "…" not in shown
 
 
 def test_batches_are_counted_from_one_look_to_the_next() -> None:

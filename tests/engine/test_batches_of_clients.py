@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import attrs
 import pytest
-from decoding_clients import Cost, Decoded, Decoding
+from decoding_clients import SITUATIONS, Decoded, Decoding
 
-SMALL = Cost(0.015, 0.0009)
-HALF = Cost(0.0075, 0.00045)
-
-ALONE = Decoding(stages=[SMALL])
-CHAIN = Decoding(stages=[HALF, HALF])
-ONE_MACHINE = Decoding(stages=[HALF, HALF], cores=2)
-LARGE = Decoding(stages=[Cost(0.06, 0.0006)] * 2, head=Cost(0.014, 0.0004), cores=2)
+ALONE = SITUATIONS["a server"]
+CHAIN = SITUATIONS["a chain of two"]
+ONE_MACHINE = SITUATIONS["a chain of two, all on two cores"]
 
 
 def gain(decoding: Decoding, clients: int) -> tuple[float, Decoded]:
@@ -45,15 +41,14 @@ def test_a_chain_whose_servers_share_two_cores(clients: int, least: float) -> No
 
 
 def test_a_large_model_on_two_servers() -> None:
-    assert gain(LARGE, 4)[0] > 3.5
+    assert gain(SITUATIONS["a chain of two, large model, two cores"], 4)[0] > 3.5
 
 
 def test_clients_apart_share_passes_too() -> None:
-    assert gain(attrs.evolve(CHAIN, apart=True), 16)[0] > 10.0
+    assert gain(SITUATIONS["a chain of two, clients apart"], 16)[0] > 10.0
 
 
 def test_nobody_waits_where_there_is_nothing_to_gain() -> None:
-    far = attrs.evolve(CHAIN, delay=0.025, jitter=0.002)
-    assert gain(far, 4)[0] > 3.6
+    assert gain(SITUATIONS["a chain of two, 25 ms apart"], 4)[0] > 3.6
     fickle = attrs.evolve(ALONE, think=0.1, apart=True, tokens=100)
     assert gain(fickle, 4)[0] > 2.9

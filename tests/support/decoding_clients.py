@@ -1,6 +1,7 @@
 """Clients that decode over a chain of engines on virtual time.
 
-What machines and links cost is made up; the engines, and how they and clients batch, are real.
+What machines and links cost is made up; the engines, and how they and clients batch, are real. As a program
+it prints what clients gain.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import attrs
 
@@ -50,6 +52,8 @@ class Decoding:
     think: float = 0.0
     """Seconds that a client takes over a token on average, now more and now less."""
     tokens: int = 60
+    waits: bool = True
+    """Whether batches wait for those who are about to come."""
 
     def run(self, clients: int, seed: int = 1) -> Decoded:
         """What ``clients`` at once get."""
@@ -78,6 +82,9 @@ class _Run:
         self.loops = [_Loop(decoding.message, self.cores) for _ in self.engines]
         processes = clients if decoding.apart else 1
         self.heads = [_Head(decoding.head, self.cores) for _ in range(processes)]
+        if not decoding.waits:
+            for window in (*(engine._window for engine in self.engines), *(h.window for h in self.heads)):
+                window.wait = _never  # type: ignore[method-assign]
         self.client_loops = [_Loop(decoding.message, self.cores) for _ in self.heads]
         self.times: list[float] = []
 
@@ -121,6 +128,10 @@ class _Run:
         await loop.take_message()
 
 
+def _never(*args: Any, **options: Any) -> None:
+    return None
+
+
 class _CostExecutor(CountingExecutor):
     def __init__(self, cost: Cost, cores: asyncio.Semaphore) -> None:
         super().__init__()
@@ -151,7 +162,7 @@ class _Head:
     def __init__(self, cost: Cost, cores: asyncio.Semaphore) -> None:
         self.sizes: list[int] = []
         self._cost, self._cores = cost, cores
-        self._window = BatchWindow(turns=False)
+        self.window = BatchWindow(turns=False)
         self._waiting: list[tuple[Hashable, asyncio.Future[None]]] = []
         self._arrived = asyncio.Event()
         self._working: asyncio.Task[None] | None = None
@@ -159,7 +170,7 @@ class _Head:
     async def choose(self, session: Hashable) -> None:
         loop = asyncio.get_running_loop()
         done = loop.create_future()
-        self._window.arrived(session, loop.time())
+        self.window.arrived(session, loop.time())
         self._waiting.append((session, done))
         self._arrived.set()
         if self._working is None or self._working.done():
@@ -170,7 +181,7 @@ class _Head:
         loop = asyncio.get_running_loop()
         while self._waiting:
             since = loop.time()
-            while wait := self._window.wait(len(self._waiting), since, loop.time()):
+            while wait := self.window.wait(len(self._waiting), since, loop.time()):
                 try:
                     async with asyncio.timeout_at(wait.until):
                         while len(self._waiting) < wait.steps:
@@ -183,7 +194,36 @@ class _Head:
             async with self._cores:
                 seconds = self._cost.seconds(len(batch))
                 await asyncio.sleep(seconds)
-            self._window.passes.note(len(batch), seconds)
+            self.window.passes.note(len(batch), seconds)
             for session, done in batch:
-                self._window.answered(session, loop.time())
+                self.window.answered(session, loop.time())
                 done.set_result(None)
+
+
+SMALL, HALF = Cost(0.015, 0.0009), Cost(0.0075, 0.00045)
+LARGE = Cost(0.06, 0.0006)
+
+SITUATIONS = {
+    "a server": Decoding(stages=[SMALL]),
+    "a chain of two": Decoding(stages=[HALF, HALF]),
+    "a chain of two, all on two cores": Decoding(stages=[HALF, HALF], cores=2),
+    "a chain of two, large model, two cores": Decoding(stages=[LARGE] * 2, head=Cost(0.014, 0.0004), cores=2),
+    "a chain of two, clients apart": Decoding(stages=[HALF, HALF], apart=True),
+    "a chain of two, 25 ms apart": Decoding(stages=[HALF, HALF], delay=0.025, jitter=0.002),
+}
+
+
+def main() -> None:
+    """Print how many times the tokens of one client several get, as they are and without waiting."""
+    print(f"{'':40}" + "".join(f"{clients:>4} clients   " for clients in (2, 4, 16)))
+    for name, decoding in SITUATIONS.items():
+        cells = []
+        for clients in (2, 4, 16):
+            found = [attrs.evolve(decoding, waits=waits) for waits in (False, True)]
+            gains = [each.run(clients).tokens_per_second / each.run(1).tokens_per_second for each in found]
+            cells.append(f"{gains[0]:5.2f} → {gains[1]:5.2f}")
+        print(f"{name:40}" + "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
