@@ -47,6 +47,8 @@ class PrefixBench:
     """What to measure."""
 
     model: str
+    executor: str = "auto"
+    weights: str = "auto"
     dtype: str = "bfloat16"
     threads: int = 1
     swarm_sizes: tuple[int, ...] = (1, 2)
@@ -66,7 +68,14 @@ class PrefixBench:
             remark(f"starting {size} server{'s' * (size > 1)}")
             async with AsyncExitStack() as stack:
                 address = await stack.enter_async_context(
-                    start_swarm(checkpoint, size, dtype=self.dtype, threads=self.threads)
+                    start_swarm(
+                        checkpoint,
+                        size,
+                        dtype=self.dtype,
+                        threads=self.threads,
+                        model=self.model,
+                        more=("--executor", self.executor, "--weights", self.weights),
+                    )
                 )
                 swarm = await stack.enter_async_context(connect(address))
                 caching, computing = [

@@ -28,6 +28,15 @@ _threads = count(
     default=1,
     help="Compute threads of each process: client, servers and plain Transformers alike.",
 )
+_executor = option(
+    "--executor",
+    default="auto",
+    metavar="NAME",
+    help="What the servers compute with, as for swarmcore serve.",
+)
+_weights = option(
+    "--weights", default="auto", metavar="KIND", help="What they keep weights in, as for swarmcore serve."
+)
 _stages = count("--stages", default=3, help="Servers in a chain, each with as many blocks.")
 _replicas = count("--replicas", min=2, default=2, help="Servers of each stage.")
 
@@ -113,15 +122,8 @@ def transport(
 
 @bench.command()
 @_model
-@option(
-    "--executor",
-    default="auto",
-    metavar="NAME",
-    help="What the servers compute with, as for swarmcore serve.",
-)
-@option(
-    "--weights", default="auto", metavar="KIND", help="What they keep weights in, as for swarmcore serve."
-)
+@_executor
+@_weights
 @choice(
     "--peer",
     "llama.cpp",
@@ -164,6 +166,8 @@ def inference(output: Output, threads: int, servers: str, clients: str, **settin
 
 @bench.command()
 @_model
+@_executor
+@_weights
 @_dtype
 @_threads
 @_servers("1,2")

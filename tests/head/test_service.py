@@ -63,6 +63,12 @@ async def test_what_goes_over_the_wire() -> None:
         assert swarm.heads[0].service.counters == {"texts": 1, "text_tokens": 4}
 
 
+async def test_each_client_has_a_namespace_of_its_own() -> None:
+    async with head_swarm(CountingText()) as swarm:
+        await records(await ask(swarm, OpenGeneration(text="ab", max_new_tokens=1)))
+        assert swarm.heads[0].model.namespaces == [swarm.client.node.peer]
+
+
 async def test_it_goes_on_after_the_tokens_that_a_client_has() -> None:
     async with head_swarm(CountingText()) as swarm:
         tokens = counted("ab", 6)

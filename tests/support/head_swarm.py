@@ -80,6 +80,8 @@ class CountingText:
     made: int = 0
     under_way: int = 0
     most_under_way: int = 0
+    namespaces: list[str] = attrs.field(factory=list)
+    """Of the texts, in their order."""
 
     async def encode(self, prompt: Any) -> EncodedPrompt:
         if not isinstance(prompt, str):
@@ -87,8 +89,15 @@ class CountingText:
         return EncodedPrompt(list(prompt.encode()), [])
 
     def generate(
-        self, prompt: EncodedPrompt, *, adapter: str | None = None, so_far: Sequence[int] = (), **options: Any
+        self,
+        prompt: EncodedPrompt,
+        *,
+        adapter: str | None = None,
+        so_far: Sequence[int] = (),
+        namespace: str = "",
+        **options: Any,
     ) -> CountedText:
+        self.namespaces.append(namespace)
         first = sum(prompt.tokens) + (options["seed"] or 0)
         return CountedText(self, first, so_far, options["max_new_tokens"] or 256)
 

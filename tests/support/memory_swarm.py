@@ -127,6 +127,7 @@ class Swarm:
         resources: ResourceManager | None = None,
         numerics: Numerics = CountingExecutor.numerics,
         capabilities: Collection[str] = CountingExecutor.capabilities,
+        share_prefixes: bool = False,
     ) -> Server:
         identity = identity or self._identity()
         transport = FaultyTransport(self.network.transport(identity), self.random, self.faults)
@@ -147,6 +148,7 @@ class Swarm:
             registry,
             admission_timeout=0.5,
             adapters=adapters,
+            share_prefixes=share_prefixes,
         )
         passes = ForwardBackwardService(engine, COUNTING_MODEL, executor.span, adapters)
         node.serve_protocol(INFERENCE_PROTOCOL, service.serve)

@@ -19,6 +19,8 @@ from swarmcore.errors import InvalidStepError
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.server import inference
 from swarmcore.testing.executor import COUNTING_MODEL, Rows, hidden_states, read_rows
+from swarmcore.types import PeerId, Span
+from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.messages import SessionOpened
 
 pytestmark = pytest.mark.virtual_time
@@ -165,14 +167,26 @@ async def test_another_client_finds_nothing_of_it() -> None:
 
 
 async def test_a_server_that_shares_prefixes_shares_them() -> None:
-    async with swarm_of("0:12") as swarm:
-        swarm.servers[0].service._share_prefixes = True
+    async with swarm_of() as swarm:
+        server = await swarm.add("0:12", share_prefixes=True)
         await computed(swarm, PROMPT)
         swarm.client = await swarm.another_client()
         text = await Text.begin(swarm, PROMPT)
         await text.prompt()
         assert text.session.cached == (128,)
+        assert server.engine.counters["prefix_hits"] == 1
         await text.end()
+
+
+async def test_what_was_computed_with_a_clients_own_adapter_is_never_shared() -> None:
+    async with swarm_of() as swarm:
+        for share in (False, True):
+            scope = (await swarm.add("0:12", share_prefixes=share)).service._prefix_scope
+            own, served = AdapterName(version="1" * 32), AdapterName("poet")
+            clients = PeerId("one"), PeerId("other")
+            scopes = [[scope(peer, each, Span(0, 3)) for peer in clients] for each in (own, served, None)]
+            assert [one == other for one, other in scopes] == [False, share, share]
+            assert len({one for one, _ in scopes}) == 3
 
 
 @MODES
