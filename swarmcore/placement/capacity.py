@@ -86,10 +86,11 @@ def plan_capacity(
             reasons.append(f"warning: only {fit} seem to fit; expect the machine to run out of memory")
         return CapacityPlan(chosen, tuple(reasons), memory, needs.weights)
     if fit < 1:
+        allow = ", allow more --memory" if most is not None else ""
         raise InputError(
             f"not one block fits: it takes {size(each + needs.once)} ({'; '.join(reasons)}); free some "
-            f"memory, ask for --weights nf4, a smaller --dtype or fewer --cache-tokens, or override this "
-            f"estimate with --num-blocks 1"
+            f"memory{allow}, ask for --weights nf4, a smaller --dtype or fewer --cache-tokens, or override "
+            f"this estimate with --num-blocks 1"
         )
     chosen = min(fit, blocks)
     reasons.append(f"room for {fit}: {'all' if chosen == blocks else chosen} of {blocks} blocks")
