@@ -29,6 +29,8 @@ _MAX_DIMENSIONS = 4
 _MAX_ALIGNMENT = 1 << 20
 _FIRST_READ = 256 * 1024
 
+_LENGTH = struct.Struct("<Q")
+
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"
 }  # fmt: skip
@@ -198,12 +200,12 @@ class _Cursor:
     def strings(self, count: int) -> bytes:
         """So many strings, with their lengths, as they are in the file."""
         start = at = self.at
+        held, length_at = len(self._buffer), _LENGTH.unpack_from
         for _ in range(count):
-            self._need(at + 8)
-            (length,) = struct.unpack_from("<Q", self._buffer, at)
-            at += 8 + length
-            if at > self.size:
-                raise self._cut(at)
+            if at + 8 > held:
+                self._need(at + 8)
+                held = len(self._buffer)
+            at += 8 + length_at(self._buffer, at)[0]
         self._need(at)
         self.at = at
         return bytes(self._buffer[start:at])
