@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swarmcore.checkpoint.base import Checkpoint, load_config, missing_tensors
+from swarmcore.checkpoint.base import Checkpoint, load_config, missing_tensors, one_line
 from swarmcore.checkpoint.gguf import load_gguf, parsed_once, translated, write_settings
 from swarmcore.checkpoint.gguf_client import FAMILIES, client_config, end_sources
 from swarmcore.checkpoint.gguf_header import STRING, UINT32, Value
@@ -130,11 +130,16 @@ class GgufCheckpoint(Checkpoint):
 
     def _list(self) -> dict[str, torch.Size]:
         """The names and shapes of all tensors, by those of a model with one block."""
-        with translated(self.folder, self.folder):
-            from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
+        config = self._config(1)
+        try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self._config(1))
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as exc:  # each family checks its config in its own way
+            raise UnsupportedModelError(
+                f"{self.name} ({config.model_type}) is no model that transformers can build: {one_line(exc)}"
+            ) from exc
         if self._model.architecture in FAMILIES:
             self._ends = end_sources(self._model, model)
         tied = getattr(model, "_tied_weights_keys", None) or () if self.config.tie_word_embeddings else ()

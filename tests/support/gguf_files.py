@@ -45,7 +45,7 @@ def write_gguf(
         "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
     }
     for key, value in (own | dict(keys)).items():
-        _add(writer, key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}", value)
+        add_key(writer, key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}", value)
     add_vocabulary(writer, config.vocab_size, pre)
     for name, data in found.items():
         writer.add_tensor(name, np.ascontiguousarray(data))
@@ -56,7 +56,8 @@ def write_gguf(
     return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Under ``key``, in the kind that llama.cpp's converter would take; None is left out."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -65,7 +66,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, list):
         writer.add_array(key, value)
-    else:
+    elif value is not None:
         writer.add_string(key, value)
 
 

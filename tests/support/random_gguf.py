@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf_files import add_vocabulary
+from gguf_files import add_key, add_vocabulary
 
 WIDTH, HEADS, INNER = 64, 4, 96
 ATTENTION = {
@@ -96,16 +96,7 @@ def _add_keys(writer: gguf.GGUFWriter, architecture: str, blocks: int, keys: Map
     }
     for key, value in (own | dict(keys)).items():
         name = key if key.startswith("general.") else f"{architecture}.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        elif isinstance(value, list):
-            writer.add_array(name, value)
-        elif value is not None:
-            writer.add_string(name, value)
+        add_key(writer, name, value)
 
 
 def _add_tensor(
