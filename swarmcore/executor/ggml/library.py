@@ -85,8 +85,8 @@ class Library:
         self._check()
         self._log = _Log()
         self._log_function = llama.llama_log_callback(self._log.receive)
-        llama.llama_log_set(self._log_function, None)
-        llama.llama_backend_init()
+        with self.reporting():
+            llama.llama_backend_init()
 
     def _check(self) -> None:
         llama = self.llama
@@ -103,6 +103,7 @@ class Library:
     @contextmanager
     def reporting(self) -> Iterator[deque[str]]:
         """Within it, what this thread's calls have the library complain of is collected, the last lines."""
+        self.llama.llama_log_set(self._log_function, None)  # others in this process may have set theirs
         with self._log.collecting() as lines:
             yield lines
 

@@ -19,6 +19,7 @@ from swarmcore.errors import (
 from swarmcore.executor.ggml.graph_tap import GraphTap, Rows
 from swarmcore.executor.ggml.kv_state import F16, F32, Q8_0, CacheLayout, CacheState, read_layout, read_state
 from swarmcore.executor.ggml.library import MAX_SEQUENCES, Device, Library
+from swarmcore.resources import limits
 
 SCRATCH = MAX_SEQUENCES - 1
 """The sequence of a context that is nobody's: pieces of caches pass through it."""
@@ -66,6 +67,7 @@ class SpanModel:
         self._library, self._llama, self._settings = library, library.llama, settings
         self._model = self._load(path)
         self._context: Any = None
+        self._memory: Any = None
         try:
             self.layers: int = self._llama.llama_model_n_layer(self._model)
             self.width: int = self._llama.llama_model_n_embd(self._model)
@@ -77,7 +79,7 @@ class SpanModel:
             self._batch = _Batch(self._llama, settings.batch_tokens, self.width)
             self.cells = 0
             try:
-                self._context = self._make_context(CELLS)
+                self._make_context(CELLS)
             except ServerMemoryError as exc:
                 raise InputError(exc.message) from exc
             self.bytes_per_token = 0
@@ -102,7 +104,7 @@ class SpanModel:
             raise CheckpointError(f"llama.cpp cannot load {path.name}: {why}")
         return model
 
-    def _make_context(self, cells: int) -> Any:
+    def _make_context(self, cells: int) -> None:
         settings = self._settings
         parameters = self._llama.llama_context_default_params()
         parameters.n_ctx = cells
@@ -123,9 +125,21 @@ class SpanModel:
             raise ServerMemoryError(
                 f"llama.cpp makes no cache of {cells} tokens in {settings.cache_dtype}: {why}"
             )
+        self._context = context
         self.cells = int(self._llama.llama_n_ctx(context))
         self._memory = self._llama.llama_get_memory(context)
-        return context
+
+    def _free_context(self) -> None:
+        if self._context is not None:
+            self._llama.llama_free(self._context)
+        self._context = self._memory = None
+
+    @property
+    def _ready(self) -> Any:
+        """The context; it is gone where there was no memory to make it anew in its old size."""
+        if self._context is None:
+            raise InternalError("this span has no attention cache any more: restart the server")
+        return self._context
 
     def _look_into(self) -> CacheLayout | None:
         """Run two rows, to see that the graph and the cache are as expected."""
@@ -146,7 +160,7 @@ class SpanModel:
 
     def use_threads(self, decode: int, prefill: int) -> None:
         """Threads for passes of one row, and of more."""
-        self._llama.llama_set_n_threads(self._context, decode, prefill)
+        self._llama.llama_set_n_threads(self._ready, decode, prefill)
 
     # --- passes ----------------------------------------------------------------------------------------
 
@@ -170,7 +184,7 @@ class SpanModel:
             self._tap.begin(first, last, rows, int(outputs.sum()))
             with self._library.reporting() as lines:
                 status = self._llama.llama_decode(
-                    self._context, self._batch.fill(rows, positions, slots, outputs)
+                    self._ready, self._batch.fill(rows, positions, slots, outputs)
                 )
             found = self._tap.end()
             if status == _NO_CELLS:
@@ -211,7 +225,7 @@ class SpanModel:
     # --- the cache as bytes ----------------------------------------------------------------------------
 
     def _sequence_state(self, slot: int) -> bytearray:
-        size = self._llama.llama_state_seq_get_size(self._context, slot)
+        size = self._llama.llama_state_seq_get_size(self._ready, slot)
         state = bytearray(size)
         buffer = (ctypes.c_uint8 * size).from_buffer(state)
         if self._llama.llama_state_seq_get_data(self._context, buffer, size, slot) != size:
@@ -250,7 +264,7 @@ class SpanModel:
 
     def whole_state(self) -> bytearray:
         """All that is cached, for `restore`."""
-        size = self._llama.llama_state_get_size(self._context)
+        size = self._llama.llama_state_get_size(self._ready)
         state = bytearray(size)
         buffer = (ctypes.c_uint8 * size).from_buffer(state)
         if self._llama.llama_state_get_data(self._context, buffer, size) != size:
@@ -269,23 +283,22 @@ class SpanModel:
 
         Raise `ServerMemoryError` when there is no memory; the cache is then as it was.
         """
-        state = self.whole_state()
-        old, old_cells, old_memory = self._context, self.cells, self._memory
+        more = (cells - self.cells) * self.bytes_per_token
+        if self._settings.device.handle is None and more > limits.free_memory():
+            raise ServerMemoryError(f"no memory is left for an attention cache of {cells} tokens")
+        state, before = self.whole_state(), self.cells
+        self._free_context()  # so that there are never two of them
         try:
-            self._context = self._make_context(cells)
+            self._make_context(cells)
+        except ServerMemoryError:
+            self._make_context(before)
             self.restore(state)
-        except BaseException:
-            if self._context is not old:
-                self._llama.llama_free(self._context)
-            self._context, self.cells, self._memory = old, old_cells, old_memory
             raise
-        self._llama.llama_free(old)
+        self.restore(state)
 
     def close(self) -> None:
         """Free everything. Harmless when repeated; nothing else may run or follow."""
-        if self._context is not None:
-            self._llama.llama_free(self._context)
-            self._context = None
+        self._free_context()
         if self._model is not None:
             self._llama.llama_model_free(self._model)
             self._model = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swarmcore.errors import CacheFullError, InputError, InvalidStepError, SwarmError
+from swarmcore.errors import CacheFullError, InputError, InvalidStepError, ServerMemoryError, SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.loader import LoadSettings
 from swarmcore.types import Span
@@ -224,3 +224,28 @@ async def test_caches_in_eight_bits(tmp_path: Path, load) -> None:
 async def test_caches_that_the_model_cannot_have(path: Path, load) -> None:
     with pytest.raises(InputError, match=r"no cache of 1024 tokens in int8: .*32"):  # heads of 16 values
         await load(path, cache_dtype="int8")
+
+
+@pytest.mark.parametrize("where", ["beforehand", "in llama.cpp"])
+async def test_no_memory_for_a_larger_cache(path: Path, load, monkeypatch, where: str) -> None:
+    executor = await load(path)
+    model = executor._loaded.model
+    await run(executor, chunk(executor, 0, random_rows(900)))
+    [then] = await run(executor, chunk(executor, 0, random_rows(1, 1), 900))
+    if where == "beforehand":
+        monkeypatch.setattr("swarmcore.resources.limits.free_memory", lambda: 1000)
+    else:
+        made = model._make_context
+
+        def make(cells: int) -> None:
+            if cells > CELLS:
+                raise ServerMemoryError("no room")
+            made(cells)
+
+        monkeypatch.setattr(model, "_make_context", make)
+    with pytest.raises(ServerMemoryError):
+        await executor.step([chunk(executor, 1, random_rows(500))])
+    assert cells(executor) == CELLS
+    [again] = await run(executor, chunk(executor, 0, random_rows(1, 1), 900))
+    assert np.array_equal(again, then)
+    await run(executor, chunk(executor, 1, random_rows(50)))
