@@ -6,6 +6,7 @@ stands for all that comes before as well. The first is chained to what else deci
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -18,6 +19,9 @@ NAME_BYTES = 16
 
 MAX_SESSION_NAMES = 4096
 """Names in one message, over all sequences of a session."""
+
+
+_PAGE = struct.Struct(f"<{NAMED_TOKENS}q")
 
 
 def prefix_root(*parts: str) -> bytes:
@@ -33,7 +37,7 @@ def prefix_names(tokens: Sequence[int], root: bytes) -> bytes:
     """The names of all whole pages of ``tokens``, one after the other, `NAME_BYTES` each."""
     names = [root]
     for end in range(NAMED_TOKENS, len(tokens) + 1, NAMED_TOKENS):
-        page = b"".join(token.to_bytes(8, "little") for token in tokens[end - NAMED_TOKENS : end])
+        page = _PAGE.pack(*tokens[end - NAMED_TOKENS : end])
         names.append(blake2b(page, key=names[-1], digest_size=NAME_BYTES).digest())
     return b"".join(names[1:])
 

@@ -174,7 +174,7 @@ class InferenceSession:
         if not prefix.grown(tokens):
             return
         if names := prefix.names():
-            for stage in pipeline.stages:
+            for stage in list(pipeline.stages):
                 if stage.opened.cached and stage.failure is None:
                     await pipeline.send_to(stage, NamePages(names))
             self._remember()
@@ -225,11 +225,11 @@ class InferenceSession:
         """
         pipeline, prefix = self._pipeline, self._pipeline.prefix
         if (
-            reply != "last"
-            or any(sources)
+            prefix is None
+            or reply != "last"
+            or sources
             or any(starts or ())
             or len(lengths) != self.sequences
-            or not prefix
         ):
             self._begin_with_nothing()
             return hidden, lengths, starts

@@ -328,6 +328,11 @@ async def test_other_steps_than_the_prompt_first() -> None:
         result = await session.step(hidden_states(embed(PROMPT[:30])), [30])
         assert read_rows(result) == await expected(PROMPT[:30]) and session.cached == (29,)
         await session.close()
+        session = await swarm.open(2, [PROMPT, OTHER])
+        rows = [*embed(OTHER), *embed(PROMPT)]
+        result = await session.step(hidden_states(rows), [140, 150], sources=(0, 0))
+        assert read_rows(result) == await expected(OTHER, PROMPT) and session.cached == (0, 0)
+        await session.close()
         await over(swarm)
 
 
