@@ -175,10 +175,8 @@ def _details(server: ServerInfo, paths: Mapping[PeerId, str], trips: RoundTrips)
         *server.addresses,
         f"round trip {1000 * trip:.1f} ms{f', {path}' if path else ''}" if trip is not None else "no answer",
         ", ".join(filter(None, speeds)),
-        f"computes as {server.computes or 'it does not say'}, can do "
-        f"{', '.join(('inference', *server.capabilities))}"
-        if server.span
-        else "",
+        f"computes as {server.computes}" if server.computes else "",
+        f"can do {', '.join(('inference', *server.capabilities))}" if server.span else "",
         f"from {server.model.source}" if server.model is not None and server.model.source else "",
     ]
     text = Text(str(server.peer), style="bold", overflow="fold")

@@ -55,6 +55,6 @@ class Chain:
         return " → ".join(map(str, self.stages))
 
 
-def named(numerics: Iterable[Numerics | None]) -> str:
+def numerics_text(numerics: Iterable[Numerics | None]) -> str:
     """Ways to compute, for people."""
     return ", ".join(str(each or "unknown") for each in numerics)

@@ -178,7 +178,7 @@ def test_a_verbose_status_has_all_there_is_to_copy_and_compare():
         f"  {busy.addresses[0]}",
         "  round trip 12.3 ms, relayed",
         "  decodes 12.3 steps/s, reads 718 tokens/s, a step waits 3.0 ms",
-        "  computes as it does not say, can do inference, training, adapters",
+        "  can do inference, training, adapters",
         "  from pypi:tiny",
     ]
     at = lines.index(silent.peer)
@@ -286,8 +286,8 @@ def test_how_servers_compute_is_shown_where_it_differs():
     assert [told[each.peer]["numerics"] for each in (one, other)] == [one.numerics, other.numerics]
     assert [told[each.peer]["capabilities"] for each in (one, other)] == [("adapters", "training"), ()]
     verbose = [line.strip() for line in printed(view(one, other), {}, 100, {}, {}).splitlines()]
-    assert "computes as torch/bf16, can do inference, adapters, training" in verbose
-    assert "computes as ggml/q4_k_m/f32/f16, can do inference" in verbose
+    assert {"computes as torch/bf16", "can do inference, adapters, training"} <= set(verbose)
+    assert {"computes as ggml/q4_k_m/f32/f16", "can do inference"} <= set(verbose)
 
 
 def test_how_servers_are_reached_is_shown_where_it_matters():

@@ -16,7 +16,7 @@ from swarmcore.client.session.options import Failover
 from swarmcore.client.session.pipeline import PendingChunk, Pipeline
 from swarmcore.client.session.replay import REPLAY_ROWS, replay
 from swarmcore.errors import DeadlineExceededError, ServerMemoryError, SessionLostError, SwarmError
-from swarmcore.routing.chain import Chain, named
+from swarmcore.routing.chain import Chain, numerics_text
 from swarmcore.session.patience import MAX_FAILURES, RetryPolicy
 from swarmcore.types import PeerId, Span
 from swarmcore.wire.messages import AllowUpstream, Hop
@@ -241,7 +241,9 @@ class FailoverHandler:
             tokens=sum(self._pipeline.steps.positions),
             how=how,
             seconds=seconds,
-            numerics="" if set(after) <= set(before) else f"{named(before)} to {named(after)}",
+            numerics=""
+            if set(after) <= set(before)
+            else f"{numerics_text(before)} to {numerics_text(after)}",
         )
         callback = self._pipeline.options.on_failover
         logger.log(logging.WARNING if callback is None else logging.INFO, "%s", failover)

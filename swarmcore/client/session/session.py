@@ -26,7 +26,7 @@ from swarmcore.errors import (
     SwarmError,
     TooManyCallsError,
 )
-from swarmcore.routing.chain import Chain, named
+from swarmcore.routing.chain import Chain, numerics_text
 from swarmcore.rpc.node import Node
 from swarmcore.session.patience import ALONE
 from swarmcore.session.steps import Chunk, Reply, StepPlan
@@ -383,7 +383,7 @@ async def open_session(
     opened = await opener.open_best(model.span, tokens=tokens, attempts=attempts)
     pipeline = Pipeline(node, planner, model, opened, sequences=sequences, options=options, prefix=prefix)
     if len(pipeline.numerics) > 1:
-        logger.info("a session's servers compute in several ways: %s", named(pipeline.numerics))
+        logger.info("a session's servers compute in several ways: %s", numerics_text(pipeline.numerics))
     if prefix is not None and not any(pipeline.cached):
         planner.prefixes.forget(prefix.names_on(""))
     return InferenceSession(pipeline)
