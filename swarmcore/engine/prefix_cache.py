@@ -61,9 +61,9 @@ class SequencePrefix:
     """Up to where the session's own steps have come. A step that begins below it brings other tokens than
     those that were named; what was only shared with the sequence may be computed again."""
 
-    def name(self, pages: int) -> bytes:
-        """The name of its first ``pages`` pages."""
-        return self.names[(pages - 1) * NAME_BYTES : pages * NAME_BYTES]
+    def key(self, pages: int) -> tuple[PrefixScope, int, bytes]:
+        """Under which its first ``pages`` pages are found."""
+        return self.scope, pages, self.names[(pages - 1) * NAME_BYTES : pages * NAME_BYTES]
 
 
 class PrefixCache:
@@ -97,7 +97,8 @@ class PrefixCache:
         """Kept ones all of whose pages another one has, and more."""
         self._room: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
-        self._index: dict[tuple[PrefixScope, bytes], dict[SequencePrefix, None]] = {}
+        self._index: dict[tuple[PrefixScope, int, bytes], dict[SequencePrefix, None]] = {}
+        """By how many pages the name stands for, too: nobody has to give each page a name of its own."""
 
     @property
     def pages(self) -> int:
@@ -131,7 +132,7 @@ class PrefixCache:
         """A sequence that has most of the pages so named, and how many of them."""
         for pages in range(len(names) // NAME_BYTES // self._step * self._step, 0, -self._step):
             name = names[(pages - 1) * NAME_BYTES : pages * NAME_BYTES]
-            if found := self._index.get((scope, name)):
+            if found := self._index.get((scope, pages, name)):
                 prefix = next(reversed(found))
                 if prefix in self._kept:
                     self._kept[prefix] = self._kept.pop(prefix)
@@ -184,11 +185,11 @@ class PrefixCache:
         self._forget_pages(prefix, len(prefix.pages) // self._step * self._step)
         self._set_names(prefix, prefix.names[: len(prefix.pages) * NAME_BYTES])
         count = len(prefix.pages)
-        if not self.enabled or not count or len(self._index[prefix.scope, prefix.name(count)]) > 1:
+        if not self.enabled or not count or len(self._index[prefix.key(count)]) > 1:
             self.forget(prefix)
             return 0
         for pages in range(1, count):
-            found = self._index[prefix.scope, prefix.name(pages)]
+            found = self._index[prefix.key(pages)]
             self._superseded += [old for old in found if old in self._kept and len(old.pages) == pages]
         self._kept[prefix] = None
         for page in prefix.pages:
@@ -262,12 +263,12 @@ class PrefixCache:
     def _add(self, prefix: SequencePrefix, pages: Sequence[_Page]) -> None:
         for page in pages:
             prefix.pages.append(page)
-            self._index.setdefault((prefix.scope, prefix.name(len(prefix.pages))), {})[prefix] = None
+            self._index.setdefault(prefix.key(len(prefix.pages)), {})[prefix] = None
 
     def _forget_pages(self, prefix: SequencePrefix, left: int) -> None:
         """All but its first ``left`` pages."""
         while len(prefix.pages) > left:
-            key = (prefix.scope, prefix.name(len(prefix.pages)))
+            key = prefix.key(len(prefix.pages))
             found = self._index[key]
             del found[prefix]
             if not found:

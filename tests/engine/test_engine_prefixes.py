@@ -82,6 +82,21 @@ async def test_others_names_are_not_found_unless_all_share_a_namespace() -> None
         assert await begin(engine, "d", "xyz", caller="bob", scope=together) == (12,)
 
 
+@pytest.mark.parametrize("start", [0, 5, 14])
+async def test_pages_that_are_all_called_the_same_harm_nobody(start: int) -> None:
+    async with prefixes() as (engine, _):
+        for session in "ab":
+            await engine.open(session, 1, 0, 1.0, caller="mallory", names=[names("x") * 3])
+            await run(engine, session, 0, ROWS)
+            await run(engine, session, start, TAIL)
+            engine.name_prefixes(session, [names("x") * 4])
+            engine.close_session(session)
+        await prompted(engine, "c", "xyz")
+        engine.close_session("c")
+        assert await begin(engine, "d", "xyz") == (12,)
+        assert await begin(engine, "e", "yyy", caller="mallory") == (0,)
+
+
 async def test_a_part_of_the_blocks_is_another_prefix() -> None:
     async with prefixes() as (engine, _):
         part = Span(0, 6)
