@@ -49,6 +49,7 @@ def _seen(path: Path, wanted: bytes, given: np.ndarray, chunk: int) -> np.ndarra
     said.clear()
     model_settings = lib.llama_model_default_params()
     model_settings.n_gpu_layers = 0
+    model_settings.use_extra_bufts = False  # weights as they are in the file
     model = lib.llama_model_load_from_file(str(path).encode(), model_settings)
     if not model:
         raise ValueError("".join(said))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from random_gguf import WIDTH, write_random_gguf  # noqa: E402
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_1"]
 REPLAYS_EXACTLY = {"Q8_0", "Q4_1"}
-"""Types whose products do not depend on how many rows there are; those of floats do."""
+"""Types whose products do not depend on how many rows there are, on x86-64; those of floats do."""
 
 
 @pytest.fixture(params=KINDS)
@@ -56,4 +57,5 @@ async def test_which_types_replay_exactly(path: Path, load) -> None:
     at_once = await through(executor, rows)
     one_by_one = np.concatenate([await through(executor, rows[n : n + 1], 1, start=n) for n in range(16)])
     difference = np.abs(at_once - one_by_one).max()
-    assert difference == 0 if path.stem in REPLAYS_EXACTLY else difference < 0.01
+    exact = path.stem in REPLAYS_EXACTLY and platform.machine() in ("x86_64", "AMD64")
+    assert difference == 0 if exact else difference < 0.01
