@@ -288,6 +288,25 @@ class Run:
         assert read_rows(output) == expected
 
 
+async def befall(swarm: Swarm, session: InferenceSession, kind: str, stage: int) -> None:
+    """Have something happen to the server of a stage: ``"kill"``, ``"restart"`` or ``"break"``."""
+    if stage >= len(session.chain):
+        return
+    peer = session.chain.peers[stage]
+    server = next((s for s in swarm.servers if s.peer == peer and not s.dead), None)
+    if server is None:
+        return
+    match kind:
+        case "kill":
+            await server.kill()
+            await swarm.add(str(server.executor.span))
+        case "restart":  # comes back with the same identity and no caches
+            await server.kill()
+            await swarm.add(str(server.executor.span), identity=server.node.identity)
+        case "break":  # the connections only; the server lives on
+            server.transport.break_connections()
+
+
 async def quiet(swarm: Swarm) -> None:
     """Wait until every server has noticed that sessions are gone."""
     while any(any(server.counts()) for server in swarm.servers if not server.dead):

@@ -9,7 +9,7 @@ import asyncio
 import os
 
 import pytest
-from memory_swarm import Run, Swarm, quiet, swarm_of
+from memory_swarm import Run, Swarm, befall, quiet, swarm_of
 
 from swarmcore.client.session.session import InferenceSession
 from swarmcore.testing.clock import run as run_on_virtual_time
@@ -58,24 +58,6 @@ async def survive(moments: list[tuple[float, str]], journal: str, seed: int = 0)
         await session.close()
         await quiet(swarm)
     return swarm
-
-
-async def befall(swarm: Swarm, session: InferenceSession, kind: str, stage: int) -> None:
-    if stage >= len(session.chain):
-        return
-    peer = session.chain.peers[stage]
-    server = next((s for s in swarm.servers if s.peer == peer and not s.dead), None)
-    if server is None:
-        return
-    match kind:
-        case "kill":
-            await server.kill()
-            await swarm.add(str(server.executor.span))
-        case "restart":  # comes back with the same identity and no caches
-            await server.kill()
-            await swarm.add(str(server.executor.span), identity=server.node.identity)
-        case "break":  # the connections only; the server lives on
-            server.transport.break_connections()
 
 
 @pytest.mark.parametrize("misfortune", MISFORTUNES)
