@@ -114,6 +114,28 @@ async def test_others_see_where_a_server_moves_while_blocks_that_stay_are_served
                 pass
 
 
+@pytest.mark.parametrize(("target", "stays"), [(Span(6, 10), False), (Span(3, 9), True)])
+async def test_what_is_kept_of_sessions_leaves_with_its_blocks(swarms, target: Span, stays: bool) -> None:
+    async with (
+        swarms.server("0:4"),
+        swarms.server("4:6") as server,
+        swarms.server("6:12"),
+        swarms.client() as client,
+    ):
+        rows = hidden_states([[0.5] * 4] * 70)
+        async with await client.open_session(COUNTING_MODEL, prompts=[[1] * 70]) as asking:
+            expected = bytes((await asking.step(rows, [70])).data)
+        while not server.engine.prefixes.pages:
+            await asyncio.sleep(0.01)
+        await server.move_to(target)  # the executor asserts that nobody needs what leaves
+        assert (server.engine.prefixes.pages > 0) is stays
+        async with (
+            swarms.server("4:6"),
+            await client.open_session(COUNTING_MODEL, prompts=[[1] * 70]) as asking,
+        ):
+            assert bytes((await asking.step(rows, [70])).data) == expected
+
+
 async def test_a_session_on_blocks_that_stay_goes_on_stepping_through_a_move(swarms):
     async with (
         swarms.server("0:4"),
