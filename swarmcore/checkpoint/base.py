@@ -40,8 +40,8 @@ class Checkpoint(ABC):
     """What config.json says, as it is there."""
     info: ModelInfo
     stored_weights: str | None = None
-    """What its weights are packed in, by the name that executors have for the same (``"int4"``); None when
-    they are plain. What is read is plain in any case."""
+    """What its weights are packed in, by the name that executors have for the same (``"int4"``), else by the
+    method's; None when they are plain. What is read is plain in any case."""
 
     @abstractmethod
     def names(self) -> Collection[str]:

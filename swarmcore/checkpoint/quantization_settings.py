@@ -43,7 +43,7 @@ class Scheme:
     layouts: tuple[Layout, ...]
     """In which its weights may be stored; the first that fits a name is taken."""
     stored: str | None = None
-    """As `Checkpoint.stored_weights`."""
+    """What executors have the same as, such as ``"int4"``; None where they have nothing like it."""
 
 
 def find_settings(raw: JsonDict, folder: Path) -> list[tuple[str, Any]]:

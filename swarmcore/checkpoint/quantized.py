@@ -105,7 +105,7 @@ class DequantizedCheckpoint(Checkpoint):
         if twice := sorted(plain & self._packed.keys()):
             raise CheckpointError(f"{self.name} has {twice[0]} twice, packed and plain")
         self._names = plain | self._packed.keys()
-        self.stored_weights = scheme.stored if self._packed else None
+        self.stored_weights = (scheme.stored or scheme.method) if self._packed else None
 
     def names(self) -> Collection[str]:
         return self._names

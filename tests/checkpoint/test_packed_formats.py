@@ -114,7 +114,7 @@ def test_gptq(bits: int, version: str, order: str, stored: Path, tmp_path: Path)
     for name, values in zip(projections, expected, strict=True):
         torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-6)
     kept = bits == 4 and order != "by activations"
-    assert checkpoint.stored_weights == ("int4" if kept else None)
+    assert checkpoint.stored_weights == ("int4" if kept else "gptq")
 
 
 def test_gptq_zero_points_that_it_cannot_hold(stored: Path, tmp_path: Path) -> None:
@@ -159,31 +159,35 @@ def test_awq(stored: Path, tmp_path: Path) -> None:
     assert checkpoint.stored_weights == "int4"
 
 
-COMPRESSED: dict[str, tuple[str, dict[str, Any], str | None]] = {
+COMPRESSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "int4 groups": ("pack-quantized", {"num_bits": 4, "group_size": 32, "strategy": "group"}, "int4"),
     "int4 with zero points": (
         "pack-quantized",
         {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": False},
         "int4",
     ),
-    "int3 rows": ("pack-quantized", {"num_bits": 3, "strategy": "channel"}, None),
+    "int3 rows": ("pack-quantized", {"num_bits": 3, "strategy": "channel"}, "compressed-tensors"),
     "int8 rows": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}, "int8"),
     "int8 plain": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, "int8"),
-    "fp8 rows": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, None),
+    "fp8 rows": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        "compressed-tensors",
+    ),
     "nvfp4": (
         "nvfp4-pack-quantized",
         {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"},
-        None,
+        "compressed-tensors",
     ),
     "mxfp4": (
         "mxfp4-pack-quantized",
         {"num_bits": 4, "type": "float", "group_size": 32, "strategy": "group"},
-        None,
+        "compressed-tensors",
     ),
     "mxfp8": (
         "mxfp8-quantized",
         {"num_bits": 8, "type": "float", "group_size": 32, "strategy": "group"},
-        None,
+        "compressed-tensors",
     ),
 }
 
@@ -244,7 +248,8 @@ def test_compressed_tensors(kind: str, stored: Path, tmp_path: Path) -> None:
 async def logits_of(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
     """Through a server of all blocks, with the weights that it takes of itself, and a client's own parts."""
     executor = TorchExecutor.load(checkpoint, checkpoint.info.span, threads=1)
-    assert executor.numerics.weights == (checkpoint.stored_weights or "f32")
+    stored = checkpoint.stored_weights
+    assert executor.numerics.weights == (stored if stored in ("int8", "int4") else "f32")
     parts = LocalParts.load(checkpoint)
     hidden = parts.embed(ids.tolist(), range(len(ids)))
     batch = TrainingBatch(executor.span, (len(ids),), to_wire("hidden", hidden))
@@ -282,7 +287,7 @@ def test_bitsandbytes_in_4_bits(kind: str, nested: bool, stored: Path, tmp_path:
     projections = [name for name in load_file(stored / "model.safetensors") if name.endswith("_proj.weight")]
     for name, values in zip(projections, expected, strict=True):
         torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-6)
-    assert checkpoint.stored_weights == ("nf4" if kind == "nf4" else None)
+    assert checkpoint.stored_weights == ("nf4" if kind == "nf4" else "bitsandbytes")
 
 
 def test_mxfp4_of_experts(tmp_path: Path) -> None:

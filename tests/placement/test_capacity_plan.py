@@ -39,6 +39,14 @@ def test_no_more_than_is_allowed():
     assert plan_capacity(NEEDS, memory_free=2 * GIB, blocks=30, most=20 * GIB).blocks == 7
 
 
+def test_what_is_taken_once_is_taken_once() -> None:
+    """As where blocks are made plain one after the other, to be rounded."""
+    needs = BlockNeeds(weights=100 * MIB, cache_per_token=0, once=500 * MIB)
+    assert plan_capacity(needs, memory_free=2000 * MIB, blocks=80).blocks == 13
+    with pytest.raises(InputError, match="it takes 600 MiB"):
+        plan_capacity(needs, memory_free=600 * MIB, blocks=80)
+
+
 def test_what_loading_takes_counts_instead_of_the_cache_when_it_is_more():
     loading = BlockNeeds(weights=100 * MIB, cache_per_token=1024, reading=300 * MIB)
     assert plan_capacity(loading, memory_free=GIB, blocks=30).blocks == 2

@@ -121,7 +121,7 @@ def loading_memory(name: str) -> Iterator[None]:
     """Raise `InputError` when memory runs out while the model ``name`` is loaded within it."""
     with _out_of_memory_as(
         InputError,
-        f"memory ran out while {name} was loaded; free some, hold fewer blocks, or ask for a smaller dtype",
+        f"memory ran out while {name} was loaded; free some, or hold fewer blocks or fewer bits",
     ):
         yield
 

@@ -33,7 +33,7 @@ WEIGHT_TYPES = ("auto", "bf16", "int8", "int4", "nf4")
 _DIFFERENT_KERNELS = 0.02
 """What two products with the same weights may differ by, relative to their size; bfloat16 makes a fifth."""
 
-_PART = 2**24
+_PART = 2**22
 """Weights that are rounded at a time: doing so takes 20 times the memory of what comes of it."""
 
 Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -341,8 +341,10 @@ def choose_weights(weights: str, stored: str | None, device: torch.device) -> st
     library that is lacking.
     """
     if weights == "auto":
+        if stored not in WEIGHT_TYPES:
+            return None
         try:
-            return stored and choose_weights(stored, None, device)
+            return choose_weights(stored, None, device)
         except (InputError, MissingExtraError) as exc:
             log.info("weights in %s are made plain: %s", stored, exc)
             return None

@@ -126,6 +126,7 @@ def test_odd_sizes_are_kept_in_8_bits() -> None:
 def test_what_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_weights("bf16", "int4", CPU) is None
     assert choose_weights("auto", None, CPU) is None
+    assert choose_weights("auto", "fp8", CPU) is None
     assert choose_weights("auto", "int4", CPU) == "int4"
     assert choose_weights("auto", "int4", torch.device("cuda")) is None
     with pytest.raises(InputError, match=r"int5.*int4"):
