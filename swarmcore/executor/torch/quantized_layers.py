@@ -91,24 +91,29 @@ def quantize(block: nn.Module, kind: str, name: str) -> None:
 
     Raise `UnsupportedModelError` for one that cannot be, by the ``name`` of the block.
     """
-    for path, module, attribute, weight in list(_weights(block)):
+    for path, module, attribute in list(_weights(block)):
         where = f"{attribute} in {path} of {name}"
-        if weight.dim() == 2:
-            matrix = weight.t() if _is_transposed(module) else weight
-            bias: Any = module.bias
-            block.set_submodule(path, QuantizedLinear(matrix_for(kind, matrix.shape[1])(matrix, where), bias))
-            continue
+        weight = module.get_parameter(attribute).detach()
         transposed = _is_transposed(module)
-        matrices = [part.t() if transposed else part for part in weight.detach()]
-        made = [matrix_for(kind, part.shape[1])(part, where) for part in matrices]
-        del module._parameters[attribute], matrices
-        setattr(module, attribute, QuantizedExperts(made, transposed))
+        if weight.dim() == 2:
+            bias: Any = module.bias
+            matrix = _rounded(weight.t() if transposed else weight, kind, where)
+            block.set_submodule(path, QuantizedLinear(matrix, bias))
+        else:
+            parts = [_rounded(part.t() if transposed else part, kind, where) for part in weight]
+            del module._parameters[attribute]
+            setattr(module, attribute, QuantizedExperts(parts, transposed))
+
+
+def _rounded(weight: torch.Tensor, kind: str, where: str) -> QuantizedMatrix:
+    return matrix_for(kind, weight.shape[1])(weight, where)
 
 
 def quantized_nbytes(block: nn.Module, kind: str, dtype: torch.dtype) -> int:
     """What the block takes after `quantize`, on the high side. It may be without memory (``meta``)."""
     total = sum(parameter.numel() * dtype.itemsize for parameter in block.parameters())
-    for _, module, _, weight in _weights(block):
+    for _, module, attribute in _weights(block):
+        weight = module.get_parameter(attribute)
         *count, rows, columns = weight.shape
         if _is_transposed(module):
             rows, columns = columns, rows
@@ -117,16 +122,16 @@ def quantized_nbytes(block: nn.Module, kind: str, dtype: torch.dtype) -> int:
     return total
 
 
-def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """The weights that are kept in fewer bits: path and module of what holds them, and their names there."""
+def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """What is kept in fewer bits: path and module of what holds the weights, and their names in there."""
     for path, module in block.named_modules():
         if type(module) is nn.Linear or type(module).__name__ in _ALSO_LINEAR:
             if path.rpartition(".")[2] not in _ROUTERS:
-                yield path, module, "weight", module.get_parameter("weight")
+                yield path, module, "weight"
         elif "Experts" in type(module).__name__:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3:
-                    yield path, module, name, parameter
+                    yield path, module, name
 
 
 def _is_transposed(module: nn.Module) -> bool:
