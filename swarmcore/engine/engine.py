@@ -119,6 +119,11 @@ class Engine:
     def cache_tokens_used(self) -> int:
         return self._in_tokens(self._kv_cache.held)
 
+    @property
+    def cache_pages(self) -> tuple[int, int]:
+        """Pages that sessions hold, and all that there are."""
+        return self._kv_cache.held, self._kv_cache.pages
+
     def _in_tokens(self, pages: int) -> int:
         return self._kv_cache.tokens(pages, len(self.executor.span))
 
@@ -135,6 +140,8 @@ class Engine:
             "prefix_hits": self.prefixes.hits,
             "prefix_tokens": self.prefixes.hit_tokens,
             "prefix_pages": self.prefixes.pages,
+            "cache_pages": self._kv_cache.pages,
+            "cache_pages_used": self._kv_cache.held,
         }
 
     def length(self, session: str) -> tuple[int, ...]:

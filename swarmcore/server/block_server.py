@@ -198,6 +198,9 @@ class BlockServer:
             notes.append(f"adapters: {', '.join(self.adapters.names)}")
         if self.service is not None:
             notes.append(self.service.note)
+        used, pages = self.engine.cache_pages
+        if used:
+            notes.append(f"attention cache: {used} of {pages} pages are in use, {pages - used} are free")
         if self.engine.prefixes.hits or len(self.engine.prefixes):
             notes.append(f"prefix cache: {self.engine.prefixes}")
         return (*notes, *self.node.notes)

@@ -17,6 +17,7 @@ async def test_a_new_session_is_let_in_when_another_ends() -> None:
     async with running(cache_tokens=16) as (engine, _):
         await engine.open("a", 1, 16, timeout=1.0)
         assert (engine.cache_tokens_free, engine.cache_tokens_used) == (0, 16)
+        assert engine.cache_pages == (4, 4) and engine.counters["cache_pages_used"] == 4
         second = asyncio.create_task(engine.open("b", 1, 8, timeout=60.0))
         await asyncio.sleep(0)
         assert not second.done()

@@ -7,6 +7,10 @@ common refer to the same extents.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import mmap
+import random
 from itertools import chain
 
 import attrs
@@ -19,6 +23,10 @@ PAGE = 64
 
 EXTENT = 32 * PAGE
 """Tokens of the largest extent on a CPU: no more is copied when a sequence grows, or held twice meanwhile."""
+
+_MAPPED = 256 * 1024
+"""Tensors of at least this many bytes are mappings of their own on CPUs. These are the system's again as soon
+as they are free, and take memory only where they have been written; an allocator keeps what it had."""
 
 _LARGEST = 127.0
 """What the largest value of a row becomes as an int8."""
@@ -98,7 +106,7 @@ class CacheLayout:
         """Size and dtype of what ``layers`` layers of one shape keep of ``tokens`` tokens, by name."""
         rows = layers, shape.heads, tokens
         planes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "keys": ((*rows, shape.key_size), self.stored),
+            "rotated_keys" if self.quantised else "keys": ((*rows, shape.key_size), self.stored),
             "values": ((*rows, shape.value_size), self.stored),
         }
         if self.quantised:
@@ -110,12 +118,35 @@ def stored(layout: CacheLayout, keys: torch.Tensor, values: torch.Tensor) -> Pla
     """New keys and values as a cache keeps them."""
     if not layout.quantised:
         return keys, values
-    (keys, key_scales), (values, value_scales) = _quantise(keys), _quantise(values)
+    (keys, key_scales), (values, value_scales) = _quantise(rotated(keys)), _quantise(values)
     return keys, values, key_scales, value_scales
 
 
+def rotated(rows: torch.Tensor) -> torch.Tensor:
+    """``[..., size]`` turned so that what a few channels have is spread over many.
+
+    Scores of queries and keys that are both turned stay what they are. In most models some channels of the
+    keys are far larger than all others, which would be left with a few of the integers.
+    """
+    return rows @ _rotation(rows.shape[-1], rows.dtype, rows.device)
+
+
+@functools.cache
+def _rotation(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Orthogonal, and the same on every machine: signs, then Hadamard matrices along the diagonal."""
+    block = torch.ones(1, 1, device="cpu")
+    while size % (2 * len(block)) == 0:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
+    signs = random.Random(size)
+    turned = torch.tensor([[1.0 if signs.random() < 0.5 else -1.0] for _ in range(size)], device="cpu")
+    blocks: torch.Tensor = torch.kron(torch.eye(size // len(block), device="cpu"), block)
+    with torch.inference_mode(False):
+        rotation: torch.Tensor = (turned * blocks / len(block) ** 0.5).to(device, dtype)
+    return rotation
+
+
 def restored(layout: CacheLayout, planes: Planes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values as they are computed with."""
+    """Keys and values as they are computed with; keys that are `rotated` where they are quantised."""
     if not layout.quantised:
         return planes[0], planes[1]
     keys, values, key_scales, value_scales = planes
@@ -164,12 +195,11 @@ class Extent:
         """Room for ``capacity`` tokens; the first ``keep`` stay. Invalidates views."""
         layout, stores = self._layout, list[Planes]()
         for number, (shape, layers) in enumerate(layout.groups().items()):
+            # Zeros, since products read what nobody has written yet as well: no NaN may be there.
             planes = tuple(
-                torch.empty((size[0], 1, *size[1:]), dtype=dtype, device=layout.device)
+                _zeros((size[0], 1, *size[1:]), dtype, layout.device)
                 for size, dtype in layout.planes(shape, len(layers), capacity).values()
             )
-            for plane in planes:  # products read what nobody has written yet, too: no NaN may be there
-                plane.narrow(3, keep, capacity - keep).zero_()
             if keep:
                 _copy(self.stores[number], 0, planes, 0, keep)
             stores.append(planes)
@@ -213,6 +243,21 @@ class Extent:
             for index, layer in zip(indices, zip(*planes, strict=True), strict=True):
                 layers[index] = layer
         return layers
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    nbytes = torch.Size(size).numel() * dtype.itemsize
+    if device.type != "cpu" or nbytes < _MAPPED:
+        return torch.zeros(size, dtype=dtype, device=device)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        memory = mmap.mmap(-1, nbytes, **private)
+    except OSError as exc:
+        raise MemoryError(f"no {nbytes} bytes for an attention cache") from exc
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # it is faster, where the system does it
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(size)
 
 
 def _copy(source: Planes, start: int, target: Planes, at: int, count: int) -> None:

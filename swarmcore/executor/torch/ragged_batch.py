@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from swarmcore.executor.torch.attention_products import attend, attend_to_pieces
 from swarmcore.executor.torch.batch import AdapterUpdates, Attention
-from swarmcore.executor.torch.cache_pages import stored
+from swarmcore.executor.torch.cache_pages import rotated, stored
 from swarmcore.executor.torch.cached_segment import PACKED_ROWS, CachedSegment, Reading
 from swarmcore.executor.torch.kv_cache import SequenceCache
 
@@ -65,6 +65,8 @@ class RaggedBatch:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Attention
     ) -> torch.Tensor:
         layer += self.origin - self._first_block
+        if self._layout.quantised:
+            query = rotated(query)
         planes = stored(self._layout, key, value)
         new = [rows for plane in planes for rows in plane.split_with_sizes(self._lengths, 2)]
         torch._foreach_copy_(self._slots[layer], new)

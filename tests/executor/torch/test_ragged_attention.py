@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -38,22 +37,21 @@ WAYS = {
 def expected(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, how: Attention
 ) -> torch.Tensor:
-    """``[1, tokens, heads, size]`` of ``[1, heads, tokens, size]``, one head and token at a time."""
-    tokens = query.shape[2]
-    result = torch.zeros(1, tokens, HEADS, VALUE_SIZE)
-    for head, token in product(range(HEADS), range(tokens)):
+    """``[1, tokens, heads, size]`` of ``[1, heads, tokens, size]``, in float32 and over all positions."""
+    length = keys.shape[2]
+    keys, values = (each[0].float().repeat_interleave(ROWS, 0) for each in (keys, values))
+    scores = query[0].float() @ keys.transpose(1, 2) * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    if how.bias is not None:
+        scores = scores + how.bias.keys(length)[0]
+    for token in range(query.shape[2]):
         position = start + token
-        scores = keys[0, head // ROWS, : position + 1].float() @ query[0, head, token].float() * how.scale
-        if how.softcap is not None:
-            scores = torch.tanh(scores / how.softcap) * how.softcap
-        if how.bias is not None:
-            scores = scores + how.bias.keys(position + 1)[0, head, 0]
-        scores[: how.first_key(position)] = -math.inf
-        if how.sinks is not None:
-            scores = torch.cat((scores, how.sinks[head].view(1)))
-        weights = torch.softmax(scores, -1)[: position + 1]
-        result[0, token, head] = weights @ values[0, head // ROWS, : position + 1].float()
-    return result
+        scores[:, token, : how.first_key(position)] = -math.inf
+        scores[:, token, position + 1 :] = -math.inf
+    if how.sinks is not None:
+        scores = torch.cat((scores, how.sinks.view(-1, 1, 1).expand(-1, query.shape[2], 1)), -1)
+    return (torch.softmax(scores, -1)[..., :length] @ values).transpose(0, 1).unsqueeze(0)
 
 
 class Sequences:

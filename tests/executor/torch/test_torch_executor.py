@@ -278,6 +278,36 @@ async def test_sequences_that_go_on_from_one_cache_share_its_pages(executor: Tor
         await executor.reorder([*ids, SequenceId(9)], [0, 1, 2, 3, 4])
 
 
+async def test_caches_move_between_executors_that_keep_them_alike(
+    executor: TorchExecutor, tiny_llama: Checkpoint
+) -> None:
+    quantised = TorchExecutor.load(tiny_llama, SPAN, dtype="float32", cache_dtype="int8", threads=1)
+    assert (executor.numerics.cache_dtype, quantised.numerics.cache_dtype) == ("f32", "int8")
+    exported = []
+    for each in (executor, quantised):
+        await run(each, step_of(each, rows(70), (0, 0, 70)))
+        exported.append(await each.export_cache(SequenceId(0), 0, 70))
+        each.reserve(SequenceId(1), 128)
+    plain, small = (sum(tensor.data.nbytes for tensor in tensors) for tensors in exported)
+    assert small < 0.4 * plain
+    for target, tensors in ((executor, exported[1]), (quantised, exported[0])):
+        with pytest.raises(InvalidStepError, match=r"'int8'.* here need|here need .*'int8'"):
+            await target.import_cache(SequenceId(1), SPAN, 0, 70, tensors)
+    # Nobody's values may spoil what shares a product with them.
+    for target, tensors in ((executor, exported[0]), (quantised, exported[1])):
+        values = to_torch(tensors[-1]).clone()
+        values[0, 0, 3] = torch.nan
+        with pytest.raises(InvalidStepError, match="not finite"):
+            await target.import_cache(
+                SequenceId(1), SPAN, 0, 70, (*tensors[:-1], to_wire(tensors[-1].name, values))
+            )
+        await target.import_cache(SequenceId(1), SPAN, 0, 70, tensors)
+        [first] = await run(target, step_of(target, rows(1), (0, 70, 1)))
+        [second] = await run(target, step_of(target, rows(1), (1, 70, 1)))
+        assert torch.equal(first, second)
+    await quantised.close()
+
+
 async def test_few_tokens_and_many_are_computed_with_their_own_numbers_of_threads(
     tiny_llama: Checkpoint,
 ) -> None:
