@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -85,7 +86,7 @@ class GgmlExecutor(BlockExecutor):
         loaded = self._load(span, progress)
         self._loaded: _Loaded | None = loaded
         self._closed = False
-        self._changing = False
+        self._changing: threading.Event | None = None
         self._set_span(span)
         self.max_sequences = loaded.model.slots
         self._sequences = Sequences(loaded.model.slots)
@@ -195,13 +196,18 @@ class GgmlExecutor(BlockExecutor):
         """
         if self._closed:
             raise InternalError("the executor is closed")
-        if self._changing:
+        if self._changing is not None:
             raise InternalError("the span is being changed already")
         if not self.model.span.covers(span):
             raise SpanError(
                 f"blocks {span} are not in {self.model.name}, which has blocks 0:{self.model.blocks}"
             )
-        self._changing = True
+        stop = self._changing = threading.Event()
+
+        def progress(what: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise InternalError("loading was given up")
+
         try:
             stays = self.span.overlap(span) if self._loaded is not None else None
             # From here on the engine admits no session to blocks that leave.
@@ -209,7 +215,7 @@ class GgmlExecutor(BlockExecutor):
             if stays is None:
                 await self._in_compute_thread(self._drop)
             loop = asyncio.get_running_loop()
-            loading = loop.run_in_executor(self._loading, self._load, span, None)
+            loading = loop.run_in_executor(self._loading, self._load, span, progress)
             try:
                 loaded = await asyncio.shield(loading)
             except asyncio.CancelledError:
@@ -217,7 +223,8 @@ class GgmlExecutor(BlockExecutor):
                 raise
             await self._in_compute_thread(self._go_over_to, loaded)
         finally:
-            self._changing = False
+            stop.set()
+            self._changing = None
 
     def _drop(self) -> None:
         if self._loaded is not None:
@@ -269,6 +276,8 @@ class GgmlExecutor(BlockExecutor):
         if self._closed:
             return
         self._closed = True
+        if self._changing is not None:
+            self._changing.set()
         await asyncio.to_thread(self._loading.shutdown)
         self._compute.submit(self._drop)
         await asyncio.to_thread(self._compute.shutdown)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from swarmcore.errors import CacheFullError, InputError, InvalidStepError, ServerMemoryError, SwarmError
+from swarmcore.errors import (
+    CacheFullError,
+    InputError,
+    InternalError,
+    InvalidStepError,
+    ServerMemoryError,
+    SwarmError,
+)
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.loader import LoadSettings
 from swarmcore.types import Span
@@ -249,3 +258,24 @@ async def test_no_memory_for_a_larger_cache(path: Path, load, monkeypatch, where
     [again] = await run(executor, chunk(executor, 0, random_rows(1, 1), 900))
     assert np.array_equal(again, then)
     await run(executor, chunk(executor, 1, random_rows(50)))
+
+
+async def test_closing_gives_up_what_is_being_loaded(path: Path, load, monkeypatch) -> None:
+    executor = await load(path, "0:1")
+    reached, go_on = threading.Event(), threading.Event()
+
+    def writing(model, span, *, progress):
+        reached.set()
+        assert go_on.wait(10)
+        progress("writing", 1, 2)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr("swarmcore.executor.ggml.executor.span_file", writing)
+    changing = asyncio.ensure_future(executor.change_span(Span(0, 2)))
+    await asyncio.to_thread(reached.wait, 10)
+    closing = asyncio.ensure_future(executor.close())
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(InternalError, match="given up"):
+        await changing
+    await closing
