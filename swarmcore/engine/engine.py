@@ -367,15 +367,7 @@ class Engine:
         When it fails the sequence ends at ``start``.
         """
         found = self._sessions[session]
-        many = len(found.sequences)
-        if not 0 <= sequence < many or count < 1:
-            raise InvalidStepError(
-                f"a cache of {count} tokens for sequence {sequence}; expected 1 or more for "
-                f"one of 0 to {many - 1}"
-            )
-        starts, lengths = [0] * many, [0] * many
-        starts[sequence], lengths[sequence] = start, count
-        [segment] = found.segments(starts, lengths)
+        segment = found.segment(sequence, start, count)
         self._sessions.pending.check(found, count)
         answer = self._transfer.submit(found, segment, check_timeout(timeout), tensors)
         self._carry_on()

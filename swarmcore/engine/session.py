@@ -197,6 +197,19 @@ class EngineSession:
                 segments.append(Segment(self.sequences[index], start, length))
         return tuple(segments)
 
+    def segment(self, sequence: int, start: int, count: int) -> Segment:
+        """What an import adds to one sequence. Raise `InvalidStepError` unless it can follow the queue."""
+        many = len(self.sequences)
+        if not 0 <= sequence < many or count < 1:
+            raise InvalidStepError(
+                f"a cache of {count} tokens for sequence {sequence}; expected 1 or more for "
+                f"one of 0 to {many - 1}"
+            )
+        starts, lengths = [0] * many, [0] * many
+        starts[sequence], lengths[sequence] = start, count
+        [segment] = self.segments(starts, lengths)
+        return segment
+
     def append(self, item: QueueItem) -> None:
         self.queue.append(item)
         self._apply(item, self.scheduled)

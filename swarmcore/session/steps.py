@@ -13,6 +13,7 @@ import attrs
 
 from swarmcore.errors import InvalidStepError, ProtocolError
 from swarmcore.wire.messages import Hop, Step, StepForwarded, StepOutput
+from swarmcore.wire.tensors import Tensor, joined
 
 Reply = Literal["all", "last", "none"]
 
@@ -46,6 +47,12 @@ class Chunk:
             return 0
         return self.rows if self.reply == "all" else sum(length > 0 for length in self.lengths)
 
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        """Its rows of the step's hidden states."""
+        if self.rows == hidden.shape[0]:
+            return hidden
+        return hidden.rows(self.first_row, self.first_row + self.rows)
+
 
 @attrs.frozen
 class StepPlan:
@@ -56,6 +63,21 @@ class StepPlan:
     lengths: tuple[int, ...]
     reply: Reply
     sources: tuple[int, ...] = ()
+
+    def joined(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The rows of the step from its chunks' outputs."""
+        if len(outputs) == 1:
+            return outputs[0]
+        if len({output.dtype for output in outputs}) > 1:  # another server took over in the middle
+            outputs = [output.widened() for output in outputs]
+        parts, last = list(outputs), dict[int, Tensor]()
+        if self.reply != "all":
+            # Each chunk answers with the last row it has of every sequence; a later chunk's row replaces it.
+            for chunk, output in zip(self.chunks, outputs, strict=True):
+                for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
+                    last[sequence] = output.rows(row, row + 1)
+            parts = [last[sequence] for sequence in sorted(last)]
+        return joined(parts)
 
 
 class SessionSteps:

@@ -29,11 +29,11 @@ from swarmcore.errors import (
 from swarmcore.routing.chain import Chain, numerics_text
 from swarmcore.rpc.node import Node
 from swarmcore.session.patience import ALONE
-from swarmcore.session.steps import Chunk, Reply, StepPlan
+from swarmcore.session.steps import Reply, StepPlan
 from swarmcore.types import ModelInfo, Numerics
 from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.messages import NamePages
-from swarmcore.wire.tensors import Tensor, joined
+from swarmcore.wire.tensors import Tensor
 
 __all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
 
@@ -261,7 +261,7 @@ class InferenceSession:
             if self.options.journal == "off" and pipeline.failed and isinstance(exc, SwarmError):
                 self._broken = exc
             raise
-        return outputs[0] if len(outputs) == 1 else _join(plan, outputs)
+        return plan.joined(outputs)
 
     async def _run_chunks(
         self, plan: StepPlan, hidden: Tensor, in_flight: deque[PendingChunk]
@@ -291,7 +291,7 @@ class InferenceSession:
             elif waiting and len(in_flight) < CHUNKS_IN_FLIGHT and not resent:
                 # What is sent again goes another way than what follows it: the one has to be through first.
                 chunk = waiting.popleft()
-                rows = _rows(hidden, chunk).encode(self.options.codec)
+                rows = chunk.rows_of(hidden).encode(self.options.codec)
                 in_flight.append(pipeline.begin(chunk, rows))
                 await pipeline.send(0, in_flight[-1], rows)
             elif not await pipeline.wait(news, timeout=pipeline.patience.judge_after):
@@ -387,23 +387,3 @@ async def open_session(
     if prefix is not None and not any(pipeline.cached):
         planner.prefixes.forget(prefix.names_on(""))
     return InferenceSession(pipeline)
-
-
-def _rows(hidden: Tensor, chunk: Chunk) -> Tensor:
-    if chunk.rows == hidden.shape[0]:
-        return hidden
-    return hidden.rows(chunk.first_row, chunk.first_row + chunk.rows)
-
-
-def _join(plan: StepPlan, outputs: Sequence[Tensor]) -> Tensor:
-    """The rows of a step from its chunks' outputs."""
-    if len({output.dtype for output in outputs}) > 1:  # another server took over in the middle
-        outputs = [output.widened() for output in outputs]
-    parts, last = list(outputs), dict[int, Tensor]()
-    if plan.reply != "all":
-        # Each chunk answers with the last row it has of every sequence; a later chunk's row replaces it.
-        for chunk, output in zip(plan.chunks, outputs, strict=True):
-            for row, sequence in enumerate(i for i, length in enumerate(chunk.lengths) if length):
-                last[sequence] = output.rows(row, row + 1)
-        parts = [last[sequence] for sequence in sorted(last)]
-    return joined(parts)
