@@ -18,7 +18,6 @@ from swarmcore.types import Span
 class CachedSequence:
     """One that has a reservation."""
 
-    id: SequenceId
     slot: int | None = None
     """Its number in the context; None as long as nothing is cached."""
     span: Span | None = None
@@ -51,7 +50,7 @@ class Sequences:
 
         Return whether it has more tokens than that, for `tidy` to forget.
         """
-        entry = self._sequences.setdefault(sequence, CachedSequence(sequence))
+        entry = self._sequences.setdefault(sequence, CachedSequence())
         entry.room = tokens
         if shrunk := tokens < entry.length:
             self._shrunk.append(entry)
