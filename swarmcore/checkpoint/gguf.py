@@ -52,13 +52,17 @@ def converted(source: Path, cache: Path, progress: Progress | None = None) -> Pa
 
     When another process is converting the same file, waits for it. Raises what `convert` raises.
     """
-    progress = progress or no_progress
     check_gguf(source)
-    (sha256,) = file_hashes([source], source.name, cache, progress)
-    target = cache / "converted" / f"{source.stem}-{sha256[:16]}-{LAYOUT}"
+    target = conversion_folder(source, cache, progress)
     if not target.is_dir():
         convert(source, target, progress, cache=cache, keep=True)
     return target
+
+
+def conversion_folder(source: Path, cache: Path, progress: Progress | None = None) -> Path:
+    """Where the cached conversion of a GGUF file is, once it has been made."""
+    (sha256,) = file_hashes([source], source.name, cache, progress or no_progress)
+    return cache / "converted" / f"{source.stem}-{sha256[:16]}-{LAYOUT}"
 
 
 def convert(

