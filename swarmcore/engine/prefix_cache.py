@@ -194,8 +194,8 @@ class PrefixCache:
         self._kept[prefix] = None
         for page in prefix.pages:
             page.kept_by += 1
-            self._room[page.caller] += self._weight(prefix) * (page.kept_by == 1)
-        self._room[prefix.caller] += self._before(prefix)
+            self._charge(page.caller, self._weight(prefix) * (page.kept_by == 1))
+        self._charge(prefix.caller, self._before(prefix))
         return count * self.named_tokens
 
     def shrink(self, pages: int) -> Iterator[SequenceId]:
@@ -228,11 +228,16 @@ class PrefixCache:
             del self._kept[prefix]
             for page in prefix.pages:
                 page.kept_by -= 1
-                self._room[page.caller] -= self._weight(prefix) * (page.kept_by == 0)
-            self._room[prefix.caller] -= self._before(prefix)
+                self._charge(page.caller, -self._weight(prefix) * (page.kept_by == 0))
+            self._charge(prefix.caller, -self._before(prefix))
         self._forget_pages(prefix, 0)
         self._set_names(prefix, b"")
         return prefix.sequence
+
+    def _charge(self, caller: str, room: int) -> None:
+        self._room[caller] += room
+        if not self._room[caller]:
+            del self._room[caller]
 
     def _weight(self, prefix: SequencePrefix) -> int:
         return self.named_tokens * self._through(prefix)

@@ -160,6 +160,14 @@ def test_one_client_keeps_half_of_the_cache_at_most() -> None:
     assert list(cache.shrink(4)) == [other.sequence]
 
 
+def test_nothing_is_remembered_of_clients_that_have_nothing_here() -> None:
+    cache = Cache()
+    for number in range(50):
+        cache.kept("abc", scope=PrefixScope(f"client {number}", SPAN))
+    assert len(list(cache.shrink(0))) == 50
+    assert not cache._room and not cache._names and not cache._index
+
+
 def test_sequences_of_a_part_of_the_blocks_take_that_part() -> None:
     cache = Cache()
     for letter in "abc":
