@@ -197,6 +197,19 @@ CASES = [
         HEAD,
     ),
     Case(
+        "olmo2",
+        {
+            **WITHOUT_NORMS,
+            **POST_NORMS,
+            **GATED,
+            "attn_q_norm.weight": (WIDTH,),
+            "attn_k_norm.weight": (KEYS,),
+        },
+        {},
+        HEAD,
+        name="olmo2 without windows",
+    ),
+    Case(
         "olmoe",
         {
             **EQUAL_HEADS,

@@ -28,6 +28,8 @@ class Architecture:
     windows: tuple[int, bool] | None = None
     """Of sliding windows, where the file has no pattern: every how manieth layer attends to everything, and
     whether it is the first of them rather than the last. The pattern is written out for a span's layers."""
+    windows_if_told: bool = False
+    """There are none where the file does not say how long they are."""
     period: Callable[[GgufModel], Mapping[str, int]] | None = None
     """What repeats itself after so many layers, and cannot be written out: a span starts at a multiple."""
     refusal: Callable[[GgufModel, Span], str | None] | None = None
@@ -97,14 +99,14 @@ def max_positions(model: GgufModel) -> int | None:
 
 
 def sliding_layers(model: GgufModel) -> list[bool] | None:
-    """For each block of the model, whether its window slides; None for an architecture without windows.
+    """For each block of the model, whether its window slides; None for a model without windows.
 
     Raise `CheckpointError` for a pattern that is none.
     """
-    windows = architecture_of(model).windows
-    if windows is None:
+    found = architecture_of(model)
+    if found.windows is None or (found.windows_if_told and not model.own("attention.sliding_window")):
         return None
-    every, first = windows
+    every, first = found.windows
     pattern = model.own(WINDOW_PATTERN, every)
     if isinstance(pattern, list) and len(pattern) >= model.blocks:
         return [bool(slides) for slides in pattern[: model.blocks]]
@@ -198,7 +200,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "falcon": _EVERY,
     "gemma": Architecture(entrance="inp_scaled"),
     "gemma2": Architecture(windows=(2, False), refusal=_gemma(46), entrance="inp_scaled"),
-    "gemma3": Architecture(windows=(6, False), refusal=_gemma(62)),
+    "gemma3": Architecture(windows=(6, False), windows_if_told=True, refusal=_gemma(62)),
     "gpt-oss": Architecture(windows=(2, False)),
     "gpt2": _EVERY,
     "gptneox": _EVERY,
@@ -210,7 +212,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "minicpm": Architecture(scales_inputs=True, residual_scale=1.4),
     "mistral3": _EVERY,
     "nemotron": _EVERY,
-    "olmo2": Architecture(windows=(4, False)),
+    "olmo2": Architecture(windows=(4, False), windows_if_told=True),
     "olmoe": _EVERY,
     "phi2": _EVERY,
     "phi3": _EVERY,

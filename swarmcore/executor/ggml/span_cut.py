@@ -119,7 +119,7 @@ class _Layers:
                 return None
             case "embedding_scale" if architecture.scales_inputs:
                 return None
-            case "attention.sliding_window_pattern" if architecture.windows:
+            case "attention.sliding_window_pattern" if self._sliding is not None:
                 return None
             case "interleave_moe_layer_step" if architecture.period:
                 return value
@@ -133,7 +133,7 @@ class _Layers:
         if value.kind == ARRAY:
             known = key in _WHOLE_ARRAYS
         else:
-            known = not _BY_NUMBER.search(key) or not value.decode()
+            known = not _BY_NUMBER.search(key) or not any(value.raw)  # 0: there are none
         if not known:
             shown = printable_line(f"{self._model.architecture}.{key}")
             raise UnsupportedModelError(
