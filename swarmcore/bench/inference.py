@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import attrs
 from rich.table import Table
@@ -22,6 +23,8 @@ from swarmcore.types import Progress
 if TYPE_CHECKING:
     from swarmcore.bench.llama_cpp_peer import LlamaCppModel
     from swarmcore.client.generation.model import RemoteModel
+
+P = ParamSpec("P")
 
 PROMPT = "The history of the sea is the history of those who crossed it. Long before there were maps,"
 
@@ -41,6 +44,9 @@ class InferenceResult:
     ratio_to: str
     milliseconds: float
     """Between two tokens of one client."""
+    processor: float | None = None
+    """Milliseconds of processor time for a token, of client and servers together, what prompts take included;
+    the median of the rounds. What else runs on the machine changes it least of all."""
     peer_ratio: float | None = None
     """To llama.cpp with as many clients, where that was measured; the median of the rounds."""
     batches: BatchFigures | None = None
@@ -68,6 +74,8 @@ class _Measured:
     against: str
     rate: float
     """Tokens per second."""
+    processor: float | None = None
+    """Seconds of all processes for a token."""
     batches: BatchFigures | None = None
 
 
@@ -134,29 +142,37 @@ class InferenceBench:
     async def _round(
         self, plain: PlainModel, peer: LlamaCppModel | None, swarms: dict[int, _Chain]
     ) -> dict[str, _Measured]:
-        rate = await asyncio.to_thread(plain.rate, PROMPT, self.tokens)
-        measured = {_PLAIN: _Measured(0, 1, _PLAIN, rate)}
+        rate, processor = await _alone(plain.rate, PROMPT, self.tokens)
+        measured = {_PLAIN: _Measured(0, 1, _PLAIN, rate, processor / self.tokens)}
         for clients in self._counts:
+            made = clients * self.tokens
             if peer is not None:
-                rate = await asyncio.to_thread(peer.rate, _prompts(clients), self.tokens)
-                measured[_name(0, clients)] = _Measured(0, clients, _name(0, 1), rate)
+                rate, processor = await _alone(peer.rate, _prompts(clients), self.tokens)
+                measured[_name(0, clients)] = _Measured(0, clients, _name(0, 1), rate, processor / made)
             for size, swarm in swarms.items():
                 against = _PLAIN if clients == 1 else _name(size, 1)
-                rate, batches = await self._batches(swarm, clients)
-                measured[_name(size, clients)] = _Measured(size, clients, against, rate, batches)
+                rate, processor, batches = await self._batches(swarm, clients)
+                measured[_name(size, clients)] = _Measured(
+                    size, clients, against, rate, processor / made, batches
+                )
         size = max(swarms)
         without = _journal_name(size, "off")
         for journal, rate in (await self._journal_rates(swarms[size].models)).items():
             measured[_journal_name(size, journal)] = _Measured(size, 1, without, rate)
         return measured
 
-    async def _batches(self, chain: _Chain, clients: int) -> tuple[float, BatchFigures]:
-        """`_rate`, and how servers batched meanwhile."""
+    async def _batches(self, chain: _Chain, clients: int) -> tuple[float, float, BatchFigures]:
+        """`_rate`, the processor time of all processes, and how servers batched meanwhile."""
         clock = asyncio.get_running_loop().time
-        before, began = await chain.counters(), clock()
+        before, began, own = await chain.counters(), clock(), time.process_time()
         rate = await self._rate(chain.models["client"], clients)
-        seconds = clock() - began
-        return rate, _batch_figures(before, await chain.counters(), seconds)
+        seconds, own = clock() - began, time.process_time() - own
+        after = await chain.counters()
+        return (
+            rate,
+            own + _counted("processor_seconds", before, after),
+            _batch_figures(before, after, seconds),
+        )
 
     async def _journal_rates(self, models: Models) -> dict[JournalMode, float]:
         """One client with each kind of journal, there and back, so that a drift of the machine hits all."""
@@ -243,15 +259,23 @@ def _journal_name(size: int, journal: JournalMode) -> str:
     return f"{size} server{'s' if size > 1 else ''}, journal: {journal}"
 
 
-def _batch_figures(before: Counters, after: Counters, seconds: float) -> BatchFigures:
-    def counted(name: str) -> float:
-        return sum(new[name] - old[name] for old, new in zip(before, after, strict=True))
+async def _alone(rate: Callable[P, float], *args: P.args, **options: P.kwargs) -> tuple[float, float]:
+    """What ``rate`` measures in a thread of this process, and the processor time that the process took."""
+    before = time.process_time()
+    return await asyncio.to_thread(rate, *args, **options), time.process_time() - before
 
-    batches = counted("decode_batches")
+
+def _counted(name: str, before: Counters, after: Counters) -> float:
+    """By all servers, between two looks at their counters."""
+    return sum(new[name] - old[name] for old, new in zip(before, after, strict=True))
+
+
+def _batch_figures(before: Counters, after: Counters, seconds: float) -> BatchFigures:
+    batches = _counted("decode_batches", before, after)
     return BatchFigures(
-        counted("decode_tokens") / batches if batches else 0.0,
+        _counted("decode_tokens", before, after) / batches if batches else 0.0,
         batches / len(after) / seconds,
-        counted("batch_wait_seconds") / len(after) / seconds,
+        _counted("batch_wait_seconds", before, after) / len(after) / seconds,
     )
 
 
@@ -277,6 +301,7 @@ def _results(samples: Mapping[str, Sequence[_Measured]]) -> list[InferenceResult
                 ratio=ratio(found, samples[against]),
                 ratio_to=against,
                 milliseconds=1000 * clients / rate,
+                processor=_median_milliseconds(found),
                 peer_ratio=ratio(found, peer) if peer else None,
                 batches=BatchFigures(*map(statistics.median, zip(*map(attrs.astuple, batches), strict=True)))
                 if batches
@@ -284,6 +309,11 @@ def _results(samples: Mapping[str, Sequence[_Measured]]) -> list[InferenceResult
             )
         )
     return results
+
+
+def _median_milliseconds(found: Sequence[_Measured]) -> float | None:
+    seconds = [each.processor for each in found if each.processor is not None]
+    return 1000 * statistics.median(seconds) if seconds else None
 
 
 def hop_milliseconds(results: Sequence[InferenceResult]) -> float | None:
@@ -300,7 +330,7 @@ def inference_table(results: Sequence[InferenceResult]) -> Table:
     peers = any(result.peer_ratio is not None for result in results)
     table = Table(title="decoding, one machine", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for name in ("tok/s", "ms/tok", "ratio", *(["llama.cpp"] if peers else []), "batch", "per s", "waits"):
+    for name in ("tok/s", "ms/tok", "ratio", *(["llama.cpp"] if peers else []), "cpu ms", "batch", "waits"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         peer = "" if result.peer_ratio is None else f"{result.peer_ratio:.2f}"
@@ -311,17 +341,14 @@ def inference_table(results: Sequence[InferenceResult]) -> Table:
             f"{result.milliseconds:.1f}",
             "" if result.ratio_to == result.name else f"{result.ratio:.2f}",
             *([peer] if peers else []),
-            *(
-                [f"{found.tokens:.1f}", f"{found.per_second:.1f}", f"{found.waited:.0%}"]
-                if found
-                else [""] * 3
-            ),
+            "" if result.processor is None else f"{result.processor:.1f}",
+            *([f"{found.tokens:.1f}", f"{found.waited:.0%}"] if found else []),
         )
     hop = hop_milliseconds(results)
     table.caption = (
         "ratio: one client to plain Transformers, several to one, journals to none"
         + ("; llama.cpp: to as many texts there" if peers else "")
-        + ". batch: tokens in one of a server, how many a second, and the time they waited for more"
+        + ". cpu ms: of all processes for a token. batch: tokens in one; waits: the time they waited for more"
         + (f". Each further server adds {hop:.1f} ms to a token." if hop is not None else ".")
     )
     table.caption_justify = "left"

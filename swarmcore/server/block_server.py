@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -376,6 +377,7 @@ class BlockServer:
         if self.service is not None:
             services += self.service.counters
         counted = {**self.engine.counters, **services, "moves": self.moves}
+        counted["processor_seconds"] = time.process_time()
         counters = {name: float(count) for name, count in counted.items()} | self.node.measures
         now = loop_time()
         notes = (*self.notes, *filter(None, [self.engine.stats.recent(now)]))

@@ -25,7 +25,7 @@ def test_ratios_are_of_figures_of_one_round() -> None:
     samples = {
         PLAIN: [_Measured(0, 1, PLAIN, rate) for rate in (10.0, 20.0, 40.0)],
         "llama.cpp, 1 text": [_Measured(0, 1, "llama.cpp, 1 text", rate) for rate in (30.0, 60.0, 80.0)],
-        "1 server, 1 client": [_Measured(1, 1, PLAIN, rate, BATCHES) for rate in (15.0, 30.0, 20.0)],
+        "1 server, 1 client": [_Measured(1, 1, PLAIN, rate, 0.05, BATCHES) for rate in (15.0, 30.0, 20.0)],
         "1 server, journal: off": [_Measured(1, 1, "1 server, journal: off", 5.0)] * 3,
     }
     found = {result.name: result for result in _results(samples)}
@@ -33,6 +33,7 @@ def test_ratios_are_of_figures_of_one_round() -> None:
     assert (ours.tokens_per_second, ours.ratio, ours.ratio_to) == (20.0, 1.5, PLAIN)
     assert ours.peer_ratio == 0.5
     assert ours.batches == BATCHES
+    assert ours.processor == 50.0
     assert found["1 server, journal: off"].peer_ratio is None
     assert found[PLAIN].batches is None
     titles = [column.header for column in inference_table(list(found.values())).columns]
@@ -50,6 +51,7 @@ def test_the_table_fits_a_terminal() -> None:
         ratio_to="3 servers, journal: off",
         milliseconds=1234.5,
         peer_ratio=12.34,
+        processor=123.4,
         batches=BatchFigures(16.0, 1234.5, 0.99),
     )
     console = Console(width=80, file=StringIO())
