@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import attrs
 
 from swarmcore.checkpoint.gguf_model import GgufModel
+from swarmcore.checkpoint.storage import no_progress
 from swarmcore.errors import (
     AdapterError,
     InternalError,
@@ -28,6 +29,7 @@ from swarmcore.executor.ggml.sequences import Sequences
 from swarmcore.executor.ggml.span_file import SpanFile, span_file
 from swarmcore.executor.ggml.span_model import ModelSettings, SpanModel
 from swarmcore.executor.ggml.step_runner import StepRunner
+from swarmcore.executor.ggml.trial import try_span
 from swarmcore.types import ModelInfo, Numerics, Progress, Span
 from swarmcore.wire.tensors import Tensor
 
@@ -105,6 +107,7 @@ class GgmlExecutor(BlockExecutor):
         file = span_file(self._gguf, span, progress=progress)
         try:
             entrance = architecture_of(self._gguf).entrance
+            try_span(file.path, self._settings, entrance, progress or no_progress)
             return _Loaded(span, SpanModel(self._library, file.path, self._settings, entrance), file)
         except BaseException:
             file.close()

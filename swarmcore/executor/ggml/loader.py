@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from swarmcore.checkpoint.gguf_header import TENSOR_TYPES
 from swarmcore.checkpoint.gguf_model import GgufModel
 from swarmcore.checkpoint.gguf_source import open_gguf
 from swarmcore.checkpoint.storage import cache_folder
-from swarmcore.errors import InputError
+from swarmcore.errors import CheckpointError, InputError
 from swarmcore.executor.ggml.executor import GgmlExecutor
 from swarmcore.executor.ggml.library import library
 from swarmcore.executor.ggml.span_cut import cut_span
 from swarmcore.executor.ggml.span_model import CACHE_TYPES, ModelSettings
 from swarmcore.executor.loader import AUTO, BlockLoader, LoadSettings, processor_name, thread_choices
 from swarmcore.placement.capacity import BlockNeeds
+from swarmcore.printable import printable_line
 from swarmcore.resources import limits
 from swarmcore.types import SHORT_DTYPES, Numerics, Progress, Span
 from swarmcore.wire.tensors import FLOATS
@@ -119,12 +119,17 @@ def _main_type(gguf: GgufModel) -> str:
 
 def _cached_values(gguf: GgufModel) -> int:
     """Keys and values of one token in one block, the one with most of them; of latent attention, too many."""
-    heads = _most(gguf.own("attention.head_count", 1))
-    kv_heads = _most(gguf.own("attention.head_count_kv", heads)) or heads
+    heads = _most(gguf, "attention.head_count", 1)
+    kv_heads = _most(gguf, "attention.head_count_kv", heads) or heads
     size = gguf.width // max(1, heads)
-    sizes = (gguf.own(f"attention.{what}_length", size) for what in ("key", "value"))
-    return kv_heads * sum(map(int, sizes))
+    return kv_heads * sum(_most(gguf, f"attention.{what}_length", size) for what in ("key", "value"))
 
 
-def _most(value: Any) -> int:
-    return int(max(value)) if isinstance(value, list | tuple) else int(value)
+def _most(gguf: GgufModel, key: str, default: int) -> int:
+    """The number under ``key``, or the largest of those of the blocks."""
+    found = gguf.own(key, default)
+    numbers = found if isinstance(found, list) else [found]
+    if not numbers or not all(isinstance(each, int) and each >= 0 for each in numbers):
+        shown = printable_line(repr(found)[:80])
+        raise CheckpointError(f"{gguf.name} is damaged: its {gguf.architecture}.{key} is {shown}")
+    return int(max(numbers))

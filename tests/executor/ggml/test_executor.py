@@ -11,6 +11,7 @@ import pytest
 
 from swarmcore.errors import (
     CacheFullError,
+    CheckpointError,
     InputError,
     InternalError,
     InvalidStepError,
@@ -27,6 +28,7 @@ gguf = pytest.importorskip("gguf")
 
 from random_gguf import WIDTH, write_random_gguf  # noqa: E402
 
+from swarmcore.executor.ggml import trial  # noqa: E402
 from swarmcore.executor.ggml.arrays import to_rows, to_tensor  # noqa: E402
 from swarmcore.executor.ggml.library import MAX_SEQUENCES  # noqa: E402
 from swarmcore.executor.ggml.loader import GgmlLoader  # noqa: E402
@@ -279,3 +281,37 @@ async def test_closing_gives_up_what_is_being_loaded(path: Path, load, monkeypat
     with pytest.raises(InternalError, match="given up"):
         await changing
     await closing
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "eps >= 0"),
+        ({"expert_count": 100000}, "MAX_EXPERTS"),
+        ({"rope.scaling.type": "nonsense"}, "rope_scaling_type"),
+    ],
+)
+async def test_what_llama_cpp_aborts_on_is_an_error(tmp_path: Path, load, keys, said: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"llama\.cpp cannot load .*{said}"):
+        await load(write_random_gguf(tmp_path / "lies.gguf", keys=keys))
+
+
+async def test_what_was_tried_is_not_tried_again(path: Path, load, monkeypatch) -> None:
+    executor = await load(path, "1:2")
+    monkeypatch.setattr(trial.subprocess, "Popen", None)
+    await executor.change_span(Span(2, 3))
+    await load(path, "0:1")
+
+
+async def test_a_load_that_does_not_end_is_given_up(path: Path, load, monkeypatch) -> None:
+    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="has not loaded it in 0 s"):
+        await load(path)
+
+
+@pytest.mark.parametrize("value", ["many", ["x", "y"], [2, -1]])
+async def test_numbers_of_heads_that_are_none(tmp_path: Path, value: object) -> None:
+    path = write_random_gguf(tmp_path / "lies.gguf", keys={"attention.head_count_kv": value})
+    with pytest.raises(CheckpointError, match="head_count_kv is"):
+        GgmlLoader(LoadSettings(model=str(path), threads=1)).needs()
