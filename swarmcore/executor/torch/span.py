@@ -17,7 +17,7 @@ from swarmcore.errors import CheckpointError, SpanError, SwarmError, Unsupported
 from swarmcore.executor.torch.attention import NAME, computing
 from swarmcore.executor.torch.batch import AdapterUpdates, Attention, AttentionBatch
 from swarmcore.executor.torch.cache_pages import CacheLayout, LayerShape
-from swarmcore.executor.torch.device import loading_memory
+from swarmcore.executor.torch.device import give_back_memory, loading_memory
 from swarmcore.executor.torch.families import OWN_MASKS, attention_replacement
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packed_linear import pack_linears
@@ -171,7 +171,9 @@ def load_span(
     """
     with loading_memory(checkpoint.name):
         check_blocks(checkpoint, span, quantized=weights is not None)
-        return _load(checkpoint, span, dtype, device, weights, progress)
+        loaded = _load(checkpoint, span, dtype, device, weights, progress)
+    give_back_memory()
+    return loaded
 
 
 def check_blocks(checkpoint: Checkpoint, span: Span, *, quantized: bool = False) -> None:
@@ -200,7 +202,7 @@ def _load(
     if not Span(0, text.num_hidden_layers).covers(span):
         raise SpanError(f"blocks {span} are not in {name}, which has blocks 0:{text.num_hidden_layers}")
     check_servable(text, name)
-    structure = structure_of(text)
+    structure, empty = structure_of(text), build_on_meta(whole_config(text))
     names = _block_tensors(checkpoint, structure, span)
     one_by_one = weights is not None or checkpoint.stored_weights is not None
     parts = [Span(block, block + 1) for block in span] if one_by_one else [span]
@@ -208,7 +210,7 @@ def _load(
     bases = []
     for part in parts:
         inner = {key: place for key, place in names.items() if place[0] in part}
-        base = _load_base(checkpoint, structure, part, inner, dtype, report)
+        base = _load_base(checkpoint, structure, empty, part, inner, dtype, report)
         base.to(device)
         if weights is not None:
             for index, block in enumerate(getattr(base, layer_list(base))):
@@ -226,14 +228,17 @@ def _load(
 def _load_base(
     checkpoint: Checkpoint,
     structure: Structure,
+    empty: Any,
     span: Span,
     names: dict[str, tuple[int, str]],
     dtype: torch.dtype,
     progress: Progress,
 ) -> Any:
-    """The family's base model with the blocks ``span`` alone, whose tensors are ``names``."""
+    """The family's base model with the blocks ``span`` alone, whose tensors are ``names``.
+
+    ``empty`` is the whole model, without memory.
+    """
     name, whole = checkpoint.name, whole_config(checkpoint.config.get_text_config(decoder=True))
-    empty = build_on_meta(whole)
     blocks_path = f"{structure.base}.{structure.layers}"
     tensors = checkpoint.read(names, progress=progress)
     tensors = {key: data for key, data in tensors.items() if not is_computed(key, data)}
