@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local, read_model
-from swarmcore.checkpoint.location import all_parts, find, gguf_at, hub_name, is_gguf, model_name
+from swarmcore.checkpoint.location import all_parts, find, gguf_at, hub_name, is_gguf, model_name, suggest
 from swarmcore.checkpoint.storage import cache_folder
-from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError
+from swarmcore.errors import CheckpointError, InputError, ModelNotFoundError, UnsupportedModelError
 from swarmcore.types import Progress
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def open_gguf(
     file's name. Its headers are read; nothing is converted, and torch is not needed. Blocks: run it in a
     thread.
 
-    Raise `ModelNotFoundError` when there is no such model, or no GGUF, `CheckpointError` when it is damaged
-    or incomplete, `UnsupportedModelError` for what cannot be read, `InputError` for a revision of what is on
-    no hub, `ModelHubError` and `StorageError` where its headers cannot be downloaded.
+    Raise `ModelNotFoundError` when there is no such model, `UnsupportedModelError` when it is none in GGUF or
+    cannot be read, `CheckpointError` when it is damaged or incomplete, `InputError` for a revision of what is
+    on no hub, `ModelHubError` and `StorageError` where its headers cannot be downloaded.
     """
     cache = cache_folder(cache_dir)
     path = find(source, cache, progress)
@@ -42,12 +42,20 @@ def open_gguf(
         raise InputError(f"revisions are those of a model hub, and {source} is on none; leave it out")
     if gguf := gguf_at(path):
         return open_local(gguf)
-    hub = hub_name(source)
-    if path.exists() or hub is None:
-        raise ModelNotFoundError(f"{source} is no GGUF file, no folder with one, and no model of a hub")
+    if path.exists():
+        raise _other(source)
+    if (hub := hub_name(source)) is None:
+        raise ModelNotFoundError(f"no such file or folder: {source}{suggest(path)}")
     from swarmcore.checkpoint.hub import resolve
 
-    return open_on_hub(resolve(hub[0], revision, cache), hub[1], cache, progress=progress)
+    repository = resolve(hub[0], revision, cache)
+    if not gguf_models(repository):
+        raise _other(source)
+    return open_on_hub(repository, hub[1], cache, progress=progress)
+
+
+def _other(source: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{source} is no GGUF, and executor ggml runs no others; use executor torch")
 
 
 def open_on_hub(

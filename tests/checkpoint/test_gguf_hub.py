@@ -18,7 +18,7 @@ from swarmcore.checkpoint.gguf_model import GgufModel, open_local
 from swarmcore.checkpoint.gguf_source import open_gguf, open_on_hub
 from swarmcore.checkpoint.hub import resolve
 from swarmcore.checkpoint.location import names_gguf
-from swarmcore.errors import CheckpointError, ModelNotFoundError
+from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from swarmcore.executor.ggml.span_file import span_file
 from swarmcore.types import Span
 
@@ -105,9 +105,11 @@ def test_which_model_is_meant(hub: Any, ggufs: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_gguf(tmp_path: Path) -> None:
-    for source in (str(tmp_path), str(tmp_path / "absent")):
-        with pytest.raises(ModelNotFoundError, match="is no GGUF file"):
-            open_gguf(source, cache_dir=tmp_path)
+    with pytest.raises(UnsupportedModelError, match="is no GGUF, and executor ggml runs no others"):
+        open_gguf(str(tmp_path), cache_dir=tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelNotFoundError, match=r"no such file or folder: .*did you mean .*model\.gguf"):
+        open_gguf(str(tmp_path / "modle.gguf"), cache_dir=tmp_path)
 
 
 def test_hub_models_in_gguf_are_told_by_their_names() -> None:
