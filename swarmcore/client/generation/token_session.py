@@ -58,6 +58,8 @@ class ModelSession:
         self._prefix_tokens = prefix_tokens
         self._namespace = namespace
         self._begun = False
+        self._prompts: list[list[int]] = []
+        """The tokens that its first step is expected to bring, as far as that is known."""
         self._remote: RemoteSession | None = None
         self._tokens: list[list[int]] = [[] for _ in range(sequences)]
         self.cached: tuple[int, ...] = (0,) * sequences
@@ -107,11 +109,12 @@ class ModelSession:
             raise SessionLostError("the session was closed; make another one")
         if self._remote is None:
             room = self._max_tokens + self._prompt_rows
+            # Rows of a soft prompt have no name.
+            self._prompts = [] if self._prompt_rows else [list(each) for each in prompts]
             remote = await self._open_remote(
                 sequences=self.sequences,
                 max_tokens=room,
-                # Rows of a soft prompt have no name.
-                prompts=() if self._prompt_rows else prompts or [()] * self.sequences,
+                prompts=() if self._prompt_rows else self._prompts or [()] * self.sequences,
                 namespace=self._namespace,
             )
             try:
@@ -238,6 +241,12 @@ class ModelSession:
             raise SessionLostError(
                 "the session is not open; use it as: async with model.session() as session"
             )
+        if not self._begun and self._prompts and (sources or [list(new) for new in ids] != self._prompts):
+            # It was opened for a prompt that was given up, and its pages have the names of that.
+            given_up, self._remote = self._remote, None
+            await given_up.close()
+            await self.open(() if sources else ids)
+            assert self._remote is not None
         tokens = [list(self._tokens[source]) for source in sources] or self._tokens
         output = await self._remote.step(
             to_wire("hidden", hidden),

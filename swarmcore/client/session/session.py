@@ -131,12 +131,13 @@ class InferenceSession:
         expected = (sum(lengths), self.model.hidden_size)
         if hidden.shape != expected:
             raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
+        self._check_first(lengths, sources)
         self._step = until_closed = asyncio.timeout(None)
         self._settled = False
         try:
             async with until_closed, self._step_lock:
                 if self._pipeline.cached:
-                    hidden, lengths, starts = self._begin(hidden, lengths, starts, sources, reply)
+                    hidden, lengths, starts = self._begin(hidden, lengths, starts, reply)
                 plan = self._pipeline.steps.begin(
                     lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources
                 )
@@ -211,12 +212,23 @@ class InferenceSession:
 
     # --- one step ----------------------------------------------------------------------------------------
 
+    def _check_first(self, lengths: Sequence[int], sources: Sequence[int]) -> None:
+        """Raise `InvalidStepError` for a first step that cannot be the prompts which have names."""
+        prefix = self._pipeline.prefix
+        if self._steps_done or prefix is None or not any(prefix.tokens):
+            return
+        prompts = list(map(len, prefix.tokens))
+        if sources or list(lengths) != prompts:
+            raise InvalidStepError(
+                f"the first step brings {list(lengths)} rows{' and reorders' * bool(sources)}; the session "
+                f"was opened for prompts of {prompts} tokens"
+            )
+
     def _begin(
         self,
         hidden: Tensor,
         lengths: Sequence[int],
         starts: Sequence[int] | None,
-        sources: Sequence[int],
         reply: Reply,
     ) -> tuple[Tensor, Sequence[int], Sequence[int] | None]:
         """Leave out of the first step what all servers have: it is only put down for failovers.
@@ -224,13 +236,7 @@ class InferenceSession:
         Not the last row of a sequence, of which the result is made.
         """
         pipeline, prefix = self._pipeline, self._pipeline.prefix
-        if (
-            prefix is None
-            or reply != "last"
-            or sources
-            or any(starts or ())
-            or len(lengths) != self.sequences
-        ):
+        if prefix is None or reply != "last" or any(starts or ()) or not any(prefix.tokens):
             self._begin_with_nothing()
             return hidden, lengths, starts
         skipped = tuple(map(prefix.skipped, range(self.sequences), pipeline.cached, lengths))
@@ -361,8 +367,9 @@ async def open_session(
     not answer is avoided in the next of ``attempts``, see `ChainOpener`. Raise `MissingBlocksError` when no
     chain is left, `CacheFullError` or the last server's error when the attempts are used up.
 
-    ``prompts`` are the tokens of each sequence, whose rows the first step will bring, from 0 on: of these,
-    what all servers have kept of earlier sessions of this client and ``namespace`` is not computed again.
+    ``prompts`` are the tokens of each sequence, whose rows the first step has to bring, these and no others:
+    what all servers have kept of them from earlier sessions of this client and ``namespace`` is not computed
+    again.
     """
     options = options or SessionOptions()
     prefix = None

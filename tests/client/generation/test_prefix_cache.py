@@ -14,11 +14,14 @@ from tiny_models import save_random_model, tiny_config
 from tiny_swarm import served
 
 from swarmcore import sync
+from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.client.session.options import SessionOptions
+from swarmcore.errors import InputError
 from swarmcore.server.block_server import BlockServer
 from swarmcore.training import PrefixAdapter
 
 SYSTEM = "You are a lighthouse keeper, and answer in words that fit on a postcard from the northern sea. "
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 TOKENS = 8
 PAGE = 64
 
@@ -69,6 +72,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
             )
             for prefix_cache in (True, False)
         )
+        for each in (model, whole):
+            each.asynchronous.tokenizer.chat_template = TEMPLATE
         swarm.wait_for_blocks(model.info, timeout=30)
         yield Setting(plain, model, whole, servers)
 
@@ -130,9 +135,6 @@ def test_namespaces_have_nothing_in_common(setting: Setting) -> None:
 
 
 def test_turns_of_a_chat_go_on_in_another_one(setting: Setting) -> None:
-    setting.model.asynchronous.tokenizer.chat_template = (
-        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-    )
     turns = "What is the weather like at the end of the world?", "And when the ships come home, what then?"
     said: list[list[str]] = []
     cached = []
@@ -144,3 +146,28 @@ def test_turns_of_a_chat_go_on_in_another_one(setting: Setting) -> None:
                 cached.append(chat.asynchronous.generation.cached_tokens)
     assert said[0] == said[1]
     assert cached[2] >= PAGE and cached[3] > cached[2]
+
+
+def test_a_prompt_that_was_given_up_before_it_was_sent_names_nothing(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    with setting.model.chat() as chat:
+        "".join(chat.say(SYSTEM, **options))
+    with setting.model.chat() as chat:
+        with monkeypatch.context() as patched:
+
+            async def interrupted(*args: Any) -> None:
+                raise InputError("given up")
+
+            patched.setattr(ModelSession, "embed", interrupted)
+            with pytest.raises(InputError, match="given up"):
+                "".join(chat.say(SYSTEM))
+        other = (
+            "Tell me of the southern sea and of all the ships that came home, if any did, and of their crews."
+        )
+        said = ["".join(chat.say(other, **options))]
+    for model in (setting.whole, setting.model):
+        with model.chat() as chat:
+            said.append("".join(chat.say(other, **options)))
+    assert len(set(said)) == 1

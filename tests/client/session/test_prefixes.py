@@ -324,14 +324,13 @@ async def test_other_steps_than_the_prompt_first() -> None:
         result = await session.step(hidden_states(embed(PROMPT)), [150], reply="all")
         assert len(read_rows(result)) == 150 and session.cached == (0,)
         await session.close()
-        session = await swarm.open(1, [PROMPT])
-        result = await session.step(hidden_states(embed(PROMPT[:30])), [30])
-        assert read_rows(result) == await expected(PROMPT[:30]) and session.cached == (29,)
-        await session.close()
         session = await swarm.open(2, [PROMPT, OTHER])
-        rows = [*embed(OTHER), *embed(PROMPT)]
-        result = await session.step(hidden_states(rows), [140, 150], sources=(0, 0))
-        assert read_rows(result) == await expected(OTHER, PROMPT) and session.cached == (0, 0)
+        rows = [*embed(PROMPT), *embed(OTHER)]
+        for lengths, sources in (([150, 0], ()), ([149, 140], ()), ([150, 140], (0, 0))):
+            with pytest.raises(InvalidStepError, match="opened for prompts"):
+                await session.step(hidden_states(rows[: sum(lengths)]), lengths, sources=sources)
+        result = await session.step(hidden_states(rows), [150, 140])
+        assert read_rows(result) == await expected(PROMPT, OTHER) and session.cached == (128, 64)
         await session.close()
         await over(swarm)
 
