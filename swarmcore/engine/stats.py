@@ -150,10 +150,10 @@ class EngineStats:
         recent.add(now)
         if recent.batches < 0.5:
             return ""
-        batches, busy, waited = recent.batches / RECENT, recent.busy / RECENT, recent.waited / RECENT
-        size = recent.tokens / recent.batches
+        batches, size = recent.batches / RECENT, recent.tokens / recent.batches
+        busy, waited = 100 * recent.busy / RECENT, 100 * recent.waited / RECENT
         return (
-            f"{batches:.1f} batches/s of {size:.1f} tokens: {busy:.0%} of the time at work, {waited:.0%} "
+            f"{batches:.1f} batches/s of {size:.1f} tokens: {busy:.0f} % of the time at work, {waited:.0f} % "
             f"waiting for more steps"
         )
 
