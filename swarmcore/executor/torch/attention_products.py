@@ -35,13 +35,15 @@ def attend_to_pieces(
     how: Attention,
     *,
     mask: torch.Tensor | None = None,
+    unseen: Sequence[tuple[int, int]] = (),
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of ``query``, ``[key heads, rows of each * tokens, size]``, to keys and values in pieces.
 
     The columns of the scores are the rows of all pieces, in order. ``mask`` is added to the last columns,
-    ``[key heads or 1, rows or 1, tokens, columns]``. ``sinks`` are those of ``how``, ``[key heads, rows]``.
-    The result is as ``query``.
+    ``[key heads or 1, rows or 1, tokens, columns]``. Columns that are ``unseen`` (the first, how many) count
+    for nothing, whatever their keys are. ``sinks`` are those of ``how``, ``[key heads, rows]``. The result is
+    as ``query``.
     """
     parts = [_scores(query, piece, how.scale) for piece in pieces]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -54,6 +56,8 @@ def attend_to_pieces(
         masked = mask.shape[-1]
         by_token = scores.view(heads, rows, stacked // rows, columns)
         by_token.narrow(3, columns - masked, masked).add_(mask)
+    for first, count in unseen:
+        scores.narrow(2, first, count).fill_(float("-inf"))
     if sinks is None:
         weights = torch.softmax(scores, -1)
     else:

@@ -54,7 +54,7 @@ class CachedSegment:
             products = (columns.whole or self._quantised) and products_pay(query, values * length, rows)
         mask = partial(causal_mask, self.start, self.end, how, query.device, query.dtype)
         if few and (how.explicit or products):
-            return Reading(self.start, length, columns.spread(_by_key_heads(mask(), rows), query), columns)
+            return Reading(self.start, length, columns.spread(_by_key_heads(mask(), rows)), columns)
         views = make = None
         if len(self.runs) == 1 and not self._quantised:
             views = self.runs[0][0].slots(first, length)
@@ -122,6 +122,8 @@ class Columns:
         """
         self.whole = True
         """Whether nothing is read in part."""
+        self.unseen: list[tuple[int, int]] = []
+        """Columns that are no tokens that count: the first, how many."""
         self._read: list[tuple[Extent, int, int]] = []
         """Of which extent, from which token on, how many."""
         self._seen: list[tuple[int, int]] = []
@@ -133,6 +135,9 @@ class Columns:
             if seen <= 0:
                 continue
             as_it_lies = whole and 2 * seen >= extent.capacity
+            if as_it_lies:
+                around = (0, low), (tokens, extent.capacity - tokens)
+                self.unseen += [(self._columns + at, count) for at, count in around if count]
             self._seen.append((self._columns + (low if as_it_lies else 0), seen))
             self._read.append((extent, 0, extent.capacity) if as_it_lies else (extent, low, seen))
             self._columns += self._read[-1][2]
@@ -156,15 +161,12 @@ class Columns:
             for group in groups
         ]
 
-    def spread(self, mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-        """``mask``, ``[..., tokens]``, over all columns: those that are no tokens are not seen."""
-        if self._columns == sum(count for _, count in self._seen):
+    def spread(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """``mask``, ``[..., tokens]``, over all columns."""
+        if mask is None or not self.unseen:
             return mask
-        if mask is None:
-            mask = like.new_zeros(1, 1, 1, sum(count for _, count in self._seen))
-        spread = mask.new_full((*mask.shape[:-1], self._columns), float("-inf"))
-        for part, (first, count) in zip(
-            mask.split_with_sizes([n for _, n in self._seen], -1), self._seen, strict=True
-        ):
+        spread = mask.new_zeros(*mask.shape[:-1], self._columns)
+        lengths = [count for _, count in self._seen]
+        for part, (first, count) in zip(mask.split_with_sizes(lengths, -1), self._seen, strict=True):
             spread.narrow(-1, first, count).copy_(part)
         return spread

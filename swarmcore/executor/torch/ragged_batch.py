@@ -118,5 +118,6 @@ def _attend_few(reading: Reading, layer: int, query: torch.Tensor, rows: int, ho
         keys, values = reading.one_piece(layer)
         return scaled_dot_product_attention(query, keys, values, attn_mask=reading.mask, scale=how.scale)
     sinks = None if how.sinks is None else how.sinks.view(-1, rows)
-    pieces = reading.columns.pieces(layer)
-    return attend_to_pieces(query[0], pieces, rows, how, mask=reading.mask, sinks=sinks).unsqueeze(0)
+    pieces, unseen = reading.columns.pieces(layer), reading.columns.unseen
+    output = attend_to_pieces(query[0], pieces, rows, how, mask=reading.mask, unseen=unseen, sinks=sinks)
+    return output.unsqueeze(0)

@@ -137,3 +137,15 @@ def test_what_is_not_finite_stays_with_its_segment(monkeypatch: pytest.MonkeyPat
     cache.wipe(length + 1, length + 2)
     batch = RaggedBatch([(cache, length, 1)], torch.device("cpu"))
     assert batch.attend(0, query[:, :, :1], keys[:, :, :1], values[:, :, :1], WAYS["full"]).isfinite().all()
+
+
+@pytest.mark.parametrize("far", [3e38, -3e38])
+@torch.inference_mode()
+def test_keys_that_are_not_seen_do_not_matter(far: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_products, "_WORTHWHILE", 0)
+    sequences = Sequences(torch.bfloat16, False)
+    sequences.attend(WAYS["full"], LENGTHS)
+    for cache in sequences.caches:
+        for plane in cache.runs[0].extent.stores[0]:
+            plane[..., cache.length :, :] = far
+    assert sequences.attend(WAYS["full"], (1, 1, 1)) < TOLERANCES[torch.bfloat16, False]
