@@ -118,13 +118,13 @@ def _model_line(view: SwarmView, model: ModelInfo) -> RenderableType:
     bar = coverage_bar(counts, _BAR_WIDTH)
     line.append(bar, style="green")
     line.highlight_regex("·+", "red")
-    if len(numerics := _numerics(view.serving(model.fingerprint))) == 1:
-        line.append(f"  {numerics[0]}")
     missing = uncovered(counts)
     if missing:
         line.append(f"  missing {', '.join(map(str, missing))}", style="bold red")
     else:
         line.append(f"  complete, every block at least {min(counts)} x", style="green")
+    if len(numerics := _numerics(view.serving(model.fingerprint))) == 1:
+        line.append(f"  {numerics[0]}")
     return line
 
 

@@ -259,7 +259,7 @@ def test_status_shows_moves_and_reasons_and_fits_80_columns():
     row = next(line for line in text.splitlines() if "0:3 " in line)
     assert "to 3:6" in row
     assert "1,234" in row
-    assert "  torch/bf16  missing" in text
+    assert "  missing 3:6  torch/bf16\n" in text
     assert "0 % of 131k" in row
     assert "attic" in row
     assert "placement: moving from 0:3 to 3:6: [red]nobody" in text
