@@ -141,7 +141,9 @@ def _largest_block(config: Any, how: Precision) -> tuple[int, int, int]:
 
 
 def _cached_bytes(config: Any, dtype: torch.dtype | None) -> int:
-    """Memory of one token's keys and values in one block: of ``dtype``, or of int8 with scales."""
+    """Memory of a token in the block that keeps most of it: of ``dtype``, or of int8 with scales."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(_cached_bytes(layer, dtype) for layer in config.per_layer_config)
     values = _cached_values(config)
     if dtype is not None:
         return values * dtype.itemsize
@@ -149,9 +151,7 @@ def _cached_bytes(config: Any, dtype: torch.dtype | None) -> int:
 
 
 def _cached_values(config: Any) -> int:
-    """Keys and values of one token in one block, the one with most of them."""
-    if getattr(config, "is_heterogeneous", False):
-        return max(_cached_values(layer) for layer in config.per_layer_config)
+    """Keys and values of one token in one block."""
     heads = config.num_attention_heads
     if rotated := getattr(config, "qk_rope_head_dim", 0):  # latent attention, cached expanded
         return int(heads * (config.qk_nope_head_dim + rotated + config.v_head_dim))
