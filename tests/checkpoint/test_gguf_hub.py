@@ -116,3 +116,11 @@ def test_hub_models_in_gguf_are_told_by_their_names() -> None:
     assert names_gguf("someone/tiny-GGUF")
     assert names_gguf("someone/tiny:Q4_K_M")
     assert not names_gguf("someone/tiny")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(
+        ModelNotFoundError, match=r"^no such file or folder: .*modell\.gguf; did you mean .*model\.gguf"
+    ):
+        open_gguf(str(tmp_path / "modell.gguf"), cache_dir=tmp_path)

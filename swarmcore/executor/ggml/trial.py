@@ -72,7 +72,8 @@ def _run(
     path: Path, settings: ModelSettings, entrance: str | None, limit: float, progress: Progress
 ) -> tuple[int | None, list[str]]:
     """How the process has ended, None for one that does not end, and what it had to say."""
-    arguments = [str(path), settings.device.name, settings.cache_dtype, entrance or "", str(math.ceil(limit))]
+    how = settings.device.name, settings.cache_dtype, "repacked" if settings.repacked else ""
+    arguments = [str(path), *how, entrance or "", str(math.ceil(limit))]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "GGML_NO_BACKTRACE": "1"}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", __name__, *arguments],
@@ -112,16 +113,19 @@ def _key(path: Path, settings: ModelSettings) -> str:
         header = read_header(read, path.stat().st_size, path.name)
         first = min(tensor.start for tensor in header.tensors.values())
         hashed = hashlib.sha256(read(0, first))
-    ways = library().version, settings.device.name, settings.device.description, settings.cache_dtype
-    hashed.update(repr(ways).encode())
+    device = settings.device
+    how = library().version, device.name, device.description, settings.cache_dtype, settings.repacked
+    hashed.update(repr(how).encode())
     return f"llama.cpp-{hashed.hexdigest()}"
 
 
 def _main() -> None:
-    path, device, cache_dtype, entrance, limit = sys.argv[1:]
+    path, device, cache_dtype, repacked, entrance, limit = sys.argv[1:]
     signal.alarm(int(limit))  # also when nobody waits any more
     llama = library()
-    settings = ModelSettings(device=llama.device(device), threads=1, cache_dtype=cache_dtype)
+    settings = ModelSettings(
+        device=llama.device(device), threads=1, cache_dtype=cache_dtype, repacked=bool(repacked)
+    )
     SpanModel(llama, Path(path), settings, entrance or None).close()
 
 
