@@ -82,6 +82,7 @@ async def test_a_change_of_load_is_announced_within_seconds(swarms):
             [info] = client.view()
             assert info.sessions == 1
             assert info.cache_tokens_free == CACHE - 100
+            assert "attention cache: 25 of 100 pages are in use, 75 are free" in server.notes
         await asyncio.sleep(6)
         assert next(iter(client.view())).cache_tokens_free == CACHE
         assert "online · 0 sessions · 400 of 400" in repr(server)
