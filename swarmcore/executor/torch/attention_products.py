@@ -1,7 +1,7 @@
 """Attention by plain products and a softmax, for what no fused kernel does, or does slowly.
 
-On CPUs torch's fused kernel goes over bfloat16 at a tenth of the speed of its products: these are faster from
-a few hundred cached tokens on. Scores are rounded to the dtype of the queries, as in transformers' ``eager``;
+On CPUs torch's fused kernel goes over bfloat16 much more slowly than its products: these are faster from a
+few hundred cached tokens on. Scores are rounded to the dtype of the queries, as in transformers' ``eager``;
 with a soft cap, sinks or a bias they go on in float32.
 """
 
