@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from swarmcore.engine import validation
 from swarmcore.engine.batch_window import BatchWindow
 from swarmcore.engine.kv_cache_manager import KVCacheManager
 from swarmcore.engine.kv_transfer import KVChunk, KVTransfer
@@ -24,7 +25,6 @@ from swarmcore.engine.session_manager import SessionManager
 from swarmcore.engine.session_prefixes import SessionPrefixes
 from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training import TrainingLimits, TrainingRunner
-from swarmcore.engine.validation import check_codec, check_held, check_hidden, check_timeout, draining
 from swarmcore.errors import InputError, InvalidStepError, RemoteFaultError, SessionLostError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor
 from swarmcore.tasks import loop_time
@@ -42,9 +42,9 @@ class Engine:
     """Runs the steps of many sessions on one executor, batched together.
 
     ``cache_tokens`` is the attention cache to share out, in tokens through the span that the executor has
-    now (it may change); ``max_batch_tokens`` bounds a batch, and with it the
-    time that a decode step waits for someone's prefill. A session idle for ``idle_timeout`` seconds is ended,
-    or for ``idle_grace`` seconds when another one needs its room. The executor stays the caller's to close.
+    now (it may change); ``max_batch_tokens`` bounds a batch, and with it the time that a decode step waits
+    for someone's prefill. A session idle for ``idle_timeout`` seconds is ended, or for ``idle_grace`` seconds
+    when another one needs its room. The executor stays the caller's to close.
     """
 
     def __init__(
@@ -89,7 +89,9 @@ class Engine:
         )
         self._transfer = KVTransfer(executor, self._sessions, prefixes, self._carry_on, self._answered)
         self._window = BatchWindow()
-        self.training = TrainingRunner(executor, self.stats, training_limits or TrainingLimits(), self._wake)
+        self.training = TrainingRunner(
+            executor, self.stats, training_limits or TrainingLimits(), lambda: self._batches.wake()
+        )
         """Forward and backward passes, which go after interactive steps: see `TrainingRunner.admit`."""
         worker = self.training.worker
         self._batches = BatchLoop(
@@ -98,8 +100,6 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-
-    # --- state -------------------------------------------------------------------------------------------
 
     @property
     def sessions(self) -> int:
@@ -137,9 +137,7 @@ class Engine:
         """What has happened since the start, by name."""
         return {
             **self.stats.counters(),
-            "prefix_hits": self.prefixes.hits,
-            "prefix_tokens": self.prefixes.hit_tokens,
-            "prefix_pages": self.prefixes.pages,
+            **self.prefixes.counters(),
             "cache_pages": self._kv_cache.pages,
             "cache_pages_used": self._kv_cache.held,
         }
@@ -153,13 +151,10 @@ class Engine:
         """Grows with every batch, unit of a pass and piece of cache that is dealt with."""
         return self.stats.batches + self.stats.pass_units + self._transfer.chunks
 
-    def computed(self, session: str) -> int:
-        """Rows of the session computed so far, those of unfinished steps too. Raise `SessionLostError`."""
-        return self._sessions[session].computed
-
-    def waits_for_room(self, session: str) -> bool:
-        """Whether the session's steps wait for room in the cache. Raise `SessionLostError`."""
-        return self._sessions[session].allocation.growth is not None
+    def progress(self, session: str) -> tuple[int, bool]:
+        """Rows computed so far, and whether a step waits for room in the cache. Raise `SessionLostError`."""
+        found = self._sessions[session]
+        return found.computed, found.allocation.growth is not None
 
     def __repr__(self) -> str:
         return (
@@ -188,9 +183,9 @@ class Engine:
 
     def _stop(self, error: SwarmError) -> None:
         self._closing = True
-        self._sessions.close_all(error, draining(), loop_time())
+        self._sessions.close_all(error, validation.draining(), loop_time())
         self._prefixes.forget_outside(None)
-        self.training.stop(draining())
+        self.training.stop(validation.draining())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -223,31 +218,28 @@ class Engine:
 
         Wait up to ``timeout`` seconds for that room, first come first served; raise `CacheFullError`, with
         its ``retry_after``, when it does not come free or never could. ``caller`` is whose share of the cache
-        it counts in while others wait. Beyond ``tokens`` the session grows as
-        it goes. Raise `SpanError` for blocks that are not here, `InputError` for numbers that make no sense.
+        it counts in while others wait. Beyond ``tokens`` the session grows as it goes. Raise `SpanError` for
+        blocks that are not here, `InputError` for numbers that make no sense.
 
         Return how many tokens each sequence begins with: as many as pages called by the first of its
         ``names`` (`swarmcore.wire.prefix_names`) are here within ``scope``, computed before. Its first
         step may begin there, or at any position below. What it computes is found by its names in turn.
         """
         if self._closing:
-            raise draining()
+            raise validation.draining()
         if session in self._sessions.sessions or session in self._sessions.opening:
             raise InputError(f"session {session[:8]} is open already; choose a new random name for a new one")
-        if not 0 < sequences <= self.max_sequences:
-            raise InputError(f"a session of {sequences} sequences; expected 1 to {self.max_sequences}")
-        if tokens < 0:
-            raise InputError(f"a session that needs {tokens} cache tokens; expected 0 or more")
+        validation.check_session(sequences, self.max_sequences, tokens)
         span = span or self.executor.span
-        check_held(span, self.executor.span)
+        validation.check_held(span, self.executor.span)
         now = loop_time()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        deadline = now + check_timeout(timeout)
+        deadline = now + validation.check_timeout(timeout)
         self._sessions.request(session, span, sequences, tokens, answer, deadline, now, adapter, caller)
         self._carry_on()
         try:
             await answer
-            check_held(span, self.executor.span)  # which may have changed in the meantime
+            validation.check_held(span, self.executor.span)  # which may have changed in the meantime
             if names and self.prefixes.enabled:
                 await self._transfer.begin_with(
                     self._sessions[session], scope or PrefixScope(caller, span), names
@@ -305,14 +297,12 @@ class Engine:
         found = self._sessions[session]
         try:
             segments = found.segments(starts, lengths, sources)
-            width = self.executor.model.hidden_size
-            check_hidden(hidden, sum(lengths), width, self.max_step_tokens)
-            check_codec(codec)
-            if reply not in ("all", "last"):
-                raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
-            self._sessions.pending.check(found, hidden.shape[0])
+            rows, width = sum(lengths), self.executor.model.hidden_size
+            validation.check_hidden(hidden, rows, width, self.max_step_tokens)
+            validation.check_reply(reply, codec)
+            self._sessions.pending.check(found, rows)
             now = loop_time()
-            timeout = check_timeout(timeout)
+            timeout = validation.check_timeout(timeout)
         except SwarmError:
             self.stats.refusals += 1
             raise
@@ -369,7 +359,7 @@ class Engine:
         found = self._sessions[session]
         segment = found.segment(sequence, start, count)
         self._sessions.pending.check(found, count)
-        answer = self._transfer.submit(found, segment, check_timeout(timeout), tensors)
+        answer = self._transfer.submit(found, segment, validation.check_timeout(timeout), tensors)
         self._carry_on()
         await answer
 
@@ -387,11 +377,6 @@ class Engine:
         self._sessions.fail(item, InvalidStepError("the step was cancelled by its caller"), now)
         self._sessions.poll(now)
         self._carry_on()
-
-    # --- time --------------------------------------------------------------------------------------------
-
-    def _wake(self) -> None:
-        self._batches.wake()
 
     def _carry_on(self) -> None:
         """After every change of the sessions: have the batches run, and the timer set."""

@@ -105,6 +105,10 @@ class PrefixCache:
         """Pages that are kept for sequences without a session, rounded up."""
         return -(-self._room.total() // self._page_room)
 
+    def counters(self) -> dict[str, float]:
+        """What has happened since the start, by name."""
+        return {"prefix_hits": self.hits, "prefix_tokens": self.hit_tokens, "prefix_pages": self.pages}
+
     def __len__(self) -> int:
         return len(self._kept)
 

@@ -210,6 +210,12 @@ class EngineSession:
         [segment] = self.segments(starts, lengths)
         return segment
 
+    def extend_deadlines(self, now: float) -> None:
+        """The time of its steps begins anew, but of those that wait for room in the cache."""
+        if self.allocation.growth is None:
+            for item in self.queue:
+                item.deadline = max(item.deadline, now + item.timeout)
+
     def append(self, item: QueueItem) -> None:
         self.queue.append(item)
         self._apply(item, self.scheduled)

@@ -88,8 +88,6 @@ class SessionManager:
                 f"no session {name[:8]} here: it expired, was closed or made room; open a new one and replay"
             ) from None
 
-    # --- sessions begin and end --------------------------------------------------------------------------
-
     def request(
         self,
         name: str,
@@ -142,9 +140,9 @@ class SessionManager:
 
     def _admit(self, request: AdmissionRequest, allocation: KVAllocation, now: float) -> None:
         opening = self.opening[request.session]
-        ids = range(self._next_sequence, self._next_sequence + request.sequences)
-        self._next_sequence = ids.stop
-        sequences = tuple(map(SequenceId, ids))
+        first = self._next_sequence
+        self._next_sequence += request.sequences
+        sequences = tuple(map(SequenceId, range(first, self._next_sequence)))
         session = EngineSession(request.session, opening, sequences, allocation)
         self.sessions[request.session] = session
         self._stats.sessions_opened += 1
@@ -231,9 +229,8 @@ class SessionManager:
             self._activate(session, session.queue[0], now)
         if not session.queue and session.allocation.idle_since is None:
             session.allocation.idle_since = now
-            self._wake_by(
-                now + (self._kv_cache.idle_grace if self._kv_cache.growths else self._kv_cache.idle_timeout)
-            )
+            cache = self._kv_cache
+            self._wake_by(now + (cache.idle_grace if cache.growths else cache.idle_timeout))
 
     def _activate(self, session: EngineSession, item: QueueItem, now: float) -> None:
         session.active = item
@@ -317,18 +314,13 @@ class SessionManager:
     def note_progress(self, now: float) -> None:
         """The executor got something done: the time of steps that wait for it begins anew.
 
-        So a slow server still computes the steps that it accepted, and one that hangs fails them in time. The
-        deadlines of steps that wait for room in the cache stay as they are.
+        So a slow server still computes the steps that it accepted, and one that hangs fails them in time.
         """
         if now < self._extended_at + EXTENDED_EVERY:
             return
         self._extended_at = now
         for session in self.sessions.values():
-            if session.allocation.growth is None:
-                for item in session.queue:
-                    item.deadline = max(item.deadline, now + item.timeout)
-
-    # --- caches that come and go -------------------------------------------------------------------------
+            session.extend_deadlines(now)
 
     def finish_import(self, item: KVImport, error: SwarmError | None, now: float) -> None:
         """The executor has taken in a piece of cache, or failed to."""
@@ -349,10 +341,8 @@ class SessionManager:
         Raise `InvalidStepError` while it has steps in the queue.
         """
         if session.queue or session.computing:
-            raise InvalidStepError(
-                f"session {session.name[:8]} has queued steps; its caches cannot be exported before these "
-                f"are done"
-            )
+            name = session.name[:8]
+            raise InvalidStepError(f"session {name} has queued steps; its caches are exported after these")
         session.computing = True
         session.allocation.idle_since = None
 
@@ -378,8 +368,9 @@ class SessionManager:
             for item in [item for item in session.queue if item.deadline <= now]:
                 self.fail(item, deadline_error(item), now)
         self.poll(now)
-        deadlines = (item.deadline for session in self.sessions.values() for item in session.queue)
-        self.wakeup = min(deadlines, default=math.inf)
+        self.wakeup = min(
+            (item.deadline for s in self.sessions.values() for item in s.queue), default=math.inf
+        )
         self._wake_by(self._kv_cache.next_wakeup(now))
 
     def _wake_by(self, when: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarmcore.errors import InvalidStepError, ServerDrainingError, SpanError, UnknownCodecError
+from swarmcore.errors import InputError, InvalidStepError, ServerDrainingError, SpanError, UnknownCodecError
 from swarmcore.types import Span
 from swarmcore.wire.tensors import FLOATS, Tensor, codec_names
 
@@ -29,6 +29,21 @@ def check_hidden(hidden: Tensor, rows: int, width: int, max_rows: int) -> None:
             f"rows of {width} {hidden.dtype} values"
         )
     check_codec(hidden.codec)
+
+
+def check_session(sequences: int, max_sequences: int, tokens: int) -> None:
+    """Raise `InputError` unless a session may have so many sequences, and ask for so many tokens."""
+    if not 0 < sequences <= max_sequences:
+        raise InputError(f"a session of {sequences} sequences; expected 1 to {max_sequences}")
+    if tokens < 0:
+        raise InputError(f"a session that needs {tokens} cache tokens; expected 0 or more")
+
+
+def check_reply(reply: str, codec: str) -> None:
+    """Raise `InvalidStepError` for rows, `UnknownCodecError` for a codec that a step cannot ask for."""
+    check_codec(codec)
+    if reply not in ("all", "last"):
+        raise InvalidStepError(f"the step asks for {reply!r} rows; expected 'all' or 'last'")
 
 
 def check_codec(codec: str) -> None:

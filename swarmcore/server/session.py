@@ -122,13 +122,9 @@ class ServerSession:
     @property
     def state(self) -> SessionState:
         """How far its steps are."""
-        return SessionState(
-            known=True,
-            holds=self._under_way > 0,
-            waits_for_room=self._engine.waits_for_room(self.id),
-            rows=self._engine.computed(self.id),
-            work=self._engine.work,
-        )
+        rows, waits = self._engine.progress(self.id)
+        holds, work = self._under_way > 0, self._engine.work
+        return SessionState(known=True, holds=holds, waits_for_room=waits, rows=rows, work=work)
 
     async def dial(self, hop: Hop) -> bool:
         """As `Downstream.dial`, before `start`."""

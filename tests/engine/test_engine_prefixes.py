@@ -53,7 +53,7 @@ async def test_a_second_session_begins_where_the_first_has_been(closed: bool) ->
             assert engine.cache_tokens_used == 0 and engine.prefixes.pages == 3
         computed = engine.stats.tokens
         assert await begin(engine, "b", "xyzw") == (12,)
-        assert engine.computed("b") == 0
+        assert engine.progress("b")[0] == 0
         rows = ROWS[:12] + TAIL
         assert await run(engine, "b", 12, TAIL) == (await expected(rows))[12:]
         assert engine.stats.tokens == computed + len(TAIL)
