@@ -9,21 +9,17 @@ so that the number of rows in a batch can change a result by rounding, and what 
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import linear, pad
 
-from swarmcore.distribution import install_command
 from swarmcore.errors import InputError, MissingExtraError, UnsupportedModelError
+from swarmcore.executor.torch.kernel_layouts import int4_order, into_nf4_order, out_of_nf4_order, unpack_int4
+from swarmcore.executor.torch.nf4_library import Bitsandbytes, bitsandbytes
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +118,8 @@ class QuantizedMatrix(ABC):
             rows = rows.to(self.device, self.dtype)
             found = self._kernel(rows)[:, : self.shape[0]]
             if not _relative(found, linear(rows, self.dense())) < _DIFFERENT_KERNELS:
-                log.warning(
-                    "the %s kernel for %s is wrong on this machine; plain products are used, which is slower",
-                    self.kind,
-                    list(self.shape),
-                )
+                wrong = "the %s kernel for %s is wrong on this machine; plain products are used, and slower"
+                log.warning(wrong, self.kind, list(self.shape))
                 return False
             _verified.add(key)
         return True
@@ -179,10 +172,10 @@ class Int4Matrix(QuantizedMatrix):
         return _up(rows, 64) * (columns // 2 + 2 * (columns // cls.group) * dtype.itemsize)
 
     def dense(self) -> torch.Tensor:
-        order = _int4_order()
+        order = int4_order()
         assert order is not None
         # Turned, as both numbers and scales are kept: column by column.
-        values = _unpack_int4(self._packed, order, self.dtype)
+        values = unpack_int4(self._packed, order, self.dtype)
         grouped = values.view(-1, self.group, values.shape[1])
         scales, offsets = (part.contiguous()[:, None] for part in self._scales.unbind(-1))
         torch.addcmul(offsets, grouped, scales, out=grouped)
@@ -262,7 +255,7 @@ class Nf4Matrix(QuantizedMatrix):
     def dense(self) -> torch.Tensor:
         packed, scales = self._packed, self._scales
         if self._reordered:
-            packed, scales = _out_of_kernel_order(packed), scales.t().float()
+            packed, scales = out_of_nf4_order(packed), scales.t().float()
             packed, scales = packed[: self.shape[0]], scales[: self.shape[0]].contiguous()
         plain: torch.Tensor = bitsandbytes().operators.dequantize_4bit(
             packed.reshape(-1, 1), scales.view(-1), self.group, Bitsandbytes.KIND, self.shape, self.dtype
@@ -277,7 +270,7 @@ class Nf4Matrix(QuantizedMatrix):
             part.contiguous(), self.group, Bitsandbytes.KIND, torch.uint8
         )
         packed, scales = packed.view(-1, columns // 2), scales.view(-1, columns // self.group)
-        return _into_kernel_order(packed) if self._reordered else packed, scales
+        return into_nf4_order(packed) if self._reordered else packed, scales
 
     def _arranged(self, scales: torch.Tensor) -> torch.Tensor:
         return scales.to(torch.bfloat16).t() if self._reordered else scales
@@ -356,7 +349,7 @@ def choose_weights(weights: str, stored: str | None, device: torch.device) -> st
         bitsandbytes()
     if weights == "int4" and device.type != "cpu":
         raise InputError(f"int4 weights are multiplied on CPUs only, and the device is {device}; use nf4")
-    if weights == "int4" and _int4_order() is None:
+    if weights == "int4" and int4_order() is None:
         raise InputError("this version of torch has no int4 kernel for this CPU; use nf4 or int8 weights")
     return weights
 
@@ -365,45 +358,6 @@ def matrix_for(kind: str, columns: int) -> type[QuantizedMatrix]:
     """What weights of that many columns are kept as: those of odd sizes in 8 bits where 4 were asked for."""
     group = getattr(MATRICES[kind], "group", 1)
     return MATRICES[kind] if columns % group == 0 else Int8Matrix
-
-
-class Bitsandbytes:
-    """What of that library is used: operators that it registers with torch, and one table."""
-
-    KIND = "nf4"
-
-    def __init__(self) -> None:
-        try:
-            with _without_code_from_a_hub():
-                functional = importlib.import_module("bitsandbytes.functional")
-        except ImportError as exc:
-            raise MissingExtraError(f"nf4 weights need bitsandbytes: {install_command('quant')}") from exc
-        self.operators = torch.ops.bitsandbytes
-        self.code: torch.Tensor = functional.get_4bit_type(self.KIND, device="cpu")
-        self.cpu_kernel = bool(getattr(functional, "has_avx512bf16", bool)())
-
-
-@contextmanager
-def _without_code_from_a_hub() -> Iterator[None]:
-    """Hide a package by which bitsandbytes would download a kernel, and run it, as it is imported.
-
-    It has another of its own, and says so in a warning.
-    """
-    logger, hidden = logging.getLogger("bitsandbytes.backends.cpu.ops"), "kernels" not in sys.modules
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    if hidden:
-        sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        if hidden:
-            del sys.modules["kernels"]
-
-
-bitsandbytes = functools.cache(Bitsandbytes)
-"""The library, imported when it is first needed."""
 
 
 class _Product(torch.autograd.Function):
@@ -443,59 +397,3 @@ def _lost(values: torch.Tensor, scales: torch.Tensor, whole: torch.Tensor) -> to
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-Order = tuple[int, slice, slice]
-"""How torch packs numbers of 4 bits: so many rows in a block, and which of them are in the low and the high
-bits."""
-
-
-def _unpack_int4(packed: torch.Tensor, order: Order, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers less 8, ``[in, out]``, of what torch has packed."""
-    block, low, high = order
-    rows, columns = len(packed), 2 * packed.shape[1]
-    numbers = packed.new_empty(columns, rows // block, block, dtype=dtype)
-    pairs = packed.view(rows // block, columns, block // 2).transpose(0, 1)
-    numbers[..., low] = (pairs & 15).view(torch.int8).sub_(8)
-    numbers[..., high] = (pairs >> 4).view(torch.int8).sub_(8)
-    return numbers.view(columns, rows)
-
-
-@functools.cache
-def _int4_order() -> Order | None:
-    """That of this CPU, which is no part of torch's interface: found out by packing the rows' own numbers.
-
-    None when it is of another kind, or torch has no such operator.
-    """
-    pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
-    if pack is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return None
-    size, columns = 64, 4
-    rows = torch.arange(size, dtype=torch.int32)[:, None].expand(size, columns)
-    column = torch.arange(columns, dtype=torch.int32).expand(size, columns)
-    packed = [pack(digit.contiguous(), 1) for digit in (rows % 16, rows // 16, column)]
-    for block in (64, 32, 16):
-        for halves in (
-            (slice(0, block // 2), slice(block // 2, None)),
-            (slice(0, None, 2), slice(1, None, 2)),
-        ):
-            found = [8 + _unpack_int4(digit, (block, *halves), torch.int32).t() for digit in packed]
-            if torch.equal(found[0] + 16 * found[1], rows) and torch.equal(found[2], column):
-                return block, *halves
-    return None
-
-
-def _into_kernel_order(packed: torch.Tensor) -> torch.Tensor:
-    """Of ``[out, in / 2]`` bytes, each of two neighbours in a row with the first in its high bits."""
-    rows, pairs = packed.shape
-    blocks = packed.view(rows // 32, 2, 16, pairs).permute(0, 1, 3, 2)
-    first, second = blocks[:, 0], blocks[:, 1]  # rows 0 to 15 of each block, and 16 to 31
-    both = torch.stack([(first >> 4) | (second & 0xF0), (first & 15) | (second << 4)], -1)
-    return both.reshape(rows, pairs)
-
-
-def _out_of_kernel_order(packed: torch.Tensor) -> torch.Tensor:
-    rows, pairs = packed.shape
-    even, odd = packed.view(rows // 32, pairs, 16, 2).unbind(-1)
-    first, second = (even << 4) | (odd & 15), (even & 0xF0) | (odd >> 4)
-    return torch.stack([first, second], 1).permute(0, 1, 3, 2).reshape(rows, pairs)

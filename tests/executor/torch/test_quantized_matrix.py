@@ -133,7 +133,7 @@ def test_what_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_weights("int5", None, CPU)
     with pytest.raises(InputError, match="on CPUs only"):
         choose_weights("int4", None, torch.device("cuda"))
-    monkeypatch.setattr(quantized_matrix, "_int4_order", lambda: None)
+    monkeypatch.setattr(quantized_matrix, "int4_order", lambda: None)
     with pytest.raises(InputError, match="no int4 kernel for this CPU"):
         choose_weights("int4", None, CPU)
     assert choose_weights("auto", "int4", CPU) is None
