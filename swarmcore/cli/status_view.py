@@ -139,7 +139,7 @@ def _server_table(servers: list[ServerInfo], model: ModelInfo, paths: Mapping[Pe
         table.add_column("numerics", no_wrap=True)
     if some_indirect := any(paths.get(server.peer, "direct") != "direct" for server in servers):
         table.add_column("path", no_wrap=True, min_width=len("hole-punched"))
-    table.add_column("name", overflow="fold")
+    table.add_column("name", overflow="fold", min_width=len("name"))
     for server in servers:
         assert server.span is not None
         total, free = server.cache_tokens, server.cache_tokens_free

@@ -148,7 +148,8 @@ def library() -> Library:
         import llama_cpp.llama_cpp as llama
     except ImportError as exc:
         raise MissingExtraError(
-            f"llama-cpp-python is not installed ({exc}); {install_command('ggml')}, which needs a compiler"
+            f"llama-cpp-python is not installed ({exc}); {install_command('ggml')}, which needs a compiler, "
+            f"or --executor torch"
         ) from exc
     except (OSError, RuntimeError, AttributeError) as exc:
         raise _unusable("of an unknown version", printable_line(str(exc))) from exc
@@ -178,7 +179,8 @@ def _load_ggml(llama: ModuleType, version: str) -> Any:
 
 def _unusable(version: str, why: str) -> MissingExtraError:
     return MissingExtraError(
-        f"the installed llama-cpp-python {version} cannot be used: {why}; {install_command('ggml')}"
+        f"the installed llama-cpp-python {version} cannot be used: {why}; {install_command('ggml')}, "
+        f"or --executor torch"
     )
 
 
