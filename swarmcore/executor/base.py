@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NewType
 
 import attrs
 
-from swarmcore.errors import AdapterError, InternalError, InvalidBatchError, RemoteFaultError, SwarmError
-from swarmcore.types import ModelInfo, Numerics, Span
+from swarmcore.errors import (
+    AdapterError,
+    InternalError,
+    InvalidBatchError,
+    RemoteFaultError,
+    SpanError,
+    SwarmError,
+)
+from swarmcore.types import ModelInfo, Numerics, Progress, Span
 from swarmcore.wire.tensors import Tensor
 
 
@@ -251,6 +260,43 @@ class BlockExecutor(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop the compute thread and free the weights. Harmless when repeated."""
+
+
+class SpanChange:
+    """For `BlockExecutor.change_span`: one change at a time, whose loading is given up when it is over."""
+
+    def __init__(self, model: ModelInfo) -> None:
+        self._model = model
+        self._over: threading.Event | None = None
+
+    @contextmanager
+    def begin(self, span: Span) -> Iterator[Progress]:
+        """Change to ``span`` within it. Loading calls what it yields, which raises once loading is in vain.
+
+        Raise `InternalError` while another change goes on, `SpanError` for blocks that the model has not.
+        """
+        if self._over is not None:
+            raise InternalError("the span is being changed already")
+        if not self._model.span.covers(span):
+            raise SpanError(
+                f"blocks {span} are not in {self._model.name}, which has blocks 0:{self._model.blocks}"
+            )
+        over = self._over = threading.Event()
+
+        def progress(what: str, done: int, total: int) -> None:
+            if over.is_set():
+                raise InternalError("loading was given up")
+
+        try:
+            yield progress
+        finally:
+            over.set()
+            self._over = None
+
+    def give_up(self) -> None:
+        """Have the loading of a change that goes on end soon: the executor closes."""
+        if self._over is not None:
+            self._over.set()
 
 
 class Adapter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,13 +13,8 @@ import attrs
 
 from swarmcore.checkpoint.gguf_model import GgufModel
 from swarmcore.checkpoint.storage import no_progress
-from swarmcore.errors import (
-    AdapterError,
-    InternalError,
-    SpanError,
-    SwarmError,
-)
-from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId
+from swarmcore.errors import AdapterError, InternalError, SwarmError
+from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId, SpanChange
 from swarmcore.executor.ggml import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.ggml import kv_transfer
 from swarmcore.executor.ggml.architectures import architecture_of, max_positions
@@ -88,7 +82,7 @@ class GgmlExecutor(BlockExecutor):
         loaded = self._load(span, progress)
         self._loaded: _Loaded | None = loaded
         self._closed = False
-        self._changing: threading.Event | None = None
+        self._span_change = SpanChange(info)
         self._set_span(span)
         self.max_sequences = loaded.model.slots
         self._sequences = Sequences(loaded.model.slots)
@@ -199,19 +193,7 @@ class GgmlExecutor(BlockExecutor):
         """
         if self._closed:
             raise InternalError("the executor is closed")
-        if self._changing is not None:
-            raise InternalError("the span is being changed already")
-        if not self.model.span.covers(span):
-            raise SpanError(
-                f"blocks {span} are not in {self.model.name}, which has blocks 0:{self.model.blocks}"
-            )
-        stop = self._changing = threading.Event()
-
-        def progress(what: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise InternalError("loading was given up")
-
-        try:
+        with self._span_change.begin(span) as progress:
             stays = self.span.overlap(span) if self._loaded is not None else None
             # From here on the engine admits no session to blocks that leave.
             self._set_span(stays or span)
@@ -225,9 +207,6 @@ class GgmlExecutor(BlockExecutor):
                 loading.add_done_callback(_close_unused)
                 raise
             await self._in_compute_thread(self._go_over_to, loaded)
-        finally:
-            stop.set()
-            self._changing = None
 
     def _drop(self) -> None:
         if self._loaded is not None:
@@ -279,8 +258,7 @@ class GgmlExecutor(BlockExecutor):
         if self._closed:
             return
         self._closed = True
-        if self._changing is not None:
-            self._changing.set()
+        self._span_change.give_up()
         await asyncio.to_thread(self._loading.shutdown)
         self._compute.submit(self._drop)
         await asyncio.to_thread(self._compute.shutdown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,13 +14,14 @@ import torch
 import swarmcore.executor.torch.codecs  # registers the int8 codec
 import swarmcore.executor.torch.sparse_codecs  # noqa: F401  registers the topk and mixed codecs
 from swarmcore.checkpoint import Checkpoint
-from swarmcore.errors import InternalError, InvalidBatchError, InvalidStepError, SpanError, SwarmError
+from swarmcore.errors import InternalError, InvalidBatchError, InvalidStepError, SwarmError
 from swarmcore.executor.base import (
     Adapter,
     BlockExecutor,
     ForwardPass,
     ScheduledChunk,
     SequenceId,
+    SpanChange,
     TrainingBatch,
 )
 from swarmcore.executor.loader import thread_choices
@@ -93,7 +93,7 @@ class TorchExecutor(BlockExecutor):
         self._device, self._dtype = layout.device, layout.dtype
         self._loaded: LoadedBlocks | None = LoadedBlocks([span_model])
         self._load = load
-        self._changing: threading.Event | None = None
+        self._span_change = SpanChange(self.model)
         self._sequences = SequenceCaches()
         self._hooks = Hooks()
         self._threads = threads or torch.get_num_threads()
@@ -269,20 +269,8 @@ class TorchExecutor(BlockExecutor):
         """As `BlockExecutor.change_span`. Cancelled, it leaves what stays; reading ends soon after."""
         if self._loaded is None:
             raise InternalError("the executor is closed")
-        if self._changing is not None:
-            raise InternalError("the span is being changed already")
-        if not self.model.span.covers(span):
-            raise SpanError(
-                f"blocks {span} are not in {self.model.name}, which has blocks 0:{self.model.blocks}"
-            )
-        stop = self._changing = threading.Event()
-
-        def progress(what: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise InternalError("loading was given up")
-
         loop = asyncio.get_running_loop()
-        try:
+        with self._span_change.begin(span) as progress:
             # From here on the engine admits no session to blocks that leave.
             self.span = (self._loaded.span and self._loaded.span.overlap(span)) or span
             stays = await self._in_compute_thread(self._keep_only, span)
@@ -293,9 +281,6 @@ class TorchExecutor(BlockExecutor):
             if self._loaded is None:
                 raise InternalError("the executor was closed while its span changed")
             self._set_blocks(LoadedBlocks([*self._loaded.models, *loaded]))
-        finally:
-            stop.set()
-            self._changing = None
 
     def _keep_only(self, span: Span) -> Span | None:
         """Drop what is not in ``span``; return what is left.
@@ -328,8 +313,7 @@ class TorchExecutor(BlockExecutor):
         if self._loaded is None:
             return
         self._loaded = None
-        if self._changing is not None:
-            self._changing.set()
+        self._span_change.give_up()
         self._sequences.clear()
         self._steps.clear()
         await asyncio.to_thread(self._compute.shutdown)
