@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,6 @@ MASK = torch.tensor([[1] * length + [0] * (9 - length) for length in LENGTHS])
 """Padding at the right: at the left, families with positions of their own would shift."""
 
 Adapter = LoraAdapter | PrefixAdapter | None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def adapters(config: Any, targets: tuple[str, ...]) -> list[Adapter]:

@@ -26,14 +26,6 @@ TOKENS = 8
 PAGE = 64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @attrs.frozen
 class Setting:
     plain: Any
