@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -21,9 +21,9 @@ class Drafter(ABC):
 
     name: str
     """What is shown of it: ``"suffix"``, ``"model"``, ``"heads"``."""
-    threaded: ClassVar[bool] = True
+    threaded: bool = True
     """Whether a call may take longer than an event loop can wait, which is some 100 microseconds."""
-    wants_hidden: ClassVar[bool] = False
+    wants_hidden: bool = False
     """Whether it is of use only with the rows that `observe` brings."""
     probabilities: Sequence[float] = ()
     """How likely each token of the latest proposal is, if the drafter knows; empty if not."""
@@ -64,9 +64,9 @@ class DraftSource(ABC):
 
     name: str
     """The name of its drafters."""
-    threaded: ClassVar[bool] = True
+    threaded: bool = True
     """As of its drafters."""
-    wants_hidden: ClassVar[bool] = False
+    wants_hidden: bool = False
     """As of its drafters."""
 
     @abstractmethod
