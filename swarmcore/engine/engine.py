@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -328,6 +328,15 @@ class Engine:
         self._sessions.submit(step, now)
         self._carry_on()
         return answer
+
+    def withdraw(self, session: str, steps: Collection[asyncio.Future[Tensor]]) -> None:
+        """Have those of ``steps`` of a session fail that are not computed yet, at once; see `step`."""
+        now = loop_time()
+        for item in list(self._sessions[session].queue):
+            if item.answer in steps:
+                self._sessions.fail(item, InvalidStepError("the step was withdrawn by its caller"), now)
+        self._sessions.poll(now)
+        self._carry_on()
 
     def export_cache(self, session: str, *, max_bytes: int) -> AsyncGenerator[KVChunk, None]:
         """The session's attention cache, in chunks whose tensors take ``max_bytes`` at most.

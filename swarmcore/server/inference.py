@@ -22,6 +22,7 @@ from swarmcore.server.upstream import check_upstream
 from swarmcore.tasks import Deadline, deadline_after
 from swarmcore.types import ModelInfo, PeerId, Span, short
 from swarmcore.wire.forward_backward import AdapterName
+from swarmcore.wire.limits import MAX_STEPS_IN_FLIGHT
 from swarmcore.wire.messages import AskSession, JoinSession, OpenSession, SessionOpened, SessionState
 from swarmcore.wire.method import Caller
 from swarmcore.wire.prefix_names import check_names
@@ -166,7 +167,8 @@ class InferenceService(SpanService):
                     if not waiting.done():
                         waiting.set_result(session)
                 reachable = opening.next_hop is None or await session.dial(opening.next_hop)
-                await channel.send(SessionOpened(self._engine.cache_tokens_free, reachable, cached))
+                free, in_flight = self._engine.cache_tokens_free, MAX_STEPS_IN_FLIGHT
+                await channel.send(SessionOpened(free, reachable, cached, in_flight))
                 session.start()
                 await session.receive_from(channel, is_client=True)
         finally:

@@ -8,7 +8,7 @@ Both are counted for the client, and make room for whatever else peers need.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Generic, Literal, TypeVar
@@ -21,7 +21,7 @@ from swarmcore.resources import Priority, Reservation, Resource, ResourceManager
 from swarmcore.session.journal import OutputHistory
 from swarmcore.types import PeerId
 from swarmcore.wire.limits import Limits
-from swarmcore.wire.messages import Replay, Step
+from swarmcore.wire.messages import Recall, Replay, Step
 from swarmcore.wire.tensors import ITEM_BYTES, Tensor
 
 Answer = TypeVar("Answer")
@@ -107,9 +107,34 @@ class DedupCache(Generic[Answer]):
         self._seen.pop(step.step, None)
         self._latest = max(self._seen, default=self._forgotten)
 
+    def recall(self, recall: Recall) -> None:
+        """These steps do not come again."""
+        for number in [number for number in self._seen if recall.first <= number < recall.end]:
+            self._drop(number)
+
     def _drop(self, number: int) -> None:
         del self._seen[number]
         self._forgotten = max(self._forgotten, number)
+
+
+RECALLS_REMEMBERED = 64
+"""Recalls of one session of which late steps are dropped; those of older ones are computed in vain."""
+
+
+class RecalledSteps:
+    """The steps of one session that its client has called back."""
+
+    def __init__(self) -> None:
+        self._recalls: deque[Recall] = deque(maxlen=RECALLS_REMEMBERED)
+
+    def add(self, recall: Recall) -> None:
+        self._recalls.append(recall)
+
+    def __contains__(self, step: Step) -> bool:
+        """Whether a step is to be dropped: not one that reorders its sequences, nor a replay."""
+        if step.replay or step.sources:
+            return False
+        return any(recall.first <= step.step < recall.end for recall in self._recalls)
 
 
 STEPS_REMEMBERED = 16
@@ -202,6 +227,11 @@ class AnswerCache:
         self._steps.remember(step, _Answer(reply, step.codec, output))
         output.add_done_callback(partial(self._computed, step))
 
+    def recall(self, recall: Recall) -> None:
+        """As `DedupCache.recall`."""
+        self._steps.recall(recall)
+        self._resize()
+
     def close(self) -> None:
         self._closed = True
         self._bytes.close()
@@ -209,6 +239,9 @@ class AnswerCache:
     def _computed(self, step: Step, output: asyncio.Future[Tensor]) -> None:
         if output.cancelled() or output.exception() is not None:
             self._steps.forget(step)
+        self._resize()
+
+    def _resize(self) -> None:
         if not self._closed:
             self._bytes.resize(sum(answer.nbytes for answer in self._steps.answers))
 
@@ -240,6 +273,11 @@ class ReplayCache:
         """The output of a step that has been computed and sent on."""
         self._outputs.settle(step.settled)
         self._outputs.keep(step, output, settled=step.replay)
+        self._bytes.resize(self._outputs.nbytes)
+
+    def recall(self, recall: Recall) -> None:
+        """Nobody will ask for the outputs of these steps."""
+        self._outputs.forget(recall.first, recall.end)
         self._bytes.resize(self._outputs.nbytes)
 
     async def rows(self, order: Replay) -> Tensor:

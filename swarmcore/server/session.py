@@ -25,13 +25,14 @@ from swarmcore.rpc.node import Node
 from swarmcore.server.client_outbox import ClientOutbox, InFlightBytes
 from swarmcore.server.downstream import Downstream, StageDialer
 from swarmcore.server.kv_transfer import KvTransfer
-from swarmcore.server.output_cache import AnswerCache, ReplayCache, Reply
+from swarmcore.server.output_cache import AnswerCache, RecalledSteps, ReplayCache, Reply
 from swarmcore.server.upstream import AllowedUpstream
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.types import PeerId, Span, short
 from swarmcore.wire.failure import to_failure
 from swarmcore.wire.forward_backward import AdapterPart
 from swarmcore.wire.framing import Message
+from swarmcore.wire.limits import MAX_STEPS_IN_FLIGHT
 from swarmcore.wire.messages import (
     AllowUpstream,
     CachePart,
@@ -39,6 +40,7 @@ from swarmcore.wire.messages import (
     Hop,
     NamePages,
     OpenSession,
+    Recall,
     Replay,
     SessionState,
     Step,
@@ -50,9 +52,6 @@ from swarmcore.wire.prefix_names import check_names
 from swarmcore.wire.tensors import Tensor
 
 logger = logging.getLogger(__name__)
-
-MAX_STEPS_IN_FLIGHT = 4
-"""Steps of one session that a server takes in before it stops reading; enough to overlap prefill chunks."""
 
 
 class ServerSession:
@@ -102,7 +101,9 @@ class ServerSession:
         )
         self._slots = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
-        self._outputs: dict[asyncio.Future[Tensor], None] = {}
+        self._outputs: dict[asyncio.Future[Tensor], Step | None] = {}
+        """Of steps that are computed; None for one that is a repetition."""
+        self._recalled = RecalledSteps()
         self._under_way = 0
         """Steps and orders taken in and not dealt with."""
         self._closed = False
@@ -188,6 +189,8 @@ class ServerSession:
             raise InvalidStepError(f"only the client of a session may send {message.kind}")
         elif isinstance(record, AllowUpstream):
             self.upstream.allow_only(record.pushers)
+        elif isinstance(record, Recall):
+            self._recall(record)
         elif isinstance(record, NamePages):
             check_names(record.names, self._sequences)
             self._engine.name_prefixes(self.id, record.names)
@@ -203,6 +206,9 @@ class ServerSession:
         if not from_client and not step.replay and self._answers.outdated(step):
             self._counters["steps_outdated"] += 1  # of a stage that was replaced, and has only now woken up
             return
+        if step in self._recalled:
+            self._dropped(step)
+            return
         self._downstream.abort_unless(step.chain[0] if step.chain else None)
         try:
             reserved = await self._in_flight.acquire([hidden], step.deadline)
@@ -216,13 +222,30 @@ class ServerSession:
             raise
         fresh = True
         try:
+            if step in self._recalled:  # since it waits
+                raise InvalidStepError("the step was called back")
             output, fresh = self._submit(step, hidden)
         except SwarmError as exc:
             output = asyncio.get_running_loop().create_future()
             output.set_exception(exc)
-        self._outputs[output] = None
+        self._outputs[output] = step if fresh else None
         output.add_done_callback(self._computed)
         self._jobs.put_nowait(partial(self._finish, step, output, fresh, reserved))
+
+    def _recall(self, recall: Recall) -> None:
+        """Drop what has not been computed of steps that the client has no more use for."""
+        self._recalled.add(recall)
+        queued = [(output, step) for output, step in self._outputs.items() if step is not None]
+        # What a later step makes of the caches when it reorders them depends on all that come before it.
+        reordered = max((step.step for _, step in queued if step.sources), default=-1)
+        dead = {output for output, step in queued if step in self._recalled and step.step > reordered}
+        self._engine.withdraw(self.id, dead)
+        self._answers.recall(recall)
+        self._replay_cache.recall(recall)
+
+    def _dropped(self, step: Step) -> None:
+        self._counters["steps_recalled"] += 1
+        self._counters["rows_recalled"] += sum(step.lengths)
 
     async def _wait_for_slot(self) -> None:
         """Until one of the `MAX_STEPS_IN_FLIGHT` is free; `_work` gives it back."""
@@ -287,10 +310,15 @@ class ServerSession:
     ) -> None:
         try:
             hidden = await output
+            if step in self._recalled:
+                return
             await self._deliver(step, hidden)
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
                 self._replay_cache.add(step, hidden)
         except SwarmError as exc:
+            if step in self._recalled:
+                self._dropped(step)
+                return
             await self._report(step.step, exc, step.attempt)
         except Exception:
             logger.exception("session %s: step %d failed unexpectedly", self.id[:8], step.step)

@@ -212,6 +212,10 @@ class OutputHistory:
             if len(self._unsettled) > MAX_UNSETTLED:
                 self._history.apply(*self._unsettled.popleft())
 
+    def forget(self, first: int, end: int) -> None:
+        """The steps ``first`` to ``end``, the end excluded, were given up."""
+        self._unsettled = deque(kept for kept in self._unsettled if not first <= kept[0].step < end)
+
     def settle(self, below: int) -> None:
         """All steps with a lower number are through, or were given up and are overwritten."""
         while self._history is not None and self._unsettled and self._unsettled[0][0].step < below:

@@ -6,13 +6,15 @@ own on the wire, that follow each other through the chain so that stages overlap
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Literal
 
 import attrs
 
-from swarmcore.errors import InvalidStepError, ProtocolError
-from swarmcore.wire.messages import Hop, Step, StepForwarded, StepOutput
+from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
+from swarmcore.wire.messages import Hop, Recall, Step, StepForwarded, StepOutput
 from swarmcore.wire.tensors import Tensor, joined
 
 Reply = Literal["all", "last", "none"]
@@ -64,6 +66,11 @@ class StepPlan:
     reply: Reply
     sources: tuple[int, ...] = ()
 
+    @property
+    def first(self) -> int:
+        """Number of its first chunk; later steps have higher ones."""
+        return self.chunks[0].step
+
     def joined(self, outputs: Sequence[Tensor]) -> Tensor:
         """The rows of the step from its chunks' outputs."""
         if len(outputs) == 1:
@@ -80,6 +87,29 @@ class StepPlan:
         return joined(parts)
 
 
+@attrs.define(eq=False)
+class SentStep:
+    """A step that was sent: `InferenceSession.receive` gives what comes of it."""
+
+    plan: StepPlan
+    hidden: Tensor
+    result: asyncio.Future[Tensor]
+    waiting: deque[Chunk]
+    """Its chunks that were not sent yet."""
+    outputs: list[Tensor] = attrs.field(factory=list)
+    """What has come of the others that are through."""
+
+    def fail(self, error: SwarmError) -> None:
+        """Nothing comes of it; whoever asks is told why."""
+        if not self.result.done():
+            self.result.set_exception(error)
+            self.result.exception()  # seen, also when nobody asks
+
+    def __repr__(self) -> str:
+        state = "through" if self.result.done() else f"{len(self.waiting)} chunks to be sent"
+        return f"<SentStep {self.plan.first} · {sum(self.plan.lengths)} rows · {state}>"
+
+
 class SessionSteps:
     """Numbers the steps of a session and routes them along its chain.
 
@@ -90,11 +120,15 @@ class SessionSteps:
     def __init__(self, hops: Sequence[Hop], *, sequences: int, carried: Collection[int] = ()) -> None:
         self.hops = tuple(hops)
         self.positions: tuple[int, ...] = (0,) * sequences
+        """Where the steps that have come back end: what a new stage has to be given."""
+        self.planned = self.positions
+        """Where the next step starts at most: where those under way will end, less what was rolled back."""
         self.settled = 0
         """Steps below this number have come back."""
         self.next_step = 0
         """Number of the step that is planned next."""
         self._carried = set(carried)
+        self._under_way: list[StepPlan] = []
 
     @property
     def carried(self) -> frozenset[int]:
@@ -102,12 +136,23 @@ class SessionSteps:
         return frozenset(self._carried)
 
     def rollback(self, positions: Sequence[int]) -> None:
-        """Forget what is cached beyond ``positions``. Raise `InvalidStepError` for one that is not cached."""
-        if len(positions) != len(self.positions) or any(
-            not 0 <= new <= old for new, old in zip(positions, self.positions, strict=True)
+        """Have the next step start at ``positions``, or below. Raise `InvalidStepError` for one beyond
+        `planned`."""
+        if len(positions) != len(self.planned) or any(
+            not 0 <= new <= old for new, old in zip(positions, self.planned, strict=True)
         ):
-            raise InvalidStepError(f"cannot roll back to {tuple(positions)} from {self.positions}")
-        self.positions = tuple(positions)
+            raise InvalidStepError(f"cannot roll back to {tuple(positions)} from {self.planned}")
+        self._plan_from(positions)
+
+    def begin_at(self, positions: Sequence[int]) -> None:
+        """The sequences begin with so many tokens that no step brings."""
+        self.positions = self.planned = tuple(positions)
+
+    def _plan_from(self, positions: Sequence[int]) -> None:
+        self.planned = tuple(positions)
+        # What is under way builds on all that has come back, also where a later step is to start below.
+        if not self._under_way:
+            self.positions = tuple(map(min, self.positions, self.planned))
 
     def replace(self, first: int, last: int, hops: Sequence[Hop], *, carried: Collection[int] = ()) -> None:
         """Put ``hops`` in the place of stages ``first`` to ``last``; ``carried`` are indices into ``hops``.
@@ -128,11 +173,12 @@ class SessionSteps:
         chunk_rows: int,
         sources: Sequence[int] = (),
     ) -> StepPlan:
-        """Plan a step of ``lengths`` new tokens of each sequence, from ``starts`` (default: `positions`).
+        """Plan a step of ``lengths`` new tokens of each sequence, from ``starts`` (default: `planned`).
 
-        With ``sources``, sequence ``i`` first becomes a copy of sequence ``sources[i]``. A start below a
-        sequence's position, after that, rolls it back. Raise `InvalidStepError` for counts that do not match
-        the session, an empty step, a source that is not there, or a start beyond what is cached.
+        It goes behind the steps that are under way. With ``sources``, of which there may be none then,
+        sequence ``i`` first becomes a copy of sequence ``sources[i]``. A start below a sequence's end, after
+        that, rolls it back. Raise `InvalidStepError` for counts that do not match the session, an empty step,
+        a source that is not there, or a start beyond what will be cached.
         """
         lengths, sources = tuple(lengths), tuple(sources)
         if sources and (
@@ -141,7 +187,9 @@ class SessionSteps:
             raise InvalidStepError(
                 f"sources {sources} do not name one of the {len(self.positions)} sequences for each of them"
             )
-        positions = tuple(self.positions[source] for source in sources) if sources else self.positions
+        if sources and self._under_way:
+            raise InvalidStepError("a step that reorders its sequences cannot go behind others under way")
+        positions = tuple(self.planned[source] for source in sources) if sources else self.planned
         starts = positions if starts is None else tuple(starts)
         if len(lengths) != len(self.positions) or len(starts) != len(self.positions):
             raise InvalidStepError(
@@ -156,21 +204,34 @@ class SessionSteps:
                     f"sequence {sequence} cannot start at {start}: positions 0 to {position} are cached"
                 )
         chunks = self._chunks(starts, lengths, sources, reply, chunk_rows)
-        return StepPlan(tuple(chunks), starts, lengths, reply, sources)
+        plan = StepPlan(tuple(chunks), starts, lengths, reply, sources)
+        self._under_way.append(plan)
+        self.planned = tuple(map(int.__add__, starts, lengths))
+        return plan
 
     def settle(self, chunk: Chunk) -> None:
-        """The chunk is through: its tokens are cached on every stage. Chunks of a step end in their order."""
+        """The chunk is through: its tokens are cached on every stage. Chunks end in their order."""
         self.positions = tuple(map(int.__add__, chunk.starts, chunk.lengths))
         self.settled = chunk.step + 1
+        if chunk is self._under_way[0].chunks[-1]:
+            del self._under_way[0]
+            self._plan_from(self.planned)
 
-    def abandon(self, plan: StepPlan) -> None:
-        """The step failed: what it started from is kept, whatever the stages have cached beyond it."""
-        if not self.reordering(plan):
-            self.positions = tuple(map(min, plan.starts, self.positions))
+    def abandon(self, plans: Sequence[StepPlan]) -> Recall:
+        """These steps, the latest that were begun, are of no more use, whether they have come back or not.
+
+        What the first of them started from is kept, whatever stages have cached beyond it. Return what to
+        tell the stages.
+        """
+        reordering = any(map(self.reordering, plans))
+        self._under_way = [plan for plan in self._under_way if plan not in plans]
+        starts = [self.positions] if reordering else [self.planned, *(plan.starts for plan in plans)]
+        self._plan_from([min(each) for each in zip(*starts, strict=True)])
+        return Recall(plans[0].first, self.next_step)
 
     def reordering(self, plan: StepPlan) -> bool:
         """Whether stages may have reordered their sequences for a step of which nothing has come back."""
-        return bool(plan.sources) and self.settled <= plan.chunks[0].step
+        return bool(plan.sources) and self.settled <= plan.first
 
     def replay(
         self, starts: Sequence[int], ends: Sequence[int], *, until: int, reply: Reply, chunk_rows: int

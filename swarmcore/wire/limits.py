@@ -8,6 +8,10 @@ MAX_ADDRESSES = 16
 """Addresses that a peer may announce."""
 
 
+MAX_STEPS_IN_FLIGHT = 8
+"""Steps of one session, or chunks of long ones, that are under way at a time."""
+
+
 @attrs.frozen
 class Limits:
     """Bounds on messages, calls and waits. The defaults suit a server on the open Internet."""

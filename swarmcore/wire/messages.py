@@ -75,6 +75,9 @@ class SessionOpened:
     cached: tuple[int, ...] = ()
     """Tokens that each sequence has from the beginning, computed before under the same names: its first step
     may start there, or anywhere below. Empty for none."""
+    max_in_flight: int = 0
+    """Steps of the session that it takes in at a time, of which it understands `Recall`. 0 for a server that
+    does not."""
 
 
 @wire_tag("NamePages")
@@ -130,6 +133,21 @@ class Step:
     replay: bool = False
     """Tokens that the session had already: they fill the cache of a stage that is new to it. Not numbered
     with the other steps: repeated, it is computed again."""
+
+
+@wire_tag("Recall")
+@attrs.frozen
+class Recall:
+    """Client to server, if it answered ``max_in_flight``: the steps from ``first`` to ``end``, the end
+    excluded, are of no more use.
+
+    The server drops those that it has not computed, also those that come later, and answers none of them. A
+    replay is not meant, whatever its number. A step that reorders its sequences is computed all the same, as
+    are those before it.
+    """
+
+    first: int
+    end: int
 
 
 @wire_tag("StepOutput")

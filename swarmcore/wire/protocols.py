@@ -45,6 +45,7 @@ from swarmcore.wire.messages import (
     OpenSession,
     Ping,
     Pong,
+    Recall,
     Replay,
     SessionOpened,
     SessionState,
@@ -59,7 +60,7 @@ from swarmcore.wire.method import Method, Protocol
 INFERENCE_PROTOCOL = Protocol(
     name=INFERENCE,
     openings=(OpenSession, JoinSession),
-    to_acceptor=(Step, Replay, TransferKv, AllowUpstream, NamePages, CachePart, AdapterPart),
+    to_acceptor=(Step, Recall, Replay, TransferKv, AllowUpstream, NamePages, CachePart, AdapterPart),
     to_opener=(
         SessionOpened,
         AdapterWanted,

@@ -31,6 +31,7 @@ from swarmcore.wire.messages import (
     JoinSession,
     NamePages,
     OpenSession,
+    Recall,
     Replay,
     Step,
     TransferKv,
@@ -158,6 +159,7 @@ class Stranger:
                 TransferKv(self.hop()),
                 AllowUpstream(()),
                 NamePages((b"x" * 32,) * sequences),
+                Recall(step - self.random.randrange(3), step + self.random.randrange(3)),
                 CachePart(0, 0, 1, self.random.random() < 0.5),
                 AdapterPart(last=True),
             )

@@ -17,8 +17,8 @@ from swarmcore.wire.method import Method, Protocol
 
 RECORDS = {
     "/swarmcore/inference/1": (
-        "AdapterPart AdapterWanted Admit CachePart CachesTaken Draining HandOver HandOverFailed "
-        "JoinSession NamePages OpenSession Replay SessionOpened Step StepFailed StepForwarded StepOutput"
+        "AdapterPart AdapterWanted Admit CachePart CachesTaken Draining HandOver HandOverFailed JoinSession "
+        "NamePages OpenSession Recall Replay SessionOpened Step StepFailed StepForwarded StepOutput"
     ),
     "/swarmcore/forward/1": "AdapterPart AdapterWanted ForwardDone OpenForward PassProgress Rows",
     "/swarmcore/backward/1": (

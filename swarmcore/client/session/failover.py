@@ -100,6 +100,8 @@ class FailoverHandler:
             index -= 1
         start = pipeline.stages[index].start
         for pending in in_flight:
+            if pending.chunk.step not in pipeline.pending:
+                continue  # it was called back meanwhile
             # Also one that was through already: until a new stage has it, nothing may follow it there.
             pending.done, pending.output, pending.error = False, None, None
             pending.attempt += 1

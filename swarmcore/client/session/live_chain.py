@@ -19,6 +19,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import probe
 from swarmcore.rpc.response_times import ResponseTime
 from swarmcore.session.patience import StepPatience
+from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import Address, PeerId, Span
 from swarmcore.wire.framing import Message
 from swarmcore.wire.messages import AskSession, SessionState
@@ -114,6 +115,8 @@ class LiveChain(ABC):
         """Told of all progress; whoever waits for a chunk asks it what to do."""
         self._awaited: tuple[Callable[[], bool], asyncio.Future[None]] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self.tasks = BackgroundTasks()
+        """What is sent without anybody waiting for it."""
         self.stages = [self._listening(stage) for stage in opened]
 
     @property
@@ -216,6 +219,7 @@ class LiveChain(ABC):
 
     async def close(self) -> None:
         """End the session on every server."""
+        await self.tasks.close()
         listeners = [stage.listener for stage in self.stages if stage.listener is not None]
         for stage in self.stages:
             self._dismiss(stage)

@@ -1,4 +1,4 @@
-"""Moving a live session between two of its steps: off servers that leave, and to better chains."""
+"""Moving a live session while nothing of it is in flight: off servers that leave, and to better chains."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from swarmcore.client.session.live_chain import LiveStage
 from swarmcore.client.session.opening import OpenStage
 from swarmcore.client.session.pipeline import Pipeline
 from swarmcore.client.session.planner import Comparison
+from swarmcore.client.session.window import StepWindow
 from swarmcore.errors import SessionLostError, SwarmError
 from swarmcore.routing.chain import Chain
 from swarmcore.session.move_policy import MovePolicy
@@ -34,10 +35,10 @@ waits meanwhile."""
 
 
 class SessionMoves:
-    """Moves a session while ``step_lock`` is free: no step is under way then."""
+    """Moves a session while its ``window`` is paused: no step is in flight then."""
 
-    def __init__(self, pipeline: Pipeline, failover: FailoverHandler, step_lock: asyncio.Lock) -> None:
-        self._pipeline, self._failover, self._step_lock = pipeline, failover, step_lock
+    def __init__(self, pipeline: Pipeline, failover: FailoverHandler, window: StepWindow) -> None:
+        self._pipeline, self._failover, self._window = pipeline, failover, window
         self.tasks = BackgroundTasks()
         now = asyncio.get_running_loop().time()
         self._policy = MovePolicy(now, pipeline.options.moves)
@@ -53,11 +54,11 @@ class SessionMoves:
             self.tasks.start(self._move_off(stage, min(seconds, LONGEST_LEAVE)), "session move")
 
     async def _move_off(self, stage: LiveStage, seconds: float) -> None:
-        """Move off a server that leaves, between two steps; stay while nobody else has its blocks."""
+        """Move off a server that leaves, with nothing in flight; stay while nobody else has its blocks."""
         pipeline, loop = self._pipeline, asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while loop.time() < deadline:
-            async with self._step_lock:
+            async with self._window.paused():
                 if stage not in pipeline.stages or stage.failure is not None:
                     return
                 try:
@@ -150,7 +151,7 @@ class SessionMoves:
             self.tasks.start(self._move_to(found), "session move")
 
     async def _move_to(self, found: Comparison) -> None:
-        async with self._step_lock:
+        async with self._window.paused():
             why = f"{1000 * found.better:.0f} rather than {1000 * found.current:.0f} ms a token elsewhere"
             try:
                 await self._replace_parts(found.chain, SessionLostError(why))

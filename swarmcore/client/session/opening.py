@@ -45,6 +45,8 @@ class OpenStage:
     next_hop_reachable: bool
     cached: tuple[int, ...] = ()
     """Tokens that it has of each sequence, computed before; empty for servers that know nothing of that."""
+    max_in_flight: int = 0
+    """Steps that it takes in at a time and can be told to drop; 0 for servers that know nothing of that."""
 
 
 class Refusals(dict[PeerId, SwarmError]):
@@ -223,7 +225,9 @@ class ChainOpener:
             channel.abort("the session was not opened")
             raise
         cached = granted.cached if len(granted.cached) == self.sequences and min(granted.cached) >= 0 else ()
-        return OpenStage(stage, hop, channel, granted.next_hop_reachable, cached)
+        return OpenStage(
+            stage, hop, channel, granted.next_hop_reachable, cached, max(granted.max_in_flight, 0)
+        )
 
     async def _until_silent(self, hop: Hop) -> SwarmError:
         """Probe a server again and again; return the error once it no longer answers.

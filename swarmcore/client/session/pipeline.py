@@ -77,15 +77,23 @@ class Pipeline(LiveChain):
         self._keep_inputs()
         self.cached = tuple(map(min, zip(*(stage.cached for stage in opened), strict=False)))
         """Tokens of each sequence that all stages have before the first step; empty for none, or after it."""
+        self.begun_with = (0,) * sequences
+        """Tokens of each sequence that were computed before, of those that the first step brought."""
         if self.prefix is not None:
             self.prefix.opened_on(self.chain)
 
     def begin_with(self, lengths: Sequence[int], rows: Tensor) -> None:
         """The sequences begin with so many ``rows`` that all stages have computed before."""
         self.journal.begin_with(self.stages[0].start, lengths, rows.encode(self.options.codec))
-        self.steps.positions = tuple(lengths)
+        self.steps.begin_at(lengths)
+        self.begun_with = tuple(lengths)
         for stage in self.stages:
             stage.lacks_outputs = True
+
+    def begin_with_nothing(self) -> None:
+        """All rows of the first step are to be computed."""
+        self.cached, self.begun_with = (), (0,) * len(self.begun_with)
+        self.steps.begin_at(self.begun_with)
 
     def replace(self, first: int, last: int, opened: Sequence[OpenStage]) -> list[LiveStage]:
         """Put new stages in the place of ``first`` to ``last``; return them."""

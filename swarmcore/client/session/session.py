@@ -4,53 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from swarmcore.client.session.failover import FailoverHandler
 from swarmcore.client.session.moves import SessionMoves
-from swarmcore.client.session.opening import ATTEMPTS, ChainOpener, located
+from swarmcore.client.session.opening import ATTEMPTS, ChainOpener
 from swarmcore.client.session.options import Failover, SessionOptions
-from swarmcore.client.session.pipeline import PendingChunk, Pipeline
+from swarmcore.client.session.pipeline import Pipeline
 from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.client.session.prefix import SessionPrefix, parted
+from swarmcore.client.session.window import StepWindow
 from swarmcore.errors import (
-    CacheFullError,
-    DeadlineExceededError,
     InputError,
     InvalidStepError,
-    ServerMemoryError,
     SessionLostError,
     SwarmError,
-    TooManyCallsError,
 )
 from swarmcore.routing.chain import Chain, numerics_text
 from swarmcore.rpc.node import Node
-from swarmcore.session.patience import ALONE
-from swarmcore.session.steps import Reply, StepPlan
+from swarmcore.session.steps import Reply, SentStep
 from swarmcore.types import ModelInfo, Numerics
 from swarmcore.wire.forward_backward import AdapterName
 from swarmcore.wire.messages import NamePages
 from swarmcore.wire.tensors import Tensor
 
-__all__ = ["Failover", "InferenceSession", "SessionOptions", "open_session"]
+__all__ = ["Failover", "InferenceSession", "SentStep", "SessionOptions", "open_session"]
 
 logger = logging.getLogger(__name__)
-
-CHUNKS_IN_FLIGHT = 8
-"""Prefill chunks of one session under way in the chain."""
 
 
 class InferenceSession:
     """Runs new tokens of some sequences through all blocks of a model; the servers keep the attention caches.
 
-    Made by `open_session`; close it, or use it as an async context manager, to free the caches. One step at a
-    time: `step` must have returned before it is called again.
+    Made by `open_session`; close it, or use it as an async context manager, to free the caches. `step` sends
+    new tokens and waits for what comes of them; with `send` and `receive` several steps are under way, one
+    behind the other, and with `recall` those are given up that turn out to be of no use.
 
-    A server that fails is replaced, its caches are rebuilt from the journal, and the step goes on: it then
-    only takes longer (see `SessionOptions.journal`).
+    A server that fails is replaced, its caches are rebuilt from the journal, and the steps go on: they then
+    only take longer (see `SessionOptions.journal`).
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -58,16 +51,15 @@ class InferenceSession:
         self.sequences = len(pipeline.steps.positions)
         self.options = pipeline.options
         self._pipeline = pipeline
-        self._step_lock = asyncio.Lock()
         self._failover = FailoverHandler(pipeline)
-        self._moves = SessionMoves(pipeline, self._failover, self._step_lock)
+        self._window = StepWindow(
+            pipeline, self._failover, through=self._step_through, given_up=self._steps_given_up
+        )
+        self._moves = SessionMoves(pipeline, self._failover, self._window)
         pipeline.on_draining = self._moves.on_draining
-        self._step: asyncio.Timeout | None = None
+        self._sending = asyncio.Lock()
         self._broken: SwarmError | None = None
         self._steps_done = 0
-        self._cached = (0,) * self.sequences
-        self._settled = False
-        """Whether the caches hold what the latest step has left, as opposed to a part of one that failed."""
 
     @property
     def chain(self) -> Chain:
@@ -82,13 +74,18 @@ class InferenceSession:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Tokens of each sequence in the servers' caches."""
-        return self._pipeline.steps.positions
+        """Tokens of each sequence in the servers' caches, once the steps under way are through."""
+        return self._pipeline.steps.planned
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be under way at a time; 1 while a server of the chain cannot be told to drop one."""
+        return self._window.max_steps
 
     @property
     def cached(self) -> tuple[int, ...]:
         """Tokens of each sequence that servers had computed before it began; see `open_session`."""
-        return self._cached
+        return self._pipeline.begun_with
 
     @property
     def failovers(self) -> int:
@@ -110,56 +107,79 @@ class InferenceSession:
         sources: Sequence[int] = (),
         reply: Reply = "last",
     ) -> Tensor:
-        """Send new tokens through the chain and return what comes out of the last block.
+        """Send new tokens through the chain and return what comes out of the last block: `send`, `receive`.
+
+        A step whose caller is cancelled is called back.
+        """
+        sent = await self.send(hidden, lengths, starts=starts, sources=sources, reply=reply)
+        try:
+            return await self.receive(sent)
+        except asyncio.CancelledError:
+            if (recall := self._window.forget(sent)) is not None:
+                self._pipeline.tasks.start(self._window.tell(recall), "session recall")
+            raise
+
+    async def send(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+        reply: Reply = "last",
+    ) -> SentStep:
+        """Send new tokens through the chain, behind the steps that are under way; `receive` gives the result.
 
         ``hidden`` is ``[sum(lengths), hidden size]``, the sequences' new tokens one after the other, without
         padding; a length of 0 leaves a sequence alone. With ``sources``, for beam search, sequence ``i``
-        first becomes a copy of sequence ``sources[i]``. ``starts`` default to `positions` (reordered); a
-        lower start rolls that sequence back. With ``reply="last"`` the result has one row for each sequence
-        of length above 0, with ``"all"`` one for every token.
+        first becomes a copy of sequence ``sources[i]``; no other step may be under way then. ``starts``
+        default to `positions` (reordered); a lower start rolls that sequence back. With ``reply="last"`` the
+        result has one row for each sequence of length above 0, with ``"all"`` one for every token.
 
-        Raise `InvalidStepError` for shapes and positions that do not fit; `MissingBlocksError` when servers
-        were lost and nobody has held their blocks for ``patience`` seconds, another `UnavailableError` or
-        `BusyError` when there were replacements and none would do. The session then stands where it was, and
-        the step may be tried again; without a journal the session has ended.
+        Wait while `max_in_flight` steps are under way, or the first one is. Raise `InvalidStepError` for
+        shapes and positions that do not fit.
         """
         self._pipeline.node.check_loop()
-        if self._broken is not None:
-            raise self._broken
-        if self._step is not None:
-            raise InvalidStepError("a step of this session is still under way; await it first")
         expected = (sum(lengths), self.model.hidden_size)
         if hidden.shape != expected:
             raise InvalidStepError(f"hidden states have shape {hidden.shape}, expected {expected}")
-        self._check_first(lengths, sources)
-        self._step = until_closed = asyncio.timeout(None)
-        self._settled = False
-        try:
-            async with until_closed, self._step_lock:
-                if self._pipeline.cached:
-                    hidden, lengths, starts = self._begin(hidden, lengths, starts, reply)
-                plan = self._pipeline.steps.begin(
-                    lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources
-                )
-                output = await self._run(plan, hidden)
-        except TimeoutError as exc:
-            if not until_closed.expired() or self._broken is None:
-                raise
-            raise self._broken from exc
-        finally:
-            self._step = None
-        self._pipeline.cached, self._settled = (), True
-        if self._steps_done == 0:
-            self._remember()
-        self._steps_done += 1
-        if asyncio.get_running_loop().time() >= self._moves.next_check:
-            self._moves.look_for_better(self._steps_done)
-        return output
+        async with self._sending:
+            if self._broken is None:
+                await self._window.wait_for_room()
+            if self._broken is not None:
+                raise self._broken
+            self._check_first(lengths, sources)
+            if self._pipeline.cached:
+                hidden, lengths, starts = self._begin(hidden, lengths, starts, reply)
+            plan = self._pipeline.steps.begin(
+                lengths, starts, reply, chunk_rows=self.options.chunk_rows, sources=sources
+            )
+            return self._window.add(plan, hidden)
+
+    async def receive(self, step: SentStep) -> Tensor:
+        """What comes of a step that was sent, as soon as it and those before it are through.
+
+        Raise `MissingBlocksError` when servers were lost and nobody has held their blocks for ``patience``
+        seconds, another `UnavailableError` or `BusyError` when there were replacements and none would do. The
+        session then stands where it was before the step, and those sent behind it have failed as well; they
+        may be sent again. Without a journal the session has ended. Raise `InvalidStepError` when the step was
+        called back.
+        """
+        return await self._window.result(step)
+
+    async def recall(self, step: SentStep) -> None:
+        """Give up a step, if it has not been received, and all that were sent behind it.
+
+        The next step starts where the first of them did, or below. Servers are told, past all that is queued,
+        and drop what they have not computed. Harmless when repeated.
+        """
+        if (recall := self._window.forget(step)) is not None:
+            await self._window.tell(recall)
 
     def rollback(self, positions: Sequence[int]) -> None:
         """Forget what is cached beyond ``positions``; the servers do so with the next step.
 
-        Raise `InvalidStepError` for a position that is not cached.
+        Steps under way are not called back. Raise `InvalidStepError` for a position beyond `positions`.
         """
         self._pipeline.steps.rollback(positions)
 
@@ -170,8 +190,10 @@ class InferenceSession:
         `open_session`, or when there is no whole page more.
         """
         pipeline, prefix = self._pipeline, self._pipeline.prefix
-        if prefix is None or not self._settled or self._broken is not None or pipeline.failed:
+        if prefix is None or not self._window.sound or self._broken is not None or pipeline.failed:
             return
+        if any(len(each) > end for each, end in zip(tokens, self.positions, strict=True)):
+            return  # something was called back below
         if not prefix.grown(tokens):
             return
         if names := prefix.names():
@@ -187,15 +209,12 @@ class InferenceSession:
             pipeline.planner.prefixes.remember(pipeline.prefix.names_on(""), self.chain)
 
     async def close(self) -> None:
-        """End the session on every server; a step under way raises. Harmless when repeated."""
+        """End the session on every server; steps under way raise. Harmless when repeated."""
         if self._broken is None:
             self._broken = SessionLostError("the session was closed on this side")
-        if self._step is not None and not self._step.expired():
-            self._step.reschedule(0)
         try:
             await self._moves.tasks.close()
-            async with self._step_lock:
-                pass  # the step has let go of what it was opening
+            await self._window.close(self._broken)
         finally:
             await self._pipeline.close()
 
@@ -207,10 +226,7 @@ class InferenceSession:
     ) -> None:
         await self.close()
 
-    def _begin_with_nothing(self) -> None:
-        self._pipeline.cached, self._cached = (), (0,) * self.sequences
-
-    # --- one step ----------------------------------------------------------------------------------------
+    # --- steps -------------------------------------------------------------------------------------------
 
     def _check_first(self, lengths: Sequence[int], sources: Sequence[int]) -> None:
         """Raise `InvalidStepError` for a first step that cannot be the prompts which have names."""
@@ -237,116 +253,28 @@ class InferenceSession:
         """
         pipeline, prefix = self._pipeline, self._pipeline.prefix
         if prefix is None or reply != "last" or any(starts or ()) or not any(prefix.tokens):
-            self._begin_with_nothing()
+            pipeline.begin_with_nothing()
             return hidden, lengths, starts
         skipped = tuple(map(prefix.skipped, range(self.sequences), pipeline.cached, lengths))
         if not any(skipped):
             return hidden, lengths, starts
         left_out, rest = parted(hidden, lengths, skipped)
         pipeline.begin_with(skipped, left_out)
-        self._cached = skipped
         return rest, tuple(map(int.__sub__, lengths, skipped)), skipped
 
-    async def _run(self, plan: StepPlan, hidden: Tensor) -> Tensor:
-        pipeline = self._pipeline
-        self._failover.retries.succeeded()
-        in_flight: deque[PendingChunk] = deque()
-        try:
-            outputs = await self._run_chunks(plan, hidden, in_flight)
-        except BaseException as exc:
-            for pending in in_flight:
-                pipeline.forget(pending)
-            if pipeline.steps.reordering(plan):
-                for stage in pipeline.stages:
-                    error = SessionLostError("it may have reordered its caches for a step that was given up")
-                    pipeline.fail(stage, error, blame=False)
-            pipeline.steps.abandon(plan)
-            if self._steps_done == 0:  # what it began with is for its caller to send again
-                self._begin_with_nothing()
-                pipeline.steps.rollback((0,) * self.sequences)
-            if self.options.journal == "off" and pipeline.failed and isinstance(exc, SwarmError):
-                self._broken = exc
-            raise
-        return plan.joined(outputs)
+    def _step_through(self) -> None:
+        """A step has come back."""
+        self._pipeline.cached = ()
+        if self._steps_done == 0:
+            self._remember()
+        self._steps_done += 1
+        if asyncio.get_running_loop().time() >= self._moves.next_check:
+            self._moves.look_for_better(self._steps_done)
 
-    async def _run_chunks(
-        self, plan: StepPlan, hidden: Tensor, in_flight: deque[PendingChunk]
-    ) -> list[Tensor]:
-        """Send the chunks, a few at a time, and take their outputs; replace stages that fail meanwhile."""
-        pipeline, failover = self._pipeline, self._failover
-        waiting, outputs = deque(plan.chunks), list[Tensor]()
-        pipeline.patience.progressed(asyncio.get_running_loop().time())
-        resent = False
-
-        def news() -> bool:
-            return in_flight[0].done or in_flight[0].error is not None or pipeline.failed is not None
-
-        while True:
-            while in_flight and in_flight[0].done:
-                outputs.append(pipeline.settle(in_flight.popleft()))
-                failover.retries.succeeded()
-            if not waiting and not in_flight:
-                return outputs
-            resent = resent and bool(in_flight)
-            again = False
-            if pipeline.failed:
-                await failover.replace_failed()
-                again = True
-            elif in_flight and in_flight[0].error is not None:
-                again = await self._refused(in_flight[0])
-            elif waiting and len(in_flight) < CHUNKS_IN_FLIGHT and not resent:
-                # What is sent again goes another way than what follows it: the one has to be through first.
-                chunk = waiting.popleft()
-                rows = chunk.rows_of(hidden).encode(self.options.codec)
-                in_flight.append(pipeline.begin(chunk, rows))
-                await pipeline.send(0, in_flight[-1], rows)
-            elif not await pipeline.wait(news, timeout=pipeline.patience.judge_after):
-                again = self._stuck(in_flight[0])
-            if again:
-                await failover.resend(in_flight)
-                resent = bool(in_flight)
-
-    def _stuck(self, pending: PendingChunk) -> bool:
-        """Deal with a chunk that gets no further; whether it is to be sent again.
-
-        Raise `DeadlineExceededError` when nobody but the server that holds it has the blocks.
-        """
-        pipeline, now = self._pipeline, asyncio.get_running_loop().time()
-        stage = pipeline.stuck_at(pending)
-        verdict = pipeline.patience.judge(now, held=stage.holds_step, alone=pipeline.alone(stage))
-        seconds = self.options.step_timeout * (ALONE if verdict == "give up" else 1)
-        error = DeadlineExceededError(f"a step got no further in {seconds:.0f} s")
-        if verdict == "give up":
-            raise located(stage, error, "it answers, and nobody else has its blocks")
-        if verdict == "replace":
-            pipeline.blame_stuck(pending, error)
-        return verdict == "resend" and self.options.journal != "off"
-
-    async def _refused(self, pending: PendingChunk) -> bool:
-        """A server refused a step, or failed on it: raise what only the caller can deal with.
-
-        True when the step is to be sent again: the server had no memory or time for it, its caches are as
-        they were, and nobody else has its blocks or has memory for it either.
-        """
-        pipeline, failover = self._pipeline, self._failover
-        error, stage = pending.error, pending.refused_by
-        assert error is not None and stage is not None
-        pending.error = None
-        if isinstance(error, InvalidStepError) and pipeline.cached and any(self._cached):
-            # It may have lost what it said it had. Once all is computed again this says if it was that.
-            self._begin_with_nothing()
-            pipeline.fail(stage, SessionLostError(f"it has lost its prefix: {error.message}"), blame=False)
-            return False
-        if isinstance(error, InputError | CacheFullError | TooManyCallsError):
-            raise located(stage, error)
-        if self.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
-            # Where one server was short of memory, another one would hardly do better at once.
-            if pipeline.alone(stage) or failover.retries.busy:
-                await failover.pause_after(error, stage)
-                return stage in pipeline.stages and stage.failure is None
-            failover.retries.failed(asyncio.get_running_loop().time(), error)
-        pipeline.fail(stage, error)
-        return False
+    def _steps_given_up(self, error: SwarmError) -> None:
+        """What is under way has failed."""
+        if self.options.journal == "off" and self._pipeline.failed:
+            self._broken = error
 
 
 async def open_session(

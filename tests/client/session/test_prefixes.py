@@ -415,7 +415,7 @@ async def test_without_a_journal_or_without_the_cache() -> None:
 async def test_servers_of_earlier_versions_have_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async with swarm_of("0:6", "6:12") as swarm:
         await computed(swarm, PROMPT)
-        monkeypatch.setattr(inference, "SessionOpened", lambda free, reachable, cached: SessionOpened(free))
+        monkeypatch.setattr(inference, "SessionOpened", lambda free, *_: SessionOpened(free))
         text = await Text.begin(swarm, PROMPT)
         await text.prompt()
         assert text.session.cached == (0,)

@@ -1,0 +1,214 @@
+"""Several steps of one session under way, one behind the other, and what becomes of those called back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from drafted_text import DraftedText
+from memory_swarm import Run, Server, Swarm, quiet, swarm_of
+
+from swarmcore.client.session.session import InferenceSession
+from swarmcore.errors import InvalidStepError, SessionLostError
+from swarmcore.server import inference
+from swarmcore.testing.executor import Rows, hidden_states, read_rows
+from swarmcore.wire.limits import MAX_STEPS_IN_FLIGHT
+from swarmcore.wire.messages import SessionOpened
+
+pytestmark = pytest.mark.virtual_time
+
+THREE = ("0:4", "4:8", "8:12")
+
+
+def counted(swarm: Swarm, name: str) -> list[int]:
+    return [server.service.counters[name] for server in swarm.servers]
+
+
+def slow(server: Server, seconds: float) -> None:
+    server.executor.step_seconds = seconds
+
+
+async def sent(session: InferenceSession, run: Run, rows: Rows, **options: object):  # type: ignore[no-untyped-def]
+    return await session.send(hidden_states(rows), [len(rows)], reply="all", **options)  # type: ignore[arg-type]
+
+
+async def test_steps_follow_each_other_and_come_back_in_order() -> None:
+    async with swarm_of(*THREE, delay=0.01) as swarm:
+        session = await swarm.open()
+        run, loop = Run.of(session), asyncio.get_running_loop()
+        await run.step(3)
+        rows, began = run.new_rows(12), loop.time()
+        steps = [await sent(session, run, rows[at : at + 3]) for at in range(0, 12, 3)]
+        assert session.positions == (15,)
+        outputs = [row for step in steps for row in read_rows(await session.receive(step))]
+        assert outputs == await run.reference.step([rows], reply="all")
+        assert loop.time() - began < 1.5 * 0.04, "they took the time of one"
+        await session.close()
+        await quiet(swarm)
+
+
+async def test_no_more_are_under_way_than_servers_take_in() -> None:
+    async with swarm_of(*THREE, delay=0.01) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        first = await sent(session, run, run.new_rows(2))
+        waiting = asyncio.create_task(sent(session, run, run.new_rows(1)))
+        await asyncio.sleep(0.001)
+        assert not waiting.done(), "the first step goes alone"
+        await session.receive(first)
+        await session.receive(await waiting)
+        assert session.max_in_flight == MAX_STEPS_IN_FLIGHT
+        steps = [await sent(session, run, run.new_rows(1)) for _ in range(MAX_STEPS_IN_FLIGHT)]
+        waiting = asyncio.create_task(sent(session, run, run.new_rows(1)))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await session.receive(steps[0])
+        await waiting
+        await session.close()
+        await quiet(swarm)
+
+
+async def test_what_is_called_back_is_dropped_before_it_is_computed() -> None:
+    async with swarm_of(*THREE, delay=0.001) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        slow(swarm.serving(session, 1), 0.1)
+        steps = [await sent(session, run, run.new_rows(2)) for _ in range(5)]
+        await asyncio.sleep(0.03)
+        await session.recall(steps[0])
+        await session.recall(steps[1])
+        slow(swarm.serving(session, 1), 0.0)
+        assert session.positions == (3,)
+        await run.step(1, starts=[3])
+        with pytest.raises(InvalidStepError, match="called back"):
+            await session.receive(steps[4])
+        assert sum(counted(swarm, "rows_recalled")) >= 8, "at least what waited behind the slow server"
+        assert swarm.serving(session, 2).engine.counters["tokens"] == 3 + 1
+        await session.close()
+        await quiet(swarm)
+
+
+async def test_what_comes_after_its_recall_is_dropped_as_well() -> None:
+    async with swarm_of(*THREE, delay=0.001) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        slow(swarm.serving(session, 0), 0.1)  # what is computed here has yet to come to the others
+        steps = [await sent(session, run, run.new_rows(1)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await session.recall(steps[0])
+        slow(swarm.serving(session, 0), 0.0)
+        await run.step(2)
+        assert [server.engine.counters["tokens"] for server in swarm.servers][1:] == [5, 5]
+        await session.close()
+        await quiet(swarm)
+
+
+async def test_a_part_of_a_chunk_is_kept_and_the_rest_rolled_back() -> None:
+    async with swarm_of(*THREE, delay=0.01) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        drafted = run.new_rows(4)
+        head, behind = await sent(session, run, drafted), await sent(session, run, run.new_rows(4))
+        outputs = read_rows(await session.receive(head))
+        assert outputs == await run.reference.step([drafted], reply="all")
+        await session.recall(behind)
+        session.rollback([5])
+        run.reference.rows[0] = run.reference.rows[0][:5]
+        await swarm.serving(session, 1).kill()
+        await swarm.add("4:8")
+        await run.step(2, reply="all")
+        assert session.positions == (7,)
+        await session.close()
+
+
+async def test_a_cancelled_step_is_called_back() -> None:
+    async with swarm_of(*THREE, delay=0.001) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        slow(swarm.serving(session, 1), 1.0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await session.step(hidden_states(run.new_rows(2)), [2])
+        await asyncio.sleep(0.1)
+        assert sum(counted(swarm, "steps_recalled")) == 1
+        slow(swarm.serving(session, 1), 0.0)
+        await run.step(1)
+        await session.close()
+        await quiet(swarm)
+
+
+async def test_servers_of_earlier_versions_take_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SessionOpened", lambda *fields: SessionOpened(*fields[:3]))
+    async with swarm_of(*THREE, delay=0.001) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        assert session.max_in_flight == 1
+        step = await sent(session, run, run.new_rows(2))
+        waiting = asyncio.create_task(sent(session, run, run.new_rows(2)))
+        await asyncio.sleep(0.001)
+        assert not waiting.done()
+        waiting.cancel()
+        await session.recall(step)
+        await run.step(1)
+        assert not any(counted(swarm, "steps_recalled")), "they were not told"
+        await session.close()
+        await quiet(swarm)
+
+
+async def test_a_step_that_reorders_goes_alone() -> None:
+    async with swarm_of("0:12", delay=0.001) as swarm:
+        session = await swarm.open(2)
+        run = Run.of(session)
+        await run.step(3, 4)
+        await session.send(hidden_states(run.new_rows(2)), [1, 1])
+        with pytest.raises(InvalidStepError, match="behind others"):
+            await session.send(hidden_states(run.new_rows(2)), [1, 1], sources=[1, 0])
+        await session.close()
+
+
+async def test_what_is_under_way_fails_together() -> None:
+    async with swarm_of("0:12", delay=0.001, cache=64) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        steps = [await sent(session, run, run.new_rows(n)) for n in (1, 70, 1)]
+        await session.receive(steps[0])
+        for step in steps[1:]:
+            with pytest.raises(Exception, match="cache"):
+                await session.receive(step)
+        assert session.positions == (4,)
+        await session.close()
+
+
+async def test_closing_ends_what_is_under_way() -> None:
+    async with swarm_of("0:12", delay=0.01) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        step = await sent(session, run, run.new_rows(1))
+        await session.close()
+        with pytest.raises(SessionLostError):
+            await session.receive(step)
+        with pytest.raises(SessionLostError):
+            await sent(session, run, run.new_rows(1))
+
+
+async def test_a_leaving_server_has_its_caches_moved_with_drafts_under_way() -> None:
+    async with swarm_of(*THREE, *THREE, delay=0.01) as swarm:
+        session = await swarm.open(3)
+        text = DraftedText(session, 5)
+        await text.prompt(4, 2, 6)
+        leaving = swarm.serving(session, 1)
+        await leaving.registry.withdraw()
+        drained = asyncio.create_task(leaving.service.drain(30))
+        await text.go_on(12)
+        assert await drained == 0
+        assert [failover.how for failover in swarm.failovers] == ["handed over"]
+        await text.end()
+        await session.close()
+        await quiet(swarm)
