@@ -44,6 +44,8 @@ FACES = {
             "name_pages",
             "reuse_prefix",
             "step_embedded",
+            "send_embedded",
+            "receive_embedded",
             "exclusive",
             "sequences",
             "offset",

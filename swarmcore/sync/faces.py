@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from swarmcore.client.generation import remote as _remote
     from swarmcore.client.generation import stream as _stream
     from swarmcore.client.generation import token_session as _token_session
+    from swarmcore.client.generation.session_api import Reply
     from swarmcore.client.generation.stream import FinishReason
     from swarmcore.client.served_models import ServedModel
     from swarmcore.client.session.options import SessionOptions
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from swarmcore.registry.choice import RegistryChoice
     from swarmcore.routing.chain import Chain
     from swarmcore.routing.costs import ChainCost
+    from swarmcore.session.steps import SentStep
     from swarmcore.training.adapter import BlockAdapter
     from swarmcore.training.prompt import SoftPrompt
     from swarmcore.types import ModelInfo, Numerics, PeerId, Progress, Span
@@ -296,6 +298,11 @@ class Session(Face):
         return self.asynchronous.positions
 
     @property
+    def max_in_flight(self) -> int:
+        """Steps that may be under way at a time: 1 where a server cannot be told to drop one."""
+        return self.asynchronous.max_in_flight
+
+    @property
     def chain(self) -> Chain:
         """The servers that the session passes through now; none before it is open."""
         return self.asynchronous.chain
@@ -305,9 +312,23 @@ class Session(Face):
         """How the servers of the session have computed so far, each way once; see `Generation.numerics`."""
         return self.asynchronous.numerics
 
-    def step(self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = ()) -> torch.Tensor:
+    def step(
+        self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = (), reply: Reply = "last"
+    ) -> torch.Tensor:
         """Append new tokens to each sequence and return what the model predicts after the last of them."""
-        return self.loop.run(self.asynchronous.step(ids, sources=sources))
+        return self.loop.run(self.asynchronous.step(ids, sources=sources, reply=reply))
+
+    def send(self, ids: Sequence[Sequence[int]], *, reply: Reply = "all") -> SentStep:
+        """Append new tokens to each sequence, behind the steps that are under way; see `receive`."""
+        return self.loop.run(self.asynchronous.send(ids, reply=reply))
+
+    def receive(self, step: SentStep) -> torch.Tensor:
+        """What the model predicts after the tokens that were sent, float32 ``[rows, vocabulary]``."""
+        return self.loop.run(self.asynchronous.receive(step))
+
+    def recall(self, step: SentStep) -> None:
+        """Give up a step that was not received, and all that were sent behind it."""
+        self.loop.run(self.asynchronous.recall(step))
 
     def rollback(self, positions: int | Sequence[int]) -> None:
         """Forget the tokens of each sequence from its position on: one for all, or one for each."""

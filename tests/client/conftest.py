@@ -83,6 +83,18 @@ class WholeModelSession:
             await self.stepped()
         return to_wire("hidden", torch.cat(outputs))
 
+    max_in_flight = 4
+
+    async def send(self, hidden: Tensor, lengths: Sequence[int], **options: Any) -> tuple[Any, Tensor]:
+        before = [row[:start] for row, start in zip(self.rows, options["starts"], strict=True)]
+        return before, await self.step(hidden, lengths, **options)
+
+    async def receive(self, step: tuple[Any, Tensor]) -> Tensor:
+        return step[1]
+
+    async def recall(self, step: tuple[Any, Tensor]) -> None:
+        self.rows = step[0]
+
     async def name_pages(self, tokens: Sequence[Sequence[int]]) -> None:
         self.named = [list(each) for each in tokens]
 

@@ -7,8 +7,12 @@ from typing import Literal, Protocol
 
 from swarmcore.client.adapters import AdapterWeights
 from swarmcore.routing.chain import Chain
+from swarmcore.session.steps import SentStep
 from swarmcore.types import Numerics
 from swarmcore.wire.tensors import Tensor
+
+Reply = Literal["all", "last"]
+"""Of which new tokens a step gives rows: all, or the last of each sequence."""
 
 
 class RemoteSession(Protocol):
@@ -40,7 +44,7 @@ class RemoteSession(Protocol):
         *,
         starts: Sequence[int] | None = None,
         sources: Sequence[int] = (),
-        reply: Literal["all", "last"] = "last",
+        reply: Reply = "last",
     ) -> Tensor:
         """Run ``hidden``, ``[sum(lengths), hidden size]``: the sequences' new tokens, one after the other.
 
@@ -48,6 +52,27 @@ class RemoteSession(Protocol):
         a sequence alone; a start below its position rolls it back. The result has one row for each sequence
         of length above 0 (``"last"``), or one for every token (``"all"``).
         """
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be under way at a time, 1 or more."""
+
+    async def send(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        *,
+        starts: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+        reply: Reply = "last",
+    ) -> SentStep:
+        """As `step`, behind the steps that are under way; `receive` gives the result."""
+
+    async def receive(self, step: SentStep) -> Tensor:
+        """What comes of a step that was sent. When it fails, those sent behind it have failed as well."""
+
+    async def recall(self, step: SentStep) -> None:
+        """Give up a step that was not received, and all that were sent behind it."""
 
     async def name_pages(self, tokens: Sequence[Sequence[int]]) -> None:
         """Say what the sequences consist of by now, for sessions to come; of no effect where none ask."""

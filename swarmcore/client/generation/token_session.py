@@ -11,11 +11,12 @@ from typing import Self
 import torch
 
 from swarmcore.client.generation.compute import ModelCompute
-from swarmcore.client.generation.session_api import RemoteSession, SessionOpener
-from swarmcore.errors import InputError, SessionLostError
+from swarmcore.client.generation.session_api import RemoteSession, Reply, SessionOpener
+from swarmcore.errors import InputError, SessionLostError, SwarmError
 from swarmcore.executor.torch.wire_tensors import to_wire
 from swarmcore.prompts import check_tokens, checked_ids
 from swarmcore.routing.chain import Chain
+from swarmcore.session.steps import SentStep
 from swarmcore.types import Numerics
 from swarmcore.wire.tensors import Tensor
 
@@ -27,7 +28,8 @@ class ModelSession:
     """Some sequences whose attention caches the swarm keeps, and their tokens.
 
     Made by `RemoteModel.session`; entering it opens it, leaving it frees the caches. One thing at a time: a
-    `step` must have returned, a generation ended, before the next one begins.
+    `step` must have returned, a generation ended, before the next one begins. With `send` and `receive`
+    several steps are under way, one behind the other, and `recall` gives up those that are of no use.
     """
 
     def __init__(
@@ -76,6 +78,11 @@ class ModelSession:
     def positions(self) -> tuple[int, ...]:
         """How many tokens of each sequence are in the remote caches."""
         return tuple(map(len, self._tokens))
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be under way at a time: 1 where a server cannot be told to drop one."""
+        return self._remote.max_in_flight if self._remote is not None else 1
 
     @property
     def chain(self) -> Chain:
@@ -163,12 +170,15 @@ class ModelSession:
     ) -> None:
         await self.close()
 
-    async def step(self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = ()) -> torch.Tensor:
+    async def step(
+        self, ids: Sequence[Sequence[int]], *, sources: Sequence[int] = (), reply: Reply = "last"
+    ) -> torch.Tensor:
         """Append new tokens to each sequence and return what the model predicts after the last of them.
 
         ``ids`` has one list, or row of an array, for each sequence; an empty one leaves its sequence alone.
         With ``sources``, for beam search, sequence ``i`` first becomes a copy of sequence ``sources[i]``. The
-        result is float32 ``[rows, vocabulary]``, a row for each sequence that got tokens, in order.
+        result is float32 ``[rows, vocabulary]``, a row for each sequence that got tokens, in order; with
+        ``reply="all"`` a row for each of the new tokens.
 
         Raise `InputError` for ids outside the vocabulary, sources that are not sequences, and sequences
         longer than the model can take; then nothing has changed. When the remote fails, the session stands
@@ -185,7 +195,36 @@ class ModelSession:
         self._check(ids, tokens)
         with self.exclusive():
             hidden = await self._compute.embed(*self._flat(ids, tokens))
-            return await self._compute.logits(await self.step_embedded(ids, hidden, sources=sources))
+            return await self._compute.logits(
+                await self.step_embedded(ids, hidden, sources=sources, reply=reply)
+            )
+
+    async def send(self, ids: Sequence[Sequence[int]], *, reply: Reply = "all") -> SentStep:
+        """Append new tokens to each sequence, behind the steps that are under way; see `receive`.
+
+        Wait while `max_in_flight` of them are. Raise as `step` for what cannot be sent.
+        """
+        ids = [checked_ids(new) for new in ids]
+        self._check(ids, self._tokens)
+        with self.exclusive():
+            return await self.send_embedded(ids, await self.embed(ids), reply=reply)
+
+    async def receive(self, step: SentStep) -> torch.Tensor:
+        """What the model predicts after the tokens that were sent, float32 ``[rows, vocabulary]``.
+
+        After each of them, or with ``reply="last"`` after the last of each sequence. When the remote fails,
+        the session stands where it was before the step, and steps sent behind it have failed as well.
+        """
+        return await self._compute.logits(await self.receive_embedded(step))
+
+    async def recall(self, step: SentStep) -> None:
+        """Give up a step that was not received, and all that were sent behind it.
+
+        Their tokens are no longer part of the sequences; servers drop what they have not computed.
+        """
+        if self._remote is not None:
+            await self._remote.recall(step)
+            self._forget_tokens()
 
     def rollback(self, positions: int | Sequence[int]) -> None:
         """Forget the tokens of each sequence from its position on: one for all, or one for each.
@@ -234,33 +273,81 @@ class ModelSession:
         return await self._compute.embed(*self._flat(ids, self._tokens))
 
     async def step_embedded(
-        self, ids: Sequence[Sequence[int]], hidden: torch.Tensor, *, sources: Sequence[int] = ()
+        self,
+        ids: Sequence[Sequence[int]],
+        hidden: torch.Tensor,
+        *,
+        sources: Sequence[int] = (),
+        reply: Reply = "last",
     ) -> Tensor:
         """Send the embedded tokens ``ids`` through the blocks; return a row for each sequence with some."""
-        if self._remote is None:
-            raise SessionLostError(
-                "the session is not open; use it as: async with model.session() as session"
-            )
-        if not self._begun and self._prompts and (sources or [list(new) for new in ids] != self._prompts):
-            # It was opened for a prompt that was given up, and its pages have the names of that.
-            given_up, self._remote = self._remote, None
-            await given_up.close()
-            await self.open(() if sources else ids)
-            assert self._remote is not None
+        remote = await self._opened_for(ids, sources)
         tokens = [list(self._tokens[source]) for source in sources] or self._tokens
-        output = await self._remote.step(
+        output = await remote.step(
             to_wire("hidden", hidden),
             [len(new) for new in ids],
             starts=[self._prompt_rows + len(cached) for cached in tokens],
             sources=sources,
-            reply="last",
+            reply=reply,
         )
-        self.cached = (0,) * self.sequences if self._begun else self._remote.cached
-        self._begun = True
+        self._came_back(remote)
         self._tokens = tokens
         for sequence, new in zip(tokens, ids, strict=True):
             sequence.extend(new)
         return output
+
+    async def send_embedded(
+        self, ids: Sequence[Sequence[int]], hidden: torch.Tensor, *, reply: Reply = "all"
+    ) -> SentStep:
+        """As `step_embedded`, behind the steps that are under way; the tokens are part of the sequences."""
+        remote = await self._opened_for(ids)
+        starts = [self._prompt_rows + len(cached) for cached in self._tokens]
+        step = await remote.send(
+            to_wire("hidden", hidden), [len(new) for new in ids], starts=starts, reply=reply
+        )
+        for sequence, new in zip(self._tokens, ids, strict=True):
+            sequence.extend(new)
+        return step
+
+    async def receive_embedded(self, step: SentStep) -> Tensor:
+        """The rows that come of a step that was sent, as it asked for them."""
+        remote = self._checked_open()
+        try:
+            output = await remote.receive(step)
+        except SwarmError:
+            self._forget_tokens()
+            raise
+        self._came_back(remote)
+        return output
+
+    def _came_back(self, remote: RemoteSession) -> None:
+        self.cached = (0,) * self.sequences if self._begun else remote.cached
+        self._begun = True
+
+    def _forget_tokens(self) -> None:
+        """Those of steps that were given up."""
+        if self._remote is not None:
+            for tokens, position in zip(self._tokens, self._remote.positions, strict=True):
+                del tokens[max(position - self._prompt_rows, 0) :]
+
+    def _checked_open(self) -> RemoteSession:
+        if self._remote is None:
+            raise SessionLostError(
+                "the session is not open; use it as: async with model.session() as session"
+            )
+        return self._remote
+
+    async def _opened_for(self, ids: Sequence[Sequence[int]], sources: Sequence[int] = ()) -> RemoteSession:
+        """The remote session, which knows what its first step brings."""
+        remote = self._checked_open()
+        first = not self._begun and not any(self._tokens)
+        if first and self._prompts and (sources or [list(new) for new in ids] != self._prompts):
+            # It was opened for a prompt that was given up, and its pages have the names of that.
+            self._remote = None
+            await remote.close()
+            await self.open(() if sources else ids)
+            remote = self._checked_open()
+        return remote
 
     def _check(self, ids: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> None:
         if len(ids) != self.sequences or not any(ids):

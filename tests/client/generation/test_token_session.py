@@ -102,3 +102,21 @@ async def test_a_session_is_opened_by_entering_it(model, sessions):
 async def test_a_session_has_a_sequence_at_least(model):
     with pytest.raises(InputError, match="1 or more"):
         model.session(sequences=0)
+
+
+async def test_steps_go_behind_each_other_and_are_called_back(model, plain):
+    text, drafted = [1, 2, 3], [4, 5, 6, 7]
+    async with model.session() as session:
+        await session.step([text])
+        first = await session.send([drafted])
+        behind = await session.send([[8, 9]])
+        assert session.tokens == ((*text, *drafted, 8, 9),)
+        logits = await session.receive(first)
+        for row, end in zip(logits, range(4, 8), strict=True):
+            torch.testing.assert_close(row, expected(plain, (text + drafted)[:end]), atol=1e-4, rtol=0)
+        await session.recall(behind)
+        session.rollback(5)
+        assert session.tokens == ((1, 2, 3, 4, 5),)
+        logits = await session.step([[10, 11]], reply="all")
+        for row, more in zip(logits, ([10], [10, 11]), strict=True):
+            torch.testing.assert_close(row, expected(plain, [1, 2, 3, 4, 5, *more]), atol=1e-4, rtol=0)
