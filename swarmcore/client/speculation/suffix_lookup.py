@@ -13,12 +13,15 @@ from swarmcore.client.speculation.suffix_index import BREAK, MAX_MATCH, Match, S
 from swarmcore.client.speculation.token_memory import TokenMemory, shared_memory
 from swarmcore.errors import InputError
 
-MIN_MATCH = 2
+MIN_MATCH = 1
 """Tokens that must have occurred before."""
+STOP_BELOW = 0.1
+"""A proposal ends before the token up to which it is less likely than this to be right."""
 
-_LENGTHS = (3, 4, 6, 10, 16)
-_LIKELY = (0.3, 0.45, 0.6, 0.75, 0.85, 0.95)
-"""How often the next token is right after matches shorter than each of `_LENGTHS`, and after others."""
+_LENGTHS = (2, 4, 5, 10, 32)
+_LIKELY = (0.25, 0.55, 0.75, 0.85, 0.93, 0.98)
+"""How often a token is right when fewer than each of `_LENGTHS` before it are as they were earlier, and when
+more are. Measured on edits, summaries and chat."""
 
 
 class SuffixLookup(DraftSource):
@@ -113,9 +116,7 @@ class SuffixDrafter(Drafter):
             earlier = self._earlier.find(tail)
             if earlier.length > match.length:
                 match, text = earlier, self._earlier.text
-        tokens, shares = _continuation(match, text, ahead, k)
-        likely = _LIKELY[bisect_right(_LENGTHS, match.length)]
-        self.probabilities = [likely * share for share in shares]
+        tokens, self.probabilities = _continuation(match, text, ahead, k)
         return tokens
 
     def close(self) -> None:
@@ -131,9 +132,10 @@ def _continuation(
     """What came most often after the places of ``match``, then after those of them where it came, and so on.
 
     Of those that came equally often it is the latest. Behind the end of the text come ``ahead`` and what is
-    found here, so that what repeats itself goes on. With each token comes the share of places where it did.
+    found here, so that what repeats itself goes on. With each token comes how likely it is.
     """
-    ends, behind, shares = match.ends, list(ahead), list[float]()
+    ends, behind, probabilities = match.ends, list(ahead), list[float]()
+    together = 1.0
     for step in range(k):
         places = [end + step for end in ends]
         nexts = [text[place] if place < len(text) else behind[place - len(text)] for place in places]
@@ -141,7 +143,11 @@ def _continuation(
         if not counts:
             break
         token, count = counts.most_common(1)[0]
+        likely = _LIKELY[bisect_right(_LENGTHS, match.length + step)] * count / len(ends)
+        together *= likely
+        if together < STOP_BELOW:
+            break
         behind.append(token)
-        shares.append(count / len(ends))
+        probabilities.append(likely)
         ends = [end for end, other in zip(ends, nexts, strict=True) if other == token]
-    return behind[len(ahead) :], shares
+    return behind[len(ahead) :], probabilities
