@@ -12,7 +12,7 @@ from swarmcore.client.speculation.local_decoder import CachedText, LocalDecoder
 from swarmcore.client.speculation.vocabulary import DraftText, Vocabulary
 
 STOP_BELOW = 0.3
-"""A proposal ends before the token up to which it is less likely than this to be right."""
+"""A proposal ends with the token up to which it is less likely than this to be right."""
 _MANY = 64
 """Tokens that are taken in as soon as they are known, rather than when a draft is wanted."""
 
@@ -125,13 +125,11 @@ class _Draft:
         return cls(drafter, drafter.cached, request.k, wanted, ids, certain)
 
     def goes_on(self, token: int, probability: float, stop_below: float) -> bool:
-        """Take the next token, if it is likely enough; whether another one is wanted."""
+        """Take the next token; whether another one is wanted."""
         self.together *= probability
-        if self.together < stop_below:
-            return False
         self.ids.append(token)
         self.probabilities.append(probability)
-        return len(self.probabilities) < self.wanted
+        return len(self.probabilities) < self.wanted and self.together >= stop_below
 
     def finish(self) -> list[int]:
         """The proposal, in tokens of the model that is drafted for."""
