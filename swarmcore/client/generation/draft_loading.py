@@ -1,12 +1,15 @@
-"""From what people type as a draft to a model that drafts."""
+"""From what people name as a draft to what makes drafts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swarmcore.checkpoint import open_checkpoint
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.local_model import LocalParts
+from swarmcore.client.speculation.draft_heads import DraftHeads
 from swarmcore.client.speculation.draft_model import DraftModel
+from swarmcore.client.speculation.drafter import DraftSource
+from swarmcore.client.speculation.head_loading import is_eagle, load_eagle_head, load_mtp_head
 from swarmcore.client.speculation.local_decoder import LocalDecoder
 from swarmcore.client.speculation.vocabulary import vocabulary_of
 from swarmcore.executor.loader import LoadSettings, choose_executor, open_loader
@@ -18,29 +21,40 @@ if TYPE_CHECKING:
     from swarmcore.types import Progress
 
 
-def load_draft_model(
-    source: str,
+HEADS = "heads"
+"""In place of a draft model: the layer of the model's own that predicts one token further."""
+
+
+def load_draft(
+    draft: str,
+    model: Checkpoint,
+    parts: LocalParts,
     tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
     *,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
-) -> DraftModel:
-    """Load the causal language model ``source``, a folder, GGUF or hub id, to draft for the one with
-    ``tokenizer`` and ``vocab_size``. Blocks: run it in a thread.
+) -> DraftSource:
+    """What ``draft`` names, to draft for the ``model`` of which a client has ``parts`` and ``tokenizer``.
 
-    It is run as a server would run all of its blocks: by llama.cpp where it is a GGUF and that is installed,
-    else by torch. Raise as `open_checkpoint`, `open_loader` and `vocabulary_of`.
+    That is `HEADS`, an EAGLE head, or a causal language model; the last two as a folder, a GGUF, or a hub id.
+    A draft model runs as a server would run all of its blocks: by llama.cpp where it is a GGUF and that is
+    installed, else by torch. Blocks: run it in a thread. Raise as `open_checkpoint`, `open_loader`,
+    `load_mtp_head`, `load_eagle_head` and `vocabulary_of`.
     """
-    settings = LoadSettings(model=source, revision=revision, dtype=dtype, device=device, threads=threads)
-    checkpoint = open_checkpoint(source, revision=revision, progress=progress)
+    if draft == HEADS:
+        return DraftHeads(load_mtp_head(model, dtype=dtype), parts)
+    checkpoint = open_checkpoint(draft, revision=revision, progress=progress)
+    if is_eagle(checkpoint):
+        head = load_eagle_head(checkpoint, parts.hidden_size, parts.vocab_size, dtype=dtype)
+        return DraftHeads(head, parts)
     theirs = load_tokenizer(checkpoint.folder, checkpoint.name)
     draft_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
-    vocabulary = vocabulary_of(tokenizer, vocab_size, theirs, draft_size, checkpoint.name)
+    vocabulary = vocabulary_of(tokenizer, parts.vocab_size, theirs, draft_size, checkpoint.name)
+    settings = LoadSettings(model=draft, revision=revision, dtype=dtype, device=device, threads=threads)
     loader = open_loader(choose_executor(settings), settings, progress=progress)
-    parts = LocalParts.load(checkpoint, dtype=dtype, progress=progress)
+    draft_parts = LocalParts.load(checkpoint, dtype=dtype, progress=progress)
     executor = loader.load(loader.model.span, progress=progress)
-    return DraftModel(LocalDecoder(parts, executor), vocabulary)
+    return DraftModel(LocalDecoder(draft_parts, executor), vocabulary)

@@ -170,8 +170,9 @@ class LocalParts:
         """Positions that the model was made for; None when its config names no limit."""
         self._embedding_model = base
         self._head_model = model
+        self._after = after
         self._lookup = self._plain_lookup()
-        self._pack_head(head)
+        self._output_layer = self._pack_head(head)
 
     def __repr__(self) -> str:
         return f"<LocalParts {self.config.model_type} {self.vocab_size} x {self.hidden_size} {self.dtype}>"
@@ -255,7 +256,22 @@ class LocalParts:
         output = self._head_model(inputs_embeds=hidden.to(self.dtype)[None], use_cache=False)
         return cast(torch.Tensor, output.logits[0])
 
-    def _pack_head(self, head: nn.Module | None) -> None:
+    @torch.inference_mode()
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, hidden size]`` from the last block as the output layer reads it: after the final norm."""
+        return cast(torch.Tensor, self._after(hidden.to(self.dtype)))
+
+    @torch.inference_mode()
+    def project(self, normed: torch.Tensor) -> torch.Tensor:
+        """The output layer alone, of rows that are `normed`: ``[rows, vocabulary]`` in float32.
+
+        Without what some families do to logits after it, by which the order of tokens stays as it is.
+        """
+        if self._output_layer is None:
+            raise UnsupportedModelError(f"models of type {self.config.model_type!r} have no output layer")
+        return cast(torch.Tensor, self._output_layer(normed.to(self.dtype))).float()
+
+    def _pack_head(self, head: nn.Module | None) -> nn.Module | None:
         """Let the ``head`` read its weight in the layout of the CPU's kernels, which takes half the time.
 
         A matrix that is embeddings as well is held twice then. Where the family's own code makes something
@@ -263,17 +279,20 @@ class LocalParts:
         """
         model = self._head_model
         if type(head) is not nn.Linear or not packable(head.weight):
-            return
+            return head
         name = next(name for name, module in model.named_modules() if module is head)
         row = torch.ones(1, self.hidden_size, dtype=self.dtype)
         expected = self.scores(row)
-        model.set_submodule(name, PackedLinear(head))
+        packed = PackedLinear(head)
+        model.set_submodule(name, packed)
         try:
             same = torch.allclose(self.scores(row), expected, rtol=0.02, atol=1e-3, equal_nan=True)
         except AttributeError:  # it asks for the weight
             same = False
-        if not same:
-            model.set_submodule(name, head)
+        if same:
+            return packed
+        model.set_submodule(name, head)
+        return head
 
     def _embed_with_base(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         # Every token is a batch row of its own, so that no attention mask above 1 by 1 is ever made.

@@ -11,7 +11,9 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 
-from swarmcore.client.generation.draft_loading import load_draft_model
+from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.draft_loading import load_draft
+from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.client.speculation.draft_model import DraftModel
 from swarmcore.client.speculation.drafter import DraftRequest
 from swarmcore.client.speculation.guarded import GuardedSource
@@ -22,7 +24,10 @@ VOCABULARY = 257
 
 @pytest.fixture(scope="module")
 def loaded(llama_folder: Path) -> Iterator[DraftModel]:
-    model = load_draft_model(str(llama_folder), byte_tokenizer(), VOCABULARY, dtype="float32")
+    checkpoint = open_checkpoint(str(llama_folder))
+    parts = LocalParts.load(checkpoint, dtype="float32")
+    model = load_draft(str(llama_folder), checkpoint, parts, byte_tokenizer(), dtype="float32")
+    assert isinstance(model, DraftModel)
     yield model
     model.close()
     model.close()
