@@ -116,12 +116,26 @@ class DraftedText:
             len(kept) if dropped else start
             for kept, dropped, start in zip(self.kept, again, self._starts, strict=True)
         ]
+        if self.chance.random() < 0.5:
+            self.session.rollback(self._starts)
+
+    async def think_again(self) -> None:
+        """Call back the end of what is under way, while the rest goes on."""
+        if len(self._ahead) > 1:
+            first = self.chance.randrange(1, len(self._ahead))
+            await self.session.recall(self._ahead[first].step)
+            self.recalls += 1
+            while len(self._ahead) > first:
+                self._ahead.pop()
+            self._starts = list(map(min, self._starts, self.session.positions))
 
     async def go_on(self, chunks: int) -> None:
         """Send and receive until so many chunks have come back."""
         while chunks:
             while len(self._ahead) < self._depth and self.chance.random() < 0.9:
                 await self.send()
+            if self.chance.random() < 0.1:
+                await self.think_again()
             if self._ahead:
                 chunks -= 1
                 await self.receive()

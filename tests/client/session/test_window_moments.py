@@ -28,8 +28,8 @@ EVENTS = ("kill", "kill", "restart", "break", "drain")
 
 async def drained(swarm: Swarm, session: InferenceSession, stage: int) -> None:
     """The server of a stage leaves in good order, and another one comes."""
-    if stage < len(session.chain):
-        server = swarm.serving(session, stage)
+    peers = session.chain.peers[stage : stage + 1]
+    for server in [server for server in swarm.servers if server.peer in peers and not server.dead]:
         await server.registry.withdraw()
         await swarm.add(str(server.executor.span))
         await server.service.drain(30)
@@ -44,10 +44,10 @@ async def survive(seed: int, journal: str, sequences: int) -> tuple[int, int, in
     ]
     if journal == "off":
         events = [(when, "drain", stage) for when, _, stage in events]
-    async with swarm_of(*TWICE, seed=seed, delay=0.01) as swarm:
+    async with swarm_of(*TWICE, seed=seed, delay=chance.choice([0.002, 0.01])) as swarm:
         for server in swarm.servers:
             server.executor.step_seconds = chance.choice([0.0, 0.003, 0.01])
-        jitter = chance.choice([0.0, 0.02])
+        jitter = chance.choice([0.0, 0.04])
         swarm.client_transport.faults = Faults(delay=chance.choice([0.002, 0.01, 0.03]), jitter=jitter)
         session = await swarm.open(sequences, journal=journal, chunk_rows=chance.choice([4, 256]))
         draining: list[asyncio.Task[None]] = []
@@ -61,7 +61,7 @@ async def survive(seed: int, journal: str, sequences: int) -> tuple[int, int, in
 
         happening = [asyncio.create_task(befalls(*event)) for event in events]
         text = DraftedText(session, seed, depth=chance.randint(1, 4))
-        await text.prompt(*[5, 3, 7][:sequences])
+        await text.prompt(*[21, 3, 7][:sequences])
         await text.go_on(CHUNKS)
         await text.end()
         for task in happening:

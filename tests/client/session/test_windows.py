@@ -124,6 +124,28 @@ async def test_a_part_of_a_chunk_is_kept_and_the_rest_rolled_back() -> None:
         await session.close()
 
 
+async def test_a_recall_in_the_middle_of_a_replay_leaves_the_replay_alone() -> None:
+    async with swarm_of(*THREE, delay=0.001) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        step = await sent(session, run, run.new_rows(2))
+        await swarm.serving(session, 1).kill()
+        replacement = await swarm.add("4:8")
+        replacement.executor.gate = gate = asyncio.Event()
+        while not replacement.engine.counters["steps"] and not replacement.executor.batches:
+            await asyncio.sleep(0.001)  # until it is about to compute the replay
+        await session.recall(step)
+        await asyncio.sleep(0.01)
+        gate.set()
+        began = asyncio.get_running_loop().time()
+        await run.step(1)
+        assert asyncio.get_running_loop().time() - began < 0.5
+        assert session.failovers == 1
+        await session.close()
+        await quiet(swarm)
+
+
 async def test_a_cancelled_step_is_called_back() -> None:
     async with swarm_of(*THREE, delay=0.001) as swarm:
         session = await swarm.open()
