@@ -132,7 +132,7 @@ class BatchLoop:
             else:
                 self._sessions.complete(step, encoded, loop_time())
         for step in batch.steps:
-            if step.done:
+            if step.done and not step.session.queue:  # else its next one is here
                 self._window.answered(step.session.name, now)
 
     async def _reorder(self, batch: ScheduledBatch[SessionStep]) -> dict[int, SwarmError]:

@@ -11,6 +11,9 @@ from swarmcore.executor.base import Adapter, ScheduledChunk, Segment
 from swarmcore.types import Span
 from swarmcore.wire.tensors import Tensor, joined
 
+DRAFTED = 16
+"""Most tokens that a step brings to a sequence to be taken for drafts that are verified, not for a prompt."""
+
 
 @attrs.define(eq=False)
 class PendingStep:
@@ -28,7 +31,7 @@ class PendingStep:
     adapter: Adapter | None = None
     rows: int = attrs.field(init=False)
     decode: bool = attrs.field(init=False)
-    """Whether the step adds one token to each of its sequences."""
+    """Whether the step adds a token to each of its sequences, or a few that were drafted."""
     taken: int = attrs.field(init=False, default=0)
     """Rows handed out so far."""
     _running: ScheduledChunk | None = attrs.field(init=False, default=None)
@@ -43,7 +46,9 @@ class PendingStep:
 
     def __attrs_post_init__(self) -> None:
         self.rows = sum(segment.count for segment in self.segments)
-        self.decode = self.rows == len(self.segments)
+        self.decode = all(
+            segment.count == 1 or (segment.start and segment.count <= DRAFTED) for segment in self.segments
+        )
 
     @property
     def left(self) -> int:

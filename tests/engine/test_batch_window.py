@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 import pytest
 
 from swarmcore.engine.batch_window import NEARLY, ON_TIME, BatchWindow, PassTimes
 from swarmcore.engine.engine import Engine
 from swarmcore.testing.executor import CountingExecutor, hidden_states
+from swarmcore.wire.tensors import Tensor
 
 
 def a_window(*, each: float = 0.0) -> BatchWindow:
@@ -212,4 +214,22 @@ async def test_sessions_that_come_one_after_the_other_share_their_passes():
     assert engine.stats.decode_batches == len(executor.batches)
     assert engine.stats.decode_tokens == 160
     assert 0 < engine.stats.batch_waits <= len(executor.batches)
+    await engine.close()
+
+
+@pytest.mark.virtual_time
+async def test_a_session_with_several_steps_under_way_does_not_wait_for_itself():
+    executor = SlowExecutor()
+    engine = Engine(executor, cache_tokens=4096)
+    await engine.start()
+    await engine.open("one", 1, 0, timeout=1)
+    under_way: deque[asyncio.Future[Tensor]] = deque()
+    for position in range(30):
+        rows = hidden_states([[0.5] * 4] * 3)
+        under_way.append(engine.step("one", [3 * position], [3], rows, timeout=60))
+        if len(under_way) == 3:
+            await under_way.popleft()
+    await asyncio.gather(*under_way)
+    assert engine.stats.decode_batches == 30 - 1, "all but what begins the session"
+    assert not engine.stats.batch_waits
     await engine.close()

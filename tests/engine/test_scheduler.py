@@ -24,8 +24,9 @@ def pending(
     deadline: float = 100.0,
     span: Span = SPAN,
     codec: str = "raw",
+    start: int = 0,
 ) -> PendingStep:
-    segments = tuple(Segment(SequenceId(next(_sequences)), 10, count) for count in counts)
+    segments = tuple(Segment(SequenceId(next(_sequences)), start, count) for count in counts)
     hidden = hidden_states([[float(row), 0.0] for row in range(sum(counts))])
     return PendingStep(span, segments, hidden, reply, codec, deadline)
 
@@ -58,6 +59,23 @@ def test_decode_comes_before_prefill_in_one_batch() -> None:
     assert [chunk.tokens for chunk in batch.chunks] == [1, 2, 13]
     assert batch.tokens == 16 and not batch.decode_only
     assert len(scheduler) == 1
+
+
+def test_a_few_drafted_rows_go_with_the_decode_steps_and_in_one_piece() -> None:
+    scheduler: Scheduler[PendingStep] = Scheduler(16)
+    prompt, one, drafted = pending(5), pending(1), pending(5, 3, start=10)
+    behind, long = pending(6, start=10), pending(17, start=10)
+    for step in (prompt, one, drafted, behind, long):
+        scheduler.add(step)
+    assert scheduler.decode_waiting == (None, 0), "prompts wait, and the long one is like one"
+    batch = scheduler.schedule(0.0)
+    assert [(step, chunk.tokens) for step, chunk in zip(batch.steps, batch.chunks, strict=True)] == [
+        (one, 1),
+        (drafted, 8),
+        (prompt, 5),
+        (long, 2),
+    ], "what has no room for all of its drafts waits"
+    assert scheduler.schedule(0.0).steps[0] is behind
 
 
 def test_prefills_take_turns() -> None:
@@ -116,8 +134,8 @@ def test_a_cut_step_keeps_its_positions_and_rows() -> None:
     first, second = (segment.sequence for segment in step.segments)
     scheduler.add(step)
     one, two = scheduler.schedule(0.0).chunks[0], scheduler.schedule(0.0).chunks[0]
-    assert (one.first_row, one.segments) == (0, (Segment(first, 10, 4), Segment(second, 10, 2)))
-    assert (two.first_row, two.segments) == (6, (Segment(second, 12, 3),))
+    assert (one.first_row, one.segments) == (0, (Segment(first, 0, 4), Segment(second, 0, 2)))
+    assert (two.first_row, two.segments) == (6, (Segment(second, 2, 3),))
     assert one.hidden is two.hidden is step.hidden
 
 
