@@ -99,6 +99,11 @@ class GuardedSource:
         if thread is None:
             self._source.close()
         else:
+            waiting, self._waiting = self._waiting, []
+            for call in waiting:
+                if call.done is not None and not call.done.done():
+                    call.done.set_result(NOTHING)
+            thread.submit(_run, self._source, [call for call in waiting if call.done is None])
             thread.submit(self._source.close)
             thread.shutdown()
 

@@ -173,6 +173,23 @@ async def test_a_late_drafter_is_of_use_again_when_it_has_caught_up() -> None:
         assert not guarded.fallbacks
 
 
+async def test_what_waits_when_it_is_closed_is_done_or_answered() -> None:
+    release = threading.Event()
+    source = ScriptedSource(lambda text, k: counting(text, k) if release.wait(60) else [])
+    async with guarding(source) as guarded:
+        first, second = guarded.drafter(), guarded.drafter()
+        asked = asyncio.create_task(first.propose([], 1, wait=60))
+        await asyncio.sleep(0)
+        also_asked = asyncio.create_task(second.propose([], 1, wait=60))
+        await asyncio.sleep(0)
+        second.close()
+        guarded.close()
+        assert await also_asked == NOTHING
+        release.set()
+        assert await asked == Proposal("scripted", (0,))
+    assert source.made[1].closed
+
+
 async def test_a_source_that_makes_no_drafter_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
     class Empty(ScriptedSource):
         def drafter(self, *, owner: str = "") -> Any:
