@@ -10,7 +10,6 @@ import attrs
 
 from swarmcore.client.speculation.guarded import NOTHING, WAIT, GuardedDrafter, Proposal
 from swarmcore.client.speculation.pool import DrafterPool
-from swarmcore.tasks import loop_time
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +75,14 @@ class Drafting:
         """
         best, value = NOTHING, self._pool.value(())
         for drafter in self._drafters:
-            if drafter.set_aside or (
-                drafter.source.threaded and not self._pool.worth_asking(drafter.name, k, value)
-            ):
+            if drafter.set_aside:
                 continue
-            proposal = await self._ask(drafter, ahead, k, wait)
+            wanted = k
+            if drafter.source.threaded:
+                wanted = self._pool.worth_asking(drafter.name, k, value)
+            if not wanted:
+                continue
+            proposal = await self._ask(drafter, ahead, wanted, wait)
             if not proposal.tokens:
                 continue
             likely = self._pool.likely(drafter.name, len(proposal.tokens), proposal.probabilities)
@@ -97,13 +99,13 @@ class Drafting:
             drafter.close()
 
     async def _ask(self, drafter: GuardedDrafter, ahead: Sequence[int], k: int, wait: float) -> Proposal:
-        began, meanwhile = loop_time(), list[int]()
+        meanwhile = list[int]()
         self._meanwhile.append(meanwhile)
         try:
             proposal = await drafter.propose(ahead, k, wait)
         finally:
             self._meanwhile = [other for other in self._meanwhile if other is not meanwhile]
-        self._pool.answered(drafter.name, len(proposal.tokens), loop_time() - began)
+        self._pool.answered(drafter.name, k, len(proposal.tokens), proposal.seconds)
         if proposal.tokens:
             each = _Open(proposal, len(ahead), [*ahead, *proposal.tokens])
             if self._goes_on(each, meanwhile):

@@ -36,6 +36,8 @@ class Proposal:
     tokens: tuple[int, ...] = ()
     probabilities: tuple[float, ...] = ()
     """How likely each is when those before it are right; empty where that is not known."""
+    seconds: float = attrs.field(default=0.0, eq=False)
+    """What making it took, without waiting for the thread."""
 
 
 NOTHING = Proposal()
@@ -103,7 +105,8 @@ class GuardedSource:
             for call in waiting:
                 if call.done is not None and not call.done.done():
                     call.done.set_result(NOTHING)
-            thread.submit(_run, self._source, [call for call in waiting if call.done is None])
+            rest = [call for call in waiting if call.done is None]
+            thread.submit(_run, self._source, rest, asyncio.get_running_loop().time)
             thread.submit(self._source.close)
             thread.shutdown()
 
@@ -131,7 +134,7 @@ class GuardedSource:
             batch, self._waiting = self._waiting, []
             self._began = loop_time()
             loop = asyncio.get_running_loop()
-            self._running = loop.run_in_executor(self._thread, _run, self._source, batch)
+            self._running = loop.run_in_executor(self._thread, _run, self._source, batch, loop.time)
             self._running.add_done_callback(partial(self._finished, batch))
 
     def _finished(self, batch: Sequence[_Call], running: asyncio.Future[list[object]]) -> None:
@@ -176,8 +179,10 @@ class GuardedDrafter:
         if drafter is None or source.silent or k < 1:
             return NOTHING
         if not source.threaded:
+            began = loop_time()
             try:
-                return self.checked((drafter.propose(ahead, k), drafter.probabilities), k)
+                tokens = drafter.propose(ahead, k)
+                return self.checked((tokens, drafter.probabilities, loop_time() - began), k)
             except Exception as exc:
                 return self.fail("raised", exc)
         if not source.busy(wait):
@@ -203,16 +208,16 @@ class GuardedDrafter:
         return NOTHING
 
     def checked(self, result: object, k: int) -> Proposal:
-        """What became of a call: None, an exception, or tokens and their probabilities."""
+        """What became of a call: None, an exception, or tokens, their probabilities, and seconds."""
         if result is None or self._drafter is None:
             return NOTHING
         if isinstance(result, BaseException):
             return self.fail("raised", result)
         try:
-            tokens, probabilities = _checked(result, k, self.source.vocab_size)
+            tokens, probabilities, seconds = _checked(result, k, self.source.vocab_size)
         except (TypeError, ValueError) as exc:
             return self.fail("wrong", exc)
-        return Proposal(self.name, tuple(tokens), tuple(probabilities))
+        return Proposal(self.name, tuple(tokens), tuple(probabilities), seconds)
 
     def _call(self, make: Callable[[Drafter], None]) -> None:
         if self._drafter is None:
@@ -226,9 +231,9 @@ class GuardedDrafter:
                 self.fail("raised", exc)
 
 
-def _checked(result: Any, k: int, vocab_size: int) -> tuple[list[int], list[float]]:
+def _checked(result: Any, k: int, vocab_size: int) -> tuple[list[int], list[float], float]:
     """Raise `TypeError` or `ValueError` for what is no proposal of ``k`` tokens at most."""
-    tokens, probabilities = result
+    tokens, probabilities, seconds = result
     if len(tokens) > k or len(probabilities) not in (0, len(tokens)):
         raise ValueError(
             f"{len(tokens)} tokens and {len(probabilities)} probabilities, where {k} were asked for"
@@ -239,10 +244,10 @@ def _checked(result: Any, k: int, vocab_size: int) -> tuple[list[int], list[floa
     probabilities = [float(probability) for probability in probabilities]
     if bad := [probability for probability in probabilities if not 0 <= probability <= 1]:
         raise ValueError(f"{bad[0]} is no probability")
-    return tokens, probabilities
+    return tokens, probabilities, seconds
 
 
-def _run(source: DraftSource, calls: Sequence[_Call]) -> list[object]:
+def _run(source: DraftSource, calls: Sequence[_Call], clock: Callable[[], float]) -> list[object]:
     """Make the calls in their order; proposals together, as far as nothing else comes between."""
     results: list[object] = [None] * len(calls)
     asked: list[int] = []
@@ -252,31 +257,38 @@ def _run(source: DraftSource, calls: Sequence[_Call]) -> list[object]:
                 asked.append(place)
             continue
         if any(calls[other].drafter is call.drafter for other in asked):
-            _propose(source, calls, asked, results)
+            _propose(source, calls, asked, results, clock)
             asked = []
         try:
             call.make(call.drafter)
         except Exception as exc:
             results[place] = exc
-    _propose(source, calls, asked, results)
+    _propose(source, calls, asked, results, clock)
     return results
 
 
 def _propose(
-    source: DraftSource, calls: Sequence[_Call], asked: Sequence[int], results: list[object]
+    source: DraftSource,
+    calls: Sequence[_Call],
+    asked: Sequence[int],
+    results: list[object],
+    clock: Callable[[], float],
 ) -> None:
-    requests = [
-        (place, DraftRequest(calls[place].drafter, calls[place].ahead, calls[place].k)) for place in asked
-    ]
-    if not requests:
+    def ask(places: Sequence[int]) -> None:
+        requests = [DraftRequest(calls[each].drafter, calls[each].ahead, calls[each].k) for each in places]
+        began = clock()
+        proposals = source.propose(requests)
+        seconds = clock() - began
+        for place, request, tokens in zip(places, requests, proposals, strict=True):
+            results[place] = tokens, request.drafter.probabilities, seconds
+
+    if not asked:
         return
     try:
-        proposals = source.propose([request for _, request in requests])
-        for (place, request), tokens in zip(requests, proposals, strict=True):
-            results[place] = tokens, request.drafter.probabilities
+        ask(asked)
     except Exception:  # of one of them: the others are not to suffer for it
-        for place, request in requests:
+        for place in asked:
             try:
-                results[place] = source.propose([request])[0], request.drafter.probabilities
+                ask([place])
             except Exception as exc:
                 results[place] = exc

@@ -44,6 +44,8 @@ class Agreement:
     """Of these the ones that were right."""
     seconds: float = 0.0
     """What a proposed token takes to make."""
+    length: float = 0.0
+    """Tokens of a proposal, when more were asked for."""
     answers: _Judged = attrs.field(factory=_Judged)
     """Whether it proposes something when it is asked."""
     tokens: _Judged = attrs.field(factory=_Judged)
@@ -98,12 +100,16 @@ class DrafterPool:
         for place in range(min(accepted + 1, proposed)):
             agreement.note(place < accepted, stated[place] if stated else None)
 
-    def answered(self, drafter: str, proposed: int, seconds: float) -> None:
-        """A drafter that was asked proposed so many tokens, and took so long."""
+    def answered(self, drafter: str, asked: int, proposed: int, seconds: float) -> None:
+        """A drafter that was asked for so many tokens proposed so many, which took so long."""
         agreement = self.agreement(drafter)
         agreement.answers.note(proposed > 0)
-        cost = seconds / max(proposed, 1)
-        agreement.seconds += (cost - agreement.seconds) * (0.2 if agreement.seconds else 1.0)
+        if not proposed:
+            return
+        share = 0.2 if agreement.length else 1.0
+        length = proposed if proposed < asked else max(proposed, agreement.length)
+        agreement.length += share * (length - agreement.length)
+        agreement.seconds += share * (seconds / proposed - agreement.seconds)
 
     def likely(self, drafter: str, count: int, stated: Sequence[float] = ()) -> list[float]:
         """How likely each of ``count`` proposed tokens is when those before it are right."""
@@ -115,23 +121,29 @@ class DrafterPool:
         drafts: float = sum(accumulate(likely, mul))
         return (1 + drafts) / (self.step_seconds + seconds)
 
-    def worth_asking(self, drafter: str, k: int, best: float) -> bool:
-        """Whether it is likely to propose what is worth more than ``best``.
+    def worth_asking(self, drafter: str, k: int, best: float) -> int:
+        """For how many tokens it should be asked, ``k`` at most, to be worth more than ``best``; 0 for none.
 
         Now and then it is asked if not: twice as seldom each time, until what it proposes is `chosen`.
         """
         agreement = self.agreement(drafter)
         found = agreement.answers.share(1.0)
-        with_drafts = self.value([agreement.rate] * k, agreement.seconds * k)
-        if found * with_drafts + (1 - found) * self.value(()) > best:
-            return True
+        length, value = 1, 0.0
+        for count in range(1, k + 1):
+            made = min(count, agreement.length or count)
+            drafts = found * sum(agreement.rate ** (place + 1) for place in range(round(made)))
+            rate = (1 + drafts) / (self.step_seconds + found * agreement.seconds * made)
+            if rate > value:
+                length, value = count, rate
+        if value > best:
+            return length
         after = self._probe_after.get(drafter, _PROBE_SOON)
         self._passed_over[drafter] += 1
         if self._passed_over[drafter] < after:
-            return False
+            return 0
         self._passed_over[drafter] = 0
         self._probe_after[drafter] = min(2 * after, _PROBE_LATE)
-        return True
+        return length
 
     def chosen(self, drafter: str) -> None:
         """What it proposed is being verified."""

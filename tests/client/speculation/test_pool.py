@@ -42,13 +42,23 @@ def test_what_a_drafter_says_of_itself_is_believed_until_it_turns_out_otherwise(
 
 def test_a_slow_drafter_is_asked_where_steps_are_slower() -> None:
     pool = DrafterPool()
-    pool.answered("model", 8, 0.08)
+    pool.answered("model", 8, 8, 0.32)
     for _ in range(50):
-        pool.agreed("model", 8, 8)
-    plain = 1.0
-    for seconds, worth in ((0.2, True), (0.005, False)):
+        pool.agreed("model", 8, 6)
+    for seconds, tokens in ((1.0, 8), (0.2, 4), (0.02, 0)):
         pool.step_seconds = seconds
-        assert pool.worth_asking("model", 8, plain / seconds) is worth
+        assert pool.worth_asking("model", 8, pool.value(())) == tokens
+
+
+def test_what_a_proposal_costs_is_what_it_is_long() -> None:
+    pool = DrafterPool(step_seconds=0.1)
+    for _ in range(50):
+        pool.agreed("model", 2, 1)
+        pool.answered("model", 8, 2, 0.08)  # it stops by itself when it is in doubt
+    assert pool.agreement("model").length == pytest.approx(2)
+    pool.answered("model", 2, 2, 0.08)
+    assert pool.agreement("model").length == pytest.approx(2)  # it might have gone on
+    assert pool.agreement("model").seconds == pytest.approx(0.04)
 
 
 def test_a_drafter_that_is_not_worth_it_is_asked_now_and_then_and_less_and_less() -> None:
@@ -57,7 +67,7 @@ def test_a_drafter_that_is_not_worth_it_is_asked_now_and_then_and_less_and_less(
     asked = [round for round in range(2000) if pool.worth_asking("model", 4, best)]
     assert asked == [15, 47, 111, 239, 495, 1007, 1519]
     pool.chosen("model")
-    assert sum(pool.worth_asking("model", 4, best) for _ in range(16)) == 1
+    assert [bool(pool.worth_asking("model", 4, best)) for _ in range(16)] == [False] * 15 + [True]
 
 
 def drafting_of(*sources: ScriptedSource, pool: DrafterPool | None = None) -> tuple[Drafting, DrafterPool]:
