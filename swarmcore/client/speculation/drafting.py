@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _MOST_OPEN = 64
 """Proposals that are yet to be judged."""
+_STEADY = 16
+"""Tokens since a drafter was last asked after which it has to catch up before it can answer."""
 
 
 @attrs.define
@@ -40,6 +42,10 @@ class Drafting:
         # Those that cost next to nothing are asked first.
         self._drafters = sorted(drafters, key=lambda drafter: drafter.source.threaded)
         self._pool = pool
+        for drafter in drafters:
+            pool.chosen(drafter.name)
+        self._length = 0
+        self._asked_at: dict[str, int] = {}
         self._open: deque[_Open] = deque(maxlen=_MOST_OPEN)
         self._meanwhile: list[list[int]] = []
         """For each proposal that is waited for, how the text has gone on since."""
@@ -57,6 +63,7 @@ class Drafting:
         """The text, which is certain, goes on with these tokens; the first ones are the prompt."""
         for drafter in self._drafters:
             drafter.append(tokens)
+        self._length += len(tokens)
         for meanwhile in self._meanwhile:
             meanwhile.extend(tokens)
         if self._open:
@@ -105,7 +112,9 @@ class Drafting:
             proposal = await drafter.propose(ahead, k, wait)
         finally:
             self._meanwhile = [other for other in self._meanwhile if other is not meanwhile]
-        self._pool.answered(drafter.name, k, len(proposal.tokens), proposal.seconds)
+        steady = self._length - self._asked_at.get(drafter.name, -_STEADY) < _STEADY
+        self._asked_at[drafter.name] = self._length
+        self._pool.answered(drafter.name, k, len(proposal.tokens), proposal.seconds, steady=steady)
         if proposal.tokens:
             each = _Open(proposal, len(ahead), [*ahead, *proposal.tokens])
             if self._goes_on(each, meanwhile):

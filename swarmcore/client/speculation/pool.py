@@ -100,8 +100,13 @@ class DrafterPool:
         for place in range(min(accepted + 1, proposed)):
             agreement.note(place < accepted, stated[place] if stated else None)
 
-    def answered(self, drafter: str, asked: int, proposed: int, seconds: float) -> None:
-        """A drafter that was asked for so many tokens proposed so many, which took so long."""
+    def answered(
+        self, drafter: str, asked: int, proposed: int, seconds: float, *, steady: bool = True
+    ) -> None:
+        """A drafter that was asked for so many tokens proposed so many, which took so long.
+
+        Without ``steady`` it may have had to catch up with the text first, which it need not every time.
+        """
         agreement = self.agreement(drafter)
         agreement.answers.note(proposed > 0)
         if not proposed:
@@ -109,7 +114,9 @@ class DrafterPool:
         share = 0.2 if agreement.length else 1.0
         length = proposed if proposed < asked else max(proposed, agreement.length)
         agreement.length += share * (length - agreement.length)
-        agreement.seconds += share * (seconds / proposed - agreement.seconds)
+        cost = seconds / proposed
+        if steady or cost < agreement.seconds:
+            agreement.seconds += (0.2 if agreement.seconds else 1.0) * (cost - agreement.seconds)
 
     def likely(self, drafter: str, count: int, stated: Sequence[float] = ()) -> list[float]:
         """How likely each of ``count`` proposed tokens is when those before it are right."""
@@ -146,6 +153,6 @@ class DrafterPool:
         return length
 
     def chosen(self, drafter: str) -> None:
-        """What it proposed is being verified."""
+        """What it proposed is being verified; or there is another text, and so another chance."""
         self._passed_over.pop(drafter, None)
         self._probe_after.pop(drafter, None)

@@ -59,6 +59,10 @@ def test_what_a_proposal_costs_is_what_it_is_long() -> None:
     pool.answered("model", 2, 2, 0.08)
     assert pool.agreement("model").length == pytest.approx(2)  # it might have gone on
     assert pool.agreement("model").seconds == pytest.approx(0.04)
+    pool.answered("model", 2, 2, 4.0, steady=False)  # with a long prompt before it
+    assert pool.agreement("model").seconds == pytest.approx(0.04)
+    pool.answered("model", 2, 2, 0.04, steady=False)
+    assert pool.agreement("model").seconds < 0.04
 
 
 def test_a_drafter_that_is_not_worth_it_is_asked_now_and_then_and_less_and_less() -> None:
