@@ -54,7 +54,16 @@ def load_draft(
     draft_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     vocabulary = vocabulary_of(tokenizer, parts.vocab_size, theirs, draft_size, checkpoint.name)
     settings = LoadSettings(model=draft, revision=revision, dtype=dtype, device=device, threads=threads)
+    return DraftModel(load_decoder(checkpoint, settings, progress=progress), vocabulary)
+
+
+def load_decoder(
+    checkpoint: Checkpoint, settings: LoadSettings, *, progress: Progress | None = None
+) -> LocalDecoder:
+    """The whole model of ``settings``, which is also opened as ``checkpoint``, to run in this process.
+
+    Raise as `open_loader` and `LocalParts.load`.
+    """
     loader = open_loader(choose_executor(settings), settings, progress=progress)
-    draft_parts = LocalParts.load(checkpoint, dtype=dtype, progress=progress)
-    executor = loader.load(loader.model.span, progress=progress)
-    return DraftModel(LocalDecoder(draft_parts, executor), vocabulary)
+    parts = LocalParts.load(checkpoint, dtype=settings.dtype, progress=progress)
+    return LocalDecoder(parts, loader.load(loader.model.span, progress=progress))
