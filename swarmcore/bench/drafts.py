@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 import timeit
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -76,9 +76,14 @@ class Foreseen:
 
 
 def foreseen(
-    model: str = MODEL, draft: str | None = None, *, tokens: int = 128, threads: int = 1
+    model: str = MODEL,
+    draft: str | None = None,
+    *,
+    tokens: int = 128,
+    threads: int = 1,
+    prompts: Mapping[str, str] = PROMPTS,
 ) -> list[Foreseen]:
-    """Write a text for each of `PROMPTS` with ``model``, greedily, and have drafters guess it step by step.
+    """Write a text for each of ``prompts`` with ``model``, greedily, and have drafters guess it step by step.
 
     After each step it is told what a step through a swarm would have told it. Raise as `load_draft`.
     """
@@ -89,7 +94,7 @@ def foreseen(
     try:
         size = decoder.parts.vocab_size
         texts = {}
-        for name, prompt in PROMPTS.items():
+        for name, prompt in prompts.items():
             messages = [{"role": "user", "content": prompt}]
             ids = encode_prompt(tokenizer, messages, vocab_size=size).tokens
             texts[name] = ids, _written(decoder, ids, tokens, tokenizer.eos_token_id)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 60.0
-"""Seconds after which a call that has not returned never will; taking in a long prompt takes some."""
+PATIENCE = 300.0
+"""Seconds after which a call that has not returned never will; taking in a very long prompt may take some."""
 WAIT = 2.0
 """Seconds that a proposal is waited for."""
 
