@@ -111,6 +111,19 @@ class StepsContract(ExecutorHarness):
             await driver.run(driver.part(1, tail, start=2))
             self.same(await driver.one(2, tail), expected[6:])
 
+    async def test_drafts_of_which_a_part_is_kept(self) -> None:
+        """Several sequences at once, each of which rolls back as far as it has to."""
+        async with self.driver() as driver:
+            kept = [self.rows(driver, n, seed=n) for n in (6, 1, 3)]
+            await driver.run(*(driver.part(n, rows) for n, rows in enumerate(kept)))
+            for turn, counts in enumerate([(0, 2, 4), (4, 0, 1), (2, 3, 4)]):
+                drafts = [self.rows(driver, 4, seed=10 * turn + n) for n in range(3)]
+                got = await driver.run(*(driver.part(n, drafts[n], start=len(kept[n])) for n in range(3)))
+                for n, count in enumerate(counts):
+                    whole = await driver.one(100 + 3 * turn + n, kept[n] + drafts[n])
+                    self.same(got[n], whole[len(kept[n]) :])
+                    kept[n] += drafts[n][:count]
+
     async def test_a_span_in_two_parts_equals_the_whole(self) -> None:
         async with self.driver() as driver:
             span = driver.executor.span
