@@ -7,7 +7,6 @@ own on the wire, that follow each other through the chain so that stages overlap
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -94,10 +93,8 @@ class SentStep:
     plan: StepPlan
     hidden: Tensor
     result: asyncio.Future[Tensor]
-    waiting: deque[Chunk]
-    """Its chunks that were not sent yet."""
     outputs: list[Tensor] = attrs.field(factory=list)
-    """What has come of the others that are through."""
+    """What has come of its first chunks."""
 
     def fail(self, error: SwarmError) -> None:
         """Nothing comes of it; whoever asks is told why."""
@@ -106,7 +103,7 @@ class SentStep:
             self.result.exception()  # seen, also when nobody asks
 
     def __repr__(self) -> str:
-        state = "through" if self.result.done() else f"{len(self.waiting)} chunks to be sent"
+        state = "through" if self.result.done() else f"{len(self.outputs)}/{len(self.plan.chunks)} chunks"
         return f"<SentStep {self.plan.first} · {sum(self.plan.lengths)} rows · {state}>"
 
 

@@ -23,7 +23,7 @@ from swarmcore.errors import (
     TooManyCallsError,
 )
 from swarmcore.session.patience import ALONE
-from swarmcore.session.steps import SentStep, StepPlan
+from swarmcore.session.steps import Chunk, SentStep, StepPlan
 from swarmcore.tasks import cancel_and_wait
 from swarmcore.wire.limits import MAX_STEPS_IN_FLIGHT
 from swarmcore.wire.messages import Recall
@@ -55,6 +55,8 @@ class StepWindow:
         self._through = through
         self._given_up = given_up
         self._under_way: deque[SentStep] = deque()
+        self._waiting: deque[tuple[SentStep, Chunk]] = deque()
+        """Chunks of steps under way that were not sent yet."""
         self._kept: dict[SentStep, None] = {}
         """Those that nobody has received, through or not."""
         self._in_flight: deque[PendingChunk] = deque()
@@ -91,8 +93,9 @@ class StepWindow:
     def add(self, plan: StepPlan, hidden: Tensor) -> SentStep:
         """Send a step, as soon as there is room for its chunks in flight."""
         result: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        step = SentStep(plan, hidden, result, deque(plan.chunks))
+        step = SentStep(plan, hidden, result)
         self._under_way.append(step)
+        self._waiting.extend((step, chunk) for chunk in plan.chunks)
         self._kept[step] = None
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive(), name="session steps")
@@ -102,7 +105,7 @@ class StepWindow:
 
     async def result(self, step: SentStep) -> Tensor:
         """What comes of a step. Raise why nothing does."""
-        output = await asyncio.shield(step.result)
+        output = step.result.result() if step.result.done() else await asyncio.shield(step.result)
         self._kept.pop(step, None)
         return output
 
@@ -170,7 +173,7 @@ class StepWindow:
                 or in_flight[0].done
                 or in_flight[0].error is not None
                 or pipeline.failed is not None
-                or self._next_to_send() is not None
+                or self._may_send
             )
 
         while in_flight and in_flight[0].done:
@@ -184,8 +187,8 @@ class StepWindow:
             again = True
         elif in_flight and in_flight[0].error is not None:
             again = await self._refused(in_flight[0])
-        elif (step := self._next_to_send()) is not None:
-            chunk = step.waiting.popleft()
+        elif self._may_send:
+            step, chunk = self._waiting.popleft()
             rows = chunk.rows_of(step.hidden).encode(pipeline.options.codec)
             in_flight.append(pending := pipeline.begin(chunk, rows))
             await pipeline.send(0, pending, rows)
@@ -195,10 +198,11 @@ class StepWindow:
             self._resent = bool(in_flight)
             await failover.resend(tuple(in_flight))
 
-    def _next_to_send(self) -> SentStep | None:
-        if self._resent or self._moves_waiting or len(self._in_flight) >= MAX_STEPS_IN_FLIGHT:
-            return None
-        return next((step for step in self._under_way if step.waiting), None)
+    @property
+    def _may_send(self) -> bool:
+        """Whether there is one more chunk that may be in flight."""
+        held_up = self._resent or self._moves_waiting or len(self._in_flight) >= MAX_STEPS_IN_FLIGHT
+        return bool(self._waiting) and not held_up
 
     def _settle(self, pending: PendingChunk) -> None:
         step = self._under_way[0]
@@ -232,6 +236,7 @@ class StepWindow:
         for pending in lost:
             self._in_flight.remove(pending)
             pipeline.forget(pending)
+        self._waiting = deque((step, chunk) for step, chunk in self._waiting if chunk.step < first)
         plans = [step.plan for step in steps]
         if any(map(pipeline.steps.reordering, plans)):
             self._sound = False
