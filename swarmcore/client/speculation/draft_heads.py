@@ -94,6 +94,8 @@ class HeadDrafter(Drafter):
         self._text.extend(tokens)
 
     def observe(self, start: int, hidden: torch.Tensor) -> None:
+        if not len(hidden):
+            return
         rows = self._source.parts.normed(hidden)
         end = self._done + (0 if self._rows is None else len(self._rows))
         if start == end and self._rows is not None:

@@ -193,16 +193,15 @@ def test_it_drafts_what_the_reference_drafts(case: tuple[DraftHead, LocalParts, 
     ahead = reference(text, normed[:11], 2)
     assert [*ahead, *drafter.propose(ahead, 2)] == reference(text, normed[:11], 4)
     assert drafter.propose([], 4) == reference(text, normed[:11], 4)
-    # Some are accepted, and their rows come in parts, together with the token that follows.
+    # Some are accepted; their rows come before or after the tokens themselves, at once or in parts.
     for accepted in (3, 1, 2):
         new = [chance.randrange(256) for _ in range(accepted)]
         start = len(text) - 1
         text += new
         hidden, normed = rows_of(main, text)
-        drafter.append(new[:1])
-        drafter.observe(start, hidden[start : start + 1])
-        drafter.append(new[1:])
-        drafter.observe(start + 1, hidden[start + 1 : -1])
+        drafter.observe(start, hidden[start : start + 2][:accepted])
+        drafter.append(new)
+        drafter.observe(start + 2, hidden[start + 2 : -1])
         assert drafter.propose([], 3) == reference(text, normed[:-1], 3)
     drafter.close()
 
