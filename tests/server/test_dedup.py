@@ -2,8 +2,8 @@ import attrs
 import pytest
 
 from swarmcore.errors import InvalidStepError, SessionLostError
-from swarmcore.server.output_cache import DedupCache
-from swarmcore.wire.messages import Step
+from swarmcore.server.output_cache import RECALLS_REMEMBERED, DedupCache, RecalledSteps
+from swarmcore.wire.messages import Recall, Step
 
 
 def step(number: int, start: int = 0) -> Step:
@@ -86,3 +86,26 @@ def test_a_step_whose_answer_was_dropped_is_not_computed_twice():
     with pytest.raises(SessionLostError, match="had to make room"):
         ledger.repeated(step(0))
     assert ledger.repeated(step(1)) == "small"
+
+
+def test_the_number_of_a_step_that_was_called_back_stays_used():
+    ledger: DedupCache[str] = DedupCache(depth=4)
+    for number in range(4):
+        ledger.remember(step(number), str(number))
+    ledger.recall(Recall(2, 9))
+    assert ledger.answers == ["0", "1"]
+    assert ledger.outdated(step(3))
+    with pytest.raises(InvalidStepError, match="no longer remembered"):
+        ledger.repeated(step(3))
+    assert ledger.repeated(step(4)) is None
+
+
+def test_recalls_are_of_steps_that_come_later_too_and_the_latest_are_remembered():
+    recalled = RecalledSteps()
+    for number in range(RECALLS_REMEMBERED + 1):
+        recalled.add(Recall(2 * number, 2 * number + 1))
+    assert step(2) in recalled and step(2 * RECALLS_REMEMBERED) in recalled
+    assert step(3) not in recalled, "it was sent between two recalls"
+    assert step(0) not in recalled, "it is so old that it is computed in vain"
+    assert attrs.evolve(step(2), replay=True) not in recalled
+    assert attrs.evolve(step(2), sources=(0,)) not in recalled

@@ -22,6 +22,7 @@ from swarmcore.wire.messages import (
     KvTransferFailed,
     KvTransferred,
     OpenSession,
+    Recall,
     Replay,
     SessionOpened,
     Step,
@@ -160,8 +161,8 @@ async def test_parts_of_caches_that_make_no_sense_are_refused(part: CachePart) -
         await quiet(swarm)
 
 
-@pytest.mark.parametrize("record", [Replay(0, (0,), (1,), ()), TransferKv(NOWHERE)])
-async def test_who_has_only_joined_a_session_does_not_command_it(record: Replay | TransferKv) -> None:
+@pytest.mark.parametrize("record", [Replay(0, (0,), (1,), ()), TransferKv(NOWHERE), Recall(0, 1)])
+async def test_who_has_only_joined_a_session_does_not_command_it(record: Any) -> None:
     async with swarm_of("0:4") as swarm:
         [server] = swarm.servers
         channel, hop = await opened(swarm, server)
@@ -171,6 +172,51 @@ async def test_who_has_only_joined_a_session_does_not_command_it(record: Replay 
             await told(pushed)
         await channel.send(Step(0, (0,), (1,)), hidden_states(ROW))
         assert isinstance(await told(channel), StepOutput)
+
+
+@pytest.mark.parametrize("overtaken", range(5))
+async def test_a_recall_may_come_at_any_place_among_the_steps_of_the_stage_before(overtaken: int) -> None:
+    async with swarm_of("0:4") as swarm:
+        [server] = swarm.servers
+        channel, hop = await opened(swarm, server)
+        pushed = await joined(swarm, hop, server)
+        await pushed.send(Step(0, (0,), (1,)), hidden_states(ROW))
+        assert (await told(channel)).step == 0
+        server.executor.gate = asyncio.Event()
+        steps = [Step(1, (1,), (1,)), Step(2, (2,), (2,)), Step(3, (4,), (1,)), Step(4, (2,), (1,))]
+        for number in range(5):
+            if number == overtaken:
+                await channel.send(Recall(2, 4))
+                await asyncio.sleep(0.01)
+            for step in steps[number : number + 1]:
+                await pushed.send(step, hidden_states(ROW * sum(step.lengths)))
+                await asyncio.sleep(0.01)
+        server.executor.gate.set()
+        assert [(await told(channel)).step for _ in range(2)] == [1, 4], "the others are not answered"
+        assert server.engine.length(hop.session) == (3,)
+        assert server.engine.counters["tokens"] == 3, "they were not computed"
+        assert server.service.counters["rows_recalled"] == 3
+        await channel.send(Recall(-(2**62), 2**62))
+        await channel.send(Step(2**61, (0,), (1,)), hidden_states(ROW))
+        await channel.send(Step(2**62, (0,), (1,)), hidden_states(ROW))
+        assert (await told(channel)).step == 2**62, "whoever calls all back gets nothing"
+        await channel.close()
+        await quiet(swarm)
+
+
+async def test_what_reorders_its_sequences_is_computed_though_it_is_called_back() -> None:
+    async with swarm_of("0:4") as swarm:
+        [server] = swarm.servers
+        channel, _ = await opened(swarm, server)
+        server.executor.gate = asyncio.Event()
+        for step in (Step(0, (0,), (1,)), Step(1, (1,), (1,)), Step(2, (1,), (1,), sources=(0,))):
+            await channel.send(step, hidden_states(ROW))
+        await asyncio.sleep(0.01)
+        await channel.send(Recall(1, 2))
+        await asyncio.sleep(0.01)
+        server.executor.gate.set()
+        assert [(await told(channel)).step for _ in range(2)] == [0, 2]
+        await channel.close()
 
 
 async def test_steps_without_their_tensor_take_no_place_in_the_session() -> None:

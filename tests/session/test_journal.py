@@ -237,3 +237,15 @@ def test_outputs_that_were_dropped_are_lost_and_take_nothing():
     assert kept.nbytes == 0
     with pytest.raises(SessionLostError, match="make room"):
         kept.settled.rows((0,), (2,))
+
+
+def test_outputs_of_steps_that_were_called_back_are_not_kept():
+    kept = OutputHistory(1)
+    for step in range(4):
+        kept.keep(Change(step, (step,), (1,)), rows_of(step))
+    kept.forget(1, 3)
+    assert kept.nbytes == 2 * rows_of(0).data.nbytes
+    kept.settle(2)
+    assert kept.settled.lengths == (1,)
+    kept.settle(4)
+    assert values_of(kept.settled.rows([3], [1])) == [3]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from swarmcore.errors import InvalidStepError, ProtocolError
 from swarmcore.session.steps import SessionSteps
 from swarmcore.types import PeerId
-from swarmcore.wire.messages import Hop, StepOutput
+from swarmcore.wire.messages import Hop, Recall, StepOutput
 
 HOPS = [Hop(PeerId(f"p{i}"), (), f"{i:032x}", i * 4, i * 4 + 4) for i in range(3)]
 
@@ -171,3 +171,48 @@ def test_a_step_tells_what_has_come_home():
     run(session, 3)
     plan = session.begin([1], None, "last", chunk_rows=9)
     assert session.step_for(0, plan.chunks[0], codec="raw", deadline=1.0, attempt=2).settled == 1
+
+
+def test_a_step_goes_behind_those_under_way():
+    session = session_steps(2)
+    run(session, 4, 4)
+    first, second = (session.begin([3, 2], None, "all", chunk_rows=100) for _ in range(2))
+    assert second.starts == (7, 6)
+    assert (session.positions, session.planned) == ((4, 4), (10, 8))
+    session.settle(first.chunks[0])
+    assert (session.positions, session.planned) == ((7, 6), (10, 8))
+    with pytest.raises(InvalidStepError, match="behind others"):
+        session.begin([1, 1], None, "last", chunk_rows=100, sources=[1, 0])
+
+
+def test_steps_that_are_called_back_give_their_positions_but_not_their_numbers():
+    session = session_steps()
+    run(session, 4)
+    kept, *dead = (session.begin([3], None, "all", chunk_rows=2) for _ in range(3))
+    assert session.abandon(dead) == Recall(dead[0].first, session.next_step)
+    assert (session.positions, session.planned) == ((4,), (7,))
+    following = session.begin([1], None, "last", chunk_rows=100)
+    assert following.starts == (7,) and following.first == dead[1].chunks[-1].step + 1
+    for chunk in (*kept.chunks, *following.chunks):
+        session.settle(chunk)
+    assert session.positions == (8,)
+
+
+def test_what_is_under_way_builds_on_all_that_has_come_back():
+    session = session_steps()
+    run(session, 9)
+    kept = session.begin([3], None, "all", chunk_rows=100)
+    dead = session.begin([2], [5], "all", chunk_rows=100)
+    session.abandon([dead])
+    assert session.planned == (5,), "some stages may have rolled back"
+    assert session.positions == (9,), "others need it before they can go on with what is under way"
+    session.settle(kept.chunks[0])
+    assert session.positions == session.planned == (5,)
+
+
+def test_a_step_that_has_come_back_is_called_back_all_the_same():
+    session = session_steps()
+    run(session, 4)
+    early = run(session, 3, starts=[2])
+    session.abandon([early])
+    assert session.positions == session.planned == (2,)

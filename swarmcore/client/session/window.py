@@ -120,7 +120,7 @@ class StepWindow:
     async def tell(self, recall: Recall) -> None:
         """Have the servers drop what they have not computed of these steps."""
         pipeline = self._pipeline
-        for stage in pipeline.stages:
+        for stage in list(pipeline.stages):
             if stage.opened.max_in_flight and stage.failure is None:
                 if stage.sending.locked():  # by a step, perhaps a long one on a slow link
                     pipeline.tasks.start(pipeline.send_to(stage, recall), "session recall")
@@ -145,6 +145,7 @@ class StepWindow:
         """Whatever is under way fails with ``error``."""
         for step in self._kept:
             step.fail(error)
+        self._under_way.clear()
         self._room.set()
         await cancel_and_wait(self._driver)
 
@@ -219,9 +220,11 @@ class StepWindow:
     # --- steps that end otherwise ------------------------------------------------------------------------
 
     async def _give_up(self, error: SwarmError) -> None:
+        if not self._under_way:
+            return  # all was called back meanwhile; the next step finds what there is
         self._given_up(error)
         self._sound = False
-        first, *others = list(self._under_way)
+        first, *others = self._under_way
         first.fail(error)
         why = type(error)(f"a step before this one failed: {error.message}", **error.details)
         if (recall := self._forget([first, *others], why)) is not None:

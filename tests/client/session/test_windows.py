@@ -146,6 +146,27 @@ async def test_a_recall_in_the_middle_of_a_replay_leaves_the_replay_alone() -> N
         await quiet(swarm)
 
 
+async def test_a_failover_goes_on_without_the_steps_that_it_was_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with swarm_of(*THREE, delay=0.001) as swarm:
+        session = await swarm.open(patience=0.5)
+        run = Run.of(session)
+        await run.step(3)
+        await swarm.serving(session, 1).kill()
+        step = await sent(session, run, run.new_rows(2))
+        await asyncio.sleep(0.1)
+        await session.recall(step)
+        with pytest.raises(InvalidStepError, match="called back"):
+            await session.receive(step)
+        await asyncio.sleep(2)  # nobody was there in the meantime
+        await swarm.add("4:8")
+        await run.step(1)
+        await session.close()
+        await quiet(swarm)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_cancelled_step_is_called_back() -> None:
     async with swarm_of(*THREE, delay=0.001) as swarm:
         session = await swarm.open()
@@ -212,10 +233,13 @@ async def test_closing_ends_what_is_under_way() -> None:
         session = await swarm.open()
         run = Run.of(session)
         await run.step(3)
-        step = await sent(session, run, run.new_rows(1))
+        steps = [await sent(session, run, run.new_rows(1)) for _ in range(MAX_STEPS_IN_FLIGHT)]
+        waiting = asyncio.create_task(sent(session, run, run.new_rows(1)))
+        await asyncio.sleep(0)
         await session.close()
-        with pytest.raises(SessionLostError):
-            await session.receive(step)
+        for receiving in (session.receive(steps[0]), session.receive(steps[-1]), waiting):
+            with pytest.raises(SessionLostError):
+                await receiving
         with pytest.raises(SessionLostError):
             await sent(session, run, run.new_rows(1))
 
