@@ -66,4 +66,5 @@ def load_decoder(
     """
     loader = open_loader(choose_executor(settings), settings, progress=progress)
     parts = LocalParts.load(checkpoint, dtype=settings.dtype, progress=progress)
-    return LocalDecoder(parts, loader.load(loader.model.span, progress=progress))
+    executor = loader.load(loader.model.span, progress=progress)
+    return LocalDecoder(parts, executor, threads=settings.threads)

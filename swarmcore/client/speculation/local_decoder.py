@@ -64,9 +64,17 @@ class LocalDecoder:
     to be taken in again. For use by one thread at a time, which runs no event loop.
     """
 
-    def __init__(self, parts: Parts, executor: BlockExecutor, *, cache_bytes: int = CACHE_BYTES) -> None:
-        """``executor`` holds all blocks; it is closed with this."""
+    def __init__(
+        self,
+        parts: Parts,
+        executor: BlockExecutor,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        threads: int | None = None,
+    ) -> None:
+        """``executor`` holds all blocks; it is closed with this. ``threads`` are for what ``parts`` compute."""
         self.parts = parts
+        self._threads = threads
         self._executor = executor
         self.most_tokens = cache_bytes // executor.cache_bytes_per_token
         self.most_texts = executor.max_sequences or 2**31
@@ -109,6 +117,8 @@ class LocalDecoder:
         what is cached of others is rolled back. Texts are of `longest` tokens at most, `most_texts` at a time
         and `most_tokens` in all. Raise what the executor does; the texts are forgotten then.
         """
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         try:
             last = []
             self._make_room(wanted)
