@@ -72,7 +72,7 @@ class LocalDecoder:
         cache_bytes: int = CACHE_BYTES,
         threads: int | None = None,
     ) -> None:
-        """``executor`` holds all blocks, and is closed with this. ``threads`` are for all that is not blocks."""
+        """``executor`` holds all blocks; it is closed with this. ``threads`` are for what comes after it."""
         self.parts = parts
         self._threads = threads
         self._executor = executor

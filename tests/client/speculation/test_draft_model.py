@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from random_gguf import write_random_gguf
+from transformers import AutoModelForCausalLM
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.draft_loading import load_draft
@@ -18,6 +20,7 @@ from swarmcore.client.speculation.draft_model import DraftModel
 from swarmcore.client.speculation.drafter import DraftRequest
 from swarmcore.client.speculation.guarded import GuardedSource
 from swarmcore.client.speculation.local_decoder import LocalDecoder
+from swarmcore.prompts import load_tokenizer
 
 VOCABULARY = 257
 
@@ -166,6 +169,23 @@ def test_after_an_error_of_the_executor_it_begins_anew(
     assert source.decoder.cached_tokens == 0
     assert drafter.propose([4], 2) == greedy(plain, [1, 2, 3, 4], 2)[0]
     drafter.close()
+
+
+def test_a_gguf_is_run_by_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    file = write_random_gguf(tmp_path / "draft.gguf", vocabulary=300)
+    checkpoint = open_checkpoint(str(file), cache_dir=tmp_path / "cache")
+    tokenizer = load_tokenizer(checkpoint.folder, "draft")
+    parts = LocalParts.load(checkpoint, dtype="float32")
+    model = load_draft(str(file), checkpoint, parts, tokenizer, dtype="float32", threads=1)
+    assert isinstance(model, DraftModel) and "ggml" in repr(model)
+    source = DraftModel(model.decoder, model.vocabulary, stop_below=0.0)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    drafter = source.drafter()
+    drafter.append([5, 6, 7, 8])
+    for ahead in ([], [9], [10, 11]):
+        assert drafter.propose(ahead, 3) == greedy(plain, [5, 6, 7, 8, *ahead], 3)[0]
+    source.close()
 
 
 async def test_in_its_thread_sequences_share_passes(source: DraftModel, plain: Any) -> None:
