@@ -86,24 +86,39 @@ class StepPlan:
         return joined(parts)
 
 
-@attrs.define(eq=False)
 class SentStep:
     """A step that was sent: `InferenceSession.receive` gives what comes of it."""
 
-    plan: StepPlan
-    hidden: Tensor
-    result: asyncio.Future[Tensor]
-    outputs: list[Tensor] = attrs.field(factory=list)
-    """What has come of its first chunks."""
+    def __init__(self, plan: StepPlan, hidden: Tensor) -> None:
+        self.plan = plan
+        self.hidden = hidden
+        self.outputs: list[Tensor] = []
+        """What has come of its first chunks."""
+        self.ended = False
+        """Whether all has come of it that will."""
+        self._error: SwarmError | None = None
+        self._waiters: list[asyncio.Future[None]] = []
 
-    def fail(self, error: SwarmError) -> None:
-        """Nothing comes of it; whoever asks is told why."""
-        if not self.result.done():
-            self.result.set_exception(error)
-            self.result.exception()  # seen, also when nobody asks
+    def end(self, error: SwarmError | None = None) -> None:
+        """It is through, or has come to nothing; harmless when repeated."""
+        if not self.ended:
+            self.ended, self._error = True, error
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    async def result(self) -> Tensor:
+        """Its rows, once it has ended. Raise why it came to nothing."""
+        if not self.ended:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        if self._error is not None:
+            raise self._error
+        return self.plan.joined(self.outputs)
 
     def __repr__(self) -> str:
-        state = "through" if self.result.done() else f"{len(self.outputs)}/{len(self.plan.chunks)} chunks"
+        state = "ended" if self.ended else f"{len(self.outputs)}/{len(self.plan.chunks)} chunks"
         return f"<SentStep {self.plan.first} · {sum(self.plan.lengths)} rows · {state}>"
 
 

@@ -92,8 +92,7 @@ class StepWindow:
 
     def add(self, plan: StepPlan, hidden: Tensor) -> SentStep:
         """Send a step, as soon as there is room for its chunks in flight."""
-        result: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        step = SentStep(plan, hidden, result)
+        step = SentStep(plan, hidden)
         self._under_way.append(step)
         self._waiting.extend((step, chunk) for chunk in plan.chunks)
         self._kept[step] = None
@@ -105,7 +104,7 @@ class StepWindow:
 
     async def result(self, step: SentStep) -> Tensor:
         """What comes of a step. Raise why nothing does."""
-        output = step.result.result() if step.result.done() else await asyncio.shield(step.result)
+        output = await step.result()
         self._kept.pop(step, None)
         return output
 
@@ -144,7 +143,7 @@ class StepWindow:
     async def close(self, error: SwarmError) -> None:
         """Whatever is under way fails with ``error``."""
         for step in self._kept:
-            step.fail(error)
+            step.end(error)
         self._under_way.clear()
         self._room.set()
         await cancel_and_wait(self._driver)
@@ -169,16 +168,16 @@ class StepWindow:
         pipeline, failover, in_flight = self._pipeline, self._failover, self._in_flight
 
         def news() -> bool:
+            """Take what has come back; whether there is anything else to do."""
+            self._settle()
             return (
                 not in_flight
-                or in_flight[0].done
                 or in_flight[0].error is not None
                 or pipeline.failed is not None
                 or self._may_send
             )
 
-        while in_flight and in_flight[0].done:
-            self._settle(in_flight.popleft())
+        self._settle()
         self._resent = self._resent and bool(in_flight)
         again = False
         if not self._under_way:
@@ -205,17 +204,18 @@ class StepWindow:
         held_up = self._resent or self._moves_waiting or len(self._in_flight) >= MAX_STEPS_IN_FLIGHT
         return bool(self._waiting) and not held_up
 
-    def _settle(self, pending: PendingChunk) -> None:
-        step = self._under_way[0]
-        step.outputs.append(self._pipeline.settle(pending))
-        self._failover.retries.succeeded()
-        if pending.chunk is step.plan.chunks[-1]:
-            self._under_way.popleft()
-            self._room.set()
-            self.begun = self._sound = True
-            if not step.result.done():
-                step.result.set_result(step.plan.joined(step.outputs))
-            self._through()
+    def _settle(self) -> None:
+        """Chunks that are through are part of the session from now on. Never while a failover replays it."""
+        while self._in_flight and self._in_flight[0].done:
+            pending, step = self._in_flight.popleft(), self._under_way[0]
+            step.outputs.append(self._pipeline.settle(pending))
+            self._failover.retries.succeeded()
+            if pending.chunk is step.plan.chunks[-1]:
+                self._under_way.popleft()
+                self._room.set()
+                self.begun = self._sound = True
+                step.end()
+                self._through()
 
     # --- steps that end otherwise ------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class StepWindow:
         self._given_up(error)
         self._sound = False
         first, *others = self._under_way
-        first.fail(error)
+        first.end(error)
         why = type(error)(f"a step before this one failed: {error.message}", **error.details)
         if (recall := self._forget([first, *others], why)) is not None:
             await self.tell(recall)
@@ -250,7 +250,7 @@ class StepWindow:
         if not self.begun:  # what it began with is for its caller to send again
             pipeline.begin_with_nothing()
         for step in steps:
-            step.fail(error)
+            step.end(error)
             self._kept.pop(step, None)
             if step in self._under_way:
                 self._under_way.remove(step)

@@ -10,6 +10,7 @@ import random
 
 import attrs
 import pytest
+from drafted_text import DraftedText
 from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 
 from swarmcore.client.session.session import InferenceSession
@@ -36,7 +37,12 @@ def test_whatever_happens_the_outputs_are_right(seed: int) -> None:
     run_on_virtual_time(soak(seed, ("client", "servers")[seed % 2]))
 
 
-async def soak(seed: int, journal: str) -> None:
+@pytest.mark.parametrize("seed", range(FIRST, (FIRST + LAST) // 2))
+def test_so_they_are_with_drafts_under_way(seed: int) -> None:
+    run_on_virtual_time(soak(seed, ("client", "servers")[seed % 2], drafted=True))
+
+
+async def soak(seed: int, journal: str, drafted: bool = False) -> None:
     chance = random.Random(seed)
     layout = chance.choice(LAYOUTS)
     blocks = (*layout, *layout, *chance.choice(LAYOUTS))
@@ -48,12 +54,7 @@ async def soak(seed: int, journal: str) -> None:
         )
         trouble = Trouble(swarm, chance)
         running = asyncio.create_task(trouble.run(lambda: session.chain.peers))
-        run = Run.of(session, seed)
-        for _ in range(25):
-            if chance.random() < 0.05:
-                await give_up_a_step(run, chance)
-            else:
-                await any_step(run, chance)
+        await (drafts if drafted else steps)(session, seed, chance)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await trouble.end()
@@ -62,6 +63,22 @@ async def soak(seed: int, journal: str) -> None:
             await quiet(swarm)
         await asyncio.sleep(0.1)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session")]
+
+
+async def steps(session: InferenceSession, seed: int, chance: random.Random) -> None:
+    run = Run.of(session, seed)
+    for _ in range(25):
+        if chance.random() < 0.05:
+            await give_up_a_step(run, chance)
+        else:
+            await any_step(run, chance)
+
+
+async def drafts(session: InferenceSession, seed: int, chance: random.Random) -> None:
+    text = DraftedText(session, seed, depth=chance.randint(1, 5), longest=chance.choice([2, 4, 8]))
+    await text.prompt(*(chance.randint(1, 9) for _ in range(session.sequences)))
+    await text.go_on(20)
+    await text.end()
 
 
 @pytest.mark.parametrize("seed", range(FIRST, (FIRST + LAST) // 2))
