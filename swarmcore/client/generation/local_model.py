@@ -16,6 +16,8 @@ from swarmcore.errors import UnsupportedModelError
 from swarmcore.executor.torch.device import choose_dtype, loading_memory
 from swarmcore.executor.torch.packed_linear import PackedLinear, packable
 from swarmcore.executor.torch.partial_model import check_servable, load_state, misshapen
+from swarmcore.executor.torch.quantized_layers import QuantizedLinear
+from swarmcore.executor.torch.quantized_matrix import matrix_for
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.tensor_names import TextTensors
 from swarmcore.imports import import_large
@@ -270,6 +272,22 @@ class LocalParts:
         if self._output_layer is None:
             raise UnsupportedModelError(f"models of type {self.config.model_type!r} have no output layer")
         return cast(torch.Tensor, self._output_layer(normed.to(self.dtype))).float()
+
+    def round_head(self, kind: str) -> bool:
+        """Keep the output layer in fewer bits from now on, as ``kind`` of `quantized_matrix.MATRICES`: for
+        drafts, which may be less exact. Return whether it is: not where that is no faster on this machine.
+        """
+        packed = self._output_layer
+        if not isinstance(packed, PackedLinear):
+            return False
+        weight = packed.packed.to_dense()
+        matrix = matrix_for(kind, weight.shape[1])(weight, "the output layer")
+        if not matrix.has_kernel:
+            return False
+        self._output_layer = QuantizedLinear(matrix, packed.bias)
+        name = next(name for name, module in self._head_model.named_modules() if module is packed)
+        self._head_model.set_submodule(name, self._output_layer)
+        return True
 
     def _pack_head(self, head: nn.Module | None) -> nn.Module | None:
         """Let the ``head`` read its weight in the layout of the CPU's kernels, which takes half the time.

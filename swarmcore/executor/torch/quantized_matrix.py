@@ -74,6 +74,11 @@ class QuantizedMatrix(ABC):
     def nbytes(self) -> int:
         return self._packed.nbytes + self._scales.nbytes
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether products of a few rows take the packed weights as they are, on this machine."""
+        return self._has_kernel
+
     def multiply(self, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``hidden`` times the transposed matrix; gradients reach ``hidden`` and ``bias``."""
         if torch.is_grad_enabled() and hidden.requires_grad:

@@ -166,3 +166,18 @@ def test_half_precision_is_float32_but_for_rounding(family: str, dtype: str, tmp
     expected = exact.logits(hidden)
     assert half.dtype == half.embed([3, 4], [0, 1]).dtype == getattr(torch, dtype)
     assert (half.logits(hidden) - expected).abs().max() < 0.05 * expected.std()
+
+
+def test_a_head_is_rounded_for_drafts_where_that_is_faster(llama_folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(llama_folder), cache_dir=tmp_path)
+    parts = LocalParts.load(checkpoint, dtype="bfloat16")
+    hidden = torch.randn(3, parts.hidden_size, generator=torch.Generator().manual_seed(0))
+    exact = parts.logits(hidden)
+    if parts.round_head("int8"):
+        assert not torch.equal(parts.logits(hidden), exact)
+        assert (parts.logits(hidden) - exact).norm() < 0.02 * exact.norm()
+        assert torch.equal(parts.project(parts.normed(hidden)), parts.logits(hidden))
+    else:
+        assert torch.equal(parts.logits(hidden), exact)
+    in_float32 = LocalParts.load(checkpoint, dtype="float32")
+    assert not in_float32.round_head("int8")
