@@ -19,12 +19,16 @@ class ScriptedDrafter(Drafter):
     def __init__(self, script: Callable[[list[int], int], Any]) -> None:
         self.script = script
         self.text: list[int] = []
+        self.observed: list[tuple[int, Any]] = []
         self.closed = False
         self.threads: set[int] = set()
 
     def append(self, tokens: Sequence[int]) -> None:
         self.threads.add(threading.get_ident())
         self.text.extend(tokens)
+
+    def observe(self, start: int, hidden: Any) -> None:
+        self.observed.append((start, hidden))
 
     def propose(self, ahead: Sequence[int], k: int) -> list[int]:
         self.threads.add(threading.get_ident())

@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+import torch
 from scripted_drafters import VOCABULARY, ScriptedSource, counting
 
 from swarmcore.client.speculation.drafting import Drafting
@@ -154,3 +155,15 @@ async def test_with_nobody_to_ask_there_is_no_proposal() -> None:
     drafting.append([1])
     assert (await drafting.propose([], 4)).tokens == ()
     assert not drafting.wants_hidden
+
+
+async def test_rows_go_to_those_that_want_them() -> None:
+    plain, reading = (ScriptedSource(counting, threaded=False) for _ in range(2))
+    reading.wants_hidden = True
+    drafting, _ = drafting_of(plain, reading)
+    assert drafting.wants_hidden
+    rows = torch.ones(2, 3)
+    drafting.append([1, 2])
+    drafting.observe(0, rows)
+    assert reading.made[0].observed == [(0, rows)] and plain.made[0].observed == []
+    drafting.close()
