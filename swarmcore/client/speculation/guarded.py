@@ -78,6 +78,7 @@ class GuardedSource:
         self._waiting: list[_Call] = []
         self._running: asyncio.Future[list[object]] | None = None
         self._began = 0.0
+        self.closed = False
 
     def __repr__(self) -> str:
         failed = f" · {self.fallbacks.total()} set aside" if self.fallbacks else ""
@@ -97,18 +98,23 @@ class GuardedSource:
 
     def close(self) -> None:
         """Let go of what the drafters share, and end the thread. Harmless when repeated."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            self._source.close()
-        else:
-            waiting, self._waiting = self._waiting, []
-            for call in waiting:
-                if call.done is not None and not call.done.done():
-                    call.done.set_result(NOTHING)
-            rest = [call for call in waiting if call.done is None]
-            thread.submit(_run, self._source, rest, asyncio.get_running_loop().time)
-            thread.submit(self._source.close)
-            thread.shutdown()
+        if self.closed:
+            return
+        self.closed = True
+        waiting, self._waiting = self._waiting, []
+        if self._thread is None:
+            try:
+                self._source.close()
+            except Exception as exc:
+                self.note_failure("raised", exc)
+            return
+        for call in waiting:
+            if call.done is not None and not call.done.done():
+                call.done.set_result(NOTHING)
+        rest = [call for call in waiting if call.done is None]
+        self._thread.submit(_run, self._source, rest, asyncio.get_running_loop().time)
+        self._thread.submit(self._source.close)
+        self._thread.shutdown()
 
     def note_failure(self, reason: str, detail: object) -> None:
         if not self.fallbacks:
@@ -125,12 +131,12 @@ class GuardedSource:
             self.silent = True
             self._waiting.clear()
             self.note_failure("silent", f"a call has not returned for {self._patience:g} s")
-        if not self.silent and self._thread is not None:
+        if not self.silent and not self.closed:
             self._waiting.append(call)
             self._start()
 
     def _start(self) -> None:
-        if self._running is None and self._waiting and self._thread is not None:
+        if self._running is None and self._waiting:
             batch, self._waiting = self._waiting, []
             self._began = loop_time()
             loop = asyncio.get_running_loop()
@@ -176,7 +182,7 @@ class GuardedDrafter:
     async def propose(self, ahead: Sequence[int], k: int, wait: float = WAIT) -> Proposal:
         """As `Drafter.propose`; nothing when that takes more than ``wait`` seconds, or has for some time."""
         drafter, source = self._drafter, self.source
-        if drafter is None or source.silent or k < 1:
+        if drafter is None or source.silent or source.closed or k < 1:
             return NOTHING
         if not source.threaded:
             began = loop_time()

@@ -187,6 +187,7 @@ async def test_what_waits_when_it_is_closed_is_done_or_answered() -> None:
         assert await also_asked == NOTHING
         release.set()
         assert await asked == Proposal("scripted", (0,))
+        assert await first.propose([], 1) == NOTHING
     assert source.made[1].closed
 
 
