@@ -17,6 +17,16 @@ from swarmcore.client.session.session import InferenceSession, SentStep
 from swarmcore.testing.executor import Rows, hidden_states, read_rows
 
 
+def rows_of(tokens: Sequence[int]) -> Rows:
+    """A row for each token below 4096, of values that survive float32 unchanged."""
+    return [[(token * (n + 3) % 4096) / 4096 for n in range(4)] for token in tokens]
+
+
+def tokens_of(rows: Rows) -> list[int]:
+    """What `rows_of` made them of."""
+    return [round(row[0] * 4096) * pow(3, -1, 4096) % 4096 for row in rows]
+
+
 @attrs.frozen
 class Draft:
     """A chunk under way: new rows of each sequence, at ``starts``."""
@@ -50,18 +60,18 @@ class DraftedText:
         self._starts = [0] * session.sequences
 
     def new_rows(self, count: int) -> Rows:
-        return [[self.chance.randrange(1 << 12) / (1 << 12) for _ in range(4)] for _ in range(count)]
+        return rows_of([self.chance.randrange(4096) for _ in range(count)])
 
-    async def prompt(self, *lengths: int) -> None:
-        await self.send(lengths)
+    async def prompt(self, *lengths: int, rows: Sequence[Rows] = ()) -> None:
+        await self.send(lengths, rows)
         await self.receive(accept=lengths)
 
-    async def send(self, lengths: Sequence[int] | None = None) -> None:
+    async def send(self, lengths: Sequence[int] | None = None, rows: Sequence[Rows] = ()) -> None:
         """A chunk more of what is drafted."""
         lengths = lengths or [self.chance.randint(0, self._longest) for _ in self.kept]
         if not any(lengths):
             return
-        rows = tuple(map(self.new_rows, lengths))
+        rows = rows or tuple(map(self.new_rows, lengths))
         starts = tuple(self._starts)
         flat = hidden_states([row for new in rows for row in new])
         step = await self.session.send(flat, lengths, starts=starts, reply="all")

@@ -22,7 +22,7 @@ CHUNKS = 14
 SPAN_OF_TIME = 0.5
 """Virtual seconds that so many chunks take, about."""
 
-FIRST, LAST = map(int, os.environ.get("WINDOW_SEEDS", "0:48").split(":"))
+FIRST, LAST = map(int, os.environ.get("WINDOW_SEEDS", "0:36").split(":"))
 EVENTS = ("kill", "kill", "restart", "break", "drain")
 
 

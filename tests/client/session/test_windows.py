@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
-from drafted_text import DraftedText
-from memory_swarm import Run, Server, Swarm, quiet, swarm_of
+from drafted_text import DraftedText, rows_of, tokens_of
+from memory_swarm import Reference, Run, Server, Swarm, quiet, swarm_of
 
 from swarmcore.client.session.session import InferenceSession
 from swarmcore.errors import InvalidStepError, SessionLostError
@@ -203,6 +204,17 @@ async def test_servers_of_earlier_versions_take_one_step_at_a_time(monkeypatch: 
         await quiet(swarm)
 
 
+@pytest.mark.parametrize(("said", "taken"), [(3, 3), (10**9, MAX_STEPS_IN_FLIGHT), (-5, 1)])
+async def test_no_more_is_under_way_than_a_server_says(
+    monkeypatch: pytest.MonkeyPatch, said: int, taken: int
+) -> None:
+    monkeypatch.setattr(inference, "SessionOpened", lambda *fields: SessionOpened(*fields[:3], said))
+    async with swarm_of("0:12", delay=0.001) as swarm:
+        session = await swarm.open()
+        assert session.max_in_flight == taken
+        await session.close()
+
+
 async def test_a_step_that_reorders_goes_alone() -> None:
     async with swarm_of("0:12", delay=0.001) as swarm:
         session = await swarm.open(2)
@@ -258,3 +270,27 @@ async def test_a_leaving_server_has_its_caches_moved_with_drafts_under_way() -> 
         await text.end()
         await session.close()
         await quiet(swarm)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_later_sessions_begin_with_what_was_kept(seed: int) -> None:
+    chance = random.Random(seed)
+    prompt = [chance.randrange(4096) for _ in range(chance.randint(50, 64))]
+    async with swarm_of(*THREE, delay=0.003) as swarm:
+        for server in swarm.servers:
+            slow(server, chance.choice([0.0, 0.002]))
+        session = await swarm.open(1, [prompt])
+        text = DraftedText(session, seed, depth=3, acceptance=0.6)
+        await text.prompt(len(prompt), rows=[rows_of(prompt)])
+        await text.go_on(10)
+        await text.end()
+        kept = tokens_of(text.kept[0])
+        await session.name_pages([kept])
+        await session.close()
+        while any(server.service.sessions for server in swarm.servers):
+            await asyncio.sleep(0.01)
+        again = [*kept, 1, 2, 3]
+        async with await swarm.open(1, [again]) as session:
+            output = await session.step(hidden_states(rows_of(again)), [len(again)])
+            assert session.cached == (len(kept) // 64 * 64,)
+            assert read_rows(output) == await Reference().step([rows_of(again)])
