@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-import timeit
+import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import attrs
 
@@ -72,7 +73,7 @@ class Foreseen:
     accepted: float
     """Share of the proposed tokens that were right."""
     milliseconds: float
-    """What a proposed token took to make."""
+    """Of CPU, to make a proposed token."""
 
 
 def foreseen(
@@ -131,22 +132,19 @@ def _guess(
     drafter = source.drafter()
     # A step's last row gives a token in any case: the first is that of the prompt's.
     drafter.append([*prompt, text[0]])
+    drafter.propose([], 1)  # takes the prompt in
     done, steps, proposed, accepted, seconds = 1, 0, 0, 0, 0.0
     while done < len(text):
-        began = timeit.default_timer()
+        began = time.process_time()
         proposal = drafter.propose([], length)
-        seconds += timeit.default_timer() - began
-        right = 0
-        while right < len(proposal) and proposal[right : right + 1] == list(text[done + right :][:1]):
-            right += 1
-        new = text[done : done + right + 1]
-        drafter.append(new)
-        done, steps, proposed, accepted = (
-            done + len(new),
-            steps + 1,
-            proposed + len(proposal),
-            accepted + right,
-        )
+        seconds += time.process_time() - began
+        pairs = zip(proposal, text[done:], strict=False)
+        right = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        drafter.append(text[done : done + right + 1])
+        done += right + 1
+        steps += 1
+        proposed += len(proposal)
+        accepted += right
     drafter.close()
     return Foreseen(
         source.name,
@@ -168,7 +166,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    table = Table("drafter", "text", "asked for", "tokens per step", "right", "ms for a token")
+    table = Table("drafter", "text", "asked for", "tokens per step", "right", "CPU ms a token")
     for each in foreseen(options.model, options.draft, tokens=options.tokens, threads=options.threads):
         figures = f"{each.tokens_per_step:.1f}", f"{each.accepted:.0%}", f"{each.milliseconds:.1f}"
         table.add_row(each.drafter, each.prompt, str(each.length), *figures)
