@@ -330,10 +330,10 @@ class Engine:
         return answer
 
     def withdraw(self, session: str, steps: Collection[asyncio.Future[Tensor]]) -> None:
-        """Have those of ``steps`` of a session fail that are not computed yet, at once; see `step`."""
+        """Have those of ``steps`` of a session fail, at once, of which there is anything left to compute."""
         now = loop_time()
         for item in list(self._sessions[session].queue):
-            if item.answer in steps:
+            if isinstance(item, SessionStep) and item.left and item.answer in steps:
                 self._sessions.fail(item, InvalidStepError("the step was withdrawn by its caller"), now)
         self._sessions.poll(now)
         self._carry_on()
