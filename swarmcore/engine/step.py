@@ -9,10 +9,8 @@ import attrs
 from swarmcore.errors import InternalError
 from swarmcore.executor.base import Adapter, ScheduledChunk, Segment
 from swarmcore.types import Span
+from swarmcore.wire.limits import MAX_DRAFTED
 from swarmcore.wire.tensors import Tensor, joined
-
-DRAFTED = 16
-"""Most tokens that a step brings to a sequence to be taken for drafts that are verified, not for a prompt."""
 
 
 @attrs.define(eq=False)
@@ -47,7 +45,8 @@ class PendingStep:
     def __attrs_post_init__(self) -> None:
         self.rows = sum(segment.count for segment in self.segments)
         self.decode = all(
-            segment.count == 1 or (segment.start and segment.count <= DRAFTED) for segment in self.segments
+            segment.count == 1 or (segment.start and segment.count <= MAX_DRAFTED)
+            for segment in self.segments
         )
 
     @property

@@ -12,6 +12,10 @@ MAX_STEPS_IN_FLIGHT = 8
 """Steps of one session, or chunks of long ones, that are under way at a time."""
 
 
+MAX_DRAFTED = 16
+"""Most tokens that a step brings to a sequence to be taken for drafts that are verified, not for a prompt."""
+
+
 @attrs.frozen
 class Limits:
     """Bounds on messages, calls and waits. The defaults suit a server on the open Internet."""

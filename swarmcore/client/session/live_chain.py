@@ -272,7 +272,7 @@ class LiveChain(ABC):
 
     @abstractmethod
     def _under_load(self) -> bool:
-        """Whether more is under way than single tokens, so that answers may be held up by it."""
+        """Whether more is under way than a few tokens, so that answers may be held up by it."""
 
     def _probe_all(self) -> None:
         for stage in self.stages:

@@ -19,6 +19,7 @@ from swarmcore.session.steps import Chunk, SessionSteps
 from swarmcore.types import ModelInfo
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.framing import Message
+from swarmcore.wire.limits import MAX_DRAFTED
 from swarmcore.wire.messages import Draining, KvTransferFailed, StepFailed, StepForwarded, StepOutput
 from swarmcore.wire.tensors import FLOATS, Tensor
 
@@ -240,7 +241,7 @@ class Pipeline(LiveChain):
             self.fail(self.stages[index - 1], error)
 
     def _under_load(self) -> bool:
-        most = len(self.steps.positions)
+        most = MAX_DRAFTED * len(self.steps.positions)
         return any(pending.chunk.rows > most for pending in self.pending.values()) or any(
             stage.sending.locked() for stage in self.stages
         )

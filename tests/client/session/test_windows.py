@@ -311,3 +311,21 @@ async def test_later_sessions_begin_with_what_was_kept(seed: int) -> None:
             output = await session.step(hidden_states(rows_of(again)), [len(again)])
             assert session.cached == (len(kept) // 64 * 64,)
             assert read_rows(output) == await Reference().step([rows_of(again)])
+
+
+async def test_a_server_that_freezes_under_drafts_is_found_as_soon_as_under_single_tokens() -> None:
+    async with swarm_of(*THREE, *THREE, delay=0.001) as swarm:
+        session = await swarm.open()
+        run, loop = Run.of(session), asyncio.get_running_loop()
+        stood = []
+        for rows in (1, 4):
+            for _ in range(10):
+                await run.step(rows, reply="all")
+            frozen, began = swarm.serving(session, 1), loop.time()
+            frozen.transport.partition()
+            await run.step(rows, reply="all")
+            stood.append(loop.time() - began)
+            frozen.transport.heal()
+        assert session.failovers == 2
+        assert stood[1] < 1.5 * stood[0]
+        await session.close()
