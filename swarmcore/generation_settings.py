@@ -48,6 +48,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: int | None
     logits_processors: Sequence[LogitsProcessor]
     chat_template_kwargs: Mapping[str, Any] | None
+    speculation: str | Speculation | None
 
 
 DEFAULT_NEW_TOKENS = 256
@@ -120,6 +121,43 @@ def _other(help: str, default: Any = None) -> Any:
 
 
 @attrs.frozen(kw_only=True)
+class Speculation:
+    """How far ahead of the model tokens are drafted, which it then verifies, several in a step.
+
+    Whatever it is, the text is that of plain decoding. What is left at None is decided in every round by what
+    was measured. Raise `InputError` for a value out of its range.
+    """
+
+    length: int | None = None
+    """Tokens that are drafted for a step, 0 to ``max_tokens``."""
+    depth: int | None = None
+    """Steps that are under way at a time, 1 to ``max_depth``."""
+    max_tokens: int = 32
+    """Most tokens that are drafted for a step."""
+    max_depth: int = 8
+    """Most steps that are under way at a time; servers may allow fewer."""
+    earlier_texts: bool = False
+    """Whether to look in texts that were generated before, too: those of the same model and namespace."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, low, high in (
+            ("max_tokens", 1, 63),
+            ("max_depth", 1, 64),
+            ("length", 0, self.max_tokens),
+            ("depth", 1, self.max_depth),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("length", "depth"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise InputError(f"Speculation: {name} must be from {low} to {high}; got {value!r:.80}")
+
+
+SPECULATION = ("auto", "off")
+"""What ``speculation`` may be besides a `Speculation`."""
+
+
+@attrs.frozen(kw_only=True)
 class GenerationSettings:
     """Settings of one generation. A penalty or filter left at None is the model's own, as its
     generation_config.json says, or off.
@@ -177,6 +215,10 @@ class GenerationSettings:
     chat_template_kwargs: Mapping[str, Any] | None = _other(
         "Passed on to the tokenizer's apply_chat_template."
     )
+    speculation: str | Speculation | None = _other(  # noqa: RUF009  (it is one of attrs)
+        "Whether tokens are drafted, and verified several in a step: the same text, sooner. None or auto: as "
+        "far as that pays by what is measured; off: never. Or a Speculation."
+    )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationSettings:
@@ -208,6 +250,8 @@ class GenerationSettings:
                 f"chat_template_kwargs must be a dict of keyword arguments; got "
                 f"{self.chat_template_kwargs!r:.80}"
             )
+        if not isinstance(self.speculation, Speculation) and self.speculation not in (None, *SPECULATION):
+            raise InputError(f"speculation must be auto, off, or a Speculation; got {self.speculation!r:.80}")
         filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature is None and filters:
             matter = "matters" if len(filters) == 1 else "matter"
@@ -228,6 +272,13 @@ class GenerationSettings:
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def speculates(self) -> Speculation | None:
+        """How tokens are drafted; None for not at all."""
+        if self.speculation == "off":
+            return None
+        return self.speculation if isinstance(self.speculation, Speculation) else Speculation()
 
     def for_prompt(self, index: int) -> GenerationSettings:
         """These settings for one prompt of a batch: each is sampled with a seed of its own."""
@@ -307,6 +358,8 @@ def open_generation(
         raise InputError("logits_processors are code, which no generation server runs; use load_model")
     if settings.chat_template_kwargs:
         raise InputError("chat_template_kwargs are not taken by generation servers; use load_model")
+    if settings.speculation is not None:
+        raise InputError("speculation is decided by generation servers themselves; use load_model")
     check_head_settings(settings)
     seed = settings.seed
     if seed is None and not settings.greedy:

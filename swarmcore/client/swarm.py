@@ -99,6 +99,7 @@ class Swarm(SwarmConnection):
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
         pass_options: PassOptions | None = None,
+        draft: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """Load embeddings, head and tokenizer of a model, for its blocks to be run by the swarm.
@@ -106,6 +107,11 @@ class Swarm(SwarmConnection):
         ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id; or the name or
         fingerprint of a model that the swarm serves; or None for the only one that it serves. The latter two
         are loaded from the public place that their servers name, if what is there has their fingerprint.
+
+        ``draft`` names what guesses tokens ahead of the model, besides the lookup of what came before, which
+        costs nothing: a small language model, or an EAGLE head for this one, as a folder, a GGUF file or a
+        hub id, which then runs here; or ``"heads"`` for the layer that some models have of their own to
+        predict further tokens. It makes texts come sooner, and never others.
 
         ``session_options`` say how the model's sessions travel: deadlines, codec, chunks of prompts;
         ``pass_options`` the same of batches through `RemoteModel.blocks`. Raise
@@ -132,6 +138,7 @@ class Swarm(SwarmConnection):
             cache_dir=cache_dir,
             session_options=session_options,
             pass_options=pass_options,
+            draft=None if draft is None else os.fspath(draft),
             progress=progress,
         )
         self._users.push_async_callback(model.close)

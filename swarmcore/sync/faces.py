@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from swarmcore.client.generation.stream import FinishReason
     from swarmcore.client.served_models import ServedModel
     from swarmcore.client.session.options import SessionOptions
+    from swarmcore.client.speculation.counts import SpeculationCounts
     from swarmcore.generation_settings import GenerationOptions
     from swarmcore.identity import Identity
     from swarmcore.prompts import EncodedPrompt, Prompt
@@ -118,6 +119,7 @@ class Swarm(SwarmFace):
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
         pass_options: PassOptions | None = None,
+        draft: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> Model:
         """Load embeddings, head and tokenizer of a model, for its blocks to be run by the swarm."""
@@ -132,6 +134,7 @@ class Swarm(SwarmFace):
                     cache_dir=cache_dir,
                     session_options=session_options,
                     pass_options=pass_options,
+                    draft=draft,
                     progress=progress,
                 )
             ),
@@ -410,6 +413,11 @@ class Generation(Text):
         from what servers of either make alone, from a near tie on.
         """
         return self.asynchronous.numerics
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What drafts have brought it so far: tokens a step, how many were right, whose they were."""
+        return self.asynchronous.speculation
 
 
 class RemoteGeneration(Text):

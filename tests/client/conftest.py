@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import pytest_asyncio
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
-from swarmcore.errors import InvalidStepError
+from swarmcore.errors import InvalidStepError, SwarmError
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.routing.chain import Chain
 from swarmcore.wire.tensors import Tensor
@@ -26,6 +28,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@attrs.frozen(eq=False)
+class SentLocally:
+    before: list[torch.Tensor]
+    """The rows of each sequence that came before the step."""
+    result: asyncio.Future[Tensor]
 
 
 class WholeModelSession:
@@ -85,15 +94,20 @@ class WholeModelSession:
 
     max_in_flight = 4
 
-    async def send(self, hidden: Tensor, lengths: Sequence[int], **options: Any) -> tuple[Any, Tensor]:
+    async def send(self, hidden: Tensor, lengths: Sequence[int], **options: Any) -> SentLocally:
         before = [row[:start] for row, start in zip(self.rows, options["starts"], strict=True)]
-        return before, await self.step(hidden, lengths, **options)
+        step = SentLocally(before, asyncio.get_running_loop().create_future())
+        try:
+            step.result.set_result(await self.step(hidden, lengths, **options))
+        except SwarmError as exc:
+            step.result.set_exception(exc)
+        return step
 
-    async def receive(self, step: tuple[Any, Tensor]) -> Tensor:
-        return step[1]
+    async def receive(self, step: SentLocally) -> Tensor:
+        return await step.result
 
-    async def recall(self, step: tuple[Any, Tensor]) -> None:
-        self.rows = step[0]
+    async def recall(self, step: SentLocally) -> None:
+        self.rows = step.before
 
     async def name_pages(self, tokens: Sequence[Sequence[int]]) -> None:
         self.named = [list(each) for each in tokens]

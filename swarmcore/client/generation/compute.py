@@ -20,7 +20,7 @@ import attrs
 import torch
 
 from swarmcore.client.generation.local_model import LocalParts
-from swarmcore.client.generation.sampling import Sampler, sample
+from swarmcore.client.generation.sampling import Choice, Chosen, choose
 from swarmcore.engine.batch_window import BatchWindow
 from swarmcore.errors import InternalError, ProtocolError, SessionLostError, SwarmError
 from swarmcore.executor.loader import THREADS_WORTH, thread_choices
@@ -47,9 +47,10 @@ class _Job:
 
     done: asyncio.Future[Any]
     hidden: Tensor | None = None
-    samplers: Sequence[Sampler] | None = None
+    choices: Sequence[Choice] | None = None
     ids: Sequence[int] = ()
     positions: Sequence[int] = ()
+    """Of ``ids``; or of the first token that is chosen for each sequence, then of the last."""
     generation: Hashable = None
     """Whose choice it is, where the same one comes again and again."""
     result: Any = None
@@ -122,19 +123,20 @@ class ModelCompute:
     async def next_tokens(
         self,
         hidden: Tensor,
-        samplers: Sequence[Sampler],
+        choices: Sequence[Choice],
         positions: Sequence[int],
         generation: Hashable = None,
-    ) -> tuple[list[int], torch.Tensor]:
-        """Choose a token for each row of ``hidden`` and embed it for ``positions``, in one pass.
+    ) -> tuple[list[Chosen], torch.Tensor]:
+        """Choose tokens by the rows of ``hidden``, as `choose`, and embed the last one of each, in one pass.
 
-        Return the tokens, and their embeddings ``[rows, hidden size]``. Within `generating` it may wait for
-        other generations whose rows are about to come, for a part of the time that the pass takes.
+        ``positions`` are those of the first token that is chosen for each sequence. Return what was chosen,
+        and embeddings ``[sequences, hidden size]``. Within `generating` it may wait for other generations
+        whose rows are about to come, for a part of the time that the pass takes.
         """
         if generation is not None:
             self._window.arrived(generation, loop_time())
-        chosen: tuple[list[int], torch.Tensor] = await self._submit(
-            _Job(_future(), hidden, samplers, positions=positions, generation=generation)
+        chosen: tuple[list[Chosen], torch.Tensor] = await self._submit(
+            _Job(_future(), hidden, choices, positions=positions, generation=generation)
         )
         return chosen
 
@@ -274,7 +276,7 @@ def _run(parts: LocalParts, batch: Sequence[_Job]) -> None:
         [position for job in embedding for position in job.positions],
     )
     for job, rows in zip(embedding, torch.split(embedded, [len(job.ids) for job in embedding]), strict=True):
-        job.result = rows if job.samplers is None else (job.ids, rows)
+        job.result = rows if job.choices is None else (job.result, rows)
 
 
 def _run_heads(parts: LocalParts, heads: Sequence[tuple[_Job, torch.Tensor]]) -> None:
@@ -282,20 +284,26 @@ def _run_heads(parts: LocalParts, heads: Sequence[tuple[_Job, torch.Tensor]]) ->
     logits = parts.scores(hidden)
     choosing, chosen_from = [], []
     for (job, _), rows in zip(heads, torch.split(logits, [len(rows) for _, rows in heads]), strict=True):
-        if job.samplers is None:
+        if job.choices is None:
             # Its own memory: a caller who keeps it should not keep the whole batch.
             job.result = rows.to(torch.float32, copy=len(heads) > 1)
         else:
-            choosing.append((job, job.samplers))
+            choosing.append((job, job.choices))
             chosen_from.append(rows)
     if not choosing:
         return
     rows = logits if len(choosing) == len(heads) else torch.cat(chosen_from)
-    chosen = iter(sample(rows, [sampler for _, samplers in choosing for sampler in samplers]))
-    for job, samplers in choosing:
-        ids = list(itertools.islice(chosen, len(samplers)))
-        job.error = next((choice for choice in ids if isinstance(choice, Exception)), None)
-        job.ids = [choice for choice in ids if not isinstance(choice, Exception)]
+    found = iter(choose(rows, [choice for _, choices in choosing for choice in choices]))
+    most = parts.max_positions or 2**62
+    for job, choices in choosing:
+        job.result = chosen = list(itertools.islice(found, len(choices)))
+        job.error = next((each.error for each in chosen if not each.tokens), None)
+        job.ids = [each.tokens[-1] for each in chosen if each.tokens]
+        # A token that ends its text at the model's limit is embedded too, and thrown away.
+        job.positions = [
+            min(position + len(each.tokens), most) - 1
+            for position, each in zip(job.positions, chosen, strict=True)
+        ]
 
 
 def _checked(hidden: Tensor, hidden_size: int) -> torch.Tensor:

@@ -3,67 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import attrs
 
 from swarmcore.client.generation.compute import ModelCompute
-from swarmcore.client.generation.detokenizer import IncrementalDetokenizer, StopStrings
-from swarmcore.client.generation.sampling import Sampler
+from swarmcore.client.generation.continuation import Continuation
+from swarmcore.client.generation.decode_loop import DecodeLoop
 from swarmcore.client.generation.stream import FinishReason, GeneratedText, GenerationStream, TextStream
 from swarmcore.client.generation.token_session import ModelSession
-from swarmcore.prompts import EncodedPrompt
+from swarmcore.client.speculation.counts import SpeculationCounts
+from swarmcore.client.speculation.drafting import Drafting
+from swarmcore.client.speculation.speculator import Speculator
+from swarmcore.generation_settings import Speculation
 from swarmcore.routing.chain import Chain
 from swarmcore.types import Numerics
-
-
-@attrs.define(eq=False)
-class Continuation:
-    """What is generated for one prompt. A plain object: tokens go in, text comes out."""
-
-    generated: GeneratedText
-    prompt: EncodedPrompt
-    max_length: int
-    """Tokens, prompt included, at which it ends."""
-    eos: frozenset[int]
-    sampler: Sampler = attrs.field(repr=False)
-    detokenizer: IncrementalDetokenizer = attrs.field(repr=False)
-    stops: StopStrings = attrs.field(repr=False)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.generated.tokens
-
-    @property
-    def finished(self) -> bool:
-        return self.generated.finish_reason is not None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.tokens) + len(self.tokens)
-
-    def take(self, token: int) -> str:
-        """Go on with ``token``; return the text that is certain now."""
-        self.tokens.append(token)
-        self.sampler.append(token)
-        if token in self.eos:
-            self.generated.finish_reason = "eos"
-            return self._rest()
-        piece, stopped = self.stops.push(self.detokenizer.push(token))
-        if stopped:
-            self.generated.finish_reason = "stop"
-        elif self.length >= self.max_length:
-            self.generated.finish_reason = "length"
-            piece += self._rest()
-        return piece
-
-    def _rest(self) -> str:
-        piece, stopped = self.stops.push(self.detokenizer.finish())
-        if stopped:
-            self.generated.finish_reason = "stop"
-            return piece
-        return piece + self.stops.finish()
 
 
 @attrs.define(eq=False)
@@ -74,6 +29,7 @@ class GenerationRun:
     chain: Chain = attrs.field(factory=lambda: Chain(()))
     numerics: tuple[Numerics, ...] = ()
     """How the servers of its session have computed so far, each way once."""
+    speculation: SpeculationCounts = attrs.field(factory=SpeculationCounts)
 
 
 async def generate_pieces(
@@ -82,10 +38,13 @@ async def generate_pieces(
     prepare: Callable[[], Awaitable[list[Continuation]]],
     session: ModelSession | None,
     open_session: Callable[[list[Continuation]], ModelSession],
+    speculator: Speculator,
+    speculation: Speculation | None,
 ) -> AsyncGenerator[tuple[int, str], None]:
     """Generate for all prompts together; yield ``(index of the prompt, piece of its text)``.
 
-    A session opened here is closed at the end, however it ends; one that was given is left open.
+    A session opened here is closed at the end, however it ends; one that was given is left open. Without
+    ``speculation`` nothing is drafted.
     """
     continuations = await prepare()
     if all(continuation.finished for continuation in continuations):
@@ -99,47 +58,17 @@ async def generate_pieces(
         with used.exclusive():
             await used.open(prompts)
             run.chain, run.numerics = used.chain, used.numerics
-            with compute.generating(run):
-                async for found in _steps(run, continuations, prompts, compute, used):
-                    yield found
+            draftings, controller = list[Drafting](), None
+            if speculation is not None:
+                draftings = [speculator.drafting(speculation, owner=used.namespace) for _ in prompts]
+                controller = speculator.controller(speculation, stages=len(used.chain.stages))
+            loop = DecodeLoop(continuations, compute, used, run.speculation, draftings, controller)
+            with compute.generating(run.speculation):
+                async with aclosing(loop.pieces(prompts)) as pieces:
+                    async for found in pieces:
+                        yield found
             run.chain, run.numerics = used.chain, used.numerics
             await used.name_pages()
-
-
-async def _steps(
-    run: GenerationRun,
-    continuations: list[Continuation],
-    prompts: list[list[int]],
-    compute: ModelCompute,
-    session: ModelSession,
-) -> AsyncGenerator[tuple[int, str], None]:
-    last_position = (compute.parts.max_positions or 2**62) - 1
-    new = session.reuse_prefix(prompts)
-    hidden = await session.embed(new)
-    running = list(enumerate(continuations))
-    output = await session.step_embedded(new, hidden)
-    for continuation, prompt, sent, cached in zip(continuations, prompts, new, session.cached, strict=True):
-        continuation.generated.cached_tokens = len(prompt) - len(sent) + cached
-    while True:
-        tokens, hidden = await compute.next_tokens(
-            output,
-            [continuation.sampler for _, continuation in running],
-            # A token that ends its text at the model's limit is embedded too, and thrown away.
-            [min(session.offset + continuation.length, last_position) for _, continuation in running],
-            run,
-        )
-        pieces = [continuation.take(token) for (_, continuation), token in zip(running, tokens, strict=True)]
-        for (index, _), piece in zip(running, pieces, strict=True):
-            if piece:
-                yield index, piece
-        rows = [row for row, (_, continuation) in enumerate(running) if not continuation.finished]
-        if len(rows) < len(running):
-            running = [running[row] for row in rows]
-            hidden = hidden[rows]
-        if not running:
-            return
-        new = [[] if c.finished else c.tokens[-1:] for c in continuations]
-        output = await session.step_embedded(new, hidden)
 
 
 class Generation(TextStream):
@@ -169,6 +98,11 @@ class Generation(TextStream):
         """How the servers of its session have computed, each way once. With more than one the text may differ
         from what servers of either make alone, from a near tie on."""
         return self._run.numerics
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What drafts have brought it so far: tokens a step, how many were right, whose they were."""
+        return self._run.speculation
 
     @property
     def _made_by(self) -> str:
@@ -219,6 +153,11 @@ class BatchGeneration(GenerationStream[tuple[int, str]]):
         """How the servers of its session have computed, each way once. With more than one the text may differ
         from what servers of either make alone, from a near tie on."""
         return self._run.numerics
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What drafts have brought it so far: tokens a step, how many were right, whose they were."""
+        return self._run.speculation
 
     @property
     def _made_by(self) -> str:

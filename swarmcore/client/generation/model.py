@@ -18,15 +18,16 @@ from swarmcore.client.autograd.remote_blocks import RemoteBlocks
 from swarmcore.client.connection import SwarmConnection
 from swarmcore.client.generation.chat import Chat
 from swarmcore.client.generation.compute import ModelCompute
+from swarmcore.client.generation.continuation import Continuation
 from swarmcore.client.generation.detokenizer import (
     IncrementalDetokenizer,
     StopStrings,
     TokenKinds,
     token_kinds,
 )
+from swarmcore.client.generation.draft_loading import load_draft
 from swarmcore.client.generation.generation import (
     BatchGeneration,
-    Continuation,
     Generation,
     GenerationRun,
     generate_pieces,
@@ -46,6 +47,8 @@ from swarmcore.client.generation.stream import GeneratedText
 from swarmcore.client.generation.token_session import ModelSession
 from swarmcore.client.served_models import open_model
 from swarmcore.client.session.session import SessionOptions
+from swarmcore.client.speculation.drafter import DraftSource
+from swarmcore.client.speculation.speculator import Speculator
 from swarmcore.errors import AdapterError, InputError
 from swarmcore.generation_settings import GenerationOptions, GenerationSettings
 from swarmcore.prompts import (
@@ -89,6 +92,7 @@ class RemoteModel:
         compute: ModelCompute,
         open_session: SessionOpener,
         whole_config: PretrainedConfig,
+        drafts: Sequence[DraftSource] = (),
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -97,6 +101,7 @@ class RemoteModel:
         self.whole_config = whole_config
         self._compute = compute
         self._open_session = open_session
+        self._speculator = Speculator(compute.parts.vocab_size, drafts)
         self._sessions: set[ModelSession] = set()
         self._bridge: Bridge | None = None
 
@@ -115,6 +120,7 @@ class RemoteModel:
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
         pass_options: PassOptions | None = None,
+        draft: str | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """What `Swarm.load_model` does. ``progress`` is called in another thread."""
@@ -134,7 +140,7 @@ class RemoteModel:
             )
             open_session = functools.partial(swarm.open_session, checkpoint.info, options=session_options)
             model = await cls.from_checkpoint(
-                checkpoint, open_session, dtype=dtype, compute=compute, progress=report
+                checkpoint, open_session, dtype=dtype, compute=compute, draft=draft, progress=report
             )
         except BaseException:
             stopping.set()
@@ -151,15 +157,25 @@ class RemoteModel:
         *,
         dtype: str = "auto",
         compute: ModelCompute | None = None,
+        draft: str | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
-        """A model of ``checkpoint`` whose blocks are run by the sessions that ``open_session`` opens."""
+        """A model of ``checkpoint`` whose blocks are run by the sessions that ``open_session`` opens.
+
+        ``draft`` as in `Swarm.load_model`.
+        """
         compute = compute or ModelCompute()
         await compute.load(functools.partial(LocalParts.load, checkpoint, dtype=dtype, progress=progress))
         tokenizer = await compute.run(load_tokenizer, checkpoint.folder, checkpoint.name)
         generation_config = await compute.run(load_generation_config, checkpoint)
+        drafts = []
+        if draft is not None:
+            load = functools.partial(
+                load_draft, draft, checkpoint, compute.parts, tokenizer, dtype=dtype, progress=progress
+            )
+            drafts.append(await compute.run(load))
         config = checkpoint.config
-        return cls(checkpoint.info, tokenizer, generation_config, compute, open_session, config)
+        return cls(checkpoint.info, tokenizer, generation_config, compute, open_session, config, drafts)
 
     async def close(self) -> None:
         """Close the sessions and end the compute thread. Harmless when repeated."""
@@ -167,6 +183,7 @@ class RemoteModel:
             await session.close()
         if self._bridge is not None:
             await self._bridge.close()
+        self._speculator.close()
         await self._compute.close()
 
     @property
@@ -318,7 +335,9 @@ class RemoteModel:
                 namespace=namespace,
             )
 
-        return generate_pieces(run, self._compute, prepare, session, open_session)
+        return generate_pieces(
+            run, self._compute, prepare, session, open_session, self._speculator, settings.speculates
+        )
 
     def _continuations(
         self,
@@ -388,4 +407,5 @@ def _resume(continuation: Continuation, so_far: Sequence[int], vocab_size: int) 
     for token in so_far:
         if continuation.finished:
             raise InputError("so_far goes on after what ends the text: it is of another prompt or settings")
+        continuation.sampler.append(token)
         continuation.take(token)

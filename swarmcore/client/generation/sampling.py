@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import attrs
 import torch
 from transformers import LogitsProcessorList, SynthIDTextWatermarkLogitsProcessor
 
@@ -79,28 +80,62 @@ class Sampler:
         return _draw(probabilities[0], self._generator)
 
 
-def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
-    """One token for each row of ``[rows, vocabulary]`` logits, of any dtype, which may be overwritten; or why
-    there is none, which is what `Sampler.sample` raises and whatever a caller's own processors do.
+@attrs.frozen(eq=False)
+class Choice:
+    """What to choose for a sequence: the next token, and others as far as those ``drafted`` are right."""
+
+    sampler: Sampler
+    drafted: Sequence[int] = ()
+    """Tokens that may come next; there is a row of logits before each of them, and one after the last."""
+    ends: Collection[int] = ()
+    """Tokens after which nothing more is chosen."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.drafted) + 1
+
+
+@attrs.define(eq=False)
+class Chosen:
+    """The tokens that were chosen for one sequence, and told to its sampler."""
+
+    tokens: list[int] = attrs.field(factory=list)
+    error: Exception | None = None
+    """Why there are no more: what `Sampler.sample` raises, and whatever a caller's own processors do."""
+
+
+def choose(logits: torch.Tensor, choices: Sequence[Choice]) -> list[Chosen]:
+    """Choose tokens by ``[rows, vocabulary]`` logits, of any dtype, which may be overwritten.
+
+    For each sequence in turn there are `Choice.rows` of them. Its tokens are those of plain decoding: the
+    first one that is not what was drafted is the last, and no random number is drawn after it.
 
     The likeliest tokens are found for all rows at once, as they are; only rows that more is done with are
     turned into float32.
     """
     best: list[float] = []
     tokens: list[int] = []
-    if any(sampler.takes_likeliest for sampler in samplers):
+    if any(choice.sampler.takes_likeliest for choice in choices):
         best, tokens = (found.tolist() for found in logits.max(-1))
-    chosen: list[int | Exception] = []
-    for row, sampler in enumerate(samplers):
-        try:
-            if sampler.takes_likeliest:
-                _check(best[row])
-                chosen.append(tokens[row])
-            else:
-                chosen.append(sampler.sample(logits[row].float()))
-        except Exception as exc:
-            chosen.append(exc)
-    return chosen
+    found, row = [], 0
+    for choice in choices:
+        found.append(chosen := Chosen())
+        for place in range(row, row + choice.rows):
+            try:
+                if choice.sampler.takes_likeliest:
+                    _check(best[place])
+                    token = tokens[place]
+                else:
+                    token = choice.sampler.sample(logits[place].float())
+            except Exception as exc:
+                chosen.error = exc
+                break
+            choice.sampler.append(token)
+            chosen.tokens.append(token)
+            if token in choice.ends or [token] != list(choice.drafted[place - row : place - row + 1]):
+                break
+        row += choice.rows
+    return found
 
 
 def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:

@@ -58,7 +58,7 @@ class ModelSession:
         self._soft_prompt = soft_prompt
         self._prompt_rows = 0 if soft_prompt is None else soft_prompt.shape[0]
         self._prefix_tokens = prefix_tokens
-        self._namespace = namespace
+        self.namespace = namespace
         self._begun = False
         self._prompts: list[list[int]] = []
         """The tokens that its first step is expected to bring, as far as that is known."""
@@ -122,7 +122,7 @@ class ModelSession:
                 sequences=self.sequences,
                 max_tokens=room,
                 prompts=() if self._prompt_rows else self._prompts or [()] * self.sequences,
-                namespace=self._namespace,
+                namespace=self.namespace,
             )
             try:
                 await self._send_soft_prompt(remote)

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.compute import MAX_ROWS, ModelCompute
 from swarmcore.client.generation.local_model import LocalParts
-from swarmcore.client.generation.sampling import Sampler
+from swarmcore.client.generation.sampling import Choice, Sampler
 from swarmcore.errors import ProtocolError, SessionLostError
 from swarmcore.executor.torch.wire_tensors import to_wire
 
@@ -130,8 +130,8 @@ def returned(compute: ModelCompute, generation: str, *, away: float, due: float)
     compute._window.answered(generation, now)
 
 
-def greedy() -> Sampler:
-    return Sampler([1], LogitsProcessorList(), greedy=True)
+def greedy() -> Choice:
+    return Choice(Sampler([1], LogitsProcessorList(), greedy=True))
 
 
 async def test_a_generation_that_is_about_to_come_is_waited_for(compute, counted):

@@ -1,0 +1,199 @@
+"""How many drafted tokens are worth verifying, and how many steps are worth having under way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+import attrs
+
+from swarmcore.client.speculation.pool import DrafterPool
+from swarmcore.generation_settings import Speculation
+
+MARGIN = 1.03
+"""How many times the speed of plain decoding drafts must promise, as measurements are not exact."""
+_MEMORY = 0.95
+"""What a measured step counts for when another one has been measured."""
+_GROWTH = 0.025
+"""What a row is taken to add to the time of a step of one row, as long as nothing is measured."""
+_DOUBT = 40.0
+"""How much that counts for beside measurements: as much as one step of seven rows."""
+_OUTLIER = 4.0
+"""Steps that take so many times what is usual, such as in a failover, are taken for that at most."""
+_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Lengths of a chunk that are compared where several are to be under way."""
+_MOST_LIKELY = 0.99
+
+
+@attrs.define
+class StepTimes:
+    """What a step takes by its rows, as was measured: ``first + growth * (rows - 1)`` seconds."""
+
+    first: float = 0.0
+    """Seconds of a step of one row; 0 as long as nothing was measured."""
+    growth: float = 0.0
+    """Seconds for each further row."""
+    _weight: float = 0.0
+    _rows: float = 0.0
+    _seconds: float = 0.0
+    _rows_rows: float = 0.0
+    _rows_seconds: float = 0.0
+
+    def measured(self, rows: int, seconds: float) -> None:
+        if self.first:
+            seconds = min(seconds, _OUTLIER * self.of(rows))
+        more = rows - 1
+        self._weight = self._weight * _MEMORY + 1
+        self._rows = self._rows * _MEMORY + more
+        self._seconds = self._seconds * _MEMORY + seconds
+        self._rows_rows = self._rows_rows * _MEMORY + more * more
+        self._rows_seconds = self._rows_seconds * _MEMORY + more * seconds
+        mean_rows, mean = self._rows / self._weight, self._seconds / self._weight
+        spread = self._rows_rows - self._rows * mean_rows
+        together = self._rows_seconds - self._rows * mean
+        expected = mean / (1 + _GROWTH * mean_rows)
+        growth = (together + _DOUBT * _GROWTH * expected) / (spread + _DOUBT)
+        self.growth = min(max(growth, 0.0), mean / (1 + mean_rows))
+        self.first = mean - self.growth * mean_rows
+
+    def of(self, rows: float) -> float:
+        return self.first + self.growth * (rows - 1)
+
+
+@attrs.frozen
+class Plan:
+    """What a round is to be: chunks of ``length`` drafted tokens, ``depth`` of them under way at a time."""
+
+    length: int
+    depth: int
+
+
+class SpeculationController:
+    """Decides, for one generation, what of the drafts is verified and how far ahead. A plain object.
+
+    It weighs tokens a second: those that a step brings, for each of which all drafts before it have to be
+    right, over what the step takes by its rows (`StepTimes`). Where many clients share a server's batches,
+    each of its rows holds up all of them: rows are then counted as if everyone sent as many.
+    """
+
+    def __init__(self, settings: Speculation, pool: DrafterPool | None = None, *, stages: int = 1) -> None:
+        """``stages`` are the servers of the chain; the ``pool`` is told what a step takes."""
+        self.settings = settings
+        self._pool = pool
+        self.times = StepTimes()
+        self.max_in_flight = 1
+        """Steps that the session allows to be under way."""
+        self.sharing = 1
+        """Clients whose rows are in a batch of the busiest server."""
+        self._stages = stages
+        self._interval = 0.0
+        """Seconds after which a chunk comes back that was sent right behind another: the slowest stage's."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<SpeculationController {self.times.first * 1e3:.1f} ms + {self.times.growth * 1e3:.2f} a row>"
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether it knows enough to want drafts."""
+        return self.times.first > 0
+
+    @property
+    def max_depth(self) -> int:
+        return min(self.max_in_flight, self.settings.max_depth)
+
+    @property
+    def interval(self) -> float:
+        """Seconds for which a chunk of one row keeps the slowest stage, as far as that is known."""
+        return min(self._interval or self.times.first / (self._stages + 1), self.times.first)
+
+    @property
+    def growth(self) -> float:
+        """Seconds that each further row adds to a step."""
+        return self.times.growth * self.sharing
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """A step of so many rows, with nothing else of the generation under way, took so long."""
+        self.times.measured(rows, seconds)
+        if self._pool is not None:
+            self._pool.step_seconds = self.times.first
+
+    def followed(self, rows: int, seconds: float) -> None:
+        """A step that was sent right behind another came back so long after it."""
+        seconds -= self.times.growth * (rows - 1) / self._stages
+        seconds = min(max(seconds, 0.0), self.times.first)
+        self._interval += (seconds - self._interval) * (0.2 if self._interval else 1.0)
+
+    def lengths(self, likely: Sequence[Sequence[float]], *, cost: float = 0.0) -> list[int]:
+        """How many of the tokens proposed for each sequence to verify in a step that is alone under way.
+
+        ``likely`` says of each how probable it is when those before it are right. ``cost`` are the seconds
+        that each is yet to take besides. 0 for all means plain decoding.
+        """
+        if self.settings.length is not None:
+            return [min(self.settings.length, len(each)) for each in likely]
+        plain = len(likely) / self.times.first if self.times.first else math.inf
+        gains = sorted(
+            ((gain, place) for place, each in enumerate(likely) for gain in accumulate(each, mul)),
+            key=lambda found: -found[0],
+        )
+        tokens, seconds, best, count = float(len(likely)), self.times.first, plain, 0
+        for taken, (gain, _) in enumerate(gains[: self.settings.max_tokens * len(likely)], 1):
+            tokens, seconds = tokens + gain, seconds + self.growth + cost
+            if tokens / seconds < best:
+                break
+            best, count = tokens / seconds, taken
+        lengths = [0] * len(likely)
+        if best >= MARGIN * plain:
+            for _, place in gains[:count]:
+                lengths[place] += 1
+        return lengths
+
+    def plan(self, likely: Sequence[float], *, cost: float = 0.0) -> Plan:
+        """What to do with a proposal for a text that is alone in its session, when nothing is under way."""
+        alone = self.lengths([likely])[0]
+        settings = self.settings
+        if settings.depth is not None or settings.length is not None:
+            depth = settings.depth or self.max_depth
+            return Plan(alone, min(depth, self.max_depth))
+        if alone == 0 or self.max_depth == 1:
+            return Plan(alone, 1)
+        usual = math.exp(sum(math.log(max(each, 1e-3)) for each in likely) / len(likely))
+        run = 1 / (1 - min(usual, _MOST_LIKELY))
+        """Tokens that are right, one after the other, and the one after them, which is the model's own."""
+        whole = self.times.first
+        best_length, best = (
+            alone,
+            MARGIN
+            * (1 + sum(accumulate(likely[:alone], mul)))
+            / (whole + self.growth * alone + cost * alone),
+        )
+        depth = 1
+        for length in _LENGTHS:
+            if length > min(settings.max_tokens, len(likely)):
+                break
+            interval = max(self.interval + self.growth * length / self._stages, cost * length)
+            steps = max(run / (length + 1), 1.0)
+            # In the mean a run ends in the middle of a chunk, and what was sent behind it holds up the next.
+            rate = run / (whole + self.growth * length + (steps - 0.5) * interval)
+            if rate > best:
+                best, best_length = rate, length
+                depth = 1 + math.ceil((whole + self.growth * length) / max(interval, 1e-6))
+        return Plan(best_length, min(depth, self.max_depth))
+
+    def behind(self, likely: Sequence[float], ahead: float, most: int) -> int:
+        """How many of ``most`` proposed tokens to send behind steps that are under way; 0 for none yet.
+
+        ``ahead`` is how probable it is that all drafts under way are right. What is sent behind them saves a
+        way through the chain if so; else it keeps the slowest stage while the next step comes.
+        """
+        count = min(most, len(likely))
+        if self.settings.depth is not None or count == 0:
+            return count
+        right = ahead * likely[0]
+        held = self.interval * self.sharing
+        saved = max(self.times.first - self.interval, 0.0)
+        return count if right * saved > (1 - right) * held else 0
