@@ -94,25 +94,34 @@ class SentStep:
         self.hidden = hidden
         self.outputs: list[Tensor] = []
         """What has come of its first chunks."""
-        self.ended = False
-        """Whether all has come of it that will."""
+        self.ended_at: float | None = None
+        """The loop's time at which all had come of it that will."""
         self._error: SwarmError | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
     def end(self, error: SwarmError | None = None) -> None:
         """It is through, or has come to nothing; harmless when repeated."""
         if not self.ended:
-            self.ended, self._error = True, error
+            self.ended_at, self._error = asyncio.get_running_loop().time(), error
             for waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_result(None)
 
-    async def result(self) -> Tensor:
-        """Its rows, once it has ended. Raise why it came to nothing."""
+    @property
+    def ended(self) -> bool:
+        """Whether all has come of it that will."""
+        return self.ended_at is not None
+
+    async def wait(self) -> None:
+        """Until it has ended."""
         if not self.ended:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
+
+    async def result(self) -> Tensor:
+        """Its rows, once it has ended. Raise why it came to nothing."""
+        await self.wait()
         if self._error is not None:
             raise self._error
         return self.plan.joined(self.outputs)

@@ -19,6 +19,7 @@ from swarmcore.client.generation.model import RemoteModel
 from swarmcore.errors import InvalidStepError, SwarmError
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 from swarmcore.routing.chain import Chain
+from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
 
 
@@ -35,6 +36,11 @@ class SentLocally:
     before: list[torch.Tensor]
     """The rows of each sequence that came before the step."""
     result: asyncio.Future[Tensor]
+    ended_at: float
+
+    ended = True
+
+    async def wait(self) -> None: ...
 
 
 class WholeModelSession:
@@ -96,7 +102,7 @@ class WholeModelSession:
 
     async def send(self, hidden: Tensor, lengths: Sequence[int], **options: Any) -> SentLocally:
         before = [row[:start] for row, start in zip(self.rows, options["starts"], strict=True)]
-        step = SentLocally(before, asyncio.get_running_loop().create_future())
+        step = SentLocally(before, asyncio.get_running_loop().create_future(), loop_time())
         try:
             step.result.set_result(await self.step(hidden, lengths, **options))
         except SwarmError as exc:

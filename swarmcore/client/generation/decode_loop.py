@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from typing import Any
 
 import attrs
 import torch
@@ -48,13 +47,11 @@ class _Round:
     sent: float
     alone: bool
     """Whether nothing was under way when it was sent."""
-    back: float = math.nan
 
-    def __attrs_post_init__(self) -> None:
-        self.step.result.add_done_callback(lambda result: self._came_back())
-
-    def _came_back(self) -> None:
-        self.back = loop_time()
+    @property
+    def back(self) -> float:
+        """When it came back."""
+        return self.step.ended_at or self.sent
 
     def tokens(self, place: int) -> list[int]:
         """Those of one text, of each of which there is a row."""
@@ -225,7 +222,7 @@ class DecodeLoop:
     async def _send_behind(self) -> None:
         """Send more drafts behind what is under way, as far as that is likely to pay."""
         while self._controller is not None and len(self._window) < self._plan.depth:
-            if self._window[0].step.result.done():
+            if self._window[0].step.ended:
                 return
             under_way = sum(each.rows for each in self._window)
             most = min(self._plan.length, self._room(self._running[0]) - under_way + 1)
@@ -287,13 +284,13 @@ class DecodeLoop:
         ahead += [draft.token for draft in self._unsent]
         drafting = self._draftings[self._running[0]]
         asking = asyncio.create_task(drafting.propose(ahead, count), name="drafts")
+        waiting = asyncio.create_task(self._window[0].step.wait(), name="a step before drafts")
         try:
-            either: list[asyncio.Future[Any]] = [asking, self._window[0].step.result]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([asking, waiting], return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
                 self._unsent += _drafts(asking.result())
         finally:
-            await cancel_and_wait(asking)
+            await cancel_and_wait(asking, waiting)
 
 
 def _drafts(proposal: Proposal) -> list[_Draft]:

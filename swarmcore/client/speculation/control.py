@@ -87,7 +87,7 @@ class SpeculationController:
         """Steps that the session allows to be under way."""
         self.sharing = 1
         """Clients whose rows are in a batch of the busiest server."""
-        self._stages = stages
+        self._stages = max(stages, 1)
         self._interval = 0.0
         """Seconds after which a chunk comes back that was sent right behind another: the slowest stage's."""
 
