@@ -78,8 +78,16 @@ class SpeculationController:
     each of its rows holds up all of them: rows are then counted as if everyone sent as many.
     """
 
-    def __init__(self, settings: Speculation, pool: DrafterPool | None = None, *, stages: int = 1) -> None:
-        """``stages`` are the servers of the chain; the ``pool`` is told what a step takes."""
+    def __init__(
+        self,
+        settings: Speculation,
+        pool: DrafterPool | None = None,
+        *,
+        stages: int = 1,
+        before: SpeculationController | None = None,
+    ) -> None:
+        """``stages`` are the servers of the chain; the ``pool`` is told what a step takes. The one ``before``
+        measured generations of the same model, perhaps over other servers: it says where to begin."""
         self.settings = settings
         self._pool = pool
         self.times = StepTimes()
@@ -88,6 +96,7 @@ class SpeculationController:
         self.sharing = 1
         """Clients whose rows are in a batch of the busiest server."""
         self._stages = max(stages, 1)
+        self._usual = before.overlap if before is not None else 1 / (self._stages + 1)
         self._interval = 0.0
         """Seconds after which a chunk comes back that was sent right behind another: the slowest stage's."""
 
@@ -108,7 +117,12 @@ class SpeculationController:
     @property
     def interval(self) -> float:
         """Seconds for which a chunk of one row keeps the slowest stage, as far as that is known."""
-        return min(self._interval or self.times.first / (self._stages + 1), self.times.first)
+        return min(self._interval or self.times.first * self._usual, self.times.first)
+
+    @property
+    def overlap(self) -> float:
+        """For which share of a step the slowest stage is busy with it, as far as that is known."""
+        return self._interval / self.times.first if self._interval else self._usual
 
     @property
     def growth(self) -> float:

@@ -20,6 +20,8 @@ class Speculator:
         """``sources`` are drafters besides the lookup of suffixes, which there is always."""
         self.pool = DrafterPool()
         self._vocab_size = vocab_size
+        self._controller: SpeculationController | None = None
+        """Of the latest generation."""
         self._lookup = GuardedSource(SuffixLookup(), vocab_size)
         self._lookup_earlier = GuardedSource(SuffixLookup(earlier_texts=True), vocab_size)
         self._sources = [GuardedSource(source, vocab_size) for source in sources]
@@ -35,7 +37,8 @@ class Speculator:
 
     def controller(self, settings: Speculation, *, stages: int) -> SpeculationController:
         """What decides for one generation, over a chain of so many servers."""
-        return SpeculationController(settings, self.pool, stages=stages)
+        self._controller = SpeculationController(settings, self.pool, stages=stages, before=self._controller)
+        return self._controller
 
     def close(self) -> None:
         """Let go of texts and weights, and end the drafters' threads. Harmless when repeated."""
