@@ -105,7 +105,7 @@ def test_the_keyword_arguments_are_the_fields():
 def test_what_goes_over_the_wire_has_the_names_of_settings():
     about_the_text = {"model", "text", "messages", "tokens", "so_far", "adapter", "default_length"}
     assert attrs.fields_dict(OpenGeneration).keys() - about_the_text == WIRE_SETTINGS
-    assert SETTINGS.keys() - WIRE_SETTINGS == {"logits_processors", "chat_template_kwargs"}
+    assert SETTINGS.keys() - WIRE_SETTINGS == {"logits_processors", "chat_template_kwargs", "speculation"}
 
 
 def test_prompts_of_a_batch_have_seeds_of_their_own():
