@@ -72,7 +72,7 @@ async def test_the_models_own_penalty_is_the_default(model, plain_tokens):
 
 
 async def test_a_batch_gives_each_prompt_its_own_result(model, plain_tokens, sessions):
-    generation = model.generate_batch(PROMPTS, max_new_tokens=10)
+    generation = model.generate_batch(PROMPTS, max_new_tokens=10, speculation="off")
     texts = await generation
     assert generation.tokens == [plain_tokens(prompt, 10) for prompt in PROMPTS]
     assert texts == [model.tokenizer.decode(t, skip_special_tokens=True) for t in generation.tokens]
@@ -95,7 +95,7 @@ async def test_a_sequence_that_ended_is_left_alone(model, plain_tokens, sessions
     end = expected[0][1]
     model.generation_config.eos_token_id = [256, end]
     cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in expected]
-    batch = model.generate_batch(PROMPTS, max_new_tokens=8)
+    batch = model.generate_batch(PROMPTS, max_new_tokens=8, speculation="off")
     texts = await batch
     assert batch.tokens == cut
     assert batch.finish_reasons[0] == "eos"
@@ -203,12 +203,12 @@ async def test_a_batch_is_a_list(model):
 
 async def test_a_second_turn_sends_only_what_is_new(model, plain_tokens, sessions):
     async with model.session() as session:
-        first = model.generate("Hello there", max_new_tokens=6, session=session)
+        first = model.generate("Hello there", max_new_tokens=6, session=session, speculation="off")
         await first
         # The last token was chosen, but nothing has asked yet what comes after it.
         assert session.positions == (first.prompt_tokens + 5,)
         prompt = [*model.tokenizer("Hello there")["input_ids"], *first.tokens, *b"abc"]
-        second = model.generate(prompt, max_new_tokens=6, session=session)
+        second = model.generate(prompt, max_new_tokens=6, session=session, speculation="off")
         await second
         assert second.tokens == plain_tokens(prompt, 6)
         assert sessions.opened[0].sent[6] == (1 + 3,)
@@ -217,11 +217,11 @@ async def test_a_second_turn_sends_only_what_is_new(model, plain_tokens, session
 
 async def test_a_prompt_that_parts_ways_is_rolled_back_to_the_fork(model, plain_tokens, sessions):
     async with model.session() as session:
-        await model.generate("Hello there", max_new_tokens=6, session=session)
-        other = model.generate("Hello world", max_new_tokens=6, session=session)
+        await model.generate("Hello there", max_new_tokens=6, session=session, speculation="off")
+        other = model.generate("Hello world", max_new_tokens=6, session=session, speculation="off")
         assert await tokens_of(other) == plain_tokens("Hello world", 6)
         assert sessions.opened[0].sent[6] == (len("world"),)
-        again = model.generate("Hello", max_new_tokens=6, session=session)
+        again = model.generate("Hello", max_new_tokens=6, session=session, speculation="off")
         assert await tokens_of(again) == plain_tokens("Hello", 6)
         assert sessions.opened[0].sent[12] == (1,), "a shorter prompt sends its last token again"
 

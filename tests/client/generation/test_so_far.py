@@ -34,13 +34,14 @@ async def test_it_goes_on_in_a_stop_string(model, plain_tokens):
     tokens = plain_tokens("The sea", 20)
     said = model.tokenizer.decode(tokens)
     stop = next(said[i : i + 3] for i in range(6, 15) if said.find(said[i : i + 3]) == i)
-    whole = model.generate("The sea", max_new_tokens=20, stop=stop)
+    options = {"max_new_tokens": 20, "stop": stop, "speculation": "off"}  # for pieces of one token
+    whole = model.generate("The sea", **options)
     text = await whole
     assert whole.finish_reason == "stop"
     for cut in range(len(whole.tokens)):
-        before = model.generate("The sea", max_new_tokens=20, stop=stop)
+        before = model.generate("The sea", **options)
         had = "".join([piece async for piece in before if before.new_tokens <= cut])
-        rest = model.generate("The sea", max_new_tokens=20, stop=stop, so_far=whole.tokens[:cut])
+        rest = model.generate("The sea", so_far=whole.tokens[:cut], **options)
         assert had + await rest == text
         assert rest.finish_reason == "stop"
 
