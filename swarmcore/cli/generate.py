@@ -55,7 +55,7 @@ async def _generate(
 ) -> None:
     async with (
         remote_model(output, remote) as (swarm, model),
-        model.generate(prompt, **sampling) as generation,
+        model.generate(prompt, **sampling, **remote.drafting) as generation,
     ):
         text = await _stream(output, generation)
         if len(generation.numerics) > 1:
@@ -65,6 +65,7 @@ async def _generate(
             )
         if remote.route:
             show_route(output, swarm, model.info, generation.chain)
+            output.remark(str(generation.speculation))
         _report(
             output,
             generation,
@@ -72,6 +73,9 @@ async def _generate(
             chain=str(generation.chain),
             numerics=[str(way) for way in generation.numerics],
             cached_tokens=generation.cached_tokens,
+            tokens_per_step=round(generation.speculation.tokens_per_step, 2),
+            drafted=generation.speculation.drafted.total(),
+            accepted=generation.speculation.accepted.total(),
         )
 
 
@@ -97,7 +101,7 @@ async def _stream(output: Output, generation: TextStream) -> str:
 
 
 def _report(
-    output: Output, generation: TextStream, text: str, **made_by: str | int | list[str] | None
+    output: Output, generation: TextStream, text: str, **made_by: str | int | float | list[str] | None
 ) -> None:
     output.event(
         "generated",

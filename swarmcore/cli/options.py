@@ -8,7 +8,7 @@ import attrs
 import click
 
 from swarmcore.cli.option_kinds import Option, choice, count, flag, gathered, number, option, options, several
-from swarmcore.generation_settings import SETTINGS, WIRE_SETTINGS, Setting
+from swarmcore.generation_settings import SETTINGS, SPECULATION, WIRE_SETTINGS, Setting
 from swarmcore.session.steps import JournalMode
 from swarmcore.types import PeerId
 
@@ -265,6 +265,13 @@ class RemoteModelOptions(ClientOptions):
     route: bool
     wait: float
     thin: bool
+    speculation: str
+    draft: str | None
+
+    @property
+    def drafting(self) -> dict[str, Any]:
+        """Keyword arguments of `RemoteModel.generate`."""
+        return {} if self.speculation == "auto" else {"speculation": self.speculation}
 
 
 remote_model_options = gathered(
@@ -317,7 +324,23 @@ remote_model_options = gathered(
         metavar="SECONDS",
         help="How long to look for a replacement of a server that was lost.",
     ),
-    flag("--route", help="Show the servers in use, and where a token's time goes."),
+    choice(
+        "--speculation",
+        *SPECULATION,
+        default="auto",
+        help="Whether tokens are drafted, and several of them verified in a step: the same text, sooner, "
+        "where measurements say that it pays.",
+    ),
+    option(
+        "--draft",
+        metavar="MODEL",
+        help="A small model that drafts, too: a folder, a GGUF file or a hub id, which then runs here; an "
+        "EAGLE head; or heads, for the layer that some models have to predict further tokens.",
+    ),
+    flag(
+        "--route",
+        help="Show the servers in use, where a token's time goes, and what drafts have brought.",
+    ),
     number("--wait", default=10.0, metavar="SECONDS", help="How long to wait for servers of missing blocks."),
 )
 """What every client of a model takes; the command gets a `RemoteModelOptions` as ``remote``."""

@@ -15,6 +15,7 @@ from swarmcore.cli.command import set_thread_environment
 from swarmcore.cli.options import ClientOptions, RemoteModelOptions
 from swarmcore.cli.output import Output, can_redraw
 from swarmcore.cli.webrtc import transport_options
+from swarmcore.errors import InputError
 from swarmcore.identity import Identity
 
 if TYPE_CHECKING:
@@ -51,8 +52,14 @@ def is_thin(output: Output, options: RemoteModelOptions) -> bool:
     otherwise."""
     if not options.thin and find_spec("torch") is None:
         output.remark("torch is not installed here: a generation server makes the text, as with --thin")
-        return True
-    return options.thin
+        thin = True
+    else:
+        thin = options.thin
+    if thin and (options.draft is not None or options.speculation != "auto"):
+        raise InputError(
+            "a generation server decides itself what it drafts: leave out --draft and --speculation"
+        )
+    return thin
 
 
 def model_swarm(options: RemoteModelOptions) -> Swarm:
@@ -88,6 +95,7 @@ async def remote_model(
                     patience=options.patience,
                     on_failover=partial(_show_failover, output),
                 ),
+                draft=options.draft,
                 progress=progress,
             )
         await swarm.wait_for_blocks(model.info, timeout=options.wait)

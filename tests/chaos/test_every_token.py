@@ -28,7 +28,7 @@ async def test_servers_are_killed_while_a_token_is_made(client, fleet, reference
     clock = asyncio.get_running_loop().time
     text, delays_of_steps = "", []
     async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS, speculation="off")
         for position in range(TOKENS):
             if position % 4:
                 began = clock()

@@ -18,7 +18,7 @@ TOKENS = 12
 @pytest.mark.parametrize("stage", range(3))
 async def test_a_server_that_hangs_is_replaced_and_is_of_use_when_it_wakes(client, fleet, reference, stage):
     async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS, speculation="off")
         text = await anext(generation)
         hanging = client.serving(session, stage)
         hanging.process.signal(signal.SIGSTOP)
@@ -38,7 +38,7 @@ async def test_a_server_that_hangs_is_replaced_and_is_of_use_when_it_wakes(clien
 
 async def test_a_server_that_hangs_for_a_moment_only_costs_that_moment(client, fleet, reference):
     async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS, speculation="off")
         text = await anext(generation)
         chain = session.chain.peers
         for stage in range(3):
@@ -61,7 +61,7 @@ async def test_a_server_that_comes_back_under_its_name_has_an_empty_cache(client
     first = await fleet.start(span, *identity)
     await client.replicas()
     async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS, speculation="off")
         text = await anext(generation)
         assert client.serving(session, 1) is first
         fleet.kill(first.peer)

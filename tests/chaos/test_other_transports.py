@@ -44,7 +44,7 @@ async def test_servers_are_killed_before_tokens_of_every_stage(client, fleet, tr
     clock = asyncio.get_running_loop().time
     text = ""
     async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS, speculation="off")
         for position in range(TOKENS):
             if position % 2 == 0:
                 stage = position // 2 % 3
@@ -69,7 +69,7 @@ async def test_several_generate_at_once(client, reference):
 
 async def test_a_server_that_hangs_is_replaced(client, reference):
     async with client.model.session() as session:
-        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+        generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS, speculation="off")
         text = await anext(generation)
         hanging = client.serving(session, 1)
         hanging.process.signal(signal.SIGSTOP)

@@ -85,7 +85,9 @@ async def test_the_mainland_takes_over(island, make_fleet, open_client, referenc
         (outpost,) = shore.members.values()
         async with open_client(mainland) as client, client.model.session() as session:
             await client.swarm.wait_for_blocks(client.model.info, timeout=30)
-            generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+            generation = client.model.generate(
+                PROMPT, session=session, max_new_tokens=TOKENS, speculation="off"
+            )
             text = await anext(generation)
             await mainland.start(last)
             await client.replicas()
@@ -109,7 +111,9 @@ async def test_a_client_that_is_cut_off_goes_on_where_it_was(island, make_fleet,
     async with make_fleet(island.fork_server, replicas=1, listen=f"{SHORE}:0") as shore:
         before = await Census.of(shore)
         async with open_client(shore) as client, client.model.session() as session:
-            generation = client.model.generate(PROMPT, session=session, max_new_tokens=TOKENS)
+            generation = client.model.generate(
+                PROMPT, session=session, max_new_tokens=TOKENS, speculation="off"
+            )
             text = await anext(generation)
             island.cut()
             token = asyncio.create_task(anext(generation))

@@ -16,7 +16,7 @@ async def text_amid_kills(
     clock = asyncio.get_running_loop().time
     fleet, text = client.fleet, ""
     async with client.model.session() as session:
-        generation = client.model.generate(prompt, session=session, max_new_tokens=tokens)
+        generation = client.model.generate(prompt, session=session, max_new_tokens=tokens, speculation="off")
         for position in range(tokens):
             # What replaces the servers of the other stages may still be starting.
             stage = (first_stage + position) % len(fleet.spans)

@@ -18,8 +18,8 @@ _MEMORY = 0.95
 """What a measured step counts for when another one has been measured."""
 _GROWTH = 0.025
 """What a row is taken to add to the time of a step of one row, as long as nothing is measured."""
-_DOUBT = 40.0
-"""How much that counts for beside measurements: as much as one step of seven rows."""
+_DOUBT = 12.0
+"""How much that counts for beside measurements: as much as a step of five rows beside one of one."""
 _OUTLIER = 4.0
 """Steps that take so many times what is usual, such as in a failover, are taken for that at most."""
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -149,7 +149,9 @@ class SpeculationController:
         """
         if self.settings.length is not None:
             return [min(self.settings.length, len(each)) for each in likely]
-        plain = len(likely) / self.times.first if self.times.first else math.inf
+        if not self.ready:
+            return [0] * len(likely)
+        plain = len(likely) / self.times.first
         gains = sorted(
             ((gain, place) for place, each in enumerate(likely) for gain in accumulate(each, mul)),
             key=lambda found: -found[0],

@@ -1,0 +1,99 @@
+"""What is drafted, and how many steps are under way: on made-up chains it is close to the best there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from speculating_client import World, tokens_a_second
+
+from swarmcore.client.speculation.control import Plan, SpeculationController, StepTimes
+from swarmcore.errors import InputError
+from swarmcore.generation_settings import Speculation
+
+FIXED = [
+    Speculation(length=length, depth=depth) for length in (1, 2, 4, 8, 16, 32) for depth in (1, 2, 3, 4, 8)
+]
+ROUND_TRIPS = (0.0, 0.05, 0.2)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_it_is_close_to_the_best_fixed_setting_and_never_below_plain(acceptance: float, stages: int) -> None:
+    shares = []
+    for round_trip, stage_seconds in itertools.product(ROUND_TRIPS, (0.005, 0.03)):
+        world = World(acceptance, round_trip, stages, stage_seconds)
+        plain, auto = tokens_a_second(world, None), tokens_a_second(world, Speculation())
+        best = max(plain, *(tokens_a_second(world, fixed) for fixed in FIXED))
+        assert auto >= 0.97 * plain, world
+        shares.append(auto / best)
+        assert shares[-1] > 0.75, world
+    assert sorted(shares)[len(shares) // 2] > 0.88
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("round_trip", ROUND_TRIPS)
+def test_drafters_that_promise_too_much_cost_little(acceptance: float, round_trip: float) -> None:
+    world = World(acceptance, round_trip, stated=0.5)
+    assert tokens_a_second(world, Speculation()) >= 0.85 * tokens_a_second(world, None)
+
+
+def test_nothing_is_drafted_before_a_step_was_measured() -> None:
+    controller = SpeculationController(Speculation())
+    assert not controller.ready
+    assert controller.lengths([[0.9] * 8]) == [0]
+    controller.measured(1, 0.1)
+    assert controller.ready
+    assert controller.lengths([[0.9] * 8]) == [8]
+
+
+def test_rows_that_cost_as_much_as_steps_are_not_worth_it() -> None:
+    controller = SpeculationController(Speculation())
+    for rows in (1, 4, 8) * 20:
+        controller.measured(rows, 0.01 * rows)
+    assert controller.times.growth == pytest.approx(0.01, rel=0.2)
+    assert controller.lengths([[0.7] * 8]) == [0]
+
+
+def test_where_many_share_a_batch_rows_are_counted_as_if_all_sent_as_many() -> None:
+    controller = SpeculationController(Speculation())
+    for rows in (1, 4, 8) * 20:
+        controller.measured(rows, 0.1 + 0.003 * (rows - 1))
+    assert sum(controller.lengths([[0.6] * 8])) > 0
+    controller.sharing = 40
+    assert controller.lengths([[0.6] * 8]) == [0]
+
+
+def test_texts_of_a_batch_get_as_many_drafts_as_each_is_worth() -> None:
+    controller = SpeculationController(Speculation())
+    controller.measured(1, 0.1)
+    likely, unlikely, none = controller.lengths([[0.95] * 6, [0.3, 0.1, 0.1], []])
+    assert likely == 6
+    assert unlikely <= 1
+    assert none == 0
+
+
+def test_a_failover_is_not_what_steps_take() -> None:
+    times = StepTimes()
+    for _ in range(50):
+        times.measured(1, 0.01)
+    times.measured(1, 30.0)
+    assert times.first < 0.02
+
+
+def test_a_fixed_setting_is_kept_to() -> None:
+    controller = SpeculationController(Speculation(length=3, depth=2))
+    controller.max_in_flight = 8
+    assert controller.plan([0.01] * 5) == Plan(3, 2)
+    assert controller.behind([0.01] * 5, 0.01, 3) == 3
+    controller.max_in_flight = 1
+    assert controller.plan([0.01] * 5).depth == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"length": 40}, {"length": -1}, {"depth": 0}, {"depth": 9}, {"max_tokens": 64}, {"depth": True}],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=f"Speculation: {next(iter(settings))} must be from"):
+        Speculation(**settings)
