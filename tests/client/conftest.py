@@ -31,16 +31,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class SentLocally:
     before: list[torch.Tensor]
     """The rows of each sequence that came before the step."""
     result: asyncio.Future[Tensor]
-    ended_at: float
+    ended_at: float | None = None
+    """None until it is received: more may be sent behind it."""
 
-    ended = True
+    @property
+    def ended(self) -> bool:
+        return self.ended_at is not None
 
-    async def wait(self) -> None: ...
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
 
 
 class WholeModelSession:
@@ -102,7 +106,7 @@ class WholeModelSession:
 
     async def send(self, hidden: Tensor, lengths: Sequence[int], **options: Any) -> SentLocally:
         before = [row[:start] for row, start in zip(self.rows, options["starts"], strict=True)]
-        step = SentLocally(before, asyncio.get_running_loop().create_future(), loop_time())
+        step = SentLocally(before, asyncio.get_running_loop().create_future())
         try:
             step.result.set_result(await self.step(hidden, lengths, **options))
         except SwarmError as exc:
@@ -110,6 +114,7 @@ class WholeModelSession:
         return step
 
     async def receive(self, step: SentLocally) -> Tensor:
+        step.ended_at = loop_time()
         return await step.result
 
     async def recall(self, step: SentLocally) -> None:

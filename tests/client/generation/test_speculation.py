@@ -1,0 +1,127 @@
+"""Drafted tokens are verified: whatever is drafted, the text is that of plain decoding."""
+
+from __future__ import annotations
+
+import random
+from contextlib import aclosing
+
+import pytest
+from scripted_drafters import ScriptedSource
+
+from swarmcore.client.speculation.speculator import Speculator
+from swarmcore.errors import InputError, RemoteFaultError
+from swarmcore.generation_settings import Speculation
+
+TOKENS = 24
+SETTINGS = ["auto", Speculation(length=4, depth=1), Speculation(length=3, depth=4), Speculation(length=0)]
+OPTIONS = [
+    {},
+    {"temperature": 1.1, "top_k": 0, "seed": 7},
+    {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 3},
+]
+
+
+def draft_with(model, expected, mood: str) -> None:
+    """Have the next tokens of ``expected`` drafted, right or wrong."""
+    rng = random.Random(5)
+
+    def script(text: list[int], k: int) -> list[int]:
+        right = expected[len(text) : len(text) + k]
+        wrong = [(token + 1) % 257 for token in right]
+        if mood == "mixed":
+            right = [rng.choice(pair) for pair in zip(right, wrong, strict=True)][: rng.randrange(k + 1)]
+        return wrong if mood == "wrong" else right
+
+    model._speculator.close()
+    sources = [ScriptedSource(script, threaded=False)]
+    model._speculator = Speculator(model._compute.parts.vocab_size, sources)
+
+
+@pytest.mark.parametrize("mood", ["right", "wrong", "mixed"])
+@pytest.mark.parametrize("speculation", SETTINGS, ids=["auto", "chunks", "windows", "none"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampled", "penalties"])
+async def test_the_text_is_that_of_plain_decoding(model, sessions, mood, speculation, options) -> None:
+    plain = model.generate("The sea", max_new_tokens=TOKENS, speculation="off", **options)
+    await plain
+    assert plain.speculation.acceptance is None
+    assert sum(plain.speculation.drafted.values()) == 0
+    prompt = model.tokenizer("The sea")["input_ids"]
+    draft_with(model, [*prompt, *plain.tokens], mood)
+    drafted = model.generate("The sea", max_new_tokens=TOKENS, speculation=speculation, **options)
+    await drafted
+    assert drafted.tokens == plain.tokens
+    assert drafted.finish_reason == plain.finish_reason
+    counts = drafted.speculation
+    assert counts.tokens == len(plain.tokens)
+    if speculation == SETTINGS[1] and mood == "right":
+        assert counts.steps < TOKENS / 3
+        assert counts.accepted["scripted"] == counts.drafted["scripted"] > TOKENS / 2
+    if speculation == SETTINGS[2] and mood == "wrong":
+        assert counts.recalled > 0
+        assert counts.steps <= TOKENS
+
+
+@pytest.mark.parametrize("speculation", SETTINGS[:3], ids=["auto", "chunks", "windows"])
+async def test_each_text_of_a_batch_has_its_own_accepted_length(model, speculation) -> None:
+    prompts = ["The sea", "a", "abcabcabcabc"]
+    plain = model.generate_batch(prompts, max_new_tokens=TOKENS, speculation="off")
+    await plain
+    drafted = model.generate_batch(prompts, max_new_tokens=TOKENS, speculation=speculation)
+    await drafted
+    assert drafted.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("speculation", SETTINGS[:3], ids=["auto", "chunks", "windows"])
+async def test_a_session_goes_on_behind_what_is_certain(model, plain_tokens, speculation) -> None:
+    prompt, tokens = "The sea", [*model.tokenizer("The sea")["input_ids"]]
+    draft_with(model, [*tokens, *plain_tokens(prompt, 8), *[9] * 40], "right")
+    async with model.session() as session:
+        generation = model.generate(prompt, max_new_tokens=8, session=session, speculation=speculation)
+        await generation
+        assert session.tokens == ((*tokens, *generation.tokens[:-1]),)
+        again = [*tokens, *generation.tokens, 65, 66]
+        second = model.generate(again, max_new_tokens=8, session=session, speculation=speculation)
+        await second
+        assert second.tokens == plain_tokens(again, 8)
+
+
+async def test_a_text_ends_where_it_ends_in_the_middle_of_drafts(model, plain_tokens) -> None:
+    expected = plain_tokens("The sea", TOKENS)
+    end = next(token for place, token in enumerate(expected) if place > 4 and token not in expected[:place])
+    draft_with(model, [*model.tokenizer("The sea")["input_ids"], *expected], "right")
+    model.generation_config.eos_token_id = [end]
+    generation = model.generate("The sea", max_new_tokens=TOKENS, speculation=Speculation(length=16))
+    await generation
+    assert generation.tokens == expected[: expected.index(end) + 1]
+    assert generation.finish_reason == "eos"
+
+
+async def test_leaving_in_the_middle_of_a_window_leaves_the_session_in_order(model, plain_tokens) -> None:
+    expected = plain_tokens("The sea", TOKENS)
+    draft_with(model, [*model.tokenizer("The sea")["input_ids"], *expected], "right")
+    windows = Speculation(length=2, depth=4)
+    async with model.session() as session:
+        async with aclosing(
+            model.generate("The sea", max_new_tokens=TOKENS, session=session, speculation=windows)
+        ) as pieces:
+            await anext(pieces)
+            await anext(pieces)
+        whole = model.generate("The sea", max_new_tokens=TOKENS, session=session, speculation=windows)
+        await whole
+        assert whole.tokens == expected
+
+
+async def test_what_fails_under_drafts_fails_the_generation(model, sessions) -> None:
+    async def fail() -> None:
+        if len(sessions.opened[-1].sent) == 4:
+            raise RemoteFaultError("the server is out of order")
+
+    sessions.stepped = fail
+    with pytest.raises(RemoteFaultError, match="out of order"):
+        await model.generate("abcabcabc", max_new_tokens=TOKENS, speculation=Speculation(length=2, depth=3))
+
+
+@pytest.mark.parametrize("speculation", ["on", 3, True, {"length": 2}])
+async def test_what_is_no_speculation_is_refused(model, speculation) -> None:
+    with pytest.raises(InputError, match="speculation must be auto, off, or a Speculation"):
+        model.generate("a", speculation=speculation)
