@@ -25,6 +25,7 @@ from swarmcore.cli.options import (
 from swarmcore.cli.output import Output
 from swarmcore.cli.peer import AddressReport, network_config, say_what_next
 from swarmcore.errors import InputError
+from swarmcore.resources.allocator import use_one_arena
 from swarmcore.resources.limits import raise_descriptor_limit
 from swarmcore.types import Span
 
@@ -177,6 +178,7 @@ def serve(
     if blocks is not None and settings["num_blocks"] is not None:
         raise InputError("--blocks says how many blocks there are; leave out --num-blocks")
     set_thread_environment(settings["threads"])
+    use_one_arena()
     raise_descriptor_limit()
 
     from swarmcore.server.config import ServerConfig

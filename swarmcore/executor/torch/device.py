@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
 import traceback
 from collections.abc import Iterator
@@ -126,15 +124,6 @@ def loading_memory(name: str) -> Iterator[None]:
         f"memory ran out while {name} was loaded; free some, or hold fewer blocks or fewer bits",
     ):
         yield
-
-
-def give_back_memory() -> None:
-    """Have the C library return what was freed to the system, where it would keep it for later.
-
-    After weights were loaded it is as much as they take.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # a system without glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class Bitsandbytes:
 
     def __init__(self) -> None:
         try:
-            with _without_code_from_a_hub():
+            with _without_code_from_a_hub(), _without_a_compiler():
                 functional = importlib.import_module("bitsandbytes.functional")
         except ImportError as exc:
             raise MissingExtraError(f"nf4 weights need bitsandbytes: {install_command('quant')}") from exc
@@ -48,6 +49,26 @@ def _without_code_from_a_hub() -> Iterator[None]:
         logger.setLevel(before)
         if hidden:
             del sys.modules["kernels"]
+
+
+@contextmanager
+def _without_a_compiler() -> Iterator[None]:
+    """Leave functions as they are that bitsandbytes would have torch compile.
+
+    They are for optimizers and for devices without kernels of its own, and torch's compiler takes 45 MB as soon
+    as one of them is marked.
+    """
+    compiling = torch.compile
+    torch.compile = _plain
+    try:
+        yield
+    finally:
+        torch.compile = compiling
+
+
+def _plain(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """``torch.compile`` as a decorator, with options or without, that compiles nothing."""
+    return function or _plain
 
 
 bitsandbytes = functools.cache(Bitsandbytes)

@@ -17,7 +17,7 @@ from swarmcore.errors import CheckpointError, SpanError, SwarmError, Unsupported
 from swarmcore.executor.torch.attention import NAME, computing
 from swarmcore.executor.torch.batch import AdapterUpdates, Attention, AttentionBatch
 from swarmcore.executor.torch.cache_pages import CacheLayout, LayerShape
-from swarmcore.executor.torch.device import give_back_memory, loading_memory
+from swarmcore.executor.torch.device import loading_memory
 from swarmcore.executor.torch.families import OWN_MASKS, attention_replacement
 from swarmcore.executor.torch.masks import PROBE
 from swarmcore.executor.torch.packed_linear import pack_linears
@@ -36,6 +36,7 @@ from swarmcore.executor.torch.quantized_matrix import ExactMatrix
 from swarmcore.executor.torch.self_test import check_span
 from swarmcore.executor.torch.structure import Structure, structure_of
 from swarmcore.executor.torch.tensor_names import is_computed, text_tower, whole_numbers
+from swarmcore.resources.allocator import give_back_memory
 from swarmcore.types import Progress, Span
 
 
