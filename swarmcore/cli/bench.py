@@ -15,6 +15,7 @@ from swarmcore.cli.option_kinds import Option, choice, count, number, option
 from swarmcore.cli.options import DTYPES
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError
+from swarmcore.types import Span
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -215,6 +216,71 @@ def training(output: Output, threads: int, servers: str, **settings: Any) -> Non
     results, fairness = _measured(output, bench.run)
     table = training_table(results, fairness)
     _show(output, "training", table, settings=bench, results=results, fairness=fairness)
+
+
+@bench.command()
+@_model
+@option("--cache-dtype", default="auto", metavar="KIND", help="What the attention cache is kept in.")
+@_rounds(7)
+@standard
+def attention(output: Output, model: str, **settings: Any) -> None:
+    """Measure attention by products in bfloat16, beside torch's fused kernel alone, in processor time."""
+    set_thread_environment(1)
+
+    from swarmcore.bench.attention import attention_table, compare
+
+    results = interrupt.run(compare(model, **settings))
+    _show(output, "attention", attention_table(results), results=results)
+
+
+@bench.command()
+@click.argument("ways", nargs=-1)
+@_model
+@count("--tokens", default=1024, help="Of the text whose next tokens are predicted.")
+@_threads
+@standard
+def numerics(output: Output, ways: tuple[str, ...], model: str, tokens: int, threads: int) -> None:
+    """Compare what a model predicts with executors, weights and caches of several kinds.
+
+    Each of WAYS is an executor's name and settings, as in "torch weights=int8" or "ggml rows=32"; with +
+    between several they share the blocks. All are compared with the first one.
+    """
+    set_thread_environment(threads)
+
+    from swarmcore.bench.numerics import WAYS, differences, numerics_table
+
+    results = interrupt.run(differences(model, ways or WAYS, tokens=tokens, threads=threads))
+    _show(output, "numerics", numerics_table(results), results=results)
+
+
+@bench.command()
+@click.argument("what", type=click.Choice(["speed", "memory", "quality"]))
+@_model
+@choice("--kind", "bf16", "int8", "int4", "nf4", default="nf4", help="Whose memory is measured.")
+@count("--num-blocks", metavar="N", help="So many of the model's first blocks. [default: all]")
+@standard
+def weights(output: Output, what: str, model: str, kind: str, num_blocks: int | None) -> None:
+    """Measure weights in fewer bits beside bfloat16: their speed, the memory of one kind, or perplexity."""
+    set_thread_environment(1)
+
+    import torch
+
+    from swarmcore.bench import weights as measuring
+    from swarmcore.checkpoint import open_checkpoint
+
+    torch.set_num_threads(1)
+    checkpoint = open_checkpoint(model)
+    span = checkpoint.info.span if num_blocks is None else Span(0, num_blocks)
+    if what == "speed":
+        times = measuring.speed(checkpoint, span)
+        _show(output, what, measuring.speed_table(times), results=times)
+    elif what == "memory":
+        use = {kind: measuring.memory(checkpoint, span, kind)}
+        _show(output, what, measuring.memory_table(use), results=use)
+    else:
+        found = measuring.quality(checkpoint)
+        figures = [(*key, perplexity) for key, perplexity in found.items()]
+        _show(output, what, measuring.quality_table(found), results=figures)
 
 
 @bench.command()

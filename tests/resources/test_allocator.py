@@ -13,7 +13,8 @@ import ctypes, sys, threading
 from swarmcore.resources.allocator import give_back_memory, use_one_arena
 
 libc = ctypes.CDLL("libc.so.6")
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "one":
     use_one_arena()
 
@@ -43,13 +44,18 @@ print(resident() - before)
 def left(arenas: str) -> int:
     """Bytes that stay in a process of whose threads each has allocated and freed 16 MB."""
     done = subprocess.run(
-        [sys.executable, "-c", THREADS_ALLOCATE, arenas], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", THREADS_ALLOCATE, arenas],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     return int(done.stdout)
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc only"
+    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""),
+    reason="glibc only",
 )
 def test_threads_that_share_an_arena_leave_nothing_behind() -> None:
     assert left("many") > 16 * 2**20

@@ -55,11 +55,11 @@ def _without_code_from_a_hub() -> Iterator[None]:
 def _without_a_compiler() -> Iterator[None]:
     """Leave functions as they are that bitsandbytes would have torch compile.
 
-    They are for optimizers and for devices without kernels of its own, and torch's compiler takes 45 MB as soon
-    as one of them is marked.
+    They are for optimizers and for devices without kernels of its own, and torch's compiler takes 45 MB as
+    soon as one of them is marked.
     """
     compiling = torch.compile
-    torch.compile = _plain
+    torch.compile = _plain  # type: ignore[assignment]
     try:
         yield
     finally:
