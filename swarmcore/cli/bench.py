@@ -189,6 +189,30 @@ def prefix(output: Output, threads: int, servers: str, **settings: Any) -> None:
 
 @bench.command()
 @_model
+@option("--draft", metavar="MODEL", help="What drafts, too, as for swarmcore generate.")
+@_executor
+@_weights
+@choice("--dtype", *DTYPES, default="float32")
+@_threads
+@count("--servers", default=3, help="Servers of the chain, each with as many blocks.")
+@number("--delay", default=0.0, metavar="MS", help="One way, from each to the next; 0 is loopback.")
+@number("--rate", metavar="MBIT", help="Megabits per second of each link.")
+@count("--tokens", default=96, help="Of each text.")
+@_rounds(3)
+@standard
+def speculation(output: Output, threads: int, **settings: Any) -> None:
+    """Measure what drafts bring, beside plain decoding and fixed settings; it says if a text was another."""
+    set_thread_environment(threads)
+
+    from swarmcore.bench.speculation import SpeculationBench, speculation_table
+
+    bench = SpeculationBench(threads=threads, **settings)
+    results = _measured(output, bench.run)
+    _show(output, "speculation", speculation_table(results), settings=bench, results=results)
+
+
+@bench.command()
+@_model
 @_dtype
 @_threads
 @_servers("1,2")

@@ -23,7 +23,9 @@ async def main(folder: str, tokens: str, prompt: str, bootstrap: str, options: s
         model = await swarm.load_model(folder, dtype="float32", threads=1)
         await swarm.wait_for_blocks(model.info, timeout=60)
         async with model.session() as session:
-            async for piece in model.generate(prompt, session=session, max_new_tokens=int(tokens)):
+            async for piece in model.generate(
+                prompt, session=session, max_new_tokens=int(tokens), speculation="off"
+            ):
                 [server] = session.chain.peers
                 await swarm.info(server)
                 say(piece=piece, path=swarm.paths[server])
