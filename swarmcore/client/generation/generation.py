@@ -61,7 +61,8 @@ async def generate_pieces(
             draftings, controller = list[Drafting](), None
             if speculation is not None:
                 draftings = [speculator.drafting(speculation, owner=used.namespace) for _ in prompts]
-                controller = speculator.controller(speculation, stages=len(used.chain.stages))
+                deciding = speculator.deciding(speculation, stages=len(used.chain.stages))
+                controller = stack.enter_context(deciding)
             loop = DecodeLoop(continuations, compute, used, run.speculation, draftings, controller)
             with compute.generating(run.speculation):
                 async with aclosing(loop.pieces(prompts)) as pieces:

@@ -74,8 +74,8 @@ class SpeculationController:
     """Decides, for one generation, what of the drafts is verified and how far ahead. A plain object.
 
     It weighs tokens a second: those that a step brings, for each of which all drafts before it have to be
-    right, over what the step takes by its rows (`StepTimes`). Where many clients share a server's batches,
-    each of its rows holds up all of them: rows are then counted as if everyone sent as many.
+    right, over what the step takes by its rows (`StepTimes`). Where generations share servers' batches, each
+    row holds up all of them: rows are then counted as if everyone sent as many.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SpeculationController:
         self.max_in_flight = 1
         """Steps that the session allows to be under way."""
         self.sharing = 1
-        """Clients whose rows are in a batch of the busiest server."""
+        """Generations whose rows are in the same batches, as far as that is known."""
         self._stages = max(stages, 1)
         self._usual = before.overlap if before is not None else 1 / (self._stages + 1)
         self._interval = 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from swarmcore.client.speculation.control import SpeculationController
 from swarmcore.client.speculation.drafter import DraftSource
@@ -20,8 +21,8 @@ class Speculator:
         """``sources`` are drafters besides the lookup of suffixes, which there is always."""
         self.pool = DrafterPool()
         self._vocab_size = vocab_size
-        self._controller: SpeculationController | None = None
-        """Of the latest generation."""
+        self._latest: SpeculationController | None = None
+        self._deciding: list[SpeculationController] = []
         self._lookup = GuardedSource(SuffixLookup(), vocab_size)
         self._lookup_earlier = GuardedSource(SuffixLookup(earlier_texts=True), vocab_size)
         self._sources = [GuardedSource(source, vocab_size) for source in sources]
@@ -35,10 +36,25 @@ class Speculator:
         drafters = [source.drafter(owner=owner) for source in (lookup, *self._sources)]
         return Drafting(drafters, self.pool)
 
-    def controller(self, settings: Speculation, *, stages: int) -> SpeculationController:
-        """What decides for one generation, over a chain of so many servers."""
-        self._controller = SpeculationController(settings, self.pool, stages=stages, before=self._controller)
-        return self._controller
+    @contextmanager
+    def deciding(self, settings: Speculation, *, stages: int) -> Iterator[SpeculationController]:
+        """What decides for one generation, over a chain of so many servers, as long as it runs.
+
+        Those that run at the same time are taken to share the servers' batches.
+        """
+        controller = SpeculationController(settings, self.pool, stages=stages, before=self._latest)
+        self._latest = controller
+        self._deciding.append(controller)
+        self._share()
+        try:
+            yield controller
+        finally:
+            self._deciding.remove(controller)
+            self._share()
+
+    def _share(self) -> None:
+        for controller in self._deciding:
+            controller.sharing = len(self._deciding)
 
     def close(self) -> None:
         """Let go of texts and weights, and end the drafters' threads. Harmless when repeated."""

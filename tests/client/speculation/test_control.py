@@ -8,6 +8,7 @@ import pytest
 from speculating_client import World, tokens_a_second
 
 from swarmcore.client.speculation.control import Plan, SpeculationController, StepTimes
+from swarmcore.client.speculation.speculator import Speculator
 from swarmcore.errors import InputError
 from swarmcore.generation_settings import Speculation
 
@@ -97,3 +98,13 @@ def test_a_fixed_setting_is_kept_to() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=f"Speculation: {next(iter(settings))} must be from"):
         Speculation(**settings)
+
+
+def test_generations_that_run_at_once_share_batches() -> None:
+    speculator = Speculator(100)
+    with speculator.deciding(Speculation(), stages=2) as one:
+        assert one.sharing == 1
+        with speculator.deciding(Speculation(), stages=2) as other:
+            assert one.sharing == other.sharing == 2
+        assert one.sharing == 1
+    speculator.close()
