@@ -65,7 +65,7 @@ class DraftModel(DraftSource):
             yield group
 
     def _draft(self, drafts: list[_Draft]) -> None:
-        while drafts:
+        while drafts := [draft for draft in drafts if draft.request.wanted()]:
             logits = self.decoder.logits([(each.cached, each.ids, each.certain) for each in drafts])
             best, tokens = logits[:, : self.vocabulary.usable].max(-1)
             likely = torch.exp(best - logits.logsumexp(-1))
@@ -104,9 +104,9 @@ class ModelDrafter(Drafter):
 class _Draft:
     """A proposal that is being made."""
 
+    request: DraftRequest
     drafter: ModelDrafter
     cached: CachedText
-    k: int
     wanted: int
     """Tokens of the draft model's."""
     ids: list[int]
@@ -122,7 +122,7 @@ class _Draft:
         ids, certain = drafter.text.draft_ids(request.ahead)
         # Where tokens are translated, the last one may only be the beginning of one.
         wanted = request.k + (not drafter.source.vocabulary.exact)
-        return cls(drafter, drafter.cached, request.k, wanted, ids, certain)
+        return cls(request, drafter, drafter.cached, wanted, ids, certain)
 
     def goes_on(self, token: int, probability: float, stop_below: float) -> bool:
         """Take the next token; whether another one is wanted."""
@@ -135,4 +135,4 @@ class _Draft:
         """The proposal, in tokens of the model that is drafted for."""
         exact = self.drafter.source.vocabulary.exact
         self.drafter.probabilities = self.probabilities if exact else ()
-        return self.drafter.text.back(self.ids, len(self.probabilities))[: self.k]
+        return self.drafter.text.back(self.ids, len(self.probabilities))[: self.request.k]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -57,6 +57,8 @@ class DraftRequest:
     drafter: Drafter
     ahead: Sequence[int]
     k: int
+    wanted: Callable[[], bool] = lambda: True
+    """Whether it still is: one that takes long may be ended by then with what there is."""
 
 
 class DraftSource(ABC):
@@ -75,7 +77,10 @@ class DraftSource(ABC):
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
         """Proposals of several of its drafters, in their order; those that can share a pass do."""
-        return [request.drafter.propose(request.ahead, request.k) for request in requests]
+        return [
+            request.drafter.propose(request.ahead, request.k) if request.wanted() else []
+            for request in requests
+        ]
 
     def close(self) -> None:  # noqa: B027  (most keep nothing)
         """Let go of what its drafters share. Harmless when repeated."""

@@ -54,6 +54,11 @@ class _Call:
     k: int = 0
     done: asyncio.Future[Proposal] | None = None
 
+    def request(self) -> DraftRequest:
+        return DraftRequest(
+            self.drafter, self.ahead, self.k, lambda: not (self.done and self.done.cancelled())
+        )
+
 
 class GuardedSource:
     """A `DraftSource` whose drafters raise nothing, propose nothing but tokens, and keep nobody waiting.
@@ -194,10 +199,12 @@ class GuardedDrafter:
         if not source.busy(wait):
             done: asyncio.Future[Proposal] = asyncio.get_running_loop().create_future()
             source.call(_Call(self, drafter, None, list(ahead), k, done))
-            await asyncio.wait([done], timeout=wait)
-            if done.done():
-                return done.result()
-            done.cancel()
+            try:
+                await asyncio.wait([done], timeout=wait)
+                if done.done():
+                    return done.result()
+            finally:
+                done.cancel()  # nobody waits for it any more
         source.late += 1
         return NOTHING
 
@@ -281,7 +288,7 @@ def _propose(
     clock: Callable[[], float],
 ) -> None:
     def ask(places: Sequence[int]) -> None:
-        requests = [DraftRequest(calls[each].drafter, calls[each].ahead, calls[each].k) for each in places]
+        requests = [calls[each].request() for each in places]
         began = clock()
         proposals = source.propose(requests)
         seconds = clock() - began

@@ -115,6 +115,20 @@ def test_a_proposal_ends_where_it_becomes_unlikely(source: DraftModel, plain: An
         drafter.close()
 
 
+def test_a_proposal_that_nobody_waits_for_any_more_ends_early(source: DraftModel, plain: Any) -> None:
+    drafters = [source.drafter() for _ in range(2)]
+    for drafter in drafters:
+        drafter.append([1, 2, 3])
+    before, left = source.decoder.computed, iter([True, True, False])
+    given_up = DraftRequest(drafters[0], [], 8, lambda: next(left))
+    proposals = source.propose([given_up, DraftRequest(drafters[1], [], 4)])
+    tokens, _ = greedy(plain, [1, 2, 3], 4)
+    assert proposals == [tokens[:2], tokens]
+    assert source.decoder.computed - before == 3 + 1 + 3 + 3
+    for drafter in drafters:
+        drafter.close()
+
+
 def test_a_text_that_is_too_long_for_it_has_no_drafts(source: DraftModel) -> None:
     assert source.decoder.longest == 256
     drafter = source.drafter()

@@ -154,6 +154,27 @@ async def test_a_drafter_that_does_not_answer_is_not_waited_for(caplog: pytest.L
         release.set()
 
 
+async def test_a_question_that_is_given_up_is_not_answered() -> None:
+    release, asked_for = threading.Event(), list[int]()
+
+    def script(text: list[int], k: int) -> list[int]:
+        asked_for.append(k)
+        return counting(text, k) if release.wait(60) else []
+
+    source = ScriptedSource(script)
+    async with guarding(source) as guarded:
+        drafter = guarded.drafter()
+        drafter.append([1])
+        first, given_up, last = (asyncio.create_task(drafter.propose([], k, wait=60)) for k in (1, 2, 3))
+        while not asked_for:
+            await asyncio.sleep(0.001)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        release.set()
+        assert (await first).tokens == (2,) and (await last).tokens == (2, 3, 4)
+    assert asked_for == [1, 3]
+
+
 async def test_a_late_drafter_is_of_use_again_when_it_has_caught_up() -> None:
     release = threading.Event()
     source = ScriptedSource(lambda text, k: counting(text, k) if release.wait(60) else [])
