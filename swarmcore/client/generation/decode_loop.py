@@ -267,14 +267,15 @@ class DecodeLoop:
         if controller is None or not controller.ready:
             return [()] * len(running)
         most = min(controller.settings.max_tokens, MAX_ROWS // len(running) - 1)
-        asked = (self._draftings[index].propose((), min(most, self._room(index))) for index in running)
-        proposals = [await asked_one for asked_one in asked]
+        asked = [self._draftings[index].propose((), min(most, self._room(index))) for index in running]
         if len(running) > 1:
+            proposals = await asyncio.gather(*asked)  # at once: those of a draft model share its passes
             lengths = controller.lengths([proposal.probabilities for proposal in proposals])
             return [_drafts(each)[:length] for each, length in zip(proposals, lengths, strict=True)]
+        proposal = await asked[0]
         controller.max_in_flight = self._session.max_in_flight
-        self._plan = controller.plan(proposals[0].probabilities)
-        drafts = _drafts(proposals[0])
+        self._plan = controller.plan(proposal.probabilities)
+        drafts = _drafts(proposal)
         first, self._unsent = drafts[: self._plan.length], drafts[self._plan.length :]
         return [first]
 

@@ -71,6 +71,15 @@ async def test_each_text_of_a_batch_has_its_own_accepted_length(model, speculati
     assert drafted.tokens == plain.tokens
 
 
+async def test_texts_of_a_batch_are_drafted_for_in_one_pass(model) -> None:
+    source = ScriptedSource(lambda text, k: [65] * k)
+    model._speculator.close()
+    model._speculator = Speculator(model._compute.parts.vocab_size, [source])
+    prompts = ["The sea", "a", "xyz"]
+    await model.generate_batch(prompts, max_new_tokens=4, speculation=Speculation(length=2))
+    assert max(source.batches) == len(prompts)
+
+
 @pytest.mark.parametrize("speculation", SETTINGS[:3], ids=["auto", "chunks", "windows"])
 async def test_a_session_goes_on_behind_what_is_certain(model, plain_tokens, speculation) -> None:
     prompt, tokens = "The sea", [*model.tokenizer("The sea")["input_ids"]]
