@@ -211,7 +211,8 @@ class InferenceBench:
                     dtype=self.dtype,
                     threads=self.threads,
                     model=self.model,
-                    more=("--executor", self.executor, "--weights", self.weights),
+                    executor=self.executor,
+                    weights=self.weights,
                 )
             )
             swarm = await stack.enter_async_context(connect(address))

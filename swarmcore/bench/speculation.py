@@ -15,8 +15,8 @@ from rich.table import Table
 
 from swarmcore.bench.link_pump import LEFT, RIGHT
 from swarmcore.bench.long_link import Link, LongLink, long_link
-from swarmcore.bench.swarms import CACHE_TOKENS, start_swarm
-from swarmcore.checkpoint import Checkpoint, open_checkpoint
+from swarmcore.bench.swarms import serve_options, start_swarm
+from swarmcore.checkpoint import open_checkpoint
 from swarmcore.client.swarm import connect
 from swarmcore.errors import RemoteFaultError
 from swarmcore.generation_settings import Speculation
@@ -55,6 +55,7 @@ FIXED = (
     *(Speculation(length=length, depth=1) for length in (4, 8, 16)),
     *(Speculation(length=length, depth=4) for length in (4, 8)),
 )
+WAYS: tuple[str | Speculation, ...] = ("off", "auto", *FIXED)
 _TIMEOUT = 1200.0
 
 
@@ -109,7 +110,8 @@ class SpeculationBench:
                 dtype=self.dtype,
                 threads=self.threads,
                 model=self.model,
-                more=("--executor", self.executor, "--weights", self.weights),
+                executor=self.executor,
+                weights=self.weights,
             )
             async with swarm as address:
                 return await self.measure(address)
@@ -118,7 +120,7 @@ class SpeculationBench:
             for place, span in enumerate(checkpoint.info.span.split(self.servers)):
                 # In turns on the one and on the other side: each way from one to the next is over the link.
                 host = LEFT if place % 2 else RIGHT
-                server = await self._serve(network, host, checkpoint, str(span), joining)
+                server = await self._serve(network, host, str(span), joining)
                 await stack.enter_async_context(server)
                 joining = joining or ("--bootstrap", server.address)
             remark("measuring over the link")
@@ -131,11 +133,11 @@ class SpeculationBench:
             return [SpeculationResult(**each) for each in json.loads(output)]
 
     async def _serve(
-        self, network: LongLink, host: str, checkpoint: Checkpoint, blocks: str, joining: Sequence[str]
+        self, network: LongLink, host: str, blocks: str, joining: Sequence[str]
     ) -> ServerProcess:
         arguments = (
-            *("serve", "--model", self.model, "--blocks", blocks, "--dtype", self.dtype),
-            *("--threads", str(self.threads), "--cache-tokens", str(CACHE_TOKENS)),
+            *("serve", "--model", self.model, "--blocks", blocks),
+            *serve_options(self.dtype, self.threads),
             *("--executor", self.executor, "--weights", self.weights),
             *("--listen", f"{network.address(host)}:0", *joining),
         )
@@ -180,8 +182,7 @@ class SpeculationBench:
             for name, prompt in PROMPTS.items():
                 rounds = []
                 for _ in range(self.rounds + 1):
-                    ways: tuple[str | Speculation, ...] = ("off", "auto", *FIXED)
-                    rounds.append([await decode(prompt, way) for way in ways])
+                    rounds.append([await decode(prompt, way) for way in WAYS])
                 results.append(_result(name, rounds[1:]))
             return results
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from swarmcore.checkpoint import Checkpoint
@@ -23,12 +23,13 @@ async def start_swarm(
     dtype: str,
     threads: int,
     model: str = "",
-    more: Sequence[str] = (),
+    executor: str = "auto",
+    weights: str = "auto",
 ) -> AsyncIterator[str]:
     """``size`` server processes with the blocks split evenly; yields the address of one of them.
 
-    They open ``model``, by default what the ``checkpoint`` was made into, and are given the arguments
-    ``more``. Raise `InputError` for more servers than there are blocks.
+    They open ``model``, by default what the ``checkpoint`` was made into, with ``executor`` and ``weights``
+    as for ``swarmcore serve``. Raise `InputError` for more servers than there are blocks.
     """
     info = checkpoint.info
     if size > info.blocks:
@@ -38,9 +39,9 @@ async def start_swarm(
         return await ServerProcess.start(
             "serve",
             *("--model", model or str(checkpoint.folder), "--blocks", str(span)),
-            *_options(dtype, threads, CACHE_TOKENS),
+            *serve_options(dtype, threads),
+            *("--executor", executor, "--weights", weights),
             *("--listen", "127.0.0.1:0"),
-            *more,
             *joining,
         )
 
@@ -70,11 +71,12 @@ async def start_fleet(
             str(checkpoint.folder),
             checkpoint.info.span.split(stages),
             replicas=replicas,
-            arguments=_options(dtype, threads, cache_tokens),
+            arguments=serve_options(dtype, threads, cache_tokens),
         ) as fleet,
     ):
         yield fleet
 
 
-def _options(dtype: str, threads: int, cache_tokens: int) -> tuple[str, ...]:
+def serve_options(dtype: str, threads: int, cache_tokens: int = CACHE_TOKENS) -> tuple[str, ...]:
+    """Arguments of ``swarmcore serve`` that all servers of benchmarks have."""
     return ("--dtype", dtype, "--threads", str(threads), "--cache-tokens", str(cache_tokens))

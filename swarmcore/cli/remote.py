@@ -50,11 +50,10 @@ def swarm_of(options: ClientOptions, **limits: Any) -> Swarm:
 def is_thin(output: Output, options: RemoteModelOptions) -> bool:
     """Whether generation servers make the text: when asked for, and where there is no torch to do
     otherwise."""
-    if not options.thin and find_spec("torch") is None:
+    thin = options.thin
+    if not thin and find_spec("torch") is None:
         output.remark("torch is not installed here: a generation server makes the text, as with --thin")
         thin = True
-    else:
-        thin = options.thin
     if thin and (options.draft is not None or options.speculation != "auto"):
         raise InputError(
             "a generation server decides itself what it drafts: leave out --draft and --speculation"

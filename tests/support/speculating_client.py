@@ -25,8 +25,6 @@ class World:
     """How much longer it takes for each further row, as a share of that."""
     stated: float | None = None
     """What drafters say of their tokens, where that is not `acceptance`."""
-    draft_seconds: float = 0.0
-    """What a drafted token takes to make."""
     seed: int = 0
 
 
@@ -89,17 +87,15 @@ def tokens_a_second(world: World, speculation: Speculation | None, tokens: int =
             plan = Plan(0, 1)
             if controller.ready:
                 wanted = settings.max_tokens
-                plan = controller.plan([stated] * wanted, cost=world.draft_seconds)
-                now += plan.length * world.draft_seconds
+                plan = controller.plan([stated] * wanted)
             send(1 + plan.length, True, stated**plan.length)
         while len(window) < plan.depth:
             ahead = 1.0
             for chunk in window:
                 ahead *= chunk.likely
             count = controller.behind([stated] * settings.max_tokens, ahead, plan.length)
-            if count == 0 or now + count * world.draft_seconds > window[0].back:
+            if count == 0 or now > window[0].back:
                 break
-            now += count * world.draft_seconds
             send(count, False, stated**count)
         done = window.popleft()
         now = max(now, done.back)

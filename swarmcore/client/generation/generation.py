@@ -72,22 +72,10 @@ async def generate_pieces(
             await used.name_pages()
 
 
-class Generation(TextStream):
-    """Text that is being generated: ``async for piece in model.generate(…)``, or awaited as a whole.
+class _OverSession:
+    """What there is to see of a generation that runs in a session."""
 
-    It starts with the first piece that is asked for, and goes no faster than its pieces are taken. Leaving
-    the loop early ends it, and closes the session that was opened for it; so does `aclose`, which waits for
-    that.
-    """
-
-    def __init__(self, run: GenerationRun, pieces: AsyncGenerator[tuple[int, str], None]) -> None:
-        super().__init__(run.texts[0], pieces)
-        self._run = run
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that servers had computed before, in its session or an earlier one."""
-        return self._text.cached_tokens
+    _run: GenerationRun
 
     @property
     def chain(self) -> Chain:
@@ -110,7 +98,25 @@ class Generation(TextStream):
         return str(self.chain)
 
 
-class BatchGeneration(GenerationStream[tuple[int, str]]):
+class Generation(_OverSession, TextStream):
+    """Text that is being generated: ``async for piece in model.generate(…)``, or awaited as a whole.
+
+    It starts with the first piece that is asked for, and goes no faster than its pieces are taken. Leaving
+    the loop early ends it, and closes the session that was opened for it; so does `aclose`, which waits for
+    that.
+    """
+
+    def __init__(self, run: GenerationRun, pieces: AsyncGenerator[tuple[int, str], None]) -> None:
+        super().__init__(run.texts[0], pieces)
+        self._run = run
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that servers had computed before, in its session or an earlier one."""
+        return self._text.cached_tokens
+
+
+class BatchGeneration(_OverSession, GenerationStream[tuple[int, str]]):
     """Texts of several prompts, generated together: ``async for index, piece in model.generate_batch(…)``.
 
     Or awaited as a whole, for a list of texts. Otherwise as `Generation`.
@@ -143,26 +149,6 @@ class BatchGeneration(GenerationStream[tuple[int, str]]):
     def finish_reasons(self) -> list[FinishReason | None]:
         """Why each text ended; None while it has not."""
         return [text.finish_reason for text in self._texts]
-
-    @property
-    def chain(self) -> Chain:
-        """The servers that it passes through."""
-        return self._run.chain
-
-    @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        """How the servers of its session have computed, each way once. With more than one the text may differ
-        from what servers of either make alone, from a near tie on."""
-        return self._run.numerics
-
-    @property
-    def speculation(self) -> SpeculationCounts:
-        """What drafts have brought it so far: tokens a step, how many were right, whose they were."""
-        return self._run.speculation
-
-    @property
-    def _made_by(self) -> str:
-        return str(self.chain)
 
     def _piece(self, index: int, text: str) -> tuple[int, str]:
         return index, text

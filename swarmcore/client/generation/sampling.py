@@ -120,7 +120,7 @@ def choose(logits: torch.Tensor, choices: Sequence[Choice]) -> list[Chosen]:
     found, row = [], 0
     for choice in choices:
         found.append(chosen := Chosen())
-        for place in range(row, row + choice.rows):
+        for place, drafted in enumerate((*choice.drafted, None), row):
             try:
                 if choice.sampler.takes_likeliest:
                     _check(best[place])
@@ -132,7 +132,7 @@ def choose(logits: torch.Tensor, choices: Sequence[Choice]) -> list[Chosen]:
                 break
             choice.sampler.append(token)
             chosen.tokens.append(token)
-            if token in choice.ends or [token] != list(choice.drafted[place - row : place - row + 1]):
+            if token in choice.ends or token != drafted:
                 break
         row += choice.rows
     return found

@@ -141,11 +141,11 @@ class SpeculationController:
         seconds = min(max(seconds, 0.0), self.times.first)
         self._interval += (seconds - self._interval) * (0.2 if self._interval else 1.0)
 
-    def lengths(self, likely: Sequence[Sequence[float]], *, cost: float = 0.0) -> list[int]:
+    def lengths(self, likely: Sequence[Sequence[float]]) -> list[int]:
         """How many of the tokens proposed for each sequence to verify in a step that is alone under way.
 
-        ``likely`` says of each how probable it is when those before it are right. ``cost`` are the seconds
-        that each is yet to take besides. 0 for all means plain decoding.
+        ``likely`` says of each how probable it is when those before it are right. 0 for all means plain
+        decoding.
         """
         if self.settings.length is not None:
             return [min(self.settings.length, len(each)) for each in likely]
@@ -158,7 +158,7 @@ class SpeculationController:
         )
         tokens, seconds, best, count = float(len(likely)), self.times.first, plain, 0
         for taken, (gain, _) in enumerate(gains[: self.settings.max_tokens * len(likely)], 1):
-            tokens, seconds = tokens + gain, seconds + self.growth + cost
+            tokens, seconds = tokens + gain, seconds + self.growth
             if tokens / seconds < best:
                 break
             best, count = tokens / seconds, taken
@@ -168,7 +168,7 @@ class SpeculationController:
                 lengths[place] += 1
         return lengths
 
-    def plan(self, likely: Sequence[float], *, cost: float = 0.0) -> Plan:
+    def plan(self, likely: Sequence[float]) -> Plan:
         """What to do with a proposal for a text that is alone in its session, when nothing is under way."""
         alone = self.lengths([likely])[0]
         settings = self.settings
@@ -181,17 +181,12 @@ class SpeculationController:
         run = 1 / (1 - min(usual, _MOST_LIKELY))
         """Tokens that are right, one after the other, and the one after them, which is the model's own."""
         whole = self.times.first
-        best_length, best = (
-            alone,
-            MARGIN
-            * (1 + sum(accumulate(likely[:alone], mul)))
-            / (whole + self.growth * alone + cost * alone),
-        )
-        depth = 1
+        tokens = 1 + sum(accumulate(likely[:alone], mul))
+        best_length, depth, best = alone, 1, MARGIN * tokens / (whole + self.growth * alone)
         for length in _LENGTHS:
             if length > min(settings.max_tokens, len(likely)):
                 break
-            interval = max(self.interval + self.growth * length / self._stages, cost * length)
+            interval = self.interval + self.growth * length / self._stages
             steps = max(run / (length + 1), 1.0)
             # In the mean a run ends in the middle of a chunk, and what was sent behind it holds up the next.
             rate = run / (whole + self.growth * length + (steps - 0.5) * interval)

@@ -12,7 +12,7 @@ class SpeculationCounts:
     """What drafts have brought to a generation so far."""
 
     steps: int = 0
-    """Steps whose rows were received, that of the prompt left out."""
+    """Steps whose rows were received, that of the prompt among them."""
     tokens: int = 0
     """Tokens that they brought."""
     drafted: Counter[str] = attrs.field(factory=Counter)

@@ -8,10 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from swarmcore.client.speculation.drafter import Drafter, DraftSource
-
-STOP_BELOW = 0.3
-"""A proposal ends with the token up to which it is less likely than this to be right."""
+from swarmcore.client.speculation.drafter import STOP_BELOW, Drafter, DraftSource
 
 
 class HeadParts(Protocol):

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 import attrs
 import torch
 
-from swarmcore.client.speculation.drafter import Drafter, DraftRequest, DraftSource
+from swarmcore.client.speculation.drafter import STOP_BELOW, Drafter, DraftRequest, DraftSource
 from swarmcore.client.speculation.local_decoder import CachedText, LocalDecoder
 from swarmcore.client.speculation.vocabulary import DraftText, Vocabulary
 
-STOP_BELOW = 0.3
-"""A proposal ends with the token up to which it is less likely than this to be right."""
 _MANY = 64
 """Tokens that are taken in as soon as they are known, rather than when a draft is wanted."""
 

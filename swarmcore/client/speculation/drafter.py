@@ -11,6 +11,9 @@ import attrs
 if TYPE_CHECKING:
     import torch
 
+STOP_BELOW = 0.3
+"""A proposal of a model ends with the token up to which it is less likely than this to be right."""
+
 
 class Drafter(ABC):
     """Guesses how one sequence goes on. What it proposes costs time when it is wrong, never a wrong token.
