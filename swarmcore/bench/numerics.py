@@ -16,6 +16,7 @@ from swarmcore.errors import InputError, SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, Segment, SequenceId
 from swarmcore.executor.loader import BlockLoader, LoadSettings, open_loader
 from swarmcore.executor.torch.wire_tensors import to_torch, to_wire
+from swarmcore.routing.step_codec import STEP_CODECS
 
 WAYS = (
     "torch dtype=float32",
@@ -26,6 +27,7 @@ WAYS = (
     "ggml",
     "torch + ggml",
     "ggml rows=32",
+    "torch codec=int8 + torch codec=int8 + torch codec=int8",
 )
 ROWS = 256
 """That are taken at a time, where a way does not say."""
@@ -56,7 +58,7 @@ async def differences(
 
     A way is an executor's name and, after it, fields of `LoadSettings`, as in ``torch weights=int8``; with
     ``+`` between several, blocks are shared out among them. ``rows`` are taken at a time, `ROWS` if it does
-    not say.
+    not say; ``codec`` is that of the link to the server, and from the last one back.
 
     Raise `InputError` for a way of another form.
     """
@@ -71,17 +73,24 @@ async def differences(
     expected = torch.tensor(ids[1:])
     found, first = [], None
     for way, (servers, rows) in zip(ways, parsed, strict=True):
-        settings = [LoadSettings(model=model, threads=threads, **options) for _, options in servers]
-        loaders = [open_loader(name, each) for (name, _), each in zip(servers, settings, strict=True)]
-        numerics, hidden = await _through(loaders, embedded, rows)
+        loaders = [
+            open_loader(server.executor, LoadSettings(model=model, threads=threads, **server.options))
+            for server in servers
+        ]
+        codecs = [server.codec for server in servers]
+        numerics, hidden = await _through(loaders, codecs, embedded, rows)
         predicted = torch.log_softmax(parts.logits(hidden), dim=-1)
         first = predicted if first is None else first
         found.append(_difference(way, numerics, first, predicted, expected))
     return found
 
 
-_Server = tuple[str, dict[str, Any]]
-"""An executor's name, and fields of `LoadSettings`."""
+@attrs.frozen
+class _Server:
+    executor: str
+    codec: str
+    options: dict[str, Any]
+    """Fields of `LoadSettings`."""
 
 
 def _parse(way: str) -> tuple[list[_Server], int]:
@@ -91,9 +100,12 @@ def _parse(way: str) -> tuple[list[_Server], int]:
     for part in way.split("+"):
         name, *pairs = part.split() or [""]
         options: dict[str, Any] = {}
+        codec = "raw"
         for field, _, value in (pair.partition("=") for pair in pairs):
             if field == "rows" and value.isdecimal() and int(value):
                 rows = int(value)
+            elif field == "codec" and value in STEP_CODECS:
+                codec = value
             elif field in known and value:
                 options[field] = value
             else:
@@ -101,38 +113,41 @@ def _parse(way: str) -> tuple[list[_Server], int]:
         if not name:
             raise InputError(
                 f"{way!r} is no way to compute: an executor's name, and after it fields such as weights=int8 "
-                f"(rows, {', '.join(sorted(known))})"
+                f"(rows, codec, {', '.join(sorted(known))})"
             )
-        servers.append((name, options))
+        servers.append(_Server(name, codec, options))
     return servers, rows
 
 
 async def _through(
-    loaders: Sequence[BlockLoader], embedded: torch.Tensor, rows: int
+    loaders: Sequence[BlockLoader], codecs: Sequence[str], embedded: torch.Tensor, rows: int
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     spans = loaders[0].model.span.split(len(loaders))
     chain = [loader.load(span) for loader, span in zip(loaders, spans, strict=True)]
     try:
-        return tuple(str(each.numerics) for each in chain), await _prefill(chain, embedded, rows)
+        return tuple(str(each.numerics) for each in chain), await _prefill(chain, codecs, embedded, rows)
     finally:
         for each in chain:
             await each.close()
 
 
-async def _prefill(chain: list[BlockExecutor], embedded: torch.Tensor, rows: int) -> torch.Tensor:
+async def _prefill(
+    chain: Sequence[BlockExecutor], codecs: Sequence[str], embedded: torch.Tensor, rows: int
+) -> torch.Tensor:
     sequence, outputs = SequenceId(0), []
     for executor in chain:
         executor.reserve(sequence, -(-len(embedded) // executor.page) * executor.page)
     for start in range(0, len(embedded), rows):
         part = embedded[start : start + rows]
         hidden = to_wire("hidden", part)
-        for executor in chain:
+        for executor, codec in zip(chain, codecs, strict=True):
+            hidden = hidden.encode(codec).decode()
             chunk = ScheduledChunk(hidden, 0, executor.span, (Segment(sequence, start, len(part)),))
             (result,) = await executor.step([chunk])
             if isinstance(result, SwarmError):
                 raise result
             hidden = result
-        outputs.append(to_torch(hidden).float())
+        outputs.append(to_torch(hidden.encode(codecs[-1]).decode()).float())
     return torch.cat(outputs)
 
 

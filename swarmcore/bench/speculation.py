@@ -9,6 +9,7 @@ import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import attrs
 from rich.table import Table
@@ -51,6 +52,8 @@ PROMPTS = {
     "chat": "Question: What is a good way to learn to cook? Answer:",
     "random": "qz 81 vlk; 7 #p ow wyx 29 jjt, e 6 umb nn 40 fh ~ 3 kd 958 x lo bb 17 rr z tq 5 hy",
 }
+SAMPLED: dict[str, dict[str, Any]] = {"random": {"temperature": 2.0, "seed": 7}}
+"""Texts that are not greedy: small models soon repeat themselves then, and there is much to draft."""
 FIXED = (
     *(Speculation(length=length, depth=1) for length in (4, 8, 16)),
     *(Speculation(length=length, depth=4) for length in (4, 8)),
@@ -161,12 +164,13 @@ class SpeculationBench:
             )
             await swarm.wait_for_blocks(model.info, timeout=60)
 
-            async def decode(prompt: str, speculation: str | Speculation) -> _Decoded:
+            async def decode(name: str, speculation: str | Speculation) -> _Decoded:
                 generation = model.generate(
-                    prompt,
+                    PROMPTS[name],
                     max_new_tokens=self.tokens + 1,
                     min_new_tokens=self.tokens + 1,
                     speculation=speculation,
+                    **SAMPLED.get(name, {}),
                 )
                 await generation
                 assert generation.first_token_seconds is not None
@@ -179,10 +183,10 @@ class SpeculationBench:
                 )
 
             results = []
-            for name, prompt in PROMPTS.items():
+            for name in PROMPTS:
                 rounds = []
                 for _ in range(self.rounds + 1):
-                    rounds.append([await decode(prompt, way) for way in WAYS])
+                    rounds.append([await decode(name, way) for way in WAYS])
                 results.append(_result(name, rounds[1:]))
             return results
 

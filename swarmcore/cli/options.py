@@ -290,9 +290,10 @@ remote_model_options = gathered(
     count("--threads", help="Compute threads here."),
     choice(
         "--codec",
-        *("raw", "int8", "raw+zstd", "int8+zstd"),
+        *("raw", "int8", "raw+zstd", "int8+zstd", "auto"),
         default="raw",
-        help="How hidden states travel; int8 halves the bytes for 1 to 2 % of precision.",
+        help="How hidden states travel; int8 halves the bytes for 1 to 2 % of precision; auto takes it "
+        "on slow links.",
     ),
     several(
         "--allow-server",

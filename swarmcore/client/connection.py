@@ -24,6 +24,7 @@ from swarmcore.routing.costs import ChainCost, CostModel, Latencies
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.least_latency import LeastLatency
 from swarmcore.routing.prefix_memory import PrefixMemory
+from swarmcore.routing.step_codec import StepCodecs
 from swarmcore.rpc.node import Node
 from swarmcore.tasks import BackgroundTasks
 from swarmcore.types import ModelInfo, PeerId, Span, short
@@ -68,6 +69,7 @@ class SwarmConnection:
         self.health = PeerHealth()
         """Which servers have failed of late."""
         self.prefixes = PrefixMemory()
+        self.step_codecs = StepCodecs()
         """Which chains have computed which beginnings of texts of late."""
         self._pinger = Pinger(
             node, registry.view, self.latencies, self.health, rng=rng, admits=self.router.admits, limits=pings
@@ -240,6 +242,7 @@ class SwarmConnection:
             session_id=self.session_id,
             adapter=adapter,
             prefixes=self.prefixes,
+            codecs=self.step_codecs,
             on_use=on_use,
         )
 

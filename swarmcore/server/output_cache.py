@@ -218,13 +218,13 @@ class AnswerCache:
     def find(self, step: Step, reply: Reply) -> asyncio.Future[Tensor] | None:
         """The step's output if it came before in that form, else None; raise as `DedupCache.repeated`."""
         answer = self._steps.repeated(step)
-        if answer is None or (answer.reply, answer.codec) != (reply, step.codec):
+        if answer is None or (answer.reply, answer.codec) != (reply, step.output_codec):
             return None
         return asyncio.shield(answer.output)
 
     def add(self, step: Step, reply: Reply, output: asyncio.Future[Tensor]) -> None:
         """Keep the output of a new step once it is there; a step that fails may come again."""
-        self._steps.remember(step, _Answer(reply, step.codec, output))
+        self._steps.remember(step, _Answer(reply, step.output_codec, output))
         output.add_done_callback(partial(self._computed, step))
 
     def recall(self, recall: Recall) -> None:

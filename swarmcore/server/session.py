@@ -35,6 +35,7 @@ from swarmcore.wire.framing import Message
 from swarmcore.wire.limits import MAX_STEPS_IN_FLIGHT
 from swarmcore.wire.messages import (
     AllowUpstream,
+    Arrival,
     CachePart,
     Draining,
     Hop,
@@ -209,6 +210,9 @@ class ServerSession:
         if step in self._recalled:
             self._dropped(step)
             return
+        arrival = None
+        if step.sent is not None:
+            arrival = Arrival(hidden.data.nbytes, asyncio.get_running_loop().time() - step.sent)
         self._downstream.abort_unless(step.chain[0] if step.chain else None)
         try:
             reserved = await self._in_flight.acquire([hidden], step.deadline)
@@ -230,7 +234,7 @@ class ServerSession:
             output.set_exception(exc)
         self._outputs[output] = step if fresh else None
         output.add_done_callback(self._computed)
-        self._jobs.put_nowait(partial(self._finish, step, output, fresh, reserved))
+        self._jobs.put_nowait(partial(self._finish, step, output, fresh, reserved, arrival))
 
     def _recall(self, recall: Recall) -> None:
         """Drop what has not been computed of steps that the client has no more use for."""
@@ -270,7 +274,7 @@ class ServerSession:
             step.lengths,
             hidden,
             reply=reply,
-            codec=step.codec,
+            codec=step.output_codec,
             timeout=step.deadline,
             sources=step.sources,
         )
@@ -306,13 +310,18 @@ class ServerSession:
                 self._slots.release()
 
     async def _finish(
-        self, step: Step, output: asyncio.Future[Tensor], fresh: bool, reserved: Reservation | None
+        self,
+        step: Step,
+        output: asyncio.Future[Tensor],
+        fresh: bool,
+        reserved: Reservation | None,
+        arrival: Arrival | None,
     ) -> None:
         try:
             hidden = await output
             if step in self._recalled:
                 return
-            await self._deliver(step, hidden)
+            await self._deliver(step, hidden, arrival)
             if fresh and step.journal == "servers" and hidden.shape[0] == sum(step.lengths):
                 self._replay_cache.add(step, hidden)
         except SwarmError as exc:
@@ -327,12 +336,15 @@ class ServerSession:
         finally:
             self._in_flight.release(reserved)
 
-    async def _deliver(self, step: Step, output: Tensor) -> None:
+    async def _deliver(self, step: Step, output: Tensor, arrival: Arrival | None) -> None:
         """Send an output where it has to go, and only then tell the client of it."""
         undelivered = ""
+        sent = asyncio.get_running_loop().time() if step.sent is not None else None
         if step.chain:
             try:
-                await self._downstream.push(step.chain[0], attrs.evolve(step, chain=step.chain[1:]), output)
+                await self._downstream.push(
+                    step.chain[0], attrs.evolve(step, chain=step.chain[1:], sent=sent), output
+                )
             except SwarmError as exc:
                 # Not why: what answers where is none of a client's business.
                 logger.debug("session %s: step %d was not pushed: %s", self.id[:8], step.step, exc)
@@ -340,11 +352,14 @@ class ServerSession:
             else:
                 if step.journal != "off":
                     copy = (output,) if step.journal == "client" else ()
-                    await self._client.copy(StepForwarded(step.step, self.span.end, step.attempt), *copy)
+                    await self._client.copy(
+                        StepForwarded(step.step, self.span.end, step.attempt, arrival), *copy
+                    )
                 return
         self._counters["steps_answered"] += 1
         answer = (output,) if step.chain or step.reply != "none" else ()
-        await self._client.send(StepOutput(step.step, self.span.end, undelivered, step.attempt), *answer)
+        record = StepOutput(step.step, self.span.end, undelivered, step.attempt, arrival, sent)
+        await self._client.send(record, *answer)
 
     async def _report(self, step: int, error: SwarmError, attempt: int = 0) -> None:
         self._counters["steps_refused"] += 1

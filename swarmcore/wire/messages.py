@@ -25,6 +25,9 @@ class Hop:
     session: str
     start: int
     end: int
+    codec: str | None = None
+    """How a step's rows are encoded on the way to this stage; None: as `Step.codec` says, which servers of
+    earlier versions go by in any case."""
 
 
 @wire_tag("OpenSession")
@@ -117,7 +120,7 @@ class Step:
     """What the last stage sends to the client: ``"all"`` tokens, each sequence's ``"last"`` one, or
     ``"none"``: a `StepOutput` without a tensor."""
     codec: str = "raw"
-    """How hidden states are encoded between stages and in the answer."""
+    """How hidden states are encoded in the answer, and between stages where their `Hop` does not say."""
     deadline: float = 60.0
     """Seconds, from its receipt, in which the step is still of use to the client."""
     sources: tuple[int, ...] = ()
@@ -133,6 +136,25 @@ class Step:
     replay: bool = False
     """Tokens that the session had already: they fill the cache of a stage that is new to it. Not numbered
     with the other steps: repeated, it is computed again."""
+    sent: float | None = None
+    """When this message left, in seconds by its sender's clock: stages then say so as well, and how long what
+    came to them was under way. None for a client that does not ask."""
+
+    @property
+    def output_codec(self) -> str:
+        """How the stage that gets this step is to encode its output."""
+        return (self.chain[0].codec if self.chain else None) or self.codec
+
+
+@attrs.frozen
+class Arrival:
+    """A message came in."""
+
+    nbytes: int
+    """Of its tensor, as it was encoded."""
+    transit: float
+    """Seconds from `Step.sent` to then, by the receiver's clock, which is another one: only the difference
+    between two of them means anything."""
 
 
 @wire_tag("Recall")
@@ -160,6 +182,10 @@ class StepOutput:
     undelivered: str = ""
     """Why the server could not push to the next hop; the client carries the output there itself."""
     attempt: int = 0
+    arrival: Arrival | None = None
+    """Of what it is the output of, where the step said when it was sent."""
+    sent: float | None = None
+    """When this answer left, likewise."""
 
 
 @wire_tag("StepFailed")
@@ -184,6 +210,8 @@ class StepForwarded:
     step: int
     blocks_done: int
     attempt: int = 0
+    arrival: Arrival | None = None
+    """As in `StepOutput`."""
 
 
 @wire_tag("Replay")

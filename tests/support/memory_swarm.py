@@ -69,6 +69,7 @@ class Server:
             state=state,
             model=COUNTING_MODEL,
             span=self.executor.span,
+            dtype="float32",
             cache_tokens=self.engine.cache_tokens,
             cache_tokens_free=self.engine.cache_tokens_free,
             pass_tokens=self.engine.training.limits.max_tokens,
@@ -299,10 +300,12 @@ async def befall(swarm: Swarm, session: InferenceSession, kind: str, stage: int)
     match kind:
         case "kill":
             await server.kill()
-            await swarm.add(str(server.executor.span))
+            await swarm.add(str(server.executor.span), cache=server.engine.cache_tokens)
         case "restart":  # comes back with the same identity and no caches
             await server.kill()
-            await swarm.add(str(server.executor.span), identity=server.node.identity)
+            await swarm.add(
+                str(server.executor.span), identity=server.node.identity, cache=server.engine.cache_tokens
+            )
         case "break":  # the connections only; the server lives on
             server.transport.break_connections()
 

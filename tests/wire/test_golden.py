@@ -12,14 +12,24 @@ from swarmcore.wire.tensors import Tensor
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
 
+TENSOR = b"\x91\x95\xa6hidden\xa8bfloat16\x92\x01\x02\xa3raw\x04\xa0\xc0"
+VALUES = bytes.fromhex("803f 0040")
 STEP_OUTPUT = (
+    bytes.fromhex("61000000 95")
+    + b"\xaaStepOutput\x86\xa7arrival\xc0\xa7attempt\x00\xabblocks_done\x1e\xa4sent\xc0\xa4step\x07"
+    + b"\xabundelivered\xa0"
+    + TENSOR
+    + bytes(27)
+    + VALUES
+)
+EARLIER_STEP_OUTPUT = (
     bytes.fromhex("52000000 95")
     + b"\xaaStepOutput\x84\xa7attempt\x00\xabblocks_done\x1e\xa4step\x07\xabundelivered\xa0"
-    + b"\x91\x95\xa6hidden\xa8bfloat16\x92\x01\x02\xa3raw\x04"
-    + b"\xa0\xc0"
+    + TENSOR
     + bytes(42)
-    + bytes.fromhex("803f 0040")
+    + VALUES
 )
+"""As servers sent it before answers said how long steps were under way."""
 
 
 def documented(heading: str) -> bytes:
@@ -37,6 +47,7 @@ def test_a_call() -> None:
 def test_a_tensor() -> None:
     hidden = Tensor("hidden", "bfloat16", (1, 2), memoryview(bytes.fromhex("803f0040")))
     assert b"".join(encode_message(StepOutput(7, 30), [hidden], Limits())) == STEP_OUTPUT
-    message = decode_message(memoryview(STEP_OUTPUT), kinds_of(StepOutput), Limits())
-    assert message.record == StepOutput(7, 30)
-    assert message.tensors == (hidden,)
+    for received in (STEP_OUTPUT, EARLIER_STEP_OUTPUT):
+        message = decode_message(memoryview(received), kinds_of(StepOutput), Limits())
+        assert message.record == StepOutput(7, 30)
+        assert message.tensors == (hidden,)

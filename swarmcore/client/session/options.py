@@ -45,7 +45,8 @@ class SessionOptions:
     """Longest piece, in tokens over all sequences, in which a long prompt goes through the chain."""
     codec: str = "raw"
     """How hidden states are encoded on the way: ``"raw"``; ``"int8"``, half of bfloat16's bytes and 1 to 2 %
-    off; either with ``"+zstd"``, which is lossless and pays on links under some 50 MB/s."""
+    off; either with ``"+zstd"``, which is lossless and pays on links under some 50 MB/s; or ``"auto"``: raw,
+    but int8 on each link that was measured to be so slow that this makes the step shorter."""
     open_timeout: float = 40.0
     """Seconds to wait for every server to grant the session."""
     step_timeout: float = 60.0

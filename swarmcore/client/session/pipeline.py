@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -13,14 +14,22 @@ from swarmcore.client.session.planner import SessionPlanner
 from swarmcore.client.session.prefix import SessionPrefix
 from swarmcore.errors import ProtocolError, SwarmError
 from swarmcore.routing.chain import Chain
+from swarmcore.routing.step_codec import STEP_CODECS, StepCodecs
 from swarmcore.rpc.node import Node
 from swarmcore.session.journal import Journal
 from swarmcore.session.steps import Chunk, SessionSteps
-from swarmcore.types import ModelInfo
+from swarmcore.types import ModelInfo, PeerId
 from swarmcore.wire.failure import to_error
 from swarmcore.wire.framing import Message
 from swarmcore.wire.limits import MAX_DRAFTED
-from swarmcore.wire.messages import Draining, KvTransferFailed, StepFailed, StepForwarded, StepOutput
+from swarmcore.wire.messages import (
+    Draining,
+    KvTransferFailed,
+    Step,
+    StepFailed,
+    StepForwarded,
+    StepOutput,
+)
 from swarmcore.wire.tensors import FLOATS, Tensor
 
 
@@ -35,6 +44,8 @@ class PendingChunk:
     """The block of the stage to which it was sent; those that follow get it from one another."""
     attempt: int = 0
     """Counted up when it has to be sent again: answers to what was sent before count no longer."""
+    codecs: dict[int, str] = attrs.Factory(dict)
+    """In which its rows go to each block, where that was chosen: the same whenever it is sent again."""
     done: bool = False
     output: Tensor | None = None
     error: SwarmError | None = None
@@ -75,6 +86,9 @@ class Pipeline(LiveChain):
         super().__init__(node, planner, opened, options)
         self.numerics = list(self.chain.numerics)
         """How servers of the session have computed so far, each way once."""
+        self._link_codecs = planner.codecs if options.codec == "auto" else None
+        self.codec = "raw" if self._link_codecs else options.codec
+        """Of rows for which none is chosen by link: of all, unless it is ``"auto"``, and of replays."""
         self._keep_inputs()
         self.cached = tuple(map(min, zip(*(stage.cached for stage in opened), strict=False)))
         """Tokens of each sequence that all stages have before the first step; empty for none, or after it."""
@@ -85,7 +99,7 @@ class Pipeline(LiveChain):
 
     def begin_with(self, lengths: Sequence[int], rows: Tensor) -> None:
         """The sequences begin with so many ``rows`` that all stages have computed before."""
-        self.journal.begin_with(self.stages[0].start, lengths, rows.encode(self.options.codec))
+        self.journal.begin_with(self.stages[0].start, lengths, rows.encode(self.codec))
         self.steps.begin_at(lengths)
         self.begun_with = tuple(lengths)
         for stage in self.stages:
@@ -136,18 +150,57 @@ class Pipeline(LiveChain):
                 self.journal.receive(start, chunk.step, hidden)
         return pending
 
+    def encoded(self, rows: Tensor) -> Tensor:
+        """New rows as they go to the first stage."""
+        if self._link_codecs is None:
+            return rows.encode(self.codec)
+        link, now = (None, self.stages[0].peer), asyncio.get_running_loop().time()
+        return rows.encode(self._link_codecs.codec(link, rows.dtype, rows.shape, now))
+
     async def send(self, index: int, pending: PendingChunk, hidden: Tensor) -> None:
         """Send a chunk to one stage. A failure is that stage's, and is not raised."""
         self._rows_sent += pending.chunk.rows
         step = self.steps.step_for(
             index,
             pending.chunk,
-            codec=self.options.codec,
+            codec=self.codec,
             deadline=self.options.step_timeout,
             journal=self.options.journal,
             attempt=pending.attempt,
         )
+        if self._link_codecs is not None and not pending.chunk.replay:
+            if not self._link_codecs.takes_int8(self.stages[index].peer):
+                hidden = hidden.decode()
+            step = self._with_codecs(self._link_codecs, index, pending, step)
         await self.send_to(self.stages[index], step, hidden)
+
+    def _with_codecs(self, links: StepCodecs, index: int, pending: PendingChunk, step: Step) -> Step:
+        """``step``, which goes to stage ``index`` now, with the codec of each link behind it."""
+        now, end = asyncio.get_running_loop().time(), index + len(step.chain)
+
+        def codec(stage: LiveStage, receiver: PeerId | None, rows: int) -> str:
+            if stage.end not in pending.codecs:
+                shape = (rows, self.model.hidden_size)
+                dtype = stage.opened.stage.server.dtype
+                pending.codecs[stage.end] = links.codec((stage.peer, receiver), dtype, shape, now)
+            return pending.codecs[stage.end]
+
+        chain = (
+            attrs.evolve(hop, codec=codec(stage, hop.peer, pending.chunk.rows))
+            for stage, hop in zip(self.stages[index:end], step.chain, strict=True)
+        )
+        final = end == len(self.stages) - 1
+        rows = pending.chunk.answer_rows if final else pending.chunk.rows
+        return attrs.evolve(step, chain=tuple(chain), codec=codec(self.stages[end], None, rows), sent=now)
+
+    def use_raw_at(self, stage: LiveStage) -> bool:
+        """A server does not know a codec: it gets raw rows from now on. False when it was not sent others."""
+        if self._link_codecs is None or not self._link_codecs.takes_int8(stage.peer):
+            return False
+        self._link_codecs.refuse_int8(stage.peer)
+        for pending in self.pending.values():
+            pending.codecs.clear()
+        return True
 
     # --- and back ----------------------------------------------------------------------------------------
 
@@ -181,6 +234,8 @@ class Pipeline(LiveChain):
             self._progressed()
         if pending is None or pending.done or not current:
             return
+        if self._link_codecs is not None:
+            self._measure(self._link_codecs, index, pending, record, hidden)
         chunk, final = pending.chunk, stage.end == (pending.chunk.until or self.model.blocks)
         if final and isinstance(record, StepForwarded):
             raise ProtocolError("a step was forwarded from where it ends")
@@ -198,13 +253,30 @@ class Pipeline(LiveChain):
         elif carry_to is not None and hidden is not None and not self.stages[carry_to].failure:
             await self.send(carry_to, pending, hidden)
 
+    def _measure(
+        self,
+        links: StepCodecs,
+        index: int,
+        pending: PendingChunk,
+        record: StepOutput | StepForwarded,
+        hidden: Tensor | None,
+    ) -> None:
+        """Take note of how long rows were under way: to stage ``index``, and from there to here."""
+        stage, now = self.stages[index], asyncio.get_running_loop().time()
+        if (arrival := record.arrival) is not None:
+            sender = self.stages[index - 1].peer if stage.start != pending.sent else None
+            links.arrived((sender, stage.peer), arrival.nbytes, arrival.transit, now)
+        if isinstance(record, StepOutput) and record.sent is not None and hidden is not None:
+            links.arrived((stage.peer, None), hidden.data.nbytes, now - record.sent, now)
+
     def _hidden(self, message: Message) -> Tensor | None:
         """The hidden states of an answer, checked as far as that goes without decoding them."""
         if not message.tensors:
             return None
         hidden = message.tensor("hidden")
         shaped = len(hidden.shape) == 2 and hidden.shape[1] == self.model.hidden_size
-        if not shaped or hidden.dtype not in FLOATS or hidden.codec != self.options.codec:
+        codecs = STEP_CODECS if self._link_codecs is not None else (self.codec,)
+        if not shaped or hidden.dtype not in FLOATS or hidden.codec not in codecs:
             raise ProtocolError(f"unexpected hidden states: {hidden}")
         return hidden
 

@@ -27,6 +27,7 @@ from swarmcore.routing.coverage import left_out
 from swarmcore.routing.health import PeerHealth
 from swarmcore.routing.numerics import plan_alike
 from swarmcore.routing.prefix_memory import PrefixMemory
+from swarmcore.routing.step_codec import StepCodecs
 from swarmcore.types import ADAPTERS, ModelInfo, Numerics, PeerId, ServerInfo, Span
 
 
@@ -62,15 +63,17 @@ class SessionPlanner:
         session_id: Callable[[], str] = random_session_id,
         adapter: AdapterWeights | None = None,
         prefixes: PrefixMemory | None = None,
+        codecs: StepCodecs | None = None,
         on_use: Callable[[], None] = lambda: None,
     ) -> None:
         """``session_id`` makes up ids of sessions, 32 hex digits that nobody can guess; the sessions are
-        computed with ``adapter`` besides the frozen weights; ``prefixes`` knows who has computed what before;
-        ``on_use`` is called whenever one of them has got something done.
+        computed with ``adapter`` besides the frozen weights; ``prefixes`` knows who has computed what before,
+        ``codecs`` how fast links are; ``on_use`` is called whenever one of them has got something done.
         """
         self.session_id = session_id
         self.adapter = adapter
         self.prefixes = prefixes if prefixes is not None else PrefixMemory()
+        self.codecs = codecs if codecs is not None else StepCodecs()
         self._on_use = on_use
         self._registry = registry
         self._router = router

@@ -58,7 +58,7 @@ async def _send(pipeline: Pipeline, first: int, pending: PendingChunk) -> None:
     pending.reached = pending.sent = pipeline.stages[first].start
     if first and options.journal == "servers":
         step = pipeline.steps.step_for(
-            first, chunk, codec=options.codec, deadline=options.step_timeout, journal="servers"
+            first, chunk, codec=pipeline.codec, deadline=options.step_timeout, journal="servers"
         )
         chain = (pipeline.steps.hops[first], *step.chain)
         order = Replay(
@@ -66,7 +66,7 @@ async def _send(pipeline: Pipeline, first: int, pending: PendingChunk) -> None:
             step.starts,
             step.lengths,
             chain,
-            codec=options.codec,
+            codec=pipeline.codec,
             deadline=step.deadline,
             settled=step.settled,
         )
@@ -74,7 +74,7 @@ async def _send(pipeline: Pipeline, first: int, pending: PendingChunk) -> None:
         await pipeline.send_to(pipeline.stages[first - 1], order)
         return
     rows = pipeline.journal.rows(pipeline.stages[first].start, chunk.starts, chunk.lengths)
-    await pipeline.send(first, pending, rows.encode(options.codec))
+    await pipeline.send(first, pending, rows.encode(pipeline.codec))
 
 
 async def _done(pipeline: Pipeline, pending: PendingChunk, first: int, stages: Sequence[LiveStage]) -> bool:

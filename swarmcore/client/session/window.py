@@ -21,6 +21,7 @@ from swarmcore.errors import (
     SessionLostError,
     SwarmError,
     TooManyCallsError,
+    UnknownCodecError,
 )
 from swarmcore.session.patience import ALONE
 from swarmcore.session.steps import Chunk, SentStep, StepPlan
@@ -189,7 +190,7 @@ class StepWindow:
             again = await self._refused(in_flight[0])
         elif self._may_send:
             step, chunk = self._waiting.popleft()
-            rows = chunk.rows_of(step.hidden).encode(pipeline.options.codec)
+            rows = pipeline.encoded(chunk.rows_of(step.hidden))
             in_flight.append(pending := pipeline.begin(chunk, rows))
             await pipeline.send(0, pending, rows)
         elif not await pipeline.wait(news, timeout=pipeline.patience.judge_after) and in_flight:
@@ -289,6 +290,9 @@ class StepWindow:
             pipeline.cached, pipeline.begun_with = (), (0,) * len(pipeline.begun_with)
             pipeline.fail(stage, SessionLostError(f"it has lost its prefix: {error.message}"), blame=False)
             return False
+        unknown_codec = isinstance(error, UnknownCodecError) and pipeline.options.journal != "off"
+        if unknown_codec and pipeline.use_raw_at(stage):
+            return True
         if isinstance(error, InputError | CacheFullError | TooManyCallsError):
             raise located(stage, error)
         if pipeline.options.journal != "off" and isinstance(error, ServerMemoryError | DeadlineExceededError):
