@@ -16,6 +16,7 @@ from typing import Any, Protocol, Unpack
 import attrs
 
 from swarmcore.client.generation.stream import TextStream
+from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.errors import (
     BusyError,
     InputError,
@@ -147,6 +148,8 @@ class GenerationService:
         self.queue = GenerationQueue(at_once=self.limits.at_once, waiting=self.limits.waiting)
         self.draining = False
         self.counters: Counter[str] = Counter()
+        self.speculation = SpeculationCounts()
+        """What drafts have brought to all texts that have ended."""
         self._lifetimes: dict[Channel, asyncio.Timeout] = {}
         self._one_ended = asyncio.Event()
 
@@ -157,7 +160,8 @@ class GenerationService:
     def note(self) -> str:
         """What it is at, in words."""
         texts = "text" if self.queue.under_way == 1 else "texts"
-        return f"head: makes {self.queue.under_way} {texts} for thin clients, {self.queue.queued} wait"
+        note = f"head: makes {self.queue.under_way} {texts} for thin clients, {self.queue.queued} wait"
+        return f"{note}; {self.speculation}" if self.speculation.drafted else note
 
     async def drain(self, seconds: float) -> int:
         """Take no more texts, and wait for up to ``seconds`` for those that are here.
@@ -267,13 +271,16 @@ class GenerationService:
         async with self.model.generate(
             encoded, adapter=adapter, so_far=request.so_far, namespace=channel.remote, **options
         ) as generation:
-            async for text in generation:
-                tokens = tuple(generation.tokens[sent:])
-                await self._send(channel, TextPiece(text, tokens))
-                sent += len(tokens)
-                self.counters["text_tokens"] += len(tokens)
-                await self._taken(reader, sent - had - AHEAD)
-            rest = tuple(generation.tokens[sent:])
+            try:
+                async for text in generation:
+                    tokens = tuple(generation.tokens[sent:])
+                    await self._send(channel, TextPiece(text, tokens))
+                    sent += len(tokens)
+                    self.counters["text_tokens"] += len(tokens)
+                    await self._taken(reader, sent - had - AHEAD)
+                rest = tuple(generation.tokens[sent:])
+            finally:
+                self.speculation.add(generation.speculation)
         ended = GenerationEnded(
             generation.finish_reason or "length",
             rest,

@@ -377,6 +377,11 @@ class Text(WholeText):
         return self.asynchronous.finish_reason
 
     @property
+    def speculation(self) -> SpeculationCounts:
+        """What drafts have brought so far; nothing where a generation server makes the text."""
+        return self.asynchronous.speculation
+
+    @property
     def new_tokens(self) -> int:
         """Tokens generated so far, of all texts."""
         return self.asynchronous.new_tokens
@@ -413,11 +418,6 @@ class Generation(Text):
         from what servers of either make alone, from a near tie on.
         """
         return self.asynchronous.numerics
-
-    @property
-    def speculation(self) -> SpeculationCounts:
-        """What drafts have brought it so far: tokens a step, how many were right, whose they were."""
-        return self.asynchronous.speculation
 
 
 class RemoteGeneration(Text):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import pytest
 from head_swarm import CountingText, HeadSwarm, counted, head_swarm, said
 
+from swarmcore.client.generation.stream import TextStream
+from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.errors import (
     BusyError,
     DeadlineExceededError,
@@ -67,6 +70,18 @@ async def test_each_client_has_a_namespace_of_its_own() -> None:
     async with head_swarm(CountingText()) as swarm:
         await records(await ask(swarm, OpenGeneration(text="ab", max_new_tokens=1)))
         assert swarm.heads[0].model.namespaces == [swarm.client.node.peer]
+
+
+async def test_its_note_says_what_drafts_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with head_swarm(CountingText()) as swarm:
+        service = swarm.heads[0].service
+        await records(await ask(swarm, OpenGeneration(text="ab", max_new_tokens=5)))
+        assert service.note == "head: makes 0 texts for thin clients, 0 wait"
+        counts = SpeculationCounts(2, 5, Counter(suffix=4), Counter(suffix=3))
+        monkeypatch.setattr(TextStream, "speculation", counts)
+        for _ in range(2):
+            await records(await ask(swarm, OpenGeneration(text="ab", max_new_tokens=5)))
+        assert service.note.endswith("; 2.50 tokens a step, 75% of drafts accepted (suffix 6/8)")
 
 
 async def test_it_goes_on_after_the_tokens_that_a_client_has() -> None:

@@ -10,6 +10,8 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 import attrs
 
+from swarmcore.client.speculation.counts import SpeculationCounts
+
 FinishReason = Literal["eos", "stop", "length"]
 """The model ended the text; a stop string was met; ``max_new_tokens``, or all the model takes, is there."""
 
@@ -137,6 +139,11 @@ class TextStream(GenerationStream[str]):
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it has not."""
         return self._text.finish_reason
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What drafts have brought so far; nothing where a generation server makes the text."""
+        return SpeculationCounts()
 
     def _piece(self, index: int, text: str) -> str:
         return text

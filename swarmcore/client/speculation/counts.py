@@ -22,6 +22,14 @@ class SpeculationCounts:
     recalled: int = 0
     """Steps that were called back, since drafts before them were wrong."""
 
+    def add(self, other: SpeculationCounts) -> None:
+        """Count what came of another generation, too."""
+        self.steps += other.steps
+        self.tokens += other.tokens
+        self.drafted.update(other.drafted)
+        self.accepted.update(other.accepted)
+        self.recalled += other.recalled
+
     @property
     def tokens_per_step(self) -> float:
         return self.tokens / self.steps if self.steps else 1.0
