@@ -56,7 +56,7 @@ async def main() -> bool:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     text = reference()
-    every = EVERY // 5 if arguments.quick else EVERY
+    every = EVERY // 10 if arguments.quick else EVERY
     steps = every if arguments.quick else arguments.steps
     console.print(f"[bold]A small local model[/], {PEERS} peers over TCP, {steps} steps each")
     # The mean of the peers' parameters after every step is all there is to it: no outer momentum.

@@ -63,7 +63,7 @@ async def main() -> bool:
         return True
     steps, batch_size, tests = arguments.steps, arguments.batch_size, 200
     if arguments.quick:
-        steps, batch_size, tests = 6, 4, 8
+        steps, batch_size, tests = 3, 2, 4
     async with AsyncExitStack() as stack:
         folder = arguments.save or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         return await Run(stack, steps, batch_size, tests, folder, arguments.plot).train()

@@ -64,6 +64,8 @@ class World:
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._names: dict[PeerId, str] = {}
         self._participants: list[Participant] = []
+        self._freezes = False
+        """Whether it may keep the garbage collector off what is here."""
 
     def rng(self, name: str) -> random.Random:
         """The source of randomness called ``name``: what one draws leaves the others alone."""
@@ -117,16 +119,20 @@ class World:
         """Run ``main`` to its end on a clock of its own, then end everybody who lives here."""
         # A large world holds millions of objects for long: to look through them all often is of no use.
         thresholds = gc.get_threshold()
+        # What whoever runs this has frozen before cannot be told from what is frozen here: it stays frozen.
+        self._freezes = gc.get_freeze_count() == 0
         gc.set_threshold(_GARBAGE, *thresholds[1:])
         try:
             return clock.run(self._run_to_end(main()), horizon=float("inf"), threads=False)
         finally:
-            gc.unfreeze()
+            if self._freezes:
+                gc.unfreeze()
             gc.set_threshold(*thresholds)
 
     def freeze_garbage(self) -> None:
         """Whoever is here stays for long: garbage is looked for elsewhere from now on."""
-        gc.freeze()
+        if self._freezes:
+            gc.freeze()
 
     async def _run_to_end(self, main: Coroutine[Any, Any, T]) -> T:
         try:

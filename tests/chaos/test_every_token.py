@@ -11,11 +11,11 @@ from kills import text_amid_kills
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = "Once upon a time, in a village by the sea, there lived"
-TOKENS = 32
+TOKENS = 20
 
 
 async def test_a_server_is_killed_before_every_token(client, reference, delays):
-    """Of one stage after the other; `test_every_token_of_every_stage` does the rest."""
+    """Of one stage after the other; `tiny/test_every_token_of_every_stage` does the rest."""
     text = await text_amid_kills(client, PROMPT, TOKENS, delays("kill -9 to the next token"))
     assert text == await reference.text(PROMPT, TOKENS)
     assert len(client.failovers) >= TOKENS

@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
-PROMPT = "A good guest knows when to leave."
+PROMPT = "A-good-guest-knows-when-to-leave."
 TOKENS = 16
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
-PROMPT = "In the beginning"
+PROMPT = "In-the-beginning"
 TOKENS = 12
 
 

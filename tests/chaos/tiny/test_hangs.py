@@ -7,11 +7,9 @@ import signal
 
 import pytest
 
-from swarmcore.types import Span
-
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
-PROMPT = "The sea was calm that morning, and the old fisherman"
+PROMPT = "The-sea-was-calm"
 TOKENS = 12
 
 
@@ -54,7 +52,7 @@ async def test_a_server_that_hangs_for_a_moment_only_costs_that_moment(client, f
 
 async def test_a_server_that_comes_back_under_its_name_has_an_empty_cache(client, fleet, reference, tmp_path):
     """The same peer id, at another address: its session is gone, and is opened there again."""
-    span = Span(10, 20)
+    span = fleet.spans[1]
     identity = ("--identity", str(tmp_path / "key"))
     for member in fleet.holding(span):
         fleet.kill(member.peer)

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from kills import text_amid_kills
 
 import swarmcore
@@ -20,12 +19,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 PROMPT = "Once-upon-a-time"
 TOKENS = 32
 DRAFTED_TOKENS, DEPTH, KILLS = 80, 3, 6
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def shared_fleet(make_fleet: Callable[..., Fleet], talkative: Any) -> AsyncIterator[Fleet]:
-    async with make_fleet(model=talkative.folder, spans=talkative.spans) as fleet:
-        yield fleet
 
 
 @pytest.mark.parametrize("first_stage", [1, 2])
