@@ -1,4 +1,6 @@
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,14 +40,28 @@ def checkpoint_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
     return folder
 
 
+_loaded: dict[object, Any] = {}
+
+
+def load_once(checkpoint: Any, span: Span, **options: Any) -> Any:
+    """As `load_span`, by which each span is loaded once; what comes of it is copied for each test."""
+    from swarmcore.executor.torch.span import load_span
+
+    key = str(checkpoint.folder), span, options["dtype"], options["weights"]
+    if key not in _loaded:
+        _loaded[key] = load_span(checkpoint, span, **options)
+    return copy.deepcopy(_loaded[key])
+
+
 class LoadsTorch:
     large_step = 1024
     weights = "auto"
     cache_dtype = "auto"
 
     @pytest.fixture(autouse=True)
-    def _use(self, checkpoint_folder: Path) -> None:
+    def _use(self, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = checkpoint_folder
+        monkeypatch.setattr("swarmcore.executor.torch.executor.load_span", load_once)
 
     async def make(self) -> BlockExecutor:
         from swarmcore.checkpoint import open_checkpoint
