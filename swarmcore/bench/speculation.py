@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -18,9 +18,13 @@ from swarmcore.bench.link_pump import LEFT, RIGHT
 from swarmcore.bench.long_link import Link, LongLink, long_link
 from swarmcore.bench.swarms import serve_options, start_swarm
 from swarmcore.checkpoint import open_checkpoint
+from swarmcore.client.generation.generation import Generation
+from swarmcore.client.generation.model import RemoteModel
+from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.client.swarm import connect
-from swarmcore.errors import RemoteFaultError
+from swarmcore.errors import InputError, RemoteFaultError
 from swarmcore.generation_settings import Speculation
+from swarmcore.tasks import deadline_after
 from swarmcore.testing.processes import ServerProcess, peer_environment
 from swarmcore.types import Progress
 
@@ -59,7 +63,8 @@ FIXED = (
     *(Speculation(length=length, depth=4) for length in (4, 8)),
 )
 WAYS: tuple[str | Speculation, ...] = ("off", "auto", *FIXED)
-_TIMEOUT = 1200.0
+_TOKEN_TIMEOUT = 5.0
+"""Seconds that a token may take on average until the client is given up."""
 
 
 @attrs.frozen
@@ -99,11 +104,17 @@ class SpeculationBench:
     tokens: int = 96
     """Of each text, after the first one."""
     rounds: int = 3
+    clients: int = 1
+    """Texts that are generated at once; speeds are those of all together."""
+    texts: tuple[str, ...] = tuple(PROMPTS)
 
     async def run(
         self, *, progress: Progress | None = None, remark: Callable[[str], None] = lambda text: None
     ) -> list[SpeculationResult]:
-        """Start the servers, measure, stop them. Raise `UnavailableError` where no link can be emulated."""
+        """Start the servers, measure, stop them. Raise `UnavailableError` where no link can be emulated,
+        `InputError` for texts that there are not."""
+        if unknown := set(self.texts) - set(PROMPTS):
+            raise InputError(f"no text is called {', '.join(unknown)}; expected {', '.join(PROMPTS)}")
         checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
         remark(f"starting {self.servers} servers")
         if not self.delay and self.rate is None:
@@ -117,7 +128,7 @@ class SpeculationBench:
                 weights=self.weights,
             )
             async with swarm as address:
-                return await self.measure(address)
+                return [_told(result, remark) async for result in self.measure(address)]
         async with long_link(Link(delay=self.delay, rate=self.rate)) as network, AsyncExitStack() as stack:
             joining: tuple[str, ...] = ()
             for place, span in enumerate(checkpoint.info.span.split(self.servers)):
@@ -130,10 +141,17 @@ class SpeculationBench:
             settings = json.dumps(attrs.asdict(self) | {"model": str(checkpoint.folder)})
             command = ("-m", "swarmcore.bench.speculation", settings, joining[1])
             client = await network.run(LEFT, *command, env=peer_environment())
-            output, _ = await asyncio.wait_for(client.communicate(), _TIMEOUT)
-            if client.returncode:
-                raise RemoteFaultError("the benchmark's client ended early; its message is above")
-            return [SpeculationResult(**each) for each in json.loads(output)]
+            assert client.stdout is not None
+            timeout = 60 + self.tokens * self.clients * len(WAYS) * (self.rounds + 1) * _TOKEN_TIMEOUT
+            results = []
+            for _ in self.texts:
+                async with deadline_after(timeout, f"the client measured no text in {timeout:.0f} s"):
+                    line = await client.stdout.readline()
+                if not line:
+                    raise RemoteFaultError("the benchmark's client ended early; its message is above")
+                results.append(_told(SpeculationResult(**json.loads(line)), remark))
+            await client.wait()
+            return results
 
     async def _serve(
         self, network: LongLink, host: str, blocks: str, joining: Sequence[str]
@@ -156,39 +174,50 @@ class SpeculationBench:
         )
         return await ServerProcess.supervise(process, arguments)
 
-    async def measure(self, address: str) -> list[SpeculationResult]:
-        """Over the swarm that is found at ``address``."""
+    async def measure(self, address: str) -> AsyncIterator[SpeculationResult]:
+        """Over the swarm that is found at ``address``, text by text."""
         async with connect(address) as swarm:
             model = await swarm.load_model(
                 self.model, dtype=self.dtype, threads=self.threads, draft=self.draft
             )
             await swarm.wait_for_blocks(model.info, timeout=60)
 
-            async def decode(name: str, speculation: str | Speculation) -> _Decoded:
-                generation = model.generate(
-                    PROMPTS[name],
-                    max_new_tokens=self.tokens + 1,
-                    min_new_tokens=self.tokens + 1,
-                    speculation=speculation,
-                    **SAMPLED.get(name, {}),
-                )
-                await generation
-                assert generation.first_token_seconds is not None
-                counts = generation.speculation
-                return _Decoded(
-                    self.tokens / (generation.seconds - generation.first_token_seconds),
-                    generation.tokens,
-                    counts.tokens_per_step,
-                    counts.acceptance or 0.0,
-                )
-
-            results = []
-            for name in PROMPTS:
+            for name in self.texts:
                 rounds = []
                 for _ in range(self.rounds + 1):
-                    rounds.append([await decode(name, way) for way in WAYS])
-                results.append(_result(name, rounds[1:]))
-            return results
+                    rounds.append([await self._decode(model, name, way) for way in WAYS])
+                yield _result(name, rounds[1:])
+
+    async def _decode(self, model: RemoteModel, name: str, speculation: str | Speculation) -> _Decoded:
+        generations = [
+            model.generate(
+                PROMPTS[name],
+                max_new_tokens=self.tokens + 1,
+                min_new_tokens=self.tokens + 1,
+                speculation=speculation,
+                **SAMPLED.get(name, {}),
+            )
+            for _ in range(self.clients)
+        ]
+        await asyncio.gather(*(_whole(generation) for generation in generations))
+        rate, counts = 0.0, SpeculationCounts()
+        for generation in generations:
+            assert generation.first_token_seconds is not None
+            rate += self.tokens / (generation.seconds - generation.first_token_seconds)
+            counts.add(generation.speculation)
+        return _Decoded(rate, generations[0].tokens, counts.tokens_per_step, counts.acceptance or 0.0)
+
+
+async def _whole(generation: Generation) -> None:
+    await generation
+
+
+def _told(result: SpeculationResult, remark: Callable[[str], None]) -> SpeculationResult:
+    remark(
+        f"{result.text}: {result.plain:.1f} tokens/s, {result.auto:.2f} times that by measurements, "
+        f"{result.fixed:.2f} with {result.best}"
+    )
+    return result
 
 
 @attrs.frozen
@@ -245,7 +274,14 @@ def speculation_table(results: Sequence[SpeculationResult]) -> Table:
     return table
 
 
+async def _print(bench: SpeculationBench, address: str) -> None:
+    """A line of JSON for each text, for the process that started the servers."""
+    async for result in bench.measure(address):
+        sys.stdout.write(json.dumps(attrs.asdict(result)) + "\n")
+        sys.stdout.flush()
+
+
 if __name__ == "__main__":
     _settings, _address = sys.argv[1:]
-    found = asyncio.run(SpeculationBench(**json.loads(_settings)).measure(_address))
-    sys.stdout.write(json.dumps([attrs.asdict(each) for each in found]))
+    _given = json.loads(_settings)
+    asyncio.run(_print(SpeculationBench(**_given | {"texts": tuple(_given["texts"])}), _address))

@@ -11,7 +11,7 @@ import click
 
 from swarmcore.cli import interrupt
 from swarmcore.cli.command import set_thread_environment, standard
-from swarmcore.cli.option_kinds import Option, choice, count, number, option
+from swarmcore.cli.option_kinds import Option, choice, count, number, option, several
 from swarmcore.cli.options import DTYPES
 from swarmcore.cli.output import Output
 from swarmcore.errors import InputError
@@ -198,15 +198,22 @@ def prefix(output: Output, threads: int, servers: str, **settings: Any) -> None:
 @number("--delay", default=0.0, metavar="MS", help="One way, from each to the next; 0 is loopback.")
 @number("--rate", metavar="MBIT", help="Megabits per second of each link.")
 @count("--tokens", default=96, help="Of each text.")
+@count("--clients", default=1, help="Texts at once.")
+@several(
+    "--text",
+    "texts",
+    metavar="NAME",
+    help="One of edit, quotation, chat, random; repeat for several. [default: all]",
+)
 @_rounds(3)
 @standard
-def speculation(output: Output, threads: int, **settings: Any) -> None:
+def speculation(output: Output, threads: int, texts: tuple[str, ...], **settings: Any) -> None:
     """Measure what drafts bring, beside plain decoding and fixed settings; it says if a text was another."""
     set_thread_environment(threads)
 
-    from swarmcore.bench.speculation import SpeculationBench, speculation_table
+    from swarmcore.bench.speculation import PROMPTS, SpeculationBench, speculation_table
 
-    bench = SpeculationBench(threads=threads, **settings)
+    bench = SpeculationBench(threads=threads, texts=texts or tuple(PROMPTS), **settings)
     results = _measured(output, bench.run)
     _show(output, "speculation", speculation_table(results), settings=bench, results=results)
 

@@ -22,6 +22,8 @@ _DOUBT = 12.0
 """How much that counts for beside measurements: as much as a step of five rows beside one of one."""
 _OUTLIER = 4.0
 """Steps that take so many times what is usual, such as in a failover, are taken for that at most."""
+_REMEMBERED = 2.0
+"""What the measurements of an earlier generation count for, in steps."""
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Lengths of a chunk that are compared where several are to be under way."""
 _MOST_LIKELY = 0.99
@@ -58,6 +60,12 @@ class StepTimes:
         self.growth = min(max(growth, 0.0), mean / (1 + mean_rows))
         self.first = mean - self.growth * mean_rows
 
+    def remembered(self) -> StepTimes:
+        """What is known, to be revised soon by a few steps."""
+        share = min(1.0, _REMEMBERED / self._weight) if self._weight else 1.0
+        sums = self._weight, self._rows, self._seconds, self._rows_rows, self._rows_seconds
+        return StepTimes(self.first, self.growth, *(share * each for each in sums))
+
     def of(self, rows: float) -> float:
         return self.first + self.growth * (rows - 1)
 
@@ -87,10 +95,12 @@ class SpeculationController:
         before: SpeculationController | None = None,
     ) -> None:
         """``stages`` are the servers of the chain; the ``pool`` is told what a step takes. The one ``before``
-        measured generations of the same model, perhaps over other servers: it says where to begin."""
+        measured generations of the same model: where they went over as many servers, perhaps others, they say
+        what a step takes until that is measured here."""
         self.settings = settings
         self._pool = pool
-        self.times = StepTimes()
+        alike = before is not None and before._stages == max(stages, 1)
+        self.times = before.times.remembered() if before is not None and alike else StepTimes()
         self.max_in_flight = 1
         """Steps that the session allows to be under way."""
         self.sharing = 1

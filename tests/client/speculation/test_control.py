@@ -48,6 +48,21 @@ def test_nothing_is_drafted_before_a_step_was_measured() -> None:
     assert controller.lengths([[0.9] * 8]) == [8]
 
 
+@pytest.mark.parametrize("factor", [0.3, 0.5, 2.0, 20.0])
+def test_what_an_earlier_generation_measured_is_where_the_next_begins(factor: float) -> None:
+    before = SpeculationController(Speculation(), stages=3)
+    for rows in (1, 4, 8) * 20:
+        before.measured(rows, 0.1 + 0.003 * (rows - 1))
+    controller = SpeculationController(Speculation(), stages=3, before=before)
+    assert controller.ready
+    assert controller.times.of(5) == pytest.approx(before.times.of(5))
+    assert controller.lengths([[0.9] * 8]) == before.lengths([[0.9] * 8])
+    for rows in (1, 4, 8) * 5:
+        controller.measured(rows, factor * (0.1 + 0.003 * (rows - 1)))
+    assert controller.times.of(5) == pytest.approx(factor * before.times.of(5), rel=0.25)
+    assert not SpeculationController(Speculation(), stages=2, before=before).ready, "of another chain"
+
+
 def test_rows_that_cost_as_much_as_steps_are_not_worth_it() -> None:
     controller = SpeculationController(Speculation())
     for rows in (1, 4, 8) * 20:
