@@ -19,7 +19,7 @@ from swarmcore.cli.command import one_line, standard
 from swarmcore.cli.option_kinds import option
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_route
+from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_numerics, show_route
 from swarmcore.errors import SwarmError
 from swarmcore.generation_settings import GenerationSettings
 
@@ -117,12 +117,15 @@ async def _answer(
         return False
     output.result("" if whole else " …")
     made = conversation.generation
+    if made is not None:
+        show_numerics(output, made)
     output.event(
         "answer",
         text="".join(answer),
         finish_reason=made.finish_reason if made and whole else "interrupted",
         prompt_tokens=made.prompt_tokens if made else 0,
         new_tokens=made.new_tokens if made else 0,
+        numerics=[str(way) for way in made.numerics] if made else [],
         **{"head" if maker == "server" else maker: str(getattr(made, maker) or "") if made else ""},
     )
     return True

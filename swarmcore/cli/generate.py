@@ -12,7 +12,7 @@ from swarmcore.cli.command import standard
 from swarmcore.cli.option_kinds import flag, option
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_route
+from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_numerics, show_route
 from swarmcore.errors import InputError
 from swarmcore.generation_settings import GenerationSettings
 from swarmcore.prompts import checked_prompt
@@ -58,11 +58,7 @@ async def _generate(
         model.generate(prompt, **sampling, **remote.drafting) as generation,
     ):
         text = await _stream(output, generation)
-        if len(generation.numerics) > 1:
-            ways = ", ".join(map(str, generation.numerics))
-            output.remark(
-                f"made by servers that compute in several ways, {ways}: one alone may say it otherwise"
-            )
+        show_numerics(output, generation)
         if remote.route:
             show_route(output, swarm, model.info, generation.chain)
             output.remark(str(generation.speculation))
@@ -71,7 +67,6 @@ async def _generate(
             generation,
             text,
             chain=str(generation.chain),
-            numerics=[str(way) for way in generation.numerics],
             cached_tokens=generation.cached_tokens,
             tokens_per_step=round(generation.speculation.tokens_per_step, 2),
             drafted=generation.speculation.drafted.total(),
@@ -87,6 +82,7 @@ async def _generate_thin(
         swarm.generate(prompt, model=remote.model or "", patience=remote.patience, **sampling) as generation,
     ):
         text = await _stream(output, generation)
+        show_numerics(output, generation)
         _report(output, generation, text, head=generation.server)
 
 
@@ -100,15 +96,14 @@ async def _stream(output: Output, generation: TextStream) -> str:
     return "".join(pieces)
 
 
-def _report(
-    output: Output, generation: TextStream, text: str, **made_by: str | int | float | list[str] | None
-) -> None:
+def _report(output: Output, generation: TextStream, text: str, **made_by: str | int | float | None) -> None:
     output.event(
         "generated",
         text=text,
         finish_reason=generation.finish_reason,
         prompt_tokens=generation.prompt_tokens,
         new_tokens=generation.new_tokens,
+        numerics=[str(way) for way in generation.numerics],
         seconds=round(generation.seconds, 4),
         first_token_seconds=generation.first_token_seconds,
         **made_by,

@@ -20,6 +20,7 @@ from swarmcore.identity import Identity
 
 if TYPE_CHECKING:
     from swarmcore.client.generation.model import RemoteModel
+    from swarmcore.client.generation.stream import TextStream
     from swarmcore.client.session.options import Failover
     from swarmcore.client.swarm import Swarm
     from swarmcore.routing.chain import Chain
@@ -99,6 +100,13 @@ async def remote_model(
             )
         await swarm.wait_for_blocks(model.info, timeout=options.wait)
         yield swarm, model
+
+
+def show_numerics(output: Output, generation: TextStream) -> None:
+    """Say so where a text was made in several ways."""
+    if len(generation.numerics) > 1:
+        ways = ", ".join(map(str, generation.numerics))
+        output.remark(f"made by servers that compute in several ways, {ways}: one alone may say it otherwise")
 
 
 def show_route(output: Output, swarm: Swarm, model: ModelInfo, chain: Chain) -> None:

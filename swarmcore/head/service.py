@@ -286,6 +286,7 @@ class GenerationService:
             rest,
             len(generation.tokens),
             asyncio.get_running_loop().time() - began,
+            tuple(map(str, generation.numerics)),
         )
         await self._send(channel, ended)
         logger.info(

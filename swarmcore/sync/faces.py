@@ -377,6 +377,13 @@ class Text(WholeText):
         return self.asynchronous.finish_reason
 
     @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of its session have computed, each way once; nothing as long as that is not known.
+        With more than one the text may differ from what servers of either make alone, from a near tie on.
+        """
+        return self.asynchronous.numerics
+
+    @property
     def speculation(self) -> SpeculationCounts:
         """What drafts have brought so far; nothing where a generation server makes the text."""
         return self.asynchronous.speculation
@@ -411,13 +418,6 @@ class Generation(Text):
     def chain(self) -> Chain:
         """The servers that it passes through."""
         return self.asynchronous.chain
-
-    @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        """How the servers of its session have computed, each way once. With more than one the text may differ
-        from what servers of either make alone, from a near tie on.
-        """
-        return self.asynchronous.numerics
 
 
 class RemoteGeneration(Text):

@@ -111,3 +111,5 @@ class GenerationEnded:
     """Tokens of the whole answer, those the client came with included."""
     seconds: float = 0.0
     """Time that it took here, without waiting for its turn."""
+    numerics: tuple[str, ...] = ()
+    """How the servers have computed that its part was made with, `Numerics` as text, each way once."""

@@ -24,6 +24,7 @@ from swarmcore.errors import (
 )
 from swarmcore.head.queue import GenerationLimits
 from swarmcore.rpc.channel import Channel
+from swarmcore.types import Numerics
 from swarmcore.wire.generate import (
     AHEAD,
     ChatMessage,
@@ -82,6 +83,15 @@ async def test_its_note_says_what_drafts_bring(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(2):
             await records(await ask(swarm, OpenGeneration(text="ab", max_new_tokens=5)))
         assert service.note.endswith("; 2.50 tokens a step, 75% of drafts accepted (suffix 6/8)")
+
+
+async def test_thin_clients_are_told_how_servers_compute() -> None:
+    ways = (Numerics.parse("torch/bf16"), Numerics.parse("ggml/q4_k_m/f32/f16"))
+    async with head_swarm(CountingText(numerics=ways)) as swarm:
+        generation = swarm.client.generate("ab", max_new_tokens=5)
+        assert generation.numerics == ()
+        await generation
+        assert generation.numerics == ways
 
 
 async def test_it_goes_on_after_the_tokens_that_a_client_has() -> None:

@@ -20,7 +20,7 @@ from swarmcore.prompts import EncodedPrompt
 from swarmcore.registry.memory import MemoryDirectory, MemoryRegistry
 from swarmcore.rpc.node import Node
 from swarmcore.testing.memory import MemoryNetwork, MemoryTransport
-from swarmcore.types import ModelInfo, ServerInfo
+from swarmcore.types import ModelInfo, Numerics, ServerInfo
 from swarmcore.wire.protocols import GENERATE_PROTOCOL
 
 COUNTING = ModelInfo("counting", "c0" * 32, 4, 8)
@@ -41,7 +41,7 @@ class CountedText(TextStream):
     """A text in the making."""
 
     def __init__(self, model: CountingText, first: int, so_far: Sequence[int], count: int) -> None:
-        text = GeneratedText(tokens=list(so_far))
+        text = GeneratedText(tokens=list(so_far), numerics=model.numerics)
         super().__init__(text, self._make(text, model, first, count))
 
     @property
@@ -77,6 +77,7 @@ class CountingText:
     silent: int = 1
     error: Exception | None = None
     error_after: int = 0
+    numerics: tuple[Numerics, ...] = ()
     made: int = 0
     under_way: int = 0
     most_under_way: int = 0

@@ -34,7 +34,7 @@ from swarmcore.rpc.node import Node
 from swarmcore.rpc.ping import probe
 from swarmcore.sources import is_called
 from swarmcore.tasks import running
-from swarmcore.types import Address, ModelInfo, PeerId, ServerInfo, short
+from swarmcore.types import Address, ModelInfo, Numerics, PeerId, ServerInfo, short
 from swarmcore.wire.generate import (
     AHEAD,
     GenerationEnded,
@@ -129,6 +129,9 @@ ones."""
 MOST_EMPTY_PIECES = 64
 """Pieces of one text that bring no token: some hold the end of what was certain only later."""
 
+MOST_NUMERICS = 16
+"""Ways of computing that are told of one text."""
+
 PAUSE = 1.0
 """Seconds between two looks for a generation server that goes on, unless those that are there say when to
 come."""
@@ -214,6 +217,7 @@ class RemoteRun:
                             await channel.send(TokensTaken(taken))
                         reported = taken
                 else:
+                    self.text.numerics = _numerics(record)
                     self.text.finish_reason = _reason(record)
                     self.text.tokens += record.tokens[: request.max_new_tokens - len(self.text.tokens)]
                     self.health.succeeded(server.peer)
@@ -325,6 +329,13 @@ async def _check_alive(node: Node, addresses: Sequence[Address]) -> None:
     except SwarmError as exc:
         # Its stream still stands: whether a second one can be opened is another matter.
         logger.debug("%s could not be asked whether it lives: %s", short(addresses[0].peer), exc)
+
+
+def _numerics(record: GenerationEnded) -> tuple[Numerics, ...]:
+    try:
+        return tuple(map(Numerics.parse, record.numerics[:MOST_NUMERICS]))
+    except InputError as exc:
+        raise ProtocolError(f"a text was made in an unknown way: {exc.message}") from exc
 
 
 def _reason(record: GenerationEnded) -> FinishReason:

@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import attrs
 
 from swarmcore.client.speculation.counts import SpeculationCounts
+from swarmcore.types import Numerics
 
 FinishReason = Literal["eos", "stop", "length"]
 """The model ended the text; a stop string was met; ``max_new_tokens``, or all the model takes, is there."""
@@ -27,6 +28,8 @@ class GeneratedText:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that servers had computed before."""
+    numerics: tuple[Numerics, ...] = ()
+    """How servers computed, by what the generation server said of them at the end."""
     finish_reason: FinishReason | None = None
 
 
@@ -139,6 +142,12 @@ class TextStream(GenerationStream[str]):
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it has not."""
         return self._text.finish_reason
+
+    @property
+    def numerics(self) -> tuple[Numerics, ...]:
+        """How the servers of its session have computed, each way once; nothing as long as that is not known.
+        With more than one the text may differ from what servers of either make alone, from a near tie on."""
+        return self._text.numerics
 
     @property
     def speculation(self) -> SpeculationCounts:

@@ -99,13 +99,13 @@ class SpeculationController:
         what a step takes until that is measured here."""
         self.settings = settings
         self._pool = pool
-        alike = before is not None and before._stages == max(stages, 1)
-        self.times = before.times.remembered() if before is not None and alike else StepTimes()
+        self._stages = max(stages, 1)
+        alike = before is not None and before._stages == self._stages
+        self.times: StepTimes = before.times.remembered() if before is not None and alike else StepTimes()
         self.max_in_flight = 1
         """Steps that the session allows to be under way."""
         self.sharing = 1
         """Generations whose rows are in the same batches, as far as that is known."""
-        self._stages = max(stages, 1)
         self._usual = before.overlap if before is not None else 1 / (self._stages + 1)
         self._interval = 0.0
         """Seconds after which a chunk comes back that was sent right behind another: the slowest stage's."""

@@ -96,6 +96,17 @@ async def test_tokens_at_the_end_are_counted_too() -> None:
         assert generation.new_tokens == 4
 
 
+@pytest.mark.parametrize("way", ["", "x", "\x1b[2J/y", "a/" * 50, "x" * 10_000])
+async def test_numerics_that_are_none(way: str) -> None:
+    async def serve(channel: Channel) -> None:
+        await channel.send(GenerationStarted(COUNTING.fingerprint, 2))
+        await channel.send(GenerationEnded("length", (1,), numerics=(way,)))
+
+    async with head_swarm() as swarm, hostile_head(swarm, serve):
+        with pytest.raises(ProtocolError, match="made in an unknown way"):
+            await swarm.client.generate("ab", patience=1)
+
+
 async def test_an_error_of_a_stranger_is_one_printable_line() -> None:
     async def serve(channel: Channel) -> None:
         raise InputError("\x1b]0;owned\x07\x1b[2J no \n such \u202e prompt")
