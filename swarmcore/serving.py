@@ -89,7 +89,9 @@ async def run_server(
             on_plan(plan)
         speed_cache = await asyncio.to_thread(speed_file, loader)
         await join(node, registry, network)
-        span = config.span or join_span(registry.view(), model, plan.blocks, rng, peer=node.peer)
+        span = config.span or join_span(
+            registry.view(), model, plan.blocks, rng, peer=node.peer, start_step=loader.start_step
+        )
         for folder in config.adapters.values():  # better refused now than once the blocks are loaded
             await _read_adapter(loader, folder, span)
         speed = _known_speed(config, speed_cache)
@@ -103,6 +105,7 @@ async def run_server(
             forward_rps=speed.compute.forward_rps / len(span),
             throughput=speed.throughput(len(span)),
             pinned=config.rebalance_interval == 0,
+            start_step=loader.start_step,
             incarnation=time.time_ns() // 1_000_000,
             public_name=config.public_name,
             version=version(),
@@ -135,6 +138,7 @@ async def run_server(
             rng=rng,
             incarnation=joining.incarnation,
             service=service,
+            start_step=loader.start_step,
         ) as server:
             stack.enter_context(watch_loop(node.loop_stalls, places=True))
             if on_online is not None:

@@ -265,6 +265,8 @@ class ServerInfo:
     """How it computes, `Numerics` as text; empty for servers of earlier versions, see `computes`."""
     capabilities: tuple[str, ...] = (TRAINING, ADAPTERS)
     """What it can do besides inference; servers of earlier versions can do both."""
+    start_step: int = 1
+    """Its span begins at a multiple of this many blocks, wherever it moves."""
 
     @property
     def computes(self) -> Numerics | None:

@@ -66,6 +66,8 @@ class BlockLoader(ABC):
     config: Any = None
     """The model's Transformers config, by which adapters in PEFT's format are read; None where the back end
     takes no adapters."""
+    start_step: int = 1
+    """Spans of the model begin at multiples of this many blocks."""
 
     @abstractmethod
     def __init__(self, settings: LoadSettings, *, progress: Progress | None = None) -> None:

@@ -5,26 +5,43 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from swarmcore.errors import InputError
 from swarmcore.placement.swarm_throughput import block_throughputs, placements
 from swarmcore.registry.base import SwarmView
 from swarmcore.types import ModelInfo, PeerId, Span
 
 
-def join_span(view: SwarmView, model: ModelInfo, size: int, rng: random.Random, *, peer: PeerId) -> Span:
+def join_span(
+    view: SwarmView, model: ModelInfo, size: int, rng: random.Random, *, peer: PeerId, start_step: int = 1
+) -> Span:
     """The ``size`` consecutive blocks that the swarm serves worst, for ``peer`` to take.
 
     After arXiv 2312.08361, section 3.3: among all spans of that size the one whose per-block throughputs,
     sorted, are lexicographically the least. Among equals `tiles` are preferred, and then ``rng`` decides, so
     that servers that come at the same time spread. A ``size`` of the model's blocks or more gives all.
+
+    Where spans begin at multiples of ``start_step`` blocks, the size is made such a multiple, lest nobody
+    could take what comes after the span; the last span of the model may be shorter. Raise `InputError` for a
+    size below ``start_step``.
     """
+    if size < min(start_step, model.blocks):
+        raise InputError(
+            f"{size} blocks fit here, and {model.name} is cut after every {start_step} blocks only: give the "
+            f"server more memory, fewer cache tokens, or weights in fewer bits"
+        )
+    size = min(size - size % start_step if size < model.blocks else size, model.blocks)
     throughputs = block_throughputs(placements(view, model, without=peer), model.blocks)
-    return rng.choice(tiles(worst_spans(throughputs, size), throughputs))
+    return rng.choice(tiles(worst_spans(throughputs, size, start_step), throughputs))
 
 
-def worst_spans(throughputs: Sequence[float], size: int) -> list[Span]:
-    """The spans of ``size`` blocks that are served worst: several when they are equally so, in order."""
-    size = min(size, len(throughputs))
-    starts = range(len(throughputs) - size + 1)
+def worst_spans(throughputs: Sequence[float], size: int, start_step: int = 1) -> list[Span]:
+    """The spans of ``size`` blocks that are served worst: several when they are equally so, in order.
+
+    They begin at multiples of ``start_step``; the last one may be shorter for that.
+    """
+    blocks = len(throughputs)
+    size = min(size, blocks)
+    starts = range(0, blocks - size + start_step, start_step)
     # Most spans are ruled out by their worst block, without sorting.
     least = {start: min(throughputs[start : start + size]) for start in starts}
     lowest = min(least.values())
@@ -32,7 +49,7 @@ def worst_spans(throughputs: Sequence[float], size: int) -> list[Span]:
         start: sorted(throughputs[start : start + size]) for start, value in least.items() if value == lowest
     }
     worst = min(ranked.values())
-    return [Span(start, start + size) for start, values in ranked.items() if values == worst]
+    return [Span(start, min(start + size, blocks)) for start, values in ranked.items() if values == worst]
 
 
 def tiles(spans: Sequence[Span], throughputs: Sequence[float]) -> list[Span]:

@@ -199,7 +199,7 @@ def _steps(
         if server.keeps is not None:
             first, last = max(first, server.keeps.end - size), min(last, server.keeps.start)
         for start in range(first, last + 1):
-            if start != span.start:
+            if start != span.start and not start % server.start_step:
                 yield gone - sums[start + size] + sums[start], index, start
 
 

@@ -28,6 +28,8 @@ class Placement:
     """Of its blocks those that it cannot leave now; all of them when it cannot move."""
     lost: float = 0.0
     """Tokens, through the whole model, that others would have to compute again if it moved."""
+    start_step: int = 1
+    """Its span begins at a multiple of this many blocks."""
 
 
 def placements(
@@ -58,9 +60,8 @@ def placements(
             throughput = server.throughput if server.throughput > 0 else median
             settled = server.state == "online" and (server.target is None or server.peer in staying)
             keeps = keeping.get(server.peer) if settled and not server.pinned else held
-            found.append(
-                Placement(server.peer, held, _exact(throughput), keeps, _lost(server, held, model.blocks))
-            )
+            lost, step = _lost(server, held, model.blocks), max(server.start_step, 1)
+            found.append(Placement(server.peer, held, _exact(throughput), keeps, lost, step))
     return found
 
 

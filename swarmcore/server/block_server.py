@@ -74,6 +74,7 @@ class BlockServer:
     ``rng`` it measures round trips to servers that may follow it, and moves to other blocks, looking as often
     as `ServerConfig.rebalance_interval` says; without one it does neither. ``incarnation`` is to differ from
     one start to the next. A ``service`` that runs already is announced with the blocks, and leaves with them.
+    Spans of the model begin at multiples of ``start_step`` blocks.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class BlockServer:
         rng: random.Random | None = None,
         incarnation: int = 0,
         service: AnnouncedService | None = None,
+        start_step: int = 1,
     ) -> None:
         self.config = config
         self.node = node
@@ -129,6 +131,7 @@ class BlockServer:
         self.moves = 0
         """How often it has moved to other blocks."""
         self._seconds_per_block = seconds_per_block
+        self._start_step = start_step
         self._read_adapter = read_adapter
         self._announcer = Announcer(node, registry, lambda: self.info, config.announce_ttl)
         self._tasks: list[asyncio.Task[None]] = []
@@ -176,6 +179,7 @@ class BlockServer:
             version=VERSION,
             numerics=str(self.executor.numerics),
             capabilities=tuple(sorted(self.executor.capabilities)),
+            start_step=self._start_step,
         )
 
     @property

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarmcore.errors import InputError
 from swarmcore.placement.choice import join_span, tiles, worst_spans
 from swarmcore.placement.swarm_throughput import block_throughputs, placements, unique_blocks
 from swarmcore.registry.base import SwarmView
@@ -101,6 +102,30 @@ def test_servers_that_come_one_by_one_cover_the_model_with_as_few_as_it_takes(bl
             span = join_span(swarm, model, size, rng, peer=peer)
             swarm = view(*swarm, ServerInfo(peer, (), model=model, span=span, throughput=1.0))
         assert min(block_throughputs(placements(swarm, model), blocks)) == 1.0
+
+
+@pytest.mark.parametrize(("blocks", "size", "step"), [(12, 5, 4), (30, 10, 4), (31, 9, 3), (14, 4, 4)])
+def test_servers_whose_spans_begin_at_multiples_cover_the_model(blocks: int, size: int, step: int) -> None:
+    model = attrs.evolve(MODEL, blocks=blocks)
+    for seed in range(20):
+        rng, swarm = random.Random(seed), view()
+        for number in range(-(-blocks // (size - size % step))):
+            peer = PeerId(str(number))
+            span = join_span(swarm, model, size, rng, peer=peer, start_step=step)
+            assert span.start % step == 0
+            assert span.end % step == 0 or span.end == blocks
+            swarm = view(
+                *swarm, ServerInfo(peer, (), model=model, span=span, throughput=1.0, start_step=step)
+            )
+        assert min(block_throughputs(placements(swarm, model), blocks)) == 1.0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_server_with_room_for_less_than_a_step_is_told(size: int) -> None:
+    with pytest.raises(InputError, match=f"{size} blocks fit here, and tiny is cut after every 4 blocks"):
+        join_span(view(), MODEL, size, random.Random(0), peer=NEW, start_step=4)
+    small = attrs.evolve(MODEL, blocks=3)
+    assert join_span(view(), small, 3, random.Random(0), peer=NEW, start_step=4) == Span(0, 3)
 
 
 def test_a_server_that_can_hold_all_takes_all():

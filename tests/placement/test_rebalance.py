@@ -53,6 +53,19 @@ def test_a_server_among_too_many_moves_to_where_nobody_is():
     assert str(decision).startswith("moving from 0:6 to 6:12: the swarm runs at 0 % of what moves could give")
 
 
+def test_a_server_moves_to_where_its_span_may_begin():
+    """Blocks 3:6 are free."""
+    others = server("b", "0:3"), server("c", "6:12")
+    assert look(server("a", "0:3"), *others).target == Span(3, 6)
+    assert look(server("a", "0:3", start_step=3), *others).target == Span(3, 6)
+    assert look(server("a", "0:3", start_step=4), *others).target is None, "4:7 leaves block 3 out"
+
+
+@pytest.mark.parametrize("step", [-3, 0, 2**40])
+def test_a_step_that_cannot_be_does_no_harm(step):
+    look(server("a", "0:6"), server("b", "0:6", start_step=step))
+
+
 @pytest.mark.parametrize(
     ("me", "others", "reason"),
     [

@@ -11,6 +11,7 @@ from swarmcore.checkpoint.gguf_model import GgufModel
 from swarmcore.checkpoint.gguf_source import open_gguf
 from swarmcore.checkpoint.storage import cache_folder
 from swarmcore.errors import CheckpointError, InputError
+from swarmcore.executor.ggml.architectures import start_step
 from swarmcore.executor.ggml.executor import GgmlExecutor
 from swarmcore.executor.ggml.library import library
 from swarmcore.executor.ggml.span_cut import cut_span
@@ -49,6 +50,7 @@ class GgmlLoader(BlockLoader):
         self._gguf = open_gguf(settings.model, revision=settings.revision, progress=progress)
         cut_span(self._gguf, Span(0, self._gguf.blocks))  # refused now rather than when it is served
         self.model = self._gguf.info(cache_folder(), progress)
+        self.start_step = start_step(self._gguf)
 
     def needs(self) -> BlockNeeds:
         """Weights are counted exactly, cache on the high side; results and masks of a batch are left out."""
