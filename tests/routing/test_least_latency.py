@@ -165,6 +165,21 @@ def test_published_round_trips_outweigh_the_estimate_for_better_and_for_worse() 
     assert text(router(nearer_to_me).plan(swarm, MODEL, WHOLE)) == ["peer1 0:6", "peer4 6:12"]
 
 
+@pytest.mark.parametrize("east", [True, False])
+def test_a_chain_begins_and_ends_near_the_client_wherever_that_is(east: bool) -> None:
+    """Of either end there is a server on both sides; from the middle both are as far away."""
+    middle = rtts({1: 0.06, 2: 0.06, 4: 0.06, 5: 0.06})
+    first = [server(number, 0, 4, rtts=rtts({3: 0.06})) for number in (1, 2)]
+    last = [server(number, 8, 12) for number in (4, 5)]
+    swarm = view(*first, server(3, 4, 8, rtts=middle), *last)
+    near, far = ((1, 4), (2, 5)) if east else ((2, 5), (1, 4))
+    planner = router({3: 0.06, **dict.fromkeys(near, 0.01), **dict.fromkeys(far, 0.1)})
+    chain = planner.plan(swarm, MODEL, WHOLE)
+    assert chain.peers == (peer(near[0]), peer(3), peer(near[1]))
+    cost = planner.cost(swarm, MODEL, chain)
+    assert cost.return_seconds == pytest.approx(0.005), "the way back of the answer"
+
+
 def test_servers_that_measured_nothing_count_as_typical() -> None:
     swarm = view(server(1, 0, 12, decode_rps=0), server(2, 0, 12, decode_rps=1), server(3, 0, 6))
     swarm = view(*swarm, server(4, 0, 6), server(5, 6, 12))
