@@ -49,10 +49,16 @@ def largest(items):
             best = item
     return best
 """
+REPORT = (
+    "The harbour was closed for three days after the storm, and the ferries did not run. Two of the four "
+    "cranes on the northern quay had lost their cables, and a barge with timber lay across the mouth of the "
+    "inner basin until the tugs came from Vlissingen on Thursday evening. Nobody was hurt. The harbour "
+    "master says that the lights at the pier head will be mended this month, and that until then pilots "
+    "are to come in by daylight only, one ship at a time, and to keep clear of the sandbank off the old fort."
+)
 PROMPTS = {
     "edit": f"Here is a file:\n{FILE}\nHere is the same file once more:\n{FILE[:60]}",
-    "quotation": "The report says: the harbour was closed for three days after the storm, and the ferries "
-    "did not run. Asked what the report says, the clerk read it out: the harbour was closed",
+    "quotation": f"{REPORT}\n\nThe same report once more, word for word:\n\n{REPORT[:40]}",
     "chat": "Question: What is a good way to learn to cook? Answer:",
     "random": "qz 81 vlk; 7 #p ow wyx 29 jjt, e 6 umb nn 40 fh ~ 3 kd 958 x lo bb 17 rr z tq 5 hy",
 }
