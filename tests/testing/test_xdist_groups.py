@@ -25,9 +25,11 @@ def test_folders_with_servers_are_one_group_each_and_others_are_files() -> None:
 
 
 def test_what_takes_longest_begins() -> None:
-    groups = ["tests/e2e/", "short", "tests/chaos/", "long"]
+    dear = ["tests/client/test_a.py", "tests/transports/test_b.py", "tests/client/test_c.py"]
+    groups = ["tests/e2e/", "short", *dear, "tests/chaos/", "long"]
     groups.sort(key=lambda group: xdist_groups.order(group, {"long"}))
-    assert groups == ["tests/chaos/", "tests/e2e/", "long", "short"]
+    assert [*groups[:3], groups[-1]] == ["tests/chaos/", "tests/e2e/", "long", "short"]
+    assert set(groups[3:-1]) == set(dear)
 
 
 def test_no_group_is_split_among_processes(tmp_path: Path) -> None:
