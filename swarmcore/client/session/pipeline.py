@@ -87,7 +87,7 @@ class Pipeline(LiveChain):
         self.numerics = list(self.chain.numerics)
         """How servers of the session have computed so far, each way once."""
         self._link_codecs = planner.codecs if options.codec == "auto" else None
-        self.codec = "raw" if self._link_codecs else options.codec
+        self.codec = "raw" if self._link_codecs is not None else options.codec
         """Of rows for which none is chosen by link: of all, unless it is ``"auto"``, and of replays."""
         self._keep_inputs()
         self.cached = tuple(map(min, zip(*(stage.cached for stage in opened), strict=False)))

@@ -16,6 +16,7 @@ from memory_swarm import Run, Server, Swarm, befall, quiet, swarm_of
 
 from swarmcore.errors import UnknownCodecError
 from swarmcore.routing import step_codec
+from swarmcore.routing.step_codec import StepCodecs
 from swarmcore.testing.executor import hidden_states
 from swarmcore.testing.faulty import Faults
 from swarmcore.wire import tensors
@@ -137,6 +138,25 @@ async def test_failovers_while_rows_are_shorter(
         await befall(swarm, session, kind, (stage + 1) % 3)
         await under_way
         assert session.failovers >= 1
+        await session.close()
+        await quiet(swarm)
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("journal", ["client", "servers"])
+async def test_failovers_before_anything_is_known_of_links(
+    codec: ShortCodec, journal: str, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with servers of earlier versions, that never say how long a step was under way."""
+    monkeypatch.setattr(StepCodecs, "arrived", lambda *measured: None)
+    async with swarm_of("0:4", "4:8", "8:12", delay=0.01) as swarm:
+        session = await swarm.open(journal=journal, **OPTIONS)
+        run = Run.of(session)
+        await run.step(LONG)
+        await befall(swarm, session, "kill", stage)
+        await run.step(1)
+        assert session.failovers == 1
+        assert not codec.encoded
         await session.close()
         await quiet(swarm)
 
