@@ -30,7 +30,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
     """Keep the garbage collector off what the tests import, which stays to the end.
 
     Half a million objects of torch and Transformers, looked through again and again, take a fifth of the
-    processor time of all tests; and even those that tests leave behind, a tenth of a second each time.
+    processor time of all tests. Looked for seldom, garbage takes little, however much the tests make.
     """
     gc.disable()
     try:
@@ -48,8 +48,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, Any, Any]:
     """Between files, keep it off what the last one has imported or left to the session, too.
 
-    A simulated world that ends has thawed everything. Trainers, and tests of what is left open, collect again
-    and again: each time would look through all of it.
+    Trainers, and tests of what is left open, collect again and again: each time would look through all of it.
     """
     result = yield
     if nextitem is not None and nextitem.path != item.path:

@@ -18,7 +18,6 @@ from swarmcore.bench.link_pump import LEFT, RIGHT
 from swarmcore.bench.long_link import Link, LongLink, long_link
 from swarmcore.bench.swarms import serve_options, start_swarm
 from swarmcore.checkpoint import open_checkpoint
-from swarmcore.client.generation.generation import Generation
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.client.swarm import connect
@@ -63,7 +62,7 @@ PROMPTS = {
     "random": "qz 81 vlk; 7 #p ow wyx 29 jjt, e 6 umb nn 40 fh ~ 3 kd 958 x lo bb 17 rr z tq 5 hy",
 }
 SAMPLED: dict[str, dict[str, Any]] = {"random": {"temperature": 2.0, "seed": 7}}
-"""Texts that are not greedy: small models soon repeat themselves then, and there is much to draft."""
+"""Of texts that are not greedy: small models would soon repeat themselves, and leave much to draft."""
 FIXED = (
     *(Speculation(length=length, depth=1) for length in (4, 8, 16)),
     *(Speculation(length=length, depth=4) for length in (4, 8)),
@@ -149,14 +148,17 @@ class SpeculationBench:
             client = await network.run(LEFT, *command, env=peer_environment())
             assert client.stdout is not None
             timeout = 60 + self.tokens * self.clients * len(WAYS) * (self.rounds + 1) * _TOKEN_TIMEOUT
+            too_late = f"the benchmark's client did nothing for {timeout:.0f} s"
             results = []
             for _ in self.texts:
-                async with deadline_after(timeout, f"the client measured no text in {timeout:.0f} s"):
+                async with deadline_after(timeout, too_late):
                     line = await client.stdout.readline()
                 if not line:
-                    raise RemoteFaultError("the benchmark's client ended early; its message is above")
+                    break
                 results.append(_told(SpeculationResult(**json.loads(line)), remark))
-            await client.wait()
+            async with deadline_after(timeout, too_late):
+                if await client.wait():
+                    raise RemoteFaultError("the benchmark's client ended early; its message is above")
             return results
 
     async def _serve(
@@ -205,17 +207,13 @@ class SpeculationBench:
             )
             for _ in range(self.clients)
         ]
-        await asyncio.gather(*(_whole(generation) for generation in generations))
+        await asyncio.gather(*generations)
         rate, counts = 0.0, SpeculationCounts()
         for generation in generations:
             assert generation.first_token_seconds is not None
             rate += self.tokens / (generation.seconds - generation.first_token_seconds)
             counts.add(generation.speculation)
         return _Decoded(rate, generations[0].tokens, counts.tokens_per_step, counts.acceptance or 0.0)
-
-
-async def _whole(generation: Generation) -> None:
-    await generation
 
 
 def _told(result: SpeculationResult, remark: Callable[[str], None]) -> SpeculationResult:

@@ -69,8 +69,9 @@ class SwarmConnection:
         self.health = PeerHealth()
         """Which servers have failed of late."""
         self.prefixes = PrefixMemory()
-        self.step_codecs = StepCodecs()
         """Which chains have computed which beginnings of texts of late."""
+        self.step_codecs = StepCodecs()
+        """How fast links are, of all sessions whose codec is ``"auto"``."""
         self._pinger = Pinger(
             node, registry.view, self.latencies, self.health, rng=rng, admits=self.router.admits, limits=pings
         )

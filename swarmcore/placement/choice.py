@@ -29,7 +29,8 @@ def join_span(
             f"{size} blocks fit here, and {model.name} is cut after every {start_step} blocks only: give the "
             f"server more memory, fewer cache tokens, or weights in fewer bits"
         )
-    size = min(size - size % start_step if size < model.blocks else size, model.blocks)
+    if size < model.blocks:
+        size -= size % start_step
     throughputs = block_throughputs(placements(view, model, without=peer), model.blocks)
     return rng.choice(tiles(worst_spans(throughputs, size, start_step), throughputs))
 

@@ -14,7 +14,7 @@ What a client does with it, for each tensor of a pass with ``codec="auto"``::
 
 ``direction`` is ``"up"`` to the peer and ``"down"`` from it; ``kind`` is ``"activations"`` for inputs and
 outputs, ``"gradients"`` for those of either. A forward pass is told to `computed` as activations, a backward
-pass as gradients. Steps of inference have no business here.
+pass as gradients. Steps of inference have `swarmcore.routing.step_codec`.
 """
 
 from __future__ import annotations
@@ -115,10 +115,13 @@ class Rung:
     """Of each value once encoded, about."""
 
 
+INT8_BITS = 8.25
+"""Of a value in ``int8``: a bfloat16 scale stands for 64 of them."""
+
 LADDERS: Mapping[TensorKind, tuple[Rung, ...]] = {
-    "activations": (Rung("int8", 8.25), Rung("mixed4", 5), Rung("mixed3", 4), Rung("mixed2", 3)),
+    "activations": (Rung("int8", INT8_BITS), Rung("mixed4", 5), Rung("mixed3", 4), Rung("mixed2", 3)),
     "gradients": (
-        Rung("int8", 8.25),
+        Rung("int8", INT8_BITS),
         Rung("mixed4", 5),
         Rung("mixed3", 4),
         Rung("mixed2", 3),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from swarmcore.routing.link_codec import FORGET, INT8_BITS
 from swarmcore.types import PeerId
 from swarmcore.wire.tensors import ITEM_BYTES
 
@@ -27,7 +28,6 @@ WORTH_SECONDS = 1e-3
 MARGIN = 1.25
 """How many times what coding takes has to be saved on the link."""
 
-INT8_BITS = 8.25
 CODING_SECONDS, CODING_SECONDS_PER_VALUE = 2e-4, 1e-8
 """Encoding and decoding of int8 together, on one core of a slow machine."""
 
@@ -36,9 +36,6 @@ SPREAD_NBYTES = 8192
 
 FRESH = 60.0
 """Seconds for which a transit stands beside others: clocks drift by milliseconds in that time."""
-
-FORGET = 600.0
-"""Seconds without a measurement after which a link is taken to be unknown."""
 
 CAPACITY = 4096
 

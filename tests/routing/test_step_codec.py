@@ -7,14 +7,8 @@ import random
 
 import pytest
 
-from swarmcore.routing.step_codec import (
-    CAPACITY,
-    FORGET,
-    FRESH,
-    Link,
-    StepCodecs,
-    TransitRate,
-)
+from swarmcore.routing.link_codec import FORGET
+from swarmcore.routing.step_codec import CAPACITY, FRESH, Link, StepCodecs, TransitRate
 from swarmcore.types import PeerId
 
 A, B = PeerId("a"), PeerId("b")

@@ -100,8 +100,9 @@ class SpeculationController:
         self.settings = settings
         self._pool = pool
         self._stages = max(stages, 1)
-        alike = before is not None and before._stages == self._stages
-        self.times: StepTimes = before.times.remembered() if before is not None and alike else StepTimes()
+        self.times = StepTimes()
+        if before is not None and before._stages == self._stages:
+            self.times = before.times.remembered()
         self.max_in_flight = 1
         """Steps that the session allows to be under way."""
         self.sharing = 1
