@@ -144,6 +144,15 @@ def plain_smollm2(smollm2_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def reference(plain_smollm2: Any, smollm2_folder: Path) -> Any:
+    """The `PlainReference` of that model."""
+    from plain_reference import PlainReference
+    from transformers import AutoTokenizer
+
+    return PlainReference(plain_smollm2, AutoTokenizer.from_pretrained(smollm2_folder))
+
+
+@pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """Starts servers and other programs quickly."""
     pytest.importorskip("torch", reason="needs the extra torch")

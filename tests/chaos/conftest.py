@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest_asyncio
 import torch
 from byte_tokenizer import byte_tokenizer
 from census import Census
+from plain_reference import PlainReference
 from tiny_models import save_random_model, tiny_config
 
 import swarmcore
@@ -55,40 +55,13 @@ class Client:
         return self.fleet.members[peer]
 
 
-@attrs.define
-class Reference:
-    """What plain Transformers says."""
-
-    plain: Any
-    tokenizer: Any
-    known: dict[tuple[str, int], str] = attrs.field(factory=dict)
-
-    async def text(self, prompt: str, tokens: int) -> str:
-        if (prompt, tokens) not in self.known:
-            self.known[prompt, tokens] = await asyncio.to_thread(self._generate, prompt, tokens)
-        return self.known[prompt, tokens]
-
-    def _generate(self, prompt: str, tokens: int) -> str:
-        ids = self.tokenizer(prompt, return_tensors="pt")
-        output = self.plain.generate(**ids, max_new_tokens=tokens, do_sample=False)
-        text: str = self.tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
-        return text
-
-
-@pytest.fixture(scope="session")
-def reference(plain_smollm2: Any, smollm2_folder: Path) -> Reference:
-    from transformers import AutoTokenizer
-
-    return Reference(plain_smollm2, AutoTokenizer.from_pretrained(smollm2_folder))
-
-
 @attrs.frozen
 class Talkative:
     """A tiny model that neither ends nor repeats itself, for which a prompt has no spaces."""
 
     folder: Path
     spans: tuple[Span, ...]
-    reference: Reference
+    reference: PlainReference
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +76,7 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> Talkative:
             parameter.mul_(2.0 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Talkative(folder, (Span(0, 2), Span(2, 4), Span(4, 5)), Reference(model, tokenizer))
+    return Talkative(folder, (Span(0, 2), Span(2, 4), Span(4, 5)), PlainReference(model, tokenizer))
 
 
 StartFleet = Callable[..., Fleet]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
-import torch
 
 import swarmcore
 
@@ -20,48 +18,31 @@ PROMPTS = [
 ]
 
 
-known: dict[tuple[str, int], str] = {}
-
-
-async def plain_text(plain_smollm2: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> str:
-    """What plain Transformers says; in a thread, so that the swarm's event loop lives on."""
-    if (prompt, tokens) not in known:
-        known[prompt, tokens] = await asyncio.to_thread(_plain_text, plain_smollm2, tokenizer, prompt, tokens)
-    return known[prompt, tokens]
-
-
-def _plain_text(plain_smollm2: torch.nn.Module, tokenizer, prompt: str, tokens: int) -> str:
-    ids = tokenizer(prompt, return_tensors="pt")
-    with torch.inference_mode():
-        output = plain_smollm2.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-async def test_three_servers_generate_what_plain_transformers_does(model, plain_smollm2):
+async def test_three_servers_generate_what_plain_transformers_does(model, reference):
     pieces = [piece async for piece in model.generate(PROMPTS[0], max_new_tokens=32)]
     assert len(pieces) > 5, "text arrives as it is generated"
-    assert "".join(pieces) == await plain_text(plain_smollm2, model.tokenizer, PROMPTS[0], 32)
+    assert "".join(pieces) == await reference.text(PROMPTS[0], 32)
 
 
-async def test_a_batch_of_prompts_of_different_lengths(model, plain_smollm2):
+async def test_a_batch_of_prompts_of_different_lengths(model, reference):
     texts = await model.generate_batch(PROMPTS, max_new_tokens=16)
-    assert texts == [await plain_text(plain_smollm2, model.tokenizer, prompt, 16) for prompt in PROMPTS]
+    assert texts == [await reference.text(prompt, 16) for prompt in PROMPTS]
 
 
-async def test_one_server_generates_the_same(serve, smollm2_folder: Path, plain_smollm2):
+async def test_one_server_generates_the_same(serve, smollm2_folder: Path, reference):
     async with await serve(smollm2_folder, "0:30") as server, swarmcore.connect(server.address) as swarm:
         model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1)
         texts = await model.generate_batch(PROMPTS, max_new_tokens=16)
-    assert texts == [await plain_text(plain_smollm2, model.tokenizer, prompt, 16) for prompt in PROMPTS]
+    assert texts == [await reference.text(prompt, 16) for prompt in PROMPTS]
 
 
-async def test_a_long_prompt_goes_through_the_chain_in_chunks(model, plain_smollm2):
-    prompt = " ".join(f"{n} sheep," for n in range(120))
+async def test_a_long_prompt_goes_through_the_chain_in_chunks(model, reference):
+    prompt = " ".join(f"{n} sheep," for n in range(200))
     text = "".join([piece async for piece in model.generate(prompt, max_new_tokens=8)])
-    assert text == await plain_text(plain_smollm2, model.tokenizer, prompt, 8)
+    assert text == await reference.text(prompt, 8)
 
 
-async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path, plain_smollm2):
+async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path, reference):
     async with (
         await serve(smollm2_folder, "0:17") as left,
         await serve(smollm2_folder, "12:30", "--bootstrap", left.address) as right,
@@ -73,14 +54,14 @@ async def test_overlapping_servers_are_used_in_part(serve, smollm2_folder: Path,
         assert (first.start, second.end) == (0, 30)
         assert 12 <= first.end == second.start <= 17
         text = "".join([piece async for piece in other.generate(PROMPTS[2], max_new_tokens=16)])
-    assert text == await plain_text(plain_smollm2, other.tokenizer, PROMPTS[2], 16)
+    assert text == await reference.text(PROMPTS[2], 16)
 
 
 @pytest.mark.parametrize("codec", ["int8", "raw+zstd"])
 async def test_hidden_states_travel_in_the_codec_of_the_clients_choice(
-    swarm, smollm2_folder: Path, plain_smollm2, codec
+    swarm, smollm2_folder: Path, reference, codec
 ):
     options = swarmcore.SessionOptions(codec=codec)
     model = await swarm.load_model(str(smollm2_folder), dtype="float32", threads=1, session_options=options)
     text = await model.generate(PROMPTS[0], max_new_tokens=6)
-    assert text == await plain_text(plain_smollm2, model.tokenizer, PROMPTS[0], 6)
+    assert text == await reference.text(PROMPTS[0], 6)
