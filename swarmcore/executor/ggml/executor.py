@@ -17,7 +17,7 @@ from swarmcore.errors import AdapterError, InternalError, SwarmError
 from swarmcore.executor.base import Adapter, BlockExecutor, ScheduledChunk, SequenceId, SpanChange
 from swarmcore.executor.ggml import codecs as _codecs  # noqa: F401  (registers the int8 codec)
 from swarmcore.executor.ggml import kv_transfer
-from swarmcore.executor.ggml.architectures import architecture_of, max_positions
+from swarmcore.executor.ggml.architectures import architecture_of, max_positions, sliding_layers
 from swarmcore.executor.ggml.library import Library, library
 from swarmcore.executor.ggml.sequences import Sequences
 from swarmcore.executor.ggml.span_file import SpanFile, span_file
@@ -102,7 +102,10 @@ class GgmlExecutor(BlockExecutor):
         try:
             entrance = architecture_of(self._gguf).entrance
             try_span(file.path, self._settings, entrance, progress or no_progress)
-            return _Loaded(span, SpanModel(self._library, file.path, self._settings, entrance), file)
+            sliding = sliding_layers(self._gguf)
+            slides = None if sliding is None else sliding[span.start : span.end]
+            model = SpanModel(self._library, file.path, self._settings, entrance, slides)
+            return _Loaded(span, model, file)
         except BaseException:
             file.close()
             raise
@@ -189,7 +192,7 @@ class GgmlExecutor(BlockExecutor):
         """As `BlockExecutor.change_span`, but for the order: what stays is served out of the old span until
         the new one is loaded as a whole. Weights that are mapped take no memory twice on a CPU.
 
-        Caches of windows of attention do not move along: their sequences are lost, and rebuilt by clients.
+        Where llama.cpp's cache cannot be looked into, sequences are lost, and rebuilt by clients.
         """
         if self._closed:
             raise InternalError("the executor is closed")

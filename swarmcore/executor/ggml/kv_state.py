@@ -1,12 +1,14 @@
 """llama.cpp's serialised attention caches, read and written: for transfers, span changes and repairs.
 
-The format is that of ``llama_state_get_data`` and ``llama_state_seq_get_data`` for a cache of one stream and
-one kind of attention. Other caches (sliding windows beside full attention) are found out by `read_layout`.
+The format is that of ``llama_state_get_data`` and ``llama_state_seq_get_data`` for caches of one stream. A
+model with sliding windows has two, one behind the other: of the layers that attend to everything, and of the
+others. What is neither is found out by `read_layout`.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -15,6 +17,7 @@ import numpy as np
 from swarmcore.errors import InternalError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Positions = np.ndarray[Any, np.dtype[np.int32]]
 
 F32, F16, Q8_0 = 0, 1, 8
 """What keys and values may be kept in, as ggml numbers it."""
@@ -45,6 +48,8 @@ class CacheLayout:
     keys: tuple[Width, ...]
     """Of each layer."""
     values: tuple[Width, ...]
+    caches: tuple[tuple[int, ...], ...]
+    """The layers that are kept together, in the order in which they are written."""
     head: bytes = attrs.field(eq=False)
     """What stands before the state of a sequence."""
 
@@ -53,15 +58,12 @@ class CacheLayout:
         """Of wire tensors with keys or values."""
         return _DTYPES[self.keys[0].kind]
 
-    def part(self, first: int, last: int) -> CacheLayout:
-        return attrs.evolve(self, keys=self.keys[first:last], values=self.values[first:last])
-
 
 @attrs.define
 class CacheState:
     """Cached tokens, in no order. Arrays of a layer are ``[tokens, bytes]``."""
 
-    positions: np.ndarray[Any, np.dtype[np.int32]]
+    positions: Positions
     owners: list[tuple[int, ...]]
     """The sequences of the context that each token belongs to."""
     keys: list[Bytes]
@@ -84,31 +86,49 @@ class CacheState:
 
     def write(self, layout: CacheLayout) -> bytes:
         """As llama.cpp reads it."""
-        parts: list[bytes] = [self.head, struct.pack("<II", 1, len(self.positions))]
-        if len(self.positions):
-            for position, owners in zip(self.positions.tolist(), self.owners, strict=True):
-                parts.append(struct.pack(f"<iI{len(owners)}i", position, len(owners), *owners))
-            parts.append(struct.pack("<II", layout.transposed, len(layout.keys)))
-            for width, array in zip(layout.keys, self.keys, strict=True):
-                parts += [struct.pack("<iQ", width.kind, width.nbytes), array.tobytes()]
-            for width, array in zip(layout.values, self.values, strict=True):
-                if layout.transposed:
-                    item = _UNITS[width.kind]
-                    many = width.nbytes // item
-                    by_value = array.reshape(len(array), many, item).transpose(1, 0, 2)
-                    parts += [struct.pack("<iII", width.kind, item, many), by_value.tobytes()]
-                else:
-                    parts += [struct.pack("<iQ", width.kind, width.nbytes), array.tobytes()]
+        tokens = [struct.pack("<II", 1, len(self.positions))]
+        for position, owners in zip(self.positions.tolist(), self.owners, strict=True):
+            tokens.append(struct.pack(f"<iI{len(owners)}i", position, len(owners), *owners))
+        parts: list[bytes] = [self.head]
+        for layers in layout.caches:
+            parts += tokens
+            if len(self.positions):
+                parts += self._data(layout, layers)
         return b"".join(parts)
 
+    def _data(self, layout: CacheLayout, layers: tuple[int, ...]) -> list[bytes]:
+        parts = [struct.pack("<II", layout.transposed, len(layers))]
+        for layer in layers:
+            width = layout.keys[layer]
+            parts += [struct.pack("<iQ", width.kind, width.nbytes), self.keys[layer].tobytes()]
+        for layer in layers:
+            width, array = layout.values[layer], self.values[layer]
+            if layout.transposed:
+                item = _UNITS[width.kind]
+                many = width.nbytes // item
+                by_value = array.reshape(len(array), many, item).transpose(1, 0, 2)
+                parts += [struct.pack("<iII", width.kind, item, many), by_value.tobytes()]
+            else:
+                parts += [struct.pack("<iQ", width.kind, width.nbytes), array.tobytes()]
+        return parts
 
-def read_layout(state: memoryview) -> CacheLayout | None:
-    """The layout of the cache that the state of one sequence with tokens is of.
 
-    None for a cache of another format: it can be used, and not be looked into.
+def caches_of(layers: int, sliding: Sequence[bool] | None) -> tuple[tuple[int, ...], ...]:
+    """Which layers' keys and values llama.cpp keeps together; ``sliding`` says whose windows slide."""
+    if sliding is None:
+        return (tuple(range(layers)),)
+    return tuple(
+        tuple(layer for layer, slides in enumerate(sliding) if slides == kind) for kind in (False, True)
+    )
+
+
+def read_layout(state: memoryview, caches: tuple[tuple[int, ...], ...]) -> CacheLayout | None:
+    """The layout of the ``caches`` that the state of one sequence with tokens is of.
+
+    None for caches of another format: they can be used, and not be looked into.
     """
     try:
-        return _read(state, whole=False)[1]
+        return _read(state, caches, whole=False)[1]
     except (struct.error, ValueError, KeyError, IndexError):
         return None
 
@@ -119,7 +139,7 @@ def read_state(state: memoryview, layout: CacheLayout, *, whole: bool) -> CacheS
     Raise `InternalError` when that is not of the layout.
     """
     try:
-        found, seen = _read(state, whole=whole)
+        found, seen = _read(state, layout.caches, whole=whole)
     except (struct.error, ValueError, KeyError, IndexError) as exc:
         raise InternalError(f"the state of llama.cpp's cache cannot be read: {exc}") from exc
     if len(found.positions) and seen != layout:
@@ -150,7 +170,9 @@ class _Reader:
         return self._at == len(self._data)
 
 
-def _read(state: memoryview, *, whole: bool) -> tuple[CacheState, CacheLayout]:
+def _read(
+    state: memoryview, caches: tuple[tuple[int, ...], ...], *, whole: bool
+) -> tuple[CacheState, CacheLayout]:
     reader = _Reader(state)
     if whole:
         (length,) = reader.take("<I")
@@ -160,46 +182,92 @@ def _read(state: memoryview, *, whole: bool) -> tuple[CacheState, CacheLayout]:
     else:
         reader.raw(_SEQUENCE_HEAD)
     head = reader.seen()
-    streams, tokens = reader.take("<II")
-    if streams != 1:
-        raise ValueError(f"a cache of {streams} streams")
-    positions, owners = np.zeros(tokens, np.int32), []
-    for at in range(tokens):
-        positions[at], many = reader.take("<iI")
-        if many < 1 or (many != 1 and not whole):
-            raise ValueError("a token of no sequence")
-        owners.append(reader.take(f"<{many}i"))
-    keys: list[Bytes] = []
-    values: list[Bytes] = []
-    layout_keys: list[Width] = []
-    layout_values: list[Width] = []
-    transposed = 0
-    if tokens:
-        transposed, layers = reader.take("<II")
-        if transposed > 1:
-            raise ValueError("neither transposed nor not")
-        for _ in range(layers):
-            keys.append(_rows(reader, tokens, layout_keys))
-        for _ in range(layers):
-            values.append((_columns if transposed else _rows)(reader, tokens, layout_values))
+    parts = [_Cache.read(reader, len(layers), whole=whole) for layers in caches]
     if not reader.done:
         raise ValueError("more follows")
-    layout = CacheLayout(bool(transposed), tuple(layout_keys), tuple(layout_values), head)
-    return CacheState(positions, owners, keys, values, head), layout
+    if len({part.transposed for part in parts}) > 1:
+        raise ValueError("one cache is transposed, and another is not")
+    first, *others = parts
+    for part in others:
+        part.arrange_as(first)
+    # Layer by layer, whichever cache it is in.
+    by_layer = sorted(
+        (layer, part, index)
+        for part, layers in enumerate(caches)
+        for index, layer in enumerate(layers)
+        if len(first.positions)
+    )
+    keys = [parts[part].keys[index] for _, part, index in by_layer]
+    values = [parts[part].values[index] for _, part, index in by_layer]
+    layout = CacheLayout(
+        first.transposed,
+        tuple(width for width, _ in keys),
+        tuple(width for width, _ in values),
+        caches,
+        head,
+    )
+    arrays = [array for _, array in keys], [array for _, array in values]
+    return CacheState(first.positions, first.owners, *arrays, head), layout
 
 
-def _rows(reader: _Reader, tokens: int, widths: list[Width]) -> Bytes:
+_Layer = tuple[Width, Bytes]
+
+
+@attrs.define
+class _Cache:
+    """One of the caches in a state; keys and values of its layers alone."""
+
+    transposed: bool
+    positions: Positions
+    owners: list[tuple[int, ...]]
+    keys: list[_Layer]
+    values: list[_Layer]
+
+    @classmethod
+    def read(cls, reader: _Reader, layers: int, *, whole: bool) -> _Cache:
+        streams, tokens = reader.take("<II")
+        if streams != 1:
+            raise ValueError(f"a cache of {streams} streams")
+        positions, owners = np.zeros(tokens, np.int32), []
+        for at in range(tokens):
+            positions[at], many = reader.take("<iI")
+            if many < 1 or (many != 1 and not whole):
+                raise ValueError("a token of no sequence")
+            owners.append(reader.take(f"<{many}i"))
+        if not tokens:
+            return cls(False, positions, owners, [], [])
+        transposed, found = reader.take("<II")
+        if transposed > 1:
+            raise ValueError("neither transposed nor not")
+        if found != layers:
+            raise ValueError(f"a cache of {found} layers")
+        keys = [_rows(reader, tokens) for _ in range(layers)]
+        values = [(_columns if transposed else _rows)(reader, tokens) for _ in range(layers)]
+        return cls(bool(transposed), positions, owners, keys, values)
+
+    def arrange_as(self, other: _Cache) -> None:
+        """Have the tokens in the order of another cache. Raise `ValueError` unless they are the same."""
+        where = {each: at for at, each in enumerate(zip(self.positions.tolist(), self.owners, strict=True))}
+        wanted = list(zip(other.positions.tolist(), other.owners, strict=True))
+        if len(where) != len(self.positions) or where.keys() != set(wanted):
+            raise ValueError("tokens of one cache are not in the other")
+        order = [where[each] for each in wanted]
+        self.positions, self.owners = other.positions, other.owners
+        self.keys = [(width, array[order]) for width, array in self.keys]
+        self.values = [(width, array[order]) for width, array in self.values]
+
+
+def _rows(reader: _Reader, tokens: int) -> _Layer:
     kind, nbytes = reader.take("<iQ")
-    widths.append(Width(kind, nbytes))
     if nbytes % _UNITS[kind]:
         raise ValueError("a row of half a value")
-    return np.frombuffer(reader.raw(tokens * nbytes), np.uint8).reshape(tokens, nbytes)
+    return Width(kind, nbytes), np.frombuffer(reader.raw(tokens * nbytes), np.uint8).reshape(tokens, nbytes)
 
 
-def _columns(reader: _Reader, tokens: int, widths: list[Width]) -> Bytes:
+def _columns(reader: _Reader, tokens: int) -> _Layer:
     kind, item, many = reader.take("<iII")
     if item != _UNITS[kind]:
         raise ValueError(f"values of {item} bytes")
-    widths.append(Width(kind, item * many))
     by_value = np.frombuffer(reader.raw(tokens * item * many), np.uint8).reshape(many, tokens, item)
-    return np.ascontiguousarray(by_value.transpose(1, 0, 2)).reshape(tokens, many * item)
+    array = np.ascontiguousarray(by_value.transpose(1, 0, 2)).reshape(tokens, many * item)
+    return Width(kind, item * many), array

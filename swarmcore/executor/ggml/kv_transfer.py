@@ -59,7 +59,7 @@ def take_in(
             f"{entry.length} tokens"
         )
     first, last = span.start - held.start, span.end - held.start
-    part = layout.part(first, last)
+    part = layout.keys[first:last], layout.values[first:last]
     expected = [
         (
             name,
@@ -67,7 +67,7 @@ def take_in(
             (count, sum(width.nbytes for width in widths) // ITEM_BYTES[layout.dtype]),
             "raw",
         )
-        for name, widths in ((KEYS, part.keys), (VALUES, part.values))
+        for name, widths in zip((KEYS, VALUES), part, strict=True)
     ]
     given = [(tensor.name, tensor.dtype, tensor.shape, tensor.codec) for tensor in tensors]
     if given != expected or any(tensor.data.nbytes != tensor.decoded_nbytes for tensor in tensors):
@@ -118,12 +118,14 @@ def _layout(model: SpanModel) -> CacheLayout:
 
 
 def _of_all_layers(
-    layout: CacheLayout, part: CacheLayout, first: int, count: int, tensors: Sequence[Tensor]
+    layout: CacheLayout,
+    part: Sequence[Sequence[Width]],
+    first: int,
+    count: int,
+    tensors: Sequence[Tensor],
 ) -> CacheState:
     arrays: list[list[Bytes]] = []
-    for tensor, widths, own in zip(
-        tensors, (layout.keys, layout.values), (part.keys, part.values), strict=True
-    ):
+    for tensor, widths, own in zip(tensors, (layout.keys, layout.values), part, strict=True):
         layers = [_zeros(width, count) for width in widths]
         rows = np.frombuffer(tensor.data, np.uint8).reshape(count, -1)
         at = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from swarmcore.errors import (
     UnsupportedModelError,
 )
 from swarmcore.executor.ggml.graph_tap import GraphTap, Rows
-from swarmcore.executor.ggml.kv_state import F16, F32, Q8_0, CacheLayout, CacheState, read_layout, read_state
+from swarmcore.executor.ggml.kv_state import (
+    F16,
+    F32,
+    Q8_0,
+    CacheLayout,
+    CacheState,
+    caches_of,
+    read_layout,
+    read_state,
+)
 from swarmcore.executor.ggml.library import MAX_SEQUENCES, Device, Library
 from swarmcore.resources import limits
 
@@ -54,11 +64,17 @@ class SpanModel:
     """Used by one thread at a time, except for `close`."""
 
     def __init__(
-        self, library: Library, path: Path, settings: ModelSettings, entrance: str | None = None
+        self,
+        library: Library,
+        path: Path,
+        settings: ModelSettings,
+        entrance: str | None = None,
+        sliding: Sequence[bool] | None = None,
     ) -> None:
         """Map the weights in the GGUF ``path``, which has these blocks as all of its layers.
 
-        ``entrance`` is as in `GraphTap`.
+        ``entrance`` is as in `GraphTap`; ``sliding`` says for each layer whether its window slides, None for
+        a model without windows.
 
         Raise `CheckpointError` when llama.cpp cannot read it, `UnsupportedModelError` for an architecture
         that cannot be cut into spans, `InputError` when there is no room for a cache, or none of the type
@@ -83,7 +99,7 @@ class SpanModel:
             except ServerMemoryError as exc:
                 raise InputError(exc.message) from exc
             self.bytes_per_token = 0
-            self.layout = self._look_into()
+            self.layout = self._look_into(caches_of(self.layers, sliding))
         except BaseException:
             self.close()
             raise
@@ -141,7 +157,7 @@ class SpanModel:
             raise InternalError("this span has no attention cache any more: restart the server")
         return self._context
 
-    def _look_into(self) -> CacheLayout | None:
+    def _look_into(self, caches: tuple[tuple[int, ...], ...]) -> CacheLayout | None:
         """Run two rows, to see that the graph and the cache are as expected."""
         rows = np.random.default_rng(0).standard_normal((2, self.width)).astype(np.float32)
         numbers = np.arange(2, dtype=np.int32)
@@ -151,7 +167,7 @@ class SpanModel:
         except InternalError as exc:
             raise UnsupportedModelError(exc.message) from exc
         self.remove(0, 0)
-        layout = read_layout(memoryview(state))
+        layout = read_layout(memoryview(state), caches)
         if layout is None or len(layout.keys) != self.layers:
             self.bytes_per_token = len(state) // len(rows)
             return None
@@ -234,6 +250,23 @@ class SpanModel:
 
     def read_sequence(self, slot: int, start: int, end: int) -> CacheState:
         """Positions ``start:end`` of a sequence, in order. Only where there is a `layout`."""
+        whole, *more = pieces = [self._read_piece(slot, *piece) for piece in self._pieces(start, end)]
+        if not more:
+            return whole
+        whole.positions = np.concatenate([piece.positions for piece in pieces])
+        whole.keys = list(map(np.concatenate, zip(*(piece.keys for piece in pieces), strict=True)))
+        whole.values = list(map(np.concatenate, zip(*(piece.values for piece in pieces), strict=True)))
+        return whole
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """In windows: of a sequence llama.cpp writes only what its last token sees."""
+        size = self._window or end
+        while start < end:
+            last = min(end, (start // size + 1) * size)
+            yield start, last
+            start = last
+
+    def _read_piece(self, slot: int, start: int, end: int) -> CacheState:
         assert self.layout is not None
         self.copy(slot, SCRATCH, start, end)
         try:

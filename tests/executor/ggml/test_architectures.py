@@ -16,7 +16,8 @@ from random_gguf import Shapes, write_random_gguf
 
 from swarmcore.checkpoint.gguf_header import TENSOR_TYPES
 from swarmcore.checkpoint.gguf_model import GgufModel, open_local
-from swarmcore.errors import CheckpointError, InvalidStepError, UnsupportedModelError
+from swarmcore.errors import CheckpointError, InvalidStepError, SessionLostError, UnsupportedModelError
+from swarmcore.executor.base import SequenceId
 from swarmcore.executor.ggml.architectures import ARCHITECTURES, start_step
 from swarmcore.executor.ggml.span_cut import cut_span
 from swarmcore.executor.ggml.span_file import span_file
@@ -92,6 +93,16 @@ async def test_parts_of_what_is_held_and_last_rows(case: Case, tmp_path: Path, l
     ):
         assert last.shape == (1, WIDTH)
         assert np.abs(last - whole[-1:]).max() < 0.01 * whole.std()
+    if case.architecture == "deepseek2":  # keeps keys and values compressed into one
+        with pytest.raises(SessionLostError, match="do not travel"):
+            await executor.export_cache(SequenceId(0), 0, 6)
+        return
+    executor.reserve(SequenceId(6), executor.page)
+    tensors = await executor.export_cache(SequenceId(0), 0, 6)
+    await executor.import_cache(SequenceId(6), executor.span, 0, 6, tensors)
+    for start in (6, 2):
+        own, moved = [await through(executor, rows[:3], sequence, start=start) for sequence in (0, 6)]
+        assert np.abs(own - moved).max() < 0.01 * own.std()  # they lie elsewhere in the cache
 
 
 @pytest.mark.parametrize("case", ENTERED, ids=lambda case: case.architecture)

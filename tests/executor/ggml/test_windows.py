@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swarmcore.errors import SessionLostError
 from swarmcore.executor.base import SequenceId
 from swarmcore.types import Span
 
@@ -44,14 +43,32 @@ async def test_what_windows_have_left_is_there_for_rollbacks_and_prefixes(path: 
     assert np.abs(got - expected[30:]).max() < 1e-3
 
 
-async def test_caches_stay_where_they_are(path: Path, load) -> None:
-    executor = await load(path)
-    rows = np.random.default_rng(1).standard_normal((9, WIDTH), dtype=np.float32)
-    await through(executor, rows, 0, span=Span(2, 4))
-    with pytest.raises(SessionLostError, match="do not travel"):
-        await executor.export_cache(SequenceId(0), 0, 9)
-    await executor.change_span(Span(2, 4))
-    with pytest.raises(SessionLostError):
-        await through(executor, rows[:1], 0, start=9)
-    expected = await through(await load(path, "2:4"), rows)
-    assert np.array_equal(await through(executor, rows, 1), expected)
+async def test_caches_travel_with_what_windows_have_left(path: Path, load) -> None:
+    """Into a server with other blocks, sequence by sequence; and rolled back there, past several windows."""
+    source, target = await load(path), await load(path, "1:4")
+    rows = np.random.default_rng(1).standard_normal((41, WIDTH), dtype=np.float32)
+    span = Span(2, 4)
+    await through(source, rows[::-1], 7, span=span)  # somebody else's
+    await through(source, rows[:30], 0, span=span)
+    target.reserve(SequenceId(5), 64)
+    for start, count in ((0, 19), (19, 11)):
+        tensors = await source.export_cache(SequenceId(0), start, count)
+        await target.import_cache(SequenceId(5), span, start, count, tensors)
+    for start in (30, 23, 3):
+        expected = await through(source, rows[start:], 0, start=start, span=span)
+        assert np.array_equal(await through(target, rows[start:], 5, start=start, span=span), expected)
+
+
+@pytest.mark.parametrize("blocks", ["2:4", "2:3", "3:4"])
+async def test_caches_outlast_a_change_of_the_span(blocks: str, path: Path, load) -> None:
+    """Also where what stays is one block, whose window slides or does not."""
+    executor, span = await load(path), Span.parse(blocks)
+    rows = np.random.default_rng(2).standard_normal((40, WIDTH), dtype=np.float32)
+    alone = await load(path)
+    for sequence in range(3):
+        await through(executor, rows[sequence : 30 + sequence], sequence, span=span)
+        await through(alone, rows[sequence : 30 + sequence], sequence, span=span)
+    await executor.change_span(span)
+    for sequence, start in ((0, 30), (1, 30), (2, 5)):
+        got = await through(executor, rows[start:], sequence, start=start, span=span)
+        assert np.array_equal(got, await through(alone, rows[start:], sequence, start=start, span=span))
