@@ -15,10 +15,16 @@ from swarmcore.engine.stats import EngineStats
 from swarmcore.engine.training_worker import TrainingWorker
 from swarmcore.errors import InternalError, SwarmError
 from swarmcore.executor.base import BlockExecutor, ScheduledChunk, executor_error
+from swarmcore.resources.allocator import give_back_memory
 from swarmcore.tasks import loop_time
 from swarmcore.wire.tensors import Tensor
 
 log = logging.getLogger(__name__)
+
+QUIET = 2.0
+"""Seconds without work after which memory that is free goes back to the system: not between two bursts."""
+ROWS_TO_TIDY = 1024
+"""Rows computed since the last time, from which on that is worth it."""
 
 
 class BatchLoop:
@@ -45,6 +51,8 @@ class BatchLoop:
         self._prefill = PrefillBudget()
         self._wake = asyncio.Event()
         self._stopping = False
+        self._rows = 0
+        """Computed since memory was last given back."""
 
     def wake(self) -> None:
         """Something may be there to compute."""
@@ -59,8 +67,7 @@ class BatchLoop:
         """Compute until it is told to stop."""
         while not self._stopping:
             if not len(self._scheduler) and not self._training_waits:
-                self._wake.clear()
-                await self._wake.wait()
+                await self._wait_for_work()
             else:
                 # Callers just answered run first, so that their next steps join this batch.
                 await asyncio.sleep(0)
@@ -68,7 +75,19 @@ class BatchLoop:
                 await self._run_batch()
             if self._training_waits and not self._stopping:
                 await self._training.run_unit()
+                self._rows += ROWS_TO_TIDY
                 self._sessions.note_progress(loop_time())
+
+    async def _wait_for_work(self) -> None:
+        self._wake.clear()
+        if self._rows >= ROWS_TO_TIDY:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(QUIET):
+                    await self._wake.wait()
+                    return
+            self._rows = 0
+            give_back_memory()
+        await self._wake.wait()
 
     @property
     def _training_waits(self) -> bool:
@@ -111,6 +130,7 @@ class BatchLoop:
         computed = iter(await self._results(chunks))
         results = [errors.get(number) or next(computed) for number in range(len(batch.chunks))]
         now = loop_time()
+        self._rows += batch.tokens
         self._stats.note_batch(batch.tokens, now - started, batch.decode_only, now)
         if batch.decode_only:
             self._window.passes.note(len(batch.steps), now - started)

@@ -168,9 +168,13 @@ class ReadAhead:
     async def stop(self) -> None:
         """Stop reading; what was read and not received is dropped."""
         if (task := self._task) is not None:
-            self._task = None  # its error holds its frame, which holds this object: a cycle for every call
+            # Errors hold the frames they passed through, which hold this object, and all that the peer has
+            # sent: nothing here may hold an error in turn, or it stays until garbage is looked for.
+            self._task = self._on_lost = None
             task.cancel()
             await asyncio.wait([task])
+            self._messages.clear()
+            self._end = StreamClosedError("nothing more is read of the stream")
 
     async def _run(self) -> None:
         try:

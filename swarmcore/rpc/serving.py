@@ -176,6 +176,8 @@ class Server:
                 if exc is channel.remote_end:
                     raise _PeerGone(exc.message) from exc
                 raise
+            finally:
+                channel.remote_end = None  # as in `ReadAhead.stop`
 
         await _run_until_gone(stream, None, protocol.name, converse)
 

@@ -235,6 +235,7 @@ class AnswerCache:
     def close(self) -> None:
         self._closed = True
         self._bytes.close()
+        self._steps.drop_answers(lambda _: True)
 
     def _computed(self, step: Step, output: asyncio.Future[Tensor]) -> None:
         if output.cancelled() or output.exception() is not None:

@@ -159,7 +159,10 @@ class ServerSession:
         self._answers.close()
         self._replay_cache.close()
         self._in_flight.close()
-        await cancel_and_wait(self._worker)
+        worker, self._worker = self._worker, None  # how it ended holds its frame, which holds this object
+        await cancel_and_wait(worker)
+        while not self._jobs.empty():
+            self._jobs.get_nowait()
         await self._client.close()
         await self._downstream.close()
 
@@ -231,7 +234,7 @@ class ServerSession:
             output, fresh = self._submit(step, hidden)
         except SwarmError as exc:
             output = asyncio.get_running_loop().create_future()
-            output.set_exception(exc)
+            output.set_exception(exc.with_traceback(None))
         self._outputs[output] = step if fresh else None
         output.add_done_callback(self._computed)
         self._jobs.put_nowait(partial(self._finish, step, output, fresh, reserved, arrival))
@@ -334,6 +337,7 @@ class ServerSession:
             failed = InternalError("the server failed on this step; its log says why")
             await self._report(step.step, failed, step.attempt)
         finally:
+            del output  # its error holds this frame
             self._in_flight.release(reserved)
 
     async def _deliver(self, step: Step, output: Tensor, arrival: Arrival | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 from typing import Any
 
@@ -13,6 +14,7 @@ from memory_swarm import Run, Server, Swarm, quiet, swarm_of
 from swarmcore.errors import InvalidStepError, ProtocolError, SwarmError
 from swarmcore.resources import Resource
 from swarmcore.rpc.channel import Channel
+from swarmcore.server.session import ServerSession
 from swarmcore.session.journal import MAX_UNSETTLED
 from swarmcore.testing.executor import COUNTING_MODEL, hidden_states
 from swarmcore.wire.messages import (
@@ -97,6 +99,38 @@ async def test_what_makes_no_sense_is_refused_and_the_session_goes_on(order: Rep
         assert isinstance(await told(channel), StepOutput)
         await channel.close()
         await quiet(swarm)
+
+
+@pytest.mark.parametrize("ends", ["aborts", "closes", "fails"])
+async def test_nothing_holds_what_a_session_has_sent_once_it_is_over(ends: str) -> None:
+    """Not even until garbage is looked for, which may be long after a burst of sessions."""
+    gc.collect()
+    sizes = {len(kept(ServerSession))}
+    async with swarm_of("0:4") as swarm:
+        [server] = swarm.servers
+        gc.disable()
+        try:
+            for _ in range(4):
+                channel, _ = await opened(swarm, server)
+                await channel.send(Step(0, (0,), (1,), journal="servers"), hidden_states(ROW))
+                assert isinstance(await told(channel), StepOutput)
+                if ends == "fails":
+                    await channel.send(Step(1, (7,), (1,)), hidden_states(ROW))
+                    assert isinstance(await told(channel), StepFailed)
+                await channel.send(Step(2, (1,), (2,)), hidden_states(ROW * 2))
+                if ends == "aborts":
+                    channel.abort("enough")
+                else:
+                    await channel.close()
+                await quiet(swarm)
+                sizes.add(len(kept(ServerSession)))
+        finally:
+            gc.enable()
+    assert sizes == {0}
+
+
+def kept(kind: type) -> list[Any]:
+    return [each for each in gc.get_objects() if type(each) is kind]
 
 
 @pytest.mark.virtual_time

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
+from asyncio.sslproto import SSLProtocol
 from pathlib import Path
 
 import pytest
-from tcp_peers import round_trip
+from tcp_peers import listening, round_trip, settle
 
 from swarmcore.identity import Identity
 from swarmcore.types import Address
@@ -58,3 +60,25 @@ async def test_messages_that_never_end_of_several_strangers_take_no_more_than_th
         await asyncio.gather(honest.close(), *(one.close() for one in strangers))
         async with asyncio.timeout(30):
             await process.wait()
+
+
+def kept() -> int:
+    return sum(type(each) in (FramedStream, SSLProtocol) for each in gc.get_objects())
+
+
+async def test_nothing_holds_a_stream_or_the_buffers_of_its_connection_once_it_was_aborted() -> None:
+    """Not even until garbage is looked for: the buffers of one connection are half a megabyte."""
+    async with listening() as (listener, dialler, address):
+        gc.collect()
+        before = kept()
+        gc.disable()
+        try:
+            for _ in range(3):
+                stream = await dialler.open_stream(address)
+                await round_trip(stream)
+                stream.abort("enough")
+                del stream
+                await settle(lambda: not len(listener._connections) and not len(dialler._connections))
+            await settle(lambda: kept() == before)
+        finally:
+            gc.enable()

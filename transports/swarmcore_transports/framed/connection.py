@@ -222,6 +222,7 @@ class Connection(asyncio.BufferedProtocol):
         self._end(self._lost(exc))
         self._cut()
         self._owner.connection_lost(self)
+        self.transport = None  # asyncio's TLS goes on to hold its protocol, which is this
 
     def eof_received(self) -> None:
         self._end(self._lost(None))

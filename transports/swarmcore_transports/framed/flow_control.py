@@ -200,6 +200,11 @@ class ReceiveMemory:
             self._message.release()
             self._message = None
         self._window.release()
+        self._on_admitted = _nothing  # holds the stream, which holds this
+
+
+def _nothing() -> None:
+    pass
 
 
 class StallDetector:
