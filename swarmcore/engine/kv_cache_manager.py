@@ -214,6 +214,8 @@ class KVCacheManager:
     def poll(self, now: float) -> list[Outcome]:
         """What can be granted now: growth first, then new sessions; and who has to go for it."""
         outcomes: list[Outcome] = []
+        if not self.growths and not self.admissions:
+            return outcomes
         self._shares.update([g.caller for g in self.growths] + [a.caller for a in self.admissions])
         if (waiter := self._entitled()) is not None:
             self._reclaim_unused(waiter, now)

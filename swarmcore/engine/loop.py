@@ -135,9 +135,7 @@ class BatchLoop:
         if batch.decode_only:
             self._window.passes.note(len(batch.steps), now - started)
         self._prefill.note_batch(
-            sum(
-                chunk.tokens for step, chunk in zip(batch.steps, batch.chunks, strict=True) if not step.decode
-            ),
+            batch.prefill_tokens,
             now - started,
             decodes=any(step.decode for step in batch.steps),
             decode_seconds=self._stats.decode_seconds,

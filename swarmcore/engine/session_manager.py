@@ -181,7 +181,8 @@ class SessionManager:
             return
         self._finish(step)
         self._stats.steps += 1
-        resolve(step.answer, result)
+        if not step.answer.done():  # else whoever waits was cancelled
+            step.answer.set_result(result)
         self._advance(step.session, now)
 
     def _finish(self, item: QueueItem) -> None:

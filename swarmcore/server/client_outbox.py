@@ -92,7 +92,7 @@ class ClientOutbox:
         self._channel = channel
         self._in_flight = in_flight
         self._sending = asyncio.Lock()
-        self._copies: deque[tuple[StepForwarded, tuple[Tensor, ...], Reservation | None]] = deque()
+        self._copies: deque[tuple[StepForwarded, tuple[Tensor, ...], int, Reservation | None]] = deque()
         self._copies_nbytes = 0
         self._changed = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
@@ -115,8 +115,9 @@ class ClientOutbox:
             self._changed.clear()
             await self._changed.wait()
         reserved = await self._in_flight.acquire(tensors)
-        self._copies.append((record, tensors, reserved))
-        self._copies_nbytes += sum(tensor.data.nbytes for tensor in tensors)
+        nbytes = sum(tensor.data.nbytes for tensor in tensors)
+        self._copies.append((record, tensors, nbytes, reserved))
+        self._copies_nbytes += nbytes
         self._changed.set()
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_copies(), name="journal copies")
@@ -133,8 +134,8 @@ class ClientOutbox:
             while not self._copies:
                 self._changed.clear()
                 await self._changed.wait()
-            record, tensors, reserved = self._copies.popleft()
+            record, tensors, nbytes, reserved = self._copies.popleft()
             await self.send(record, *tensors)
             self._in_flight.release(reserved)
-            self._copies_nbytes -= sum(tensor.data.nbytes for tensor in tensors)
+            self._copies_nbytes -= nbytes
             self._changed.set()

@@ -176,16 +176,18 @@ class ServerSession:
         """
         try:
             while True:
-                await self._accept(await channel.receive(), from_client=is_client)
+                message = await channel.receive()
+                if isinstance(message.record, Step):
+                    await self._accept_step(message.record, message.tensor("hidden"), from_client=is_client)
+                else:
+                    await self._accept(message, from_client=is_client)
         except StreamClosedError:
             logger.debug("%r: %s has ended its stream", self, channel.remote)
 
     async def _accept(self, message: Message, *, from_client: bool) -> None:
-        """Deal with a message; wait while too much is in flight."""
+        """Deal with a message that brings no step; wait while too much is in flight."""
         record = message.record
-        if isinstance(record, Step):
-            await self._accept_step(record, message.tensor("hidden"), from_client=from_client)
-        elif isinstance(record, CachePart):
+        if isinstance(record, CachePart):
             await self._kv_transfer.receive(record, message.tensors)
         elif isinstance(record, AdapterPart):
             raise ProtocolError("the weights of an adapter came that were not asked for")

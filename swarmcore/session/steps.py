@@ -48,12 +48,6 @@ class Chunk:
             return 0
         return self.rows if self.reply == "all" else sum(length > 0 for length in self.lengths)
 
-    def rows_of(self, hidden: Tensor) -> Tensor:
-        """Its rows of the step's hidden states."""
-        if self.rows == hidden.shape[0]:
-            return hidden
-        return hidden.rows(self.first_row, self.first_row + self.rows)
-
 
 @attrs.frozen
 class StepPlan:
@@ -97,15 +91,13 @@ class SentStep:
         self.ended_at: float | None = None
         """The loop's time at which all had come of it that will."""
         self._error: SwarmError | None = None
-        self._waiters: list[asyncio.Future[None]] = []
+        self._ended = asyncio.Event()
 
     def end(self, error: SwarmError | None = None) -> None:
         """It is through, or has come to nothing; harmless when repeated."""
         if not self.ended:
             self.ended_at, self._error = asyncio.get_running_loop().time(), error
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            self._ended.set()
 
     @property
     def ended(self) -> bool:
@@ -114,14 +106,11 @@ class SentStep:
 
     async def wait(self) -> None:
         """Until it has ended."""
-        if not self.ended:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+        await self._ended.wait()
 
     async def result(self) -> Tensor:
         """Its rows, once it has ended. Raise why it came to nothing."""
-        await self.wait()
+        await self._ended.wait()
         if self._error is not None:
             raise self._error
         return self.plan.joined(self.outputs)

@@ -103,7 +103,7 @@ def encode_message(
     """
     kind = tag_of(type(record))
     body = msgspec.Raw(_encoder.encode(record))
-    header = Header(kind, body, tuple(t.header() for t in tensors), method, timeout)
+    header = Header(kind, body, tuple(map(Tensor.header, tensors)), method, timeout)
     encoded = _encoder.encode(header)
     buffers: list[Buffer] = [_LENGTH.pack(len(encoded)) + encoded]
     total = _LENGTH.size + len(encoded)
@@ -142,8 +142,17 @@ def decode_message(data: memoryview, kinds: Mapping[str, type], limits: Limits) 
     if record_type is None:
         raise ProtocolError(f"message {header.kind!r} has no place here; expected {' or '.join(kinds)}")
     record = decode_record(header.body, record_type)
-    tensors = _slice_tensors(data, end, header.tensors, limits)
-    return Message(header.kind, record, tensors)
+    check_headers(header.tensors, limits)
+    tensors = []
+    for tensor in header.tensors:
+        start = end + -end % _ALIGNMENT
+        end = start + tensor.nbytes
+        if end > data.nbytes:
+            raise ProtocolError(f"tensor {tensor.name!r} reaches past the end of the message")
+        tensors.append(Tensor(tensor.name, tensor.dtype, tensor.shape, data[start:end], tensor.codec))
+    if end != data.nbytes:
+        raise ProtocolError(f"{data.nbytes - end} bytes are left over after the message")
+    return Message(header.kind, record, tuple(tensors))
 
 
 def _read_header(data: memoryview, limits: Limits) -> tuple[Header, int]:
@@ -157,20 +166,3 @@ def _read_header(data: memoryview, limits: Limits) -> tuple[Header, int]:
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as exc:
         raise ProtocolError(f"malformed message header: {exc}") from exc
     return header, _LENGTH.size + length
-
-
-def _slice_tensors(
-    data: memoryview, offset: int, headers: tuple[TensorHeader, ...], limits: Limits
-) -> tuple[Tensor, ...]:
-    check_headers(headers, limits)
-    tensors = []
-    for header in headers:
-        offset += -offset % _ALIGNMENT
-        if offset + header.nbytes > data.nbytes:
-            raise ProtocolError(f"tensor {header.name!r} reaches past the end of the message")
-        view = data[offset : offset + header.nbytes]
-        tensors.append(Tensor(header.name, header.dtype, header.shape, view, header.codec))
-        offset += header.nbytes
-    if offset != data.nbytes:
-        raise ProtocolError(f"{data.nbytes - offset} bytes are left over after the message")
-    return tuple(tensors)

@@ -75,6 +75,8 @@ class Tensor:
         """This raw tensor in another codec. Raise `UnknownCodecError`; `InputError` unless it is raw now."""
         if self.codec != "raw":
             raise InputError(f"tensor {self.name!r} is already encoded as {self.codec!r}")
+        if codec == "raw":
+            return self
         base, zstd = _split(codec)
         data = self.data
         if base != "raw":

@@ -140,22 +140,23 @@ class Pipeline(LiveChain):
 
     # --- there -------------------------------------------------------------------------------------------
 
-    def begin(self, chunk: Chunk, hidden: Tensor | None = None) -> PendingChunk:
-        """Expect what comes of ``chunk``, whose rows, encoded, are ``hidden``; `send` sends it."""
+    def begin(self, chunk: Chunk) -> PendingChunk:
+        """Expect what comes of ``chunk``; `send_new` or `send` sends it."""
         start = self.stages[0].start
         pending = self.pending[chunk.step] = PendingChunk(chunk, start, start)
         if not chunk.replay:
             self.journal.begin(chunk.step, chunk.rows)
-            if hidden is not None:
-                self.journal.receive(start, chunk.step, hidden)
         return pending
 
-    def encoded(self, rows: Tensor) -> Tensor:
-        """New rows as they go to the first stage."""
-        if self._link_codecs is None:
-            return rows.encode(self.codec)
-        link, now = (None, self.stages[0].peer), asyncio.get_running_loop().time()
-        return rows.encode(self._link_codecs.codec(link, rows.dtype, rows.shape, now))
+    async def send_new(self, pending: PendingChunk, rows: Tensor) -> None:
+        """Send the raw ``rows`` of a chunk to the first stage, and keep them for failovers."""
+        codec, first = self.codec, self.stages[0]
+        if self._link_codecs is not None:
+            link, now = (None, first.peer), asyncio.get_running_loop().time()
+            codec = self._link_codecs.codec(link, rows.dtype, rows.shape, now)
+        hidden = rows.encode(codec)
+        self.journal.receive(first.start, pending.chunk.step, hidden)
+        await self.send(0, pending, hidden)
 
     async def send(self, index: int, pending: PendingChunk, hidden: Tensor) -> None:
         """Send a chunk to one stage. A failure is that stage's, and is not raised."""

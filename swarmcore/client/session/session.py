@@ -165,7 +165,9 @@ class InferenceSession:
         may be sent again. Without a journal the session has ended. Raise `InvalidStepError` when the step was
         called back.
         """
-        return await self._window.result(step)
+        output = await step.result()
+        self._window.received(step)
+        return output
 
     async def recall(self, step: SentStep) -> None:
         """Give up a step, if it has not been received, and all that were sent behind it.

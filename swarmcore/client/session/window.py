@@ -103,11 +103,9 @@ class StepWindow:
             self._pipeline.check_awaited()
         return step
 
-    async def result(self, step: SentStep) -> Tensor:
-        """What comes of a step. Raise why nothing does."""
-        output = await step.result()
+    def received(self, step: SentStep) -> None:
+        """Somebody has what came of a step: it is not to be given up any more."""
         self._kept.pop(step, None)
-        return output
 
     def forget(self, step: SentStep) -> Recall | None:
         """Give up a step, unless it was received, and all behind it; return what servers are to be told."""
@@ -190,9 +188,9 @@ class StepWindow:
             again = await self._refused(in_flight[0])
         elif self._may_send:
             step, chunk = self._waiting.popleft()
-            rows = pipeline.encoded(chunk.rows_of(step.hidden))
-            in_flight.append(pending := pipeline.begin(chunk, rows))
-            await pipeline.send(0, pending, rows)
+            in_flight.append(pending := pipeline.begin(chunk))
+            rows = step.hidden.rows(chunk.first_row, chunk.first_row + chunk.rows)
+            await pipeline.send_new(pending, rows)
         elif not await pipeline.wait(news, timeout=pipeline.patience.judge_after) and in_flight:
             again = self._stuck(in_flight[0])
         if again:

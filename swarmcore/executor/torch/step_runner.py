@@ -102,7 +102,7 @@ class StepRunner:
 
     def _rows(self, chunk: ScheduledChunk) -> torch.Tensor:
         """The chunk's rows, ``[tokens, hidden size]``, in the executor's dtype and on its device."""
-        hidden = self._decode(chunk)
+        hidden = to_torch(chunk.hidden) if chunk.hidden.codec == "raw" else self._decoded(chunk)
         last = chunk.first_row + chunk.tokens
         if hidden.dim() != 2 or hidden.shape[1] != self._model.hidden_size or hidden.shape[0] < last:
             raise InvalidStepError(
@@ -111,10 +111,8 @@ class StepRunner:
             )
         return hidden[chunk.first_row : last].to(self._device, self._dtype)
 
-    def _decode(self, chunk: ScheduledChunk) -> torch.Tensor:
-        """The whole step's hidden states, decoded once however many chunks it is run in."""
-        if chunk.hidden.codec == "raw":
-            return to_torch(chunk.hidden)
+    def _decoded(self, chunk: ScheduledChunk) -> torch.Tensor:
+        """The whole step's encoded hidden states, decoded once however many chunks it is run in."""
         key = id(chunk.hidden)
         reference, hidden = self.decoded.get(key, (None, None))
         if hidden is None or reference is None or reference() is not chunk.hidden:

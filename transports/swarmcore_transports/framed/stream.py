@@ -137,7 +137,10 @@ class FramedStream(Stream):
             if self._closed:
                 raise StreamClosedError("this side has closed the stream")
             if self._queue:
-                return self._take()
+                message = self._queue.take()
+                self._memory.message_taken()
+                self._look_for_wait_for_credit()
+                return message
             if self._remote_ended:
                 raise StreamClosedError(f"peer {short(self.remote)} has ended the stream")
             if self._error:
@@ -147,12 +150,6 @@ class FramedStream(Stream):
                 await self._receiver
             finally:
                 self._receiver = None
-
-    def _take(self) -> memoryview:
-        message = self._queue.take()
-        self._memory.message_taken()
-        self._look_for_wait_for_credit()
-        return message
 
     async def end(self) -> None:
         async with self._send_lock:
