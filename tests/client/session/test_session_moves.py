@@ -7,6 +7,7 @@ import random
 
 import attrs
 import pytest
+from drafted_text import DraftedText
 from memory_swarm import Run, Server, quiet, swarm_of
 
 from swarmcore.routing.chain import Chain, Stage
@@ -109,3 +110,25 @@ def test_only_what_differs_is_replaced() -> None:
     shifted = chain_of(("y", "0:5"), ("z", "5:12"))
     assert [(first, last) for first, last, _ in current.replacements(shifted)] == [(0, 3)]
     assert current.replacements(chain_of(("a", "0:4"), ("b", "4:6"), ("c", "6:12")))[0][:2] == (2, 3)
+
+
+@pytest.mark.parametrize("journal", ["client", "servers"])
+async def test_a_session_moves_with_drafts_under_way(journal: str) -> None:
+    router = LeastLatency(random.Random(1))
+    async with swarm_of("0:4", "4:12", delay=0.01, router=router) as swarm:
+        for server in swarm.servers:
+            await announce(server, 10)
+        session = await swarm.open(journal=journal, moves=MoveLimits(hold=0.0, interval=0.0))
+        text = DraftedText(session, 3, depth=4)
+        await text.prompt(5)
+        await text.go_on(5)
+        fast = await swarm.add("4:12")
+        await announce(fast, 1000)
+        while session.chain.peers[1] != fast.peer:
+            await text.go_on(1)
+            await asyncio.sleep(2)
+        await text.go_on(20)
+        await text.end()
+        assert text.recalls > 3 and len(swarm.failovers) == 1
+        await session.close()
+        await quiet(swarm)
