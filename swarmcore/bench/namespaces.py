@@ -69,13 +69,17 @@ class Network:
         """The whole name of the namespace ``name``."""
         return f"{self.run_id}-{name}"
 
+    def within(self, namespace: str) -> tuple[str, ...]:
+        """What goes before a command that is to run in ``namespace``."""
+        return ("ip", "netns", "exec", namespace)
+
     async def start(self, namespace: str, argv: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
         """Start a process in ``namespace``, as `asyncio.create_subprocess_exec` does; Ctrl-C passes it by.
 
         It is killed with the network.
         """
         process = await asyncio.create_subprocess_exec(
-            "ip", "netns", "exec", namespace, *argv, start_new_session=True, **options
+            *self.within(namespace), *argv, start_new_session=True, **options
         )
         self.processes.append(process)
         return process

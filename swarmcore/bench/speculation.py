@@ -6,25 +6,24 @@ import asyncio
 import json
 import statistics
 import sys
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import attrs
 from rich.table import Table
 
-from swarmcore.bench.link_pump import LEFT, RIGHT
+from swarmcore.bench.link_pump import LEFT
 from swarmcore.bench.long_link import Link, LongLink, long_link
-from swarmcore.bench.swarms import serve_options, start_swarm
-from swarmcore.checkpoint import open_checkpoint
+from swarmcore.bench.swarms import start_swarm
+from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation.model import RemoteModel
 from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.client.swarm import connect
 from swarmcore.errors import InputError, RemoteFaultError
 from swarmcore.generation_settings import Speculation
 from swarmcore.tasks import deadline_after
-from swarmcore.testing.processes import ServerProcess, peer_environment
+from swarmcore.testing.processes import peer_environment
 from swarmcore.types import Progress
 
 FILE = """\
@@ -123,28 +122,15 @@ class SpeculationBench:
         checkpoint = await asyncio.to_thread(open_checkpoint, self.model, progress=progress)
         remark(f"starting {self.servers} servers")
         if not self.delay and self.rate is None:
-            swarm = start_swarm(
-                checkpoint,
-                self.servers,
-                dtype=self.dtype,
-                threads=self.threads,
-                model=self.model,
-                executor=self.executor,
-                weights=self.weights,
-            )
-            async with swarm as address:
+            async with self._servers(checkpoint) as address:
                 return [_told(result, remark) async for result in self.measure(address)]
-        async with long_link(Link(delay=self.delay, rate=self.rate)) as network, AsyncExitStack() as stack:
-            joining: tuple[str, ...] = ()
-            for place, span in enumerate(checkpoint.info.span.split(self.servers)):
-                # In turns on the one and on the other side: each way from one to the next is over the link.
-                host = LEFT if place % 2 else RIGHT
-                server = await self._serve(network, host, str(span), joining)
-                await stack.enter_async_context(server)
-                joining = joining or ("--bootstrap", server.address)
+        async with (
+            long_link(Link(delay=self.delay, rate=self.rate)) as network,
+            self._servers(checkpoint, network) as address,
+        ):
             remark("measuring over the link")
             settings = json.dumps(attrs.asdict(self) | {"model": str(checkpoint.folder)})
-            command = ("-m", "swarmcore.bench.speculation", settings, joining[1])
+            command = ("-m", "swarmcore.bench.speculation", settings, address)
             client = await network.run(LEFT, *command, env=peer_environment())
             assert client.stdout is not None
             timeout = 60 + self.tokens * self.clients * len(WAYS) * (self.rounds + 1) * _TOKEN_TIMEOUT
@@ -161,26 +147,19 @@ class SpeculationBench:
                     raise RemoteFaultError("the benchmark's client ended early; its message is above")
             return results
 
-    async def _serve(
-        self, network: LongLink, host: str, blocks: str, joining: Sequence[str]
-    ) -> ServerProcess:
-        arguments = (
-            *("serve", "--model", self.model, "--blocks", blocks),
-            *serve_options(self.dtype, self.threads),
-            *("--executor", self.executor, "--weights", self.weights),
-            *("--listen", f"{network.address(host)}:0", *joining),
+    def _servers(
+        self, checkpoint: Checkpoint, network: LongLink | None = None
+    ) -> AbstractAsyncContextManager[str]:
+        return start_swarm(
+            checkpoint,
+            self.servers,
+            dtype=self.dtype,
+            threads=self.threads,
+            model=self.model,
+            executor=self.executor,
+            weights=self.weights,
+            network=network,
         )
-        process = await network.run(
-            host,
-            "-m",
-            "swarmcore",
-            *arguments,
-            "--json",
-            "--exit-with-stdin",
-            stderr=PIPE,
-            env=peer_environment(),
-        )
-        return await ServerProcess.supervise(process, arguments)
 
     async def measure(self, address: str) -> AsyncIterator[SpeculationResult]:
         """Over the swarm that is found at ``address``, text by text."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from swarmcore.bench.link_pump import LEFT, RIGHT
+from swarmcore.bench.long_link import LongLink
 from swarmcore.checkpoint import Checkpoint
 from swarmcore.errors import InputError
 from swarmcore.testing.fleet import Fleet
@@ -25,31 +27,35 @@ async def start_swarm(
     model: str = "",
     executor: str = "auto",
     weights: str = "auto",
+    network: LongLink | None = None,
 ) -> AsyncIterator[str]:
     """``size`` server processes with the blocks split evenly; yields the address of one of them.
 
     They open ``model``, by default what the ``checkpoint`` was made into, with ``executor`` and ``weights``
-    as for ``swarmcore serve``. Raise `InputError` for more servers than there are blocks.
+    as for ``swarmcore serve``; in a ``network`` each is at the other end of the link than the one before
+    it, the first on the right. Raise `InputError` for more servers than there are blocks.
     """
     info = checkpoint.info
     if size > info.blocks:
         raise InputError(f"{size} servers cannot share the {info.blocks} blocks of {info.name}; use fewer")
 
-    async def server(span: Span, *joining: str) -> ServerProcess:
+    async def server(place: int, span: Span, *joining: str) -> ServerProcess:
+        host = LEFT if place % 2 else RIGHT
         return await ServerProcess.start(
             "serve",
             *("--model", model or str(checkpoint.folder), "--blocks", str(span)),
             *serve_options(dtype, threads),
             *("--executor", executor, "--weights", weights),
-            *("--listen", "127.0.0.1:0"),
+            *("--listen", f"{network.address(host) if network else '127.0.0.1'}:0"),
             *joining,
+            prefix=network.within(network.namespace(host)) if network else (),
         )
 
     async with AsyncExitStack() as stack:
         first, *rest = info.span.split(size)
-        bootstrap = await stack.enter_async_context(await server(first))
-        for span in rest:
-            await stack.enter_async_context(await server(span, "--bootstrap", bootstrap.address))
+        bootstrap = await stack.enter_async_context(await server(0, first))
+        for place, span in enumerate(rest, 1):
+            await stack.enter_async_context(await server(place, span, "--bootstrap", bootstrap.address))
         yield bootstrap.address
 
 

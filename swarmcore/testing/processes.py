@@ -59,14 +59,20 @@ class ServerProcess:
 
     @classmethod
     async def start(
-        cls, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120.0
+        cls,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        timeout: float = 120.0,
     ) -> ServerProcess:
         """Start ``swarmcore ARGUMENTS --json`` and wait until it is online.
 
+        ``prefix`` is a command that becomes another one, such as ``("ip", "netns", "exec", "other")``.
         Raise `RemoteFaultError` with the process's last words when it ends instead, `DeadlineExceededError`
         when it is not online within ``timeout`` seconds.
         """
         process = await asyncio.create_subprocess_exec(
+            *prefix,
             sys.executable,
             "-m",
             "swarmcore",
