@@ -182,7 +182,8 @@ class Node:
         self._closed = True
         serving = [task for task in self._serving if task is not asyncio.current_task()]
         for task in serving:
-            task.cancel()
+            if not task.cancelling():
+                task.cancel()
         if serving:
             _, late = await asyncio.wait(serving, timeout=_CLOSE_TIMEOUT)
             if late:
@@ -210,8 +211,8 @@ class Node:
     def serve_protocol(self, protocol: Protocol, handler: Callable[[Channel], Awaitable[None]]) -> None:
         """Give each channel of ``protocol`` to ``handler``; the channel is closed when it returns.
 
-        Errors reach the other side as in `serve`. It is cancelled, once, when the channel breaks or is
-        aborted, also while it waits in `Channel.receive`.
+        Errors reach the other side as in `serve`. It is cancelled, once, when the channel breaks, is
+        aborted, or this node closes, also while it waits in `Channel.receive`.
         """
         self._server.add_channel(protocol, handler)
 

@@ -200,11 +200,14 @@ async def _run_until_gone(
     stream: Stream, deadline: float | None, name: str, run: Callable[[ReadAhead], Awaitable[None]]
 ) -> None:
     """Run a handler; cancel it at ``deadline`` and when the peer is gone."""
+    handler = asyncio.current_task()
     lost: SwarmError | None = None
 
     def on_lost(error: SwarmError) -> None:
         nonlocal lost
         lost = error
+        if handler is not None and handler.cancelling():
+            return  # its clean-up is not to be cut short
         with contextlib.suppress(RuntimeError):  # the handler is through, or is being cancelled already
             clock.reschedule(asyncio.get_running_loop().time())
 

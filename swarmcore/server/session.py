@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 
 import attrs
@@ -160,11 +161,12 @@ class ServerSession:
         self._replay_cache.close()
         self._in_flight.close()
         worker, self._worker = self._worker, None  # how it ended holds its frame, which holds this object
-        await cancel_and_wait(worker)
-        while not self._jobs.empty():
-            self._jobs.get_nowait()
-        await self._client.close()
-        await self._downstream.close()
+        async with AsyncExitStack() as ending:  # of all of it, also for a caller that is cancelled meanwhile
+            ending.push_async_callback(self._downstream.close)
+            ending.push_async_callback(self._client.close)
+            await cancel_and_wait(worker)
+            while not self._jobs.empty():
+                self._jobs.get_nowait()
 
     # --- what comes in -----------------------------------------------------------------------------------
 

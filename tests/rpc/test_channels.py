@@ -230,6 +230,34 @@ async def test_a_vanished_opener_cancels_the_handler(nodes: Nodes, handler: str,
     await asyncio.wait([task])
 
 
+@pytest.mark.parametrize("first", ["abort", "close node"])
+async def test_a_handler_that_cleans_up_is_not_cancelled_again(nodes: Nodes, first: str) -> None:
+    """A peer vanishes while this one closes, or the other way round."""
+    began, cleaning, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def handler(channel: Channel) -> None:
+        began.set()
+        try:
+            await channel.receive()
+        finally:
+            cleaning.set()
+            await asyncio.sleep(0.02)
+            ended.set()
+
+    channel, server = await connect(nodes, handler)
+    await began.wait()
+    if first == "abort":
+        channel.abort("enough")
+        await cleaning.wait()
+        await server.close()
+    else:
+        closing = asyncio.create_task(server.close())
+        await cleaning.wait()
+        channel.abort("enough")
+        await closing
+    assert ended.is_set()
+
+
 async def test_a_half_close_does_not_cancel_the_handler(nodes: Nodes) -> None:
     watched = Watched()
     channel, _ = await connect(nodes, watched)

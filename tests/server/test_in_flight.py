@@ -7,7 +7,7 @@ import secrets
 
 import attrs
 import pytest
-from memory_swarm import quiet, swarm_of
+from memory_swarm import Run, quiet, swarm_of
 
 from swarmcore.errors import DeadlineExceededError, InvalidStepError
 from swarmcore.resources import Bounds, Machine, Resource, ResourceLimits, ResourceManager
@@ -79,3 +79,26 @@ async def test_steps_of_a_client_with_too_much_here_wait_and_are_then_computed()
             await channel.close()
         await quiet(swarm)
         assert manager.used(Resource.BYTES) == 0
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_handler_that_is_cancelled_twice_leaves_no_task(turns: int) -> None:
+    """As when a server stops at the moment at which a client vanishes."""
+    async with swarm_of("0:6", "6:12") as swarm:
+        before = asyncio.all_tasks()
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(2)
+        await asyncio.sleep(1)
+        tasks = {task for task in asyncio.all_tasks() - before if "journal copies" in task.get_name()}
+        assert len(tasks) == 1
+        [handler] = swarm.serving(session, 0).node._serving
+        handler.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        handler.cancel()
+        await asyncio.wait([handler])
+        await asyncio.sleep(0)
+        assert all(task.done() for task in tasks)
+        await session.close()
+        await quiet(swarm)
