@@ -71,6 +71,7 @@ async def _generate(
             tokens_per_step=round(generation.speculation.tokens_per_step, 2),
             drafted=generation.speculation.drafted.total(),
             accepted=generation.speculation.accepted.total(),
+            drafters_set_aside=generation.speculation.set_aside,
         )
 
 
@@ -96,7 +97,7 @@ async def _stream(output: Output, generation: TextStream) -> str:
     return "".join(pieces)
 
 
-def _report(output: Output, generation: TextStream, text: str, **made_by: str | int | float | None) -> None:
+def _report(output: Output, generation: TextStream, text: str, **made_by: object) -> None:
     output.event(
         "generated",
         text=text,

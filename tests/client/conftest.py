@@ -68,6 +68,7 @@ class WholeModelSession:
         self.prompts: Sequence[Sequence[int]] = ()
         """What it was opened with."""
         self.namespace = ""
+        self.max_in_flight = 4
         self.named: list[list[int]] = []
         """What it consisted of when it was last said."""
 
@@ -101,8 +102,6 @@ class WholeModelSession:
         if self.stepped is not None:
             await self.stepped()
         return to_wire("hidden", torch.cat(outputs))
-
-    max_in_flight = 4
 
     async def send(self, hidden: Tensor, lengths: Sequence[int], **options: Any) -> SentLocally:
         before = [row[:start] for row, start in zip(self.rows, options["starts"], strict=True)]
@@ -159,6 +158,7 @@ class Sessions:
     def __init__(self, plain: Any) -> None:
         self.plain = plain
         self.opened: list[WholeModelSession] = []
+        self.max_in_flight = 4
         self.stepped: Callable[[], Awaitable[None]] | None = None
 
     async def __call__(
@@ -173,6 +173,7 @@ class Sessions:
         session = WholeModelSession(self.plain, sequences)
         session.prompts, session.namespace = prompts, namespace
         session.stepped = self.stepped
+        session.max_in_flight = self.max_in_flight
         self.opened.append(session)
         return session
 

@@ -19,7 +19,7 @@ from swarmcore.client.speculation.control import Plan, SpeculationController
 from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.client.speculation.drafting import Drafting
 from swarmcore.client.speculation.guarded import Proposal
-from swarmcore.errors import SwarmError
+from swarmcore.errors import CacheFullError, SwarmError
 from swarmcore.executor.torch.wire_tensors import to_torch
 from swarmcore.session.steps import SentStep
 from swarmcore.tasks import cancel_and_wait, loop_time
@@ -119,16 +119,34 @@ class DecodeLoop:
                 if not self._window:
                     await self._send(embedded)
                 await self._send_behind()
-                done = self._window[0]
-                output = await self._session.receive_embedded(done.step)
-                self._window.popleft()
-                self._measure(done)
+                done, output = await self._receive()
         finally:
             for drafting in self._draftings:
-                drafting.close()
+                drafting.close(self._counts)
             if self._window:
                 with suppress(SwarmError):  # the session has ended, and what is raised says why
                     await self._call_back()
+
+    async def _receive(self) -> tuple[_Round, Tensor]:
+        """What comes of the step that was sent first.
+
+        Where servers have no room for drafts, nothing is drafted any more: for the text alone there may be.
+        """
+        done = self._window[0]
+        try:
+            output = await self._session.receive_embedded(done.step)
+        except CacheFullError:
+            if not any(done.drafts):
+                raise
+            self._counts.refused += len(self._window)
+            self._controller = None
+            self._window.clear()
+            await self._call_back()
+            await self._send(None)
+            return await self._receive()
+        self._window.popleft()
+        self._measure(done)
+        return done, output
 
     async def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[_Round, Tensor]:
         session = self._session
@@ -213,8 +231,8 @@ class DecodeLoop:
 
     # --- what goes out -----------------------------------------------------------------------------------
 
-    async def _send(self, embedded: torch.Tensor) -> None:
-        """Send the last token of each text, whose embeddings are there, and drafts."""
+    async def _send(self, embedded: torch.Tensor | None) -> None:
+        """Send the last token of each text, whose embeddings may be there, and drafts."""
         drafts = await self._first_drafts()
         last = [self._continuations[index].tokens[-1:] for index in self._running]
         await self._send_round(last, drafts, None if any(drafts) else embedded)

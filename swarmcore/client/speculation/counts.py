@@ -21,6 +21,12 @@ class SpeculationCounts:
     """Those of them that were right."""
     recalled: int = 0
     """Steps that were called back, since drafts before them were wrong."""
+    refused: int = 0
+    """Steps with drafts for which servers had no room: after them nothing was drafted."""
+    late: Counter[str] = attrs.field(factory=Counter)
+    """Proposals that were not waited for any longer, by whose they were; counted at the end."""
+    set_aside: dict[str, str] = attrs.field(factory=dict)
+    """Drafters that failed, and were done without from then on, and how they did; known at the end."""
 
     def add(self, other: SpeculationCounts) -> None:
         """Count what came of another generation, too."""
@@ -29,6 +35,9 @@ class SpeculationCounts:
         self.drafted.update(other.drafted)
         self.accepted.update(other.accepted)
         self.recalled += other.recalled
+        self.refused += other.refused
+        self.late.update(other.late)
+        self.set_aside.update(other.set_aside)
 
     @property
     def tokens_per_step(self) -> float:
@@ -41,7 +50,12 @@ class SpeculationCounts:
         return self.accepted.total() / drafted if drafted else None
 
     def __str__(self) -> str:
-        if self.acceptance is None:
-            return "nothing was drafted"
-        by = ", ".join(f"{name} {self.accepted[name]}/{count}" for name, count in self.drafted.items())
-        return f"{self.tokens_per_step:.2f} tokens a step, {self.acceptance:.0%} of drafts accepted ({by})"
+        parts = ["nothing was drafted"]
+        if self.acceptance is not None:
+            by = ", ".join(f"{name} {self.accepted[name]}/{count}" for name, count in self.drafted.items())
+            rate = f"{self.tokens_per_step:.2f} tokens a step"
+            parts = [f"{rate}, {self.acceptance:.0%} of drafts accepted ({by})"]
+        parts += ["servers had no room for more drafts"] if self.refused else []
+        parts += [f"{name} was late {count} times" for name, count in self.late.items()]
+        parts += [f"{name} was set aside: {why}" for name, why in self.set_aside.items()]
+        return "; ".join(parts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.client.speculation.guarded import NOTHING, WAIT, GuardedDrafter, Proposal
 from swarmcore.client.speculation.pool import DrafterPool
 
@@ -100,9 +101,14 @@ class Drafting:
             self._pool.chosen(best.drafter)
         return best
 
-    def close(self) -> None:
-        """Let go of what is kept for the sequence. Harmless when repeated."""
+    def close(self, counts: SpeculationCounts | None = None) -> None:
+        """Let go of what is kept for the sequence, and note in ``counts`` what went wrong. Harmless when
+        repeated."""
         for drafter in self._drafters:
+            if counts is not None and drafter.failure:
+                counts.set_aside[drafter.name] = drafter.failure
+            if counts is not None and drafter.late:
+                counts.late[drafter.name] += drafter.late
             drafter.close()
 
     async def _ask(self, drafter: GuardedDrafter, ahead: Sequence[int], k: int, wait: float) -> Proposal:

@@ -75,8 +75,8 @@ class GuardedSource:
         """How often a drafter was set aside: because it ``"raised"``, was ``"wrong"`` or ``"silent"``."""
         self.late = 0
         """Proposals that were not there in time."""
-        self.silent = False
-        """Whether a call never returned: all its drafters are set aside."""
+        self.silent = ""
+        """What is said of a call that never returned: all its drafters are set aside."""
         self._source = source
         self._patience = patience
         self._thread = DraftThread(f"swarmcore-draft-{self.name}") if source.threaded else None
@@ -98,8 +98,9 @@ class GuardedSource:
         try:
             return GuardedDrafter(self, self._source.drafter(owner=owner))
         except Exception as exc:
-            self.note_failure("raised", exc)
-            return GuardedDrafter(self, None)
+            drafter = GuardedDrafter(self, None)
+            drafter.fail("raised", exc)
+            return drafter
 
     def close(self) -> None:
         """Let go of what the drafters share, and end the thread. Harmless when repeated."""
@@ -133,9 +134,9 @@ class GuardedSource:
     def call(self, call: _Call) -> None:
         """Have it made in the thread, with all others that wait by then."""
         if self.busy(self._patience) and not self.silent:
-            self.silent = True
+            self.silent = f"a call has not returned for {self._patience:g} s"
             self._waiting.clear()
-            self.note_failure("silent", f"a call has not returned for {self._patience:g} s")
+            self.note_failure("silent", self.silent)
         if not self.silent and not self.closed:
             self._waiting.append(call)
             self._start()
@@ -164,7 +165,15 @@ class GuardedDrafter:
 
     def __init__(self, source: GuardedSource, drafter: Drafter | None) -> None:
         self.source = source
+        self.late = 0
+        """Proposals that were not there in time."""
         self._drafter = drafter
+        self._failure = ""
+
+    @property
+    def failure(self) -> str:
+        """Why it is set aside; nothing while it is not."""
+        return self._failure or self.source.silent
 
     @property
     def name(self) -> str:
@@ -172,7 +181,7 @@ class GuardedDrafter:
 
     @property
     def set_aside(self) -> bool:
-        return self._drafter is None or self.source.silent
+        return self._drafter is None or bool(self.source.silent)
 
     def append(self, tokens: Sequence[int]) -> None:
         """As `Drafter.append`. Returns at once, as all of it but `propose`."""
@@ -206,6 +215,7 @@ class GuardedDrafter:
             finally:
                 done.cancel()  # nobody waits for it any more
         source.late += 1
+        self.late += 1
         return NOTHING
 
     def close(self) -> None:
@@ -215,9 +225,11 @@ class GuardedDrafter:
 
     def fail(self, reason: str, detail: object) -> Proposal:
         """Set it aside."""
-        if self._drafter is not None:
+        if not self._failure:
             self._drafter = None
-            self.source.note_failure(reason, detail)
+            said = f"{type(detail).__name__}: {detail}" if reason == "raised" else str(detail)
+            self._failure = said[:200]
+            self.source.note_failure(reason, self._failure)
         return NOTHING
 
     def checked(self, result: object, k: int) -> Proposal:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
 from contextlib import aclosing
 
 import pytest
 from scripted_drafters import ScriptedSource
 
+from swarmcore.client.speculation.guarded import WAIT
 from swarmcore.client.speculation.speculator import Speculator
-from swarmcore.errors import InputError, RemoteFaultError
+from swarmcore.errors import CacheFullError, InputError, RemoteFaultError
 from swarmcore.generation_settings import Speculation
 
 TOKENS = 24
@@ -118,6 +120,82 @@ async def test_leaving_in_the_middle_of_a_window_leaves_the_session_in_order(mod
         whole = model.generate("The sea", max_new_tokens=TOKENS, session=session, speculation=windows)
         await whole
         assert whole.tokens == expected
+
+
+def _raises(text: list[int], k: int) -> list[int]:
+    raise RuntimeError("no idea")
+
+
+FAULTS = {
+    "RuntimeError: no idea": _raises,
+    "5 tokens and 0 probabilities, where 4 were asked for": lambda text, k: [1] * (k + 1),
+    "token 257 is not in the vocabulary of 257": lambda text, k: [257],
+}
+
+
+@pytest.mark.parametrize("threaded", [False, True], ids=["inline", "threaded"])
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_drafters_that_fail_are_counted_and_done_without(
+    model, plain_tokens, caplog, fault, threaded
+) -> None:
+    model._speculator.close()
+    sources = [ScriptedSource(FAULTS[fault], threaded=threaded)]
+    model._speculator = Speculator(model._compute.parts.vocab_size, sources)
+    generation = model.generate("The sea", max_new_tokens=8, speculation=Speculation(length=4, max_tokens=4))
+    await generation
+    assert generation.tokens == plain_tokens("The sea", 8)
+    assert generation.speculation.set_aside == {"scripted": fault}
+    assert f"scripted was set aside: {fault}" in str(generation.speculation)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+async def test_a_drafter_that_never_answers_is_late_once_for_each_proposal(model, plain_tokens) -> None:
+    release = threading.Event()
+    model._speculator.close()
+    source = ScriptedSource(lambda text, k: [1] if release.wait(60) else [])
+    model._speculator = Speculator(model._compute.parts.vocab_size, [source])
+    generation = model.generate("The sea", max_new_tokens=8, speculation=Speculation(length=1))
+    await generation
+    release.set()
+    assert generation.tokens == plain_tokens("The sea", 8)
+    assert generation.speculation.late["scripted"] > 1
+    assert generation.speculation.drafted["scripted"] == 0
+    assert generation.seconds < 4 * WAIT, "it is waited for once"
+
+
+@pytest.mark.parametrize("speculation", SETTINGS[1:3], ids=["chunks", "windows"])
+async def test_servers_without_room_for_drafts_have_the_text_decoded_plainly(
+    model, sessions, plain_tokens, speculation
+) -> None:
+    expected = plain_tokens("The sea", TOKENS)
+    draft_with(model, [*model.tokenizer("The sea")["input_ids"], *expected], "wrong")
+    room = len(model.tokenizer("The sea")["input_ids"]) + TOKENS // 2
+
+    async def step() -> None:
+        session = sessions.opened[-1]
+        if len(session.rows[0]) > room and session.sent[-1] != (1,):
+            raise CacheFullError("no room")
+
+    sessions.stepped = step
+    generation = model.generate("The sea", max_new_tokens=TOKENS, speculation=speculation)
+    await generation
+    assert generation.tokens == expected
+    assert generation.speculation.refused > 0 and generation.speculation.drafted["scripted"] > 0
+    assert "no room for more drafts" in str(generation.speculation)
+    assert sessions.opened[-1].sent[-1] == (1,)
+
+
+@pytest.mark.parametrize("mood", ["right", "wrong"])
+async def test_servers_that_cannot_be_called_back_have_one_step_at_a_time(
+    model, sessions, plain_tokens, mood
+) -> None:
+    sessions.max_in_flight = 1
+    expected = plain_tokens("The sea", TOKENS)
+    draft_with(model, [*model.tokenizer("The sea")["input_ids"], *expected], mood)
+    generation = model.generate("The sea", max_new_tokens=TOKENS, speculation=SETTINGS[2])
+    await generation
+    assert generation.tokens == expected
+    assert generation.speculation.recalled == 0 < generation.speculation.drafted["scripted"]
 
 
 async def test_what_fails_under_drafts_fails_the_generation(model, sessions) -> None:
