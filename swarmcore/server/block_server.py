@@ -208,8 +208,8 @@ class BlockServer:
             notes.append(f"attention cache: {used} of {pages} pages are in use, {pages - used} are free")
         if self.engine.prefixes.hits or len(self.engine.prefixes):
             notes.append(f"prefix cache: {self.engine.prefixes}")
-        if rows := self.inference.counters["rows_recalled"]:
-            notes.append(f"rows that their clients called back before they were computed: {rows}")
+        if drafts := self.inference.drafts:
+            notes.append(f"drafts: {drafts}")
         return (*notes, *self.node.notes)
 
     def __repr__(self) -> str:

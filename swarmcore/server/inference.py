@@ -68,6 +68,17 @@ class InferenceService(SpanService):
         """How many sessions are open."""
         return len(self._sessions)
 
+    @property
+    def drafts(self) -> str:
+        """What clients have had verified, in words; nothing where none did."""
+        counted = self.counters
+        if not (rows := counted["rows_verified"]):
+            return ""
+        return (
+            f"{rows} rows in {counted['steps_verified']} steps of several; {counted['rows_taken_back']} were "
+            f"taken back, {counted['rows_recalled']} called back before they were computed"
+        )
+
     async def state(self, request: AskSession, caller: Caller) -> SessionState:
         """Serve `SESSION_STATE_METHOD`: tell a client of its session, and of nobody else's."""
         session = self._sessions.get(request.session)

@@ -106,6 +106,8 @@ class ServerSession:
         self._outputs: dict[asyncio.Future[Tensor], Step | None] = {}
         """Of steps that are computed; None for one that is a repetition."""
         self._recalled = RecalledSteps()
+        self._verified: tuple[int, ...] = ()
+        """Where each sequence ended after a step of drafts."""
         self._under_way = 0
         """Steps and orders taken in and not dealt with."""
         self._closed = False
@@ -286,9 +288,22 @@ class ServerSession:
             sources=step.sources,
         )
         self._counters["steps_computed"] += 1
+        self._count_drafts(step)
         if not step.replay:
             self._answers.add(step, reply, output)
         return output, True
+
+    def _count_drafts(self, step: Step) -> None:
+        """Of rows that are all asked for, several in a step, and of those the next step takes back."""
+        if step.replay:
+            return
+        ends, self._verified = self._verified, ()
+        back = sum(max(end - start, 0) for end, start in zip(ends, step.starts, strict=False))
+        self._counters["rows_taken_back"] += back
+        if step.reply == "all" and max(step.lengths) > 1:
+            self._verified = tuple(map(sum, zip(step.starts, step.lengths, strict=True)))
+            self._counters["steps_verified"] += 1
+            self._counters["rows_verified"] += sum(step.lengths)
 
     def _check_chain(self, chain: Sequence[Hop]) -> None:
         """Raise unless every stage begins where the one before ends: no step goes round in circles."""

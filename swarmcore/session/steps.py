@@ -104,6 +104,11 @@ class SentStep:
         """Whether all has come of it that will."""
         return self.ended_at is not None
 
+    @property
+    def error(self) -> SwarmError | None:
+        """Why it has come to nothing, once it has."""
+        return self._error
+
     async def wait(self) -> None:
         """Until it has ended."""
         await self._ended.wait()

@@ -32,6 +32,7 @@ def served(
     adapters: Mapping[str, str] | None = None,
     heads: Sequence[GenerationLimits | None] = (),
     transport: str = "tcp",
+    cache_tokens: int = 4096,
 ) -> Iterator[list[BlockServer]]:
     """Servers of these blocks of a model, on the background loop; the first is the bootstrap.
 
@@ -47,7 +48,7 @@ def served(
             model=str(folder),
             span=Span.parse(span),
             dtype=dtype,
-            cache_tokens=4096,
+            cache_tokens=cache_tokens,
             throughput=1000.0,
             drain=0.0,
             threads=1,

@@ -19,7 +19,7 @@ from swarmcore.client.speculation.control import Plan, SpeculationController
 from swarmcore.client.speculation.counts import SpeculationCounts
 from swarmcore.client.speculation.drafting import Drafting
 from swarmcore.client.speculation.guarded import Proposal
-from swarmcore.errors import CacheFullError, SwarmError
+from swarmcore.errors import CacheFullError, InvalidStepError, SwarmError
 from swarmcore.executor.torch.wire_tensors import to_torch
 from swarmcore.session.steps import SentStep
 from swarmcore.tasks import cancel_and_wait, loop_time
@@ -252,7 +252,13 @@ class DecodeLoop:
             if count <= 0:
                 return
             drafts, self._unsent = self._unsent[:count], self._unsent[count:]
-            await self._send_round([()], [drafts])
+            try:
+                await self._send_round([()], [drafts])
+            except InvalidStepError:
+                # It follows on one that has come to nothing meanwhile; receiving that one says why.
+                if all(each.step.error is None for each in self._window):
+                    raise
+                return
 
     async def _send_round(
         self,

@@ -8,7 +8,9 @@ from contextlib import aclosing
 
 import pytest
 from scripted_drafters import ScriptedSource
+from tiny_swarm import served
 
+import swarmcore
 from swarmcore.client.speculation.guarded import WAIT
 from swarmcore.client.speculation.speculator import Speculator
 from swarmcore.errors import CacheFullError, InputError, RemoteFaultError
@@ -21,6 +23,13 @@ OPTIONS = [
     {"temperature": 1.1, "top_k": 0, "seed": 7},
     {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 3},
 ]
+
+
+@pytest.fixture(scope="module")
+def tight(llama_folder):
+    """The address of a server with room for 64 tokens."""
+    with served(llama_folder, "0:3", cache_tokens=64) as [server]:
+        yield str(server.node.addresses[0])
 
 
 def draft_with(model, expected, mood: str) -> None:
@@ -163,26 +172,24 @@ async def test_a_drafter_that_never_answers_is_late_once_for_each_proposal(model
     assert generation.seconds < 4 * WAIT, "it is waited for once"
 
 
+@pytest.mark.parametrize("mood", ["right", "mixed"])
 @pytest.mark.parametrize("speculation", SETTINGS[1:3], ids=["chunks", "windows"])
-async def test_servers_without_room_for_drafts_have_the_text_decoded_plainly(
-    model, sessions, plain_tokens, speculation
+async def test_a_full_cache_ends_a_text_where_it_would_end_without_drafts(
+    tight, llama_folder, mood, speculation
 ) -> None:
-    expected = plain_tokens("The sea", TOKENS)
-    draft_with(model, [*model.tokenizer("The sea")["input_ids"], *expected], "wrong")
-    room = len(model.tokenizer("The sea")["input_ids"]) + TOKENS // 2
-
-    async def step() -> None:
-        session = sessions.opened[-1]
-        if len(session.rows[0]) > room and session.sent[-1] != (1,):
-            raise CacheFullError("no room")
-
-    sessions.stepped = step
-    generation = model.generate("The sea", max_new_tokens=TOKENS, speculation=speculation)
-    await generation
-    assert generation.tokens == expected
-    assert generation.speculation.refused > 0 and generation.speculation.drafted["scripted"] > 0
-    assert "no room for more drafts" in str(generation.speculation)
-    assert sessions.opened[-1].sent[-1] == (1,)
+    async with swarmcore.connect(tight) as swarm:
+        model = await swarm.load_model(str(llama_folder), dtype="float32", threads=1)
+        plain = model.generate("The sea", max_new_tokens=200, min_new_tokens=200, speculation="off")
+        with pytest.raises(CacheFullError):
+            await plain
+        assert len(plain.tokens) > 50
+        draft_with(model, [*model.tokenizer("The sea")["input_ids"], *plain.tokens, *[9] * 99], mood)
+        drafted = model.generate("The sea", max_new_tokens=200, min_new_tokens=200, speculation=speculation)
+        with pytest.raises(CacheFullError):
+            await drafted
+        assert drafted.tokens == plain.tokens
+        assert drafted.speculation.refused > 0
+        assert "no room for more drafts" in str(drafted.speculation)
 
 
 @pytest.mark.parametrize("mood", ["right", "wrong"])

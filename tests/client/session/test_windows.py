@@ -125,6 +125,23 @@ async def test_a_part_of_a_chunk_is_kept_and_the_rest_rolled_back() -> None:
         await session.close()
 
 
+async def test_servers_tell_how_many_drafts_they_had_and_how_many_were_wrong() -> None:
+    async with swarm_of("0:12", delay=0.001) as swarm:
+        session = await swarm.open()
+        run = Run.of(session)
+        await run.step(3)
+        await run.step(1)
+        assert swarm.servers[0].service.drafts == ""
+        await session.receive(await sent(session, run, run.new_rows(5)))
+        session.rollback([6])
+        await session.receive(await sent(session, run, run.new_rows(2)))
+        await session.receive(await sent(session, run, run.new_rows(1)))
+        assert swarm.servers[0].service.drafts == (
+            "7 rows in 2 steps of several; 3 were taken back, 0 called back before they were computed"
+        )
+        await session.close()
+
+
 async def test_a_recall_in_the_middle_of_a_replay_leaves_the_replay_alone() -> None:
     async with swarm_of(*THREE, delay=0.001) as swarm:
         session = await swarm.open()
@@ -199,6 +216,25 @@ async def test_servers_of_earlier_versions_take_one_step_at_a_time(monkeypatch: 
         await session.recall(step)
         await run.step(1)
         assert not any(counted(swarm, "steps_recalled")), "they were not told"
+        await session.close()
+        await quiet(swarm)
+
+
+@pytest.mark.parametrize("journal", ["client", "servers"])
+async def test_a_server_of_an_earlier_version_takes_over_with_drafts_under_way(
+    monkeypatch: pytest.MonkeyPatch, journal: str
+) -> None:
+    async with swarm_of(*THREE, delay=0.01) as swarm:
+        session = await swarm.open(journal=journal)
+        text = DraftedText(session, 5, depth=4)
+        await text.prompt(5)
+        await text.go_on(4)
+        monkeypatch.setattr(inference, "SessionOpened", lambda *fields: SessionOpened(*fields[:3]))
+        await swarm.serving(session, 1).kill()
+        await swarm.add("4:8")
+        await text.go_on(8)
+        await text.end()
+        assert session.max_in_flight == 1 and len(swarm.failovers) == 1
         await session.close()
         await quiet(swarm)
 
