@@ -19,7 +19,14 @@ from swarmcore.cli.command import one_line, standard
 from swarmcore.cli.option_kinds import option
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_numerics, show_route
+from swarmcore.cli.remote import (
+    is_thin,
+    model_swarm,
+    remote_model,
+    show_numerics,
+    show_route,
+    speculation_values,
+)
 from swarmcore.errors import SwarmError
 from swarmcore.generation_settings import GenerationSettings
 
@@ -59,7 +66,7 @@ async def _converse(
         if remote.route:
             show_route(output, swarm, model.info, chain)
         async with model.chat(system=system) as conversation:
-            await _converse_over(output, conversation, sampling | remote.drafting, "chain")
+            await _converse_over(output, conversation, sampling | remote.drafting, "chain", remote.route)
 
 
 async def _converse_thin(
@@ -74,16 +81,20 @@ async def _converse_thin(
 
 
 async def _converse_over(
-    output: Output, conversation: Chat[Any], sampling: dict[str, Any], maker: Literal["chain", "server"]
+    output: Output,
+    conversation: Chat[Any],
+    sampling: dict[str, Any],
+    maker: Literal["chain", "server"],
+    route: bool = False,
 ) -> None:
-    """``maker`` is what an answer names as where it was made."""
+    """``maker`` is what an answer names as where it was made; with ``route`` also what drafts brought it."""
     typed = sys.stdin is not None and sys.stdin.isatty()
     beginning = list(conversation.messages)
     failed = False
     async with aclosing(_lines()) as lines:
         async for text in lines:
             if not typed or not text.startswith("/"):
-                failed |= not await _answer(output, conversation, text, sampling, maker)
+                failed |= not await _answer(output, conversation, text, sampling, maker, route)
             elif text.strip() == "/new":
                 conversation.messages[:] = beginning
                 output.remark("a new conversation")
@@ -96,7 +107,7 @@ async def _converse_over(
 
 
 async def _answer(
-    output: Output, conversation: Chat[Any], text: str, sampling: dict[str, Any], maker: str
+    output: Output, conversation: Chat[Any], text: str, sampling: dict[str, Any], maker: str, route: bool
 ) -> bool:
     """Show the answer; an error of the swarm ends this turn only. Return whether there was none."""
     answer: list[str] = []
@@ -119,6 +130,8 @@ async def _answer(
     made = conversation.generation
     if made is not None:
         show_numerics(output, made)
+        if route:
+            output.remark(str(made.speculation))
     output.event(
         "answer",
         text="".join(answer),
@@ -127,6 +140,7 @@ async def _answer(
         new_tokens=made.new_tokens if made else 0,
         numerics=[str(way) for way in made.numerics] if made else [],
         **{"head" if maker == "server" else maker: str(getattr(made, maker) or "") if made else ""},
+        **(speculation_values(made.speculation) if made and maker == "chain" else {}),
     )
     return True
 

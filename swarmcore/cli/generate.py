@@ -12,7 +12,14 @@ from swarmcore.cli.command import standard
 from swarmcore.cli.option_kinds import flag, option
 from swarmcore.cli.options import RemoteModelOptions, remote_model_options, sampling_options
 from swarmcore.cli.output import Output
-from swarmcore.cli.remote import is_thin, model_swarm, remote_model, show_numerics, show_route
+from swarmcore.cli.remote import (
+    is_thin,
+    model_swarm,
+    remote_model,
+    show_numerics,
+    show_route,
+    speculation_values,
+)
 from swarmcore.errors import InputError
 from swarmcore.generation_settings import GenerationSettings
 from swarmcore.prompts import checked_prompt
@@ -68,10 +75,7 @@ async def _generate(
             text,
             chain=str(generation.chain),
             cached_tokens=generation.cached_tokens,
-            tokens_per_step=round(generation.speculation.tokens_per_step, 2),
-            drafted=generation.speculation.drafted.total(),
-            accepted=generation.speculation.accepted.total(),
-            drafters_set_aside=generation.speculation.set_aside,
+            **speculation_values(generation.speculation),
         )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from swarmcore.client.generation.model import RemoteModel
     from swarmcore.client.generation.stream import TextStream
     from swarmcore.client.session.options import Failover
+    from swarmcore.client.speculation.counts import SpeculationCounts
     from swarmcore.client.swarm import Swarm
     from swarmcore.routing.chain import Chain
     from swarmcore.types import ModelInfo
@@ -128,6 +129,20 @@ def show_route(output: Output, swarm: Swarm, model: ModelInfo, chain: Chain) -> 
             for stage in cost.stages
         ],
     )
+
+
+def speculation_values(counts: SpeculationCounts) -> dict[str, Any]:
+    """What drafts have brought, for programs."""
+    return {
+        "tokens_per_step": round(counts.tokens_per_step, 2),
+        "drafted": counts.drafted.total(),
+        "accepted": counts.accepted.total(),
+        "drafters": {
+            name: {"drafted": drafted, "accepted": counts.accepted[name]}
+            for name, drafted in counts.drafted.items()
+        },
+        "drafters_set_aside": counts.set_aside,
+    }
 
 
 def _show_failover(output: Output, failover: Failover) -> None:

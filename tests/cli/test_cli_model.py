@@ -27,6 +27,8 @@ def test_generate_from_arguments_and_from_stdin(start, client):
     assert last["text"] == "".join(piece["text"] for piece in pieces)
     assert last["text"].startswith(" Paris")
     assert (last["new_tokens"], last["finish_reason"]) == (8, "length")
+    assert last["tokens_per_step"] >= 1 and last["drafters_set_aside"] == {}
+    assert last["drafted"] == sum(each["drafted"] for each in last["drafters"].values()) >= last["accepted"]
     assert stdin.end("The capital of France is")[:2] == (0, last["text"] + "\n")
 
 
