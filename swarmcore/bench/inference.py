@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import attrs
 from rich.table import Table
@@ -100,6 +100,8 @@ class InferenceBench:
     client_counts: tuple[int, ...] = (1, 4, 16)
     """Generations at once, over each of the swarms; one is always measured."""
     tokens: int = 64
+    speculation: Literal["off", "auto"] = "off"
+    """Whether clients draft, as they do by themselves; without, every token is a step, as in what it is beside."""
     rounds: int = 3
 
     async def run(
@@ -185,7 +187,12 @@ class InferenceBench:
         """Tokens per second of ``clients`` generations at once, from the last one's first token on."""
         clock = asyncio.get_running_loop().time
         generations = [
-            model.generate(prompt, max_new_tokens=self.tokens, min_new_tokens=self.tokens)
+            model.generate(
+                prompt,
+                max_new_tokens=self.tokens,
+                min_new_tokens=self.tokens,
+                speculation=self.speculation,
+            )
             for prompt in _prompts(clients)
         ]
         started: list[tuple[float, int]] = []

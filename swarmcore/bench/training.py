@@ -147,7 +147,10 @@ class TrainingBench:
         """Milliseconds between the tokens of a generation."""
         clock = time.perf_counter
         generation = model.generate(
-            _PROMPT, max_new_tokens=self.decode_tokens, min_new_tokens=self.decode_tokens
+            _PROMPT,
+            max_new_tokens=self.decode_tokens,
+            min_new_tokens=self.decode_tokens,
+            speculation="off",
         )
         moments: list[tuple[int, float]] = []
         async for _ in generation:

@@ -147,6 +147,14 @@ def transport(
     default=64,
     help="Of each generation.",
 )
+@choice(
+    "--speculation",
+    "off",
+    "auto",
+    default="off",
+    show_default=True,
+    help="auto: let clients draft, as they do by themselves.",
+)
 @_rounds(3)
 @standard
 def inference(output: Output, threads: int, servers: str, clients: str, **settings: Any) -> None:

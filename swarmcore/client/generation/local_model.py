@@ -174,7 +174,9 @@ class LocalParts:
         self._head_model = model
         self._after = after
         self._lookup = self._plain_lookup()
+        self._head_is_one_product = False
         self._output_layer = self._pack_head(head)
+        self._head_is_one_product = self._is_one_product()
 
     def __repr__(self) -> str:
         return f"<LocalParts {self.config.model_type} {self.vocab_size} x {self.hidden_size} {self.dtype}>"
@@ -255,6 +257,8 @@ class LocalParts:
     @torch.inference_mode()
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """`logits` in the dtype that the head computes in."""
+        if self._head_is_one_product and self._output_layer is not None:
+            return cast(torch.Tensor, self._output_layer(self._after(hidden.to(self.dtype))))
         output = self._head_model(inputs_embeds=hidden.to(self.dtype)[None], use_cache=False)
         return cast(torch.Tensor, output.logits[0])
 
@@ -311,6 +315,18 @@ class LocalParts:
             return packed
         model.set_submodule(name, head)
         return head
+
+    @torch.inference_mode()
+    def _is_one_product(self) -> bool:
+        """Whether the output layer's product with rows that are `normed` is all that this family's head does.
+
+        Then its model's forward, which takes 0.4 ms besides, can be left out.
+        """
+        if self._output_layer is None:
+            return False
+        rows = torch.linspace(-3.0, 3.0, 4 * self.hidden_size).view(4, -1)[:, torch.arange(self.hidden_size).flip(0)]
+        rows = (rows * torch.tensor([[0.1], [1.0], [10.0], [100.0]])).to(self.dtype)
+        return torch.equal(self._output_layer(self._after(rows)), self.scores(rows))
 
     def _embed_with_base(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         # Every token is a batch row of its own, so that no attention mask above 1 by 1 is ever made.
