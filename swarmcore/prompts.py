@@ -41,8 +41,8 @@ def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         tokenizer("")  # sets its padding and truncation now, not while another thread decodes
     except Exception as exc:
-        from swarmcore.checkpoint.base import lfs_pointer
         from swarmcore.checkpoint.folder import find_lfs_pointer
+        from swarmcore.checkpoint.location import lfs_pointer
 
         if file := find_lfs_pointer(folder):
             raise lfs_pointer(file) from exc

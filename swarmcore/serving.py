@@ -167,6 +167,7 @@ async def _head(
         model=config.model,
         revision=config.revision,
         dtype=config.dtype,
+        executor="torch" if config.executor == "torch" else "auto",
         threads=config.threads,
         limits=limits,
     )

@@ -101,7 +101,7 @@ class InferenceBench:
     """Generations at once, over each of the swarms; one is always measured."""
     tokens: int = 64
     speculation: Literal["off", "auto"] = "off"
-    """Whether clients draft, as they do by themselves; without, every token is a step, as in what it is beside."""
+    """Whether clients draft, as they do by themselves; without, every token is a step."""
     rounds: int = 3
 
     async def run(
@@ -227,7 +227,11 @@ class InferenceBench:
             for journal in _JOURNALS:
                 options = SessionOptions(journal=journal)
                 models[journal] = await swarm.load_model(
-                    str(checkpoint.folder), dtype=self.dtype, threads=self.threads, session_options=options
+                    self.model,
+                    dtype=self.dtype,
+                    threads=self.threads,
+                    executor="ggml" if self.executor == "ggml" else "torch",
+                    session_options=options,
                 )
             await swarm.wait_for_blocks(checkpoint.info, timeout=30)
             yield _Chain(swarm, models)

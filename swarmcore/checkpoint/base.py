@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarmcore.checkpoint.location import INDEX, WEIGHTS
+from swarmcore.checkpoint.location import INDEX, LFS_POINTER, WEIGHTS, lfs_pointer
 from swarmcore.checkpoint.storage import storage_errors
 from swarmcore.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from swarmcore.imports import import_large
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from swarmcore.checkpoint.gguf_model import GgufModel
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that git checked out without its content, where git-lfs is not installed."""
+
 ADAPTER = "adapter_config.json"
 """Of PEFT: says that the weights beside it are an adapter's."""
 
@@ -42,6 +42,8 @@ class Checkpoint(ABC):
     stored_weights: str | None = None
     """What its weights are packed in, by the name that executors have for the same (``"int4"``), else by the
     method's; None when they are plain. What is read is plain in any case."""
+    gguf: GgufModel | None = None
+    """The GGUF that it is read from, or was converted from."""
 
     @abstractmethod
     def names(self) -> Collection[str]:
@@ -98,14 +100,6 @@ def _adapter(folder: Path, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name} holds a PEFT adapter ({ADAPTER}), which transformers would put on top of the weights; name "
         f"{base} as the model and load the adapter on its own, or merge it (PEFT's merge_and_unload)"
-    )
-
-
-def lfs_pointer(file: Path | str) -> CheckpointError:
-    """The error for a file that is only a git-lfs pointer."""
-    return CheckpointError(
-        f"{file} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in its "
-        f"folder, or download the model with `hf download`"
     )
 
 

@@ -14,16 +14,14 @@ import msgspec
 import torch
 
 from swarmcore.checkpoint.base import (
-    LFS_POINTER,
     Checkpoint,
     describe,
-    lfs_pointer,
     load_config,
     missing_tensors,
     read_json,
 )
 from swarmcore.checkpoint.fingerprint import file_hashes, model_fingerprint
-from swarmcore.checkpoint.location import INDEX, WEIGHTS
+from swarmcore.checkpoint.location import INDEX, LFS_POINTER, WEIGHTS, lfs_pointer
 from swarmcore.checkpoint.storage import ProgressCounter, no_progress, storage_errors
 from swarmcore.errors import CheckpointError
 from swarmcore.types import Progress

@@ -58,6 +58,7 @@ class GgufCheckpoint(Checkpoint):
         """Raise `CheckpointError`, `UnsupportedModelError` for what would be lost, and `StorageError`."""
         progress = progress or no_progress
         self.name, self._model, self._cache = model.name, model, cache
+        self.gguf = model
         self.info = model.info(cache, progress)
         stem = re.sub(r"[^\w.-]", "_", model.name)[:100]
         self.folder = cache / "converted" / f"{stem}-{self.info.fingerprint[:16]}-settings"

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from swarmcore.checkpoint.base import LFS_POINTER, lfs_pointer
+from swarmcore.checkpoint.location import LFS_POINTER, lfs_pointer
 from swarmcore.errors import CheckpointError, UnsupportedModelError
 from swarmcore.printable import printable_line
 

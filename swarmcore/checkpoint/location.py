@@ -13,6 +13,8 @@ from swarmcore.types import Progress
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that git checked out without its content, where git-lfs is not installed."""
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _MAX_PARTS = 1000
@@ -120,3 +122,11 @@ def suggest(path: Path) -> str:
         return f"; there is no folder {path.parent} either" if not path.parent.exists() else ""
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def lfs_pointer(file: Path | str) -> CheckpointError:
+    """The error for a file that is only a git-lfs pointer."""
+    return CheckpointError(
+        f"{file} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in its "
+        f"folder, or download the model with `hf download`"
+    )

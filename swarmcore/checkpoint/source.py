@@ -59,7 +59,9 @@ def _open(source: str, revision: str | None, cache: Path, progress: Progress | N
         whole = len(model.files) == 1 and model.architecture not in FAMILIES
         small = whole and gguf.stat().st_size <= CONVERTED_UP_TO
         if small or (whole and conversion_folder(gguf, cache, progress).is_dir()):
-            return FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
+            found = FolderCheckpoint(converted(gguf, cache, progress), cache, progress=progress)
+            found.gguf = model
+            return found
         return _open_gguf(model, cache, progress)
     if path.is_dir():
         return FolderCheckpoint(path, cache, progress=progress)

@@ -255,6 +255,7 @@ class RemoteModelOptions(ClientOptions):
     revision: str | None
     dtype: str
     threads: int | None
+    executor: str
     codec: str
     allowed_servers: tuple[PeerId, ...]
     blocked_servers: tuple[PeerId, ...]
@@ -288,6 +289,13 @@ remote_model_options = gathered(
     revision,
     dtype("embeddings and head here"),
     count("--threads", help="Compute threads here."),
+    choice(
+        "--executor",
+        *("auto", "torch", "ggml"),
+        default="auto",
+        help="What computes the output layer here; auto is ggml (llama.cpp) for a GGUF where it is installed "
+        "and no --dtype is asked for.",
+    ),
     choice(
         "--codec",
         *("raw", "int8", "raw+zstd", "int8+zstd", "auto"),

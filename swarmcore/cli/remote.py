@@ -89,6 +89,7 @@ async def remote_model(
                 dtype=options.dtype,
                 revision=options.revision,
                 threads=options.threads,
+                executor=options.executor,
                 session_options=SessionOptions(
                     codec=options.codec,
                     journal=options.journal,

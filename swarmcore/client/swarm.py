@@ -96,6 +96,7 @@ class Swarm(SwarmConnection):
         dtype: str = "auto",
         revision: str | None = None,
         threads: int | None = None,
+        executor: str = "auto",
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
         pass_options: PassOptions | None = None,
@@ -107,6 +108,10 @@ class Swarm(SwarmConnection):
         ``name_or_path`` is what servers were started with: a folder, a GGUF file or a hub id; or the name or
         fingerprint of a model that the swarm serves; or None for the only one that it serves. The latter two
         are loaded from the public place that their servers name, if what is there has their fingerprint.
+
+        ``executor`` is what computes the output layer here: ``"torch"``, ``"ggml"`` (llama.cpp) for that of a
+        GGUF as it is in the file, or ``"auto"``, which is ggml for a GGUF where that is installed and no
+        ``dtype`` is asked for.
 
         ``draft`` names what guesses tokens ahead of the model, besides the lookup of what came before, which
         costs nothing: a small language model, or an EAGLE head for this one, as a folder, a GGUF file or a
@@ -135,6 +140,7 @@ class Swarm(SwarmConnection):
             dtype=dtype,
             revision=revision,
             threads=threads,
+            executor=executor,
             cache_dir=cache_dir,
             session_options=session_options,
             pass_options=pass_options,

@@ -27,6 +27,8 @@ class GenerationServerConfig:
     """A folder, a GGUF file, or a hub id."""
     revision: str | None = None
     dtype: str = "auto"
+    executor: str = "auto"
+    """What computes the output layer, as in `Swarm.load_model`."""
     """Of embeddings and head."""
     threads: int | None = None
     limits: GenerationLimits = attrs.field(factory=GenerationLimits)
@@ -51,6 +53,7 @@ async def serving_generations(
             config.model,
             revision=config.revision,
             dtype=config.dtype,
+            executor=config.executor,
             threads=config.threads,
             progress=progress,
         )

@@ -13,7 +13,7 @@ from swarmcore import sync
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.autograd.options import PassOptions
 from swarmcore.client.generation.generation_config import load_generation_config
-from swarmcore.client.generation.local_model import load_without_blocks, with_blocks
+from swarmcore.client.generation.without_blocks import load_without_blocks, with_blocks
 from swarmcore.client.served_models import may_be_served, open_model
 from swarmcore.client.session.options import SessionOptions
 from swarmcore.errors import InputError

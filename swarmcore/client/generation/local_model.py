@@ -1,25 +1,21 @@
-"""A checkpoint's model without a single block: what of it the client owns, in the family's own classes."""
+"""What a client computes of a model itself: embeddings before its blocks, and logits after them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from swarmcore.checkpoint.base import missing_tensors, one_line
-from swarmcore.checkpoint.quantized import check_plain, unexpected_tensors
-from swarmcore.checkpoint.quiet import quiet_transformers
+from swarmcore.client.generation.output_layer import GgmlLinear, ggml_output_layer
+from swarmcore.client.generation.without_blocks import load_without_blocks
 from swarmcore.errors import UnsupportedModelError
-from swarmcore.executor.torch.device import choose_dtype, loading_memory
+from swarmcore.executor.loader import AUTO
 from swarmcore.executor.torch.packed_linear import PackedLinear, packable
-from swarmcore.executor.torch.partial_model import check_servable, load_state, misshapen
 from swarmcore.executor.torch.quantized_layers import QuantizedLinear
 from swarmcore.executor.torch.quantized_matrix import matrix_for
-from swarmcore.executor.torch.structure import Structure, structure_of
-from swarmcore.executor.torch.tensor_names import TextTensors
+from swarmcore.executor.torch.structure import Structure
 from swarmcore.imports import import_large
 
 if TYPE_CHECKING:
@@ -29,120 +25,9 @@ if TYPE_CHECKING:
     from swarmcore.executor.torch.reference import Reference
     from swarmcore.types import Progress
 
-_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
-"""Lists in a config that must have one entry for each layer."""
-
-Build = Callable[["PretrainedConfig"], "PreTrainedModel"]
-"""Such as ``AutoModelForCausalLM.from_config``: raises ValueError for a family that has no such model."""
-
-
-def load_without_blocks(
-    checkpoint: Checkpoint,
-    build: Build,
-    *,
-    what: str,
-    dtype: str = "auto",
-    settings: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> tuple[PreTrainedModel, Structure]:
-    """Embeddings, final norm and head of ``checkpoint``; nothing else is read. Frozen, in evaluation mode.
-
-    With it comes where its blocks would be, and which of its modules come after them.
-
-    ``settings`` are put into the config first. A head that the checkpoint does not have, as of a classifier
-    that is yet to be trained, is initialised as Transformers does, and can be trained. Raise `InputError`
-    for an unknown dtype and when memory runs out, `CheckpointError` when a tensor is missing or has the
-    wrong shape, `UnsupportedModelError` when ``build`` has no ``what`` of this family.
-    """
-    text = checkpoint.config.get_text_config(decoder=True)
-    check_servable(text, checkpoint.name)
-    structure = structure_of(text)
-    config = without_blocks(checkpoint.config)
-    for name, value in (settings or {}).items():
-        setattr(config, name, value)
-    wanted = choose_dtype(dtype, config, torch.device("cpu"))
-    with quiet_transformers(lambda share: None):
-        try:
-            with torch.device("meta"):
-                skeleton = build(config)
-        except Exception as exc:  # each family checks its config in its own way
-            raise UnsupportedModelError(
-                f"{checkpoint.name} ({config.model_type}) is no {what} that transformers can build: "
-                f"{one_line(exc)}"
-            ) from exc
-    tensors = TextTensors.of(checkpoint, structure)
-    found = tensors.find(skeleton.state_dict(), structure.base)
-    wanted_keys = {key for key, _ in skeleton.named_parameters() if not _is_new_head(skeleton, key)}
-    known, others = list(found), tensors.names - set(found)
-    if not wanted_keys <= set(found.values()):
-        # Old names of this family, which transformers itself will translate.
-        found |= {name: name for name in tensors.of_use(others)}
-    elif unexpected := tensors.unexpected(others, found, skeleton):
-        raise unexpected_tensors(checkpoint.name, unexpected)
-    family = _initialised_as(type(skeleton), text.num_hidden_layers)
-    with loading_memory(checkpoint.name):
-        data = checkpoint.read(list(found), progress=progress)
-        check_plain(checkpoint.name, data, tensors.whole_numbers(found, skeleton))
-        state = {key: _in_dtype(data.pop(name), wanted) for name, key in found.items()}
-        model, loaded = load_state(family, config, state, wanted, checkpoint.name)
-    model.config.num_hidden_layers = 0
-    for key, shape, expected in loaded.get("mismatched_keys", ()):
-        raise misshapen(checkpoint.name, key, shape, expected)
-    if unexpected := tensors.unexpected(loaded["unexpected_keys"], known, model):
-        raise unexpected_tensors(checkpoint.name, unexpected)
-    new = {name for name in loaded["missing_keys"] if _is_new_head(model, name)}
-    if missing := set(loaded["missing_keys"]) - new:
-        raise missing_tensors(checkpoint.name, missing)
-    model.eval().requires_grad_(False)
-    for name in new:
-        model.get_parameter(name).requires_grad_(True)
-    return model, structure
-
-
-def _initialised_as(family: Any, blocks: int) -> Any:
-    """``family`` without blocks, initialised as a model of that many: some divide by how many there are."""
-
-    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        family.__init__(self, config, *args, **kwargs)
-        config.num_hidden_layers = blocks
-
-    # Under the name of its family, by which the library's loader knows what to convert.
-    body = {"__init__": __init__, "__module__": family.__module__, "__qualname__": family.__qualname__}
-    return type(family.__name__, (family,), body)
-
-
-def without_blocks(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of the text model's config with no layers."""
-    whole, config = config, copy.deepcopy(config.get_text_config(decoder=True))
-    if getattr(whole, "tie_word_embeddings", False):
-        config.tie_word_embeddings = True  # a larger model around it may say so in its own part alone
-    config.num_hidden_layers = 0
-    for name in _PER_LAYER_LISTS:
-        if getattr(config, name, None):
-            setattr(config, name, [])
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # there are no routers here
-    return config
-
-
-def with_blocks(config: PretrainedConfig, whole: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a config `without_blocks`, with the number of blocks that the ``whole`` model has."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = whole.num_hidden_layers
-    for name in _PER_LAYER_LISTS:
-        if getattr(whole, name, None):
-            setattr(config, name, list(getattr(whole, name)))
-    return config
-
-
-def _is_new_head(model: PreTrainedModel, name: str) -> bool:
-    # A language model's head is part of what was trained; it never is new.
-    in_base = name.startswith(f"{model.base_model_prefix}.")
-    return not in_base and model.get_output_embeddings() is None
-
-
-def _in_dtype(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return data.to(dtype) if data.is_floating_point() else data
+_SAME = 0.05
+"""By how much logits may differ when the output layer is computed otherwise: ggml rounds what comes in to 8
+bits where weights have fewer."""
 
 
 class LocalParts:
@@ -154,8 +39,14 @@ class LocalParts:
     several threads at once.
     """
 
-    def __init__(self, model: PreTrainedModel, structure: Structure) -> None:
-        """``model`` has no blocks; ``structure`` says where they would be."""
+    def __init__(
+        self, model: PreTrainedModel, structure: Structure, output_layer: GgmlLinear | None = None
+    ) -> None:
+        """``model`` has no blocks; ``structure`` says where they would be.
+
+        ``output_layer`` is to be taken for the model's. Raise `UnsupportedModelError` when that is more than
+        a product.
+        """
         head = model.get_output_embeddings()  # not found any more without the base model
         base = cast(Any, model.get_submodule(structure.base))
         after = nn.Sequential(*(base.get_submodule(name) for name in structure.after))
@@ -175,7 +66,15 @@ class LocalParts:
         self._after = after
         self._lookup = self._plain_lookup()
         self._head_is_one_product = False
-        self._output_layer = self._pack_head(head)
+        if output_layer is None:
+            self._output_layer = self._pack_head(head)
+        elif head is not None and self._replaced_head(head, output_layer):
+            self._output_layer = output_layer
+        else:
+            raise UnsupportedModelError(
+                f"the output layer of models of type {self.config.model_type!r} is no plain product: "
+                f"ggml cannot compute it, use executor torch"
+            )
         self._head_is_one_product = self._is_one_product()
 
     def __repr__(self) -> str:
@@ -183,17 +82,23 @@ class LocalParts:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, dtype: str = "auto", progress: Progress | None = None
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "auto",
+        executor: str = "torch",
+        progress: Progress | None = None,
     ) -> LocalParts:
         """Read embeddings, final norm and head from ``checkpoint``, and nothing else.
 
         ``dtype`` is ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's own (but
-        not float16, at which CPUs are slow). Raise `InputError` for another, `CheckpointError` when one of
-        the tensors is missing or has the wrong shape, `UnsupportedModelError` when the family is not a causal
-        language model that transformers knows, or `check` finds that it would compute something else.
+        not float16, at which CPUs are slow). ``executor`` is as in `ggml_output_layer`. Raise `InputError`
+        for others, `CheckpointError` when one of the tensors is missing or has the wrong shape,
+        `UnsupportedModelError` when the family is not a causal language model that transformers knows, or
+        `check` finds that it would compute something else.
         """
         cls.check(checkpoint)
-        return cls._load(checkpoint, dtype=dtype, progress=progress)
+        return cls._load(checkpoint, dtype=dtype, executor=executor, progress=progress)
 
     @classmethod
     def check(cls, checkpoint: Checkpoint) -> None:
@@ -216,7 +121,9 @@ class LocalParts:
         check(checkpoint, "embeddings and logits", difference)
 
     @classmethod
-    def _load(cls, checkpoint: Checkpoint, *, dtype: str, progress: Progress | None) -> LocalParts:
+    def _load(
+        cls, checkpoint: Checkpoint, *, dtype: str, executor: str = "torch", progress: Progress | None
+    ) -> LocalParts:
         from transformers import AutoModelForCausalLM
 
         model, structure = load_without_blocks(
@@ -226,7 +133,13 @@ class LocalParts:
             dtype=dtype,
             progress=progress,
         )
-        return cls(model, structure)
+        layer = ggml_output_layer(checkpoint, executor, dtype, progress=progress)
+        try:
+            return cls(model, structure, layer)
+        except UnsupportedModelError:
+            if layer is None or executor != AUTO:
+                raise
+            return cls._load(checkpoint, dtype=dtype, progress=progress)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -299,22 +212,30 @@ class LocalParts:
         A matrix that is embeddings as well is held twice then. Where the family's own code makes something
         else of its head than one product, it stays as it is.
         """
+        if type(head) is nn.Linear and packable(head.weight):
+            packed = PackedLinear(head)
+            if self._replaced_head(head, packed):
+                return packed
+        return head
+
+    @torch.inference_mode()
+    def _replaced_head(self, head: nn.Module, other: nn.Module) -> bool:
+        """Put ``other`` in the place of the output layer; not where logits are not the same then."""
         model = self._head_model
-        if type(head) is not nn.Linear or not packable(head.weight):
-            return head
         name = next(name for name, module in model.named_modules() if module is head)
         row = torch.ones(1, self.hidden_size, dtype=self.dtype)
-        expected = self.scores(row)
-        packed = PackedLinear(head)
-        model.set_submodule(name, packed)
+        expected = self.scores(row).float()
+        model.set_submodule(name, other)
         try:
-            same = torch.allclose(self.scores(row), expected, rtol=0.02, atol=1e-3, equal_nan=True)
-        except AttributeError:  # it asks for the weight
+            found = self.scores(row).float()
+            same = found.shape == expected.shape and bool(
+                (found - expected).norm() <= _SAME * expected.norm()
+            )
+        except (AttributeError, RuntimeError):  # it asks for the weight, or is of another shape
             same = False
-        if same:
-            return packed
-        model.set_submodule(name, head)
-        return head
+        if not same:
+            model.set_submodule(name, head)
+        return same
 
     @torch.inference_mode()
     def _is_one_product(self) -> bool:
@@ -324,7 +245,9 @@ class LocalParts:
         """
         if self._output_layer is None:
             return False
-        rows = torch.linspace(-3.0, 3.0, 4 * self.hidden_size).view(4, -1)[:, torch.arange(self.hidden_size).flip(0)]
+        rows = torch.linspace(-3.0, 3.0, 4 * self.hidden_size).view(4, -1)[
+            :, torch.arange(self.hidden_size).flip(0)
+        ]
         rows = (rows * torch.tensor([[0.1], [1.0], [10.0], [100.0]])).to(self.dtype)
         return torch.equal(self._output_layer(self._after(rows)), self.scores(rows))
 

@@ -117,6 +117,7 @@ class RemoteModel:
         dtype: str = "auto",
         revision: str | None = None,
         threads: int | None = None,
+        executor: str = "auto",
         cache_dir: Path | None = None,
         session_options: SessionOptions | None = None,
         pass_options: PassOptions | None = None,
@@ -140,7 +141,13 @@ class RemoteModel:
             )
             open_session = functools.partial(swarm.open_session, checkpoint.info, options=session_options)
             model = await cls.from_checkpoint(
-                checkpoint, open_session, dtype=dtype, compute=compute, draft=draft, progress=report
+                checkpoint,
+                open_session,
+                dtype=dtype,
+                executor=executor,
+                compute=compute,
+                draft=draft,
+                progress=report,
             )
         except BaseException:
             stopping.set()
@@ -156,16 +163,19 @@ class RemoteModel:
         open_session: SessionOpener,
         *,
         dtype: str = "auto",
+        executor: str = "torch",
         compute: ModelCompute | None = None,
         draft: str | None = None,
         progress: Progress | None = None,
     ) -> RemoteModel:
         """A model of ``checkpoint`` whose blocks are run by the sessions that ``open_session`` opens.
 
-        ``draft`` as in `Swarm.load_model`.
+        ``executor`` and ``draft`` as in `Swarm.load_model`.
         """
         compute = compute or ModelCompute()
-        await compute.load(functools.partial(LocalParts.load, checkpoint, dtype=dtype, progress=progress))
+        await compute.load(
+            functools.partial(LocalParts.load, checkpoint, dtype=dtype, executor=executor, progress=progress)
+        )
         tokenizer = await compute.run(load_tokenizer, checkpoint.folder, checkpoint.name)
         generation_config = await compute.run(load_generation_config, checkpoint)
         drafts = []

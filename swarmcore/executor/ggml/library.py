@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -81,7 +81,8 @@ class Library:
     def __init__(self, llama: ModuleType) -> None:
         self.llama: Any = llama
         self.version = str(getattr(__import__("llama_cpp"), "__version__", "unknown"))
-        self.ggml = _load_ggml(llama, self.version)
+        self._llama_folder = Path(str(llama.__file__)).parent / "lib"
+        self.ggml = self.functions(_GGML)
         self._check()
         self._log = _Log()
         self._log_function = llama.llama_log_callback(self._log.receive)
@@ -99,6 +100,28 @@ class Library:
             missing += [f"{structure}.{name}" for name in sorted(needed - fields)]
         if missing:
             raise _unusable(self.version, f"it lacks {', '.join(missing)}")
+
+    def functions(self, wanted: Mapping[str, tuple[Any, list[Any]]]) -> Any:
+        """Functions of ggml, which llama.cpp is built on and which lies beside it, as attributes.
+
+        By name, ``wanted`` says what each returns, and takes. Raise `MissingExtraError` when one is missing.
+        """
+        libraries = []
+        for name in ("ggml-base", "ggml"):
+            for file in (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.dll"):
+                if (path := self._llama_folder / file).exists():
+                    libraries.append(ctypes.CDLL(os.fspath(path)))
+                    break
+        functions = SimpleNamespace()
+        for name, (result, arguments) in wanted.items():
+            for found in libraries:
+                if (function := getattr(found, name, None)) is not None:
+                    function.restype, function.argtypes = result, arguments
+                    setattr(functions, name, function)
+                    break
+            else:
+                raise _unusable(self.version, f"it lacks {name}")
+        return functions
 
     @contextmanager
     def reporting(self) -> Iterator[deque[str]]:
@@ -154,27 +177,6 @@ def library() -> Library:
     except (OSError, RuntimeError, AttributeError) as exc:
         raise _unusable("of an unknown version", printable_line(str(exc))) from exc
     return Library(llama)
-
-
-def _load_ggml(llama: ModuleType, version: str) -> Any:
-    """ggml's functions, which llama.cpp is built on, from the libraries that lie beside its own."""
-    folder = Path(str(llama.__file__)).parent / "lib"
-    libraries = []
-    for name in ("ggml-base", "ggml"):
-        for file in (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.dll"):
-            if (folder / file).exists():
-                libraries.append(ctypes.CDLL(os.fspath(folder / file)))
-                break
-    functions = SimpleNamespace()
-    for name, (result, arguments) in _GGML.items():
-        for found in libraries:
-            if (function := getattr(found, name, None)) is not None:
-                function.restype, function.argtypes = result, arguments
-                setattr(functions, name, function)
-                break
-        else:
-            raise _unusable(version, f"it lacks {name}")
-    return functions
 
 
 def _unusable(version: str, why: str) -> MissingExtraError:
