@@ -109,9 +109,9 @@ class Swarm(SwarmConnection):
         fingerprint of a model that the swarm serves; or None for the only one that it serves. The latter two
         are loaded from the public place that their servers name, if what is there has their fingerprint.
 
-        ``executor`` is what computes the output layer here: ``"torch"``, ``"ggml"`` (llama.cpp) for that of a
-        GGUF as it is in the file, or ``"auto"``, which is ggml for a GGUF where that is installed and no
-        ``dtype`` is asked for.
+        ``executor`` is what computes the output layer here for single rows: ``"torch"``; ``"ggml"``
+        (llama.cpp), of a GGUF as it is in the file; or ``"auto"``, which is ggml for a GGUF where that is
+        installed and no ``dtype`` is asked for. Several rows at once are torch's.
 
         ``draft`` names what guesses tokens ahead of the model, besides the lookup of what came before, which
         costs nothing: a small language model, or an EAGLE head for this one, as a folder, a GGUF file or a

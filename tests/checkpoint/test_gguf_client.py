@@ -56,7 +56,7 @@ def test_the_ends_are_those_of_llama_cpp(case: Case, executor: str, tmp_path: Pa
     scale = case.keys.get("embedding_scale", 1.0)
     hidden = rows_of(path, case.blocks - 1, np.float32(rows / scale))
     expected = logits_of(path, tokens)
-    found = parts.logits(torch.from_numpy(hidden)).numpy()
+    found = np.concatenate([parts.logits(row).numpy() for row in torch.from_numpy(hidden).split(1)])
     assert np.abs(found - expected).max() < 0.03 * expected.std()  # embeddings and head are in bfloat16
 
 

@@ -1,4 +1,4 @@
-"""How the output layer's product is computed: by torch, in the layout of the CPU's kernels; or by ggml."""
+"""Who computes the output layer of a GGUF: ggml, as it is in the file; or torch, in 16 bits or more."""
 
 from __future__ import annotations
 
@@ -24,28 +24,36 @@ _MATRIX, _BIAS, _EMBEDDINGS = "output.weight", "output.bias", "token_embd.weight
 """Tensors of a GGUF."""
 
 
-class GgmlLinear(nn.Module):
-    """A linear layer whose weight is in a GGUF, and stays as it is there. No gradients go through it."""
+class SingleRowsByGgml(nn.Module):
+    """An output layer that ggml computes for one row, and torch for several at a time: each is faster there.
 
-    def __init__(self, matrix: GgmlMatrix) -> None:
+    A product with one row reads the matrix, and is the faster the fewer bits there are; ggml computes several
+    almost one by one. No gradients go through it.
+    """
+
+    def __init__(self, matrix: GgmlMatrix, several: nn.Module) -> None:
+        """``matrix`` has what ``several``, a linear layer, multiplies with."""
         super().__init__()
         self.matrix = matrix
-        self.in_features, self.out_features = matrix.inputs, matrix.outputs
+        self.several = several
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[..., inputs]`` of any dtype to ``[..., outputs]`` in float32."""
-        rows = hidden.detach().reshape(-1, self.in_features).float().numpy()
-        product = torch.from_numpy(self.matrix.product(rows, torch.get_num_threads()))
-        return product.view(*hidden.shape[:-1], self.out_features)
+        """``[..., inputs]`` of any dtype to ``[..., outputs]``, of one row in float32."""
+        rows = hidden.detach().reshape(-1, self.matrix.inputs)
+        if len(rows) != 1:
+            product: torch.Tensor = self.several(hidden)
+            return product
+        found = torch.from_numpy(self.matrix.product(rows.float().numpy(), torch.get_num_threads()))
+        return found.view(*hidden.shape[:-1], self.matrix.outputs)
 
     def extra_repr(self) -> str:
         return repr(self.matrix)
 
 
-def ggml_output_layer(
+def ggml_output_matrix(
     checkpoint: Checkpoint, executor: str, dtype: str, *, progress: Progress | None = None
-) -> GgmlLinear | None:
-    """The output layer of a GGUF as ggml computes it; None where torch is to.
+) -> GgmlMatrix | None:
+    """The matrix of a GGUF's output layer, for ggml to multiply with; None where torch is to.
 
     ``executor`` is one of `EXECUTORS`: with ``"auto"`` ggml does where it is installed, unless a ``dtype`` is
     asked for, which is torch's. With ``"ggml"`` raise `InputError` for what is no GGUF, and what else stands
@@ -63,7 +71,7 @@ def ggml_output_layer(
     if model is None:
         raise InputError(f"{checkpoint.name} is no GGUF, and ggml computes no others; use executor torch")
     try:
-        return GgmlLinear(GgmlMatrix(model, _matrix_of(model), progress=progress))
+        return GgmlMatrix(model, _matrix_of(model), progress=progress)
     except SwarmError as exc:
         if executor == "ggml":
             raise

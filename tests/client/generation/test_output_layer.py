@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
 from swarmcore.client.generation import local_model, output_layer
 from swarmcore.client.generation.local_model import LocalParts
-from swarmcore.client.generation.output_layer import GgmlLinear
+from swarmcore.client.generation.output_layer import SingleRowsByGgml
 from swarmcore.errors import InputError, MissingExtraError, UnsupportedModelError
 
 
@@ -26,7 +26,7 @@ def opened(folder: Path) -> Checkpoint:
 
 
 def by_ggml(parts: LocalParts) -> bool:
-    return any(isinstance(module, GgmlLinear) for module in parts._head_model.modules())
+    return any(isinstance(module, SingleRowsByGgml) for module in parts._head_model.modules())
 
 
 def test_ggml_computes_that_of_a_gguf(tmp_path: Path) -> None:
@@ -39,11 +39,12 @@ def test_ggml_computes_that_of_a_gguf(tmp_path: Path) -> None:
     for executor, dtype in (("auto", "auto"), ("ggml", "float32")):
         parts = LocalParts.load(checkpoint, executor=executor, dtype=dtype)
         assert by_ggml(parts)
-        rows = torch.randn(40, parts.hidden_size, generator=torch.Generator().manual_seed(1))
-        logits, expected = parts.logits(rows), exact.logits(rows)
-        assert logits.dtype == torch.float32
-        assert (logits - expected).norm() <= 0.02 * expected.norm()
-        torch.testing.assert_close(parts.project(parts.normed(rows)), logits)
+        for count in (1, 40):
+            rows = torch.randn(count, parts.hidden_size, generator=torch.Generator().manual_seed(1))
+            logits, expected = parts.logits(rows), exact.logits(rows)
+            assert logits.dtype == torch.float32 and logits.shape == expected.shape
+            assert (logits - expected).norm() <= 0.02 * expected.norm()
+            torch.testing.assert_close(parts.project(parts.normed(rows)), logits)
         assert not parts.round_head("int4"), "it is in few bits as it is"
 
 
