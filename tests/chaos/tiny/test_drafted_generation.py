@@ -94,7 +94,7 @@ def draft_with(model: Any, texts: list[list[int]], acceptance: float, chance: ra
         return [token if chance.random() < acceptance else (token + 1) % VOCABULARY for token in right]
 
     model._speculator.close()
-    model._speculator = Speculator(VOCABULARY, [ScriptedSource(script, threaded=False)])
+    model._speculator = Speculator(VOCABULARY, [ScriptedSource(script, threaded=chance.random() < 0.5)])
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ async def test_a_drafter_that_does_not_answer_is_not_waited_for(caplog: pytest.L
         assert drafter.set_aside and guarded.drafter().set_aside
         assert await drafter.propose([], 1) == NOTHING
         assert guarded.fallbacks == {"silent": 1} and len(caplog.records) == 1
+        assert drafter.failure == "a call has not returned for 0.2 s" and drafter.late == 2
         release.set()
 
 
