@@ -18,7 +18,9 @@ from swarmcore.checkpoint import open_checkpoint
 from swarmcore.checkpoint.packed_formats import scaled
 from swarmcore.client.generation.local_model import LocalParts
 from swarmcore.errors import CheckpointError, UnsupportedModelError
+from swarmcore.executor.loader import LoadSettings
 from swarmcore.executor.torch.executor import TorchExecutor
+from swarmcore.executor.torch.loader import TorchLoader
 from swarmcore.types import Span
 
 FP8 = frozenset({torch.float8_e4m3fn})
@@ -147,6 +149,18 @@ def test_weights_are_dequantised_as_they_are_read(kind: str, model: Path, plain_
             torch.testing.assert_close(data, expected[name], rtol=off, atol=off * 0.1)
     TorchExecutor.load(checkpoint, Span(1, 3))
     LocalParts.load(checkpoint)
+
+
+def test_a_server_says_that_packed_weights_become_plain(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, change, _ = LOADED["fp8"]
+    edit(model, change)
+    say(model, **settings)
+    for weights, said in (("auto", True), ("int8", False), ("bf16", False)):
+        caplog.clear()
+        TorchLoader(LoadSettings(model=str(model), weights=weights)).load(Span(1, 2))
+        assert ("has its weights in fp8, for which torch has no kernel here" in caplog.text) == said
 
 
 FORMATS = {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from swarmcore.checkpoint import Checkpoint, open_checkpoint
-from swarmcore.executor.loader import BlockLoader, LoadSettings, processor_name
+from swarmcore.executor.loader import AUTO, BlockLoader, LoadSettings, processor_name
 from swarmcore.executor.torch.cache_pages import CACHE_DTYPES, parse_cache_dtype
 from swarmcore.executor.torch.device import DTYPE_NAMES, DTYPES, Precision, choose_precision, parse_device
 from swarmcore.executor.torch.executor import TorchExecutor
@@ -18,6 +19,8 @@ from swarmcore.executor.torch.quantized_matrix import WEIGHT_TYPES
 from swarmcore.placement.capacity import BlockNeeds
 from swarmcore.resources import limits
 from swarmcore.types import Progress, Span
+
+log = logging.getLogger(__name__)
 
 
 class TorchLoader(BlockLoader):
@@ -47,7 +50,19 @@ class TorchLoader(BlockLoader):
         return free_memory(self.settings.device)
 
     def load(self, span: Span, *, progress: Progress | None = None) -> TorchExecutor:
-        settings = self.settings
+        settings, stored = self.settings, self.checkpoint.stored_weights
+        how = choose_precision(
+            self.checkpoint, dtype=settings.dtype, weights=settings.weights, device=settings.device
+        )
+        if settings.weights == AUTO and stored is not None and how.weights is None:
+            log.warning(
+                "%s has its weights in %s, for which torch has no kernel here: they are kept in %s, which "
+                "takes more memory; --weights with one of %s takes less",
+                self.checkpoint.name,
+                stored,
+                DTYPE_NAMES[how.dtype],
+                ", ".join(kind for kind in WEIGHT_TYPES if kind != "bf16"),
+            )
         return TorchExecutor.load(
             self.checkpoint,
             span,
