@@ -6,11 +6,18 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import swarmcore
+from swarmcore.testing.executor import hidden_states
+from swarmcore.testing.fork_server import ForkServer
+from swarmcore.testing.processes import ServerProcess
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="needs the extra ggml")
+pytest.importorskip("gguf")
+
+from random_gguf import write_random_gguf  # noqa: E402
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
@@ -22,8 +29,6 @@ NEAR = 0.5
 
 def shortfalls(path: Path, tokens: Sequence[int], prompt: int) -> list[float]:
     """How far each token after the prompt is from llama.cpp's own choice in the whole model, in logits."""
-    import numpy as np
-
     from swarmcore.executor.ggml.library import library
 
     library()
@@ -81,3 +86,34 @@ async def test_a_chain_says_what_llama_cpp_says_and_goes_on_without_a_server(ser
     found = await asyncio.to_thread(shortfalls, path, tokens, len(prompt))
     assert max(found) < NEAR
     assert sum(short == 0 for short in found) >= 38
+
+
+async def test_servers_that_place_themselves_become_whole_where_spans_cannot_begin_anywhere(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    """In llama.cpp, spans of this architecture begin at multiples of four blocks."""
+    path = write_random_gguf(tmp_path / "tiny.gguf", "smollm3", blocks=8)
+
+    async def serve(*more: str) -> ServerProcess:
+        return await fork_server.start(
+            "serve",
+            *("--model", str(path), "--executor", "ggml", "--num-blocks", "4", "--threads", "1"),
+            *("--listen", "127.0.0.1:0", "--cache-tokens", "1024", "--throughput", "1000"),
+            *more,
+        )
+
+    async with (
+        await serve() as first,
+        await serve("--bootstrap", first.address),
+        swarmcore.connect(first.address) as swarm,
+    ):
+        served = swarm.served()
+        assert served is not None
+        chain = await swarm.wait_for_blocks(served.info, timeout=30)
+        assert [str(stage.span) for stage in chain.stages] == ["0:4", "4:8"]
+        rows = hidden_states([[0.1] * served.info.hidden_size] * 3)
+        async with await swarm.open_session(served.info, sequences=1) as session:
+            found = await session.step(rows, (3,), reply="all")
+    assert found.shape == rows.shape
+    values = np.frombuffer(found.data, np.float32)
+    assert np.isfinite(values).all() and values.std() > 0
