@@ -57,7 +57,7 @@ test-net: $(VENV)/.installed $(VENV)/.smollm2
 # What test tries at every second moment, at every one; and seeds that it leaves out.
 test-more: export FAILOVER_TICK := 0.0077
 test-more: export SOAK_SEEDS := 16:30
-test-more: export SPECULATION_SEEDS := 3:40
+test-more: export SPECULATION_SEEDS := 2:40
 test-more: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 $(or $(ARGS),$(addprefix tests/client/session/test_failover_,moments.py soak.py) \
 	    tests/chaos/tiny/test_drafted_generation.py)

@@ -33,7 +33,7 @@ SETTINGS = [
     swarmcore.Speculation(length=2, depth=8),
     swarmcore.Speculation(max_tokens=4),
 ]
-FIRST, LAST = map(int, os.environ.get("SPECULATION_SEEDS", "0:3").split(":"))
+FIRST, LAST = map(int, os.environ.get("SPECULATION_SEEDS", "0:2").split(":"))
 
 
 class Trouble:
