@@ -165,7 +165,11 @@ class SpeculationBench:
         """Over the swarm that is found at ``address``, text by text."""
         async with connect(address) as swarm:
             model = await swarm.load_model(
-                self.model, dtype=self.dtype, threads=self.threads, draft=self.draft
+                self.model,
+                dtype=self.dtype,
+                threads=self.threads,
+                executor="ggml" if self.executor == "ggml" else "torch",
+                draft=self.draft,
             )
             await swarm.wait_for_blocks(model.info, timeout=60)
 
