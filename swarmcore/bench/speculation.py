@@ -129,7 +129,10 @@ class SpeculationBench:
             self._servers(checkpoint, network) as address,
         ):
             remark("measuring over the link")
-            settings = json.dumps(attrs.asdict(self) | {"model": str(checkpoint.folder)})
+            # It can reach no hub from there.
+            gguf = checkpoint.gguf
+            here = str(checkpoint.folder if gguf is None else gguf.files[0].path)
+            settings = json.dumps(attrs.asdict(self) | {"model": here})
             command = ("-m", "swarmcore.bench.speculation", settings, address)
             client = await network.run(LEFT, *command, env=peer_environment())
             assert client.stdout is not None
