@@ -197,8 +197,9 @@ class SpeculationController:
         for length in _LENGTHS:
             if length > min(settings.max_tokens, len(likely)):
                 break
-            interval = self.interval + self.growth * length / self._stages
-            steps = max(run / (length + 1), 1.0)
+            # Behind the first one a chunk is its drafts alone, and brings as many tokens.
+            interval = self.interval + self.growth * (length - 1) / self._stages
+            steps = max((run - 1) / length, 1.0)
             # In the mean a run ends in the middle of a chunk, and what was sent behind it holds up the next.
             rate = run / (whole + self.growth * length + (steps - 0.5) * interval)
             if rate > best:
