@@ -111,5 +111,6 @@ def tokens_a_second(world: World, speculation: Speculation | None, tokens: int =
         made += min(right + 1, done.rows)
         if right < done.rows and window:
             chain.recall(list(window), now)
+            controller.recalled()
             window.clear()
     return made / now

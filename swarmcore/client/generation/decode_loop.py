@@ -213,6 +213,8 @@ class DecodeLoop:
         self._unsent.clear()
         if self._window:
             self._counts.recalled += len(self._window)
+            if self._controller is not None:
+                self._controller.recalled()
             first = self._window[0].step
             self._window.clear()
             await self._session.recall(first)

@@ -22,49 +22,59 @@ _DOUBT = 12.0
 """How much that counts for beside measurements: as much as a step of five rows beside one of one."""
 _OUTLIER = 4.0
 """Steps that take so many times what is usual, such as in a failover, are taken for that at most."""
+_HELD_UP = 1.1
+"""The same of a step that was sent when others had been called back, which servers may still be at."""
 _REMEMBERED = 2.0
 """What the measurements of an earlier generation count for, in steps."""
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Lengths of a chunk that are compared where several are to be under way."""
 _MOST_LIKELY = 0.99
+_FIRST_LENGTH = 8
+"""Most drafts of a chunk as long as nothing is known of what rows cost."""
 
 
 @attrs.define
 class StepTimes:
-    """What a step takes by its rows, as was measured: ``first + growth * (rows - 1)`` seconds."""
+    """What a step takes by its rows, as was measured: ``first + growth * (rows - 1)`` seconds.
+
+    Steps of one row say what the first takes, and longer ones what is added: whichever of the two has not
+    been there for a while is what it was.
+    """
 
     first: float = 0.0
     """Seconds of a step of one row; 0 as long as nothing was measured."""
     growth: float = 0.0
     """Seconds for each further row."""
     _weight: float = 0.0
-    _rows: float = 0.0
-    _seconds: float = 0.0
     _rows_rows: float = 0.0
     _rows_seconds: float = 0.0
+    _doubt: float = _DOUBT
 
     def measured(self, rows: int, seconds: float) -> None:
-        if self.first:
-            seconds = min(seconds, _OUTLIER * self.of(rows))
         more = rows - 1
-        self._weight = self._weight * _MEMORY + 1
-        self._rows = self._rows * _MEMORY + more
-        self._seconds = self._seconds * _MEMORY + seconds
-        self._rows_rows = self._rows_rows * _MEMORY + more * more
-        self._rows_seconds = self._rows_seconds * _MEMORY + more * seconds
-        mean_rows, mean = self._rows / self._weight, self._seconds / self._weight
-        spread = self._rows_rows - self._rows * mean_rows
-        together = self._rows_seconds - self._rows * mean
-        expected = mean / (1 + _GROWTH * mean_rows)
-        growth = (together + _DOUBT * _GROWTH * expected) / (spread + _DOUBT)
-        self.growth = min(max(growth, 0.0), mean / (1 + mean_rows))
-        self.first = mean - self.growth * mean_rows
+        if self.first:  # rows cost no more than if they came one by one
+            seconds = min(seconds, max(_OUTLIER * self.of(rows), rows * self.first))
+        if not more or not self.first:
+            self._weight = self._weight * _MEMORY + 1
+            self.first += (seconds / (1 + _GROWTH * more) - self.first) / self._weight
+        self.first = min(self.first, seconds)
+        if more:
+            self._rows_rows = self._rows_rows * _MEMORY + more * more
+            self._rows_seconds = self._rows_seconds * _MEMORY + more * (seconds - self.first)
+            self._doubt *= _MEMORY
+        expected = self._doubt * _GROWTH * self.first
+        self.growth = min((self._rows_seconds + expected) / (self._rows_rows + self._doubt), self.first)
 
     def remembered(self) -> StepTimes:
         """What is known, to be revised soon by a few steps."""
         share = min(1.0, _REMEMBERED / self._weight) if self._weight else 1.0
-        sums = self._weight, self._rows, self._seconds, self._rows_rows, self._rows_seconds
-        return StepTimes(self.first, self.growth, *(share * each for each in sums))
+        sums = self._rows_rows, self._rows_seconds, self._doubt
+        return StepTimes(self.first, self.growth, share * self._weight, *(share * each for each in sums))
+
+    @property
+    def knows_rows(self) -> bool:
+        """Whether a step of several rows was measured."""
+        return self._rows_rows > 0
 
     def of(self, rows: float) -> float:
         return self.first + self.growth * (rows - 1)
@@ -108,6 +118,8 @@ class SpeculationController:
         self.sharing = 1
         """Generations whose rows are in the same batches, as far as that is known."""
         self._usual = before.overlap if before is not None else 1 / (self._stages + 1)
+        self._recalled = False
+        """Whether steps were called back since one was last measured."""
         self._interval = 0.0
         """Seconds after which a chunk comes back that was sent right behind another: the slowest stage's."""
 
@@ -120,6 +132,15 @@ class SpeculationController:
     def ready(self) -> bool:
         """Whether it knows enough to want drafts."""
         return self.times.first > 0
+
+    @property
+    def max_length(self) -> int:
+        """Most drafts of a chunk."""
+        return (
+            self.settings.max_tokens
+            if self.times.knows_rows
+            else min(_FIRST_LENGTH, self.settings.max_tokens)
+        )
 
     @property
     def max_depth(self) -> int:
@@ -142,9 +163,16 @@ class SpeculationController:
 
     def measured(self, rows: int, seconds: float) -> None:
         """A step of so many rows, with nothing else of the generation under way, took so long."""
+        if self._recalled and self.ready:
+            seconds = min(seconds, _HELD_UP * self.times.of(rows))
+        self._recalled = False
         self.times.measured(rows, seconds)
         if self._pool is not None:
             self._pool.step_seconds = self.times.first
+
+    def recalled(self) -> None:
+        """Steps that were under way have been called back; servers may be at one of them for a while."""
+        self._recalled = True
 
     def followed(self, rows: int, seconds: float) -> None:
         """A step that was sent right behind another came back so long after it."""
@@ -168,7 +196,7 @@ class SpeculationController:
             key=lambda found: -found[0],
         )
         tokens, seconds, best, count = float(len(likely)), self.times.first, plain, 0
-        for taken, (gain, _) in enumerate(gains[: self.settings.max_tokens * len(likely)], 1):
+        for taken, (gain, _) in enumerate(gains[: self.max_length * len(likely)], 1):
             tokens, seconds = tokens + gain, seconds + self.growth
             if tokens / seconds < best:
                 break
@@ -195,7 +223,7 @@ class SpeculationController:
         tokens = 1 + sum(accumulate(likely[:alone], mul))
         best_length, depth, best = alone, 1, MARGIN * tokens / (whole + self.growth * alone)
         for length in _LENGTHS:
-            if length > min(settings.max_tokens, len(likely)):
+            if length > min(self.max_length, len(likely)):
                 break
             # Behind the first one a chunk is its drafts alone, and brings as many tokens.
             interval = self.interval + self.growth * (length - 1) / self._stages

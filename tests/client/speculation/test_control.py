@@ -32,6 +32,16 @@ def test_it_is_close_to_the_best_fixed_setting_and_never_below_plain(acceptance:
     assert sorted(shares)[len(shares) // 2] > 0.88
 
 
+@pytest.mark.parametrize("acceptance", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("growth", [0.3, 0.9])
+def test_it_is_close_to_the_best_where_rows_are_dear(acceptance: float, growth: float) -> None:
+    """As with quantised weights on some processors, where eight rows take as long as seven of one each."""
+    for stage_seconds in (0.01, 0.03):
+        world = World(acceptance, 0.12, stage_seconds=stage_seconds, growth=growth)
+        best = max(tokens_a_second(world, fixed) for fixed in FIXED)
+        assert tokens_a_second(world, Speculation()) > 0.88 * best, world
+
+
 @pytest.mark.parametrize("acceptance", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("round_trip", ROUND_TRIPS)
 def test_drafters_that_promise_too_much_cost_little(acceptance: float, round_trip: float) -> None:
@@ -46,6 +56,41 @@ def test_nothing_is_drafted_before_a_step_was_measured() -> None:
     controller.measured(1, 0.1)
     assert controller.ready
     assert controller.lengths([[0.9] * 8]) == [8]
+
+
+def test_what_a_step_takes_stays_known_while_only_others_are_measured() -> None:
+    times = StepTimes()
+    for _ in range(3):
+        times.measured(1, 0.2)
+    for _ in range(200):
+        times.measured(4, 0.2 + 3 * 0.08)
+    assert times.of(1) == pytest.approx(0.2)
+    assert times.growth == pytest.approx(0.08, rel=0.01)
+    for _ in range(200):
+        times.measured(1, 0.1)
+    assert times.of(1) == pytest.approx(0.1, rel=0.01)
+    assert times.growth == pytest.approx(0.08, rel=0.01)
+
+
+def test_a_step_behind_one_that_was_called_back_is_not_taken_at_its_word() -> None:
+    controller = SpeculationController(Speculation())
+    for rows in (1, 4, 8) * 20:
+        controller.measured(rows, 0.1 + 0.01 * (rows - 1))
+    before = controller.times.of(8)
+    for _ in range(3):
+        controller.recalled()
+        controller.measured(8, 0.5)
+    assert before <= controller.times.of(8) < 1.1 * before
+    controller.measured(8, 0.5)
+    assert controller.times.of(8) > 1.1 * before
+
+
+def test_long_chunks_come_once_it_is_known_what_rows_cost() -> None:
+    controller = SpeculationController(Speculation())
+    controller.measured(1, 0.1)
+    assert controller.lengths([[0.99] * 32]) == [8]
+    controller.measured(9, 0.11)
+    assert controller.lengths([[0.99] * 32]) == [32]
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.5, 2.0, 20.0])
