@@ -29,6 +29,8 @@ _REMEMBERED = 2.0
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Lengths of a chunk that are compared where several are to be under way."""
 _MOST_LIKELY = 0.99
+_NEARLY = 0.97
+"""Of two lengths that are so close the longer one is taken: fewer steps cost the client less as well."""
 _FIRST_LENGTH = 8
 """Most drafts of a chunk as long as nothing is known of what rows cost."""
 
@@ -230,8 +232,8 @@ class SpeculationController:
             steps = max((run - 1) / length, 1.0)
             # In the mean a run ends in the middle of a chunk, and what was sent behind it holds up the next.
             rate = run / (whole + self.growth * length + (steps - 0.5) * interval)
-            if rate > best:
-                best, best_length = rate, length
+            if rate > _NEARLY * best:
+                best, best_length = max(rate, best), length
                 depth = 1 + math.ceil((whole + self.growth * length) / max(interval, 1e-6))
         return Plan(best_length, min(depth, self.max_depth))
 
