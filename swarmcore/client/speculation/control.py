@@ -29,7 +29,9 @@ _REMEMBERED = 2.0
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Lengths of a chunk that are compared where several are to be under way."""
 _MOST_LIKELY = 0.99
-_NEARLY = 0.97
+_NEARLY = 0.98
+"""Of two lengths that are so close the longer one is taken: fewer steps cost the client less as well."""
+_NEARLY = 0.98
 """Of two lengths that are so close the longer one is taken: fewer steps cost the client less as well."""
 _FIRST_LENGTH = 8
 """Most drafts of a chunk as long as nothing is known of what rows cost."""
@@ -72,11 +74,6 @@ class StepTimes:
         share = min(1.0, _REMEMBERED / self._weight) if self._weight else 1.0
         sums = self._rows_rows, self._rows_seconds, self._doubt
         return StepTimes(self.first, self.growth, share * self._weight, *(share * each for each in sums))
-
-    @property
-    def knows_rows(self) -> bool:
-        """Whether a step of several rows was measured."""
-        return self._rows_rows > 0
 
     def of(self, rows: float) -> float:
         return self.first + self.growth * (rows - 1)
@@ -136,15 +133,6 @@ class SpeculationController:
         return self.times.first > 0
 
     @property
-    def max_length(self) -> int:
-        """Most drafts of a chunk."""
-        return (
-            self.settings.max_tokens
-            if self.times.knows_rows
-            else min(_FIRST_LENGTH, self.settings.max_tokens)
-        )
-
-    @property
     def max_depth(self) -> int:
         return min(self.max_in_flight, self.settings.max_depth)
 
@@ -198,7 +186,7 @@ class SpeculationController:
             key=lambda found: -found[0],
         )
         tokens, seconds, best, count = float(len(likely)), self.times.first, plain, 0
-        for taken, (gain, _) in enumerate(gains[: self.max_length * len(likely)], 1):
+        for taken, (gain, _) in enumerate(gains[: self.settings.max_tokens * len(likely)], 1):
             tokens, seconds = tokens + gain, seconds + self.growth
             if tokens / seconds < best:
                 break
@@ -225,7 +213,7 @@ class SpeculationController:
         tokens = 1 + sum(accumulate(likely[:alone], mul))
         best_length, depth, best = alone, 1, MARGIN * tokens / (whole + self.growth * alone)
         for length in _LENGTHS:
-            if length > min(self.max_length, len(likely)):
+            if length > min(settings.max_tokens, len(likely)):
                 break
             # Behind the first one a chunk is its drafts alone, and brings as many tokens.
             interval = self.interval + self.growth * (length - 1) / self._stages
