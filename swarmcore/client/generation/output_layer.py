@@ -43,7 +43,7 @@ class SingleRowsByGgml(nn.Module):
         if len(rows) != 1:
             product: torch.Tensor = self.several(hidden)
             return product
-        found = torch.from_numpy(self.matrix.product(rows.float().numpy(), torch.get_num_threads()))
+        found = torch.from_numpy(self.matrix.product(rows[0].float().numpy(), torch.get_num_threads()))
         return found.view(*hidden.shape[:-1], self.matrix.outputs)
 
     def extra_repr(self) -> str:

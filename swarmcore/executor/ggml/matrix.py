@@ -1,4 +1,4 @@
-"""A matrix of a GGUF as it is in the file, which ggml multiplies rows with: a client's output layer."""
+"""A matrix of a GGUF as it is in the file, which ggml multiplies a row with: a client's output layer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from swarmcore.errors import CheckpointError, InternalError, UnsupportedModelErr
 from swarmcore.executor.ggml.graph_tap import Rows
 from swarmcore.executor.ggml.library import library
 from swarmcore.types import Progress
-
-ROWS = 16
-"""Most rows of one product; more are multiplied one part after the other."""
 
 _ALIGNMENT = 64
 _F32 = 0
@@ -83,11 +80,8 @@ class GgmlMatrix:
         self.kind = kind
         self._type = place.tensor.type
         self._weight = _mapped(model, name)
-        self._given = _aligned(4 * ROWS * self.inputs)
-        self._results = _aligned(4 * ROWS * self.outputs)
+        self._given, self._result = _aligned(4 * self.inputs), _aligned(4 * self.outputs)
         self._one_at_a_time = threading.Lock()
-        self._graphs: dict[int, int] = {}
-        """By the number of rows."""
         self._threads = 0
         self._prepare()
 
@@ -96,50 +90,34 @@ class GgmlMatrix:
         backend = ggml.ggml_backend_init_by_type(_CPU_BACKEND, None)
         if not backend:
             raise InternalError("ggml finds no processor to compute on; build llama-cpp-python anew")
-        tensors = (1 + 2 * ROWS) * ggml.ggml_tensor_overhead()
-        graphs = ROWS * ggml.ggml_graph_overhead_custom(_NODES, False)
-        context = ggml.ggml_init(_Parameters(tensors + graphs + 1024, None, True))
-        arrays = (self._weight, self._given, self._results)
+        room = 3 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_NODES, False)
+        context = ggml.ggml_init(_Parameters(room + 1024, None, True))
+        arrays = (self._weight, self._given, self._result)
         buffers = [ggml.ggml_backend_cpu_buffer_from_ptr(array.ctypes.data, array.nbytes) for array in arrays]
         weakref.finalize(self, _free, ggml, context, buffers, backend, arrays)
         registry = ggml.ggml_backend_dev_backend_reg(ggml.ggml_backend_get_device(backend))
         set_threads = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
         self._set_threads = _SetThreads(set_threads) if set_threads else None
-        self._backend, self._context, self._buffers = backend, context, buffers
-        self._matrix = ggml.ggml_new_tensor_2d(context, self._type, self.inputs, self.outputs)
-        self._put(self._matrix, 0, self._weight)
+        matrix = ggml.ggml_new_tensor_2d(context, self._type, self.inputs, self.outputs)
+        given = ggml.ggml_new_tensor_2d(context, _F32, self.inputs, 1)
+        result = ggml.ggml_mul_mat(context, matrix, given)
+        for tensor, buffer, array in zip((matrix, given, result), buffers, arrays, strict=True):
+            if ggml.ggml_backend_tensor_alloc(buffer, tensor, array.ctypes.data):
+                raise InternalError("ggml does not take the memory of a matrix")
+        self._graph = ggml.ggml_new_graph_custom(context, _NODES, False)
+        ggml.ggml_build_forward_expand(self._graph, result)
+        self._backend = backend
 
-    def _put(self, tensor: int, buffer: int, array: np.ndarray[Any, Any]) -> None:
-        if self._ggml.ggml_backend_tensor_alloc(self._buffers[buffer], tensor, array.ctypes.data):
-            raise InternalError("ggml does not take the memory of a matrix")
-
-    def product(self, rows: Rows, threads: int = 1) -> Rows:
-        """``rows``, ``[many, inputs]``, times the matrix: ``[many, outputs]``, in memory of its own."""
-        results = np.empty((len(rows), self.outputs), np.float32)
+    def product(self, row: Rows, threads: int = 1) -> Rows:
+        """``row``, ``[inputs]``, times the matrix: ``[outputs]``, in memory of its own."""
         with self._one_at_a_time:
             if threads != self._threads and self._set_threads is not None:
                 self._set_threads(self._backend, threads)
                 self._threads = threads
-            for start in range(0, len(rows), ROWS):
-                part = rows[start : start + ROWS]
-                graph = self._graphs.get(len(part)) or self._graph(len(part))
-                self._given.view(np.float32)[: part.size] = part.ravel()
-                if status := self._ggml.ggml_backend_graph_compute(self._backend, graph):
-                    raise InternalError(f"ggml gave up on a product ({status})")
-                found = self._results.view(np.float32)[: len(part) * self.outputs]
-                results[start : start + ROWS] = found.reshape(len(part), self.outputs)
-        return results
-
-    def _graph(self, rows: int) -> int:
-        ggml, context = self._ggml, self._context
-        given = ggml.ggml_new_tensor_2d(context, _F32, self.inputs, rows)
-        result = ggml.ggml_mul_mat(context, self._matrix, given)
-        self._put(given, 1, self._given)
-        self._put(result, 2, self._results)
-        graph: int = ggml.ggml_new_graph_custom(context, _NODES, False)
-        ggml.ggml_build_forward_expand(graph, result)
-        self._graphs[rows] = graph
-        return graph
+            self._given.view(np.float32)[:] = row
+            if status := self._ggml.ggml_backend_graph_compute(self._backend, self._graph):
+                raise InternalError(f"ggml gave up on a product ({status})")
+            return self._result.view(np.float32).copy()
 
     def __repr__(self) -> str:
         return f"<GgmlMatrix {self.kind} {self.outputs} x {self.inputs}>"

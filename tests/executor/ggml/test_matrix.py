@@ -18,7 +18,7 @@ from swarmcore.checkpoint.gguf_source import open_gguf  # noqa: E402
 from swarmcore.errors import CheckpointError, MissingExtraError, UnsupportedModelError  # noqa: E402
 from swarmcore.executor.ggml import matrix  # noqa: E402
 from swarmcore.executor.ggml.library import library  # noqa: E402
-from swarmcore.executor.ggml.matrix import ROWS, GgmlMatrix  # noqa: E402
+from swarmcore.executor.ggml.matrix import GgmlMatrix  # noqa: E402
 
 HEAD = "output.weight"
 OUTPUTS = 300
@@ -38,8 +38,8 @@ def values(path: Path, name: str = HEAD) -> np.ndarray:
     return gguf.quants.dequantize(found.data, found.tensor_type)
 
 
-def rows(count: int) -> np.ndarray:
-    return np.random.default_rng(count).standard_normal((count, WIDTH), dtype=np.float32)
+def row(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(WIDTH, dtype=np.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,25 +48,23 @@ def test_products_are_those_with_its_values(kind: str, tmp_path: Path) -> None:
     held = GgmlMatrix(open_gguf(str(path)), HEAD)
     assert (held.outputs, held.inputs, held.kind) == (OUTPUTS, WIDTH, kind)
     weight = values(path)
-    for count in (1, 2, ROWS, ROWS + 1, 3 * ROWS):
-        given = rows(count)
-        found, expected = held.product(given), given @ weight.T
-        assert found.dtype == np.float32 and found.shape == expected.shape
+    for seed in range(3):
+        found, expected = held.product(row(seed)), weight @ row(seed)
+        assert found.dtype == np.float32 and found.shape == (OUTPUTS,)
         assert np.linalg.norm(found - expected) <= KINDS[kind] * np.linalg.norm(expected)
-    assert held.product(rows(0)).shape == (0, OUTPUTS)
 
 
 def test_what_was_given_stays_as_it_was(tmp_path: Path) -> None:
     held = GgmlMatrix(open_gguf(str(written(tmp_path))), HEAD)
-    first = held.product(rows(2))
+    first = held.product(row(2))
     before = first.copy()
-    held.product(rows(3))
+    held.product(row(3))
     assert np.array_equal(first, before)
 
 
 def test_of_several_threads_each_gets_its_own(tmp_path: Path) -> None:
     held = GgmlMatrix(open_gguf(str(written(tmp_path))), HEAD)
-    given = [rows(count) for count in range(1, 9)]
+    given = [row(seed) for seed in range(8)]
     expected = [held.product(each) for each in given]
     found: dict[int, bool] = {}
 
@@ -89,7 +87,7 @@ def test_its_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     free = matrix._free
     monkeypatch.setattr(matrix, "_free", lambda *args: (freed.append(1), free(*args)))
     held = GgmlMatrix(open_gguf(str(written(tmp_path))), HEAD)
-    held.product(rows(1))
+    held.product(row(1))
     del held
     gc.collect()
     assert freed == [1]
@@ -115,8 +113,8 @@ def test_it_is_read_where_it_lies_badly(tmp_path: Path) -> None:
     places = {model.places[f"{number}.weight"].tensor.start % 64 for number in range(4)}
     assert len(places) > 1
     for number in range(4):
-        found = GgmlMatrix(model, f"{number}.weight").product(rows(2))
-        assert np.allclose(found, rows(2) @ weight.T, atol=1e-3)
+        found = GgmlMatrix(model, f"{number}.weight").product(row(2))
+        assert np.allclose(found, weight @ row(2), atol=1e-3)
 
 
 def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
