@@ -31,10 +31,6 @@ _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MOST_LIKELY = 0.99
 _NEARLY = 0.98
 """Of two lengths that are so close the longer one is taken: fewer steps cost the client less as well."""
-_NEARLY = 0.98
-"""Of two lengths that are so close the longer one is taken: fewer steps cost the client less as well."""
-_FIRST_LENGTH = 8
-"""Most drafts of a chunk as long as nothing is known of what rows cost."""
 
 
 @attrs.define

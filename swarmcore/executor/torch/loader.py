@@ -50,10 +50,7 @@ class TorchLoader(BlockLoader):
         return free_memory(self.settings.device)
 
     def load(self, span: Span, *, progress: Progress | None = None) -> TorchExecutor:
-        settings, stored = self.settings, self.checkpoint.stored_weights
-        how = choose_precision(
-            self.checkpoint, dtype=settings.dtype, weights=settings.weights, device=settings.device
-        )
+        settings, stored, how = self.settings, self.checkpoint.stored_weights, self._precision()
         if settings.weights == AUTO and stored is not None and how.weights is None:
             log.warning(
                 "%s has its weights in %s, for which torch has no kernel here: they are kept in %s, which "
@@ -75,10 +72,7 @@ class TorchLoader(BlockLoader):
         )
 
     def speed_key(self) -> Mapping[str, str]:
-        settings = self.settings
-        how = choose_precision(
-            self.checkpoint, dtype=settings.dtype, weights=settings.weights, device=settings.device
-        )
+        settings, how = self.settings, self._precision()
         return {
             "dtype": DTYPE_NAMES[how.dtype],
             **({"weights": how.weights} if how.weights else {}),
@@ -87,6 +81,12 @@ class TorchLoader(BlockLoader):
             "threads": str(settings.threads or f"best of {torch.get_num_threads()}"),
             "torch": str(torch.__version__),
         }
+
+    def _precision(self) -> Precision:
+        settings = self.settings
+        return choose_precision(
+            self.checkpoint, dtype=settings.dtype, weights=settings.weights, device=settings.device
+        )
 
 
 def block_needs(
